@@ -122,8 +122,8 @@ def small_settings(**changes: Any) -> SelectSettings:
         "max_steps": 8,
         "batch_size": 4,
         "seq_len": 32,
-        "eval_items": 12,
-        "eval_points": 2,
+        "max_eval_examples": 12,
+        "num_evaluations": 2,
         "dtype": "float32",  # what is planned without a preparation has a type of its own
     }
     return SelectSettings(**values | changes)

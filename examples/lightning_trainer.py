@@ -1,4 +1,4 @@
-"""PyTorch Lightning: a module around a PEFT model, trained by `lightning.Trainer`.
+"""Select a rank with PyTorch Lightning: a module around a PEFT model, trained by `lightning.Trainer`.
 
 python examples/lightning_trainer.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import lightning
 import torch
-from common import batches_of, options, rows_of, tokenised
+from common import build_batches, parse_options, read_rows, tokenize_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.interop.transformers import causal_item_losses
+from rightrank.interop.transformers import causal_example_losses
 
-arguments = options()
+arguments = parse_options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-rows = tokenised(tokenizer, rows_of(arguments.data))
+rows = tokenize_rows(tokenizer, read_rows(arguments.data))
 held_out, training = rows[: arguments.held_out], rows[arguments.held_out :]
 
 
@@ -58,7 +58,7 @@ def train(task: TrialTask) -> TrialResult:
     )
     trainer.fit(module, batches)
     module.model.save_pretrained(task.folder)
-    return causal_item_losses(module.model, batches_of(tokenizer, held_out, 16))
+    return causal_example_losses(module.model, build_batches(tokenizer, held_out, 16))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A plain training loop with PEFT: the smallest trainer for `select_rank_with`.
+"""Select a rank with a plain PEFT training loop, the smallest trainer for `select_rank_with`.
 
 python examples/plain_loop.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
 """
@@ -8,16 +8,16 @@ from __future__ import annotations
 import random
 
 import torch
-from common import batches_of, options, rows_of, tokenised
+from common import build_batches, parse_options, read_rows, tokenize_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.interop.transformers import causal_item_losses
+from rightrank.interop.transformers import causal_example_losses
 
-arguments = options()
+arguments = parse_options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-rows = tokenised(tokenizer, rows_of(arguments.data))
+rows = tokenize_rows(tokenizer, read_rows(arguments.data))
 held_out, training = rows[: arguments.held_out], rows[arguments.held_out :]
 
 
@@ -31,12 +31,12 @@ def train(task: TrialTask) -> TrialResult:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=task.learning_rate)
     order = random.Random(task.seed)  # the same batches for every rank
     for _ in range(task.steps):
-        batch = batches_of(tokenizer, order.sample(training, 8), 8)[0]
+        batch = build_batches(tokenizer, order.sample(training, 8), 8)[0]
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(task.folder)
-    return causal_item_losses(model, batches_of(tokenizer, held_out, 16))
+    return causal_example_losses(model, build_batches(tokenizer, held_out, 16))
 
 
 if __name__ == "__main__":

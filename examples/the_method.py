@@ -1,14 +1,15 @@
-"""The smallest LoRA adapter within the margin, from one training: the whole method in plain PyTorch and PEFT.
+"""Find the smallest LoRA adapter within the margin from one training: the complete method in plain PyTorch and PEFT.
 
     python examples/the_method.py MODEL TRAIN.jsonl HELD_OUT.jsonl --learning-rate 1e-3 --steps 200
 
-Student's t needs scipy. Rows have `prompt` and `completion`, or `text`. The steps are those of `rightrank select --goal adapter`, without its search for the learning rate:
+Student's t needs scipy. Rows have `prompt` and `completion`, or `text`. The steps are the same as in `rightrank select --goal adapter`, except for
+its learning-rate search:
 
-1. Train one adapter at the top rank.
-2. Gather second moments of each module's inputs and output gradients on training examples (K-FAC).
-3. Truncate the adapter to every lower rank where the loss sees it least.
-4. Compare each truncation with the adapter itself on held-out examples, paired, and walk down while the 95% upper bound of the loss difference
-   stays within the margin. The first rank that fails ends the walk.
+1. Train one adapter at the highest rank.
+2. Estimate second moments of each module's inputs and output gradients on training examples (K-FAC).
+3. Truncate the adapter to every lower rank so that the loss changes least.
+4. Compare each truncation with the full adapter on held-out examples, paired, from the highest rank down, while the 95% upper bound of the loss
+   difference stays within the margin. The first rank that fails ends the search.
 """
 
 from __future__ import annotations
@@ -28,42 +29,44 @@ from scipy.stats import t as student
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
-Example = tuple[list[int], list[int]]  # token ids, labels; a label of -100 takes no loss
+Example = tuple[list[int], list[int]]  # token ids, labels; a label of -100 is ignored
 Factors = tuple[torch.Tensor, torch.Tensor]  # B [out, rank], A [rank, in]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared and how it is trained."""
+    """The ranks to compare, and the training settings."""
 
     ranks: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
     learning_rate: float = 1e-3
     steps: int = 200
     batch_size: int = 8
     lora_alpha: float = 32.0  # the scale of an update is alpha / rank
-    margin: float = 0.005  # nats a token
+    margin: float = 0.005  # nats per token
     moment_tokens: int = 4096
     damping: float = 0.01
     seed: int = 0
 
 
-def smallest_rank(model: Any, train: Sequence[Example], held_out: Sequence[Example], settings: Settings) -> int:
-    """Train at the top rank, truncate, and walk down; prints a line for each rank."""
+def find_smallest_rank(model: Any, train: Sequence[Example], held_out: Sequence[Example], settings: Settings) -> int:
+    """Train at the highest rank, truncate step by step, and print a line for each rank."""
     top = max(settings.ranks)
     torch.manual_seed(settings.seed)
     config = LoraConfig(r=top, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     unseen = train_adapter(model, train, settings)
-    metrics = second_moments(model, unseen, settings)
-    trained = {name: [part.detach().double() for part in factors(module)] for name, module in lora_modules(model)}
-    reference, tokens = example_losses(model, held_out, settings.batch_size)
-    print(f"rank {top:3}: trained, held-out loss {(reference.sum() / tokens.sum()).item():.4f} nats a token")
+    metrics = estimate_second_moments(model, unseen, settings)
+    trained = {
+        name: [factor.detach().double() for factor in get_factors(module)] for name, module in list_lora_modules(model)
+    }
+    reference, tokens = compute_example_losses(model, held_out, settings.batch_size)
+    print(f"rank {top:3}: trained, held-out loss {(reference.sum() / tokens.sum()).item():.4f} nats per token")
     smallest = top
     for rank in sorted((rank for rank in settings.ranks if rank < top), reverse=True):
-        for name, module in lora_modules(model):
-            set_factors(module, truncated(*trained[name], rank, *metrics[name], settings.damping))
-        losses, _ = example_losses(model, held_out, settings.batch_size)
-        mean, high = paired_bound(losses - reference, tokens)
+        for name, module in list_lora_modules(model):
+            set_factors(module, truncate(*trained[name], rank, *metrics[name], settings.damping))
+        losses, _ = compute_example_losses(model, held_out, settings.batch_size)
+        mean, high = compute_paired_bound(losses - reference, tokens)
         holds = high <= settings.margin
         print(f"rank {rank:3}: {mean:+.4f} (95% upper bound {high:+.4f}) {'holds' if holds else 'fails'}")
         if not holds:
@@ -72,18 +75,18 @@ def smallest_rank(model: Any, train: Sequence[Example], held_out: Sequence[Examp
     return smallest
 
 
-def lora_modules(model: Any) -> list[tuple[str, Any]]:
+def list_lora_modules(model: Any) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
 
-def factors(module: Any) -> Factors:
+def get_factors(module: Any) -> Factors:
     return module.lora_B["default"].weight, module.lora_A["default"].weight
 
 
 @torch.no_grad()
 def set_factors(module: Any, new: Factors) -> None:
-    """Put a truncated update in the leading columns of B and rows of A; the others become zero."""
-    (b, a), rank = factors(module), len(new[1])
+    """Write a truncated update to the leading columns of B and rows of A, and set the others to zero."""
+    (b, a), rank = get_factors(module), len(new[1])
     b.zero_()[:, :rank] = new[0]
     a.zero_()[:rank] = new[1]
 
@@ -92,14 +95,18 @@ def set_factors(module: Any, new: Factors) -> None:
 
 
 def train_adapter(model: Any, examples: Sequence[Example], settings: Settings) -> list[Example]:
-    """AdamW with linear decay over batches in a random order; returns examples that it did not read, or all if it read all."""
-    order = batches_of(len(examples), settings)
+    """Train with AdamW and linear decay over batches in random order.
+
+    Returns:
+        The examples that the training did not read, or all examples if it read all of them.
+    """
+    order = draw_batches(len(examples), settings)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, settings.steps)
     model.train()
     for batch in order:
-        losses, tokens = batch_losses(model, [examples[index] for index in batch])
+        losses, tokens = compute_batch_losses(model, [examples[index] for index in batch])
         (losses.sum() / tokens.sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -110,8 +117,8 @@ def train_adapter(model: Any, examples: Sequence[Example], settings: Settings) -
     return [example for index, example in enumerate(examples) if index not in read] or list(examples)
 
 
-def batches_of(count: int, settings: Settings) -> list[list[int]]:
-    """Indices of the examples of every step: shuffled anew in each epoch."""
+def draw_batches(count: int, settings: Settings) -> list[list[int]]:
+    """Return the indices of the examples of every step, shuffled in each epoch."""
     generator = torch.Generator().manual_seed(settings.seed)
     needed, order = settings.steps * settings.batch_size, []
     while len(order) < needed:
@@ -119,38 +126,43 @@ def batches_of(count: int, settings: Settings) -> list[list[int]]:
     return [order[start : start + settings.batch_size] for start in range(0, needed, settings.batch_size)]
 
 
-def batch_losses(model: Any, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(summed loss [batch], tokens with a label [batch])` of examples padded to one length."""
+def compute_batch_losses(model: Any, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `(summed loss [batch], tokens with a label [batch])` of examples padded to the same length."""
     width = max(len(ids) for ids, _ in examples)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in examples])
     labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
-    mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one, _ in examples])
+    mask = torch.tensor([[1] * len(token_ids) + [0] * (width - len(token_ids)) for token_ids, _ in examples])
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
     losses = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
     return losses.view(len(examples), -1).sum(1), (labels[:, 1:] != -100).sum(1)
 
 
 @torch.no_grad()
-def example_losses(model: Any, examples: Sequence[Example], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = [batch_losses(model, examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
-    losses, tokens = (torch.cat(part).double() for part in zip(*parts, strict=True))
+def compute_example_losses(
+    model: Any, examples: Sequence[Example], batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = [
+        compute_batch_losses(model, examples[start : start + batch_size])
+        for start in range(0, len(examples), batch_size)
+    ]
+    losses, tokens = (torch.cat(values).double() for values in zip(*batches, strict=True))
     return losses, tokens
 
 
-# 2. Second moments. An error s·B·M·A of the update is seen by the loss only through h = A·x and δ = s·Bᵀ·∂loss/∂output,
+# 2. Second moments. An error s·B·M·A of the update changes the loss only through h = A·x and δ = s·Bᵀ·∂loss/∂output,
 # so two rank × rank matrices are enough for a module of any size.
 
 
-def second_moments(model: Any, examples: Sequence[Example], settings: Settings) -> dict[str, Factors]:
-    """`(E[δ·δᵀ], E[h·hᵀ])` of each adapted module, over examples of about `moment_tokens` tokens."""
+def estimate_second_moments(model: Any, examples: Sequence[Example], settings: Settings) -> dict[str, Factors]:
+    """Return `(E[δ·δᵀ], E[h·hᵀ])` of each adapted module, over examples with about `moment_tokens` tokens."""
     sums: dict[str, list[torch.Tensor]] = {}
     labels = read = 0
-    with watched(model, sums):
+    with record_moments(model, sums):
         for start in range(0, len(examples), settings.batch_size):
             if read >= settings.moment_tokens:
                 break
             batch = examples[start : start + settings.batch_size]
-            losses, tokens = batch_losses(model, batch)
+            losses, tokens = compute_batch_losses(model, batch)
             losses.sum().backward()
             labels += int(tokens.sum())
             read += sum(len(ids) for ids, _ in batch)
@@ -159,11 +171,11 @@ def second_moments(model: Any, examples: Sequence[Example], settings: Settings) 
 
 
 @contextmanager
-def watched(model: Any, sums: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    """Adds the outer products of δ and h of every backward pass to `sums`."""
+def record_moments(model: Any, sums: dict[str, list[torch.Tensor]]) -> Iterator[None]:
+    """Add the outer products of δ and h of every backward pass to `sums`."""
     handles = []
-    for name, module in lora_modules(model):
-        (b, a), scale = (part.detach() for part in factors(module)), module.scaling["default"]
+    for name, module in list_lora_modules(model):
+        (b, a), scale = (factor.detach() for factor in get_factors(module)), module.scaling["default"]
         sums[name] = [torch.zeros(len(a), len(a), dtype=torch.float64) for _ in range(2)]
 
         def forward(_module: Any, inputs: Any, output: Any, name=name, a=a, b=b, scale=scale) -> None:
@@ -171,9 +183,9 @@ def watched(model: Any, sums: dict[str, list[torch.Tensor]]) -> Iterator[None]:
 
             def backward(gradient: torch.Tensor) -> None:
                 delta = scale * gradient.flatten(0, -2) @ b
-                seen = (delta.abs().amax(1, keepdim=True) > 1e-6 * delta.abs().max()).to(hidden)  # no padding
+                is_token = (delta.abs().amax(1, keepdim=True) > 1e-6 * delta.abs().max()).to(hidden)  # no padding
                 sums[name][0] += (delta.T @ delta).double()
-                sums[name][1] += ((hidden * seen).T @ hidden).double()
+                sums[name][1] += ((hidden * is_token).T @ hidden).double()
 
             output.register_hook(backward)
 
@@ -186,23 +198,23 @@ def watched(model: Any, sums: dict[str, list[torch.Tensor]]) -> Iterator[None]:
 # 3. The truncation
 
 
-def truncated(b: torch.Tensor, a: torch.Tensor, rank: int, delta: Any, hidden: Any, damping: float) -> Factors:
-    """The best factors of `rank` for B·A where an error E costs tr(G·E·C·Eᵀ): the SVD of Lᵀ·R, L·Lᵀ = E[δ·δᵀ], R·Rᵀ = E[h·hᵀ]."""
-    left, left_inverse = root(damped(delta, b.T @ b, damping))
-    right, _ = root(damped(hidden, a @ a.T, damping))
-    u = torch.linalg.svd(left.T @ right)[0][:, :rank]
-    return b @ left_inverse @ u, u.T @ left.T @ a
+def truncate(b: torch.Tensor, a: torch.Tensor, rank: int, delta: Any, hidden: Any, damping: float) -> Factors:
+    """Return the best factors of `rank` for B·A if an error E costs tr(G·E·C·Eᵀ): the SVD of Lᵀ·R, L·Lᵀ = E[δ·δᵀ], R·Rᵀ = E[h·hᵀ]."""
+    left_root, left_inverse_root = compute_root(damp(delta, b.T @ b, damping))
+    right_root, _ = compute_root(damp(hidden, a @ a.T, damping))
+    u = torch.linalg.svd(left_root.T @ right_root)[0][:, :rank]
+    return b @ left_inverse_root @ u, u.T @ left_root.T @ a
 
 
-def damped(moment: torch.Tensor, plain: torch.Tensor, damping: float) -> torch.Tensor:
-    """The moment with a share of the plain metric: directions that few tokens show keep some weight."""
+def damp(moment: torch.Tensor, plain_metric: torch.Tensor, damping: float) -> torch.Tensor:
+    """Add a share of the plain metric to the moment, so that directions with few tokens keep some weight."""
     if moment.trace() <= 0:
-        return plain
-    return moment + damping * moment.trace() / plain.trace() * plain
+        return plain_metric
+    return moment + damping * moment.trace() / plain_metric.trace() * plain_metric
 
 
-def root(matrix: torch.Tensor) -> Factors:
-    """`(L, L⁻ᵀ)` with L·Lᵀ = matrix."""
+def compute_root(matrix: torch.Tensor) -> Factors:
+    """Return `(L, L⁻ᵀ)` with L·Lᵀ = matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     roots = values.clamp(min=1e-12 * values[-1]).sqrt()
     return vectors * roots, vectors / roots
@@ -211,8 +223,8 @@ def root(matrix: torch.Tensor) -> Factors:
 # 4. The comparison
 
 
-def paired_bound(differences: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
-    """`(mean difference a token, its 95% upper bound)`: Student's t over the examples of a ratio of sums."""
+def compute_paired_bound(differences: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
+    """Return `(mean difference per token, its 95% upper bound)`: Student's t over the examples for a ratio of sums."""
     mean = (differences.sum() / tokens.sum()).item()
     influence = (differences - tokens * mean) / tokens.mean()
     error = influence.std().item() / math.sqrt(len(influence))
@@ -221,9 +233,9 @@ def paired_bound(differences: torch.Tensor, tokens: torch.Tensor) -> tuple[float
 
 def encode(tokenizer: Any, row: dict[str, str], length: int = 512) -> Example:
     prompt, text = row.get("prompt", ""), row.get("completion", row.get("text", ""))
-    before = tokenizer(prompt)["input_ids"] if prompt else []
-    after = tokenizer(text, add_special_tokens=not prompt)["input_ids"] + [tokenizer.eos_token_id]
-    return (before + after)[:length], ([-100] * len(before) + after)[:length]
+    prompt_ids = tokenizer(prompt)["input_ids"] if prompt else []
+    completion_ids = tokenizer(text, add_special_tokens=not prompt)["input_ids"] + [tokenizer.eos_token_id]
+    return (prompt_ids + completion_ids)[:length], ([-100] * len(prompt_ids) + completion_ids)[:length]
 
 
 def main() -> None:
@@ -235,15 +247,18 @@ def main() -> None:
     parser.add_argument("--ranks", type=lambda text: tuple(map(int, text.split(","))), default=Settings.ranks)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--margin", type=float, default=Settings.margin)
-    given = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     rows = [
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in (given.train, given.held_out)
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for path in (arguments.train, arguments.held_out)
     ]
     train, held_out = ([encode(tokenizer, row) for row in split] for split in rows)
-    settings = Settings(given.ranks, learning_rate=given.learning_rate, steps=given.steps, margin=given.margin)
-    print(f"Rank {smallest_rank(model, train, held_out, settings)} of {max(settings.ranks)} is enough.")
+    settings = Settings(
+        arguments.ranks, learning_rate=arguments.learning_rate, steps=arguments.steps, margin=arguments.margin
+    )
+    print(f"Rank {find_smallest_rank(model, train, held_out, settings)} of {max(settings.ranks)} is enough.")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""transformers' `Trainer`.
+"""Select a rank with the `Trainer` of transformers.
 
 python examples/transformers_trainer.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
 """
 
 from __future__ import annotations
 
-from common import batches_of, options, rows_of, tokenised
+from common import build_batches, parse_options, read_rows, tokenize_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
-from rightrank.interop.transformers import causal_item_losses
+from rightrank.interop.transformers import causal_example_losses
 
-arguments = options()
+arguments = parse_options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-rows = tokenised(tokenizer, rows_of(arguments.data))
+rows = tokenize_rows(tokenizer, read_rows(arguments.data))
 held_out, training = rows[: arguments.held_out], rows[arguments.held_out :]
 
 
@@ -41,9 +41,9 @@ def train(task: TrialTask) -> TrialResult:
     trainer = Trainer(model, settings, data_collator=collator, train_dataset=training, eval_dataset=held_out)
     trainer.train()
     model.save_pretrained(task.folder)
-    looks = [one for one in trainer.state.log_history if "eval_loss" in one]
-    points = [EvalPoint(step=look["step"], value=look["eval_loss"]) for look in looks]
-    return causal_item_losses(model, batches_of(tokenizer, held_out, 16)).model_copy(update={"points": points})
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    points = [EvalPoint(step=look["step"], value=look["eval_loss"]) for look in evaluations]
+    return causal_example_losses(model, build_batches(tokenizer, held_out, 16)).model_copy(update={"points": points})
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""TRL's `SFTTrainer`.
+"""Select a rank with TRL's `SFTTrainer`.
 
 python examples/trl_sft.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
 """
 
 from __future__ import annotations
 
-from common import batches_of, options, rows_of, tokenised
+from common import build_batches, parse_options, read_rows, tokenize_rows
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.interop.transformers import causal_item_losses
+from rightrank.interop.transformers import causal_example_losses
 
-arguments = options()
+arguments = parse_options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-rows = rows_of(arguments.data)
-held_out = tokenised(tokenizer, rows[: arguments.held_out])
+rows = read_rows(arguments.data)
+held_out = tokenize_rows(tokenizer, rows[: arguments.held_out])
 training = Dataset.from_list(rows[arguments.held_out :])
 
 
@@ -45,7 +45,7 @@ def train(task: TrialTask) -> TrialResult:
     )
     trainer.train()
     trainer.model.save_pretrained(task.folder)
-    return causal_item_losses(trainer.model, batches_of(tokenizer, held_out, 16))
+    return causal_example_losses(trainer.model, build_batches(tokenizer, held_out, 16))
 
 
 if __name__ == "__main__":

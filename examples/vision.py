@@ -1,37 +1,37 @@
-"""A vision transformer that learns where a bright square is. Any model that PEFT adapts works the same way.
+"""Select a rank for a vision transformer that learns the position of a bright square. Any model that PEFT adapts works the same way.
 
-python examples/vision.py     (makes its own images; ViT's real class, random weights)
+python examples/vision.py     (creates its images; uses transformers' ViT class with random weights)
 """
 
 from __future__ import annotations
 
 import torch
-from common import options
+from common import parse_options
 from peft import LoraConfig, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from rightrank import TrialResult, TrialTask, select_rank_with
 
-arguments = options(needs_data=False)
+arguments = parse_options(needs_data=False)
 SIDE, CLASSES = 32, 4
 
 
-def images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise with a bright square in one of the four corners; the corner is the class."""
+def make_images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw noise with a bright square in one of the four corners; the corner is the class."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(count, 3, SIDE, SIDE, generator=generator)
     corners = torch.randint(CLASSES, (count,), generator=generator)
     for image, corner in zip(pixels, corners.tolist(), strict=True):
-        top, left = (corner // 2) * 16, (corner % 2) * 16
-        image[:, top + 4 : top + 12, left + 4 : left + 12] += 1.0
+        row, column = (corner // 2) * 16, (corner % 2) * 16
+        image[:, row + 4 : row + 12, column + 4 : column + 12] += 1.0
     return pixels, corners
 
 
-held_out, training = images(200, seed=1), images(400, seed=2)
+held_out, training = make_images(200, seed=1), make_images(400, seed=2)
 
 
 def train(task: TrialTask) -> TrialResult:
-    torch.manual_seed(0)  # of the base: the same for every trial
+    torch.manual_seed(0)  # so that the base model is the same for every trial
     base = ViTForImageClassification(
         ViTConfig(
             hidden_size=32,
@@ -51,16 +51,16 @@ def train(task: TrialTask) -> TrialResult:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=task.learning_rate)
     order = torch.Generator().manual_seed(task.seed)
     for _ in range(task.steps):
-        picked = torch.randint(len(training[0]), (16,), generator=order)
-        model(pixel_values=training[0][picked], labels=training[1][picked]).loss.backward()
+        indices = torch.randint(len(training[0]), (16,), generator=order)
+        model(pixel_values=training[0][indices], labels=training[1][indices]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     with torch.no_grad():
-        guesses = model(pixel_values=held_out[0]).logits.argmax(-1)
-    right = (guesses == held_out[1]).float().tolist()
+        predictions = model(pixel_values=held_out[0]).logits.argmax(-1)
+    correct = (predictions == held_out[1]).float().tolist()
     model.save_pretrained(task.folder)
-    return TrialResult(metrics={"accuracy": sum(right) / len(right)}, item_scores=right)
+    return TrialResult(metrics={"accuracy": sum(correct) / len(correct)}, example_scores=correct)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.multi_lora import ADAPTER, MultiLora, lora_modules
+from rightrank.train.multi_lora import ADAPTER, MultiLora, find_lora_modules
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import encode
+from rightrank.train.tokens import encode_splits
 
 
 def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     """What `select_rank` builds before the first trial."""
     splits = load_data(data, settings)
     loaded = load_base(str(model), settings, splits.summary.classes)
-    encoded = encode(splits, loaded, settings)
+    encoded = encode_splits(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, settings.training_steps(len(encoded.splits["train"])), cache)
 
 
@@ -32,14 +32,14 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path)
 def fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
     """The PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
-        multi_lora.add(ADAPTER, arm, runtime.config(arm))
+        multi_lora.add(ADAPTER, arm, runtime.make_config(arm))
         for module in multi_lora.peft_model.modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
                 del vars(module)["forward"]  # that of several adapters
-        for module in lora_modules(multi_lora.peft_model).values():
+        for module in find_lora_modules(multi_lora.peft_model).values():
             module.training = True  # which DoRA asks for before it drops anything out
             module.lora_dropout.train()
-        with runtime.recomputing():
+        with runtime.use_gradient_checkpointing():
             yield multi_lora.peft_model
 
 

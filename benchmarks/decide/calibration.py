@@ -81,7 +81,7 @@ def study(world: World, tables: int, seed: int) -> Found:
         decision = decision_of(table, world.margin, confidence=None)
         bad = {rank: bool(losses[place] - losses.min() >= world.margin) for place, rank in enumerate(RANKS)}
         shown.append(decision.fallback_rank is not None and bad[decision.fallback_rank])
-        handed.append(bad[decision.rank_at_hand])
+        handed.append(bad[decision.best_available_rank])
         if decision.rank is not None:
             named.append((decision.rank, right_rank(losses, world.margin), bad[decision.rank]))
     return Found(

@@ -56,7 +56,7 @@ def ours_on_grid(curve: Curve) -> Decision:
 
 def _decide(curve: Curve, results: list[Result]) -> Decision:
     named = {"metric": curve["metric"], "higher_is_better": curve["higher_is_better"]}
-    return decision_of(table_of_results(ResultsTable(**named, results=results, understood=[])), curve["margin"])
+    return decision_of(table_of_results(ResultsTable(**named, results=results, input_notes=[])), curve["margin"])
 
 
 def losses(curve: Curve) -> dict[int, float]:
@@ -158,7 +158,7 @@ def grids(all_curves: list[Curve]) -> dict[str, int]:
             decision.rank in curve["acceptable_ranks"] for curve, decision in zip(with_grid, decisions, strict=True)
         ),
         "lr_edge": sum("lr_edge" in decision.flags for decision in decisions),
-        "winner_gap": sum("winner_gap" in decision.flags for decision in decisions),
+        "winner_gap": sum("selection_bias" in decision.flags for decision in decisions),
     }
 
 

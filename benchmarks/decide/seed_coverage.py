@@ -13,7 +13,7 @@ learning rates and on the same held-out examples. Every choice of seeds is tried
     own         the rank's own variance over seeds alone, Student's t
     pooled      the ratio of seed noise to the spread between examples, pooled over the ranks at hand
     expected    the ratio of earlier grids alone (`NOISE`), nothing measured
-    after       what the decision gives as `further_seed_low` and `further_seed_high`
+    after       what the decision gives as `predictive_low` and `predictive_high`
 
 Before and own are also widened for the further seed's own noise where they know any. Shares are given with the number of
 differences and a 95% interval that resamples whole grids, since the differences of a grid share seeds and examples.
@@ -150,7 +150,7 @@ def own(seen: Seen) -> Interval:
 
 def at_ratio(seen: Seen, ratio: float, degrees: float) -> Interval:
     found = seen.plain
-    return _ends(found.with_seeds(ratio * seen.noise.spread / found.seeds, degrees).of_a_further_seed())
+    return _ends(found.with_seeds(ratio * seen.noise.example_variance / found.seeds, degrees).of_a_further_seed())
 
 
 def pooled(seen: Seen) -> Interval:
@@ -223,7 +223,7 @@ def checks(source: Source, sizes: Sequence[int] | None = None) -> Iterator[Check
                         continue
                     for method in methods_for(size, evidence.has_examples):
                         low, high, upper = METHODS[method](seen)
-                        width = (high - low) / 2 / math.sqrt(seen.noise.spread) if seen.noise.spread > 0 else 0.0
+                        width = (high - low) / 2 / math.sqrt(seen.noise.example_variance) if seen.noise.example_variance > 0 else 0.0
                         yield Check(source.task, size, method, low <= shown <= high, shown <= upper, width)
 
 

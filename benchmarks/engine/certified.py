@@ -123,7 +123,7 @@ def _tensor_difference(here: Mapping[str, torch.Tensor], there: Mapping[str, tor
 
 def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     work = arguments.work / dtype
-    changes: dict[str, Any] = {"layers_to_transform": arguments.layers, "eval_items": 24, "seeds": (0, 1)}
+    changes: dict[str, Any] = {"layers_to_transform": arguments.layers, "max_eval_examples": 24, "seeds": (0, 1)}
     runtime = make_runtime(arguments.model, arguments.data, arguments.steps, work / "cache", dtype=dtype, **changes)
     trials = [
         Trial(

@@ -14,14 +14,14 @@ from rightrank.models.base_models import load_base
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import EncodedData, encode
+from rightrank.train.tokens import EncodedData, encode_splits
 
 DEFAULTS: dict[str, Any] = {
     "ranks": (1, 16),
     "batch_size": 8,
     "seq_len": 128,
-    "eval_items": 96,
-    "eval_points": 1,
+    "max_eval_examples": 96,
+    "num_evaluations": 1,
 }
 
 
@@ -35,12 +35,12 @@ def make_runtime(model: str, data: Path, steps: int, cache: Path, **changes: Any
     settings = SelectSettings(**DEFAULTS | changes)
     splits = load_data(data, settings)
     loaded = load_base(model, settings, splits.summary.classes)
-    return Runtime(loaded, encode(splits, loaded, settings), settings, steps, cache)
+    return Runtime(loaded, encode_splits(splits, loaded, settings), settings, steps, cache)
 
 
 def one_pass(runtime: Runtime, cache: Path) -> Runtime:
     """The runtime with exactly as many training items as its steps take, so that everyone sees each once."""
-    needed = runtime.steps * runtime.settings.items_per_step
+    needed = runtime.steps * runtime.settings.examples_per_step
     splits = dict(runtime.data.splits) | {"train": TokenStore(runtime.data.splits["train"][:needed], None)}
     short = EncodedData(splits, runtime.data.texts, runtime.data.summary)
     return Runtime(runtime.loaded, short, runtime.settings, runtime.steps, cache)

@@ -33,10 +33,10 @@ from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_ro
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import fast_paths
-from rightrank.train.device import peak_bytes, reset_peak
+from rightrank.train.device import read_peak_bytes, reset_peak_memory
 from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
-from rightrank.train.targets import lora_config
+from rightrank.train.targets import make_lora_config
 from rightrank.train.trial import TrialFolders
 
 BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the first is whose held-out loss is shown
@@ -48,7 +48,7 @@ class Measured:
     seconds: float  # on a CPU of this process's processor time, since the wall also counts who else is at work; on a GPU the wall
     wall_seconds: float
     held_out: float  # nats a label
-    peak_bytes: int
+    read_peak_bytes: int
 
 
 class Clock:
@@ -75,14 +75,14 @@ class Job:
     data: Path
     work: Path
     steps: int
-    eval_items: int
+    max_eval_examples: int
     layers: tuple[int, ...] | None
     arms: int
     seed: int
 
     def runtime(self, dtype: str, **changes: Any) -> Runtime:
         """Ours, with exactly as many training items as one pass takes."""
-        settings: dict[str, Any] = {"dtype": dtype, "eval_items": self.eval_items, "seeds": (self.seed,), **changes}
+        settings: dict[str, Any] = {"dtype": dtype, "max_eval_examples": self.max_eval_examples, "seeds": (self.seed,), **changes}
         if self.layers:
             settings["layers_to_transform"] = self.layers
         shutil.rmtree(self.work / "cache", ignore_errors=True)
@@ -99,11 +99,11 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     runtime = job.runtime(dtype, **changes)
     trials = [Trial(trial_id=f"b{number}", arm=job.arm(number)) for number in range(job.arms)]
     folders = lambda trial: TrialFolders(job.work / f"{trial.trial_id}.ckpt", job.work / trial.trial_id)  # noqa: E731
-    reset_peak(runtime.loaded.device)
+    reset_peak_memory(runtime.loaded.device)
     begun = Clock()
     outcomes = list(train_trials(runtime, trials, None, folders, Listener(), pack))
     seconds, wall = begun.elapsed()
-    peak = peak_bytes(runtime.loaded.device)
+    peak = read_peak_bytes(runtime.loaded.device)
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == job.arms
     shown = next(outcome for outcome in finished if outcome.trial_id == trials[0].trial_id)
@@ -119,9 +119,9 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapte
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     runtime = job.runtime(dtype, cache_prefix=False)
-    config = lora_config(runtime.settings, job.arm(0), False, runtime.targets.names)
+    config = make_lora_config(runtime.settings, job.arm(0), False, runtime.targets.names)
     peft_model = get_peft_model(runtime.model, config, autocast_adapter_dtype=not small_adapters)
-    rows = {"train": trainer_rows(runtime, "train"), "selection": trainer_rows(runtime, "selection")}
+    rows = {"train": trainer_rows(runtime, "train"), "validation": trainer_rows(runtime, "validation")}
     common: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
         "per_device_train_batch_size": BATCH,
@@ -152,7 +152,7 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapte
             model=peft_model,
             args=arguments,
             train_dataset=Dataset.from_list(rows["train"]),
-            eval_dataset=Dataset.from_list(rows["selection"]),
+            eval_dataset=Dataset.from_list(rows["validation"]),
             data_collator=collator,
             processing_class=runtime.loaded.tokenizer,
         )
@@ -161,26 +161,26 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapte
             model=peft_model,
             args=TrainingArguments(**common),
             train_dataset=rows["train"],
-            eval_dataset=rows["selection"],
+            eval_dataset=rows["validation"],
             data_collator=collator,
         )
-    reset_peak(runtime.loaded.device)
+    reset_peak_memory(runtime.loaded.device)
     begun = Clock()
     built.train()
     built.evaluate()
-    elapsed, peak = begun.elapsed(), peak_bytes(runtime.loaded.device)
-    return Measured(*elapsed, runtime.evaluate("selection").loss, peak)  # the same figure for everyone
+    elapsed, peak = begun.elapsed(), read_peak_bytes(runtime.loaded.device)
+    return Measured(*elapsed, runtime.evaluate("validation").loss, peak)  # the same figure for everyone
 
 
 def ours_padded(job: Job, dtype: str) -> Measured:
     """Ours on padded batches of the same items, to see what joining them saves."""
-    with patch.object(fast_paths, "FUSED", None):
+    with patch.object(fast_paths, "FUSED_ATTENTION", None):
         return ours(job, dtype, 1)
 
 
 def ours_plain_attention(job: Job) -> Measured:
     """Ours in bfloat16 with attention left in bfloat16 too, to see what the difference is."""
-    with patch.object(fast_paths, "float32_attention", nullcontext):
+    with patch.object(fast_paths, "use_float32_attention", nullcontext):
         return ours(job, "bfloat16", 1)
 
 
@@ -219,7 +219,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.data,
             arguments.work,
             arguments.steps,
-            arguments.eval_items,
+            arguments.max_eval_examples,
             arguments.layers or layers,
             arms,
             number,
@@ -254,7 +254,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--layers", type=lambda text: tuple(map(int, text.split(","))), help="other layers than the job's"
     )
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--eval-items", type=int, default=24)
+    parser.add_argument("--max-eval-examples", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl", action="store_true")
     parser.add_argument("--only", action="append", help="a contender, for each that is run; all by default")

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.engine.common import machine, make_runtime
 from rightrank.schema.trials import Arm
-from rightrank.train.device import peak_bytes, reset_peak
+from rightrank.train.device import read_peak_bytes, reset_peak_memory
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.runtime import Runtime
 
@@ -30,17 +30,17 @@ def measure(runtime: Runtime, ranks: list[int], indices: list[int]) -> dict[str,
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, rank in enumerate(ranks):
             arm = Arm(rank=rank, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=1)
-            multi_lora.add(f"g{number}", arm, runtime.config(arm))
-        batch = runtime.batch("train", indices)
+            multi_lora.add(f"g{number}", arm, runtime.make_config(arm))
+        batch = runtime.make_batch("train", indices)
         arm_batches = [ArmBatch(f"g{number}", batch, 1.0, None) for number in range(len(ranks))]
         runtime.accumulate_gradients(multi_lora, arm_batches)  # the prefix, gradients and the allocator are there now
         times: list[float] = []
-        reset_peak(runtime.loaded.device)
+        reset_peak_memory(runtime.loaded.device)
         for _ in range(PASSES):
             begun = time.process_time()
             runtime.accumulate_gradients(multi_lora, arm_batches)
             times.append(time.process_time() - begun)
-        peak = peak_bytes(runtime.loaded.device)
+        peak = read_peak_bytes(runtime.loaded.device)
     return {"arms": len(ranks), "rank": ranks[0], "tokens": batch.tokens, "seconds": min(times), "peak_bytes": peak}
 
 
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     arguments = parser.parse_args()
     layers = tuple(int(part) for part in arguments.layers.split(","))
-    runtime = make_runtime(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, eval_items=8)
-    usual = runtime.batch_plan(0)[0]
+    runtime = make_runtime(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, max_eval_examples=8)
+    usual = runtime.plan_batches(0)[0]
     by_length = np.argsort(runtime.data.splits["train"].lengths, kind="stable").tolist()
     begins = [int(share * len(by_length)) for share in (0.05, 0.5, 0.95)]
     lengths = [by_length[begin : begin + 8] for begin in begins]

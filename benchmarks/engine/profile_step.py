@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.engine.common import machine, make_runtime
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.batches import float32_attention, packed_attention
+from rightrank.train.batches import use_float32_attention, use_packed_attention
 from rightrank.train.loop import train_trials
 from rightrank.train.prefix import find_blocks
 from rightrank.train.trial import TrialFolders
@@ -56,7 +56,7 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
         for i in range(arms)
     ]
     folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id)  # noqa: E731
-    runtime.evaluate("selection")
+    runtime.evaluate("validation")
     list(train_trials(runtime, trials, None, folders, Listener(), arms))  # warm: prefix, allocator
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         begun = time.perf_counter()
@@ -104,8 +104,8 @@ def pieces(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
             torch.addmm(x, y @ b, a), y.T @ both[0], both[1].T @ x
 
     def attention() -> None:
-        with float32_attention() if dtype != torch.float32 else nullcontext():
-            with packed_attention(lengths, torch.device("cpu")):
+        with use_float32_attention() if dtype != torch.float32 else nullcontext():
+            with use_packed_attention(lengths, torch.device("cpu")):
                 y = ALL_ATTENTION_FUNCTIONS["sdpa"](block.self_attn, *turned, None, is_causal=True)[0]
             y.backward(torch.ones_like(y))
 
@@ -161,12 +161,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     arguments = parser.parse_args()
-    changes: dict[str, Any] = {"dtype": arguments.dtype, "eval_items": 2, "eval_points": 1, "ranks": (RANK,)}
+    changes: dict[str, Any] = {"dtype": arguments.dtype, "max_eval_examples": 2, "num_evaluations": 1, "ranks": (RANK,)}
     if arguments.layers:
         changes["layers_to_transform"] = tuple(int(part) for part in arguments.layers.split(","))
     runtime = make_runtime(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
     facts = {"machine": machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
-    rows = [runtime.data.splits["train"][index].length for index in runtime.batch_plan(0)[0]]
+    rows = [runtime.data.splits["train"][index].length for index in runtime.plan_batches(0)[0]]
     rates = {"gflops": matmul_rates(runtime, 640), "rows": sum(rows), "ms_of_a_layer": pieces(runtime, rows)}
     text = json.dumps(facts | measure(runtime, arguments.arms, arguments.steps, arguments.work) | rates, indent=1)
     print(text)

@@ -133,7 +133,7 @@ def _train(task: TrialTask) -> TrialResult:
     loss = 3 + 0.2 / (1 + task.rank) + task.learning_rate
     if (task.rank, task.seed) == (8, 1):
         loss = math.nan
-    return TrialResult(metrics={"loss": loss}, item_scores=[loss - 0.5, loss, loss + 0.5], item_weights=[3, 5, 3])
+    return TrialResult(metrics={"loss": loss}, example_scores=[loss - 0.5, loss, loss + 0.5], example_weights=[3, 5, 3])
 
 
 def _jsonl(rows: list[dict[str, Any]]) -> bytes:

@@ -16,18 +16,18 @@ from benchmarks.tiny import make_tokenizer
 from rightrank.adapters.spectra import open_weights
 from rightrank.api.adapters import inspect
 from rightrank.api.runs import decide, status
-from rightrank.cli.options import gather
+from rightrank.cli.options import gather_settings
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
 from rightrank.decision.records import answers_of
 from rightrank.report.html import render_report
-from rightrank.report.terminal import decision_text
+from rightrank.report.terminal import format_decision
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import seal
 from rightrank.schema.errors import InputError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.tokens import encode
+from rightrank.train.tokens import encode_splits
 
 PART = b"\n--part--\n"  # between the files of one input
 
@@ -62,7 +62,7 @@ def read_data(data: bytes, folder: Path) -> None:
     path.write_bytes(body)
     settings = SelectSettings(batch_size=1, test_fraction=0.3, validation_fraction=0.3, seq_len=64)
     splits = load_data(path, settings)
-    encode(splits, SimpleNamespace(tokenizer=_tokenizer()), settings)  # type: ignore[arg-type]
+    encode_splits(splits, SimpleNamespace(tokenizer=_tokenizer()), settings)  # type: ignore[arg-type]
 
 
 def read_results(data: bytes, folder: Path) -> None:
@@ -86,18 +86,18 @@ def read_imported(data: bytes, folder: Path) -> None:
 def _decide(path: Path) -> None:
     decided = decide(path)
     decided.decision.model_dump_json()
-    decision_text(decided.decision, decided.understood, 80).encode()
+    format_decision(decided.decision, decided.input_notes, 80).encode()
 
 
 def read_settings(data: bytes, folder: Path) -> None:
     """A configuration file, and the same text as assignments on the command line."""
     text = data.decode("utf-8", "replace")
     for line in text.splitlines()[:5]:
-        _refusable(lambda line=line: SelectSettings(**gather(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
+        _refusable(lambda line=line: SelectSettings(**gather_settings(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
         _refusable(lambda line=line: SelectSettings(memory_bytes=line))  # type: ignore[misc]
     path = folder / "config.yaml"
     path.write_bytes(data)
-    values = gather(path, (), {})
+    values = gather_settings(path, (), {})
     _refusable(lambda: PlanSettings(**values))
     SelectSettings(**values).model_dump(mode="json")
 
@@ -138,14 +138,14 @@ def read_model(data: bytes, folder: Path) -> None:
 def read_journal(data: bytes, folder: Path) -> None:
     """A run folder: where it stands, its decision, its report."""
     from rightrank.decision.records import decision_so_far, records_of
-    from rightrank.report.status import last_decided
+    from rightrank.report.status import find_last_decision
 
     (folder / "journal.jsonl").write_bytes(_journal(data))
     status(folder).model_dump_json()
     _refusable(lambda: _decide(folder))
-    journal = RunFolder.existing(folder).journal.read()
+    journal = RunFolder.open_existing(folder).journal.read()
     records = records_of(journal, str(folder))
-    decided = last_decided(journal)
+    decided = find_last_decision(journal)
     decision = decision_so_far(records) if decided is None else decided.decision
     render_report(records, answers_of(records, decision)).encode()
 

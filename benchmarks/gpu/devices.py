@@ -40,14 +40,14 @@ from benchmarks.tiny import (
 )
 from rightrank.models import base_models
 from rightrank.runs import prepare as preparation
-from rightrank.runs.values import Request
+from rightrank.runs.values import SelectionInputs
 from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.train import targets
 from rightrank.train.loop import run_trial, train_trials
 from rightrank.train.loss import chunked_cross_entropy
-from rightrank.train.pace import adapters_per_pass_for, measure_pace
+from rightrank.train.pace import choose_adapters_per_pass, measure_pace
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 
@@ -98,25 +98,25 @@ def run_case(name: str, device: str, folder: Path) -> dict[str, Any]:
     """Losses and adapters of two arms, alone and in a pass, and of a truncation with moments where one can be made."""
     model, sizes, form, settings = CASES[name]
     request = _request(model, sizes, form, settings | {"device": device}, folder)
-    prepared = preparation.prepare(request, folder / "cache")
+    prepared = preparation.prepare_selection(request, folder / "cache")
     runtime = prepared.runtime
     arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=16.0, seed=rank, steps=STEPS) for rank in (2, 4)]
     paths = runtime.fast_paths
-    found: dict[str, Any] = {"base": runtime.evaluate("selection").losses}
+    found: dict[str, Any] = {"base": runtime.evaluate("validation").losses}
     found["taken"] = [paths.sequence_packing, paths.last_block is not None, paths.prefix is not None]
     base_loss = sum(found["base"])
-    for way, count in (("alone", 1), *([] if runtime.targets.why_alone else [("together", 2)])):
+    for way, count in (("alone", 1), *([] if runtime.targets.unshared_reason else [("together", 2)])):
         for number, one in enumerate(_trained(runtime, arms, folder / way, count, base_loss)):
-            found[f"{way} {number}"] = one.train_losses + one.item_losses
+            found[f"{way} {number}"] = one.train_losses + one.example_losses
             found[f"{way} {number} adapter"] = _weights(folder / way / f"t{number}")
-    if runtime.targets.why_not_truncated is None:
+    if runtime.targets.untruncatable_reason is None:
         cut = Arm(rank=1, learning_rate=1e-2, lora_alpha=16.0, seed=4, steps=1, truncate_from="t1")
         places = TrialFolders(folder / "cut.ckpt", folder / "cut", None, folder / "alone" / "t1", folder / "moments")
         ended = next(train_trials(runtime, [Trial(trial_id="cut", arm=cut)], base_loss, lambda _: places, Listener()))
         assert isinstance(ended, TrialFinished), ended
-        found["cut"] = ended.train_losses + ended.item_losses
+        found["cut"] = ended.train_losses + ended.example_losses
     if name == "other ends":
-        assert adapters_per_pass_for(runtime, arms, lambda _: None) >= 1
+        assert choose_adapters_per_pass(runtime, arms, lambda _: None) >= 1
         assert measure_pace(runtime, arms[0]) is not None
         found |= other_ends(runtime, base_loss, folder)
     if name == "an adapter that exists":
@@ -149,7 +149,7 @@ def other_ends(runtime: Runtime, base_loss: float, folder: Path) -> dict[str, li
         ("continued", end("continued", rest)),
     ):
         assert isinstance(outcome, TrialFinished), outcome
-        found[name] = outcome.train_losses + outcome.item_losses
+        found[name] = outcome.train_losses + outcome.example_losses
     plain, pair = Runtime.accumulate_gradients, [arm, arm.model_copy(update={"rank": 4})]
 
     def one_alone(*given: Any) -> list[torch.Tensor]:
@@ -157,7 +157,7 @@ def other_ends(runtime: Runtime, base_loss: float, folder: Path) -> dict[str, li
 
     with patch.object(Runtime, "accumulate_gradients", one_alone):
         halved = _trained(runtime, pair, folder / "halved", 2, base_loss)
-    found |= {f"halved {one.rank}": one.train_losses + one.item_losses for one in halved}
+    found |= {f"halved {one.rank}": one.train_losses + one.example_losses for one in halved}
     with patch.object(Runtime, "accumulate_gradients", lambda *_: _no_memory()):
         assert isinstance(end("none", arm), TrialFailed)
     assert isinstance(end("diverged", arm, base=1e-3), TrialDiverged)
@@ -187,12 +187,12 @@ def plans_for_cuda(folder: Path) -> list[dict[str, Any]]:
     for name, settings in PLANS.items():
         wanted: Any = {"ranks": (2, 4), "batch_size": 4, "seq_len": 32, "device": "cuda"} | settings
         planned = plan_command.plan(request.model, **wanted)
-        assert f"{planned.targets} adapted matrices" in plan_command._plan_text(planned)
+        assert f"{planned.targets} adapted matrices" in plan_command._format_plan(planned)
         found.append({"plan": name, "peak_bytes": [row.peak_bytes for row in planned.ranks], "fits": planned.max_rank})
     config = read_config(request.model, False)
     enough = request.settings.model_copy(update={"memory_bytes": 2**30, "adapters_per_pass": 8})
     planned_selection = plan_selection(config, enough, 32, "cuda")
-    together = planned_selection.peak_of([2, 4])
+    together = planned_selection.predict_peak_bytes([2, 4])
     assert together is not None
     assert together > planned_selection.peak_bytes[4]
     fits, count = max(planned_selection.ranks), planned_selection.max_adapters_per_pass
@@ -203,7 +203,7 @@ def plans_for_cuda(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _request(model: str, sizes: dict[str, Any], form: str, settings: dict[str, Any], folder: Path) -> Request:
+def _request(model: str, sizes: dict[str, Any], form: str, settings: dict[str, Any], folder: Path) -> SelectionInputs:
     import transformers
 
     tokenizer, base, data = make_tokenizer(), folder / "base", folder / "data.jsonl"
@@ -217,8 +217,8 @@ def _request(model: str, sizes: dict[str, Any], form: str, settings: dict[str, A
         write_jsonl(data, [{"text": text, "label": "ab"["cat" in text]} for text in sentences(80, seed=2)])
     else:
         (write_pairs if form == "pairs" else write_completions)(data, 80)
-    wanted = {"ranks": (2, 4), "max_steps": STEPS, "eval_items": 6, "batch_size": 4, "seq_len": 32} | settings
-    return Request(str(base), None, data, small_settings(**wanted))
+    wanted = {"ranks": (2, 4), "max_steps": STEPS, "max_eval_examples": 6, "batch_size": 4, "seq_len": 32} | settings
+    return SelectionInputs(str(base), None, data, small_settings(**wanted))
 
 
 def _trained(runtime: Any, arms: list[Arm], folder: Path, size: int, base_loss: float) -> list[TrialFinished]:

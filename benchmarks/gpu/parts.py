@@ -35,7 +35,7 @@ from rightrank.schema.events import Event, Listener, Notice
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import fast_paths
 from rightrank.train.loop import train_trials
-from rightrank.train.pace import multi_lora_obstacle
+from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 
@@ -71,7 +71,7 @@ class Job:
         return layers - 2, layers - 1
 
     def runtime(self, name: str, **changes: Any) -> Runtime:
-        settings: Row = {"device": self.device, "dtype": "float32", "eval_items": 4 if self.rehearse else 64}
+        settings: Row = {"device": self.device, "dtype": "float32", "max_eval_examples": 4 if self.rehearse else 64}
         if self.rehearse:
             settings |= {"batch_size": 2, "seq_len": 48}
         return make_runtime(str(self.model), self.data, self.steps, self.work / name, **(settings | changes))
@@ -121,7 +121,7 @@ def equal(job: Job) -> Iterator[Row]:
             continue
         runtime, arms = job.runtime(f"equal {name}", **changes), job.arms(2 if job.rehearse else 4)
         alone = job.train(f"{name} alone", runtime, arms, 1, Listener())
-        obstacle = multi_lora_obstacle(runtime, arms)  # DoRA trains alone, and so do arms over 8 bits
+        obstacle = find_multi_lora_obstacle(runtime, arms)  # DoRA trains alone, and so do arms over 8 bits
         together = None if obstacle else job.train(f"{name} together", runtime, arms, len(arms), Listener())
         yield {
             "case": name,
@@ -137,7 +137,7 @@ def attention(job: Job) -> Iterator[Row]:
     for dtype in ("float32", "bfloat16"):
         rows = {}
         for name, joined in (("joined", True), ("padded", False)):
-            with patch.object(fast_paths, "FUSED", fast_paths.FUSED if joined else None):
+            with patch.object(fast_paths, "FUSED_ATTENTION", fast_paths.FUSED_ATTENTION if joined else None):
                 runtime = job.runtime(f"attention {dtype} {name}", dtype=dtype)
             job.train(f"{dtype} {name} first", runtime, job.arms(1), 1, Listener())  # kernels are loaded
             rows[name] = job.train(f"{dtype} {name}", runtime, job.arms(1), 1, Listener())
@@ -152,7 +152,7 @@ def attention(job: Job) -> Iterator[Row]:
 def speed(job: Job) -> Iterator[Row]:
     """One arm on all layers, against `Trainer` + PEFT at its defaults and at its best, and TRL where it is installed."""
     words = [str(job.model), str(job.data), "--work", str(job.work / "speed"), "--steps", str(2 * job.steps)]
-    words += ["--rounds", "1" if job.rehearse else "3", "--eval-items", "4" if job.rehearse else "64"]
+    words += ["--rounds", "1" if job.rehearse else "3", "--max-eval-examples", "4" if job.rehearse else "64"]
     words += ["--trl"] if find_spec("trl") and not job.rehearse else []
     measured = compare.measure(compare.parse(words))
     for ours, ratios in measured["speedup"].items():
@@ -194,9 +194,9 @@ def selection(job: Job) -> Iterator[Row]:
         "learning_rates": (3e-4, 1e-3),
         "seeds": (0,),
     }
-    sizes: Row = {"max_steps": 4, "batch_size": 4, "seq_len": 48, "eval_items": 12, "eval_points": 2}
+    sizes: Row = {"max_steps": 4, "batch_size": 4, "seq_len": 48, "max_eval_examples": 12, "num_evaluations": 2}
     if not job.rehearse:
-        sizes = {"max_steps": 100, "batch_size": 16, "seq_len": 256, "eval_items": 128}
+        sizes = {"max_steps": 100, "batch_size": 16, "seq_len": 256, "max_eval_examples": 128}
     begun = time.monotonic()
     folder = RunFolder(job.work / "run")
     selected = select_rank(str(job.model), str(job.data), folder.path, **(chosen | sizes))
@@ -209,7 +209,7 @@ def selection(job: Job) -> Iterator[Row]:
         "adapter_rank": selected.adapter.rank,
         "adapter_sentence": selected.adapter.sentence,
         "sentence": selected.decision.sentence,
-        "trials": len(folder.journal.read_settled()),
+        "trials": len(folder.journal.read_complete_lines()),
         "adapter_loss_in_peft": _loss_in_peft(job, selected.adapter.path, chosen | sizes),
     }
 
@@ -273,7 +273,7 @@ def _loss_in_peft(job: Job, adapter: Path, settings: Row) -> float:
 
     runtime = make_runtime(str(job.model), job.data, settings["max_steps"], job.work / "again", **settings)
     model = PeftModel.from_pretrained(runtime.model, str(adapter)).eval()
-    labels = sum(sum(label != -100 for label in item.labels) for item in runtime.data.splits["selection"])
+    labels = sum(sum(label != -100 for label in item.labels) for item in runtime.data.splits["validation"])
     return sum(example_losses(model, runtime)) / labels
 
 

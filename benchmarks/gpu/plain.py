@@ -13,24 +13,24 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.schema.trials import Arm
-from rightrank.train.multi_lora import ADAPTER, MultiLora, lora_modules
-from rightrank.train.optimizer import learning_rate_schedule
+from rightrank.train.multi_lora import ADAPTER, MultiLora, find_lora_modules
+from rightrank.train.optimizer import make_schedule
 from rightrank.train.runtime import Runtime
-from rightrank.train.targets import without_peft_noise
+from rightrank.train.targets import suppress_peft_warnings
 
 
 @contextmanager
 def fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
     """The PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
-        multi_lora.add(ADAPTER, arm, runtime.config(arm))
+        multi_lora.add(ADAPTER, arm, runtime.make_config(arm))
         for module in multi_lora.peft_model.modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
                 del vars(module)["forward"]  # that of several adapters
-        for module in lora_modules(multi_lora.peft_model).values():
+        for module in find_lora_modules(multi_lora.peft_model).values():
             module.training = True  # which DoRA asks for before it drops anything out
             module.lora_dropout.train()
-        with runtime.recomputing():
+        with runtime.use_gradient_checkpointing():
             yield multi_lora.peft_model
 
 
@@ -53,15 +53,15 @@ def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, 
 def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
     """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
     settings = runtime.settings
-    with without_peft_noise():
-        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.config(arm)).eval()
+    with suppress_peft_warnings():
+        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.make_config(arm)).eval()
     named = with_first_values(runtime, arm, peft_model)
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     first = [group["lr"] for group in optimizer.param_groups]
-    factor = learning_rate_schedule(settings, arm.steps)
+    factor = make_schedule(settings, arm.steps)
     losses: list[float] = []
-    for step, indices in enumerate(runtime.batch_plan(arm.seed)):
-        batch = runtime.batch("train", indices)
+    for step, indices in enumerate(runtime.plan_batches(arm.seed)):
+        batch = runtime.make_batch("train", indices)
         for group, rate in zip(optimizer.param_groups, first, strict=True):
             group["lr"] = rate * factor(step)
         loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
@@ -77,8 +77,8 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
 def example_losses(model: Any, runtime: Runtime) -> list[float]:
     """The summed label losses of each validation example, one at a time, by transformers' own loss."""
     found = []
-    for index in range(len(runtime.data.splits["selection"])):
-        batch = runtime.batch("selection", [index])
+    for index in range(len(runtime.data.splits["validation"])):
+        batch = runtime.make_batch("validation", [index])
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         found.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))
     return found

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rightrank.report.figure import Axis, Band, Figure, Mark, Series, rank_axis
-from rightrank.report.svg import svg_file
+from rightrank.report.figure import Axis, Band, Figure, Mark, Series, build_rank_axis
+from rightrank.report.svg import render_svg_file
 
 HERE = Path(__file__).parent
 IMAGE = HERE.parents[1] / "docs" / "images" / "in_training.svg"
@@ -23,7 +23,7 @@ def stored() -> dict[str, Any]:
 
 
 def drawing() -> str:
-    return svg_file(figure_of(stored()))
+    return render_svg_file(figure_of(stored()))
 
 
 def figure_of(found: dict[str, Any]) -> Figure:
@@ -40,7 +40,7 @@ def figure_of(found: dict[str, Any]) -> Figure:
         title=f"One training at rank {top}, {found['steps']} steps; its end took {share:.0%} of its time and found rank {chosen}",
         alt=f"Held-out loss of the truncations of a rank {top} adapter against that adapter: "
         + "; ".join(f"rank {rank} {difference:+.4f}, at most {high:+.4f}" for rank, difference, high in rows),
-        x=rank_axis(ranks),
+        x=build_rank_axis(ranks),
         y=Axis(f"worse than rank {top}: {unit}", limits=(min(ends) - room, max(ends) + room)),
         series=(
             Series(

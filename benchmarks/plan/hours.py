@@ -21,11 +21,11 @@ from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS
 from benchmarks.results import store
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.report.format import duration
+from rightrank.report.format import format_duration
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
 from rightrank.search import make_strategy
-from rightrank.search.history import space_of
+from rightrank.search.history import build_space
 from rightrank.train.pace import RUN_EVALUATIONS
 
 HERE = Path(__file__).parent
@@ -61,17 +61,17 @@ def planned(model: str) -> dict[str, Any]:
     """Operations, trainings and memory of the selection."""
     settings = PlanSettings(**RUN | LOOP | MODELS[model])
     estimator = Estimator(FULL_CONFIGS[model](), settings)
-    strategy = make_strategy("bracket", space_of(SelectSettings(ranks=settings.ranks), STEPS))
-    cost, passes = strategy.cost(), 3 if settings.gradient_checkpointing else 2  # forward, again, and backward
+    strategy = make_strategy("bracket", build_space(SelectSettings(ranks=settings.ranks), STEPS))
+    cost, passes = strategy.estimate_cost(), 3 if settings.gradient_checkpointing else 2  # forward, again, and backward
 
     def operations(step: float, trainings: float, arms: int) -> float:
         ends = max(0.0, arms - 1 - trainings)
         evaluations = trainings * EVAL_POINTS + ends + RUN_EVALUATIONS
         return step * (trainings * STEPS + evaluations * EVAL_ITEMS / settings.batch_size / passes)
 
-    steps = [estimator.step(rank).flops for rank in settings.ranks]
+    steps = [estimator.get_step_trace(rank).flops for rank in settings.ranks]
     return {
-        "expected_flops": operations(fmean(steps), cost.expected, strategy.expected_arms()),
+        "expected_flops": operations(fmean(steps), cost.expected, strategy.estimate_arms()),
         "most_flops": operations(max(steps), cost.maximum, cost.max_arms),
         "expected_trainings": cost.expected,
         "most_trainings": cost.maximum,
@@ -85,7 +85,7 @@ def cell(found: Mapping[str, Any], gpu: str, utilisation: float) -> str:
     if found["needed_bytes"] > GPUS[gpu][1] * GIB:
         return "–"
     speed = GPUS[gpu][0] * 1e12 * utilisation
-    times = (duration(found[name] / speed) for name in ("expected_flops", "most_flops"))
+    times = (format_duration(found[name] / speed) for name in ("expected_flops", "most_flops"))
     return ", at most ".join(times)
 
 

@@ -22,10 +22,10 @@ from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
-from rightrank.train.device import gradient_checkpointing_on
+from rightrank.train.device import enable_gradient_checkpointing
 from rightrank.train.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
 from rightrank.train.multi_lora import ArmBatch, MultiLora
-from rightrank.train.targets import find_targets, lora_config
+from rightrank.train.targets import find_targets, make_lora_config
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -111,17 +111,17 @@ def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measur
     objective: Any = classification_loss if classification else head_loss
     with (
         MultiLora(model, select) as multi_lora,
-        gradient_checkpointing_on(model) if settings.gradient_checkpointing else nullcontext(),
+        enable_gradient_checkpointing(model) if settings.gradient_checkpointing else nullcontext(),
     ):
         optimizers, arm_batches = [], []
         for number in range(settings.adapters_per_pass):
-            config = lora_config(select, arm, classification, names)
+            config = make_lora_config(select, arm, classification, names)
             parameters = list(multi_lora.add(f"arm_{number}", arm, config).values())
             optimizers.append(torch.optim.AdamW(parameters, lr=1e-4, fused=True))
             arm_batches.append(ArmBatch(f"arm_{number}", batch, 1.0, None))
 
         def step() -> None:
-            with multi_lora.routed(arm_batches, 0) as (rows, _):
+            with multi_lora.route(arm_batches, 0) as (rows, _):
                 torch.autograd.backward(objective(model, rows, 1.0).total)
             for optimizer in optimizers:
                 optimizer.step()
@@ -201,7 +201,7 @@ def _recomputed(model: Any, settings: PlanSettings) -> Any:
         return
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     if settings.loss == "chunked":
-        with gradient_checkpointing_on(model.get_base_model()):
+        with enable_gradient_checkpointing(model.get_base_model()):
             yield
     else:
         yield

@@ -202,7 +202,7 @@ def by_decision(confidence: float | None = None) -> Pick:
     def pick(grid: WideGrid, seeds: Sequence[int], examples: Any, margin: float) -> tuple[CellKey, bool]:
         options = {} if confidence is None else {"confidence": confidence}
         decision = decision_of(grid.table(seeds, examples), margin, **options)
-        rank = decision.rank_at_hand
+        rank = decision.best_available_rank
         rates = {evidence.rank: evidence.learning_rate for evidence in decision.ranks}
         rate = rates.get(rank) or best_by_rank(grid.means(seeds, examples))[rank][1]
         return (rank, rate), decision.rank is not None

@@ -91,7 +91,7 @@ def judge_adapter(curve: GridCurve, margin: float, done: Replayed) -> Judged:
     truth = min(rank for (_, rank, _), loss in known.items() if loss <= best + margin + 1e-9)
     pick = done.adapter.rank
     ranks = sorted({rank for _, rank, _ in known})
-    found = known.get((done.adapter.how, pick, done.parent_learning_rate))
+    found = known.get((done.adapter.method, pick, done.parent_learning_rate))
     reference = known.get(("trained", done.adapter.trained_rank, done.parent_learning_rate))
     regret = 0.0 if found is None else max(0.0, found - best - margin)
     worse = 0.0 if found is None or reference is None else found - reference

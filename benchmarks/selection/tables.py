@@ -212,17 +212,17 @@ class Recommendation:
 
 def recommend(strategy: Strategy, outcomes: Sequence[TrialOutcome]) -> Recommendation:
     """The rank that the outcomes support best. The decision, which has intervals, may differ."""
-    trials = strategy.trials(outcomes)
-    rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.smallest_that_holds()
-    learning_rate = None if rank is None else trials.best_learning_rate(rank)
-    return Recommendation(rank, learning_rate, trials.reference())
+    trials = strategy.replay_trials(outcomes)
+    rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.find_smallest_rank()
+    learning_rate = None if rank is None else trials.find_best_learning_rate(rank)
+    return Recommendation(rank, learning_rate, trials.find_reference())
 
 
 def _smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
     """The smallest rank that no higher one is shown to beat by more than the margin."""
     chosen: int | None = None
-    for rank in sorted(trials.ranks()):
-        if chosen is None or (strategy.gains(trials, rank, [chosen]) and trials.excess(rank, chosen).high < 0):
+    for rank in sorted(trials.list_ranks()):
+        if chosen is None or (strategy.has_gain(trials, rank, [chosen]) and trials.compute_excess(rank, chosen).high < 0):
             chosen = rank
     return chosen
 
@@ -260,9 +260,9 @@ class TableRunner:
             **arm.model_dump(),
             value=value,
             metrics={metric: value} | ({} if loss is None else {"loss": loss}),
-            item_losses=items if is_loss else [],
-            item_tokens=self._curve.item_tokens if items and is_loss else [],
-            item_scores=items if items and not is_loss else None,
+            example_losses=items if is_loss else [],
+            example_tokens=self._curve.item_tokens if items and is_loss else [],
+            example_scores=items if items and not is_loss else None,
             train_value=None,
             points=self._points(arm),
             trainable_parameters=arm.rank,
@@ -337,7 +337,7 @@ def space_of_grid(
         goal=goal,
         metric=curve.metric,
         kind="loss" if curve.metric == "loss" else metric_kind(curve.metric, curve.higher_is_better),
-        truncates=bool(curve.truncated),
+        can_truncate=bool(curve.truncated),
         trusts_values=not curve.truncated_items,
         higher_is_better=curve.higher_is_better,
         budget_steps=None if budget is None else budget * REPLAY_STEPS,
@@ -357,7 +357,7 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
                 steps += steps_of(arm, finished)
                 finished[outcome.trial_id] = outcome
             outcomes.append(outcome)
-    adapter = strategy.trials(outcomes).adapter
+    adapter = strategy.replay_trials(outcomes).adapter
     parent = next((one for one in outcomes if adapter is not None and one.trial_id == adapter.trained_id), None)
     learning_rate = None if parent is None else parent.learning_rate
     return Replayed(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rightrank.schema.settings import SelectSettings
     from rightrank.schema.trials import EvalPoint
 
-_PLACES = {
+_MODULES = {
     "api.adapters": ("compare", "inspect", "resize"),
     "api.runs": ("decide", "export", "to_pandas", "write_report"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
@@ -65,13 +65,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names on first use, `import rightrank` alone costs nothing; and the functions of plug-ins."""
-    for place, names in _PLACES.items():
+    """Import public names and functions of plug-ins on first use, so that `import rightrank` alone costs nothing."""
+    for module, names in _MODULES.items():
         if name in names:
-            return getattr(import_module(f"rightrank.{place}"), name)
+            return getattr(import_module(f"rightrank.{module}"), name)
     if not name.startswith("_"):
         from rightrank.runs import plugins
 
-        if (function := plugins.merged(lambda plugin: plugin.functions).get(name)) is not None:
+        if (function := plugins.collect_mapping(lambda plugin: plugin.functions).get(name)) is not None:
             return function
     raise AttributeError(f"module 'rightrank' has no attribute {name!r}")

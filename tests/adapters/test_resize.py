@@ -17,7 +17,7 @@ from rightrank.adapters.resize_by_data import scored_data
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
-from rightrank.models.truncation import Moments, components, ranks_within
+from rightrank.models.truncation import Moments, decompose_update, allocate_ranks
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Evaluating, Listener, Notice
 from rightrank.schema.settings import SelectSettings
@@ -69,8 +69,8 @@ def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
     for candidate in answer["candidates"]:
         assert candidate["value"] == by_rank[candidate["rank"]]
         assert candidate["difference"] == pytest.approx(by_rank[candidate["rank"]] - by_rank[8], abs=1e-6)
-        assert candidate["holds"] == (candidate["difference_high"] < 0.05)
-    assert all(one["holds"] for one in answer["candidates"] if one["rank"] >= answer["rank"])
+        assert candidate["is_within_margin"] == (candidate["difference_high"] < 0.05)
+    assert all(one["is_within_margin"] for one in answer["candidates"] if one["rank"] >= answer["rank"])
     assert open_adapter(out).config["r"] == answer["rank"]
 
 
@@ -105,12 +105,12 @@ def test_the_reported_value_is_that_of_the_written_folder(
     adapter = open_adapter(tmp_path / "small")
     splits = scored_data(adapter, completion_file, completion_file, settings).splits
     runtime = make_adapter_runtime(adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache", splits=splits))
-    before = runtime.evaluate("selection").loss
+    before = runtime.evaluate("validation").loss
     with attach_adapter(runtime, tmp_path / "small"):
-        loss = runtime.evaluate("selection").loss
+        loss = runtime.evaluate("validation").loss
     by_rank = {entry.rank: entry.value for entry in resized.held_out}
     assert loss == pytest.approx(by_rank[resized.rank or 0], rel=1e-5)
-    assert runtime.evaluate("selection").loss == before == pytest.approx(by_rank[0], rel=1e-6)
+    assert runtime.evaluate("validation").loss == before == pytest.approx(by_rank[0], rel=1e-6)
     load_strictly(model_folder, tmp_path / "small")
 
 
@@ -133,7 +133,7 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
     train.write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
     adapter, settings = open_adapter(trained), SelectSettings(seq_len=32)
     known = scored_data(adapter, completion_file, train, settings)
-    texts = {json.dumps(dict(one.content)) for one in known.splits.examples["selection"]}
+    texts = {json.dumps(dict(one.content)) for one in known.splits.examples["validation"]}
     assert texts == {json.dumps(json.loads(line)) for line in lines[150:]} - {
         json.dumps(json.loads(line)) for line in lines[:150]
     }
@@ -154,7 +154,7 @@ def test_a_run_folder_tells_what_its_adapter_was_trained_on(
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
     trained_on = {one.example_id for one in load_data(completion_file, settings).examples["train"]}
     found = scored_data(open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32))
-    scored = {one.example_id for one in found.splits.examples["selection"]}
+    scored = {one.example_id for one in found.splits.examples["validation"]}
     assert scored
     assert not scored & trained_on
     assert not found.scores_training_examples
@@ -224,9 +224,9 @@ def test_every_module_has_one_scale(base: Path, tmp_path: Path, kind: str, rule:
 def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: Path, kind: str, max_rank: int) -> None:
     adapter = open_adapter(make_adapter(base, tmp_path / "adapter", kind))
     moments = random_moments(adapter)
-    parts = {m.name: components(*adapter.factors(m), m.scaling, moments[m.name]) for m in adapter.modules}
+    parts = {m.name: decompose_update(*adapter.factors(m), m.scaling, moments[m.name]) for m in adapter.modules}
     costs = [module.rows + module.columns for module in adapter.modules]
-    ranks = ranks_within([found.costs for found in parts.values()], costs, 2 * sum(costs), max_rank)
+    ranks = allocate_ranks([found.costs for found in parts.values()], costs, 2 * sum(costs), max_rank)
     chosen = dict(zip(parts, ranks, strict=True))
     resized = write_resized(adapter, tmp_path / "small", chosen, moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())

@@ -28,7 +28,7 @@ def _trainers_may_warn() -> Iterator[None]:
 
 
 def test_every_contender_trains_and_is_compared(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    words = [model_folder, completion_file, "--job", "tail", "--layers", "1,2", "--steps", 2, "--eval-items", 4]
+    words = [model_folder, completion_file, "--job", "tail", "--layers", "1,2", "--steps", 2, "--max-eval-examples", 4]
     words += ["--rounds", 1, "--work", tmp_path, "--out", tmp_path / "tail.json"]
     result = compare.measure(compare.parse([str(word) for word in words]))
     (row,) = result["rounds"]
@@ -39,7 +39,7 @@ def test_every_contender_trains_and_is_compared(model_folder: Path, completion_f
 
 
 def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(str(model_folder), completion_file, 2, tmp_path, eval_items=2, ranks=(profile_step.RANK,))
+    runtime = make_runtime(str(model_folder), completion_file, 2, tmp_path, max_eval_examples=2, ranks=(profile_step.RANK,))
     shares = profile_step.measure(runtime, 1, 2, tmp_path)["share"]
     assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(shares)
     assert sum(shares.values()) == pytest.approx(1, abs=0.01)

@@ -11,7 +11,7 @@ from benchmarks.plan import hours
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.gpu import CASES, CONFIGS, dry_run
 
-from rightrank.report.format import duration
+from rightrank.report.format import format_duration
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.trains
@@ -48,5 +48,5 @@ def test_hours_follow_from_the_stored_operations() -> None:
     found = hours.planned("SmolLM2-135M")
     assert found == models["SmolLM2-135M"]
     peak, utilisation = hours.GPUS["L4"][0] * 1e12, hours.UTILISATION["SmolLM2-135M"]
-    assert duration(found["expected_flops"] / peak / utilisation) in hours.cell(found, "L4", utilisation)
+    assert format_duration(found["expected_flops"] / peak / utilisation) in hours.cell(found, "L4", utilisation)
     assert hours.cell(found | {"needed_bytes": 25 * 2**30}, "L4", utilisation) == "–"

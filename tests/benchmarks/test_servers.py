@@ -19,8 +19,8 @@ from benchmarks.consumers.check import require_one_rank
 from rightrank.adapters.resize import write_resized
 from rightrank.decision.adapter import Making
 from rightrank.interop.exports import write_export
-from rightrank.interop.recipe import Recipe, _adapter_fields
-from rightrank.models.adapter_files import open_adapter
+from rightrank.interop.recipe import Recipe, _select_adapter_fields
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base, tensors_of
 
@@ -40,8 +40,8 @@ def patterned_adapter(base: Path, folder: Path, kind: str) -> Path:
 
 
 def recipe_for(base: Path, adapter: Path) -> Recipe:
-    making = Making(rank=3, trained_rank=8, learning_rate=1e-3, steps=4, kept_step=None, truncation="SVD")
-    fields = _adapter_fields(json.loads((adapter / "adapter_config.json").read_text()))
+    making = Making(rank=3, trained_rank=8, learning_rate=1e-3, steps=4, checkpoint_step=None, truncation="SVD")
+    fields = _select_adapter_fields(json.loads((adapter / "adapter_config.json").read_text()))
     return Recipe(
         model=str(base), data="data.jsonl", form="text", adapter=adapter, module_names=(), learning_rate=1e-3,
         max_steps=4, warmup_steps=0, seed=0, settings=SelectSettings(), making=making, trained_alpha=16.0, **fields,

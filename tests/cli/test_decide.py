@@ -33,7 +33,7 @@ def test_json_holds_the_contract_and_nothing_else(table: Path) -> None:
         "reference_rank",
         "staircase",
         "ranks",
-        "understood",
+        "input_notes",
     } <= decision.keys()
     assert (decision["rank"], decision["margin"], decision["reference_rank"]) == (16, 0.005, 64)
     assert {"margin", "rank"} <= decision["staircase"][0].keys()

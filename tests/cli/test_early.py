@@ -113,7 +113,7 @@ def test_help_loads_neither_settings_nor_numbers() -> None:
 
 def test_the_job_itself_loads_no_engine() -> None:
     """What asks, keeps and answers knows the base by a plan alone: a trainer of one's own may use no torch."""
-    asked = 'import rightrank.runs.run, rightrank.runs.own_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
+    asked = 'import rightrank.runs.run, rightrank.runs.custom_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
     assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -26,14 +26,14 @@ pytestmark = pytest.mark.trains
 TABLE = [
     {"rank": rank, "seed": seed, "eval_loss": 1 + 1 / rank + seed / 1000} for rank in (1, 4, 16) for seed in (0, 1)
 ]
-SMALL = "--ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-len 32 --eval-items 8 --device cpu"
+SMALL = "--ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-len 32 --max-eval-examples 8 --device cpu"
 
 
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
     """A finished run."""
     folder = tmp_path_factory.mktemp("run")
-    settings = small_settings(max_steps=2, eval_points=1, eval_items=8)
+    settings = small_settings(max_steps=2, num_evaluations=1, max_eval_examples=8)
     return select_rank(str(model_folder), write_completions(folder / "data.jsonl"), folder / "run", settings=settings)
 
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from rightrank.data.splits import SPLITS, load_data, sample_indices
-from rightrank.report.terminal import left_out
+from rightrank.report.terminal import describe_data_issues
 from rightrank.schema.errors import DataError
-from rightrank.schema.settings import LOOK_ITEMS
+from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from tests.tiny import sentences, small_settings, write_jsonl
 
 TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sentences(120)]
 
 
 def ids(splits: Any, split: Any) -> set[str]:
-    return {item.item_id for item in splits.examples[split]}
+    return {item.example_id for item in splits.examples[split]}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_form_is_told_by_the_columns(tmp_path: Path, row: dict[str, Any], fo
 
 
 def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
-    settings = small_settings(eval_items=1000)
+    settings = small_settings(max_eval_examples=1000)
     small = load_data(write_jsonl(tmp_path / "small.jsonl", TEXT_ROWS[:80]), settings)
     large = load_data(write_jsonl(tmp_path / "large.jsonl", TEXT_ROWS[::-1]), settings)
     for split in SPLITS:
@@ -52,19 +52,19 @@ def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
 
 
 def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
-    splits = load_data(write_jsonl(tmp_path / "d.jsonl", TEXT_ROWS * 3), small_settings(eval_items=1000))
+    splits = load_data(write_jsonl(tmp_path / "d.jsonl", TEXT_ROWS * 3), small_settings(max_eval_examples=1000))
     assert splits.summary.duplicates_across_splits == 0
-    assert not ids(splits, "train") & (ids(splits, "selection") | ids(splits, "test"))
+    assert not ids(splits, "train") & (ids(splits, "validation") | ids(splits, "test"))
 
 
 @pytest.mark.parametrize("given", ["file", "folder", "validation", "test", "memory"])
 def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, given: str) -> None:
     rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
     others = [{"text": f"other {number}"} for number in range(20)]
-    settings, source = small_settings(eval_items=1000), tmp_path / "train.jsonl"
+    settings, source = small_settings(max_eval_examples=1000), tmp_path / "train.jsonl"
     write_jsonl(source, rows)
     if given == "validation":
-        settings = small_settings(eval_items=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", others)))
+        settings = small_settings(max_eval_examples=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", others)))
     if given == "test":
         write_jsonl(tmp_path / "test.jsonl", others)
     splits = load_data(
@@ -75,7 +75,7 @@ def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, given: s
     taken = [split for split in SPLITS if groups[split] != {"other"}]
     assert len(taken) == (2 if given in ("validation", "test") else 3)
     assert sum(len(groups[split]) for split in taken) == 60  # each group is in one split
-    one_file = load_data(source, small_settings(eval_items=1000))
+    one_file = load_data(source, small_settings(max_eval_examples=1000))
     if len(taken) == 3:
         assert splits.fingerprint == one_file.fingerprint
 
@@ -113,13 +113,13 @@ def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_count
         write_jsonl(tmp_path / "train.jsonl", rows[:150])
         write_jsonl(tmp_path / "validation.jsonl", [*alike[:7], *rows[7:10], *rows[150:180]])
         write_jsonl(tmp_path / "test.jsonl", rows[180:])
-        summary = load_data(tmp_path, small_settings(eval_items=1000)).summary
+        summary = load_data(tmp_path, small_settings(max_eval_examples=1000)).summary
         assert (summary.duplicates_across_splits, summary.near_duplicates_across_splits) == (3, 7)
-        assert any(line.startswith("7 held-out examples differ") for line in left_out(summary))
+        assert any(line.startswith("7 held-out examples differ") for line in describe_data_issues(summary))
     else:
-        whole = load_data(write_jsonl(tmp_path / "d.jsonl", [*rows, *alike]), small_settings(eval_items=1000)).summary
+        whole = load_data(write_jsonl(tmp_path / "d.jsonl", [*rows, *alike]), small_settings(max_eval_examples=1000)).summary
         assert whole.near_duplicates_across_splits > 0
-        alone = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings(eval_items=1000)).summary
+        alone = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings(max_eval_examples=1000)).summary
         assert alone.near_duplicates_across_splits == 0
 
 
@@ -127,10 +127,10 @@ def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path
     write_jsonl(tmp_path / "train.jsonl", TEXT_ROWS[:80])
     write_jsonl(tmp_path / "validation.jsonl", TEXT_ROWS[78:100])
     write_jsonl(tmp_path / "test-00.jsonl", TEXT_ROWS[100:])
-    splits = load_data(tmp_path, small_settings(eval_items=1000))
+    splits = load_data(tmp_path, small_settings(max_eval_examples=1000))
     assert splits.summary.splits_given
     assert splits.summary.duplicates_across_splits == 2
-    assert len(splits.examples["selection"]) == 22
+    assert len(splits.examples["validation"]) == 22
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".json"])
@@ -268,8 +268,8 @@ def test_held_out_examples_are_of_every_source(tmp_path: Path, order: str) -> No
             source.rename(tmp_path / "data" / "validation.jsonl")
             write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": f"three {number}"} for number in range(100)])
             source = tmp_path / "data"
-        settings = small_settings(eval_items=250, validation_fraction=0.2)
-        scored = load_data(source, settings).examples["selection"]
-        for examples in (scored, scored[:LOOK_ITEMS]):
+        settings = small_settings(max_eval_examples=250, validation_fraction=0.2)
+        scored = load_data(source, settings).examples["validation"]
+        for examples in (scored, scored[:EVAL_SUBSET_SIZE]):
             share = sum(str(example.content["text"]).startswith("one") for example in examples) / len(examples)
             assert 0.35 < share < 0.65

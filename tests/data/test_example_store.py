@@ -34,7 +34,7 @@ def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
 
 
 def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path) -> None:
-    settings = small_settings(eval_items=20)
+    settings = small_settings(max_eval_examples=20)
 
     def held_bytes(letters: int) -> int:
         rows = ({"text": f"row {number} {'y' * letters}"} for number in range(4000))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.data.files import replacing, replacing_folder, report_disk_errors, sweep_leftovers, write_text
+from rightrank.data.files import replace_file, replace_folder, report_disk_errors, sweep_leftovers, write_text
 from rightrank.schema.errors import RunError
 
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 
 
 def half_write(path: Path) -> None:
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
 
@@ -46,7 +46,7 @@ def test_files_of_a_folder_are_on_the_disk_before_the_folder_has_its_name(
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(Path, "replace", replace)
-    with replacing_folder(tmp_path / "adapter") as temporary:
+    with replace_folder(tmp_path / "adapter") as temporary:
         (temporary / "weights").write_text("w")
     assert done.index("weights") < done.index("→ adapter") < len(done) - 1
     assert done[-1] == tmp_path.name
@@ -63,7 +63,7 @@ def test_a_rename_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypat
     monkeypatch.setattr(Path, "replace", twice)
     write_text(tmp_path / "decision.json", "new")
     assert (tmp_path / "decision.json").read_text() == "new"
-    with replacing_folder(tmp_path / "adapter") as temporary:
+    with replace_folder(tmp_path / "adapter") as temporary:
         (temporary / "weights").write_text("w")
     assert (tmp_path / "adapter" / "weights").read_text() == "w"
 
@@ -110,10 +110,10 @@ def test_an_opened_old_folder_that_nfs_keeps_is_left_and_swept_later(
     """A file that somebody has open lives on as .nfsXXXX, and its folder can't be removed yet."""
     import shutil
 
-    with replacing_folder(tmp_path / "adapter") as temporary:
+    with replace_folder(tmp_path / "adapter") as temporary:
         (temporary / "weights").write_text("one")
     monkeypatch.setattr(shutil, "rmtree", lambda *_arguments, **_named: None)
-    with replacing_folder(tmp_path / "adapter") as temporary:
+    with replace_folder(tmp_path / "adapter") as temporary:
         (temporary / "weights").write_text("two")
     monkeypatch.undo()
     assert (tmp_path / "adapter" / "weights").read_text() == "two"
@@ -145,9 +145,9 @@ def test_nothing_else_in_the_source_opens_a_final_file_for_writing() -> None:
     allowed = {
         ("train/prefix.py", "path"),  # room for a mapped file, which a run makes anew
         ("runs/journal.py", "self.path"),  # the append, and the cut of a torn line
-        ("train/device.py", "_CLEAR"),  # a switch of the system
+        ("train/device.py", "_CLEAR_REFS_FILE"),  # a switch of the system
         ("plugins/cluster/processes.py", "log"),  # a worker's stderr, as it comes
-        ("adapters/broken.py", "(copy / CONFIG_FILE)"),  # a copy in a temporary folder
+        ("adapters/conversion_faults.py", "(copy / CONFIG_FILE)"),  # a copy in a temporary folder
         ("models/mlx.py", '(copy / "config.json")'),  # the same
     }
     found: set[tuple[str, str]] = set()

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rightrank.api.runs import Decided, decide
-from rightrank.data.splits import SPLITS, DataSplits, group_numbers, load_data
+from rightrank.api.runs import DecisionResult, decide
+from rightrank.data.splits import SPLITS, DataSplits, number_groups, load_data
 from rightrank.schema.errors import DataError, ResultsError
 from tests.tiny import sentences, small_settings
 
 TEXTS = sentences(160)
-LARGE: dict[str, Any] = {"eval_items": 1000, "validation_fraction": 0.3, "test_fraction": 0.2}
+LARGE: dict[str, Any] = {"max_eval_examples": 1000, "validation_fraction": 0.3, "test_fraction": 0.2}
 
 
 def rows_of(documents: int, **further: Any) -> list[dict[str, Any]]:
@@ -32,10 +32,10 @@ def require_whole(splits: DataSplits, groups: int) -> None:
     """Each group is in one split, and the numbers of the held-out ones are without gaps."""
     found = {split: {example.group for example in splits.examples[split]} for split in SPLITS}
     assert sum(map(len, found.values())) == len(set.union(*found.values())) == groups
-    numbers = group_numbers(splits.examples["selection"])
+    numbers = number_groups(splits.examples["validation"])
     assert numbers is not None
     assert numbers[0] == 0
-    assert sorted(set(numbers)) == list(range(len(found["selection"])))
+    assert sorted(set(numbers)) == list(range(len(found["validation"])))
 
 
 @pytest.mark.parametrize("kind", ["text", "day", "array"])
@@ -122,7 +122,7 @@ def table(documents: int) -> list[dict[str, Any]]:
     ]
 
 
-def read(rows: list[dict[str, Any]], group: str | None = None) -> Decided:
+def read(rows: list[dict[str, Any]], group: str | None = None) -> DecisionResult:
     return decide(rows, metric="loss", margin=0.02, columns={"group": group} if group else None)
 
 
@@ -130,7 +130,7 @@ def test_decide_reads_the_groups_of_a_table() -> None:
     alone, grouped = read(table(8)), read(table(8), "doc")
     width = [one.decision.ranks[0].difference_high - one.decision.ranks[0].difference for one in (alone, grouped)]  # type: ignore[operator]
     assert width[1] > 1.9 * width[0]
-    assert "group from column doc" in grouped.understood
+    assert "group from column doc" in grouped.input_notes
     named = [row | {"group": row["doc"]} for row in table(8)]
     assert read(named).decision == grouped.decision
     by_training = [row | {"group": f"sweep {row['rank']}"} for row in table(8)]  # as of W&B: not of examples

@@ -38,15 +38,15 @@ def test_a_training_whose_folder_alone_tells_its_rank(tmp_path: Path) -> None:
 
 
 def test_events_beside_checkpoints_take_the_rank_from_their_adapters(tmp_path: Path) -> None:
-    from rightrank.interop.columns import settings_from_path
+    from rightrank.interop.columns import infer_settings_from_path
 
     for rank in (2, 8):
         checkpoint = tmp_path / f"run-{'ab'[rank == 8]}" / "checkpoint-5"
         checkpoint.mkdir(parents=True)
         (checkpoint / "adapter_config.json").write_text(json.dumps({"r": rank}))
         (checkpoint.parent / "runs" / "monday").mkdir(parents=True)
-    assert settings_from_path(tmp_path / "run-a" / "runs" / "monday", tmp_path)["rank"] == 2
-    assert settings_from_path(tmp_path / "run-b" / "checkpoint-5", tmp_path)["rank"] == 8
+    assert infer_settings_from_path(tmp_path / "run-a" / "runs" / "monday", tmp_path)["rank"] == 2
+    assert infer_settings_from_path(tmp_path / "run-b" / "checkpoint-5", tmp_path)["rank"] == 8
 
 
 def test_a_study_of_optuna_is_a_data_frame(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_trainer_state_that_ends_in_nan_has_no_result(tmp_path: Path) -> None:
     write_states(tmp_path, {"r4": [2.2, 2.1, 2.05], "r16": [2.1, 2.02, 2.001], "r64": [1.9, nan, nan]})
     decided = decide(tmp_path, margin=0.005)
     assert {one.rank: one.value for one in decided.decision.ranks} == {4: 2.05, 16: 2.001}
-    assert "1 training without a result" in decided.understood
+    assert "1 training without a result" in decided.input_notes
 
 
 @pytest.mark.parametrize(

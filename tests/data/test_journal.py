@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.data import files
-from rightrank.runs.journal import Journal, Repaired, read_line, seal
+from rightrank.runs.journal import Journal, RepairResult, parse_line, seal
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.trials import SCHEMA_VERSION, Arm, TrialFailed, TrialStarted
@@ -29,7 +29,7 @@ def started() -> RunStarted:
         settings={"model": "m", "data": 'quoted "schema_version":9 text'},
         environment={},
         data=data,
-        evaluation_items=["a", "b"],
+        evaluation_examples=["a", "b"],
         metric="loss",
         higher_is_better=False,
         started_at="2026-01-01T00:00:00+00:00",
@@ -99,7 +99,7 @@ def test_each_flipped_bit_of_a_line_is_found(tmp_path: Path) -> None:
                 flipped = bytearray(line)
                 flipped[position] ^= 1 << bit
                 parts = bytes(flipped).split(b"\n")
-                found = [read_line(part) for part in parts if part]
+                found = [parse_line(part) for part in parts if part]
                 assert any(isinstance(one, str) for one in found), (position, bit)
                 assert not any(one == record for one in found), (position, bit)
 
@@ -117,11 +117,11 @@ def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(t
     assert f"rightrank repair {tmp_path}" in message
     assert "\n" not in message
     repaired = journal.repair()
-    assert (repaired.kept, repaired.set_aside) == (2, 1)
-    assert repaired.aside is not None
-    assert repaired.aside.read_bytes() == bytes(damaged)
+    assert (repaired.num_intact, repaired.num_damaged) == (2, 1)
+    assert repaired.damaged_file is not None
+    assert repaired.damaged_file.read_bytes() == bytes(damaged)
     assert journal.read() == [records()[0], records()[2]]
-    assert journal.repair().aside is None
+    assert journal.repair().damaged_file is None
 
 
 def test_a_damaged_start_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_damaged_start_is_refused_and_nothing_is_touched(tmp_path: Path) -> No
 
 def test_a_line_that_lost_its_seal_is_damaged(tmp_path: Path) -> None:
     bare = records()[1].model_dump_json().encode()
-    assert read_line(bare) == "damaged: it has no length and checksum at its end"
+    assert parse_line(bare) == "damaged: it has no length and checksum at its end"
 
 
 @pytest.mark.parametrize("schema", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
@@ -168,7 +168,7 @@ WHOLE = seal(BODY + b"}")
     ],
 )
 def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:
-    found = read_line(line)
+    found = parse_line(line)
     assert isinstance(found, str)
     assert found.startswith(reason)
 
@@ -176,7 +176,7 @@ def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:
 def test_a_line_is_closed_by_its_length_and_the_checksum_that_zlib_gives() -> None:
     assert seal(b'{"a":1}') == b'{"a":1,"len":6,"crc":"a702fc6e"}'  # crc32 of {"a":1
     assert sealed(records()[1]) == WHOLE + b"\n"
-    assert read_line(WHOLE) == records()[1]
+    assert parse_line(WHOLE) == records()[1]
 
 
 def test_a_journal_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) ->
     for more in (b'{"type":"tri', WHOLE):  # a writer is in the middle of a line, or before its end
         whole = journal.path.read_bytes() + more
         journal.path.write_bytes(whole)
-        assert journal.read_settled() == records()
+        assert journal.read_complete_lines() == records()
         assert journal.path.read_bytes() == whole
         assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
         journal.path.write_bytes(whole[: -len(more)])
@@ -211,7 +211,7 @@ def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) ->
     with pytest.raises(
         RunFolderError, match=r"journal\.jsonl:1: damaged: it has no length.*; 3 of 4 records are undamaged"
     ):
-        journal.read_settled()
+        journal.read_complete_lines()
 
 
 def test_the_first_of_several_damaged_lines_is_reported_and_all_are_moved(tmp_path: Path) -> None:
@@ -220,12 +220,12 @@ def test_the_first_of_several_damaged_lines_is_reported_and_all_are_moved(tmp_pa
     damaged = [lines[1].replace(b"0000", b"0100", 1), b"x\n", lines[2][:-9]]
     journal.path.write_bytes(lines[0] + damaged[0] + lines[1] + damaged[1] + lines[2] + damaged[2])
     with pytest.raises(RunFolderError, match=r":2: damaged: its checksum does not match and 1 more; 3 of 5 records"):
-        journal.read_settled()
+        journal.read_complete_lines()
     aside = tmp_path / "journal.jsonl.torn-1"
-    assert journal.repair() == Repaired(kept=3, set_aside=3, aside=aside)
+    assert journal.repair() == RepairResult(num_intact=3, num_damaged=3, damaged_file=aside)
     assert aside.read_bytes() == b"".join(damaged) + b"\n"
     assert journal.path.read_bytes() == b"".join(lines)
-    assert journal.repair() == Repaired(kept=3, set_aside=0, aside=None)
+    assert journal.repair() == RepairResult(num_intact=3, num_damaged=0, damaged_file=None)
 
 
 def test_a_last_record_that_lacks_its_line_end_is_kept_by_a_repair_too(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_last_record_that_lacks_its_line_end_is_kept_by_a_repair_too(tmp_path:
     first, rest = whole.split(b"\n", 1)
     journal.path.write_bytes(first + b"\nx\n" + rest[:-1])
     repaired = journal.repair()
-    assert (repaired.kept, repaired.set_aside) == (3, 1)
+    assert (repaired.num_intact, repaired.num_damaged) == (3, 1)
     assert journal.path.read_bytes() == whole
 
 

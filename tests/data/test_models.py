@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.demo import demo_model_file
-from rightrank.models.places import ModelSource, find_model
+from rightrank.demo import find_model_file
+from rightrank.models.model_sources import ModelSource, find_model
 from rightrank.schema.errors import ModelError
 
 
 def test_a_gguf_file_is_loaded_from_its_folder() -> None:
-    path = demo_model_file()
+    path = find_model_file()
     assert find_model(str(path)) == ModelSource(str(path.parent), path.name)
 
 

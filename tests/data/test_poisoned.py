@@ -15,9 +15,9 @@ import pytest
 from rightrank.data.splits import load_data
 from rightrank.decision.records import answers_of
 from rightrank.report.html import render_report
-from rightrank.report.terminal import plan_line
+from rightrank.report.terminal import format_plan
 from rightrank.schema.errors import DataError
-from rightrank.train.tokens import EncodedData, encode
+from rightrank.train.tokens import EncodedData, encode_splits
 from tests.commands import run
 from tests.report.runs import made_up_run
 from tests.tiny import make_tokenizer, sentences, small_settings
@@ -32,10 +32,10 @@ def tokenizer() -> Any:
 
 def encoded(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> EncodedData:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = small_settings(eval_items=1000, **settings)
+    chosen = small_settings(max_eval_examples=1000, **settings)
     embeddings = SimpleNamespace(num_embeddings=len(tokenizer))
     model = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(get_input_embeddings=lambda: embeddings))
-    return encode(load_data(path, chosen), model, chosen)  # type: ignore[arg-type]
+    return encode_splits(load_data(path, chosen), model, chosen)  # type: ignore[arg-type]
 
 
 def counted(data: EncodedData, name: str) -> int:
@@ -49,7 +49,7 @@ def texts(count: int = 120) -> list[dict[str, Any]]:
 def test_a_line_of_a_megabyte_is_cut_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     for long in ("a" * 2**20, "the cat " * 2**17, " " * 2**20 + "a"):
         data = encoded(tmp_path / "d.jsonl", [*texts(), {"text": long}], tokenizer, seq_len=64)
-        assert counted(data, "items") == 121
+        assert counted(data, "examples") == 121
         assert counted(data, "truncated") == 1
         assert max(item.length for items in data.splits.values() for item in items) == 64
 
@@ -80,7 +80,7 @@ def test_half_characters_are_left_out_and_counted(tmp_path: Path, tokenizer: Any
     ]
     data = encoded(tmp_path / "d.jsonl", [row, *good, row], tokenizer, seq_len=100)
     assert data.summary.unreadable == 2
-    assert counted(data, "items") + counted(data, "dropped") <= 120
+    assert counted(data, "examples") + counted(data, "dropped") <= 120
     data.summary.model_dump_json()
 
 
@@ -88,7 +88,7 @@ def test_half_characters_elsewhere_in_a_row_do_no_harm(tmp_path: Path, tokenizer
     rows = [row | {"group": f"{HALF}{number % 50}", "note": HALF} for number, row in enumerate(texts())]
     data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
     assert data.summary.unreadable == 0
-    assert counted(data, "items") == 120
+    assert counted(data, "examples") == 120
 
 
 def test_a_whole_pair_is_a_character(tmp_path: Path, tokenizer: Any) -> None:
@@ -100,7 +100,7 @@ def test_empty_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: An
     rows = [{"prompt": f"say {number}", "completion": "" if number % 4 == 0 else "x"} for number in range(200)]
     data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
     assert counted(data, "dropped") == 50
-    assert counted(data, "items") == 150
+    assert counted(data, "examples") == 150
 
 
 def test_nothing_but_empty_completions_is_refused(tmp_path: Path, tokenizer: Any) -> None:
@@ -113,7 +113,7 @@ def test_the_counts_are_shown(tmp_path: Path) -> None:
     made = made_up_run()
     data = made.started.data.model_copy(update={"unreadable": 3})
     started = made.started.model_copy(update={"data": data})
-    assert "3 rows skipped: lone surrogates" in plan_line(started, 10)
+    assert "3 rows skipped: lone surrogates" in format_plan(started, 10)
     made.started = started
     page = render_report(made, answers_of(made, None))
     assert "3 rows skipped, lone surrogates" in page
@@ -168,8 +168,8 @@ def test_a_selection_goes_on_and_counts_what_it_met(
     data, out = write_rows(tmp_path / f"data{suffix}", poisoned(form, halves)), tmp_path / "run"
     status, _, err = run(
         ["select", str(model_folder), str(data), "--out", str(out), "--strategy", "grid", "--ranks", "1,2",
-         "--learning-rates", "1e-2", "--max-steps", "1", "--batch-size", "2", "--seq-len", "64", "--eval-items", "100",
-         "--set", "eval_points=1", "--device", "cpu", "--quiet"], capsys,
+         "--learning-rates", "1e-2", "--max-steps", "1", "--batch-size", "2", "--seq-len", "64", "--max-eval-examples", "100",
+         "--set", "num_evaluations=1", "--device", "cpu", "--quiet"], capsys,
     )  # fmt: skip
     assert status == 0, err
     summary = json.loads((out / "journal.jsonl").read_text().splitlines()[0])["data"]

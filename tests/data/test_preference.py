@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.data.forms import example_of
+from rightrank.data.forms import build_example
 from rightrank.data.rows import Row
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.schema.errors import DataError
@@ -48,18 +48,18 @@ def test_the_implicit_prompt_is_trl_s(chosen: Any, rejected: Any) -> None:
     row = Row({"chosen": chosen, "rejected": rejected}, "row 1")
     if not theirs["prompt"]:
         with pytest.raises(DataError, match="no common beginning"):
-            example_of(row, "preference", ("chosen", "rejected"))
+            build_example(row, "preference", ("chosen", "rejected"))
     else:
-        assert example_of(row, "preference", ("chosen", "rejected")).content == theirs
+        assert build_example(row, "preference", ("chosen", "rejected")).content == theirs
 
 
 def test_pairs_of_one_prompt_share_a_split(tmp_path: Path) -> None:
     rows = [row | {"rejected": wrong} for row in ROWS for wrong in ("no", "never", "not")]
-    data = loaded(tmp_path, rows, eval_items=1000)
+    data = loaded(tmp_path, rows, max_eval_examples=1000)
     prompts = {split: {example.content["prompt"] for example in found} for split, found in data.examples.items()}
     assert all(prompts.values())
-    assert not prompts["train"] & (prompts["selection"] | prompts["test"])
-    assert not prompts["selection"] & prompts["test"]
+    assert not prompts["train"] & (prompts["validation"] | prompts["test"])
+    assert not prompts["validation"] & prompts["test"]
 
 
 def test_equal_pairs_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pandas
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.report.evidence_tables import evidence_table
+from rightrank.report.evidence_tables import build_evidence_table
 from rightrank.schema.errors import ResultsError
 
 GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
@@ -107,7 +107,7 @@ def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
             for item in range(20):
                 lines.append(f"{rank},{seed},{item},{1 + item % 3},{2 + 0.1 * item + shift + 0.001 * seed}")
     decision = decide(write(tmp_path, "\n".join(lines) + "\n"), margin=0.01, higher_is_better=False).decision
-    assert decision.basis == "items and seeds"
+    assert decision.basis == "examples and seeds"
     evidence = decision.ranks[0]
     assert evidence.difference == pytest.approx(0.2)
     tokens = [1 + item % 3 for item in range(20)]
@@ -199,7 +199,7 @@ def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, mes
 def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005, higher_is_better=False)
     assert decided.decision.rank == 16
-    assert "1 repeated row left out" in decided.understood
+    assert "1 repeated row left out" in decided.input_notes
 
 
 def test_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -
     text = f"Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,{status},64,2.9\n"
     decided = decide(write(tmp_path, text), margin=0.005)
     assert [evidence.rank for evidence in decided.decision.ranks] == [1, 4, 16]
-    assert "1 unfinished training left out" in decided.understood
+    assert "1 unfinished training left out" in decided.input_notes
     assert "unstable" not in decided.decision.flags
 
 
@@ -241,7 +241,7 @@ def test_a_wandb_table_with_unfinished_and_crashed_runs(tmp_path: Path) -> None:
     )
     decided = decide(write(tmp_path, text))
     assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
-    assert decided.understood[-3:] == [
+    assert decided.input_notes[-3:] == [
         "1 row without a rank left out",
         "1 training without a result",
         "2 unfinished trainings left out",
@@ -256,12 +256,12 @@ def test_optuna_s_dataframe(tmp_path: Path) -> None:
     )
     decided = decide(write(tmp_path, text), higher_is_better=False)
     assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
-    assert "rank from column params_lora_r" in decided.understood
-    assert "1 unfinished training left out" in decided.understood
+    assert "rank from column params_lora_r" in decided.input_notes
+    assert "1 unfinished training left out" in decided.input_notes
 
 
 def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
-    rows = evidence_table(decide(write(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
+    rows = build_evidence_table(decide(write(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
     assert not any("yes" in row for row in rows)
     assert "perhaps" in rows[3]
     assert "best so far" in rows[-1]
@@ -314,7 +314,7 @@ def test_names_alone_say_the_ranks(tmp_path: Path) -> None:
         tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nlora-r16-seed0,2.001\nlora-r64-seed0,2.0\nlora-r128-seed0,n/a\n"
     )
     assert by_rank(path) == LOSSES
-    assert "rank from the names of the trainings" in decide(path).understood
+    assert "rank from the names of the trainings" in decide(path).input_notes
     assert by_rank(pandas.DataFrame({"eval_loss": LOSSES.values()}, index=[f"r{rank}" for rank in LOSSES])) == LOSSES
     with pytest.raises(ResultsError, match="no column for the rank among run, eval_loss"):
         decide(write(tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nbaseline,2.0\n"))
@@ -337,18 +337,18 @@ def test_a_stated_deviation_is_that_of_so_many_seeds(tmp_path: Path) -> None:
 def test_a_word_of_failure_is_a_training_without_a_result(tmp_path: Path, word: str) -> None:
     decided = decide(write(tmp_path, f"rank,eval_loss\n4,2.05\n16,2.001\n64,{word}\n"))
     assert "unstable" in decided.decision.flags
-    assert "1 training without a result" in decided.understood
+    assert "1 training without a result" in decided.input_notes
 
 
 def test_a_pruned_training_is_not_unstable(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, "rank,eval_loss,state\n4,2.05,COMPLETE\n16,2.001,COMPLETE\n64,3,PRUNED\n"))
     assert "unstable" not in decided.decision.flags
-    assert "1 pruned training left out" in decided.understood
+    assert "1 pruned training left out" in decided.input_notes
 
 
 def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
     text = "rank,eval_loss,batch_size,note,empty\n4,2.05,8,first,\n16,2.001,8,again,\n"
-    assert "not used: batch_size, note" in decide(write(tmp_path, text)).understood
+    assert "not used: batch_size, note" in decide(write(tmp_path, text)).input_notes
 
 
 @pytest.mark.parametrize(
@@ -381,9 +381,9 @@ def test_the_learning_rate_is_the_one_that_was_set(tmp_path: Path) -> None:
 def test_a_default_margin_of_one_percent_is_said_with_its_reason(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     said = "margin: 1% of the best, as the name 'value' says no unit (--metric NAME or --margin changes it)"
-    assert said in decide(path, higher_is_better=False).understood
-    assert said not in decide(path, higher_is_better=False, margin=0.01).understood
-    assert said not in decide(path, metric="eval_loss").understood
+    assert said in decide(path, higher_is_better=False).input_notes
+    assert said not in decide(path, higher_is_better=False, margin=0.01).input_notes
+    assert said not in decide(path, metric="eval_loss").input_notes
 
 
 def test_a_metric_is_named_without_its_split() -> None:
@@ -460,7 +460,7 @@ def test_a_training_that_ends_in_nan_has_no_result(tmp_path: Path, kind: str, mi
     for checkpoint in ("last", "best"):
         decided = decide(source, margin=0.005, checkpoint=checkpoint)  # type: ignore[arg-type]
         assert [one.rank for one in decided.decision.ranks] == [4, 16]
-        assert "1 training without a result" in decided.understood
+        assert "1 training without a result" in decided.input_notes
         assert "unstable" in decided.decision.flags
 
 
@@ -510,10 +510,10 @@ def scored_rows(scores: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("missing", [math.nan, None])
 def test_an_example_without_a_score_in_any_training_is_named(missing: float | None) -> None:
     decided = decide(scored_rows(lambda rank, item: missing if item == 7 else 2 + item / 80 + 1 / rank))
-    assert "1 example without a score left out (q7)" in decided.understood
-    assert decided.decision.basis == "items"
+    assert "1 example without a score left out (q7)" in decided.input_notes
+    assert decided.decision.basis == "examples"
     decided = decide(scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank))
-    assert not any("without a score" in line for line in decided.understood)
+    assert not any("without a score" in line for line in decided.input_notes)
 
 
 def test_a_training_without_any_score_has_no_result() -> None:
@@ -521,8 +521,8 @@ def test_a_training_without_any_score_has_no_result() -> None:
     rows += [{**row, "rank": 64, "eval_loss": math.nan} for row in rows[:80]]
     decided = decide(rows)
     assert [one.rank for one in decided.decision.ranks] == [4, 16]
-    assert "1 training without a result" in decided.understood
-    assert not any("without a score" in line for line in decided.understood)
+    assert "1 training without a result" in decided.input_notes
+    assert not any("without a score" in line for line in decided.input_notes)
 
 
 def test_a_score_that_became_nan_is_not_the_earlier_one() -> None:
@@ -583,4 +583,4 @@ def test_an_example_without_tokens_has_no_weight() -> None:
         row | {"tokens": 0, "eval_loss": None} if row["item"] == "q3" else row | {"tokens": 5}
         for row in scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank)
     ]
-    assert "1 example without a score left out (q3)" in decide(rows).understood
+    assert "1 example without a score left out (q3)" in decide(rows).input_notes

@@ -10,7 +10,7 @@ from rightrank.schema.errors import MetricError, SettingsError
 from rightrank.schema.metrics import parse_metrics
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.generation import ModelAnswer
-from rightrank.train.metrics import Scored, require_scorers, score
+from rightrank.train.metrics import MetricScore, require_metric_functions, score_answers
 
 pytestmark = pytest.mark.trains
 
@@ -50,8 +50,8 @@ A_NUMBER = 3
 def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
     Path("scores_of_mine.py").write_text(FUNCTIONS)
     lengths = [float(len(text)) for text in NASTY]
-    assert score(*parse_metrics("scores_of_mine:by_item"), ANSWERS) == Scored(sum(lengths) / 8, lengths)
-    assert score(*parse_metrics("scores_of_mine.py:whole"), ANSWERS) == Scored(sum(lengths), None)
+    assert score_answers(*parse_metrics("scores_of_mine:by_item"), ANSWERS) == MetricScore(sum(lengths) / 8, lengths)
+    assert score_answers(*parse_metrics("scores_of_mine.py:whole"), ANSWERS) == MetricScore(sum(lengths), None)
     assert capsys.readouterr().out == ""
 
 
@@ -67,7 +67,7 @@ def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bad_function_is_one_line(function: str, said: str) -> None:
     Path("mine.py").write_text(FUNCTIONS)
     with pytest.raises(MetricError) as caught:
-        score(*parse_metrics(f"mine.py:{function}"), ANSWERS)
+        score_answers(*parse_metrics(f"mine.py:{function}"), ANSWERS)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -82,4 +82,4 @@ def test_what_is_no_function_is_told_before_the_start() -> None:
         ("nowhere_at_all:f", "No module named"),
     ):
         with pytest.raises(SettingsError, match=said):
-            require_scorers(SelectSettings(metrics=(f"max:{asked}",)))
+            require_metric_functions(SelectSettings(metrics=(f"max:{asked}",)))

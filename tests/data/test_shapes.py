@@ -73,9 +73,9 @@ def test_alpaca_gets_its_prompt(tmp_path: Path) -> None:
 
 def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
     held_out = write_jsonl(tmp_path / "mine.jsonl", [{"text": text} for text in sentences(30, seed=9)])
-    splits = loaded(tmp_path, [{"text": text} for text in TEXTS], validation=str(held_out), eval_items=100)
+    splits = loaded(tmp_path, [{"text": text} for text in TEXTS], validation=str(held_out), max_eval_examples=100)
     expected = {json.loads(line)["text"] for line in held_out.read_text().splitlines()}
-    assert {example.content["text"] for example in splits.examples["selection"]} == expected
+    assert {example.content["text"] for example in splits.examples["validation"]} == expected
     assert len(splits.examples["test"]) >= 2  # from the data, by hash
     assert splits.summary.rows == 130
     write_jsonl(tmp_path / "folder-validation.jsonl", [])
@@ -91,20 +91,20 @@ def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
 def test_a_folder_with_some_splits_takes_the_other_from_train(tmp_path: Path, given: str) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in TEXTS])
     write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in sentences(20, seed=5)])
-    splits = load_data(tmp_path, small_settings(eval_items=1000))
+    splits = load_data(tmp_path, small_settings(max_eval_examples=1000))
     assert all(len(examples) >= 2 for examples in splits.examples.values())
-    assert not {one.item_id for one in splits.examples["train"]} & {one.item_id for one in splits.examples["test"]}
+    assert not {one.example_id for one in splits.examples["train"]} & {one.example_id for one in splits.examples["test"]}
 
 
 def test_no_test_split(tmp_path: Path) -> None:
-    splits = loaded(tmp_path, [{"text": text} for text in TEXTS], test_fraction=0.0, eval_items=1000)
+    splits = loaded(tmp_path, [{"text": text} for text in TEXTS], test_fraction=0.0, max_eval_examples=1000)
     assert len(splits.examples["test"]) == 0
-    assert len(splits.examples["train"]) + len(splits.examples["selection"]) == len(set(TEXTS))
+    assert len(splits.examples["train"]) + len(splits.examples["validation"]) == len(set(TEXTS))
 
 
 def test_every_row_is_counted(tmp_path: Path) -> None:
     rows = [{"text": text} for text in TEXTS * 2] + [{"text": "\ud800"}]
-    splits = loaded(tmp_path, rows, eval_items=5)
+    splits = loaded(tmp_path, rows, max_eval_examples=5)
     kept = sum(len(examples) for examples in splits.examples.values())
     assert splits.summary.rows == 201
     assert (

@@ -15,7 +15,7 @@ def bare(
 ) -> ScoreTable:
     """One number a rank."""
     results = [Result(trial_id=str(rank), rank=rank, value=value, std=std) for rank, value in values.items()]
-    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[]))
 
 
 def scored(
@@ -42,8 +42,8 @@ def scored(
                     learning_rate=1e-3 if rank else 0.0,
                     seed=number,
                     value=float(values.mean()),
-                    item_values=values.tolist(),
+                    example_values=values.tolist(),
                     train_value=None if train is None else train.get(rank),
                 )
             )
-    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))

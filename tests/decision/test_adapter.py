@@ -21,7 +21,7 @@ from rightrank.decision.adapter import (
 )
 from rightrank.decision.comparison import INDEPENDENT, bounds_of, estimate
 from rightrank.decision.table import spread_sentence
-from rightrank.schema.decision import AdapterAnswer, DifferenceSpread
+from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
@@ -46,7 +46,7 @@ def trial(name: str, rank: int, shift: float, *, parent: str | None = None, nois
         truncate_from=parent,
         value=float(losses.sum() / (EXAMPLES * TOKENS)),
         metrics={"loss": float(losses.sum() / (EXAMPLES * TOKENS))},
-        **(UNMEASURED | {"item_losses": losses.tolist(), "item_tokens": [TOKENS] * EXAMPLES}),
+        **(UNMEASURED | {"example_losses": losses.tolist(), "example_tokens": [TOKENS] * EXAMPLES}),
     )
 
 
@@ -66,11 +66,11 @@ def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
         trial("b", 16, 0.002, parent="top"),
         trial("c", 8, 0.02, parent="top"),
     )
-    assert (found.rank, found.how, found.trial_id, found.reference_id) == (16, "truncated", "b", "top")
+    assert (found.rank, found.method, found.trial_id, found.reference_id) == (16, "truncated", "b", "top")
     assert found.difference == pytest.approx(0.002)
     assert found.difference_high is not None
     assert 0.002 < found.difference_high < 0.005
-    assert [one.holds for one in found.candidates] == [True, True, True, False]
+    assert [one.is_within_margin for one in found.candidates] == [True, True, True, False]
     assert "rank 16" in found.sentence
     top, *lower = found.candidates
     assert (top.difference, top.difference_low, top.difference_high) == (0.0, 0.0, 0.0)
@@ -82,16 +82,16 @@ def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
 
 def test_what_a_mean_hides_is_said() -> None:
     hidden = trial("a", 16, 0.0, parent="top", noise=0.0)
-    rare = np.array(hidden.item_losses)
+    rare = np.array(hidden.example_losses)
     rare[::40] += 0.1 * TOKENS  # one example of forty gets worse by .1 a token, the mean by .0025
     rare[1::40] -= 0.1 * TOKENS
-    found = answer(TOP, hidden.model_copy(update={"item_losses": rare.tolist()}))
+    found = answer(TOP, hidden.model_copy(update={"example_losses": rare.tolist()}))
     assert (found.rank, found.difference) == (16, pytest.approx(0.0))
-    assert found.spread is not None
-    assert (found.spread.amount, found.spread.worse) == (0.05, 0.025)
-    assert found.spread.worst_tenth == pytest.approx(0.025)
-    assert found.spread == found.candidates[-1].spread
-    assert found.candidates[0].spread is None  # the reference
+    assert found.distribution is not None
+    assert (found.distribution.threshold, found.distribution.share_worse) == (0.05, 0.025)
+    assert found.distribution.worst_tenth_mean == pytest.approx(0.025)
+    assert found.distribution == found.candidates[-1].distribution
+    assert found.candidates[0].distribution is None  # the reference
     assert found.sentence == (
         "The smallest adapter of this training within the margin has rank 16: it is no worse than the rank 64 adapter by more than the "
         "margin of 0.005, with 95% confidence, on average over held-out tokens (difference "
@@ -102,15 +102,15 @@ def test_what_a_mean_hides_is_said() -> None:
 
 def test_where_no_example_gets_much_worse_one_plain_sentence_says_so() -> None:
     found = answer(TOP, trial("a", 16, 0.001, parent="top"))
-    assert found.spread is not None
-    assert (found.spread.worse, found.spread.worst_tenth > 0) == (0, True)
+    assert found.distribution is not None
+    assert (found.distribution.share_worse, found.distribution.worst_tenth_mean > 0) == (0, True)
     assert found.sentence.endswith("). No held-out example gets worse by more than 0.05.")
 
 
 def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
-    spread = DifferenceSpread(amount=0.05, worse=0.0004, worst_tenth=0.02)
+    spread = DifferenceDistribution(threshold=0.05, share_worse=0.0004, worst_tenth_mean=0.02)
     assert spread_sentence(spread).startswith("Fewer than 0.1% of the examples get worse by more than 0.05, ")
-    assert spread_sentence(spread.model_copy(update={"worse": 0.02})).startswith("2% of the examples get worse ")
+    assert spread_sentence(spread.model_copy(update={"share_worse": 0.02})).startswith("2% of the examples get worse ")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_where_the_training_rank_probably_lies(
 
 def test_the_first_failure_ends_the_sequence() -> None:
     found = answer(TOP, trial("a", 32, 0.02, parent="top"), trial("b", 16, 0.001, parent="top"))
-    assert (found.rank, found.how) == (64, "trained")
+    assert (found.rank, found.method) == (64, "trained")
 
 
 def test_why_the_top_is_kept() -> None:
@@ -164,7 +164,7 @@ def test_a_wide_interval_is_a_failure() -> None:
 
 def test_without_scores_by_example_the_top_is_kept() -> None:
     bare = [
-        one.model_copy(update={"item_losses": [], "item_tokens": []})
+        one.model_copy(update={"example_losses": [], "example_tokens": []})
         for one in (TOP, trial("a", 32, 0.0, parent="top"))
     ]
     found = answer(*bare)
@@ -187,14 +187,14 @@ def test_files_are_whole_trainings_and_truncations_with_the_metric() -> None:
 
 def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_values() -> None:
     few = trial("a", 32, 0.002, parent="top")
-    few = few.model_copy(update={"item_losses": few.item_losses[:50], "item_tokens": few.item_tokens[:50]})
+    few = few.model_copy(update={"example_losses": few.example_losses[:50], "example_tokens": few.example_tokens[:50]})
     assert [file.cell.examples for file in files_of([TOP, few], LOSS).values()] == [0, 0]
     found = answer(TOP, few).candidates[1]
     assert found.difference == pytest.approx(0.002)
-    assert (found.difference_high, found.holds) == (None, False)
+    assert (found.difference_high, found.is_within_margin) == (None, False)
     exact = Criterion("loss", False, 0.005, trusts_values=True)
     trusted = answer(TOP, few, criterion=exact)
-    assert trusted.candidates[1].holds
+    assert trusted.candidates[1].is_within_margin
     assert trusted.sentence == (
         "The smallest adapter of this training within the margin has rank 32: its held-out difference from the "
         "rank 64 adapter is +0.002, within the margin of 0.005."
@@ -215,7 +215,7 @@ def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_va
 def test_the_margin_and_the_unit_are_those_of_the_metric(
     metric: str, higher: bool, loss: LossKind, values: tuple[float, float], margin: float, difference: float
 ) -> None:
-    nothing = {"item_losses": [], "item_tokens": []}
+    nothing = {"example_losses": [], "example_tokens": []}
     top, other = (
         one.model_copy(update=nothing | {"value": value, "metrics": {metric: value}})
         for one, value in zip((TOP, trial("a", 32, 0.0, parent="top")), values, strict=True)
@@ -234,13 +234,13 @@ def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all
     shown = compared_adapters(found, [worse, better, small, cut, TOP, of_another], LOSS)
     assert [(one.rank, one.trial_id) for one in shown] == [(64, "top"), (16, "better"), (16, "cut"), (4, "small")]
     assert [one.difference for one in shown[:1]] == [0.0]
-    assert [one.holds for one in shown] == [True, True, True, False]
+    assert [one.is_within_margin for one in shown] == [True, True, True, False]
     named = found.model_copy(update={"trial_id": "worse"})  # a better training of a rank may be handed over
     assert {one.trial_id for one in compared_adapters(named, [worse, better, TOP, cut], LOSS)} >= {"worse", "top"}
     wider = Criterion("loss", False, 0.5)  # the margin is the answer's
-    assert [one.holds for one in compared_adapters(found, [cut, small, TOP], wider)] == [True, True, False]
+    assert [one.is_within_margin for one in compared_adapters(found, [cut, small, TOP], wider)] == [True, True, False]
     unset = Criterion("loss", False, None)
-    assert [one.holds for one in compared_adapters(found, [cut, small, TOP], unset)] == [True, True, False]
+    assert [one.is_within_margin for one in compared_adapters(found, [cut, small, TOP], unset)] == [True, True, False]
     other = trial("a second top", 64, 0.01)
     both = compared_adapters(found.model_copy(update={"trial_id": "a second top"}), [other, cut, TOP], LOSS)
     assert [one.trial_id for one in both] == ["top", "a second top", "cut"]  # the better one first
@@ -273,7 +273,7 @@ def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: b
     points = [EvalPoint(step=step, value=value, train_value=None) for step, value in ((10, 2.0), (20, 1.5), (40, 1.0))]
     criterion = Criterion("f1", True, 0.01, points_are_of_the_metric=metric_points)
     top, small = (
-        one.model_copy(update={"metrics": {"f1": 0.5}, "value": 0.5, "item_metrics": {"f1": [0.5] * 400}})
+        one.model_copy(update={"metrics": {"f1": 0.5}, "value": 0.5, "example_metrics": {"f1": [0.5] * 400}})
         for one in (TOP.model_copy(update={"points": points}), trial("a", 16, 0.0, parent="top"))
     )
     notes = answer(top, small, criterion=criterion).notes
@@ -281,7 +281,7 @@ def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: b
     assert (told in notes) is metric_points
     steady = [*points[:2], EvalPoint(step=40, value=1.995, train_value=None)]
     assert answer(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == [INDEPENDENT]
-    kept = answer(top.model_copy(update={"kept_step": 10}), small, criterion=criterion).notes
+    kept = answer(top.model_copy(update={"checkpoint_step": 10}), small, criterion=criterion).notes
     assert kept == ["The best checkpoint of rank 64 is used: step 10 of 100.", INDEPENDENT]
 
 
@@ -310,16 +310,16 @@ def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
         assert after is None
         return
     assert after is not None
-    assert (after.trial_id, after.rank, after.how) == ("direct", rank, "trained")
+    assert (after.trial_id, after.rank, after.method) == ("direct", rank, "trained")
     assert (after.reference_id, after.margin) == (before.reference_id, before.margin)
     assert [one.trial_id for one in after.candidates] == [*(one.trial_id for one in before.candidates), "direct"]
     assert AdapterAnswer.model_validate(after.model_dump()) == after
     assert after.difference_high is not None
-    assert after.spread is not None
+    assert after.distribution is not None
     assert after.sentence == (
         f"The smallest adapter within the margin has rank {rank}, trained at that rank: it is no worse than the reference by more than "
         "the margin of 0.005, with 95% confidence, on average over held-out tokens (difference "
-        f"{after.difference:+.2g}, upper bound {after.difference_high:+.2g}). {spread_sentence(after.spread)}"
+        f"{after.difference:+.2g}, upper bound {after.difference_high:+.2g}). {spread_sentence(after.distribution)}"
     )
 
 
@@ -341,7 +341,7 @@ def test_without_the_files_of_the_answer_nothing_improves_it(left: list[TrialFin
 
 def on_test(value: float, **scores: object) -> TestEvaluated:
     return TestEvaluated.model_validate(
-        {"trial_id": "t", "rank": 4, "value": value, "item_losses": [], "item_tokens": []} | scores
+        {"trial_id": "t", "rank": 4, "value": value, "example_losses": [], "example_tokens": []} | scores
     )
 
 
@@ -361,8 +361,8 @@ def test_the_test_split_is_compared_by_example(
     def scored(one: object) -> TestEvaluated:
         if metric == "loss":
             assert isinstance(one, tuple)
-            return on_test(7.0, item_losses=one[0], item_tokens=one[1])
-        return on_test(7.0, **({"item_correct": one} if metric == "accuracy" else {"item_metrics": {metric: one}}))
+            return on_test(7.0, example_losses=one[0], example_tokens=one[1])
+        return on_test(7.0, **({"example_correct": one} if metric == "accuracy" else {"example_metrics": {metric: one}}))
 
     found = difference_on_test(scored(ours), scored(theirs), Criterion(metric, higher, None))
     assert found is not None
@@ -376,10 +376,10 @@ def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -
     assert difference_on_test(one, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(one, other, Criterion("accuracy", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(one, other, Criterion("cost", False, None)) == (pytest.approx(0.2), None)
-    half = on_test(0.7, item_metrics={"bleu": [0.7]})
+    half = on_test(0.7, example_metrics={"bleu": [0.7]})
     assert difference_on_test(half, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(other, half, Criterion("bleu", True, None)) == (pytest.approx(0.2), None)
-    one_example = [on_test(0.7, item_metrics={"bleu": [value]}) for value in (0.7, 0.5)]
+    one_example = [on_test(0.7, example_metrics={"bleu": [value]}) for value in (0.7, 0.5)]
     assert difference_on_test(*one_example, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(None, other, LOSS) is None
     assert difference_on_test(one, None, LOSS) is None
@@ -389,7 +389,7 @@ def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -
 def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
     ours, theirs = [scale] * 40, [*[scale] * 39, 0]
     sides = [
-        on_test(0.5, **({"item_correct": one} if metric == "accuracy" else {"item_metrics": {metric: one}}))
+        on_test(0.5, **({"example_correct": one} if metric == "accuracy" else {"example_metrics": {metric: one}}))
         for one in (ours, theirs)
     ]
     found = difference_on_test(sides[1], sides[0], Criterion(metric, True, None))
@@ -403,7 +403,7 @@ def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_diffe
 def test_a_share_on_the_test_split_has_the_range_of_a_share() -> None:
     """Of which none reaches 1: the bound is still that of a score between 0 and 1."""
     ours, theirs = [0.5] * 40, [*[0.5] * 39, 0.0]
-    sides = [on_test(0.5, item_metrics={"f1": one}) for one in (theirs, ours)]
+    sides = [on_test(0.5, example_metrics={"f1": one}) for one in (theirs, ours)]
     found = difference_on_test(sides[0], sides[1], Criterion("f1", True, None))
     expected = estimate(np.subtract(ours, theirs)[None, :], np.ones(40), 1.0)
     assert found == (pytest.approx(0.5 / 40), pytest.approx(bounds_of(expected).high))
@@ -417,12 +417,12 @@ def test_how_an_adapter_was_made() -> None:
     assert making_of(TOP, finished).sentence() == trained
     assert making_of(cut, finished).sentence() == f"{trained}, truncated to rank 16 by K-FAC"
     assert making_of(plain, finished).sentence() == f"{trained}, truncated to rank 8 by SVD"
-    kept = TOP.model_copy(update={"kept_step": 40})
+    kept = TOP.model_copy(update={"checkpoint_step": 40})
     assert making_of(kept, [kept]).sentence() == "trained at rank 64 (learning rate 0.001, step 40 of 100 steps)"
     own = TOP.model_copy(update={"steps": 0})
     assert making_of(own, [own]).sentence() == "trained at rank 64 (learning rate 0.001)"
     made = making_of(cut, finished)
-    assert (made.rank, made.trained_rank, made.steps, made.kept_step) == (16, 64, 100, None)
+    assert (made.rank, made.trained_rank, made.steps, made.checkpoint_step) == (16, 64, 100, None)
 
 
 def test_a_trained_adapter_is_measured_against_the_reference_that_is_given() -> None:
@@ -442,9 +442,9 @@ def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
     trials = [
         one.model_copy(
             update={
-                "item_losses": [],
-                "item_tokens": [],
-                "item_scores": scores[one.trial_id],
+                "example_losses": [],
+                "example_tokens": [],
+                "example_scores": scores[one.trial_id],
                 "metrics": {"perplexity": 4.0},
                 "value": 4.0,
             }
@@ -453,8 +453,8 @@ def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
     ]
     found = answer(*trials, criterion=Criterion("perplexity", False, 1.0))
     cut = found.candidates[1]
-    assert cut.spread is not None
-    assert cut.spread.worst_tenth == pytest.approx(2.0)
+    assert cut.distribution is not None
+    assert cut.distribution.worst_tenth_mean == pytest.approx(2.0)
     assert cut.difference == pytest.approx(4 * (1.5**0.1 - 1))
     assert "on average over held-out examples (difference" in found.sentence
 
@@ -470,7 +470,7 @@ def test_a_truncation_of_the_rank_of_the_top_is_no_lower_rank() -> None:
 def test_groups_of_the_test_split_widen_the_bound() -> None:
     losses = np.repeat(np.random.default_rng(2).normal(2.0, 0.5, 40), 10).tolist()
     sides = [
-        on_test(2.0, item_losses=values, item_tokens=[1] * 400, item_groups=groups)
+        on_test(2.0, example_losses=values, example_tokens=[1] * 400, example_groups=groups)
         for values, groups in ((losses, None), (losses, np.repeat(range(40), 10).tolist()), ([2.0] * 400, None))
     ]
     alone, grouped = (difference_on_test(side, sides[2], LOSS) for side in sides[:2])

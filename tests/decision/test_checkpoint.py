@@ -12,7 +12,7 @@ import pytest
 
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable, at_checkpoint, table_of_results
-from rightrank.report.evidence_tables import certainty_rows
+from rightrank.report.evidence_tables import build_certainty_rows
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint
 from tests.commands import run
@@ -35,7 +35,7 @@ def imdb(higher: bool = False) -> ScoreTable:
         for rank in LAST
     ]
     metric = "eval_loss" if not higher else "negated"
-    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[]))
 
 
 @pytest.mark.parametrize("higher", [False, True])
@@ -44,9 +44,9 @@ def test_the_answer_of_a_public_table_depends_on_the_checkpoint(higher: bool) ->
     assert (last.rank, best.rank) == (4, 64)
     for found, used in ((last, "last"), (best, "best")):
         assert found.checkpoint is not None
-        assert (found.checkpoint.used, found.checkpoint.last, found.checkpoint.best) == (used, 4, 64)
+        assert (found.checkpoint.checkpoint, found.checkpoint.last, found.checkpoint.best) == (used, 4, 64)
         assert "checkpoint_matters" in found.flags
-        text = dict(certainty_rows(found))["checkpoint"]
+        text = dict(build_certainty_rows(found))["checkpoint"]
         assert text == (
             f"Each training counts at its {used} evaluation. By values alone, the last evaluations pick rank 4, the best ones rank 64."
         )
@@ -69,8 +69,8 @@ def test_a_run_that_kept_the_best_checkpoint_is_read_at_its_last_by_values_alone
     table = imdb(higher)
     kept = {
         key: replace(
-            cell, value=sign * BEST[key[0]], sums=np.full(20, BEST[key[0]]), weights=np.ones(20), kept_step=100,
-            train_value=1.0, others={"accuracy": 0.9},
+            cell, value=sign * BEST[key[0]], sums=np.full(20, BEST[key[0]]), weights=np.ones(20), checkpoint_step=100,
+            train_value=1.0, other_metrics={"accuracy": 0.9},
         )
         for key, cell in table.cells.items()
     }  # fmt: skip
@@ -78,7 +78,7 @@ def test_a_run_that_kept_the_best_checkpoint_is_read_at_its_last_by_values_alone
     assert at_checkpoint(table, "best") is table
     for (rank, _, _), cell in at_checkpoint(table, "last").cells.items():
         assert (cell.value, cell.loss, cell.examples) == (sign * LAST[rank], LAST[rank], 0)
-        assert (cell.kept_step, cell.train_value, cell.others) == (None, None, {})
+        assert (cell.checkpoint_step, cell.train_value, cell.other_metrics) == (None, None, {})
         assert cell.points == table.cells[rank, 0.0, 0].points
     assert decision_of(table, 0.005, checkpoint="last").rank == 4
 
@@ -90,13 +90,13 @@ def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
             trial_id=f"{rank}",
             rank=rank,
             value=2.0,
-            item_values=np.full(20, 2.0).tolist(),
+            example_values=np.full(20, 2.0).tolist(),
             points=[(10, 1.9 if rank == 4 else 2.1), (20, 2.0)],
         )
         for rank in (1, 4)
     ]
-    table = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
-    assert decision_of(table).basis == "items"
+    table = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))
+    assert decision_of(table).basis == "examples"
     best = decision_of(table, checkpoint="best")
     assert (best.basis, best.rank) == ("values", 4)
     assert {one.rank: one.value for one in best.ranks} == {1: 2.0, 4: 1.9}
@@ -112,7 +112,7 @@ def test_a_table_with_steps_on_the_command_line(tmp_path: Path, capsys: pytest.C
     assert status == 0
     assert "Each training counts at its last evaluation" in out
     status, out, _ = run(["decide", str(file), "--margin", "0.005", "--checkpoint", "best", "--json"], capsys)
-    assert (status, json.loads(out)["rank"], json.loads(out)["checkpoint"]["used"]) == (0, 64, "best")
+    assert (status, json.loads(out)["rank"], json.loads(out)["checkpoint"]["checkpoint"]) == (0, 64, "best")
 
 
 @pytest.mark.parametrize("higher", [False, True])
@@ -126,11 +126,11 @@ def test_a_training_at_its_best_evaluation_has_what_was_known_there(higher: bool
     table = ScoreTable("other metric", higher, {(4, 1e-3, 0): cell}, {}, "other")
     (best,) = at_checkpoint(table, "best").cells.values()
     assert (best.value, best.steps, best.points) == (sign * 1.0, 40, points[:2])
-    assert (best.train_value, best.deviation, best.others) == (None, None, {})
+    assert (best.train_value, best.deviation, best.other_metrics) == (None, None, {})
     assert (best.sums.tolist(), best.weights.tolist()) == ([1.0], [1.0])
-    kept = replace(cell, value=sign * 1.0, kept_step=20)
+    kept = replace(cell, value=sign * 1.0, checkpoint_step=20)
     (last,) = at_checkpoint(replace(table, cells={(4, 1e-3, 0): kept}), "last").cells.values()
-    assert (last.value, last.kept_step, last.train_value, last.others) == (sign * 2.0, None, None, {})
+    assert (last.value, last.checkpoint_step, last.train_value, last.other_metrics) == (sign * 2.0, None, None, {})
     settled = replace(table, cells={(4, 1e-3, 0): replace(cell, value=sign * 1.0)})
     assert at_checkpoint(settled, "best") is settled
 

@@ -25,7 +25,7 @@ from rightrank.decision.comparison import (
 from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import seed_parts, winners_gap
 from rightrank.decision.table import Cell, minus, table_of
-from rightrank.report.evidence_tables import evidence_table
+from rightrank.report.evidence_tables import build_evidence_table
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import TrialFinished
 from tests.decision.tables import bare
@@ -50,7 +50,7 @@ def test_the_tolerance_is_of_the_margin_and_not_of_one() -> None:
 def test_a_difference_at_the_margin_has_one_word_on_a_page() -> None:
     decision = decision_of(bare({4: 0.745, 8: 0.75, 16: 0.75}, metric="accuracy", higher=True), 0.005)
     assert decision.rank == 4
-    (row,) = [row for row in evidence_table(decision) if row[0] == "4"]
+    (row,) = [row for row in build_evidence_table(decision) if row[0] == "4"]
     assert "perhaps" in row
 
 
@@ -108,7 +108,7 @@ def test_select_by_a_score_of_thirty_zeros_shows_nothing() -> None:
     trials = [
         TrialFinished(
             trial_id=f"{rank}", rank=rank, learning_rate=1e-3, lora_alpha=32, seed=0, steps=10, value=0.0,
-            metrics={"f1": 0.0}, item_metrics={"f1": [0.0] * 30}, **UNMEASURED,
+            metrics={"f1": 0.0}, example_metrics={"f1": [0.0] * 30}, **UNMEASURED,
         )
         for rank in (4, 16)
     ]  # fmt: skip

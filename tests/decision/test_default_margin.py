@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from rightrank.adapters.compare import _compare
-from rightrank.adapters.held_out import smallest_of
+from rightrank.adapters.compare import _compare_metric
+from rightrank.adapters.resize_by_data import smallest_of
 from rightrank.decision.records import Records, criterion_of, decide_run
-from rightrank.interop.end_run import Downward
+from rightrank.interop.truncation_run import DescendingStrategy
 from rightrank.schema.metrics import default_margin, metric_kind
 from rightrank.schema.settings import SelectSettings
-from rightrank.search.history import space_of
+from rightrank.search.history import build_space
 from tests.report.runs import answered_run
 
 FORMS = {"text": 0.005, "preference": 0.02, "classification": None}  # None: 1% of the reference
@@ -33,21 +33,21 @@ def test_every_verb_has_the_margin_of_the_kind_of_loss(form: str, margin: float 
     records = Records.of(started, made.outcomes)
     loss, settings = started.data.loss_kind, SelectSettings()
     top = max(records.finished(), key=lambda trial: trial.rank)
-    decided, space = decide_run(records), space_of(settings, 40, loss)
+    decided, space = decide_run(records), build_space(settings, 40, loss)
     reference = next(one.value for one in decided.ranks if one.rank == decided.reference_rank)
     wanted = default_margin(metric_kind("loss", False, loss), reference, [reference])
     assert wanted == (0.01 * reference if margin is None else margin)
     assert decided.margin == pytest.approx(wanted, rel=0.01)
-    assert space.margin_at(reference) == wanted  # select
-    assert Downward(space).space.criterion == space.criterion  # SmallestAdapter and Squeeze
+    assert space.get_margin(reference) == wanted  # select
+    assert DescendingStrategy(space).space.criterion == space.criterion  # SmallestAdapter and Squeeze
     assert (space.criterion.loss, space.criterion.margin) == (loss, None)
     of_files = smallest_of([top], criterion_of(records))  # resize, and what select hands over
     assert of_files.margin == default_margin(metric_kind("loss", False, loss), top.value, [top.value])
-    further: dict[str, Any] = {"preference": {"item_metrics": {"reward_accuracy": [1.0] * len(top.item_losses)}}}
-    further["classification"] = {"item_correct": [1] * len(top.item_losses)}
+    further: dict[str, Any] = {"preference": {"example_metrics": {"reward_accuracy": [1.0] * len(top.example_losses)}}}
+    further["classification"] = {"example_correct": [1] * len(top.example_losses)}
     file = top.model_copy(update=further.get(form, {}))
-    read = SimpleNamespace(splits={"selection": SimpleNamespace(dropped=0)})
+    read = SimpleNamespace(splits={"validation": SimpleNamespace(dropped=0)})
     runtime = SimpleNamespace(data=SimpleNamespace(summary=read))
     side: Any = SimpleNamespace(scores=file, runtime=runtime)
-    compared = _compare((side, side), "loss", Path("rows.jsonl"), settings)
+    compared = _compare_metric((side, side), "loss", Path("rows.jsonl"), settings)
     assert compared.margin == of_files.margin

@@ -118,7 +118,7 @@ def test_another_metric_conflicts_beyond_its_own_margin_and_noise(
     metric: str, chosen: float, best: float, conflict: bool
 ) -> None:
     def cell(loss: float, value: float) -> Cell:
-        return Cell("t", loss, np.array([loss]), np.ones(1), others={metric: value})
+        return Cell("t", loss, np.array([loss]), np.ones(1), other_metrics={metric: value})
 
     table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, chosen), (64, 0.0, 0): cell(2.0, best)})
     assert ("metric_conflict" in decision_of(table, 0.005).flags) is conflict
@@ -153,7 +153,7 @@ def test_a_rank_without_a_seed_is_moved_by_what_the_seed_does_to_the_others() ->
 def test_results_without_a_value_are_counted_by_rank() -> None:
     rows = [(4, 0, 1.0), (4, 1, None), (16, 0, None), (16, 1, None), (64, 0, 2.0)]
     results = [Result(trial_id=f"{rank}-{seed}", rank=rank, seed=seed, value=value) for rank, seed, value in rows]
-    found = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+    found = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))
     assert found.missing == {4: 1, 16: 2}
     assert list(found.cells) == [(4, 0.0, 0), (64, 0.0, 0)]
 
@@ -187,7 +187,7 @@ def with_points(chosen: list[Points], best: list[Points], higher: bool) -> Score
         for seed, points in enumerate(seeds)
     ]
     metric = "negated" if higher else "eval_loss"
-    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[]))
 
 
 LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]

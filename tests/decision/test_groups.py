@@ -117,17 +117,17 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
 
 
 def test_the_next_run_asks_for_groups() -> None:
-    (run,) = [one for one in decision_of(table_of_groups(0.9), 0.003, confidence=None).next_runs if one.items]
+    (run,) = [one for one in decision_of(table_of_groups(0.9), 0.003, confidence=None).next_runs if one.examples]
     assert re.search(r"(Score|and score) about [\d,]+ groups of held-out examples \(now 80\)", run.sentence)
     needed = int(re.findall(r"about ([\d,]+) groups", run.sentence)[0].replace(",", ""))
-    assert run.items == 10 * needed
+    assert run.examples == 10 * needed
 
 
 def test_examples_that_are_alike_count_as_fewer() -> None:
     rows, groups = np.repeat(drawn(4), ROWS, axis=1), np.repeat(np.arange(40), ROWS)
     ones = np.ones(rows.shape[1])
-    assert pair_noise(rows, ones, groups).likeness == pytest.approx(ROWS)
-    assert pair_noise(rows, ones).likeness == 1.0
+    assert pair_noise(rows, ones, groups).design_effect == pytest.approx(ROWS)
+    assert pair_noise(rows, ones).design_effect == 1.0
     assert estimate_of_files(rows[0], ones, 0.0, groups).degrees <= 39
 
 
@@ -155,10 +155,10 @@ def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> 
 
 def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> None:
     results = [
-        Result(trial_id=f"{rank}", rank=rank, value=2.0, steps=7, item_values=[1.0, 3.0, 2.0, 2.0], item_groups=groups)
+        Result(trial_id=f"{rank}", rank=rank, value=2.0, steps=7, example_values=[1.0, 3.0, 2.0, 2.0], example_groups=groups)
         for rank, groups in ((4, [5, 5, 1, 1]), (16, None))
     ]
-    read = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[])
+    read = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
     cells = table_of_results(read).cells
     assert cells[4, 0.0, 0].groups.tolist() == [1, 1, 0, 0]  # type: ignore[union-attr]
     assert cells[16, 0.0, 0].groups is None

@@ -12,8 +12,8 @@ from rightrank.decision.evidence import Evidence
 from rightrank.decision.records import Answers
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable, table_of
-from rightrank.report.answer import answer_view
-from rightrank.report.evidence_tables import evidence_table
+from rightrank.report.answer import build_answer_view
+from rightrank.report.evidence_tables import build_evidence_table
 from rightrank.schema.decision import Decision
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished
 from rightrank.search import STRATEGIES
@@ -44,7 +44,7 @@ def test_one_seed_gives_an_indication(verdict: str) -> None:
     assert "confidence" not in decision.sentence
     assert "one seed indicates this" in decision.sentence
     assert "noise over seeds is unknown" in decision.basis_note
-    assert all(evidence.further_seed_high is None for evidence in decision.ranks)
+    assert all(evidence.predictive_high is None for evidence in decision.ranks)
     if verdict != "no_gain":
         run = next(run for run in decision.next_runs if run.action == "seeds")
         assert (run.seeds or 0) >= 2
@@ -65,7 +65,7 @@ def test_undecided_on_one_seed_asks_for_examples_or_seeds() -> None:
     decision = decided({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, items=60, noise=0.03)
     assert (decision.verdict, decision.confidence) == ("undecided", None)
     assert "95%" not in decision.sentence
-    assert {run.action for run in decision.next_runs} == {"items", "seeds"}
+    assert {run.action for run in decision.next_runs} == {"examples", "seeds"}
 
 
 def test_two_seeds_give_a_decision_with_the_interval_of_a_further_seed() -> None:
@@ -75,10 +75,10 @@ def test_two_seeds_give_a_decision_with_the_interval_of_a_further_seed() -> None
     assert "is enough" in decision.sentence
     evidence = next(evidence for evidence in decision.ranks if evidence.rank == 16)
     assert evidence.difference_high is not None
-    assert evidence.further_seed_low is not None
-    assert evidence.further_seed_high is not None
+    assert evidence.predictive_low is not None
+    assert evidence.predictive_high is not None
     assert (
-        evidence.further_seed_low < (evidence.difference or 0.0) < evidence.difference_high < evidence.further_seed_high
+        evidence.predictive_low < (evidence.difference or 0.0) < evidence.difference_high < evidence.predictive_high
     )
 
 
@@ -259,7 +259,7 @@ def test_what_came_out_best_is_not_called_enough() -> None:
     rising = decision_of(scored({1: 2.4, 4: 2.2, 16: 2.0}), 0.01)
     for found in (open_below, lucky, rising):
         assert (found.fallback_rank, found.best_so_far) == (None, found.reference_rank)
-    assert (rising.rank, rising.rank_at_hand) == (16, 16)
+    assert (rising.rank, rising.best_available_rank) == (16, 16)
     passed = decision_of(scored({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01, confidence=None)
     assert (passed.rank, passed.fallback_rank, passed.best_so_far) == (None, 16, None)
     stated = decision_of(bare(SATURATED, std=0.0003), 0.005)
@@ -270,8 +270,8 @@ def test_what_came_out_best_is_not_called_enough() -> None:
 @pytest.mark.parametrize("losses", [{1: 2.3, 4: 2.006, 64: 2.0}, {1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}])
 def test_every_page_says_whether_a_rank_is_shown(losses: dict[int, float]) -> None:
     found = decision_of(scored(losses, items=60 if len(losses) == 3 else 400, noise=0.03), 0.01, confidence=None)
-    page = " ".join(text for _, text in answer_view(Answers(found)).rows())
-    rows = {row[0]: row[5] for row in evidence_table(found)}
+    page = " ".join(text for _, text in build_answer_view(Answers(found)).build_rows())
+    rows = {row[0]: row[5] for row in build_evidence_table(found)}
     if found.fallback_rank is None:
         assert f"No rank is shown to be enough; rank {found.best_so_far} came out best so far" in page
         assert "safe choice" not in page

@@ -31,7 +31,7 @@ def measured(form: str = "prompt_completion", **started: object) -> Records:
                     "exact_match": right[trial.rank] / ITEMS,
                     "colour": COLOURS[trial.rank],
                 },
-                "item_metrics": {"exact_match": [1.0] * right[trial.rank] + [0.0] * (ITEMS - right[trial.rank])},
+                "example_metrics": {"exact_match": [1.0] * right[trial.rank] + [0.0] * (ITEMS - right[trial.rank])},
             }
         )
         for trial in records.finished()
@@ -68,7 +68,7 @@ def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
     records = measured()
     decision = decide_on(records, comparable(records), "exact_match", 0.1)
     assert (decision.metric, decision.higher_is_better, decision.margin) == ("exact_match", True, 0.1)
-    assert (decision.reference_rank, decision.basis) == (16, "items")
+    assert (decision.reference_rank, decision.basis) == (16, "examples")
     assert [other.metric for other in decision.other_metrics] == ["loss", "colour"]
     few = [outcome for outcome in records.outcomes if outcome.rank < 16]
     fewer = decide_on(records, few, "exact_match", 0.1)
@@ -102,7 +102,7 @@ def test_evaluations_along_a_training_belong_to_one_metric() -> None:
     assert run_table(by_answers).cells[4, 1e-3, 0].points == ()
     table = run_table(by_answers, metric="exact_match")
     assert len(table.cells[4, 1e-3, 0].points) == 3
-    assert table.cells[4, 1e-3, 0].others == {"loss": pytest.approx(3.05, abs=0.2), "colour": 5.0}
+    assert table.cells[4, 1e-3, 0].other_metrics == {"loss": pytest.approx(3.05, abs=0.2), "colour": 5.0}
 
 
 def test_other_numbers_of_a_custom_trainer_are_no_metrics_with_examples() -> None:

@@ -100,12 +100,12 @@ def command(wanted: dict[str, object], run: str = "out", margin: float | None = 
         ({"action": "rank", "ranks": [4]}, None),
         ({"action": "rates", "ranks": [8], "learning_rates": [0.0123]}, "--learning-rates 0.001,0.003,0.0123"),
         ({"action": "rates", "learning_rates": [1e-3]}, None),
-        ({"action": "items", "items": 50}, "--eval-items 50"),
-        ({"action": "items", "items": 51}, None),  # more than there are
-        ({"action": "items", "items": 30}, None),  # no more than now
-        ({"action": "seeds", "seeds": 3, "items": 31}, "--eval-items 31 --seeds 0,1,2"),
-        ({"action": "rank", "ranks": [8], "items": 31}, "--eval-items 31 --ranks 1,4,8"),
-        ({"action": "rates", "learning_rates": [0.1], "items": 31}, "--eval-items 31 --learning-rates 0.001,0.003,0.1"),
+        ({"action": "examples", "examples": 50}, "--max-eval-examples 50"),
+        ({"action": "examples", "examples": 51}, None),  # more than there are
+        ({"action": "examples", "examples": 30}, None),  # no more than now
+        ({"action": "seeds", "seeds": 3, "examples": 31}, "--max-eval-examples 31 --seeds 0,1,2"),
+        ({"action": "rank", "ranks": [8], "examples": 31}, "--max-eval-examples 31 --ranks 1,4,8"),
+        ({"action": "rates", "learning_rates": [0.1], "examples": 31}, "--max-eval-examples 31 --learning-rates 0.001,0.003,0.1"),
         ({"action": "steps", "ranks": [8], "seeds": 9, "learning_rates": [0.1]}, None),
         ({"action": "test", "ranks": [8]}, None),
         ({"action": "data", "learning_rates": [0.1]}, None),
@@ -188,9 +188,9 @@ def require_counted(decision: Decision) -> list[NextRun]:
     [
         (0.0001, ["seeds"]),
         (0.0005, ["seeds"]),
-        (0.001, ["items"]),
-        (0.0015, ["items", "seeds"]),
-        (0.002, ["items", "seeds"]),
+        (0.001, ["examples"]),
+        (0.0015, ["examples", "seeds"]),
+        (0.002, ["examples", "seeds"]),
     ],
 )
 def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[str]) -> None:
@@ -203,17 +203,17 @@ def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[s
 
     assert [run.action for run in decision.next_runs] == actions
     for run in decision.next_runs:
-        seeds, items = run.seeds or 2, run.items or 100
+        seeds, items = run.seeds or 2, run.examples or 100
         assert run.ranks == [4, 64]
         assert reached(seeds, items)
-        if run.action == "items":
+        if run.action == "examples":
             assert not reached(seeds, sizes[sizes.index(items) - 1])
-            assert ("further seeds alone would not do it" in run.sentence) is (actions == ["items"])
+            assert ("further seeds alone would not do it" in run.sentence) is (actions == ["examples"])
             assert run.minutes == round(items * 4 * EVALUATE / 100 / 60, 1)
         else:
             assert not reached(seeds - 1, items if items == 100 else SIZES[-1])
             assert run.minutes == round(run.trials * (TRAIN + EVALUATE) / 60, 1)
-            assert ("examples" in run.sentence) is (run.items is not None)
+            assert ("examples" in run.sentence) is (run.examples is not None)
         assert time_told(run.minutes, "") in run.sentence
         assert re.fullmatch(
             r"To test the margin, score about [\d,]+ held-out examples \(now 100\) at ranks 4 and 64 \(about [^()]+\)(; [^()]+)?\."
@@ -221,7 +221,7 @@ def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[s
             r"\(\d+ trainings?, about [^()]+\)\.",
             run.sentence,
         )
-        assert (f"score about {items:,} held-out examples (now 100)" in run.sentence) is (run.items is not None)
+        assert (f"score about {items:,} held-out examples (now 100)" in run.sentence) is (run.examples is not None)
     assert len(require_counted(decision)) == ("seeds" in actions)
 
 
@@ -253,7 +253,7 @@ def rated(values: Mapping[tuple[int, float], float]) -> ScoreTable:
         Result(trial_id=f"{rank} {rate}", rank=rank, learning_rate=rate, value=value)
         for (rank, rate), value in values.items()
     ]
-    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_larger_rank_has_a_learning_rate_where_one_is_known() -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3, 9])
 def test_so_many_seeds_are_expected_to_show_a_difference_at_the_noise_of_earlier_grids(seeds: int) -> None:
-    table = table_in(World("flat", items=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02))
+    table = table_in(World("flat", examples=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02))
     evidence = Evidence(table)
     worse = next(one for one in evidence.contenders.values() if one.rank != evidence.reference.rank)
     now, then = evidence.difference(worse), evidence.expected(worse, seeds)

@@ -19,12 +19,12 @@ def table(levels: dict[int, float], noise: float) -> ScoreTable:
     """Each rank answers the prompts below its level, which varies by seed."""
     generator = np.random.default_rng(3)
     results = [
-        Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(scores.mean()), item_values=scores.tolist())
+        Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(scores.mean()), example_values=scores.tolist())
         for rank, level in levels.items()
         for seed in range(SEEDS if rank else 1)
         for scores in [(level + generator.normal(0, noise if rank else 0) > EASE).astype(float)]
     ]
-    return table_of_results(ResultsTable(metric="reward", higher_is_better=True, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric="reward", higher_is_better=True, results=results, input_notes=[]))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
 def sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") -> str:
     """Of trainings by rank, seed and scores, at a margin of 0.02."""
     results = [
-        Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(np.mean(scores)), item_values=scores)
+        Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(np.mean(scores)), example_values=scores)
         for rank, seed, scores in rows
     ]
-    made = ResultsTable(metric=metric, higher_is_better=True, results=results, understood=[])
+    made = ResultsTable(metric=metric, higher_is_better=True, results=results, input_notes=[])
     found = decision_of(table_of_results(made), 0.02, smallest_if_alike=True, confidence=None)
     assert found.verdict == "no_difference"
     return found.sentence

@@ -28,8 +28,8 @@ def trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
         steps=10,
         value=float(losses.mean()),
         metrics={"loss": float(losses.mean()), "exact_match": float(scores.mean()), "bleu": 20.0 + rank / 64},
-        item_metrics={"exact_match": scores.tolist()},
-        **(UNMEASURED | {"item_losses": losses.tolist(), "item_tokens": [1] * ITEMS, "train_value": 1.0}),
+        example_metrics={"exact_match": scores.tolist()},
+        **(UNMEASURED | {"example_losses": losses.tolist(), "example_tokens": [1] * ITEMS, "train_value": 1.0}),
     )
 
 
@@ -67,7 +67,7 @@ def test_metrics_that_agree_raise_nothing() -> None:
 
 def test_trials_without_examples_of_a_metric_are_compared_by_value() -> None:
     trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
-    ragged = [trials[0].model_copy(update={"item_metrics": {}}), *trials[1:]]
+    ragged = [trials[0].model_copy(update={"example_metrics": {}}), *trials[1:]]
     assert all(cell.examples == 0 for cell in table_of(ragged, "exact_match", True).cells.values())
     gone = trials[0].model_copy(update={"metrics": {"loss": 2.0}, "failed_metrics": {"exact_match": "away"}})
     table = table_of([gone, *trials[1:]], "exact_match", True)
@@ -78,7 +78,7 @@ def test_trials_without_examples_of_a_metric_are_compared_by_value() -> None:
 def test_a_metric_that_is_nothing_everywhere_still_has_a_margin() -> None:
     trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     none = [
-        t.model_copy(update={"metrics": {"rougeL": 0.0}, "item_metrics": {"rougeL": [0.0] * ITEMS}}) for t in trials
+        t.model_copy(update={"metrics": {"rougeL": 0.0}, "example_metrics": {"rougeL": [0.0] * ITEMS}}) for t in trials
     ]
     decision = decision_of(table_of(none, "rougeL", True))
     assert (decision.margin, decision.verdict) == (0.01, "flat")
@@ -108,10 +108,10 @@ def test_metrics_that_differ_on_the_base_alone_are_no_conflict() -> None:
 
 def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
     results = [
-        Result(trial_id=f"{rank}", rank=rank, value=2.0, item_values=[1.0, 3.0], others={"f1": right, "vram": 3.0})
+        Result(trial_id=f"{rank}", rank=rank, value=2.0, example_values=[1.0, 3.0], other_metrics={"f1": right, "vram": 3.0})
         for rank, right in ((4, 0.25), (16, 0.5))
     ]
-    read = ResultsTable(metric="loss", higher_is_better=False, results=results, understood=[])
+    read = ResultsTable(metric="loss", higher_is_better=False, results=results, input_notes=[])
     (table,) = other_tables(read)  # the direction of `vram` is not known
     assert (table.metric, table.higher_is_better) == ("f1", True)
     assert [(cell.value, cell.examples) for cell in table.cells.values()] == [
@@ -122,12 +122,12 @@ def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
 
 def test_the_other_columns_of_weighted_examples_are_one_number_a_training() -> None:
     """A logger's `eval/accuracy` has a direction, and the weights of examples are those of the loss."""
-    scored = {"item_values": [1.0, 3.0], "item_weights": [2.0, 5.0]}
+    scored = {"example_values": [1.0, 3.0], "example_weights": [2.0, 5.0]}
     results = [
-        Result(trial_id=f"{rank}", rank=rank, value=2.0, others={"eval/accuracy": right}, **scored)
+        Result(trial_id=f"{rank}", rank=rank, value=2.0, other_metrics={"eval/accuracy": right}, **scored)
         for rank, right in ((4, 0.25), (16, 0.5))
     ]
-    read = ResultsTable(metric="loss", higher_is_better=False, results=results, understood=[])
+    read = ResultsTable(metric="loss", higher_is_better=False, results=results, input_notes=[])
     (table,) = other_tables(read)
     assert (table.metric, table.higher_is_better) == ("eval/accuracy", True)
     assert [cell.weights.tolist() for cell in table.cells.values()] == [[1.0], [1.0]]

@@ -43,7 +43,7 @@ def test_equal_ranks_are_seldom_called_worse(ranks: tuple[int, ...], seeds: int)
     """By the difference from the best alone 63% of them are."""
     decisions = [decision_of(equal_ranks(seed, ranks, seeds), MARGIN) for seed in range(TABLES)]
     others = TABLES * (len(ranks) - 1)
-    assert sum(len(decision.probably_worse) for decision in decisions) / others < 0.1
+    assert sum(len(decision.probably_worse_ranks) for decision in decisions) / others < 0.1
     undecided = [decision for decision in decisions if decision.verdict == "undecided"]
     assert len(undecided) > TABLES / 5
     told = [decision for decision in undecided if "probably worse" in decision.sentence]
@@ -52,7 +52,7 @@ def test_equal_ranks_are_seldom_called_worse(ranks: tuple[int, ...], seeds: int)
 
 def test_a_rank_that_is_worse_is_still_called_so() -> None:
     table = scored({1: 2.3, 4: 2.1, 16: 2.0, 64: 2.0005}, items=400, seeds=(0,), noise=0.03)
-    assert decision_of(table, 0.001).probably_worse == [1, 4]
+    assert decision_of(table, 0.001).probably_worse_ranks == [1, 4]
 
 
 def test_of_two_ranks_it_is_the_t_distribution_of_their_difference() -> None:

@@ -62,7 +62,7 @@ def test_the_sentence_says_it_beside_a_larger_rank() -> None:
 def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it() -> None:
     table = scored(LOSSES, seeds=(0, 1), items=100, noise=0.03)
     decision = decision_of(table, 0.02)
-    assert (decision.rank, decision.take, decision.grade, decision.asked) == (4, 4, "likely", ASKED_CONFIDENCE)
+    assert (decision.rank, decision.recommended_rank, decision.grade, decision.requested_confidence) == (4, 4, "likely", ASKED_CONFIDENCE)
     assert decision.probability == chances(decision)[4]
     assert f"Rank 4 looks enough ({chance(decision.probability or 0)} likely" in decision.sentence
     assert (decision_of(table, 0.02, confidence=None).verdict, decision_of(table, 0.02, confidence=None).grade) == (
@@ -79,7 +79,7 @@ def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it()
 def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
     decision = decision_of(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), 0.002)
     assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
-    assert (decision.alike, decision.probably_worse, decision.take) == ([4, 16, 64], [1], 64)
+    assert (decision.indistinguishable_ranks, decision.probably_worse_ranks, decision.recommended_rank) == ([4, 16, 64], [1], 64)
     assert decision.sentence.startswith("Ranks 4, 16 and 64 cannot be told apart (±0.0")
     for words in (
         "the margin is 0.002 nats",
@@ -87,19 +87,19 @@ def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
         "Take rank 64: 75% likely to be within 0.00",
     ):
         assert words in decision.sentence
-    assert decision.rank_at_hand == 64
-    assert 0 < (decision.resolves or 0) <= (decision.take_within or 0)
-    wider = decision_of(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), decision.take_within)
+    assert decision.best_available_rank == 64
+    assert 0 < (decision.resolvable_margin or 0) <= (decision.recommended_margin or 0)
+    wider = decision_of(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), decision.recommended_margin)
     assert wider.rank == 64
     items, seeds = decision.next_runs
-    assert (items.action, items.items, seeds.action, seeds.minutes) == ("items", 500, "seeds", None)
+    assert (items.action, items.examples, seeds.action, seeds.minutes) == ("examples", 500, "seeds", None)
     enough = scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=20_000, noise=0.03)
     assert decision_of(enough, 0.002).verdict != "undecided"
 
 
 def test_purchases_are_priced_by_the_trainings_and_evaluations_so_far() -> None:
     table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03)
-    for train, evaluation, first in ((600.0, 1.0, "items"), (1.0, 600.0, "seeds")):
+    for train, evaluation, first in ((600.0, 1.0, "examples"), (1.0, 600.0, "seeds")):
         cells = {key: replace(cell, train_seconds=train, eval_seconds=evaluation) for key, cell in table.cells.items()}
         runs = decision_of(replace(table, cells=cells), 0.002).next_runs
         assert runs[0].action == first
@@ -188,7 +188,7 @@ def test_an_open_base_is_said_beside_the_answer() -> None:
 
 def test_no_rank_at_the_confidence_is_undecided() -> None:
     decision = decision_of(one_seed(noise=0.1), 0.005, confidence=0.99)
-    assert (decision.rank, decision.verdict, decision.asked) == (None, "undecided", 0.99)
+    assert (decision.rank, decision.verdict, decision.requested_confidence) == (None, "undecided", 0.99)
     assert "99% likely to be within" in decision.sentence
 
 

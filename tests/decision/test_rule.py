@@ -61,8 +61,8 @@ def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_set
     assert "underpowered" in decision.flags
     assert (decision.fallback_rank, decision.best_so_far) in ((16, None), (None, 64))
     run = decision.next_runs[0]
-    assert run.action in ("items", "seeds")
-    assert (run.items or 0) > 60 or (run.seeds or 0) > 3
+    assert run.action in ("examples", "seeds")
+    assert (run.examples or 0) > 60 or (run.seeds or 0) > 3
 
 
 def test_a_low_rank_that_came_out_best_by_luck_is_not_taken() -> None:
@@ -162,8 +162,8 @@ def test_the_best_of_several_learning_rates_is_corrected_for_the_winner_s_curse(
     decision = decision_of(ScoreTable("loss", False, cells), 0.005)
     # the difference of two learning rates has variance 8·.02²/3 over seeds, moderated toward the ranks' 16·.02²/3: between
     # a training's own deviation of .023 and 1.4 times that; of a mean of four half; E[min of 3 normals] = -0.846
-    assert 0.846 * 0.023 / 2 < decision.winner_gap < 1.4 * 0.846 * 0.023 / 2
-    assert "winner_gap" in decision.flags
+    assert 0.846 * 0.023 / 2 < decision.selection_bias < 1.4 * 0.846 * 0.023 / 2
+    assert "selection_bias" in decision.flags
 
 
 def test_learning_rates_that_move_together_from_seed_to_seed_leave_little_to_luck() -> None:
@@ -173,7 +173,7 @@ def test_learning_rates_that_move_together_from_seed_to_seed_leave_little_to_luc
         for learning_rate in (1e-4, 3e-4, 1e-3)
         for seed, noise in enumerate((-0.02, 0.02, 0.0))
     }
-    assert decision_of(ScoreTable("loss", False, cells), 0.005).winner_gap == 0
+    assert decision_of(ScoreTable("loss", False, cells), 0.005).selection_bias == 0
 
 
 def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() -> None:
@@ -245,7 +245,7 @@ def test_order_still_changing_is_flagged() -> None:
 
 def test_another_metric_that_wants_another_rank_is_flagged() -> None:
     def cell(loss: float, accuracy: float) -> Cell:
-        return Cell("t", loss, *_one(loss), others={"accuracy": accuracy})
+        return Cell("t", loss, *_one(loss), other_metrics={"accuracy": accuracy})
 
     table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, 0.70), (64, 0.0, 0): cell(2.0, 0.80)})
     assert "metric_conflict" in decision_of(table, 0.005).flags

@@ -28,7 +28,7 @@ from rightrank.decision.records import (
 from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
 from rightrank.decision.sentences import chance
 from rightrank.decision.table import table_of
-from rightrank.report.status import last_decided, run_status
+from rightrank.report.status import find_last_decision, build_run_status
 from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunContinued, TestEvaluated
@@ -38,7 +38,7 @@ from rightrank.schema.trials import (
     TrialDiverged,
     TrialFailed,
     TrialFinished,
-    TrialLook,
+    TrialEvaluated,
     TrialStarted,
 )
 from tests.report import runs
@@ -90,10 +90,10 @@ def test_every_kind_of_record_is_kept_apart() -> None:
 def test_a_look_that_is_reported_again_replaces_all_later_ones_and_a_new_start_drops_them() -> None:
     first = begun(made_up_run().finished()[1])
     looks = [
-        TrialLook(trial_id=first.trial_id, step=step, value=value) for step, value in ((0, 1.0), (10, 2.0), (20, 3.0))
+        TrialEvaluated(trial_id=first.trial_id, step=step, value=value) for step, value in ((0, 1.0), (10, 2.0), (20, 3.0))
     ]
-    again = TrialLook(trial_id=first.trial_id, step=10, value=4.0)
-    other = TrialLook(trial_id="other", step=5, value=5.0)
+    again = TrialEvaluated(trial_id=first.trial_id, step=10, value=4.0)
+    other = TrialEvaluated(trial_id="other", step=5, value=5.0)
     started = made_up_run().started
     found = Records.of(started, [first, *looks, other, again])
     assert found.looks == {first.trial_id: [looks[0].point, again.point], "other": [other.point]}
@@ -121,7 +121,7 @@ def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
     one, two, three = made_up_run().finished()[:3]
 
     def running(*journal: JournalRecord) -> str | None:
-        return run_status("run", journal, made_up_run(), "training-rank", True, {}).running
+        return build_run_status("run", journal, made_up_run(), "training-rank", True, {}).running
 
     assert running() is None
     assert running(begun(one), one) is None
@@ -138,8 +138,8 @@ def test_the_last_decision_is_found() -> None:
     records = made_up_run()
     decision = decide_run(records)
     decided = [DecisionRecorded(decision=decision, adapter_trial_id=name) for name in ("a", "b")]
-    assert last_decided(journal_of(records)) is None
-    assert last_decided([records.started, *decided, *records.tests]) == decided[1]
+    assert find_last_decision(journal_of(records)) is None
+    assert find_last_decision([records.started, *decided, *records.tests]) == decided[1]
 
 
 def test_a_run_is_decided_at_its_own_margin_and_kind_of_loss() -> None:
@@ -172,14 +172,14 @@ def test_accuracy_is_read_from_the_correct_examples() -> None:
     records = made_up_run((1, 4), (1e-3,))
     right = {1: [1, 0] * (ITEMS // 2), 4: [1] * ITEMS, 0: [0] * ITEMS}
     outcomes = [
-        altered(trial, item_correct=right[trial.rank], metrics={"accuracy": sum(right[trial.rank]) / ITEMS, "loss": 1})
+        altered(trial, example_correct=right[trial.rank], metrics={"accuracy": sum(right[trial.rank]) / ITEMS, "loss": 1})
         for trial in records.finished()
     ]
     started = records.started.model_copy(update={"metric": "accuracy", "higher_is_better": True})
     table = run_table(Records.of(started, outcomes))
     assert (table.metric, table.higher_is_better, table.kind) == ("accuracy", True, "accuracy")
     assert {rank: table.cells[rank, 1e-3, 0].loss for rank in (1, 4)} == {1: -0.5, 4: -1.0}
-    assert table.cells[4, 1e-3, 0].others == {"loss": 1}
+    assert table.cells[4, 1e-3, 0].other_metrics == {"loss": 1}
 
 
 def test_a_cell_holds_what_its_trial_measured() -> None:
@@ -190,7 +190,7 @@ def test_a_cell_holds_what_its_trial_measured() -> None:
     assert cell.value == trial.value
     assert cell.loss == pytest.approx(trial.value)
     assert (cell.examples, float(cell.weights[0])) == (ITEMS, TOKENS)
-    assert (cell.steps, cell.train_value, cell.others) == (trial.steps, trial.train_value, {})
+    assert (cell.steps, cell.train_value, cell.other_metrics) == (trial.steps, trial.train_value, {})
     assert cell.points == tuple(trial.points)
     assert run_table(records).missing == {4: 1}
 
@@ -205,7 +205,7 @@ def test_a_cell_has_the_seconds_of_its_training_and_of_one_evaluation() -> None:
 
 def test_a_cell_has_the_groups_of_its_examples() -> None:
     trial = made_up_run().finished()[1]
-    grouped = altered(trial, item_groups=[number // 2 for number in range(ITEMS)])
+    grouped = altered(trial, example_groups=[number // 2 for number in range(ITEMS)])
     (cell,) = table_of([grouped], "loss", False).cells.values()
     assert (cell.units, cell.examples) == (ITEMS // 2, ITEMS)
     (alone,) = table_of([trial], "loss", False).cells.values()
@@ -233,8 +233,8 @@ def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
     own = Records.of(
         started,
         [
-            altered(one, metrics={"score": 3.0, "loss": 1.0}, item_scores=[2.0, 5.0], item_weights=[2.0, 1.0]),
-            altered(four, metrics={"score": 4.0}, item_scores=[4.0, 4.0], item_weights=[2.0, 1.0]),
+            altered(one, metrics={"score": 3.0, "loss": 1.0}, example_scores=[2.0, 5.0], example_weights=[2.0, 1.0]),
+            altered(four, metrics={"score": 4.0}, example_scores=[4.0, 4.0], example_weights=[2.0, 1.0]),
             failed,
         ],
     )
@@ -242,7 +242,7 @@ def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
     cell = table.cells[1, 1e-3, 0]
     assert (table.metric, table.higher_is_better, table.missing) == ("score", True, {4: 1})
     assert (cell.value, cell.loss, cell.examples) == (3.0, -3.0, 2)
-    assert cell.others == {"loss": 1.0}
+    assert cell.other_metrics == {"loss": 1.0}
     assert cell.steps == one.steps
     assert cell.points == tuple(one.points)
     assert cell.train_value == one.train_value
@@ -265,7 +265,7 @@ def test_the_best_seed_of_the_best_learning_rate_is_handed_over() -> None:
 def test_a_perplexity_of_weighted_examples_is_the_weighted_mean_of_logarithms() -> None:
     records = made_up_run((1, 4), (1e-3,))
     trials = [
-        altered(trial, metrics={"perplexity": 4.0}, item_scores=[2.0, 8.0], item_weights=[3.0, 1.0])
+        altered(trial, metrics={"perplexity": 4.0}, example_scores=[2.0, 8.0], example_weights=[3.0, 1.0])
         for trial in records.finished()[1:]
     ]
     cell = table_of(trials, "perplexity", False).cells[4, 1e-3, 0]
@@ -276,20 +276,20 @@ def test_a_continued_run_has_the_settings_and_the_examples_that_it_was_last_cont
     made = made_up_run()
     more = made.started.data.model_copy(update={"rows": 99})
     continued = [
-        RunContinued(settings={"margin": 0.5, "seeds": [0, 1]}, evaluation_items=["a", "b"], data=more),
+        RunContinued(settings={"margin": 0.5, "seeds": [0, 1]}, evaluation_examples=["a", "b"], data=more),
         RunContinued(settings={"margin": 0.25}),
-        RunContinued(settings={}, evaluation_items=["a", "b", "c"]),
+        RunContinued(settings={}, evaluation_examples=["a", "b", "c"]),
     ]
     started = records_of([*journal_of(made), *continued], "run").started
     assert started.settings == made.started.settings | {"margin": 0.25, "seeds": [0, 1]}
-    assert started.evaluation_items == ["a", "b", "c"]
+    assert started.evaluation_examples == ["a", "b", "c"]
     assert started.data == made.started.data
     assert records_of([*journal_of(made), *continued[:2]], "run").started.data == more
-    untouched = {"settings", "evaluation_items", "data"}
+    untouched = {"settings", "evaluation_examples", "data"}
     assert started.model_dump(exclude=untouched) == made.started.model_dump(exclude=untouched)
     # Examples without settings, and settings without examples.
-    only = records_of([made.started, RunContinued(settings={}, evaluation_items=["a"])], "run").started
-    assert (only.settings, only.evaluation_items) == (made.started.settings, ["a"])
+    only = records_of([made.started, RunContinued(settings={}, evaluation_examples=["a"])], "run").started
+    assert (only.settings, only.evaluation_examples) == (made.started.settings, ["a"])
     assert records_of([made.started, RunContinued(settings={})], "run").started == made.started
 
 
@@ -317,7 +317,7 @@ def test_the_confidence_is_that_of_the_run_unless_another_is_asked() -> None:
 
 def used(decision: Decision) -> str:
     assert decision.checkpoint is not None
-    return decision.checkpoint.used
+    return decision.checkpoint.checkpoint
 
 
 def test_the_checkpoint_is_that_of_the_run_unless_another_is_asked() -> None:
@@ -355,7 +355,7 @@ def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:
 def test_every_adapter_of_a_run_is_compared_with_the_reference_of_its_last_answer() -> None:
     records = answered_run(direct=[4])
     found = compared(records)
-    assert [(one.rank, one.how) for one in found] == [
+    assert [(one.rank, one.method) for one in found] == [
         (64, "trained"), (32, "truncated"), (16, "truncated"), (8, "truncated"), (4, "trained"), (4, "truncated"),
     ]  # fmt: skip
     assert [one.difference for one in found if one.trial_id == records.adapters[-1].answer.reference_id] == [0.0]
@@ -444,7 +444,7 @@ def test_one_seed_of_rewards_is_answered_by_its_bounds(monkeypatch: pytest.Monke
     monkeypatch.setattr(runs, "ITEMS", 200)
     records = made_up_run((16, 64), (3e-3,), with_base=False)
     rewards, plain = (decide_run(with_settings(records, margin=0.009, **more)) for more in ({"profile": "rl"}, {}))
-    assert (rewards.asked, plain.asked) == (None, ASKED_CONFIDENCE)
+    assert (rewards.requested_confidence, plain.requested_confidence) == (None, ASKED_CONFIDENCE)
     asked = decide_run(with_settings(records, margin=0.009, profile="rl", confidence=0.7))
     assert (asked.verdict, asked.rank) == (plain.verdict, plain.rank)
 
@@ -479,14 +479,14 @@ def test_collapses_and_the_kept_step_are_in_the_table() -> None:
     collapsed = TrialCollapsed(
         trial_id="x", **four.arm.model_dump(), step=7, reason="x", value=9.0, best_step=3, best_value=1.0
     )
-    table = table_of([altered(one, kept_step=20), collapsed], "loss", False)
+    table = table_of([altered(one, checkpoint_step=20), collapsed], "loss", False)
     assert (table.collapsed, table.missing) == (1, {4: 1})
-    assert table.cells[1, 1e-3, 0].kept_step == 20
+    assert table.cells[1, 1e-3, 0].checkpoint_step == 20
 
 
 def test_trainings_scored_on_other_examples_are_compared_by_their_values() -> None:
     one, four = made_up_run((1, 4), (1e-3,)).finished()[1:]
-    fewer = altered(four, item_losses=four.item_losses[:20], item_tokens=four.item_tokens[:20])
+    fewer = altered(four, example_losses=four.example_losses[:20], example_tokens=four.example_tokens[:20])
     assert [cell.examples for cell in table_of([one, fewer], "loss", False).cells.values()] == [0, 0]
     table = table_of([one, four], "loss", False)
     assert [(cell.examples, cell.span) for cell in table.cells.values()] == [(ITEMS, 0.0)] * 2
@@ -494,15 +494,15 @@ def test_trainings_scored_on_other_examples_are_compared_by_their_values() -> No
 
 def test_the_range_of_a_weighted_score_is_that_of_the_score() -> None:
     one = made_up_run((1, 4), (1e-3,)).finished()[1]
-    scored = altered(one, metrics={"score": 4.0}, item_scores=[5.0, 2.0], item_weights=[2.0, 1.0])
+    scored = altered(one, metrics={"score": 4.0}, example_scores=[5.0, 2.0], example_weights=[2.0, 1.0])
     (cell,) = table_of([scored], "score", True).cells.values()
     assert (cell.sums.tolist(), cell.span) == ([-10.0, -2.0], 5.0)
 
 
 def test_a_copy_has_the_same_records_and_changes_alone() -> None:
     made, trial = answered_run(), made_up_run().finished()[1]
-    look = TrialLook(trial_id="other", step=5, value=5.0)
-    on_test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=1.0, item_losses=[], item_tokens=[])
+    look = TrialEvaluated(trial_id="other", step=5, value=5.0)
+    on_test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=1.0, example_losses=[], example_tokens=[])
     made = Records.of(made.started, [*made.outcomes, *made.adapters, on_test, look])
     copied, before = made.copy(), made.copy()
     assert copied == made
@@ -559,7 +559,7 @@ def test_an_exported_run_decides_without_its_truncated_and_stopped_trainings(tmp
         one.rank: pytest.approx(one.value) for one in of_run.ranks
     }
     rows = 7 * (ITEMS if "examples" in kind else 1)
-    assert f"{rows} rows of truncated or stopped trainings left out" in read.understood
+    assert f"{rows} rows of truncated or stopped trainings left out" in read.input_notes
 
 
 def test_an_exported_run_with_one_rank_is_told_what_to_do() -> None:
@@ -573,14 +573,14 @@ def test_an_exported_run_with_one_rank_is_told_what_to_do() -> None:
 def test_a_column_named_stage_of_another_table_is_no_stage_of_a_run() -> None:
     rows = [{"rank": rank, "stage": "sft", "eval_loss": 2 + 1 / rank} for rank in (1, 4, 16)]
     assert [one.rank for one in decide(rows).decision.ranks] == [1, 4, 16]
-    assert "not used: stage" in decide(rows).understood
+    assert "not used: stage" in decide(rows).input_notes
 
 
 def test_the_table_of_examples_decides_as_the_run() -> None:
     records = made_up_run(seeds=(0, 1))
     table = trials_frame(records, examples=True)
     of_run = decide_run(records)
-    assert len(table) == sum(len(t.item_losses) for t in records.outcomes if isinstance(t, TrialFinished))
+    assert len(table) == sum(len(t.example_losses) for t in records.outcomes if isinstance(t, TrialFinished))
     read = decide(table, metric="loss", higher_is_better=False, margin=of_run.margin).decision
     assert (read.rank, read.verdict) == (of_run.rank, of_run.verdict)
     for ours, theirs in zip(read.ranks, of_run.ranks, strict=True):

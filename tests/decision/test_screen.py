@@ -12,9 +12,9 @@ from rightrank.decision.comparison import is_within
 from rightrank.decision.records import Answers
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import ScoreTable
-from rightrank.report.answer import answer_view
-from rightrank.report.evidence_tables import evidence_table
-from rightrank.report.figures import margin_steps
+from rightrank.report.answer import build_answer_view
+from rightrank.report.evidence_tables import build_evidence_table
+from rightrank.report.figures import build_margin_steps
 from rightrank.schema.decision import Decision, RankEvidence
 from tests.decision.tables import bare, scored
 from tests.decision.worlds import World, drawn, table_in, worlds
@@ -29,13 +29,13 @@ def random_worlds() -> dict[str, World]:
 
 def require_one_story(found: Decision) -> None:
     """Each sentence and figure of the screen agrees with the column `enough` and with the differences."""
-    enough = {int(row[0]): row[5] for row in evidence_table(found)[1:] if row[0] != "base"}
+    enough = {int(row[0]): row[5] for row in build_evidence_table(found)[1:] if row[0] != "base"}
     by_rank = {one.rank: one for one in found.ranks if one.rank > 0}
     _require_bounds_to_say_the_same(found, enough, by_rank)
     _require_the_sentence_to_say_the_same(found, enough, by_rank)
     _require_the_safe_choice_to_say_the_same(found, enough)
     if found.verdict not in ("no_gain", "undecided", "no_difference"):
-        enough_from = margin_steps(found)
+        enough_from = build_margin_steps(found)
         assert [rank for needed, rank in enough_from if needed <= found.margin * (1 + 1e-8)][-1] == found.rank
 
 
@@ -74,7 +74,7 @@ def _require_the_sentence_to_say_the_same(
 
 
 def _require_the_safe_choice_to_say_the_same(found: Decision, enough: Mapping[int, str]) -> None:
-    text = answer_view(Answers(found)).safe_choice
+    text = build_answer_view(Answers(found)).safe_choice
     if text.startswith("No rank is shown"):
         assert "yes" not in enough.values()
     elif text:

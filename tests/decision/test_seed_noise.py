@@ -16,17 +16,17 @@ def test_the_noise_of_a_difference_by_hand() -> None:
     """Seeds differ by 2 in the mean: variance 2; each seed's examples vary by 1 and 3 about it."""
     found = pair_noise(np.array([[0.0, 2.0], [1.0, 5.0]]), np.ones(2))
     assert (found.variance, found.degrees) == (2.0, 1.0)
-    assert found.spread == pytest.approx((2.0 + 8.0) / 2)
+    assert found.example_variance == pytest.approx((2.0 + 8.0) / 2)
     assert pair_noise(np.array([[1.0], [3.0], [5.0]]), np.ones(1)) == PairNoise(4.0, 2.0, 1.0)
 
 
 def test_longer_examples_weigh_more() -> None:
     weights = np.array([3.0, 1.0])
-    assert pair_noise(np.array([[3.0, 5.0]]), weights).spread == pytest.approx(2 * (1.5**2))
+    assert pair_noise(np.array([[3.0, 5.0]]), weights).example_variance == pytest.approx(2 * (1.5**2))
 
 
 def test_a_variance_is_moderated_by_degrees_of_freedom() -> None:
-    pair = PairNoise(variance=8.0, degrees=1.0, spread=100.0)
+    pair = PairNoise(variance=8.0, degrees=1.0, example_variance=100.0)
     assert Prior(0.02, 3.0).moderated(pair) == ((3 * 2.0 + 8.0) / 4, 4.0)
 
 

@@ -130,7 +130,7 @@ def test_one_number_a_rank_may_rise_and_a_stated_deviation_is_part_of_the_thresh
                 Result(trial_id=f"{rank}", rank=rank, value=value, std=None if rank == 16 else 0.01)
                 for rank, value in losses.items()
             ],
-            understood=[],
+            input_notes=[],
         )
     )
     assert decision_of(only_lower, 0.02).verdict == "rising"  # the best has no deviation

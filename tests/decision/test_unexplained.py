@@ -33,7 +33,7 @@ def of_seeds(
         for rate in (rates if rank else (0.0,))
         for seed in (seeds if rank else (0,))
     ]
-    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))
 
 
 def require_repeat(decision: Decision, rank: int) -> None:

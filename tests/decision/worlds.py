@@ -79,7 +79,7 @@ def table_in(world: World) -> ScoreTable:
                     scores = np.exp(scores)
                 results.append(_result(world, rank, learning_rate, seed, scores, weights))
     results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
-    table = table_of_results(ResultsTable(metric=world.metric, higher_is_better=higher, results=results, understood=[]))
+    table = table_of_results(ResultsTable(metric=world.metric, higher_is_better=higher, results=results, input_notes=[]))
     return table if world.token_loss else replace(table, kind=metric_kind(world.metric, higher, "loss"))
 
 
@@ -96,14 +96,14 @@ def _result(world: World, rank: int, learning_rate: float, seed: int, scores: An
         learning_rate=learning_rate,
         seed=seed,
         value=value,
-        item_values=scores.tolist() if world.items else [],
-        item_weights=weights.tolist() if world.items and world.weighted else [],
+        example_values=scores.tolist() if world.items else [],
+        example_weights=weights.tolist() if world.items and world.weighted else [],
         std=world.std,
         std_seeds=3 if world.std is not None else 1,
         train_value=None if world.trained is None else 1.9 - world.trained * octave,
         steps=100 if world.points else None,
         points=list(points),
-        others={world.other: 0.5 + 0.1 * octave} if world.other else {},
+        other_metrics={world.other: 0.5 + 0.1 * octave} if world.other else {},
     )
 
 

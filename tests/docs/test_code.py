@@ -15,7 +15,7 @@ from tests.tiny import make_tokenizer, write_completions, write_pairs
 
 # Run by tests of their own: the demo (in short), and what installs things or needs hours.
 ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
-FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--eval-items", "8", "--device", "cpu"]
+FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--max-eval-examples", "8", "--device", "cpu"]
 SMALL = {"--ranks": "1,4", "--learning-rates": "1e-2"}  # where a page does not say its own
 CODE = [page for page in PAGES if any(block.runs and block.language in (*SHELL, "python") for block in blocks(page))]
 

@@ -66,7 +66,7 @@ def check(run: Path, printed: str) -> None:
     assert decision["sentence"] in printed
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     journal = map(json.loads, (run / "journal.jsonl").read_text().splitlines())
-    items = {len(record["item_scores"]) for record in journal if record["type"] == "trial_finished"}
+    items = {len(record["example_scores"]) for record in journal if record["type"] == "trial_finished"}
     assert len(items) == 1
     assert items.pop() >= 20
 

@@ -44,7 +44,7 @@ def test_it_probes_trains_in_threads_and_writes_the_modules(
     assert json.loads((out / "decision.json").read_text())["sentence"] in printed
     journal = list(map(json.loads, (out / "journal.jsonl").read_text().splitlines()))
     assert {len(line["points"]) for line in journal if line["type"] == "trial_finished"} == {4}
-    assert len([line for line in journal if line["type"] == "trial_look"]) >= 4 * 6
+    assert len([line for line in journal if line["type"] == "trial_evaluated"]) >= 4 * 6
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     with safe_open(out / "adapter" / "adapter_model.safetensors", "pt") as file:
         modules = {name.split(".lora_")[0].split(".")[-1] for name in file.keys()}  # noqa: SIM118 - not a mapping

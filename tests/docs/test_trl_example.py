@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rightrank import EvalPoint, TrialTask, select_rank_with
-from rightrank.runs.calls import call
+from rightrank.runs.calls import call_function
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError, NotFiniteError, ReportError, RunError
 from rightrank.schema.trials import TrialCollapsed
@@ -68,7 +68,7 @@ def test_a_seed_repeats_a_training_and_another_does_not(model_folder: Path, tmp_
     assert first.points[0] == other.points[0]  # before the first step
     assert first.points[-1] != other.points[-1]
     assert [point.step for point in first.points] == [0, 2, 4]
-    assert all(len(point.item_scores or []) == 4 for point in first.points)
+    assert all(len(point.example_scores or []) == 4 for point in first.points)
     assert first.trainable_parameters > 0
 
 
@@ -160,7 +160,7 @@ def test_a_bad_reward_is_one_clear_line(
     model_folder: Path, tmp_path: Path, reward: Any, error: type[Exception], reason: str
 ) -> None:
     with pytest.raises(error, match=reason) as raised:
-        call(grpo(model_folder, [reward]), task(tmp_path / "a"))
+        call_function(grpo(model_folder, [reward]), task(tmp_path / "a"))
     assert "\n" not in str(raised.value)
 
 
@@ -183,7 +183,7 @@ def test_a_reward_that_does_not_apply_counts_nothing(model_folder: Path, tmp_pat
 
     train = grpo(model_folder, [sometimes])
     found = train(task(tmp_path / "a", rank=0))
-    assert found.item_scores == [float(len(row["answer"]) <= 3) for row in PROMPTS[4:8]]
+    assert found.example_scores == [float(len(row["answer"]) <= 3) for row in PROMPTS[4:8]]
 
 
 def test_greedy_rewards_do_not_depend_on_the_batch(model_folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rightrank import Selected, TrialTask, select_rank_with
 from rightrank.hooks import Hook
-from rightrank.runs.hook import Answered, Finished, Started
+from rightrank.runs.hook import AdapterProposal, SelectionEnd, SelectionStart
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InterruptedRun, RunError
@@ -36,7 +36,7 @@ class Seen(Hook):
         self.calls: list[str] = []
         self.events: list[Event] = []
 
-    def on_start(self, started: Started) -> None:
+    def on_start(self, started: SelectionStart) -> None:
         assert not started.folder.journal.path.exists()
         self.calls.append("start")
 
@@ -44,10 +44,10 @@ class Seen(Hook):
         self.calls.append(type(event).__name__)
         self.events.append(event)
 
-    def on_adapter(self, answered: Answered) -> None:
+    def on_adapter(self, answered: AdapterProposal) -> None:
         self.calls.append("adapter")
 
-    def on_end(self, finished: Finished) -> None:
+    def on_end(self, finished: SelectionEnd) -> None:
         assert (finished.folder.adapter / "weights.txt").exists()
         self.calls.append("end")
 
@@ -91,7 +91,7 @@ def test_a_hook_that_raises_ends_the_run_and_loses_nothing(tmp_path: Path, error
 
 def test_a_hook_that_a_run_can_do_without_is_left_out_until_the_end(tmp_path: Path) -> None:
     run, hook = tmp_path / "run", Raising(1, KeyError("x"))
-    hook.ends_run = False
+    hook.is_required = False
     with pytest.raises(RunError, match=r"^Raising failed \(KeyError: 'x'\)"):
         select(run, hook)
     assert sorted(finished(run)) == [1, 4, 16]
@@ -101,7 +101,7 @@ def test_a_hook_that_a_run_can_do_without_is_left_out_until_the_end(tmp_path: Pa
 
 def test_an_error_of_input_passes_as_it_is(tmp_path: Path) -> None:
     class Refusing(Hook):
-        def on_start(self, started: Started) -> None:
+        def on_start(self, started: SelectionStart) -> None:
             raise DataError("not this one")
 
     with pytest.raises(DataError, match=r"^not this one$"):
@@ -136,7 +136,7 @@ def test_a_hook_returns_another_answer_which_the_next_one_gets(tmp_path: Path) -
         def __init__(self, note: str) -> None:
             self._note = note
 
-        def on_adapter(self, answered: Answered) -> AdapterAnswer:
+        def on_adapter(self, answered: AdapterProposal) -> AdapterAnswer:
             return answered.answer.model_copy(update={"notes": [*answered.answer.notes, self._note]})
 
     select(tmp_path / "run", Noting("first"), Seen(), Noting("second"))
@@ -150,18 +150,18 @@ def test_a_hook_gets_nothing_that_it_could_change(tmp_path: Path) -> None:
     """The records are frozen, and what they hold of the journal is a copy."""
 
     class Clearing(Hook):
-        def on_start(self, started: Started) -> None:
+        def on_start(self, started: SelectionStart) -> None:
             self.started = started
             with pytest.raises(AttributeError):
-                started.plan = None  # type: ignore[misc,assignment]
+                started.selection = None  # type: ignore[misc,assignment]
 
         def on_event(self, event: Event) -> None:
             self.started.records().outcomes.clear()
 
-        def on_adapter(self, answered: Answered) -> None:
+        def on_adapter(self, answered: AdapterProposal) -> None:
             answered.records.outcomes.clear()
 
-        def on_end(self, finished: Finished) -> None:
+        def on_end(self, finished: SelectionEnd) -> None:
             finished.records.outcomes.clear()
 
     assert select(tmp_path / "run", Clearing()).decision == select(tmp_path / "plain").decision

@@ -14,10 +14,10 @@ from rightrank.api.runs import decide
 from rightrank.api.selecting import select_rank_with
 from rightrank.decision.records import Records, decide_run, records_of
 from rightrank.hooks import trackers as registry
-from rightrank.hooks.trackers import Trackers, require_trackers
+from rightrank.hooks.trackers import Trackers, resolve_trackers
 from rightrank.runs.calls import TrialResult, TrialTask
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Started
+from rightrank.runs.hook import SelectionStart
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import DecisionRecorded
@@ -41,7 +41,7 @@ def log_all(records: Records, name: str) -> list[str]:
     notices: list[str] = []
     trackers = Trackers([name], Path("run"))
     plan: Any = SimpleNamespace(started=records.started)
-    trackers.on_start(Started(plan, RunFolder(Path("run")), records.copy, lambda event: notices.append(event.text)))  # type: ignore[union-attr]
+    trackers.on_start(SelectionStart(plan, RunFolder(Path("run")), records.copy, lambda event: notices.append(event.text)))  # type: ignore[union-attr]
     for outcome in records.outcomes:
         trackers.on_event(outcome)
     trackers.on_event(DecisionRecorded(decision=decide_run(records), adapter_trial_id=None))
@@ -191,12 +191,12 @@ def test_each_trial_is_logged_once_and_a_failing_tracker_ends_nothing(
 
 def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="did you mean 'wandb'"):
-        require_trackers(["wanb"])
+        resolve_trackers(["wanb"])
     monkeypatch.setattr(registry, "find_spec", lambda _name: None)
     with pytest.raises(MissingExtraError, match=r"rightrank\[mlflow\]"):
-        require_trackers(["mlflow"])
-    assert require_trackers(["none"]) == ()
-    assert require_trackers(["all"]) == ()
+        resolve_trackers(["mlflow"])
+    assert resolve_trackers(["none"]) == ()
+    assert resolve_trackers(["all"]) == ()
 
 
 def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
 
     def train(task: TrialTask) -> TrialResult:
         scores = [task.rank / (task.rank + 1 + item % 3) for item in range(50)]
-        return TrialResult(metrics={"reward": sum(scores) / 50}, item_scores=scores)
+        return TrialResult(metrics={"reward": sum(scores) / 50}, example_scores=scores)
 
     out = tmp_path / "own"
     settings = {"ranks": (1, 4, 16), "learning_rates": (1e-3,), "metric": "reward", "margin": 0.01}

@@ -116,7 +116,7 @@ class ResNetTrain(TextToImageTrain):
 
     _defaults: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"], "target_modules": ["convolution"]}
 
-    def load(self) -> tuple[Any, int, Any]:
+    def load_examples(self) -> tuple[Any, int, Any]:
         from transformers import AutoModelForImageClassification
 
         classes = 1 + max(label for _, label in (*self.train_images, *self.held_out))
@@ -136,6 +136,6 @@ class ResNetTrain(TextToImageTrain):
         return base, len(self.train_images), losses
 
     @torch.no_grad()
-    def scored(self, model: Any, losses: Any) -> TrialResult:
+    def score_held_out(self, model: Any, losses: Any) -> TrialResult:
         found = losses(model, range(len(self.held_out))).tolist()
         return TrialResult(metrics={"loss": sum(found) / len(found)}, example_scores=found)

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from rightrank import SmallestAdapter, export
 from rightrank.api.runs import status
-from rightrank.interop.end_run import measure_again, require_end_folder
+from rightrank.interop.truncation_run import resume_measurement, require_result_folder
 from rightrank.interop.smallest import keep_smallest
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ModelError, RunError, RunFolderError
@@ -102,7 +102,7 @@ def test_an_end_in_use_changes_nothing(model_folder: Path, rows: Rows, tmp_path:
     with RunFolder(out).lock(), pytest.raises(RunFolderError, match="another process is using this folder"):
         keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
     with RunFolder(out).lock(), pytest.raises(RunFolderError, match="another process is using this folder"):
-        require_end_folder(out)
+        require_result_folder(out)
     assert read_files(out) == before
 
 
@@ -118,7 +118,7 @@ def test_an_end_that_fails_before_it_has_begun_moves_nothing_and_blocks_nothing(
 
     for folder in (out, tmp_path / "new"):
         with monkeypatch.context() as patch:
-            patch.setattr("rightrank.interop.end_run._keep", full)
+            patch.setattr("rightrank.interop.truncation_run._write_resume_files", full)
             with pytest.raises(RunError, match="No space left"):
                 keep_smallest(model, batches(rows[140:170]), out=folder, margin=1.0)
     assert read_files(out) == before
@@ -131,8 +131,8 @@ def test_a_measurement_that_waits_is_moved_aside_and_can_still_be_made(
     for _ in range(2):
         waiting = SmallestAdapter(rows[140:], margin=1.0, max_examples=30, measure=False)
         trained(model_folder, rows, tmp_path, [waiting], max_steps=2)
-    assert "rank" in measure_again(tmp_path / "rightrank" / "earlier-1")
-    assert "rank" in measure_again(tmp_path / "rightrank")
+    assert "rank" in resume_measurement(tmp_path / "rightrank" / "earlier-1")
+    assert "rank" in resume_measurement(tmp_path / "rightrank")
 
 
 @pytest.mark.parametrize("content", ["a file", "files", "a journal of an unknown kind", "a journal that is damaged"])
@@ -149,7 +149,7 @@ def test_a_folder_that_no_end_wrote_is_refused_and_stays_as_it_is(
         (out / name).write_bytes(text)
     before = read_files(tmp_path)
     with pytest.raises(RunFolderError, match=r"give (another|an empty or a new) folder"):
-        require_end_folder(out)
+        require_result_folder(out)
     with pytest.raises(RunFolderError, match=r"give (another|an empty or a new) folder"):
         keep_smallest(peft_model(model_folder), batches(rows[140:170]), out=out, margin=1.0)
     assert read_files(tmp_path) == before

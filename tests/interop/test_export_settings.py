@@ -27,7 +27,7 @@ from rightrank.cli.options import gather_settings
 from rightrank.decision.adapter import Making
 from rightrank.interop.exports import SERVERS, TARGETS
 from rightrank.interop.recipe import EVALUATION_SETTINGS, Recipe
-from rightrank.models.ranks import peft_scaling
+from rightrank.models.ranks import convert_scaling
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
 from rightrank.schema.errors import RunError
@@ -107,7 +107,7 @@ def adapted(values: dict[str, Any]) -> set[str]:
 
 def recipe_with(values: dict[str, Any], form: str) -> Recipe:
     settings = SelectSettings(**{"dtype": "float32", "max_steps": 50} | values)
-    alpha, use_rslora = peft_scaling(settings.scaling, settings.lora_alpha, 8)
+    alpha, use_rslora = convert_scaling(settings.scaling, settings.lora_alpha, 8)
     return Recipe(
         model="model", data="data.jsonl", form=form, adapter=Path("adapter"), r=8, lora_alpha=alpha,
         target_modules=values.get("target_modules", LINEAR), target_parameters=settings.target_parameters,

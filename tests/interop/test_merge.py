@@ -18,7 +18,7 @@ from rightrank import compare, export
 from rightrank.cli import main
 from rightrank.interop.merge import TEST_SPLIT
 from rightrank.models.base_models import load_base
-from rightrank.models.mlx import torch_folder
+from rightrank.models.mlx import ensure_torch_format
 from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError
 from rightrank.schema.results import AdapterComparison
 from rightrank.schema.settings import SelectSettings
@@ -120,7 +120,7 @@ def test_an_mlx_folder_is_read_as_mlx_computes(
     answer = compared(adapter, folder, base, rows)
     assert answer.cause is None
     assert abs(answer.difference) < {4: 0.2, 8: 0.02}[bits]
-    with torch_folder(str(folder)) as place:
+    with ensure_torch_format(str(folder)) as place:
         read = load_file(Path(place) / "model.safetensors")
     assert read.keys() == load_file(whole / "model.safetensors").keys()
     assert all(torch.equal(read[name], value) for name, value in values.items())

@@ -15,7 +15,7 @@ import yaml
 
 from rightrank import export, select_rank
 from rightrank.interop.exports import TARGETS, write_export
-from rightrank.interop.recipe import Recipe, recipe_of
+from rightrank.interop.recipe import Recipe, build_recipe
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
@@ -45,7 +45,7 @@ def recipe(home: Path) -> Recipe:
     journal = RunFolder(home / "run").journal.read()
     started = next(record for record in journal if isinstance(record, RunStarted))
     finished = [record for record in journal if isinstance(record, TrialFinished)]
-    return recipe_of(started, finished[-1], home / "run" / "adapter", finished)
+    return build_recipe(started, finished[-1], home / "run" / "adapter", finished)
 
 
 def test_no_file_names_a_place_relative_to_where_the_selection_ran(home: Path) -> None:

@@ -37,7 +37,7 @@ from rightrank.adapters.batch_scores import HeldOutBatches, batch_loss
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.api.runs import status
 from rightrank.decision.comparison import INDEPENDENT
-from rightrank.interop.end_run import measure, measure_again
+from rightrank.interop.truncation_run import measure_truncations, resume_measurement
 from rightrank.interop.smallest import main
 from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -137,7 +137,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     curve = truncation_curve(adapter, runtime, candidate_ranks(adapter), tmp_path / "folder")
     steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
-    order = [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
+    order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
     with attach_adapter(runtime, adapter.path) as peft_model:
         read = order[: gather_unseen_moments(runtime, peft_model, seed, steps).examples]
 
@@ -148,9 +148,9 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
             for one in examples
         ]
 
-    held_out = batches("selection", range(len(runtime.data.splits["selection"])))
+    held_out = batches("validation", range(len(runtime.data.splits["validation"])))
     live = LiveAdapter(model, held_out, batches("train", read), margin=0.1, moment_tokens=10**9)
-    found = measure(live, tmp_path / "live").answer
+    found = measure_truncations(live, tmp_path / "live").answer
     assert (found.rank, found.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)
     assert found.difference_high == pytest.approx(curve.answer.difference_high, abs=1e-4)
     by_rank = {one.rank: one for one in curve.answer.candidates}
@@ -180,7 +180,7 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     configs, active = copy.deepcopy(model.peft_config), copy.deepcopy(model.active_adapter)
     layers = [copy.copy(vars(module)) for module in model.modules()]
-    measure(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    measure_truncations(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert {name for name, value in model.named_parameters() if value.grad is not None} == set(gradients)
     assert all(
@@ -294,7 +294,7 @@ def test_an_end_that_has_not_begun_names_no_measurement_of_an_earlier_training(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SmallestAdapter, "_live", full)
+    monkeypatch.setattr(SmallestAdapter, "_build_in_memory_adapter", full)
     with caplog.at_level(logging.WARNING, "rightrank"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
     last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
@@ -390,9 +390,9 @@ def test_another_base_is_refused_in_a_fresh_process(
         model.resize_token_embeddings(model.config.vocab_size + 8)
     model.save_pretrained(base)
     with pytest.raises(ModelError, match=r"not the base that was trained on \(.* has other values|cannot be loaded"):
-        measure_again(out)
+        resume_measurement(out)
     shutil.copytree(model_folder, base, dirs_exist_ok=True)
-    assert "rank" in measure_again(out)  # the base that was trained on
+    assert "rank" in resume_measurement(out)  # the base that was trained on
 
 
 def test_a_full_disk_is_one_line(
@@ -470,7 +470,7 @@ def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: 
 def test_a_resumed_training_is_measured_as_the_whole_one(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rightrank.interop.trainer_rows.MOMENT_SHARE", 0.5)  # several batches, of a training this short
+    monkeypatch.setattr("rightrank.interop.trainer_rows.MOMENT_TOKEN_FRACTION", 0.5)  # several batches, of a training this short
     uninterrupted = SmallestAdapter(Listed(rows[140:]), margin=0.1)
     _, whole = trained(model_folder, rows, tmp_path, [uninterrupted], max_steps=8, save_strategy="steps", save_steps=4)
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
@@ -494,14 +494,14 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
 def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     model = peft_model(model_folder)
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
-    alone = measure(LiveAdapter(model, batches, margin=1.0), tmp_path / "alone")
+    alone = measure_truncations(LiveAdapter(model, batches, margin=1.0), tmp_path / "alone")
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
     assert trained_adapter(model) == "default"
-    beside = measure(LiveAdapter(model, batches, margin=1.0), tmp_path / "beside")
+    beside = measure_truncations(LiveAdapter(model, batches, margin=1.0), tmp_path / "beside")
     assert beside.answer.candidates == alone.answer.candidates
     model.set_adapter("other")
     assert trained_adapter(model) == "other"
-    with_other_active = measure(LiveAdapter(model, batches, margin=1.0), tmp_path / "active")
+    with_other_active = measure_truncations(LiveAdapter(model, batches, margin=1.0), tmp_path / "active")
     assert with_other_active.answer.candidates == alone.answer.candidates
     assert model.active_adapter == "other"
     model.base_model.set_adapter(["default", "other"])
@@ -529,7 +529,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
     mlp.forward = fused
-    found = measure(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    found = measure_truncations(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     note = (
         "3 of 21 modules truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
         "so that no second moments arrive"

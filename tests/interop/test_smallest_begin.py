@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from rightrank import SmallestAdapter, Squeeze
-from rightrank.interop.end_run import measure_again
+from rightrank.interop.truncation_run import resume_measurement
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
 from tests.interop.trainings import Listed, OneShot, Rows, peft_model
 
@@ -374,7 +374,7 @@ def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was compared is said in the answer."""
-    monkeypatch.setattr("rightrank.interop.smallest.COMPARED_SECONDS", -1.0)
+    monkeypatch.setattr("rightrank.interop.smallest.MAX_COMPARISON_SECONDS", -1.0)
     callback = SmallestAdapter(Listed(rows[100:]), margin=0.1)
     trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback).train()
     assert callback.result is not None
@@ -453,8 +453,8 @@ def test_the_scored_rows_are_a_random_sample(
     order: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two interleaved sources both are scored, as of two that lie one behind the other, and of rows that a shuffle has mixed."""
-    monkeypatch.setattr("rightrank.interop.smallest.MOST", 40)
-    monkeypatch.setattr("rightrank.interop.smallest.FEWEST", 20)
+    monkeypatch.setattr("rightrank.interop.smallest.MAX_SAMPLE_SIZE", 40)
+    monkeypatch.setattr("rightrank.interop.smallest.MIN_SAMPLE_SIZE", 20)
     easy = [{name: values[:-1] + values[-1:] * 40 for name, values in row.items()} for row in rows]
     mixed = [row for pair in zip(rows, easy, strict=True) for row in pair] if order == "alternating" else [*rows, *easy]
     if order == "shuffled":
@@ -473,7 +473,7 @@ def test_the_scored_rows_are_a_random_sample(
 def test_the_sample_is_the_same_whatever_the_global_generators_have(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rightrank.interop.smallest.FEWEST", 20)
+    monkeypatch.setattr("rightrank.interop.smallest.MIN_SAMPLE_SIZE", 20)
     tokens = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -491,7 +491,7 @@ def test_the_sample_is_the_same_whatever_the_global_generators_have(
 def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     callback = SmallestAdapter(Listed(rows[140:]), margin=1.0, measure=False)
     trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:40]), None, callback).train()
-    measure_again(tmp_path / "rightrank")
+    resume_measurement(tmp_path / "rightrank")
     for folder in [tmp_path / "rightrank" / "adapter", *(tmp_path / "rightrank" / "trials").iterdir()]:
         loaded = AutoTokenizer.from_pretrained(folder)
         assert loaded("a b") == AutoTokenizer.from_pretrained(model_folder)("a b")

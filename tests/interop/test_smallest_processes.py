@@ -31,7 +31,7 @@ from transformers import (
 
 from rightrank import SmallestAdapter
 from rightrank.adapters.batch_scores import HeldOutBatches
-from rightrank.interop.end_run import measure_again
+from rightrank.interop.truncation_run import resume_measurement
 
 pytestmark = pytest.mark.trains
 WAYS = ("ddp", "fsdp2")
@@ -138,7 +138,7 @@ def test_zero3_is_kept_for_a_fresh_process(
     assert kept.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in kept.items())
     assert any(value.abs().max() > 0 for name, value in kept.items() if "lora_B" in name)
-    assert "has rank" in measure_again(tmp_path / "rightrank")
+    assert "has rank" in resume_measurement(tmp_path / "rightrank")
 
 
 def free_port() -> int:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from rightrank import Squeeze
-from rightrank.interop.squeeze import STUDY, squeeze
+from rightrank.interop.squeeze import STUDY_RESULT, squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from tests.interop.trainings import Listed, OneShot, Rows, peft_model
 from tests.tiny import write_pairs
@@ -35,7 +35,7 @@ ARCHIVE = Path(__file__).parents[2] / "docs" / "explanation" / "science.md"
 
 
 def test_the_figures_of_the_study_are_those_of_the_archive() -> None:
-    figures = re.findall(r"\d+ of \d+|[-+]\d+% to [-+]\d+%", STUDY)
+    figures = re.findall(r"\d+ of \d+|[-+]\d+% to [-+]\d+%", STUDY_RESULT)
     assert len(figures) == 2
     row = next(line for line in ARCHIVE.read_text(encoding="utf-8").splitlines() if "cut inside its training" in line)
     assert all(figure in row for figure in figures), figures

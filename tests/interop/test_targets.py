@@ -22,9 +22,9 @@ from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.cli import cli
 from rightrank.decision.records import records_of
 from rightrank.interop.exports import TARGETS, write_export
-from rightrank.interop.recipe import Recipe, recipe_of
+from rightrank.interop.recipe import Recipe, build_recipe
 from rightrank.models.adapter_reader import open_adapter
-from rightrank.models.ranks import SERVER_RANKS, max_module_rank
+from rightrank.models.ranks import SERVER_RANKS, find_server_rank
 from rightrank.report.html import render_model_card
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
@@ -50,7 +50,7 @@ def recipe(selected: Selected) -> Recipe:
     chosen = selected.answers.adapter.answer.trial_id
     trial = next(record for record in finished if record.trial_id == chosen)
     assert selected.adapter is not None
-    return recipe_of(started, trial, selected.adapter.path, finished)
+    return build_recipe(started, trial, selected.adapter.path, finished)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_every_target_contains_the_rank(selected: Selected, target: str) -> None
         for path in exported.folder.iterdir()
         if path.suffix in (".py", ".yaml", ".sh", ".json")
     )
-    handed_over = selected.handed_over
+    handed_over = selected.exported_adapter
     assert handed_over is not None
-    ranks = {"vllm": max_module_rank(handed_over.rank), "peft": handed_over.rank}
+    ranks = {"vllm": find_server_rank(handed_over.rank), "peft": handed_over.rank}
     ranks["sglang"] = handed_over.max_module_rank
     assert str(ranks.get(target, handed_over.trained_rank)) in text
     assert exported.command
@@ -187,8 +187,8 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     )
     file = written(selected, "trl") / "trl_sft.yaml"
     _, _, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
-    assert selected.handed_over is not None
-    assert trl_module.get_peft_config(model).r == selected.handed_over.trained_rank
+    assert selected.exported_adapter is not None
+    assert trl_module.get_peft_config(model).r == selected.exported_adapter.trained_rank
 
 
 def test_another_rank_is_exported_by_its_own_training(selected: Selected, truncated: Selected, tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_another_rank_is_exported_by_its_own_training(selected: Selected, trunca
         assert yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"] == rank
         folder = export(selected.run, "peft", tmp_path / f"peft{rank}", rank=rank).folder
         assert open_adapter(folder).config["r"] == rank
-    assert truncated.handed_over is not None
-    assert (truncated.handed_over.rank, truncated.handed_over.trained_rank) == (1, 4)
+    assert truncated.exported_adapter is not None
+    assert (truncated.exported_adapter.rank, truncated.handed_over.trained_rank) == (1, 4)
     with pytest.raises(ResultsError, match="the run has no training at rank 1; give one of 4, or leave rank out"):
         export(truncated.run, "trl", rank=1)
     with pytest.raises(ResultsError, match="the run has no adapter of rank 3; give one of 1, 2, 4, or leave rank out"):
@@ -210,7 +210,7 @@ def test_another_rank_is_exported_by_its_own_training(selected: Selected, trunca
 
 
 def test_one_line_says_what_to_do(selected: Selected, truncated: Selected) -> None:
-    assert truncated.handed_over is not None
+    assert truncated.exported_adapter is not None
     again = "To train again, start at rank 4 and truncate."
     assert truncated.advice == f"Use {truncated.run / 'adapter'} now (rank 1). {again}"
     assert selected.adapter is not None
@@ -222,11 +222,11 @@ def test_one_line_says_what_to_do(selected: Selected, truncated: Selected) -> No
 @pytest.mark.parametrize(
     ("handed_over", "trained", "text"),
     [
-        ({"how": "truncated", "rank": 2, "min_module_rank": 1, "max_module_rank": 4}, 4,
+        ({"method": "truncated", "rank": 2, "min_module_rank": 1, "max_module_rank": 4}, 4,
          "Use my-run/adapter now (rank 2, modules from 1 to 4). To train again, start at rank 16 and truncate, or train at rank 4."),
-        ({"how": "truncated", "rank": 8, "min_module_rank": 8, "max_module_rank": 8}, None,
+        ({"method": "truncated", "rank": 8, "min_module_rank": 8, "max_module_rank": 8}, None,
          "Use my-run/adapter now (rank 8). To train again, start at rank 16 and truncate."),
-        ({"how": "trained", "rank": 16, "min_module_rank": 16, "max_module_rank": 16}, 16,
+        ({"method": "trained", "rank": 16, "min_module_rank": 16, "max_module_rank": 16}, 16,
          "Use my-run/adapter now (rank 16). To train again, train at rank 16."),
     ],
 )  # fmt: skip
@@ -250,13 +250,13 @@ def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) ->
     from peft import AutoPeftModelForCausalLM
 
     assert truncated.decision_or_none is None
-    assert truncated.handed_over is not None
-    assert (truncated.handed_over.rank, truncated.handed_over.how) == (1, "truncated")
+    assert truncated.exported_adapter is not None
+    assert (truncated.exported_adapter.rank, truncated.handed_over.method) == (1, "truncated")
     folder = written(truncated, "peft")
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
     script = (written(truncated, "vllm") / "vllm.sh").read_text(encoding="utf-8")
     words = shlex.split(script, comments=True)
-    assert words[words.index("--max-lora-rank") + 1] == str(max_module_rank(truncated.handed_over.max_module_rank))
+    assert words[words.index("--max-lora-rank") + 1] == str(find_server_rank(truncated.exported_adapter.max_module_rank))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments

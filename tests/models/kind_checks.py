@@ -73,9 +73,9 @@ class Suite:
         from rightrank.plugins.plan.planner import build_step_settings, plan_selection
 
         config = self.runtime.model.config
-        settings, longest = settings_of(self.case), self.runtime.data.longest
+        settings, longest = settings_of(self.case), self.runtime.data.max_sequence_length
         assert plan_selection(config, settings, longest, "cpu").peak_bytes[RANK] > 0
-        parts = Estimator(config, build_step_settings(config, settings, longest, "cpu", None)).inventory(RANK)
+        parts = Estimator(config, build_step_settings(config, settings, longest, "cpu", None)).get_inventory(RANK)
         assert parts.trainable_parameters == self.outcome.trainable_parameters
         if "embed_tokens" not in self.case.settings.get(
             "target_modules", ()
@@ -108,7 +108,7 @@ class Suite:
     def is_truncated_in_a_run(self) -> str:
         """An arm that truncates the trained one starts where `resize` ends; or the run says why it can't."""
         if not self.case.is_truncated:
-            reason = self.runtime.targets.why_not_truncated
+            reason = self.runtime.targets.untruncatable_reason
             assert reason is not None
             return "no: " + reason
         arm = ARM.model_copy(update={"rank": RANK // 2, "steps": 0, "truncate_from": "whole"})
@@ -193,14 +193,14 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
     """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
     settings = runtime.settings
     with suppress_peft_warnings():
-        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.config(arm)).eval()
+        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.make_config(arm)).eval()
     named = with_first_values(runtime, arm, peft_model)
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     first = [group["lr"] for group in optimizer.param_groups]
     factor = make_schedule(settings, arm.steps)
     losses: list[float] = []
-    for step, indices in enumerate(runtime.batch_plan(arm.seed)):
-        batch = runtime.batch("train", indices)
+    for step, indices in enumerate(runtime.plan_batches(arm.seed)):
+        batch = runtime.make_batch("train", indices)
         for group, rate in zip(optimizer.param_groups, first, strict=True):
             group["lr"] = rate * factor(step)
         loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
@@ -216,8 +216,8 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
 def example_losses(model: Any, runtime: Runtime) -> list[float]:
     """The summed label losses of each validation example, one at a time, by transformers' own loss."""
     found = []
-    for index in range(len(runtime.data.splits["selection"])):
-        batch = runtime.batch("selection", [index])
+    for index in range(len(runtime.data.splits["validation"])):
+        batch = runtime.make_batch("validation", [index])
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         found.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))
     return found

@@ -16,8 +16,8 @@ import pytest
 from rightrank import compare, export, resize, select_rank
 from rightrank.adapters.compare import labels_of_side
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import adopted_labels
-from rightrank.models.loading_code import loading_lines
+from rightrank.models.base_models import align_labels
+from rightrank.models.loading_code import format_loading_code
 from rightrank.runs.values import Selected
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.settings import SelectSettings
@@ -151,24 +151,24 @@ def test_a_model_in_memory_keeps_the_order_of_its_labels() -> None:
     from transformers import LlamaConfig
 
     named = LlamaConfig(id2label={0: "pos", 1: "neg"}, label2id={"pos": 0, "neg": 1})
-    assert adopted_labels(named, ["neg", "pos"]) == ["pos", "neg"]
-    assert adopted_labels(named, ["0", "1"]) == ["0", "1"]
+    assert align_labels(named, ["neg", "pos"]) == ["pos", "neg"]
+    assert align_labels(named, ["0", "1"]) == ["0", "1"]
     with pytest.raises(ModelError, match="its labels are pos, neg, and those of the data bad, good"):
-        adopted_labels(named, ["bad", "good"])
+        align_labels(named, ["bad", "good"])
     unnamed = LlamaConfig(num_labels=3)
-    assert adopted_labels(unnamed, ["a", "b", "c"]) == ["a", "b", "c"]
+    assert align_labels(unnamed, ["a", "b", "c"]) == ["a", "b", "c"]
     assert unnamed.id2label == {0: "a", 1: "b", 2: "c"}
 
 
 def test_a_base_in_a_gguf_file_is_loaded_by_folder_and_file() -> None:
-    lines = loading_lines("adapter", "/models/small.Q4_1.gguf", is_classifier=False)
+    lines = format_loading_code("adapter", "/models/small.Q4_1.gguf", is_classifier=False)
     assert lines[-2:] == [
         "base = AutoModelForCausalLM.from_pretrained('/models', gguf_file='small.Q4_1.gguf')",
         "model = PeftModel.from_pretrained(base, 'adapter')",
     ]
-    classifier = loading_lines("adapter", "/models/small.gguf", is_classifier=True)
+    classifier = format_loading_code("adapter", "/models/small.gguf", is_classifier=True)
     assert (
         "base = AutoModelForSequenceClassification.from_pretrained('/models', gguf_file='small.gguf', **head)"
         in classifier
     )
-    assert loading_lines("adapter", "org/model", is_classifier=False)[-1].startswith("model = AutoPeftModelForCausalLM")
+    assert format_loading_code("adapter", "org/model", is_classifier=False)[-1].startswith("model = AutoPeftModelForCausalLM")

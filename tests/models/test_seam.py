@@ -20,7 +20,7 @@ class Biased(AdapterKind):
 
     name = "linear"
     label = "an adapter with a bias"
-    why_alone = "only PEFT's own forward pass adds the bias"
+    unshared_reason = "only PEFT's own forward pass adds the bias"
 
     def adapts(self, module: Any) -> bool:
         return any(module.lora_bias.values())
@@ -47,11 +47,11 @@ def test_the_first_kind_that_claims_a_pair_describes_it() -> None:
     pair = StoredPair(
         "model.layers.0.mlp.experts", False, (8, 4), (6, 8), {"target_parameters": ["mlp.experts.down_proj"]}
     )
-    found = kinds.stored_kind(pair)
+    found = kinds.find_stored_kind(pair)
     assert found is not None
     assert found.name == "expert"
     layout = found.layout(pair, 2)
     assert layout is not None
     assert layout.names == tuple(f"model.layers.0.mlp.experts.down_proj.{expert}" for expert in range(4))
-    plain = kinds.stored_kind(StoredPair("model.layers.0.mlp.down_proj", False, (8, 4), (6, 8), {}))
+    plain = kinds.find_stored_kind(StoredPair("model.layers.0.mlp.down_proj", False, (8, 4), (6, 8), {}))
     assert isinstance(plain, Linear)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.adapters.spectra import factored_distance
-from rightrank.models.truncation import Moments, components, ranks_within, resized_factors
+from rightrank.models.truncation import Moments, decompose_update, allocate_ranks, resize_factors
 from rightrank.schema.trials import Floats
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
@@ -30,7 +30,7 @@ def covariance(size: int, seed: int) -> Floats:
 def resized(
     b: Floats, a: Floats, rank: int, ratio: float, moments: Moments | None = None, scale: float = 1.0
 ) -> tuple[Floats, Floats]:
-    new_b, new_a = resized_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio, moments, scale)
+    new_b, new_a = resize_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio, moments, scale)
     return new_b.numpy(), new_a.numpy()
 
 
@@ -65,7 +65,7 @@ def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
     rows, columns, present, seed = size
     b, a = factors(rows, columns, present, seed)
     inputs, gradients = covariance(columns, seed + 1), covariance(rows, seed + 2)
-    found = components(b, a, scale, moments_of(b, a, scale, inputs, gradients), damping=0.0)
+    found = decompose_update(b, a, scale, moments_of(b, a, scale, inputs, gradients), damping=0.0)
     left, right = found.b[:, :rank], found.a[:rank]
     error = scale * (b @ a - left @ right)
     loss = 0.5 * np.trace(gradients @ error @ inputs @ error.T)
@@ -84,7 +84,7 @@ def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: i
         error = b @ a - left @ right
         return float(0.5 * np.trace(gradients @ error @ inputs @ error.T))
 
-    best = components(b, a, 1.0, moments_of(b, a, 1.0, inputs, gradients), damping=0.0)
+    best = decompose_update(b, a, 1.0, moments_of(b, a, 1.0, inputs, gradients), damping=0.0)
     u, sigma, vt = np.linalg.svd(b @ a)
     plain = loss(u[:, :rank] * sigma[:rank], vt[: len(sigma)][:rank]) if rank <= len(sigma) else 0.0
     scale = loss(np.zeros((rows, 0)), np.zeros((0, columns)))
@@ -106,7 +106,7 @@ def test_moments_without_a_gradient_fall_back_to_the_plain_metric() -> None:
     nothing = Moments(np.zeros((4, 4)), np.zeros((4, 4)))
     for one, other in zip(resized(b, a, 2, 1.0, nothing), resized(b, a, 2, 1.0), strict=True):
         assert np.allclose(np.abs(one), np.abs(other), atol=1e-6)
-    assert np.array_equal(components(b, a, 2.0, nothing).costs, components(b, a, 2.0).costs)
+    assert np.array_equal(decompose_update(b, a, 2.0, nothing).costs, decompose_update(b, a, 2.0).costs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,7 +123,7 @@ def test_ranks_within_keep_the_budget_and_the_cap(
     costs = [cost for cost, _ in modules]
     spectra = [np.sort(generator.exponential(size=length))[::-1] for _, length in modules]
     max_rank = rank + above
-    ranks = ranks_within(spectra, costs, rank * sum(costs), max_rank)
+    ranks = allocate_ranks(spectra, costs, rank * sum(costs), max_rank)
     assert all(1 <= one <= min(max_rank, len(s)) for one, s in zip(ranks, spectra, strict=True))
     assert sum(one * cost for one, cost in zip(ranks, costs, strict=True)) <= rank * sum(costs)
     if above == 0:
@@ -132,16 +132,16 @@ def test_ranks_within_keep_the_budget_and_the_cap(
 
 def test_ranks_within_go_where_the_worth_is() -> None:
     spectra = [np.array([8.0, 7.0, 6.0, 5.0]), np.array([1.0, 0.1, 0.1, 0.1])]
-    assert ranks_within(spectra, [10, 10], 40, 4) == [3, 1]
-    assert ranks_within(spectra, [10, 10], 40, 2) == [2, 2]
-    assert ranks_within(spectra, [100, 1], 202, 4)[1] == 4  # parameters count, not ranks
+    assert allocate_ranks(spectra, [10, 10], 40, 4) == [3, 1]
+    assert allocate_ranks(spectra, [10, 10], 40, 2) == [2, 2]
+    assert allocate_ranks(spectra, [100, 1], 202, 4)[1] == 4  # parameters count, not ranks
 
 
 def test_a_budget_buys_the_most_energy_a_parameter() -> None:
     strong, weak = np.array([10.0, 9.0, 8.0, 7.0]) ** 2, np.array([1.0, 0.1]) ** 2
-    assert ranks_within([strong, weak], [10, 10], 50, 4) == [4, 1]
-    assert ranks_within([strong, weak], [10, 10], 20, 4) == [1, 1]
-    assert ranks_within([strong, strong], [10, 1000], 1040, 4) == [4, 1]
+    assert allocate_ranks([strong, weak], [10, 10], 50, 4) == [4, 1]
+    assert allocate_ranks([strong, weak], [10, 10], 20, 4) == [1, 1]
+    assert allocate_ranks([strong, strong], [10, 1000], 1040, 4) == [4, 1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,7 +151,7 @@ def test_truncation_error_is_the_discarded_energy(size: tuple[int, int, int, int
     rows, columns, present, seed = size
     generator = np.random.default_rng(seed)
     b, a = generator.standard_normal((rows, present)), generator.standard_normal((present, columns))
-    new_b, new_a = (x.numpy() for x in resized_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio))
+    new_b, new_a = (x.numpy() for x in resize_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio))
     assert new_b.shape == (rows, rank)
     assert new_a.shape == (rank, columns)
     dense = np.linalg.svd(b @ a, compute_uv=False)
@@ -165,7 +165,7 @@ def test_truncation_error_is_the_discarded_energy(size: tuple[int, int, int, int
 def test_factors_in_float32_are_truncated_in_float32(rank: int) -> None:
     torch.manual_seed(0)
     a, b, ratio = torch.randn(6, 11), torch.randn(9, 6), 1.7
-    new_b, new_a = resized_factors(b, a, rank, ratio)
+    new_b, new_a = resize_factors(b, a, rank, ratio)
     product = ratio * b @ a
     dropped = torch.linalg.svdvals(product)[rank:]
     assert (new_b.dtype, new_a.dtype) == (torch.float32, torch.float32)
@@ -181,6 +181,6 @@ def test_a_direction_without_energy_can_still_be_trained(rank: int) -> None:
     b[:, 0] = torch.randn(9)
     a = torch.randn(4, 11)
     for start in (b, torch.zeros(9, 4)):
-        new_b, new_a = resized_factors(start.double(), a.double(), rank, 0.5)
+        new_b, new_a = resize_factors(start.double(), a.double(), rank, 0.5)
         assert torch.allclose(new_b @ new_a, 0.5 * (start @ a).double())
         assert (new_a.norm(dim=1) > 0.1).all()

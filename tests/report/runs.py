@@ -10,7 +10,7 @@ from typing import Any
 from rightrank.decision.adapter import adapter_answer
 from rightrank.decision.records import Records, criterion_of
 from rightrank.runs.journal import Journal
-from rightrank.schema.decision import HandedOver
+from rightrank.schema.decision import ExportedAdapter
 from rightrank.schema.events import (
     AdapterRecorded,
     DataSummary,
@@ -56,14 +56,14 @@ def made_up_run(
                 records.outcomes.append(_finished(rank, rate, seed, loss, ease, generator))
     if ranks:
         trial = records.outcomes[-1]
-        test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=3.1, item_losses=[3.1], item_tokens=[1])
+        test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=3.1, example_losses=[3.1], example_tokens=[1])
         records.tests.append(test)
     return records
 
 
 def _started(model: str, ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> RunStarted:
     settings = SelectSettings(ranks=ranks or (1,), learning_rates=rates, seeds=seeds, margin=0.02)
-    split = SplitSummary(items=ITEMS, tokens=ITEMS * TOKENS, label_tokens=ITEMS * TOKENS, truncated=0, dropped=0)
+    split = SplitSummary(examples=ITEMS, tokens=ITEMS * TOKENS, label_tokens=ITEMS * TOKENS, truncated=0, dropped=0)
     return RunStarted(
         rightrank_version="0.1.0",
         fingerprint="x",
@@ -72,7 +72,7 @@ def _started(model: str, ranks: Sequence[int], rates: Sequence[float], seeds: Se
         data=DataSummary(
             form="prompt_completion", splits={"train": split}, splits_given=False, duplicates_across_splits=0
         ),
-        evaluation_items=[str(item) for item in range(ITEMS)],
+        evaluation_examples=[str(item) for item in range(ITEMS)],
         metric="loss",
         higher_is_better=False,
         started_at="2026-01-01T00:00:00+00:00",
@@ -91,8 +91,8 @@ def _finished(
         **arm.model_dump(),
         value=value,
         metrics={"loss": value},
-        item_losses=items,
-        item_tokens=[TOKENS] * len(items),
+        example_losses=items,
+        example_tokens=[TOKENS] * len(items),
         train_value=value - 0.01 if rank else None,
         points=points if rank else [],
         train_losses=[value + (STEPS - step) / 100 for step in range(1, STEPS + 1)] if rank else [],
@@ -120,10 +120,10 @@ def answered_run(*, direct: Sequence[int] = ()) -> Records:
         records.outcomes.append(_truncated(top, rank, loss, generator))
     answer = adapter_answer(records.outcomes, criterion_of(records))
     assert answer is not None
-    handed_over = HandedOver(
+    handed_over = ExportedAdapter(
         rank=answer.rank,
         max_module_rank=answer.rank,
-        how=answer.how,
+        method=answer.method,
         trained_rank=64,
         reference_adapter=f"trials/{answer.reference_id}",
         difference=answer.difference,
@@ -137,13 +137,13 @@ def answered_run(*, direct: Sequence[int] = ()) -> Records:
 
 def _truncated(top: TrialFinished, rank: int, loss: float, generator: random.Random) -> TrialFinished:
     """`top` truncated: worse by `loss` nats a token, with noise by example."""
-    items = [one + TOKENS * (loss + generator.gauss(0, 0.002)) for one in top.item_losses]
+    items = [one + TOKENS * (loss + generator.gauss(0, 0.002)) for one in top.example_losses]
     changes = {"rank": rank, "steps": 0, "truncate_from": top.trial_id}
     value = sum(items) / (TOKENS * len(items))
     arm = top.arm.model_copy(update=changes)
     return top.model_copy(
         update=changes
-        | {"trial_id": trial_id("x", arm), "item_losses": items, "value": value, "metrics": {"loss": value}}
+        | {"trial_id": trial_id("x", arm), "example_losses": items, "value": value, "metrics": {"loss": value}}
         | {"points": [], "train_seconds": 0.0, "truncation": "kfac"}
     )
 

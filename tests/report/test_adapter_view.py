@@ -14,21 +14,21 @@ from rightrank.api.runs import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import making_of
 from rightrank.decision.records import Records, compared, decide_run, decision_so_far
-from rightrank.report.evidence_tables import candidate_table
+from rightrank.report.evidence_tables import build_candidate_table
 from rightrank.report.figure import Figure
-from rightrank.report.figures import MAX_MARGINS, adapter_figure, figures_of
+from rightrank.report.figures import MAX_MARGINS, build_adapter_figure, build_figures
 from rightrank.report.html import render_report
-from rightrank.report.status import cost_sentence
+from rightrank.report.status import format_cost
 from rightrank.report.svg import write_figures
 from rightrank.runs.journal import Journal
-from rightrank.runs.values import answers
+from rightrank.runs.values import build_answers
 from rightrank.schema.events import RunContinued
 from tests.report.elements import Elements
 from tests.report.runs import answered_folder, answered_run, journal_with
 
 
 def figure(records: Records) -> Figure:
-    found = adapter_figure(records)
+    found = build_adapter_figure(records)
     assert found is not None
     return found
 
@@ -53,14 +53,14 @@ def test_an_adapter_holds_where_its_whisker_ends_inside_the_band() -> None:
         for series in found.series
         for rank, end in zip(series.x, series.high, strict=True)
     }
-    holds = {(one.rank, one.how): one.holds for one in compared(records)}
+    holds = {(one.rank, one.method): one.is_within_margin for one in compared(records)}
     assert inside == holds
     assert set(inside.values()) == {True, False}
 
 
 def test_whiskers_are_the_paired_bounds_of_the_difference() -> None:
     records = answered_run()
-    values = {(one.rank, one.how): one for one in compared(records)}
+    values = {(one.rank, one.method): one for one in compared(records)}
     one, reference = values[16, "truncated"], values[64, "trained"]
     assert one.difference_low is not None
     assert one.difference_high is not None
@@ -75,8 +75,8 @@ def test_whiskers_are_the_paired_bounds_of_the_difference() -> None:
 def test_an_adapter_far_behind_is_off_the_scale_and_named() -> None:
     records = answered_run()
     far = next(trial for trial in records.finished() if trial.rank == 4)
-    items = [loss + 20 * MAX_MARGINS * 0.02 for loss in far.item_losses]
-    worse = far.model_copy(update={"item_losses": items, "metrics": {"loss": far.value + MAX_MARGINS * 0.02}})
+    items = [loss + 20 * MAX_MARGINS * 0.02 for loss in far.example_losses]
+    worse = far.model_copy(update={"example_losses": items, "metrics": {"loss": far.value + MAX_MARGINS * 0.02}})
     records.outcomes = [worse if outcome is far else outcome for outcome in records.outcomes]
     found = figure(records)
     assert "off the scale: rank 4" in found.title
@@ -86,10 +86,10 @@ def test_an_adapter_far_behind_is_off_the_scale_and_named() -> None:
 
 def test_the_table_has_each_candidate_with_its_bound() -> None:
     answer = answered_run().adapters[-1].answer
-    table = candidate_table(answer, "loss")
-    assert table[0] == ["rank", "how", "loss", "worse by", "95% bound", "holds"]
-    assert [row[:2] for row in table[1:]] == [[str(one.rank), one.how] for one in answer.candidates]
-    assert [row[5] for row in table[1:]] == ["yes" if one.holds else "no" for one in answer.candidates]
+    table = build_candidate_table(answer, "loss")
+    assert table[0] == ["rank", "method", "loss", "worse by", "95% bound", "holds"]
+    assert [row[:2] for row in table[1:]] == [[str(one.rank), one.method] for one in answer.candidates]
+    assert [row[5] for row in table[1:]] == ["yes" if one.is_within_margin else "no" for one in answer.candidates]
     assert [row[3] for row in table[1:]].count("reference") == 1
 
 
@@ -104,12 +104,12 @@ def test_how_the_adapter_was_made() -> None:
 
 
 def test_a_truncation_costs_no_training() -> None:
-    assert cost_sentence(answered_run()).startswith("1 training, 4 truncations, ")
+    assert format_cost(answered_run()).startswith("1 training, 4 truncations, ")
 
 
 def test_between_the_answers_the_report_has_the_first() -> None:
     records = answered_run()
-    text = Elements(render_report(records, answers(records, None, "training-rank"))).text
+    text = Elements(render_report(records, build_answers(records, None, "training-rank"))).text
     assert "Adapter: rank 8 · Training rank: not known yet" in text
     assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
     assert "Training rank: 1 training so far. A comparison needs two ranks with a result." in text
@@ -120,7 +120,7 @@ def test_between_the_answers_the_report_has_the_first() -> None:
 def test_both_answers_have_a_sentence_each() -> None:
     records = answered_run(direct=(4, 16))
     made = decide_run(records)
-    text = Elements(render_report(records, answers(records, made, "training-rank"))).text
+    text = Elements(render_report(records, build_answers(records, made, "training-rank"))).text
     assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
     assert f"Training rank: {made.sentence}" in text
     assert f"Adapter: rank 8 · Training rank: {made.rank}" in text
@@ -128,7 +128,7 @@ def test_both_answers_have_a_sentence_each() -> None:
 
 def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() -> None:
     records = answered_run()
-    found = answers(records, None, "adapter")
+    found = build_answers(records, None, "adapter")
     estimate = found.estimate
     assert estimate is not None
     assert (estimate.low, estimate.high) == (8, 16)
@@ -138,7 +138,7 @@ def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() ->
     text = Elements(render_report(records, found)).text
     assert "Training rank: not asked (--goal adapter)." in text
     assert estimate.sentence in text
-    assert answers(records, None, "training-rank").estimate is None
+    assert build_answers(records, None, "training-rank").estimate is None
 
 
 def at_rates(records: Records, rates: tuple[float, ...]) -> Records:
@@ -158,7 +158,7 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
     tmp_path: Path, rates: tuple[float, ...], is_flagged: bool
 ) -> None:
     records = at_rates(answered_run(), rates)
-    found = answers(records, None, "adapter")
+    found = build_answers(records, None, "adapter")
     assert found.document()["adapter_flags"] == (["lr_edge"] if is_flagged else [])
     run = journal_with(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
     command = f"rightrank select --out {run} --learning-rates 0.0003,0.001,0.003,0.009"
@@ -167,7 +167,7 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
     shown = CliRunner().invoke(cli, ["status", str(run)]).output
     assert (f"next:   {state.next_runs[0]}\n        {command}\n" in shown) if is_flagged else ("next:" not in shown)
     selected = Selected(run, None, None, run, found, next_commands=state.next_commands)
-    for text in (str(selected), "\n".join(text for _, text in selected.view.rows())):
+    for text in (str(selected), "\n".join(text for _, text in selected.view.build_rows())):
         assert (command in text) == is_flagged
     page = Elements(render_report(records, found)).text
     assert ("train rank 64 at 0.009 too (1 training)" in page) == is_flagged
@@ -176,7 +176,7 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
 
 def test_the_learning_rate_that_the_decision_asks_for_is_asked_for_once() -> None:
     records = at_rates(answered_run(direct=(4, 16)), (3e-4, 1e-3))
-    runs = answers(records, decide_run(records), "training-rank").next_runs
+    runs = build_answers(records, decide_run(records), "training-rank").next_runs
     assert [run.learning_rates for run in runs if run.action == "rates"] == [[pytest.approx(9e-3)]]
 
 
@@ -214,9 +214,9 @@ def test_decide_adds_the_adapter_of_a_run(tmp_path: Path) -> None:
 def test_a_notebook_shows_both(tmp_path: Path) -> None:
     records = answered_run(direct=(4, 16))
     made = decision_so_far(records)
-    both = answers(records, made, "training-rank")
+    both = build_answers(records, made, "training-rank")
     selected = Selected(tmp_path, None, None, tmp_path, both, adapters=compared(records))
-    write_figures(tmp_path / "figures", figures_of(records, made))
+    write_figures(tmp_path / "figures", build_figures(records, made))
     html = selected._repr_html_()
     assert "<strong>Adapter: rank 8</strong>" in html
     assert "<strong>Training rank: " in html

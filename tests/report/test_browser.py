@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rightrank.decision.records import answers_of, decide_run, decision_so_far
-from rightrank.report.figure import metric_axis
-from rightrank.report.figures import figures_of
+from rightrank.report.figure import build_metric_axis
+from rightrank.report.figures import build_figures
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS
 from tests.report.runs import answered_run, made_up_run
@@ -186,8 +186,8 @@ COVERED = """() => [...document.querySelectorAll(".drawing > svg")].flatMap((svg
 def test_no_text_of_a_plot_covers_another(browser: Any, tmp_path: Path, width: int) -> None:
     records = answered_run(direct=(4, 16))
     made = decide_run(records)
-    narrow = metric_axis("exact_match_of_answers", True, (10.6118, 10.6142))  # its numbers have seven characters
-    figures = [replace(figure, name=f"{figure.name}_2", y=narrow) for figure in figures_of(records, made)]
+    narrow = build_metric_axis("exact_match_of_answers", True, (10.6118, 10.6142))  # its numbers have seven characters
+    figures = [replace(figure, name=f"{figure.name}_2", y=narrow) for figure in build_figures(records, made)]
     file = tmp_path / "report.html"
     file.write_text(render_report(records, answers_of(records, made), figures), encoding="utf-8")
     page = opened(browser, file, viewport={"width": width, "height": 900}).page

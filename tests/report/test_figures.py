@@ -14,9 +14,9 @@ import pytest
 
 from rightrank.api.runs import write_report
 from rightrank.decision.records import Records, decide_run, decision_so_far
-from rightrank.report.figure import Axis, Figure, Series, log_ticks
-from rightrank.report.figures import figures_of, margin_steps, rank_figure
-from rightrank.report.svg import inline_svg, svg_file, write_figures
+from rightrank.report.figure import Axis, Figure, Series, compute_log_ticks
+from rightrank.report.figures import build_figures, build_margin_steps, build_rank_figure
+from rightrank.report.svg import render_inline_svg, render_svg_file, write_figures
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, SettingsError
 from tests.report.runs import answered_folder, answered_run, made_up_run
@@ -27,12 +27,12 @@ def decision() -> Decision:
 
 
 def figure_named(name: str, records: Records, decision: Decision | None = None) -> Figure:
-    return next(figure for figure in figures_of(records, decision) if figure.name == name)
+    return next(figure for figure in build_figures(records, decision) if figure.name == name)
 
 
 def test_rank_figure_is_the_decision() -> None:
     made = decision()
-    figure = rank_figure(made)
+    figure = build_rank_figure(made)
     values = {e.rank: e.value for e in made.ranks if e.rank > 0}
     assert dict(zip(figure.series[0].x, figure.series[0].y, strict=True)) == values
     reference = values[made.reference_rank]
@@ -43,14 +43,14 @@ def test_rank_figure_is_the_decision() -> None:
 
 def test_a_whisker_inside_the_band_is_a_rank_that_is_enough() -> None:
     made = decision()
-    figure = rank_figure(made)
+    figure = build_rank_figure(made)
     inside = {x: high < figure.bands[0].high for x, high in zip(figure.series[0].x, figure.series[0].high, strict=True)}
     assert inside == {e.rank: e.non_inferior for e in made.ranks if e.rank > 0}
 
 
 def test_steps_agree_with_the_rule_at_every_margin_of_the_staircase() -> None:
     made = decision()
-    steps = margin_steps(made)
+    steps = build_margin_steps(made)
     assert len({rank for _, rank in steps}) > 1
     for step in made.staircase:
         assert [rank for needed, rank in steps if needed <= step.margin][-1] == step.rank
@@ -58,7 +58,7 @@ def test_steps_agree_with_the_rule_at_every_margin_of_the_staircase() -> None:
 
 def test_diminishing_rank_is_where_doublings_stop_to_pay() -> None:
     # 3 + 0.2/r: from 1 to 4 a doubling gains 0.075, from 4 to 16 0.019, from 16 on less
-    marks = {mark.label: mark.x for mark in rank_figure(decision()).marks}
+    marks = {mark.label: mark.x for mark in build_rank_figure(decision()).marks}
     assert marks["doubling gains less than the margin"] == 4
 
 
@@ -129,28 +129,28 @@ def test_learning_curves_have_the_values_at_which_a_training_was_stopped() -> No
 
 
 def test_ticks_of_a_logarithmic_axis() -> None:
-    assert log_ticks(0.0009, 0.2) == (0.001, 0.01, 0.1)
-    assert log_ticks(0.003, 0.06) == (0.005, 0.01, 0.02, 0.05)
+    assert compute_log_ticks(0.0009, 0.2) == (0.001, 0.01, 0.1)
+    assert compute_log_ticks(0.003, 0.06) == (0.005, 0.01, 0.02, 0.05)
 
 
 @pytest.mark.parametrize("ranks", [(), (4,), (4, 8)])
 def test_few_trials_give_the_figures_that_there_are(ranks: tuple[int, ...]) -> None:
     records = made_up_run(ranks)
-    names = {figure.name for figure in figures_of(records, decision_so_far(records))}
+    names = {figure.name for figure in build_figures(records, decision_so_far(records))}
     assert ("rank_curve" in names) == (len(ranks) == 2)
     assert ("time" in names) == bool(ranks)
 
 
 def test_every_figure_is_written_as_svg_and_csv(tmp_path: Path) -> None:
     records = made_up_run()
-    figures = figures_of(records, decide_run(records))
+    figures = build_figures(records, decide_run(records))
     write_figures(tmp_path, figures)
     for figure in figures:
         ET.parse(tmp_path / f"{figure.name}.svg")
         rows = list(csv.reader(StringIO((tmp_path / f"{figure.name}.csv").read_text())))
         assert rows[0] == list(figure.columns)
         assert len(rows) == len(figure.rows) + 1
-    assert svg_file(figures[0]) == svg_file(figures[0])
+    assert render_svg_file(figures[0]) == render_svg_file(figures[0])
 
 
 def test_further_formats_of_every_figure(tmp_path: Path) -> None:
@@ -180,9 +180,9 @@ NUMBERS = re.compile(r'<text [^>]*text-anchor="end"[^>]*>([^<]*)</text>')  # tho
 def test_no_two_ticks_of_an_axis_have_one_text(low: float, span: float) -> None:
     y = (low, low + max(span, 1e-12 * abs(low)))
     figure = replace(
-        rank_figure(decision()), y=Axis("y", limits=y), series=(Series("s", (1, 4), y),), marks=(), bands=()
+        build_rank_figure(decision()), y=Axis("y", limits=y), series=(Series("s", (1, 4), y),), marks=(), bands=()
     )
-    texts = NUMBERS.findall(inline_svg(replace(figure, levels=())))
+    texts = NUMBERS.findall(render_inline_svg(replace(figure, levels=())))
     assert len(texts) > 2
     assert len(set(texts)) == len(texts)
 
@@ -196,10 +196,10 @@ def test_the_axis_of_a_metric_says_which_direction_is_better(metric: str) -> Non
     records.outcomes = [outcome.model_copy(update=changes) for outcome in records.outcomes]
     made = decide_run(records)
     assert made.higher_is_better == higher
-    figures = {figure.name: figure for figure in figures_of(records, made)}
+    figures = {figure.name: figure for figure in build_figures(records, made)}
     for name in ("rank_curve", "adapters", "learning_curves"):
         assert figures[name].y.label.endswith("(higher is better)" if higher else "(lower is better)")
-        assert f">{figures[name].y.label}</text>" in inline_svg(figures[name])
+        assert f">{figures[name].y.label}</text>" in render_inline_svg(figures[name])
 
 
 def test_learning_curves_of_another_metric_have_the_direction_of_that_metric() -> None:
@@ -210,9 +210,9 @@ def test_learning_curves_of_another_metric_have_the_direction_of_that_metric() -
 
 
 def test_a_ring_hides_neither_a_point_nor_another_ring() -> None:
-    figure = rank_figure(decision())
+    figure = build_rank_figure(decision())
     first = figure.marks[0]
-    drawing = inline_svg(replace(figure, marks=(first, replace(first, label="another", tone="second"))))
+    drawing = render_inline_svg(replace(figure, marks=(first, replace(first, label="another", tone="second"))))
     kinds = [group.get("class", "").split()[0] for group in ET.fromstring(drawing).iter("g") if group.get("data-label")]
     assert kinds.index("series") > max(place for place, kind in enumerate(kinds) if kind == "ring")
     radii = [group[0].get("r") for group in ET.fromstring(drawing).iter("g") if "ring" in group.get("class", "")]
@@ -221,7 +221,7 @@ def test_a_ring_hides_neither_a_point_nor_another_ring() -> None:
 
 def test_names_from_outside_can_not_break_a_drawing() -> None:
     made = decision().model_copy(update={"metric": "a$b$ <script>\x07 & 'c'"})
-    text = inline_svg(rank_figure(made))
+    text = render_inline_svg(build_rank_figure(made))
     ET.fromstring(text)
     assert "<script" not in text
     assert "a$b$ &lt;script&gt;␇ &amp; &#x27;c&#x27;" in text
@@ -229,11 +229,11 @@ def test_names_from_outside_can_not_break_a_drawing() -> None:
 
 def test_drawings_of_one_page_share_no_id() -> None:
     records = made_up_run()
-    figures = figures_of(records, decide_run(records))
+    figures = build_figures(records, decide_run(records))
     ids = [
         element.get("id")
         for figure in figures
-        for element in ET.fromstring(inline_svg(figure)).iter()
+        for element in ET.fromstring(render_inline_svg(figure)).iter()
         if element.get("id")
     ]
     assert len(ids) == len(set(ids))

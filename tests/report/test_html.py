@@ -10,7 +10,7 @@ from html import unescape
 import pytest
 
 from rightrank.decision.records import Records, answers_of, decide_run, decision_so_far
-from rightrank.report.figures import rank_figure
+from rightrank.report.figures import build_rank_figure
 from rightrank.report.html import render_report
 from rightrank.schema.command import reproduce_command
 from tests.report.elements import Elements
@@ -125,5 +125,5 @@ def test_a_refused_rank_has_no_ring() -> None:
         one.model_copy(update={"non_inferior": False}) if one.rank == decision.rank else one for one in decision.ranks
     ]
     refused = decision.model_copy(update={"ranks": ranks})
-    assert any("chosen" in mark.label for mark in rank_figure(decision).marks)
-    assert not any("chosen" in mark.label for mark in rank_figure(refused).marks)
+    assert any("chosen" in mark.label for mark in build_rank_figure(decision).marks)
+    assert not any("chosen" in mark.label for mark in build_rank_figure(refused).marks)

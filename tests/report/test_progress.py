@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from rightrank.cli.options import hours
+from rightrank.cli.options import parse_hours
 from rightrank.hooks.progress import Progress
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Event, SelectionPlanned, StepDone
@@ -63,7 +63,7 @@ def events(trials: Sequence[Trial], adapters_per_pass: int) -> Iterator[tuple[fl
 
 def progress_of(count: int, outcomes: Sequence[TrialOutcome] = (), **settings: object) -> Progress:
     progress = Progress()
-    progress.event(planned(count, 2.0 * count, outcomes, **settings))
+    progress.record_event(planned(count, 2.0 * count, outcomes, **settings))
     return progress
 
 
@@ -88,25 +88,25 @@ def test_the_time_left_is_the_time_left(adapters_per_pass: int) -> None:
     progress, trials = progress_of(8), arms(8)
     checked = 0
     for left, event in events(trials, adapters_per_pass):
-        progress.event(event)
+        progress.record_event(event)
         if (isinstance(event, StepDone) and event.trial_id == trials[-1].trial_id) or isinstance(event, TrialFinished):
-            remaining = progress.remaining_seconds()
+            remaining = progress.estimate_remaining_seconds()
             assert remaining is not None
             assert abs(remaining - left) <= EVAL_SECONDS * len(trials) + 1e-6
             checked += 1
     assert checked > 8
-    assert progress.remaining_seconds() == pytest.approx(0)
+    assert progress.estimate_remaining_seconds() == pytest.approx(0)
 
 
 def test_the_start_of_a_shared_pass_is_not_the_time_of_one_arm_times_all() -> None:
     """Eight adapters per pass, a quarter of the way: three quarters are left, not eight times that and not nothing."""
     progress = progress_of(8)
     for left, event in events(arms(8), 8):
-        progress.event(event)
+        progress.record_event(event)
         if isinstance(event, StepDone) and event.step == 5 and event.trial_id == "t7":
-            assert progress.remaining_seconds() == pytest.approx(left, abs=8 * EVAL_SECONDS)
+            assert progress.estimate_remaining_seconds() == pytest.approx(left, abs=8 * EVAL_SECONDS)
             assert "2.0 of about 8.0 trainings · ranks 1, 2, 4, 8, 16, 32, 64, 128 · step 5/20" in (
-                progress.progress_line()
+                progress.format_progress()
             )
             return
     pytest.fail("never there")
@@ -116,12 +116,12 @@ def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
     trials = arms(6)
     progress = progress_of(6, [ended(trial) for trial in trials[:4]], ranks=[1, 8])
     whole = 20 * STEP_SECONDS + EVAL_SECONDS
-    assert progress.remaining_seconds() == pytest.approx(2 * whole)
-    progress.event(started(trials[4]))
+    assert progress.estimate_remaining_seconds() == pytest.approx(2 * whole)
+    progress.record_event(started(trials[4]))
     # from its checkpoint at step 15: its seconds are those of all its steps, this process's and the last one's
-    progress.event(StepDone(trial_id="t4", step=15, steps=20, loss=3.0, seconds=15 * STEP_SECONDS))
-    assert progress.remaining_seconds() == pytest.approx(5 * STEP_SECONDS + whole, abs=EVAL_SECONDS)
-    assert progress.progress_line().startswith("4.8 of about 6.0 trainings · rank 16, ")
+    progress.record_event(StepDone(trial_id="t4", step=15, steps=20, loss=3.0, seconds=15 * STEP_SECONDS))
+    assert progress.estimate_remaining_seconds() == pytest.approx(5 * STEP_SECONDS + whole, abs=EVAL_SECONDS)
+    assert progress.format_progress().startswith("4.8 of about 6.0 trainings · rank 16, ")
     assert [rank for rank, _ in progress.curves()[0]] == [1, 2, 4, 8]
 
 
@@ -131,30 +131,30 @@ def test_a_continued_training_counts_by_itself() -> None:
     rest = Trial(trial_id="rest", arm=arms(1)[0].arm.model_copy(update={"continue_from": "short"}))
     progress = progress_of(2, [ended(short), ended(rest)], ranks=[1])
     own = [5 * STEP_SECONDS + EVAL_SECONDS, 15 * STEP_SECONDS]
-    assert progress.remaining_seconds() == pytest.approx(sum(own))  # one training has ended, and one is to come
+    assert progress.estimate_remaining_seconds() == pytest.approx(sum(own))  # one training has ended, and one is to come
 
 
 def test_what_diverged_counts_its_steps() -> None:
     trial, progress = arms(1)[0], progress_of(2)
-    progress.event(started(trial))
-    progress.event(StepDone(trial_id="t0", step=4, steps=20, loss=9.0, seconds=8.0))
-    line = progress.event(TrialDiverged(trial_id="t0", **trial.arm.model_dump(), step=4, reason="loss is nan"))
+    progress.record_event(started(trial))
+    progress.record_event(StepDone(trial_id="t0", step=4, steps=20, loss=9.0, seconds=8.0))
+    line = progress.record_event(TrialDiverged(trial_id="t0", **trial.arm.model_dump(), step=4, reason="loss is nan"))
     assert line is not None
     assert line.endswith("diverged at step 4: loss is nan  (8 s)")
-    assert progress.remaining_seconds() == pytest.approx(8.0)
+    assert progress.estimate_remaining_seconds() == pytest.approx(8.0)
 
 
 def test_more_than_expected_is_no_negative_time() -> None:
     progress, trials = progress_of(2), arms(4)
     for _, event in events(trials, 2):
-        progress.event(event)
-        assert (progress.remaining_seconds() or 0.0) >= 0
-    assert progress.progress_line().startswith("4.0 trainings, more than the 2.0 expected")
+        progress.record_event(event)
+        assert (progress.estimate_remaining_seconds() or 0.0) >= 0
+    assert progress.format_progress().startswith("4.0 trainings, more than the 2.0 expected")
 
 
 def test_a_time_is_read_in_hours() -> None:
     def read(text: str) -> float | None:
-        return hours(None, None, text)  # type: ignore[arg-type]
+        return parse_hours(None, None, text)  # type: ignore[arg-type]
 
     assert [read(text) for text in ("3h", "90min", "1h30m", "1.5 h", "1d")] == [3.0, 1.5, 1.5, 1.5, 24.0]
     for wrong in ("3", "h", "3 weeks", "0h", "3h later"):
@@ -167,8 +167,8 @@ def test_a_higher_rank_in_a_continued_run_adds_its_trainings_to_those_that_ended
 
     def position(ranks: list[int]) -> str:
         progress = Progress()
-        progress.event(planned(4.0, 6.0, [ended(trial) for trial in trials[:3]], ranks=ranks))
-        return progress.progress_line()
+        progress.record_event(planned(4.0, 6.0, [ended(trial) for trial in trials[:3]], ranks=ranks))
+        return progress.format_progress()
 
     assert position([1, 2, 4]).startswith("3.0 of about 4.0 trainings")
     assert position([1, 2, 4, 8]).startswith("3.0 of about 7.0 trainings")

@@ -22,10 +22,10 @@ from rightrank.cli import cli
 from rightrank.decision.records import Answers, decide_run
 from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, View, make_view
-from rightrank.report.answer import answer_view, notebook_html
-from rightrank.report.figures import rank_figure
-from rightrank.report.svg import svg_file
-from rightrank.report.terminal import CURVE_ROWS, plan_line, terminal_curve
+from rightrank.report.answer import build_answer_view, render_notebook_html
+from rightrank.report.figures import build_rank_figure
+from rightrank.report.svg import render_svg_file
+from rightrank.report.terminal import CURVE_ROWS, format_plan, draw_terminal_curve
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
@@ -104,7 +104,7 @@ def test_the_log_is_one_json_object_a_line() -> None:
     assert names[-2:] == ["trial_finished", "notice"]
     assert names.count("step_done") < 40
     assert [line["step"] for line in lines if line["event"] == "step_done"][-1] == 40
-    assert all("at" in line and "item_losses" not in line for line in lines)
+    assert all("at" in line and "example_losses" not in line for line in lines)
 
 
 def test_a_live_view_needs_a_terminal_with_colours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +153,8 @@ def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
 
 def test_the_validation_split_of_older_records_has_its_name() -> None:
     started = made_up_run().started
-    splits = {"train": started.data.splits["train"], "selection": started.data.splits["train"]}
-    shown = plan_line(started.model_copy(update={"data": started.data.model_copy(update={"splits": splits})}), 40)
+    splits = {"train": started.data.splits["train"], "validation": started.data.splits["train"]}
+    shown = format_plan(started.model_copy(update={"data": started.data.model_copy(update={"splits": splits})}), 40)
     assert shown.startswith("examples: 30 train, 30 validation; ")
 
 
@@ -181,7 +181,7 @@ def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:
 
 def test_the_picture_of_a_notebook_fits_its_box() -> None:
     made = decide_run(made_up_run())
-    picture = notebook_html(answer_view(Answers(made)), "", svg_file(rank_figure(made)))
+    picture = render_notebook_html(build_answer_view(Answers(made)), "", render_svg_file(build_rank_figure(made)))
     svg = picture[picture.index("<svg") : picture.index(">", picture.index("<svg"))]
     assert "viewBox=" in svg
     assert 'style="display: block; width: 100%; height: auto"' in svg
@@ -195,14 +195,14 @@ TICK = re.compile(r"^ *(\S+)┤", re.MULTILINE)
     "values", [(10.6275, 10.6126, 10.613), (3.2, 3.1, 3.0), (-1e-7, 1e6, 4.0), (1e20, 1e20, 1e20), (0.0, 0.0, 0.0)]
 )
 def test_no_two_ticks_of_the_terminal_curve_have_one_text(values: tuple[float, ...]) -> None:
-    ticks = TICK.findall(terminal_curve(list(zip((1, 4, 16), values, strict=True)), 72, label="loss"))
+    ticks = TICK.findall(draw_terminal_curve(list(zip((1, 4, 16), values, strict=True)), 72, label="loss"))
     assert len(set(ticks)) == len(ticks) == 4
     steps = [high - low for low, high in pairwise(sorted(map(float, ticks)))]
     assert max(steps) < 1.1 * min(steps)
 
 
 def test_a_truncation_at_the_place_of_a_trained_adapter_is_seen() -> None:
-    text = terminal_curve([(1, 3.2), (16, 3.0)], 72, [(4, 3.1), (16, 3.0)], label="loss")
+    text = draw_terminal_curve([(1, 3.2), (16, 3.0)], 72, [(4, 3.1), (16, 3.0)], label="loss")
     frame, drawn = text.splitlines()[-1], "".join(line for line in text.splitlines() if "│" in line or "┤" in line)
     assert [drawn.count(sign) for sign in "●○◉"] == [1, 1, 1]
     assert "● trained, ○ truncated, ◉ both" in frame
@@ -223,7 +223,7 @@ def test_every_terminal_curve_says_which_direction_is_better(tmp_path: Path) -> 
 
 
 def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
-    text = terminal_curve([(1, 3.2), (4, 3.1), (64, 3.0)], 72, label="loss")
+    text = draw_terminal_curve([(1, 3.2), (4, 3.1), (64, 3.0)], 72, label="loss")
     line = next(line for line in text.splitlines() if line.split() == ["1", "4", "64"])
     places = [line.index(rank) for rank in ("1", "4", "64")]
     share = (places[1] - places[0]) / (places[2] - places[0])
@@ -234,7 +234,7 @@ def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
 @pytest.mark.parametrize("values", [(3.2, 3.1, 3.0), (0.5, 0.5, 0.5), (-1e-7, 1e6, 4.0)])
 def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, values: tuple[float, ...]) -> None:
     points = list(zip((1, 8, 512), values, strict=True))
-    text = terminal_curve(points, width, truncated=[(64, values[1])], label="held-out loss, nats (lower is better)")
+    text = draw_terminal_curve(points, width, truncated=[(64, values[1])], label="held-out loss, nats (lower is better)")
     assert max(map(len, text.splitlines())) <= width
     assert len([line for line in text.splitlines() if "│" in line]) == CURVE_ROWS
     assert sum(line.count("●") for line in text.splitlines() if "│" in line) == 3
@@ -244,7 +244,7 @@ def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, 
 def test_scores_of_a_custom_trainer_stand_below_the_metric_that_they_are_of(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         scores = [number / task.rank for number in range(20)]
-        return TrialResult(metrics={"accuracy": 0.5, "loss": sum(scores) / 20}, item_scores=scores)
+        return TrialResult(metrics={"accuracy": 0.5, "loss": sum(scores) / 20}, example_scores=scores)
 
     selected = rightrank.select_rank_with(train, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,))
     table = selected.to_pandas(examples=True)

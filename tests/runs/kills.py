@@ -27,8 +27,8 @@ from tests.tiny import save_tiny_llama, write_completions
 
 ARGUMENTS = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "24", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "12", "--set", "checkpoint_seconds=0.05",
-    "--set", "eval_points=2", "--device", "cpu",
+    "--seq-len", "32", "--max-eval-examples", "12", "--set", "checkpoint_seconds=0.05",
+    "--set", "num_evaluations=2", "--device", "cpu",
     "--quiet",
 ]  # fmt: skip
 ANYWHERE = "anywhere"
@@ -101,7 +101,7 @@ def outcome(out: Path) -> dict[str, Any]:
     """All that must not depend on a kill."""
     journal = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     finished = [line for line in journal if line["type"] == "trial_finished"]
-    names = ("trial_id", "value", "item_losses", "train_losses", "points")
+    names = ("trial_id", "value", "example_losses", "train_losses", "points")
     adapter = hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     return {
         "decision": (out / "decision.json").read_text(),

@@ -39,7 +39,7 @@ def trials_of(arms: int) -> list[Trial]:
 def measure(arms: int, root: Path) -> dict[str, Any]:
     """Train them all, one after the other."""
     model, data = save_tiny_llama(root / "model"), write_completions(root / "data.jsonl")
-    settings = small_settings(ranks=RANKS, max_steps=3, eval_points=1, checkpoint_seconds=0.01)
+    settings = small_settings(ranks=RANKS, max_steps=3, num_evaluations=1, checkpoint_seconds=0.01)
     runtime = make_runtime(model, data, settings, root / "cache")
     folder = RunFolder(root / "run")
     folder.path.mkdir()

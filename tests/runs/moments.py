@@ -87,10 +87,10 @@ class Moments:
 def watch_phases(moments: Moments) -> None:
     """Wrap what a selection calls, in every module that names it."""
     from rightrank.data.files import write_text
-    from rightrank.models.adapter_files import save_adapter
+    from rightrank.models.adapter_writer import save_adapter
     from rightrank.report.html import render_report
     from rightrank.report.svg import write_figures
-    from rightrank.runs.finish import hand_over
+    from rightrank.runs.finish import export_adapter
     from rightrank.runs.journal import Journal
     from rightrank.train.optimizer import save_checkpoint, take_step
     from rightrank.train.runtime import Runtime
@@ -98,7 +98,7 @@ def watch_phases(moments: Moments) -> None:
     phases: dict[str, list[Callable[..., Any]]] = {
         "training": [take_step],
         "checkpoint": [save_checkpoint],
-        "views": [render_report, write_text, write_figures, hand_over, save_adapter],
+        "views": [render_report, write_text, write_figures, export_adapter, save_adapter],
     }
     for name, functions in phases.items():
         for function in functions:

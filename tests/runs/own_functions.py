@@ -15,7 +15,7 @@ def paired(task: TrialTask) -> TrialResult:
     gain = min(task.rank, 4) * 0.01 - (0.02 if task.learning_rate > 2e-3 else 0)
     noise = random.Random(task.rank)
     scores = [ease + gain + noise.gauss(0, 1e-4) for ease in ITEMS]
-    return TrialResult(metrics={"reward": sum(scores) / len(scores)}, item_scores=scores)
+    return TrialResult(metrics={"reward": sum(scores) / len(scores)}, example_scores=scores)
 
 
 def by_number(task: TrialTask) -> Mapping[str, float]:

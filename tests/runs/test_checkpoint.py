@@ -60,7 +60,7 @@ def select(
         "ranks": (4, 8),
         "max_steps": 60,
         "learning_rates": (2e-2,),
-        "eval_points": 6,
+        "num_evaluations": 6,
         "margin": 0.02,
         "validation": str(data.with_name("validation.jsonl")),
     }
@@ -80,7 +80,7 @@ def trained(run: Path) -> TrialFinished:
 def loss_by_peft(model: Path, adapter: Path, data: Path, cache: Path) -> float:
     """On the validation split, by a plain forward pass with the adapter as PEFT loads it."""
     settings = small_settings(validation=str(data.with_name("validation.jsonl")))
-    examples = make_runtime(model, data, settings, cache).data.splits["selection"]
+    examples = make_runtime(model, data, settings, cache).data.splits["validation"]
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
     total, count = 0.0, 0
     for one in examples:
@@ -106,8 +106,8 @@ def test_the_best_checkpoint_is_kept_and_handed_over(
     last, best = trained(runs["last"]), trained(runs["best"])
     assert last.points == best.points  # one training
     point = min(best.points, key=lambda one: one.value)
-    assert last.kept_step is None
-    assert point.step == best.kept_step < 60
+    assert last.checkpoint_step is None
+    assert point.step == best.checkpoint_step < 60
     assert best.value == pytest.approx(point.value, abs=1e-5)
     assert last.value == pytest.approx(last.points[-1].value, abs=1e-5)
     adapter = runs["best"] / "trials" / best.trial_id
@@ -131,7 +131,7 @@ def test_an_interrupted_training_keeps_the_same_checkpoint(
     runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
 ) -> None:
     whole = trained(runs["best"])
-    assert whole.kept_step is not None
+    assert whole.checkpoint_step is not None
     steps: list[int] = []
     watch = Watch(
         lambda event: steps.append(event.step) if isinstance(event, StepDone) else None,
@@ -139,10 +139,10 @@ def test_an_interrupted_training_keeps_the_same_checkpoint(
     )
     with pytest.raises(InterruptedRun):
         select(model_folder, overfitted, tmp_path / "run", "best", watch)
-    assert whole.kept_step < 55
+    assert whole.checkpoint_step < 55
     select(model_folder, overfitted, tmp_path / "run", "best")
     again = trained(tmp_path / "run")
-    assert (again.kept_step, again.item_losses) == (whole.kept_step, whole.item_losses)
+    assert (again.checkpoint_step, again.example_losses) == (whole.checkpoint_step, whole.example_losses)
 
 
 def test_the_training_rank_is_decided_at_the_kept_checkpoint(

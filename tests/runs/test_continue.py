@@ -104,7 +104,7 @@ def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
 ) -> None:
     """The run equals one that had all the examples from the start."""
     run = tmp_path / "run"
-    few, many = small_settings(max_steps=4, eval_items=6), small_settings(max_steps=4, eval_items=14)
+    few, many = small_settings(max_steps=4, max_eval_examples=6), small_settings(max_steps=4, max_eval_examples=14)
     select_rank(str(model_folder), completion_file, run, settings=few)
     before = [one for one in journal(run) if isinstance(one, TrialStarted)]
     continued = select_rank(str(model_folder), completion_file, run, settings=many)

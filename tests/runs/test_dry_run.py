@@ -10,7 +10,7 @@ from rightrank.schema.events import RunStarted, SelectionPlanned
 from rightrank.schema.trials import TrialFinished
 from tests.watch import Watch
 
-SMALL = {"learning_rates": [1e-2], "batch_size": 4, "eval_items": 12, "eval_points": 2, "device": "cpu"}
+SMALL = {"learning_rates": [1e-2], "batch_size": 4, "max_eval_examples": 12, "num_evaluations": 2, "device": "cpu"}
 
 
 def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

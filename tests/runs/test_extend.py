@@ -11,7 +11,7 @@ from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.decision.records import Answers, records_of
 from rightrank.runs.journal import Journal
-from rightrank.runs.run import extended
+from rightrank.runs.run import extend_settings
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, NextRun
 from rightrank.schema.settings import SelectSettings
@@ -40,20 +40,20 @@ SEEDS = NextRun(action="seeds", ranks=[4, 16], seeds=3, sentence="Train with 3 s
 )
 def test_what_is_added(verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]) -> None:
     settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), extend=True)
-    further = extended(settings, decided(verdict, flags, runs))
+    further = extend_settings(settings, decided(verdict, flags, runs))
     assert further == (settings.model_copy(update=changed) if changed else None)
 
 
 def adapter_answer(rank: int, difference: float) -> AdapterAnswer:
     """Of a top of 16, whose truncation to 8 differs from it by `difference`."""
-    one = AdapterCandidate.model_construct(rank=8, how="truncated", difference=difference)
+    one = AdapterCandidate.model_construct(rank=8, method="truncated", difference=difference)
     return AdapterAnswer.model_construct(rank=rank, trained_rank=16, margin=0.01, candidates=[one])
 
 
 @pytest.mark.parametrize(("rank", "difference", "keeps"), [(16, 0.02, True), (16, 0.005, False), (8, 0.005, False)])
 def test_a_top_is_suspect_where_its_largest_truncation_loses(rank: int, difference: float, keeps: bool) -> None:
     """A truncation within the margin that is not shown to hold asks for examples, not for a larger top."""
-    assert adapter_answer(rank, difference).keeps_the_top is keeps
+    assert adapter_answer(rank, difference).is_top_rank_required is keeps
 
 
 def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_folder: Path, tmp_path: Path) -> None:
@@ -66,17 +66,17 @@ def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_fold
     assert selected.answers.adapter is not None
     answer = selected.answers.adapter.answer
     assert answer.trained_rank == 16
-    assert answer.keeps_the_top
+    assert answer.is_top_rank_required
     assert any(notice.startswith("not extended: rank 32 is above the 16 that") for notice in notices)
     assert any("--extend trains rank 32 too" in note for note in selected.view.adapter_notes)
 
 
 def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:
     rising = decided("rising", [], [UP])
-    assert extended(SelectSettings(), rising) is None
-    assert extended(SelectSettings(budget_hours=1.0), rising) is not None
-    assert extended(SelectSettings(budget_hours=1.0, extend=False), rising) is None
-    assert extended(SelectSettings(extend=True), rising) is not None
+    assert extend_settings(SelectSettings(), rising) is None
+    assert extend_settings(SelectSettings(budget_hours=1.0), rising) is not None
+    assert extend_settings(SelectSettings(budget_hours=1.0, extend=False), rising) is None
+    assert extend_settings(SelectSettings(extend=True), rising) is not None
 
 
 def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ def loaded(folder: Path, classes: int | None = None) -> tuple[Any, Any]:
 def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    settings = small_settings(max_steps=3, eval_points=1)
+    settings = small_settings(max_steps=3, num_evaluations=1)
     model, tokenizer = loaded(model_folder)
     rows = load_dataset("json", data_files=str(completion_file), split="train", cache_dir=str(tmp_path / "cache"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     mine = select_rank(model, rows, tmp_path / "mine", tokenizer=tokenizer, settings=settings)
-    other = small_settings(eval_points=1)  # 8 steps, were it not for the keyword
+    other = small_settings(num_evaluations=1)  # 8 steps, were it not for the keyword
     named = select_rank(str(model_folder), completion_file, tmp_path / "named", settings=other, max_steps=3)
     assert [e.value for e in mine.decision.ranks] == [e.value for e in named.decision.ranks]
     assert all((model.state_dict()[name] == value).all() for name, value in before.items())

@@ -17,7 +17,7 @@ from rightrank.decision.records import Records
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
+from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialEvaluated, TrialStarted
 from tests.watch import GENEROUS_SECONDS, Watch
 
 pytestmark = pytest.mark.trains
@@ -33,7 +33,7 @@ def reporting(task: TrialTask) -> TrialResult:
 
 def returning(task: TrialTask) -> TrialResult:
     points = [
-        EvalPoint(step=step, value=value + task.rank / 1000, item_scores=[value, value + task.rank / 500])
+        EvalPoint(step=step, value=value + task.rank / 1000, example_scores=[value, value + task.rank / 500])
         for step, value in VALUES.items()
     ]
     return result(task).model_copy(update={"points": points})
@@ -41,7 +41,7 @@ def returning(task: TrialTask) -> TrialResult:
 
 def result(task: TrialTask) -> TrialResult:
     scores = [0.5 + task.rank / 100, 0.7, 0.6]
-    return TrialResult(metrics={"reward": sum(scores) / 3}, item_scores=scores)
+    return TrialResult(metrics={"reward": sum(scores) / 3}, example_scores=scores)
 
 
 def run(train: Callable[[TrialTask], Any], out: Path, **more: Any) -> Records:
@@ -86,7 +86,7 @@ def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
         return result(task)
 
     run(train, tmp_path / "run")
-    assert seen[0] == ["run_started", "trial_started", "trial_look"]
+    assert seen[0] == ["run_started", "trial_started", "trial_evaluated"]
 
 
 def test_status_shows_the_last_look_of_the_trial_at_work(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: 
 def test_an_observer_receives_every_look(tmp_path: Path) -> None:
     events: list[Any] = []
     run(reporting, tmp_path / "run", workers=2, callbacks=[Watch(on_event=events.append)])
-    assert [type(event) for event in events].count(TrialLook) == 6
-    first = next(place for place, event in enumerate(events) if isinstance(event, TrialLook))
+    assert [type(event) for event in events].count(TrialEvaluated) == 6
+    first = next(place for place, event in enumerate(events) if isinstance(event, TrialEvaluated))
     assert isinstance(events[2], TrialStarted)  # after RunStarted and SelectionPlanned
     assert first < next(place for place, event in enumerate(events) if isinstance(event, TrialFinished))
 
@@ -167,7 +167,7 @@ def bad_in_every_way(task: TrialTask) -> TrialResult:
         case 2:
             task.report(2, math.nan)
         case 4:
-            points = [EvalPoint(step=1, value=0.5, item_scores=[math.nan, 0.5])]
+            points = [EvalPoint(step=1, value=0.5, example_scores=[math.nan, 0.5])]
             return result(task).model_copy(update={"points": points})
         case 8:
             raise ZeroDivisionError("a reward of 1 / 0")
@@ -180,7 +180,7 @@ def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     outcomes = {one.rank: one for one in records_in(tmp_path / "run").outcomes}
     expected = {
         2: (TrialDiverged, "train gave value = nan"),
-        4: (TrialDiverged, "train gave item_scores.0 = nan"),
+        4: (TrialDiverged, "train gave example_scores.0 = nan"),
         8: (TrialFailed, "train raised ZeroDivisionError: a reward of 1 / 0"),
     }
     assert {rank for rank in ranks if isinstance(outcomes[rank], TrialFinished)} == {1, 16}
@@ -196,7 +196,7 @@ def test_report_converts_numbers(tmp_path: Path) -> None:
         task.report(1, np.float32(0.5), np.array([0.25, 0.75]))  # type: ignore[arg-type]
         return result(task)
 
-    assert points_of(run(train, tmp_path / "run"))[1][0].item_scores == [0.25, 0.75]
+    assert points_of(run(train, tmp_path / "run"))[1][0].example_scores == [0.25, 0.75]
 
 
 def test_all_failed_is_one_line(tmp_path: Path) -> None:

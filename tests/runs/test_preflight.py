@@ -37,7 +37,7 @@ def test_it_says_what_the_selection_does_and_writes_nothing(
     assert status == 0
     found = json.loads(out)
     assert (files_under(tmp_path), files_under(model_folder), files_under(completion_file.parent)) == before
-    assert found["splits"]["validation"]["items"] == 12
+    assert found["splits"]["validation"]["examples"] == 12
     assert found["splits"]["train"]["label_tokens"] > 0
     assert [one["rank"] for one in found["ranks"]] == [1, 4]
     assert all(one["peak_bytes"] > 0 for one in found["ranks"])
@@ -106,7 +106,7 @@ def test_bad_use_is_one_line(more: list[str], message: str, capsys: pytest.Captu
 
 def test_the_first_lines_say_where_the_top_rank_comes_from(model_folder: Path, completion_file: Path) -> None:
     def found(model: Any, tokenizer: Any = None, **changes: Any) -> tuple[Preflight, str]:
-        settings = SelectSettings(**{"max_steps": 4, "eval_items": 12, "seq_len": 32, "device": "cpu"} | changes)
+        settings = SelectSettings(**{"max_steps": 4, "max_eval_examples": 12, "seq_len": 32, "device": "cpu"} | changes)
         before = preflight(model, completion_file, tokenizer=tokenizer, settings=settings)
         return before, next(note for note in before.notes if note.startswith("top rank "))
 

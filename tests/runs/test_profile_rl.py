@@ -32,7 +32,7 @@ def reinforce(task: TrialTask, gain: float = 0.0, noise: float = 0.01) -> TrialR
         fallen = task.learning_rate == HIGH and step > 60
         task.report(step, 0.0 if fallen else 0.2 + (level - 0.2) * reached)
     scores = [float(ease < level) for ease in EASE]
-    return TrialResult(metrics={"reward": sum(scores) / len(scores)}, item_scores=scores)
+    return TrialResult(metrics={"reward": sum(scores) / len(scores)}, example_scores=scores)
 
 
 def run(out: Path, train: Callable[[TrialTask], Any] = reinforce, **more: Any) -> tuple[Selected, list[str]]:
@@ -104,7 +104,7 @@ def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:
 def test_an_end_below_the_base_is_a_collapse_too(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         level = 0.3 if task.rank == 0 else 0.05 if task.learning_rate == HIGH else 0.6
-        return TrialResult(metrics={"reward": level}, item_scores=[float(ease < level) for ease in EASE])
+        return TrialResult(metrics={"reward": level}, example_scores=[float(ease < level) for ease in EASE])
 
     selected, _ = run(tmp_path / "run", train, ranks=(0, 1, 4, 16))
     collapsed = [one for one in outcomes(tmp_path / "run") if isinstance(one, TrialCollapsed)]

@@ -39,7 +39,7 @@ def test_a_refused_selection_does_not_block_its_folder(
     with pytest.raises(InputError):
         select(model_folder, completion_file, out, small_settings(ranks=(1, 4096)))
     assert not out.exists()
-    select(model_folder, completion_file, out, small_settings(max_steps=2, eval_points=1, eval_items=8))
+    select(model_folder, completion_file, out, small_settings(max_steps=2, num_evaluations=1, max_eval_examples=8))
     assert (out / "report.html").is_file()
 
 

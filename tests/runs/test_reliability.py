@@ -215,11 +215,11 @@ def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
 def _hold(path: Path, gate: object, held: object, over: object) -> None:
     gate.wait()  # type: ignore[attr-defined]
     try:
-        with RunFolder(path).locked():
-            held.put("held")  # type: ignore[attr-defined]
+        with RunFolder(path).lock():
+            held.set_parameters("held")  # type: ignore[attr-defined]
             over.wait(GENEROUS_SECONDS)  # type: ignore[attr-defined]
     except RunFolderError as error:
-        held.put(str(error))  # type: ignore[attr-defined]
+        held.set_parameters(str(error))  # type: ignore[attr-defined]
 
 
 def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def _has_stepped(file: Path) -> bool:
 
 
 def _work_on_and_on() -> None:
-    with processes.Interrupts(lambda _: None, of_process=True) as stop:
+    with processes.SignalHandler(lambda _: None, owns_process=True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
         time.sleep(GENEROUS_SECONDS)
@@ -378,7 +378,7 @@ def test_checkpoints_never_take_more_than_their_share(
         clock[0] += 3.0
 
     monkeypatch.setattr(arm_training, "save_checkpoint", save)
-    settings = small_settings(max_steps=500, eval_points=1, checkpoint_seconds=10)
+    settings = small_settings(max_steps=500, num_evaluations=1, checkpoint_seconds=10)
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     monkeypatch.setattr(training_loop._TrainingLoop, "_step", lambda _: clock.__setitem__(0, clock[0] + 1.0))
     stop = Watch(should_stop=lambda: clock[0] > 2000)
@@ -388,5 +388,5 @@ def test_checkpoints_never_take_more_than_their_share(
         training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
     due = saved[:-1]  # the last is the stop's
     assert due[0] - 1000 == pytest.approx(11)  # the first after checkpoint_seconds, and then by what one costs
-    assert 3.0 / arm_training.CHECKPOINT_SHARE < due[1] - due[0] < 3.0 / arm_training.CHECKPOINT_SHARE + 6
+    assert 3.0 / arm_training.MAX_CHECKPOINT_FRACTION < due[1] - due[0] < 3.0 / arm_training.MAX_CHECKPOINT_FRACTION + 6
     assert 3.0 * len(due) / (due[-1] - due[0]) < 0.02

@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 import rightrank.runs.executor
-from rightrank.runs import own_trainer
+from rightrank.runs import custom_trainer
 from rightrank.runs.executor import Executor
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 
@@ -29,7 +29,7 @@ def trials() -> list[Trial]:
 
 
 def test_the_executor_of_the_docstring_yields_one_outcome_per_trial() -> None:
-    executor: Executor = example(Executor, "FormulaExecutor", **vars(rightrank.runs.executor) | vars(own_trainer))()
+    executor: Executor = example(Executor, "FormulaExecutor", **vars(rightrank.runs.executor) | vars(custom_trainer))()
     outcomes = list(executor.run(trials(), None))
     assert [outcome.arm for outcome in outcomes] == [trial.arm for trial in trials()]
     assert all(isinstance(outcome, TrialFinished) for outcome in outcomes)

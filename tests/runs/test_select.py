@@ -73,8 +73,8 @@ def test_the_journal_holds_what_the_contract_says(finished_run: Path) -> None:
             "peak_bytes",
         ):
             assert name in line
-        assert len(line["item_losses"]) == len(line["item_tokens"]) == len(lines[0]["evaluation_items"])
-        assert line["value"] == pytest.approx(sum(line["item_losses"]) / sum(line["item_tokens"]))
+        assert len(line["example_losses"]) == len(line["example_tokens"]) == len(lines[0]["evaluation_examples"])
+        assert line["value"] == pytest.approx(sum(line["example_losses"]) / sum(line["example_tokens"]))
     assert all(line["points"] for line in finished if line["rank"] and line["steps"])
 
 
@@ -91,9 +91,9 @@ def test_groups_of_rows_are_in_the_journal_the_answers_and_the_report(
     assert lines[0]["data"]["grouped_by"] == "doc"
     for line in lines:
         if line["type"] in ("trial_finished", "test_evaluated"):
-            assert len(line["item_groups"]) == len(line["item_losses"])
-            assert max(line["item_groups"]) + 1 == len(set(line["item_groups"]))
-    examples = len(lines[0]["evaluation_items"])
+            assert len(line["example_groups"]) == len(line["example_losses"])
+            assert max(line["example_groups"]) + 1 == len(set(line["example_groups"]))
+    examples = len(lines[0]["evaluation_examples"])
     assert 2 < groups < examples
     decided = decide(folder).decision
     assert f"Bounds are over {groups} groups of {examples} examples." in decided.basis_note
@@ -176,7 +176,7 @@ def test_a_torn_last_line_is_set_aside_and_said(
 def test_a_second_process_is_refused(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunFolder(finished_run).locked():
+    with RunFolder(finished_run).lock():
         status, _, err = run(select_arguments(model_folder, completion_file, finished_run), capsys)
     assert status == 2
     assert "another process is using this folder" in err

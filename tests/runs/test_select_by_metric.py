@@ -16,7 +16,7 @@ from tests.tiny import write_jsonl
 
 SMALL = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "10", "--set", "eval_points=2", "--device", "cpu",
+    "--seq-len", "32", "--max-eval-examples", "10", "--set", "num_evaluations=2", "--device", "cpu",
     "--set", "max_new_tokens=8", "--quiet",
 ]  # fmt: skip
 SHARE_OF_E = """
@@ -65,23 +65,23 @@ def test_one_metric_decides_and_the_others_are_kept(
     assert status == 0, err
     answer = json.loads(out)
     assert answer["metric"] == "rougeL"
-    assert answer["basis"] == "items"
+    assert answer["basis"] == "examples"
     beside = {"loss", "f1", "exact_match", "rouge2", "share", "total", "length"}
     assert {other["metric"] for other in answer["other_metrics"]} == beside
     assert {one["metric"] for one in answer["other_metrics"] if not one["higher_is_better"]} == {"loss", "length"}
     trials = finished(tmp_path / "run")
     assert {trial.rank for trial in trials if trial.arm.is_direct} == {0, 1, 4}
     for trial in trials:
-        assert set(trial.item_metrics) == {"rougeL", "f1", "exact_match", "rouge2", "share", "length"}
-        assert trial.value == trial.metrics["rougeL"] == pytest.approx(sum(trial.item_metrics["rougeL"]) / 10)
+        assert set(trial.example_metrics) == {"rougeL", "f1", "exact_match", "rouge2", "share", "length"}
+        assert trial.value == trial.metrics["rougeL"] == pytest.approx(sum(trial.example_metrics["rougeL"]) / 10)
         lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
         written = [json.loads(line)["completion"] for line in lines]
-        assert trial.item_metrics["length"] == [float(len(text)) for text in written]
+        assert trial.example_metrics["length"] == [float(len(text)) for text in written]
         assert trial.metrics["total"] == float(sum(map(len, written)))
     tests = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TestEvaluated)]
     assert all(test.value == test.metrics["rougeL"] and "length" in test.metrics for test in tests)
     again = decide(tmp_path / "run", metric="f1").decision
-    assert (again.metric, again.basis, again.higher_is_better) == ("f1", "items", True)
+    assert (again.metric, again.basis, again.higher_is_better) == ("f1", "examples", True)
     page = (tmp_path / "run" / "report.html").read_text()
     assert '<h2 id="other-metrics">Other metrics</h2>' in page
 
@@ -149,7 +149,7 @@ def test_metrics_of_classes(
     status, out, err = select(model_folder, class_file, tmp_path / "run", capsys, *more)
     assert status == 0, err
     answer = json.loads(out)
-    assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "items", 0.005)
+    assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "examples", 0.005)
     for trial in finished(tmp_path / "run"):
         lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
         right = [json.loads(line)["completion"] == json.loads(line)["expected"] for line in lines]

@@ -50,9 +50,9 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
     trials = [record for record in records if isinstance(record, TrialFinished)]
     assert all(trial.metrics.keys() >= PAIR_METRICS for trial in trials)
     for trial in trials:
-        assert set(trial.item_tokens) == {1}
-        assert {len(values) for values in trial.item_metrics.values()} == {len(trial.item_losses)}
-        items = trial.items("reward_accuracy")
+        assert set(trial.example_tokens) == {1}
+        assert {len(values) for values in trial.example_metrics.values()} == {len(trial.example_losses)}
+        items = trial.get_weighted_scores("reward_accuracy")
         assert items is not None
         assert sum(items[0]) / len(items[0]) == trial.metrics["reward_accuracy"]
     base = next(trial for trial in trials if trial.rank == 0)
@@ -66,7 +66,7 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
 def test_the_test_split_has_the_metrics_of_pairs(selected: Selected, records: list[Any]) -> None:
     tests = [record for record in records if record.type == "test_evaluated"]
     assert tests
-    assert all(test.item_metrics.keys() == PAIR_METRICS for test in tests)
+    assert all(test.example_metrics.keys() == PAIR_METRICS for test in tests)
 
 
 def test_the_margin_is_that_of_pairs(selected: Selected) -> None:
@@ -93,7 +93,7 @@ def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: P
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
 def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path) -> None:
-    assert selected.handed_over is not None
+    assert selected.exported_adapter is not None
     values = yaml.safe_load((export(selected.run, "axolotl").folder / "axolotl.yaml").read_text())
     assert (values["rl"], values["rl_beta"]) == ("dpo", 0.5)
     assert values["datasets"][0]["type"]["field_rejected"] == "rejected"
@@ -112,7 +112,7 @@ def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path)
     file = exported.folder / "trl_dpo.yaml"
     _, training, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
     assert (training.beta, training.loss_type, training.max_steps) == (0.5, ["sigmoid"], 16)
-    assert trl.get_peft_config(model).r == selected.handed_over.trained_rank
+    assert trl.get_peft_config(model).r == selected.exported_adapter.trained_rank
 
 
 def test_settings_that_pairs_cannot_have_are_refused(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_fil
         {"prompt": f"{number} :", "chosen": "the " * 60, "rejected": "the " * 60 + "end"}
         for number in range(1000, 1030)
     ]
-    settings = small_settings(max_steps=1, ranks=(1, 2), eval_points=1)
+    settings = small_settings(max_steps=1, ranks=(1, 2), num_evaluations=1)
     done = select_rank(
         str(model_folder),
         write_jsonl(tmp_path / "pairs.jsonl", [*rows, *long, *same]),

@@ -77,7 +77,7 @@ def test_examples_that_belong_together_widen_the_bounds(tmp_path: Path) -> None:
             draw = random.Random(task.rank)
             scores = [1.0 + 0.02 / task.rank + draw.gauss(0, 0.05) for _ in range(40)]
             scores = [score for score in scores for _ in range(10)]
-            return TrialResult(metrics={"loss": sum(scores) / 400}, item_scores=scores, item_groups=groups)
+            return TrialResult(metrics={"loss": sum(scores) / 400}, example_scores=scores, example_groups=groups)
 
         found = select_rank_with(train, tmp_path / name, ranks=RANKS, learning_rates=(1e-3,), margin=0.01).decision
         return max((one.difference_high or 0.0) - one.difference for one in found.ranks), found.basis_note
@@ -95,7 +95,7 @@ def test_what_train_saved_is_handed_over(tmp_path: Path) -> None:
 
     selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
     assert selected.adapter is not None
-    assert (selected.adapter.path / "weights.bin").read_text() == str(selected.decision.rank_at_hand)
+    assert (selected.adapter.path / "weights.bin").read_text() == str(selected.decision.best_available_rank)
     assert "Made with rightrank" in (selected.adapter.path / "README.md").read_text()
 
 
@@ -157,10 +157,10 @@ def gives(value: Any) -> Any:
         (gives({"eval_loss": 1.0}), "train returned no 'loss' (it returned 'eval_loss')"),
         (gives({"loss": "low"}), "train gave metrics.loss = 'low': Input should be a valid number"),
         (gives({"loss": math.nan}), "train gave metrics.loss = nan: Input should be a finite number"),
-        (lambda _: TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, math.inf]), "train gave item_scores.1 = inf"),
-        (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[])), "train returned 0 item_scores"),
-        (gives(TrialResult(metrics={"loss": 1.0}, item_weights=[1.0])), "item_weights that do not match"),
-        (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0], item_groups=[0, 1])), "item_groups that do not"),
+        (lambda _: TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, math.inf]), "train gave example_scores.1 = inf"),
+        (gives(TrialResult(metrics={"loss": 1.0}, example_scores=[])), "train returned 0 example_scores"),
+        (gives(TrialResult(metrics={"loss": 1.0}, example_weights=[1.0])), "example_weights that do not match"),
+        (gives(TrialResult(metrics={"loss": 1.0}, example_scores=[1.0], example_groups=[0, 1])), "example_groups that do not"),
     ],
 )
 def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> None:
@@ -175,14 +175,14 @@ def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> 
     [
         (gives(0.5), "train returned float 0.5; return a mapping such as {'loss': 1.23}, or a TrialResult"),
         (lambda task: TrialResult(metrics={"loss": "low"}), "train gave metrics.loss = 'low': Input"),  # type: ignore[dict-item]
-        (lambda task: TrialResult(metrics={"loss": 1.0}, scores=[1.0]), "the fields: metrics, item_scores,"),  # type: ignore[call-arg]
+        (lambda task: TrialResult(metrics={"loss": 1.0}, scores=[1.0]), "the fields: metrics, example_scores,"),  # type: ignore[call-arg]
         (
             lambda task: task.report(1, {"loss": 1.0}),
             "train gave value = {'loss': 1.0}: Input should be a valid number",
         ),
         (
             lambda task: task.report(1, 0.5, {"a": 0.5}),
-            "train gave item_scores = {'a': 0.5}: Input should be a valid list",
+            "train gave example_scores = {'a': 0.5}: Input should be a valid list",
         ),
     ],
 )
@@ -216,14 +216,14 @@ def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         trained.append(task.rank)
         make_adapter(make_base(tmp_path / "base"), task.folder, rank=task.rank)
-        return TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, 1.0])
+        return TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, 1.0])
 
     given: dict[str, Any] = {"ranks": (1, 2, 4), "learning_rates": (1e-3,), "goal": "adapter", "strategy": "bracket"}
     with pytest.raises(AllTrialsFailedError, match=r"evaluate returned float 1.0; .* what has finished is kept"):
         select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: 1.0, **given)  # type: ignore[arg-type, return-value]
     assert set(trained) == {4}
     trained.clear()
-    right = TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, 1.0])
+    right = TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, 1.0])
     select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: right, **given)
     assert trained == []
 
@@ -264,7 +264,7 @@ def test_a_function_that_is_wrong_is_not_called_for_every_arm(tmp_path: Path) ->
 
 def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
-        return TrialResult(metrics={"loss": 1 / task.rank}, item_scores=[1 / task.rank] * (3 if task.rank == 4 else 2))
+        return TrialResult(metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * (3 if task.rank == 4 else 2))
 
     report = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,)).report
     assert "earlier trials 2; score the same examples" in report.read_text(encoding="utf-8")
@@ -342,7 +342,7 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
 
     def scored(rank: int) -> TrialResult:
         scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in ITEMS]
-        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, item_scores=scores)
+        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, example_scores=scores)
 
     def evaluate(folder: Path, task: TrialTask) -> TrialResult:
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -353,10 +353,10 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
         train, tmp_path / "run", evaluate=evaluate, goal="adapter", ranks=(1, 8), learning_rates=(1e-3,), margin=0.01,
         strategy="bracket",
     )  # fmt: skip
-    handed_over = selected.handed_over
+    handed_over = selected.exported_adapter
     assert handed_over is not None
-    assert (handed_over.rank, handed_over.how, handed_over.trained_rank) == (4, "truncated", 8)
-    assert selected.decided is None
+    assert (handed_over.rank, handed_over.method, handed_over.trained_rank) == (4, "truncated", 8)
+    assert selected.decision_or_none is None
     assert selected.adapter is not None
     assert json.loads((selected.adapter.path / "adapter_config.json").read_text())["r"] == 4
     assert (selected.run / handed_over.reference_adapter / "adapter_config.json").is_file()
@@ -385,7 +385,7 @@ def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: P
         by_number, tmp_path / "run", evaluate=lambda _folder, _task: {"loss": 1.0}, ranks=(1, 4), learning_rates=(1e-3,)
     )
     assert selected.adapter is None
-    assert selected.handed_over is None
+    assert selected.exported_adapter is None
     assert selected.decision.reference_rank == 4
 
 
@@ -407,7 +407,7 @@ def test_the_base_is_measured_by_default(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         loss = 1.0 if task.rank == 0 else 1.2 - 0.01 * min(task.rank, 4)
         scores = [loss + 1e-3 * ease for ease in ITEMS]
-        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, item_scores=scores)
+        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, example_scores=scores)
 
     decision = select_rank_with(train, tmp_path / "run", learning_rates=(1e-3,), margin=0.005).decision
     assert [evidence.rank for evidence in decision.ranks] == [0, 1, 4, 16, 64]
@@ -470,7 +470,7 @@ def test_an_adapter_folder_with_own_files_is_moved_aside_and_not_replaced(tmp_pa
 
     def scored(rank: int) -> TrialResult:
         scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in ITEMS]
-        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, item_scores=scores)
+        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, example_scores=scores)
 
     def train(task: TrialTask) -> TrialResult:
         make_adapter(base, task.folder, rank=task.rank)

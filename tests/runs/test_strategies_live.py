@@ -14,7 +14,7 @@ from rightrank.schema.trials import TrialFinished
 from tests.tiny import small_settings
 from tests.watch import Watch
 
-STAGED = {"ranks": (1, 2, 4), "learning_rates": (3e-3, 1e-2, 3e-2), "eval_points": 4, "margin": 0.05}
+STAGED = {"ranks": (1, 2, 4), "learning_rates": (3e-3, 1e-2, 3e-2), "num_evaluations": 4, "margin": 0.05}
 
 
 def finished(run: Path) -> list[TrialFinished]:

@@ -11,8 +11,8 @@ import torch
 from rightrank.api.selecting import preflight, select_rank
 from rightrank.hooks import preflight as planned
 from rightrank.hooks.progress import Progress
-from rightrank.report.format import duration
-from rightrank.report.terminal import preflight_text, time_line
+from rightrank.report.format import format_duration
+from rightrank.report.terminal import format_preflight, format_time_estimate
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
@@ -51,7 +51,7 @@ def outcomes(selected: Selected) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def measured_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned, "MIN_STEPS", 1)
+    monkeypatch.setattr(planned, "MIN_MEASURED_STEPS", 1)
 
 
 def test_measured_steps_change_no_result(
@@ -69,7 +69,7 @@ def test_measured_steps_change_no_result(
     )
     assert log.position("time: about") < log.seen.index(0) < log.seen.index(4)  # before the base and before rank 4
     assert any(isinstance(one, float) and one > 0 for one in log.seen[: log.seen.index(0)])  # on_time
-    monkeypatch.setattr(planned, "_pace_of", lambda *_, **__: None)
+    monkeypatch.setattr(planned, "_measure_top_pace", lambda *_, **__: None)
     without = select_rank(str(model_folder), completion_file, tmp_path / "without", settings=settings)
     assert outcomes(with_time) == outcomes(without)
     for one in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):
@@ -88,7 +88,7 @@ def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> 
     assert found.cost.seconds is not None
     assert found.cost.seconds_at_most is not None
     assert 0 < found.cost.seconds <= found.cost.seconds_at_most
-    assert f"time: about {duration(found.cost.seconds)}, at most " in preflight_text(found)
+    assert f"time: about {format_duration(found.cost.seconds)}, at most " in format_preflight(found)
     assert any(f"(measured before the start: {TIMED_STEPS} steps of rank 4" in note for note in found.notes)
 
 
@@ -102,10 +102,10 @@ def test_blocks_that_are_computed_once_have_their_own_pace(
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path)
     found = measure_pace(runtime, ARM)
     assert found is not None
-    assert found.filling_seconds > 0
+    assert found.cache_seconds > 0
     again = measure_pace(runtime, ARM)
     assert again is not None
-    assert again.filling_seconds == 0  # kept for the trainings
+    assert again.cache_seconds == 0  # kept for the trainings
 
 
 def test_a_pace_gives_the_time_of_a_selection() -> None:
@@ -123,10 +123,10 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     before = [name for name, _ in runtime.model.named_modules()]
     found = measure_pace(runtime, ARM)
     assert found is not None
-    assert found.batches == runtime.batch_plan(0)[1 : 1 + TIMED_STEPS]  # the first warms up
+    assert found.batches == runtime.plan_batches(0)[1 : 1 + TIMED_STEPS]  # the first warms up
     assert found.training_seconds > 0
     assert found.evaluation_seconds > 0
-    assert found.filling_seconds == 0
+    assert found.cache_seconds == 0
 
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -146,7 +146,7 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     ],
 )
 def test_a_budget_of_time_bounds_the_time(hours: float | None, said: str) -> None:
-    line = time_line(1200.0, 3600.0, "3 steps of rank 16 and 2 validation examples", hours)
+    line = format_time_estimate(1200.0, 3600.0, "3 steps of rank 16 and 2 validation examples", hours)
     assert line.startswith(said)
     assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples, then discarded)")
 
@@ -155,8 +155,8 @@ def test_progress_counts_down_from_the_start() -> None:
     progress = Progress()
     started = made_up_run().started
     cost = {"expected_trainings": 4.0, "trainings_at_most": 8.0}
-    progress.event(SelectionPlanned(started=started, expected_trials=9, steps=100, **cost))
-    assert "left" not in progress.progress_line()
-    progress.event(TimeExpected(expected_seconds=1200.0))
-    assert progress.remaining_seconds() == pytest.approx(1200.0)
-    assert "about 20 min left" in progress.progress_line()
+    progress.record_event(SelectionPlanned(started=started, expected_trials=9, steps=100, **cost))
+    assert "left" not in progress.format_progress()
+    progress.record_event(TimeExpected(expected_seconds=1200.0))
+    assert progress.estimate_remaining_seconds() == pytest.approx(1200.0)
+    assert "about 20 min left" in progress.format_progress()

@@ -45,7 +45,7 @@ def answered(model_folder: Path, completion_file: Path, tmp_path_factory: pytest
     """A run with the goal adapter."""
     run = tmp_path_factory.mktemp("answered") / "run"
     selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter"))
-    assert selected.decided is None
+    assert selected.decision_or_none is None
     return run
 
 
@@ -81,8 +81,8 @@ def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
 ) -> None:
     run = tmp_path / "run"
     alone = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter", ranks=(4,)))
-    assert alone.handed_over is not None
-    assert alone.handed_over.trained_rank == 4
+    assert alone.exported_adapter is not None
+    assert alone.exported_adapter.trained_rank == 4
     sentence = alone.answers.estimate.sentence
     assert re.search(r"--goal training-rank --ranks [\d,]*4\.$", sentence)
     with pytest.raises(SettingsError, match="ranks: got 4 alone; a comparison needs two or more"):
@@ -126,7 +126,7 @@ def test_the_same_folder_goes_on_to_the_training_rank(
     assert document["cost"]["trainings"] > document["cost"]["trainings_to_adapter"] == recorded(answered)[0].trainings
     trained = trial_ids(run)
     again = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter"))
-    assert again.decided is None
+    assert again.decision_or_none is None
     assert trial_ids(run) == trained
     assert "not asked (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
 
@@ -179,7 +179,7 @@ def test_before_the_start_it_says_what_data_and_margin_allow(
 
     fine = notices_of("fine")
     assert any(line.startswith("top rank 4 (the largest asked for): trained once") for line in fine)
-    assert {one.how for one in recorded(tmp_path / "fine")[0].answer.candidates} == {"trained", "truncated"}
+    assert {one.method for one in recorded(tmp_path / "fine")[0].answer.candidates} == {"trained", "truncated"}
 
 
 def test_on_the_command_line_each_question_has_its_sentence(
@@ -188,8 +188,8 @@ def test_on_the_command_line_each_question_has_its_sentence(
     run = tmp_path / "run"
     shutil.copytree(answered, run)
     small = (
-        "--ranks 1,2,4 --learning-rates 1e-2 --max-steps 20 --batch-size 4 --seq-len 32 --eval-items 12 "
-        f"--set eval_points=2 --margin {WIDE} --quiet"
+        "--ranks 1,2,4 --learning-rates 1e-2 --max-steps 20 --batch-size 4 --seq-len 32 --max-eval-examples 12 "
+        f"--set num_evaluations=2 --margin {WIDE} --quiet"
     ).split()
 
     def shown(goal: str) -> str:

@@ -19,16 +19,16 @@ from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Event
 from tests.commands import run
 
 VIEWS = [
-    "rightrank.hooks.report.adapter_figure",
-    "rightrank.hooks.report.model_card",
-    "rightrank.hooks.report._further_figures",
+    "rightrank.hooks.report.build_adapter_figure",
+    "rightrank.hooks.report.render_model_card",
+    "rightrank.hooks.report._build_adapter_figures",
     "rightrank.hooks.report.write_figures",
-    "rightrank.hooks.report.answers",
+    "rightrank.hooks.report.build_answers",
     "rightrank.hooks.report.render_report",
-    "rightrank.runs.finish.answers",
+    "rightrank.runs.finish.build_answers",
     "rightrank.runs.finish.compared",
     "rightrank.runs.finish.next_commands",
-    "rightrank.report.answer.labelled",
+    "rightrank.report.answer.format_labelled_rows",
 ]
 FAULTS = [StopIteration(), KeyError("x"), ZeroDivisionError("division by zero"), AttributeError("no such field")]
 
@@ -94,10 +94,10 @@ def test_a_view_with_a_fault_leaves_adapter_and_journal_whole(
 def test_an_own_trainer_s_run_is_handed_over_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(task: TrialTask) -> TrialResult:
         (task.folder / "weights.txt").write_text("saved")
-        return TrialResult(metrics={"loss": 1 / task.rank}, item_scores=[1 / task.rank] * 4)
+        return TrialResult(metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * 4)
 
     given: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-3,)}
-    for view in ("rightrank.hooks.report.adapter_figure", "rightrank.hooks.report.render_report"):
+    for view in ("rightrank.hooks.report.build_adapter_figure", "rightrank.hooks.report.render_report"):
         with monkeypatch.context() as patched:
             break_view(patched, view, KeyError("x"))
             with pytest.raises(RunError, match=r"failed \(KeyError"):

@@ -258,7 +258,7 @@ def test_shards_outside_the_folder(tmp_path: Path, model_folder: Path, name: obj
 def test_trial_ids_that_are_paths(tmp_path: Path, trial_id: str) -> None:
     folder = RunFolder(tmp_path)
     require_refused(lambda: folder.checkpoint(trial_id), "trial id .* is not allowed", RunFolderError)
-    require_refused(lambda: folder.trial_adapter(trial_id), "trial id .* is not allowed", RunFolderError)
+    require_refused(lambda: folder.get_trial_folder(trial_id), "trial id .* is not allowed", RunFolderError)
 
 
 def test_a_run_folder_may_itself_be_a_link_and_hold_links_inside(tmp_path: Path) -> None:

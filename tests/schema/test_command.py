@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.cli import cli
-from rightrank.cli.options import gather
+from rightrank.cli.options import gather_settings
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.setting_table import is_list
 from rightrank.schema.settings import SelectSettings
@@ -79,7 +79,7 @@ def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> 
         parameters = COMMANDS[verb].make_context(verb, arguments, parent=parent).params
     others = ("model", "data", "out", "dry_run", "as_json", "quiet", "log_json")
     options = {option: value for option, value in parameters.items() if option not in others}
-    again = SelectSettings(**gather(options.pop("config_file"), options.pop("assignments"), options))
+    again = SelectSettings(**gather_settings(options.pop("config_file"), options.pop("assignments"), options))
     assert again == chosen
 
 

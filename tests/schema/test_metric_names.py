@@ -425,9 +425,9 @@ def test_the_metric_that_decides_comes_before_the_others_and_each_has_its_own_na
 
 
 def test_which_metrics_every_evaluation_measures() -> None:
-    along = [spec.name for spec in parse_metrics(*BUILT_IN) if spec.is_measured_along]
+    along = [spec.name for spec in parse_metrics(*BUILT_IN) if spec.is_eval_metric]
     assert along == ["loss", "accuracy", "reward_accuracy", "reward_margin"]
-    assert not parse_metrics("m:f")[0].is_measured_along
+    assert not parse_metrics("m:f")[0].is_eval_metric
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,10 @@ def test_auto_is_bfloat16_where_the_cuda_device_computes_in_it(
 
 def test_held_out_examples_follow_from_steps_and_data_alone() -> None:
     short, long = SelectSettings(max_steps=20), SelectSettings(max_steps=400, batch_size=8)
-    assert short.held_out_items(10_000) == 200
+    assert short.compute_max_eval_examples(10_000) == 200
     assert (
-        long.held_out_items(10_000) == long.held_out_items(50) == 960
+        long.compute_max_eval_examples(10_000) == long.compute_max_eval_examples(50) == 960
     )  # .1 of a training, in which 3 are scored for one trained
-    assert SelectSettings(num_train_epochs=1.0).held_out_items(100_000) == 2000
-    assert SelectSettings(max_steps=400, metric="exact_match").held_out_items(10_000) == 200  # the model writes
-    assert SelectSettings(max_steps=400, eval_items=30).held_out_items(10_000) == 30
+    assert SelectSettings(num_train_epochs=1.0).compute_max_eval_examples(100_000) == 2000
+    assert SelectSettings(max_steps=400, metric="exact_match").compute_max_eval_examples(10_000) == 200  # the model writes
+    assert SelectSettings(max_steps=400, max_eval_examples=30).compute_max_eval_examples(10_000) == 30

@@ -78,7 +78,7 @@ def test_arms_lie_in_the_space_and_are_asked_for_once(name: str, world: World, s
 def test_cost_and_arms_stay_within_their_bounds(name: str, world: World, space: Space) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
-    cost = strategy.cost()
+    cost = strategy.estimate_cost()
     assert cost.expected <= cost.maximum
     assert spent(known) <= cost.maximum * space.steps
     assert len(known) <= cost.max_arms
@@ -101,7 +101,7 @@ def test_stops_at_the_budget(name: str, kind: str, trainings: float) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
     assert spent(known) <= trainings * STEPS
-    assert strategy.cost().maximum <= trainings
+    assert strategy.estimate_cost().maximum <= trainings
     whole = run_all(STRATEGIES[name](make_space(seeds=(0, 1))), world)
     assert [outcome.arm for outcome in known] == [outcome.arm for outcome in whole][: len(known)]
 
@@ -161,7 +161,7 @@ def test_a_failed_arm_is_not_fatal(name: str, seed: int) -> None:
     finished = [outcome for outcome in known if isinstance(outcome, TrialFinished) and outcome.is_direct]
     trained = {outcome.rank for outcome in finished if outcome.rank > 0}
     assert answer.rank is None or answer.rank in trained
-    assert spent(known) <= strategy.cost().maximum * space.steps
+    assert spent(known) <= strategy.estimate_cost().maximum * space.steps
 
 
 def test_ends_without_an_answer_where_everything_fails(name: str) -> None:
@@ -174,9 +174,9 @@ def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
     space, world = make_space(), World()
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
-    foreign = world.run(space.arm(space.top, 1e-3).model_copy(update={"steps": STEPS - 1}))
+    foreign = world.run(space.make_arm(space.top, 1e-3).model_copy(update={"steps": STEPS - 1}))
     assert recommend(strategy, [foreign, *known]) == recommend(strategy, known)
-    assert foreign.arm not in strategy.trials([foreign, *known]).outcomes
+    assert foreign.arm not in strategy.replay_trials([foreign, *known]).outcomes
 
 
 def spent(known: list[TrialOutcome]) -> int:
@@ -193,5 +193,5 @@ def test_without_the_base_it_requests_what_it_requests_when_the_base_fails(name:
     arms = [outcome.arm for outcome in run_all(without, world)]
     assert arms == [outcome.arm for outcome in run_all(failing, world)][1:]
     assert 0 not in {arm.rank for arm in arms}
-    assert without.expected_arms() == failing.expected_arms() - 1
-    assert without.cost().max_arms == failing.cost().max_arms - 1
+    assert without.estimate_arms() == failing.estimate_arms() - 1
+    assert without.estimate_cost().max_arms == failing.estimate_cost().max_arms - 1

@@ -11,8 +11,8 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
-from rightrank.search.bracket import outside_in
-from rightrank.search.history import Requests, Trials, base_arm, space_of
+from rightrank.search.bracket import order_outside_in
+from rightrank.search.history import Requests, Trials, make_base_arm, build_space
 from rightrank.search.learning_rates import find_learning_rate, try_rank
 from rightrank.search.protocol import Strategy
 from tests.search.worlds import STEPS, World, make_space, recommend, rounds, run_all
@@ -20,7 +20,7 @@ from tests.search.worlds import STEPS, World, make_space, recommend, rounds, run
 
 def made(**values: Any) -> Strategy:
     settings = SelectSettings(**values)
-    return make_strategy(settings.strategy, space_of(settings, 100))
+    return make_strategy(settings.strategy, build_space(settings, 100))
 
 
 def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
@@ -182,7 +182,7 @@ def test_the_walk_begins_where_a_further_seed_would_find_the_truncation_enough()
                 return outcome
             off = 0.01 if arm.truncate_from is not None else 0.0
             losses = [outcome.value + off * (-1) ** item for item in range(100)]
-            return outcome.model_copy(update={"item_losses": losses, "item_tokens": [1] * 100})
+            return outcome.model_copy(update={"example_losses": losses, "example_tokens": [1] * 100})
 
     def first_lower_rank(world: World) -> int:
         known = run_all(STRATEGIES["bracket"](make_space()), world)
@@ -228,7 +228,7 @@ def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_
         def loss(self, arm: Any) -> float:
             done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
             if arm.rank > 0 and arm.truncate_from is None and (done <= 0.25 or arm.learning_rate == 1e-4):
-                return super().loss(base_arm(32.0)) + 10 * arm.learning_rate
+                return super().loss(make_base_arm(32.0)) + 10 * arm.learning_rate
             return super().loss(arm)
 
     known = run_all(STRATEGIES["bracket"](make_space()), Slow(best_learning_rate=3e-4))
@@ -247,15 +247,15 @@ def test_confirms_with_further_seeds() -> None:
 def test_example_losses_give_a_bound_above_the_mean() -> None:
     space = make_space()
     world = World()
-    small, large = (space.arm(rank, 1e-3) for rank in (4, 64))
+    small, large = (space.make_arm(rank, 1e-3) for rank in (4, 64))
     left, right = world.run(small), world.run(large)
     assert isinstance(left, TrialFinished)
     assert isinstance(right, TrialFinished)
     bare = Trials(space, {small: left, large: right}).excess(4, 64)
     assert bare.high == bare.mean
     tokens = [2, 3, 5, 4]
-    left = left.model_copy(update={"item_losses": [2.1, 3.3, 5.2, 4.6], "item_tokens": tokens, "value": 15.2 / 14})
-    right = right.model_copy(update={"item_losses": [2.0, 3.0, 5.0, 4.0], "item_tokens": tokens, "value": 1.0})
+    left = left.model_copy(update={"example_losses": [2.1, 3.3, 5.2, 4.6], "example_tokens": tokens, "value": 15.2 / 14})
+    right = right.model_copy(update={"example_losses": [2.0, 3.0, 5.0, 4.0], "example_tokens": tokens, "value": 1.0})
     known = Trials(space, {small: left, large: right}).excess(4, 64)
     assert known.mean == pytest.approx(1.2 / 14)
     assert known.high > known.mean
@@ -266,16 +266,16 @@ def test_higher_is_better_is_oriented() -> None:
     trials = Trials(space)
     world = World()
     for rank, value in ((4, 0.7), (64, 0.9)):
-        arm = space.arm(rank, 1e-3)
+        arm = space.make_arm(rank, 1e-3)
         outcome = world.run(arm)
         assert isinstance(outcome, TrialFinished)
         trials.outcomes[arm] = outcome.model_copy(update={"value": value})
-    assert trials.reference() == 64
-    assert trials.excess(4, 64).mean == pytest.approx(0.2)
+    assert trials.find_reference() == 64
+    assert trials.compute_excess(4, 64).mean == pytest.approx(0.2)
 
 
 def test_outside_in() -> None:
-    assert outside_in([1, 2, 4, 8]) == [8, 1, 4, 2]
+    assert order_outside_in([1, 2, 4, 8]) == [8, 1, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> 
 def test_the_least_budget_compares_two_ranks() -> None:
     for name in ("grid", "bracket"):
         strategy = made(strategy=name)
-        tight = made(strategy=name, budget_trainings=strategy.cost().least)
+        tight = made(strategy=name, budget_trainings=strategy.estimate_cost().minimum)
         known = run_all(tight, World(can_truncate=False))
         assert len({outcome.rank for outcome in known if outcome.is_direct and outcome.rank}) >= 2
 
@@ -313,7 +313,7 @@ class Itemed(World):
         swing = [0.2 * (1 if (item * arm.rank + arm.rank) % 3 else -1) for item in range(60)]
         mean = sum(swing) / len(swing)
         losses = [outcome.value + part - mean for part in swing]
-        return outcome.model_copy(update={"item_losses": losses, "item_tokens": [1] * 60})
+        return outcome.model_copy(update={"example_losses": losses, "example_tokens": [1] * 60})
 
 
 def test_values_alone_guide_the_search() -> None:
@@ -335,8 +335,8 @@ def test_the_example_in_the_protocol_keeps_the_rules() -> None:
     known = run_all(strategy, World())
     assert {outcome.rank for outcome in known} == {0, space.ranks[0], space.top}
     assert not strategy.ask(known)
-    assert len(known) <= strategy.cost().max_arms
-    assert sum(outcome.steps for outcome in known if outcome.is_direct) <= strategy.cost().maximum * STEPS
+    assert len(known) <= strategy.estimate_cost().max_arms
+    assert sum(outcome.steps for outcome in known if outcome.is_direct) <= strategy.estimate_cost().maximum * STEPS
 
 
 def test_the_first_question_is_answered_before_the_second() -> None:
@@ -345,20 +345,20 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     known: list[Any] = []
     answered_after = None
     for arm in rounds(strategy, world, known, lambda arms: arms[:1]):
-        if answered_after is None and strategy.trials(known).adapter is not None:
+        if answered_after is None and strategy.replay_trials(known).adapter is not None:
             answered_after = arm
-    answer = strategy.trials(known).adapter
+    answer = strategy.replay_trials(known).adapter
     assert answer is not None
     assert answered_after is not None
     assert answered_after.truncate_from is not None
     # The truncated rank r loses .02·1.3·r^-.57 - .02·64^-.57 (1.05 for 1.3 with recovery): rank 4 is the smallest within .01.
-    assert (answer.rank, answer.how, answer.trained_rank) == (4, "truncated", 64)
+    assert (answer.rank, answer.method, answer.trained_rank) == (4, "truncated", 64)
     alone = STRATEGIES["bracket"](make_space(trusts_values=True, goal="adapter"))
     first = run_all(alone, world)
     assert [outcome.arm for outcome in first] == [outcome.arm for outcome in known][: len(first)]
-    assert alone.trials(first).adapter == answer
+    assert alone.replay_trials(first).adapter == answer
 
 
 def test_the_cost_to_the_adapter_is_a_part_of_the_whole() -> None:
-    cost = STRATEGIES["bracket"](make_space()).cost()
-    assert 1.0 < cost.to_adapter < 2.0 < cost.expected <= cost.maximum
+    cost = STRATEGIES["bracket"](make_space()).estimate_cost()
+    assert 1.0 < cost.expected_until_adapter < 2.0 < cost.expected <= cost.maximum

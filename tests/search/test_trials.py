@@ -17,7 +17,7 @@ def trials_of(losses: dict[tuple[int, float], dict[int, float]]) -> Trials:
     trials = Trials(space)
     for (rank, learning_rate), by_seed in losses.items():
         for seed, loss in by_seed.items():
-            arm = space.arm(rank, learning_rate, seed)
+            arm = space.make_arm(rank, learning_rate, seed)
             trials.outcomes[arm] = finished(arm, loss)
     return trials
 
@@ -36,13 +36,13 @@ def finished(arm: Arm, loss: float) -> TrialFinished:
 def test_a_learning_rate_of_one_seed_is_compared_on_that_seed(other: dict[int, float], best: float) -> None:
     """6.0608 is below the mean of three seeds, and above the value of the first."""
     trials = trials_of({(16, 1e-3): THREE, (16, 3e-3): other})
-    assert trials.best_learning_rate(16) == best
-    assert trials.best_learning_rate(4) is None
+    assert trials.find_best_learning_rate(16) == best
+    assert trials.find_best_learning_rate(4) is None
 
 
 def test_the_reference_is_the_best_on_shared_seeds() -> None:
     """Rank 4 has the lower mean because it lacks the seed that is worse for all."""
     trials = trials_of({(4, 1e-3): {0: 2.0}, (16, 1e-3): {0: 1.99, 1: 2.19}})
-    assert trials.best_loss(4) < trials.best_loss(16)
-    assert trials.reference() == 16
-    assert trials.excess(4, 16).mean == pytest.approx(0.01)
+    assert trials.compute_best_loss(4) < trials.compute_best_loss(16)
+    assert trials.find_reference() == 16
+    assert trials.compute_excess(4, 16).mean == pytest.approx(0.01)

@@ -69,16 +69,16 @@ def test_the_noise_decides_how_many_seeds_are_trained() -> None:
     few, many = run_all(quiet, World(gain=0.0, noise=0.001)), run_all(loud, World(gain=0.0, noise=0.05))
     assert {outcome.seed for outcome in few if outcome.rank == 4} == {0, 1}
     assert {outcome.seed for outcome in many if outcome.rank == 4} == set(range(8))
-    (note,) = quiet.trials(few).notes
+    (note,) = quiet.replay_trials(few).notes
     assert note.startswith("Seed noise at rank 1: a standard deviation of ")
     assert note.endswith("takes about 2 seeds a rank; 2 of the 8 are used.")
-    (note,) = loud.trials(many).notes
+    (note,) = loud.replay_trials(many).notes
     assert "; the 8 given show differences from about 0.0" in note
 
 
 def test_the_note_comes_before_any_other_rank() -> None:
     strategy, world, known = Upward(space()), World(gain=0.0, noise=0.001), list[TrialOutcome]()
-    while not strategy.trials(known).notes:
+    while not strategy.replay_trials(known).notes:
         known += [world.run(arm) for arm in strategy.ask(known)]
     assert {outcome.rank for outcome in known} == {0, 1}
 
@@ -107,7 +107,7 @@ def test_a_rank_without_a_result_does_not_end_the_climb() -> None:
 
 def points(*values: float, scores: list[list[float]] | None = None) -> list[EvalPoint]:
     return [
-        EvalPoint(step=10 * place, value=value, item_scores=None if scores is None else scores[place])
+        EvalPoint(step=10 * place, value=value, example_scores=None if scores is None else scores[place])
         for place, value in enumerate(values)
     ]
 
@@ -163,7 +163,7 @@ def test_a_collapse_is_more_than_three_standard_errors(scores: list[list[float]]
 def test_seeds_that_agree_exactly_measure_no_noise() -> None:
     strategy = Upward(make_space(learning_rates=(LOW,), seeds=(0, 1)))
     known = run_all(strategy, World(gain=0.0))
-    (note,) = strategy.trials(known).notes
+    (note,) = strategy.replay_trials(known).notes
     assert note == (
         "Seed noise: not measured at rank 1 (2 seeds with the same result); seeds=(0, 1, 2) or more measure it."
     )

@@ -118,16 +118,16 @@ class Recommendation:
 
 def recommend(strategy: Strategy, outcomes: Sequence[TrialOutcome]) -> Recommendation:
     """The rank that the outcomes support best. The decision, which has intervals, may differ."""
-    trials = strategy.trials(outcomes)
-    rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.smallest_that_holds()
-    learning_rate = None if rank is None else trials.best_learning_rate(rank)
-    return Recommendation(rank, learning_rate, trials.reference())
+    trials = strategy.replay_trials(outcomes)
+    rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.find_smallest_rank()
+    learning_rate = None if rank is None else trials.find_best_learning_rate(rank)
+    return Recommendation(rank, learning_rate, trials.find_reference())
 
 
 def _smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
     """The smallest rank that no higher one is shown to beat by more than the margin."""
     chosen: int | None = None
-    for rank in sorted(trials.ranks()):
-        if chosen is None or (strategy.gains(trials, rank, [chosen]) and trials.excess(rank, chosen).high < 0):
+    for rank in sorted(trials.list_ranks()):
+        if chosen is None or (strategy.has_gain(trials, rank, [chosen]) and trials.compute_excess(rank, chosen).high < 0):
             chosen = rank
     return chosen

@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rightrank import resize
-from rightrank.runs.local import Prepared
-from rightrank.runs.prepare import prepare
-from rightrank.runs.values import Request
+from rightrank.runs.local import LoadedSelection
+from rightrank.runs.prepare import prepare_selection
+from rightrank.runs.values import SelectionInputs
 from rightrank.schema.errors import RightrankError
 from rightrank.schema.events import Listener
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import train_trials
-from rightrank.train.pace import multi_lora_obstacle
+from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 from tests.helpers import fresh_adapter, trainable_parameters
@@ -38,7 +38,7 @@ from tests.train.architecture_cases import Case, make_case, model_of
 
 STEPS, RATE, CLASSES = 2, 1e-2, ("far", "near", "sea")
 SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS, "eval_points": 1, "eval_items": 6, "batch_size": 3, "device": "cpu", "warmup_ratio": 0.0,
+    "max_steps": STEPS, "num_evaluations": 1, "max_eval_examples": 6, "batch_size": 3, "device": "cpu", "warmup_ratio": 0.0,
     "lr_scheduler_type": "linear",
 }  # fmt: skip
 LEFT_OUT = {  # of PEFT's all-linear, which refuses them
@@ -100,7 +100,7 @@ def check(name: str, seed: int, folder: Path) -> Row:
 
 def _check(case: Case, tokenizer: Any, folder: Path, row: Row) -> None:
     base, request = _saved(case, tokenizer, folder)
-    prepared = prepare(request, folder / "cache")
+    prepared = prepare_selection(request, folder / "cache")
     runtime = prepared.runtime
     paths = runtime.fast_paths
     taken = {
@@ -117,17 +117,17 @@ def _check(case: Case, tokenizer: Any, folder: Path, row: Row) -> None:
     row.parameters = alone[-1].trainable_parameters
     for number, (one, arm) in enumerate(zip(alone, arms, strict=True)):
         _require_as_plain(row, one.train_losses, (runtime, arm, base, folder / "alone" / f"t{number}"))
-    row.alone = multi_lora_obstacle(runtime, arms) or ""
+    row.alone = find_multi_lora_obstacle(runtime, arms) or ""
     if not row.alone:
         together = _trained(runtime, arms, folder / "together", 2)
         assert all(one.adapters_per_pass == 2 for one in together)
         row.figures["together"] = max(
-            _far(one.train_losses + one.item_losses, other.train_losses + other.item_losses)
+            _far(one.train_losses + one.example_losses, other.train_losses + other.example_losses)
             for one, other in zip(together, alone, strict=True)
         )
         _require(row, "together", 1e-4)
     row.figures["loaded"] = max(
-        _far(one.item_losses, loaded_losses(runtime, base, folder / "alone" / f"t{number}"))
+        _far(one.example_losses, loaded_losses(runtime, base, folder / "alone" / f"t{number}"))
         for number, one in enumerate(alone)
     )
     _require(row, "loaded", TOLERANCE)
@@ -136,7 +136,7 @@ def _check(case: Case, tokenizer: Any, folder: Path, row: Row) -> None:
     _require(row, "truncated", 1e-5)
 
 
-def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, Request]:
+def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, SelectionInputs]:
     if not case.pads:
         tokenizer.pad_token = None
     base = folder / "base"
@@ -157,9 +157,9 @@ def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, Request]:
     return base, _request(case, folder)
 
 
-def _request(case: Case, folder: Path) -> Request:
+def _request(case: Case, folder: Path) -> SelectionInputs:
     settings = small_settings(ranks=tuple(sorted(case.ranks)), **SETTINGS, **case.settings)
-    return Request(str(folder / "base"), None, folder / "data.jsonl", settings)
+    return SelectionInputs(str(folder / "base"), None, folder / "data.jsonl", settings)
 
 
 def _trained(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
@@ -231,7 +231,7 @@ def plain_losses(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: i
             value.copy_(first[name])
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     losses = []
-    for step, indices in enumerate(runtime.batch_plan(arm.seed)):
+    for step, indices in enumerate(runtime.plan_batches(arm.seed)):
         for group in optimizer.param_groups:
             group["lr"] = arm.learning_rate * (1 - step / arm.steps)  # linear, without a warm-up
         loss = model(**batch_of(runtime, "train", indices, wider)).loss
@@ -248,25 +248,25 @@ def loaded_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
     """The summed losses of each validation example with the saved adapter, one at a time."""
     model = PeftModel.from_pretrained(fresh_base(runtime, base), str(adapter)).eval()
     found = []
-    for index in range(len(runtime.data.splits["selection"])):
-        batch = batch_of(runtime, "selection", [index])
+    for index in range(len(runtime.data.splits["validation"])):
+        batch = batch_of(runtime, "validation", [index])
         labels = 1 if runtime.data.is_classification else int((batch["labels"][:, 1:] != -100).sum())
         found.append(float(model(**batch).loss) * labels)
     return found
 
 
-def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) -> None:
+def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters: Path) -> None:
     """The plan of the selection has the parameters and the bytes of its adapters; `plan` alone those of PEFT's `all-linear`."""
     if find_spec("rightrank.plugins.plan") is None:
         return
     from rightrank.plugins.plan.estimate import Estimator
-    from rightrank.plugins.plan.planner import step_settings
+    from rightrank.plugins.plan.planner import build_step_settings
     from rightrank.plugins.plan.skeleton import read_config
 
     runtime, whole = prepared.runtime, fresh_base(prepared.runtime, base)
     classes, config = len(CLASSES) if runtime.data.is_classification else None, runtime.model.config
     each = 2 if runtime.data.summary.form == "preference" else 1
-    step = step_settings(config, prepared.settings, runtime.data.longest, "cpu", classes, each)
+    step = build_step_settings(config, prepared.settings, runtime.data.max_sequence_length, "cpu", classes, each)
     selection = Estimator(config, step)
     for number, rank in enumerate(case.ranks):
         stored = adapters / f"t{number}" / "adapter_model.safetensors"
@@ -293,7 +293,7 @@ def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) 
 
 
 def _require_counted(what: str, estimator: Any, rank: int, wanted: tuple[int, int]) -> None:
-    parts = estimator.inventory(rank)
+    parts = estimator.get_inventory(rank)
     found = parts.trainable_parameters, parts.adapter_bytes
     assert found == wanted, f"{what}: parameters and bytes {found} for {wanted}"
 
@@ -341,7 +341,7 @@ def _require_early(case: Case, folder: Path, row: Row) -> None:
     for file in (folder / "base").glob("*.safetensors"):
         file.write_bytes(b"\xff" * 64)
     try:
-        prepare(_request(case, folder), folder / "again")
+        prepare_selection(_request(case, folder), folder / "again")
     except RightrankError as error:
         again = str(error).replace(str(folder), "…")
         if again != row.reason:

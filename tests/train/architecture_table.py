@@ -44,34 +44,41 @@ def keep(row: Row, path: Path) -> None:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """What trains, by architecture, and what is refused."""
-    groups: dict[str, list[Row]] = {}
+    """Return the tables of architectures that train, by the fast paths that they use, and of those that are refused, by reason."""
+    architectures: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row["architecture"].removesuffix(", text"), []).append(row)
-    trained = {name: group for name, group in groups.items() if any(row["outcome"] != "refused" for row in group)}
+        architectures.setdefault(row["architecture"].removesuffix(", text"), []).append(row)
+    trained: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    for name, group in architectures.items():
+        if all(row["outcome"] == "refused" for row in group):
+            refused.setdefault(_words(group[0]["reason"]).replace(f"'{name}' is", "this is"), []).append(
+                name.removesuffix(", refused")
+            )
+        else:
+            trained.setdefault(_name_fast_paths(group), []).append(name)
     lines = [
-        f"{len(rows):,} configurations of {len(groups)} architectures; {sum(row['outcome'] == 'equal' for row in rows):,} equal, "
+        f"{len(rows):,} configurations of {len(architectures)} architectures; {sum(row['outcome'] == 'equal' for row in rows):,} equal, "
         f"{sum(row['outcome'] == 'refused' for row in rows):,} refused, {sum(row['outcome'] not in ('equal', 'refused') for row in rows):,} other.",
         "",
-        "| architecture | equal | loss of a step, to PEFT | two in a pass, to each alone | loaded by PEFT | faster ways taken |",
+        "| architectures | equal | loss of a step, to PEFT | two in a pass, to each alone | loaded by PEFT | fast paths |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [_trained(name, group) for name, group in trained.items()]
-    lines += ["", "| refused | in one line |", "|---|---|"]
-    lines += [f"| {name} | {_words(group[0]['reason'])} |" for name, group in groups.items() if name not in trained]
+    for fast_paths, names in trained.items():
+        group = [row for name in names for row in architectures[name]]
+        equal = [row for row in group if row["outcome"] == "equal"]
+        largest = [_largest(equal, figure) for figure in ("to PEFT", "together", "loaded")]
+        listed = ", ".join(names).replace(", classes", " (classifier)")
+        lines.append(f"| {listed} | {len(equal)} of {len(group)} | {' | '.join(largest)} | {fast_paths} |")
+    lines += ["", "| refused | reason |", "|---|---|"]
+    lines += [f"| {', '.join(names)} | {reason} |" for reason, names in refused.items()]
     return "\n".join(lines) + "\n"
 
 
-def _trained(name: str, group: Sequence[Row]) -> str:
-    equal = [row for row in group if row["outcome"] == "equal"]
-    shown = [
-        f"{len(equal)} of {len(group)}",
-        *(_largest(equal, figure) for figure in ("to PEFT", "together", "loaded")),
-    ]
-    if not any("together" in row["figures"] for row in equal):
-        shown[2] = _words(next((row["alone"] for row in equal if "alone" in row), "–"))
-    taken = dict.fromkeys(way for row in equal for way in row.get("shortcuts", ()))
-    return f"| {name} | {' | '.join(shown)} | {', '.join(sorted(taken)) or '–'} |"
+def _name_fast_paths(rows: Sequence[Row]) -> str:
+    """Return the fast paths that any equal configuration used."""
+    fast_paths = {path for row in rows if row["outcome"] == "equal" for path in row.get("shortcuts", ())}
+    return ", ".join(sorted(fast_paths)) or "none"
 
 
 def _largest(rows: Iterable[Row], figure: str) -> str:

@@ -14,7 +14,7 @@ from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import encode
+from rightrank.train.tokens import encode_splits
 from rightrank.train.trial import TrialFolders
 from tests.tiny import GPT2_SIZES, make_tokenizer, small_settings
 from tests.tiny import SIZES as BARE_SIZES
@@ -57,9 +57,9 @@ def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
 
 
 def runtime_of(model: Any, tokenizer: Any, data: Path, cache: Path, **changes: Any) -> Runtime:
-    settings = small_settings(max_steps=STEPS, eval_points=1, **changes)
+    settings = small_settings(max_steps=STEPS, num_evaluations=1, **changes)
     loaded = prepare_model(model, tokenizer, type(model).__name__, torch.device("cpu"))
-    return Runtime(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, cache)
+    return Runtime(loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, cache)
 
 
 def run(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:

@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Arm
-from rightrank.train.pace import multi_lora_obstacle
+from rightrank.train.pace import find_multi_lora_obstacle
 from tests import commands
 from tests.tiny import GPT2_SIZES, make_tokenizer, sentences, write_jsonl
 from tests.train.architecture_cases import ARCHITECTURES
@@ -85,7 +85,7 @@ def test_a_layer_that_mixes_arms_is_an_obstacle(completion_file: Path, tmp_path:
 
     mlp.forward = first_half_of_the_tokens
     arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS) for rank in (2, 4)]
-    obstacle = multi_lora_obstacle(runtime, arms)
+    obstacle = find_multi_lora_obstacle(runtime, arms)
     assert obstacle is not None
     assert re.fullmatch(r"a layer sees \d+ rows that can't be assigned to arms", obstacle)
     assert run(runtime, arms, tmp_path, 1)[0].adapters_per_pass == 1
@@ -106,7 +106,7 @@ def test_an_encoder_that_only_a_batch_shows_is_refused(completion_file: Path, tm
 def test_a_decoder_of_the_same_class_trains(completion_file: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     model = made("BertLMHeadModel", "BertConfig", tokenizer, **BERT, is_decoder=True)
-    assert runtime_of(model, tokenizer, completion_file, tmp_path).evaluate("selection").loss > 0
+    assert runtime_of(model, tokenizer, completion_file, tmp_path).evaluate("validation").loss > 0
 
 
 def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -> None:
@@ -114,10 +114,10 @@ def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -
     tokenizer = make_tokenizer()
     classifier = made("LlamaForSequenceClassification", "LlamaConfig", tokenizer, **SIZES | {"pad_token_id": 5})
     runtime = runtime_of(classifier, tokenizer, class_file, tmp_path / "cache")
-    together = runtime.evaluate("selection").losses
+    together = runtime.evaluate("validation").losses
     for index in range(3):
         with torch.no_grad():
-            alone = runtime.losses("selection", runtime.batch("selection", [index]), 1.0).example_losses
+            alone = runtime.compute_losses("validation", runtime.make_batch("validation", [index]), 1.0).example_losses
         assert float(alone[0]) == pytest.approx(together[index], rel=1e-4)
 
 
@@ -127,12 +127,12 @@ def test_a_batch_of_texts_of_one_token_is_classified(tmp_path: Path) -> None:
     classifier = made("LlamaForSequenceClassification", "LlamaConfig", tokenizer, **SIZES)
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     runtime = runtime_of(classifier, tokenizer, data, tmp_path / "cache", batch_size=2, eval_batch_size=2)
-    assert runtime.data.longest == 1
-    batch = runtime.batch("train", [0, 1])
+    assert runtime.data.max_sequence_length == 1
+    batch = runtime.make_batch("train", [0, 1])
     with torch.no_grad():
         logits = classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         wanted = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-    assert runtime.losses("train", batch, 1.0).example_losses.tolist() == pytest.approx(wanted.tolist())
+    assert runtime.compute_losses("train", batch, 1.0).example_losses.tolist() == pytest.approx(wanted.tolist())
     assert run(runtime, [Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)], tmp_path, 1)
 
 

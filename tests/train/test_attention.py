@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rightrank.train.batches import FUSED, float32_attention
+from rightrank.train.batches import FUSED_ATTENTION, use_float32_attention
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
@@ -15,10 +15,10 @@ from tests.tiny import small_settings
 def test_products_are_in_float32_and_the_table_is_as_before(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    before = ALL_ATTENTION_FUNCTIONS[FUSED]
+    before = ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION]
     runtime = make_runtime(model_folder, completion_file, small_settings(dtype="bfloat16"), tmp_path)
     assert runtime.fast_paths.float32_attention
-    batch = runtime.batch("selection", range(6))
+    batch = runtime.make_batch("validation", range(6))
     seen: list[torch.dtype] = []
     real = torch.nn.functional.scaled_dot_product_attention
 
@@ -29,14 +29,14 @@ def test_products_are_in_float32_and_the_table_is_as_before(
     torch.nn.functional.scaled_dot_product_attention = noting
     try:
         with torch.no_grad():
-            ours = runtime.losses("selection", batch, 1.0).example_losses
+            ours = runtime.compute_losses("validation", batch, 1.0).example_losses
     finally:
         torch.nn.functional.scaled_dot_product_attention = real
     assert set(seen) == {torch.float32}
-    assert ALL_ATTENTION_FUNCTIONS[FUSED] is before
+    assert ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION] is before
     with torch.no_grad():
         plain = runtime.objective(runtime.model, batch, 1.0).example_losses
-        with float32_attention():
+        with use_float32_attention():
             widened = runtime.objective(runtime.model, batch, 1.0).example_losses
     assert torch.equal(ours, widened)
     assert torch.allclose(ours, plain, rtol=3e-2)

@@ -6,38 +6,38 @@ from collections import Counter
 
 import numpy as np
 
-from rightrank.train.batches import batch_plan
+from rightrank.train.batches import plan_batches
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
 SIGMAS = 4.5  # of a standard error, about one chance in 150,000
 
 
 def test_every_example_is_seen_once_per_pass() -> None:
-    plan = batch_plan(500, 10, 100, seed=1)  # two passes
+    plan = plan_batches(500, 10, 100, seed=1)  # two passes
     for begin in (0, 50):
         seen = [index for batch in plan[begin : begin + 50] for index in batch]
         assert sorted(seen) == list(range(500))
 
 
 def test_a_pass_that_fills_no_batch_goes_on_in_the_next() -> None:
-    plan = batch_plan(5, 4, 5, seed=0)
+    plan = plan_batches(5, 4, 5, seed=0)
     counts = Counter(index for batch in plan for index in batch)
     assert set(map(len, plan)) == {4}
     assert counts == dict.fromkeys(range(5), 4)
 
 
 def test_the_seed_fixes_the_order() -> None:
-    assert batch_plan(500, 8, 50, 3) == batch_plan(500, 8, 50, 3)
-    assert batch_plan(500, 8, 50, 3) != batch_plan(500, 8, 50, 4)
+    assert plan_batches(500, 8, 50, 3) == plan_batches(500, 8, 50, 3)
+    assert plan_batches(500, 8, 50, 3) != plan_batches(500, 8, 50, 4)
 
 
 def test_a_shorter_training_is_a_prefix_of_a_longer_one() -> None:
-    assert batch_plan(500, 8, 120, 5)[:40] == batch_plan(500, 8, 40, 5)
+    assert plan_batches(500, 8, 120, 5)[:40] == plan_batches(500, 8, 40, 5)
 
 
 def lengths_by_batch(seeds: int, steps: int) -> np.ndarray:
     """[seeds, steps, 8]"""
-    return np.array([LENGTHS[batch_plan(500, 8, steps, seed)] for seed in range(seeds)])
+    return np.array([LENGTHS[plan_batches(500, 8, steps, seed)] for seed in range(seeds)])
 
 
 def test_length_does_not_decide_when_an_example_is_seen() -> None:

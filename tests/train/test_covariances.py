@@ -76,9 +76,9 @@ def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) ->
 
 def test_the_base_and_its_losses_are_as_before(runtime: Runtime) -> None:
     peft_model = adapted(runtime)
-    before = runtime.evaluate("selection").losses
+    before = runtime.evaluate("validation").losses
     gather_moments(runtime, peft_model, EXAMPLES)
-    assert runtime.evaluate("selection").losses == before
+    assert runtime.evaluate("validation").losses == before
 
 
 def test_frozen_layers_are_computed_in_groups_and_change_nothing(
@@ -86,13 +86,13 @@ def test_frozen_layers_are_computed_in_groups_and_change_nothing(
 ) -> None:
     """Of examples that no training asks for too."""
     sizes: list[int] = []
-    output_of = prefix.output_of
+    output_of = prefix.capture_output
 
     def counted(model: Any, blocks: Sequence[Any], inputs: Mapping[str, torch.Tensor]) -> Any:
         sizes.append(len(inputs["input_ids"]))
         return output_of(model, blocks, inputs)
 
-    monkeypatch.setattr(prefix, "output_of", counted)
+    monkeypatch.setattr(prefix, "capture_output", counted)
     found = []
     for caching in (True, False):
         settings = small_settings(
@@ -124,9 +124,9 @@ def test_tokens_are_read_until_there_are_enough(runtime: Runtime) -> None:
     found = gather_moments(runtime, peft_model, EXAMPLES, 1)
     assert (found.examples, runtime.settings.batch_size) == (4, 4)
     training = (
-        runtime.steps * runtime.settings.items_per_step * max(item.length for item in runtime.data.splits["train"])
+        runtime.steps * runtime.settings.examples_per_step * max(item.length for item in runtime.data.splits["train"])
     )
-    longest = runtime.settings.batch_size * runtime.data.longest
+    longest = runtime.settings.batch_size * runtime.data.max_sequence_length
     assert gather_unseen_moments(runtime, peft_model, 0, runtime.steps).tokens <= 0.1 * training + longest
 
 

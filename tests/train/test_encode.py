@@ -14,7 +14,7 @@ from rightrank.data.splits import load_data
 from rightrank.data.token_store import IGNORED
 from rightrank.models.base_models import load_base
 from rightrank.schema.errors import DataError
-from rightrank.train.tokens import encode
+from rightrank.train.tokens import encode_splits
 from tests.tiny import ON_CPU, make_tokenizer, sentences, small_settings, write_jsonl
 from tests.train.chat_templates import MARKED, OTHERWISE, PLAIN, REASONED, REWRITING, trl_templates
 
@@ -31,7 +31,7 @@ def labelled_text(loaded: Any, item: Any) -> str:
 
 def encode_rows(loaded: Any, rows: list[dict[str, Any]], path: Path, **changes: Any) -> Any:
     settings = small_settings(**({"seq_len": 100} | changes))
-    return encode(load_data(write_jsonl(path / "d.jsonl", rows), settings), loaded, settings)
+    return encode_splits(load_data(write_jsonl(path / "d.jsonl", rows), settings), loaded, settings)
 
 
 def test_only_the_completion_is_labelled(loaded: Any, tmp_path: Path) -> None:
@@ -93,12 +93,12 @@ def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None
     rows = [{"messages": messages} for messages, *_ in expected]
     splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
     settings = small_settings(seq_len=1000)
-    data = encode(load_data(splits, settings), base, settings)
+    data = encode_splits(load_data(splits, settings), base, settings)
     assert [(list(item.input_ids), list(item.labels)) for item in data.splits["train"]] == [row[1:] for row in expected]
     if refused:
         refusing = load_data(splits | {"train": [*rows, {"messages": refused[0]}]}, settings)
         with pytest.raises(DataError, match="the chat template refuses the conversation"):
-            encode(refusing, base, settings)
+            encode_splits(refusing, base, settings)
 
 
 def runs_of(tokenizer: Any, labels: list[int]) -> list[str]:
@@ -113,7 +113,7 @@ def encoded_conversations(loaded: Any, template: str, rows: list[list[dict[str, 
     tokenizer.bos_token, tokenizer.chat_template = "<unk>", template
     splits = {name: [{"messages": messages} for messages in rows] for name in ("train", "validation", "test")}
     settings = small_settings(seq_len=1000)
-    data = encode(load_data(splits, settings), replace(loaded, tokenizer=tokenizer), settings)
+    data = encode_splits(load_data(splits, settings), replace(loaded, tokenizer=tokenizer), settings)
     items = list(data.splits["train"])
     for item, messages in zip(items, rows, strict=True):
         assert tokenizer.decode(item.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)

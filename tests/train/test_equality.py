@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from rightrank.schema.trials import Arm
 from rightrank.train.optimizer import ArmOptimizer
-from rightrank.train.targets import lora_config
+from rightrank.train.targets import make_lora_config
 from tests.adapters.adapters import make_base
 from tests.helpers import fresh_adapter, make_runtime, trainable_parameters
 from tests.models.kind_checks import with_first_values
@@ -28,15 +28,15 @@ def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[floa
     """The loop anyone would write: PEFT's model, transformers' own loss and schedule, torch's AdamW."""
     settings = runtime.settings
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    config = lora_config(settings, arm, False, runtime.targets.names)
+    config = make_lora_config(settings, arm, False, runtime.targets.names)
     peft_model: Any = get_peft_model(model, config)
     peft_model.train()
     named = with_first_values(runtime, arm, peft_model)
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, 1, arm.steps)
     losses: list[float] = []
-    for indices in runtime.batch_plan(arm.seed):
-        batch = runtime.batch("train", indices)
+    for indices in runtime.plan_batches(arm.seed):
+        batch = runtime.make_batch("train", indices)
         loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm)
@@ -69,7 +69,7 @@ def test_losses_agree_with_a_plain_peft_loop(
 
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     loaded: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
-    batch = runtime.batch("test", range(4))
+    batch = runtime.make_batch("test", range(4))
     with torch.no_grad():
         theirs = peft_model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         reloaded = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -78,10 +78,10 @@ def test_losses_agree_with_a_plain_peft_loop(
 
 def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
-    batch = runtime.batch("selection", range(6))
+    batch = runtime.make_batch("validation", range(6))
     with torch.no_grad():
         theirs = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-        ours = runtime.losses("selection", batch, 1.0)
+        ours = runtime.compute_losses("validation", batch, 1.0)
     assert float(ours.example_losses.sum() / ours.example_tokens.sum()) == pytest.approx(float(theirs), rel=1e-5)
     assert int(ours.example_tokens.sum()) == int((batch.labels[:, 1:] != -100).sum())
 
@@ -91,7 +91,7 @@ def test_same_seed_same_values(model_folder: Path, completion_file: Path, tmp_pa
     first, losses, _ = train_ours(runtime, ARM, tmp_path / "a")
     second, again, _ = train_ours(runtime, ARM, tmp_path / "b")
     assert losses == again
-    assert first.item_losses == second.item_losses
+    assert first.example_losses == second.example_losses
 
 
 def test_the_base_is_as_before_after_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

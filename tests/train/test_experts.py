@@ -9,7 +9,7 @@ import torch
 
 from rightrank.schema.errors import ModelError
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.targets import in_layers, require_targets
+from rightrank.train.targets import find_target_parameters, require_targets
 from tests.tiny import small_settings
 
 
@@ -30,10 +30,10 @@ def of_parameters(name: str, **changes: Any) -> SelectSettings:
 
 
 def test_layers_choose_among_parameters_too() -> None:
-    assert in_layers(Mixture(), of_parameters("fused.down_proj", layers_to_transform=[1])) == [
+    assert find_target_parameters(Mixture(), of_parameters("fused.down_proj", layers_to_transform=[1])) == [
         "layers.1.fused.down_proj"
     ]
-    assert in_layers(Mixture(), of_parameters("fused.down_proj")) == ["fused.down_proj"]
+    assert find_target_parameters(Mixture(), of_parameters("fused.down_proj")) == ["fused.down_proj"]
 
 
 def test_a_parameter_that_matches_nothing_is_one_line() -> None:

@@ -13,15 +13,15 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from rightrank import export, inspect, select_rank
-from rightrank.models.kinds.base import Draw, Routing
+from rightrank.models.kinds.base import InitialDraw, Routing
 from rightrank.schema.errors import InterruptedRun, ModelError, SettingsError
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import run_trial
-from rightrank.train.multi_lora import ADAPTER, MultiLora, lora_modules
-from rightrank.train.optimizer import learning_rate_schedule
-from rightrank.train.runtime import Runtime, adapter_attached
-from rightrank.train.targets import without_peft_noise
+from rightrank.train.multi_lora import ADAPTER, MultiLora, find_lora_modules
+from rightrank.train.optimizer import make_schedule
+from rightrank.train.runtime import Runtime, attach_adapter
+from rightrank.train.targets import suppress_peft_warnings
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.models.kind_checks import peft_updates
@@ -40,17 +40,17 @@ def peft_s_own(runtime: Runtime, folder: Path, init: str) -> tuple[list[float], 
         r=ARM.rank, lora_alpha=8, init_lora_weights=init, use_rslora=settings.scaling == "alpha/sqrt(r)",  # type: ignore[arg-type]
         target_modules=list(runtime.targets.names), task_type="CAUSAL_LM",
     )  # fmt: skip
-    with without_peft_noise():
+    with suppress_peft_warnings():
         model: Any = get_peft_model(copy.deepcopy(runtime.model), config).eval()
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(str(folder / "start"))
     model.peft_config["default"].init_lora_weights = init
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-    factor = learning_rate_schedule(settings, STEPS)
+    factor = make_schedule(settings, STEPS)
     losses: list[float] = []
-    for step, indices in enumerate(runtime.batch_plan(ARM.seed)):
-        batch = runtime.batch("train", indices)
+    for step, indices in enumerate(runtime.plan_batches(ARM.seed)):
+        batch = runtime.make_batch("train", indices)
         optimizer.param_groups[0]["lr"] = ARM.learning_rate * factor(step)
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         loss.backward()
@@ -102,8 +102,8 @@ def test_ranks_share_a_pass_and_each_starts_from_the_base(completion_file: Path,
     assert [trial.adapters_per_pass for trial in together] == [2, 2]
     for trial, other in zip(together, alone, strict=True):
         assert trial.train_losses == pytest.approx(other.train_losses, rel=1e-5)
-    batch = runtime.batch("train", runtime.batch_plan(0)[0])
-    base = runtime.losses("train", batch, 1.0)
+    batch = runtime.make_batch("train", runtime.plan_batches(0)[0])
+    base = runtime.compute_losses("train", batch, 1.0)
     mean = float(base.example_losses.sum() / base.example_tokens.sum())
     assert [trial.train_losses[0] for trial in alone] == pytest.approx([mean, mean], rel=1e-5)
 
@@ -115,8 +115,8 @@ def test_dropout_leaves_what_was_taken_from_the_base_alone(completion_file: Path
     changes = {"init_lora_weights": "pissa", "lora_dropout": 0.5, "layers_to_transform": (1,)}
     runtime = runtime_of(model, tokenizer, completion_file, tmp_path / "cache", target_modules=("v_proj",), **changes)
     with MultiLora(runtime.model, runtime.settings) as multi_lora, torch.no_grad():
-        multi_lora.add(ADAPTER, ARM, runtime.config(ARM))
-        (layer,) = lora_modules(multi_lora.peft_model).values()
+        multi_lora.add(ADAPTER, ARM, runtime.make_config(ARM))
+        (layer,) = find_lora_modules(multi_lora.peft_model).values()
         a, b, scale = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
         x = torch.randn(1, 3, layer.in_features)
         multi_lora.routing = Routing.packed([ADAPTER], [7], [3])
@@ -128,7 +128,7 @@ def test_dropout_leaves_what_was_taken_from_the_base_alone(completion_file: Path
 
 def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
     """B·A = 0, entries as in PEFT (A: 0.1 / √2), and the rows of a lower rank lie within those of a higher one."""
-    draw = Draw(3, "model.layers.0.q_proj", "orthogonal")
+    draw = InitialDraw(3, "model.layers.0.q_proj", "orthogonal")
     for rank in (2, 8, 32):
         a, b = draw.orthogonal(rank, 400, 300)
         assert (tuple(a.shape), tuple(b.shape)) == ((rank, 400), (300, rank))
@@ -141,7 +141,7 @@ def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
             assert float(mine.norm()) == pytest.approx(float(theirs.detach().norm()), rel=0.15)
     low, high = draw.orthogonal(4, 400, 300)[0], draw.orthogonal(16, 400, 300)[0]
     assert float((low - low @ torch.linalg.pinv(high) @ high).abs().max()) < 1e-10
-    other = Draw(3, "model.layers.1.q_proj", "orthogonal").orthogonal(4, 400, 300)[0]
+    other = InitialDraw(3, "model.layers.1.q_proj", "orthogonal").orthogonal(4, 400, 300)[0]
     assert not torch.allclose(low, other)
 
 
@@ -177,17 +177,17 @@ def test_the_plan_counts_what_is_kept_beside_the_adapters(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     from rightrank.plugins.plan.estimate import Estimator
-    from rightrank.plugins.plan.planner import step_settings
+    from rightrank.plugins.plan.planner import build_step_settings
 
     settings = small_settings(init_lora_weights="pissa", max_steps=STEPS)
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     (ours,) = run(runtime, [ARM], tmp_path / "ours", 1)
     plain = settings.model_copy(update={"init_lora_weights": "default"})
     planned, without = (
-        Estimator(runtime.model.config, step_settings(runtime.model.config, given, 32, "cpu", None))
+        Estimator(runtime.model.config, build_step_settings(runtime.model.config, given, 32, "cpu", None))
         for given in (settings, plain)
     )
-    parts, other = planned.inventory(ARM.rank), without.inventory(ARM.rank)
+    parts, other = planned.get_inventory(ARM.rank), without.get_inventory(ARM.rank)
     assert parts.trainable_parameters == ours.trainable_parameters == other.trainable_parameters
     assert parts.adapter_bytes == (tmp_path / "ours" / "t0" / "adapter_model.safetensors").stat().st_size
     kept = planned.estimate(ARM.rank).peak_bytes - without.estimate(ARM.rank).peak_bytes
@@ -197,7 +197,7 @@ def test_the_plan_counts_what_is_kept_beside_the_adapters(
 def test_a_selection_says_at_which_rank_its_adapter_loads(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    settings = small_settings(init_lora_weights="pissa", ranks=(1, 2), max_steps=4, eval_points=1)
+    settings = small_settings(init_lora_weights="pissa", ranks=(1, 2), max_steps=4, num_evaluations=1)
     steps: list[StepDone] = []
     stopping = Watch(
         on_event=lambda event: steps.append(event) if isinstance(event, StepDone) else None,
@@ -210,9 +210,9 @@ def test_a_selection_says_at_which_rank_its_adapter_loads(
     assert [rank.value for rank in selected.decision.ranks] == [rank.value for rank in whole.decision.ranks]
     assert selected.adapter is not None
     assert selected.adapter.path is not None
-    assert selected.handed_over is not None
-    rank = selected.handed_over.rank
-    assert (selected.handed_over.how, selected.handed_over.loads_as) == ("trained", 2 * rank)
+    assert selected.exported_adapter is not None
+    rank = selected.exported_adapter.rank
+    assert (selected.exported_adapter.method, selected.handed_over.load_rank) == ("trained", 2 * rank)
     model = AutoPeftModelForCausalLM.from_pretrained(str(selected.adapter.path))
     assert model.peft_config["default"].r == 2 * rank
     card = (selected.adapter.path / "README.md").read_text(encoding="utf-8")
@@ -244,10 +244,10 @@ def test_a_truncation_is_one_of_the_whole_update(completion_file: Path, tmp_path
     assert isinstance(outcome, TrialFinished)
     updates = []
     for name in ("t0", "cut"):
-        with adapter_attached(runtime, tmp_path / name) as loaded:
+        with attach_adapter(runtime, tmp_path / name) as loaded:
             updates.append({key: value.clone() for key, value in peft_updates(loaded).items()})
-            losses = runtime.evaluate("selection").losses
-    assert losses == pytest.approx(outcome.item_losses, rel=1e-5)
+            losses = runtime.evaluate("validation").losses
+    assert losses == pytest.approx(outcome.example_losses, rel=1e-5)
     ranks = {module.name: module.rank for module in inspect(tmp_path / "cut").modules}
     for name, whole in updates[0].items():
         u, values, v = torch.linalg.svd(whole, full_matrices=False)
@@ -263,11 +263,11 @@ def test_the_report_names_the_adapter_that_is_handed_over(
     """Trained at the lower rank; both questions are answered, and truncations are candidates whatever the start was."""
     settings = small_settings(init_lora_weights=init, scaling=scaling, ranks=(1, 4), max_steps=4, margin=5.0)
     selected = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings)
-    assert selected.handed_over is not None
+    assert selected.exported_adapter is not None
     assert selected.adapter is not None
     assert selected.adapter.path is not None
     config = json.loads((selected.adapter.path / "adapter_config.json").read_text())
-    assert config["r"] == (selected.handed_over.loads_as or selected.handed_over.rank)
+    assert config["r"] == (selected.exported_adapter.load_rank or selected.handed_over.rank)
     named = f"r {config['r']} · lora_alpha {config['lora_alpha']:g} · learning rate"
     assert named in selected.report.read_text(encoding="utf-8")
-    assert {cut.rank for cut in selected.adapters if cut.how == "truncated"} == {1, 2}
+    assert {cut.rank for cut in selected.adapters if cut.method == "truncated"} == {1, 2}

@@ -11,7 +11,7 @@ import torch
 from rightrank.schema.errors import DataError
 from rightrank.schema.trials import Arm
 from rightrank.train import generation
-from rightrank.train.generation import answers, prompts
+from rightrank.train.generation import generate_answers, build_prompts
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import Chat
@@ -24,7 +24,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def runtime(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    settings = small_settings(metric="f1", max_new_tokens=NEW, eval_batch_size=5, eval_items=16)
+    settings = small_settings(metric="f1", max_new_tokens=NEW, eval_batch_size=5, max_eval_examples=16)
     return make_runtime(model_folder, completion_file, settings, tmp_path_factory.mktemp("answers"))
 
 
@@ -33,7 +33,7 @@ def greedy_alone(runtime: Runtime, prompt: str) -> str:
     tokenizer: Any = runtime.loaded.tokenizer
     ids: list[int] = tokenizer(prompt)["input_ids"]
     begin = len(ids)
-    with torch.no_grad(), runtime.without_dropout():
+    with torch.no_grad(), runtime.disable_dropout():
         for _ in range(NEW):
             token = int(runtime.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
             ids.append(token)
@@ -51,8 +51,8 @@ def perturb(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 
 
 def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None:
-    found = answers(runtime, "selection")
-    assert len(found) == len(runtime.data.splits["selection"])
+    found = generate_answers(runtime, "validation")
+    assert len(found) == len(runtime.data.splits["validation"])
     assert len({len(answer.prompt) for answer in found}) > 3
     assert len({answer.completion for answer in found}) > 1
     for answer in found:
@@ -61,37 +61,37 @@ def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None
 
 def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> None:
     arms = [Arm(rank=r, learning_rate=1e-3, lora_alpha=32, seed=0, steps=1) for r in (2, 4)]
-    plain = [answer.completion for answer in answers(runtime, "selection")]
+    plain = [answer.completion for answer in generate_answers(runtime, "validation")]
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, arm in enumerate(arms):
-            perturb(multi_lora.add(f"arm{number}", arm, runtime.config(arm)), number)
+            perturb(multi_lora.add(f"arm{number}", arm, runtime.make_config(arm)), number)
         together = []
         for number in range(2):
-            with multi_lora.alone(f"arm{number}"):
-                together.append([answer.completion for answer in answers(runtime, "selection")])
+            with multi_lora.route_alone(f"arm{number}"):
+                together.append([answer.completion for answer in generate_answers(runtime, "validation")])
     assert together[0] != together[1]
     assert plain not in together
     for number, arm in enumerate(arms):
         with MultiLora(runtime.model, runtime.settings) as multi_lora:
-            perturb(multi_lora.add("only", arm, runtime.config(arm)), number)
-            with multi_lora.alone("only"):
-                assert [answer.completion for answer in answers(runtime, "selection")] == together[number]
-    assert [answer.completion for answer in answers(runtime, "selection")] == plain
+            perturb(multi_lora.add("only", arm, runtime.make_config(arm)), number)
+            with multi_lora.route_alone("only"):
+                assert [answer.completion for answer in generate_answers(runtime, "validation")] == together[number]
+    assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
 
 
 def test_checkpointing_does_not_keep_the_cache_away(runtime: Runtime) -> None:
-    plain = [answer.completion for answer in answers(runtime, "selection")]
+    plain = [answer.completion for answer in generate_answers(runtime, "validation")]
     recomputed = runtime.settings.model_copy(update={"gradient_checkpointing": True})
     plain_settings, runtime.settings = runtime.settings, recomputed
     try:
-        with runtime.recomputing():
-            assert [answer.completion for answer in answers(runtime, "selection")] == plain
+        with runtime.use_gradient_checkpointing():
+            assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
     finally:
         runtime.settings = plain_settings
 
 
 def test_out_of_memory_halves_the_batch_of_prompts(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = answers(runtime, "selection")
+    plain = generate_answers(runtime, "validation")
     sizes: list[int] = []
     whole = generation._generate_batch
 
@@ -102,7 +102,7 @@ def test_out_of_memory_halves_the_batch_of_prompts(runtime: Runtime, monkeypatch
         return whole(runtime, token_ids, config)
 
     monkeypatch.setattr(generation, "_generate_batch", small)
-    assert answers(runtime, "selection") == plain
+    assert generate_answers(runtime, "validation") == plain
     assert sizes[:2] == [5, 2]
     assert set(sizes[1:]) <= {1, 2}
 
@@ -121,17 +121,17 @@ def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_
     data = write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
     settings = small_settings(metric="f1", seq_len=120, max_new_tokens=2)
     runtime = make_runtime(model_folder, data, settings, tmp_path / "cache")
-    assert prompts(runtime, "selection")
-    for prompt in prompts(runtime, "selection"):
+    assert build_prompts(runtime, "validation")
+    for prompt in build_prompts(runtime, "validation"):
         if prompt.expected.startswith("first "):  # no turn precedes it
             assert prompt.text == "<|im_start|>assistant\n"
             continue
         assert prompt.expected.startswith("two ")
         assert prompt.text.endswith("<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n")
         assert prompt.end == "<|im_end|>\n"
-    config = generation._generation_config(runtime, prompts(runtime, "selection"))
+    config = generation._make_generation_config(runtime, build_prompts(runtime, "validation"))
     assert runtime.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") in config.eos_token_id
-    assert all(answer.expected.startswith(("two ", "first ")) for answer in answers(runtime, "selection"))
+    assert all(answer.expected.startswith(("two ", "first ")) for answer in generate_answers(runtime, "validation"))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_prompt_is_what_precedes_the_answer_in_training(name: str, header: str
     """With what the template writes before every answer, so that the model writes the answer alone."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = REWRITING[name][0]
-    prompt, after = Chat(tokenizer).around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])
+    prompt, after = Chat(tokenizer).split_around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])
     assert prompt.endswith(header)
     assert after == end
 
@@ -157,4 +157,4 @@ def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(120)])
     runtime = make_runtime(model_folder, data, small_settings(), tmp_path / "cache")
     with pytest.raises(DataError, match=r"has no prompt"):
-        prompts(runtime, "selection")
+        build_prompts(runtime, "validation")

@@ -17,7 +17,7 @@ from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.train.loop import train_trials
 from rightrank.train.loss import BatchLoss
-from rightrank.train.pace import multi_lora_obstacle
+from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
@@ -67,8 +67,8 @@ def assert_same(one: TrialOutcome, other: TrialOutcome, folder: Path, another: P
     assert isinstance(other, TrialFinished)
     assert one.train_losses == pytest.approx(other.train_losses, rel=STEP_TOLERANCE * 10)
     assert one.train_losses[0] == pytest.approx(other.train_losses[0], rel=STEP_TOLERANCE)
-    assert one.item_losses == pytest.approx(other.item_losses, rel=1e-4)
-    assert one.item_tokens == other.item_tokens
+    assert one.example_losses == pytest.approx(other.example_losses, rel=1e-4)
+    assert one.example_tokens == other.example_tokens
     assert one.train_tokens == other.train_tokens
     ours = load_file(folder / one.trial_id / "adapter_model.safetensors")
     theirs = load_file(another / other.trial_id / "adapter_model.safetensors")
@@ -127,7 +127,7 @@ def test_arms_in_one_pass_equal_each_alone_under_every_setting(
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
     arms = [arm(1), arm(4), arm(4, rate=3e-3), arm(8, seed=1)]
-    assert multi_lora_obstacle(runtime, arms) is None
+    assert find_multi_lora_obstacle(runtime, arms) is None
     theirs = run_alone(runtime, arms, tmp_path / "alone")
     ours = run(runtime, arms, tmp_path / "together", 4)
     for trial_id, outcome in ours.items():
@@ -142,7 +142,7 @@ def test_classification_heads_are_each_arms_own(model_folder: Path, class_file: 
     runtime = make_runtime(model_folder, class_file, small_settings(max_steps=6), tmp_path / "cache")
     before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
     arms = [arm(1), arm(4), arm(4, seed=1)]
-    assert multi_lora_obstacle(runtime, arms) is None
+    assert find_multi_lora_obstacle(runtime, arms) is None
     theirs = run_alone(runtime, arms, tmp_path / "alone")
     ours = run(runtime, arms, tmp_path / "together", 3)
     for trial_id, outcome in ours.items():
@@ -154,7 +154,7 @@ def test_classification_heads_are_each_arms_own(model_folder: Path, class_file: 
 
 
 def test_a_diverged_arm_touches_no_other(runtime: Runtime, tmp_path: Path) -> None:
-    base_loss = runtime.evaluate("selection").loss
+    base_loss = runtime.evaluate("validation").loss
     good = [arm(2), arm(8, seed=1)]
     arms = [good[0], arm(4, rate=1e4), good[1], arm(4, rate=1e30)]
     ours = run(runtime, arms, tmp_path / "together", 4, base_loss)

@@ -59,8 +59,8 @@ def test_a_training_is_a_plain_loop_over_the_formula(
         named = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(named, lr=ARM.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
-        for indices in runtime.batch_plan(ARM.seed):
-            batch = runtime.batch("train", indices)
+        for indices in runtime.plan_batches(ARM.seed):
+            batch = runtime.make_batch("train", indices)
             with torch.no_grad(), model.disable_adapter():
                 reference = log_probabilities(model, batch)
             loss = dpo(model, batch, reference, 0.3).mean()
@@ -70,12 +70,12 @@ def test_a_training_is_a_plain_loop_over_the_formula(
             schedule.step()
             optimizer.zero_grad()
             plain.append(float(loss.detach()))
-        held_out = runtime.batch("selection", range(len(runtime.data.splits["selection"])))
+        held_out = runtime.make_batch("validation", range(len(runtime.data.splits["validation"])))
         with torch.no_grad():
             losses = dpo(model, held_out, held_out.reference.float(), 0.3)
     assert ours == pytest.approx(plain, abs=2e-5)
     assert ours[0] == pytest.approx(LN2, abs=1e-6)
-    assert finished.item_losses == pytest.approx(losses.tolist(), abs=2e-5)
+    assert finished.example_losses == pytest.approx(losses.tolist(), abs=2e-5)
     assert finished.metrics["reward_accuracy"] == pytest.approx(float((losses < LN2).float().mean()), abs=0.1)
 
 
@@ -105,4 +105,4 @@ def test_a_resumed_training_has_the_same_bits(model_folder: Path, pair_file: Pat
     assert steps == list(range(1, 9))
     assert isinstance(outcome, TrialFinished)
     assert outcome.train_losses == whole.train_losses
-    assert outcome.item_losses == whole.item_losses
+    assert outcome.example_losses == whole.example_losses

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from rightrank.models import base_models as models
 from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
 from rightrank.schema.trials import Arm
-from rightrank.train.pace import multi_lora_obstacle
+from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.models.kind_checks import plain_losses
@@ -57,7 +57,7 @@ ARMS = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) 
 def test_arms_over_four_bits_in_one_pass_equal_each_alone(completion_file: Path, tmp_path: Path) -> None:
     runtime = quantised_runtime(completion_file, tmp_path, 4)
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    assert multi_lora_obstacle(runtime, ARMS) is None
+    assert find_multi_lora_obstacle(runtime, ARMS) is None
     alone, together = run(runtime, ARMS, tmp_path / "alone", 1), run(runtime, ARMS, tmp_path / "together", 2)
     assert alone[0].train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-4)
     for one, other in zip(together, alone, strict=True):
@@ -70,7 +70,7 @@ def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: P
     """LLM.int8 searches outliers over all rows of a batch, so another arm's rows change an arm's output: one arm per pass."""
     runtime = quantised_runtime(completion_file, tmp_path, 8)
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
-    assert multi_lora_obstacle(runtime, ARMS) == "this model's losses differ when two arms share a pass"
+    assert find_multi_lora_obstacle(runtime, ARMS) == "this model's losses differ when two arms share a pass"
     (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)
     assert alone.train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-3)
     assert len(set(alone.train_losses)) == 4

@@ -10,22 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.decision.comparison import bounds_of, bounds_of_files, estimate
-from rightrank.train.metrics import exact_match, macro_f1, rouge_l, rouge_n, token_f1
+from rightrank.train.metrics import score_exact_match, score_macro_f1, score_rouge_l, score_rouge_n, score_token_f1
 
 
 @pytest.mark.parametrize(
     ("score", "expected", "written", "value"),
     [
-        (exact_match, "The cat.", "cat", 1.0),
-        (exact_match, "cat", "cats", 0.0),
-        (token_f1, "the red cat", "a red dog", 0.5),  # 1 of 2 words, both ways
-        (token_f1, "red red cat", "red", 2 * 1 / (1 + 3)),
-        (token_f1, "", "", 1.0),
-        (token_f1, "cat", "", 0.0),
+        (score_exact_match, "The cat.", "cat", 1.0),
+        (score_exact_match, "cat", "cats", 0.0),
+        (score_token_f1, "the red cat", "a red dog", 0.5),  # 1 of 2 words, both ways
+        (score_token_f1, "red red cat", "red", 2 * 1 / (1 + 3)),
+        (score_token_f1, "", "", 1.0),
+        (score_token_f1, "cat", "", 0.0),
         # Lin 2004: S2 and S3 against S1, where order tells them apart: LCS 3 and 2 of 4 words
-        (rouge_l, "police killed the gunman", "police kill the gunman", 0.75),
-        (rouge_l, "police killed the gunman", "the gunman kill police", 0.5),
-        (rouge_l, "", "x", 0.0),
+        (score_rouge_l, "police killed the gunman", "police kill the gunman", 0.75),
+        (score_rouge_l, "police killed the gunman", "the gunman kill police", 0.5),
+        (score_rouge_l, "", "x", 0.0),
     ],
 )
 def test_by_hand(score: object, expected: str, written: str, value: float) -> None:
@@ -35,20 +35,20 @@ def test_by_hand(score: object, expected: str, written: str, value: float) -> No
 
 @given(st.text(alphabet="ab c.", max_size=12), st.text(alphabet="ab c.", max_size=12))
 def test_between_0_and_1_and_symmetric(first: str, second: str) -> None:
-    for score in (exact_match, token_f1, rouge_l):
+    for score in (score_exact_match, score_token_f1, score_rouge_l):
         value = score(first, second)
         assert 0 <= value <= 1
         assert value == score(second, first)
-        assert exact_match(first, first) == 1
+        assert score_exact_match(first, first) == 1
 
 
 def test_rouge_is_that_of_rouge_score() -> None:
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
     for expected, written in TEXTS:
         theirs = scorer.score(expected, written)
-        assert rouge_n(expected, written, 1) == pytest.approx(theirs["rouge1"].fmeasure)
-        assert rouge_n(expected, written, 2) == pytest.approx(theirs["rouge2"].fmeasure)
-        assert rouge_l(expected, written) == pytest.approx(theirs["rougeL"].fmeasure)
+        assert score_rouge_n(expected, written, 1) == pytest.approx(theirs["rouge1"].fmeasure)
+        assert score_rouge_n(expected, written, 2) == pytest.approx(theirs["rouge2"].fmeasure)
+        assert score_rouge_l(expected, written) == pytest.approx(theirs["rougeL"].fmeasure)
 
 
 def test_macro_f1_is_that_of_scikit_learn() -> None:
@@ -56,15 +56,15 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
     generator = random.Random(0)
     for classes in (2, 3, 5):
         expected, predicted = (generator.choices("abcde"[:classes], k=40) for _ in range(2))
-        assert macro_f1(expected, predicted)[0] == pytest.approx(f1_score(expected, predicted, average="macro"))
-    assert macro_f1(["a", "a"], ["b", "b"])[0] == 0.0
+        assert score_macro_f1(expected, predicted)[0] == pytest.approx(f1_score(expected, predicted, average="macro"))
+    assert score_macro_f1(["a", "a"], ["b", "b"])[0] == 0.0
 
 
 def test_runs_of_words() -> None:
-    assert rouge_n("the cat sat", "the cat ran", 2) == pytest.approx(0.5)
-    assert rouge_n("the the cat", "the", 1) == pytest.approx(0.5)
-    assert rouge_n("", "the", 1) == rouge_n("one", "one", 2) == 0.0
-    assert macro_f1(["a", "b", "b"], ["a", "b", "a"])[0] == pytest.approx(2 / 3)
+    assert score_rouge_n("the cat sat", "the cat ran", 2) == pytest.approx(0.5)
+    assert score_rouge_n("the the cat", "the", 1) == pytest.approx(0.5)
+    assert score_rouge_n("", "the", 1) == score_rouge_n("one", "one", 2) == 0.0
+    assert score_macro_f1(["a", "b", "b"], ["a", "b", "a"])[0] == pytest.approx(2 / 3)
 
 
 TEXTS = [
@@ -93,23 +93,23 @@ def _classified(count: int, seed: int, share: float = 0.6) -> tuple[list[str], l
 
 def test_the_shares_of_macro_f1_have_its_mean_and_leave_one_out_values() -> None:
     expected, ours, _ = _classified(60, 0)
-    whole, found = macro_f1(expected, ours)
+    whole, found = score_macro_f1(expected, ours)
     assert np.mean(found) == pytest.approx(whole)
-    without = [macro_f1(expected[:i] + expected[i + 1 :], ours[:i] + ours[i + 1 :])[0] for i in range(60)]
+    without = [score_macro_f1(expected[:i] + expected[i + 1 :], ours[:i] + ours[i + 1 :])[0] for i in range(60)]
     assert np.diff(found) == pytest.approx(-59 * np.diff(without))
-    assert macro_f1(["a"], ["a"]) == (1.0, [1.0])
+    assert score_macro_f1(["a"], ["a"]) == (1.0, [1.0])
 
 
 @pytest.mark.parametrize("count", [102, 300])
 def test_the_bounds_of_macro_f1_are_those_of_a_paired_bootstrap_of_the_predictions(count: int) -> None:
     expected, ours, theirs = map(np.array, _classified(count, count))
-    differences = np.array(macro_f1(theirs, expected)[1]) - np.array(macro_f1(ours, expected)[1])
+    differences = np.array(score_macro_f1(theirs, expected)[1]) - np.array(score_macro_f1(ours, expected)[1])
     found = bounds_of_files(differences, np.ones(count), 1.0)
     generator = np.random.default_rng(0)
     drawn = []
     for _ in range(1000):
         rows = generator.integers(0, count, count)
-        drawn.append(macro_f1(expected[rows], theirs[rows])[0] - macro_f1(expected[rows], ours[rows])[0])
+        drawn.append(score_macro_f1(expected[rows], theirs[rows])[0] - score_macro_f1(expected[rows], ours[rows])[0])
     low, high = found.mean - 1.645 * np.std(drawn), found.mean + 1.645 * np.std(drawn)
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - found.mean))
 
@@ -118,12 +118,12 @@ def test_one_other_prediction_has_the_bound_of_a_rare_difference() -> None:
     """It moves the shares of nearly all examples a little; the bound is still that of one example of many."""
     expected = list("abc") * 34
     ours = [*expected[:-1], "a"]
-    difference = np.array(macro_f1(expected, expected)[1]) - np.array(macro_f1(expected, ours)[1])
+    difference = np.array(score_macro_f1(expected, expected)[1]) - np.array(score_macro_f1(expected, ours)[1])
     assert np.count_nonzero(difference != np.median(difference)) > 30
     for found in (
         bounds_of(estimate(difference[None, :], np.ones(102), 1.0)),
         bounds_of_files(difference, np.ones(102), 1.0),
     ):
-        assert found.mean == pytest.approx(1 - macro_f1(expected, ours)[0])
+        assert found.mean == pytest.approx(1 - score_macro_f1(expected, ours)[0])
         assert found.high >= found.mean + 3 / 102
         assert found.low < 0

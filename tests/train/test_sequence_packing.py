@@ -17,7 +17,7 @@ from rightrank.schema.trials import Arm
 from rightrank.train import batches as sequence_packing
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import encode
+from rightrank.train.tokens import encode_splits
 from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings
 
@@ -32,7 +32,7 @@ def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, d
     generator = torch.Generator().manual_seed(1)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         named = {
-            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.config(arm)) for number, arm in enumerate(arms)
+            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.make_config(arm)) for number, arm in enumerate(arms)
         }
         for parameters in named.values():
             for parameter in parameters.values():
@@ -60,8 +60,8 @@ def test_packed_sequences_have_the_losses_and_gradients_of_padded_ones(
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
     assert runtime.fast_paths.sequence_packing
-    with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.recomputing():
-        batch = runtime.batch("train", range(7))
+    with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.use_gradient_checkpointing():
+        batch = runtime.make_batch("train", range(7))
         assert len(set(batch.attention_mask.sum(1).tolist())) > 1
         arm_batches = [ArmBatch("a0", batch, 0.1, None)]
         ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
@@ -78,9 +78,9 @@ def test_attention_of_all_examples_in_one_call_is_that_of_each_alone(
     """The variant for devices on which calls are expensive."""
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named):
-        arm_batches = [ArmBatch("a0", runtime.batch("train", range(7)), 0.1, None)]
+        arm_batches = [ArmBatch("a0", runtime.make_batch("train", range(7)), 0.1, None)]
         theirs, expected = step(runtime, multi_lora, arm_batches, named["a0"])
-        monkeypatch.setattr(sequence_packing, "ONE_BY_ONE", ())
+        monkeypatch.setattr(sequence_packing, "PER_EXAMPLE_DEVICES", ())
         ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
     assert not torch.equal(ours[0], theirs[0])  # another order of sums
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
@@ -90,14 +90,14 @@ def test_attention_of_all_examples_in_one_call_is_that_of_each_alone(
 
 def test_nothing_passes_from_example_to_example(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
-    first = runtime.batch("train", [0, 1, 2])
+    first = runtime.make_batch("train", [0, 1, 2])
     with torch.no_grad():
-        together = runtime.losses("train", first, 1.0).example_losses
+        together = runtime.compute_losses("train", first, 1.0).example_losses
         for other in (3, 4):  # another example of another length, another position
-            changed = runtime.losses("train", runtime.batch("train", [other, 1, 2]), 1.0).example_losses
+            changed = runtime.compute_losses("train", runtime.make_batch("train", [other, 1, 2]), 1.0).example_losses
             assert torch.equal(changed[1:], together[1:])
             assert changed[0] != together[0]
-        moved = runtime.losses("train", runtime.batch("train", [2, 0, 1]), 1.0).example_losses
+        moved = runtime.compute_losses("train", runtime.make_batch("train", [2, 0, 1]), 1.0).example_losses
     assert torch.equal(moved, together[[2, 0, 1]])
 
 
@@ -112,7 +112,7 @@ def test_an_arm_in_a_shared_pass_computes_what_it_computes_alone(
         model_folder, completion_file, small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
     )
     with drawn_arms(runtime, ARMS) as (multi_lora, named):
-        batches = [runtime.batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
+        batches = [runtime.make_batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
         arm_batches = [ArmBatch(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
         for number, arm_batch in enumerate(arm_batches):
             together, shared_gradients = step(runtime, multi_lora, arm_batches, named[arm_batch.adapter])
@@ -138,5 +138,5 @@ def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
     model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **sizes, **heads))
     settings = small_settings()
     loaded = prepare_model(model, tokenizer, "mistral", torch.device("cpu"))
-    runtime = Runtime(loaded, encode(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path)
+    runtime = Runtime(loaded, encode_splits(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path)
     assert runtime.fast_paths.sequence_packing is joins

@@ -14,7 +14,7 @@ from rightrank.schema.errors import ModelError
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import encode
+from rightrank.train.tokens import encode_splits
 from tests.models.kind_cases import make_model
 from tests.tiny import make_tokenizer, small_settings, write_completions
 from tests.train.trials import train_ours
@@ -61,7 +61,7 @@ TRAINING: dict[str, Any] = {
     "adam_beta2": 0.9,
     "test_fraction": 0.2,
     "validation_fraction": 0.2,
-    "eval_items": 3,
+    "max_eval_examples": 3,
     "dtype": "bfloat16",
 }
 OTHER_MODELS = {  # that need another base, data or machine; the test that shows the change
@@ -80,7 +80,7 @@ PLANS_TRAININGS = {  # they choose which trainings there are, and change none of
     "max_steps", "num_train_epochs",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
-    "metric", "margin", "confidence", "metrics", "max_new_tokens", "eval_points", "eval_batch_size", "report_to", "checkpoint",
+    "metric", "margin", "confidence", "metrics", "max_new_tokens", "num_evaluations", "eval_batch_size", "report_to", "checkpoint",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses
     "memory_bytes", "gradient_checkpointing", "cache_prefix", "adapters_per_pass", "checkpoint_seconds",
@@ -89,16 +89,16 @@ CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show 
 
 
 def losses(model: str, folder: Path, **changes: Any) -> tuple[list[float], list[float]]:
-    settings = small_settings(**({"max_steps": STEPS, "eval_points": 1, "ranks": (4,)} | changes))
+    settings = small_settings(**({"max_steps": STEPS, "num_evaluations": 1, "ranks": (4,)} | changes))
     tokenizer = make_tokenizer()
     loaded = prepare_model(
         make_model(model, len(tokenizer)).to(getattr(torch, settings.dtype)), tokenizer, model, torch.device("cpu")
     )
     data = load_data(write_completions(folder / "data.jsonl", 60), settings)
-    runtime = Runtime(loaded, encode(data, loaded, settings), settings, STEPS, folder / "cache")
+    runtime = Runtime(loaded, encode_splits(data, loaded, settings), settings, STEPS, folder / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=settings.lora_alpha, seed=0, steps=STEPS)
     outcome, train_losses, _ = train_ours(runtime, arm, folder)
-    return train_losses, outcome.item_losses
+    return train_losses, outcome.example_losses
 
 
 @pytest.fixture(scope="module")

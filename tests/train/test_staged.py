@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import run_trial
-from rightrank.train.runtime import adapter_attached
+from rightrank.train.runtime import attach_adapter
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
@@ -28,7 +28,7 @@ def run(runtime: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> Tri
 
 @pytest.fixture
 def runtime(model_folder: Path, completion_file: Path, tmp_path: Path) -> object:
-    return make_runtime(model_folder, completion_file, small_settings(eval_points=4), tmp_path / "cache")
+    return make_runtime(model_folder, completion_file, small_settings(num_evaluations=4), tmp_path / "cache")
 
 
 def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
@@ -45,14 +45,14 @@ def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
 def test_looks_score_the_first_examples_and_the_end_scores_all(
     runtime: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rightrank.train.trial.LOOK_ITEMS", 5)
+    monkeypatch.setattr("rightrank.train.trial.EVAL_SUBSET_SIZE", 5)
     whole = run(runtime, "whole", ARM, tmp_path)
-    assert len(whole.item_losses) == 12
-    assert whole.value == pytest.approx(sum(whole.item_losses) / sum(whole.item_tokens))
-    first = sum(whole.item_losses[:5]) / sum(whole.item_tokens[:5])
+    assert len(whole.example_losses) == 12
+    assert whole.value == pytest.approx(sum(whole.example_losses) / sum(whole.example_tokens))
+    first = sum(whole.example_losses[:5]) / sum(whole.example_tokens[:5])
     assert whole.points[-1].value == pytest.approx(first)  # the last point is of the same examples as those before
     look = run(runtime, "look", ARM.model_copy(update={"stop_at": 4}), tmp_path)
-    assert look.item_tokens == whole.item_tokens[:5]
+    assert look.example_tokens == whole.example_tokens[:5]
     assert look.value == pytest.approx(whole.points[1].value, rel=1e-6)
 
 
@@ -125,6 +125,6 @@ def test_a_low_rank_is_shared_out_over_the_modules(runtime: object, tmp_path: Pa
     modules = open_adapter(tmp_path / "shared").modules
     assert len({module.rank for module in modules}) > 1
     assert [module.scaling for module in modules] == pytest.approx([config["lora_alpha"] / 2] * len(modules), rel=1e-12)
-    with adapter_attached(runtime, tmp_path / "shared"):  # type: ignore[arg-type]
-        scores = runtime.evaluate("selection")  # type: ignore[attr-defined]
-    assert scores.losses == pytest.approx(shared.item_losses, rel=1e-4)
+    with attach_adapter(runtime, tmp_path / "shared"):  # type: ignore[arg-type]
+        scores = runtime.evaluate("validation")  # type: ignore[attr-defined]
+    assert scores.losses == pytest.approx(shared.example_losses, rel=1e-4)

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.targets import find_targets, lora_config, without_peft_noise
+from rightrank.train.targets import find_targets, make_lora_config, suppress_peft_warnings
 from tests.tiny import make_tokenizer, small_settings
 from tests.train.architectures import BERT, MODELS, make_model
 
@@ -63,7 +63,7 @@ def adapted(peft_model: Any) -> set[str]:
 def by_peft(model: Any, **options: Any) -> set[str]:
     options = copy.deepcopy(options)  # PEFT adds to its lists
     task = TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM
-    with without_peft_noise():
+    with suppress_peft_warnings():
         return adapted(get_peft_model(copy.deepcopy(model), LoraConfig(r=2, task_type=task, **options)))
 
 
@@ -71,8 +71,8 @@ def ours(model: Any, **options: Any) -> set[str]:
     """The modules that a training adapts, which are those that its `Targets` list."""
     settings = small_settings(ranks=(1, 2), **options)
     targets = find_targets(model, settings, is_classifier(model))
-    config = lora_config(settings, ARM, is_classifier(model), targets.names, targets.parameters)
-    with without_peft_noise():
+    config = make_lora_config(settings, ARM, is_classifier(model), targets.names, targets.parameters)
+    with suppress_peft_warnings():
         found = adapted(get_peft_model(copy.deepcopy(model), config))
     bare = {name.replace(".base_layer", "") for name in found}
     listed = {re.sub(EXPERTS, "", module.name).rstrip(".") for module in targets.modules}

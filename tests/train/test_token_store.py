@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 
 from rightrank.data.token_store import EncodedExample, TokenStore
-from rightrank.train.batches import length_sorted_batches
+from rightrank.train.batches import batch_by_length
 
 
 def some_items(count: int, longest: int = 40) -> Iterator[EncodedExample]:
@@ -59,4 +59,4 @@ def test_an_empty_split_is_empty(tmp_path: Path) -> None:
 def test_batches_are_of_like_length(store: TokenStore) -> None:
     items = list(some_items(3000))
     order = sorted(range(3000), key=lambda index: items[index].length)
-    assert length_sorted_batches(store, 16) == [order[start : start + 16] for start in range(0, 3000, 16)]
+    assert batch_by_length(store, 16) == [order[start : start + 16] for start in range(0, 3000, 16)]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rightrank.data.splits import load_data
 from rightrank.schema.trials import Arm
 from rightrank.train.runtime import Runtime
-from rightrank.train.targets import lora_config
+from rightrank.train.targets import make_lora_config
 
 
 class Recording(trl.DPOTrainer):  # type: ignore[misc] # untyped
@@ -39,9 +39,9 @@ def trainer_over(
     """A trainer of `arm` on the pairs in `data`; it can evaluate the validation split."""
     settings = runtime.settings
     splits = load_data(data, settings)
-    content = {one.item_id: dict(one.content) for split in ("train", "selection") for one in splits.examples[split]}
-    order = [runtime.data.splits["train"][index] for batch in runtime.batch_plan(arm.seed) for index in batch]
-    held_out = [content[example.item_id] for example in runtime.data.splits["selection"]]
+    content = {one.example_id: dict(one.content) for split in ("train", "validation") for one in splits.examples[split]}
+    order = [runtime.data.splits["train"][index] for batch in runtime.plan_batches(arm.seed) for index in batch]
+    held_out = [content[example.example_id] for example in runtime.data.splits["validation"]]
     trainer = Recording(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=trl.DPOConfig(
@@ -51,7 +51,7 @@ def trainer_over(
             learning_rate=arm.learning_rate,
             max_steps=arm.steps,
             per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.eval_items,
+            per_device_eval_batch_size=settings.max_eval_examples,
             train_sampling_strategy="sequential",
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(settings.warmup_ratio * arm.steps),
@@ -64,10 +64,10 @@ def trainer_over(
             report_to=[],
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list([content[example.item_id] for example in order]),
+        train_dataset=Dataset.from_list([content[example.example_id] for example in order]),
         eval_dataset=Dataset.from_list(held_out),
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=lora_config(settings, arm, False, runtime.targets.names),
+        peft_config=make_lora_config(settings, arm, False, runtime.targets.names),
     )
     trainer.losses = []
     return trainer

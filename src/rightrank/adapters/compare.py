@@ -17,13 +17,13 @@ from typing import Any
 
 from rightrank.adapters.conversion_faults import Side, cause_of, difference_of_tokens
 from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.data.splits import DataSplits, load_all, load_data
+from rightrank.data.splits import DataSplits, load_held_out, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
 from rightrank.models.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
-from rightrank.models.base_models import are_unnamed, load_base
-from rightrank.models.mlx import torch_folder
-from rightrank.models.model_sources import BASE
+from rightrank.models.base_models import has_default_names, load_base
+from rightrank.models.mlx import ensure_torch_format
+from rightrank.models.model_sources import BASE_SIDE
 from rightrank.models.safetensors_files import read_header
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -66,17 +66,17 @@ def compare_adapters(
     cause: str | None = None
     for place in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            *read, trained_on = _read_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
-            named = (_compare((read[0], read[1]), spec.name, place, settings) for spec in settings.metric_specs)
+            *read, trained_on = _evaluate_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
+            named = (_compare_metric((read[0], read[1]), spec.name, place, settings) for spec in settings.metric_specs)
             comparisons += [comparison.model_copy(update={"trained_on": trained_on}) for comparison in named]
-            cause = cause or cause_of((read[0], read[1]), scored)
+            cause = cause or cause_of((read[0], read[1]), evaluate_adapter)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _sentence(*sides, worst, len(comparisons), cause)
     return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **kept)
 
 
-def _read_sides(
+def _evaluate_sides(
     sides: tuple[str, str],
     model: str,
     data: Path,
@@ -89,16 +89,16 @@ def _read_sides(
     """Both sides, and the number of rows that an adapter was trained on, which are left out."""
     trained_on = 0
     if of_run is None:
-        whole, settings = load_all(data, settings.model_copy(update={"cache_prefix": False}), _shared_labels(sides))
-        splits = _unseen(whole, sides, settings, data)
-        trained_on = len(whole.examples["selection"]) - len(splits.examples["selection"])
+        whole, settings = load_held_out(data, settings.model_copy(update={"cache_prefix": False}), _shared_labels(sides))
+        splits = _drop_training_examples(whole, sides, settings, data)
+        trained_on = len(whole.examples["validation"]) - len(splits.examples["validation"])
     else:
         splits, settings = of_run, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
     read: list[Side] = []
     base: Runtime | None = None
     for number, place in enumerate(sides):
         is_adapter = (Path(place) / CONFIG_FILE).is_file()
-        on_base = is_adapter or place == BASE
+        on_base = is_adapter or place == BASE_SIDE
         source, read_as = model if on_base else place, settings
         if number and base_b in BITS:
             read_as = settings.model_copy(update={BITS[base_b]: True})
@@ -107,7 +107,7 @@ def _read_sides(
         other_tokens = None
         if not on_base or base is None or (number and base_b is not None):
             first = read[0].runtime if read and read[0].adapter is not None else None  # B is made of A
-            runtime, other_tokens = _runtime(source, splits, read_as, cache / str(number), first)
+            runtime, other_tokens = _build_runtime(source, splits, read_as, cache / str(number), first)
             base = runtime if on_base and base is None else base
         else:
             runtime = base
@@ -117,11 +117,11 @@ def _read_sides(
             read_header(Path(place) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
         report_evaluation_progress(runtime, f"{'AB'[number]} ({Path(place).name}) on {data.name}", on_event)
         adapter = Path(place) if is_adapter else None
-        read.append(Side(place, runtime, adapter, scored(runtime, place, adapter), other_tokens))
+        read.append(Side(place, runtime, adapter, evaluate_adapter(runtime, place, adapter), other_tokens))
     return read[0], read[1], trained_on
 
 
-def _unseen(splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path) -> DataSplits:
+def _drop_training_examples(splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path) -> DataSplits:
     """The rows that neither adapter was trained on, as far as the run folders around them say.
 
     Raises:
@@ -129,10 +129,10 @@ def _unseen(splits: DataSplits, sides: Sequence[str], settings: SelectSettings, 
     """
     seen = set[str]()
     for side in sides:
-        if side != BASE and (known := splits_of_run(Path(side), settings, splits.summary.classes)) is not None:
+        if side != BASE_SIDE and (known := load_run_splits(Path(side), settings, splits.summary.classes)) is not None:
             seen |= {example.example_id for example in known[0].examples["train"]}
-    unseen = splits.without(seen)
-    count, left = (len(side.examples["selection"]) for side in (splits, unseen))
+    unseen = splits.exclude_examples(seen)
+    count, left = (len(side.examples["validation"]) for side in (splits, unseen))
     if left < 2:
         raise DataError(
             f"{data}: {count - left} of {count} distinct rows are among the training examples of A or B; give rows that "
@@ -141,7 +141,7 @@ def _unseen(splits: DataSplits, sides: Sequence[str], settings: SelectSettings, 
     return unseen
 
 
-def splits_of_run(
+def load_run_splits(
     adapter: Path, settings: SelectSettings, classes: Sequence[str] | None
 ) -> tuple[DataSplits, Path] | None:
     """`(the splits that the run trained with, its data)` of an adapter in a run's `adapter/` or `trials/<trial_id>/`; None where not known."""
@@ -155,7 +155,7 @@ def splits_of_run(
     return load_data(Path(source), of_run, classes=classes), Path(source)
 
 
-def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
+def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> None:
     """Refuse sides whose examples, or whose losses by token, are not of the same things.
 
     Raises:
@@ -171,14 +171,14 @@ def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
     )
 
 
-def _runtime(
+def _build_runtime(
     model: str, splits: DataSplits, settings: SelectSettings, cache: Path, first: Runtime | None
 ) -> tuple[Runtime, str | None]:
     """The runtime of a model; on the tokens of the adapter that it is made of, `first`, where its vocabulary is the same.
 
     Its own tokens, with its own template, may then be others: the second value says so.
     """
-    with torch_folder(model) as place:
+    with ensure_torch_format(model) as place:
         loaded = load_base(place, settings, splits.summary.classes)
         loaded = loaded if place == model else replace(loaded, name=model)
     numbers = loaded.tokenizer.get_vocab().items()  # of tokens
@@ -191,18 +191,18 @@ def _runtime(
     return Runtime(loaded, first.data, settings, 1, cache), other_tokens
 
 
-def scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
+def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
     """The held-out scores of the base, or of an adapter on it, by every metric of the settings."""
     with attach_adapter(runtime, adapter):
-        scores, measured = runtime.evaluate("selection"), measure_metrics(runtime, "selection")
-    measured.require(list(measured.failed))
+        scores, measured = runtime.evaluate("validation"), measure_metrics(runtime, "validation")
+    measured.require_values(list(measured.failures))
     trial = finished_trial(name, 1, scores, "loss")
-    return trial.model_copy(update=scores.fields(measured) | {"metrics": scores.metrics | measured.values})
+    return trial.model_copy(update=scores.to_record_fields(measured) | {"metrics": scores.metrics | measured.values})
 
 
-def _compare(sides: tuple[Side, Side], metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
+def _compare_metric(sides: tuple[Side, Side], metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
     a, b = (side.scores for side in sides)
-    _require_alike(a, b, metric)
+    _require_same_tokens(a, b, metric)
     if metric not in a.metrics:
         raise SettingsError(
             f"metric {metric!r}: the examples of {data} have none; they have {', '.join(sorted(a.metrics))}"
@@ -233,11 +233,11 @@ def _compare(sides: tuple[Side, Side], metric: str, data: Path, settings: Select
         difference=bounds.mean,
         difference_low=bounds.low,
         difference_high=bounds.high,
-        spread=spread_of(worse, margin),
+        distribution=spread_of(worse, margin),
         margin=margin,
         examples=cells[0].examples,
         groups=cells[0].units if cells[0].groups is not None else None,
-        left_out=max(side.runtime.data.summary.splits["selection"].dropped for side in sides),
+        left_out=max(side.runtime.data.summary.splits["validation"].dropped for side in sides),
         examples_needed=examples_needed(estimate_of_files(*difference), margin) if verdict == "cannot_tell" else None,
     )
 
@@ -310,7 +310,7 @@ def labels_of_side(side: str) -> list[str] | None:
     Where nothing names them, they are the numbers of the head's rows.
     """
     folder = Path(side)
-    if side == BASE:
+    if side == BASE_SIDE:
         return None
     if (folder / CONFIG_FILE).is_file():
         stored = _stored_labels(folder)
@@ -338,7 +338,7 @@ def _labels_of_model(file: Path) -> list[str] | None:
         names = _in_order(config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"})
     except ValueError:
         return None
-    return [str(number) for number in range(len(names))] if are_unnamed(names) else names
+    return [str(number) for number in range(len(names))] if has_default_names(names) else names
 
 
 def _in_order(id2label: Any) -> list[str]:

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.models.adapter_folders import CONFIG_FILE, WEIGHTS_FILE
 from rightrank.models.adapter_reader import open_adapter
-from rightrank.models.kinds import MAGNITUDE
-from rightrank.models.model_sources import BASE, is_mlx
+from rightrank.models.kinds import MAGNITUDE_KEYS
+from rightrank.models.model_sources import BASE_SIDE, is_mlx_quantized
 from rightrank.schema.trials import Floats, TrialFinished
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData
@@ -51,7 +51,7 @@ class Side:
     @property
     def is_whole(self) -> bool:
         """Whether it is a model of its own, and not the base with or without an adapter."""
-        return self.adapter is None and self.place != BASE
+        return self.adapter is None and self.place != BASE_SIDE
 
 
 def cause_of(sides: tuple[Side, Side], score: Score) -> str | None:
@@ -119,7 +119,7 @@ def _faults(adapter: Path, folder: Path) -> Iterator[tuple[str, Path]]:
         (copy / CONFIG_FILE).write_text(json.dumps(dict(config) | change), encoding="utf-8")
         if "use_dora" in change:
             tensors = load_file(copy / WEIGHTS_FILE)
-            kept = {key: value for key, value in tensors.items() if not key.endswith(tuple(MAGNITUDE))}
+            kept = {key: value for key, value in tensors.items() if not key.endswith(tuple(MAGNITUDE_KEYS))}
             save_file(kept, copy / WEIGHTS_FILE, {"format": "pt"})
         yield cause, copy
 
@@ -131,7 +131,7 @@ def _other_base(a: Side, b: Side) -> str | None:
     touched = {module.name for module in opened.modules}
     saved = tuple(opened.config.get("modules_to_save") or ())
     mine, theirs = (dict(side.runtime.model.named_parameters()) for side in (a, b))
-    is_packed = Path(b.place).suffix == ".gguf" or is_mlx(Path(b.place))
+    is_packed = Path(b.place).suffix == ".gguf" or is_mlx_quantized(Path(b.place))
     embedding = None if is_packed else a.runtime.model.get_input_embeddings().weight
     for name, value in mine.items():
         module, other = name.rpartition(".")[0], theirs.get(name)
@@ -152,7 +152,7 @@ def _other_base(a: Side, b: Side) -> str | None:
 
 def difference_of_tokens(first: Runtime, tokenizer: Any, own: EncodedData) -> str | None:
     """Why the same rows are other tokens for a tokenizer than on the first side; None where they are the same."""
-    entries = (islice(data.splits["selection"], COMPARED) for data in (first.data, own))
+    entries = (islice(data.splits["validation"], COMPARED) for data in (first.data, own))
     for number, (here, there) in enumerate(zip(*entries, strict=False)):
         for (mine, _), (theirs, _) in zip(here.sequences(), there.sequences(), strict=False):
             if list(mine) != list(theirs):

@@ -23,7 +23,7 @@ from rightrank.adapters.processes import is_partitioned, together
 from rightrank.adapters.resize import candidate_ranks, require_plain_update
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.adapter_writer import save_adapter
-from rightrank.models.kinds import kind_of
+from rightrank.models.kinds import find_kind
 from rightrank.models.kinds.linear import Linear
 from rightrank.schema.errors import ModelError
 from rightrank.train.covariances import MOMENT_TOKENS, GatheredMoments, accumulate_moments
@@ -100,7 +100,7 @@ def trained_adapter(model: Any) -> str:
     if config is None:
         raise ModelError("the model has no PEFT adapter; give a model that PEFT has wrapped")
     modules = {module: layer for module, layer in find_lora_modules(model).items() if name in layer.r}
-    odd = [module for module, layer in modules.items() if not isinstance(kind_of(layer), Linear)]
+    odd = [module for module, layer in modules.items() if not isinstance(find_kind(layer), Linear)]
     if not modules or odd or config.use_dora:
         what = odd[0] if odd else config.peft_type
         raise ModelError(

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 from rightrank.adapters.spectra import energy_rank, factored_distance, factored_singular_values
-from rightrank.data.files import creating, replacing_folder, require_absent
+from rightrank.data.files import create_output, replace_folder, require_absent
 from rightrank.models.adapter_folders import CONFIG_FILE, MLX_FILE
-from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, mlx_key
+from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, convert_to_mlx_key
 from rightrank.models.adapter_writer import write_adapter
-from rightrank.models.ranks import equal_scale_alphas, equivalent_rank, exact_pattern, lora_scaling, max_module_rank
-from rightrank.models.truncation import Moments, new_tensors, shared_ranks
+from rightrank.models.ranks import compute_equal_scale_alphas, compute_equivalent_rank, build_exact_pattern, compute_scaling, find_server_rank
+from rightrank.models.truncation import Moments, resize_pair, allocate_module_ranks
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import ModuleResize, Resized
 
@@ -97,20 +97,20 @@ def _resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[st
     """
     by_address = {pair[0].address: _common(pair, ranks) for pair in adapter.pairs}
     largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
-    r = equivalent_rank(by_address.values(), sizes)
-    r = r if max_module_rank(r) >= largest else largest
+    r = compute_equivalent_rank(by_address.values(), sizes)
+    r = r if find_server_rank(r) >= largest else largest
     alpha = adapter.config["lora_alpha"]
     return dict(adapter.config) | {
         "r": r,
-        "rank_pattern": exact_pattern(by_address, r, by_address),
-        "alpha_pattern": exact_pattern(equal_scale_alphas(by_address, r, alpha, adapter.use_rslora), alpha, by_address),
+        "rank_pattern": build_exact_pattern(by_address, r, by_address),
+        "alpha_pattern": build_exact_pattern(compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora), alpha, by_address),
         "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
         "eva_config": None,
     }
 
 
 def _scaling(config: Mapping[str, Any]) -> float:
-    return lora_scaling(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
+    return compute_scaling(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
 
 
 def _common(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
@@ -126,7 +126,7 @@ def write_truncated(
     config = _resized_config(adapter, chosen)
     for pair in adapter.pairs:
         ratio = pair[0].scaling / _scaling(config)
-        tensors |= new_tensors(adapter, pair, _common(pair, chosen), ratio, moments or {})
+        tensors |= resize_pair(adapter, pair, _common(pair, chosen), ratio, moments or {})
     write_like(adapter, out, config, tensors)
     return tensors
 
@@ -142,7 +142,7 @@ def write_uniform(adapter: AdapterFolder, out: Path) -> None:
     """
     require_plain_update(adapter)
     config, largest = adapter.config, adapter.rank
-    (alpha,) = equal_scale_alphas({"": largest}, config["r"], config["lora_alpha"], adapter.use_rslora).values()
+    (alpha,) = compute_equal_scale_alphas({"": largest}, config["r"], config["lora_alpha"], adapter.use_rslora).values()
     widened = replace(adapter, config=dict(config) | {"lora_alpha": alpha})
     write_truncated(widened, out, {module.name: largest for module in adapter.modules})
 
@@ -181,8 +181,8 @@ def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | N
     With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
     the rank that a server reserves.
     """
-    highest = max_module_rank(rank) if adapter.mlx is None else rank  # mlx-lm loads one rank for all modules
-    shared = shared_ranks(adapter, rank, highest, moments or {})
+    highest = find_server_rank(rank) if adapter.mlx is None else rank  # mlx-lm loads one rank for all modules
+    shared = allocate_module_ranks(adapter, rank, highest, moments or {})
     return {module.name: min(rank, module.rank) for module in adapter.modules} if shared is None else shared
 
 
@@ -269,8 +269,8 @@ def _write_mlx(
     if config["rank_pattern"] or config["alpha_pattern"]:
         raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
     parameters = dict(stored["lora_parameters"]) | {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
-    with creating(out), replacing_folder(out) as temporary:
-        named = {mlx_key(key): value.T.contiguous() for key, value in tensors.items()}
+    with create_output(out), replace_folder(out) as temporary:
+        named = {convert_to_mlx_key(key): value.T.contiguous() for key, value in tensors.items()}
         save_file(named, temporary / MLX_FILE, {"format": "mlx"})
         text = json.dumps(dict(stored) | {"lora_parameters": parameters}, indent=4, sort_keys=True) + "\n"
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from peft import LoraConfig
 
-from rightrank.adapters.compare import finished_trial, labels_of_side, splits_of_run
+from rightrank.adapters.compare import finished_trial, labels_of_side, load_run_splits
 from rightrank.adapters.resize import (
     candidate_ranks,
     capped,
@@ -25,7 +25,7 @@ from rightrank.adapters.resize import (
 )
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
-from rightrank.data.splits import DataSplits, load_all, load_data
+from rightrank.data.splits import DataSplits, load_held_out, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
@@ -68,12 +68,12 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
         count = sum(len(list(rows)) for rows in read_rows(data).values())
         every = settings.model_copy(update=NO_SPLIT_OVERRIDES | {"max_eval_examples": max(2, count)})
         splits = load_data(data, every, classes=classes)
-        return _scored(splits, _at_most(splits.examples["selection"], settings), f"{data} (its validation split)")
+        return _scored(splits, _at_most(splits.examples["validation"], settings), f"{data} (its validation split)")
     if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
-        own = trained.examples["selection"]
+        own = trained.examples["validation"]
         return _scored(trained, own, f"{data} (the validation split of the adapter's run)")
-    whole, _ = load_all(data, settings, classes)
-    every_row = whole.examples["selection"]
+    whole, _ = load_held_out(data, settings, classes)
+    every_row = whole.examples["validation"]
     if trained is None:
         unknown = "if the adapter was trained on some of them, name its training data with --train"
         return _scored(whole, _at_most(every_row, settings), f"{data} (all rows); {unknown}", of_training=True)
@@ -92,7 +92,7 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
 
 
 def _scored(splits: DataSplits, scored: Sequence[Example], where: str, of_training: bool = False) -> _ScoredData:
-    kept = replace(splits, examples={"train": splits.examples["train"], "selection": scored, "test": []})
+    kept = replace(splits, examples={"train": splits.examples["train"], "validation": scored, "test": []})
     return _ScoredData(kept, of_training, f"scored on {len(scored):,} examples of {where}")
 
 
@@ -112,8 +112,8 @@ def _trained(
     if train is not None:
         is_same = train.exists() and data.exists() and train.resolve() == data.resolve()
         split = is_same or None not in read_rows(train)
-        return (load_data(train, settings, classes=classes) if split else load_all(train, settings, classes)[0]), None
-    return splits_of_run(adapter.path, settings, classes) or (None, None)
+        return (load_data(train, settings, classes=classes) if split else load_held_out(train, settings, classes)[0]), None
+    return load_run_splits(adapter.path, settings, classes) or (None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
     scored = scored_data(adapter, rule.data, rule.train, rule.settings)
     rule.on_event(Notice(text=scored.note))
     measured = ", ".join(map(str, sorted(ranks, reverse=True)))
-    count = len(scored.splits.examples["selection"])
+    count = len(scored.splits.examples["validation"])
     fewer = "" if count <= MANY_EXAMPLES else "; --set max_eval_examples=1000 measures on fewer"
     text = f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}"
     rule.on_event(Notice(text=text))
@@ -241,7 +241,7 @@ def truncation_curve(
         gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
     halves = _halves(adapter, runtime) if by_halves else []
     report_evaluation_progress(runtime, "the base", on_event)
-    trials = [finished_trial("base", 0, runtime.evaluate("selection"), settings.metric)]
+    trials = [finished_trial("base", 0, runtime.evaluate("validation"), settings.metric)]
     written: dict[int, Resized] = {}
     top = f"r{max(ranks)}"
     for rank in sorted(ranks, reverse=True):
@@ -252,7 +252,7 @@ def truncation_curve(
             scores = _by_halves(adapter, runtime, halves, rank, working)
         else:
             with attach_adapter(runtime, folder):
-                scores = runtime.evaluate("selection")
+                scores = runtime.evaluate("validation")
         parent = None if folder.name == top else top
         trials.append(finished_trial(folder.name, rank, scores, settings.metric, truncate_from=parent))
         on_event(Notice(text=f"rank {rank}: held-out {trials[-1].value:.4f}"))
@@ -274,7 +274,7 @@ def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
 
     The written adapter has moments over all examples, like each half's but of twice as many.
     """
-    held_out = [example.example_id for example in runtime.data.splits["selection"]]
+    held_out = [example.example_id for example in runtime.data.splits["validation"]]
     halves = [[index for index, name in enumerate(held_out) if int(name[:16], 16) % 2 == half] for half in (0, 1)]
     names = [{held_out[index] for index in half} for half in halves]
     train = [example.example_id for example in runtime.data.splits["train"]]
@@ -292,5 +292,5 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
         folder = working / f"r{rank}-half{number}"
         write_truncated(adapter, folder, capped(adapter, rank, moments), moments)
         with attach_adapter(runtime, folder):
-            halved.append(runtime.evaluate("selection", scored))
-    return halved[0].with_others(halved[1])
+            halved.append(runtime.evaluate("validation", scored))
+    return halved[0].merge(halved[1])

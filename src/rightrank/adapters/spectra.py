@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from rightrank.data.files import path_kind
-from rightrank.models.adapter_reader import PREFIX, AdapterFolder, AdapterModule, natural_order, open_adapter
-from rightrank.models.safetensors_files import read_header, safe_shards
+from rightrank.data.files import detect_path_kind
+from rightrank.models.adapter_reader import PEFT_PREFIX, AdapterFolder, AdapterModule, natural_sort_key, open_adapter
+from rightrank.models.safetensors_files import read_header, find_shards
 from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
 from rightrank.schema.trials import Floats
@@ -126,7 +126,7 @@ def inspect_adapter(path: Path) -> Inspection:
         scaling_rule="alpha/sqrt(r)" if adapter.use_rslora else "alpha/r",
         base_model=adapter.base_model,
         parameters=adapter.trained,
-        modules_to_save=[key.removeprefix(PREFIX) for key in adapter.other_keys if not key.endswith(".alpha")],
+        modules_to_save=[key.removeprefix(PEFT_PREFIX) for key in adapter.other_keys if not key.endswith(".alpha")],
         notes=_adapter_notes(adapter),
     )
 
@@ -309,7 +309,7 @@ def _differences(before: _WeightFolder, after: _WeightFolder) -> Iterator[tuple[
     Raises:
         ModelError: a value that is NaN or infinite.
     """
-    for name in sorted(before.files, key=natural_order):
+    for name in sorted(before.files, key=natural_sort_key):
         old, new = before.tensor(name), after.tensor(name)
         if not old.is_floating_point():
             continue
@@ -370,11 +370,11 @@ def open_weights(path: Path) -> _WeightFolder:
     Raises:
         ModelError: no such folder, no safetensors, pickled weights, or a shard that is missing or damaged.
     """
-    if path_kind(path) != "folder":
+    if detect_path_kind(path) != "folder":
         raise ModelError(f"{path}: no such folder; give a model folder that save_pretrained wrote")
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for shard in safe_shards(path):
+    for shard in find_shards(path):
         tensors, _ = read_header(shard)
         files |= dict.fromkeys(tensors, shard)
         shapes |= tensors

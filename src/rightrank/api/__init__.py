@@ -1,1 +1,1 @@
-"""The Python API: one function for each verb, records in and records out, nothing printed. The command line is a thin layer over it."""
+"""The Python API: one function for each verb. Functions take and return records and print nothing. The command line is a thin layer over it."""

@@ -1,11 +1,12 @@
-"""Spectra of adapters and checkpoints, and adapters of another rank."""
+"""Inspect, resize and compare adapters and checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.models.places import BASE, CONFIG_FILE, adapter_in, find_adapter, require_adapter_folder
+from rightrank.models.adapter_folders import CONFIG_FILE, find_adapter, require_adapter_folder, suggest_adapter_folder
+from rightrank.models.model_sources import BASE_SIDE
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import AdapterComparison, Inspection, Resized
@@ -16,7 +17,7 @@ from rightrank.schema.settings import SelectSettings
 def inspect(
     adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
 ) -> Inspection:
-    """Compute the singular spectra of an adapter, or of what full fine-tuning changed.
+    """Compute the singular spectra of an adapter, or of the changes of full fine-tuning.
 
     Args:
         adapter: a PEFT adapter folder.
@@ -59,27 +60,26 @@ def resize(
     Args:
         adapter: a folder of PEFT or mlx-lm, or a trainer's output folder with checkpoints.
         out: the folder or file to write, which must not exist.
-        rank: one rank for all modules; above the present one it pads. Exactly one of `rank`, `energy` and `data` chooses
-            the rank.
-        energy: for each module the fewest singular values with this fraction of its energy.
-        data: held-out rows; the smallest rank whose loss on them is not worse by the margin.
-        margin: with data: how much worse is still enough; None for the metric's default.
-        train: with data: what the adapter was trained on. These rows are not scored.
-        ranks: with data: those to measure; None for the powers of two.
+        rank: one rank for all modules; a rank above the current one pads. Give exactly one of `rank`, `energy` and `data`.
+        energy: use for each module the fewest singular values that hold this fraction of its energy.
+        data: held-out rows; use the smallest rank whose loss on them is not worse by the margin.
+        margin: with data: the accepted loss of quality; None for the metric's default.
+        train: with data: the training data of the adapter. These rows are not scored.
+        ranks: with data: the ranks to measure; None for the powers of two.
         base: with data: the base model; None for the one that the adapter names.
         uniform: with energy: one rank for all modules, the largest needed.
-        settings: with data: how models and rows are read; see `SelectSettings`.
+        settings: with data: settings for loading models and reading rows; see `SelectSettings`.
         on_event: receives the progress of each evaluation, and each line for a person.
 
     Raises:
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
     """
-    given = {"--rank": rank, "--energy": energy, "--data": data}
-    names = [name for name, value in given.items() if value is not None]
-    place, chosen = find_adapter(Path(adapter))
-    require_adapter_folder(place)
-    if chosen:
-        on_event(Notice(text=chosen))
+    rules = {"--rank": rank, "--energy": energy, "--data": data}
+    names = [name for name, value in rules.items() if value is not None]
+    folder, choice = find_adapter(Path(adapter))
+    require_adapter_folder(folder)
+    if choice:
+        on_event(Notice(text=choice))
     if len(names) != 1:
         raise SettingsError(
             f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
@@ -87,13 +87,13 @@ def resize(
 
     from rightrank.adapters.resize import by_energy, by_rank, require_plain_update, write_resized
     from rightrank.data.files import require_absent
-    from rightrank.models.adapter_files import open_adapter
+    from rightrank.models.adapter_reader import open_adapter
 
     require_absent(Path(out))
-    opened = open_adapter(place)
+    opened = open_adapter(folder)
     require_plain_update(opened)
     if data is not None:
-        from rightrank.adapters.held_out import DataRule, resize_by_data  # heavier: they measure
+        from rightrank.adapters.resize_by_data import DataRule, resize_by_data  # heavier: they measure
 
         read = SelectSettings(**given_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
@@ -103,7 +103,7 @@ def resize(
         chosen_ranks = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)
         chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
         resized = write_resized(opened, Path(out), chosen_ranks, chosen_by=chosen_by)
-    return resized.model_copy(update={"notes": [chosen, *resized.notes]}) if chosen else resized
+    return resized.model_copy(update={"notes": [choice, *resized.notes]}) if choice else resized
 
 
 def compare(
@@ -116,40 +116,40 @@ def compare(
     base_b: str | None = None,
     on_event: Callable[[Evaluating], None] = lambda _: None,
 ) -> AdapterComparison:
-    """Whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
+    """Test whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
 
     Args:
         a: an adapter folder that PEFT loads, a model folder of transformers or MLX, a GGUF file, or "base".
-        b: the same; a whole model that is made of adapter `a` is `broken` where it is another function, with the `cause`.
+        b: the same; a full model that was made from adapter `a` is `broken` if it computes another function, with the `cause`.
         model: the base model of the adapters.
-        data: a file or a folder, or several. A folder with given splits is read at its test split.
-        base_b: how `b` is read: "4bit" or "8bit" (its matrices quantised on loading), or the base of `b` where it is another one.
+        data: a file or a folder, or several. Of a folder with splits, the test split is read.
+        base_b: how `b` is loaded: "4bit" or "8bit" (its matrices are quantised on loading), or the base of `b` if it is another one.
         settings: `margin`, `metric`, `metrics`, `seq_len` and how models are loaded; None for the defaults.
         on_event: receives the progress of each evaluation.
 
     Raises:
-        InputError: a side, the model, the data or a metric can't be used.
+        InputError: an adapter, the model, the data or a metric can't be used.
         MetricError: a metric gave no score.
     """
-    for side in (a, b):
-        _require_side(str(side))  # before what brings torch
+    for adapter in (a, b):
+        _require_comparable(str(adapter))  # before what brings torch
 
     from rightrank.adapters.compare import compare_adapters
 
     files = [data] if isinstance(data, str | Path) else list(data)
-    places = [Path(file) for file in files]
-    return compare_adapters((str(a), str(b)), model, places, settings or SelectSettings(), on_event, base_b)
+    paths = [Path(file) for file in files]
+    return compare_adapters((str(a), str(b)), model, paths, settings or SelectSettings(), on_event, base_b)
 
 
-def _require_side(side: str) -> None:
-    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor a GGUF file, nor `base`."""
-    folder = Path(side)
-    if side == BASE or (folder.suffix == ".gguf" and folder.is_file()):
+def _require_comparable(name: str) -> None:
+    """Refuse paths that `compare` can't read: neither an adapter folder, nor a model folder, nor a GGUF file, nor `base`."""
+    folder = Path(name)
+    if name == BASE_SIDE or (folder.suffix == ".gguf" and folder.is_file()):
         return
     if (folder / CONFIG_FILE).is_file():
         require_adapter_folder(folder)
     elif not (folder / "config.json").is_file():
-        hint = adapter_in(folder) or "give one, or 'base'"
+        hint = suggest_adapter_folder(folder) or "give one, or 'base'"
         raise ModelError(
-            f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json), nor a .gguf file; {hint}"
+            f"{name}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json), nor a .gguf file; {hint}"
         )

@@ -1,4 +1,4 @@
-"""Verbs on results: `decide` on trainings that exist, and report, export, repair, status of a run folder."""
+"""Functions on results: `decide` on finished trainings, and report, export, repair and status of a run folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rightrank.decision.records import (
 )
 from rightrank.decision.table import other_tables, table_of_results
 from rightrank.models.adapter_folders import CONFIG_FILE
-from rightrank.models.model_sources import hub_errors
+from rightrank.models.model_sources import list_hub_errors
 from rightrank.report.answer import build_answer_view, format_labelled_rows, render_notebook_html
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
@@ -38,17 +38,17 @@ from rightrank.schema.trials import TrialFinished
 if TYPE_CHECKING:  # what each verb alone needs is imported by it: `status` is to be quick
     from pandas import DataFrame
 
-    from rightrank.interop.exports import Exported
+    from rightrank.interop.exports import ExportResult
 
 
 def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
     """Write `report.html` and the figures of a run again, from its journal alone.
 
     Args:
-        figures: further formats of the figures beside SVG: pdf, png.
+        figures: additional formats of the figures besides SVG: pdf, png.
 
     Raises:
-        RunFolderError: no run there.
+        RunFolderError: there is no run.
         SettingsError: another format.
         MissingExtraError: a format that needs the extra `figures`.
     """
@@ -57,13 +57,17 @@ def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
     from rightrank.report.svg import write_figures
     from rightrank.runs.values import build_answers
 
-    folder, journal, records = _open_run(run, settled=False)
+    folder, journal, records = _open_run(run, is_live=False)
     decision, goal = None, records.settings.goal
     if goal == "training-rank":
-        decision = decision_so_far(records) if (decided := find_last_decision(journal)) is None else decided.decision
+        decision = (
+            decision_so_far(records)
+            if (last_decision := find_last_decision(journal)) is None
+            else last_decision.decision
+        )
     with report_disk_errors(folder.path):
-        further = write_views(folder, records, build_answers(records, decision, goal))
-        write_figures(folder.figures, [*build_figures(records, decision), *further], figures)
+        extra_figures = write_views(folder, records, build_answers(records, decision, goal))
+        write_figures(folder.figures, [*build_figures(records, decision), *extra_figures], figures)
     return folder.report
 
 
@@ -71,12 +75,12 @@ def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
     """Return the trials of a run as a table, or with `examples` the scores of their held-out examples.
 
     Args:
-        examples: a row for each held-out example of each finished trial, in place of one for each trial.
+        examples: return one row for each held-out example of each finished trial instead of one for each trial.
 
     Raises:
-        RunFolderError: no run there.
+        RunFolderError: there is no run.
     """
-    _, _, records = _open_run(run, settled=True)
+    _, _, records = _open_run(run, is_live=True)
     return trials_frame(records, examples)
 
 
@@ -84,22 +88,22 @@ def load_run_config(run: str | Path) -> dict[str, object]:
     """Return the model, the data and the settings of a run, with which `select_rank` resumes or continues it.
 
     Raises:
-        RunFolderError: no run there, or one of another version that has settings this one does not know.
+        RunFolderError: there is no run, or it comes from another version with settings that this one does not have.
     """
-    folder, _, records = _open_run(run, settled=True)
+    folder, _, records = _open_run(run, is_live=True)
     started = records.started
-    for name, place in (("model", started.model_name), ("data", started.data_name)):
-        if place is None or place.startswith("in memory"):
+    for name, source in (("model", started.model_name), ("data", started.data_name)):
+        if source is None or source.startswith("in memory"):
             raise RunFolderError(
                 f"{folder.path}: its {name} was in memory; call select_rank with it to continue the run"
             )
     return dict(started.settings)
 
 
-def _open_run(run: str | Path, *, settled: bool) -> tuple[RunFolder, list[JournalRecord], Records]:
-    """A run to read; `settled` where its process may still be writing."""
+def _open_run(run: str | Path, *, is_live: bool) -> tuple[RunFolder, list[JournalRecord], Records]:
+    """Read a run. With `is_live`, another process may still be writing, and the files stay unchanged."""
     folder = RunFolder.open_existing(run)
-    journal = folder.journal.read_complete_lines() if settled else folder.journal.read()
+    journal = folder.journal.read_complete_lines() if is_live else folder.journal.read()
     return folder, journal, records_of(journal, str(folder.path))
 
 
@@ -115,35 +119,35 @@ def export(
     settings: SelectSettings | None = None,
     push_to_hub: str | None = None,
     on_event: Callable[[Evaluating], None] = lambda _: None,
-) -> Exported:
-    """Write what another program needs to train or serve the run's adapter.
+) -> ExportResult:
+    """Write the files that another program needs to train with or serve the run's adapter.
 
-    A merged model is loaded back and compared with the adapter over its base.
+    A merged model is loaded back and compared with the adapter on its base.
 
     Args:
         run: a run folder whose selection has ended; for a merged model an adapter folder too.
         to: peft, trl, axolotl, llamafactory, unsloth, vllm, sglang or merged.
-        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, which is replaced; one with
-            files of your own is moved to `earlier-N` in the run folder.
-        rank: of the run's best adapter of this rank, or for a trainer of its best training at this rank; None for the adapter that was handed
-            over, and the training that it comes from.
-        check: of a merged model: held-out rows to compare on; the run's test split by default.
-        kind: of a merged model: the type of its values, f32, bf16 or f16; None for f32.
-        base: of a merged model from an adapter folder; None for the base that the adapter names.
-        settings: of a merged model from an adapter folder, as in `compare`.
-        push_to_hub: of peft: `OWNER/NAME` on the Hugging Face hub, where the folder is uploaded with its card, as who `hf auth login` says. A
-            repository that does not exist is made, private.
+        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, which is replaced. If it holds
+            files of yours, it is moved to `earlier-N` in the run folder.
+        rank: the rank of the adapter to export, or for a trainer the rank of the training; the best one at this rank is used. None
+            for the adapter in `adapter/`, and the training that it comes from.
+        check: for a merged model: held-out rows to compare on; by default the run's test split.
+        kind: for a merged model: the type of its values, f32, bf16 or f16; None for f32.
+        base: for a merged model from an adapter folder; None for the base that the adapter names.
+        settings: for a merged model from an adapter folder, as in `compare`.
+        push_to_hub: for peft: `OWNER/NAME` on the Hugging Face hub. The folder is uploaded with its card, with the login of
+            `hf auth login`. If the repository does not exist, it is created as a private one.
         on_event: receives the progress of each evaluation.
 
     Raises:
-        SettingsError: an unknown target, or an argument that goes with another one.
-        RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
+        SettingsError: an unknown target, or an argument that belongs to another target.
+        RunFolderError: there is no run, it has no decision or adapter, or `out` exists.
         ResultsError: a rank that the server does not serve, or that the run has not trained.
         ModelError: a merged model that can't be made.
         RunError: the hub can't be reached, or refuses the upload.
     """
-    from rightrank.interop.exports import LOADED, MERGED, absolute, require_target, write_export
-    from rightrank.interop.recipe import recipe_of
+    from rightrank.interop.exports import ADAPTER_TARGETS, MERGED, require_target, resolve_path, write_export
+    from rightrank.interop.recipe import build_recipe
 
     require_target(to)
     if push_to_hub is not None and to != "peft":
@@ -164,107 +168,109 @@ def export(
         base = base or read_json_object(Path(run) / CONFIG_FILE).get("base_model_name_or_path")
         if out is None or base is None:
             raise SettingsError(f"{run}: an adapter folder; give --out FOLDER, and --base MODEL where it names none")
-        place = Path(out)
+        target = Path(out)
         source: tuple[Path, str, SelectSettings, str | None] = Path(run), base, settings or SelectSettings(), None
     else:
-        folder, journal, records = _open_run(run, settled=False)
+        folder, journal, records = _open_run(run, is_live=False)
         if rank is None:
             trial, adapter = _find_exported_trial(folder, journal, records), folder.adapter
         else:
-            trial = _find_best_trial(records, rank, to in (*LOADED, MERGED))
+            trial = _find_best_trial(records, rank, to in (*ADAPTER_TARGETS, MERGED))
             adapter = folder.require_trial_adapter(trial.trial_id)
-        recipe = recipe_of(records.started, trial, adapter, records.finished())
-        place = folder.path / "exports" / to if out is None else Path(out)
-        model, data = (absolute(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
+        recipe = build_recipe(records.started, trial, adapter, records.finished())
+        target = folder.path / "exports" / to if out is None else Path(out)
+        model, data = (resolve_path(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
         source = recipe.adapter, model, recipe.settings, data
 
-    def write() -> Exported:
+    def write() -> ExportResult:
         if to == MERGED:
-            from rightrank.interop.merge import Merge, write_merged
+            from rightrank.interop.merge import MergeRequest, write_merged_model
 
-            return write_merged(Merge(*source, kind or "f32", files, on_event), place)
-        return write_export(to, recipe, place)
+            return write_merged_model(MergeRequest(*source, kind or "f32", files, on_event), target)
+        return write_export(to, recipe, target)
 
-    with report_disk_errors(place):
-        exported = write() if out is not None else _replace_export(folder, place, write)
+    with report_disk_errors(target):
+        exported = write() if out is not None else _replace_export(folder, target, write)
     return exported if push_to_hub is None else replace(exported, address=_upload_adapter(exported.folder, push_to_hub))
 
 
-def _replace_export(folder: RunFolder, place: Path, write: Callable[[], Exported]) -> Exported:
-    """Write an export over an earlier one, which stays in `earlier-N` where it holds files that the new one does not write."""
-    aside = folder.move_aside([str(place.relative_to(folder.path))])
+def _replace_export(folder: RunFolder, target: Path, write: Callable[[], ExportResult]) -> ExportResult:
+    """Write an export over an earlier one. If the earlier one holds files that the new one lacks, it stays in `earlier-N`."""
+    earlier_folder = folder.move_aside([str(target.relative_to(folder.path))])
     try:
         exported = write()
     finally:
-        if aside is not None and not place.exists():
-            (aside / place.name).rename(place)
-            aside.rmdir()
-    if aside is None:
+        if earlier_folder is not None and not target.exists():
+            (earlier_folder / target.name).rename(target)
+            earlier_folder.rmdir()
+    if earlier_folder is None:
         return exported
-    names, former = ({path.name for path in export.iterdir()} for export in (place, aside / place.name))
-    if not former - names:
-        shutil.rmtree(aside)
+    names, earlier_names = (
+        {path.name for path in export.iterdir()} for export in (target, earlier_folder / target.name)
+    )
+    if not earlier_names - names:
+        shutil.rmtree(earlier_folder)
         return exported
-    own = ", ".join(sorted(former - names))
-    note = f"the earlier export held files that this one does not write ({own}); it was moved to {aside / place.name}"
+    user_files = ", ".join(sorted(earlier_names - names))
+    note = f"the earlier export held files that this one does not write ({user_files}); it was moved to {earlier_folder / target.name}"
     return replace(exported, notes=[*exported.notes, note])
 
 
 def _upload_adapter(adapter: Path, repo_id: str) -> str:
-    """Upload a folder with an adapter and its card; the address."""
+    """Upload a folder with an adapter and its card, and return the address."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     hub = HfApi()
     try:
-        made = hub.create_repo(repo_id, private=True, exist_ok=True).repo_id
-        hub.upload_folder(repo_id=made, folder_path=adapter, commit_message="Upload the LoRA adapter")
+        full_name = hub.create_repo(repo_id, private=True, exist_ok=True).repo_id
+        hub.upload_folder(repo_id=full_name, folder_path=adapter, commit_message="Upload the LoRA adapter")
     except (HFValidationError, LocalTokenNotFoundError) as error:
         raise SettingsError(
             f"{repo_id}: {first_line(error)}; give OWNER/NAME, and log in with: hf auth login"
         ) from None
-    except hub_errors() as error:
+    except list_hub_errors() as error:
         raise RunError(
             f"{repo_id}: not uploaded ({first_line(error)}); the files are in {adapter}: try again"
         ) from None
-    return f"{hub.endpoint}/{made}"
+    return f"{hub.endpoint}/{full_name}"
 
 
 def _find_exported_trial(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
-    """The trial whose adapter is in `adapter/`: by the answer to the first question, or where nothing was saved by the decision."""
-    decided = find_last_decision(journal)
+    """Return the trial whose adapter is in `adapter/`, or if none was exported, the trial that the decision names."""
+    decision = find_last_decision(journal)
     if records.adapters:
-        chosen = records.adapters[-1].answer.trial_id
-    elif decided is not None and decided.adapter_trial_id is not None:
-        chosen = decided.adapter_trial_id
+        trial_id = records.adapters[-1].answer.trial_id
+    elif decision is not None and decision.adapter_trial_id is not None:
+        trial_id = decision.adapter_trial_id
     else:
         raise RunFolderError(f"{folder.path}: no adapter yet; run `rightrank select` again, then export")
-    trial = records.by_id.get(chosen)
+    trial = records.by_id.get(trial_id)
     if trial is None:
         raise RunFolderError(
-            f"{folder.path}: the journal lacks the trial {chosen} of the adapter; run `rightrank repair`"
+            f"{folder.path}: the journal lacks the trial {trial_id} of the adapter; run `rightrank repair`"
         )
     return trial
 
 
-def _find_best_trial(records: Records, rank: int, with_truncations: bool) -> TrialFinished:
-    """The trial of a rank with the best held-out value, among trainings to their end, and truncations where these count."""
+def _find_best_trial(records: Records, rank: int, includes_truncations: bool) -> TrialFinished:
+    """Return the full training at a rank with the best held-out value, optionally also among truncations."""
     finished = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.stop_at is None]
-    trials = [trial for trial in finished if with_truncations or trial.arm.is_direct]
-    of_rank = [trial for trial in trials if trial.rank == rank]
-    if not of_rank:
+    trials = [trial for trial in finished if includes_truncations or trial.arm.is_direct]
+    candidates = [trial for trial in trials if trial.rank == rank]
+    if not candidates:
         ranks = ", ".join(map(str, sorted({trial.rank for trial in trials}))) or "none"
-        what = "no adapter of" if with_truncations else "no training at"
-        raise ResultsError(f"the run has {what} rank {rank}; give one of {ranks}, or leave rank out")
+        description = "no adapter of" if includes_truncations else "no training at"
+        raise ResultsError(f"the run has {description} rank {rank}; give one of {ranks}, or leave rank out")
     sign = -1 if records.started.higher_is_better else 1
-    return min(of_rank, key=lambda trial: (sign * trial.value, trial.seed))
+    return min(candidates, key=lambda trial: (sign * trial.value, trial.seed))
 
 
 def repair(run: str | Path) -> RepairResult:
-    """Keep the whole records of a damaged journal and set the damaged lines aside in a file of their own.
+    """Keep the intact records of a damaged journal and move the damaged lines to another file.
 
     Raises:
-        RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
+        RunFolderError: there is no run, a process is using it, or the start of the run is damaged.
     """
     folder = RunFolder.open_existing(run)
     with folder.lock(), report_disk_errors(folder.path):
@@ -272,12 +278,12 @@ def repair(run: str | Path) -> RepairResult:
 
 
 def status(run: str | Path) -> RunStatus:
-    """Report where a run stands, from its files; nothing in the folder is written.
+    """Report the state of a run from its files. Write nothing in the folder.
 
     Raises:
-        RunFolderError: no run there.
+        RunFolderError: there is no run.
     """
-    folder, journal, records = _open_run(run, settled=True)
+    folder, journal, records = _open_run(run, is_live=True)
     try:
         progress = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
@@ -287,23 +293,23 @@ def status(run: str | Path) -> RunStatus:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class DecisionResult:
-    """A decision on results that exist, and how the table was read."""
+    """A decision on finished trainings, and a description of how the table was read."""
 
     decision: Decision
-    understood: list[str]
+    input_notes: list[str]
     adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
     next_commands: Sequence[str | None] = ()  # each next run as a command that can be pasted, of a run folder
     table: ResultsTable | None = None  # the trainings; None: a run folder has them
 
     def write_report(self, path: str | Path, source: str = "a table of results", command: str = "") -> Path:
-        """Write the report of a table: the answer, the curve, the evidence by rank and all trainings, in one HTML file.
+        """Write the report of a table: the result, the curve, the evidence by rank and all trainings, in one HTML file.
 
         Args:
-            source: the table's name, as the page gives it.
-            command: that decides on it; by default none.
+            source: the table's name, as shown on the page.
+            command: the command that makes the same decision; by default none.
 
         Raises:
-            ResultsError: a run folder, which has its own report.
+            ResultsError: the results are a run folder, which has its own report.
         """
         from rightrank.report.html import render_results_report
 
@@ -317,24 +323,26 @@ class DecisionResult:
 
     @property
     def next_command(self) -> str | None:
-        """The first of them; None if there is none."""
+        """Return the first command among the next runs; None if there is none."""
         return next((command for command in self.next_commands if command is not None), None)
 
     def __repr__(self) -> str:
-        """The answer on one line; `print` shows it in full."""
+        """Return the decision on one line; `print` shows it in full."""
         decision = self.decision
         return f"Decided(rank={decision.rank}, verdict={decision.verdict!r}, margin={decision.margin:g})"
 
     def __str__(self) -> str:
         view = build_answer_view(Answers(self.decision), self.next_commands)
         rows = [("decision", view.training_rank), ("", view.safe_choice), *view.build_next_rows()]
-        return "\n".join([*self.understood, *format_labelled_rows(rows, 10)])
+        return "\n".join([*self.input_notes, *format_labelled_rows(rows, 10)])
 
     def _repr_html_(self) -> str:
         from rightrank.report.figures import build_rank_figure
         from rightrank.report.svg import render_svg_file
 
-        return render_notebook_html(build_answer_view(Answers(self.decision)), "", render_svg_file(build_rank_figure(self.decision)))
+        return render_notebook_html(
+            build_answer_view(Answers(self.decision)), "", render_svg_file(build_rank_figure(self.decision))
+        )
 
 
 def decide(
@@ -347,27 +355,27 @@ def decide(
     columns: Mapping[str, str] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> DecisionResult:
-    """Decide on trainings that have finished, whoever ran them.
+    """Decide on finished trainings of any origin.
 
     Args:
         results: a CSV or JSONL file, a run folder, another tool's results (see docs/how-to/decide.md), a study of Optuna, or
             mappings in memory with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
-        metric: the column of the held-out number, or its name where the column is `value`.
-        higher_is_better: None for that of a metric with a known name; any other needs it.
-        margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
-        confidence: name the smallest rank that is enough with this probability, where scores by example give one; None for
+        metric: the column of the held-out number, or the metric's name if the column is `value`.
+        higher_is_better: None for the direction of a metric with a known name; other metrics need it.
+        margin: the loss of quality that you accept, in the metric's unit; None for the metric's default.
+        confidence: name the smallest rank that is enough with this probability, if per-example scores give one; None for
             that of a run folder, else 0.75.
-        columns: canonical name → column, where a column has an unusual name; `group` says which examples belong together.
-        checkpoint: which evaluation of each training is compared, where there are several: `last` or `best`; None
+        columns: canonical name → column, for columns with other names; `group` says which examples belong together.
+        checkpoint: the evaluation of each training to compare, if there are several: `last` or `best`; None
             for that of a run folder, else the last.
 
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.interop.table_rows import raw_rows, rows_of_mappings
-    from rightrank.interop.tables import results_of_rows
+    from rightrank.interop.table_rows import build_rows, read_result_rows
+    from rightrank.interop.tables import build_results_table
 
-    further: dict[str, Any] = {} if confidence is None else {"confidence": confidence}
+    options: dict[str, Any] = {} if confidence is None else {"confidence": confidence}
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
@@ -375,34 +383,38 @@ def decide(
                 raise ResultsError(
                     "--columns: a run folder has its own columns and groups in its journal; leave it out"
                 )
-            return _decide_run_folder(folder, metric, margin, further | {"higher": higher_is_better, "checkpoint": checkpoint})
-        where, rows = str(results), raw_rows(Path(results))
+            return _decide_run_folder(
+                folder, metric, margin, options | {"higher": higher_is_better, "checkpoint": checkpoint}
+            )
+        source, rows = str(results), read_result_rows(Path(results))
     else:
-        given: Any = results
-        if hasattr(given, "trials_dataframe"):  # a study of Optuna
-            if higher_is_better is None and len(given.directions) == 1:
-                higher_is_better = given.directions[0].name == "MAXIMIZE"
-            given = given.trials_dataframe()
-        where, rows = "results", rows_of_mappings(given)
-    read = results_of_rows(rows, where, metric, higher_is_better, margin, columns or {})
-    others = other_tables(read)
+        table_source: Any = results
+        if hasattr(table_source, "trials_dataframe"):  # a study of Optuna
+            if higher_is_better is None and len(table_source.directions) == 1:
+                higher_is_better = table_source.directions[0].name == "MAXIMIZE"
+            table_source = table_source.trials_dataframe()
+        source, rows = "results", build_rows(table_source)
+    table = build_results_table(rows, source, metric, higher_is_better, margin, columns or {})
+    other_metrics = other_tables(table)
     decision = rule.decision_of(
-        table_of_results(read), margin, checkpoint=checkpoint or "last", others=others, **further
+        table_of_results(table), margin, checkpoint=checkpoint or "last", others=other_metrics, **options
     )
-    return DecisionResult(decision, read.understood, table=read)
+    return DecisionResult(decision, table.input_notes, table=table)
 
 
-def _decide_run_folder(folder: RunFolder, metric: str | None, margin: float | None, further: Mapping[str, Any]) -> DecisionResult:
-    """Decide on a run folder, at the run's own metric and margin unless the question gives others."""
+def _decide_run_folder(
+    folder: RunFolder, metric: str | None, margin: float | None, options: Mapping[str, Any]
+) -> DecisionResult:
+    """Decide on a run folder, at the run's own metric and margin unless others are given."""
     from rightrank.runs.run import add_base_note
 
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
-    metric, asked = metric or started.metric, margin
-    known = metrics_of(records)
-    if metric not in known or (started.data.form == "own" and metric != started.metric):
-        raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(known)}")
+    metric, requested_margin = metric or started.metric, margin
+    metrics = metrics_of(records)
+    if metric not in metrics or (started.data.form == "own" and metric != started.metric):
+        raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(metrics)}")
     ranks = {outcome.rank for outcome in records.finished() if outcome.rank > 0 and outcome.arm.is_direct}
     if records.adapters and len(ranks) < 2:
         raise ResultsError(
@@ -413,8 +425,12 @@ def _decide_run_folder(folder: RunFolder, metric: str | None, margin: float | No
     if metric == started.metric:
         outcomes = comparable(records)
         margin = records.settings.margin if margin is None else margin
-    decision = add_base_note(decide_on(records, outcomes, metric, margin, **further), records)
+    decision = add_base_note(decide_on(records, outcomes, metric, margin, **options), records)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     decision = decision.model_copy(update={"adapter_sentence": adapter})
-    commands = next_commands(started, decision.next_runs, str(folder.path), asked) if metric == started.metric else []
+    commands = (
+        next_commands(started, decision.next_runs, str(folder.path), requested_margin)
+        if metric == started.metric
+        else []
+    )
     return DecisionResult(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)

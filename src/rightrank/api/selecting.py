@@ -1,4 +1,4 @@
-"""Select a rank: `select_rank`, its preflight and its plan."""
+"""Select a rank: `select_rank`, its preflight, and `select_rank_with` for a custom trainer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from rightrank.runs.calls import EvaluateFunction, TrainFunction
-    from rightrank.runs.own_trainer import TrainerSettings
+    from rightrank.runs.custom_trainer import TrainerSettings
     from rightrank.runs.values import Rows
 
 
@@ -40,7 +40,7 @@ def select_rank(
     args: TrainingArguments | None = None,
     **keywords: Unpack[SelectKeywords],
 ) -> Selected:
-    """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
+    """Train a range of ranks on `data`, decide which is enough, and export its adapter.
 
     Args:
         model: a model folder, a GGUF file, a hub name, or a transformers model in memory. A model in memory is frozen
@@ -49,11 +49,11 @@ def select_rank(
         out: the run folder. A second call with the same arguments resumes an unfinished run.
         tokenizer: the tokenizer of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
-        callbacks: what watches the selection or takes part in it; see `rightrank.hooks.Hook`.
+        callbacks: hooks that watch the selection or take part in it; see `rightrank.hooks.Hook`.
         progress: show the progress on stderr.
-        peft_config: the adapter that you train now. Its values override `settings`; the ranks replace `r`, and what a selection
-            cannot honour is refused by its name.
-        args: the training that you run now, of transformers or TRL (`SFTConfig`); as `peft_config`.
+        peft_config: the configuration of your current adapter. Its values override `settings`. The ranks replace `r`; values that
+            a selection can't honour are refused by name.
+        args: the arguments of your current training, of transformers or TRL (`SFTConfig`); used like `peft_config`.
         keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they override all others.
 
     Raises:
@@ -63,40 +63,40 @@ def select_rank(
         KeyboardInterrupt: Ctrl-C; the step ended and checkpoints were written. The same call resumes.
     """
     from rightrank.data.files import report_disk_errors
-    from rightrank.hooks.process import Interrupts
+    from rightrank.hooks.process import SignalHandler
     from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.values import Request, check
+    from rightrank.runs.values import SelectionInputs, validate_inputs
 
-    request = Request(model, tokenizer, data, _overridden(settings, keywords, peft_config, args))
-    check(request)
+    request = SelectionInputs(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
+    validate_inputs(request)
     trackers, folder = Trackers(request.settings.report_to, Path(out)), RunFolder(Path(out))
-    with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
-        views = _views(progress, opened)
-        stop = opened.enter_context(Interrupts(Hooks([*views, *callbacks]).notice))
+    with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
+        views = _open_views(progress, stack)
+        stop = stack.enter_context(SignalHandler(Hooks([*views, *callbacks]).notice))
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
-        from rightrank.hooks.preflight import Outlook
+        from rightrank.hooks.preflight import PreflightHook
         from rightrank.hooks.report import Report
-        from rightrank.runs.prepare import Preparation
+        from rightrank.runs.prepare import BuiltInTrainerRequest
         from rightrank.runs.run import select
 
-        added = plugins.listed(lambda plugin: plugin.hooks())
-        hooks = [*views, stop, Outlook(), trackers, Report(), *added, *callbacks]
+        plugin_hooks = plugins.collect_items(lambda plugin: plugin.hooks())
+        hooks = [*views, stop, PreflightHook(), trackers, Report(), *plugin_hooks, *callbacks]
         try:
-            return select(Preparation(request), folder, hooks)
-        except InterruptedRun as stopped:
+            return select(BuiltInTrainerRequest(request), folder, hooks)
+        except InterruptedRun as interruption:
             if not stop.requested:
                 raise
-            raise KeyboardInterrupt(f"{stopped}; the same call resumes the run") from None
+            raise KeyboardInterrupt(f"{interruption}; the same call resumes the run") from None
 
 
-def _views(progress: bool, opened: ExitStack) -> list[Hook]:
-    """The view on stderr, where that is asked for."""
+def _open_views(progress: bool, stack: ExitStack) -> list[Hook]:
+    """Open the view on stderr if `progress` asks for it."""
     if not progress:
         return []
     from rightrank.hooks.terminal import make_view
 
-    return [opened.enter_context(make_view(quiet=False))]
+    return [stack.enter_context(make_view(quiet=False))]
 
 
 def preflight(
@@ -109,30 +109,30 @@ def preflight(
     args: TrainingArguments | None = None,
     **keywords: Unpack[SelectKeywords],
 ) -> Preflight:
-    """Say what `select_rank` with the same arguments will do, cost and be able to show; nothing is trained or written.
+    """Report what `select_rank` with the same arguments will do, cost and be able to show. Train and write nothing.
 
     Args:
-        model: as in `select_rank`, and so are all other arguments.
+        model: as in `select_rank`, like all other arguments.
 
     Raises:
         InputError: model, data or settings can't be used.
     """
-    from rightrank.hooks.trackers import require_trackers
-    from rightrank.runs.values import Request, check
+    from rightrank.hooks.trackers import resolve_trackers
+    from rightrank.runs.values import SelectionInputs, validate_inputs
 
-    request = Request(model, tokenizer, data, _overridden(settings, keywords, peft_config, args))
-    check(request)  # before what brings torch
-    require_trackers(request.settings.report_to)
-    from rightrank.hooks.preflight import outlook_of
-    from rightrank.runs.prepare import prepare
+    request = SelectionInputs(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
+    validate_inputs(request)  # before what brings torch
+    resolve_trackers(request.settings.report_to)
+    from rightrank.hooks.preflight import run_preflight
+    from rightrank.runs.prepare import prepare_selection
 
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-        outlook = outlook_of(prepare(request, Path(folder) / "cache", notes.append))
-    return outlook.model_copy(update={"notes": [*notes, *outlook.notes]})
+        estimate = run_preflight(prepare_selection(request, Path(folder) / "cache", notes.append))
+    return estimate.model_copy(update={"notes": [*notes, *estimate.notes]})
 
 
-def _overridden(
+def _merge_settings(
     settings: SelectSettings | None,
     keywords: SelectKeywords,
     peft_config: LoraConfig | None,
@@ -157,36 +157,37 @@ def select_rank_with(
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
 
     Args:
-        train: called with a `TrialTask`, also for the base where 0 is among the ranks, as by default; returns a mapping of held-out
-            metrics or a `TrialResult`. Where it raises for rank 0, the answer says that the base was not measured. With `item_scores` in it (the same examples in every trial) ranks are compared example by
-            example, which resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
-            randomness must come from `task.seed`, so that ranks differ in nothing else.
-        out: the run folder. A second call with the same arguments resumes; trials that failed run again.
-        seeds: None for seed 0, or those of the profile.
-        metric: the name of the metric that decides, after `max:` or `min:` where its direction is not known from it (`accuracy`,
-            `reward`, `loss`, … are); None for "loss", or that of the profile.
-        margin: how much worse than the best is still enough; None for the metric's default, or that of the profile.
-        evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
-            `train` saved for the largest rank is truncated to every lower rank, and the smallest within the margin is
-            handed over (the first question).
-        callbacks: what watches the selection or takes part in it, such as `rightrank.hooks.trackers.Trackers`.
+        train: called with a `TrialTask`; returns a mapping of held-out metrics or a `TrialResult`. It is also called for the base
+            if 0 is among the ranks, as by default; if it raises an error for rank 0, the result says that the base was not measured.
+            With `example_scores` in the result (the same examples in every trial) ranks are compared example by example, which
+            resolves far smaller differences. `task.report(step, value, example_scores)` reports values during the training. All
+            randomness must come from `task.seed`, so that trainings differ only in their rank.
+        out: the run folder. A second call with the same arguments resumes; failed trials run again.
+        seeds: None for seed 0, or the seeds of the profile.
+        metric: the name of the deciding metric, after `max:` or `min:` if its direction is not known from the name
+            (`accuracy`, `reward`, `loss`, … are known); None for "loss", or the metric of the profile.
+        margin: the loss of quality that you accept; None for the metric's default, or that of the profile.
+        evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it, the adapter that
+            `train` saved for the largest rank is truncated to every lower rank, and the smallest one within the margin is
+            exported (the deployment rank).
+        callbacks: hooks that watch the selection or take part in it, such as `rightrank.hooks.trackers.Trackers`.
         settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, workers, progress.
 
     Raises:
         InputError: an argument that is not allowed, a metric without a known direction, or a folder made with other settings.
-        AllTrialsFailedError: fewer than two ranks ended with a result.
+        AllTrialsFailedError: fewer than two ranks have a result.
         InterruptedRun: `should_stop` of a callback returned True.
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.hooks.report import Report
+    from rightrank.runs.custom_trainer import build_custom_request
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.own_trainer import own_request
     from rightrank.runs.run import select
 
-    compared = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
-    request = own_request(train, evaluate, metric, compared | {"margin": margin}, settings)
+    arguments = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
+    request = build_custom_request(train, evaluate, metric, arguments | {"margin": margin}, settings)
     folder = RunFolder(Path(out))
-    with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
-        views = _views(settings.get("progress", False), opened)
-        added = plugins.listed(lambda plugin: plugin.hooks())
-        return select(request, folder, [*views, Report(), *added, *callbacks])
+    with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
+        views = _open_views(settings.get("progress", False), stack)
+        plugin_hooks = plugins.collect_items(lambda plugin: plugin.hooks())
+        return select(request, folder, [*views, Report(), *plugin_hooks, *callbacks])

@@ -1,6 +1,6 @@
 """The command line: parse, call the API, print. One function for each command.
 
-Answers go to stdout, progress and errors to stderr. Exit status: 0 done, 1 started and could not finish, 2 bad usage or
+Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 started and could not finish, 2 bad usage or
 bad input, 130 interrupted by the user, 143 by SIGTERM. `compare` also ends with 3 (worse) or 4 (cannot tell).
 """
 
@@ -29,19 +29,19 @@ ORDER = (
 
 
 class Commands(click.Group):
-    """The commands of the core and of plug-ins, which do not replace one of the core; listed by `ORDER`."""
+    """The commands of the core and of plug-ins in the order of `ORDER`. A plug-in can't replace a command of the core."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        names = {*self.commands, *_of_plugins()}
+        names = {*self.commands, *_load_plugin_commands()}
         return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return super().get_command(ctx, cmd_name) or _of_plugins().get(cmd_name)
+        return super().get_command(ctx, cmd_name) or _load_plugin_commands().get(cmd_name)
 
 
-def _of_plugins() -> dict[str, click.Command]:
-    """They are imported when they are asked for, since they import this package."""
-    return {command.name or "": command for command in plugins.listed(lambda plugin: plugin.commands)}
+def _load_plugin_commands() -> dict[str, click.Command]:
+    """Load the commands of plug-ins on demand, since plug-ins import this package."""
+    return {command.name or "": command for command in plugins.collect_items(lambda plugin: plugin.commands)}
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -60,26 +60,28 @@ for command in (*select.COMMANDS, *run_commands.COMMANDS, *adapter_commands.COMM
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     _prepare_streams()
-    given = sys.argv[1:] if arguments is None else arguments
-    say = partial(_print_error, as_json="--log-json" in given)
+    arguments_given = sys.argv[1:] if arguments is None else arguments
+    print_error = partial(_print_error, as_json="--log-json" in arguments_given)
     try:
-        status = cli.main(args=given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *given])
+        status = cli.main(
+            args=arguments_given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *arguments_given]
+        )
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.ClickException as error:
-        say(error.format_message())
+        print_error(error.format_message())
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        say("stopped; run the same command again to resume")
+        print_error("stopped; run the same command again to resume")
         sys.exit(130)
     except RightrankError as error:
-        say(str(error))
+        print_error(str(error))
         sys.exit(error.exit_status)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        say(
+        print_error(
             "out of memory; finished trials are kept: free memory or lower the settings, and run the same command again"
         )
         sys.exit(1)
@@ -87,8 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()  # the reader of the output has closed it
         sys.exit(1)
     except OSError as error:
-        place = error.filename2 or error.filename or "the system"  # of a rename, its target
-        say(f"{place}: {error.strerror or error}; give a path that can be read or written")
+        path = error.filename2 or error.filename or "the system"  # of a rename, its target
+        print_error(f"{path}: {error.strerror or error}; give a path that can be read or written")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -104,7 +106,7 @@ def _prepare_streams() -> None:
 
 
 def _print_error(message: str, as_json: bool) -> None:
-    """Print the message as one line, of JSON beside a log of JSON; if stderr can't be written, the exit status remains."""
+    """Print the message as one line, as JSON with `--log-json`. If stderr can't be written, the exit status remains."""
     text = "rightrank: " + one_line(message)
     if as_json:
         text = json.dumps({"event": "error", "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "text": text})

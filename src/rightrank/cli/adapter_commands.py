@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.cli.options import SettingsCommand, announce, comma, gather, json_line, setting_options, whole_numbers
+from rightrank.cli.options import (
+    SettingsCommand,
+    add_setting_options,
+    announce,
+    format_json,
+    gather_settings,
+    parse_integers,
+    split_commas,
+)
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 
@@ -19,7 +27,7 @@ if TYPE_CHECKING:
     from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
-EXIT = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
+EXIT_STATUS = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
 
 
 @click.command(
@@ -33,15 +41,15 @@ EXIT = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
     "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _inspect(as_json: bool, **places: Path | None) -> None:
+def _inspect(as_json: bool, **folders: Path | None) -> None:
     """Show the singular spectrum of every module of a LoRA ADAPTER.
 
     With --base A --finetuned B: of every matrix that full fine-tuning changed.
     """
     from rightrank.api import adapters as api
 
-    inspection = api.inspect(**places)
-    click.echo(json_line(inspection) if as_json else _inspection_text(inspection))
+    inspection = api.inspect(**folders)
+    click.echo(format_json(inspection) if as_json else _format_inspection(inspection))
 
 
 @click.command(
@@ -66,7 +74,7 @@ def _inspect(as_json: bool, **places: Path | None) -> None:
     type=float,
     help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
 )
-@click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
+@click.option("--ranks", callback=split_commas, help="With --data: ranks to measure (default: powers of two).")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
@@ -85,25 +93,25 @@ def _resize(
     """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank.api import adapters as api
 
-    needing = {"--margin": margin, "--ranks": ranks, "--set": assignments}
-    needing |= {f"--{name}": rule[name] for name in ("train", "base")}
-    alone = next((option for option, value in needing.items() if value), None)
-    if alone is not None and rule["data"] is None:
-        raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
-    with progress_view(quiet) as view:
+    data_options = {"--margin": margin, "--ranks": ranks, "--set": assignments}
+    data_options |= {f"--{name}": rule[name] for name in ("train", "base")}
+    orphan = next((option for option, value in data_options.items() if value), None)
+    if orphan is not None and rule["data"] is None:
+        raise SettingsError(f"{orphan} goes with --data FILE, which was not given; give both, or leave it out")
+    with open_progress_view(quiet) as view:
         resized = api.resize(
             adapter,
             out,
-            ranks=whole_numbers(ranks, "--ranks"),
-            settings=SelectSettings(**gather(None, assignments, {"margin": margin})),
+            ranks=parse_integers(ranks, "--ranks"),
+            settings=SelectSettings(**gather_settings(None, assignments, {"margin": margin})),
             on_event=view.on_event,
             **rule,
         )
-    click.echo(json_line(resized) if as_json else _resized_text(resized))
+    click.echo(format_json(resized) if as_json else _format_resize_result(resized))
 
 
-def progress_view(quiet: bool, log_json: bool = False) -> AbstractContextManager[View | JsonLog]:
-    """What shows the progress of evaluations on stderr."""
+def open_progress_view(quiet: bool, log_json: bool = False) -> AbstractContextManager[View | JsonLog]:
+    """Open the view of the progress of evaluations on stderr."""
     from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import make_view
 
@@ -127,7 +135,7 @@ def progress_view(quiet: bool, log_json: bool = False) -> AbstractContextManager
     type=click.Path(path_type=Path),
     help="Held-out rows; all are read. May be repeated.",
 )
-@setting_options(SelectSettings, "margin", "metric", "metrics", "columns", "seq_len", "device")
+@add_setting_options(SelectSettings, "margin", "metric", "metrics", "columns", "seq_len", "device")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
@@ -144,59 +152,61 @@ def _compare(
     log_json: bool,
     **options: Any,
 ) -> int:
-    """Is B no worse than A?
+    """Test whether B is no worse than A.
 
     A and B are adapter folders, model folders (MLX too), GGUF files, or `base`. Exit status: 0 not worse, 3 worse by more than the
     margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import adapters as api
 
-    settings = SelectSettings(**gather(None, assignments, options))
+    settings = SelectSettings(**gather_settings(None, assignments, options))
     if not quiet and not log_json:
         announce("loading model and data")
-    with progress_view(quiet, log_json) as view:
+    with open_progress_view(quiet, log_json) as view:
         comparison = api.compare(
             a, b, model=model, data=list(data), settings=settings, base_b=base_b, on_event=view.on_event
         )
-    click.echo(json_line(comparison) if as_json else comparison.sentence)
-    return EXIT[comparison.verdict]
+    click.echo(format_json(comparison) if as_json else comparison.sentence)
+    return EXIT_STATUS[comparison.verdict]
 
 
-def _inspection_text(inspection: Inspection) -> str:
-    """The modules, or those that use the most and the least of their rank, and the summary."""
-    from rightrank.report.answer import labelled
-    from rightrank.report.evidence_tables import table_lines
+def _format_inspection(inspection: Inspection) -> str:
+    """Format the modules, or those that use the most and the least of their rank, and the summary."""
+    from rightrank.report.answer import format_labelled_rows
+    from rightrank.report.evidence_tables import format_table
 
     summary, modules = inspection.summary, inspection.modules
     by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
     half = MAX_ROWS // 2
     shown = {module.name for module in (modules if len(modules) <= MAX_ROWS else by_use[:half] + by_use[-half:])}
     heading = ["module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂", "flags"]
-    rows = [_module_row(module) for module in modules if module.name in shown]
-    lines = table_lines([heading, *rows], left=(0, 10))
+    rows = [_format_module_row(module) for module in modules if module.name in shown]
+    lines = format_table([heading, *rows], left_columns=(0, 10))
     if len(shown) < len(modules):
         lines.append(f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --json has all")
-    energy = ", ".join(f"{float(part):.0%}: {_or_dash(rank)}" for part, rank in summary.energy_rank.items())
+    energy = ", ".join(
+        f"{float(fraction):.0%}: {_format_number(rank)}" for fraction, rank in summary.energy_rank.items()
+    )
     names = {"untrained (B = 0)": summary.untrained, "dead": summary.dead, "modules_to_save": summary.modules_to_save}
     facts = [
         ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
         ("base", summary.base_model or ""),
         ("rank by energy", f"{energy} (largest of all modules)"),
-        *((name, ", ".join(named)) for name, named in names.items()),
+        *((name, ", ".join(modules_named)) for name, modules_named in names.items()),
         ("unchanged tensors", str(summary.unchanged or "")),
         ("changed, not a matrix", ", ".join(summary.not_matrices)),
         *(("note", note) for note in summary.notes),
     ]
-    return "\n".join([*lines, *labelled(facts, 23), "", summary.sentence])
+    return "\n".join([*lines, *format_labelled_rows(facts, 23), "", summary.sentence])
 
 
-def _module_row(module: ModuleSpectrum) -> list[str]:
+def _format_module_row(module: ModuleSpectrum) -> list[str]:
     return [
         module.name,
         f"{module.shape[0]}×{module.shape[1]}",
         str(module.rank),
-        *(_or_dash(module.energy_rank[part]) for part in ("0.9", "0.95", "0.99")),
-        _or_dash(module.effective_rank),
+        *(_format_number(module.energy_rank[fraction]) for fraction in ("0.9", "0.95", "0.99")),
+        _format_number(module.effective_rank),
         f"{module.stable_rank:.1f}",
         str(module.noise_rank),
         f"{module.spectral_norm:.3g}",
@@ -204,15 +214,15 @@ def _module_row(module: ModuleSpectrum) -> list[str]:
     ]
 
 
-def _resized_text(resized: Resized) -> str:
-    """What was written, and the error of the truncation."""
-    from rightrank.models.ranks import rank_text
-    from rightrank.report.evidence_tables import candidate_table, table_lines
+def _format_resize_result(resized: Resized) -> str:
+    """Format the written rank and the truncation error."""
+    from rightrank.models.ranks import format_rank
+    from rightrank.report.evidence_tables import build_candidate_table, format_table
 
     lowest, highest = (limit(module.rank for module in resized.modules) for limit in (min, max))
     rank = f"ranks by module, from {lowest} to {highest}"
     if resized.rank is not None:
-        rank = f"rank {rank_text(resized.rank, lowest, highest)}"
+        rank = f"rank {format_rank(resized.rank, lowest, highest)}"
     worst = max(resized.modules, key=lambda module: module.relative_delta_error)
     lines = [
         f"{resized.out}: {rank} (by {resized.chosen_by})",
@@ -222,12 +232,12 @@ def _resized_text(resized: Resized) -> str:
         f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
     ]
     if resized.answer is not None:
-        lines += [*table_lines(candidate_table(resized.answer, "held-out")), resized.answer.sentence]
+        lines += [*format_table(build_candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
     return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
 
 
-def _or_dash(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.1f}"

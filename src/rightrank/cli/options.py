@@ -1,4 +1,4 @@
-"""Options: those of the settings, made from their table, and the parts that commands share."""
+"""The options of settings, made from their table, and helpers that commands share."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rightrank.version import __version__
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def comma(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
-    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+def split_commas(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [item.strip() for item in value.split(",") if item.strip()]
 
 
-def json_line(answer: Record | Mapping[str, object]) -> str:
+def format_json(answer: Record | Mapping[str, object]) -> str:
     """Return the one object that `--json` prints, with the version of its fields first."""
     fields = json.loads(answer.model_dump_json()) if isinstance(answer, Record) else answer
     return json.dumps({"schema_version": SCHEMA_VERSION, **fields})
@@ -35,60 +35,60 @@ def json_line(answer: Record | Mapping[str, object]) -> str:
 _UNITS = {"s": 1 / 3600, "sec": 1 / 3600, "m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
 
 
-def hours(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
-    """`3h`, `90min`, `1d` or `1h30m` as hours."""
+def parse_hours(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """Parse `3h`, `90min`, `1d` or `1h30m` as hours."""
     if value is None:
         return None
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.lower())
-    whole = "".join(number + unit for number, unit in parts)
-    total = sum(float(number) * _UNITS.get(unit, 0.0) for number, unit in parts)
-    if whole != value.lower().replace(" ", "") or any(unit not in _UNITS for _, unit in parts) or total <= 0:
+    matches = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.lower())
+    matched_text = "".join(number + unit for number, unit in matches)
+    total = sum(float(number) * _UNITS.get(unit, 0.0) for number, unit in matches)
+    if matched_text != value.lower().replace(" ", "") or any(unit not in _UNITS for _, unit in matches) or total <= 0:
         raise SettingsError(f"--time {value!r} is no time: give a number and a unit, such as 3h, 90min or 1h30m")
     return total
 
 
-def setting_options(kind: type[Settings], *settings: str) -> Callable[[Command], Command]:
-    """A decorator: an option for each of the settings that have one, or for each of those that are named."""
+def add_setting_options(kind: type[Settings], *settings: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options of the named settings, or of all settings that have one."""
     listed = settings or [name for name, row in kind.model_fields.items() if row.option]
 
     def decorate(command: Command) -> Command:
         for name in reversed(listed):
-            command = _option(name, kind.model_fields[name], kind.model_types[name])(command)
+            command = _build_option(name, kind.model_fields[name], kind.model_types[name])(command)
         return command
 
     return decorate
 
 
-def _option(name: str, row: Setting, hint: Any) -> Callable[[Command], Command]:
-    """The option of a setting. It is None or empty where it was not given; the settings check what was."""
+def _build_option(name: str, row: Setting, hint: Any) -> Callable[[Command], Command]:
+    """Build the option of a setting. It is None or empty if it was not given; the settings validate given values."""
     kinds = set(get_args(hint)) if get_origin(hint) is UnionType else {hint}
-    further: dict[str, Any] = {}
-    spelled = row.option
+    arguments: dict[str, Any] = {}
+    flag = row.option
     if bool in kinds:
-        further |= {"is_flag": True, "default": None}
-        spelled += f"/{spelled.replace('--', '--no-', 1)}" if NoneType in kinds else ""
+        arguments |= {"is_flag": True, "default": None}
+        flag += f"/{flag.replace('--', '--no-', 1)}" if NoneType in kinds else ""
     elif is_list(hint):
-        further |= {"callback": comma} if row.split else {"multiple": True}
+        arguments |= {"callback": split_commas} if row.split else {"multiple": True}
     elif name == "budget_hours":  # which has a unit
-        further |= {"callback": hours}
+        arguments |= {"callback": parse_hours}
     elif row.parse is None and kinds & {int, float}:
-        further |= {"type": float if float in kinds else int}
-    return click.option(spelled, name, cls=_SettingOption, group=row.group, help=_option_help(row), **further)
+        arguments |= {"type": float if float in kinds else int}
+    return click.option(flag, name, cls=_SettingOption, group=row.group, help=_format_help(row), **arguments)
 
 
-def _option_help(row: Setting) -> str:
-    """The first clause of a setting's meaning, without links and marks, and its default."""
+def _format_help(row: Setting) -> str:
+    """Return the first clause of a setting's description, without links and marks, and its default."""
     text = re.sub(r"[,;]? ?\[[^\]]*\]\([^)]*\)", "", row.help).replace(" ()", "").replace("`", "")
     text = text.partition("; ")[0]
-    default = _shown_default(row.default)
+    default = _format_default(row.default)
     first = text[0] if row.help.startswith("`") else text[0].upper()
     return f"{first}{text[1:]}{f' (default {default})' if default else ''}."
 
 
-def _shown_default(default: Any) -> str:
-    """A default for a person; empty where it is nothing, or off."""
+def _format_default(default: Any) -> str:
+    """Format a default for a person; empty for None and False."""
     if isinstance(default, tuple):
-        return ",".join(map(_shown_default, default))
+        return ",".join(map(_format_default, default))
     if default is None or default is False:
         return ""
     return f"{default:g}" if isinstance(default, float) else str(default)
@@ -97,13 +97,13 @@ def _shown_default(default: Any) -> str:
 class _SettingOption(click.Option):
     """The option of a setting, with its section of `--help`."""
 
-    def __init__(self, *arguments: Any, group: Group, **further: Any) -> None:
-        super().__init__(*arguments, **further)
+    def __init__(self, *arguments: Any, group: Group, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
         self.section = group.value
 
 
 class SettingsCommand(click.Command):
-    """A command whose `--help` lists the options of settings in their groups, after its own."""
+    """A command whose `--help` lists its own options first, then the options of settings by group."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -117,8 +117,8 @@ class SettingsCommand(click.Command):
                     formatter.write_dl(sections[title])
 
 
-def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Settings from the config file, then `--set`, then named options: the later wins."""
+def gather_settings(config_file: Path | None, assignments: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Collect settings from the config file, `--set` and named options; later ones override earlier ones."""
     from rightrank.data.files import read_config
 
     values = read_config(config_file) if config_file is not None else {}
@@ -130,11 +130,11 @@ def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict
     return values | {name: value for name, value in options.items() if value is not None and value != ()}
 
 
-def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:
-    """The numbers of a list option.
+def parse_integers(values: Sequence[str] | None, option: str) -> list[int] | None:
+    """Parse the numbers of a list option.
 
     Raises:
-        SettingsError: one that is not a whole number.
+        SettingsError: a value that is not a whole number.
     """
     if values is None:
         return None
@@ -144,20 +144,20 @@ def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None
     return [int(value) for value in values]
 
 
-def announce(what: str, anywhere: bool = False) -> None:
-    """One line on a terminal before the imports that take seconds; `anywhere`: in a pipe too."""
-    if anywhere or sys.stderr.isatty():
-        click.echo(f"rightrank {__version__}: {what} …", err=True)
+def announce(activity: str, always: bool = False) -> None:
+    """Print one line on a terminal before imports that take seconds; with `always`, in a pipe too."""
+    if always or sys.stderr.isatty():
+        click.echo(f"rightrank {__version__}: {activity} …", err=True)
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """For a command that is over at once: the collector of cycles would visit what imports and a journal make again and again."""
-    was_on = gc.isenabled()
+def pause_collector() -> Iterator[None]:
+    """Pause the garbage collector in a short command, where it would visit the imported modules and the journal repeatedly."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()  # nor at the end of the process
-        if was_on:
+        if was_enabled:
             gc.enable()

@@ -1,4 +1,4 @@
-"""Commands on results: a run folder, or finished trainings of whoever ran them."""
+"""Commands on results: a run folder, or finished trainings of any origin."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import collector_paused, comma, gather, json_line
+from rightrank.cli.options import format_json, gather_settings, pause_collector, split_commas
 
 
 @click.command("status", short_help="Show where a run stands.", epilog="Example: rightrank status run")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
 def _status(run: Path, as_json: bool) -> None:
-    """Report where RUN stands, from another terminal or after its end. Nothing in the folder is written."""
+    """Report the state of RUN, while it runs or after its end. Nothing in the folder is written."""
     from rightrank.api import runs as api
-    from rightrank.report.status import status_lines
+    from rightrank.report.status import format_status
 
-    with collector_paused():
+    with pause_collector():
         status = api.status(run)
-    click.echo(json_line(status) if as_json else status_lines(status, shutil.get_terminal_size().columns))
+    click.echo(format_json(status) if as_json else format_status(status, shutil.get_terminal_size().columns))
 
 
 @click.command(
     "report", short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run"
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--figures", callback=comma, help="Write the figures in these formats too: pdf, png.")
+@click.option("--figures", callback=split_commas, help="Write the figures in these formats too: pdf, png.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
 def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
-    While a selection runs, the report shows what is known so far.
+    While a selection runs, the report shows the results so far.
     """
     from rightrank.api import runs as api
 
     path = api.write_report(run, figures or ())
-    click.echo(json_line({"report": str(path)}) if as_json else str(path))
+    click.echo(format_json({"report": str(path)}) if as_json else str(path))
 
 
 @click.command(
@@ -74,27 +74,27 @@ def _export(
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
-    **whole: Any,
+    **arguments: Any,
 ) -> int:
-    """Write what another program needs to train with RUN's rank or to serve its adapter.
+    """Write the files that another program needs to train with RUN's rank or to serve its adapter.
 
-    A merged model is loaded back and compared with the adapter over its base; RUN may be an adapter folder then. Exit
+    A merged model is loaded back and compared with the adapter on its base; RUN may then be an adapter folder. Exit
     status: 0 not worse, 3 worse by more than the margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import runs as api
-    from rightrank.cli.adapter_commands import EXIT, progress_view
+    from rightrank.cli.adapter_commands import EXIT_STATUS, open_progress_view
     from rightrank.schema.settings import SelectSettings
 
-    settings = SelectSettings(**gather(None, assignments, {})) if assignments else None
-    with progress_view(quiet) as view:
-        exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **whole)
+    settings = SelectSettings(**gather_settings(None, assignments, {})) if assignments else None
+    with open_progress_view(quiet) as view:
+        exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **arguments)
     if as_json:
-        click.echo(json_line(asdict(exported) | {"folder": str(exported.folder)}))
+        click.echo(format_json(asdict(exported) | {"folder": str(exported.folder)}))
     else:
         for note in () if quiet else exported.notes:
             click.echo(f"note: {note}", err=True)
         click.echo(exported.address or f"cd {shlex.quote(str(exported.folder))} && {exported.command}")
-    return 0 if exported.check is None else EXIT[exported.check["verdict"]]
+    return 0 if exported.check is None else EXIT_STATUS[exported.check["verdict"]]
 
 
 @click.command(
@@ -103,27 +103,27 @@ def _export(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print what was kept as one JSON object.")
 def _repair(run: Path, as_json: bool) -> None:
-    """Keep the intact records of RUN's damaged journal, and move the damaged lines to a file of their own.
+    """Keep the intact records of RUN's damaged journal, and move the damaged lines to another file.
 
-    `rightrank select` with the same arguments then trains only what is missing.
+    `rightrank select` with the same arguments then trains only the missing trials.
     """
     from rightrank.api import runs as api
 
     repaired = api.repair(run)
     if as_json:
-        aside = None if repaired.aside is None else str(repaired.aside)
-        click.echo(json_line({"kept": repaired.kept, "set_aside": repaired.set_aside, "file": aside}))
-    elif repaired.aside is None:
-        click.echo(f"{run}: all {repaired.kept} records are intact; nothing was changed")
+        damaged_file = None if repaired.damaged_file is None else str(repaired.damaged_file)
+        click.echo(format_json({"kept": repaired.num_intact, "set_aside": repaired.num_damaged, "file": damaged_file}))
+    elif repaired.damaged_file is None:
+        click.echo(f"{run}: all {repaired.num_intact} records are intact; nothing was changed")
     else:
         click.echo(
-            f"{run}: {repaired.kept} records kept; damaged lines moved to {repaired.aside}: {repaired.set_aside}"
+            f"{run}: {repaired.num_intact} records kept; damaged lines moved to {repaired.damaged_file}: {repaired.num_damaged}"
         )
 
 
-def _mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
+def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
     pairs = {}
-    for value in comma(context, parameter, text) or []:
+    for value in split_commas(context, parameter, text) or []:
         name, equals, column = value.partition("=")
         if not equals or not column.strip():
             raise click.BadParameter(f"{value!r}: give NAME=COLUMN, such as rank=lora_r")
@@ -153,7 +153,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
 )
 @click.option(
     "--columns",
-    callback=_mapping,
+    callback=_parse_mapping,
     metavar="NAME=COLUMN",
     help="Columns of other names, such as rank=lora_r,value=eval_loss; group=document: which examples belong together.",
 )
@@ -166,38 +166,38 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
     "--report", type=click.Path(path_type=Path), help="Of a table: write the whole report to this .html file."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
-def _decide(results: Path, report: Path | None, as_json: bool, **asked: Any) -> None:
-    """Decide on finished trainings, whoever ran them.
+def _decide(results: Path, report: Path | None, as_json: bool, **arguments: Any) -> None:
+    """Decide on finished trainings of any origin.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
     folder; or results of W&B, MLflow, Trainer or Optuna.
     """
     from rightrank.api import runs as api
 
-    decided = api.decide(results, **asked)
+    result = api.decide(results, **arguments)
     if report is not None:
-        decided.write_report(report, results.name, _command_of(results, asked))
+        result.write_report(report, results.name, _format_command(results, arguments))
     if as_json:
-        further = {
-            "understood": decided.understood,
-            "adapter_sentence": decided.adapter_sentence,
-            "next_command": decided.next_command,
+        extra_fields = {
+            "input_notes": result.input_notes,
+            "adapter_sentence": result.adapter_sentence,
+            "next_command": result.next_command,
         }
-        click.echo(json_line(decided.decision.model_dump(mode="json") | further))
+        click.echo(format_json(result.decision.model_dump(mode="json") | extra_fields))
         return
-    from rightrank.report.format import visible
-    from rightrank.report.terminal import decision_text
+    from rightrank.report.format import make_visible
+    from rightrank.report.terminal import format_decision
 
     width = shutil.get_terminal_size((100, 24)).columns
-    click.echo(decision_text(decided.decision, decided.understood, width, decided.next_commands))
-    if decided.adapter_sentence is not None:
-        click.echo(f"adapter: {visible(decided.adapter_sentence)}")
+    click.echo(format_decision(result.decision, result.input_notes, width, result.next_commands))
+    if result.adapter_sentence is not None:
+        click.echo(f"adapter: {make_visible(result.adapter_sentence)}")
 
 
-def _command_of(results: Path, asked: Mapping[str, Any]) -> str:
-    """The command that decides so again."""
+def _format_command(results: Path, arguments: Mapping[str, Any]) -> str:
+    """Return the command that makes the same decision."""
     options: list[str] = []
-    for name, value in asked.items():
+    for name, value in arguments.items():
         if name == "higher_is_better" and value is not None:
             options.append("--higher-is-better" if value else "--lower-is-better")
         elif value:

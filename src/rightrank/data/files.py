@@ -22,24 +22,28 @@ from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
 }  # fmt: skip
-_NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}  # more room does not help
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # from network file systems that can't flush a folder
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.rightrank-(?P<kind>tmp|old)")  # as no other program names its own
+_PERMISSION_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM}  # more room does not help
+_UNSUPPORTED_SYNC_ERRORS = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EBADF,
+}  # from network file systems that can't flush a folder
+_LEFTOVER_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.rightrank-(?P<kind>tmp|old)")  # as no other program names its own
 
 
 @contextmanager
-def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
+def replace_file(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
 
     With `flush=False` the replacement is atomic but may be lost in a power failure, as is fine for a progress file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _neighbour(path, "tmp")
+    temporary = _build_temporary_path(path, "tmp")
     try:
         yield temporary
         if flush:
             flush_to_disk(temporary)
-        _rename(temporary, path)
+        _replace_path(temporary, path)
         if flush:
             flush_to_disk(path.parent)
     finally:
@@ -47,13 +51,13 @@ def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replace_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which replaces `path` when the block succeeds.
 
     Replacing takes two renames. If the process is killed between them, `sweep_leftovers` restores the old folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _neighbour(path, "tmp"), _neighbour(path, "old")
+    temporary, old = _build_temporary_path(path, "tmp"), _build_temporary_path(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -62,8 +66,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             flush_to_disk(inside)
         flush_to_disk(temporary)
         if path.exists():
-            _rename(path, old)
-        _rename(temporary, path)
+            _replace_path(path, old)
+        _replace_path(temporary, path)
         flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,9 +75,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
+def create_temporary_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path` that is removed after the block, or by `sweep_leftovers` where the process is killed."""
-    temporary = _neighbour(path, "tmp")
+    temporary = _build_temporary_path(path, "tmp")
     temporary.mkdir()
     try:
         yield temporary
@@ -92,7 +96,7 @@ def require_absent(out: Path) -> None:
 
 
 @contextmanager
-def creating(out: Path) -> Iterator[None]:
+def create_output(out: Path) -> Iterator[None]:
     """A block that makes `out`.
 
     Raises:
@@ -106,13 +110,13 @@ def creating(out: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, flush: bool = True) -> None:
-    with replacing(path, flush) as temporary:
+    with replace_file(path, flush) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def is_leftover(path: Path) -> bool:
     """Whether a file or folder has the name of one that a killed process left half written."""
-    return _LEFTOVER.fullmatch(path.name) is not None
+    return _LEFTOVER_NAME.fullmatch(path.name) is not None
 
 
 def sweep_leftovers(folder: Path) -> None:
@@ -121,7 +125,7 @@ def sweep_leftovers(folder: Path) -> None:
     The caller must hold the folder's lock: the half-written files of a running process look the same.
     """
     for path in sorted(folder.rglob(".*")):
-        leftover = _LEFTOVER.fullmatch(path.name)
+        leftover = _LEFTOVER_NAME.fullmatch(path.name)
         if leftover is None:
             continue
         whole = path.with_name(leftover["name"])
@@ -139,18 +143,18 @@ def flush_to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+        if error.errno not in _UNSUPPORTED_SYNC_ERRORS or not path.is_dir():
             raise
     finally:
         os.close(descriptor)
 
 
-def _neighbour(path: Path, kind: str) -> Path:
+def _build_temporary_path(path: Path, kind: str) -> Path:
     number = secrets.randbelow(10**12)  # process ids are not unique across machines that share a disk
     return path.with_name(f".{path.name}.{number}.rightrank-{kind}")
 
 
-def _rename(source: Path, target: Path) -> None:
+def _replace_path(source: Path, target: Path) -> None:
     """Rename, replacing a file.
 
     NFS repeats a rename whose reply was lost, and the repetition finds no source. If the target then is the former
@@ -185,7 +189,7 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         raise RunError(
-            f"{folder}: can't write there ({error.strerror}); {permission if error.errno in _NOT_ALLOWED else advice}"
+            f"{folder}: can't write there ({error.strerror}); {permission if error.errno in _PERMISSION_ERRORS else advice}"
         ) from None
 
 
@@ -200,7 +204,7 @@ class UnreadableError(ValueError):
         self.line = line
 
 
-def path_kind(path: Path) -> Literal["file", "folder", "other", "missing"]:
+def detect_path_kind(path: Path) -> Literal["file", "folder", "other", "missing"]:
     """What is at `path`. Devices, pipes and sockets are `other`; an invalid name is `missing`."""
     try:
         mode = path.stat().st_mode
@@ -217,7 +221,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     Raises:
         UnreadableError: not a regular file, above `max_bytes`, not UTF-8, or not readable.
     """
-    kind = path_kind(path)
+    kind = detect_path_kind(path)
     if kind in ("folder", "other"):
         raise UnreadableError("a folder" if kind == "folder" else "not a regular file")
     try:
@@ -256,7 +260,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def is_text(text: str) -> bool:
+def is_encodable(text: str) -> bool:
     """Whether the string can be encoded as UTF-8; one with a lone surrogate can't."""
     try:
         text.encode()
@@ -273,14 +277,14 @@ def read_json_object(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, A
     """
     text = read_text(path, max_bytes)
     value = parse_json(text)
-    if "\\ud" in text.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
+    if "\\ud" in text.lower() and not is_encodable(json.dumps(value, ensure_ascii=False)):
         raise UnreadableError("a lone surrogate, which is not text")
     if not isinstance(value, dict):
         raise UnreadableError(f"a {type(value).__name__}, not one JSON object")
     return value
 
 
-MAX_FILE_BYTES = 100 * 2**10
+MAX_CONFIG_BYTES = 100 * 2**10
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -290,7 +294,7 @@ def read_config(path: Path) -> dict[str, Any]:
         SettingsError: no such file, not YAML of plain values, or not a mapping.
     """
     try:
-        text = read_text(path, MAX_FILE_BYTES)
+        text = read_text(path, MAX_CONFIG_BYTES)
     except UnreadableError as error:
         raise SettingsError(f"{path}: can't read it ({error}); give a YAML file of settings") from None
     try:

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeAlias
 from rightrank.data.rows import Row
 from rightrank.schema.errors import DataError, did_you_mean
 
-Change: TypeAlias = Callable[[Row], Mapping[str, Any]]
+RowConversion: TypeAlias = Callable[[Row], Mapping[str, Any]]
 
-PAIRS = (  # further names of prompt and completion, in the order in which they are looked for
+COMPLETION_COLUMNS = (  # further names of prompt and completion, in the order in which they are looked for
     ("prompt", "response"),
     ("question", "answer"),
     ("query", "response"),
@@ -21,14 +21,14 @@ PAIRS = (  # further names of prompt and completion, in the order in which they 
     ("question", "response"),
     ("input", "output"),
 )
-PROMPTS = ("question", "query", "instruction", "input")  # further names of a preference pair's prompt
-CONVERSATIONS = ("messages", "conversations", "conversation")
+PROMPT_COLUMNS = ("question", "query", "instruction", "input")  # further names of a preference pair's prompt
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ALPACA = (
+ALPACA_TEMPLATE = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n{context}### Response:\n"
 )
-PAIRED = ", paired with an input that provides further context"
+ALPACA_INPUT_CLAUSE = ", paired with an input that provides further context"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class Shape:
     """How rows of one shape become rows of a form."""
 
     name: str  # as it is reported: "alpaca", "sharegpt", or the columns that were renamed
-    change: Change
+    convert: RowConversion
     renamed: Mapping[str, str] = field(default_factory=dict)  # a form's column → the file's name of it
 
     def __call__(self, row: Row) -> Row:
-        return Row(self.change(row), row.where)
+        return Row(self.convert(row), row.where)
 
 
-def shape_of(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape | None:
+def detect_shape(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape | None:
     """How to change rows like `first`; None for rows that have a form's columns as they are.
 
     Args:
@@ -54,15 +54,15 @@ def shape_of(first: Row, columns: Sequence[str], known: Collection[str]) -> Shap
         DataError: `columns` names a column that no form has, or that the row lacks.
     """
     if not columns:
-        return _found(first.fields)
-    renamed = _renaming(first, columns, known)
-    inner = _found(renamed.change(first))
+        return _match_shape(first.fields)
+    renamed = _parse_renaming(first, columns, known)
+    inner = _match_shape(renamed.convert(first))
     if inner is None:
         return renamed
-    return Shape(renamed.name, lambda row: inner.change(renamed(row)), renamed.renamed)
+    return Shape(renamed.name, lambda row: inner.convert(renamed(row)), renamed.renamed)
 
 
-def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape:
+def _parse_renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape:
     names = dict(entry.split("=", 1) for entry in columns)
     for name, column in names.items():
         if name not in known:
@@ -73,10 +73,10 @@ def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Sha
         if column not in first.fields:
             given = ", ".join(f"`{own}`" for own in first.fields)
             raise DataError(f"{first.where}: no column {column!r}, which columns names for `{name}`; found {given}")
-    return _shape_renamed(names)
+    return _build_renaming_shape(names)
 
 
-def _shape_renamed(names: Mapping[str, str]) -> Shape:
+def _build_renaming_shape(names: Mapping[str, str]) -> Shape:
     return Shape(
         ", ".join(f"{column} → {name}" for name, column in names.items()),
         lambda row: {**row.fields, **{name: row.fields.get(column) for name, column in names.items()}},
@@ -84,23 +84,23 @@ def _shape_renamed(names: Mapping[str, str]) -> Shape:
     )
 
 
-def _found(fields: Mapping[str, Any]) -> Shape | None:
+def _match_shape(fields: Mapping[str, Any]) -> Shape | None:
     if {"chosen", "rejected"} <= fields.keys():
-        prompt = next((name for name in PROMPTS if name in fields), None)  # beside two answers of text
+        prompt = next((name for name in PROMPT_COLUMNS if name in fields), None)  # beside two answers of text
         if "prompt" in fields or prompt is None or not isinstance(fields["chosen"], str):
             return None
-        return _shape_renamed({"prompt": prompt})
-    conversation = next((name for name in CONVERSATIONS if name in fields), None)
+        return _build_renaming_shape({"prompt": prompt})
+    conversation = next((name for name in CONVERSATION_COLUMNS if name in fields), None)
     if conversation is not None and (conversation != "messages" or _is_sharegpt(fields[conversation])):
-        return Shape("sharegpt", lambda row: {**row.fields, "messages": _messages(row, conversation)})
+        return Shape("sharegpt", lambda row: {**row.fields, "messages": _convert_sharegpt(row, conversation)})
     if {"prompt", "completion"} <= fields.keys() or "messages" in fields or "text" in fields:
         return None
     if {"instruction", "output"} <= fields.keys():
-        return Shape("alpaca", _alpaca)
-    pair = next((pair for pair in PAIRS if fields.keys() >= set(pair)), None)
+        return Shape("alpaca", _convert_alpaca)
+    pair = next((pair for pair in COMPLETION_COLUMNS if fields.keys() >= set(pair)), None)
     if pair is not None:
         names = zip(("prompt", "completion"), pair, strict=True)
-        return _shape_renamed({name: column for name, column in names if name != column})
+        return _build_renaming_shape({name: column for name, column in names if name != column})
     return None
 
 
@@ -111,7 +111,7 @@ def _is_sharegpt(value: Any) -> bool:
     return "from" in value[0] or value[0].get("role") in ("human", "gpt")
 
 
-def _messages(row: Row, column: str) -> Any:
+def _convert_sharegpt(row: Row, column: str) -> Any:
     """ShareGPT's turns as messages, with `user` and `assistant` for the roles that it calls `human` and `gpt`."""
     turns = row.fields.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
@@ -128,13 +128,13 @@ def _messages(row: Row, column: str) -> Any:
     return messages
 
 
-def _alpaca(row: Row) -> Mapping[str, Any]:
+def _convert_alpaca(row: Row) -> Mapping[str, Any]:
     """The prompt of Stanford Alpaca, which axolotl's `alpaca` and others use."""
     instruction, context = row.fields.get("instruction"), row.fields.get("input")
     if not isinstance(instruction, str) or not isinstance(context, str | None):
         raise DataError(f"{row.where}: `instruction` and `input` must be strings")
-    paired, given = (PAIRED, f"### Input:\n{context}\n\n") if context else ("", "")
-    prompt = ALPACA.format(instruction=instruction, paired=paired, context=given)
+    paired, given = (ALPACA_INPUT_CLAUSE, f"### Input:\n{context}\n\n") if context else ("", "")
+    prompt = ALPACA_TEMPLATE.format(instruction=instruction, paired=paired, context=given)
     return {**row.fields, "prompt": prompt, "completion": row.fields.get("output")}
 
 
@@ -142,7 +142,7 @@ def _alpaca(row: Row) -> Mapping[str, Any]:
 class Example:
     """One example: the columns of its form, and a hash of them as its identity."""
 
-    item_id: str  # 16 hexadecimal digits
+    example_id: str  # 16 hexadecimal digits
     content: Mapping[str, Any]  # of JSON values
     where: str  # file and row
     group: int = 0  # 64 bits that the rows which belong together share
@@ -151,8 +151,8 @@ class Example:
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]
 
 
-def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
-    content = {column: _joined(row.fields.get(column)) for column in columns}
+def build_example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
+    content = {column: _join_text_content(row.fields.get(column)) for column in columns}
     label = content.get("label")
     if isinstance(label, bool):
         content["label"] = str(label)
@@ -161,29 +161,29 @@ def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
     for column, value in content.items():
         _CHECKS[column](value, f"{row.where}: `{column}`")
     if form == "preference":
-        content = _pair_of(content, row.where)
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=json_value)
+        content = _build_preference_pair(content, row.where)
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=to_json_value)
     return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
 
 
-def json_value(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """A JSON value for one that is none, with all of an array's values, which its text leaves out."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _joined(value: Any) -> Any:
+def _join_text_content(value: Any) -> Any:
     """Messages whose `content` is a list of text parts, with the text in its place; anything else as it is."""
     if not isinstance(value, list):
         return value
     return [
         {**message, "content": "".join(part["text"] for part in message["content"])}
-        if isinstance(message, Mapping) and _is_text_parts(message.get("content"))
+        if isinstance(message, Mapping) and _is_text_content(message.get("content"))
         else message
         for message in value
     ]
 
 
-def _is_text_parts(content: Any) -> bool:
+def _is_text_content(content: Any) -> bool:
     return (
         isinstance(content, list)
         and bool(content)
@@ -196,7 +196,7 @@ def _is_text_parts(content: Any) -> bool:
 
 def _check_text(value: Any, where: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"{where}: got {_kind(value)}; give a string")
+        raise DataError(f"{where}: got {_describe_type(value)}; give a string")
 
 
 def _check_prompt(value: Any, where: str) -> None:
@@ -208,12 +208,12 @@ def _check_prompt(value: Any, where: str) -> None:
 
 def _check_label(value: Any, where: str) -> None:
     if not isinstance(value, int | str) or value == "":
-        raise DataError(f"{where}: got {_kind(value)}; give an integer or a name")
+        raise DataError(f"{where}: got {_describe_type(value)}; give an integer or a name")
 
 
 def _check_messages(value: Any, where: str) -> None:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: got {_kind(value)}; give a list of {{role, content}}")
+        raise DataError(f"{where}: got {_describe_type(value)}; give a list of {{role, content}}")
     for message in value:
         if (
             not isinstance(message, Mapping)
@@ -225,7 +225,7 @@ def _check_messages(value: Any, where: str) -> None:
             )
 
 
-def _kind(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     if value is None or value == "":
         return "nothing" if value is None else "an empty string"
     name = type(value).__name__
@@ -243,7 +243,7 @@ _CHECKS: dict[str, Callable[[Any, str], None]] = {
 }
 
 
-def _pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _build_preference_pair(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`{"prompt", "chosen", "rejected"}` of a row whose cells are strings or lists of messages.
 
     A `prompt` of text beside two whole conversations repeats their beginning, and is not used.

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rightrank.data.files import UnreadableError, parse_json, path_kind, read_json_object
+from rightrank.data.files import UnreadableError, detect_path_kind, parse_json, read_json_object
 from rightrank.schema.errors import DataError, did_you_mean
 from rightrank.schema.trials import SplitName
 
@@ -22,12 +22,12 @@ FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SPLIT_NAMES: dict[str, SplitName] = {
     "train": "train",
     "training": "train",
-    "selection": "selection",
-    "validation": "selection",
-    "valid": "selection",
-    "val": "selection",
-    "dev": "selection",
-    "eval": "selection",
+    "selection": "validation",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
     "test": "test",
 }
 MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; 64 MiB in one example is a mistake
@@ -57,66 +57,68 @@ def read_rows(source: Path | Any) -> RowsBySplit:
         DataError: no such file, none of a known type, or a split with an unknown name; while iterating: a row that can't be read.
     """
     if not isinstance(source, Path):
-        return _rows_in_memory(source)
-    found_kind = path_kind(source)
+        return _read_memory(source)
+    found_kind = detect_path_kind(source)
     if found_kind == "missing":
         beside = source.parent.iterdir() if source.parent.is_dir() else ()
         near = did_you_mean(source.name, [file.name for file in beside])
-        raise DataError(f"{source}: no such file or folder{near}; give {_types_allowed()}")
+        raise DataError(f"{source}: no such file or folder{near}; give {_describe_allowed_types()}")
     if found_kind == "other":
-        raise DataError(f"{source}: neither a regular file nor a folder; give {_types_allowed()}")
+        raise DataError(f"{source}: neither a regular file nor a folder; give {_describe_allowed_types()}")
     suffix = source.suffix.lower()
     if found_kind == "file" and suffix not in FILE_TYPES:
-        raise DataError(f"{source}: files of type {suffix or '(no ending)'!r} are not read; give {_types_allowed()}")
+        raise DataError(
+            f"{source}: files of type {suffix or '(no ending)'!r} are not read; give {_describe_allowed_types()}"
+        )
     if found_kind == "file":
-        return {None: _file_rows(source)}
+        return {None: _read_file(source)}
     if _is_saved_dataset(source):
-        return _saved_dataset_rows(source)
+        return _read_saved_dataset(source)
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES and path.is_file())
     if not files:
-        raise DataError(f"{source}: the folder holds no data file; give {_types_allowed()}")
+        raise DataError(f"{source}: the folder holds no data file; give {_describe_allowed_types()}")
     by_split: dict[SplitName | None, list[Path]] = {}
     for path in files:
-        by_split.setdefault(split_of(path.stem), []).append(path)
-    chained: RowsBySplit = {split: chain.from_iterable(map(_file_rows, paths)) for split, paths in by_split.items()}
+        by_split.setdefault(parse_split_name(path.stem), []).append(path)
+    chained: RowsBySplit = {split: chain.from_iterable(map(_read_file, paths)) for split, paths in by_split.items()}
     if None in chained and len(chained) > 1:
-        unnamed = next(path.name for path in files if split_of(path.stem) is None)
+        unnamed = next(path.name for path in files if parse_split_name(path.stem) is None)
         raise DataError(
             f"{source}: {unnamed} belongs to no split but other files do; name every file train*, validation* or test*, or none"
         )
     return chained
 
 
-def require_rows(source: Path) -> None:
+def require_data_source(source: Path) -> None:
     """Refuse a file or folder that is missing, or of a type that is not read, without reading it.
 
     Raises:
-        DataError: as `read_rows` raises.
+        DataError: as `iterate_rows` raises.
     """
     if not _is_saved_dataset(source):
         read_rows(source)
 
 
-def held_out_fields(source: Path) -> list[Mapping[str, Any]]:
+def read_held_out_rows(source: Path) -> list[Mapping[str, Any]]:
     """The test rows of a file or folder; else its validation rows; all rows where they are not split."""
     rows = read_rows(source)
-    kept = next((split for split in ("test", "selection") if split in rows), None)
+    kept = next((split for split in ("test", "validation") if split in rows), None)
     return [row.fields for row in (rows[kept] if kept is not None else chain.from_iterable(rows.values()))]
 
 
-def _rows_in_memory(source: Any) -> RowsBySplit:
+def _read_memory(source: Any) -> RowsBySplit:
     if not isinstance(source, Mapping):
-        return {None: _memory_rows(records_of_frame(source), "row")}
+        return {None: _iterate_mappings(convert_data_frame(source), "row")}
     by_split: RowsBySplit = {}
     for name, rows in source.items():
         split = SPLIT_NAMES.get(str(name))
         if split is None:
             raise DataError(f"split {name!r} is not known; allowed: {', '.join(SPLIT_NAMES)}")
-        by_split[split] = chain(by_split.get(split, ()), _memory_rows(records_of_frame(rows), f"{name} row"))
+        by_split[split] = chain(by_split.get(split, ()), _iterate_mappings(convert_data_frame(rows), f"{name} row"))
     return by_split
 
 
-def records_of_frame(rows: Any) -> Any:
+def convert_data_frame(rows: Any) -> Any:
     """The rows of a pandas or polars DataFrame as mappings, missing values as None; anything else as it is."""
     if hasattr(rows, "to_dicts"):
         return rows.to_dicts()
@@ -125,14 +127,14 @@ def records_of_frame(rows: Any) -> Any:
     return [{name: None if value != value else value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
-def _memory_rows(rows: Iterable[Any], what: str) -> Iterator[Row]:
+def _iterate_mappings(rows: Iterable[Any], what: str) -> Iterator[Row]:
     for number, fields in enumerate(rows, start=1):
         if not isinstance(fields, Mapping):
             raise DataError(f"{what} {number}: got a {type(fields).__name__}; give a mapping with text columns")
         yield Row(fields, f"{what} {number}")
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; give at least one row of text")
@@ -140,22 +142,22 @@ def _file_rows(path: Path) -> Iterator[Row]:
         with path.open("rb") as file:
             is_list = file.read(64).lstrip().startswith(b"[")
         if suffix == ".parquet":
-            yield from _parquet_rows(path)
+            yield from _read_parquet(path)
         elif suffix in (".csv", ".tsv"):
-            yield from _csv_rows(path)
+            yield from _read_csv(path)
         elif suffix == ".json" and is_list:
-            yield from _json_list_rows(path)
+            yield from _read_json_list(path)
         else:
-            yield from _jsonl_rows(path)
+            yield from _read_jsonl(path)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8, or give {_types_allowed()}"
+            f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8, or give {_describe_allowed_types()}"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: can't read it ({error.strerror or error}); give a file that can be read") from None
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         lines = enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), start=1)
         for number, line in lines:
@@ -165,16 +167,16 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 )
             if not line.strip():
                 continue
-            fields, wrong = _object_of(line)
+            fields, wrong = _parse_object(line)
             if wrong:
-                broken = [other for other, text in lines if text.strip() and _object_of(text)[1]]
+                broken = [other for other, text in lines if text.strip() and _parse_object(text)[1]]
                 shown = ", ".join(map(str, broken[:MAX_SHOWN_LINES])) + (", …" if len(broken) > MAX_SHOWN_LINES else "")
                 others = f" ({len(broken):,} more: {shown})" if broken else ""
                 raise DataError(f"{path}:{number}: {wrong}{others}; give one JSON object a line")
             yield Row(fields, f"{path}:{number}")
 
 
-def _object_of(line: str) -> tuple[dict[str, Any], str]:
+def _parse_object(line: str) -> tuple[dict[str, Any], str]:
     """`(the object of a line, what is wrong with it)`."""
     try:
         fields = parse_json(line)
@@ -183,7 +185,7 @@ def _object_of(line: str) -> tuple[dict[str, Any], str]:
     return (fields, "") if isinstance(fields, dict) else ({}, f"got a {type(fields).__name__}")
 
 
-def _json_list_rows(path: Path) -> Iterator[Row]:
+def _read_json_list(path: Path) -> Iterator[Row]:
     try:
         rows = parse_json(path.read_text(encoding="utf-8-sig"))
     except UnreadableError as error:
@@ -196,7 +198,7 @@ def _json_list_rows(path: Path) -> Iterator[Row]:
         yield Row(fields, f"{path}: entry {number}")
 
 
-def cell_delimiter(path: Path) -> str:
+def detect_delimiter(path: Path) -> str:
     """Return what stands between the cells of a CSV or TSV file. Spreadsheets of many countries write semicolons."""
     with path.open(encoding="utf-8-sig", newline="") as lines:
         header = lines.readline()
@@ -205,9 +207,9 @@ def cell_delimiter(path: Path) -> str:
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_CSV_FIELD_LIMIT)
-    delimiter = cell_delimiter(path)
+    delimiter = detect_delimiter(path)
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
@@ -221,7 +223,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             raise DataError(f"{path}:{reader.line_num}: not {path.suffix[1:].upper()} ({error})") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -241,26 +243,26 @@ def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
-def _saved_dataset_rows(folder: Path) -> RowsBySplit:
+def _read_saved_dataset(folder: Path) -> RowsBySplit:
     """Rows of the Arrow tables without decoding: no file or address that a row names is opened."""
     import datasets
 
-    with _reading_saved(folder):
-        _require_own_files(folder)
+    with _report_damaged_dataset(folder):
+        _require_files_in_folder(folder)
         loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
-        return _rows_in_memory({name: _plain_rows(split, folder) for name, split in loaded.items()})
-    return _rows_in_memory(_plain_rows(loaded, folder))
+        return _read_memory({name: _iterate_arrow_rows(split, folder) for name, split in loaded.items()})
+    return _read_memory(_iterate_arrow_rows(loaded, folder))
 
 
-def _plain_rows(dataset: Any, folder: Path) -> Iterator[dict[str, Any]]:
-    with _reading_saved(folder):
+def _iterate_arrow_rows(dataset: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    with _report_damaged_dataset(folder):
         for table in dataset.with_format("arrow").iter(batch_size=1000):
             yield from table.to_pylist()
 
 
 @contextmanager
-def _reading_saved(folder: Path) -> Iterator[None]:
+def _report_damaged_dataset(folder: Path) -> Iterator[None]:
     """Report what `datasets` raises on damaged files as a `DataError`."""
     import pyarrow
 
@@ -274,7 +276,7 @@ def _reading_saved(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _require_own_files(folder: Path) -> None:
+def _require_files_in_folder(folder: Path) -> None:
     """Reject a saved dataset with splits or tables outside its folder."""
     splits = folder / "dataset_dict.json"
     names = read_json_object(splits)["splits"] if splits.exists() else []
@@ -284,10 +286,10 @@ def _require_own_files(folder: Path) -> None:
             raise DataError(f"{folder}: names {name!r}, which is not in the folder; save the dataset again")
 
 
-def split_of(stem: str) -> SplitName | None:
+def parse_split_name(stem: str) -> SplitName | None:
     """The split that a file's name says."""
     return SPLIT_NAMES.get(re.split("[-_. ]", stem)[0].lower())
 
 
-def _types_allowed() -> str:
+def _describe_allowed_types() -> str:
     return f"a file ending in {', '.join(FILE_TYPES)}, a folder of such files, or a saved `datasets` folder"

@@ -23,22 +23,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow
 
-from rightrank.data.files import is_text
-from rightrank.data.forms import DataForm, Example, Shape, example_of, json_value, shape_of
-from rightrank.data.rows import Row, RowsBySplit, held_out_fields, read_rows
+from rightrank.data.files import is_encodable
+from rightrank.data.forms import DataForm, Example, Shape, build_example, detect_shape, to_json_value
+from rightrank.data.rows import Row, RowsBySplit, read_held_out_rows, read_rows
 from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary
-from rightrank.schema.settings import MAX_EVAL_ITEMS, OF_ANY_NUMBER, SelectSettings
-from rightrank.schema.trials import SplitName, split_name
+from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES, NO_SPLIT_OVERRIDES, SelectSettings
+from rightrank.schema.trials import SplitName
 
 MAX_SHOWN_CLASSES = 8
-MANY_GROUPS = 1000  # of which no split is too small
-FIRST_ROWS = 256  # by which a prompt is taken for a question, or for one of a few instructions
-ROWS_OF_AN_INSTRUCTION = 16  # a prompt that so many of them share on average is one
+MAX_COUNTED_GROUPS = 1000  # of which no split is too small
+MAX_DETECTION_ROWS = 256  # by which a prompt is taken for a question, or for one of a few instructions
+MIN_ROWS_PER_INSTRUCTION = 16  # a prompt that so many of them share on average is one
 SAMPLE_STREAM = int.from_bytes(b"rightrank")  # of `sample_indices` alone, whatever the seed
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
-HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
+HELD_OUT: tuple[SplitName, ...] = ("validation", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
 FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose columns all exist is used
     ("preference", ("prompt", "chosen", "rejected")),
@@ -74,9 +74,9 @@ class ExampleStore(Store[Example]):
     )
 
     def row(self, entry: Example) -> Mapping[str, Any]:
-        content = _written(entry)
+        content = _serialize_content(entry)
         where = os.fsencode(entry.where)
-        numbers = {"number": int(entry.item_id, 16), "group": entry.group, "alike": _alike(content)}
+        numbers = {"number": int(entry.example_id, 16), "group": entry.group, "alike": _hash_normalized_text(content)}
         return {**numbers, "content": content, "where": where}
 
     def entry(self, row: Mapping[str, Any]) -> Example:
@@ -101,9 +101,9 @@ class DataSplits:
         assert self.summary.form != "own"
         return self.summary.form
 
-    def without(self, item_ids: Container[str]) -> DataSplits:
-        """The splits of `load_all` without these examples."""
-        kept = [example for example in self.examples["selection"] if example.item_id not in item_ids]
+    def exclude_examples(self, example_ids: Container[str]) -> DataSplits:
+        """The splits of `load_held_out` without these examples."""
+        kept = [example for example in self.examples["validation"] if example.example_id not in example_ids]
         return replace(self, examples=dict.fromkeys(self.examples, kept))
 
 
@@ -127,30 +127,34 @@ def load_data(
     rows = read_rows(source)
     name = str(source) if isinstance(source, Path) else "the data"
     if settings.validation:
-        rows = _with_validation(rows, Path(settings.validation), name)
+        rows = _add_validation(rows, Path(settings.validation), name)
     form, columns, shape, rows = _detect_form(rows, name, settings.columns)
-    by_prompt, rows = _by_prompt(rows)
-    read = _Reading(form, columns, settings, by_prompt)
-    stored = ExampleStore(read.training(rows), folder)
+    by_prompt, rows = _detect_prompt_groups(rows)
+    read = _ExampleReader(form, columns, settings, by_prompt)
+    stored = ExampleStore(read.read_training_examples(rows), folder)
     examples: dict[SplitName, Sequence[Example]] = {"train": stored}
-    limit = settings.held_out_items(len(stored))
-    examples |= {split: held.examples()[:limit] for split, held in read.held_out.items()}
+    limit = settings.compute_max_eval_examples(len(stored))
+    examples |= {split: held.items()[:limit] for split, held in read.held_out.items()}
     begun = {split: kept[:begun_items] if split in HELD_OUT else kept for split, kept in examples.items()}
     examples["test"] = begun["test"]
     is_given = None not in rows
     held_out = sum(len(held.ids) for held in read.held_out.values())
     count = len(stored) + held_out + read.unreadable + read.equal_pairs
     read.require_groups(name)
-    _check_sizes(examples, settings, name, None if is_given else count, read.groups)
+    _require_split_sizes(examples, settings, name, None if is_given else count, read.groups)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
-    grouped = {split: group_numbers(examples[split]) for split in HELD_OUT}
+    grouped = {split: number_groups(examples[split]) for split in HELD_OUT}
     validation, test = (np.unique(np.frombuffer(read.held_out[split].ids, np.uint64)) for split in HELD_OUT)
     groups = np.unique(np.array([example.group for example in evaluated], np.uint64))
     distinct = len(validation) + len(test)
     both = np.union1d(validation, test)
-    leaked = both[_are_in(both, stored.numbers())]  # into train
+    leaked = both[_find_members(both, stored.numbers())]  # into train
     known = set(leaked.tolist())
-    near = [_alike(_written(example)) for example in evaluated if int(example.item_id, 16) not in known]
+    near = [
+        _hash_normalized_text(_serialize_content(example))
+        for example in evaluated
+        if int(example.example_id, 16) not in known
+    ]
     alike = np.unique(np.array(near, np.uint64))
     summary = DataSummary(
         form=form,
@@ -160,8 +164,8 @@ def load_data(
         duplicates_across_splits=int(
             np.isin(validation, leaked).sum() + np.isin(test, np.union1d(validation, leaked)).sum()
         ),
-        near_duplicates_across_splits=int(_are_in(alike, stored.numbers("alike")).sum()),
-        classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
+        near_duplicates_across_splits=int(_find_members(alike, stored.numbers("alike")).sum()),
+        classes=_list_classes(read.labels, examples, name, classes) if form == "classification" else None,
         unreadable=read.unreadable,
         rows=count,
         repeated=held_out - distinct,
@@ -170,12 +174,12 @@ def load_data(
         renamed={} if shape is None else dict(shape.renamed),
         equal_pairs=read.equal_pairs,
         grouped_by=read.grouped_by if any(grouped.values()) else None,
-        groups_across_splits=int(_are_in(groups, stored.numbers("group")).sum()) if any(grouped.values()) else 0,
+        groups_across_splits=int(_find_members(groups, stored.numbers("group")).sum()) if any(grouped.values()) else 0,
     )
-    return DataSplits(summary, examples, _fingerprint(stored, begun))
+    return DataSplits(summary, examples, _compute_fingerprint(stored, begun))
 
 
-def load_all(
+def load_held_out(
     source: Path, settings: SelectSettings, classes: Sequence[str] | None = None
 ) -> tuple[DataSplits, SelectSettings]:
     """Every row as a held-out example, the same in each split, and settings that evaluate all of them.
@@ -185,43 +189,45 @@ def load_all(
     Raises:
         DataError: rows that can't be used, or fewer than two.
     """
-    listed = held_out_fields(source)
+    listed = read_held_out_rows(source)
     if len(listed) < 2:
         raise DataError(f"{source}: {len(listed)} rows; 2 or more are needed to tell a difference from noise")
-    settings = settings.model_copy(update={"eval_items": len(listed), "ranks": (1,)})
+    settings = settings.model_copy(update={"max_eval_examples": len(listed), "ranks": (1,)})
     rows = {"train": listed, "validation": listed, "test": listed}
-    splits = load_data(rows, settings.model_copy(update=OF_ANY_NUMBER), classes=classes)
+    splits = load_data(rows, settings.model_copy(update=NO_SPLIT_OVERRIDES), classes=classes)
     return splits, settings
 
 
-class _Reading:
+class _ExampleReader:
     """The rows as they are read: training examples in turn, held-out ones with the smallest hashes, and counts."""
 
     def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings, by_prompt: bool) -> None:
-        self.held_out: dict[SplitName, _SmallestHashes] = {
-            split: _SmallestHashes(settings.eval_items or MAX_EVAL_ITEMS) for split in HELD_OUT
+        self.held_out: dict[SplitName, _HashSample] = {
+            split: _HashSample(settings.max_eval_examples or DEFAULT_MAX_EVAL_EXAMPLES) for split in HELD_OUT
         }
         self.labels: Counter[str] = Counter()  # classification: of the training examples
         self.unreadable = 0
         self.equal_pairs = 0
         self.grouped_by = settings.group or ("prompt" if by_prompt else "group")
         self._form, self._columns, self._settings, self._by_prompt = form, columns, settings, by_prompt
-        self._first_of: dict[int, str] = {}  # group → its first example, until there are many and one has two examples
+        self._first_example_ids: dict[
+            int, str
+        ] = {}  # group → its first example, until there are many and one has two examples
         self._is_shared = False  # a group by several examples
 
-    def training(self, rows: RowsBySplit) -> Iterator[Example]:
+    def read_training_examples(self, rows: RowsBySplit) -> Iterator[Example]:
         """Yield the training examples; keep what is held out."""
         for split in (None, *SPLITS):
             for row in rows.get(split, ()):
-                if not all(map(is_text, _strings([row.fields.get(name) for name in self._columns]))):
+                if not all(map(is_encodable, _iterate_strings([row.fields.get(name) for name in self._columns]))):
                     self.unreadable += 1  # a lone surrogate can't be encoded as UTF-8
                     continue
-                example = example_of(row, self._form, self._columns)
+                example = build_example(row, self._form, self._columns)
                 if self._form == "preference" and example.content["chosen"] == example.content["rejected"]:
                     self.equal_pairs += 1  # no adapter can tell them apart
                     continue
-                example = replace(example, group=self._group_of(row, example))
-                place = _split_of(split, example, rows, self._settings)
+                example = replace(example, group=self._batch_numbers(row, example))
+                place = _assign_split(split, example, rows, self._settings)
                 if place != "train":
                     self.held_out[place].add(example)
                     continue
@@ -229,7 +235,7 @@ class _Reading:
                     self.labels[str(example.content["label"])] += 1
                 yield example
 
-    def _group_of(self, row: Row, example: Example) -> int:
+    def _batch_numbers(self, row: Row, example: Example) -> int:
         """A hash of the row's value in the column of groups, else of the prompt, else of the example alone."""
         column = self._settings.group
         value = row.fields.get(column or "group")
@@ -240,31 +246,35 @@ class _Reading:
                 f"{row.where}: no value in a column {column!r}, which columns names for `group`; there are {', '.join(row.fields)}: name one that "
                 "every row has, or leave it out"
             )
-        prompt = _prompt_of(example.content) if self._by_prompt and is_missing else None
+        prompt = _extract_prompt(example.content) if self._by_prompt and is_missing else None
         if is_missing:
             key = (
-                example.item_id
+                example.example_id
                 if prompt is None
-                else f"prompt:{json.dumps(prompt, sort_keys=True, default=json_value)}"
+                else f"prompt:{json.dumps(prompt, sort_keys=True, default=to_json_value)}"
             )
         else:
-            key = f"group:{value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=json_value)}"
+            key = (
+                f"group:{value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=to_json_value)}"
+            )
             self.grouped_by = column or "group"
         group = int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
-        if len(self._first_of) < MANY_GROUPS or (column and not self._is_shared):
-            first = self._first_of.setdefault(group, example.item_id)
-            self._is_shared |= first != example.item_id
+        if len(self._first_example_ids) < MAX_COUNTED_GROUPS or (column and not self._is_shared):
+            first = self._first_example_ids.setdefault(group, example.example_id)
+            self._is_shared |= first != example.example_id
         return group
 
     @property
     def groups(self) -> int:
         """The number of groups; 0 where there are many, or none of several examples."""
-        return len(self._first_of) if self._is_shared and len(self._first_of) < MANY_GROUPS else 0
+        return (
+            len(self._first_example_ids) if self._is_shared and len(self._first_example_ids) < MAX_COUNTED_GROUPS else 0
+        )
 
     def require_groups(self, name: str) -> None:
         """Refuse a column that groups nothing: one of a single value, or one whose value no two rows share."""
         column = self._settings.group
-        if column and (len(self._first_of) == 1 or (self._first_of and not self._is_shared)):
+        if column and (len(self._first_example_ids) == 1 or (self._first_example_ids and not self._is_shared)):
             what = "all rows share" if self._is_shared else "no two rows share"
             raise DataError(
                 f"{name}: {what} a value of {column!r}, which columns names for `group`; name a column with several values, each of several "
@@ -272,11 +282,11 @@ class _Reading:
             )
 
 
-def _written(example: Example) -> str:
-    return json.dumps(dict(example.content), ensure_ascii=False, default=json_value)
+def _serialize_content(example: Example) -> str:
+    return json.dumps(dict(example.content), ensure_ascii=False, default=to_json_value)
 
 
-def _alike(written: str) -> int:
+def _hash_normalized_text(written: str) -> int:
     """The same number for examples that differ in white space and case alone."""
     for escaped in ("\\n", "\\r", "\\t", "\\f"):
         written = written.replace(escaped, " ")
@@ -284,17 +294,17 @@ def _alike(written: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _by_prompt(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
+def _detect_prompt_groups(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
     """Whether rows with the same prompt belong together, and all rows: not where the first ones share a few instructions."""
     for split, in_split in rows.items():
-        if first := list(islice(in_split, FIRST_ROWS)):
-            prompts = {json.dumps(_prompt_of(row.fields), sort_keys=True, default=json_value) for row in first}
-            least = max(2, len(first) // ROWS_OF_AN_INSTRUCTION)
+        if first := list(islice(in_split, MAX_DETECTION_ROWS)):
+            prompts = {json.dumps(_extract_prompt(row.fields), sort_keys=True, default=to_json_value) for row in first}
+            least = max(2, len(first) // MIN_ROWS_PER_INSTRUCTION)
             return len(first) == 1 or len(prompts) >= least, {**rows, split: chain(first, in_split)}
     return True, rows
 
 
-def _prompt_of(content: Mapping[str, Any]) -> Any:
+def _extract_prompt(content: Mapping[str, Any]) -> Any:
     """The prompt, or what is said before the assistant's first turn; None where nobody asks."""
     messages = content.get("messages")
     if not isinstance(messages, list):
@@ -304,44 +314,44 @@ def _prompt_of(content: Mapping[str, Any]) -> Any:
     return asked if any(turn.get("role") == "user" for turn in asked) else None
 
 
-def group_numbers(examples: Iterable[Example]) -> list[int] | None:
+def number_groups(examples: Iterable[Example]) -> list[int] | None:
     """The groups of examples, numbered as they come; None where no two examples share one, or all do."""
     places: dict[int, int] = {}
     numbers = [places.setdefault(example.group, len(places)) for example in examples]
     return numbers if 1 < len(places) < len(numbers) else None
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _iterate_strings(value: Any) -> Iterator[str]:
     """All strings in a cell or example, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for inner in value.values():
-            yield from _strings(inner)
+            yield from _iterate_strings(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _strings(inner)
+            yield from _iterate_strings(inner)
 
 
-class _SmallestHashes:
+class _HashSample:
     """Keeps the `limit` distinct examples with the smallest hashes, so that few change when the data set grows."""
 
     def __init__(self, limit: int) -> None:
         self.ids = array("Q")  # of all examples that were added
         self._limit = limit
-        self._kept: dict[str, Example] = {}
+        self._examples_by_id: dict[str, Example] = {}
 
     def add(self, example: Example) -> None:
-        self.ids.append(int(example.item_id, 16))
-        self._kept[example.item_id] = example
-        if len(self._kept) > 2 * self._limit + 1000:
-            self._kept = {kept.item_id: kept for kept in self.examples()}
+        self.ids.append(int(example.example_id, 16))
+        self._examples_by_id[example.example_id] = example
+        if len(self._examples_by_id) > 2 * self._limit + 1000:
+            self._examples_by_id = {kept.example_id: kept for kept in self.items()}
 
     def examples(self) -> list[Example]:
-        return [self._kept[item_id] for item_id in sorted(self._kept)[: self._limit]]
+        return [self._examples_by_id[example_id] for example_id in sorted(self._examples_by_id)[: self._limit]]
 
 
-def _are_in(numbers: npt.NDArray[np.uint64], parts: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
+def _find_members(numbers: npt.NDArray[np.uint64], parts: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
     """Whether each of `numbers`, which are sorted, is in one of the parts; no array as long as all parts is made."""
     are_in = np.zeros(len(numbers), np.bool_)
     for part in parts if len(numbers) else ():
@@ -350,25 +360,25 @@ def _are_in(numbers: npt.NDArray[np.uint64], parts: Iterable[npt.NDArray[np.uint
     return are_in
 
 
-def _fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
+def _compute_fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
     digest = hashlib.sha256(b"train:")
     for numbers in train.numbers():
         digest.update("".join(f"{number:016x}" for number in numbers.tolist()).encode())
     for split in HELD_OUT:
         digest.update(f"{split}:".encode())
         for example in examples[split]:
-            digest.update(example.item_id.encode())
+            digest.update(example.example_id.encode())
     return digest.hexdigest()
 
 
-def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
+def _add_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
     """`rows` with the rows of `file` as the validation split; what was not split yet is the train split."""
-    if "selection" in rows:
+    if "validation" in rows:
         raise DataError(f"{name}: has a validation split, and validation names {file}; give one of them")
     given = read_rows(file)
-    chosen = given["selection"] if "selection" in given else chain.from_iterable(given.values())
+    chosen = given["validation"] if "validation" in given else chain.from_iterable(given.values())
     others: RowsBySplit = {"train" if split is None else split: read for split, read in rows.items()}
-    return {**others, "selection": chosen}
+    return {**others, "validation": chosen}
 
 
 def _detect_form(
@@ -384,7 +394,7 @@ def _detect_form(
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
     known = {column for _, columns in FORMS for column in columns} | {"group"}
-    shape = shape_of(first, [entry for entry in named if not entry.startswith("group=")], known)
+    shape = detect_shape(first, [entry for entry in named if not entry.startswith("group=")], known)
     changed = first if shape is None else shape(first)
     if shape is not None:
         begun = {split: map(shape, in_split) for split, in_split in begun.items()}
@@ -399,12 +409,12 @@ def _detect_form(
     )
 
 
-def _split_of(given: SplitName | None, example: Example, rows: RowsBySplit, settings: SelectSettings) -> SplitName:
+def _assign_split(given: SplitName | None, example: Example, rows: RowsBySplit, settings: SelectSettings) -> SplitName:
     """The split of an example: the given one; by hash for the held-out splits that are not given, which rows without a split or those of train fill."""
     if given not in (None, "train"):
         return given
     share = (example.group >> 12) / 16**13
-    fractions: dict[SplitName, float] = {"test": settings.test_fraction, "selection": settings.validation_fraction}
+    fractions: dict[SplitName, float] = {"test": settings.test_fraction, "validation": settings.validation_fraction}
     for split, fraction in fractions.items():
         if split in rows:
             continue
@@ -414,28 +424,28 @@ def _split_of(given: SplitName | None, example: Example, rows: RowsBySplit, sett
     return "train"
 
 
-def _check_sizes(
+def _require_split_sizes(
     examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, rows: int | None, groups: int
 ) -> None:
     """Refuse a split with too few examples; `rows` and `groups` are what the splits were made from, if they were made."""
     least_test = 2 if settings.test_fraction or examples["test"] else 0
-    needed: dict[SplitName, int] = {"train": settings.items_per_step, "selection": 2, "test": least_test}
+    needed: dict[SplitName, int] = {"train": settings.examples_per_step, "validation": 2, "test": least_test}
     for split, least in needed.items():
         if len(examples[split]) < least:
-            larger = "" if split == "train" else f", or a larger {split_name(split)}_fraction"
+            larger = "" if split == "train" else f", or a larger {split}_fraction"
             few = f" in {groups:,} groups" if groups else ""
             origin = "" if rows is None else f", from {rows:,} rows{few}"
             remedy = (
-                f"give a {split_name(split)} split of {least} or more"
+                f"give a {split} split of {least} or more"
                 if rows is None
                 else f"give more {'groups' if groups else 'rows that differ'}{larger}"
             )
             raise DataError(
-                f"{name}: {len(examples[split])} distinct examples for the {split_name(split)} split, at least {least} needed{origin}; {remedy}"
+                f"{name}: {len(examples[split])} distinct examples for the {split} split, at least {least} needed{origin}; {remedy}"
             )
 
 
-def _classes(
+def _list_classes(
     labels: Mapping[str, int],
     examples: Mapping[SplitName, Sequence[Example]],
     name: str,
@@ -443,7 +453,7 @@ def _classes(
 ) -> list[str]:
     """The classes given, or the labels in train: numbers by size, names by the alphabet."""
     if given is not None:
-        _require_known(examples, given)
+        _require_known_labels(examples, given)
         return list(given)
     if len(labels) < 2:
         raise DataError(f"{name}: one class only ({next(iter(labels))!r}); give two or more labels in train")
@@ -451,12 +461,12 @@ def _classes(
         for example in examples[split]:
             if str(example.content["label"]) not in labels:
                 raise DataError(
-                    f"{example.where}: label {example.content['label']!r} of the {split_name(split)} split does not occur in train; add examples of it to train"
+                    f"{example.where}: label {example.content['label']!r} of the {split} split does not occur in train; add examples of it to train"
                 )
     return sorted(labels, key=int) if all(map(_NUMBER.fullmatch, labels)) else sorted(labels)
 
 
-def _require_known(examples: Mapping[SplitName, Sequence[Example]], classes: Sequence[str]) -> None:
+def _require_known_labels(examples: Mapping[SplitName, Sequence[Example]], classes: Sequence[str]) -> None:
     known = set(classes)
     for example in chain.from_iterable(examples.values()):
         if str(example.content["label"]) not in known:

@@ -43,7 +43,7 @@ class Store(Sequence[Entry]):
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the file
         self._reader: Any = pyarrow.ipc.open_file(pyarrow.py_buffer(self._mapped))
         self._rows: int = sum(batch.num_rows for batch in self.batches())
-        self._give_back()
+        self._release_pages()
 
     @abstractmethod
     def row(self, entry: Entry) -> Mapping[str, Any]:
@@ -63,9 +63,9 @@ class Store(Sequence[Entry]):
     def __iter__(self) -> Iterator[Entry]:
         for batch in self.batches():
             yield from map(self.entry, batch.to_pylist())
-            self._give_back()
+            self._release_pages()
 
-    def _give_back(self) -> None:
+    def _release_pages(self) -> None:
         """Let the pages of the file leave the process's memory; the system reads them again where they are needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED)
@@ -89,7 +89,7 @@ class EncodedExample:
     A preference pair holds two sequences, the chosen one and the rejected one, end to end.
     """
 
-    item_id: str
+    example_id: str
     input_ids: Sequence[int]
     labels: Sequence[int]  # n labels, aligned with input_ids (not shifted); or [class]
     first_length: int = 0  # tokens of the first sequence of two; 0: the example is one sequence
@@ -111,7 +111,7 @@ class TokenStore(Store[EncodedExample]):
 
     schema = pyarrow.schema(
         {
-            "item_id": pyarrow.string(),
+            "example_id": pyarrow.string(),
             "input_ids": pyarrow.list_(pyarrow.int32()),
             "labels": pyarrow.list_(pyarrow.int32()),
             "first_length": pyarrow.int32(),
@@ -120,30 +120,30 @@ class TokenStore(Store[EncodedExample]):
 
     def row(self, entry: EncodedExample) -> Mapping[str, Any]:
         ids, labels = (np.asarray(values, np.int32) for values in (entry.input_ids, entry.labels))
-        return {"item_id": entry.item_id, "input_ids": ids, "labels": labels, "first_length": entry.first_length}
+        return {"example_id": entry.example_id, "input_ids": ids, "labels": labels, "first_length": entry.first_length}
 
     def entry(self, row: Mapping[str, Any]) -> EncodedExample:
         return EncodedExample(**row)
 
     @property
-    def item_ids(self) -> set[str]:
-        return {item_id for batch in self.batches() for item_id in batch["item_id"].to_pylist()}
+    def example_ids(self) -> set[str]:
+        return {example_id for batch in self.batches() for example_id in batch["example_id"].to_pylist()}
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """[examples], in tokens."""
-        return self._numbers(lambda batch: pyarrow.compute.list_value_length(batch["input_ids"]))
+        return self._read_column(lambda batch: pyarrow.compute.list_value_length(batch["input_ids"]))
 
     @property
     def longest_sequences(self) -> npt.NDArray[np.int64]:
         """[examples], the tokens of each example's longest sequence."""
-        firsts = self._numbers(lambda batch: batch["first_length"])
+        firsts = self._read_column(lambda batch: batch["first_length"])
         return np.asarray(np.maximum(firsts, self.lengths - firsts), np.int64)
 
-    def _numbers(self, column: Callable[[Any], Any]) -> npt.NDArray[np.int64]:
+    def _read_column(self, column: Callable[[Any], Any]) -> npt.NDArray[np.int64]:
         """[examples], a whole number of each."""
         numbers = np.empty(len(self), np.int64)
         for number, batch in enumerate(self.batches()):
             numbers[number * ROWS :][: batch.num_rows] = column(batch).to_numpy()
-        self._give_back()
+        self._release_pages()
         return numbers

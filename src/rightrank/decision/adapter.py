@@ -27,7 +27,7 @@ from rightrank.decision.table import (
     spread_sentence,
     table_of,
 )
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterMethod
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind, MetricKind, default_margin, metric_kind
 from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
@@ -35,11 +35,11 @@ from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 SEARCH = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
 NAMED = {
     "rank",
-    "how",
+    "method",
     "trial_id",
     "difference",
     "difference_high",
-    "spread",
+    "distribution",
 }  # what an answer says of the adapter that it names
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 
@@ -130,11 +130,11 @@ def improved_by_training(
     against, present = _against_reference(answer, files, criterion), files[answer.trial_id]
     better: list[AdapterCandidate] = []
     for file in files.values():
-        if file.how != "trained" or file.trial.rank > answer.rank or file is present:
+        if file.method != "trained" or file.trial.rank > answer.rank or file is present:
             continue
         candidate = against.candidate(file)
         is_lower = file.trial.rank < answer.rank
-        if candidate.holds and (is_lower or bounds_of(against.difference(file.cell, present.cell)).high < 0):
+        if candidate.is_within_margin and (is_lower or bounds_of(against.difference(file.cell, present.cell)).high < 0):
             better.append(candidate)
     if not better:
         return None
@@ -161,13 +161,13 @@ def compared_adapters(
         return answer.candidates
     against = _against_reference(answer, files, criterion)
     shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].cell.loss)]
-    places = {(file.trial.rank, file.how) for file in shown}
+    places = {(file.trial.rank, file.method) for file in shown}
     for file in sorted(files.values(), key=lambda file: file.cell.loss):
-        place = file.trial.rank, file.how
+        place = file.trial.rank, file.method
         if file.trial.truncate_from in (None, answer.trained_id) and place not in places:
             places.add(place)
             shown.append(file)
-    return [against.candidate(file) for file in sorted(shown, key=lambda file: (-file.trial.rank, file.how))]
+    return [against.candidate(file) for file in sorted(shown, key=lambda file: (-file.trial.rank, file.method))]
 
 
 def test_difference(
@@ -182,19 +182,19 @@ def test_difference(
         return sign * (chosen.value - reference.value), None
     (ours, weights), (theirs, _) = sides[0], sides[1]
     span = span_of(metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
-    groups = groups_of(chosen.item_groups, len(weights))
+    groups = groups_of(chosen.example_groups, len(weights))
     paired = estimate(sign * (ours - theirs)[None, :], weights, span, groups)
     return paired.mean, bounds_of(paired).high if paired.examples else None
 
 
 def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
     """`(sums, weights)` by example; None for a metric without scores by example on the test split."""
-    correct = test.item_correct if metric == "accuracy" else None
-    values = test.item_losses if metric == "loss" else correct or test.item_metrics.get(metric)
+    correct = test.example_correct if metric == "accuracy" else None
+    values = test.example_losses if metric == "loss" else correct or test.example_metrics.get(metric)
     if values is None:
         return None
     scores = np.asarray(values, dtype=np.float64)
-    return scores, np.asarray(test.item_tokens, dtype=np.float64) if metric == "loss" else np.ones_like(scores)
+    return scores, np.asarray(test.example_tokens, dtype=np.float64) if metric == "loss" else np.ones_like(scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ class AdapterFile:
     kind: MetricKind
 
     @property
-    def how(self) -> AdapterOrigin:
+    def method(self) -> AdapterMethod:
         return "trained" if self.trial.truncate_from is None else "truncated"
 
 
@@ -242,14 +242,14 @@ class Against:
         decides = high if high is not None else difference if self.criterion.trusts_values else math.inf
         return AdapterCandidate(
             rank=file.trial.rank,
-            how=file.how,
+            method=file.method,
             trial_id=file.trial.trial_id,
             value=file.cell.value,
             difference=difference,
             difference_low=low,
             difference_high=high,
-            holds=is_within(decides, self.margin),
-            spread=spread,
+            is_within_margin=is_within(decides, self.margin),
+            distribution=spread,
         )
 
 
@@ -269,9 +269,9 @@ def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict[str
         and criterion.metric in outcome.metrics
     ]
     files: dict[str, AdapterFile] = {}
-    lengths = {len(items[0]) if (items := trial.items(criterion.metric)) else 0 for trial in trials}
+    lengths = {len(items[0]) if (items := trial.get_weighted_scores(criterion.metric)) else 0 for trial in trials}
     for trial in trials:
-        bare = trial if len(lengths) == 1 else trial.model_copy(update={"item_losses": [], "item_tokens": []})
+        bare = trial if len(lengths) == 1 else trial.model_copy(update={"example_losses": [], "example_tokens": []})
         table = table_of([bare], criterion.metric, criterion.higher_is_better, loss=criterion.loss)
         files[trial.trial_id] = AdapterFile(trial, next(iter(table.cells.values())), table.kind)
     return files
@@ -285,7 +285,7 @@ def _claim(candidate: AdapterCandidate, other: str, against: Against) -> str:
     if candidate.difference_high is None:
         return f"its held-out difference from {other} is {candidate.difference:+.2g}, within the margin of {margin}."
     over = "tokens" if against.reference.kind == "token_loss" else "examples"
-    spread = "" if candidate.spread is None else f" {spread_sentence(candidate.spread)}"
+    spread = "" if candidate.distribution is None else f" {spread_sentence(candidate.distribution)}"
     return (
         f"it is no worse than {other} by more than the margin of {margin}, with {CONFIDENCE:.0%} confidence, on average over "
         f"held-out {over} (difference {candidate.difference:+.2g}, upper bound {candidate.difference_high:+.2g}).{spread}"
@@ -296,7 +296,7 @@ def _walk(children: Sequence[AdapterFile], against: Against, top_rank: int) -> A
     """The smallest file that holds, from the top downward."""
     chosen = against.reference
     for rank in sorted({file.trial.rank for file in children if file.trial.rank < top_rank}, reverse=True):
-        holding = [file for file in children if file.trial.rank == rank and against.candidate(file).holds]
+        holding = [file for file in children if file.trial.rank == rank and against.candidate(file).is_within_margin]
         if not holding:
             break
         chosen = min(holding, key=lambda file: file.cell.loss)
@@ -321,7 +321,7 @@ def _notes(
     answer: AdapterCandidate, candidates: Sequence[AdapterCandidate], top: AdapterFile, against: Against
 ) -> list[str]:
     notes, criterion = [], against.criterion
-    failing = [cut.rank for cut in candidates if cut.rank < answer.rank and not cut.holds]
+    failing = [cut.rank for cut in candidates if cut.rank < answer.rank and not cut.is_within_margin]
     if failing and max(failing) <= MAX_DIRECT_RANK:
         notes.append(
             f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
@@ -336,7 +336,7 @@ def _notes(
     measures_the_metric = criterion.points_are_of_the_metric and top.trial.value_metric is None
     points = top.trial.points if measures_the_metric else []
     best = best_point(points, criterion.higher_is_better) if points else None
-    kept = top.trial.kept_step
+    kept = top.trial.checkpoint_step
     if kept is not None:
         notes.append(f"The best checkpoint of rank {top.trial.rank} is used: step {kept} of {top.trial.steps}.")
     elif best is not None and not is_within(abs(points[-1].value - best.value), against.margin):
@@ -356,7 +356,7 @@ def probable_ranks(answer: AdapterAnswer) -> tuple[int, int]:
 def smallest_holding_truncation(answer: AdapterAnswer) -> int:
     """The smallest truncation within the margin of the top, from the top downward; else the top's rank."""
     smallest = answer.trained_rank
-    truncated = [candidate for candidate in answer.candidates if candidate.how == "truncated"]
+    truncated = [candidate for candidate in answer.candidates if candidate.method == "truncated"]
     for candidate in sorted(truncated, key=lambda candidate: -candidate.rank):
         if not is_within(candidate.difference, answer.margin):
             break
@@ -372,12 +372,12 @@ class Making:
     trained_rank: int
     learning_rate: float
     steps: int  # of the training; 0: a custom trainer's own number
-    kept_step: int | None  # of the best checkpoint; None: the last
+    checkpoint_step: int | None  # of the best checkpoint; None: the last
     truncation: str | None  # the method; None: it was not truncated
 
     def sentence(self) -> str:
         """Such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
-        kept = "" if self.kept_step is None else f" step {self.kept_step} of"
+        kept = "" if self.checkpoint_step is None else f" step {self.checkpoint_step} of"
         steps = f",{kept} {self.steps} steps" if self.steps else ""
         rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: not known
         how = f"{rate}{steps}".removeprefix(", ")
@@ -398,6 +398,6 @@ def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making
         trained_rank=parent.rank,
         learning_rate=parent.learning_rate,
         steps=parent.steps,
-        kept_step=parent.kept_step,
+        checkpoint_step=parent.checkpoint_step,
         truncation=METHODS[trial.truncation or "svd"] if is_truncated else None,
     )

@@ -339,7 +339,7 @@ def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> floa
 def _is_rare(differing: int, influence: Floats) -> bool:
     """Whether so few examples differ that their own variance says too little.
 
-    Of shares (`train.metrics.macro_f1`) one other prediction moves nearly all of them a little: what counts is how many carry the variance.
+    Of shares (`train.metrics.score_macro_f1`) one other prediction moves nearly all of them a little: what counts is how many carry the variance.
     """
     if differing <= MAX_RARE or 2 * differing <= len(influence):
         return differing <= MAX_RARE

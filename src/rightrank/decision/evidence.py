@@ -2,11 +2,11 @@
 
 The data decide what an interval rests on (`Evidence.basis`):
 
-    items and seeds   examples and seeds vary: the closed form of two crossed factors
-    items             one seed: the examples are measured, and the noise over seeds is unknown
-    seeds             one number a training, two or more trainings at a rank
-    std               one number a rank with a stated standard deviation
-    values            one number a rank and no deviation: scatter about the curve
+    examples and seeds  examples and seeds vary: the closed form of two crossed factors
+    examples            one seed: the examples are measured, and the noise over seeds is unknown
+    seeds               one number a training, two or more trainings at a rank
+    std                 one number a rank with a stated standard deviation
+    values              one number a rank and no deviation: scatter about the curve
 
 Ranks and learning rates are compared on the seeds that they share. A single seed gives an indication: its intervals leave
 out the noise over seeds.
@@ -108,19 +108,19 @@ class Evidence:
         seeds = max(len(contender.cells) for contender in self._bare.values())
         cells = [cell for contender in self._bare.values() for cell in contender.cells.values()]
         if all(cell.examples for cell in cells):
-            return "items and seeds" if seeds > 1 else "items"
+            return "examples and seeds" if seeds > 1 else "examples"
         if seeds > 1:
             return "seeds"
         return "std" if any(cell.deviation is not None for cell in cells) else "values"
 
     @property
-    def is_point_reading(self) -> bool:
+    def lacks_uncertainty(self) -> bool:
         """Whether the table has one number a rank: differences are then read from the values, and nothing is shown."""
         return self.basis in ("std", "values")
 
     @property
     def has_examples(self) -> bool:
-        return self.basis in ("items and seeds", "items")
+        return self.basis in ("examples and seeds", "examples")
 
     @cached_property
     def scatter(self) -> float:
@@ -129,7 +129,7 @@ class Evidence:
 
     def noise(self, rank: int) -> _SeedNoise:
         """Of the rank's own mean, and of its difference from the base, which has no seed: from the ranks at least as good as it."""
-        if self.basis in ("items and seeds", "seeds"):
+        if self.basis in ("examples and seeds", "seeds"):
             return measured_noise(self._at_least_as_good(rank, lambda contender: len(contender.cells) > 1))
         return _SeedNoise(0.0, 0.0, self.scatter, 0.0)
 
@@ -221,7 +221,7 @@ class Evidence:
             return paired.with_seeds(sum(variance for variance in stated if variance is not None), 0.0)
         if contender.rank == 0 or against.rank == 0:
             variance, degrees = self.noise(max(contender.rank, against.rank)).of_mean(len(pairs))
-        elif self.is_point_reading:
+        elif self.lacks_uncertainty:
             variance, degrees = 2 * self.scatter, 0.0
         else:
             variance, degrees = _seeds_part(pairs, self.prior(contender.rank))
@@ -231,7 +231,7 @@ class Evidence:
         """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
         pairs = paired_cells(contender, self.reference)
         paired = estimate_of_pairs(pairs, shift=contender.gap - self.reference.gap)
-        variance = NOISE.over_seeds(paired.examples) * _noise_of(pairs).spread / seeds
+        variance = NOISE.over_seeds(paired.examples) * _noise_of(pairs).example_variance / seeds
         return replace(paired, seeds=seeds).with_seeds(variance, BOUND_DEGREES + seeds - 1)
 
     @property
@@ -281,7 +281,7 @@ class Evidence:
     @cached_property
     def _likeness(self) -> float:
         """How many examples of a group count as one."""
-        return max(_noise_of(paired_cells(rival, self.reference)).likeness for rival in self.contenders.values())
+        return max(_noise_of(paired_cells(rival, self.reference)).design_effect for rival in self.contenders.values())
 
     @property
     def size(self) -> tuple[int, int]:
@@ -320,7 +320,7 @@ class Evidence:
             pairs = paired_cells(first, other)
             noise = _noise_of(pairs)
             worse = max((first.rank, other.rank), key=lambda rank: place.get(rank, -1))
-            examples = pairs[0][0].examples / noise.likeness
+            examples = pairs[0][0].examples / noise.design_effect
             prior = self._expected(worse, NOISE_DEGREES, math.inf, examples=examples)
             variance, of_pair = noise_of_mean(noise, prior, len(pairs), examples)
             variances[row, column] = variances[column, row] = variance
@@ -342,7 +342,7 @@ class Evidence:
             return 0.0
         columns = {lr: list(cells.values()) for lr, cells in by_seed.items()}
         means = np.array(adjusted_means([losses_by_seed(cells) for cells in by_seed.values()]))
-        if self.is_point_reading:
+        if self.lacks_uncertainty:
             seeds = np.diag([self.scatter] * len(columns))
         else:
             prior = self.prior(rank, own=True)
@@ -525,7 +525,7 @@ class Comparison:
         compared = self.by_rank[rank]
         if self.confidence is not None and self.likely(rank) <= 1 - self.confidence:
             return True
-        return not compared.within if self.evidence.is_point_reading else compared.non_inferior is False
+        return not compared.within if self.evidence.lacks_uncertainty else compared.non_inferior is False
 
     def is_clearly_worse(self, rank: int) -> bool:
         """Whether the rank is `is_worse` with a probability of `CONFIDENCE`, where it has any."""
@@ -547,7 +547,7 @@ def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compar
         return Compared(contender, mean, ITSELF, 0.0, 0.0, None, True, True, 0.0)
     difference, gap = evidence.difference(contender), evidence.reference_gap
     bounds = Bounds(difference.mean, difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE))
-    decides = bounds.mean if evidence.is_point_reading else bounds.high
+    decides = bounds.mean if evidence.lacks_uncertainty else bounds.high
     further = difference.of_a_further_seed() if evidence.measures_seeds and contender.rank > 0 else None
     return Compared(
         contender,

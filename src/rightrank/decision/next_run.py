@@ -57,14 +57,14 @@ def next_runs(tested: Comparison, verdict: Verdict, flags: list[str]) -> list[Ne
             runs.extend(_purchases(tested))
         elif is_open(tested):
             runs.extend(_settle(tested, *_undecided_rank(tested)))
-    elif tested.chosen == tested.ranks[-1] and (verdict == "rising" or not tested.evidence.is_point_reading):
+    elif tested.chosen == tested.ranks[-1] and (verdict == "rising" or not tested.evidence.lacks_uncertainty):
         runs.append(_extend(tested.evidence))
     if "lr_edge" in flags:
         runs.insert(1 if verdict in ("rising", "undecided") else 0, _beyond_the_edge(tested))
     if "unequal_length" in flags:
         runs.append(_equal_lengths(tested.evidence))
     if verdict not in ("no_gain", "undecided"):
-        if tested.evidence.is_point_reading and "underpowered" in flags:
+        if tested.evidence.lacks_uncertainty and "underpowered" in flags:
             runs.append(_prove(tested))
         else:
             runs.append(_further_seeds(tested) if tested.rests_on_examples else _confirm(tested))
@@ -110,7 +110,7 @@ def _settle(tested: Comparison, rank: int, difference: Estimate) -> list[NextRun
     if examples is not None:
         noun, size = _drawn(tested)
         sentence = f"Score about {examples:,} {noun} (now {difference.examples:,}) at {compared} to settle it."
-        runs.append(NextRun(action="items", ranks=ranks, items=round(examples * size), sentence=sentence))
+        runs.append(NextRun(action="examples", ranks=ranks, examples=round(examples * size), sentence=sentence))
     if seeds is not None:
         sentence = f"Train {compared} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
         runs.append(_train_seeds(tested.evidence, ranks, seeds, sentence))
@@ -142,7 +142,7 @@ def _purchases(tested: Comparison) -> list[NextRun]:
         minutes = _minutes(items * sum(cell.eval_seconds for cell in cells) / examples)
         told = "" if trained is not None else "; further seeds alone would not do it"
         sentence = f"To test the margin, score about {items:,} held-out examples (now {examples:,}) at {_ranks(ranks)}{time_told(minutes)}{told}."
-        runs.append(NextRun(action="items", ranks=ranks, items=items, minutes=minutes, sentence=sentence))
+        runs.append(NextRun(action="examples", ranks=ranks, examples=items, minutes=minutes, sentence=sentence))
     if trained is not None or items is None:
         wanted: tuple[int, int | None] | None = (trained, None) if trained is not None else None
         if wanted is None:
@@ -307,7 +307,7 @@ def _prove(tested: Comparison) -> NextRun:
         sentence = (
             f"One number per rank can't show it: score {_ranks(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
         )
-        return NextRun(action="items", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
+        return NextRun(action="examples", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     sentence = f"Train {_ranks(ranks)} with {needed} seeds each to show it ({{cost}})."
     return _train_seeds(tested.evidence, ranks, needed, sentence)
 
@@ -344,7 +344,7 @@ def _train_seeds(
         action="seeds",
         ranks=ranks,
         seeds=seeds,
-        items=examples,
+        examples=examples,
         trials=trials,
         sentence=sentence.format(cost=_cost(trials)),
     )
@@ -370,7 +370,7 @@ def next_commands(
 
     `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
     """
-    if started.is_own:
+    if started.is_custom_trainer:
         return [None] * len(runs)
     further = [] if margin is None else ["--margin", f"{margin:g}"]
     return [
@@ -381,10 +381,10 @@ def next_commands(
 
 def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
     settings, options = started.select_settings, list[str]()
-    held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
+    held_out = len(started.evaluation_examples) + started.data.not_evaluated  # at most so many examples can be evaluated
     is_grouped = started.data.groups > 0  # further rows need not be of further groups
-    if wanted.items is not None and not is_grouped and len(started.evaluation_items) < wanted.items <= held_out:
-        options += ["--eval-items", str(wanted.items)]
+    if wanted.examples is not None and not is_grouped and len(started.evaluation_examples) < wanted.examples <= held_out:
+        options += ["--max-eval-examples", str(wanted.examples)]
     ranks, rates, seeds = settings.ranks, settings.learning_rates, settings.seeds
     if wanted.action == "seeds" and wanted.seeds is not None:
         further = (seed for seed in range(MAX_SEED) if seed not in seeds)

@@ -20,7 +20,7 @@ from rightrank.schema.trials import (
     EvalPoint,
     Record,
     TrialFinished,
-    TrialLook,
+    TrialEvaluated,
     TrialOutcome,
     TrialStarted,
     steps_of,
@@ -60,7 +60,7 @@ class Records:
                 self.adapters.append(record)
             case TrialStarted():
                 self.looks.pop(record.trial_id, None)
-            case TrialLook():
+            case TrialEvaluated():
                 before = [point for point in self.looks.get(record.trial_id, []) if point.step < record.step]
                 self.looks[record.trial_id] = [*before, record.point]
             case _ if isinstance(record, OUTCOMES):
@@ -104,8 +104,8 @@ def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
     changed = {name: value for further in continued for name, value in further.settings.items()}
     update: dict[str, object] = {"settings": started.settings | changed} if changed else {}
     for further in continued:
-        if further.evaluation_items is not None:
-            update |= {"evaluation_items": further.evaluation_items, "data": further.data or started.data}
+        if further.evaluation_examples is not None:
+            update |= {"evaluation_examples": further.evaluation_examples, "data": further.data or started.data}
     return started.model_copy(update=update) if update else started
 
 
@@ -316,7 +316,7 @@ def trials_frame(records: Records, examples: bool) -> DataFrame:
         return DataFrame(map(_trial_row, records.outcomes))
     started = records.started  # the scores of a custom trainer are of the metric that decides
     columns = [
-        _example_columns(trial, (started.metric,) if started.is_own else trial.metrics) for trial in records.finished()
+        _example_columns(trial, (started.metric,) if started.is_custom_trainer else trial.metrics) for trial in records.finished()
     ]
     parts = [DataFrame(of_trial) for of_trial in columns if of_trial]
     return concat(parts, ignore_index=True) if parts else DataFrame()
@@ -336,12 +336,12 @@ def _trial_row(trial: TrialOutcome) -> dict[str, Any]:
 
 def _example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, Any]:
     """Columns of one length: the score of each metric, a loss by token, and its weight; empty without scores by example."""
-    scores = {metric: items for metric in metrics if (items := trial.items(metric)) is not None}
+    scores = {metric: items for metric in metrics if (items := trial.get_weighted_scores(metric)) is not None}
     if not scores:
         return {}
     columns: dict[str, Any] = {"item": range(len(next(iter(scores.values()))[0]))}
     for metric, (sums, weights) in scores.items():
         columns[metric] = [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
-    if trial.item_groups is not None:
-        columns["group"] = trial.item_groups
+    if trial.example_groups is not None:
+        columns["group"] = trial.example_groups
     return {**_identity(trial), **columns, "tokens": next(iter(scores.values()))[1]}

@@ -106,7 +106,7 @@ def decision_of(
         grade=grade_of(tested, verdict),
         **_by_probability(tested, unit),
         next_runs=runs,
-        winner_gap=unit.difference(max(compared.contender.gap for compared in tested.by_rank.values())),
+        selection_bias=unit.difference(max(compared.contender.gap for compared in tested.by_rank.values())),
         checkpoint=checkpoints,
         other_metrics=beside,
     )
@@ -120,14 +120,14 @@ def _by_probability(tested: Comparison, unit: Unit) -> dict[str, Any]:
     alike = evidence.alike(asked)
     margins = {rank: unit.difference(margin) for rank, margin in evidence.margins_at(asked).items()}
     return {
-        "asked": asked,
-        "take": take,
+        "requested_confidence": asked,
+        "recommended_rank": take,
         "probability": tested.probability(take),
-        "take_within": margins[take],
-        "resolves": min(margins.values()),
-        "alike": alike,
-        "alike_within": unit.difference(evidence.half_width(asked)),
-        "probably_worse": [rank for rank in tested.ranks if rank not in alike],
+        "recommended_margin": margins[take],
+        "resolvable_margin": min(margins.values()),
+        "indistinguishable_ranks": alike,
+        "difference_uncertainty": unit.difference(evidence.half_width(asked)),
+        "probably_worse_ranks": [rank for rank in tested.ranks if rank not in alike],
     }
 
 
@@ -175,7 +175,7 @@ def _record(tested: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
     further: dict[str, float] = {}
     if compared.further is not None:
         low, high = (unit.difference(compared.further.bound(level)) for level in TWO_SIDED)
-        further = {"further_seed_low": low, "further_seed_high": high}
+        further = {"predictive_low": low, "predictive_high": high}
     ends = sorted(unit.value(compared.mean.bound(level)) for level in TWO_SIDED)
     return RankEvidence(
         rank=contender.rank,
@@ -191,5 +191,5 @@ def _record(tested: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
-        winner_gap=unit.difference(contender.gap),
+        selection_bias=unit.difference(contender.gap),
     )

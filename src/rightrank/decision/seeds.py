@@ -50,14 +50,14 @@ class PairNoise:
 
     variance: float  # over seeds, of the difference of one seed; 0 with one seed
     degrees: float  # seeds - 1
-    spread: float  # variance between examples of the difference of one seed; 1 without examples
-    likeness: float = (
+    example_variance: float  # variance between examples of the difference of one seed; 1 without examples
+    design_effect: float = (
         1.0  # how many examples of a group count as one: the variance of the mean over that of independent ones
     )
 
     @property
     def ratio(self) -> float:
-        return self.variance / self.spread
+        return self.variance / self.example_variance
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Prior:
         degrees = self.degrees + pair.degrees
         if degrees == 0:
             return 0.0, 0.0
-        expected = self.ratio * pair.spread
+        expected = self.ratio * pair.example_variance
         return (self.degrees * expected + pair.degrees * pair.variance) / degrees, degrees
 
 
@@ -112,7 +112,7 @@ def probability_within(difference: float, variance: float, degrees: float, margi
 def noise_of_mean(pair: PairNoise, prior: Prior, seeds: int, examples: float) -> tuple[float, float]:
     """The variance of a mean difference about the true one, and its degrees of freedom."""
     variance, degrees = prior.moderated(pair)
-    return variance / seeds + NOISE.examples * pair.spread / examples, degrees
+    return variance / seeds + NOISE.examples * pair.example_variance / examples, degrees
 
 
 def prior_of(others: Sequence[PairNoise], start: Prior, within: float) -> Prior:
@@ -121,7 +121,7 @@ def prior_of(others: Sequence[PairNoise], start: Prior, within: float) -> Prior:
     Args:
         within: how alike the ratios of ranks are, as degrees of freedom; infinite where `start` counts it already.
     """
-    measured = [pair for pair in others if pair.degrees > 0 and pair.spread > 0]
+    measured = [pair for pair in others if pair.degrees > 0 and pair.example_variance > 0]
     degrees = start.degrees + sum(SHARED_REFERENCE * pair.degrees for pair in measured)
     if degrees == 0:
         return start

@@ -51,7 +51,7 @@ def _answer(tested: Comparison, margin: float, verdict: Verdict, unit: Unit) -> 
     within = amount(f"{margin:.4g}", evidence)
     verb = "is" if grade_of(tested, verdict) == "shown" else "looks"
     caution = "; one seed indicates this, and further seeds may change it" if tested.is_indication else ""
-    if evidence.is_point_reading:
+    if evidence.lacks_uncertainty:
         caution = "; one number per rank can suggest this, not show it"
     if len(steps := lengths(evidence)) > 1:
         caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, which is no fair comparison"
@@ -228,9 +228,9 @@ def conflict_sentence(metric: str, against: Sequence[int], theirs: Mapping[int, 
 def basis_note(evidence: Evidence) -> str:
     """What the intervals cover, and what they leave out."""
     match evidence.basis:
-        case "items and seeds":
+        case "examples and seeds":
             return f"Intervals cover other held-out examples and other seeds.{_noise_note(evidence)} {_assumption(evidence)}"
-        case "items":
+        case "examples":
             return (
                 "Intervals cover other held-out examples alone. The noise over seeds is unknown: one seed does not show it. "
                 f"{_assumption(evidence)}"

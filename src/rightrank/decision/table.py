@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rightrank.decision.comparison import INDEPENDENT, TIE, Estimate, bounds_of, estimate, span_of
-from rightrank.schema.decision import DifferenceSpread, Result, ResultsTable
+from rightrank.schema.decision import DifferenceDistribution, Result, ResultsTable
 from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, direction, metric_kind
 from rightrank.schema.trials import (
     EvalPoint,
@@ -49,9 +49,9 @@ class Cell:
     deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
     deviation_seeds: int = 1  # how many seeds the stated value is the mean of
     steps: int | None = None
-    kept_step: int | None = None  # of the value, where it is not the last evaluation's
+    checkpoint_step: int | None = None  # of the value, where it is not the last evaluation's
     points: tuple[EvalPoint, ...] = ()  # along the training, the metric's own direction
-    others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
+    other_metrics: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
     groups: Groups | None = None  # [examples] which of them belong together; None: each stands for itself
     train_seconds: float = 0.0  # 0: not known
     eval_seconds: float = 0.0  # of one evaluation
@@ -151,7 +151,7 @@ def table_of(
     outcomes = list(outcomes)
     kind = metric_kind(metric, higher_is_better, loss)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
-    examples = [trial.items(metric) for trial in scored]
+    examples = [trial.get_weighted_scores(metric) for trial in scored]
     sizes = {0 if items is None else len(items[0]) for items in examples}
     if len(sizes) > 1 or 0 in sizes:  # trials with other examples, or none, can't be paired
         examples = [([trial.metrics[metric]], [1.0]) for trial in scored]
@@ -204,14 +204,14 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
         sums=sums,
         weights=weights,
         span=span,
-        groups=groups_of(trial.item_groups, len(weights)),
+        groups=groups_of(trial.example_groups, len(weights)),
         train_value=trial.train_value,
         steps=trial.steps,
         train_seconds=trial.train_seconds,
         eval_seconds=trial.eval_seconds / max(1, len(trial.points)),
-        kept_step=trial.kept_step,
+        checkpoint_step=trial.checkpoint_step,
         points=tuple(trial.points),
-        others={name: value for name, value in trial.metrics.items() if name != metric},
+        other_metrics={name: value for name, value in trial.metrics.items() if name != metric},
     )
 
 
@@ -232,18 +232,18 @@ def table_of_results(results: ResultsTable) -> ScoreTable:
 def other_tables(results: ResultsTable) -> list[ScoreTable]:
     """The same trainings by each other metric of the table whose direction is known, one number a training."""
     tables = []
-    for name in dict.fromkeys(name for result in results.results for name in result.others):
+    for name in dict.fromkeys(name for result in results.results for name in result.other_metrics):
         if (higher := direction(name)) is None:
             continue
         rows = [
             result.model_copy(
                 update={
-                    "value": result.others.get(name),
-                    "item_values": [],
-                    "item_weights": [],
+                    "value": result.other_metrics.get(name),
+                    "example_values": [],
+                    "example_weights": [],
                     "std": None,
                     "points": [],
-                    "others": {},
+                    "other_metrics": {},
                 }
             )
             for result in results.results
@@ -255,8 +255,8 @@ def other_tables(results: ResultsTable) -> list[ScoreTable]:
 
 
 def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
-    scores = result.item_values or [value]
-    weights = np.asarray(result.item_weights or np.ones(len(scores)))
+    scores = result.example_values or [value]
+    weights = np.asarray(result.example_weights or np.ones(len(scores)))
     deviation = result.std
     if deviation is not None and kind == "perplexity":
         deviation = math.log1p(deviation / value)
@@ -266,13 +266,13 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
         sums=_oriented(scores, kind, higher_is_better) * weights,
         weights=weights,
         span=span_of(kind, scores),
-        groups=groups_of(result.item_groups, len(weights)),
+        groups=groups_of(result.example_groups, len(weights)),
         train_value=result.train_value,
         deviation=deviation,
         deviation_seeds=result.std_seeds,
         steps=result.steps,
         points=tuple(EvalPoint(step=step, value=value) for step, value in result.points),
-        others=result.others,
+        other_metrics=result.other_metrics,
     )
 
 
@@ -294,15 +294,15 @@ def at_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
 
 
 def _at(cell: Cell, checkpoint: Checkpoint, higher_is_better: bool) -> Cell:
-    if not cell.points or (cell.kept_step is None) == (checkpoint == "last"):
+    if not cell.points or (cell.checkpoint_step is None) == (checkpoint == "last"):
         return cell
     if checkpoint == "last":
-        return replace(cell, value=cell.points[-1].value, kept_step=None, train_value=None, others={})
+        return replace(cell, value=cell.points[-1].value, checkpoint_step=None, train_value=None, other_metrics={})
     best, sign = best_point(cell.points, higher_is_better), -1.0 if higher_is_better else 1.0
     if sign * best.value >= sign * cell.value:
         return cell
     earlier = tuple(point for point in cell.points if point.step <= best.step)
-    return replace(cell, value=best.value, points=earlier, train_value=None, deviation=None, others={})
+    return replace(cell, value=best.value, points=earlier, train_value=None, deviation=None, other_metrics={})
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,23 +423,23 @@ def minus(cell: Cell, other: Cell) -> Cell:
     return Cell(cell.trial_id, cell.value - other.value, sums, cell.weights, span, groups=cell.groups)
 
 
-def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = float) -> DifferenceSpread:
+def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = float) -> DifferenceDistribution:
     """How a difference (`minus`) spreads over the examples; `in_unit` turns it into the metric's unit."""
     each = np.sort([in_unit(worse_by) for worse_by in (worse.sums / worse.weights).tolist()])
     amount = SPREAD_MARGINS * margin
     share = float(np.mean(each > amount * (1 + TIE)))
-    return DifferenceSpread(amount=amount, worse=share, worst_tenth=float(each[-math.ceil(len(each) / 10) :].mean()))
+    return DifferenceDistribution(threshold=amount, share_worse=share, worst_tenth_mean=float(each[-math.ceil(len(each) / 10) :].mean()))
 
 
-def spread_sentence(spread: DifferenceSpread) -> str:
+def spread_sentence(spread: DifferenceDistribution) -> str:
     """Say how many examples get much worse; the tenth that gets worst only where some do."""
-    if spread.worse == 0:
-        return f"No held-out example gets worse by more than {spread.amount:.2g}."
-    rounded = f"{spread.worse:.1%}"
+    if spread.share_worse == 0:
+        return f"No held-out example gets worse by more than {spread.threshold:.2g}."
+    rounded = f"{spread.share_worse:.1%}"
     share = "Fewer than 0.1%" if rounded == "0.0%" else rounded.replace(".0%", "%")
     return (
-        f"{share} of the examples get worse by more than {spread.amount:.2g}, and the worst tenth by "
-        f"{spread.worst_tenth:.2g} on average."
+        f"{share} of the examples get worse by more than {spread.threshold:.2g}, and the worst tenth by "
+        f"{spread.worst_tenth_mean:.2g} on average."
     )
 
 
@@ -460,7 +460,7 @@ def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool
     ordered = sorted(points, key=lambda point: point.step)
     best, last = best_point(ordered, higher_is_better), ordered[-1]
     fall = (best.value - last.value) * (1.0 if higher_is_better else -1.0)
-    left, right = best.item_scores or [], last.item_scores or []
+    left, right = best.example_scores or [], last.example_scores or []
     noise = 0.0  # the standard error of the mean paired difference
     if len(left) == len(right) >= 2:
         noise = float(np.std(np.subtract(left, right), ddof=1) / np.sqrt(len(left)))

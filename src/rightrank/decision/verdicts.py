@@ -18,7 +18,7 @@ The verdict is the first row that applies, from the most sobering to the plaines
 Where a confidence chose the rank (`Comparison.at_confidence`), the answer is `undecided` if no rank is as probable, and "shown" in the other rows
 is "as probable".
 
-In a point reading (`Evidence.is_point_reading`) nothing is inconclusive: ranks are compared by their values.
+In a point reading (`Evidence.lacks_uncertainty`) nothing is inconclusive: ranks are compared by their values.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def inconclusive_rank(tested: Comparison) -> int | None:
     So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
     costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
     """
-    if tested.evidence.is_point_reading or tested.confidence is not None:
+    if tested.evidence.lacks_uncertainty or tested.confidence is not None:
         return None
     compared, below = tested.by_rank, tested.next_lower
     if 0 in compared and compared[0].non_inferior is None:
@@ -103,7 +103,7 @@ def grade_of(tested: Comparison, verdict: Verdict) -> Grade | None:
     """How far the answer is known: shown by its 95% bounds, likely, or not; None where one number a rank is all there is."""
     if verdict in ("undecided", "no_difference"):
         return "cannot tell"
-    if tested.evidence.is_point_reading:
+    if tested.evidence.lacks_uncertainty:
         return None
     smallest = tested.reference.rank if shown_rank(tested) is None else shown_rank(tested)
     if verdict == "no_gain":
@@ -126,7 +126,7 @@ def alike_ranks(tested: Comparison) -> list[int]:
 
 def possible_rival(tested: Comparison) -> int | None:
     """The rank that leaves the answer undecided since it may be better (`_better_above`); None in a point reading."""
-    return None if tested.evidence.is_point_reading else _better_above(tested)
+    return None if tested.evidence.lacks_uncertainty else _better_above(tested)
 
 
 def shown_rank(tested: Comparison) -> int | None:
@@ -161,7 +161,7 @@ def unexplained_rank(tested: Comparison) -> int | None:
             compared.difference.mean, FALL_IN_MARGINS * tested.margin
         )
         is_shown = compared.non_inferior is False and compared.difference.seeds > 1
-        is_settled = (tested.evidence.is_point_reading or is_shown) and not has_failed
+        is_settled = (tested.evidence.lacks_uncertainty or is_shown) and not has_failed
         is_explained = _learns_more(tested, rank) or _continues_a_rise(tested, larger, rank)
         if tested.is_clearly_worse(rank) and not is_settled and not is_explained:
             return rank
@@ -227,7 +227,7 @@ def flags_of(
     evidence, top = tested.evidence, tested.ranks[-1]
     answer = {tested.chosen, tested.reference.rank}
     growth = _late_growth(tested) or 0.0
-    named = [set(cell.others) for contender in evidence.contenders.values() for cell in contender.cells.values()]
+    named = [set(cell.other_metrics) for contender in evidence.contenders.values() for cell in contender.cells.values()]
     others = set.intersection(*named) - {
         answer.metric
         for answer in beside
@@ -244,20 +244,20 @@ def flags_of(
         "unequal_length": len(lengths(evidence)) > 1,
         "collapsed": evidence.table.collapsed > 0,
         "one_seed": tested.is_indication,
-        "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > tested.margin / 2,
+        "selection_bias": max(evidence.contenders[rank].gap for rank in answer) > tested.margin / 2,
         "metric_conflict": any(answer.conflict for answer in beside)
         or any(_conflicts_in(evidence, tested.chosen, name) for name in sorted(others)),
         # the chosen rank's gap exceeds the margin if it grows by as much again
         "may_be_capacity_limited": growth > 0
         and not is_within(tested.by_rank[tested.chosen].difference.mean + growth, tested.margin),
-        "checkpoint_matters": checkpoints is not None and checkpoints.matters,
+        "checkpoint_matters": checkpoints is not None and checkpoints.has_conflict,
     }
     return [flag for flag, raise_it in raised.items() if raise_it]
 
 
 def underpowered(tested: Comparison, verdict: Verdict) -> bool:
     """Whether the data can't show the answer at 95% confidence."""
-    if not tested.evidence.is_point_reading:
+    if not tested.evidence.lacks_uncertainty:
         return verdict == "undecided"
     compared, below = tested.by_rank, tested.next_lower
     settled = compared[tested.chosen].non_inferior is True and (below is None or compared[below].non_inferior is False)
@@ -277,7 +277,7 @@ def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
     kind = metric_kind(name, higher)
     sign = -1.0 if higher else 1.0
     means = {
-        rank: float(np.mean([cell.others[name] for cell in contender.cells.values()]))
+        rank: float(np.mean([cell.other_metrics[name] for cell in contender.cells.values()]))
         for rank, contender in evidence.contenders.items()
     }
     values = list(means.values())
@@ -318,7 +318,7 @@ def checkpoint_note(table: ScoreTable, evidence: Evidence, used: Checkpoint, mar
         return None
     other: Checkpoint = "best" if used == "last" else "last"
     picks = {used: _pick(evidence, margin), other: _pick(Evidence(at_checkpoint(table, other)), margin)}
-    return CheckpointNote(used=used, last=picks["last"], best=picks["best"])
+    return CheckpointNote(checkpoint=used, last=picks["last"], best=picks["best"])
 
 
 def _pick(evidence: Evidence, margin: float) -> int:

@@ -1,4 +1,4 @@
-"""What watches a selection or takes part in it: a `Hook` each. The command line and the API put the list together."""
+"""The hooks that watch a selection or take part in it. The command line and the API assemble the list."""
 
 from rightrank.runs.hook import Hook
 

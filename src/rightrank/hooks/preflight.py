@@ -1,4 +1,4 @@
-"""The preflight: what a selection will do and what it costs, before any training."""
+"""The preflight: what a selection will do and cost, before any training."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from statistics import fmean
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.decision.seeds import NOISE
-from rightrank.report.format import duration, quantity
-from rightrank.report.terminal import left_out, preflight_lines, time_line
-from rightrank.runs.hook import Hook, Started
-from rightrank.runs.local import Prepared
+from rightrank.report.format import format_duration, format_quantity
+from rightrank.report.terminal import describe_data_issues, format_preflight_lines, format_time_estimate
+from rightrank.runs.hook import Hook, SelectionStart
+from rightrank.runs.local import LoadedSelection
 from rightrank.schema.events import Event, Notice, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
-from rightrank.schema.settings import MAX_EVAL_ITEMS
-from rightrank.schema.trials import Arm, TrialFinished, split_name
+from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES
+from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.train.pace import RUN_EVALUATIONS, Pace, measure_pace
 
 WITH_MARGIN = ("token_loss", "pair_loss", "accuracy")  # kinds of metrics whose default margin is a number
 
 
-def outlook_of(prepared: Prepared) -> Preflight:
-    """What a prepared selection will do and cost, by a few real steps of its highest rank."""
-    return _outlook(prepared, _pace_of(prepared))
+def run_preflight(prepared: LoadedSelection) -> Preflight:
+    """Report what a prepared selection will do and cost, measured by a few real steps at its highest rank."""
+    return _build_preflight(prepared, _measure_top_pace(prepared))
 
 
-def _pace_of(prepared: Prepared) -> Pace | None:
-    """The pace of the highest rank, by a few real steps; None where trainings run in workers, or memory runs out."""
+def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
+    """Measure the pace of the highest rank in a few real steps; None if trainings run in workers, or memory runs out."""
     settings = prepared.settings
     if settings.executor != "local":
         return None
@@ -42,30 +42,33 @@ def _pace_of(prepared: Prepared) -> Pace | None:
     return measure_pace(prepared.runtime, arm)
 
 
-def _outlook(prepared: Prepared, pace: Pace | None) -> Preflight:
-    """What the selection will do and cost. The time expected is at the mean pace of the ranks, at most at that of the highest."""
+def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
+    """Build the preflight. The expected time uses the mean pace of the ranks, the maximum that of the highest rank."""
     settings, data, planned, strategy = prepared.settings, prepared.started.data, prepared.planned, prepared.strategy
-    scored, space, trainings = data.splits["selection"].items, strategy.space, strategy.cost()
-    expected = at_most = for_an_example = None
+    num_examples, space, trainings = data.splits["validation"].examples, strategy.space, strategy.estimate_cost()
+    expected = at_most = seconds_per_example = None
     notes: list[str] = []
     if pace is not None:
-        arms, points = strategy.expected_arms(), settings.eval_points
+        arms, points = strategy.estimate_arms(), settings.num_evaluations
         expected = pace.seconds(fmean(settings.ranks), trainings.expected, arms, points)
         at_most = pace.seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
-        for_an_example = (arms + RUN_EVALUATIONS) * pace.evaluation_seconds / scored
-        steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
+        seconds_per_example = (arms + RUN_EVALUATIONS) * pace.evaluation_seconds / num_examples
+        steps, examples = (
+            format_quantity(len(pace.batches), "step"),
+            format_quantity(len(pace.evaluated), "validation example"),
+        )
         basis = f"{steps} of rank {pace.rank} and {examples}"
-        notes.append(time_line(expected, at_most, basis, settings.budget_hours))
-    is_known = space.margin is not None or space.kind in WITH_MARGIN  # else it is a share of a value
+        notes.append(format_time_estimate(expected, at_most, basis, settings.budget_hours))
+    has_margin = space.margin is not None or space.kind in WITH_MARGIN  # else it is a share of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
-    outlook = Preflight(
+    preflight = Preflight(
         metric=settings.metric_name,
-        margin=space.margin_at(0.0) if is_known else None,
+        margin=space.get_margin(0.0) if has_margin else None,
         goal=settings.goal,
         form=data.form,
-        splits={split_name(name): split for name, split in data.splits.items()},
+        splits=dict(data.splits),
         splits_given=data.splits_given,
-        left_out=left_out(data),
+        left_out=describe_data_issues(data),
         longest=prepared.runtime.data.longest,
         seq_len=settings.seq_len,
         ranks=[
@@ -83,111 +86,111 @@ def _outlook(prepared: Prepared, pace: Pace | None) -> Preflight:
             steps=prepared.steps,
             trainings=trainings.expected,
             trainings_at_most=trainings.maximum,
-            trainings_to_adapter=trainings.to_adapter,
+            trainings_to_adapter=trainings.expected_until_adapter,
             seconds=expected,
             seconds_at_most=at_most,
         ),
         seeds=len(settings.seeds),
         not_evaluated=data.not_evaluated,
-        resolutions=resolutions(space.kind, scored, for_an_example),
+        resolutions=estimate_resolutions(space.kind, num_examples, seconds_per_example),
     )
-    notes += [*_resolution_lines(outlook), *_adapter_lines(prepared)]
-    return outlook.model_copy(update={"notes": notes})
+    notes += [*_format_resolution(preflight), *_format_adapter_notes(prepared)]
+    return preflight.model_copy(update={"notes": notes})
 
 
 # Between examples, of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
-SPREADS: dict[MetricKind, float] = {"token_loss": 0.08, "pair_loss": 0.5, "loss": 0.5, "accuracy": 0.4}
-RESOLVED = (200, 500, MAX_EVAL_ITEMS)  # examples
+EXAMPLE_STD: dict[MetricKind, float] = {"token_loss": 0.08, "pair_loss": 0.5, "loss": 0.5, "accuracy": 0.4}
+RESOLUTION_COUNTS = (200, 500, DEFAULT_MAX_EVAL_EXAMPLES)  # examples
 
 
-def resolutions(kind: MetricKind, scored: int, seconds_per_example: float | None) -> list[Resolution]:
-    """What a selection is expected to resolve on 200, 500, 2,000 and the `scored` validation examples.
+def estimate_resolutions(kind: MetricKind, num_examples: int, seconds_per_example: float | None) -> list[Resolution]:
+    """Estimate what a selection resolves on 200, 500, 2,000 and `num_examples` validation examples.
 
     Args:
         seconds_per_example: of all evaluations of the selection; None if not measured.
     """
-    spread = SPREADS.get(kind)
-    if spread is None:
+    std = EXAMPLE_STD.get(kind)
+    if std is None:
         return []
-    reach = NORMAL.inv_cdf(CONFIDENCE) * spread
+    half_width_factor = NORMAL.inv_cdf(CONFIDENCE) * std
     return [
         Resolution(
             examples=examples,
-            expected_half_width=reach * math.sqrt(NOISE.ratio(1, examples)),
-            expected_half_width_of_two_seeds=reach * math.sqrt(NOISE.ratio(2, examples)),
-            seconds=None if seconds_per_example is None else max(0.0, (examples - scored) * seconds_per_example),
+            expected_half_width=half_width_factor * math.sqrt(NOISE.ratio(1, examples)),
+            expected_half_width_of_two_seeds=half_width_factor * math.sqrt(NOISE.ratio(2, examples)),
+            seconds=None if seconds_per_example is None else max(0.0, (examples - num_examples) * seconds_per_example),
         )
-        for examples in sorted({*RESOLVED, scored})
+        for examples in sorted({*RESOLUTION_COUNTS, num_examples})
     ]
 
 
-def _resolution_lines(outlook: Preflight) -> Iterator[str]:
-    """The margin that the validation examples resolve, and what resolves more: examples or another seed."""
-    scored = outlook.splits["validation"].items
-    by_count = {row.examples: row for row in outlook.resolutions}
-    if scored not in by_count:
+def _format_resolution(preflight: Preflight) -> Iterator[str]:
+    """Yield the margin that the validation examples resolve, and whether more examples or another seed improve it."""
+    num_examples = preflight.splits["validation"].examples
+    by_count = {row.examples: row for row in preflight.resolutions}
+    if num_examples not in by_count:
         return
-    others = ", ".join(
-        f"{count:,}: ±{row.expected_half_width:.2g}" for count, row in by_count.items() if count != scored
+    other_counts = ", ".join(
+        f"{count:,}: ±{row.expected_half_width:.2g}" for count, row in by_count.items() if count != num_examples
     )
-    here, most = by_count[scored], by_count[max(by_count)]
-    more, cost = "", outlook.cost
-    if most.examples > scored:
-        minutes = "" if most.seconds is None else f" (about {duration(most.seconds)} more)"
-        seed = "" if cost.seconds is None else f" (about {duration(cost.seconds / outlook.seeds)} more)"
-        more = f"; {most.examples:,} examples{minutes} make it ±{most.expected_half_width:.2g}, another seed{seed} ±{here.expected_half_width_of_two_seeds:.2g}"
-        if most.examples > scored + outlook.not_evaluated:
-            more += "; the data have fewer: give more rows or a larger validation_fraction"
+    current, largest = by_count[num_examples], by_count[max(by_count)]
+    suggestion, cost = "", preflight.cost
+    if largest.examples > num_examples:
+        minutes = "" if largest.seconds is None else f" (about {format_duration(largest.seconds)} more)"
+        seed = "" if cost.seconds is None else f" (about {format_duration(cost.seconds / preflight.seeds)} more)"
+        suggestion = f"; {largest.examples:,} examples{minutes} make it ±{largest.expected_half_width:.2g}, another seed{seed} ±{current.expected_half_width_of_two_seeds:.2g}"
+        if largest.examples > num_examples + preflight.not_evaluated:
+            suggestion += "; the data have fewer: give more rows or a larger validation_fraction"
     yield (
-        f"{scored:,} validation examples are expected to tell ranks apart to ±{here.expected_half_width:.2g} with one seed ({others}){more}"
+        f"{num_examples:,} validation examples are expected to tell ranks apart to ±{current.expected_half_width:.2g} with one seed ({other_counts}){suggestion}"
     )
 
 
-def _adapter_lines(prepared: Prepared) -> Iterator[str]:
-    """What the kind of the adapters changes, and the top rank."""
+def _format_adapter_notes(prepared: LoadedSelection) -> Iterator[str]:
+    """Yield notes on the kind of the adapters and on the top rank."""
     targets = prepared.runtime.targets
-    if targets.why_alone is not None:
-        yield targets.why_alone
-    if left_out := ",".join(targets.left_out):
+    if targets.unshared_reason is not None:
+        yield targets.unshared_reason
+    if skipped_parameters := ",".join(targets.left_out):
         yield (
-            f"all-linear adapts modules alone; PEFT's also adapts the parameters {left_out}: for adapters on them, which "
-            f"train alone, --set target_parameters={left_out}"
+            f"all-linear adapts modules alone; PEFT's also adapts the parameters {skipped_parameters}: for adapters on them, which "
+            f"train alone, --set target_parameters={skipped_parameters}"
         )
-    if targets.why_not_truncated is not None:
-        yield f"no adapter is truncated ({targets.why_not_truncated}): the rank to train at is sought from trainings alone"
+    if targets.untruncatable_reason is not None:
+        yield f"no adapter is truncated ({targets.untruncatable_reason}): the rank to train at is sought from trainings alone"
         return
     top = max(prepared.settings.ranks)
     yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks for the adapter"
 
 
-MIN_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
+MIN_MEASURED_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
 
 
-class Outlook(Hook):
-    """Tells what the selection will cost; where trainings are long, by a few steps that are measured."""
+class PreflightHook(Hook):
+    """Reports the expected cost of the selection. If trainings are long, it measures a few steps."""
 
-    ends_run = False
-    _started: Started
+    is_required = False
+    _started: SelectionStart
 
-    def on_start(self, started: Started) -> None:
+    def on_start(self, started: SelectionStart) -> None:
         self._started = started
 
     def on_event(self, event: Event) -> None:
         if not isinstance(event, SelectionPlanned):
             return
-        prepared, tell = self._started.plan, self._started.tell
-        assert isinstance(prepared, Prepared)
+        prepared, tell = self._started.selection, self._started.emit
+        assert isinstance(prepared, LoadedSelection)
         # A trial that has ended gives its time.
-        ended = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
-        pace = _pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
-        outlook = _outlook(prepared, pace)
-        if outlook.cost.seconds is not None:
-            tell(TimeExpected(expected_seconds=outlook.cost.seconds))
-        lines = [*preflight_lines(outlook), *outlook.notes]
-        if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]:
+        has_result = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
+        pace = _measure_top_pace(prepared) if prepared.steps >= MIN_MEASURED_STEPS and not has_result else None
+        preflight = _build_preflight(prepared, pace)
+        if preflight.cost.seconds is not None:
+            tell(TimeExpected(expected_seconds=preflight.cost.seconds))
+        lines = [*format_preflight_lines(preflight), *preflight.notes]
+        if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_eval_metric]:
             lines.append(
                 f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
-                f"{prepared.started.data.splits['selection'].items} examples, at most {prepared.settings.max_new_tokens} new tokens "
+                f"{prepared.started.data.splits['validation'].examples} examples, at most {prepared.settings.max_new_tokens} new tokens "
                 "each where the model writes; the time is reported after the base"
             )
         for line in lines:

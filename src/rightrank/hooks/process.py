@@ -1,4 +1,4 @@
-"""How other programs watch and stop a running selection: signals, a JSON log and a progress file."""
+"""Watching and stopping a running selection from other programs: signals, a JSON log and a progress file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rightrank.runs.folder import PROGRESS_FILE
 from rightrank.runs.hook import Hook
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Evaluating, Event, Notice, SelectionPlanned, StepDone, TimeExpected
-from rightrank.schema.trials import OUTCOMES, Record, TrialLook, TrialStarted
+from rightrank.schema.trials import OUTCOMES, Record, TrialEvaluated, TrialStarted
 
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
-LOGGED_WHOLE = (Notice, TrialStarted, TrialLook, *OUTCOMES)
+LOGGED_EVENTS = (Notice, TrialStarted, TrialEvaluated, *OUTCOMES)
 
 
 class JsonLog(Hook):
-    """Writes every event as one JSON object a line, and steps at most once a second."""
+    """Writes every event as one JSON object per line, and steps at most once per second."""
 
-    ends_run = False
+    is_required = False
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -47,12 +47,14 @@ class JsonLog(Hook):
             case TimeExpected():
                 self._write("time", expected_seconds=event.expected_seconds)
             case StepDone() | Evaluating():
-                is_last = event.step == event.steps if isinstance(event, StepDone) else event.items == event.of_items
+                is_last = (
+                    event.step == event.steps if isinstance(event, StepDone) else event.examples == event.total_examples
+                )
                 if is_last or time.monotonic() - self._last_step >= 1:
                     self._last_step = time.monotonic()
-                    self._write(event.type, **_fields(event))
-            case _ if isinstance(event, LOGGED_WHOLE):
-                self._write(event.type, **_fields(event))
+                    self._write(event.type, **_dump_logged_fields(event))
+            case _ if isinstance(event, LOGGED_EVENTS):
+                self._write(event.type, **_dump_logged_fields(event))
 
     def _write(self, name: str, **values: Any) -> None:
         line = {"event": name, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}
@@ -60,18 +62,19 @@ class JsonLog(Hook):
         self._stream.flush()
 
 
-def _fields(event: Record) -> dict[str, Any]:
+def _dump_logged_fields(event: Record) -> dict[str, Any]:
     # In the journal, not in the log.
-    by_example = (name for name in type(event).model_fields if name.startswith("item_"))
-    excluded: Any = dict.fromkeys(("type", "schema_version", *by_example), True)
-    excluded["points"] = {"__all__": {"item_scores"}}
+    """Return the fields of an event for the log, without per-example scores, which are in the journal."""
+    example_fields = (name for name in type(event).model_fields if name.startswith("item_"))
+    excluded: Any = dict.fromkeys(("type", "schema_version", *example_fields), True)
+    excluded["points"] = {"__all__": {"example_scores"}}
     return event.model_dump(mode="json", exclude=excluded)
 
 
 class ProgressFile(Hook):
-    """`progress.json` in a run folder while a selection runs: what `status` reads from another terminal."""
+    """Keeps `progress.json` in a run folder while a selection runs; `status` reads it in another process."""
 
-    ends_run = False
+    is_required = False
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PROGRESS_FILE
@@ -86,15 +89,15 @@ class ProgressFile(Hook):
             self._path.unlink()
 
     def on_event(self, event: Event) -> None:
-        self._progress.event(event)
+        self._progress.record_event(event)
         ends = isinstance(event, OUTCOMES)
         if ends or (isinstance(event, StepDone | Evaluating) and time.monotonic() - self._written > PROGRESS_SECONDS):
             self._written = time.monotonic()
             values = {
                 "pid": os.getpid(),
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "progress": self._progress.progress_line(),
-                "remaining_seconds": self._progress.remaining_seconds(),
+                "progress": self._progress.format_progress(),
+                "remaining_seconds": self._progress.estimate_remaining_seconds(),
             }
             if self._path.parent.is_dir():
                 write_text(self._path, json.dumps(values) + "\n", flush=False)
@@ -103,37 +106,39 @@ class ProgressFile(Hook):
 GRACE_SECONDS = 20.0  # Kubernetes waits 30 s and Slurm 30 s by default between SIGTERM and SIGKILL
 
 
-class Interrupts(Hook):
-    """Handles the signals within a `with` block. The first one stops the run after its step, the second at once.
+class SignalHandler(Hook):
+    """Handles signals within a `with` block. The first one stops the run after its step, the second at once.
 
-    The end of the grace period after a SIGTERM interrupts at once too; that loses the steps since the last checkpoint.
+    The end of the grace period after a SIGTERM also stops at once; the steps since the last checkpoint are lost.
     Outside the main thread, or in a program that handles Ctrl-C itself, nothing changes.
 
     Args:
-        say: receives a line for a person.
-        of_process: this process only runs the selection: handle SIGTERM too.
+        notify: receives a line for a person.
+        owns_process: this process only runs the selection, so that SIGTERM is handled too.
     """
 
-    def __init__(self, say: Callable[[str], None], *, of_process: bool = False) -> None:
+    def __init__(self, notify: Callable[[str], None], *, owns_process: bool = False) -> None:
         self.requested = False
         self.terminated = False
-        self._say = say
-        self._of_process = of_process
+        self._notify = notify
+        self._owns_process = owns_process
         self._handlers = {signal.SIGINT: self._interrupt}
-        if of_process:
-            self._handlers |= {signal.SIGTERM: self._terminate, signal.SIGALRM: self._end_of_grace}
-        self._before: dict[signal.Signals, signal._HANDLER] = {}
+        if owns_process:
+            self._handlers |= {signal.SIGTERM: self._terminate, signal.SIGALRM: self._stop_now}
+        self._previous_handlers: dict[signal.Signals, signal._HANDLER] = {}
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> SignalHandler:
         in_main = threading.current_thread() is threading.main_thread()
-        if in_main and (self._of_process or signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-            self._before = {number: signal.signal(number, handler) for number, handler in self._handlers.items()}
+        if in_main and (self._owns_process or signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+            self._previous_handlers = {
+                number: signal.signal(number, handler) for number, handler in self._handlers.items()
+            }
         return self
 
     def __exit__(self, *_error: object) -> None:
         if self.terminated:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def should_stop(self) -> bool:
@@ -143,14 +148,14 @@ class Interrupts(Hook):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._say("stopping after this step; Ctrl-C again stops at once")
+        self._notify("stopping after this step; Ctrl-C again stops at once")
 
     def _terminate(self, _signal: int, _frame: FrameType | None) -> None:
         if self.terminated:
-            self._end_of_grace(_signal, _frame)
+            self._stop_now(_signal, _frame)
         self.requested = self.terminated = True
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
-        self._say(f"received SIGTERM: stopping after this step, or in {GRACE_SECONDS:.0f} s at once")
+        self._notify(f"received SIGTERM: stopping after this step, or in {GRACE_SECONDS:.0f} s at once")
 
-    def _end_of_grace(self, _signal: int, _frame: FrameType | None) -> None:
+    def _stop_now(self, _signal: int, _frame: FrameType | None) -> None:
         raise TerminatedRun("stopped in the middle of a step; the run resumes from the last checkpoint")

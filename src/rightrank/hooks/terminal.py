@@ -1,4 +1,4 @@
-"""A running selection in the terminal: redrawn in place, or as plain lines where the output is no terminal."""
+"""A running selection in the terminal: redrawn in place, or as plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.text import Text
 
 from rightrank.hooks.progress import Progress
-from rightrank.report.format import quantity
-from rightrank.report.terminal import plan_line, terminal_curve
+from rightrank.report.format import format_quantity
+from rightrank.report.terminal import draw_terminal_curve, format_plan
 from rightrank.runs.hook import Hook
 from rightrank.schema.events import Event, Notice, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES
@@ -22,10 +22,10 @@ PLAIN_SECONDS = 15.0  # between progress lines
 class View(Hook):
     """Shows a running selection, or the evaluations of `compare` and `resize`, as a context manager.
 
-    It prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`; `say` gets lines that come from elsewhere.
+    It prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`.
     """
 
-    ends_run = False
+    is_required = False
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self._console = console
@@ -37,42 +37,42 @@ class View(Hook):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is None and (curve := self._curve()):
-            self.say(curve)
+        if error[0] is None and (curve := self._format_curve()):
+            self.print_line(curve)
 
     def on_event(self, event: Event) -> None:
-        line = self._progress.event(event)
+        line = self._progress.record_event(event)
         match event:
             case Notice():
-                self.say(event.text)
+                self.print_line(event.text)
             case SelectionPlanned():
-                self.say(plan_line(event.started, event.steps))
+                self.print_line(format_plan(event.started, event.steps))
                 if event.outcomes:  # each stage and truncation is one
-                    self.say(f"resuming the run: {quantity(len(event.outcomes), 'trial')} ended before")
+                    self.print_line(f"resuming the run: {format_quantity(len(event.outcomes), 'trial')} ended before")
             case _ if line is not None:
-                self.say(line)
+                self.print_line(line)
         if not isinstance(event, Notice | SelectionPlanned):
             self._redraw()
         if isinstance(event, OUTCOMES):
             self._last_line = time.monotonic()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _redraw(self) -> None:
-        """Show where the selection is now."""
+        """Show the current progress."""
         if time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            self.say(self._progress.progress_line())
+            self.print_line(self._progress.format_progress())
 
-    def _curve(self) -> str:
-        trained, truncated = self._progress.curves()
-        return terminal_curve(trained, self._console.width, truncated, label=self._progress.curve_label())
+    def _format_curve(self) -> str:
+        trained, truncated = self._progress.get_curves()
+        return draw_terminal_curve(trained, self._console.width, truncated, label=self._progress.format_curve_label())
 
 
 class LiveView(View):
-    """Redraws the progress and the curve in place; finished trials scroll by above them."""
+    """Redraws the progress and the curve in place; lines of finished trials scroll by above them."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -86,15 +86,15 @@ class LiveView(View):
         self._live.__exit__(*error)
         super().__exit__(*error)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         self._console.print(Text.from_ansi(text), highlight=False)
 
     def _redraw(self) -> None:
-        lines = [Text.from_ansi(self._curve()), Text(self._progress.so_far_line())]
-        self._live.update(Group(*lines, Text(self._progress.progress_line(), style="bold")))
+        lines = [Text.from_ansi(self._format_curve()), Text(self._progress.format_best_rank())]
+        self._live.update(Group(*lines, Text(self._progress.format_progress(), style="bold")))
 
 
 def make_view(quiet: bool, console: Console | None = None) -> View:
-    """On stderr, or `console`: `LiveView` on a terminal; plain lines in a pipe or a notebook, with `NO_COLOR` or if `quiet`."""
+    """Return a `LiveView` on a terminal, else a `View` with plain lines: in a pipe, a notebook, with `NO_COLOR` or if `quiet`."""
     console = console or Console(stderr=True)
     return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else View(console, quiet)

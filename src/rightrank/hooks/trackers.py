@@ -1,8 +1,8 @@
-"""The trackers of a selection. Each logs every trial, and the decision, as a run once, however often the selection is resumed.
+"""The trackers of a selection. Each logs every trial and the decision once as a run, even if the selection is resumed.
 
 Each tracker keeps its own environment variables: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, `WANDB_PROJECT`,
 `WANDB_DIR`, `WANDB_MODE`, `WANDB_ENTITY`, `TRACKIO_DIR`, `TRACKIO_PROJECT`. Their own clients write, not accelerate's
-trackers: those need a state of the whole process, which starts a process group where `LOCAL_RANK` is set.
+trackers, which need a state of the process that starts a process group if `LOCAL_RANK` is set.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rightrank.data.files import write_text
-from rightrank.runs.hook import Hook, Started
+from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, SettingsError, did_you_mean, one_line
 from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
-Plain: TypeAlias = str | int | float | bool | None
+TrackedValue: TypeAlias = str | int | float | bool | None
 
 TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")  # each is the name of its package too
 LOGGED_FILE = "tracked.json"
 MAX_BATCH, MAX_TEXT = 100, 6000  # of MLflow: parameters in a request, characters of one
 
 
-def require_trackers(names: Sequence[str]) -> tuple[str, ...]:
-    """The trackers that the names stand for. As in transformers, `all` means the installed ones and `none` means none.
+def resolve_trackers(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the trackers that the names select. As in transformers, `all` means the installed ones and `none` means none.
 
     Raises:
         SettingsError: an unknown tracker.
@@ -54,36 +54,36 @@ def require_trackers(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class Trackers(Hook):
-    """Logs every trial that ended, and the decision, to every tracker that does not have it yet.
+    """Logs every ended trial and the decision to every tracker that does not have it yet.
 
     Raises:
-        SettingsError, MissingExtraError: as `require_trackers`.
+        SettingsError, MissingExtraError: as `resolve_trackers`.
     """
 
-    ends_run = False
+    is_required = False
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         self._folder = folder
-        self._names = list(require_trackers(names))
+        self._names = list(resolve_trackers(names))
         self._logged: dict[str, list[str]] = {}
-        self._started: Started
+        self._started: SelectionStart
 
-    def on_start(self, started: Started) -> None:
+    def on_start(self, started: SelectionStart) -> None:
         self._started = started
-        self._logged = self._read()
+        self._logged = self._read_logged_keys()
 
     def on_event(self, event: Event) -> None:
         if not self._names:
             return
-        started = self._started.plan.started
+        started = self._started.selection.started
         group = f"{self._folder.resolve().name}-{started.fingerprint[:6]}"
         if isinstance(event, SelectionPlanned):  # what an interrupted run did not log
             for outcome in event.outcomes:
-                self._log(_tracked_trial(started, outcome, group))
+                self._log(_convert_trial(started, outcome, group))
         elif isinstance(event, OUTCOMES):
-            self._log(_tracked_trial(started, event, group))
+            self._log(_convert_trial(started, event, group))
         elif isinstance(event, DecisionRecorded):
-            self._log(_tracked_decision(started, event.decision, group))
+            self._log(_convert_decision(started, event.decision, group))
 
     def _log(self, run: _TrackedRun) -> None:
         for name in list(self._names):
@@ -98,14 +98,14 @@ class Trackers(Hook):
                 text = (
                     f"{name}: logging stopped ({type(error).__name__}: {reason}); run again to log the missing trials"
                 )
-                self._started.tell(Notice(text=text))
+                self._started.emit(Notice(text=text))
                 self._names.remove(name)
                 continue
             logged.append(run.key)
             write_text(self._folder / LOGGED_FILE, json.dumps(self._logged) + "\n")
 
-    def _read(self) -> dict[str, list[str]]:
-        """The keys of the runs that each tracker has; empty if unknown."""
+    def _read_logged_keys(self) -> dict[str, list[str]]:
+        """Read the keys of the runs that each tracker has; empty if unknown."""
         try:
             logged = json.loads((self._folder / LOGGED_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -115,19 +115,19 @@ class Trackers(Hook):
 
 @dataclass(frozen=True, slots=True)
 class _TrackedRun:
-    """A trial, or the decision: its configuration, its numbers by step, and the words of its end."""
+    """A trial or the decision as a run of a tracker: its configuration, its numbers by step, and its summary."""
 
     key: str  # the trial's identity
     name: str  # readable, and valid as a folder name
     group: str
-    config: Mapping[str, Plain]
+    config: Mapping[str, TrackedValue]
     steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step → name → number
-    summary: Mapping[str, Plain] = field(default_factory=dict)
+    summary: Mapping[str, TrackedValue] = field(default_factory=dict)
     failed: bool = False
 
 
-def _tensorboard(run: _TrackedRun, folder: Path) -> None:
-    """A folder of event files in `tensorboard/` of the run folder; configuration and summary are texts."""
+def _write_tensorboard(run: _TrackedRun, folder: Path) -> None:
+    """Write event files to `tensorboard/` of the run folder; configuration and summary are texts."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard" / run.name)) as writer:
@@ -138,40 +138,40 @@ def _tensorboard(run: _TrackedRun, folder: Path) -> None:
             writer.add_text(name, f"```json\n{json.dumps(dict(texts), indent=1)}\n```")
 
 
-def _mlflow(run: _TrackedRun, _folder: Path) -> None:
-    """A run with tags for group, trial and summary. An active run of this process is left alone."""
+def _write_mlflow(run: _TrackedRun, _folder: Path) -> None:
+    """Write a run with tags for group, trial and summary. An active run of this process stays unchanged."""
     import mlflow
     from mlflow.entities import Metric, Param, RunTag
 
     client, experiment = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "rightrank")
     existing = client.get_experiment_by_name(experiment)
-    place = client.create_experiment(experiment) if existing is None else existing.experiment_id
+    experiment_id = client.create_experiment(experiment) if existing is None else existing.experiment_id
     tags = {"rightrank.group": run.group, "rightrank.trial_id": run.key}
-    key = client.create_run(place, run_name=run.name, tags=tags).info.run_id
+    key = client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id
     now = int(time.time() * 1000)
     metrics = [
         Metric(name, float(value), now, step) for step, values in run.steps.items() for name, value in values.items()
     ]
     params = [Param(name, str(value)[:MAX_TEXT]) for name, value in run.config.items() if value is not None]
     for start in range(0, max(len(metrics), len(params)), MAX_BATCH):
-        part = slice(start, start + MAX_BATCH)
-        client.log_batch(key, metrics=metrics[part], params=params[part])
+        batch = slice(start, start + MAX_BATCH)
+        client.log_batch(key, metrics=metrics[batch], params=params[batch])
     client.log_batch(key, tags=[RunTag(name, str(value)[:MAX_TEXT]) for name, value in run.summary.items()])
     client.set_terminated(key, "FAILED" if run.failed else "FINISHED")
 
 
-def _wandb(run: _TrackedRun, _folder: Path) -> None:
-    """A run in a group. Without a mode or a key it is offline, and `wandb sync` uploads it later: wandb would ask and wait."""
+def _write_wandb(run: _TrackedRun, _folder: Path) -> None:
+    """Write a run in a group. Without a mode or a key it is offline, since wandb would ask and wait; `wandb sync` uploads it later."""
     import wandb
 
-    known = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
+    is_configured = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
     with wandb.init(
         project=os.environ.get("WANDB_PROJECT", "rightrank"),
         group=run.group,
         id=f"{run.group}-{run.key}",
         name=run.name,
         config=dict(run.config),
-        mode=None if known else "offline",
+        mode=None if is_configured else "offline",
         reinit="finish_previous",
         resume="allow",
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
@@ -183,8 +183,8 @@ def _wandb(run: _TrackedRun, _folder: Path) -> None:
             opened.finish(exit_code=1)
 
 
-def _trackio(run: _TrackedRun, _folder: Path) -> None:
-    """A run in the local store, in a group; no dashboard is opened."""
+def _write_trackio(run: _TrackedRun, _folder: Path) -> None:
+    """Write a run in a group of the local store; no dashboard is opened."""
     import trackio
 
     opened = trackio.init(
@@ -201,56 +201,56 @@ def _trackio(run: _TrackedRun, _folder: Path) -> None:
     opened.finish()
 
 
-def _tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> _TrackedRun:
-    """The trial as a run.
+def _convert_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> _TrackedRun:
+    """Convert a trial to a run.
 
-    A training that was stopped early, or truncated is no point of the curve. Its rank is logged
-    as `stage_rank` and its values as `stage/…`, which keeps them apart from the others in the tracker's charts.
+    A training that was stopped early or truncated is not a point of the curve. Its rank is logged as `stage_rank` and its
+    values as `stage/…`, which separates them from the others in the tracker's charts.
     """
     arm = outcome.arm
-    whole = arm.is_direct
-    config: dict[str, Plain] = {
-        "lora_r" if whole else "stage_rank": arm.rank,
+    is_direct = arm.is_direct
+    config: dict[str, TrackedValue] = {
+        "lora_r" if is_direct else "stage_rank": arm.rank,
         "learning_rate": arm.learning_rate,
         "seed": arm.seed,
         "lora_alpha": arm.lora_alpha,
         "steps": arm.steps,
         "stage": arm.stage() or "whole",
     }
-    config |= {f"settings/{name}": _plain(value) for name, value in started.settings.items()}
+    config |= {f"settings/{name}": _convert_value(value) for name, value in started.settings.items()}
     name = f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}"
     if not isinstance(outcome, TrialFinished):
         summary = {"outcome": outcome.type, "reason": outcome.reason}
         return _TrackedRun(outcome.trial_id, name, group, config, summary=summary, failed=True)
-    name = name if whole else f"stage-{outcome.trial_id}"
-    steps = _steps(started, outcome, "eval" if whole else "stage")
+    name = name if is_direct else f"stage-{outcome.trial_id}"
+    steps = _collect_steps(started, outcome, "eval" if is_direct else "stage")
     return _TrackedRun(outcome.trial_id, name, group, config, steps, {"outcome": outcome.type})
 
 
-def _tracked_decision(started: RunStarted, decision: Decision, group: str) -> _TrackedRun:
-    """The decision as the last run of the group."""
-    summary: dict[str, Plain] = {
-        f"decision/{name}": _plain(value)
+def _convert_decision(started: RunStarted, decision: Decision, group: str) -> _TrackedRun:
+    """Convert the decision to the last run of the group."""
+    summary: dict[str, TrackedValue] = {
+        f"decision/{name}": _convert_value(value)
         for name, value in decision.model_dump(mode="json").items()
         if name not in ("staircase", "next_runs", "other_metrics")
     }
-    config = {f"settings/{name}": _plain(value) for name, value in started.settings.items()}
+    config = {f"settings/{name}": _convert_value(value) for name, value in started.settings.items()}
     return _TrackedRun("decision", "decision", group, config, summary=summary)
 
 
-def _plain(value: object) -> Plain:
-    """The value itself if every tracker can hold it, else JSON."""
+def _convert_value(value: object) -> TrackedValue:
+    """Return the value itself if every tracker can hold it, else JSON."""
     return value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
 
 
-def _steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, dict[str, float]]:
-    """The losses of a training by step, its looks, and at its end the metrics and the cost."""
-    along = started.points_metric or started.metric
+def _collect_steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, dict[str, float]]:
+    """Collect by step the losses and evaluations of a training, and at its end the metrics and the cost."""
+    points_metric = started.points_metric or started.metric
     numbers: dict[int, dict[str, float]] = {}
     for step, loss in enumerate(trial.train_losses, start=1):
         numbers.setdefault(step, {})["train/loss"] = loss
     for point in trial.points:
-        numbers.setdefault(point.step, {})[f"{prefix}/{along}"] = point.value
+        numbers.setdefault(point.step, {})[f"{prefix}/{points_metric}"] = point.value
     last = numbers.setdefault(trial.end, {})
     last |= {f"{prefix}/{metric}": value for metric, value in trial.metrics.items()}
     for name in ("train_seconds", "eval_seconds", "trainable_parameters", "peak_bytes"):
@@ -258,4 +258,9 @@ def _steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, 
     return dict(sorted(numbers.items()))
 
 
-_WRITERS = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb, "trackio": _trackio}
+_WRITERS = {
+    "tensorboard": _write_tensorboard,
+    "mlflow": _write_mlflow,
+    "wandb": _write_wandb,
+    "trackio": _write_trackio,
+}

@@ -16,8 +16,8 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from transformers import TrainerCallback
 
-from rightrank.interop.end_run import KEPT
 from rightrank.interop.smallest import SmallestAdapter
+from rightrank.interop.truncation_run import RESUME_FILE
 
 
 class SmallestAdapterArguments(BaseModel):
@@ -43,5 +43,5 @@ class SmallestAdapterPlugin(BasePlugin):  # type: ignore[misc]
     def post_train_unload(self, cfg: Any) -> None:
         """Measure in a fresh process; what fails is a line, and the training's own result is safe."""
         folder = Path(cfg.output_dir) / "rightrank"
-        if (folder / "cache" / KEPT).is_file() and os.environ.get("RANK", "0") == "0":
+        if (folder / "cache" / RESUME_FILE).is_file() and os.environ.get("RANK", "0") == "0":
             subprocess.run([sys.executable, "-m", "rightrank.interop.smallest", str(folder)], check=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.adapter import METHODS, Making, making_of
-from rightrank.models.ranks import peft_scaling
+from rightrank.models.ranks import convert_scaling
 from rightrank.schema.command import set_arguments
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
@@ -62,7 +62,7 @@ class Recipe:
     served: Path | None = None  # the folder that a server loads, where it is another than `adapter`
 
     @property
-    def unusual(self) -> dict[str, Any]:
+    def non_default(self) -> dict[str, Any]:
         """What a trainer may lack a word for, in PEFT's and transformers' names; what is as by default is left out."""
         names = ("exclude_modules", "layers_to_transform", "modules_to_save", "rank_pattern", "alpha_pattern")
         given = {name: getattr(self, name) for name in names} | self.kind
@@ -88,7 +88,7 @@ class Recipe:
         return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
 
     @property
-    def _is_made_smaller(self) -> bool:
+    def _is_truncated(self) -> bool:
         """Whether training alone does not give this adapter."""
         return self.making.truncation is not None
 
@@ -96,7 +96,7 @@ class Recipe:
         """The recipe of the training that the adapter comes from."""
         init = self.settings.init_lora_weights
         recipe = self if init == "default" else replace(self, init_lora_weights=init)
-        if not self._is_made_smaller and self.r == self.making.trained_rank:
+        if not self._is_truncated and self.r == self.making.trained_rank:
             return recipe
         return replace(
             recipe, r=self.making.trained_rank, lora_alpha=self.trained_alpha, rank_pattern={}, alpha_pattern={}
@@ -104,7 +104,7 @@ class Recipe:
 
     def comments(self) -> list[str]:
         """How to make the adapter again, where training alone does not give it."""
-        if not self._is_made_smaller:
+        if not self._is_truncated:
             return []
         rank, data = str(self.making.rank), self.data
         rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
@@ -124,7 +124,7 @@ class Recipe:
         return list(self.target_modules if is_whole else self.module_names)
 
 
-def recipe_of(
+def build_recipe(
     started: RunStarted, trial: TrialFinished, adapter: Path, finished: Sequence[TrialFinished] = ()
 ) -> Recipe:
     """The recipe of the chosen trial of a run.
@@ -137,7 +137,7 @@ def recipe_of(
     """
     from safetensors import safe_open
 
-    config = _adapter_config(adapter)
+    config = _read_adapter_config(adapter)
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:  # its header names the modules
         names = {name.split(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a dict
     settings = started.select_settings
@@ -146,10 +146,10 @@ def recipe_of(
         update={name: value for name, value in unsaid.items() if name not in settings.model_fields_set}
     )
     making = making_of(trial, finished)
-    alpha, _ = peft_scaling(settings.scaling, trial.lora_alpha, making.trained_rank)
+    alpha, _ = convert_scaling(settings.scaling, trial.lora_alpha, making.trained_rank)
     return Recipe(
-        model=_named(started.model_name, UNKNOWN_MODEL),
-        data=_named(started.data_name, UNKNOWN_DATA),
+        model=_resolve_name(started.model_name, UNKNOWN_MODEL),
+        data=_resolve_name(started.data_name, UNKNOWN_DATA),
         form=started.data.form,
         shape=started.data.shape,
         columns=started.data.renamed,
@@ -162,19 +162,19 @@ def recipe_of(
         making=making,
         trained_alpha=config["lora_alpha"] if making.trained_rank == config["r"] else alpha,
         settings=settings,
-        held_out=0 if started.data.splits_given else _held_out(started),
-        **_adapter_fields(config),
+        held_out=0 if started.data.splits_given else _count_held_out(started),
+        **_select_adapter_fields(config),
     )
 
 
-def _held_out(started: RunStarted) -> int:
+def _count_held_out(started: RunStarted) -> int:
     """Rows of the data in the splits that no training saw."""
     if started.select_settings.validation:
-        return sum(split.items for name, split in started.data.splits.items() if name == "test")
-    return sum(split.items for name, split in started.data.splits.items() if name != "train")
+        return sum(split.examples for name, split in started.data.splits.items() if name == "test")
+    return sum(split.examples for name, split in started.data.splits.items() if name != "train")
 
 
-def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _select_adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a recipe that PEFT's configuration of the adapter gives, in its names."""
     given = {named.name: config[named.name] for named in fields(Recipe) if config.get(named.name) is not None}
     for name in ("target_modules", "target_parameters"):
@@ -184,7 +184,7 @@ def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _adapter_config(adapter: Path) -> dict[str, Any]:
+def _read_adapter_config(adapter: Path) -> dict[str, Any]:
     try:
         config = read_json_object(adapter / "adapter_config.json")
     except UnreadableError as error:
@@ -196,5 +196,5 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def _named(name: str | None, otherwise: str) -> str:
+def _resolve_name(name: str | None, otherwise: str) -> str:
     return otherwise if name is None or "in memory" in name else name

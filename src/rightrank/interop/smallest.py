@@ -30,29 +30,29 @@ from rightrank.adapters.preserved_state import as_it_came, copy_reader
 from rightrank.adapters.processes import FAILURES, gather_objects, is_partitioned, process_index, together, world_size
 from rightrank.data.splits import sample_indices
 from rightrank.hooks.report import Report
-from rightrank.interop.end_run import (
-    KEPT,
-    Ending,
-    Training,
-    begin_run,
-    finish_run,
-    measure_again,
-    peak_so_far,
-    require_end_folder,
-)
 from rightrank.interop.trainer_rows import (
+    MAX_MOMENT_BATCHES,
     MIN_EXAMPLES,
-    MOMENT_BATCHES,
-    Reader,
+    RowReader,
+    copy_batches,
     find_group_key,
     hash_inputs,
-    is_indexed,
+    is_indexable,
+    iterate_rows,
     number_groups,
     read_moment_batches,
-    read_rows,
-    readable_copy,
     require_mappings,
     sample_batches,
+)
+from rightrank.interop.truncation_run import (
+    RESUME_FILE,
+    TrainingSummary,
+    TruncationResult,
+    begin_run,
+    finish_run,
+    measure_peak_bytes,
+    require_result_folder,
+    resume_measurement,
 )
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook
@@ -64,9 +64,9 @@ from rightrank.schema.settings import SelectSettings
 
 log = logging.getLogger("rightrank")
 
-FEWEST, MOST = 100, 1000  # examples that are scored where nothing else is asked for
-MAX_SHARE = 0.1  # of the training's time, which the end may take where FEWEST examples allow it
-COMPARED_ROWS, COMPARED_SECONDS = 100_000, 2.0  # of the training set, to find held-out rows in it
+MIN_SAMPLE_SIZE, MAX_SAMPLE_SIZE = 100, 1000  # examples that are scored where nothing else is asked for
+MAX_TIME_FRACTION = 0.1  # of the training's time, which the end may take where FEWEST examples allow it
+MAX_COMPARED_ROWS, MAX_COMPARISON_SECONDS = 100_000, 2.0  # of the training set, to find held-out rows in it
 
 
 @dataclass(eq=False, repr=False)
@@ -102,7 +102,7 @@ class SmallestAdapter(TrainerCallback):
     max_examples: int | None = None
     group: str | None = None
     measure: bool = True
-    result: Ending | None = field(default=None, init=False)
+    result: TruncationResult | None = field(default=None, init=False)
     reads_between_steps: ClassVar[bool] = False  # whether rows are read between two steps too
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
     _trainer: Trainer | None = field(default=None, init=False)
@@ -121,7 +121,7 @@ class SmallestAdapter(TrainerCallback):
             return  # a search ends many trainings, and none of them is the one to hand over
         self._loaders, self._notes = kwargs, []
         self.result = None
-        self._trainer = trainer = _trainer_of(self, control)
+        self._trainer = trainer = _find_trainer(self, control)
         if trainer is not None:  # trackers end their runs at the training's end: this callback comes before them
             callbacks = trainer.callback_handler.callbacks
             callbacks.remove(self)
@@ -130,7 +130,7 @@ class SmallestAdapter(TrainerCallback):
                     f"SmallestAdapter: the trainer has two, and both write to {args.output_dir}/rightrank; add one"
                 )
             callbacks.insert(0, self)
-        settings, model = checked(self.margin, self.ranks, self.metric), kwargs["model"]
+        settings, model = build_settings(self.margin, self.ranks, self.metric), kwargs["model"]
         if any(
             kind.__module__.partition(".")[0] == "sentence_transformers"
             for kind in (*type(trainer).__mro__, *type(model).__mro__)
@@ -145,13 +145,13 @@ class SmallestAdapter(TrainerCallback):
         evaluated, loader = getattr(trainer, "eval_dataset", None), kwargs["train_dataloader"]
         rows = evaluated if self.eval_dataset is None else self.eval_dataset
         with as_it_came(model, name, rows, loader.dataset, loader.collate_fn):
-            reader = Reader.copied(loader)
+            reader = RowReader.from_loader(loader)
             if reader.collate is None and self.reads_between_steps:
                 raise DataError(
                     f"{type(self).__name__}: {reader.reason}; give the trainer a collator that copy.deepcopy copies"
                 )
-            self._held_out = self._rows_to_score(rows, rows is not evaluated, reader)
-            self._require_scores(model, args, reader)
+            self._held_out = self._select_held_out_rows(rows, rows is not evaluated, reader)
+            self._require_example_losses(model, args, reader)
         self._is_training = True
         self._started = time.monotonic()
         if state.is_world_process_zero:
@@ -159,9 +159,9 @@ class SmallestAdapter(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written fails here
             if self._writes_run:
-                require_end_folder(folder / "rightrank")
+                require_result_folder(folder / "rightrank")
 
-    def _rows_to_score(self, rows: Any, is_own: bool, reader: Reader) -> Subset[Any]:
+    def _select_held_out_rows(self, rows: Any, is_own: bool, reader: RowReader) -> Subset[Any]:
         """Return a random sample of the held-out rows, without those that are found in the training set. The rows are read when they are used.
 
         Args:
@@ -173,7 +173,7 @@ class SmallestAdapter(TrainerCallback):
         """
         if isinstance(rows, Mapping):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
-        if not is_indexed(rows):
+        if not is_indexable(rows):
             raise DataError(
                 "SmallestAdapter has no held-out rows to draw a random sample of, which takes a length and row numbers (a stream has none): give "
                 "the trainer an eval_dataset with them, or SmallestAdapter a list of some hundred rows"
@@ -186,16 +186,16 @@ class SmallestAdapter(TrainerCallback):
                     f"SmallestAdapter: the trainer's eval_dataset, {error}, and reading it may change the training; give SmallestAdapter "
                     "held-out rows of its own, such as a list"
                 ) from None
-        sample = Subset(rows, sample_indices(len(rows), self.max_examples or MOST))
+        sample = Subset(rows, sample_indices(len(rows), self.max_examples or MAX_SAMPLE_SIZE))
         contents, keys = [], []
-        list(require_mappings(read_rows(reader.rows, 1)))
-        for row in require_mappings(read_rows(sample)):
+        list(require_mappings(iterate_rows(reader.rows, 1)))
+        for row in require_mappings(iterate_rows(sample)):
             contents.append(hash_inputs(row, reader.columns))
             keys.append(find_group_key(row, self.group))
-        shared = self._shared_contents(contents, reader)
+        shared = self._find_shared_inputs(contents, reader)
         unseen = [at for at, content in enumerate(contents) if content not in shared]
         if len(unseen) < len(contents):
-            self._note(
+            self._add_note(
                 f"{len(contents) - len(unseen)} of {len(contents)} held-out rows are in the training set; they are left out"
             )
         if len(unseen) < 2:
@@ -209,17 +209,17 @@ class SmallestAdapter(TrainerCallback):
         number_groups([keys[at] for at in unseen], self.group)  # refuses a column that groups nothing
         return Subset(rows, [sample.indices[at] for at in unseen])
 
-    def _shared_contents(self, contents: Sequence[int], reader: Reader) -> set[int]:
-        """Return the contents that are found in the training set in `COMPARED_SECONDS`; a note says what was not compared.
+    def _find_shared_inputs(self, contents: Sequence[int], reader: RowReader) -> set[int]:
+        """Return the contents that are found in the training set in `MAX_COMPARISON_SECONDS`; a note says what was not compared.
 
         Of several processes each compares its share, and all of them return the same.
         """
         if reader.rows_reason:
-            self._note(f"{reader.rows_reason}; whether held-out rows are in it was not checked")
+            self._add_note(f"{reader.rows_reason}; whether held-out rows are in it was not checked")
             return set()
         numbers = {content: at for at, content in reversed(list(enumerate(contents)))}
-        order = sample_indices(len(reader.rows), COMPARED_ROWS)[process_index() :: world_size()]
-        end, compared, leaked = time.monotonic() + COMPARED_SECONDS, 0, set()
+        order = sample_indices(len(reader.rows), MAX_COMPARED_ROWS)[process_index() :: world_size()]
+        end, compared, leaked = time.monotonic() + MAX_COMPARISON_SECONDS, 0, set()
         with together():
             for index in order:
                 if time.monotonic() > end:
@@ -230,17 +230,17 @@ class SmallestAdapter(TrainerCallback):
         by_process = gather_objects((compared, leaked))  # numbers of rows: processes have other hashes of strings
         total = sum(count for count, _ in by_process)
         if total < len(reader.rows):
-            self._note(
-                f"{total:,} of {len(reader.rows):,} training rows, a random sample, were compared with the held-out rows, in {COMPARED_SECONDS:g} s at "
+            self._add_note(
+                f"{total:,} of {len(reader.rows):,} training rows, a random sample, were compared with the held-out rows, in {MAX_COMPARISON_SECONDS:g} s at "
                 "most; whether held-out rows are among the others was not checked"
             )
         return {contents[number] for _, shared in by_process for number in shared}
 
-    def _note(self, text: str) -> None:
+    def _add_note(self, text: str) -> None:
         self._notes.append(text)
         log.log(logging.DEBUG if process_index() else logging.WARNING, "rightrank: %s", text)
 
-    def _require_scores(self, model: Any, args: TrainingArguments, reader: Reader) -> None:
+    def _require_example_losses(self, model: Any, args: TrainingArguments, reader: RowReader) -> None:
         """Score two examples in the way of the end.
 
         Raises:
@@ -250,13 +250,13 @@ class SmallestAdapter(TrainerCallback):
         if not len(self._held_out):
             return  # nothing is measured
         if reader.collate is None:
-            self._note(f"{reader.reason}; no example was scored before the first step")
+            self._add_note(f"{reader.reason}; no example was scored before the first step")
             return
-        batch = next(reader.batches(self._held_out, 2))
-        beta = _beta(args, batch)
+        batch = next(reader.read_batches(self._held_out, 2))
+        beta = _read_dpo_beta(args, batch)
         # The passes of ZeRO-3 begin in DeepSpeed's engine; a fresh process measures.
         loss = None if is_partitioned(model) else batch_loss(model, batch, beta)
-        examples = (read_batch(model, part).examples for part in reader.batches(self._held_out, 8))
+        examples = (read_batch(model, part).examples for part in reader.read_batches(self._held_out, 8))
         if not any(count >= 2 for count in accumulate(examples)):
             raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
         if self.metric == "accuracy" and loss is not None and self.metric not in loss.example_metrics:
@@ -271,63 +271,63 @@ class SmallestAdapter(TrainerCallback):
         self._is_training = False
         out, live = Path(args.output_dir or ".") / "rightrank", None
         try:
-            live = self._live(kwargs["model"], args, state)
-            self.result = _ended(live, out, self._training(live, args, state), self.measure)
+            live = self._build_in_memory_adapter(kwargs["model"], args, state)
+            self.result = _measure_truncations(live, out, self._summarize_training(live, args, state), self.measure)
         except FAILURES as error:
             # What lies there before the run has begun is of an earlier training.
-            has_begun = live is not None and (out / "cache" / KEPT).is_file()
+            has_begun = live is not None and (out / "cache" / RESUME_FILE).is_file()
             again = f"; to measure again: {measure_command(str(out))}" if has_begun else ""
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
         if self.result is not None and state.is_world_process_zero:
-            self._report(self.result.answer)
+            self._log_to_trackers(self.result.answer)
 
-    def _training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> Training:
+    def _summarize_training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> TrainingSummary:
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         asked = copy.copy(args)
         asked.max_steps = state.max_steps  # also where epochs were asked for
-        settings, notes = _stated(live, asked)
-        return Training(
+        settings, notes = _collect_stated_settings(live, asked)
+        return TrainingSummary(
             settings,
             steps=state.global_step,
             seconds=time.monotonic() - self._started,
-            peak_bytes=peak_so_far(),
-            kept_step=state.best_global_step if is_best else None,
+            peak_bytes=measure_peak_bytes(),
+            checkpoint_step=state.best_global_step if is_best else None,
             notes=[*self._notes, *notes],
         )
 
-    def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
+    def _build_in_memory_adapter(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
         loader, name = self._loaders["train_dataloader"], trained_adapter(model)
         size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         # With the steps before a checkpoint from which it was resumed, so that its end is that of the whole training.
         trained = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         with as_it_came(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
-            reader = Reader.copied(loader)
+            reader = RowReader.from_loader(loader)
             if not self._is_training:  # the last step was made: what cannot be copied is read as it is
-                reader = reader.completed(loader)
+                reader = reader.with_originals(loader)
             # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
-            train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MOMENT_BATCHES * size))
+            train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MAX_MOMENT_BATCHES * size))
             train, tokens, moment_tokens = read_moment_batches(
                 reader, train_rows, 1 if args.gradient_checkpointing else size, trained
             )
             rows = self._held_out
             if self.max_examples is None and len(rows):
-                sample = list(reader.batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
+                sample = list(reader.read_batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
                 cost = passes * sum(map(positions, sample)) / min(len(rows), MIN_EXAMPLES)
                 # A step of the training is two passes, forward and backward.
-                count = max(FEWEST, int(2 * (MAX_SHARE * tokens - moment_tokens) / cost))
+                count = max(MIN_SAMPLE_SIZE, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
                 rows = Subset(rows.dataset, rows.indices[:count])  # in random order
             keys: list[Any] = []
-            held_out = list(reader.batches(rows, size, lambda row: keys.append(find_group_key(row, self.group))))
+            held_out = list(reader.read_batches(rows, size, lambda row: keys.append(find_group_key(row, self.group))))
             groups = torch.tensor(number_groups(keys, self.group))
             held_out = [{**batch, GROUP: groups[at * size : (at + 1) * size]} for at, batch in enumerate(held_out)]
-        beta = _beta(args, (held_out or train or [{}])[0])
+        beta = _read_dpo_beta(args, (held_out or train or [{}])[0])
         write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
         return LiveAdapter(
             model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens, write
         )
 
-    def _report(self, answer: AdapterAnswer) -> None:
+    def _log_to_trackers(self, answer: AdapterAnswer) -> None:
         """To the trainer's history and to its trackers, without what a trainer of TRL's adds."""
         bound = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
         try:
@@ -337,7 +337,9 @@ class SmallestAdapter(TrainerCallback):
             log.warning("rightrank: a tracker did not take the values: %s", first_line(error))
 
 
-def _ended(live: LiveAdapter, out: Path, training: Training, measures: bool = True) -> Ending | None:
+def _measure_truncations(
+    live: LiveAdapter, out: Path, training: TrainingSummary, measures: bool = True
+) -> TruncationResult | None:
     """Begin the run of an end and finish it; None where it is left to a fresh process. The first of several processes writes and speaks."""
     level = logging.DEBUG if process_index() else logging.WARNING
     with tempfile.TemporaryDirectory(prefix="rightrank-") as unused:
@@ -350,14 +352,14 @@ def _ended(live: LiveAdapter, out: Path, training: Training, measures: bool = Tr
         log.log(
             level, "rightrank: measuring truncations on %d batches; to measure again: %s", len(live.held_out), command
         )
-        ending = finish_run(live, folder, training, _hooks())
+        ending = finish_run(live, folder, training, _load_hooks())
     for note in ending.answer.notes:
         log.log(level, "rightrank: %s", note)
     log.log(level, "%s %s", ending.answer.sentence, out / "adapter")
     return ending
 
 
-def _hooks() -> list[Hook]:
+def _load_hooks() -> list[Hook]:
     """What renders a selection; for the first process."""
     return [] if process_index() else [Report(), *plugins.collect_items(lambda plugin: plugin.hooks())]
 
@@ -371,7 +373,7 @@ def keep_smallest(
     margin: float | None = None,
     metric: str = "loss",
     seconds: float | None = None,
-) -> Ending:
+) -> TruncationResult:
     """Write the smallest adapter within the margin to `out`, at the end of a loop of your own or accelerate's.
 
     Args:
@@ -391,15 +393,17 @@ def keep_smallest(
         RunFolderError: `out` holds another kind of run or other files, which stay as they are, is in use, or cannot be written.
         RunError: the disk is full.
     """
-    settings = checked(margin, None, metric)
+    settings = build_settings(margin, None, metric)
     name, margin = require_end(model), settings.margin
     with as_it_came(model, name, held_out, train):  # a loader draws its order from the random state
-        batches = list(readable_copy(held_out)), sample_batches(train)
+        batches = list(copy_batches(held_out)), sample_batches(train)
         live = LiveAdapter(model, *batches, margin, name=name, metric=metric)
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
-    stated, notes = _stated(live, None)
-    ending = _ended(live, Path(out), Training(stated, seconds=seconds, peak_bytes=peak_so_far(), notes=notes))
+    stated, notes = _collect_stated_settings(live, None)
+    ending = _measure_truncations(
+        live, Path(out), TrainingSummary(stated, seconds=seconds, peak_bytes=measure_peak_bytes(), notes=notes)
+    )
     if ending is None:
         raise ModelError(
             "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
@@ -407,14 +411,14 @@ def keep_smallest(
     return ending
 
 
-def _trainer_of(callback: TrainerCallback, control: TrainerControl) -> Trainer | None:
+def _find_trainer(callback: TrainerCallback, control: TrainerControl) -> Trainer | None:
     """The trainer that a callback was added to, which transformers does not hand to it; None for another caller of its events."""
     trainers = (item for item in gc.get_objects() if issubclass(type(item), Trainer))
     mine = (trainer for trainer in trainers if getattr(trainer, "control", None) is control)
     return next((trainer for trainer in mine if callback in trainer.callback_handler.callbacks), None)
 
 
-def _beta(args: TrainingArguments, batch: Batch) -> float:
+def _read_dpo_beta(args: TrainingArguments, batch: Batch) -> float:
     """The `beta` of TRL's loss of preference pairs.
 
     Raises:
@@ -436,7 +440,7 @@ def _beta(args: TrainingArguments, batch: Batch) -> float:
     return float(given.beta)
 
 
-def checked(margin: float | None, ranks: Sequence[int] | int | None, metric: str) -> SelectSettings:
+def build_settings(margin: float | None, ranks: Sequence[int] | int | None, metric: str) -> SelectSettings:
     """The settings of an end, those that are None as by default.
 
     Raises:
@@ -448,7 +452,7 @@ def checked(margin: float | None, ranks: Sequence[int] | int | None, metric: str
     return SelectSettings(metric=metric, **{name: value for name, value in given.items() if value is not None})
 
 
-def _stated(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str, Any], list[str]]:
+def _collect_stated_settings(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str, Any], list[str]]:
     """`(the settings of `select` that this training states, a note on what none says)`."""
     lengths = [batch["input_ids"].shape[1] for batch in (*live.train, *live.held_out) if "input_ids" in batch]
     further: dict[str, Any] = {"seq_len": max(lengths)} if lengths and not getattr(args, "max_length", None) else {}
@@ -464,7 +468,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if len(arguments) != 1:
             raise SettingsError("give one folder: the rightrank folder in the training's output folder")
-        sys.stdout.write(measure_again(Path(arguments[0]), _hooks()) + "\n")
+        sys.stdout.write(resume_measurement(Path(arguments[0]), _load_hooks()) + "\n")
     except RightrankError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status

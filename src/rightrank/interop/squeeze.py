@@ -29,19 +29,19 @@ from rightrank.adapters.preserved_state import as_it_came
 from rightrank.adapters.processes import is_sharded, world_size
 from rightrank.adapters.resize import capped, write_truncated
 from rightrank.data.splits import sample_indices
-from rightrank.interop.end_run import Ending, measure
-from rightrank.interop.smallest import SmallestAdapter, checked
-from rightrank.interop.trainer_rows import MIN_EXAMPLES, Reader, readable_copy, sample_batches
-from rightrank.models.adapter_reader import PREFIX, AdapterFolder, open_adapter
+from rightrank.interop.smallest import SmallestAdapter, build_settings
+from rightrank.interop.trainer_rows import MIN_EXAMPLES, RowReader, copy_batches, sample_batches
+from rightrank.interop.truncation_run import TruncationResult, measure_truncations
+from rightrank.models.adapter_reader import PEFT_PREFIX, AdapterFolder, open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.train.multi_lora import find_lora_modules
 
 log = logging.getLogger("rightrank")
 
 # Against a training at the lower rank, at that rank's own best learning rate (docs/explanation/science.md, archive).
-STUDY = "In a study, 35 of 45 such cuts ended no worse than a training at the low rank by half a margin; differences were -28% to +5% of what training gains"
-RESUME = "give the trainer the model PeftModel.from_pretrained(base, {path}, is_trainable=True)"
-LAYERWISE = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
+STUDY_RESULT = "In a study, 35 of 45 such cuts ended no worse than a training at the low rank by half a margin; differences were -28% to +5% of what training gains"
+RESUME_ADVICE = "give the trainer the model PeftModel.from_pretrained(base, {path}, is_trainable=True)"
+LAYERWISE_OPTIMIZERS = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -66,8 +66,8 @@ class Squeeze(SmallestAdapter):
     reads_between_steps: ClassVar[bool] = True
     rank: int | None = None
     at: float = 0.5
-    measure: bool = field(default=True, init=False)
-    cut: LiveCut | None = field(default=None, init=False)
+    measure_truncations: bool = field(default=True, init=False)
+    cut: RankCut | None = field(default=None, init=False)
     _step: int = field(default=0, init=False)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -80,38 +80,39 @@ class Squeeze(SmallestAdapter):
     ) -> None:
         vars(kwargs["model"]).pop("load_adapter", None)  # a checkpoint has been loaded by now
         model, self._is_training, self.cut = kwargs["model"], False, None
-        self._step = cut_step(self.at, state.max_steps)
+        self._step = compute_cut_step(self.at, state.max_steps)
         if state.global_step >= self._step:
             return  # resumed after the cut
-        require_cut(model, self.rank)
+        require_cuttable(model, self.rank)
         optim = str(getattr(args.optim, "value", args.optim)).lower()
-        if args.torch_compile or any(name in optim for name in LAYERWISE):
+        if args.torch_compile or any(name in optim for name in LAYERWISE_OPTIMIZERS):
             what = "torch_compile" if args.torch_compile else f"optim {optim}"
             raise SettingsError(
                 f"Squeeze: {what} holds the adapter's first shapes; leave it out, or use SmallestAdapter"
             )
         super().on_train_begin(args, state, control, **kwargs)
 
-    def _rows_to_score(self, rows: Any, is_own: bool, reader: Reader) -> Subset[Any]:
+    def _select_held_out_rows(self, rows: Any, is_own: bool, reader: RowReader) -> Subset[Any]:
         """Return the held-out rows; some of the training where the rank is given and nothing is measured, or none of a stream."""
         if self.rank is None:
-            return super()._rows_to_score(rows, is_own, reader)
+            return super()._select_held_out_rows(rows, is_own, reader)
         return Subset(reader.rows, sample_indices(len(reader.rows), MIN_EXAMPLES))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._is_training or state.global_step != self._step:
             return
         optimizer = kwargs["optimizer"]
-        live = self._live(kwargs["model"], args, state)
-        self.cut = cut_live(live, getattr(optimizer, "optimizer", optimizer), self.rank)
+        live = self._build_in_memory_adapter(kwargs["model"], args, state)
+        self.cut = cut_adapter(live, getattr(optimizer, "optimizer", optimizer), self.rank)
         if self.cut.rank < self.cut.from_rank:  # an adapter of another rank can't be loaded at the end
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         if state.is_world_process_zero:
-            for line in [*self.cut.notes, cut_sentence(self.cut, self._step)]:
+            for line in [*self.cut.notes, format_cut(self.cut, self._step)]:
                 log.warning("rightrank: %s", line)
             if self.cut.rank < self.cut.from_rank:
                 log.warning(
-                    "rightrank: to resume from a checkpoint after this step: %s", RESUME.format(path="checkpoint")
+                    "rightrank: to resume from a checkpoint after this step: %s",
+                    RESUME_ADVICE.format(path="checkpoint"),
                 )
 
     def on_train_end(
@@ -123,7 +124,7 @@ class Squeeze(SmallestAdapter):
             log.warning(
                 "rank %d to step %d, then rank %d to step %d. %s. No top was trained to its end, so nothing certifies this result; SmallestAdapter in a "
                 "training at rank %d certifies its truncations",
-                top, self._step, self.cut.rank, state.global_step, STUDY, top,
+                top, self._step, self.cut.rank, state.global_step, STUDY_RESULT, top,
             )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def load_or_explain(model: Any, path: str, *args: Any, **kwargs: Any) -> Any:
         if "size mismatch" not in str(error):
             raise
         raise ModelError(
-            f"{path}: its adapter has another rank than the model, as after a cut; to resume there: {RESUME.format(path=repr(str(path)))}"
+            f"{path}: its adapter has another rank than the model, as after a cut; to resume there: {RESUME_ADVICE.format(path=repr(str(path)))}"
         ) from None
 
 
@@ -152,7 +153,7 @@ def squeeze(
     rank: int | None = None,
     margin: float | None = None,
     metric: str = "loss",
-) -> LiveCut:
+) -> RankCut:
     """Cut the adapter between two steps of a loop of your own, which then continues with the same model and optimizer.
 
     Args:
@@ -169,16 +170,16 @@ def squeeze(
         ModelError: an adapter that cannot be truncated, several processes, or a compiled model.
         SettingsError: a value that is not allowed.
     """
-    margin, name = checked(margin, None, metric).margin, require_cut(model, rank)
+    margin, name = build_settings(margin, None, metric).margin, require_cuttable(model, rank)
     with as_it_came(model, name, held_out, train):
-        batches = list(readable_copy(held_out)), sample_batches(train)
+        batches = list(copy_batches(held_out)), sample_batches(train)
         live = LiveAdapter(model, *batches, margin, name=name, metric=metric)
     if rank is None and not live.held_out:
         raise DataError("squeeze: give a rank, or held-out batches to measure truncations on")
-    return cut_live(live, optimizer, rank)
+    return cut_adapter(live, optimizer, rank)
 
 
-def cut_step(at: float, steps: int) -> int:
+def compute_cut_step(at: float, steps: int) -> int:
     """The step after which a training of so many steps is cut.
 
     Raises:
@@ -191,7 +192,7 @@ def cut_step(at: float, steps: int) -> int:
     return round(at * steps)
 
 
-def cut_sentence(cut: LiveCut, step: int) -> str:
+def format_cut(cut: RankCut, step: int) -> str:
     """What was done at the cut, and what was measured there."""
     if cut.rank == cut.from_rank:
         return f"step {step}: no truncation holds, so the training continues at rank {cut.rank}"
@@ -207,17 +208,17 @@ def cut_sentence(cut: LiveCut, step: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class LiveCut:
+class RankCut:
     """What a cut did."""
 
     from_rank: int
     rank: int  # `from_rank` where no truncation holds: nothing was cut
     parameters: int  # of the factors afterwards
-    measured: Ending | None  # None where the rank was given
+    measured: TruncationResult | None  # None where the rank was given
     notes: tuple[str, ...] = ()
 
 
-def require_cut(model: Any, rank: int | None) -> str:
+def require_cuttable(model: Any, rank: int | None) -> str:
     """The name of the adapter that trains and can be cut to a rank; None: to one that is measured.
 
     Raises:
@@ -236,7 +237,7 @@ def require_cut(model: Any, rank: int | None) -> str:
     return name
 
 
-def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> LiveCut:
+def cut_adapter(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> RankCut:
     """Cut a live adapter between two steps, to `rank`, or to the smallest rank whose truncation holds by the held-out batches.
 
     Raises:
@@ -246,7 +247,7 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
     measured = None
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
         if rank is None:
-            measured = measure(live, Path(working) / "run")
+            measured = measure_truncations(live, Path(working) / "run")
             rank, notes, lower = measured.answer.rank, measured.notes, measured.folder.adapter
             before = open_adapter(measured.folder.get_trial_folder(measured.answer.trained_id))
         else:
@@ -256,12 +257,12 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
             notes = gathered.notices
             write_truncated(before, lower, capped(before, rank, gathered.moments), gathered.moments)
         is_cut = rank < before.rank
-        parameters = _replace(live, optimizer, open_adapter(lower)) if is_cut else before.trained
-        return LiveCut(before.rank, rank, parameters, measured, notes)
+        parameters = _replace_factors(live, optimizer, open_adapter(lower)) if is_cut else before.trained
+        return RankCut(before.rank, rank, parameters, measured, notes)
 
 
 @torch.no_grad()
-def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: AdapterFolder) -> int:
+def _replace_factors(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: AdapterFolder) -> int:
     """Put the factors of `after` in the place of those that train; returns their number of elements.
 
     lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
@@ -278,7 +279,7 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: Adapter
             # Gradients have the old shape, as has the graph of a loss that the loop still holds.
             parameter.grad = None
             optimizer.state.pop(parameter, None)
-            swap(parameter, torch.nn.Parameter(lower[f"{PREFIX}{module.name}.lora_{side}.weight"].to(parameter)))
+            swap(parameter, torch.nn.Parameter(lower[f"{PEFT_PREFIX}{module.name}.lora_{side}.weight"].to(parameter)))
             parameters += parameter.numel()
         layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter] = (
             module.rank,

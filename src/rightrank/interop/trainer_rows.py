@@ -20,19 +20,19 @@ from rightrank.schema.errors import DataError, first_line
 from rightrank.train.covariances import MOMENT_TOKENS
 
 MIN_EXAMPLES = 30
-MOMENT_BATCHES = 64  # of a loop of the user's own
-MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
+MAX_MOMENT_BATCHES = 64  # of a loop of the user's own
+MOMENT_TOKEN_FRACTION = 0.02  # of the training's tokens, for second moments
 # Columns that say nothing of what an example is: what follows from its tokens, what is asked of it, and numbers of rows.
-NOT_CONTENT = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
+NON_INPUT_COLUMNS = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
 
 
-def is_indexed(rows: Any) -> bool:
+def is_indexable(rows: Any) -> bool:
     """Whether rows have a length and numbers, so that reading some takes none from another reader: not so of a stream."""
     return not isinstance(rows, IterableDataset) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class RowReader:
     """Copies of a trainer's training set and collator, through which rows are read without a change of the training."""
 
     rows: Any  # of the training set; empty where they are not read
@@ -42,9 +42,9 @@ class Reader:
     columns: frozenset[str]  # that reach the collator in training; empty where they are not known
 
     @classmethod
-    def copied(cls, loader: Any) -> Reader:
+    def from_loader(cls, loader: Any) -> RowReader:
         rows, collate, reasons = (), None, ["", ""]
-        if not is_indexed(loader.dataset):
+        if not is_indexable(loader.dataset):
             reasons[0] = "the training set is a stream, which is not read"
         else:
             try:
@@ -55,21 +55,21 @@ class Reader:
             collate = copy_reader(loader.collate_fn)
         except DataError as error:
             reasons[1] = f"the collator is not used before the training's end: {error}"
-        return cls(rows, reasons[0], collate, reasons[1], _columns(rows))
+        return cls(rows, reasons[0], collate, reasons[1], _read_column_names(rows))
 
-    def completed(self, loader: Any) -> Reader:
+    def with_originals(self, loader: Any) -> RowReader:
         """Return a reader that reads what could not be copied as it is, after the last step."""
-        rows = loader.dataset if self.rows_reason and is_indexed(loader.dataset) else self.rows
-        return Reader(rows, "", self.collate or loader.collate_fn, "", _columns(rows))
+        rows = loader.dataset if self.rows_reason and is_indexable(loader.dataset) else self.rows
+        return RowReader(rows, "", self.collate or loader.collate_fn, "", _read_column_names(rows))
 
-    def batches(self, rows: Any, size: int, see: Callable[[Any], None] = lambda _: None) -> Iterator[Batch]:
+    def read_batches(self, rows: Any, size: int, see: Callable[[Any], None] = lambda _: None) -> Iterator[Batch]:
         """Yield batches by the trainer's own collator, in the order of the rows; `see` is called with each row.
 
         Raises:
             DataError: the collator does not take the rows.
         """
         assert self.collate is not None
-        pending = read_rows(rows)
+        pending = iterate_rows(rows)
         while chunk := list(islice(pending, size)):
             for row in chunk:
                 see(row)
@@ -86,7 +86,7 @@ class Reader:
             yield batch
 
 
-def read_rows(rows: Any, count: int | None = None) -> Iterator[Any]:
+def iterate_rows(rows: Any, count: int | None = None) -> Iterator[Any]:
     """Yield rows, at most `count`, by their numbers: an IndexError of the data set is an error, not an end."""
     return map(rows.__getitem__, range(len(rows) if count is None else min(count, len(rows))))
 
@@ -100,36 +100,36 @@ def require_mappings(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
         yield row
 
 
-def _columns(rows: Any) -> frozenset[str]:
+def _read_column_names(rows: Any) -> frozenset[str]:
     """Return the columns of the first row; none where there is none."""
-    return frozenset(next((row for row in read_rows(rows, 1) if isinstance(row, Mapping)), ()))
+    return frozenset(next((row for row in iterate_rows(rows, 1) if isinstance(row, Mapping)), ()))
 
 
 def read_moment_batches(
-    reader: Reader, rows: Subset[Any], size: int, trained_rows: int
+    reader: RowReader, rows: Subset[Any], size: int, trained_rows: int
 ) -> tuple[list[Batch], float, int]:
     """Return batches for second moments, with estimates of the training's tokens and of the tokens for moments; no more rows are read."""
     read: list[Batch] = []
     tokens, moment_tokens, read_tokens = 0.0, 1, 0
-    for batch in reader.batches(rows, size):
+    for batch in reader.read_batches(rows, size):
         read.append(batch)
         read_tokens += positions(batch)
         count = min(len(read) * size, len(rows))
         tokens = trained_rows * read_tokens / count
-        moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
+        moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_TOKEN_FRACTION * tokens)))
         if read_tokens >= moment_tokens and count >= MIN_EXAMPLES:
             break
     return read, tokens, moment_tokens
 
 
 def sample_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """Return a random sample of `MOMENT_BATCHES` batches of a list; of a loader, whose order is its own, the first ones."""
+    """Return a random sample of `MAX_MOMENT_BATCHES` batches of a list; of a loader, whose order is its own, the first ones."""
     if isinstance(batches, list | tuple):
-        return [batches[index] for index in sample_indices(len(batches), MOMENT_BATCHES)]
-    return list(islice(readable_copy(batches), MOMENT_BATCHES))
+        return [batches[index] for index in sample_indices(len(batches), MAX_MOMENT_BATCHES)]
+    return list(islice(copy_batches(batches), MAX_MOMENT_BATCHES))
 
 
-def readable_copy(batches: Iterable[Batch]) -> Iterable[Batch]:
+def copy_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
     """Return a copy of a loader, or the loader itself where it cannot be copied, as a generator cannot."""
     try:
         return cast(Iterable[Batch], copy_reader(batches))
@@ -140,16 +140,16 @@ def readable_copy(batches: Iterable[Batch]) -> Iterable[Batch]:
 def hash_inputs(row: Mapping[str, Any], columns: frozenset[str]) -> int:
     """A hash of what makes two rows the same example: all bytes of its inputs."""
     names = [name for name in sorted(row) if not columns or name in columns]
-    inputs = [name for name in names if not NOT_CONTENT.search(name)] or names
-    return hash(tuple((name, _plain(row[name])) for name in inputs))
+    inputs = [name for name in names if not NON_INPUT_COLUMNS.search(name)] or names
+    return hash(tuple((name, _to_hashable(row[name])) for name in inputs))
 
 
-def _plain(value: Any) -> Hashable:
+def _to_hashable(value: Any) -> Hashable:
     """A value that differs wherever its bytes do: of numbers in lists, arrays, tensors and images alike."""
     if isinstance(value, Mapping):
-        return tuple((name, _plain(value[name])) for name in sorted(value))
+        return tuple((name, _to_hashable(value[name])) for name in sorted(value))
     if isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value):
-        return tuple(map(_plain, value))
+        return tuple(map(_to_hashable, value))
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
@@ -165,14 +165,14 @@ def find_group_key(row: Mapping[str, Any], column: str | None) -> Hashable:
     Raises:
         DataError: the row has no value in the column.
     """
-    value = row.get(column) if column else _prompt_of(row)
+    value = row.get(column) if column else _find_prompt_tokens(row)
     is_missing = value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
     if column and is_missing:
         raise DataError(
             f"SmallestAdapter: a held-out row has no value in the column {column!r}; it has {', '.join(row)}: give eval_dataset with the "
             "column, or leave group out"
         )
-    return None if is_missing else (_plain(value),)
+    return None if is_missing else (_to_hashable(value),)
 
 
 def number_groups(keys: Sequence[Hashable], column: str | None) -> list[int]:
@@ -194,21 +194,21 @@ def number_groups(keys: Sequence[Hashable], column: str | None) -> list[int]:
     return numbers
 
 
-def _prompt_of(row: Mapping[str, Any]) -> list[int] | None:
+def _find_prompt_tokens(row: Mapping[str, Any]) -> list[int] | None:
     """The tokens before the first one that counts; None where all count, where it is not known, and of packed rows."""
     for name in ("prompt_ids", "prompt_input_ids"):
         if name in row:
-            return _listed(row[name])
-    ids = _listed(row.get("input_ids"))
+            return _to_list(row[name])
+    ids = _to_list(row.get("input_ids"))
     for name in ("completion_mask", "assistant_masks", "labels"):
-        marks = _listed(row.get(name))
+        marks = _to_list(row.get(name))
         if "seq_lengths" not in row and marks is not None and ids is not None and len(marks) == len(ids):
             skipped = IGNORED if name == "labels" else 0
             return ids[: next((at for at, mark in enumerate(marks) if mark != skipped), 0)] or None
     return None
 
 
-def _listed(value: Any) -> list[Any] | None:
+def _to_list(value: Any) -> list[Any] | None:
     """Return the values of a row's cell as a list, whatever format the data set gives them in; None where it holds one value or none."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().tolist()

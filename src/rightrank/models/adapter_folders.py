@@ -17,7 +17,7 @@ MAX_CONFIG_BYTES = 16 * 2**20
 BASE_FILE = "base.json"  # beside an adapter: what its base is known by
 CLASSIFIER_FILE = "classifier.json"  # beside it: the labels of a classifier
 TRAINER_STATE = "trainer_state.json"  # of transformers
-OWN_FOLDER = "rightrank"  # in a trainer's output: what was measured at its end
+RESULTS_FOLDER = "rightrank"  # in a trainer's output: what was measured at its end
 
 
 def require_adapter_folder(path: Path) -> None:
@@ -31,16 +31,16 @@ def require_adapter_folder(path: Path) -> None:
     if not path.is_dir():
         raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
     if (path / CONFIG_FILE).exists():
-        read_config(path)
+        read_adapter_config(path)
         _require_weights(path)
         return
     hint = "give a folder that PEFT's save_pretrained wrote"
     if (path / "config.json").exists():
         hint = "it is a whole model: compare two with --base A --finetuned B"
-    raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {adapter_in(path) or hint}")
+    raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {suggest_adapter_folder(path) or hint}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The configuration of an adapter folder.
 
     Raises:
@@ -63,7 +63,7 @@ def _require_weights(folder: Path) -> None:
     raise ModelError(f"{folder}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
 
 
-def adapter_in(folder: Path) -> str:
+def suggest_adapter_folder(folder: Path) -> str:
     """What to give in place of a run folder, or of a folder of PEFT's named adapters; empty for another folder."""
     inner = sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
     if folder / "adapter" in inner:
@@ -88,26 +88,26 @@ def find_adapter(path: Path) -> tuple[Path, str]:
     """
     if not path.is_dir() or (path / CONFIG_FILE).exists() or (path / "journal.jsonl").exists():
         return path, ""
-    folders = [file.parent for file in path.rglob(CONFIG_FILE) if OWN_FOLDER not in file.relative_to(path).parts]
-    adapters = sorted(folders, key=lambda place: (_steps(place.relative_to(path)), -len(place.parts), place.name))
+    folders = [file.parent for file in path.rglob(CONFIG_FILE) if RESULTS_FOLDER not in file.relative_to(path).parts]
+    adapters = sorted(folders, key=lambda place: (_parse_numbers(place.relative_to(path)), -len(place.parts), place.name))
     if not adapters:
         return path, ""
     newest = adapters[-1]
     if len(adapters) == 1:
         return newest, f"{newest}: the only adapter in {path}"
-    best, by = _best_of(path, newest)
+    best, by = _find_best_checkpoint(path, newest)
     chosen = next((place for place in adapters if best is not None and best in (place, *place.parents)), None)
     if chosen is None:
         return newest, f"{newest}: the newest of {len(adapters)} adapters in {path}, where nothing names the best"
     return chosen, f"{chosen}: the best of {len(adapters)} adapters in {path} by {by}"
 
 
-def _steps(place: Path) -> list[float]:
+def _parse_numbers(place: Path) -> list[float]:
     """The numbers in a place's name, by which checkpoints are ordered; infinity for one without, which is a training's last."""
     return [float(number) for number in re.findall(r"\d+", str(place))] or [math.inf]
 
 
-def _best_of(output: Path, newest: Path) -> tuple[Path | None, str]:
+def _find_best_checkpoint(output: Path, newest: Path) -> tuple[Path | None, str]:
     """The checkpoint that the training itself names the best, and the file that names it."""
     lowest = output / "LOWEST_VAL"  # NeMo's: a link, or a text file
     if lowest.is_symlink() or lowest.with_suffix(".txt").is_file():

@@ -22,23 +22,23 @@ from rightrank.models.adapter_folders import (
     CONFIG_FILE,
     MLX_FILE,
     WEIGHTS_FILE,
-    read_config,
+    read_adapter_config,
     require_adapter_folder,
 )
-from rightrank.models.kinds import MAGNITUDE, stored_kind
+from rightrank.models.kinds import MAGNITUDE_KEYS, find_stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
-from rightrank.models.ranks import equivalent_rank, lora_scaling, pattern_matches, pattern_value, rank_text
+from rightrank.models.ranks import compute_equivalent_rank, compute_scaling, matches_pattern, get_pattern_value, format_rank
 from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
-PREFIX = "base_model.model."  # of PEFT's keys
-FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
+PEFT_PREFIX = "base_model.model."  # of PEFT's keys
+FACTOR_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 # Options with which the adapter's update is not s·B·A.
-FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
+UNSUPPORTED_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
 # Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -51,24 +51,24 @@ def open_adapter(path: Path) -> AdapterFolder:
     """
     stored = None
     if (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
-        config, shapes, stored = _config_of_mlx(path)
-        _check_config(path / CONFIG_FILE, config)
+        config, shapes, stored = _read_mlx_config(path)
+        _validate_config(path / CONFIG_FILE, config)
     else:
         require_adapter_folder(path)
-        config = read_config(path)
-        _check_config(path / CONFIG_FILE, config)
+        config = read_adapter_config(path)
+        _validate_config(path / CONFIG_FILE, config)
         shapes = read_header(path / WEIGHTS_FILE)[0]
-    pairs = _factor_keys(path, shapes)
+    pairs = _group_factor_keys(path, shapes)
     modules = tuple(
         module
-        for name in sorted(pairs, key=natural_order)
-        for module in _modules(path, config, name, pairs[name], shapes)
+        for name in sorted(pairs, key=natural_sort_key)
+        for module in _read_modules(path, config, name, pairs[name], shapes)
     )
-    optional = {f"{name}.{part}" for name in pairs for part in ("lora_B.bias", *MAGNITUDE)}
+    optional = {f"{name}.{part}" for name in pairs for part in ("lora_B.bias", *MAGNITUDE_KEYS)}
     other = shapes.keys() - optional - {key for keys in pairs.values() for key in keys.values()}
     patterns = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
     addresses = dict.fromkeys(module.address for module in modules)
-    unused = tuple(key for key in patterns if not any(pattern_matches(key, address) for address in addresses))
+    unused = tuple(key for key in patterns if not any(matches_pattern(key, address) for address in addresses))
     return AdapterFolder(path, config, modules, tuple(sorted(other)), unused, stored)
 
 
@@ -133,7 +133,7 @@ class AdapterFolder:
         """The rank in words: that of all modules, or of as many parameters, with the range of the modules."""
         ranks = [module.rank for module in self.modules]
         sizes = [module.rows + module.columns for module in self.modules]
-        return rank_text(equivalent_rank(ranks, sizes), min(ranks), max(ranks))
+        return format_rank(compute_equivalent_rank(ranks, sizes), min(ranks), max(ranks))
 
     @property
     def trained(self) -> int:
@@ -164,7 +164,7 @@ class AdapterFolder:
 
     def tensor(self, key: str) -> torch.Tensor:
         with safe_open(self.weights, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key) if self.mlx is None else file.get_tensor(mlx_key(key)).T
+            tensor: torch.Tensor = file.get_tensor(key) if self.mlx is None else file.get_tensor(convert_to_mlx_key(key)).T
             return tensor
 
     def factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
@@ -190,16 +190,16 @@ class AdapterFolder:
         return values
 
 
-def _check_config(file: Path, config: dict[str, Any]) -> None:
+def _validate_config(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
-    if not _is_alpha(alpha):
+    if not _is_valid_alpha(alpha):
         raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}")
-    for name in FOREIGN_OPTIONS:
+    for name in UNSUPPORTED_OPTIONS:
         if config.get(name):
             raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
     for name in ("rank_pattern", "alpha_pattern"):
@@ -209,21 +209,21 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
         elif not isinstance(pattern, dict):
             raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
     for name, value in config["alpha_pattern"].items():
-        if not _is_alpha(value):
+        if not _is_valid_alpha(value):
             raise ModelError(f"{file}: alpha_pattern has {value!r} for {name!r}; it must be a number")
 
 
-def _is_alpha(value: object) -> bool:
+def _is_valid_alpha(value: object) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
 
 
-def _factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
+def _group_factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
     """By module, the keys of its `A` and its `B`."""
     pairs: dict[str, dict[str, str]] = {}
     for key in shapes:
-        match = FACTOR.match(key)
+        match = FACTOR_KEY.match(key)
         if match is not None:
             pairs.setdefault(match["module"], {})[match["side"]] = key
     if not pairs:
@@ -237,7 +237,7 @@ def _factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     return pairs
 
 
-def _modules(
+def _read_modules(
     path: Path,
     config: Mapping[str, Any],
     key: str,
@@ -245,17 +245,17 @@ def _modules(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[AdapterModule]:
     embedding = ".lora_embedding_" in keys["A"]
-    pair = StoredPair(key.removeprefix(PREFIX), embedding, shapes[keys["A"]], shapes[keys["B"]], config)
+    pair = StoredPair(key.removeprefix(PEFT_PREFIX), embedding, shapes[keys["A"]], shapes[keys["B"]], config)
     if len(pair.a) < 2 or len(pair.b) < 2 or 0 in pair.a + pair.b:
         raise ModelError(
             f"{path}: {pair.module} has factors of shapes {list(pair.a)} and {list(pair.b)}; they must be matrices"
         )
-    kind = stored_kind(pair)
+    kind = find_stored_kind(pair)
     if kind is None:
         raise ModelError(f"{path}: {pair.module} is of a kind that rightrank can't read; load it with PEFT")
     address = kind.address(pair)
-    layout = _layout(path, kind, pair, pattern_value(config["rank_pattern"], address, config["r"]))
-    alpha = float(pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
+    layout = _read_layout(path, kind, pair, get_pattern_value(config["rank_pattern"], address, config["r"]))
+    alpha = float(get_pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
     for part, name in enumerate(layout.names):
         yield AdapterModule(
             name=name,
@@ -264,17 +264,17 @@ def _modules(
             rows=layout.rows,
             columns=layout.columns,
             lora_alpha=alpha,
-            scaling=lora_scaling(alpha, layout.rank, bool(config.get("use_rslora"))),
+            scaling=compute_scaling(alpha, layout.rank, bool(config.get("use_rslora"))),
             a_key=keys["A"],
             b_key=keys["B"],
-            magnitude_key=next((stored for name in MAGNITUDE if (stored := f"{key}.{name}") in shapes), None),
+            magnitude_key=next((stored for name in MAGNITUDE_KEYS if (stored := f"{key}.{name}") in shapes), None),
             bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
             address=address,
             part=part,
         )
 
 
-def _layout(path: Path, kind: AdapterKind, pair: StoredPair, rank: int) -> Layout:
+def _read_layout(path: Path, kind: AdapterKind, pair: StoredPair, rank: int) -> Layout:
     """The checked layout of a pair whose rank is `rank` by the configuration."""
     layout = kind.layout(pair, rank)
     if layout is None:
@@ -291,13 +291,13 @@ def _layout(path: Path, kind: AdapterKind, pair: StoredPair, rank: int) -> Layou
     return layout
 
 
-def natural_order(name: str) -> list[tuple[int, int, str]]:
+def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     """A sort key that puts layer 2 before layer 10."""
     parts = name.split(".")
     return [(0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part) for part in parts]
 
 
-def _config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Any]]:
+def _read_mlx_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Any]]:
     """`(PEFT's configuration, shapes by PEFT's keys, the configuration as it is stored)` of a folder that mlx-lm wrote.
 
     Raises:
@@ -331,12 +331,12 @@ def _config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, .
         "target_modules": sorted({key.rpartition(".")[0] for key in shapes}),
     }
     named: dict[str, tuple[int, ...]] = {
-        f"{PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": shape[::-1] for key, shape in shapes.items()
+        f"{PEFT_PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": shape[::-1] for key, shape in shapes.items()
     }
     return config, named, stored
 
 
-def mlx_key(key: str) -> str:
+def convert_to_mlx_key(key: str) -> str:
     """`model.….q_proj.lora_a` for PEFT's `base_model.model.model.….q_proj.lora_A.weight`. The matrix is transposed."""
-    module, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+    module, _, side = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
     return f"{module}.{side.lower()}"

@@ -16,17 +16,17 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from rightrank.data.files import creating, replacing_folder, write_text
+from rightrank.data.files import create_output, replace_folder, write_text
 from rightrank.models.adapter_folders import BASE_FILE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
 from rightrank.models.adapter_reader import BASE_CHANGING_INITS, open_adapter
-from rightrank.models.kinds.linear import whole_factors
+from rightrank.models.kinds.linear import collect_combined_factors
 from rightrank.models.loading import require_loadable
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "spiece.model", "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-BESIDE = (BASE_FILE, CLASSIFIER_FILE, *TOKENIZER_FILES)  # what an adapter of another rank keeps of a folder
+COPIED_FILES = (BASE_FILE, CLASSIFIER_FILE, *TOKENIZER_FILES)  # what an adapter of another rank keeps of a folder
 
 
 def write_adapter(
@@ -47,14 +47,14 @@ def write_adapter(
         RunFolderError: `out` exists, or can't be written.
     """
 
-    with creating(out), replacing_folder(out) as temporary:
+    with create_output(out), replace_folder(out) as temporary:
         save_file(
             {key: value.contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE, {"format": "pt"}
         )
         text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
         if source is not None:
-            for file in (source / name for name in BESIDE):
+            for file in (source / name for name in COPIED_FILES):
                 if file.is_file():
                     shutil.copy2(file, temporary)
         for name, content in (files or {}).items():
@@ -62,7 +62,7 @@ def write_adapter(
         require_loadable(open_adapter(temporary))
 
 
-def _write_classifier(folder: Path, config: Any) -> None:
+def _write_classifier_labels(folder: Path, config: Any) -> None:
     """Write the labels of a classifier's adapter: their number, names and order.
 
     PEFT's configuration has no room for them, and a base without them gets a head of two labels. The file holds the arguments of
@@ -80,7 +80,7 @@ def _write_classifier(folder: Path, config: Any) -> None:
 
 
 @contextmanager
-def peft_folder(folder: Path) -> Iterator[Path]:
+def ensure_peft_format(folder: Path) -> Iterator[Path]:
     """The folder itself, or in the block a copy in PEFT's format of one that mlx-lm wrote."""
     if not (folder / MLX_FILE).is_file() or (folder / WEIGHTS_FILE).exists():
         yield folder
@@ -106,10 +106,10 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
     if not str(saved.init_lora_weights).startswith(BASE_CHANGING_INITS):
         # Loading replaces the first values, and other names of PEFT do not take every rank.
         saved.init_lora_weights, saved.eva_config = True, None
-    if factors := whole_factors(peft_model, adapter):
+    if factors := collect_combined_factors(peft_model, adapter):
         whole = {**peft_model.state_dict(), **factors}
         saved.r, saved.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
-    with replacing_folder(folder) as temporary, warnings.catch_warnings():
+    with replace_folder(folder) as temporary, warnings.catch_warnings():
         # PEFT takes the biases of lora_bias for factors of a wrong shape.
         warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias")
         try:
@@ -127,6 +127,6 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
                 path.replace(temporary / path.name)
             (temporary / adapter).rmdir()
         if config.task_type == "SEQ_CLS":
-            _write_classifier(temporary, peft_model.config)
+            _write_classifier_labels(temporary, peft_model.config)
         readme = temporary / "README.md"  # PEFT's empty template; the final adapter gets a model card of its own
         readme.unlink(missing_ok=True)

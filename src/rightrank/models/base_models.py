@@ -29,7 +29,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
 from rightrank.models.model_sources import ModelSource, find_model
-from rightrank.models.safetensors_files import safe_shards
+from rightrank.models.safetensors_files import find_shards
 from rightrank.schema.errors import (
     LIBRARY_ERRORS,
     DeviceMemoryError,
@@ -54,7 +54,7 @@ CONFIG_KEYS = (
     "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
     "sliding_window",
 )  # fmt: skip
-MATRICES = 64  # of a base that are looked at
+IDENTITY_MATRICES = 64  # of a base that are looked at
 _FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
 
 
@@ -79,7 +79,7 @@ class BaseIdentity(Record):
             if None not in values and values[0] != values[1]:
                 return f"its {key} is {values[0]}, here it is {values[1]}"
         common = [name for name in self.weights if name in other.weights]
-        precisions = {_precision([value for name in common for value in base.weights[name]]) for base in (self, other)}
+        precisions = {_find_coarsest_dtype([value for name in common for value in base.weights[name]]) for base in (self, other)}
         relative, absolute = (2.0**-7, 1e-6) if len(precisions) > 1 else (0.0, 0.0)
         odd = [
             name
@@ -133,14 +133,14 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     device, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
     source = find_model(reference)
     if source.gguf_file is None and Path(source.name).is_dir():
-        safe_shards(Path(source.name))
-    config = model_config(reference, trust_remote_code, classes is not None)
+        find_shards(Path(source.name))
+    config = load_model_config(reference, trust_remote_code, classes is not None)
     quantised: dict[str, Any] = {}
     if weight_bits is not None:
-        skeleton = model_skeleton(config, trust_remote_code, None if classes is None else len(classes))
+        skeleton = build_skeleton(config, trust_remote_code, None if classes is None else len(classes))
         trained = [*settings.modules_to_save, *(SEQ_CLS_HEAD_NAMES if classes is not None else ())]  # whole, by PEFT
-        quantised = _quantisation(weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained])
-    arguments = source.loading_arguments(trust_remote_code)
+        quantised = _build_quantisation_arguments(weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained])
+    arguments = source.build_loading_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **arguments)
     except LOADING_ERRORS as error:
@@ -148,7 +148,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from None
     arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantised
     try:
-        model = _loaded(source.name, classes, config, arguments)
+        model = _load_weights(source.name, classes, config, arguments)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
@@ -156,10 +156,10 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)}); {fault}") from None
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
-    return prepare_model(model, tokenizer, name, device, _file_fingerprint(source))
+    return prepare_model(model, tokenizer, name, device, _hash_files(source))
 
 
-def model_config(reference: str, trust_remote_code: bool, classification: bool) -> Any:
+def load_model_config(reference: str, trust_remote_code: bool, classification: bool) -> Any:
     """The configuration of a model that can be trained, before any weight is read.
 
     Raises:
@@ -170,7 +170,7 @@ def model_config(reference: str, trust_remote_code: bool, classification: bool) 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
+        config = AutoConfig.from_pretrained(source.name, **source.build_loading_arguments(trust_remote_code))
     except LOADING_ERRORS as error:
         raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
     if config.is_encoder_decoder and not classification:
@@ -178,24 +178,24 @@ def model_config(reference: str, trust_remote_code: bool, classification: bool) 
             f"{reference}: an encoder-decoder, as T5, which select does not train; give a causal model, or train it in a "
             "function of your own (select_rank_with)"
         )
-    if not is_known(config, classification) and not trust_remote_code:
+    if not is_supported(config, classification) and not trust_remote_code:
         kind = "sequence classification" if classification else "causal language"
         other = (
             ""
-            if not is_known(config, True)
+            if not is_supported(config, True)
             else "; `text` and `label` train a classifier, which is planned with num_labels"
         )
         raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{other}")
     return config
 
 
-def is_known(config: Any, classification: bool) -> bool:
+def is_supported(config: Any, classification: bool) -> bool:
     """Whether transformers has a causal language (or classification) model for this configuration."""
     auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
     return type(config) in auto._model_mapping
 
 
-def model_skeleton(config: Any, trust_remote_code: bool, num_labels: int | None, **options: Any) -> Any:
+def build_skeleton(config: Any, trust_remote_code: bool, num_labels: int | None, **options: Any) -> Any:
     """The model's modules on the meta device, without weights; with a classification head for `num_labels`.
 
     Args:
@@ -215,7 +215,7 @@ def model_skeleton(config: Any, trust_remote_code: bool, num_labels: int | None,
         raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
 
 
-def _loaded(name: str, classes: Sequence[str] | None, config: Any, arguments: Mapping[str, Any]) -> Any:
+def _load_weights(name: str, classes: Sequence[str] | None, config: Any, arguments: Mapping[str, Any]) -> Any:
     torch.manual_seed(0)  # the same new classification head in every run
     if classes is None:
         return AutoModelForCausalLM.from_pretrained(name, config=config, **arguments)
@@ -243,8 +243,8 @@ def prepare_model(
             module.support_avx512bf16_for_cpu = False
     if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
         model.to(device)
-    identity = base_identity(model, name)
-    return LoadedModel(model, tokenizer, name, fingerprint or _parameter_fingerprint(model), device, identity)
+    identity = compute_base_identity(model, name)
+    return LoadedModel(model, tokenizer, name, fingerprint or _hash_parameters(model), device, identity)
 
 
 def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
@@ -267,7 +267,7 @@ def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | No
     return prepare_model(model, tokenizer, name, find_device(device))
 
 
-def adopted_labels(config: Any, classes: Sequence[str]) -> list[str]:
+def align_labels(config: Any, classes: Sequence[str]) -> list[str]:
     """The labels in the order of the head of a model in memory: its own names, else the data's, which it then gets.
 
     Raises:
@@ -276,7 +276,7 @@ def adopted_labels(config: Any, classes: Sequence[str]) -> list[str]:
     names = [str(config.id2label[number]) for number in sorted(config.id2label)]
     if len(names) != len(classes) and not set(classes) <= set(names):
         return list(classes)  # `adopt_model` refuses the number
-    if are_unnamed(names):
+    if has_default_names(names):
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: number for number, label in enumerate(classes)}
         return list(classes)
@@ -290,11 +290,11 @@ def adopted_labels(config: Any, classes: Sequence[str]) -> list[str]:
     )
 
 
-def are_unnamed(names: Sequence[str]) -> bool:
+def has_default_names(names: Sequence[str]) -> bool:
     return all(name == f"LABEL_{number}" for number, name in enumerate(names))
 
 
-def _quantisation(bits: int, dtype: DtypeName, device: torch.device, whole: Sequence[str]) -> dict[str, Any]:
+def _build_quantisation_arguments(bits: int, dtype: DtypeName, device: torch.device, whole: Sequence[str]) -> dict[str, Any]:
     """transformers' arguments. 4 bits: NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). 8 bits: LLM.int8().
 
     Modules whose names end with one of `whole` stay as they are.
@@ -340,12 +340,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def device_memory() -> int | None:
+def read_device_memory() -> int | None:
     """Memory of the first CUDA device in bytes; None without CUDA."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def _parameter_fingerprint(model: Any) -> str:
+def _hash_parameters(model: Any) -> str:
     """A hash of the names, shapes and first values of a model's parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -355,7 +355,7 @@ def _parameter_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def base_identity(model: Any, name: str) -> BaseIdentity:
+def compute_base_identity(model: Any, name: str) -> BaseIdentity:
     """Of a model in memory, with or without an adapter around it. Quantised matrices and a head of classes are left out."""
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     prefix = f"{model.base_model_prefix}." if is_classifier else ""
@@ -372,7 +372,7 @@ def base_identity(model: Any, name: str) -> BaseIdentity:
         key=lambda key: (key not in first, hashlib.sha256(key.encode()).digest()),
     )
     weights: dict[str, tuple[float, float]] = {}
-    for key in order[:MATRICES]:
+    for key in order[:IDENTITY_MATRICES]:
         whole: Any = getattr(matrices[key], "full_tensor", None)  # of a sharded one
         flat = (matrices[key] if whole is None else whole()).detach().reshape(-1)
         pair = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
@@ -383,14 +383,14 @@ def base_identity(model: Any, name: str) -> BaseIdentity:
     return BaseIdentity(name=name, config=known, weights=weights)
 
 
-def _precision(values: Sequence[float]) -> torch.dtype:
+def _find_coarsest_dtype(values: Sequence[float]) -> torch.dtype:
     """The coarsest type that holds all values."""
     exact = torch.tensor(values, dtype=torch.float64)
     types = (torch.bfloat16, torch.float16)
     return next((dtype for dtype in types if torch.equal(exact.to(dtype).double(), exact)), torch.float32)
 
 
-def _file_fingerprint(source: ModelSource) -> str | None:
+def _hash_files(source: ModelSource) -> str | None:
     """A hash of the configuration and of each weight file's size, beginning and end; None for a hub name."""
     folder = Path(source.name)
     if not folder.is_dir():

@@ -17,14 +17,14 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
 from rightrank.models.adapter_folders import CONFIG_FILE
-from rightrank.models.adapter_reader import PREFIX, AdapterFolder, AdapterModule
-from rightrank.models.kinds import WRAPPED
+from rightrank.models.adapter_reader import PEFT_PREFIX, AdapterFolder, AdapterModule
+from rightrank.models.kinds import WRAPPER_SUFFIX
 from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError, first_line
 
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of A
 # They concern modules and tensors beside the factors, which the skeleton lacks, or the base's own weights.
-BESIDE_FACTORS = (
+IGNORED_OPTIONS = (
     "modules_to_save",
     "trainable_token_indices",
     "layer_replication",
@@ -40,19 +40,19 @@ def require_loadable(adapter: AdapterFolder) -> None:
     Raises:
         ModelError: PEFT refuses the configuration or the tensors.
     """
-    if adapter.mlx is not None or any(WRAPPED in module.a_key for module in adapter.modules):
+    if adapter.mlx is not None or any(WRAPPER_SUFFIX in module.a_key for module in adapter.modules):
         return  # mlx-lm's format, or layers inside layers, of which the file does not say what holds them
     shapes, _ = read_header(adapter.weights)
     beside = {*adapter.other_keys}
     tensors = {
-        key.removeprefix(PREFIX): torch.empty(shape, device="meta")
+        key.removeprefix(PEFT_PREFIX): torch.empty(shape, device="meta")
         for key, shape in shapes.items()
         if key not in beside
     }
     try:
         # The load on the base shows the warnings; the random state of a training that continues is kept.
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):
-            model = inject_adapter_in_model(_lora_config(adapter), _skeleton(adapter, shapes), low_cpu_mem_usage=True)
+            model = inject_adapter_in_model(_build_lora_config(adapter), _build_skeleton(adapter, shapes), low_cpu_mem_usage=True)
             result: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     except (
         RuntimeError,
@@ -72,10 +72,10 @@ def require_loadable(adapter: AdapterFolder) -> None:
         )
 
 
-def _lora_config(adapter: AdapterFolder) -> LoraConfig:
+def _build_lora_config(adapter: AdapterFolder) -> LoraConfig:
     """The configuration of the factors; an initialisation that would read the base's weights is left out."""
     fields = LoraConfig.__dataclass_fields__
-    config = {name: value for name, value in adapter.config.items() if name in fields and name not in BESIDE_FACTORS}
+    config = {name: value for name, value in adapter.config.items() if name in fields and name not in IGNORED_OPTIONS}
     if adapter.base_changing_init is not None:
         config["init_lora_weights"] = True
     if config.get("target_modules") == "all-linear":  # PEFT expands it on models of transformers alone
@@ -83,7 +83,7 @@ def _lora_config(adapter: AdapterFolder) -> LoraConfig:
     return LoraConfig(**config)
 
 
-def _skeleton(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+def _build_skeleton(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     root = nn.Module()
     with torch.device("meta"):
         for pair in adapter.pairs:
@@ -94,17 +94,17 @@ def _skeleton(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> 
                     parent.add_module(step, nn.Module())
                 parent = parent.get_submodule(step)
             if pair[0].kind.name == "expert":
-                parent.register_parameter(name, _expert_parameter(pair))
+                parent.register_parameter(name, _build_expert_parameter(pair))
             else:
-                parent.add_module(name, _layer(pair[0], shapes))
+                parent.add_module(name, _build_layer(pair[0], shapes))
     return root
 
 
-def _expert_parameter(pair: list[AdapterModule]) -> nn.Parameter:
+def _build_expert_parameter(pair: list[AdapterModule]) -> nn.Parameter:
     return nn.Parameter(torch.empty(len(pair), pair[0].rows, pair[0].columns), requires_grad=False)
 
 
-def _layer(module: AdapterModule, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+def _build_layer(module: AdapterModule, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """The layer that the factors adapt."""
     a, b = shapes[module.a_key], shapes[module.b_key]
     if module.kind.name == "embedding":

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from rightrank.models.adapter_folders import CLASSIFIER_FILE
 
 
-def loading_lines(folder: str, base: str | None, is_classifier: bool) -> list[str]:
+def format_loading_code(folder: str, base: str | None, is_classifier: bool) -> list[str]:
     """Python that loads a model with the adapter in `folder`: PEFT finds the base, but for one in a GGUF file."""
     kind, more = "AutoPeftModelFor" + ("SequenceClassification" if is_classifier else "CausalLM"), ""
     head: list[str] = []
@@ -22,11 +22,11 @@ def loading_lines(folder: str, base: str | None, is_classifier: bool) -> list[st
         return [*imports, f"from peft import {kind}", *head, f"model = {kind}.from_pretrained({folder!r}{more})"]
     plain = kind.replace("AutoPeft", "Auto")
     imports += ["from peft import PeftModel", f"from transformers import {plain}"]
-    loaded = f"base = {plain}.from_pretrained({base_arguments(base)}{more})"
+    loaded = f"base = {plain}.from_pretrained({format_base_arguments(base)}{more})"
     return [*imports, *head, loaded, f"model = PeftModel.from_pretrained(base, {folder!r})"]
 
 
-def base_arguments(base: str) -> str:
+def format_base_arguments(base: str) -> str:
     """What `from_pretrained` takes for a base: its name, or the folder and the name of a GGUF file."""
     path = PurePath(base)
     return f"{str(path.parent)!r}, gguf_file={path.name!r}" if path.suffix.lower() == ".gguf" else repr(base)

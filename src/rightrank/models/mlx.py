@@ -17,24 +17,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rightrank.data.files import read_json_object
-from rightrank.models.model_sources import is_mlx
-from rightrank.models.safetensors_files import safe_shards
+from rightrank.models.model_sources import is_mlx_quantized
+from rightrank.models.safetensors_files import find_shards
 from rightrank.schema.errors import ModelError
 
-WITHIN_WORDS = (2, 4, 8)  # bits of a value; of another number, values cross the words
+SUPPORTED_BITS = (2, 4, 8)  # bits of a value; of another number, values cross the words
 
 
 @contextmanager
-def torch_folder(place: str) -> Iterator[str]:
+def ensure_torch_format(place: str) -> Iterator[str]:
     """The model's place itself; of a folder that MLX quantised, in the block a copy whose matrices are those that MLX computes with."""
-    if not is_mlx(Path(place)):
+    if not is_mlx_quantized(Path(place)):
         yield place
         return
     folder = Path(place)
     config = read_json_object(folder / "config.json")
     settings = config.pop("quantization")
     config.pop("quantization_config", None)
-    tensors = {key: value for shard in safe_shards(folder) for key, value in load_file(shard).items()}
+    tensors = {key: value for shard in find_shards(folder) for key, value in load_file(shard).items()}
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         copy = Path(name) / folder.name
         copy.mkdir()
@@ -42,11 +42,11 @@ def torch_folder(place: str) -> Iterator[str]:
             if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
                 shutil.copy2(file, copy)
         (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        save_file(_unpacked(folder, tensors, settings), copy / "model.safetensors", {"format": "pt"})
+        save_file(_dequantize(folder, tensors, settings), copy / "model.safetensors", {"format": "pt"})
         yield str(copy)
 
 
-def _unpacked(
+def _dequantize(
     folder: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """The tensors with every quantised matrix as the product of its scales.
@@ -56,7 +56,7 @@ def _unpacked(
     """
     mode, bits, size = settings.get("mode", "affine"), int(settings["bits"]), int(settings["group_size"])
     unread = [f"matrices with bits of their own ({name}, …)" for name, own in settings.items() if isinstance(own, dict)]
-    unread += [f"mode {mode!r}"] * (mode != "affine") + [f"{bits} bits"] * (bits not in WITHIN_WORDS)
+    unread += [f"mode {mode!r}"] * (mode != "affine") + [f"{bits} bits"] * (bits not in SUPPORTED_BITS)
     if unread:
         raise ModelError(
             f"{folder}: quantised by MLX with {unread[0]}, which is not read here; give one of mlx_lm.convert's defaults"

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rightrank.data.files import UnreadableError, path_kind, read_json_object
+from rightrank.data.files import UnreadableError, detect_path_kind, read_json_object
 from rightrank.schema.errors import MissingExtraError, ModelError, did_you_mean, first_line
 
-HUB_SECONDS = 10.0  # for the hub to answer
-BASE = "base"  # the side of a comparison that is the base model alone
+HUB_TIMEOUT = 10.0  # for the hub to answer
+BASE_SIDE = "base"  # the side of a comparison that is the base model alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ModelSource:
     name: str
     gguf_file: str | None
 
-    def loading_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
+    def build_loading_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
         arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if self.gguf_file is not None:
             arguments["gguf_file"] = self.gguf_file
@@ -41,7 +41,7 @@ def find_model(reference: str) -> ModelSource:
         MissingExtraError: a GGUF file without the `gguf` package.
     """
     path = Path(reference).expanduser()
-    kind = path_kind(path)
+    kind = detect_path_kind(path)
     if kind == "file":
         if path.suffix.lower() != ".gguf":
             raise ModelError(
@@ -57,11 +57,11 @@ def find_model(reference: str) -> ModelSource:
             raise ModelError(f"{reference}: no config.json in the folder{hint}")
         if (path / "adapter_config.json").exists():  # transformers would load the base that it names
             raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
-        _reject_foreign(path / "config.json")
+        _reject_unsupported_config(path / "config.json")
         return ModelSource(str(path), None)
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise ModelError(
-            f"{reference}: no such folder{_nearest_folder(path)}; give a model folder, a GGUF file, or a hub name"
+            f"{reference}: no such folder{_suggest_folder(path)}; give a model folder, a GGUF file, or a hub name"
         )
     return ModelSource(reference, None)
 
@@ -73,13 +73,13 @@ def require_model(reference: str) -> ModelSource:
         ModelError: as `find_model`, or no such model on the hub, or a hub that can't be reached.
     """
     source = find_model(reference)
-    if source.gguf_file is None and path_kind(Path(source.name)) == "missing":
+    if source.gguf_file is None and detect_path_kind(Path(source.name)) == "missing":
         _require_on_hub(reference, Path(reference))
     return source
 
 
 @cache
-def last_part(name: str) -> str:
+def normalize_model_name(name: str) -> str:
     """Of a path or a hub name: whoever holds a copy."""
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
@@ -94,24 +94,24 @@ def _require_on_hub(name: str, path: Path) -> None:
             return
         if HF_HUB_OFFLINE:
             raise ModelError(
-                f"{name}: no such folder{_nearest_folder(path)}, and the hub is switched off (HF_HUB_OFFLINE)"
+                f"{name}: no such folder{_suggest_folder(path)}, and the hub is switched off (HF_HUB_OFFLINE)"
             )
-        HfApi().model_info(name, timeout=HUB_SECONDS)
-    except hub_errors() as error:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except list_hub_errors() as error:
         raise ModelError(
-            f"{name}: no such folder{_nearest_folder(path)}, and no model that the hub answers for ({first_line(error)}); "
+            f"{name}: no such folder{_suggest_folder(path)}, and no model that the hub answers for ({first_line(error)}); "
             "give a model folder, a GGUF file, or a hub name"
         ) from None
 
 
-def hub_errors() -> tuple[type[BaseException], ...]:
+def list_hub_errors() -> tuple[type[BaseException], ...]:
     """What a call of the hub raises: the client's errors derive from those of an HTTP library that differs between versions."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     return (OSError, HFValidationError, *HfHubHTTPError.__bases__)
 
 
-def _nearest_folder(path: Path) -> str:
+def _suggest_folder(path: Path) -> str:
     """` (did you mean 'x'?)` for a model folder of a similar name beside it."""
     parent = path.parent
     folders = (
@@ -120,24 +120,24 @@ def _nearest_folder(path: Path) -> str:
     return did_you_mean(path.name, folders)
 
 
-def _reject_foreign(file: Path) -> None:
+def _reject_unsupported_config(file: Path) -> None:
     """Reject a configuration that names compiled code on the hub, which transformers runs even without trust, and weights of MLX."""
     try:
         config = read_json_object(file)
     except UnreadableError as error:
         raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
-    if is_mlx(file.parent):
+    if is_mlx_quantized(file.parent):
         raise ModelError(
             f"{file.parent}: quantised by MLX, which PyTorch does not read; give the model that it was made from"
         )
-    for name, value in _implementations(config):
+    for name, value in _iterate_implementations(config):
         if "/" in value:
             raise ModelError(
                 f"{file}: {name} is {value!r}, code from the hub; remove the line to use transformers' own"
             )
 
 
-def is_mlx(folder: Path) -> bool:
+def is_mlx_quantized(folder: Path) -> bool:
     """Whether a model folder holds weights that MLX quantised."""
     try:
         config = read_json_object(folder / "config.json")
@@ -146,11 +146,11 @@ def is_mlx(folder: Path) -> bool:
     return "quantization" in config and "quant_method" not in (config.get("quantization_config") or {})
 
 
-def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _iterate_implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield `(key, value)` of every `*_implementation` in a configuration, at any depth."""
     for name, value in config.items():
         inner = value.values() if isinstance(value, dict) and name.endswith("_implementation") else [value]
         if name.endswith("_implementation"):
             yield from ((name, text) for text in inner if isinstance(text, str))
         elif isinstance(value, dict):
-            yield from _implementations(value)
+            yield from _iterate_implementations(value)

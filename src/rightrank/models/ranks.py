@@ -17,12 +17,12 @@ RATE_EXPONENTS, TIED_EXPONENT = (0.03, 0.23), -0.41
 LARGE_RANK, LARGE_RATE = 256, 2e-4
 
 
-def max_module_rank(rank: int) -> int:
+def find_server_rank(rank: int) -> int:
     """The rank that a server reserves for an adapter of `rank`: modules up to it cost no memory. `rank` above all of them."""
     return next((served for served in SERVER_RANKS if served >= rank), rank)
 
 
-def pattern_matches(key: str, name: str) -> bool:
+def matches_pattern(key: str, name: str) -> bool:
     """Whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`; a wrong expression matches none.
 
     Keys are regular expressions on the ends of names.
@@ -33,12 +33,12 @@ def pattern_matches(key: str, name: str) -> bool:
         return False
 
 
-def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+def get_pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first matching key, as in PEFT."""
-    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
+    return next((value for key, value in pattern.items() if matches_pattern(key, name)), default)
 
 
-def exact_pattern(values: Mapping[str, Any], default: Any, names: Iterable[str]) -> dict[str, Any]:
+def build_exact_pattern(values: Mapping[str, Any], default: Any, names: Iterable[str]) -> dict[str, Any]:
     """A pattern of module names for the values that differ from `default`.
 
     A name that PEFT would also match to another module, whose name ends in it, is anchored with ^.
@@ -48,17 +48,17 @@ def exact_pattern(values: Mapping[str, Any], default: Any, names: Iterable[str])
     for name, value in values.items():
         if value == default:
             continue
-        ambiguous = sum(pattern_matches(name, other) for other in names) > 1
+        ambiguous = sum(matches_pattern(name, other) for other in names) > 1
         pattern[f"^{re.escape(name)}" if ambiguous else name] = value
     return pattern
 
 
-def lora_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
+def compute_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     """PEFT's scale of a module's update: α/r, or α/√r with rsLoRA."""
     return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
 
 
-def equal_scale_alphas(ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool) -> dict[str, float]:
+def compute_equal_scale_alphas(ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool) -> dict[str, float]:
     """The alpha of each module with which its scale is that of `lora_alpha` at rank `r`, whatever its own rank.
 
     Servers scale every module by the configuration's `lora_alpha` and `r`. With these as `alpha_pattern`, PEFT does the same.
@@ -68,7 +68,7 @@ def equal_scale_alphas(ranks: Mapping[str, int], r: int, lora_alpha: float, use_
     return {name: int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()}
 
 
-def equivalent_rank(ranks: Iterable[int], sizes: Iterable[int]) -> int:
+def compute_equivalent_rank(ranks: Iterable[int], sizes: Iterable[int]) -> int:
     """The smallest rank that has at least these parameters in every module.
 
     Args:
@@ -79,12 +79,12 @@ def equivalent_rank(ranks: Iterable[int], sizes: Iterable[int]) -> int:
     return math.ceil(sum(rank * size for rank, size in zip(ranks, sizes, strict=True)) / sum(sizes))
 
 
-def rank_text(rank: int, lowest: int, highest: int) -> str:
+def format_rank(rank: int, lowest: int, highest: int) -> str:
     """`2 (modules from 1 to 4)`, or `2` where every module has this rank."""
     return f"{rank}" if lowest == highest else f"{rank} (modules from {lowest} to {highest})"
 
 
-def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float, bool]:
+def convert_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float, bool]:
     """`(lora_alpha, use_rslora)` of PEFT's configuration.
 
     `alpha/r` is LoRA (Hu et al. 2021), `alpha/sqrt(r)` is rsLoRA (Kalajdzievski 2023), and `constant` is alpha/16 at every
@@ -95,7 +95,7 @@ def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float,
     return lora_alpha, scaling == "alpha/sqrt(r)"
 
 
-def rank_change_line(rank: int, to: int, alpha: float = 32, scaling: Scaling = "alpha/r") -> str:
+def format_rank_change(rank: int, to: int, alpha: float = 32, scaling: Scaling = "alpha/r") -> str:
     """What becomes of alpha and the learning rate when the rank changes; the figures are of docs/explanation/science.md, archive.
 
     `alpha` is PEFT's at `rank`.
@@ -114,7 +114,7 @@ def rank_change_line(rank: int, to: int, alpha: float = 32, scaling: Scaling = "
     )
 
 
-def rate_warning(rank: int = LARGE_RANK, alpha: float = 2 * LARGE_RANK, rate: float = LARGE_RATE) -> str:
+def format_rate_warning(rank: int = LARGE_RANK, alpha: float = 2 * LARGE_RANK, rate: float = LARGE_RATE) -> str:
     """A warning where a combination is known to diverge; empty elsewhere."""
     if rank < LARGE_RANK or alpha < 2 * rank or rate < LARGE_RATE:
         return ""
@@ -122,12 +122,12 @@ def rate_warning(rank: int = LARGE_RANK, alpha: float = 2 * LARGE_RANK, rate: fl
 
 
 # Measured by others, not here: whether a server has adapters at all costs more than a rank does, and the largest rank is paid by all.
-SERVING = (
+SERVING_COSTS = (
     "others' figures: any adapter at all costs more than its rank (vLLM issue 11267); an adapter of rank 8 in slots of 64 wastes 87.5% of a "
     "slot, and decoding is 5.6% faster without (SGLang issue 31305); at rank 256 a server was four times slower (vLLM issue 14435)"
 )
 
 
-def slot_bytes(shapes: Iterable[tuple[int, int]], max_rank: int) -> int:
+def compute_slot_bytes(shapes: Iterable[tuple[int, int]], max_rank: int) -> int:
     """Of an adapter's slot on a server: every slot has the factors of `max_rank` for each adapted matrix, in 16 bits."""
     return sum(2 * max_rank * (rows + columns) for rows, columns in shapes)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from rightrank.data.files import UnreadableError, path_kind, read_json_object
+from rightrank.data.files import UnreadableError, detect_path_kind, read_json_object
 from rightrank.schema.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,7 +26,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
         raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or save it again") from None
 
 
-def safe_shards(path: Path) -> list[Path]:
+def find_shards(path: Path) -> list[Path]:
     """The safetensors files of a model folder: those in its index if it has one, else all.
 
     Raises:
@@ -44,7 +44,7 @@ def safe_shards(path: Path) -> list[Path]:
                     f"{index}: names the shard {name!r}; shards are *.safetensors files of the folder itself"
                 )
         names = sorted(set(listed))
-        missing = [name for name in names if path_kind(path / name) != "file"]
+        missing = [name for name in names if detect_path_kind(path / name) != "file"]
         if missing:
             raise ModelError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it too")
         return [path / name for name in names]

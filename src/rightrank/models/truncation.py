@@ -19,11 +19,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, open_adapter
-from rightrank.models.ranks import equal_scale_alphas, exact_pattern, lora_scaling, max_module_rank, pattern_value
+from rightrank.models.ranks import compute_equal_scale_alphas, build_exact_pattern, compute_scaling, find_server_rank, get_pattern_value
 from rightrank.schema.trials import Floats
 
 DAMPING = 0.01  # share of the identity in each metric: directions that few tokens have shown keep some weight
-INVISIBLE = 1e-12  # of the largest eigenvalue: below it a direction changes nothing
+MIN_EIGENVALUE_RATIO = 1e-12  # of the largest eigenvalue: below it a direction changes nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
-class Components:
+class UpdateComponents:
     """B·A as a sum of rank-one parts in falling order of what leaving them out costs; the first n are the best n."""
 
     b: Floats  # [d, q]
@@ -43,13 +43,13 @@ class Components:
     costs: Floats  # [q], the K-FAC estimate of the loss, nats a label; ½·σ² of ΔW without moments
 
 
-def components(
+def decompose_update(
     b: Floats,
     a: Floats,
     scale: float,
     moments: Moments | None = None,
     damping: float = DAMPING,
-) -> Components:
+) -> UpdateComponents:
     """The parts of B·A.
 
     Args:
@@ -61,15 +61,15 @@ def components(
     """
     left, right = scale**2 * (b.T @ b), a @ a.T
     if moments is not None:
-        right = _damped(moments.inputs, right, damping)
-        left = _damped(moments.gradients, left, damping)
-    root, inverse = _roots(left)
-    u, sigma, _ = np.linalg.svd(root.T @ _roots(right)[0], full_matrices=False)
+        right = _damp(moments.inputs, right, damping)
+        left = _damp(moments.gradients, left, damping)
+    root, inverse = _factor_metric(left)
+    u, sigma, _ = np.linalg.svd(root.T @ _factor_metric(right)[0], full_matrices=False)
     # M = Σ uᵢ·uᵢᵀ in the coordinates of `root`: B' = B·L⁻ᵀ·U and A' = Uᵀ·Lᵀ·A.
-    return Components(b @ (inverse @ u), (u.T @ root.T) @ a, 0.5 * sigma**2)
+    return UpdateComponents(b @ (inverse @ u), (u.T @ root.T) @ a, 0.5 * sigma**2)
 
 
-def _damped(moment: Floats, plain: Floats, damping: float) -> Floats:
+def _damp(moment: Floats, plain: Floats, damping: float) -> Floats:
     """`moment` with a share of the plain metric, scaled to the same trace; `plain` alone where the moment is zero."""
     trace, whole = float(np.trace(moment)), float(np.trace(plain))
     if trace <= 0 or whole <= 0:
@@ -77,15 +77,15 @@ def _damped(moment: Floats, plain: Floats, damping: float) -> Floats:
     return moment + damping * trace / whole * plain
 
 
-def _roots(matrix: Floats) -> tuple[Floats, Floats]:
+def _factor_metric(matrix: Floats) -> tuple[Floats, Floats]:
     """`(L, L⁻ᵀ)` with L·Lᵀ = matrix [r, r], symmetric and positive; invisible directions are left out of both."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    seen = values > INVISIBLE * max(float(values[-1]), 0.0)
+    seen = values > MIN_EIGENVALUE_RATIO * max(float(values[-1]), 0.0)
     roots = np.sqrt(np.where(seen, values, 0.0))
     return vectors * roots, vectors * np.where(seen, 1 / np.where(seen, roots, 1.0), 0.0)
 
 
-def ranks_within(worth: Sequence[Floats], costs: Sequence[int], budget: int, max_rank: int) -> list[int]:
+def allocate_ranks(worth: Sequence[Floats], costs: Sequence[int], budget: int, max_rank: int) -> list[int]:
     """The ranks, from 1, that keep the most for a budget of parameters: one threshold for all modules.
 
     Args:
@@ -114,10 +114,10 @@ def ranks_within(worth: Sequence[Floats], costs: Sequence[int], budget: int, max
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
-ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rounding, and its column of B is zero
+ZERO_RATIO = 1e-12  # of the largest singular value; a direction below it is rounding, and its column of B is zero
 
 
-def truncated_tensors(
+def truncate_tensors(
     folder: Path, rank: int, config: LoraConfig, moments: Mapping[str, Moments]
 ) -> dict[str, torch.Tensor]:
     """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated; all others as saved.
@@ -130,19 +130,19 @@ def truncated_tensors(
     adapter = open_adapter(folder)
     tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
     pattern = config.rank_pattern or {}
-    ranks = {module.address: int(pattern_value(pattern, module.address, config.r)) for module in adapter.modules}
+    ranks = {module.address: int(get_pattern_value(pattern, module.address, config.r)) for module in adapter.modules}
     if len(uniform := set(ranks.values())) == 1:
-        ranks = shared_ranks(adapter, uniform.pop(), max_module_rank(rank), moments) or ranks
-    alphas = equal_scale_alphas(ranks, config.r, config.lora_alpha, bool(config.use_rslora))
-    config.rank_pattern = exact_pattern(ranks, config.r, ranks)
-    config.alpha_pattern = exact_pattern(alphas, config.lora_alpha, ranks)
-    scaling = lora_scaling(config.lora_alpha, config.r, bool(config.use_rslora))
+        ranks = allocate_module_ranks(adapter, uniform.pop(), find_server_rank(rank), moments) or ranks
+    alphas = compute_equal_scale_alphas(ranks, config.r, config.lora_alpha, bool(config.use_rslora))
+    config.rank_pattern = build_exact_pattern(ranks, config.r, ranks)
+    config.alpha_pattern = build_exact_pattern(alphas, config.lora_alpha, ranks)
+    scaling = compute_scaling(config.lora_alpha, config.r, bool(config.use_rslora))
     for pair in adapter.pairs:
-        tensors |= new_tensors(adapter, pair, ranks[pair[0].address], pair[0].scaling / scaling, moments)
+        tensors |= resize_pair(adapter, pair, ranks[pair[0].address], pair[0].scaling / scaling, moments)
     return tensors
 
 
-def new_tensors(
+def resize_pair(
     adapter: AdapterFolder, pair: Sequence[AdapterModule], rank: int, ratio: float, moments: Mapping[str, Moments]
 ) -> dict[str, torch.Tensor]:
     """The tensors of a pair at `rank`, computed in float64; the product is `ratio` times as large."""
@@ -152,7 +152,7 @@ def new_tensors(
         if rank == module.rank:
             new.append((b * ratio, a))
         else:
-            new.append(resized_factors(b, a, rank, ratio, moments.get(module.name), module.scaling))
+            new.append(resize_factors(b, a, rank, ratio, moments.get(module.name), module.scaling))
     old_a, old_b = adapter.tensor(first.a_key), adapter.tensor(first.b_key)
     new_a, new_b = first.kind.tensors(new, old_a, old_b)
     tensors = {first.b_key: new_b.to(old_b.dtype).contiguous(), first.a_key: new_a.to(old_a.dtype).contiguous()}
@@ -164,7 +164,7 @@ def new_tensors(
     return tensors
 
 
-def shared_ranks(
+def allocate_module_ranks(
     adapter: AdapterFolder, rank: int, max_rank: int, moments: Mapping[str, Moments]
 ) -> dict[str, int] | None:
     """The parameters of `rank` in every module, shared out over the modules by one threshold on the K-FAC cost of each.
@@ -175,9 +175,9 @@ def shared_ranks(
     modules = adapter.modules
     if max_rank == rank or any(module.name not in moments or module.rank <= rank for module in modules):
         return None
-    worth = [components(*adapter.factors(module), module.scaling, moments[module.name]).costs for module in modules]
+    worth = [decompose_update(*adapter.factors(module), module.scaling, moments[module.name]).costs for module in modules]
     parameters = [module.rows + module.columns for module in modules]
-    ranks = ranks_within(worth, parameters, rank * sum(parameters), max_rank)
+    ranks = allocate_ranks(worth, parameters, rank * sum(parameters), max_rank)
     return {module.name: shared for module, shared in zip(modules, ranks, strict=True)}
 
 
@@ -197,7 +197,7 @@ def load_moments(path: Path) -> dict[str, Moments]:
     return {name: Moments(tensors[f"{name}.inputs"], tensors[f"{name}.gradients"]) for name in names}
 
 
-def resized_factors(
+def resize_factors(
     b: torch.Tensor,
     a: torch.Tensor,
     rank: int,
@@ -216,24 +216,24 @@ def resized_factors(
         scale: s, with which the moments were gathered.
     """
     if rank > b.shape[1]:
-        return _padded(b * scale_ratio, a, rank)
+        return _pad_factors(b * scale_ratio, a, rank)
     if not b.any() or not a.any():
         return b[:, :rank] * scale_ratio, a[:rank]
     if moments is not None and rank < b.shape[1]:
-        parts = components(b.double().numpy(), a.double().numpy(), scale, moments)
+        parts = decompose_update(b.double().numpy(), a.double().numpy(), scale, moments)
         b, a = (torch.from_numpy(part).to(a) for part in (parts.b[:, :rank], parts.a[:rank]))
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vt = torch.linalg.svd(scale_ratio * r_b @ r_a.T, full_matrices=False)
     s = s[:rank]
-    root, alive = s.sqrt(), s > ZERO_SHARE * s[:1]
+    root, alive = s.sqrt(), s > ZERO_RATIO * s[:1]
     # the root of each singular value on either side; a direction without energy keeps a row of A, so that further training can use it
     core_b = u[:, :rank] * torch.where(alive, root, 0)
     core_a = torch.where(alive, root, root[:1])[:, None] * vt[:rank]
-    return _padded(q_b @ core_b, core_a @ q_a.T, rank)
+    return _pad_factors(q_b @ core_b, core_a @ q_a.T, rank)
 
 
-def _padded(b: torch.Tensor, a: torch.Tensor, rank: int) -> Factors:
+def _pad_factors(b: torch.Tensor, a: torch.Tensor, rank: int) -> Factors:
     """Zero columns of B against rows of A as PEFT draws them, uniform in ±1/√k: the product does not change."""
     missing, width = rank - b.shape[1], a.shape[1]
     if missing == 0:

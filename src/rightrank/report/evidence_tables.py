@@ -31,7 +31,7 @@ ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.no
 
 def build_candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
     """Return the candidate adapters as rows of text, heading first."""
-    heading = ["rank", "how", metric, "worse by", "95% bound", "enough"]
+    heading = ["rank", "method", metric, "worse by", "95% bound", "enough"]
     return [heading, *(_build_candidate_row(candidate, answer) for candidate in answer.candidates)]
 
 
@@ -130,7 +130,7 @@ def format_interval_label(decision: Decision, noun: str) -> str:
     """Return `95% interval`, `interval over examples` for one seed, or `interval` if the table states no confidence level."""
     if decision.confidence is not None:
         return f"{decision.confidence:.0%} {noun}"
-    return f"{noun} over examples" if decision.basis.startswith("items") else noun
+    return f"{noun} over examples" if decision.basis.startswith("examples") else noun
 
 
 def format_table(rows: Sequence[Sequence[str]], left_columns: Collection[int] = ()) -> list[str]:

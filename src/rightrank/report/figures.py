@@ -369,7 +369,7 @@ def build_comparison_figure(
                 chosen_adapter.value,
             ),
         ),
-        columns=("rank", "how", "value", "difference", "lower bound", "upper bound", "holds"),
+        columns=("rank", "method", "value", "difference", "lower bound", "upper bound", "holds"),
         rows=tuple(
             (
                 file.rank,

@@ -22,8 +22,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.adapter import making_of
 from rightrank.decision.records import Answers, Records
-from rightrank.models.loading_code import base_arguments, loading_lines
-from rightrank.models.ranks import peft_scaling
+from rightrank.models.loading_code import format_base_arguments, format_loading_code
+from rightrank.models.ranks import convert_scaling
 from rightrank.report.answer import build_answer_view
 from rightrank.report.evidence_tables import (
     build_candidate_table,
@@ -40,7 +40,7 @@ from rightrank.report.svg import draw_swatch, render_inline_svg
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import Decision, ExportedAdapter, Result, ResultsTable
 from rightrank.schema.events import DataSummary, RunStarted, TestEvaluated
-from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, split_name
+from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.version import __version__
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
@@ -179,7 +179,6 @@ def load_templates(autoescape: bool = True) -> Environment:
     }
     environment.globals["style"] = _read_asset("report.css")
     environment.filters["cell"] = _format_cell
-    environment.filters["split_name"] = split_name
     return environment
 
 
@@ -222,7 +221,7 @@ def render_model_card(records: Records, decision: Decision | None) -> str:
     started, adapter_record = records.started, records.adapters[-1]
     answer = adapter_record.answer
     trial = records.by_id[answer.trial_id]
-    loading = loading_lines("this/folder", started.model_name, started.data.classes is not None)
+    loading = format_loading_code("this/folder", started.model_name, started.data.classes is not None)
     template = load_templates(autoescape=False).get_template("model_card.md")
     return template.render(
         started=started,
@@ -252,7 +251,7 @@ def _format_subject(started: RunStarted) -> str:
         return started.model_name or (started.trainer if started.is_table else None) or "a custom trainer"
     names = started.model_name, started.data_name
     model, data = (PurePath(name).name if name.startswith((".", "/", "~")) else name for name in names)
-    counts = ", ".join(f"{split.examples:,} {split_name(name)}" for name, split in started.data.splits.items())
+    counts = ", ".join(f"{split.examples:,} {name}" for name, split in started.data.splits.items())
     return f"{model} on {data}" + (f": {counts} examples" if counts else "")
 
 
@@ -267,11 +266,11 @@ def _build_usage(handed_over: ExportedAdapter, records: Records) -> dict[str, st
     trained = trial and trials.get(trial.truncate_from or trial.trial_id)
     if trial is None or trained is None or records.started.is_custom_trainer or model is None:
         return None
-    alpha, use_rslora = peft_scaling(records.settings.scaling, trial.lora_alpha, trial.rank)
+    alpha, use_rslora = convert_scaling(records.settings.scaling, trial.lora_alpha, trial.rank)
     rank = handed_over.load_rank or trial.rank
     alpha *= (rank / trial.rank) ** (0.5 if use_rslora else 1)  # at the same scale
-    loading = loading_lines("adapter", model, records.started.data.classes is not None)
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({base_arguments(model)})"
+    loading = format_loading_code("adapter", model, records.started.data.classes is not None)
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({format_base_arguments(model)})"
     return {
         "r": str(rank),
         "alpha": f"{alpha:g}",

@@ -17,7 +17,7 @@ from math import ceil, floor, log10
 from pathlib import Path
 from textwrap import wrap
 
-from rightrank.data.files import replacing, write_text
+from rightrank.data.files import replace_file, write_text
 from rightrank.report.figure import MAX_LABELS, Axis, Figure, LegendEntry, Series, Tone, build_legend, get_colour_name
 from rightrank.report.format import make_visible
 from rightrank.schema.errors import MissingExtraError, SettingsError
@@ -254,7 +254,7 @@ def write_figures(folder: Path, figures: Sequence[Figure], formats: Collection[s
         drawing = render_svg_file(figure)
         for suffix in ("svg", *formats):
             content = drawing.encode() if suffix == "svg" else _convert_svg(drawing, suffix)
-            with replacing(folder / f"{figure.name}.{suffix}") as temporary:
+            with replace_file(folder / f"{figure.name}.{suffix}") as temporary:
                 temporary.write_bytes(content)
         numbers = StringIO()
         csv.writer(numbers, lineterminator="\n").writerows([figure.columns, *figure.rows])

@@ -14,7 +14,6 @@ from rightrank.report.figure import format_metric_label
 from rightrank.report.format import format_bytes, format_duration, make_visible
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import DataSummary, RunStarted
-from rightrank.schema.trials import split_name
 
 if TYPE_CHECKING:
     from rightrank.schema.results import Preflight, PreflightCost
@@ -117,7 +116,7 @@ def format_plan(started: RunStarted, steps: int) -> str:
         length = f"trainings of {steps} steps" if steps else "the trainer sets the length of a training"
         return f"trainer {started.trainer}, by {started.metric} ({better} is better); {length}"
     splits = started.data.splits
-    counts = ", ".join(f"{summary.examples} {split_name(name)}" for name, summary in splits.items())
+    counts = ", ".join(f"{summary.examples} {name}" for name, summary in splits.items())
     notes = describe_data_issues(started.data)
     read = f"{started.data.rows:,} rows; " if started.data.rows else ""
     form = started.data.form + (f" (from {started.data.shape})" if started.data.shape else "")

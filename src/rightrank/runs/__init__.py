@@ -1,1 +1,1 @@
-"""The main job: a request is checked, prepared, trained, decided and handed over; the journal is its only state."""
+"""The main job: validate a request, prepare it, train, decide and export. The journal is its only state."""

@@ -1,4 +1,4 @@
-"""What a user's function receives and may return, how it is called, and the check of its result."""
+"""The task and the result of a custom trainer, the call of its function, and the check of the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rightrank.schema.trials import EvalPoint, Record, Whole
 
 
 class TrialTask(Record):
-    """What a custom trainer receives: one training to run, or for rank 0 the evaluation of the base."""
+    """The task of a custom trainer: one training to run, or for rank 0 the evaluation of the base."""
 
     trial_id: str
     rank: Whole
@@ -25,33 +25,34 @@ class TrialTask(Record):
     collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
 
     # What takes each report; None: nobody listens.
-    receive: Callable[[EvalPoint], None] | None = Field(default=None, exclude=True, repr=False)
+    report_callback: Callable[[EvalPoint], None] | None = Field(default=None, exclude=True, repr=False)
 
-    def report(self, step: int, value: float, item_scores: Sequence[float] | None = None) -> None:
-        """Report the held-out value after `step` optimizer steps. It is in the journal at once.
+    def report(self, step: int, value: float, example_scores: Sequence[float] | None = None) -> None:
+        """Report the held-out value after `step` optimizer steps. It is written to the journal at once.
 
         Args:
-            step: optimizer steps so far; 0 is the untrained adapter. A step that is reported again replaces the earlier
-                report and all later ones.
-            value: the metric that decides, on validation examples.
-            item_scores: that metric for each validation example, the same examples at every look of every trial.
+            step: optimizer steps so far; 0 is the untrained adapter. A report for an earlier step replaces that report and all
+                later ones.
+            value: the deciding metric on the validation examples.
+            example_scores: the deciding metric for each validation example; the same examples at every evaluation of every trial.
 
         Raises:
-            ValueError: what is no finite number. A function that lets it pass ends its trial; with NaN or infinity it has diverged.
+            ValueError: a value that is not a finite number. The trial ends if the function does not catch the error; with NaN
+                or infinity it has diverged.
         """
-        point = EvalPoint(step=step, value=value, item_scores=item_scores)
-        if self.receive is not None:
-            self.receive(point)
+        point = EvalPoint(step=step, value=value, example_scores=example_scores)
+        if self.report_callback is not None:
+            self.report_callback(point)
 
 
 class TrialResult(Record):
-    """What a custom trainer may return instead of a mapping of metrics. A function that makes one of NaN has diverged."""
+    """The result of a custom trainer, which may return a mapping of metrics instead. A NaN in it means that the training diverged."""
 
     metrics: dict[str, float]  # held-out; includes the deciding metric
-    item_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
-    item_weights: list[float] | None = None  # such as tokens per example; None: equal weights
+    example_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
+    example_weights: list[float] | None = None  # such as tokens per example; None: equal weights
     # Examples of one number belong together, as those of a document; None: each stands for itself.
-    item_groups: list[Whole] | None = None
+    example_groups: list[Whole] | None = None
     train_value: float | None = None  # the metric on training data at the end
     points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
     trainable_parameters: Whole = 0
@@ -66,13 +67,13 @@ EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | 
 RESULT_RECORDS = ("TrialResult", "EvalPoint")
 
 
-def call(function: TrainFunction, task: TrialTask) -> object:
-    """What the function returns, a mapping as a `TrialResult`.
+def call_function(function: TrainFunction, task: TrialTask) -> object:
+    """Call the function and return its result; a mapping is converted to a `TrialResult`.
 
     Raises:
-        NotFiniteError: a number that it reports or returns is NaN or infinite.
-        ReportError: it reports or returns no numbers; the function is wrong.
-        RunError: it raises another error.
+        NotFiniteError: the function reports or returns NaN or infinity.
+        ReportError: the function reports or returns something that is not a number, so the function is wrong.
+        RunError: the function raises another error.
     """
     try:
         returned = function(task)
@@ -81,26 +82,26 @@ def call(function: TrainFunction, task: TrialTask) -> object:
         raise
     except ValidationError as error:
         if error.title not in RESULT_RECORDS:
-            raise RunError(_raised(error)) from error
+            raise RunError(_describe_exception(error)) from error
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its fields"
+        field = ".".join(map(str, first["loc"])) or "its fields"
         fields = f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
         kind = NotFiniteError if first["type"] == "finite_number" else ReportError
-        raise kind(f"gave {place} = {quoted(first['input'])}: {first['msg']}{fields}") from error
+        raise kind(f"gave {field} = {quoted(first['input'])}: {first['msg']}{fields}") from error
     except Exception as error:
-        raise RunError(_raised(error)) from error
+        raise RunError(_describe_exception(error)) from error
 
 
-def _raised(error: BaseException) -> str:
+def _describe_exception(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"raised {type(error).__name__}" + (f": {text}" if text else "")
 
 
 def parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:
-    """Check what a call returned.
+    """Check the result of a call.
 
     Raises:
-        ReportError: no result, the metric is missing, or scores of other examples than before.
+        ReportError: there is no result, the metric is missing, or the number of scored examples changed.
     """
     if not isinstance(returned, TrialResult):
         raise ReportError(
@@ -109,13 +110,15 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
     if metric not in returned.metrics:
         names = ", ".join(map(repr, returned.metrics)) or "nothing"
         raise ReportError(f"returned no {metric!r} (it returned {names}); return it, or give another metric=")
-    scores, weights, groups = returned.item_scores, returned.item_weights, returned.item_groups
+    scores, weights, groups = returned.example_scores, returned.example_weights, returned.example_groups
     if scores is not None and len(scores) != (examples or len(scores) or 1):
         raise ReportError(
-            f"returned {len(scores)} item_scores, earlier trials {examples or 'some'}; score the same examples in the same order in every trial"
+            f"returned {len(scores)} example_scores, earlier trials {examples or 'some'}; score the same examples in the same order in every trial"
         )
     if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
-        raise ReportError("returned item_weights that do not match item_scores; return one weight above 0 per example")
+        raise ReportError(
+            "returned example_weights that do not match example_scores; return one weight above 0 per example"
+        )
     if groups is not None and len(groups) != len(scores or ()):
-        raise ReportError("returned item_groups that do not match item_scores; return one number per example")
+        raise ReportError("returned example_groups that do not match example_scores; return one number per example")
     return returned

@@ -1,4 +1,4 @@
-"""What a selection is asked for, what is to be done for it, and what runs its trials."""
+"""The interfaces of a selection: the request, the prepared selection, and the executor that runs its trials."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Executor(Protocol):
     - A trial that can't be trained is an outcome (`TrialDiverged`, `TrialFailed`), not an exception. Exceptions mean
       that no trial can run.
     - Training depends on the trial alone: the same trial gives the same values on any worker, beside any other trial.
-    - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.trial_adapter`.
+    - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.get_trial_folder`.
     - The caller may close the iterator early; the executor then stops what it started and can be used again.
     - It writes neither to the journal nor to the decision.
 
@@ -35,14 +35,14 @@ class Executor(Protocol):
             def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
                 for trial in trials:
                     result = TrialResult(metrics={"loss": 1.0 + 1.0 / (1 + trial.arm.rank)})
-                    yield outcome_of(trial, result, metric="loss", seconds=0.0)
+                    yield build_outcome(trial, result, metric="loss", seconds=0.0)
     """
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         """Yield one outcome per trial as the trials end.
 
         Args:
-            trials: what to train; rank 0 is the evaluation of the base.
+            trials: the trials to run; rank 0 is the evaluation of the base.
             base_loss: the base's held-out loss in nats; None until the base has been evaluated.
 
         Raises:
@@ -52,8 +52,8 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to be done, and where. A trainer of one's own has its base elsewhere: what needs one here is then left as it is."""
+class PreparedSelection:
+    """A prepared selection. Custom trainers load no base model, and the methods that need it then return their defaults."""
 
     started: RunStarted
     settings: SelectSettings  # with the settled ranks
@@ -66,40 +66,44 @@ class Plan:
 
     @property
     def base_identity(self) -> bytes | None:
-        """The file beside an adapter that its base is known by; None without a base in this process."""
+        """Return the content of the file that identifies an adapter's base; None if this process loads no base."""
         return None
 
-    def workplace(self, folder: RunFolder, listener: Listener, records: Records) -> AbstractContextManager[Executor]:
-        """What runs the trials, as long as the block; `records` are those of the journal, as it grows."""
+    def open_executor(
+        self, folder: RunFolder, listener: Listener, records: Records
+    ) -> AbstractContextManager[Executor]:
+        """Open the executor of the trials for the length of the block; `records` follow the journal as it grows."""
         raise NotImplementedError
 
-    def peak_of(self, ranks: Sequence[int]) -> int | None:
-        """Bytes of tensors at the peak of these ranks in one pass; None: not planned."""
+    def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
+        """Return the peak tensor memory, in bytes, of training these ranks in one pass; None without a memory plan."""
         return None
 
-    def scored(self, trial: TrialFinished, adapter: Path | None) -> TrialFinished:
-        """The trial with the scores of its adapter, or of the base, on the validation examples of this plan."""
+    def score_trial(self, trial: TrialFinished, adapter: Path | None) -> TrialFinished:
+        """Return the trial with new scores of its adapter, or of the base, on the validation examples."""
         return trial
 
-    def tested(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
-        """The same on the test split; None without one."""
+    def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
+        """Evaluate the trial's adapter, or the base, on the test split; None without one."""
         return None
 
 
-class Asked(Protocol):
-    """A request: what a selection is asked for."""
+class SelectionRequest(Protocol):
+    """A request for a selection, before data and base are loaded."""
 
-    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None) -> Plan:
-        """What is to be done, where the folder has this journal; nothing is written.
+    def prepare(
+        self, folder: RunFolder, journal: Sequence[JournalRecord], previous: PreparedSelection | None
+    ) -> PreparedSelection:
+        """Prepare the selection for a folder that has this journal. Write nothing.
 
         Args:
-            before: The plan of the same request with fewer ranks or learning rates, whose base is loaded.
+            previous: the prepared selection of the same request with fewer ranks or learning rates, whose base is loaded.
 
         Raises:
             InputError: model, data, settings or folder can't be used.
         """
         ...
 
-    def extended(self, settings: SelectSettings) -> Asked:
-        """The request with further ranks or learning rates."""
+    def replace_settings(self, settings: SelectSettings) -> SelectionRequest:
+        """Return the request with other ranks or learning rates."""
         ...

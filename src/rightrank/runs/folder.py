@@ -16,10 +16,10 @@ from rightrank.schema.errors import RunError, RunFolderError
 from rightrank.schema.trials import TrialFinished
 
 PROGRESS_FILE = "progress.json"  # in the run folder while a process works
-WITHOUT_A_RUN = {".lock", "base_model", PROGRESS_FILE}  # what may lie in a folder in which no run has begun
-EARLIER = re.compile(r"earlier-\d+")  # runs that were moved aside
+ALLOWED_ENTRIES = {".lock", "base_model", PROGRESS_FILE}  # what may lie in a folder in which no run has begun
+EARLIER_FOLDER = re.compile(r"earlier-\d+")  # runs that were moved aside
 # Everything that a run and its views write into the folder, and exports of it; the journal is moved last.
-WRITTEN = (
+RUN_FILES = (
     "config.yaml", "decision.json", "report.html", "figures", "adapter", "cache", "trials", "checkpoints", "answers", "exports",
     "workers", "tensorboard", "tracked.json", "journal.jsonl.torn-*", "journal.jsonl",
 )  # fmt: skip
@@ -39,74 +39,80 @@ class RunFolder:
         self.cache = path / "cache"
 
     @classmethod
-    def existing(cls, path: str | Path) -> RunFolder:
-        """The run folder at `path`.
+    def open_existing(cls, path: str | Path) -> RunFolder:
+        """Return the run folder at `path`.
 
         Raises:
-            RunFolderError: no folder, or no journal in it.
+            RunFolderError: there is no folder, or it holds no journal.
         """
         folder = cls(Path(path))
         if not folder.journal.path.is_file():
             raise RunFolderError(f"{path}: no journal.jsonl there; give a folder that `rightrank select --out` made")
         return folder
 
-    def checkpoint(self, trial_id: str) -> Path:
-        return self.path / "checkpoints" / f"{self._name(trial_id)}.safetensors"
+    def get_checkpoint_path(self, trial_id: str) -> Path:
+        return self.path / "checkpoints" / f"{self._validate_trial_id(trial_id)}.safetensors"
 
-    def trial_adapter(self, trial_id: str) -> Path:
-        return self.path / "trials" / self._name(trial_id)
+    def get_trial_folder(self, trial_id: str) -> Path:
+        return self.path / "trials" / self._validate_trial_id(trial_id)
 
-    def adapter_of(self, trial: TrialFinished) -> Path | None:
-        """As `finished_adapter`; None for the base."""
-        return None if trial.rank == 0 else self.finished_adapter(trial.trial_id)
-
-    def finished_adapter(self, trial_id: str) -> Path:
-        """The folder of a trial's adapter.
+    def find_trial_adapter(self, trial: TrialFinished) -> Path | None:
+        """Return the folder of the trial's adapter; None for the base.
 
         Raises:
-            RunError: it is not there.
+            RunError: the folder is missing.
         """
-        adapter = self.trial_adapter(trial_id)
+        return None if trial.rank == 0 else self.require_trial_adapter(trial.trial_id)
+
+    def require_trial_adapter(self, trial_id: str) -> Path:
+        """Return the folder of a trial's adapter.
+
+        Raises:
+            RunError: the folder is missing.
+        """
+        adapter = self.get_trial_folder(trial_id)
         if not adapter.is_dir():
             raise RunError(
                 f"{adapter}: the adapter of a trial that has finished is missing; put it back, or give another --out"
             )
         return adapter
 
-    def _name(self, trial_id: str) -> str:
-        """The trial id as a file name; an id from an untrusted journal must not lead out of the folder."""
+    def _validate_trial_id(self, trial_id: str) -> str:
+        """Return the trial id if it is safe as a file name; an id from an untrusted journal must not lead out of the folder."""
         if not re.fullmatch(r"[\w-]{1,64}", trial_id, re.ASCII):
             raise RunFolderError(f"{self.journal.path}: trial id {trial_id!r} is not allowed: letters, digits, _ and -")
         return trial_id
 
-    def answers(self, trial_id: str) -> Path:
-        """The model's answers to the held-out examples, one JSON object per line."""
+    def get_answers_path(self, trial_id: str) -> Path:
+        """Return the file of the model's answers to the held-out examples, one JSON object per line."""
         return self.path / "answers" / f"{trial_id}.jsonl"
 
     def require_usable(self) -> None:
-        """Require that a run can begin or continue here; nothing is written.
+        """Require that a run can begin or continue here. Write nothing.
 
         Raises:
-            RunFolderError: a file, or a folder that holds files but no run.
+            RunFolderError: the path is a file, or a folder that holds files but no run.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path}: a file and not a folder; give an empty or a new folder")
         if not self.path.is_dir() or self.journal.path.exists():
             return
-        own = (entry for entry in self.path.iterdir() if entry.name not in WITHOUT_A_RUN and not is_leftover(entry))
-        if any(EARLIER.fullmatch(entry.name) is None for entry in own):
+        other_entries = (
+            entry for entry in self.path.iterdir() if entry.name not in ALLOWED_ENTRIES and not is_leftover(entry)
+        )
+        if any(EARLIER_FOLDER.fullmatch(entry.name) is None for entry in other_entries):
             raise RunFolderError(
                 f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
             )
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Create the folder, hold its lock, and remove what a killed process left half written.
+    def lock(self) -> Iterator[None]:
+        """Create the folder, hold its lock, and remove unfinished files of a killed process.
 
-        Where the block raises before a run has begun, a folder that was created here is removed again.
+        If the block raises before a run has begun, a folder that was created here is removed again.
 
         Raises:
-            RunFolderError: not writable, not a run folder, or locked by another process.
+            RunFolderError: the folder is not writable, not a run folder, or locked by another process.
         """
         self.require_usable()
         is_new = not self.path.exists()
@@ -128,46 +134,47 @@ class RunFolder:
             yield
         finally:
             if not self.journal.path.exists():
-                self._remove_unbegun(is_new)
+                self._clean_up(is_new)
             lock.release()
 
-    def _remove_unbegun(self, is_new: bool) -> None:
-        """Remove what a process wrote that did not come to begin a run: the cache, and the folder if it is new."""
+    def _clean_up(self, is_new: bool) -> None:
+        """Remove the files of a process that did not begin a run: the cache, and the folder if it is new."""
         shutil.rmtree(self.cache, ignore_errors=True)  # a folder without a run had none before
         if is_new:
             with suppress(OSError):  # another program may have written here meanwhile
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
 
-    def set_aside(self, patterns: Sequence[str] = WRITTEN) -> Path | None:
-        """Move the files of a run into `earlier-N` in this folder, and leave those that no run writes where they are.
+    def move_aside(self, patterns: Sequence[str] = RUN_FILES) -> Path | None:
+        """Move the files of a run into `earlier-N` in this folder. Files that no run writes stay.
 
-        The caller must hold the lock. A symbolic link is moved as a link to the same place.
+        The caller must hold the lock. A symbolic link is moved as a link to the same target.
 
         Returns:
-            The new folder, which is a run folder itself where all files are moved; None where there is nothing to move.
+            The new folder, which is itself a run folder if all files are moved; None if there is nothing to move.
         """
         entries = [entry for pattern in patterns for entry in sorted(self.path.glob(pattern))]
         if not entries:
             return None
         number = 1
-        while (aside := self.path / f"earlier-{number}").exists() or aside.is_symlink():
+        while (target := self.path / f"earlier-{number}").exists() or target.is_symlink():
             number += 1
-        aside.mkdir()
+        target.mkdir()
         for entry in entries:
             if entry.is_symlink():
-                (aside / entry.name).symlink_to(entry.parent.resolve() / entry.readlink())
+                (target / entry.name).symlink_to(entry.parent.resolve() / entry.readlink())
                 entry.unlink()
             else:
-                entry.rename(aside / entry.name)
-        return aside
+                entry.rename(target / entry.name)
+        return target
 
-    def adopt(self, begun: RunFolder) -> None:
-        """Move the files of a run that has begun in another folder of this disk here, the journal last."""
+    def move_from(self, begun: RunFolder) -> None:
+        """Move the files of a run that began in another folder on this disk to this folder, the journal last."""
         for entry in [*(path for path in begun.path.iterdir() if path != begun.journal.path), begun.journal.path]:
             entry.rename(self.path / entry.name)
 
-    def is_locked(self) -> bool:
+    def is_in_use(self) -> bool:
+        """Check whether another process holds the lock."""
         if not (self.path / ".lock").exists():
             return False
         lock = FileLock(self.path / ".lock", timeout=0)

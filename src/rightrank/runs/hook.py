@@ -1,4 +1,4 @@
-"""Hooks: what watches a selection or takes part in it. The core knows none by name."""
+"""Hooks, which watch a selection or take part in it. The core knows none of them by name."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from rightrank.schema.events import Event, Journaled, JournalRecord, Listener, R
 
 if TYPE_CHECKING:
     from rightrank.decision.records import Records
-    from rightrank.runs.executor import Plan
+    from rightrank.runs.executor import PreparedSelection
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.values import Selected
     from rightrank.schema.decision import AdapterAnswer
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """Data and base are loaded, and nothing is written yet."""
+class SelectionStart:
+    """The start of a selection: data and base are loaded, and nothing is written yet."""
 
-    plan: Plan
+    selection: PreparedSelection
     folder: RunFolder
     records: Callable[[], Records]  # what the journal says by now: a copy
     # What the hook has to say: to the other hooks, and to the journal if it is a record of it.
-    tell: Callable[[Event], None]
+    emit: Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """An adapter is about to be handed over."""
+class AdapterProposal:
+    """An adapter that is about to be exported."""
 
     answer: AdapterAnswer
     records: Records  # a copy
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """The adapter is in place, and the decision in the journal."""
+class SelectionEnd:
+    """The end of a selection: the adapter is exported, and the decision is in the journal."""
 
     selected: Selected
     folder: RunFolder
@@ -47,10 +47,10 @@ class Finished:
 
 
 class Hook(Listener):
-    """Something that watches a selection or takes part in it. A base class: every method does nothing.
+    """A base class for objects that watch a selection or take part in it. Every method does nothing by default.
 
     All methods run on the thread that calls `select_rank`, one hook after the other in the order of `callbacks`. A hook that
-    raises ends the selection with one line that names it; what has finished is kept, and the same call resumes.
+    raises an error ends the selection with one line that names the hook. Finished trials are kept, and the same call resumes.
 
     Example::
 
@@ -61,85 +61,87 @@ class Hook(Listener):
         select_rank(model, data, "run", callbacks=[Deadline()])
     """
 
-    ends_run = True
+    is_required = True
     """Whether a fault ends the selection at once. Else it continues without the hook, and ends with the line once all else is done."""
 
-    def on_start(self, started: Started) -> None:
-        """Called first; an `InputError` refuses the selection. Called again where a selection is extended."""
+    def on_start(self, started: SelectionStart) -> None:
+        """Handle the start; it is called first. An `InputError` refuses the selection. An extended selection calls it again."""
 
-    def on_adapter(self, answered: Answered) -> AdapterAnswer | None:
-        """Called before an adapter is handed over. May return another answer in its place."""
+    def on_adapter(self, answered: AdapterProposal) -> AdapterAnswer | None:
+        """Handle an adapter that is about to be exported, and optionally return another answer to use instead."""
 
-    def on_end(self, finished: Finished) -> None:
-        """Called last."""
+    def on_end(self, finished: SelectionEnd) -> None:
+        """Handle the end; it is called last."""
 
 
 class Hooks(Hook):
-    """Several hooks as one."""
+    """Several hooks that act as one."""
 
     def __init__(self, hooks: Sequence[Hook] = ()) -> None:
         self._hooks = list(hooks)
         self._faults: dict[Hook, HookError] = {}
 
-    def on_start(self, started: Started) -> None:
-        self._each(lambda hook: hook.on_start(started))
+    def on_start(self, started: SelectionStart) -> None:
+        self._call_each(lambda hook: hook.on_start(started))
 
     def on_event(self, event: Event) -> None:
-        self._each(lambda hook: hook.on_event(event))
+        self._call_each(lambda hook: hook.on_event(event))
 
     def should_stop(self) -> bool:
-        asked: list[bool] = []
-        self._each(lambda hook: asked.append(hook.should_stop()))
-        return any(asked)
+        requests: list[bool] = []
+        self._call_each(lambda hook: requests.append(hook.should_stop()))
+        return any(requests)
 
-    def agreed(self, answer: AdapterAnswer, records: Callable[[], Records]) -> AdapterAnswer:
-        """The answer after each hook in turn had the chance to return another one."""
+    def apply_hooks(self, answer: AdapterAnswer, records: Callable[[], Records]) -> AdapterAnswer:
+        """Pass the answer through each hook in turn, and return the last one."""
         answers = [answer]
-        self._each(lambda hook: answers.append(hook.on_adapter(Answered(answers[-1], records())) or answers[-1]))
+        self._call_each(
+            lambda hook: answers.append(hook.on_adapter(AdapterProposal(answers[-1], records())) or answers[-1])
+        )
         return answers[-1]
 
-    def on_end(self, finished: Finished) -> None:
-        """Tell every hook.
+    def on_end(self, finished: SelectionEnd) -> None:
+        """Notify every hook.
 
         Raises:
-            HookError: a hook that does not end a run by itself had a fault.
+            HookError: a hook that is not required had failed earlier.
         """
-        self._each(lambda hook: hook.on_end(finished))
+        self._call_each(lambda hook: hook.on_end(finished))
         for fault in self._faults.values():
             raise fault
 
-    def _each(self, call: Callable[[Hook], object]) -> None:
+    def _call_each(self, call: Callable[[Hook], object]) -> None:
         for hook in self._hooks:
             if hook in self._faults:
                 continue
             try:
-                with FailingAs(type(hook).__name__):
+                with wrap_hook_errors(type(hook).__name__):
                     call(hook)
             except HookError as fault:
-                if hook.ends_run:
+                if hook.is_required:
                     raise
                 self._faults[hook] = fault
 
 
 @dataclass(frozen=True, eq=False)
 class Run(Listener):
-    """What is to be done, where, and what the journal says by now. What happens is kept there, and passed to the hooks."""
+    """A run: the prepared selection, its folder, and the records so far. Events are journaled here and passed to the hooks."""
 
-    plan: Plan
+    selection: PreparedSelection
     folder: RunFolder
     hooks: Hooks
     records: Records
     # Its first record, or other settings with which it continues; None: as it was.
-    opening: RunStarted | RunContinued | None
+    start_record: RunStarted | RunContinued | None
 
     def on_event(self, event: Event) -> None:
-        """Keep the event in the journal, if it is a record, and pass it on to the hooks."""
+        """Journal the event if it is a record, and pass it to the hooks."""
         if isinstance(event, Journaled):
             self.record(event)
         self.hooks.on_event(event)
 
     def record(self, record: JournalRecord) -> None:
-        """Keep a record in the journal."""
+        """Append a record to the journal."""
         self.folder.journal.append(record)
         self.records.keep(record)
 
@@ -148,10 +150,10 @@ class Run(Listener):
 
 
 class HookError(RunError):
-    """A hook, or another part without which a run is complete, has a fault."""
+    """A hook failed, or another step without which a run is complete."""
 
 
-class FailingAs:  # no `contextmanager`, which lets a StopIteration pass that a RunError is raised from
+class wrap_hook_errors:  # no `contextmanager`, which lets a StopIteration pass that a RunError is raised from
     """A block whose fault is reported in one line that names it. Errors that are reported in one line already pass.
 
     Raises:
@@ -169,5 +171,5 @@ class FailingAs:  # no `contextmanager`, which lets a StopIteration pass that a 
     ) -> None:
         if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
             return
-        kept = "what has finished is kept, and the same call resumes"
-        raise HookError(f"{self._name} failed ({described(error)}); {kept}") from error
+        advice = "what has finished is kept, and the same call resumes"
+        raise HookError(f"{self._name} failed ({described(error)}); {advice}") from error

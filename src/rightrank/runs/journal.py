@@ -3,14 +3,14 @@
 The journal is the single source of truth of a run: everything else in the run folder can be made from it again, except
 adapters and checkpoints. Its guarantees:
 
-- One process writes, under the lock of the run folder. Others may read at any time (`read_settled`).
+- One process writes, under the lock of the run folder. Others may read at any time (`read_complete_lines`).
 - `append` returns when the record is on the disk. A record that can't be written completely leaves no trace.
 - A record is never changed. A later record about the same trial overrides an earlier one.
-- Each line ends in its length and CRC-32, so that damage is found.
+- Each line ends in its length and CRC-32, so that damage is detected.
 - An incomplete last line, left by a killed process, is moved to `journal.jsonl.torn-N` with a notice. Any other damage
   is an error; `repair` keeps the undamaged records.
 
-Only journals of today's `SCHEMA_VERSION` are read: a change of a record's fields raises it.
+Only journals of the current `SCHEMA_VERSION` are read: a change of a record's fields increments it.
 
     journal = Journal(folder / "journal.jsonl")
     journal.append(started)
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rightrank.data.files import flush_to_disk, replacing
+from rightrank.data.files import flush_to_disk, replace_file
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import JOURNAL_RECORD, JournalRecord, RunStarted
 from rightrank.schema.trials import SCHEMA_VERSION
@@ -44,8 +44,8 @@ def seal(line: bytes) -> bytes:
     return body + b',"len":%d,"crc":"%08x"}' % (len(body), zlib.crc32(body))
 
 
-def read_line(line: bytes) -> JournalRecord | str:
-    """Parse a line without its line end: the record, or what is wrong with the line, as printed after `journal.jsonl:5: `."""
+def parse_line(line: bytes) -> JournalRecord | str:
+    """Parse a line without its line end. Return the record, or a description of the damage, printed after `journal.jsonl:5: `."""
     sealed = _SEAL.search(line)
     if sealed is None:
         return "damaged: it has no length and checksum at its end"
@@ -63,23 +63,27 @@ def read_line(line: bytes) -> JournalRecord | str:
     return record
 
 
-def _split_torn(whole: bytes) -> tuple[bytes, bytes]:
-    """Split into `(complete lines, what follows the last line end)`."""
-    end = whole.rfind(b"\n") + 1
-    return whole[:end], whole[end:]
+def _split_incomplete(content: bytes) -> tuple[bytes, bytes]:
+    """Split into the complete lines and the content after the last line end."""
+    end = content.rfind(b"\n") + 1
+    return content[:end], content[end:]
 
 
 Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Repaired:
-    kept: int  # records
-    set_aside: int  # damaged lines
-    aside: Path | None  # the file with the damaged lines; None: nothing was damaged
+class RepairResult:
+    """The result of a repair."""
+
+    num_intact: int  # records
+    num_damaged: int  # damaged lines
+    damaged_file: Path | None  # the file with the damaged lines; None: nothing was damaged
 
 
 class Journal:
+    """An append-only file of records."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -87,21 +91,21 @@ class Journal:
         """Write one record and wait until it is on the disk.
 
         Raises:
-            OSError: the record can't be written; the file is as it was before.
+            OSError: the record can't be written; the file is unchanged.
         """
-        new = not self.path.exists()
+        is_new = not self.path.exists()
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
-                rest = memoryview(seal(record.model_dump_json().encode()) + b"\n")
-                while rest:  # a disk that fills up accepts a part first and then raises an error
-                    rest = rest[os.write(file.fileno(), rest) :]
+                remaining = memoryview(seal(record.model_dump_json().encode()) + b"\n")
+                while remaining:  # a disk that fills up accepts a part first and then raises an error
+                    remaining = remaining[os.write(file.fileno(), remaining) :]
                 os.fsync(file.fileno())
             except OSError:
                 with suppress(OSError):  # the disk has failed; `read` will find the incomplete line
                     file.truncate(end)
                 raise
-        if new:
+        if is_new:
             flush_to_disk(self.path.parent)
 
     def read(self, notice: Notice = lambda _: None) -> list[JournalRecord]:
@@ -114,55 +118,57 @@ class Journal:
         """
         if not self.path.exists():
             return []
-        whole = self.path.read_bytes()
-        body, torn = _split_torn(whole)
-        if torn and not isinstance(read_line(torn), str):
-            body, torn = body + torn + b"\n", b""
+        content = self.path.read_bytes()
+        body, incomplete = _split_incomplete(content)
+        if incomplete and not isinstance(parse_line(incomplete), str):
+            body, incomplete = body + incomplete + b"\n", b""
             self._replace(body)
-        elif torn:
-            aside = self._set_aside(torn)
+        elif incomplete:
+            target = self._move_aside(incomplete)
             with self.path.open("r+b") as file:
                 file.truncate(len(body))
                 os.fsync(file.fileno())
-            notice(f"{self.path}: the last line was incomplete ({len(torn)} bytes) and was moved to {aside.name}")
-        return self._records(body)
+            notice(
+                f"{self.path}: the last line was incomplete ({len(incomplete)} bytes) and was moved to {target.name}"
+            )
+        return self._parse_records(body)
 
-    def read_settled(self) -> list[JournalRecord]:
-        """Return all complete records without changing the file, for readers beside a writing process.
+    def read_complete_lines(self) -> list[JournalRecord]:
+        """Return all complete records without changing the file, for readers while another process writes.
 
         Raises:
             RunFolderError: damaged lines, or records of another schema.
         """
-        body, _ = _split_torn(self.path.read_bytes())
-        return self._records(body)
+        body, _ = _split_incomplete(self.path.read_bytes())
+        return self._parse_records(body)
 
-    def repair(self) -> Repaired:
+    def repair(self) -> RepairResult:
         """Keep the undamaged records and move damaged lines to another file.
 
         Raises:
             RunFolderError: the first record, the run's start, is damaged, so that nothing can be resumed.
         """
-        body, torn = _split_torn(self.path.read_bytes())
-        lines = body.split(b"\n")[:-1] + ([torn] if torn else [])
-        read = [(line, read_line(line)) for line in lines]
-        kept = [line for line, record in read if not isinstance(record, str)]
-        damaged = [line for line, record in read if isinstance(record, str)]
+        body, incomplete = _split_incomplete(self.path.read_bytes())
+        lines = body.split(b"\n")[:-1] + ([incomplete] if incomplete else [])
+        parsed = [(line, parse_line(line)) for line in lines]
+        intact = [line for line, record in parsed if not isinstance(record, str)]
+        damaged = [line for line, record in parsed if isinstance(record, str)]
         if not damaged:
-            return Repaired(len(kept), 0, None)
-        if not isinstance(read[0][1], RunStarted):
+            return RepairResult(len(intact), 0, None)
+        if not isinstance(parsed[0][1], RunStarted):
             raise RunFolderError(
                 f"{self.path}: the first line, the run's start, is damaged, and a run can't be resumed without it; "
-                f"restore the file, or start again in another folder (the other {len(kept)} records are undamaged and stay)"
+                f"restore the file, or start again in another folder (the other {len(intact)} records are undamaged and stay)"
             )
-        aside = self._set_aside(b"\n".join(damaged) + b"\n")
-        self._replace(b"".join(line + b"\n" for line in kept))
-        return Repaired(len(kept), len(damaged), aside)
+        damaged_file = self._move_aside(b"\n".join(damaged) + b"\n")
+        self._replace(b"".join(line + b"\n" for line in intact))
+        return RepairResult(len(intact), len(damaged), damaged_file)
 
-    def _records(self, body: bytes) -> list[JournalRecord]:
+    def _parse_records(self, body: bytes) -> list[JournalRecord]:
         records: list[JournalRecord] = []
         damaged: list[str] = []
         for number, line in enumerate(BytesIO(body), start=1):  # one by one: a list of all takes as much memory again
-            record = read_line(line[:-1])
+            record = parse_line(line[:-1])
             if isinstance(record, str):
                 damaged.append(f"{number}: {record}")
             else:
@@ -175,14 +181,14 @@ class Journal:
             )
         return records
 
-    def _set_aside(self, part: bytes) -> Path:
+    def _move_aside(self, content: bytes) -> Path:
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.torn-{number}")).exists():
+        while (target := self.path.with_name(f"{self.path.name}.torn-{number}")).exists():
             number += 1
-        with replacing(aside) as temporary:
-            temporary.write_bytes(part)
-        return aside
+        with replace_file(target) as temporary:
+            temporary.write_bytes(content)
+        return target
 
     def _replace(self, body: bytes) -> None:
-        with replacing(self.path) as temporary:
+        with replace_file(self.path) as temporary:
             temporary.write_bytes(body)

@@ -1,4 +1,4 @@
-"""A selection whose base and data are loaded in this process: what is to be done, what scores adapters, and what trains them here."""
+"""A selection whose base and data are loaded in this process, and the executor that trains here."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rightrank.decision.records import Records
-from rightrank.runs.executor import Executor, Plan
+from rightrank.runs.executor import Executor, PreparedSelection
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.plugins import MemoryPlan, merged
-from rightrank.runs.values import Request
+from rightrank.runs.plugins import MemoryPlan, collect_mapping
+from rightrank.runs.values import SelectionInputs
 from rightrank.schema.events import Listener, TestEvaluated
 from rightrank.schema.trials import SplitName, Trial, TrialFinished, TrialOutcome
-from rightrank.train.evaluation import Measured, Scores
+from rightrank.train.evaluation import MetricResults, Scores
 from rightrank.train.loop import train_trials
-from rightrank.train.metrics import measure
-from rightrank.train.pace import adapters_per_pass_for
-from rightrank.train.runtime import Runtime, adapter_attached
+from rightrank.train.metrics import measure_metrics
+from rightrank.train.pace import choose_adapters_per_pass
+from rightrank.train.runtime import Runtime, attach_adapter
 from rightrank.train.trial import TrialFolders
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared(Plan):
-    """What is to be done with a base and data that are loaded."""
+class LoadedSelection(PreparedSelection):
+    """A prepared selection whose base and data are loaded."""
 
-    request: Request  # as it is resumed
+    request: SelectionInputs  # as it is resumed
     runtime: Runtime
     planned: MemoryPlan | None  # None: an architecture that can't be planned
     top_origin: str  # where the highest rank comes from, in words
@@ -36,30 +36,32 @@ class Prepared(Plan):
         return self.runtime.loaded.identity.content()
 
     @contextmanager
-    def workplace(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[Executor]:
-        """This process, or the workers that the settings name."""
+    def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[Executor]:
+        """Open the executor of this process, or the one that the settings name."""
         if self.settings.executor == "local":
             yield LocalExecutor(self.runtime, folder, listener, self.planned)
             return
-        with merged(lambda plugin: plugin.executors)[self.settings.executor](self, folder, listener) as executor:
+        with collect_mapping(lambda plugin: plugin.executors)[self.settings.executor](
+            self, folder, listener
+        ) as executor:
             yield executor
 
-    def peak_of(self, ranks: Sequence[int]) -> int | None:
-        return None if self.planned is None else self.planned.peak_of(ranks)
+    def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
+        return None if self.planned is None else self.planned.predict_peak_bytes(ranks)
 
-    def scored(self, trial: TrialFinished, adapter: Path | None) -> TrialFinished:
-        scores, measured = self._evaluated("selection", adapter)
+    def score_trial(self, trial: TrialFinished, adapter: Path | None) -> TrialFinished:
+        scores, measured = self._evaluate_adapter("validation", adapter)
         values = scores.metrics | measured.values
         value = values.get(trial.value_metric or self.started.metric, scores.loss)
-        changes = {"value": value, "metrics": values, "failed_metrics": measured.failed}
-        return trial.model_copy(update=scores.fields(measured) | changes)
+        changes = {"value": value, "metrics": values, "failed_metrics": measured.failures}
+        return trial.model_copy(update=scores.to_record_fields(measured) | changes)
 
-    def tested(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
+    def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
         if not self.runtime.data.splits["test"]:
             return None
-        scores, measured = self._evaluated("test", adapter)
+        scores, measured = self._evaluate_adapter("test", adapter)
         metric = self.started.metric
-        measured.require([metric])
+        measured.require_values([metric])
         values = scores.metrics | measured.values
         return TestEvaluated(
             trial_id=trial.trial_id,
@@ -67,12 +69,12 @@ class Prepared(Plan):
             value=values.get(metric, scores.loss),
             metric=None if metric in values else "loss",
             metrics=values,
-            **scores.fields(Measured()),
+            **scores.to_record_fields(MetricResults()),
         )
 
-    def _evaluated(self, split: SplitName, adapter: Path | None) -> tuple[Scores, Measured]:
-        with adapter_attached(self.runtime, adapter):
-            return self.runtime.evaluate(split), measure(self.runtime, split)
+    def _evaluate_adapter(self, split: SplitName, adapter: Path | None) -> tuple[Scores, MetricResults]:
+        with attach_adapter(self.runtime, adapter):
+            return self.runtime.evaluate(split), measure_metrics(self.runtime, split)
 
 
 @dataclass(slots=True)
@@ -88,7 +90,7 @@ class LocalExecutor:
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         base = [trial for trial in trials if trial.arm.rank == 0]
         trained = [trial for trial in trials if trial.arm.rank > 0]
-        yield from train_trials(self._runtime, base, base_loss, self._folders, self._listener)
+        yield from train_trials(self._runtime, base, base_loss, self._get_trial_folders, self._listener)
         if not trained:
             return
         if not self._is_prepared:
@@ -96,17 +98,17 @@ class LocalExecutor:
             self._is_prepared = True
         arms = [trial.arm for trial in trained]
         largest = self._planned.max_adapters_per_pass if self._planned else None
-        size = adapters_per_pass_for(self._runtime, arms, self._listener.notice, largest)
-        yield from train_trials(self._runtime, trained, base_loss, self._folders, self._listener, size)
+        size = choose_adapters_per_pass(self._runtime, arms, self._listener.notice, largest)
+        yield from train_trials(self._runtime, trained, base_loss, self._get_trial_folders, self._listener, size)
 
-    def _folders(self, trial: Trial) -> TrialFolders:
+    def _get_trial_folders(self, trial: Trial) -> TrialFolders:
         arm, folder = trial.arm, self._folder
         parent = arm.truncate_from
         return TrialFolders(
-            folder.checkpoint(trial.trial_id),
-            folder.trial_adapter(trial.trial_id),
-            None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
-            None if parent is None else folder.trial_adapter(parent),
-            None if parent is None else folder.checkpoint(parent).with_suffix(".moments.safetensors"),
-            folder.answers(trial.trial_id),
+            folder.get_checkpoint_path(trial.trial_id),
+            folder.get_trial_folder(trial.trial_id),
+            None if arm.continue_from is None else folder.get_checkpoint_path(arm.continue_from),
+            None if parent is None else folder.get_trial_folder(parent),
+            None if parent is None else folder.get_checkpoint_path(parent).with_suffix(".moments.safetensors"),
+            folder.get_answers_path(trial.trial_id),
         )

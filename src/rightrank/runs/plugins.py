@@ -1,7 +1,7 @@
-"""The door for plug-ins: what each adds to the core, which imports none of them.
+"""The interface of plug-ins, which extend the core. The core imports none of them.
 
-A plug-in is an instance of `Plugin`: the `PLUGIN` of a folder of `rightrank.plugins`, or what another distribution names in the
-entry point group `rightrank.plugins`. One that can't be imported costs one notice and what it adds.
+A plug-in is an instance of `Plugin`: the `PLUGIN` of a folder of `rightrank.plugins`, or an object that another distribution
+names in the entry point group `rightrank.plugins`. If a plug-in can't be imported, a warning names it and it is left out.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     import click
 
 GROUP = "rightrank.plugins"
-FAULTS = (ImportError, SyntaxError, NameError, *LIBRARY_ERRORS)
+IMPORT_FAULTS = (ImportError, SyntaxError, NameError, *LIBRARY_ERRORS)
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """What a plug-in adds; a field that is left out adds nothing.
+    """The extensions of a plug-in. A field that is left out adds nothing.
 
-    Its functions import what they need, so that a plug-in costs nothing until it is used. For example::
+    Its functions import their dependencies when they are called, so that a plug-in costs nothing until it is used. For example::
 
         PLUGIN = Plugin(name="chat", functions={"chat": chat}, hooks=lambda: [PostToChat()])
     """
@@ -60,7 +60,7 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What each rank of a selection needs, and the ranks that fit."""
+    """The memory that each rank of a selection needs, and the ranks that fit."""
 
     peak_bytes: Mapping[int, int]  # allocated by tensors at the peak, by rank
     needed_bytes: Mapping[int, int]  # with what the process and the allocator hold besides
@@ -68,69 +68,69 @@ class MemoryPlan:
     ranks: tuple[int, ...]  # those that fit, or all
     max_adapters_per_pass: int | None  # of the highest rank, that fit; None: unknown, or one alone is asked for
     # Bytes of tensors at the peak of these in one pass; None: not planned.
-    peak_of: Callable[[Sequence[int]], int | None]
+    predict_peak_bytes: Callable[[Sequence[int]], int | None]
 
 
-def listed(question: Callable[[Plugin], Sequence[Found]]) -> list[Found]:
-    """What all plug-ins answer, in one list."""
-    return [part for answer in _asked(question) for part in answer]
+def collect_items(query: Callable[[Plugin], Sequence[Value]]) -> list[Value]:
+    """Return the items of all plug-ins in one list."""
+    return [item for answer in _query_plugins(query) for item in answer]
 
 
-def merged(question: Callable[[Plugin], Mapping[str, Found]]) -> dict[str, Found]:
-    """What all plug-ins answer, by name."""
-    return {name: part for answer in _asked(question) for name, part in answer.items()}
+def collect_mapping(query: Callable[[Plugin], Mapping[str, Value]]) -> dict[str, Value]:
+    """Return the items of all plug-ins by name."""
+    return {name: item for answer in _query_plugins(query) for name, item in answer.items()}
 
 
-def first(question: Callable[[Plugin], Found | None]) -> Found | None:
-    """The answer of the first plug-in that has one."""
-    return next((answer for answer in map(question, _loaded().values()) if answer is not None), None)
+def find_first(query: Callable[[Plugin], Value | None]) -> Value | None:
+    """Return the result of the first plug-in that has one."""
+    return next((answer for answer in map(query, _load_plugins().values()) if answer is not None), None)
 
 
-def _asked(question: Callable[[Plugin], Found]) -> Iterator[Found]:
-    """The answer of each plug-in; one that can't import what it adds is left out from then on."""
-    for name, plugin in list(_loaded().items()):
+def _query_plugins(query: Callable[[Plugin], Value]) -> Iterator[Value]:
+    """Yield the result of each plug-in. One whose extension can't be imported is left out from then on."""
+    for name, plugin in list(_load_plugins().items()):
         try:
-            answer = question(plugin)
-        except FAULTS as error:
-            _loaded().pop(name)
-            _left_out(name, error)
+            answer = query(plugin)
+        except IMPORT_FAULTS as error:
+            _load_plugins().pop(name)
+            _warn_import_error(name, error)
         else:
             yield answer
 
 
 @cache
-def _loaded() -> dict[str, Plugin]:
-    """All that could be imported: those of this package, then those of other distributions."""
+def _load_plugins() -> dict[str, Plugin]:
+    """Import all plug-ins: those of this package, then those of other distributions."""
     loaded: dict[str, Plugin] = {}
     loaders: list[tuple[str, Callable[[], Plugin]]] = []
     # The folders here, whatever the installed metadata says: a source tree may be newer.
     with suppress(ModuleNotFoundError):
         names = [module.name for module in iter_modules(import_module(GROUP).__path__)]
-        loaders = [(name, partial(_of_folder, name)) for name in names]
-    for name, load in [*loaders, *_of_others()]:
+        loaders = [(name, partial(_load_bundled, name)) for name in names]
+    for name, load in [*loaders, *_find_installed()]:
         try:
             loaded.setdefault(name, load())
-        except FAULTS as error:
-            _left_out(name, error)
+        except IMPORT_FAULTS as error:
+            _warn_import_error(name, error)
     return loaded
 
 
-def _of_folder(name: str) -> Plugin:
+def _load_bundled(name: str) -> Plugin:
     plugin: Plugin = import_module(f"{GROUP}.{name}").PLUGIN
     return plugin
 
 
-def _left_out(name: str, error: Exception) -> None:
-    """One line on stderr, unless the user's logging sends it elsewhere."""
+def _warn_import_error(name: str, error: Exception) -> None:
+    """Print one line on stderr, unless the user's logging sends it elsewhere."""
     reason = one_line(f"{type(error).__name__}: {error}")
     logging.getLogger("rightrank").warning(
         f"rightrank: the plug-in {name!r} can't be imported ({reason}) and is left out"
     )
 
 
-def _of_others() -> Iterator[tuple[str, Callable[[], Plugin]]]:
-    """What other distributions name in the group."""
-    if not any(map(_names_the_group, sys.path)):
+def _find_installed() -> Iterator[tuple[str, Callable[[], Plugin]]]:
+    """Yield the plug-ins that other distributions name in the entry point group."""
+    if not any(map(_has_entry_point, sys.path)):
         return
     from importlib.metadata import entry_points  # reads every distribution: not before one is known to be there
 
@@ -138,8 +138,8 @@ def _of_others() -> Iterator[tuple[str, Callable[[], Plugin]]]:
         yield entry.name, entry.load
 
 
-def _names_the_group(folder: str) -> bool:
-    """Whether a distribution in this folder of `sys.path`, other than rightrank itself, names the group."""
+def _has_entry_point(folder: str) -> bool:
+    """Check whether a distribution in this folder of `sys.path`, other than rightrank itself, names the entry point group."""
     with suppress(OSError), os.scandir(folder or ".") as entries:
         for entry in entries:
             if entry.name.endswith("-info") and not entry.name.startswith("rightrank-"):

@@ -1,7 +1,7 @@
-"""The whole job on one page: prepare, loop, finish. Every selection ends in `select`: of the command, of Python, of an own trainer, and the end
-of a training.
+"""The whole job on one page: prepare, run trials, finish. Every selection runs through `select`: that of the command line, of Python, of a
+custom trainer, and the one at the end of a training.
 
-A strategy requests arms, an executor runs them, and whatever happens goes through `Run` to the journal and the hooks.
+A strategy requests arms, an executor runs them, and all events pass through `Run` to the journal and the hooks.
 The journal is the only state, so a run that was killed resumes where it stopped.
 """
 
@@ -14,11 +14,11 @@ import yaml
 
 from rightrank.data.files import write_text
 from rightrank.decision.records import Records, decide_run, settled_start
-from rightrank.report.format import size
-from rightrank.runs.executor import Asked, Executor, Plan
-from rightrank.runs.finish import answer_early, finish, rescore
+from rightrank.report.format import format_bytes
+from rightrank.runs.executor import Executor, PreparedSelection, SelectionRequest
+from rightrank.runs.finish import export_provisional, finish_run, rescore_trials
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import FailingAs, Hook, Hooks, Run, Started
+from rightrank.runs.hook import Hook, Hooks, Run, SelectionStart, wrap_hook_errors
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import (
@@ -32,88 +32,94 @@ from rightrank.schema.errors import (
 )
 from rightrank.schema.events import JournalRecord, RunContinued, RunStarted, RunStopped, SelectionPlanned
 from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_of_identity
-from rightrank.schema.trials import OUTCOMES, Trial, TrialFailed, TrialFinished, TrialLook, TrialOutcome, trial_id
+from rightrank.schema.trials import OUTCOMES, Trial, TrialEvaluated, TrialFailed, TrialFinished, TrialOutcome, trial_id
 
 MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
 
 
-def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
-    """Prepare, loop, finish; and again with what the answer asks for, as long as `extend`, memory and budget allow.
+def select(request: SelectionRequest, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
+    """Prepare, run trials and finish. Repeat with the rank or learning rate that the result asks for, if `extend`, memory and budget allow.
 
-    What an interrupted run in `folder` has done is not done again.
+    Steps that an interrupted run in `folder` has completed are skipped.
 
     Raises:
         InputError: model, data, settings or folder can't be used.
-        AllTrialsFailedError: fewer than two ranks ended with a result, or the first trials all failed.
+        AllTrialsFailedError: fewer than two ranks have a result, or the first trials all failed.
         DeviceMemoryError: every trial ran out of memory.
-        InterruptedRun: a hook asked to stop; the journal holds what has finished.
-        HookError: a hook has a fault.
+        InterruptedRun: a hook asked to stop; the journal holds the finished trials.
+        HookError: a hook failed.
     """
-    run, spent = opened(request, folder, Hooks(hooks)), None
+    run, spent = open_run(request, folder, Hooks(hooks)), None
     for extensions in range(MAX_EXTENSIONS + 1):
-        begin(run)
-        rescore(run)
+        start_run(run)
+        rescore_trials(run)
         try:
-            with run.plan.workplace(folder, run, run.records) as executor:
-                loop(run, executor)
-            decision = final_decision(run) if run.plan.settings.goal == "training-rank" else None
+            with run.selection.open_executor(folder, run, run.records) as executor:
+                run_trials(run, executor)
+            decision = decide_training_rank(run) if run.selection.settings.goal == "training-rank" else None
         except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as stopped:
             run.on_event(RunStopped(reason=str(stopped)))
             raise
-        selected = finish(run, decision)
+        selected = finish_run(run, decision)
         if selected.cost["trainings"] == spent or extensions == MAX_EXTENSIONS:
             break  # the budget is spent
-        further, spent = _extended(request, run, selected), selected.cost["trainings"]
-        if further is None:
+        extension, spent = _extend_run(request, run, selected), selected.cost["trainings"]
+        if extension is None:
             break
-        run = further
+        run = extension
     return selected
 
 
-def opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None = None) -> Run:
-    """A run that begins or resumes: the journal is read, data and base are loaded, and nothing is written.
+def open_run(
+    request: SelectionRequest, folder: RunFolder, hooks: Hooks, previous: PreparedSelection | None = None
+) -> Run:
+    """Begin or resume a run: read the journal and load data and base. Write nothing.
 
-    A run of other settings whose function only raised or returned nothing usable is moved aside.
+    A run of other settings whose function only raised errors or returned nothing usable is moved aside.
     Trials that have ended are not run again, except those that failed for another reason than memory.
 
     Raises:
         RunFolderError: the folder was made with another model, other data or other settings.
     """
     journal = folder.journal.read(hooks.notice)
-    plan = request.plan(folder, journal, before)
-    if _is_without_result(journal, plan.started):
-        journal, plan = [], request.plan(folder, [], before)
-        hooks.notice(f"the run in {folder.path} had other settings and no result; it was moved to {folder.set_aside()}")
+    selection = request.prepare(folder, journal, previous)
+    if _has_no_result(journal, selection.started):
+        journal, selection = [], request.prepare(folder, [], previous)
+        hooks.notice(
+            f"the run in {folder.path} had other settings and no result; it was moved to {folder.move_aside()}"
+        )
     if journal:
-        _require_same_run(folder, journal[0], plan.started)
+        _require_same_run(folder, journal[0], selection.started)
     # The cause of a failure may have been removed since; a device's memory does not grow.
-    kept = (record for record in journal if not isinstance(record, TrialFailed) or record.error == "out_of_memory")
+    valid_records = (
+        record for record in journal if not isinstance(record, TrialFailed) or record.error == "out_of_memory"
+    )
     return Run(
-        plan,
+        selection,
         folder,
         hooks,
-        Records.of(plan.started, kept),
-        _continued(journal, plan.started) if journal else plan.started,
+        Records.of(selection.started, valid_records),
+        _find_changed_settings(journal, selection.started) if journal else selection.started,
     )
 
 
-def begin(run: Run) -> None:
-    """Tell the hooks, journal the start, or the settings with which the run continues, and say what is to come."""
-    plan = run.plan
-    run.hooks.on_start(Started(plan, run.folder, run.records.copy, run.on_event))
-    for line in plan.notes:
+def start_run(run: Run) -> None:
+    """Notify the hooks and journal the start, or the settings with which the run continues."""
+    selection = run.selection
+    run.hooks.on_start(SelectionStart(selection, run.folder, run.records.copy, run.on_event))
+    for line in selection.notes:
         run.notice(line)
-    if run.opening is not None:
-        run.on_event(run.opening)
-    settings = yaml.safe_dump(plan.started.settings, sort_keys=False, allow_unicode=True)
+    if run.start_record is not None:
+        run.on_event(run.start_record)
+    settings = yaml.safe_dump(selection.started.settings, sort_keys=False, allow_unicode=True)
     write_text(run.folder.config, settings)
-    cost = plan.strategy.cost()
+    cost = selection.strategy.estimate_cost()
     run.on_event(
         SelectionPlanned(
-            started=plan.started,
-            expected_trials=plan.strategy.expected_arms(),
-            steps=plan.steps,
+            started=selection.started,
+            expected_trials=selection.strategy.estimate_arms(),
+            steps=selection.steps,
             expected_trainings=cost.expected,
             trainings_at_most=cost.maximum,
             outcomes=list(run.records.outcomes),
@@ -121,66 +127,72 @@ def begin(run: Run) -> None:
     )
 
 
-def _extended(request: Asked, run: Run, selected: Selected) -> Run | None:
-    """The run with a larger top or the next learning rate; None where the answer asks for neither, or no memory has it."""
-    settings, further = run.plan.settings, extended(run.plan.settings, selected)
-    if further is None:
+def _extend_run(request: SelectionRequest, run: Run, selected: Selected) -> Run | None:
+    """Open the run with a higher rank or the next learning rate; None if the result asks for neither, or memory does not suffice."""
+    settings, extended_settings = run.selection.settings, extend_settings(run.selection.settings, selected)
+    if extended_settings is None:
         return None
     try:
-        wider = opened(request.extended(further), run.folder, run.hooks, run.plan)
+        extended_run = open_run(request.replace_settings(extended_settings), run.folder, run.hooks, run.selection)
     except (ModelError, SettingsError) as error:  # no matrix has that rank, or it fits no memory
         run.hooks.notice(f"not extended: {error}")
         return None
-    if set(wider.plan.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
+    if set(extended_run.selection.settings.ranks) == set(settings.ranks) and extended_settings.ranks != settings.ranks:
         return None  # the next rank does not fit the memory
-    said = selected.decided or (selected.answers.adapter and selected.answers.adapter.answer)
-    why = said.sentence if said else None
-    rank = next(iter(sorted(set(further.ranks) - set(settings.ranks))), None)
-    rate = next(iter(sorted(set(further.learning_rates) - set(settings.learning_rates))), 0.0)
-    what = f"rank {rank}" if rank is not None else f"learning rate {rate:.3g}"
-    return replace(wider, plan=replace(wider.plan, notes=(*wider.plan.notes, f"extending: {why} Adding {what}.")))
+    decision = selected.decision_or_none or (selected.answers.adapter and selected.answers.adapter.answer)
+    sentence = decision.sentence if decision else None
+    rank = next(iter(sorted(set(extended_settings.ranks) - set(settings.ranks))), None)
+    rate = next(iter(sorted(set(extended_settings.learning_rates) - set(settings.learning_rates))), 0.0)
+    addition = f"rank {rank}" if rank is not None else f"learning rate {rate:.3g}"
+    return replace(
+        extended_run,
+        selection=replace(
+            extended_run.selection, notes=(*extended_run.selection.notes, f"extending: {sentence} Adding {addition}.")
+        ),
+    )
 
 
-def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
-    """The settings with the rank above, or the learning rate beyond the edge; None where nothing is to be extended."""
+def extend_settings(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
+    """Return the settings with the next higher rank, or with a learning rate beyond the edge; None if nothing is to be added."""
     if not (settings.budget_hours is not None if settings.extend is None else settings.extend):
         return None
     adapter = selected.answers.adapter
-    if adapter is not None and adapter.answer.keeps_the_top:
+    if adapter is not None and adapter.answer.is_top_rank_required:
         return settings.model_copy(update={"ranks": (*settings.ranks, 2 * max(settings.ranks))})
-    decision = selected.decided
+    decision = selected.decision_or_none
     if decision is None or not (decision.verdict == "rising" or "lr_edge" in decision.flags):
         return None
-    wanted = next((run for run in decision.next_runs if run.action in ("rank", "rates")), None)
-    if wanted is None:
+    next_run = next((run for run in decision.next_runs if run.action in ("rank", "rates")), None)
+    if next_run is None:
         return None
-    name = "ranks" if wanted.action == "rank" else "learning_rates"
-    both = tuple(sorted({*getattr(settings, name), *getattr(wanted, name)}))
-    further = settings.model_copy(update={name: both})
-    return None if further == settings else further
+    name = "ranks" if next_run.action == "rank" else "learning_rates"
+    values = tuple(sorted({*getattr(settings, name), *getattr(next_run, name)}))
+    extended = settings.model_copy(update={name: values})
+    return None if extended == settings else extended
 
 
-def loop(run: Run, executor: Executor) -> None:
-    """Run every arm that the strategy requests; between two rounds the first question is answered, as soon as it can be."""
-    told = 0
+def run_trials(run: Run, executor: Executor) -> None:
+    """Run every arm that the strategy requests. Between rounds, export the adapter as soon as the deployment rank is known."""
+    num_reported = 0
     while True:
-        answer_early(run)
-        fingerprint = run.plan.started.fingerprint
+        export_provisional(run)
+        fingerprint = run.selection.started.fingerprint
         trials = [
-            Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in run.plan.strategy.ask(run.records.outcomes)
+            Trial(trial_id=trial_id(fingerprint, arm), arm=arm)
+            for arm in run.selection.strategy.ask(run.records.outcomes)
         ]
-        notes = run.plan.strategy.trials(run.records.outcomes).notes
-        for line in notes[told:]:
+        notes = run.selection.strategy.replay_trials(run.records.outcomes).notes
+        for line in notes[num_reported:]:
             run.notice(line)
-        told = max(told, len(notes))
+        num_reported = max(num_reported, len(notes))
         if not trials:
             return
         base = next((trial for trial in run.records.finished() if trial.rank == 0), None)
         for outcome in executor.run(trials, None if base is None else base.metrics.get("loss")):
-            run.on_event(_with_plan(run, outcome))
+            run.on_event(_add_predicted_memory(run, outcome))
             failed = [trial for trial in run.records.outcomes if isinstance(trial, TrialFailed) and trial.rank > 0]
             # The base of a custom trainer may have a value although no training works.
-            is_own = run.plan.started.is_own
+            is_own = run.selection.started.is_custom_trainer
             has_result = any(trial.rank > 0 or not is_own for trial in run.records.finished())
             if len(failed) >= MAX_FAILED_AT_START and not has_result:
                 raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
@@ -188,84 +200,86 @@ def loop(run: Run, executor: Executor) -> None:
                 break  # trials are judged against the base's loss, which is known now
 
 
-def final_decision(run: Run) -> Decision:
-    """The decision on every whole training of the folder, also those from before the run was continued."""
+def decide_training_rank(run: Run) -> Decision:
+    """Decide on every full training in the folder, including those from before the run was continued."""
     trained = [outcome for outcome in run.records.outcomes if outcome.rank > 0]
     reasons = [outcome.reason for outcome in trained if not isinstance(outcome, TrialFinished)]
-    first = f" (the first: {reasons[0]})" if reasons else ""
+    first_reason = f" (the first: {reasons[0]})" if reasons else ""
     if len(reasons) == len(trained):
         memory = all(isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory" for outcome in trained)
         error = DeviceMemoryError if memory and trained else AllTrialsFailedError
-        raise error(f"none of {len(reasons)} trials ended with a result{first}; {run.plan.advice}")
+        raise error(f"none of {len(reasons)} trials ended with a result{first_reason}; {run.selection.advice}")
     try:
-        with FailingAs("the decision"):
-            return with_base_note(decide_run(run.records), run.records)
+        with wrap_hook_errors("the decision"):
+            return add_base_note(decide_run(run.records), run.records)
     except ResultsError:
         raise AllTrialsFailedError(
-            f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
-            f"{run.plan.advice}, or a larger budget"
+            f"fewer than two ranks have a whole training: there is nothing to compare{first_reason}; "
+            f"{run.selection.advice}, or a larger budget"
         ) from None
 
 
-def with_base_note(decision: Decision, records: Records) -> Decision:
-    """Say in the decision of a custom trainer's run that no value of the base is among its evidence."""
-    if not records.started.is_own or any(trial.rank == 0 for trial in records.finished()):
+def add_base_note(decision: Decision, records: Records) -> Decision:
+    """Say in the decision of a custom trainer's run that the base was not measured."""
+    if not records.started.is_custom_trainer or any(trial.rank == 0 for trial in records.finished()):
         return decision
     failed = next((trial for trial in records.outcomes if trial.rank == 0), None)
-    why = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason
+    reason = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason
     return decision.model_copy(
-        update={"sentence": f"{decision.sentence} The base was not measured, so no gain over it is shown ({why})."}
+        update={"sentence": f"{decision.sentence} The base was not measured, so no gain over it is shown ({reason})."}
     )
 
 
-def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
-    """The outcome with the peak memory that was planned for it, where there is a plan."""
+def _add_predicted_memory(run: Run, outcome: TrialOutcome) -> TrialOutcome:
+    """Return the outcome with the predicted peak memory, if there is a memory plan."""
     if outcome.rank == 0 or outcome.arm.steps == 0:
         return outcome
     if isinstance(outcome, TrialFinished):
-        predicted = run.plan.peak_of(outcome.pass_ranks or [outcome.rank])
+        predicted = run.selection.predict_peak_bytes(outcome.pass_ranks or [outcome.rank])
         return outcome if predicted is None else outcome.model_copy(update={"predicted_peak_bytes": predicted})
-    predicted = run.plan.peak_of([outcome.rank])
+    predicted = run.selection.predict_peak_bytes([outcome.rank])
     if predicted is None or not isinstance(outcome, TrialFailed) or outcome.error != "out_of_memory":
         return outcome
-    return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {size(predicted)}"})
+    return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {format_bytes(predicted)}"})
 
 
-def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:
-    """The settings with which a run is continued, where they are not those that it had last."""
-    before = settled_start(journal).settings
-    names = [name for name in (*CONTINUABLE, "goal") if name in started.settings and name in before]
-    changed = {name: started.settings[name] for name in names if started.settings[name] != before[name]}
-    if "eval_items" in changed:
-        return RunContinued(settings=changed, evaluation_items=started.evaluation_items, data=started.data)
+def _find_changed_settings(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:
+    """Return the settings with which a run continues; None if they are those that it had last."""
+    previous = settled_start(journal).settings
+    names = [name for name in (*CONTINUABLE, "goal") if name in started.settings and name in previous]
+    changed = {name: started.settings[name] for name in names if started.settings[name] != previous[name]}
+    if "max_eval_examples" in changed:
+        return RunContinued(settings=changed, evaluation_examples=started.evaluation_examples, data=started.data)
     return RunContinued(settings=changed) if changed else None
 
 
-def _is_without_result(journal: Sequence[JournalRecord], started: RunStarted) -> bool:
-    """Whether the journal is of other settings, and of a custom function that never returned or reported anything usable."""
+def _has_no_result(journal: Sequence[JournalRecord], started: RunStarted) -> bool:
+    """Check whether the journal has other settings and a custom function that never returned or reported anything usable."""
     first = journal[0] if journal else None
     if (
         not isinstance(first, RunStarted)
-        or not first.is_own
-        or first.is_end
+        or not first.is_custom_trainer
+        or first.is_callback
         or first.fingerprint == started.fingerprint
     ):
         return False
-    ended = [record for record in journal if isinstance(record, (TrialLook, *OUTCOMES))]
-    return bool(ended) and all(isinstance(record, TrialFailed) for record in ended)
+    results = [record for record in journal if isinstance(record, (TrialEvaluated, *OUTCOMES))]
+    return bool(results) and all(isinstance(record, TrialFailed) for record in results)
 
 
 def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:
-    """Refuse a folder that was made with another model, other data or other settings, and name them."""
+    """Refuse a folder that was made with another model, other data or other settings, and name the differences."""
     if not isinstance(first, RunStarted):
         raise RunFolderError(f"{folder.journal.path}: the first line is not the start of a run; give another --out")
     if first.fingerprint == started.fingerprint:
         return
-    before = settings_of_identity(first.settings, {})
-    after = settings_of_identity(started.settings, first.settings)
-    names = sorted(before.keys() | after.keys())
+    recorded = settings_of_identity(first.settings, {})
+    requested = settings_of_identity(started.settings, first.settings)
+    names = sorted(recorded.keys() | requested.keys())
     changed = [
-        f"{name}: {before.get(name)!r} → {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
+        f"{name}: {recorded.get(name)!r} → {requested.get(name)!r}"
+        for name in names
+        if recorded.get(name) != requested.get(name)
     ]
     if not changed:
         changed = ["the data, the model's files or the trainer have changed since"]

@@ -1,4 +1,4 @@
-"""The values of a selection: what is asked, and what refuses it at once before torch is imported; and what is returned."""
+"""The inputs of a selection, validated before torch is imported, and its result."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rightrank.data.rows import require_rows
+from rightrank.data.rows import require_data_source
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
 from rightrank.decision.records import Answers, Records, answers_of, records_of, trials_frame
-from rightrank.models.places import last_part, require_model
+from rightrank.models.model_sources import normalize_model_name, require_model
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.plugins import merged
-from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver, TrainingRankEstimate
+from rightrank.runs.plugins import collect_mapping
+from rightrank.schema.decision import AdapterCandidate, Decision, ExportedAdapter, TrainingRankEstimate
 from rightrank.schema.errors import ModelError, ResultsError, SettingsError
 from rightrank.schema.setting_table import require_no_secret
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.search import make_strategy
-from rightrank.search.history import space_of
+from rightrank.search.history import build_space
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,14 +30,14 @@ Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked."""
+class SelectionInputs:
+    """The model, the data and the settings of a selection."""
 
     model: str | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
     settings: SelectSettings
-    begun: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
+    original_settings: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
 
     @property
     def model_name(self) -> str:
@@ -50,15 +50,15 @@ class Request:
         return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
 
 
-def check(request: Request) -> None:
-    """Refuse what can't work.
+def validate_inputs(request: SelectionInputs) -> None:
+    """Refuse inputs with which a selection can't work.
 
     Raises:
-        SettingsError: an unknown strategy, one that can't work within its budget, odd ranks for `orthogonal`, or workers for what is
-            in memory.
-        DataError: a data file that is missing or of a type that is not read.
-        ModelError: a model folder that is missing or holds no model, a name that the hub does not know, or another model than the
-            settings state.
+        SettingsError: an unknown strategy, one that can't work within its budget, odd ranks for `orthogonal`, or workers
+            that can't read a model or data in memory.
+        DataError: a data file that is missing or of a type that is not supported.
+        ModelError: a model folder that is missing or holds no model, a name that the hub does not have, or another model than
+            the settings state.
     """
     settings = request.settings
     try:
@@ -66,23 +66,31 @@ def check(request: Request) -> None:
         require_no_secret("data", request.data_name)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    make_strategy(settings.strategy, space_of(settings, settings.max_steps or 1))
+    make_strategy(settings.strategy, build_space(settings, settings.max_steps or 1))
     for source in (request.data, settings.validation or None):
         if isinstance(source, str | Path):
-            require_rows(Path(source))
+            require_data_source(Path(source))
     if isinstance(request.model, str):
         require_model(request.model)
-    stated, name = settings.stated.get("base_model_name_or_path"), getattr(request.model, "name_or_path", request.model)
-    if stated and isinstance(name, str) and name and last_part(stated) != last_part(name):
+    stated_base, name = (
+        settings.stated.get("base_model_name_or_path"),
+        getattr(request.model, "name_or_path", request.model),
+    )
+    if (
+        stated_base
+        and isinstance(name, str)
+        and name
+        and normalize_model_name(stated_base) != normalize_model_name(name)
+    ):
         raise ModelError(
-            f"base_model_name_or_path: got {stated!r}, and the model is {name!r}; give that model, or leave base_model_name_or_path out"
+            f"base_model_name_or_path: got {stated_base!r}, and the model is {name!r}; give that model, or leave base_model_name_or_path out"
         )
     odd = next((rank for rank in settings.ranks if rank % 2), None)
     if odd is not None and settings.init_lora_weights == "orthogonal":
         raise SettingsError(
             f"init_lora_weights orthogonal: PEFT makes it at even ranks, got rank {odd}; give even ranks"
         )
-    if settings.executor != "local" and settings.executor not in merged(lambda plugin: plugin.executors):
+    if settings.executor != "local" and settings.executor not in collect_mapping(lambda plugin: plugin.executors):
         raise SettingsError(f"executor {settings.executor!r} needs the plug-in cluster, which is not there")
     for what, given in (("model", request.model), ("data", request.data)):
         if settings.executor != "local" and not isinstance(given, str | Path):
@@ -92,150 +100,152 @@ def check(request: Request) -> None:
             )
 
 
-def _training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
-    """Estimate the training rank from the plain truncations of the top adapter; None without an answer to the first question.
+def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
+    """Estimate the training rank from the plain truncations of the top adapter; None without a deployment rank.
 
-    Above rank 4 a training loses more than a truncation to the same rank, at lower ranks it may lose less. So the
-    smallest truncation that loses at most the margin is near the lower end of where the training rank lies.
+    Above rank 4 a training loses more than a truncation to the same rank, at lower ranks it may lose less. So the smallest
+    truncation that loses at most the margin is near the lower end of the range of the training rank.
     """
     answer = records.adapters[-1].answer if records.adapters else None
-    if answer is None or records.started.is_own:
+    if answer is None or records.started.is_custom_trainer:
         return None
     low, high = probable_ranks(answer)
-    where = f"{low}" if low == high else f"{low} to {high}"
+    rank_range = f"{low}" if low == high else f"{low} to {high}"
     ranks = records.settings.ranks
-    compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
+    ranks_to_compare = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
     steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
     unlimited = dict.fromkeys(("budget_trainings", "budget_hours"))
-    settings = records.settings.model_copy(update={**unlimited, "goal": "training-rank", "ranks": compared})
-    space = space_of(settings, steps, records.started.data.loss_kind)
-    cost = make_strategy(settings.strategy, space).cost()
-    trainings = round(cost.expected - cost.to_adapter, 2)
+    settings = records.settings.model_copy(update={**unlimited, "goal": "training-rank", "ranks": ranks_to_compare})
+    space = build_space(settings, steps, records.started.data.loss_kind)
+    cost = make_strategy(settings.strategy, space).estimate_cost()
+    trainings = round(cost.expected - cost.expected_until_adapter, 2)
     noun = "training" if trainings == 1 else "trainings"
-    takes = f"about {trainings:.2g} more {noun}" if trainings else "no further training"
-    further = "" if compared == ranks else f" --ranks {','.join(map(str, compared))}"
+    cost_text = f"about {trainings:.2g} more {noun}" if trainings else "no further training"
+    option = "" if ranks_to_compare == ranks else f" --ranks {','.join(map(str, ranks_to_compare))}"
     sentence = (
-        f"An estimate, not evidence: the rank to train at probably is {where}, since the smallest truncation that loses at "
-        f"most the margin has rank {smallest_holding_truncation(answer)}. To show it takes {takes}: run the same command with "
-        f"--goal training-rank{further}."
+        f"An estimate, not evidence: the rank to train at probably is {rank_range}, since the smallest truncation that loses at "
+        f"most the margin has rank {smallest_holding_truncation(answer)}. To show it takes {cost_text}: run the same command with "
+        f"--goal training-rank{option}."
     )
     return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
 
 
-def answers(records: Records, decision: Decision | None, goal: Goal) -> Answers:
-    """Both answers; with goal "adapter", an estimate in place of the second."""
-    return answers_of(records, decision, goal, _training_rank_estimate(records) if goal == "adapter" else None)
+def build_answers(records: Records, decision: Decision | None, goal: Goal) -> Answers:
+    """Collect the deployment rank and the training rank; with goal "adapter", an estimate replaces the training rank."""
+    return answers_of(records, decision, goal, _estimate_training_rank(records) if goal == "adapter" else None)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The answer to one of the two questions."""
+class SelectedRank:
+    """A selected rank: the deployment rank or the training rank."""
 
     rank: int | None  # None: undecided, or no rank is better than the base
     sentence: str
-    path: Path | None  # of an adapter of that rank; where there is none, of `rank_at_hand`. None: nothing was saved
+    path: (
+        Path | None
+    )  # of an adapter of that rank; where there is none, of `best_available_rank`. None: nothing was saved
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Selected:
-    """The result of a selection: both answers, and where run folder, adapter and report are."""
+    """The result of a selection: deployment rank and training rank, and the paths of run folder, adapter and report."""
 
     run: Path
     # The smallest adapter within the margin, in `adapter/`; None if a custom trainer saved none.
-    adapter: Answer | None
-    training: Answer | None  # the rank to train at; None with goal "adapter"
+    adapter: SelectedRank | None
+    training: SelectedRank | None  # the rank to train at; None with goal "adapter"
     report: Path
-    answers: Answers  # both; its `document()` is the object of decision.json
+    build_answers: Answers  # both; its `document()` is the object of decision.json
     # Each next run as a command that can be pasted, where one continues this run.
     next_commands: Sequence[str | None] = ()
     adapters: list[AdapterCandidate] = field(default_factory=list)  # every adapter of the run against the reference
 
     @property
     def next_command(self) -> str | None:
-        """The first of the next runs that can be pasted; None if there is none."""
+        """Return the first command among the next runs; None if there is none."""
         return next((command for command in self.next_commands if command is not None), None)
 
     @property
-    def handed_over(self) -> HandedOver | None:
-        """What the adapter's folder holds; None without one."""
+    def exported_adapter(self) -> ExportedAdapter | None:
+        """Return the description of the exported adapter; None without one."""
         return None if self.answers.adapter is None else self.answers.adapter.handed_over
 
     @property
     def advice(self) -> str:
-        """What to do with the answers, in one line; empty where no adapter was saved."""
-        adapter, handed_over = self.adapter, self.handed_over
+        """Return one line on how to use the adapter and at which rank to train again; empty if no adapter was saved."""
+        adapter, handed_over = self.adapter, self.exported_adapter
         if adapter is None or handed_over is None:
             return ""
-        trained, again = handed_over.trained_rank, None if self.decided is None else self.decided.rank
-        is_truncated = handed_over.how == "truncated" and handed_over.rank < trained
+        trained, again = handed_over.trained_rank, None if self.decision_or_none is None else self.decision_or_none.rank
+        is_truncated = handed_over.method == "truncated" and handed_over.rank < trained
         ways = [f"start at rank {trained} and truncate" if is_truncated else f"train at rank {trained}"]
         if again is not None and again != trained:
             ways.append(f"train at rank {again}")
-        rank = ", ".join(filter(None, [f"rank {handed_over.rank}", handed_over.module_range]))
+        rank = ", ".join(filter(None, [f"rank {handed_over.rank}", handed_over.module_rank_range]))
         return f"Use {adapter.path} now ({rank}). To train again, {', or '.join(ways)}."
 
     @property
-    def decided(self) -> Decision | None:
-        """The decision on the training rank; None with goal "adapter"."""
+    def decision_or_none(self) -> Decision | None:
+        """Return the decision on the training rank; None with goal "adapter"."""
         return self.answers.decision
 
     @property
     def decision(self) -> Decision:
-        """The decision on the training rank.
+        """Return the decision on the training rank.
 
         Raises:
-            ResultsError: the goal was "adapter", and the training rank was not asked.
+            ResultsError: the goal was "adapter", so the training rank was not decided.
         """
-        if self.decided is None:
+        if self.decision_or_none is None:
             raise ResultsError(
                 f"{self.run}: goal 'adapter' has no decision on the training rank; see adapter and answers, or select "
                 "again with goal 'training-rank'"
             )
-        return self.decided
+        return self.decision_or_none
 
     @property
     def cost(self) -> Mapping[str, float | None]:
-        """`trainings`: optimizer steps of all trials over those of one training; `trainings_to_adapter`: up to the first answer."""
+        """Return the cost. `trainings`: optimizer steps of all trials divided by those of one training; `trainings_to_adapter`: those up to the deployment rank."""
         return self.answers.cost
 
     def __repr__(self) -> str:
-        """The ranks and where they are, on one line; `print` shows the answers."""
-        verdict = None if self.decided is None else self.decided.verdict
+        """Return the ranks and the run folder on one line; `print` shows more."""
+        verdict = None if self.decision_or_none is None else self.decision_or_none.verdict
         adapter, training = (None if answer is None else answer.rank for answer in (self.adapter, self.training))
         return f"Selected(adapter={adapter}, training={training}, verdict={verdict!r}, run={str(self.run)!r})"
 
     def __str__(self) -> str:
-        """Both answers in a few lines; the fields hold the rest."""
-        from rightrank.report.answer import labelled
+        """Return the result in a few lines; the fields hold the details."""
+        from rightrank.report.answer import format_labelled_rows
 
         view = self.view
         rows = [("run", str(self.run)), ("adapter", view.adapter)]
-        if self.decided is not None:
+        if self.decision_or_none is not None:
             rows += [("training rank", view.training_rank), ("verdict", view.verdict), ("", view.safe_choice)]
-        rows += view.next_rows()[:2]
+        rows += view.build_next_rows()[:2]
         if self.adapter is not None:  # a custom trainer may save none
             rows.append(("use", self.advice))
         rows.append(("report", str(self.report)))
-        return "\n".join(labelled(rows, 15))
+        return "\n".join(format_labelled_rows(rows, 15))
 
     def to_pandas(self, *, examples: bool = False) -> DataFrame:
-        """The trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
-        records = records_of(RunFolder(self.run).journal.read_settled(), str(self.run))
+        """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
+        records = records_of(RunFolder(self.run).journal.read_complete_lines(), str(self.run))
         return trials_frame(records, examples)
 
     @property
     def view(self) -> AnswerView:
-        """Both answers in words."""
-        from rightrank.report.answer import answer_view
+        """Return the result in words."""
+        from rightrank.report.answer import build_answer_view
 
-        return answer_view(self.answers, self.next_commands)
+        return build_answer_view(self.answers, self.next_commands)
 
     def _repr_html_(self) -> str:
-        """The answers with their figures, as the run's folder has them."""
-        from rightrank.report.answer import notebook_html
+        """Return the result as HTML, with the figures of the run folder."""
+        from rightrank.report.answer import render_notebook_html
 
         folder = RunFolder(self.run).figures
-        names = ["adapters", *(["rank_curve"] if self.decided is not None else [])]
+        names = ["adapters", *(["rank_curve"] if self.decision_or_none is not None else [])]
         files = {name: folder / f"{name}.svg" for name in names}
         drawings = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-        return notebook_html(self.view, drawings.get("adapters", ""), drawings.get("rank_curve", ""))
+        return render_notebook_html(self.view, drawings.get("adapters", ""), drawings.get("rank_curve", ""))

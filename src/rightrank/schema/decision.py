@@ -12,7 +12,7 @@ from rightrank.schema.trials import Record, Whole
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-Basis: TypeAlias = Literal["items and seeds", "items", "seeds", "std", "values"]
+Basis: TypeAlias = Literal["examples and seeds", "examples", "seeds", "std", "values"]
 
 
 Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "no_difference", "undecided", "no_gain"]
@@ -30,15 +30,15 @@ class Result(Record):
     seed: Whole = 0
     value: float | None
     # Examples in the same order for all results of a table; each value is a mean over the example's tokens.
-    item_values: list[float] = Field(default_factory=list)
-    item_weights: list[float] = Field(default_factory=list)  # tokens of each example; empty: equal weights
-    item_groups: list[Whole] | None = None  # the number of each example's group; None: each stands for itself
+    example_values: list[float] = Field(default_factory=list)
+    example_weights: list[float] = Field(default_factory=list)  # tokens of each example; empty: equal weights
+    example_groups: list[Whole] | None = None  # the number of each example's group; None: each stands for itself
     std: float | None = None  # stated standard deviation over seeds
     std_seeds: Whole = 1  # number of seeds that the value averages
     train_value: float | None = None
     steps: Whole | None = None
     points: list[tuple[Whole, float]] = Field(default_factory=list)  # (step, value) during the training
-    others: dict[str, float] = Field(default_factory=dict)
+    other_metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class ResultsTable(Record):
@@ -47,7 +47,7 @@ class ResultsTable(Record):
     metric: str
     higher_is_better: bool
     results: list[Result]
-    understood: list[str]  # notes: the role of each column, and which rows were left out
+    input_notes: list[str]  # notes: the role of each column, and which rows were left out
 
 
 class RankEvidence(Record):
@@ -60,15 +60,15 @@ class RankEvidence(Record):
     difference: float | None = None  # how much worse than the reference, in the metric's unit
     difference_low: float | None = None  # one-sided 95% lower bound
     difference_high: float | None = None  # one-sided 95% upper bound
-    further_seed_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
-    further_seed_high: float | None = None  # None: the seed noise was not measured
+    predictive_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
+    predictive_high: float | None = None  # None: the seed noise was not measured
     non_inferior: bool | None = None  # within the margin; None: inconclusive
     # that it is within the margin of the best, over seeds and examples; None: `probability_note`
     probability: float | None = None
     learning_rate: float | None = None
     seeds: Whole = 1
     trial_ids: list[str] = Field(default_factory=list)
-    winner_gap: float = 0.0  # optimism of choosing the best learning rate; subtracted from the difference
+    selection_bias: float = 0.0  # optimism of choosing the best learning rate; subtracted from the difference
 
 
 class StaircaseStep(Record):
@@ -81,11 +81,11 @@ class StaircaseStep(Record):
 class NextRun(Record):
     """A run that would settle or extend the answer."""
 
-    action: Literal["seeds", "items", "rank", "rates", "steps", "test", "data", "none"]
+    action: Literal["seeds", "examples", "rank", "rates", "steps", "test", "data", "none"]
     ranks: list[Whole] = Field(default_factory=list)
     learning_rates: list[float] = Field(default_factory=list)
     seeds: Whole | None = None  # in total, at each rank
-    items: Whole | None = None  # held-out examples in total
+    examples: Whole | None = None  # held-out examples in total
     steps: Whole | None = None
     trials: Whole = 0  # new trainings
     minutes: float | None = None  # about what it takes, by the trainings and evaluations so far; None: not known
@@ -116,9 +116,9 @@ class Decision(Record):
         return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
 
     @property
-    def rank_at_hand(self) -> int:
+    def best_available_rank(self) -> int:
         """The rank to take if one must be taken now: the answer, else the one shown to be enough, else `take`, else the best so far."""
-        named = (self.rank, self.fallback_rank, self.take, self.best_so_far)
+        named = (self.rank, self.fallback_rank, self.recommended_rank, self.best_so_far)
         return next((rank for rank in named if rank is not None), self.reference_rank)
 
     rank: Whole | None  # None: the evidence names no rank
@@ -137,22 +137,22 @@ class Decision(Record):
     learning_rate: float | None
     staircase: list[StaircaseStep]
     ranks: list[RankEvidence]
-    basis: Basis = "items"  # the variation that the intervals rest on
+    basis: Basis = "examples"  # the variation that the intervals rest on
     basis_note: str = ""  # what the intervals cover, and what they do not
     probability_note: str = ""  # what the ranks' probabilities say, or why there are none
     grade: Grade | None = None  # how far the answer is known; None for one number a rank
     # by probabilities, where there are any; differences and margins are in the metric's unit
-    asked: float | None = None  # the probability that was asked for; None: bounds decided
-    take: Whole | None = None  # the answer, or where no rank is as probable, the likeliest
+    requested_confidence: float | None = None  # the probability that was asked for; None: bounds decided
+    recommended_rank: Whole | None = None  # the answer, or where no rank is as probable, the likeliest
     probability: float | None = None  # of `take` at the margin
-    take_within: float | None = None  # the smallest margin at which `take` is as probable
-    resolves: float | None = None  # the smallest margin at which any rank is
-    alike: list[Whole] = Field(default_factory=list)  # ranks that are not shown to be worse than the best
-    alike_within: float | None = None  # how far their differences from it are known, either way
-    probably_worse: list[Whole] = Field(default_factory=list)  # the others
+    recommended_margin: float | None = None  # the smallest margin at which `take` is as probable
+    resolvable_margin: float | None = None  # the smallest margin at which any rank is
+    indistinguishable_ranks: list[Whole] = Field(default_factory=list)  # ranks that are not shown to be worse than the best
+    difference_uncertainty: float | None = None  # how far their differences from it are known, either way
+    probably_worse_ranks: list[Whole] = Field(default_factory=list)  # the others
     # the first is the cheapest that is expected to settle the answer
     next_runs: list[NextRun] = Field(default_factory=list)
-    winner_gap: float = 0.0  # the largest of the compared ranks, in the metric's unit
+    selection_bias: float = 0.0  # the largest of the compared ranks, in the metric's unit
     checkpoint: CheckpointNote | None = None  # if evaluations during the training were given
     other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the one that decides
     adapter_sentence: str | None = (
@@ -160,40 +160,40 @@ class Decision(Record):
     )
 
 
-class DifferenceSpread(Record):
+class DifferenceDistribution(Record):
     """How a paired difference spreads over the held-out examples, since its mean hides what is rare; in the metric's unit."""
 
-    amount: float  # ten margins
-    worse: float  # the share of examples that get worse by more than `amount`
-    worst_tenth: float  # the mean difference of the tenth of the examples that gets worst
+    threshold: float  # ten margins
+    share_worse: float  # the share of examples that get worse by more than `amount`
+    worst_tenth_mean: float  # the mean difference of the tenth of the examples that gets worst
 
 
-AdapterOrigin: TypeAlias = Literal["trained", "truncated"]
+AdapterMethod: TypeAlias = Literal["trained", "truncated"]
 
 
 class AdapterCandidate(Record):
     """One adapter file against the reference file, on the same validation examples."""
 
     rank: Whole
-    how: AdapterOrigin
+    method: AdapterMethod
     trial_id: str
     value: float  # held-out, metric's unit and direction
     difference: float  # worse than the reference by this much, metric's unit
     difference_low: float | None = None  # its 95% lower bound, one-sided, over examples; None without example scores
     difference_high: float | None  # its 95% upper bound, the one that is tested
-    holds: bool  # the bound is below the margin
-    spread: DifferenceSpread | None = None  # None: the reference itself, or no example scores
+    is_within_margin: bool  # the bound is below the margin
+    distribution: DifferenceDistribution | None = None  # None: the reference itself, or no example scores
 
 
 class CheckpointNote(Record):
     """Which evaluation of each training was compared, and the ranks that either gives: of a decision by the values alone."""
 
-    used: Checkpoint
+    checkpoint: Checkpoint
     last: Whole
     best: Whole
 
     @property
-    def matters(self) -> bool:
+    def has_conflict(self) -> bool:
         return self.last != self.best
 
 
@@ -201,23 +201,23 @@ class AdapterAnswer(Record):
     """The smallest adapter of one training at the top rank that is not worse than the reference, the top, by more than the margin."""
 
     rank: Whole
-    how: AdapterOrigin
+    method: AdapterMethod
     trial_id: str
     trained_rank: Whole
     trained_id: str  # the training at the top rank that every candidate comes from
     reference_id: str
     difference: float  # of the chosen adapter from the reference; 0 where it is the reference
     difference_high: float | None
-    spread: DifferenceSpread | None = None  # of that difference
+    distribution: DifferenceDistribution | None = None  # of that difference
     margin: float
     candidates: list[AdapterCandidate]  # by descending rank
     sentence: str
     notes: list[str] = Field(default_factory=list)  # what else a person should know, each with what to do
 
     @property
-    def keeps_the_top(self) -> bool:
+    def is_top_rank_required(self) -> bool:
         """Whether even the largest truncation loses more than the margin, so that the top itself may be too small."""
-        lower = [cut for cut in self.candidates if cut.how == "truncated" and cut.rank < self.trained_rank]
+        lower = [cut for cut in self.candidates if cut.method == "truncated" and cut.rank < self.trained_rank]
         largest = max(lower, key=lambda cut: cut.rank, default=None)
         return self.rank == self.trained_rank and largest is not None and largest.difference > self.margin
 
@@ -231,13 +231,13 @@ class TrainingRankEstimate(Record):
     sentence: str
 
 
-class HandedOver(Record):
+class ExportedAdapter(Record):
     """What `adapter/` holds. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
 
     rank: Whole
     min_module_rank: Whole | None = None  # None: not known
     max_module_rank: Whole
-    how: AdapterOrigin
+    method: AdapterMethod
     trained_rank: Whole
     reference_adapter: str  # a folder that PEFT loads, relative to the run
     difference: float
@@ -246,19 +246,19 @@ class HandedOver(Record):
     test_difference_high: float | None = None
 
     @property
-    def module_range(self) -> str:
+    def module_rank_range(self) -> str:
         """`modules from 1 to 4` where a truncation gave them different ranks; else empty."""
         lowest = self.min_module_rank
-        if self.how == "trained" or lowest is None or lowest == self.max_module_rank:
+        if self.method == "trained" or lowest is None or lowest == self.max_module_rank:
             return ""
         return f"modules from {lowest} to {self.max_module_rank}"
 
     @property
     def rank_text(self) -> str:
         """The rank, with the range of the modules where they differ."""
-        return f"{self.rank} ({self.module_range})" if self.module_range else f"{self.rank}"
+        return f"{self.rank} ({self.module_rank_range})" if self.module_rank_range else f"{self.rank}"
 
     @property
-    def loads_as(self) -> int | None:
+    def load_rank(self) -> int | None:
         """The rank at which it loads where its start is stored beside what was trained; None where it loads as trained."""
-        return self.max_module_rank if self.how == "trained" and self.max_module_rank > self.rank else None
+        return self.max_module_rank if self.method == "trained" and self.max_module_rank > self.rank else None

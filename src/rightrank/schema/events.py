@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
-from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
+from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import MAX_WHOLE
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.settings import SelectSettings
@@ -18,7 +18,7 @@ from rightrank.schema.trials import (
     TrialDiverged,
     TrialFailed,
     TrialFinished,
-    TrialLook,
+    TrialEvaluated,
     TrialOutcome,
     TrialStarted,
     Whole,
@@ -28,7 +28,7 @@ from rightrank.schema.trials import (
 class SplitSummary(Record):
     """Counts of a split after tokenising."""
 
-    items: Whole
+    examples: Whole
     tokens: Whole
     label_tokens: Whole
     truncated: Whole  # examples truncated to the length limit
@@ -72,7 +72,7 @@ class RunStarted(Record):
     """The first line of a journal: everything that the trials share."""
 
     @property
-    def is_own(self) -> bool:
+    def is_custom_trainer(self) -> bool:
         """Whether a trainer of one's own has model and data."""
         return "trainer" in self.settings
 
@@ -82,9 +82,9 @@ class RunStarted(Record):
         return not self.fingerprint
 
     @property
-    def is_end(self) -> bool:
+    def is_callback(self) -> bool:
         """Whether it is the end of a training of one's own, and not a function that trains."""
-        return self.is_own and "steps" not in self.settings
+        return self.is_custom_trainer and "steps" not in self.settings
 
     @property
     def is_rl(self) -> bool:
@@ -119,7 +119,7 @@ class RunStarted(Record):
     settings: dict[str, JsonValue]
     environment: dict[str, str]
     data: DataSummary
-    evaluation_items: list[str]  # content hashes, in the order of all lists of examples
+    evaluation_examples: list[str]  # content hashes, in the order of all lists of examples
     metric: str
     higher_is_better: bool
     points_metric: str | None = None  # of the evaluations during a training, if it is not the deciding metric
@@ -144,11 +144,11 @@ class TestEvaluated(Record):
     trial_id: str
     rank: Whole
     value: float
-    item_losses: list[float]
-    item_tokens: list[Whole]
-    item_correct: list[Whole] | None = None
-    item_groups: list[Whole] | None = None
-    item_metrics: dict[str, list[float]] = Field(default_factory=dict)  # by metric: one value per example
+    example_losses: list[float]
+    example_tokens: list[Whole]
+    example_correct: list[Whole] | None = None
+    example_groups: list[Whole] | None = None
+    example_metrics: dict[str, list[float]] = Field(default_factory=dict)  # by metric: one value per example
     metrics: dict[str, float] = Field(default_factory=dict)  # all metrics measured on the test split
     metric: str | None = None  # of `value`, if it is not the deciding metric: a task has no test split
 
@@ -159,7 +159,7 @@ class RunContinued(Record):
     type: Literal["run_continued"] = "run_continued"
     schema_version: Whole = SCHEMA_VERSION
     settings: dict[str, JsonValue]
-    evaluation_items: list[str] | None = None  # with more validation examples: all of them, those of before first
+    evaluation_examples: list[str] | None = None  # with more validation examples: all of them, those of before first
     data: DataSummary | None = None  # with more validation examples
 
 
@@ -169,7 +169,7 @@ class AdapterRecorded(Record):
     type: Literal["adapter_recorded"] = "adapter_recorded"
     schema_version: Whole = SCHEMA_VERSION
     answer: AdapterAnswer
-    handed_over: HandedOver
+    handed_over: ExportedAdapter
     trainings: float  # cost up to the answer, in whole trainings
 
 
@@ -185,7 +185,7 @@ class DecisionRecorded(Record):
 Journaled: TypeAlias = (
     RunStarted
     | TrialStarted
-    | TrialLook
+    | TrialEvaluated
     | TrialFinished
     | TrialCollapsed
     | TrialDiverged
@@ -247,8 +247,8 @@ class Evaluating(Record):
 
     type: Literal["evaluating"] = "evaluating"
     what: str  # is computed, in words
-    items: Whole
-    of_items: Whole
+    examples: Whole
+    total_examples: Whole
     seconds: float  # since it began
 
 

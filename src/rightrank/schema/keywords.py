@@ -31,7 +31,7 @@ class SelectKeywords(TypedDict, total=False):
     seq_len: int
     columns: Mapping[str, str] | Sequence[str]
     validation: str
-    eval_items: int
+    max_eval_examples: int
     dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
     device: str
     memory_bytes: int | str

@@ -117,7 +117,7 @@ class MetricSpec(NamedTuple):
     higher_is_better: bool | None = None  # as stated; None: as its name says
 
     @property
-    def is_measured_along(self) -> bool:
+    def is_eval_metric(self) -> bool:
         """Whether every held-out evaluation measures it; else it needs the model's answers, generated texts or classes."""
         return self.kind in ("loss", "pairs") or self.name == "accuracy"
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.schema.decision import AdapterAnswer, DifferenceSpread
+from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import SplitSummary
 from rightrank.schema.trials import Record, Whole
 
@@ -90,7 +90,7 @@ class Preflight(Record):
     splits: dict[str, SplitSummary]  # train, validation, test
     splits_given: bool
     left_out: list[str]  # what was left out or truncated, with its number and why
-    not_evaluated: Whole = 0  # held-out examples beyond `eval_items`
+    not_evaluated: Whole = 0  # held-out examples beyond `max_eval_examples`
     longest: Whole  # tokens of the longest example
     seq_len: Whole
     ranks: list[PreflightRank]
@@ -190,7 +190,7 @@ class _Compared(Record):
     difference: float  # B is worse by this much, metric's unit; below 0: better
     difference_low: float  # 95% lower bound of it, one-sided
     difference_high: float  # 95% upper bound of it, one-sided
-    spread: DifferenceSpread
+    distribution: DifferenceDistribution
     margin: float
     examples: Whole
     groups: Whole | None = None  # of examples that belong together; None: each stands for itself

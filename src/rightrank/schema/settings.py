@@ -30,8 +30,8 @@ CONSTANT_SCALING_RANK = 16
 MAX_SEED = MAX_WHOLE
 MAX_BYTES = MAX_WHOLE
 MAX_STEPS = 1_000_000  # of a training; the order of its examples is drawn before it
-LOOK_ITEMS = 200  # held-out examples that a look during a training scores, of those that its end scores
-MAX_EVAL_ITEMS = 2000  # of a held-out split by default
+EVAL_SUBSET_SIZE = 200  # held-out examples that a look during a training scores, of those that its end scores
+DEFAULT_MAX_EVAL_EXAMPLES = 2000  # of a held-out split by default
 EVALUATION_SHARE = 0.1  # of a training's time that one evaluation at its end takes at most by default
 TRAINED_PER_SCORED = 3  # examples that are scored in the time in which one is trained on
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -199,7 +199,7 @@ class PeftFields(Settings):
         """The bits of a quantised base; None for a base in `dtype`."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
-    def fault_of(self, otherwise: str) -> str:
+    def load_error_hint(self, otherwise: str) -> str:
         """What is to be said where the base fails: its quantisation is to be left out first, `otherwise` without one."""
         if self.weight_bits is None:
             return otherwise
@@ -396,7 +396,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     )  # fmt: skip
     test_fraction: float = setting(0.1, DATA, "share of the examples in the test split; 0 for none", ge=0, lt=1)
     validation_fraction: float = setting(0.1, DATA, "share of the examples in the validation split", gt=0, lt=1)
-    eval_items: int | None = option(
+    max_eval_examples: int | None = option(
         None,
         DATA,
         "held-out examples at most, in either split; by default 200 to 2,000: as many as one evaluation scores in about a tenth of "
@@ -404,7 +404,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         continuable=True,
         gt=1,
     )
-    eval_points: int = setting(4, DATA, "held-out evaluations during a training, the end included", gt=0)
+    num_evaluations: int = setting(4, DATA, "held-out evaluations during a training, the end included", gt=0)
     eval_batch_size: int = setting(
         16, DATA, "examples in a forward pass of an evaluation", also=("per_device_eval_batch_size",), gt=0
     )
@@ -535,41 +535,41 @@ class SelectSettings(PeftFields, _TrainerFields):
     def points_metric(self) -> str:
         """The metric of the evaluations during a training: that which decides if it is measured there, else the loss."""
         spec = self.metric_specs[0]
-        return spec.name if spec.is_measured_along else "loss"
+        return spec.name if spec.is_eval_metric else "loss"
 
     @property
-    def items_per_step(self) -> int:
+    def examples_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
-    def held_out_items(self, train_examples: int) -> int:
-        """Examples of a held-out split at most: `eval_items`, or what steps and data allow, never a result."""
-        if self.eval_items is not None:
-            return self.eval_items
-        if any(not spec.is_measured_along for spec in self.metric_specs):
-            return LOOK_ITEMS
-        trained = self.training_steps(train_examples) * self.items_per_step
-        return min(MAX_EVAL_ITEMS, max(LOOK_ITEMS, round(EVALUATION_SHARE * TRAINED_PER_SCORED * trained)))
+    def compute_max_eval_examples(self, train_examples: int) -> int:
+        """Examples of a held-out split at most: `max_eval_examples`, or what steps and data allow, never a result."""
+        if self.max_eval_examples is not None:
+            return self.max_eval_examples
+        if any(not spec.is_eval_metric for spec in self.metric_specs):
+            return EVAL_SUBSET_SIZE
+        trained = self.training_steps(train_examples) * self.examples_per_step
+        return min(DEFAULT_MAX_EVAL_EXAMPLES, max(EVAL_SUBSET_SIZE, round(EVALUATION_SHARE * TRAINED_PER_SCORED * trained)))
 
     def training_steps(self, train_examples: int) -> int:
         """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
-        steps = self.max_steps or max(1, round((self.num_train_epochs or 1.0) * train_examples / self.items_per_step))
+        steps = self.max_steps or max(1, round((self.num_train_epochs or 1.0) * train_examples / self.examples_per_step))
         if steps > MAX_STEPS:
             name = "num_train_epochs" if self.max_steps is None else "max_steps"
             raise SettingsError(
-                f"{name}: {steps:,} steps of {self.items_per_step} examples; give at most {MAX_STEPS:,} steps"
+                f"{name}: {steps:,} steps of {self.examples_per_step} examples; give at most {MAX_STEPS:,} steps"
             )
         return steps
 
 
 TRAINER_FIELDS = tuple(_TrainerFields.model_fields)
 # Settings that say which rows are in which split.
-OF_SPLITS = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
+SPLIT_SETTINGS = ("columns", "validation", "test_fraction", "validation_fraction", "max_eval_examples")
 # Settings by which an adapter is measured and its second moments are gathered.
-OF_MEASURING = (
+EVALUATION_SETTINGS = (
     *(
         "margin",
         "metric",
-        *OF_SPLITS,
+        *SPLIT_SETTINGS,
         "seeds",
         "max_steps",
         "num_train_epochs",
@@ -581,7 +581,7 @@ OF_MEASURING = (
     *("gradient_accumulation_steps", "eval_batch_size", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
 )
 # Settings under which rows need not fill a step of training, and none are taken from given splits.
-OF_ANY_NUMBER = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
+NO_SPLIT_OVERRIDES = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
 # Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
 CONTINUABLE = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 

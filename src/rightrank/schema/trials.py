@@ -28,18 +28,13 @@ ToldText: TypeAlias = Annotated[str, AfterValidator(without_secrets)]
 Floats: TypeAlias = "NDArray[np.float64]"
 Groups: TypeAlias = "NDArray[np.int64]"  # by example, the number of its group
 MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings
-SplitName: TypeAlias = Literal["train", "selection", "test"]  # as stored; `split_name` gives the name that is shown
+SplitName: TypeAlias = Literal["train", "validation", "test"]
 
 
 class Record(BaseModel):
     """A frozen value; equal when its fields are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def split_name(stored: str) -> str:
-    """The split's name for readers: the validation split is stored as `selection`."""
-    return "validation" if stored == "selection" else stored
 
 
 def content_hash(value: JsonValue | dict[str, Any]) -> str:
@@ -127,7 +122,7 @@ class EvalPoint(Record):
     step: Whole
     value: float
     train_value: float | None = None  # mean training loss since the previous point, over the same batches for every arm
-    item_scores: list[float] | None = None  # of the examples of the looks: the same ones at every step of every trial
+    example_scores: list[float] | None = None  # of the examples of the looks: the same ones at every step of every trial
 
 
 class TrialStarted(ArmFields):
@@ -137,24 +132,24 @@ class TrialStarted(ArmFields):
 
 
 class TrialFinished(ArmFields):
-    """A trial that ended with a result. Lists per example have the order of the run's `evaluation_items`."""
+    """A trial that ended with a result. Lists per example have the order of the run's `evaluation_examples`."""
 
     type: Literal["trial_finished"] = "trial_finished"
     schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     value: float  # of the deciding metric, on the validation split
     metrics: dict[str, float]  # all metrics measured on the validation split
-    item_losses: list[float]  # summed over the example's label tokens, nats
-    item_tokens: list[Whole]  # label tokens of the example
-    item_correct: list[Whole] | None = None  # classification: 1 if the prediction is right
-    item_scores: list[float] | None = None  # custom trainers: the metric of each example
-    item_weights: list[float] | None = None  # of item_scores; None: equal weights
-    item_groups: list[Whole] | None = None  # the number of the example's group; None: each example stands for itself
+    example_losses: list[float]  # summed over the example's label tokens, nats
+    example_tokens: list[Whole]  # label tokens of the example
+    example_correct: list[Whole] | None = None  # classification: 1 if the prediction is right
+    example_scores: list[float] | None = None  # custom trainers: the metric of each example
+    example_weights: list[float] | None = None  # of example_scores; None: equal weights
+    example_groups: list[Whole] | None = None  # the number of the example's group; None: each example stands for itself
     # by metric of written answers or task: one value per example
-    item_metrics: dict[str, list[float]] = Field(default_factory=dict)
+    example_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
     truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
-    kept_step: Whole | None = None  # of the best checkpoint, where that was kept; None: the last one
+    checkpoint_step: Whole | None = None  # of the best checkpoint, where that was kept; None: the last one
     value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
     train_value: float | None  # mean training loss since the last point
     points: list[EvalPoint]
@@ -171,10 +166,10 @@ class TrialFinished(ArmFields):
     train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
 
     @model_validator(mode="after")
-    def _items_alike(self) -> TrialFinished:
-        weighed = self.item_scores is not None and self.item_weights is not None
-        if len(self.item_losses) != len(self.item_tokens) or (
-            weighed and len(self.item_scores or ()) != len(self.item_weights or ())
+    def _require_equal_lengths(self) -> TrialFinished:
+        weighed = self.example_scores is not None and self.example_weights is not None
+        if len(self.example_losses) != len(self.example_tokens) or (
+            weighed and len(self.example_scores or ()) != len(self.example_weights or ())
         ):
             raise ValueError("the numbers of scores and weights of its examples differ")
         return self
@@ -184,16 +179,16 @@ class TrialFinished(ArmFields):
         """Of training and evaluation."""
         return self.train_seconds + self.eval_seconds
 
-    def items(self, metric: str) -> tuple[Sequence[float], Sequence[float]] | None:
+    def get_weighted_scores(self, metric: str) -> tuple[Sequence[float], Sequence[float]] | None:
         """`(scores times weights, weights)` of a metric by example, in the metric's direction; None if not measured."""
-        if metric == "loss" and self.item_losses:
-            return self.item_losses, self.item_tokens
-        if self.item_scores is not None:  # the deciding metric, under any name that a custom trainer gives it
-            weights = self.item_weights or [1.0] * len(self.item_scores)
-            return [score * weight for score, weight in zip(self.item_scores, weights, strict=True)], weights
-        scores = self.item_metrics.get(metric)
-        if metric == "accuracy" and self.item_correct is not None:
-            scores = [float(correct) for correct in self.item_correct]
+        if metric == "loss" and self.example_losses:
+            return self.example_losses, self.example_tokens
+        if self.example_scores is not None:  # the deciding metric, under any name that a custom trainer gives it
+            weights = self.example_weights or [1.0] * len(self.example_scores)
+            return [score * weight for score, weight in zip(self.example_scores, weights, strict=True)], weights
+        scores = self.example_metrics.get(metric)
+        if metric == "accuracy" and self.example_correct is not None:
+            scores = [float(correct) for correct in self.example_correct]
         return None if scores is None else (scores, [1.0] * len(scores))
 
 
@@ -222,19 +217,19 @@ class TrialCollapsed(ArmFields):
     train_seconds: float = 0.0
 
 
-class TrialLook(Record):
+class TrialEvaluated(Record):
     """A held-out value that a running trial reported. The looks of a trial that is run again are dropped."""
 
-    type: Literal["trial_look"] = "trial_look"
+    type: Literal["trial_evaluated"] = "trial_evaluated"
     schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     step: Whole
     value: float
-    item_scores: list[float] | None = None
+    example_scores: list[float] | None = None
 
     @property
     def point(self) -> EvalPoint:
-        return EvalPoint(step=self.step, value=self.value, item_scores=self.item_scores)
+        return EvalPoint(step=self.step, value=self.value, example_scores=self.example_scores)
 
 
 class TrialFailed(ArmFields):

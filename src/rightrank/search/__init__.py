@@ -25,19 +25,19 @@ def make_strategy(name: str, space: Space) -> Strategy:
     """
     factory = STRATEGIES.get(name)
     if factory is None:
-        near = did_you_mean(name, STRATEGIES)
-        raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
+        suggestion = did_you_mean(name, STRATEGIES)
+        raise SettingsError(f"unknown strategy {name!r}{suggestion}; there are: {', '.join(STRATEGIES)}")
     if space.goal == "adapter" and name == Upward.name:
         raise SettingsError(
             f"goal 'adapter' needs an adapter of the largest rank, and strategy {name!r} climbs from the smallest; give "
             "goal 'training-rank', or another strategy"
         )
     strategy = factory(space)
-    least = strategy.cost().least
-    if space.budget_steps is not None and space.budget_steps < least * space.steps:
+    minimum = strategy.estimate_cost().minimum
+    if space.budget_steps is not None and space.budget_steps < minimum * space.steps:
         raise SettingsError(
             f"a budget of {space.budget_steps / space.steps:.3g} trainings is too small: {name!r} with "
-            f"{len(space.learning_rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g}, "
+            f"{len(space.learning_rates)} learning rates needs {minimum:g} to compare two ranks; give budget_trainings {minimum:g}, "
             "fewer learning rates, or a smaller max_steps"
         )
     return strategy

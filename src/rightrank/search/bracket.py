@@ -58,7 +58,7 @@ class Bracket(Strategy):
             second = max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
             yield from try_rank(trials, second, learning_rate)
             return _predicted_rank(trials, second)
-        return (space.below(start) or start) if start == space.top else start
+        return (space.get_lower_rank(start) or start) if start == space.top else start
 
     def unbounded_cost(self) -> CostEstimate:
         space = self.space
@@ -80,18 +80,18 @@ def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | N
     A training at a rank mostly ends worse than the truncation to it. So a truncation must be within the margin with some certainty.
     """
     space = trials.space
-    parent = trials.whole(space.top, learning_rate)
+    parent = trials.get_training(space.top, learning_rate)
     if parent is None:
         return None
     known = {
         arm.rank: outcome
         for arm in trials.outcomes
         if arm.truncate_from == parent.trial_id and arm.rank in space.ranks
-        if (outcome := trials.finished(arm)) is not None
+        if (outcome := trials.get_finished(arm)) is not None
     }
     if not known:
         return None
-    margin = space.margin_at(trials.best_loss(space.top))
+    margin = space.get_margin(trials.compute_best_loss(space.top))
     enough = {
         rank for rank, outcome in known.items() if is_likely_within((outcome, parent), space, margin, START_PROBABILITY)
     }
@@ -101,11 +101,11 @@ def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | N
 def _predicted_rank(trials: Trials, second: int) -> int:
     """The smallest rank r with b·(r^-c - R^-c) within the margin; R is the top rank, and b follows from R and `second`."""
     space = trials.space
-    drop = trials.best_loss(second) - trials.best_loss(space.top)
+    drop = trials.compute_best_loss(second) - trials.compute_best_loss(space.top)
     b = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)
-    margin = space.margin_at(trials.best_loss(space.top))
+    margin = space.get_margin(trials.compute_best_loss(space.top))
     if not math.isfinite(b):  # the second rank gave no result
-        return space.above(second) or space.top
+        return space.get_higher_rank(second) or space.top
     return next(rank for rank in space.ranks if is_within(b * (rank**-DECAY - space.top**-DECAY), margin))
 
 
@@ -119,17 +119,17 @@ class Grid(Strategy):
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
-        cells = product(space.seeds, space.learning_rates, outside_in(space.ranks))
-        yield [space.arm(rank, learning_rate, seed) for seed, learning_rate, rank in cells]
-        learning_rate = min(space.learning_rates, key=lambda lr: (trials.whole_loss(space.top, lr), lr))
+        cells = product(space.seeds, space.learning_rates, order_outside_in(space.ranks))
+        yield [space.make_arm(rank, learning_rate, seed) for seed, learning_rate, rank in cells]
+        learning_rate = min(space.learning_rates, key=lambda lr: (trials.get_training_loss(space.top, lr), lr))
         yield from _answer_adapter_question(trials, learning_rate)
 
     def unbounded_cost(self) -> CostEstimate:
-        cells = self._cells()
+        cells = self._count_cells()
         return CostEstimate(cells, cells, cells, 2.0, 1 + cells + _truncations(self.space))
 
 
-def outside_in(ranks: Sequence[int]) -> list[int]:
+def order_outside_in(ranks: Sequence[int]) -> list[int]:
     """Highest, lowest, second highest, second lowest, …"""
     left = sorted(ranks)
     order: list[int] = []
@@ -141,19 +141,19 @@ def outside_in(ranks: Sequence[int]) -> list[int]:
 def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
     """Ask for the candidates of the first question and keep its answer in `trials.adapter`."""
     space = trials.space
-    parent = trials.whole(space.top, learning_rate)
-    if parent is None or not space.truncates:
+    parent = trials.get_training(space.top, learning_rate)
+    if parent is None or not space.can_truncate:
         return
-    yield [truncation(parent, rank) for rank in space.truncated_ranks]
+    yield [make_truncation_arm(parent, rank) for rank in space.truncated_ranks]
     own = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
     trials.adapter = adapter_answer([parent, *own], space.criterion, parent.trial_id)
 
 
 def _truncations(space: Space) -> int:
-    return len(space.truncated_ranks) if space.truncates else 0
+    return len(space.truncated_ranks) if space.can_truncate else 0
 
 
-def truncation(parent: TrialFinished, rank: int) -> Arm:
+def make_truncation_arm(parent: TrialFinished, rank: int) -> Arm:
     """The adapter of `parent` truncated to `rank`."""
     changed = {"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
     return parent.arm.model_copy(update=changed)
@@ -168,24 +168,24 @@ def walk(trials: Trials, start: int, learning_rate: float) -> Requests:
     rank: int | None = start
     while rank is not None and rank < space.top:
         yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
-        if trials.holds(rank):
+        if trials.is_within_margin(rank):
             break
-        rank = space.above(rank)
-    if rank != start or not trials.holds(start):
+        rank = space.get_higher_rank(rank)
+    if rank != start or not trials.is_within_margin(start):
         return
-    rank = space.below(start)
+    rank = space.get_lower_rank(start)
     while rank is not None:
         yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
-        if not trials.holds(rank):
+        if not trials.is_within_margin(rank):
             return
-        rank = space.below(rank)
+        rank = space.get_lower_rank(rank)
 
 
 def _nearest_learning_rate(trials: Trials, rank: int, otherwise: float) -> float:
     """The best learning rate of the nearest other rank that has one."""
-    tried = [other for other in trials.ranks() if other != rank]
+    tried = [other for other in trials.list_ranks() if other != rank]
     nearest = min(tried, key=lambda other: max(other / rank, rank / other), default=None)
-    best = None if nearest is None else trials.best_learning_rate(nearest)
+    best = None if nearest is None else trials.find_best_learning_rate(nearest)
     return otherwise if best is None else best
 
 
@@ -197,11 +197,11 @@ def settle(trials: Trials) -> Requests:
     """
     space = trials.space
     for _ in range(2 * len(space.ranks)):
-        chosen, best = trials.smallest_that_holds(), trials.reference()
+        chosen, best = trials.find_smallest_rank(), trials.find_reference()
         if chosen is None or best is None:
             return
-        above = space.above(best) if space.top in trials.ranks() and not trials.holds(space.top) else None
-        below = space.below(chosen)
+        above = space.get_higher_rank(best) if space.top in trials.list_ranks() and not trials.is_within_margin(space.top) else None
+        below = space.get_lower_rank(chosen)
         asked = {arm.rank for arm in trials.outcomes if arm.truncate_from is None}  # whatever the outcome
         rank = next((rank for rank in (above, below) if rank is not None and rank not in asked), None)
         if rank is None:
@@ -217,13 +217,13 @@ def confirm(trials: Trials) -> Requests:
     """
     space = trials.space
     for _ in range(len(space.ranks)):
-        chosen, reference = trials.smallest_that_holds(), trials.reference()
+        chosen, reference = trials.find_smallest_rank(), trials.find_reference()
         if chosen is None or reference is None or len(space.seeds) < 2:
             return
-        lower = max((rank for rank in trials.ranks() if rank < chosen), default=chosen)
-        above = [rank for rank in trials.ranks() if rank > reference]
-        rival = min(above, key=lambda rank: (trials.best_loss(rank), rank), default=reference)
-        best = {rank: trials.best_learning_rate(rank) for rank in (chosen, lower, reference, rival)}
-        yield [space.arm(rank, lr, seed) for rank, lr in best.items() if lr is not None for seed in space.seeds[1:]]
-        if trials.smallest_that_holds() == chosen and trials.reference() == reference:
+        lower = max((rank for rank in trials.list_ranks() if rank < chosen), default=chosen)
+        above = [rank for rank in trials.list_ranks() if rank > reference]
+        rival = min(above, key=lambda rank: (trials.compute_best_loss(rank), rank), default=reference)
+        best = {rank: trials.find_best_learning_rate(rank) for rank in (chosen, lower, reference, rival)}
+        yield [space.make_arm(rank, lr, seed) for rank, lr in best.items() if lr is not None for seed in space.seeds[1:]]
+        if trials.find_smallest_rank() == chosen and trials.find_reference() == reference:
             return

@@ -39,8 +39,8 @@ class Space:
     points_are_losses: bool = False  # whether evaluations during training measure the loss instead of the metric
     evaluates_base: bool = True  # False: no trial of rank 0, and nothing is compared with the base
     goal: Goal = "training-rank"
-    stages: bool = True  # whether trainings can stop early and resume; False for custom trainers
-    truncates: bool = True  # whether adapters can be truncated and evaluated
+    can_stop_early: bool = True  # whether trainings can stop early and resume; False for custom trainers
+    can_truncate: bool = True  # whether adapters can be truncated and evaluated
     trusts_values: bool = False  # whether values without scores by example can show that a truncation holds (tables)
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
@@ -48,15 +48,15 @@ class Space:
     @property
     def criterion(self) -> Criterion:
         """What the candidates of the first question are compared by."""
-        loss = self.kind if self.kind == "token_loss" or self.kind == "pair_loss" else "loss"
-        along = not self.points_are_losses
-        return Criterion(self.metric, self.higher_is_better, self.margin, loss, along, self.trusts_values)
+        loss_kind = self.kind if self.kind == "token_loss" or self.kind == "pair_loss" else "loss"
+        is_eval_metric = not self.points_are_losses
+        return Criterion(self.metric, self.higher_is_better, self.margin, loss_kind, is_eval_metric, self.trusts_values)
 
     @property
     def top(self) -> int:
         return self.ranks[-1]
 
-    def arm(self, rank: int, learning_rate: float, seed: int | None = None) -> Arm:
+    def make_arm(self, rank: int, learning_rate: float, seed: int | None = None) -> Arm:
         """A whole training. `seed` defaults to the first."""
         return Arm(
             rank=rank,
@@ -66,7 +66,7 @@ class Space:
             steps=self.steps,
         )
 
-    def margin_at(self, reference_loss: float) -> float:
+    def get_margin(self, reference_loss: float) -> float:
         if self.margin is not None:
             return self.margin
         return default_margin(self.kind, abs(reference_loss), [abs(reference_loss)])
@@ -77,21 +77,21 @@ class Space:
         powers = {2**power for power in range(self.top.bit_length())}
         return sorted((rank for rank in powers | set(self.ranks) if rank < self.top), reverse=True)
 
-    def below(self, rank: int) -> int | None:
+    def get_lower_rank(self, rank: int) -> int | None:
         """The next lower rank, None at the bottom."""
         return next((low for low, high in pairwise(self.ranks) if high == rank), None)
 
-    def above(self, rank: int) -> int | None:
+    def get_higher_rank(self, rank: int) -> int | None:
         """The next higher rank, None at the top."""
         return next((high for low, high in pairwise(self.ranks) if low == rank), None)
 
 
-def base_arm(lora_alpha: float) -> Arm:
+def make_base_arm(lora_alpha: float) -> Arm:
     """Rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
     return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
 
 
-def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss") -> Space:
+def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "token_loss") -> Space:
     """The space of a selection with trainings of `steps` steps.
 
     Raises:
@@ -103,7 +103,7 @@ def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss"
             f"{4 * settings.ranks[0]}"
         )
     name = settings.metric_name
-    higher = settings.is_higher_better(name)
+    higher_is_better = settings.is_higher_better(name)
     return Space(
         ranks=settings.ranks,
         learning_rates=settings.learning_rates,
@@ -113,8 +113,8 @@ def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss"
         goal=settings.goal,
         margin=settings.margin,
         metric=name,
-        kind=metric_kind(name, higher, loss),
-        higher_is_better=higher,
+        kind=metric_kind(name, higher_is_better, loss_kind),
+        higher_is_better=higher_is_better,
         points_are_losses=settings.points_metric != name,
         budget_steps=None if settings.budget_trainings is None else settings.budget_trainings * steps,
         budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
@@ -130,108 +130,108 @@ class Trials:
     adapter: AdapterAnswer | None = None  # the answer to the first question, once the script has it
     # Lines for a person that the script wrote. Later outcomes only append; each is printed once.
     notes: list[str] = field(default_factory=list)
-    _whole: dict[int, dict[float, dict[int, TrialFinished]]] = field(default_factory=dict)  # rank → rate → seed
+    _trainings: dict[int, dict[float, dict[int, TrialFinished]]] = field(default_factory=dict)  # rank → rate → seed
     _indexed: int = 0  # outcomes that `_whole` knows; more only append
 
-    def finished(self, arm: Arm) -> TrialFinished | None:
+    def get_finished(self, arm: Arm) -> TrialFinished | None:
         outcome = self.outcomes.get(arm)
         return outcome if isinstance(outcome, TrialFinished) else None
 
-    def diverged(self, arm: Arm) -> bool:
+    def has_diverged(self, arm: Arm) -> bool:
         return isinstance(self.outcomes.get(arm), TrialDiverged)
 
-    def loss(self, arm: Arm) -> float | None:
+    def get_loss(self, arm: Arm) -> float | None:
         """The held-out value, oriented so that lower is better; None without a result."""
-        outcome = self.finished(arm)
-        return None if outcome is None else oriented(outcome, self.space)
+        outcome = self.get_finished(arm)
+        return None if outcome is None else orient_value(outcome, self.space)
 
-    def whole(self, rank: int, learning_rate: float) -> TrialFinished | None:
+    def get_training(self, rank: int, learning_rate: float) -> TrialFinished | None:
         """The whole training with the first seed; None without a result."""
-        return self.by_seed(rank, learning_rate).get(self.space.seeds[0])
+        return self.get_trials_by_seed(rank, learning_rate).get(self.space.seeds[0])
 
-    def _by_rank(self) -> dict[int, dict[float, dict[int, TrialFinished]]]:
+    def _index_trainings(self) -> dict[int, dict[float, dict[int, TrialFinished]]]:
         for arm, outcome in islice(self.outcomes.items(), self._indexed, None):
             if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished):
-                self._whole.setdefault(arm.rank, {}).setdefault(arm.learning_rate, {})[arm.seed] = outcome
+                self._trainings.setdefault(arm.rank, {}).setdefault(arm.learning_rate, {})[arm.seed] = outcome
         self._indexed = len(self.outcomes)
-        return self._whole
+        return self._trainings
 
-    def ranks(self) -> list[int]:
+    def list_ranks(self) -> list[int]:
         """Ranks with a whole training, descending."""
-        return sorted(self._by_rank(), reverse=True)
+        return sorted(self._index_trainings(), reverse=True)
 
-    def whole_loss(self, rank: int, learning_rate: float) -> float:
+    def get_training_loss(self, rank: int, learning_rate: float) -> float:
         """Of the whole training with the first seed; infinite without a result."""
-        outcome = self.whole(rank, learning_rate)
-        return math.inf if outcome is None else oriented(outcome, self.space)
+        outcome = self.get_training(rank, learning_rate)
+        return math.inf if outcome is None else orient_value(outcome, self.space)
 
-    def best_learning_rate(self, rank: int) -> float | None:
+    def find_best_learning_rate(self, rank: int) -> float | None:
         """The learning rate with the best mean, compared on shared seeds as the decision does; None without a result.
 
         Learning rates at which others collapsed are left out.
         """
         collapsing = {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
-        trials = {lr: self.by_seed(rank, lr) for lr in sorted(self._by_rank().get(rank, {}).keys() - collapsing)}
+        trials = {lr: self.get_trials_by_seed(rank, lr) for lr in sorted(self._index_trainings().get(rank, {}).keys() - collapsing)}
         if not trials:
             return None
 
-        def is_surely_lower(rate: float, other: float) -> bool:
-            return _excess_of(of_shared_seeds(trials[rate], trials[other]), self.space).high < 0
+        def is_surely_lower(rate: float, other_rate: float) -> bool:
+            return _compute_excess(of_shared_seeds(trials[rate], trials[other_rate]), self.space).high < 0
 
-        losses = {lr: {seed: oriented(t, self.space) for seed, t in by_seed.items()} for lr, by_seed in trials.items()}
+        losses = {lr: {seed: orient_value(t, self.space) for seed, t in by_seed.items()} for lr, by_seed in trials.items()}
         return best_learning_rate(losses, is_surely_lower)
 
-    def by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
+    def get_trials_by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
         """Whole trainings of the rank at the learning rate."""
-        return dict(self._by_rank().get(rank, {}).get(learning_rate, {}))
+        return dict(self._index_trainings().get(rank, {}).get(learning_rate, {}))
 
-    def best_loss(self, rank: int) -> float:
-        learning_rate = self.best_learning_rate(rank)
+    def compute_best_loss(self, rank: int) -> float:
+        learning_rate = self.find_best_learning_rate(rank)
         if learning_rate is None:
             return math.inf
-        return float(np.mean([oriented(trial, self.space) for trial in self.by_seed(rank, learning_rate).values()]))
+        return float(np.mean([orient_value(trial, self.space) for trial in self.get_trials_by_seed(rank, learning_rate).values()]))
 
-    def reference(self) -> int | None:
+    def find_reference(self) -> int | None:
         """The rank with the best mean, compared on shared seeds."""
-        rates = {rank: lr for rank in self.ranks() if (lr := self.best_learning_rate(rank)) is not None}
+        rates = {rank: lr for rank in self.list_ranks() if (lr := self.find_best_learning_rate(rank)) is not None}
         losses = [
-            {seed: oriented(trial, self.space) for seed, trial in self.by_seed(rank, lr).items()}
+            {seed: orient_value(trial, self.space) for seed, trial in self.get_trials_by_seed(rank, lr).items()}
             for rank, lr in rates.items()
         ]
         by_rank = dict(zip(rates, adjusted_means(losses) if losses else [], strict=True))
         return min(by_rank, key=lambda rank: (by_rank[rank], rank), default=None)
 
-    def excess(self, rank: int, reference: int) -> Bounds:
+    def compute_excess(self, rank: int, reference: int) -> Bounds:
         """How much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
-        rates = [(other, self.best_learning_rate(other)) for other in (rank, reference)]
-        left, right = ({} if lr is None else self.by_seed(other, lr) for other, lr in rates)
-        pairs = of_shared_seeds(left, right)
-        return _excess_of(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
+        rates = [(compared_rank, self.find_best_learning_rate(compared_rank)) for compared_rank in (rank, reference)]
+        rank_trials, reference_trials = ({} if lr is None else self.get_trials_by_seed(compared_rank, lr) for compared_rank, lr in rates)
+        pairs = of_shared_seeds(rank_trials, reference_trials)
+        return _compute_excess(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
-    def holds(self, rank: int) -> bool:
+    def is_within_margin(self, rank: int) -> bool:
         """Whether the rank's mean, by which the search goes, is within the margin of the reference's."""
-        reference = self.reference()
-        if reference is None or rank not in self.ranks() or rank == reference:
+        reference = self.find_reference()
+        if reference is None or rank not in self.list_ranks() or rank == reference:
             return rank == reference
-        return is_within(self.excess(rank, reference).mean, self.space.margin_at(self.best_loss(reference)))
+        return is_within(self.compute_excess(rank, reference).mean, self.space.get_margin(self.compute_best_loss(reference)))
 
-    def smallest_that_holds(self) -> int | None:
+    def find_smallest_rank(self) -> int | None:
         """The result of the walk down from the reference over the ranks trained."""
-        reference = self.reference()
-        return None if reference is None else walk_down(self.ranks(), reference, self.holds)
+        reference = self.find_reference()
+        return None if reference is None else walk_down(self.list_ranks(), reference, self.is_within_margin)
 
 
-def oriented(outcome: TrialFinished, space: Space) -> float:
+def orient_value(outcome: TrialFinished, space: Space) -> float:
     """The value with lower as better. A training that stopped early may have a loss for its value, whatever the metric."""
-    is_turned = space.higher_is_better and outcome.value_metric is None
-    return -outcome.value if is_turned else outcome.value
+    is_negated = space.higher_is_better and outcome.value_metric is None
+    return -outcome.value if is_negated else outcome.value
 
 
-def _excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
+def _compute_excess(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
     """The mean difference of paired outcomes and its bounds over examples and pairs; the mean alone without scores by example."""
     pairs = list(pairs)
-    mean, spread = _difference(pairs, space), _over_examples(pairs, space)
-    return Bounds(mean, mean, mean) if spread is None else bounds_of(replace(spread, mean=mean))
+    mean, difference = _compute_mean_difference(pairs, space), _estimate_difference(pairs, space)
+    return Bounds(mean, mean, mean) if difference is None else bounds_of(replace(difference, mean=mean))
 
 
 def is_likely_within(
@@ -241,26 +241,26 @@ def is_likely_within(
 
     Without enough examples there is no probability: then whether the difference itself is.
     """
-    mean, spread = _difference([pair], space), _over_examples([pair], space)
-    if spread is None or spread.examples < MIN_EXAMPLES or not spread.examples_variance:
+    mean, difference = _compute_mean_difference([pair], space), _estimate_difference([pair], space)
+    if difference is None or difference.examples < MIN_EXAMPLES or not difference.examples_variance:
         return is_within(mean, margin)
-    examples = len((pair[0].items(space.metric) or [()])[0])
-    variance = NOISE.ratio(1, examples) * spread.examples_variance * examples
+    examples = len((pair[0].get_weighted_scores(space.metric) or [()])[0])
+    variance = NOISE.ratio(1, examples) * difference.examples_variance * examples
     return probability_within(mean, variance, NOISE_DEGREES, margin) >= probability
 
 
-def _difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> float:
-    return float(np.mean([oriented(left, space) - oriented(right, space) for left, right in pairs]))
+def _compute_mean_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> float:
+    return float(np.mean([orient_value(trial, space) - orient_value(reference, space) for trial, reference in pairs]))
 
 
-def _over_examples(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> Estimate | None:
+def _estimate_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> Estimate | None:
     """The paired difference with its variance between examples; None where a pair has no scores by example."""
-    scored = [(left.items(space.metric), right.items(space.metric)) for left, right in pairs]
-    known = [(ours, theirs) for ours, theirs in scored if ours and theirs and len(ours[0]) == len(theirs[0]) > 1]
-    if len(known) < len(pairs):
+    score_pairs = [(trial.get_weighted_scores(space.metric), reference.get_weighted_scores(space.metric)) for trial, reference in pairs]
+    complete_pairs = [(trial_scores, reference_scores) for trial_scores, reference_scores in score_pairs if trial_scores and reference_scores and len(trial_scores[0]) == len(reference_scores[0]) > 1]
+    if len(complete_pairs) < len(pairs):
         return None
-    sums = np.array([np.subtract(ours[0], theirs[0]) for ours, theirs in known])
-    weights = np.asarray(known[0][0][1], dtype=np.float64)
-    span = span_of(space.kind, [scores for pair in known for scores, _ in pair], weights)
-    groups = groups_of(pairs[0][0].item_groups, len(weights))
-    return estimate(-sums if space.higher_is_better else sums, weights, span, groups)
+    differences = np.array([np.subtract(trial_scores[0], reference_scores[0]) for trial_scores, reference_scores in complete_pairs])
+    weights = np.asarray(complete_pairs[0][0][1], dtype=np.float64)
+    score_range = span_of(space.kind, [scores for pair in complete_pairs for scores, _ in pair], weights)
+    groups = groups_of(pairs[0][0].example_groups, len(weights))
+    return estimate(-differences if space.higher_is_better else differences, weights, score_range, groups)

@@ -30,7 +30,7 @@ from collections.abc import Generator, Sequence
 
 from rightrank.decision.comparison import is_within
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import Requests, Space, Trials, base_arm, oriented
+from rightrank.search.history import Requests, Space, Trials, make_base_arm, orient_value
 
 Choice = Generator[Sequence[Arm], None, float | None]
 
@@ -54,16 +54,16 @@ def find_learning_rate(trials: Trials, rank: int) -> Choice:
     space = trials.space
     if not _can_look(space):
         yield from _climb(trials, rank)
-        return trials.best_learning_rate(rank)
+        return trials.find_best_learning_rate(rank)
     for part in (LOOK, QUARTER):
         winner = yield from _climb_looks(trials, rank, part)
         if winner is not None:
             yield from _finish(trials, rank, winner, part)
-        if winner is not None or any(trials.diverged(_early_arm(space, rank, lr, part)) for lr in space.learning_rates):
+        if winner is not None or any(trials.has_diverged(_early_arm(space, rank, lr, part)) for lr in space.learning_rates):
             break
-    if trials.best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
+    if trials.find_best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
         yield from _climb(trials, rank)
-    return trials.best_learning_rate(rank)
+    return trials.find_best_learning_rate(rank)
 
 
 def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
@@ -73,21 +73,21 @@ def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
     best = start = len(learning_rates) // 2
     first = _early_arm(space, rank, learning_rates[start], part)
     yield [first]
-    if trials.finished(first) is None and not trials.diverged(first):
+    if trials.get_finished(first) is None and not trials.has_diverged(first):
         return None
     for direction in (1, -1):
         place = start + direction
-        while 0 <= place < len(learning_rates) and not (direction == 1 and trials.diverged(first)):
+        while 0 <= place < len(learning_rates) and not (direction == 1 and trials.has_diverged(first)):
             yield [_early_arm(space, rank, learning_rates[place], part)]
             pair = (learning_rates[best], learning_rates[place])
             winner = yield from _compare(trials, rank, pair, part)
-            if winner != pair[1] and trials.finished(_early_arm(space, rank, pair[0], part)):
+            if winner != pair[1] and trials.get_finished(_early_arm(space, rank, pair[0], part)):
                 break
             best = place
             place += direction
         if best != start and not _is_worse_than_base(trials, _early_arm(space, rank, learning_rates[best], part)):
             break
-    return learning_rates[best] if trials.finished(_early_arm(space, rank, learning_rates[best], part)) else None
+    return learning_rates[best] if trials.get_finished(_early_arm(space, rank, learning_rates[best], part)) else None
 
 
 def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
@@ -98,7 +98,7 @@ def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) 
     if len(scores) < 2:
         return next(iter(scores), None)
     better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
-    base = _look_loss(trials, base_arm(space.lora_alpha))
+    base = _look_loss(trials, make_base_arm(space.lora_alpha))
     close = CLOSE if worse < better else CLOSE_ABOVE
     if base is not None and scores[worse] - scores[better] > close * (base - scores[better]):
         return better
@@ -107,12 +107,12 @@ def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) 
     annealed = {lr: loss for lr, copy in copies.items() if (loss := _look_loss(trials, copy)) is not None}
     if len(annealed) == 2:
         return min(pair, key=lambda lr: (annealed[lr], lr))
-    if any(trials.diverged(copy) for copy in copies.values()):
+    if any(trials.has_diverged(copy) for copy in copies.values()):
         return next(iter(annealed), better)
     for lr in pair:  # no annealed copies here
-        if trials.whole(rank, lr) is None:
+        if trials.get_training(rank, lr) is None:
             yield [_resumed(trials, looks[lr])]
-    return min(pair, key=lambda lr: (trials.whole_loss(rank, lr), lr))
+    return min(pair, key=lambda lr: (trials.get_training_loss(rank, lr), lr))
 
 
 def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Requests:
@@ -121,11 +121,11 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
     Where its loss rises, the next lower learning rate may take its place; where it has learned nothing yet, the next higher.
     """
     space = trials.space
-    if trials.whole(rank, learning_rate) is not None:
+    if trials.get_training(rank, learning_rate) is not None:
         return
     stage = _early_arm(space, rank, learning_rate, part)
     before = _look_loss(trials, stage)
-    base = _look_loss(trials, base_arm(space.lora_alpha))
+    base = _look_loss(trials, make_base_arm(space.lora_alpha))
     for later in STAGES:
         step = _early_step(space, later)
         if step <= stage.end:
@@ -153,8 +153,8 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
 def _bring_to(trials: Trials, rank: int, learning_rate: float, step: int) -> Generator[Sequence[Arm], None, Arm]:
     """The arm that trains to `step`, from the latest look at the learning rate that there is."""
     looks = (_early_arm(trials.space, rank, learning_rate, part) for part in (QUARTER, LOOK))
-    latest = next((look for look in looks if trials.finished(look) is not None and look.end < step), None)
-    whole = trials.space.arm(rank, learning_rate)
+    latest = next((look for look in looks if trials.get_finished(look) is not None and look.end < step), None)
+    whole = trials.space.make_arm(rank, learning_rate)
     arm = whole.model_copy(update={"stop_at": step}) if latest is None else _resumed(trials, latest, step)
     yield [arm]
     return arm
@@ -167,10 +167,10 @@ def _climb(trials: Trials, rank: int) -> Requests:
     Learning rates that are far too high are an exception: there the loss is flat, and a higher one may look better. A
     doubtful climb upward, and one whose start gave no result, is therefore followed by a climb downward.
     """
-    arms = [trials.space.arm(rank, learning_rate) for learning_rate in trials.space.learning_rates]
+    arms = [trials.space.make_arm(rank, learning_rate) for learning_rate in trials.space.learning_rates]
     best = first = len(arms) // 2
     yield [arms[first]]
-    if not trials.diverged(arms[first]):
+    if not trials.has_diverged(arms[first]):
         best = yield from _climb_one_way(trials, arms, first, 1)
     if best > first and not _is_doubtful(trials, arms[first], arms[best], is_edge=best == len(arms) - 1):
         return
@@ -185,10 +185,10 @@ def _climb_one_way(trials: Trials, arms: Sequence[Arm], best: int, step: int) ->
     place = best + step
     while 0 <= place < len(arms):
         yield [arms[place]]
-        loss, best_loss = trials.loss(arms[place]), trials.loss(arms[best])
+        loss, best_loss = trials.get_loss(arms[place]), trials.get_loss(arms[best])
         if loss is not None and (best_loss is None or loss < best_loss):
             best = place
-        elif trials.finished(arms[place]) is not None or (step > 0 and trials.diverged(arms[place])):
+        elif trials.get_finished(arms[place]) is not None or (step > 0 and trials.has_diverged(arms[place])):
             break
         place += step
     return best
@@ -200,8 +200,8 @@ def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> boo
     It may be if it is worse than the base. Where the base is unknown: if it is the highest of all and gained more than
     `MAX_PLAUSIBLE_GAIN`.
     """
-    base = trials.loss(base_arm(trials.space.lora_alpha))
-    before, loss = trials.loss(start), trials.loss(best)
+    base = trials.get_loss(make_base_arm(trials.space.lora_alpha))
+    before, loss = trials.get_loss(start), trials.get_loss(best)
     if before is None or loss is None:
         return True
     return loss > base if base is not None else is_edge and before - loss > MAX_PLAUSIBLE_GAIN * abs(before)
@@ -214,7 +214,7 @@ def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
     """
     yield from _train(trials, rank, learning_rate)
     for neighbour in _promising_neighbours(trials, rank, learning_rate):
-        if trials.holds(rank):
+        if trials.is_within_margin(rank):
             return
         yield from _challenge(trials, rank, learning_rate, neighbour)
 
@@ -222,30 +222,30 @@ def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
 def _train(trials: Trials, rank: int, learning_rate: float) -> Requests:
     """Train `rank` whole with the first seed, with a look on the way that other learning rates can be compared with."""
     space = trials.space
-    if trials.whole(rank, learning_rate) is not None:
+    if trials.get_training(rank, learning_rate) is not None:
         return
     if _can_look(space):
         look = _early_arm(space, rank, learning_rate, LOOK)
         yield [look]
-        if trials.finished(look) is not None:
+        if trials.get_finished(look) is not None:
             yield [_resumed(trials, look)]
             return
-        if trials.diverged(look):
+        if trials.has_diverged(look):
             return
-    yield [space.arm(rank, learning_rate)]
+    yield [space.make_arm(rank, learning_rate)]
 
 
 def _challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
     """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
     space = trials.space
-    looked = (part for part in (LOOK, QUARTER) if trials.finished(_early_arm(space, rank, holder, part)) is not None)
+    looked = (part for part in (LOOK, QUARTER) if trials.get_finished(_early_arm(space, rank, holder, part)) is not None)
     part = next(looked, None)
     if part is None or not _can_look(space):
-        yield [space.arm(rank, challenger)]
+        yield [space.make_arm(rank, challenger)]
         return
     look = _early_arm(space, rank, challenger, part)
     yield [look]
-    if trials.finished(look) is None:
+    if trials.get_finished(look) is None:
         return
     winner = yield from _compare(trials, rank, (holder, challenger), part)
     if winner == challenger:
@@ -262,11 +262,11 @@ def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Se
     place = space.learning_rates.index(learning_rate)
     neighbours = [space.learning_rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.learning_rates)]
     behind = {lr: _deficit_at_top(trials, lr, learning_rate) for lr in neighbours}
-    if rank in trials.ranks():
-        limit = MAX_DEFICIT_AT_TOP * space.margin_at(trials.best_loss(space.top))
-        reference = trials.reference()
+    if rank in trials.list_ranks():
+        limit = MAX_DEFICIT_AT_TOP * space.get_margin(trials.compute_best_loss(space.top))
+        reference = trials.find_reference()
         fails_by_far = reference is not None and not is_within(
-            trials.excess(rank, reference).mean, MAX_RECOVERABLE_EXCESS * space.margin_at(trials.best_loss(reference))
+            trials.compute_excess(rank, reference).mean, MAX_RECOVERABLE_EXCESS * space.get_margin(trials.compute_best_loss(reference))
         )
         is_slow = _is_undertrained(trials, rank, learning_rate)
         neighbours = [
@@ -285,14 +285,14 @@ def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
     training than it still lacks.
     """
     space = trials.space
-    top = trials.best_loss(space.top)
+    top = trials.compute_best_loss(space.top)
     truncated = [arm for arm in trials.outcomes if arm.rank == rank and arm.truncate_from]
-    known = [loss for loss in map(trials.loss, truncated) if loss is not None]
+    known = [loss for loss in map(trials.get_loss, truncated) if loss is not None]
     half = _loss_after(trials, rank, learning_rate, _early_step(space, HALF))
     end = _loss_after(trials, rank, learning_rate, space.steps)
     if not known or half is None or end is None:
         return False
-    return is_within(min(known) - top, space.margin_at(top)) and half - end > end - top
+    return is_within(min(known) - top, space.get_margin(top)) and half - end > end - top
 
 
 def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> float:
@@ -307,12 +307,12 @@ def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> f
 
 def _lost_at_top(trials: Trials, learning_rate: float) -> bool:
     """Whether the top rank at this learning rate ended, or stood halfway, no better than the base."""
-    space, base = trials.space, trials.finished(base_arm(trials.space.lora_alpha))
+    space, base = trials.space, trials.get_finished(make_base_arm(trials.space.lora_alpha))
     for step in (space.steps, _early_step(space, HALF)):
         loss = _loss_after(trials, space.top, learning_rate, step)
         if loss is not None and base is not None:
             is_loss = step < space.steps and space.points_are_losses
-            return loss >= (base.metrics["loss"] if is_loss else oriented(base, space))
+            return loss >= (base.metrics["loss"] if is_loss else orient_value(base, space))
     return False
 
 
@@ -324,8 +324,8 @@ def _loss_after(trials: Trials, rank: int, learning_rate: float, step: int) -> f
             continue
         if arm.truncate_from is not None or not isinstance(outcome, TrialFinished):
             continue
-        if arm.end == step and outcome.kept_step is None:
-            return outcome.metrics["loss"] if space.points_are_losses else oriented(outcome, space)
+        if arm.end == step and outcome.checkpoint_step is None:
+            return outcome.metrics["loss"] if space.points_are_losses else orient_value(outcome, space)
         for point in outcome.points:
             if point.step == step:
                 return -point.value if space.higher_is_better and not space.points_are_losses else point.value
@@ -334,7 +334,7 @@ def _loss_after(trials: Trials, rank: int, learning_rate: float, step: int) -> f
 
 def _can_look(space: Space) -> bool:
     """Whether trainings can stop early, are long enough for a look, and have learning rates to compare."""
-    return space.stages and len(space.learning_rates) > 1 and space.steps >= 1 / LOOK
+    return space.can_stop_early and len(space.learning_rates) > 1 and space.steps >= 1 / LOOK
 
 
 def _early_step(space: Space, part: float) -> int:
@@ -344,7 +344,7 @@ def _early_step(space: Space, part: float) -> int:
 
 def _early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
     """A training that stops after `part` of its steps."""
-    return space.arm(rank, learning_rate).model_copy(update={"stop_at": _early_step(space, part)})
+    return space.make_arm(rank, learning_rate).model_copy(update={"stop_at": _early_step(space, part)})
 
 
 def _annealed(trials: Trials, look: Arm) -> Arm:
@@ -357,21 +357,21 @@ def _annealed(trials: Trials, look: Arm) -> Arm:
 
 def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
     """The arm that resumes a stopped one and runs to `stop_at`, or to its end."""
-    before = trials.finished(stopped)
+    before = trials.get_finished(stopped)
     assert before is not None
     return stopped.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
 
 
 def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
     """Whether a look learned nothing. Learning rates that are too high to train level off, and a higher one may look better."""
-    base, loss = _look_loss(trials, base_arm(trials.space.lora_alpha)), _look_loss(trials, look)
+    base, loss = _look_loss(trials, make_base_arm(trials.space.lora_alpha)), _look_loss(trials, look)
     return base is not None and loss is not None and loss > base
 
 
 def _look_loss(trials: Trials, look: Arm) -> float | None:
     """The held-out loss, whatever the metric; the oriented value where a table has no loss."""
-    outcome = trials.finished(look)
-    return None if outcome is None else outcome.metrics.get("loss", oriented(outcome, trials.space))
+    outcome = trials.get_finished(look)
+    return None if outcome is None else outcome.metrics.get("loss", orient_value(outcome, trials.space))
 
 
 def find_learning_rate_cost(space: Space) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, seconds_of, steps_of
-from rightrank.search.history import Requests, Space, Trials, base_arm
+from rightrank.search.history import Requests, Space, Trials, make_base_arm
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class CostEstimate:
 
     expected: float
     maximum: float
-    to_adapter: float  # expected, until the first question is answered
-    least: float  # the smallest budget within which the strategy compares two ranks
+    expected_until_adapter: float  # expected, until the first question is answered
+    minimum: float  # the smallest budget within which the strategy compares two ranks
     max_arms: int  # an upper bound of the number of arms, the base included
 
 
@@ -39,7 +39,7 @@ class Strategy(ABC):
     - `ask` returns only arms without an outcome, and no arm twice.
     - `ask` returns an empty sequence in the end, whichever trials fail or diverge. A failed trial is a missing cell and
       no evidence against its rank.
-    - Arms and steps stay within `cost().max_arms`, `cost().maximum` and the budget of the space.
+    - Arms and steps stay within `estimate_cost().max_arms`, `estimate_cost().maximum` and the budget of the space.
     - Outcomes of arms that the strategy did not ask for change nothing.
 
     `unbounded_cost` holds for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
@@ -67,48 +67,48 @@ class Strategy(ABC):
 
     def unbounded_cost(self) -> CostEstimate:
         """The cost without a budget."""
-        cells = self._cells()
+        cells = self._count_cells()
         return CostEstimate(cells, cells, cells, len(self.space.learning_rates) + 1.0, 1 + 3 * cells)
 
-    def _cells(self) -> int:
+    def _count_cells(self) -> int:
         return math.prod(map(len, (self.space.ranks, self.space.learning_rates, self.space.seeds)))
 
-    def expected_arms(self) -> int:
+    def estimate_arms(self) -> int:
         """About how many arms `ask` will return in all. The progress display uses it."""
-        cost = self.cost()
+        cost = self.estimate_cost()
         return min(cost.max_arms, int(self.space.evaluates_base) + round(1.6 * cost.expected))
 
-    def cost(self) -> CostEstimate:
+    def estimate_cost(self) -> CostEstimate:
         """The cost before anything has run, at most the budget of the space; with the base where the space evaluates it."""
         cost, budget, space = self.unbounded_cost(), self.space.budget_steps, self.space
         maximum = cost.maximum if budget is None else min(cost.maximum, budget / space.steps)
         arms = cost.max_arms - 1 + int(space.evaluates_base)
-        expected, to_adapter = min(cost.expected, maximum), min(cost.to_adapter, maximum)
-        return CostEstimate(expected, maximum, to_adapter, cost.least, arms)
+        expected, to_adapter = min(cost.expected, maximum), min(cost.expected_until_adapter, maximum)
+        return CostEstimate(expected, maximum, to_adapter, cost.minimum, arms)
 
     def ask(self, outcomes: Iterable[TrialOutcome]) -> Sequence[Arm]:
         """The arms to run now. They may run in any order and at the same time."""
         return self._replay(outcomes)[1]
 
-    def trials(self, outcomes: Iterable[TrialOutcome]) -> Trials:
+    def replay_trials(self, outcomes: Iterable[TrialOutcome]) -> Trials:
         """What the script has seen of the outcomes, its answer to the first question, and its lines for a person."""
         return self._replay(outcomes)[0]
 
     def _replay(self, outcomes: Iterable[TrialOutcome]) -> tuple[Trials, list[Arm]]:
         """The point that the script reaches: its trials, and the arms it waits for."""
-        trials, known = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}
-        finished = {outcome.trial_id: outcome for outcome in known.values() if isinstance(outcome, TrialFinished)}
+        trials, outcomes_by_arm = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}
+        finished = {outcome.trial_id: outcome for outcome in outcomes_by_arm.values() if isinstance(outcome, TrialFinished)}
         limits = self.space.budget_steps, self.space.budget_seconds
         most_steps, most_seconds = (math.inf if limit is None else limit for limit in limits)
         spent_steps, spent_seconds = 0, 0.0
-        base = [[base_arm(self.space.lora_alpha)]] if self.space.evaluates_base else []
-        for wanted in chain(base, self.script(trials)):
+        base = [[make_base_arm(self.space.lora_alpha)]] if self.space.evaluates_base else []
+        for requested_arms in chain(base, self.script(trials)):
             waiting: list[Arm] = []
-            for arm in wanted:
+            for arm in requested_arms:
                 if arm in trials.outcomes:
                     continue
                 steps = steps_of(arm, finished)
-                outcome = known.get(arm)
+                outcome = outcomes_by_arm.get(arm)
                 pace = spent_seconds / spent_steps if spent_steps else 0.0
                 spent_steps += steps
                 seconds = spent_seconds + (pace * steps if outcome is None else 0.0)

@@ -9,11 +9,11 @@ import numpy as np
 
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.schema.trials import Arm
-from rightrank.search.history import Requests, Space, Trials, oriented
+from rightrank.search.history import Requests, Space, Trials, orient_value
 from rightrank.search.protocol import CostEstimate, Strategy
 
-MEASURING_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained
-NEIGHBOURS = 1  # learning rates to either side of the previous rank's best one
+NOISE_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained
+NEIGHBOUR_COUNT = 1  # learning rates to either side of the previous rank's best one
 
 
 class Upward(Strategy):
@@ -28,76 +28,76 @@ class Upward(Strategy):
 
     def script(self, trials: Trials) -> Requests:
         start, *higher = self.space.ranks
-        yield [self.space.arm(start, learning_rate) for learning_rate in self.space.learning_rates]
-        learning_rate = yield from self._train_seeds(trials, start, self.space.seeds[:MEASURING_SEEDS])
-        seeds = self._seeds_to_use(trials, start, learning_rate)
-        known = yield from self._train_seeds(trials, start, seeds)
+        yield [self.space.make_arm(start, learning_rate) for learning_rate in self.space.learning_rates]
+        learning_rate = yield from self._train_seeds(trials, start, self.space.seeds[:NOISE_SEEDS])
+        seeds = self._select_seeds(trials, start, learning_rate)
+        best_so_far = yield from self._train_seeds(trials, start, seeds)
         for rank in higher:
-            yield [self.space.arm(rank, near) for near in self._near(known)]
+            yield [self.space.make_arm(rank, neighbour_rate) for neighbour_rate in self._select_neighbours(best_so_far)]
             best = yield from self._train_seeds(trials, rank, seeds)
-            known = known if best is None else best
-            below = [other for other in trials.ranks() if other < rank]
-            if best is not None and below and not self.gains(trials, rank, below):
+            best_so_far = best_so_far if best is None else best
+            lower_ranks = [lower_rank for lower_rank in trials.list_ranks() if lower_rank < rank]
+            if best is not None and lower_ranks and not self.has_gain(trials, rank, lower_ranks):
                 return
 
     def unbounded_cost(self) -> CostEstimate:
         seeds, learning_rates = len(self.space.seeds), len(self.space.learning_rates)
-        expected = learning_rates + min(1 + 2 * NEIGHBOURS, learning_rates) + 2.0 * (seeds - 1)
-        maximum = float(self._cells())
+        expected = learning_rates + min(1 + 2 * NEIGHBOUR_COUNT, learning_rates) + 2.0 * (seeds - 1)
+        maximum = float(self._count_cells())
         expected = min(expected, maximum)
-        return CostEstimate(expected, maximum, expected, learning_rates + 1.0, 1 + self._cells())
+        return CostEstimate(expected, maximum, expected, learning_rates + 1.0, 1 + self._count_cells())
 
     def _train_seeds(
         self, trials: Trials, rank: int, seeds: Sequence[int]
     ) -> Generator[Sequence[Arm], None, float | None]:
         """Train the seeds at the best learning rate, until it stays the best; return it, or None without a result."""
         while True:
-            best = trials.best_learning_rate(rank)
+            best = trials.find_best_learning_rate(rank)
             if best is None:
                 return None
-            missing = [arm for seed in seeds if (arm := self.space.arm(rank, best, seed)) not in trials.outcomes]
+            missing = [arm for seed in seeds if (arm := self.space.make_arm(rank, best, seed)) not in trials.outcomes]
             if not missing:
                 return best
             yield missing
 
-    def _seeds_to_use(self, trials: Trials, rank: int, learning_rate: float | None) -> Sequence[int]:
+    def _select_seeds(self, trials: Trials, rank: int, learning_rate: float | None) -> Sequence[int]:
         """As many seeds as the measured noise needs, at most those of the space; a note states the figures."""
         space, values = self.space, []
         if learning_rate is not None:
-            values = [oriented(trial, space) for trial in trials.by_seed(rank, learning_rate).values()]
+            values = [orient_value(trial, space) for trial in trials.get_trials_by_seed(rank, learning_rate).values()]
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         if deviation == 0:
-            ended = "with the same result" if len(values) > 1 else "with a result"
+            outcome = "with the same result" if len(values) > 1 else "with a result"
             trials.notes.append(
-                f"Seed noise: not measured at rank {rank} ({len(values)} seed{'s' * (len(values) != 1)} {ended}); "
+                f"Seed noise: not measured at rank {rank} ({len(values)} seed{'s' * (len(values) != 1)} {outcome}); "
                 "seeds=(0, 1, 2) or more measure it."
             )
             return space.seeds
-        margin = space.margin_at(float(np.mean(values)))
+        margin = space.get_margin(float(np.mean(values)))
         needed = max(2, needed_seeds(deviation, margin))
-        trials.notes.append(_noise_note(space, rank, len(values), deviation, margin, needed))
+        trials.notes.append(_format_noise_note(space, rank, len(values), deviation, margin, needed))
         return space.seeds[:needed]
 
-    def _near(self, learning_rate: float | None) -> Sequence[float]:
+    def _select_neighbours(self, learning_rate: float | None) -> Sequence[float]:
         """The learning rate and its neighbours; all of them where none is known."""
         rates = self.space.learning_rates
         if learning_rate is None:
             return rates
-        place = rates.index(learning_rate)
-        return rates[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
+        index = rates.index(learning_rate)
+        return rates[max(0, index - NEIGHBOUR_COUNT) : index + NEIGHBOUR_COUNT + 1]
 
-    def gains(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
+    def has_gain(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
         """Whether the rank's mean is better than the best of the lower ranks by more than the margin."""
-        best = min((trials.best_loss(other) for other in lower), default=math.inf)
-        return best - trials.best_loss(rank) > self.space.margin_at(best)
+        best = min((trials.compute_best_loss(lower_rank) for lower_rank in lower), default=math.inf)
+        return best - trials.compute_best_loss(rank) > self.space.get_margin(best)
 
 
-def _noise_note(space: Space, rank: int, measured: int, deviation: float, margin: float, needed: int) -> str:
-    start = (
-        f"Seed noise at rank {rank}: a standard deviation of {deviation:.2g} over {measured} seeds. To show a difference of "
+def _format_noise_note(space: Space, rank: int, num_measured: int, deviation: float, margin: float, needed: int) -> str:
+    opening = (
+        f"Seed noise at rank {rank}: a standard deviation of {deviation:.2g} over {num_measured} seeds. To show a difference of "
         f"{margin:.2g} between two ranks takes about {needed} seed{'s' * (needed != 1)} a rank"
     )
-    given = len(space.seeds)
-    if needed <= given:
-        return f"{start}; {needed} of the {given} are used."
-    return f"{start}; the {given} given show differences from about {detectable_difference(deviation, given):.2g}."
+    num_seeds = len(space.seeds)
+    if needed <= num_seeds:
+        return f"{opening}; {needed} of the {num_seeds} are used."
+    return f"{opening}; the {num_seeds} given show differences from about {detectable_difference(deviation, num_seeds):.2g}."

@@ -48,7 +48,7 @@ class Batch:
         """What the model takes."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
-    def pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split_pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a value for each sequence [s], those of the chosen answers and those of the rejected ones."""
         return values[0::2], values[1::2]
 
@@ -66,7 +66,7 @@ class Batch:
         return numbers.repeat_interleave(repeats, output_size=size)[None]
 
 
-def batch_plan(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def plan_batches(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
     """`steps` batches of `batch_size` example indices, drawn in passes over all examples.
 
     The next pass completes a batch that a pass does not fill.
@@ -80,34 +80,34 @@ def batch_plan(examples: int, batch_size: int, steps: int, seed: int) -> list[li
 
 def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
     """The sequences of the examples at `indices`, padded to the longest."""
-    chosen = [examples[index] for index in indices]
-    sequences = [sequence for example in chosen for sequence in example.sequences()]
+    selected = [examples[index] for index in indices]
+    sequences = [sequence for example in selected for sequence in example.sequences()]
     longest = max(len(ids) for ids, _ in sequences)
     input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)
-    classification = len(chosen[0].labels) == 1  # a text to learn has two tokens at least
-    labels = torch.full((len(sequences), 1 if classification else longest), IGNORED, dtype=torch.long)
-    for row, (ids, their_labels) in enumerate(sequences):
+    is_classification = len(selected[0].labels) == 1  # a text to learn has two tokens at least
+    labels = torch.full((len(sequences), 1 if is_classification else longest), IGNORED, dtype=torch.long)
+    for row, (ids, sequence_labels) in enumerate(sequences):
         input_ids[row, : len(ids)] = torch.as_tensor(ids)
         mask[row, : len(ids)] = 1
-        labels[row, : len(their_labels)] = torch.as_tensor(their_labels)
-    tokens = sum(example.length for example in chosen)
+        labels[row, : len(sequence_labels)] = torch.as_tensor(sequence_labels)
+    tokens = sum(example.length for example in selected)
     return Batch(
         input_ids.to(device),
         mask.to(device),
-        (labels.squeeze(1) if classification else labels).to(device),
+        (labels.squeeze(1) if is_classification else labels).to(device),
         tuple(indices),
         tokens,
     )
 
 
-def length_sorted_batches(examples: TokenStore, batch_size: int) -> list[list[int]]:
+def batch_by_length(examples: TokenStore, batch_size: int) -> list[list[int]]:
     """All example indices in batches of like length, for evaluation. The composition is fixed, so values repeat exactly."""
     order: list[int] = np.argsort(examples.lengths, kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-class FixedGroups:
+class CacheBatches:
     """Examples in groups of like length and fixed composition, in which what the base alone gives is computed once.
 
     A resumed run computes the same groups, and so reads the same bits.
@@ -116,67 +116,67 @@ class FixedGroups:
     def __init__(self, examples: TokenStore, expected: Iterable[int], size: int) -> None:
         """Group the examples whose indices are in `expected`; any other one gets a group of its own when it is used."""
         self.examples = examples
-        self.groups: list[list[int]] = []
+        self.batches: list[list[int]] = []
         self._lengths = examples.lengths
         self._size = size
-        self._group_of: dict[int, int] = {}
+        self._batch_numbers: dict[int, int] = {}
         self._computed: set[int] = set()  # numbers of groups
         self.expect(expected)
 
     def expect(self, indices: Iterable[int]) -> None:
         """Group the examples among `indices` that have no group so far."""
-        new = np.asarray(sorted(set(indices) - self._group_of.keys()), np.int64)
-        ordered: list[int] = new[np.argsort(self._lengths[new], kind="stable")].tolist()
-        for start in range(0, len(ordered), self._size):
-            group = ordered[start : start + self._size]
-            self._group_of.update(dict.fromkeys(group, len(self.groups)))
-            self.groups.append(group)
+        new_indices = np.asarray(sorted(set(indices) - self._batch_numbers.keys()), np.int64)
+        sorted_indices: list[int] = new_indices[np.argsort(self._lengths[new_indices], kind="stable")].tolist()
+        for start in range(0, len(sorted_indices), self._size):
+            group = sorted_indices[start : start + self._size]
+            self._batch_numbers.update(dict.fromkeys(group, len(self.batches)))
+            self.batches.append(group)
 
     def missing(self, indices: Iterable[int]) -> Iterator[list[int]]:
         """Yield the groups of these examples that are not computed; one counts as computed when the next is asked for."""
-        wanted: set[int] = set()
+        numbers: set[int] = set()
         for index in indices:
-            if index not in self._group_of:
-                self._group_of[index] = len(self.groups)
-                self.groups.append([index])
-            wanted.add(self._group_of[index])
-        for number in sorted(wanted - self._computed):
-            yield self.groups[number]
+            if index not in self._batch_numbers:
+                self._batch_numbers[index] = len(self.batches)
+                self.batches.append([index])
+            numbers.add(self._batch_numbers[index])
+        for number in sorted(numbers - self._computed):
+            yield self.batches[number]
             self._computed.add(number)
 
 
-FUSED = "sdpa"  # transformers' name for torch's scaled_dot_product_attention
-ONE_BY_ONE = ("cpu",)  # devices on which a call for each example costs little
+FUSED_ATTENTION = "sdpa"  # transformers' name for torch's scaled_dot_product_attention
+PER_EXAMPLE_DEVICES = ("cpu",)  # devices on which a call for each example costs little
 
 
 @contextmanager
-def _replaced(table: Any, name: str, function: Any) -> Iterator[None]:
+def _replace_entry(table: Any, name: str, function: Any) -> Iterator[None]:
     """Within the block, `function` is registered under `name` in one of transformers' public tables."""
-    before = table[name]
+    original = table[name]
     table[name] = function
     try:
         yield
     finally:
         del table[name]
-        if table[name] is not before:  # nested replacements
-            table[name] = before
+        if table[name] is not original:  # nested replacements
+            table[name] = original
 
 
 @contextmanager
-def float32_attention() -> Iterator[None]:
+def use_float32_attention() -> Iterator[None]:
     """Within the block, torch's fused attention computes in float32."""
     functions: Any = ALL_ATTENTION_FUNCTIONS
-    with _replaced(functions, FUSED, partial(_attend_in_float32, functions[FUSED])):
+    with _replace_entry(functions, FUSED_ATTENTION, partial(_attend_in_float32, functions[FUSED_ATTENTION])):
         yield
 
 
-def _attend_in_float32(plain: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    wide = mask.float() if mask is not None and mask.is_floating_point() else mask
-    output, weights = plain(module, query.float(), key.float(), value.float(), wide, **options)
+def _attend_in_float32(attend: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    float_mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    output, weights = attend(module, query.float(), key.float(), value.float(), float_mask, **options)
     return output.to(query.dtype), weights
 
 
-def packed(batch: Batch) -> Batch:
+def pack_batch(batch: Batch) -> Batch:
     """A batch of b padded examples as one row of its T real tokens: tensors are [1, T].
 
     The first token of an example is not a label, because nothing in the example precedes it.
@@ -195,7 +195,7 @@ def packed(batch: Batch) -> Batch:
 
 
 @contextmanager
-def packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
+def use_packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
     """Within the block, torch's fused attention attends within examples of these lengths.
 
     On a CPU each example is one call, without padding. On other devices calls are expensive, so the examples are padded
@@ -203,34 +203,34 @@ def packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[N
     """
     functions: Any = ALL_ATTENTION_FUNCTIONS
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
-    plain = functions[FUSED]
-    if device.type in ONE_BY_ONE:
-        ours = partial(_attend_by_example, plain, tuple(lengths))
+    attend = functions[FUSED_ATTENTION]
+    if device.type in PER_EXAMPLE_DEVICES:
+        replacement = partial(_attend_per_example, attend, tuple(lengths))
     else:
         shape = len(lengths), max(lengths)
         begins = range(0, math.prod(shape), shape[1])
         rows = [torch.arange(begin, begin + n, device=device) for begin, n in zip(begins, lengths, strict=True)]
-        ours = partial(_attend_padded, plain, torch.cat(rows), shape)
-    with _replaced(functions, FUSED, ours), _replaced(masks, FUSED, lambda *_, **__: None):
+        replacement = partial(_attend_padded, attend, torch.cat(rows), shape)
+    with _replace_entry(functions, FUSED_ATTENTION, replacement), _replace_entry(masks, FUSED_ATTENTION, lambda *_, **__: None):
         yield
 
 
-def _attend_by_example(
-    plain: Any, lengths: tuple[int, ...], module: Any, query: Any, key: Any, value: Any, _mask: Any, **options: Any
+def _attend_per_example(
+    attend: Any, lengths: tuple[int, ...], module: Any, query: Any, key: Any, value: Any, _mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
     """query, key, value [1, heads, T, d] → [1, T, heads, d]"""
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([plain(module, *part, None, **options)[0] for part in parts], dim=1), None
+    examples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([attend(module, *example, None, **options)[0] for example in examples], dim=1), None
 
 
 def _attend_padded(
-    plain: Any, places: torch.Tensor, shape: tuple[int, int], module: Any, *rows: torch.Tensor, **options: Any
+    attend: Any, positions: torch.Tensor, shape: tuple[int, int], module: Any, *rows: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """As `_attend_by_example`, with a row's T positions at `places` of b × n padded ones, the `shape`."""
+    """As `_attend_per_example`, with a row's T positions at `places` of b × n padded ones, the `shape`."""
     padded: list[torch.Tensor] = []
     for row in rows[:3]:  # the fourth is the mask
         heads, width = row.shape[1], row.shape[3]
-        whole = row.new_zeros(heads, math.prod(shape), width).index_copy(1, places, row[0])
-        padded.append(whole.view(heads, *shape, width).transpose(0, 1))  # [b, heads, n, d]
-    output = plain(module, *padded, None, **options)[0]
-    return output.flatten(0, 1)[places][None], None
+        padded_row = row.new_zeros(heads, math.prod(shape), width).index_copy(1, positions, row[0])
+        padded.append(padded_row.view(heads, *shape, width).transpose(0, 1))  # [b, heads, n, d]
+    output = attend(module, *padded, None, **options)[0]
+    return output.flatten(0, 1)[positions][None], None

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from rightrank.models.kinds.base import training_is
+from rightrank.models.kinds.base import set_training_mode
 from rightrank.schema.errors import first_line, is_out_of_memory
 
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # Linux: reset the peak resident set (man 5 proc)
+_STATUS_FILE = Path("/proc/self/status")
+_CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
+_RESET_PEAK_COMMAND = "5"  # Linux: reset the peak resident set (man 5 proc)
 
 
 @contextmanager
-def memory_permitting() -> Iterator[list[str]]:
+def catch_out_of_memory() -> Iterator[list[str]]:
     """A block that ends where memory runs out; its value then holds the reason. No traceback keeps the failed pass after it."""
     reasons: list[str] = []
     try:
@@ -39,21 +39,21 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def reset_peak(device: torch.device) -> None:
-    """Start `peak_bytes` again. Only Linux can; elsewhere the peak on the CPU is that of the process's whole life."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `read_peak_bytes` again. Only Linux can; elsewhere the peak on the CPU is that of the process's whole life."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR.exists():
+    elif _CLEAR_REFS_FILE.exists():
         with suppress(PermissionError):  # a hardened container
-            _CLEAR.write_text(_RESET_PEAK)
+            _CLEAR_REFS_FILE.write_text(_RESET_PEAK_COMMAND)
 
 
-def peak_bytes(device: torch.device) -> int:
+def read_peak_bytes(device: torch.device) -> int:
     """The peak since it was last reset: tensor allocations on CUDA, the process's resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+    if _STATUS_FILE.exists():
+        for line in _STATUS_FILE.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -61,7 +61,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def gradient_checkpointing_on(model: Any) -> Iterator[None]:
+def enable_gradient_checkpointing(model: Any) -> Iterator[None]:
     """Within the block, the backward pass recomputes the activations inside the model's blocks.
 
     transformers checkpoints only blocks in training mode. Only the blocks are put in training mode, so that the base's
@@ -71,18 +71,18 @@ def gradient_checkpointing_on(model: Any) -> Iterator[None]:
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     enable()
     try:
-        with training_is(True, _checkpointed(model)):
+        with set_training_mode(True, _find_checkpointed_modules(model)):
             yield
     finally:
         disable()
 
 
 @contextmanager
-def kv_cache(model: Any) -> Iterator[None]:
+def enable_kv_cache(model: Any) -> Iterator[None]:
     """Within the block, generation uses the key-value cache, which transformers turns off in checkpointed blocks."""
-    with training_is(False, [block for block in _checkpointed(model) if block.training]):
+    with set_training_mode(False, [block for block in _find_checkpointed_modules(model) if block.training]):
         yield
 
 
-def _checkpointed(model: Any) -> list[Any]:
+def _find_checkpointed_modules(model: Any) -> list[Any]:
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]

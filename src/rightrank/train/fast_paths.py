@@ -20,91 +20,91 @@ from rightrank.data.token_store import IGNORED
 from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import is_out_of_memory
 from rightrank.schema.trials import SplitName
-from rightrank.train.batches import FUSED, Batch, float32_attention, packed, packed_attention
+from rightrank.train.batches import FUSED_ATTENTION, Batch, pack_batch, use_float32_attention, use_packed_attention
 from rightrank.train.loss import Objective, head_loss
 from rightrank.train.prefix import FrozenPrefix, find_blocks
 
-MAX_LABEL_SHARE = 0.75  # above this share of positions with a label, gathering rows costs more than it saves
+MAX_LABEL_FRACTION = 0.75  # above this share of positions with a label, gathering rows costs more than it saves
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_WISE = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, between losses
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, between losses
 
 
-RowsOnly: TypeAlias = Callable[[Any, Batch, Routing | None], AbstractContextManager[None]]  # of the last block
+RestrictLastBlock: TypeAlias = Callable[[Any, Batch, Routing | None], AbstractContextManager[None]]  # of the last block
 
 
 @dataclass(slots=True)
 class FastPaths:
-    float32_attention: bool = False
+    use_float32_attention: bool = False
     sequence_packing: bool = False
     last_block: Any = None  # None: the last block runs at every position
     prefix: FrozenPrefix | None = None
-    rows_only: RowsOnly | None = None  # how the last block runs at some rows; None: where a label follows
+    restrict_last_block: RestrictLastBlock | None = None  # how the last block runs at some rows; None: where a label follows
 
     @contextmanager
-    def applied(self, model: Any, split: SplitName, batch: Batch, routing: Routing | None = None) -> Iterator[Batch]:
+    def apply(self, model: Any, split: SplitName, batch: Batch, routing: Routing | None = None) -> Iterator[Batch]:
         """Within the block, `model` takes the fast paths; yields `batch` in the layout to give to it.
 
         The backward pass belongs inside the block: what it recomputes must see the same prefix, attention and rows.
         """
-        rows = packed(batch) if self.sequence_packing else batch
+        rows = pack_batch(batch) if self.sequence_packing else batch
         with ExitStack() as stack:
-            stack.enter_context(self.attention())
+            stack.enter_context(self.use_attention())
             if self.prefix is not None:
-                stack.enter_context(self.prefix.serving(model, split, rows))
-            stack.enter_context(_attention_of(rows))
+                stack.enter_context(self.prefix.serve_states(model, split, rows))
+            stack.enter_context(_restrict_attention(rows))
             if self.last_block is not None:
-                stack.enter_context((self.rows_only or _label_rows_only)(self.last_block, rows, routing))
+                stack.enter_context((self.restrict_last_block or _restrict_to_labels)(self.last_block, rows, routing))
             yield rows
 
-    def attention(self) -> AbstractContextManager[None]:
-        return float32_attention() if self.float32_attention else nullcontext()
+    def use_attention(self) -> AbstractContextManager[None]:
+        return use_float32_attention() if self.float32_attention else nullcontext()
 
 
-def _attention_of(rows: Batch) -> AbstractContextManager[None]:
+def _restrict_attention(rows: Batch) -> AbstractContextManager[None]:
     """Attention within the examples of a packed row; the model's own for a padded batch."""
-    return nullcontext() if rows.lengths is None else packed_attention(rows.lengths, rows.input_ids.device)
+    return nullcontext() if rows.lengths is None else use_packed_attention(rows.lengths, rows.input_ids.device)
 
 
-def _label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
+def _restrict_to_labels(block: Any, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
     """Within the block, the position-wise layers of `block`, the model's last, run at label positions only."""
-    keep = torch.zeros_like(batch.labels, dtype=torch.bool)  # [b, n], True where the next token is a label
-    keep[:, :-1] = batch.labels[:, 1:] != IGNORED
-    if float(keep.float().mean()) > MAX_LABEL_SHARE or not keep.any():
+    mask = torch.zeros_like(batch.labels, dtype=torch.bool)  # [b, n], True where the next token is a label
+    mask[:, :-1] = batch.labels[:, 1:] != IGNORED
+    if float(mask.float().mean()) > MAX_LABEL_FRACTION or not mask.any():
         return nullcontext()
-    return at_rows(_position_wise_modules(block), keep, routing)
+    return restrict_to_positions(_find_position_wise_modules(block), mask, routing)
 
 
 @contextmanager
-def at_rows(modules: Sequence[Any], keep: torch.Tensor, routing: Routing | None) -> Iterator[None]:
+def restrict_to_positions(modules: Sequence[Any], mask: torch.Tensor, routing: Routing | None) -> Iterator[None]:
     """Within the block, these position-wise layers run at the positions that `keep` [b, n] marks, and give zeros elsewhere."""
-    rows = keep.reshape(-1).nonzero()[:, 0]
-    before = [module.__dict__.get("forward") for module in modules]
+    rows = mask.reshape(-1).nonzero()[:, 0]
+    original_forwards = [module.__dict__.get("forward") for module in modules]
     for module in modules:
-        module.forward = partial(_on_rows, module.forward, rows, keep.shape)
+        module.forward = partial(_forward_at_rows, module.forward, rows, mask.shape)
     try:
-        with nullcontext() if routing is None else routing.only_rows(keep.reshape(-1)):
+        with nullcontext() if routing is None else routing.only_rows(mask.reshape(-1)):
             yield
     finally:
-        for module, forward in zip(modules, before, strict=True):
+        for module, forward in zip(modules, original_forwards, strict=True):
             if forward is None:
                 del module.forward
             else:
                 module.forward = forward
 
 
-def _position_wise_modules(block: Any) -> list[Any]:
+def _find_position_wise_modules(block: Any) -> list[Any]:
     """The MLP and the query and output projections of the attention, by their usual names in transformers."""
     modules = [getattr(block, name) for name in _MLP_NAMES if hasattr(block, name)]
     for name in _ATTENTION_NAMES:
         attention = getattr(block, name, None)
         if attention is not None:
-            modules.extend(getattr(attention, part) for part in _POSITION_WISE if hasattr(attention, part))
+            modules.extend(getattr(attention, projection) for projection in _POSITION_WISE if hasattr(attention, projection))
     return [module for module in modules if isinstance(module, torch.nn.Module)]
 
 
-def _on_rows(
+def _forward_at_rows(
     forward: Callable[..., Any], rows: torch.Tensor, shape: torch.Size, x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """`forward` on the given rows of an input [b, n, d], and zeros elsewhere; plain `forward` on any other shape.
@@ -115,15 +115,15 @@ def _on_rows(
     if x.shape[:-1] != shape:
         return forward(x, *args, **kwargs)
 
-    def chosen(value: Any) -> Any:
-        is_of_rows = isinstance(value, torch.Tensor) and value.ndim > 2 and value.shape[:2] == shape
-        return value.flatten(0, 1)[rows][None] if is_of_rows else value
+    def select_rows(value: Any) -> Any:
+        has_rows = isinstance(value, torch.Tensor) and value.ndim > 2 and value.shape[:2] == shape
+        return value.flatten(0, 1)[rows][None] if has_rows else value
 
-    y = forward(chosen(x), *map(chosen, args), **{name: chosen(value) for name, value in kwargs.items()})
-    first, *others = y if isinstance(y, tuple) else (y,)
-    whole = first.new_zeros(shape.numel(), first.shape[-1])
-    spread = whole.index_copy(0, rows, first[0]).view(*shape, -1)
-    return (spread, *others) if isinstance(y, tuple) else spread
+    outputs = forward(select_rows(x), *map(select_rows, args), **{name: select_rows(value) for name, value in kwargs.items()})
+    output, *extra_outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    zeros = output.new_zeros(shape.numel(), output.shape[-1])
+    scattered = zeros.index_copy(0, rows, output[0]).view(*shape, -1)
+    return (scattered, *extra_outputs) if isinstance(outputs, tuple) else scattered
 
 
 @torch.no_grad()
@@ -139,49 +139,49 @@ def find_fast_paths(
     """
     on_cpu, dtype = probe.input_ids.device.type == "cpu", next(model.parameters()).dtype
     paths = FastPaths(float32_attention=on_cpu and dtype in (torch.bfloat16, torch.float16))
-    if objective is head_loss and getattr(model.config, "_attn_implementation", None) == FUSED:
-        plain = _losses(model, objective, longest)
-        paths.sequence_packing = _agrees(model, plain, lambda: _losses(model, objective, packed(longest)))
-    rows = packed(probe) if paths.sequence_packing else probe
+    if objective is head_loss and getattr(model.config, "_attn_implementation", None) == FUSED_ATTENTION:
+        reference_losses = _compute_losses(model, objective, longest)
+        paths.sequence_packing = _has_equal_losses(model, reference_losses, lambda: _compute_losses(model, objective, pack_batch(longest)))
+    rows = pack_batch(probe) if paths.sequence_packing else probe
     stack = find_blocks(model)
     if objective is head_loss and stack is not None:
-        last, few = stack[1][-1], _with_few_labels(rows)
-        plain = _losses(model, objective, few)
-        if _agrees(model, plain, lambda: _losses(model, objective, few, _label_rows_only(last, few, None))):
-            paths.last_block = last
+        last_block, sparse_rows = stack[1][-1], _drop_labels(rows)
+        reference_losses = _compute_losses(model, objective, sparse_rows)
+        if _has_equal_losses(model, reference_losses, lambda: _compute_losses(model, objective, sparse_rows, _restrict_to_labels(last_block, sparse_rows, None))):
+            paths.last_block = last_block
     if prefix is not None:
-        plain = _losses(model, objective, probe).sum()
-        if _agrees(
-            model, plain, lambda: _losses(model, objective, rows, prefix.serving(model, "selection", rows)).sum()
+        reference_losses = _compute_losses(model, objective, probe).sum()
+        if _has_equal_losses(
+            model, reference_losses, lambda: _compute_losses(model, objective, rows, prefix.serve_states(model, "validation", rows)).sum()
         ):
             paths.prefix = prefix
     return paths
 
 
-def _with_few_labels(rows: Batch) -> Batch:
+def _drop_labels(rows: Batch) -> Batch:
     """The batch, without every other label where there are so many that the last block would run at every position unchecked."""
     labelled = (rows.labels.view(-1) != IGNORED).nonzero()[:, 0]
-    if len(labelled) <= MAX_LABEL_SHARE * rows.labels.numel():
+    if len(labelled) <= MAX_LABEL_FRACTION * rows.labels.numel():
         return rows
     labels = rows.labels.clone()
     labels.view(-1)[labelled[::2]] = IGNORED
     return replace(rows, labels=labels)
 
 
-def _losses(model: Any, objective: Objective, rows: Batch, *shortcut: AbstractContextManager[None]) -> torch.Tensor:
+def _compute_losses(model: Any, objective: Objective, rows: Batch, *fast_paths: AbstractContextManager[None]) -> torch.Tensor:
     """[b]: of the examples of a padded or packed batch, inside a shortcut."""
     with ExitStack() as stack:
-        for context in (*shortcut, _attention_of(rows)):
+        for context in (*fast_paths, _restrict_attention(rows)):
             stack.enter_context(context)
         return objective(model, rows, 1.0).example_losses
 
 
-def _agrees(model: Any, plain: torch.Tensor, shortcut: Callable[[], torch.Tensor]) -> bool:
+def _has_equal_losses(model: Any, reference_losses: torch.Tensor, compute_losses: Callable[[], torch.Tensor]) -> bool:
     """Whether a shortcut gives the `plain` losses; not where it raises."""
     try:
-        ours = shortcut()
+        losses = compute_losses()
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         if is_out_of_memory(error):
             raise
         return False
-    return torch.allclose(ours, plain, rtol=TOLERANCE[next(model.parameters()).dtype], atol=0)
+    return torch.allclose(losses, reference_losses, rtol=LOSS_TOLERANCE[next(model.parameters()).dtype], atol=0)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from rightrank.data.forms import Example
 from rightrank.schema.errors import DataError, is_out_of_memory
 from rightrank.schema.trials import SplitName
-from rightrank.train.device import kv_cache
+from rightrank.train.device import enable_kv_cache
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import Chat
 
@@ -21,7 +21,7 @@ from rightrank.train.tokens import Chat
 class ModelAnswer:
     """The model's answer to one held-out example; for classification, the predicted class."""
 
-    item_id: str
+    example_id: str
     prompt: str
     completion: str
     expected: str
@@ -31,14 +31,14 @@ class ModelAnswer:
 class Prompt:
     """A prompt as the model sees it, with the answer in the data."""
 
-    item_id: str
+    example_id: str
     text: str
     expected: str
     add_special_tokens: bool  # False for a chat template, which writes them itself
     end: str = ""  # what the chat template writes after an answer
 
 
-def prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
+def build_prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
     """The prompts of a split's examples that have a label within `seq_len`, in the split's order.
 
     Raises:
@@ -46,55 +46,55 @@ def prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
     """
     if runtime.data.summary.form == "text":
         raise DataError("the data has no prompt: metrics of what the model writes need `prompt` and `completion`")
-    kept = {example.item_id for example in runtime.data.splits[split]}
-    return [_prompt(runtime, example) for example in runtime.data.texts[split] if example.item_id in kept]
+    encoded_ids = {example.example_id for example in runtime.data.splits[split]}
+    return [_build_prompt(runtime, example) for example in runtime.data.texts[split] if example.example_id in encoded_ids]
 
 
-def answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
+def generate_answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
     """The answer to every example of a split under the adapter that the base now carries, without adapter dropout."""
     if runtime.data.is_classification:
-        return _predicted_classes(runtime, split)
-    asked = prompts(runtime, split)
-    texts = zip(asked, _generate(runtime, asked), strict=True)
-    return [ModelAnswer(prompt.item_id, prompt.text, text, prompt.expected) for prompt, text in texts]
+        return _predict_classes(runtime, split)
+    prompts = build_prompts(runtime, split)
+    texts = zip(prompts, _generate(runtime, prompts), strict=True)
+    return [ModelAnswer(prompt.example_id, prompt.text, text, prompt.expected) for prompt, text in texts]
 
 
-def _prompt(runtime: Runtime, example: Example) -> Prompt:
+def _build_prompt(runtime: Runtime, example: Example) -> Prompt:
     prompt = example.content.get("prompt")
     completion = example.content.get("completion", example.content.get("chosen"))  # or the chosen one of a pair
     if isinstance(prompt, str):
-        return Prompt(example.item_id, prompt, str(completion), add_special_tokens=True)
+        return Prompt(example.example_id, prompt, str(completion), add_special_tokens=True)
     messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    before, end = Chat(runtime.loaded.tokenizer).around_answer(messages[: last + 1])
-    return Prompt(example.item_id, before, messages[last]["content"], add_special_tokens=False, end=end)
+    text, end = Chat(runtime.loaded.tokenizer).split_around_answer(messages[: last + 1])
+    return Prompt(example.example_id, text, messages[last]["content"], add_special_tokens=False, end=end)
 
 
 @torch.no_grad()
-def _generate(runtime: Runtime, asked: Sequence[Prompt]) -> list[str]:
+def _generate(runtime: Runtime, prompts: Sequence[Prompt]) -> list[str]:
     """Greedy text for each prompt, without adapter dropout. Batches hold prompts of like length; running out of memory halves the batch size."""
-    encoded = [_prompt_ids(runtime, prompt) for prompt in asked]
-    order = sorted(range(len(asked)), key=lambda index: len(encoded[index]))
-    config = _generation_config(runtime, asked)
-    texts = [""] * len(asked)
-    size, begin = runtime.settings.eval_batch_size, 0
+    encoded = [_encode_prompt(runtime, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+    config = _make_generation_config(runtime, prompts)
+    texts = [""] * len(prompts)
+    batch_size, begin = runtime.settings.eval_batch_size, 0
     while begin < len(order):
-        chosen = order[begin : begin + size]
+        batch_indices = order[begin : begin + batch_size]
         try:
-            with runtime.without_dropout(), kv_cache(runtime.model):
-                generated = _generate_batch(runtime, [encoded[index] for index in chosen], config)
+            with runtime.disable_dropout(), enable_kv_cache(runtime.model):
+                generated = _generate_batch(runtime, [encoded[index] for index in batch_indices], config)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or size == 1:
+            if not is_out_of_memory(error) or batch_size == 1:
                 raise
-            size //= 2
+            batch_size //= 2
             continue
-        for index, text in zip(chosen, generated, strict=True):
+        for index, text in zip(batch_indices, generated, strict=True):
             texts[index] = text
-        begin += len(chosen)
+        begin += len(batch_indices)
     return texts
 
 
-def _prompt_ids(runtime: Runtime, prompt: Prompt) -> list[int]:
+def _encode_prompt(runtime: Runtime, prompt: Prompt) -> list[int]:
     """Token ids. A prompt too long for the model keeps its end; an empty one becomes the beginning-of-text token."""
     tokenizer: Any = runtime.loaded.tokenizer
     ids: list[int] = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens, verbose=False)["input_ids"]
@@ -119,14 +119,14 @@ def _generate_batch(runtime: Runtime, token_ids: Sequence[list[int]], config: An
     return texts
 
 
-def _generation_config(runtime: Runtime, asked: Sequence[Prompt]) -> Any:
+def _make_generation_config(runtime: Runtime, prompts: Sequence[Prompt]) -> Any:
     """Greedy decoding, whatever the model's own configuration; it ends at any end token of model, tokenizer or template."""
     tokenizer: Any = runtime.loaded.tokenizer
-    own = getattr(runtime.model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    for end in {prompt.end for prompt in asked if prompt.end}:
-        first = tokenizer(end.lstrip(), add_special_tokens=False)["input_ids"][:1]
-        ends |= set(first) & set(tokenizer.all_special_ids) | set(first) & set(tokenizer.added_tokens_decoder)
+    model_end_ids = getattr(runtime.model.generation_config, "eos_token_id", None)
+    end_ids = {tokenizer.eos_token_id, *(model_end_ids if isinstance(model_end_ids, list) else [model_end_ids])}
+    for end in {prompt.end for prompt in prompts if prompt.end}:
+        first_id = tokenizer(end.lstrip(), add_special_tokens=False)["input_ids"][:1]
+        end_ids |= set(first_id) & set(tokenizer.all_special_ids) | set(first_id) & set(tokenizer.added_tokens_decoder)
     config: Any = GenerationConfig  # untyped in transformers
     return config(
         max_new_tokens=runtime.settings.max_new_tokens,
@@ -138,23 +138,23 @@ def _generation_config(runtime: Runtime, asked: Sequence[Prompt]) -> Any:
         repetition_penalty=1.0,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        eos_token_id=sorted(end for end in end_ids if end is not None) or None,
     )
 
 
 @torch.no_grad()
-def _predicted_classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
+def _predict_classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
     names, examples = runtime.data.summary.classes or [], runtime.data.splits[split]
-    texts = {example.item_id: str(example.content["text"]) for example in runtime.data.texts[split]}
-    answered: list[ModelAnswer] = []
+    texts = {example.example_id: str(example.content["text"]) for example in runtime.data.texts[split]}
+    answers: list[ModelAnswer] = []
     size = runtime.settings.eval_batch_size
-    with runtime.without_dropout():
+    with runtime.disable_dropout():
         for begin in range(0, len(examples), size):
             rows = list(range(begin, min(begin + size, len(examples))))
-            batch = runtime.batch(split, rows)
+            batch = runtime.make_batch(split, rows)
             logits = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             for row, predicted in zip(rows, logits.argmax(-1).tolist(), strict=True):
                 example = examples[row]
                 expected = names[example.labels[0]]
-                answered.append(ModelAnswer(example.item_id, texts[example.item_id], names[predicted], expected))
-    return answered
+                answers.append(ModelAnswer(example.example_id, texts[example.example_id], names[predicted], expected))
+    return answers

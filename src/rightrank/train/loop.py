@@ -20,14 +20,20 @@ from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.train.batches import Batch
 from rightrank.train.covariances import ensure_moments
-from rightrank.train.device import free_memory, memory_permitting, peak_bytes, reset_peak
-from rightrank.train.metrics import measure
+from rightrank.train.device import catch_out_of_memory, free_memory, read_peak_bytes, reset_peak_memory
+from rightrank.train.metrics import measure_metrics
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.optimizer import Progress, take_step
 from rightrank.train.runtime import Runtime
-from rightrank.train.trial import ArmTraining, TrialFolders, adapter_name, evaluate_looks, finished
+from rightrank.train.trial import (
+    ArmTraining,
+    TrialFolders,
+    build_finished_trial,
+    evaluate_adapters,
+    format_adapter_name,
+)
 
-Folders = Callable[[Trial], TrialFolders]
+FolderFactory = Callable[[Trial], TrialFolders]
 
 
 def run_trial(
@@ -41,7 +47,7 @@ def train_trials(
     runtime: Runtime,
     trials: Sequence[Trial],
     base_loss: float | None,
-    folders: Folders,
+    folders: FolderFactory,
     listener: Listener,
     adapters_per_pass: int = 1,
 ) -> Iterator[TrialOutcome]:
@@ -62,15 +68,15 @@ def train_trials(
         if trial.arm.rank == 0:
             listener.on_event(TrialStarted(**trial.fields))
             yield _evaluate_base(runtime, trial, folders(trial))
-    trained = [trial for trial in trials if trial.arm.rank > 0]
-    for trial in trained:
-        places = folders(trial)
-        if places.truncate_from is not None and places.moments is not None:
-            for notice in ensure_moments(runtime, trial.arm, places.truncate_from, places.moments):
+    training_trials = [trial for trial in trials if trial.arm.rank > 0]
+    for trial in training_trials:
+        trial_folders = folders(trial)
+        if trial_folders.truncate_from is not None and trial_folders.moments is not None:
+            for notice in ensure_moments(runtime, trial.arm, trial_folders.truncate_from, trial_folders.moments):
                 listener.notice(notice)
-    if trained:
-        with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.recomputing():
-            yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(trained)
+    if training_trials:
+        with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.use_gradient_checkpointing():
+            yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(training_trials)
 
 
 def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
@@ -79,16 +85,16 @@ def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tri
     Raises:
         MetricError: a metric failed.
     """
-    begun = time.perf_counter()
-    reset_peak(runtime.loaded.device)
-    scores = runtime.evaluate("selection")
-    evaluated = time.perf_counter()
-    measured = measure(runtime, "selection", folders.answers)
-    measured.require(list(measured.failed))
-    ended = time.perf_counter()
-    progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
-    record = finished(trial, runtime.settings.metric_name, scores, measured, progress)
-    return record.model_copy(update={"peak_bytes": peak_bytes(runtime.loaded.device)})
+    start_time = time.perf_counter()
+    reset_peak_memory(runtime.loaded.device)
+    scores = runtime.evaluate("validation")
+    scored_time = time.perf_counter()
+    metric_results = measure_metrics(runtime, "validation", folders.answers)
+    metric_results.require_values(list(metric_results.failures))
+    end_time = time.perf_counter()
+    progress = Progress(eval_seconds=end_time - start_time, answer_seconds=end_time - scored_time)
+    record = build_finished_trial(trial, runtime.settings.metric_name, scores, metric_results, progress)
+    return record.model_copy(update={"peak_bytes": read_peak_bytes(runtime.loaded.device)})
 
 
 @dataclass(slots=True)
@@ -98,7 +104,7 @@ class _TrainingLoop:
     _runtime: Runtime
     _multi_lora: MultiLora
     _base_loss: float | None
-    _folders: Folders
+    _folders: FolderFactory
     _listener: Listener
     _limit: int  # of the adapters in a pass
     _waiting: deque[Trial] = field(default_factory=deque)
@@ -111,15 +117,15 @@ class _TrainingLoop:
         self._waiting.extend(sorted(trials, key=lambda trial: seeds.index(trial.arm.seed)))
         try:
             while self._waiting or self._running:
-                before = len(self._running)
+                previous_count = len(self._running)
                 yield from self._start_waiting()
-                if len(self._running) > before:
-                    reset_peak(self._runtime.loaded.device)
-                yield from self._take_out()  # arms resumed at their last step
+                if len(self._running) > previous_count:
+                    reset_peak_memory(self._runtime.loaded.device)
+                yield from self._remove_ended()  # arms resumed at their last step
                 if self._running:
                     self._step()
-                    yield from self._take_out()
-                self._checkpoint_due()
+                    yield from self._remove_ended()
+                self._save_due_checkpoints()
         except GeneratorExit:  # the caller closed the iterator
             self._save_all()
             raise
@@ -132,40 +138,40 @@ class _TrainingLoop:
                 self._listener.on_event(TrialStarted(**trial.fields))
                 self._started.add(trial.trial_id)
             folders = self._folders(trial)
-            with memory_permitting() as reasons:
+            with catch_out_of_memory() as reasons:
                 training = ArmTraining(self._runtime, trial, self._multi_lora, self._base_loss, folders, self._listener)
                 self._running.append(training)
             if reasons:
-                self._multi_lora.remove(adapter_name(trial))
+                self._multi_lora.remove(format_adapter_name(trial))
                 free_memory(self._runtime.loaded.device)
                 if self._running:
                     self._waiting.appendleft(trial)
                     self._reduce_limit(len(self._running), len(self._running) + 1)
                 else:
-                    yield self._out_of_memory(trial, *reasons)
+                    yield self._build_memory_failure(trial, *reasons)
         self._running.sort(key=lambda training: training.trial.arm.rank)  # neighbours of one rank share a product
         for training in self._running:
             if len(self._running) > len(training.pass_ranks):  # the fullest pass of this arm so far
-                others = [other.trial.arm.rank for other in self._running if other is not training]
-                training.pass_ranks = [training.trial.arm.rank, *others]
+                other_ranks = [neighbour.trial.arm.rank for neighbour in self._running if neighbour is not training]
+                training.pass_ranks = [training.trial.arm.rank, *other_ranks]
 
     def _step(self) -> None:
         """One step of every running arm. Where memory runs out, fewer arms continue."""
-        with memory_permitting() as reasons:
+        with catch_out_of_memory() as reasons:
             self._step_all()
         if not reasons:
             return
         free_memory(self._runtime.loaded.device)
-        first, before = self._running[0], len(self._running)
-        if before > 1:
-            for training in reversed(self._running[before // 2 :]):
+        first, num_running = self._running[0], len(self._running)
+        if num_running > 1:
+            for training in reversed(self._running[num_running // 2 :]):
                 training.save()
                 self._multi_lora.remove(training.adapter)
                 self._waiting.appendleft(training.trial)
-            del self._running[before // 2 :]
-            self._reduce_limit(before // 2, before)
+            del self._running[num_running // 2 :]
+            self._reduce_limit(num_running // 2, num_running)
         else:
-            first.ended = self._out_of_memory(first.trial, *reasons)
+            first.failure = self._build_memory_failure(first.trial, *reasons)
 
     def _step_all(self) -> None:
         """One step of every running arm in shared passes, and the evaluations that are due. Arms share the time evenly."""
@@ -175,15 +181,15 @@ class _TrainingLoop:
             arm_batches = [training.arm_batch(batch, number) for training, batch in pairs]
             return self._runtime.accumulate_gradients(self._multi_lora, arm_batches)
 
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         take_step([training.optimizer for training in self._running], run_pass)
-        seconds = (time.perf_counter() - begun) / len(self._running)
+        seconds = (time.perf_counter() - start_time) / len(self._running)
         for training in self._running:
-            training.end_step(seconds)
-        due = [training for training in self._running if training.wants_evaluation]
-        for are_looks in (True, False):
-            if alike := [training for training in due if training.is_looked_at is are_looks]:
-                self._evaluate(alike)
+            training.record_step(seconds)
+        due_trainings = [training for training in self._running if training.is_evaluation_due]
+        for is_subset in (True, False):
+            if trainings := [training for training in due_trainings if training.uses_eval_subset is is_subset]:
+                self._evaluate(trainings)
 
     def _evaluate(self, trainings: Sequence[ArmTraining]) -> None:
         """Give every training its held-out scores.
@@ -191,41 +197,41 @@ class _TrainingLoop:
         On running out of memory each half is evaluated in its own pass, and a single training ends.
         """
         adapters = [training.adapter for training in trainings]
-        begun = time.perf_counter()
-        with memory_permitting() as reasons:
-            all_scores = evaluate_looks(self._runtime, self._multi_lora, adapters, trainings[0].is_looked_at)
+        start_time = time.perf_counter()
+        with catch_out_of_memory() as reasons:
+            all_scores = evaluate_adapters(self._runtime, self._multi_lora, adapters, trainings[0].uses_eval_subset)
         if not reasons:
-            seconds = (time.perf_counter() - begun) / len(trainings)
+            seconds = (time.perf_counter() - start_time) / len(trainings)
             for training, scores in zip(trainings, all_scores, strict=True):
-                training.take_scores(scores, seconds)
+                training.record_scores(scores, seconds)
         elif len(trainings) > 1:
             half = len(trainings) // 2
             self._evaluate(trainings[:half])
             self._evaluate(trainings[half:])
         else:
-            trainings[0].ended = self._out_of_memory(trainings[0].trial, *reasons)
+            trainings[0].failure = self._build_memory_failure(trainings[0].trial, *reasons)
 
-    def _out_of_memory(self, trial: Trial, reason: str) -> TrialFailed:
-        place = self._runtime.loaded.device
-        reason = f"{trial.arm.label()} ran out of memory on {place}: {reason}"
+    def _build_memory_failure(self, trial: Trial, reason: str) -> TrialFailed:
+        device = self._runtime.loaded.device
+        reason = f"{trial.arm.label()} ran out of memory on {device}: {reason}"
         return TrialFailed(**trial.fields, error="out_of_memory", reason=reason)
 
-    def _reduce_limit(self, limit: int, tried: int) -> None:
+    def _reduce_limit(self, limit: int, attempted: int) -> None:
         self._limit = limit
         device = self._runtime.loaded.device
-        self._listener.notice(f"{tried} adapters per pass ran out of memory on {device}: continuing with {limit}")
+        self._listener.notice(f"{attempted} adapters per pass ran out of memory on {device}: continuing with {limit}")
 
-    def _take_out(self) -> Iterator[TrialOutcome]:
+    def _remove_ended(self) -> Iterator[TrialOutcome]:
         """Yield the outcomes of the arms that are over, those without a result first."""
-        for training in [training for training in self._running if training.ended is not None]:
+        for training in [training for training in self._running if training.failure is not None]:
             self._running.remove(training)
             self._multi_lora.remove(training.adapter)
-            assert training.ended is not None
-            yield training.ended
+            assert training.failure is not None
+            yield training.failure
             training.folders.checkpoint.unlink(missing_ok=True)
         for training in [training for training in self._running if training.is_done]:
             try:
-                outcome = training.finish(peak_bytes(self._runtime.loaded.device))
+                outcome = training.finish(read_peak_bytes(self._runtime.loaded.device))
             except MetricError:  # keep what has been trained
                 self._save_all()
                 raise
@@ -238,14 +244,14 @@ class _TrainingLoop:
         for training in self._running:
             training.save()
 
-    def _checkpoint_due(self) -> None:
+    def _save_due_checkpoints(self) -> None:
         """Write the checkpoints that are due; when asked to stop, write all and raise."""
         if self._running and self._listener.should_stop():
             self._save_all()
-            first, others = self._running[0], len(self._running) - 1
-            more = f" and {others} more" if others else ""
+            first, num_others = self._running[0], len(self._running) - 1
+            suffix = f" and {num_others} more" if num_others else ""
             step = f"step {first.progress.step} of {first.trial.arm.steps}"
-            raise InterruptedRun(f"stopped at {step} of {first.trial.arm.label()}{more}")
+            raise InterruptedRun(f"stopped at {step} of {first.trial.arm.label()}{suffix}")
         for training in self._running:
             if training.is_checkpoint_due:
                 training.save()

@@ -35,13 +35,13 @@ from torch.utils.checkpoint import checkpoint
 
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.trials import SplitName
-from rightrank.train.batches import Batch, FixedGroups
+from rightrank.train.batches import Batch, CacheBatches
 
-CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
+MAX_CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
-CAUSAL_TOKENS = 16  # of an example, on which later tokens are shown to be invisible
+CAUSALITY_TOKENS = 16  # of an example, on which later tokens are shown to be invisible
 # Relative, between the changes of logits at earlier tokens and at the changed one.
-CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2}
+CAUSALITY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Scale: TypeAlias = float | torch.Tensor  # of every loss; or [b], one per example
@@ -74,7 +74,7 @@ class LabelledBatch(Protocol):
 
     def sequence_numbers(self) -> torch.Tensor: ...
 
-    def pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def split_pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 Objective: TypeAlias = Callable[[Any, Any, Scale], BatchLoss]  # of a model and a `LabelledBatch`
@@ -110,7 +110,7 @@ def make_likelihood(model: Any, batch: LabelledBatch, classification: bool) -> O
     """The fastest objective that gives the model's own cross-entropies on `batch`."""
     if classification:
         return classification_loss
-    if _head_agrees(model, batch):
+    if _is_head_equivalent(model, batch):
         return head_loss
     return logits_loss
 
@@ -120,82 +120,82 @@ def classification_loss(model: Any, batch: LabelledBatch, scale: Scale) -> Batch
     logits = model(**batch.inputs).logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     correct = (logits.argmax(-1) == batch.labels).cpu().double()
-    ones = torch.ones_like(batch.labels).cpu()
-    return BatchLoss((losses * scale).sum(), losses.detach().cpu().double(), ones, {"accuracy": correct})
+    label_counts = torch.ones_like(batch.labels).cpu()
+    return BatchLoss((losses * scale).sum(), losses.detach().cpu().double(), label_counts, {"accuracy": correct})
 
 
-def _head_labels(model: Any, batch: Batch, scale: Scale) -> _LabelLosses:
+def _compute_head_losses(model: Any, batch: Batch, scale: Scale) -> _LabelLosses:
     """Shifted cross-entropy, with the head applied at label positions only."""
     # Padding is on the right and attention is causal, so no label position attends to padding. Without the mask,
     # attention takes its causal fast path.
-    restarting: dict[str, torch.Tensor] = {}
+    position_inputs: dict[str, torch.Tensor] = {}
     if batch.lengths is not None:  # the position of each token in its example
         positions = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
-        restarting["position_ids"] = torch.cat(positions)[None]
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **restarting).last_hidden_state
-    return _of_hidden(hidden, batch, OutputHead(model), scale)
+        position_inputs["position_ids"] = torch.cat(positions)[None]
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **position_inputs).last_hidden_state
+    return _compute_hidden_losses(hidden, batch, OutputHead(model), scale)
 
 
-def _of_hidden(hidden: torch.Tensor, batch: LabelledBatch, head: OutputHead, scale: Scale) -> _LabelLosses:
+def _compute_hidden_losses(hidden: torch.Tensor, batch: LabelledBatch, head: OutputHead, scale: Scale) -> _LabelLosses:
     """The cross-entropies of the labels under the last hidden states [rows, n, d]."""
-    keep, targets = _label_positions(batch)
-    sequences = batch.sequence_numbers()[:, 1:][keep]
-    by_label = _by_label(scale, sequences)
-    return _LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, head, by_label), sequences)
+    is_label, targets = _find_label_positions(batch)
+    sequences = batch.sequence_numbers()[:, 1:][is_label]
+    label_scale = _expand_scale(scale, sequences)
+    return _LabelLosses(*chunked_cross_entropy(hidden[:, :-1][is_label], targets, head, label_scale), sequences)
 
 
-def _logits_labels(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
+def _compute_full_logits_losses(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
     """Shifted cross-entropy of the model's own logits, at all positions at once."""
-    return _of_logits(model(**batch.inputs, use_cache=False).logits, batch, scale)
+    return _compute_logits_losses(model(**batch.inputs, use_cache=False).logits, batch, scale)
 
 
-def _of_logits(logits: torch.Tensor, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
-    keep, targets = _label_positions(batch)
-    losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
-    sequences = batch.sequence_numbers()[:, 1:][keep]
-    return _LabelLosses(losses * _by_label(scale, sequences), losses.detach(), sequences)
+def _compute_logits_losses(logits: torch.Tensor, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
+    is_label, targets = _find_label_positions(batch)
+    losses = F.cross_entropy(logits[:, :-1][is_label].float(), targets, reduction="none")
+    sequences = batch.sequence_numbers()[:, 1:][is_label]
+    return _LabelLosses(losses * _expand_scale(scale, sequences), losses.detach(), sequences)
 
 
-def base_of(model: Any) -> Any:
+def get_base_model(model: Any) -> Any:
     """The model that PEFT has wrapped, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def own_pass_labels(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
-    """As `_head_labels`, in the pass that the model of another trainer makes itself, whatever its inputs and kernels are.
+def compute_native_pass_losses(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
+    """As `_compute_head_losses`, in the pass that the model of another trainer makes itself, whatever its inputs and kernels are.
 
     A pre-hook of its head computes the losses from the head's input, and the model's own call of the head gets one position. Where the
     head is adapted or never called, where the model changes the logits in a way of its own, and in a backward pass of a sharded
     model, the losses come from whole logits.
     """
-    base = base_of(model)
+    base = get_base_model(model)
     head = base.get_output_embeddings()
     is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if head is None or isinstance(head, BaseTunerLayer) or (torch.is_grad_enabled() and is_sharded):
-        return _of_logits(model(**batch.inputs).logits, batch, scale)
-    first: list[torch.Tensor] = []
+        return _compute_logits_losses(model(**batch.inputs).logits, batch, scale)
+    first_logits: list[torch.Tensor] = []
     losses: list[_LabelLosses] = []
 
-    def before(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        own = OutputHead(base, module.forward)
-        first.append(own(inputs[0][:1, :1]).detach().float())
-        losses.append(_of_hidden(inputs[0], batch, own, scale))
+    def compute_from_head_input(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        output_head = OutputHead(base, module.forward)
+        first_logits.append(output_head(inputs[0][:1, :1]).detach().float())
+        losses.append(_compute_hidden_losses(inputs[0], batch, output_head, scale))
         return inputs[0][:, :1], *inputs[1:]
 
-    handle = head.register_forward_pre_hook(before)
+    handle = head.register_forward_pre_hook(compute_from_head_input)
     try:
         logits = model(**batch.inputs).logits
     finally:
         handle.remove()
     if not losses:  # the head's weight is used without the module
-        return _of_logits(logits, batch, scale)
-    if torch.allclose(first[0], logits[:1, :1].detach().float(), rtol=HEAD_TOLERANCE, atol=1e-4):
+        return _compute_logits_losses(logits, batch, scale)
+    if torch.allclose(first_logits[0], logits[:1, :1].detach().float(), rtol=HEAD_TOLERANCE, atol=1e-4):
         return losses[0]
-    return _of_logits(model(**batch.inputs).logits, batch, scale)
+    return _compute_logits_losses(model(**batch.inputs).logits, batch, scale)
 
 
-head_loss = Likelihood(_head_labels)
-logits_loss = Likelihood(_logits_labels)
+head_loss = Likelihood(_compute_head_losses)
+logits_loss = Likelihood(_compute_full_logits_losses)
 
 
 def chunked_cross_entropy(
@@ -206,11 +206,11 @@ def chunked_cross_entropy(
     `hidden` is [n, d], `targets` is [n], `scale` is a number or [n].
     """
     if any(parameter.requires_grad for parameter in getattr(head, "linear", torch.nn.Module()).parameters()):
-        pieces = [
-            checkpoint(_chunk_losses, part, labels, head, use_reentrant=False)
-            for part, labels in _chunks(hidden, targets, head)
+        chunk_losses = [
+            checkpoint(_compute_chunk_losses, hidden_chunk, labels, head, use_reentrant=False)
+            for hidden_chunk, labels in _split_chunks(hidden, targets, head)
         ]
-        losses = torch.cat(pieces)
+        losses = torch.cat(chunk_losses)
         return losses * scale, losses.detach()
     apply: Any = _FrozenHeadLoss.apply  # untyped in torch
     scaled, losses = apply(hidden, targets, head, scale)
@@ -231,16 +231,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         begin = 0
-        for part, labels in _chunks(hidden, targets, head):
+        for hidden_chunk, labels in _split_chunks(hidden, targets, head):
             weight = scale[begin : begin + len(labels)] if isinstance(scale, torch.Tensor) else scale
             begin += len(labels)
             with torch.set_grad_enabled(needs_gradient):
-                leaf = part.detach().requires_grad_(needs_gradient)
-                chunk = _chunk_losses(leaf, labels, head)
-                total = (chunk * weight).sum()
+                leaf = hidden_chunk.detach().requires_grad_(needs_gradient)
+                chunk_losses = _compute_chunk_losses(leaf, labels, head)
+                total = (chunk_losses * weight).sum()
             if needs_gradient:
                 gradients.append(torch.autograd.grad(total, leaf)[0])
-            losses.append(chunk.detach())
+            losses.append(chunk_losses.detach())
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         all_losses = torch.cat(losses)
@@ -253,13 +253,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return hidden_gradient * gradients[0][:, None].to(hidden_gradient.dtype), None, None, None
 
 
-def _chunk_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+def _compute_chunk_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def _chunks(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _split_chunks(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> list[tuple[torch.Tensor, torch.Tensor]]:
     vocabulary = getattr(head, "vocabulary", 2**16)
-    rows = max(1, CHUNK_LOGITS // vocabulary)
+    rows = max(1, MAX_CHUNK_LOGITS // vocabulary)
     return list(zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True))
 
 
@@ -283,45 +283,45 @@ class OutputHead:
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
 
-def _label_positions(batch: LabelledBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def _find_label_positions(batch: LabelledBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """`(keep [b, n-1], targets [m])`: True where the next token is a label, and those labels."""
     shifted = batch.labels[:, 1:]
-    keep = shifted != IGNORED
-    return keep, shifted[keep]
+    is_label = shifted != IGNORED
+    return is_label, shifted[is_label]
 
 
-def _by_label(scale: Scale, sequences: torch.Tensor) -> Scale:
+def _expand_scale(scale: Scale, sequences: torch.Tensor) -> Scale:
     """The scale of each label [m], from the scale of each sequence."""
     return scale[sequences] if isinstance(scale, torch.Tensor) else scale
 
 
 @torch.no_grad()
-def _head_agrees(model: Any, batch: LabelledBatch) -> bool:
+def _is_head_equivalent(model: Any, batch: LabelledBatch) -> bool:
     """Whether the head alone gives the model's own losses on `batch`."""
     if model.get_output_embeddings() is None or not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         return False
     if model.base_model is model:
         return False
-    theirs = logits_loss(model, batch, 1.0).example_losses
-    ours = head_loss(model, batch, 1.0).example_losses
-    return torch.allclose(ours, theirs, rtol=HEAD_TOLERANCE if theirs.isfinite().all() else 0, atol=1e-4)
+    model_losses = logits_loss(model, batch, 1.0).example_losses
+    head_losses = head_loss(model, batch, 1.0).example_losses
+    return torch.allclose(head_losses, model_losses, rtol=HEAD_TOLERANCE if model_losses.isfinite().all() else 0, atol=1e-4)
 
 
 @torch.no_grad()
-def sees_later_tokens(model: Any, token_ids: torch.Tensor) -> bool:
+def can_see_later_tokens(model: Any, token_ids: torch.Tensor) -> bool:
     """Whether another last token changes the logits before it, as in BERT: the model then sees the label that it predicts.
 
     `token_ids` [n] are those of an example. Two rows of one batch are compared, so that a causal model's are equal but for
     rounding.
     """
-    ids = token_ids[:CAUSAL_TOKENS].repeat(2, 1)
+    ids = token_ids[:CAUSALITY_TOKENS].repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % model.config.get_text_config().vocab_size
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
     changes = (logits[1] - logits[0]).abs().amax(dim=1)
-    return bool(changes[:-1].max() > CAUSAL_TOLERANCE[next(model.parameters()).dtype] * changes[-1])
+    return bool(changes[:-1].max() > CAUSALITY_TOLERANCE[next(model.parameters()).dtype] * changes[-1])
 
 
-TIE = 1e-5  # a reward margin below which a pair counts half, as every pair of the base does: rounding is no preference
+TIE_MARGIN = 1e-5  # a reward margin below which a pair counts half, as every pair of the base does: rounding is no preference
 
 LogProbabilities = Callable[[SplitName, Sequence[int]], torch.Tensor]
 
@@ -339,12 +339,12 @@ class PreferenceLoss:
         labels = self.labels(model, batch, 1.0)
         counts = torch.bincount(labels.sequences, minlength=batch.sequences).tolist()
         # Summed one by one, because a sum over padded rows depends on the longest sequence of the batch.
-        sums = torch.stack([part.sum() for part in torch.split(labels.scaled, counts)])
-        chosen, rejected = batch.pairs(-sums - batch.reference.to(sums))
+        sums = torch.stack([sequence_losses.sum() for sequence_losses in torch.split(labels.scaled, counts)])
+        chosen, rejected = batch.split_pairs(-sums - batch.reference.to(sums))
         margins = self.beta * (chosen - rejected)
         losses = -F.logsigmoid(margins)
         metrics = {
-            "reward_accuracy": (1 + margins.sign() * (margins.abs() > TIE)) / 2,
+            "reward_accuracy": (1 + margins.sign() * (margins.abs() > TIE_MARGIN)) / 2,
             "reward_margin": margins,
             "chosen_log_ratio": chosen,
         }
@@ -359,40 +359,40 @@ class PreferenceLoss:
 class Reference:
     """The log-probabilities of both answers of every pair under the base, computed once and kept in memory."""
 
-    def __init__(self, groups: Mapping[SplitName, FixedGroups], compute: LogProbabilities) -> None:
+    def __init__(self, groups: Mapping[SplitName, CacheBatches], compute: LogProbabilities) -> None:
         """Compute nothing yet.
 
         Args:
             groups: the pairs that are computed together.
             compute: gives the log-probabilities [2b] of some pairs of a split.
         """
-        self.groups = groups
+        self.batches = groups
         self._compute = compute
         self._values = {split: np.full((len(grouped.examples), 2), np.nan) for split, grouped in groups.items()}
 
-    def fill(self, split: SplitName, wanted: Iterable[int]) -> Iterator[int]:
+    def compute_missing(self, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
         """Compute what is missing for the pairs in `wanted`; yields the number of pairs in each group."""
-        for group in self.groups[split].missing(wanted):
+        for group in self.batches[split].missing(indices):
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
             yield len(group)
 
     def of(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
         """[2b], float64, on the CPU: chosen and rejected of each pair."""
-        deque(self.fill(split, indices), maxlen=0)
+        deque(self.compute_missing(split, indices), maxlen=0)
         return torch.from_numpy(self._values[split][list(indices)]).flatten()
 
 
 @contextmanager
-def with_adapter(model: Any, name: str | None) -> Iterator[None]:
+def use_adapter(model: Any, name: str | None) -> Iterator[None]:
     """Within the block, PEFT's layers on `model` compute with the adapter `name` alone, or with none; nothing else changes."""
     layers: list[Any] = [
         module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer, active, _ in before:
-        layer._active_adapter, layer._disable_adapters = active if name is None else [name], name is None
+    previous_states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer, previous_adapter, _ in previous_states:
+        layer._active_adapter, layer._disable_adapters = previous_adapter if name is None else [name], name is None
     try:
         yield
     finally:
-        for layer, active, disabled in before:
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        for layer, previous_adapter, was_disabled in previous_states:
+            layer._active_adapter, layer._disable_adapters = previous_adapter, was_disabled

@@ -22,53 +22,53 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from rightrank.data.files import replacing
+from rightrank.data.files import replace_file
 from rightrank.schema.errors import MetricError, SettingsError
 from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
-from rightrank.train.evaluation import Measured
-from rightrank.train.generation import ModelAnswer, answers
+from rightrank.train.evaluation import MetricResults
+from rightrank.train.generation import ModelAnswer, generate_answers
 from rightrank.train.runtime import Runtime
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def _normalised(text: str) -> str:
+def _normalise(text: str) -> str:
     """Lower case without punctuation, English articles and extra space, as in the evaluation script of SQuAD."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def exact_match(expected: str, written: str) -> float:
+def score_exact_match(expected: str, completion: str) -> float:
     """1 if both are equal after normalisation."""
-    return float(_normalised(expected) == _normalised(written))
+    return float(_normalise(expected) == _normalise(completion))
 
 
-def token_f1(expected: str, written: str) -> float:
+def score_token_f1(expected: str, completion: str) -> float:
     """The harmonic mean of precision and recall over normalised words, each counted as often as it occurs."""
-    ours, theirs = _normalised(written).split(), _normalised(expected).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    return _f1(sum((Counter(ours) & Counter(theirs)).values()), len(ours), len(theirs))
+    completion_words, expected_words = _normalise(completion).split(), _normalise(expected).split()
+    if not completion_words or not expected_words:
+        return float(completion_words == expected_words)
+    return _compute_f1(sum((Counter(completion_words) & Counter(expected_words)).values()), len(completion_words), len(expected_words))
 
 
-def rouge_l(expected: str, written: str) -> float:
+def score_rouge_l(expected: str, completion: str) -> float:
     """The F1 of ROUGE-L (Lin 2004): the longest common subsequence of lower-case words of letters and digits, not stemmed."""
-    ours, theirs = _words(written), _words(expected)
-    if not ours or not theirs:
+    completion_words, expected_words = _split_words(completion), _split_words(expected)
+    if not completion_words or not expected_words:
         return 0.0
-    return _f1(_common_length(ours, theirs), len(ours), len(theirs))
+    return _compute_f1(_compute_common_length(completion_words, expected_words), len(completion_words), len(expected_words))
 
 
-def rouge_n(expected: str, written: str, n: int) -> float:
-    """The F1 of ROUGE-N (Lin 2004): n-grams, each counted as often as it occurs, of words as in `rouge_l`."""
-    ours, theirs = _ngrams(_words(written), n), _ngrams(_words(expected), n)
-    whole = ours.total() + theirs.total()
-    return 2 * (ours & theirs).total() / whole if ours and theirs else 0.0
+def score_rouge_n(expected: str, completion: str, n: int) -> float:
+    """The F1 of ROUGE-N (Lin 2004): n-grams, each counted as often as it occurs, of words as in `score_rouge_l`."""
+    completion_ngrams, expected_ngrams = _count_ngrams(_split_words(completion), n), _count_ngrams(_split_words(expected), n)
+    num_ngrams = completion_ngrams.total() + expected_ngrams.total()
+    return 2 * (completion_ngrams & expected_ngrams).total() / num_ngrams if completion_ngrams and expected_ngrams else 0.0
 
 
-def macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[float, list[float]]:
+def score_macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[float, list[float]]:
     """The mean F1 over the classes that occur on either side, as `average="macro"` in scikit-learn, and each example's share.
 
     The metric is no mean over examples. The shares, whose mean it is, are pseudo-values of the jackknife (Tukey 1958) about
@@ -77,95 +77,95 @@ def macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[float, 
     have the same share, so that few matrices are scored.
     """
     pairs = Counter(zip(expected, predicted, strict=True))
-    whole, count = _macro_f1(pairs), pairs.total()
+    whole, count = _compute_macro_f1(pairs), pairs.total()
     if count < 2:
         return whole, [whole]
-    by_pair = {pair: _macro_f1(pairs - Counter([pair])) for pair in pairs}
-    without = [by_pair[pair] for pair in zip(expected, predicted, strict=True)]
-    mean = sum(without) / count
-    return whole, [whole + (count - 1) * (mean - value) for value in without]
+    by_pair = {pair: _compute_macro_f1(pairs - Counter([pair])) for pair in pairs}
+    leave_one_out = [by_pair[pair] for pair in zip(expected, predicted, strict=True)]
+    mean = sum(leave_one_out) / count
+    return whole, [whole + (count - 1) * (mean - value) for value in leave_one_out]
 
 
-def _macro_f1(pairs: Counter[tuple[str, str]]) -> float:
+def _compute_macro_f1(pairs: Counter[tuple[str, str]]) -> float:
     """Of the counts of (expected, predicted)."""
-    theirs: Counter[str] = Counter()
-    ours: Counter[str] = Counter()
-    for (expected, predicted), count in pairs.items():
-        theirs[expected] += count
-        ours[predicted] += count
-    classes = sorted({*theirs, *ours})
-    return sum(_f1(pairs[name, name], ours[name], theirs[name]) for name in classes) / len(classes)
+    expected_counts: Counter[str] = Counter()
+    predicted_counts: Counter[str] = Counter()
+    for (expected, predicted), count in pairs.example_scores():
+        expected_counts[expected] += count
+        predicted_counts[predicted] += count
+    classes = sorted({*expected_counts, *predicted_counts})
+    return sum(_compute_f1(pairs[name, name], predicted_counts[name], expected_counts[name]) for name in classes) / len(classes)
 
 
-def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+def _count_ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(zip(*(words[start:] for start in range(n)), strict=False))
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def _f1(common: int, ours: int, theirs: int) -> float:
-    return 2 * common / (ours + theirs)
+def _compute_f1(num_common: int, num_predicted: int, num_expected: int) -> float:
+    return 2 * num_common / (num_predicted + num_expected)
 
 
-def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
+def _compute_common_length(first: Sequence[str], second: Sequence[str]) -> int:
     """The length of the longest common subsequence, by dynamic programming one row at a time."""
     row = [0] * (len(second) + 1)
     for word in first:
-        above = row
+        previous_row = row
         row = [0]
-        for column, other in enumerate(second, start=1):
-            row.append(above[column - 1] + 1 if word == other else max(above[column], row[-1]))
+        for column, second_word in enumerate(second, start=1):
+            row.append(previous_row[column - 1] + 1 if word == second_word else max(previous_row[column], row[-1]))
     return row[-1]
 
 
 TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and the generated text
-    "exact_match": exact_match,
-    "f1": token_f1,
-    "rouge1": partial(rouge_n, n=1),
-    "rouge2": partial(rouge_n, n=2),
-    "rougeL": rouge_l,
+    "exact_match": score_exact_match,
+    "f1": score_token_f1,
+    "rouge1": partial(score_rouge_n, n=1),
+    "rouge2": partial(score_rouge_n, n=2),
+    "rougeL": score_rouge_l,
 }
 
 
-def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Measured:
+def measure_metrics(runtime: Runtime, split: SplitName, answers_file: Path | None = None) -> MetricResults:
     """Every metric that is measured when a training ends, on a split, under the adapter that the base now carries.
 
     Args:
         split: the examples to answer.
-        keep: a file for the answers, one JSON object a line: item_id, prompt, completion, expected.
+        keep: a file for the answers, one JSON object a line: example_id, prompt, completion, expected.
     """
-    specs = [spec for spec in runtime.settings.metric_specs if not spec.is_measured_along]
-    measured = Measured()
+    specs = [spec for spec in runtime.settings.metric_specs if not spec.is_eval_metric]
+    results = MetricResults()
     if not specs:
-        return measured
-    answered = answers(runtime, split)
-    if keep is not None and answered:
-        with replacing(keep) as temporary:
-            lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answered)
+        return results
+    answers = generate_answers(runtime, split)
+    if answers_file is not None and answers:
+        with replace_file(answers_file) as temporary:
+            lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
             temporary.write_text("".join(lines), encoding="utf-8")
     for spec in specs:
         try:
-            scored = score(spec, answered)
+            metric_score = score_answers(spec, answers)
         except MetricError as error:
-            measured.failed[spec.name] = str(error)
+            results.failures[spec.name] = str(error)
             continue
-        measured.values[spec.name] = scored.value
-        if scored.examples is not None:
-            measured.items[spec.name] = scored.examples
-    return measured
+        results.values[spec.name] = metric_score.value
+        if metric_score.examples is not None:
+            results.example_scores[spec.name] = metric_score.examples
+    return results
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A metric's value, and scores of the examples whose mean it is: their own, or their shares (`macro_f1`)."""
+class MetricScore:
+    """A metric's value, and scores of the examples whose mean it is: their own, or their shares (`score_macro_f1`)."""
 
     value: float
     examples: list[float] | None
 
 
-def score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
+def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> MetricScore:
     """Score the answers by a metric of ours, or by a function.
 
     Raises:
@@ -173,25 +173,25 @@ def score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
     """
     if spec.name in TEXT_SCORES:
         text_score = TEXT_SCORES[spec.name]
-        values = [text_score(answer.expected, answer.completion) for answer in answered]
-        return Scored(sum(values) / len(values), values)
+        values = [text_score(answer.expected, answer.completion) for answer in answers]
+        return MetricScore(sum(values) / len(values), values)
     if spec.name == "macro_f1":
-        return Scored(*macro_f1([a.expected for a in answered], [a.completion for a in answered]))
-    given = _returned(spec, answered)
-    is_one = not isinstance(given, list | tuple)
-    scores = [given] if is_one else list(given)
-    if not is_one and len(scores) != len(answered):
+        return MetricScore(*score_macro_f1([a.expected for a in answers], [a.completion for a in answers]))
+    returned = _call_function(spec, answers)
+    is_single_value = not isinstance(returned, list | tuple)
+    scores = [returned] if is_single_value else list(returned)
+    if not is_single_value and len(scores) != len(answers):
         raise MetricError(
-            f"metric {spec.name!r}: it gave {len(scores)} scores for {len(answered)} examples; one per example is expected"
+            f"metric {spec.name!r}: it gave {len(scores)} scores for {len(answers)} examples; one per example is expected"
         )
     for value in scores:
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise MetricError(f"metric {spec.name!r}: it gave {_short(repr(value))}; finite numbers are expected")
+            raise MetricError(f"metric {spec.name!r}: it gave {_shorten(repr(value))}; finite numbers are expected")
     values = [float(value) for value in scores]
-    return Scored(values[0], None) if is_one else Scored(sum(values) / len(values), values)
+    return MetricScore(values[0], None) if is_single_value else MetricScore(sum(values) / len(values), values)
 
 
-def require_scorers(settings: SelectSettings) -> None:
+def require_metric_functions(settings: SelectSettings) -> None:
     """Check before anything is loaded that the function of every metric exists.
 
     Raises:
@@ -199,56 +199,56 @@ def require_scorers(settings: SelectSettings) -> None:
     """
     for spec in settings.metric_specs:
         if spec.kind == "function":
-            _function(spec)
+            _load_function(spec)
 
 
-def _returned(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Any:
+def _call_function(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
     """What the function returns, numbers of numpy or torch as Python's."""
-    function = _function(spec)
-    given = {
-        "prompts": [answer.prompt for answer in answered],
-        "completions": [answer.completion for answer in answered],
-        "expected": [answer.expected for answer in answered],
+    function = _load_function(spec)
+    arguments = {
+        "prompts": [answer.prompt for answer in answers],
+        "completions": [answer.completion for answer in answers],
+        "expected": [answer.expected for answer in answers],
     }
     parameters = inspect.signature(function).parameters.values()
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    accepts_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     names = {parameter.name for parameter in parameters}
     try:
         with redirect_stdout(sys.stderr):
-            returned = function(**{name: value for name, value in given.items() if takes_all or name in names})
+            returned = function(**{name: value for name, value in arguments.example_scores() if accepts_any or name in names})
     except Exception as error:
         raise MetricError(
-            f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_short(str(error))}"
+            f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_shorten(str(error))}"
         ) from error
     return returned.tolist() if hasattr(returned, "tolist") else returned
 
 
-def _function(spec: MetricSpec) -> Callable[..., Any]:
+def _load_function(spec: MetricSpec) -> Callable[..., Any]:
     """The function `module:name` or `file.py:name`; modules are found from the working folder.
 
     Raises:
         SettingsError: no such module, file or function.
     """
-    where, _, name = spec.target.rpartition(":")
+    location, _, name = spec.target.rpartition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        module = _module_of_file(where) if where.endswith(".py") else importlib.import_module(where)
+        module = _import_file(location) if location.endswith(".py") else importlib.import_module(location)
     except Exception as error:  # noqa: BLE001 - user code: whatever its import raises
         raise SettingsError(
-            f"metric {spec.name!r}: can't import {where!r} ({type(error).__name__}: {_short(str(error))})"
+            f"metric {spec.name!r}: can't import {location!r} ({type(error).__name__}: {_shorten(str(error))})"
         ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        there = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
+        function_names = [key for key, value in vars(module).example_scores() if inspect.isfunction(value) and key[0] != "_"]
         raise SettingsError(
-            f"metric {spec.name!r}: {where!r} has no function {name!r}; it has: {', '.join(there) or 'none'}"
+            f"metric {spec.name!r}: {location!r} has no function {name!r}; it has: {', '.join(function_names) or 'none'}"
         )
     typed: Callable[..., Any] = function
     return typed
 
 
-def _module_of_file(path: str) -> Any:
+def _import_file(path: str) -> Any:
     spec = spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -257,6 +257,6 @@ def _module_of_file(path: str) -> Any:
     return module
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 160 else f"{line[:157]}…"

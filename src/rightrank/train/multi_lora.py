@@ -24,43 +24,43 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.data.token_store import IGNORED
-from rightrank.models.kinds import kind_of
-from rightrank.models.kinds.base import CurrentRouting, Draw, Factors, Routing
+from rightrank.models.kinds import find_kind
+from rightrank.models.kinds.base import CurrentRouting, InitialDraw, Factors, Routing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
-from rightrank.train.targets import without_peft_noise
+from rightrank.train.targets import suppress_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
 
-def install(name: str, module: Any, current_routing: CurrentRouting) -> None:
+def install_forward(name: str, module: Any, current_routing: CurrentRouting) -> None:
     """Give an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) the forward pass that routes rows to adapters."""
     if isinstance(module, ModulesToSaveWrapper):
-        vars(module)["forward"] = partial(_saved_forward, module, current_routing)
+        vars(module)["forward"] = partial(_forward_saved_module, module, current_routing)
         return
     # A number that differs between layers, so that each draws its own dropout.
     vars(module)["rightrank_salt"] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
-    vars(module)["forward"] = partial(kind_of(module).forward, module, current_routing)
+    vars(module)["forward"] = partial(find_kind(module).forward, module, current_routing)
 
 
-def _saved_forward(module: Any, current_routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _forward_saved_module(module: Any, current_routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A module in `modules_to_save`, of which every arm trains a copy: each arm's rows go through its own copy."""
     routing = current_routing()
     if routing is None:
         return module.original_module(x, *args, **kwargs)
     if len(routing.adapters) == 1:
         return module.modules_to_save[routing.adapters[0]](x, *args, **kwargs)
-    along = 1 if x.shape[0] == 1 else 0  # packed: one row of tokens; padded: one row per example
-    parts = routing.parts(x.shape[along])
-    pieces = torch.split(x, [part.rows for part in parts], dim=along)
+    dim = 1 if x.shape[0] == 1 else 0  # packed: one row of tokens; padded: one row per example
+    segments = routing.parts(x.shape[dim])
+    inputs = torch.split(x, [segment.rows for segment in segments], dim=dim)
     outputs = [
-        module.modules_to_save[part.adapter](piece, *args, **kwargs) for part, piece in zip(parts, pieces, strict=True)
+        module.modules_to_save[segment.adapter](segment_input, *args, **kwargs) for segment, segment_input in zip(segments, inputs, strict=True)
     ]
-    return torch.cat(outputs, dim=along)
+    return torch.cat(outputs, dim=dim)
 
 
-def unwrapped(peft_model: Any) -> Any:
+def unwrap_base(peft_model: Any) -> Any:
     """The base without PEFT's layers, frozen.
 
     PEFT's `unload` leaves the trained copy of each module in `modules_to_save` (a classification head, for example) in
@@ -80,7 +80,7 @@ def unwrapped(peft_model: Any) -> Any:
     return base
 
 
-def lora_modules(peft_model: Any) -> dict[str, Any]:
+def find_lora_modules(peft_model: Any) -> dict[str, Any]:
     """The adapted modules by their name in the base model."""
     base = peft_model.base_model.model
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
@@ -99,10 +99,10 @@ class ArmBatch:
 class MultiLora:
     """The adapters on a base. Use it as a context: leaving it removes every adapter and restores the base."""
 
-    def __init__(self, model: Any, settings: SelectSettings, known: dict[str, Factors] | None = None) -> None:
+    def __init__(self, model: Any, settings: SelectSettings, first_factors: dict[str, Factors] | None = None) -> None:
         self._model = model
         self._settings = settings
-        self._known: dict[str, Factors] = {} if known is None else known  # for `Draw`
+        self._first_factors: dict[str, Factors] = {} if first_factors is None else first_factors  # for `Draw`
         self.peft_model: Any = None  # without an adapter
         self._names: list[str] = []
         self.routing: Routing | None = None
@@ -115,35 +115,35 @@ class MultiLora:
 
     def add(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
         """Add an adapter with its first values; returns its trainable tensors, by the names that PEFT's only adapter has."""
-        with torch.random.fork_rng(), without_peft_noise():
+        with torch.random.fork_rng(), suppress_peft_warnings():
             torch.manual_seed(arm.seed)  # the start of what PEFT alone initialises
             if self.peft_model is None:
-                self.peft_model = self._wrapped(config, adapter)
+                self.peft_model = self._wrap_model(config, adapter)
             else:
                 self.peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
         # A truncation replaces the first values.
-        init = self._settings.init_lora_weights if arm.truncate_from is None else "default"
+        init_method = self._settings.init_lora_weights if arm.truncate_from is None else "default"
         with torch.no_grad():
-            for name, module in lora_modules(self.peft_model).items():
+            for name, module in find_lora_modules(self.peft_model).items():
                 if adapter in module.lora_A or adapter in module.lora_embedding_A:
-                    top = max(self._settings.ranks, default=1)
-                    draw = Draw(arm.seed, name, init, top, self._known)
-                    kind_of(module).start(module, adapter, draw)
-        self._settle()
-        named: dict[str, torch.nn.Parameter] = {}
+                    max_rank = max(self._settings.ranks, default=1)
+                    draw = InitialDraw(arm.seed, name, init_method, max_rank, self._first_factors)
+                    find_kind(module).start(module, adapter, draw)
+        self._activate_adapters()
+        parameters: dict[str, torch.nn.Parameter] = {}
         for name, parameter in self.peft_model.named_parameters():
-            parts = name.split(".")
-            if adapter in parts:
-                named[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
-        return named
+            components = name.split(".")
+            if adapter in components:
+                parameters[".".join(ADAPTER if component == adapter else component for component in components)] = parameter
+        return parameters
 
-    def _wrapped(self, config: LoraConfig, adapter: str) -> Any:
+    def _wrap_model(self, config: LoraConfig, adapter: str) -> Any:
         """PEFT's model around the base. New modules are in evaluation mode, the base's modules keep their mode."""
-        in_training = [module for module in self._model.modules() if module.training]  # checkpointed blocks
+        training_modules = [module for module in self._model.modules() if module.training]  # checkpointed blocks
         peft_model: Any = get_peft_model(self._model, config, adapter_name=adapter)
         peft_model.train(False)
-        for module in in_training:
+        for module in training_modules:
             module.training = True
         return peft_model
 
@@ -157,15 +157,15 @@ class MultiLora:
             return
         if adapter == self.peft_model.active_adapter:  # PEFT fails if it is deleted
             self.peft_model.set_adapter(self._names[-1])  # the last, since arms end in the order in which they began
-            self._settle()
+            self._activate_adapters()
         self.peft_model.delete_adapter(adapter)
 
     @contextmanager
-    def routed(
+    def route(
         self, arm_batches: Sequence[ArmBatch], pad_id: int, packed: bool = False
     ) -> Iterator[tuple[Batch, Routing]]:
         """Yield one batch of all arms' rows, padded; within the block each row, padded or packed, goes to its arm's adapter."""
-        batch = _concatenated([arm_batch.batch for arm_batch in arm_batches], pad_id)
+        batch = _concatenate([arm_batch.batch for arm_batch in arm_batches], pad_id)
         names = [arm_batch.adapter for arm_batch in arm_batches]
         seeds = [arm_batch.dropout_seed for arm_batch in arm_batches]
         if packed:
@@ -180,7 +180,7 @@ class MultiLora:
             self.routing = None
 
     @contextmanager
-    def alone(self, adapter: str) -> Iterator[None]:
+    def route_alone(self, adapter: str) -> Iterator[None]:
         """Within the block, every row goes to this one adapter, without dropout."""
         self.routing = Routing((adapter,), (None,))
         try:
@@ -188,7 +188,7 @@ class MultiLora:
         finally:
             self.routing = None
 
-    def _settle(self) -> None:
+    def _activate_adapters(self) -> None:
         """Make every adapter trainable, not only PEFT's active one, and install the multi-LoRA forward pass."""
         names = set(self._names)
         for name, parameter in self.peft_model.named_parameters():
@@ -196,17 +196,17 @@ class MultiLora:
                 parameter.requires_grad_(True)
         for name, module in self._model.named_modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper) and "forward" not in module.__dict__:
-                install(name, module, lambda: self.routing)
+                install_forward(name, module, lambda: self.routing)
 
     def _close(self) -> None:
         self._names.clear()
         if self.peft_model is None:
             return
-        unwrapped(self.peft_model)
+        unwrap_base(self.peft_model)
         self.peft_model = None
 
 
-def _concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
+def _concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:
     """One batch of all rows in order, padded to the longest batch."""
     if len(batches) == 1:
         return batches[0]
@@ -214,15 +214,15 @@ def _concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
     labels = [batch.labels for batch in batches]
     references = [batch.reference for batch in batches if batch.reference is not None]
     return Batch(
-        _padded([batch.input_ids for batch in batches], longest, pad_id),
-        _padded([batch.attention_mask for batch in batches], longest, 0),
-        torch.cat(labels) if labels[0].dim() == 1 else _padded(labels, longest, IGNORED),
+        _pad([batch.input_ids for batch in batches], longest, pad_id),
+        _pad([batch.attention_mask for batch in batches], longest, 0),
+        torch.cat(labels) if labels[0].dim() == 1 else _pad(labels, longest, IGNORED),
         tuple(index for batch in batches for index in batch.indices),
         sum(batch.tokens for batch in batches),
         reference=torch.cat(references) if references else None,
     )
 
 
-def _padded(tensors: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:
+def _pad(tensors: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:
     """The rows of all tensors, each filled up to `length` with `value`."""
     return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])

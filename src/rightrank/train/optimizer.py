@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
-from rightrank.data.files import UnreadableError, parse_json, replacing
+from rightrank.data.files import UnreadableError, parse_json, replace_file
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import EvalPoint
 from rightrank.train.batches import Batch
 from rightrank.train.runtime import Runtime
 
-BEST = "best."  # of a checkpoint's tensors
+BEST_PREFIX = "best."  # of a checkpoint's tensors
 Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
 # As in transformers' Trainer.
-UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-Pass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
+NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+RunPass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
 
 
 class Progress(BaseModel):
@@ -42,18 +42,18 @@ class Progress(BaseModel):
     answer_seconds: float = 0.0  # part of eval_seconds: the metrics at the end
 
 
-def take_step(optimizers: Sequence[ArmOptimizer], run_pass: Pass) -> None:
+def take_step(optimizers: Sequence[ArmOptimizer], run_pass: RunPass) -> None:
     """One optimizer step of every adapter, with one pass over the base per micro-batch.
 
     Args:
         run_pass: receives the adapters' micro-batches and their number in the step. It adds the gradients to the
             adapters' tensors and returns the example losses [b] of each, on the CPU.
     """
-    for number, batches in enumerate(zip(*[optimizer.begin() for optimizer in optimizers], strict=True)):
+    for number, batches in enumerate(zip(*[optimizer.begin_step() for optimizer in optimizers], strict=True)):
         for optimizer, losses in zip(optimizers, run_pass(batches, number), strict=True):
             optimizer.loss_sum += float(losses.sum())
     for optimizer in optimizers:
-        optimizer.update()
+        optimizer.apply_gradients()
 
 
 @dataclass(eq=False)
@@ -61,13 +61,13 @@ class ArmOptimizer:
     """The optimizer of one adapter, and all that a checkpoint of its training holds."""
 
     _runtime: Runtime
-    named: Mapping[str, torch.nn.Parameter]  # what is trained, by PEFT's names
+    named_parameters: Mapping[str, torch.nn.Parameter]  # what is trained, by PEFT's names
     _learning_rate: float  # what the schedule's factor multiplies
     _plan: Sequence[Sequence[int]]  # example indices of each step
     _schedule: Schedule
 
     def __post_init__(self) -> None:
-        self._parameters = list(self.named.values())
+        self._parameters = list(self.named_parameters.values())
         self._optimizer = _make_optimizer(self._parameters, self._learning_rate, self._runtime)
         self.progress = Progress()
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
@@ -76,11 +76,11 @@ class ArmOptimizer:
         self.labels = 0  # what the losses are divided by (`loss_weight`)
         self._tokens = 0  # without padding
 
-    def begin(self) -> list[Batch]:
+    def begin_step(self) -> list[Batch]:
         """The micro-batches of the next step; its learning rate goes into the optimizer."""
         size, indices = self._runtime.settings.batch_size, self._plan[self.progress.step]
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
-        batches = [self._runtime.batch("train", part) for part in micro]
+        batches = [self._runtime.make_batch("train", micro_batch) for micro_batch in micro]
         examples = [self._runtime.data.splits["train"][index] for index in indices]
         self.loss_sum = 0.0
         self.labels = sum(map(self._runtime.data.loss_weight, examples))
@@ -90,7 +90,7 @@ class ArmOptimizer:
         self._optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         return batches
 
-    def update(self) -> None:
+    def apply_gradients(self) -> None:
         """Clip and step."""
         if self._runtime.settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._runtime.settings.max_grad_norm)
@@ -102,25 +102,25 @@ class ArmOptimizer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of a checkpoint."""
-        tensors = {f"parameter.{name}": value.detach() for name, value in self.named.items()}
+        tensors = {f"parameter.{name}": value.detach() for name, value in self.named_parameters.items()}
         for index, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        return tensors | {f"{BEST}{name}": value for name, value in self.best.items()}
+        return tensors | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """A copy of them, outside the device."""
-        return {name: value.detach().cpu().clone() for name, value in self.named.items()}
+        return {name: value.detach().cpu().clone() for name, value in self.named_parameters.items()}
 
     @torch.no_grad()
-    def put(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        for name, value in self.named.items():
+    def set_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        for name, value in self.named_parameters.items():
             value.copy_(parameters[name])
 
     def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Continue from the tensors and the progress of a checkpoint."""
-        self.put({name: tensors[f"parameter.{name}"] for name in self.named})
-        self.best = {name: tensors[f"{BEST}{name}"] for name in self.named if f"{BEST}{name}" in tensors}
+        self.set_parameters({name: tensors[f"parameter.{name}"] for name in self.named_parameters})
+        self.best = {name: tensors[f"{BEST_PREFIX}{name}"] for name in self.named_parameters if f"{BEST_PREFIX}{name}" in tensors}
         for index, parameter in enumerate(self._parameters):
             prefix = f"optimizer.{index}."
             saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -131,7 +131,7 @@ class ArmOptimizer:
         self.progress = Progress.model_validate(state)
 
 
-def learning_rate_schedule(
+def make_schedule(
     settings: SelectSettings, steps: int, start: int | None = None, end: int | None = None
 ) -> Schedule:
     """transformers' schedule over `steps` as a pure function.
@@ -156,7 +156,7 @@ def _make_optimizer(
     that the first step needs no new memory.
     """
     fused, settings = _is_fused(parameters[0]), runtime.settings
-    decayed = set(get_parameter_names(runtime.model, [torch.nn.LayerNorm], UNDECAYED))  # type: ignore[no-untyped-call]
+    decayed = set(get_parameter_names(runtime.model, [torch.nn.LayerNorm], NO_DECAY_PATTERNS))  # type: ignore[no-untyped-call]
     decaying = {id(value) for name, value in runtime.model.named_parameters() if name in decayed}
     groups = [
         {
@@ -186,10 +186,10 @@ def _is_fused(parameter: torch.Tensor) -> bool:
 
 def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     """Write one safetensors file with a checksum, replaced atomically."""
-    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    cpu_tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps(dict(state))
-    with replacing(path) as temporary:
-        save_file(whole, temporary, metadata={"state": text, "crc": _checksum(text, whole)})
+    with replace_file(path) as temporary:
+        save_file(cpu_tensors, temporary, metadata={"state": text, "crc": _compute_checksum(text, cpu_tensors)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -200,14 +200,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata["crc"] != _checksum(metadata["state"], tensors):
+            if metadata["crc"] != _compute_checksum(metadata["state"], tensors):
                 return None
             return tensors, parse_json(metadata["state"])
     except (SafetensorError, KeyError, TypeError, UnreadableError):
         return None
 
 
-def _checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
+def _compute_checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """CRC-32 in hex over the state and every tensor's name, shape and bytes."""
     checksum = zlib.crc32(state.encode())
     for name in sorted(tensors):

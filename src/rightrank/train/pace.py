@@ -16,12 +16,12 @@ from typing import TypeVar
 import torch
 
 from rightrank.schema.errors import MultiLoraError
-from rightrank.schema.settings import LOOK_ITEMS
+from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from rightrank.schema.trials import Arm
-from rightrank.train.batches import Batch, length_sorted_batches
-from rightrank.train.device import free_memory, memory_permitting
+from rightrank.train.batches import Batch, batch_by_length
+from rightrank.train.device import catch_out_of_memory, free_memory
 from rightrank.train.multi_lora import ArmBatch, MultiLora
-from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
+from rightrank.train.optimizer import ArmOptimizer, make_schedule, take_step
 from rightrank.train.runtime import Runtime
 
 MAX_ADAPTERS_PER_PASS = 16
@@ -42,69 +42,69 @@ class Pace:
     evaluated: list[int]  # validation examples of the timed batch
     training_seconds: float  # of all steps of a whole training
     evaluation_seconds: float  # of a pass over the validation examples
-    look_share: float  # of the validation examples that a look during a training scores
-    filling_seconds: float  # of all that is computed once for an example: frozen blocks, or the reference
-    matrices: int  # elements of the adapted matrices
-    by_rank: int  # parameters of the adapter, by rank
+    subset_fraction: float  # of the validation examples that a look during a training scores
+    cache_seconds: float  # of all that is computed once for an example: frozen blocks, or the reference
+    matrix_elements: int  # elements of the adapted matrices
+    parameters_per_rank: int  # parameters of the adapter, by rank
 
-    def seconds(self, rank: float, trainings: float, arms: int, eval_points: int) -> float:
+    def seconds(self, rank: float, trainings: float, arms: int, num_evaluations: int) -> float:
         """Of a selection of so many whole trainings, among `arms` arms, one after the other, at the pace of `rank`.
 
         A step multiplies the adapted matrices forward and backward, and the adapter a third time for its gradients. Loading,
         checkpoints, samples and the report are not counted.
         """
-        work, own = (2 * self.matrices + 3 * self.by_rank * count for count in (rank, self.rank))
-        ends = max(0.0, arms - 1 - trainings)  # evaluations of arms that are stopped early, or truncated from another
-        evaluations = work / own * (trainings * (1 + self.look_share * (eval_points - 1)) + ends) + RUN_EVALUATIONS
-        steps = work / own * trainings * self.training_seconds
-        return steps + evaluations * self.evaluation_seconds + self.filling_seconds
+        training_cost, measured_cost = (2 * self.matrix_elements + 3 * self.parameters_per_rank * count for count in (rank, self.rank))
+        num_end_evaluations = max(0.0, arms - 1 - trainings)  # evaluations of arms that are stopped early, or truncated from another
+        evaluations = training_cost / measured_cost * (trainings * (1 + self.subset_fraction * (num_evaluations - 1)) + num_end_evaluations) + RUN_EVALUATIONS
+        steps = training_cost / measured_cost * trainings * self.training_seconds
+        return steps + evaluations * self.evaluation_seconds + self.cache_seconds
 
 
 def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
     """Train a scratch adapter of `arm` for a few steps and evaluate it on a batch; None where memory runs out."""
-    with memory_permitting():
-        return _measure(runtime, arm)
+    with catch_out_of_memory():
+        return _time_training(runtime, arm)
     free_memory(runtime.loaded.device)
     return None
 
 
-def _measure(runtime: Runtime, arm: Arm) -> Pace:
-    whole = runtime.batch_plan(arm.seed)
-    plan = whole[: WARM_UP_STEPS + TIMED_STEPS]
-    batches = length_sorted_batches(runtime.data.splits["selection"], runtime.settings.eval_batch_size)
-    evaluated = list(batches[len(batches) // 2])
-    trained = [index for indices in plan for index in indices]
-    fill_seconds, filled = _timed(runtime, lambda: runtime.fill("train", trained))
-    runtime.fill("selection", evaluated)
-    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.recomputing():
-        named = multi_lora.add(SCRATCH, arm, runtime.config(arm))
-        schedule = learning_rate_schedule(runtime.settings, arm.steps)
-        optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
+def _time_training(runtime: Runtime, arm: Arm) -> Pace:
+    full_plan = runtime.plan_batches(arm.seed)
+    plan = full_plan[: WARM_UP_STEPS + TIMED_STEPS]
+    batches = batch_by_length(runtime.data.splits["validation"], runtime.settings.eval_batch_size)
+    eval_indices = list(batches[len(batches) // 2])
+    train_indices = [index for indices in plan for index in indices]
+    fill_seconds, num_filled = _time_task(runtime, lambda: runtime.fill_caches("train", train_indices))
+    runtime.fill_caches("validation", eval_indices)
+    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.use_gradient_checkpointing():
+        parameters = multi_lora.add(SCRATCH, arm, runtime.make_config(arm))
+        schedule = make_schedule(runtime.settings, arm.steps)
+        optimizer = ArmOptimizer(runtime, parameters, arm.learning_rate, plan, schedule)
 
         def run_pass(batches: Sequence[Batch], _: int) -> list[torch.Tensor]:
             arm_batches = [ArmBatch(SCRATCH, batches[0], 1 / optimizer.labels, 0)]
             return runtime.accumulate_gradients(multi_lora, arm_batches)
 
-        seconds = [_timed(runtime, partial(take_step, [optimizer], run_pass))[0] for _ in plan]
-        evaluate = partial(runtime.evaluate_adapters, "selection", multi_lora, [SCRATCH], evaluated)
-        eval_seconds = _timed(runtime, evaluate)[0]
-    kept = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
-    held_out = len(runtime.data.splits["selection"])
-    examples = len({index for indices in whole for index in indices}) + held_out + len(runtime.data.splits["test"])
+        seconds = [_time_task(runtime, partial(take_step, [optimizer], run_pass))[0] for _ in plan]
+        evaluate = partial(runtime.evaluate_adapters, "validation", multi_lora, [SCRATCH], eval_indices)
+        eval_seconds = _time_task(runtime, evaluate)[0]
+    timed_steps = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
+    num_held_out = len(runtime.data.splits["validation"])
+    examples = len({index for indices in full_plan for index in indices}) + num_held_out + len(runtime.data.splits["test"])
     return Pace(
         arm.rank,
-        plan[kept],
-        evaluated,
-        training_seconds=sum(seconds[kept]) * _positions(runtime, whole) / _positions(runtime, plan[kept]),
-        evaluation_seconds=eval_seconds * held_out / len(evaluated),
-        look_share=min(1.0, LOOK_ITEMS / held_out),
-        filling_seconds=fill_seconds * examples / filled if filled else 0.0,
-        matrices=sum(module.in_features * module.out_features for module in runtime.targets.modules),
-        by_rank=sum(module.in_features + module.out_features for module in runtime.targets.modules),
+        plan[timed_steps],
+        eval_indices,
+        training_seconds=sum(seconds[timed_steps]) * _count_positions(runtime, full_plan) / _count_positions(runtime, plan[timed_steps]),
+        evaluation_seconds=eval_seconds * num_held_out / len(eval_indices),
+        subset_fraction=min(1.0, EVAL_SUBSET_SIZE / num_held_out),
+        cache_seconds=fill_seconds * examples / num_filled if num_filled else 0.0,
+        matrix_elements=sum(module.in_features * module.out_features for module in runtime.targets.modules),
+        parameters_per_rank=sum(module.in_features + module.out_features for module in runtime.targets.modules),
     )
 
 
-def _positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:
+def _count_positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:
     """The positions that the model computes in these steps, padding included."""
     train, size = runtime.data.splits["train"], runtime.settings.batch_size
     if runtime.fast_paths.sequence_packing:
@@ -114,7 +114,7 @@ def _positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:
     return sum(len(rows) * int(longest[rows].max()) for rows in micro)
 
 
-def adapters_per_pass_for(
+def choose_adapters_per_pass(
     runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], limit: int | None = None
 ) -> int:
     """The number of arms to train in one pass.
@@ -123,30 +123,30 @@ def adapters_per_pass_for(
         notice: receives a line where the number is lower than the settings ask for.
         limit: the largest number that fits in memory by the plan; None if the plan does not say.
     """
-    asked = runtime.settings.adapters_per_pass
+    requested = runtime.settings.adapters_per_pass
     on_cpu = runtime.loaded.device.type == "cpu"
-    if asked == 1 or len(arms) < 2 or (asked is None and on_cpu):
+    if requested == 1 or len(arms) < 2 or (requested is None and on_cpu):
         return 1
-    obstacle = multi_lora_obstacle(runtime, arms)
+    obstacle = find_multi_lora_obstacle(runtime, arms)
     if obstacle is not None:
         notice(f"arms are trained one after the other: {obstacle}")
         return 1
-    if asked is None:
-        return _fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
-    if limit is not None and limit < asked:
-        notice(f"adapters_per_pass {asked} is more than the plan can show to fit: continuing with {limit}")
+    if requested is None:
+        return _find_fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
+    if limit is not None and limit < requested:
+        notice(f"adapters_per_pass {requested} is more than the plan can show to fit: continuing with {limit}")
         return limit
-    return asked
+    return requested
 
 
-def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
+def find_multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
     """The reason why two arms can't share a pass over this model, found on a batch of real data; None if they can."""
-    reason = runtime.targets.why_alone
+    reason = runtime.targets.unshared_reason
     if reason is not None:
         return reason
     try:
-        with memory_permitting() as reasons:
-            shared, alone = _probe_losses(runtime, arms[:2])
+        with catch_out_of_memory() as reasons:
+            shared, alone = _compute_probe_losses(runtime, arms[:2])
     except MultiLoraError as error:
         return str(error)
     if reasons:
@@ -157,43 +157,43 @@ def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
     return None
 
 
-def _fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
+def _find_fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
     """Double the number of adapters up to `limit` while that pays; running out of memory ends the search."""
-    best, count = _seconds_per_arm(runtime, arms[:1]), 1
+    best, count = _measure_seconds_per_arm(runtime, arms[:1]), 1
     while count * 2 <= min(limit, len(arms)):
-        with memory_permitting() as reasons:
-            seconds = _seconds_per_arm(runtime, arms[: count * 2])
+        with catch_out_of_memory() as reasons:
+            seconds = _measure_seconds_per_arm(runtime, arms[: count * 2])
         if reasons or seconds > MAX_TIME_RATIO * best:
             break
         best, count = seconds, count * 2
     return count
 
 
-def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
+def _measure_seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
     """The shortest of a few passes, forward and backward, over scratch adapters of these arms."""
-    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.recomputing():
+    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.use_gradient_checkpointing():
         for number, arm in enumerate(arms):
-            multi_lora.add(f"scratch_{number}", arm, runtime.config(arm))
-        batch = runtime.batch("train", runtime.batch_plan(arms[0].seed)[0][: runtime.settings.batch_size])
+            multi_lora.add(f"scratch_{number}", arm, runtime.make_config(arm))
+        batch = runtime.make_batch("train", runtime.plan_batches(arms[0].seed)[0][: runtime.settings.batch_size])
         arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
         run_pass = partial(runtime.accumulate_gradients, multi_lora, arm_batches)
-        times = [_timed(runtime, run_pass)[0] for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
+        times = [_time_task(runtime, run_pass)[0] for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
     return min(times[WARM_UP_STEPS:]) / len(arms)
 
 
-def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
+def _compute_probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
     """Example losses of two arms with random adapters on two batches: in one pass, and in a pass each."""
     names = [f"scratch_{number}" for number in range(len(arms))]
     generator = torch.Generator().manual_seed(0)
     with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora:
         for name, arm in zip(names, arms, strict=True):
-            for parameter in multi_lora.add(name, arm, runtime.config(arm)).values():
+            for parameter in multi_lora.add(name, arm, runtime.make_config(arm)).values():
                 drawn = torch.randn(parameter.shape, generator=generator) * 0.02
                 parameter.data.copy_(parameter.data + drawn.to(parameter))
-        plan, size = runtime.batch_plan(arms[0].seed)[0], runtime.settings.batch_size
+        plan, size = runtime.plan_batches(arms[0].seed)[0], runtime.settings.batch_size
         batches = [
-            runtime.batch("train", plan[:size]),
-            runtime.batch("train", list(reversed(plan))[: max(1, size // 2)]),
+            runtime.make_batch("train", plan[:size]),
+            runtime.make_batch("train", list(reversed(plan))[: max(1, size // 2)]),
         ]
         arm_batches = [ArmBatch(name, batch, 1.0, None) for name, batch in zip(names, batches, strict=True)]
         shared = torch.cat(runtime.accumulate_gradients(multi_lora, arm_batches))
@@ -201,10 +201,10 @@ def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, 
     return shared, alone
 
 
-def _timed(runtime: Runtime, work: Callable[[], Result]) -> tuple[float, Result]:
+def _time_task(runtime: Runtime, task: Callable[[], Result]) -> tuple[float, Result]:
     """`(seconds, result)` of the work, until the device has done what was sent to it."""
-    begun = time.perf_counter()
-    result = work()
+    start_time = time.perf_counter()
+    result = task()
     if runtime.loaded.device.type == "cuda":
         torch.cuda.synchronize(runtime.loaded.device)
-    return time.perf_counter() - begun, result
+    return time.perf_counter() - start_time, result

@@ -22,35 +22,35 @@ import torch
 
 from rightrank.data.token_store import EncodedExample
 from rightrank.schema.trials import SplitName
-from rightrank.train.batches import Batch, FixedGroups, collate
+from rightrank.train.batches import Batch, CacheBatches, collate
 
-IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
+MAX_IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
 
 
 class _ReachedBlock(Exception):  # noqa: N818 - not an error: it stops a forward pass early, with a block's output
     pass
 
 
-def _stop_with(_module: Any, _inputs: Any, output: Any) -> None:
+def _stop_forward(_module: Any, _inputs: Any, output: Any) -> None:
     raise _ReachedBlock(output)
 
 
 @dataclass(slots=True)
-class _Store:
+class _StoredStates:
     """Hidden states of one split: a flat [tokens, d] tensor of the expected examples; any others are kept apart."""
 
     examples: Sequence[EncodedExample]
-    begins: dict[int, int]  # of the expected examples, in tokens
+    offsets: dict[int, int]  # of the expected examples, in tokens
     tokens: int  # of the expected examples
     hidden: torch.Tensor | None = None
-    others: dict[int, torch.Tensor] = field(default_factory=dict)
+    extra_states: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def rows(self, index: int) -> torch.Tensor:
+    def get_states(self, index: int) -> torch.Tensor:
         """[tokens of the example, d]"""
-        if index in self.others:
-            return self.others[index]
+        if index in self.extra_states:
+            return self.extra_states[index]
         assert self.hidden is not None
-        begin = self.begins[index]
+        begin = self.offsets[index]
         return self.hidden[begin : begin + self.examples[index].length]
 
 
@@ -60,44 +60,44 @@ class FrozenPrefix:
     def __init__(
         self,
         blocks: Sequence[Any],
-        groups: Mapping[SplitName, FixedGroups],
+        groups: Mapping[SplitName, CacheBatches],
         pad_id: int,
         device: torch.device,
         folder: Path,
     ) -> None:
-        self.groups = groups
+        self.batches = groups
         self._blocks = blocks
         self._pad_id = pad_id
         self._device = device
         self._folder = folder
-        self._stores: dict[str, _Store] = {}
+        self._stores: dict[str, _StoredStates] = {}
         for split, grouped in groups.items():
-            ordered = [index for group in grouped.groups for index in group]
+            ordered = [index for group in grouped.batches for index in group]
             lengths = grouped.examples.lengths[ordered]
             begins = dict(zip(ordered, (np.cumsum(lengths) - lengths).tolist(), strict=True))
-            self._stores[split] = _Store(grouped.examples, begins, int(lengths.sum()))
+            self._stores[split] = _StoredStates(grouped.examples, begins, int(lengths.sum()))
         self._returns_tuple = False
 
-    def fill(self, model: Any, split: SplitName, wanted: Iterable[int]) -> Iterator[int]:
+    def compute_missing(self, model: Any, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
         """Compute the missing groups of the examples in `wanted`; yields the number of examples in each."""
-        for group in self.groups[split].missing(wanted):
+        for group in self.batches[split].missing(indices):
             self._compute(model, self._stores[split], split, group)
             yield len(group)
 
     @contextmanager
-    def serving(self, model: Any, split: SplitName, batch: Batch) -> Iterator[None]:
+    def serve_states(self, model: Any, split: SplitName, batch: Batch) -> Iterator[None]:
         """Within the block, the lower blocks return the stored hidden states of `batch`; `model` is the bare base."""
         store = self._stores[split]
-        deque(self.fill(model, split, batch.indices), maxlen=0)
+        deque(self.compute_missing(model, split, batch.indices), maxlen=0)
         distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass share examples
-        rows = [store.rows(index) for index in distinct]
+        rows = [store.get_states(index) for index in distinct]
         numbers = [distinct.index(index) for index in batch.indices]
         if batch.lengths is None:
             lengths = [[len(ids) for ids, _ in store.examples[index].sequences()] for index in distinct]
-            parts = [part for row, split in zip(rows, lengths, strict=True) for part in torch.split(row, split)]
-            hidden = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self._device)
-            each = len(parts) // len(rows)  # sequences of an example
-            order = [each * number + part for number in numbers for part in range(each)]
+            sequences = [sequence for row, split in zip(rows, lengths, strict=True) for sequence in torch.split(row, split)]
+            hidden = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(self._device)
+            each = len(sequences) // len(rows)  # sequences of an example
+            order = [each * number + sequence for number in numbers for sequence in range(each)]
             hidden = hidden[order] if len(distinct) < len(numbers) else hidden
         else:
             moved = [row.to(self._device) for row in rows]
@@ -112,9 +112,9 @@ class FrozenPrefix:
                 del block.forward
 
     @torch.no_grad()
-    def _compute(self, model: Any, store: _Store, split: str, indices: Sequence[int]) -> None:
+    def _compute(self, model: Any, store: _StoredStates, split: str, indices: Sequence[int]) -> None:
         batch = collate(store.examples, indices, self._pad_id, self._device)
-        output = output_of(model, self._blocks, batch.inputs)
+        output = capture_output(model, self._blocks, batch.inputs)
         self._returns_tuple = isinstance(output, tuple)
         hidden: torch.Tensor = output[0] if self._returns_tuple else output
         if store.hidden is None:
@@ -122,14 +122,14 @@ class FrozenPrefix:
         real = hidden[batch.attention_mask.bool()].cpu()  # [tokens, d], in the order of the examples
         lengths = [store.examples[index].length for index in indices]
         for index, computed in zip(indices, torch.split(real, lengths), strict=True):
-            if index in store.begins:
-                store.rows(index).copy_(computed)
+            if index in store.offsets:
+                store.get_states(index).copy_(computed)
             else:
-                store.others[index] = computed.clone()
+                store.extra_states[index] = computed.clone()
 
     def _allocate(self, split: str, tokens: int, like: torch.Tensor) -> torch.Tensor:
         width = like.shape[-1]
-        if tokens * width * like.element_size() <= IN_MEMORY_BYTES:
+        if tokens * width * like.element_size() <= MAX_IN_MEMORY_BYTES:
             return torch.zeros((tokens, width), dtype=like.dtype)
         path, size = self._folder / f"{split}.hidden", tokens * width * like.element_size()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +143,9 @@ class FrozenPrefix:
 
 
 @torch.no_grad()
-def output_of(model: Any, blocks: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
+def capture_output(model: Any, blocks: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
     """What the last of some blocks returns in a pass of the model, which ends there."""
-    handle = blocks[-1].register_forward_hook(_stop_with)
+    handle = blocks[-1].register_forward_hook(_stop_forward)
     try:
         model(**inputs)
     except _ReachedBlock as reached:
@@ -161,12 +161,12 @@ def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList)
         and len(module) > 1
-        and not any(part.isdigit() for part in name.split("."))  # no list inside a stack
+        and not any(component.isdigit() for component in name.split("."))  # no list inside a stack
     ]
     return stacks[0] if len(stacks) == 1 else None
 
 
-def frozen_blocks(model: Any, trainable: Sequence[str]) -> list[Any]:
+def find_frozen_blocks(model: Any, trainable: Sequence[str]) -> list[Any]:
     """The blocks below everything that trains, but the last; none if an embedding below them trains."""
     stack = find_blocks(model)
     if stack is None:

@@ -16,16 +16,16 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from rightrank.data.files import read_json_object
-from rightrank.models.adapter_files import peft_folder
+from rightrank.models.adapter_folders import CONFIG_FILE
+from rightrank.models.adapter_writer import ensure_peft_format
 from rightrank.models.base_models import LoadedModel
-from rightrank.models.kinds.base import Factors, Routing, training_is
-from rightrank.models.places import CONFIG_FILE
+from rightrank.models.kinds.base import Factors, Routing, set_training_mode
 from rightrank.schema.errors import LIBRARY_ERRORS, InterruptedRun, ModelError, first_line, is_out_of_memory
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
-from rightrank.train.batches import Batch, FixedGroups, batch_plan, collate, length_sorted_batches
-from rightrank.train.device import gradient_checkpointing_on
+from rightrank.train.batches import Batch, CacheBatches, batch_by_length, collate, plan_batches
+from rightrank.train.device import enable_gradient_checkpointing
 from rightrank.train.evaluation import Scores
 from rightrank.train.fast_paths import FastPaths, find_fast_paths
 from rightrank.train.loss import (
@@ -35,16 +35,16 @@ from rightrank.train.loss import (
     PreferenceLoss,
     Reference,
     Scale,
+    can_see_later_tokens,
     make_likelihood,
-    sees_later_tokens,
-    with_adapter,
+    use_adapter,
 )
-from rightrank.train.multi_lora import ADAPTER, ArmBatch, MultiLora, unwrapped
-from rightrank.train.prefix import FrozenPrefix, frozen_blocks
-from rightrank.train.targets import Targets, find_targets, lora_config, without_peft_noise
+from rightrank.train.multi_lora import ADAPTER, ArmBatch, MultiLora, unwrap_base
+from rightrank.train.prefix import FrozenPrefix, find_frozen_blocks
+from rightrank.train.targets import Targets, find_targets, make_lora_config, suppress_peft_warnings
 from rightrank.train.tokens import EXAMPLE_METRICS, EncodedData
 
-FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for the moments of a truncation
+MOMENT_STEPS_FRACTION = 0.1  # of a training's steps: the examples that follow it, for the moments of a truncation
 
 
 class Runtime:
@@ -72,11 +72,11 @@ class Runtime:
         self.targets = targets or find_targets(self.model, settings, data.is_classification)
         self.steps = steps
         self._pad_id: int = loaded.tokenizer.pad_token_id
-        probe = self._collated("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
+        probe = self._collate("validation", batch_by_length(data.splits["validation"], settings.batch_size)[0])
         if data.is_classification:  # transformers finds an example's last token by its configuration
             self.model.config.get_text_config().pad_token_id = self._pad_id
-        if self._sees_later_tokens(probe):
-            raise visible_label(loaded.name)
+        if self._can_see_later_tokens(probe):
+            raise build_causality_error(loaded.name)
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
         self.objective: Objective = self._likelihood
@@ -86,7 +86,7 @@ class Runtime:
         self._reference: Reference | None = None
         if isinstance(self._likelihood, Likelihood) and data.summary.form == "preference":
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)
-            self._reference = Reference(self._groups(), self._log_probabilities)
+            self._reference = Reference(self._make_cache_batches(), self._compute_log_probabilities)
 
     def prepare(self, on_progress: Callable[[Evaluating], None], should_stop: Callable[[], bool]) -> None:
         """Compute what the base alone gives for the training examples that the arms will use, and report progress.
@@ -96,60 +96,60 @@ class Runtime:
         Raises:
             InterruptedRun: `should_stop` returned True.
         """
-        begun = time.perf_counter()
-        expected = self._expected_examples("train")
-        done = 0
-        with self.fast_paths.attention():
-            for count in self._filled_once("train", expected):
-                done += count
-                seconds = time.perf_counter() - begun
-                what = "frozen layers, once for all trials"
-                on_progress(Evaluating(what=what, items=done, of_items=len(expected), seconds=seconds))
+        start_time = time.perf_counter()
+        expected = self._find_expected_examples("train")
+        num_done = 0
+        with self.fast_paths.use_attention():
+            for count in self._fill_in_batches("train", expected):
+                num_done += count
+                seconds = time.perf_counter() - start_time
+                description = "frozen layers, once for all trials"
+                on_progress(Evaluating(what=description, examples=num_done, total_examples=len(expected), seconds=seconds))
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")
 
-    def fill(self, split: SplitName, indices: Iterable[int]) -> int:
+    def fill_caches(self, split: SplitName, indices: Iterable[int]) -> int:
         """Compute what the base alone gives for these examples, in the groups in which it is computed on demand.
 
         Returns the number of examples in the groups that were missing.
         """
-        with self.fast_paths.attention():
-            return sum(self._filled_once(split, set(indices)))
+        with self.fast_paths.use_attention():
+            return sum(self._fill_in_batches(split, set(indices)))
 
-    def _filled_once(self, split: SplitName, expected: set[int]) -> Iterator[int]:
+    def _fill_in_batches(self, split: SplitName, expected: set[int]) -> Iterator[int]:
         """Yield the number of examples after each group; a reference is computed from the prefix."""
         if self._reference is not None:
-            yield from self._reference.fill(split, expected)
+            yield from self._reference.compute_missing(split, expected)
         elif self.fast_paths.prefix is not None:
-            yield from self.fast_paths.prefix.fill(self.model, split, expected)
+            yield from self.fast_paths.prefix.compute_missing(self.model, split, expected)
 
-    def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
-        batch = self._collated(split, indices)
+    def make_batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
+        batch = self._collate(split, indices)
         return batch if self._reference is None else replace(batch, reference=self._reference.of(split, indices))
 
-    def _collated(self, split: SplitName, indices: Sequence[int]) -> Batch:
+    def _collate(self, split: SplitName, indices: Sequence[int]) -> Batch:
         return collate(self.data.splits[split], indices, self._pad_id, self.loaded.device)
 
     @torch.no_grad()
-    def _log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
+    def _compute_log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
         """[s]: of the labels of each sequence under the base, whatever adapter it carries."""
-        batch = self._collated(split, indices)
-        with with_adapter(self.model, None), self.fast_paths.applied(self.model, split, batch) as rows:
+        batch = self._collate(split, indices)
+        with use_adapter(self.model, None), self.fast_paths.apply(self.model, split, batch) as rows:
             return -self._likelihood(self.model, rows, 1.0).example_losses
 
-    def batch_plan(self, seed: int, steps: int | None = None) -> list[list[int]]:
+    def plan_batches(self, seed: int, steps: int | None = None) -> list[list[int]]:
         """The training batches of every arm of `seed`: one list of example indices per optimizer step.
 
         A plan of more steps begins with the plan of fewer.
         """
         steps = self.steps if steps is None else steps
-        return batch_plan(len(self.data.splits["train"]), self.settings.items_per_step, steps, seed)
+        return plan_batches(len(self.data.splits["train"]), self.settings.examples_per_step, steps, seed)
 
-    def losses(
+    def compute_losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None = None, *, backward: bool = False
     ) -> BatchLoss:
         """The loss of `batch` under the adapters that the base now carries, with the backward pass where asked."""
-        with self.fast_paths.applied(self.model, split, batch, routing) as rows:
+        with self.fast_paths.apply(self.model, split, batch, routing) as rows:
             result = self.objective(self.model, rows, scale)
             if backward:
                 torch.autograd.backward(result.total)
@@ -163,10 +163,10 @@ class Runtime:
         counts = [len(arm_batch.batch.indices) for arm_batch in arm_batches]
         scales = [arm_batch.scale for arm_batch, count in zip(arm_batches, counts, strict=True) for _ in range(count)]
         scale = torch.tensor(scales, device=self.loaded.device)
-        result = self._routed_losses("train", multi_lora, arm_batches, scale, backward=True)
+        result = self._compute_routed_losses("train", multi_lora, arm_batches, scale, backward=True)
         return list(torch.split(result.example_losses, counts))
 
-    def _routed_losses(
+    def _compute_routed_losses(
         self,
         split: SplitName,
         multi_lora: MultiLora,
@@ -175,85 +175,85 @@ class Runtime:
         *,
         backward: bool = False,
     ) -> BatchLoss:
-        with multi_lora.routed(arm_batches, self._pad_id, self.fast_paths.sequence_packing) as (batch, routing):
-            return self.losses(split, batch, scale, routing, backward=backward)
+        with multi_lora.route(arm_batches, self._pad_id, self.fast_paths.sequence_packing) as (batch, routing):
+            return self.compute_losses(split, batch, scale, routing, backward=backward)
 
     @torch.no_grad()
-    def evaluate(self, split: SplitName, only: Sequence[int] | None = None) -> Scores:
+    def evaluate(self, split: SplitName, indices_to_score: Sequence[int] | None = None) -> Scores:
         """Scores of every example of a split, or of those at `only`, without adapter dropout.
 
         Batches have a fixed composition. Examples that are left out have zeros.
         """
-        with self.without_dropout():
-            return self.evaluate_adapters(split, None, [ADAPTER], only)[0]
+        with self.disable_dropout():
+            return self.evaluate_adapters(split, None, [ADAPTER], indices_to_score)[0]
 
     @torch.no_grad()
     def evaluate_adapters(
-        self, split: SplitName, multi_lora: MultiLora | None, adapters: Sequence[str], only: Sequence[int] | None = None
+        self, split: SplitName, multi_lora: MultiLora | None, adapters: Sequence[str], indices_to_score: Sequence[int] | None = None
     ) -> list[Scores]:
         """As `evaluate`, for several adapters in one pass over the split; without `multi_lora`, for what the base now carries."""
         examples, names = self.data.splits[split], EXAMPLE_METRICS.get(self.data.summary.form, ())
-        batches = length_sorted_batches(examples, self.settings.eval_batch_size)
-        if only is not None:
-            kept = set(only)
-            batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
-        none, zeros = [0] * len(examples), [0.0] * len(examples)
+        batches = batch_by_length(examples, self.settings.eval_batch_size)
+        if indices_to_score is not None:
+            selected = set(indices_to_score)
+            batches = [here for batch in batches if (here := [index for index in batch if index in selected])]
+        zero_counts, zeros = [0] * len(examples), [0.0] * len(examples)
         groups = self.data.groups.get(split)
-        scores = [Scores([*zeros], [*none], {name: [*zeros] for name in names}, groups) for _ in adapters]
-        done, count = 0, sum(map(len, batches))
+        scores = [Scores([*zeros], [*zero_counts], {name: [*zeros] for name in names}, groups) for _ in adapters]
+        num_done, num_examples = 0, sum(map(len, batches))
         for indices in batches:
-            batch = self.batch(split, indices)
+            batch = self.make_batch(split, indices)
             if multi_lora is None:
-                result = self.losses(split, batch, 1.0)
+                result = self.compute_losses(split, batch, 1.0)
             else:
                 arm_batches = [ArmBatch(adapter, batch, 1.0, None) for adapter in adapters]
-                result = self._routed_losses(split, multi_lora, arm_batches, 1.0)
+                result = self._compute_routed_losses(split, multi_lora, arm_batches, 1.0)
             for row, (score, index) in enumerate(product(scores, indices)):
                 score.losses[index] = float(result.example_losses[row])
                 score.tokens[index] = int(result.example_tokens[row])
                 for name, values in result.example_metrics.items():
-                    score.by_example[name][index] = float(values[row])
-            done += len(indices)
-            self.on_evaluated(done, count)
+                    score.example_metrics[name][index] = float(values[row])
+            num_done += len(indices)
+            self.on_evaluated(num_done, num_examples)
         return scores
 
-    def config(self, arm: Arm) -> LoraConfig:
+    def make_config(self, arm: Arm) -> LoraConfig:
         """PEFT's configuration of the arm."""
         targets, classification = self.targets, self.data.is_classification
-        return lora_config(self.settings, arm, classification, targets.names, targets.parameters)
+        return make_lora_config(self.settings, arm, classification, targets.names, targets.parameters)
 
-    def recomputing(self) -> AbstractContextManager[None]:
+    def use_gradient_checkpointing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing, if the settings ask for it."""
-        return gradient_checkpointing_on(self.model) if self.settings.gradient_checkpointing else nullcontext()
+        return enable_gradient_checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext()
 
     @contextmanager
-    def without_dropout(self) -> Iterator[None]:
+    def disable_dropout(self) -> Iterator[None]:
         """Within the block, adapters drop nothing out."""
         dropouts = [module for module in self.model.modules() if isinstance(module, torch.nn.Dropout)]
-        with training_is(False, [module for module in dropouts if module.training]):
+        with set_training_mode(False, [module for module in dropouts if module.training]):
             yield
 
     @torch.no_grad()
-    def _sees_later_tokens(self, probe: Batch) -> bool:
+    def _can_see_later_tokens(self, probe: Batch) -> bool:
         """Whether a language model sees the labels that it predicts; the first passes of the base, one over the longest example.
 
         Raises:
             ModelError: the base's own code fails.
         """
-        longest = self._longest()
+        longest = self._make_longest_batch()
         try:
             self.model.base_model(input_ids=longest.input_ids, attention_mask=longest.attention_mask)  # without a head
             real = probe.input_ids[0][probe.attention_mask[0].bool()]
-            return not self.data.is_classification and sees_later_tokens(self.model, real)
+            return not self.data.is_classification and can_see_later_tokens(self.model, real)
         except LIBRARY_ERRORS as error:
             if is_out_of_memory(error):
                 raise
-            fault = self.settings.fault_of(
+            hint = self.settings.load_error_hint(
                 "its config.json or its own code is at fault, or seq_len is longer than it takes"
             )
             raise ModelError(
                 f"{self.loaded.name}: the base itself fails, without any adapter, on texts of up to {longest.input_ids.shape[1]} tokens "
-                f"({type(error).__name__}: {first_line(error)}); {fault}"
+                f"({type(error).__name__}: {first_line(error)}); {hint}"
             ) from error
 
     def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
@@ -263,42 +263,42 @@ class Runtime:
         """
         settings = self.settings
         trainable = [*(module.name for module in self.targets.modules), *settings.modules_to_save]
-        blocks = frozen_blocks(self.model, trainable) if settings.cache_prefix else []
+        blocks = find_frozen_blocks(self.model, trainable) if settings.cache_prefix else []
         device = self.loaded.device
-        prefix = FrozenPrefix(blocks, self._groups(), self._pad_id, device, cache_folder) if blocks else None
-        return find_fast_paths(self.model, self._likelihood, self._longest(beside=True), probe, prefix)
+        prefix = FrozenPrefix(blocks, self._make_cache_batches(), self._pad_id, device, cache_folder) if blocks else None
+        return find_fast_paths(self.model, self._likelihood, self._make_longest_batch(with_shorter=True), probe, prefix)
 
-    def _longest(self, beside: bool = False) -> Batch:
+    def _make_longest_batch(self, with_shorter: bool = False) -> Batch:
         """The longest example of all; with `beside`, the shortest and the median of its split too."""
         split, longest = max(self.data.splits.items(), key=lambda item: int(item[1].lengths.max(initial=0)))
         by_length: list[int] = np.argsort(longest.lengths, kind="stable").tolist()
-        return self._collated(
-            split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]] if beside else by_length[-1:]
+        return self._collate(
+            split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]] if with_shorter else by_length[-1:]
         )
 
-    def _groups(self) -> dict[SplitName, FixedGroups]:
+    def _make_cache_batches(self) -> dict[SplitName, CacheBatches]:
         """The examples that the arms will use, in the groups in which what the base alone gives is computed."""
         return {
-            split: FixedGroups(examples, self._expected_examples(split), self.settings.eval_batch_size)
+            split: CacheBatches(examples, self._find_expected_examples(split), self.settings.eval_batch_size)
             for split, examples in self.data.splits.items()
         }
 
-    def _expected_examples(self, split: SplitName) -> set[int]:
+    def _find_expected_examples(self, split: SplitName) -> set[int]:
         """The indices of a split's examples that the arms will use."""
         if split != "train":
             return set(range(len(self.data.splits[split])))
-        further = self.steps + math.ceil(FURTHER_SHARE * self.steps)
-        plans = [self.batch_plan(self.settings.seeds[0], further), *map(self.batch_plan, self.settings.seeds[1:])]
+        extended_steps = self.steps + math.ceil(MOMENT_STEPS_FRACTION * self.steps)
+        plans = [self.plan_batches(self.settings.seeds[0], extended_steps), *map(self.plan_batches, self.settings.seeds[1:])]
         return {index for plan in plans for indices in plan for index in indices}
 
-    def expect(self, split: SplitName, indices: Sequence[int]) -> None:
+    def expect_examples(self, split: SplitName, indices: Sequence[int]) -> None:
         """Announce examples that will be used, so that their frozen layers are computed in groups and not one by one."""
         for computed in (self.fast_paths.prefix, self._reference):
             if computed is not None:
-                computed.groups[split].expect(indices)
+                computed.batches[split].expect(indices)
 
 
-def visible_label(name: str) -> ModelError:
+def build_causality_error(name: str) -> ModelError:
     """The refusal of an encoder as a language model."""
     return ModelError(
         f"{name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
@@ -307,7 +307,7 @@ def visible_label(name: str) -> ModelError:
 
 
 @contextmanager
-def adapter_attached(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
+def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
     """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends; None: the base alone.
 
     Raises:
@@ -318,18 +318,18 @@ def adapter_attached(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
         return
     _require_task(runtime, folder)
     try:
-        with without_peft_noise(), peft_folder(folder) as place:
-            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(place))
+        with suppress_peft_warnings(), ensure_peft_format(folder) as adapter_folder:
+            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(adapter_folder))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        fault = runtime.settings.fault_of("give the base that it was trained on")
+        hint = runtime.settings.load_error_hint("give the base that it was trained on")
         raise ModelError(
-            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); {fault}"
+            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); {hint}"
         ) from None
     peft_model.train(False)
     try:
         yield peft_model
     finally:
-        unwrapped(peft_model)
+        unwrap_base(peft_model)
 
 
 def _require_task(runtime: Runtime, folder: Path) -> None:

@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from rightrank.models.base_models import find_device
-from rightrank.models.kinds import WRAPPED, kind_of
+from rightrank.models.kinds import WRAPPER_SUFFIX, find_kind
 from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
-from rightrank.models.ranks import peft_scaling
+from rightrank.models.ranks import convert_scaling
 from rightrank.schema.errors import ModelError, did_you_mean, first_line
 from rightrank.schema.settings import TAKEN_FROM_BASE, PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
@@ -27,8 +27,8 @@ from rightrank.schema.trials import Arm
 ALL_LINEAR = "all-linear"
 
 # Models whose kernels read the weights of these modules themselves: PEFT refuses adapters there.
-MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-CALLED_BY_MAMBA = ("out_proj", "conv1d")
+MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_KERNEL_MODULES = ("out_proj", "conv1d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,77 +56,77 @@ class Targets:
     init: str = "default"  # of the adapters
 
     @property
-    def why_alone(self) -> str | None:
+    def unshared_reason(self) -> str | None:
         """Why no two adapters of the run share a pass, by their kind; None where kinds allow it."""
-        alone = next((module.kind for module in self.modules if module.kind.why_alone is not None), None)
-        if alone is None:
+        kind = next((module.kind for module in self.modules if module.kind.unshared_reason is not None), None)
+        if kind is None:
             return None
-        return f"{alone.label} runs through PEFT's own forward pass, one adapter at a time ({alone.why_alone})"
+        return f"{kind.label} runs through PEFT's own forward pass, one adapter at a time ({kind.unshared_reason})"
 
-    def tied_line(self, model: Any, saved: Sequence[str]) -> str:
+    def tied_weights_note(self, model: Any, modules_to_save: Sequence[str]) -> str:
         """What is to be known where the adapters train one of two modules of the base that share a weight; empty elsewhere."""
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head is None or getattr(head, "weight", None) is not getattr(embeddings, "weight", head):
             return ""
-        trained = [module.name for module in self.modules]
-        shared = [name for name, module in model.named_modules(remove_duplicate=False) if module in (embeddings, head)]
-        tied = next((name for name in shared if name in trained or name.split(".")[-1] in saved), None)
-        if tied is None:
+        target_names = [module.name for module in self.modules]
+        shared_names = [name for name, module in model.named_modules(remove_duplicate=False) if module in (embeddings, head)]
+        tied_name = next((name for name in shared_names if name in target_names or name.split(".")[-1] in modules_to_save), None)
+        if tied_name is None:
             return ""
         return (
-            f"{tied} is trained, and the base uses one weight for its embeddings and its head: merging the adapter would change both. "
+            f"{tied_name} is trained, and the base uses one weight for its embeddings and its head: merging the adapter would change both. "
             "Load it unmerged, or load the base with tie_word_embeddings=False before merging"
         )
 
     @property
-    def why_not_truncated(self) -> str | None:
+    def untruncatable_reason(self) -> str | None:
         """Why no adapter of the run can be truncated, by their kind; None where all can."""
         kinds = (module.kind for module in self.modules)
-        return next((f"{kind.label}: {kind.why_not_truncated}" for kind in kinds if kind.why_not_truncated), None)
+        return next((f"{kind.label}: {kind.untruncatable_reason}" for kind in kinds if kind.untruncatable_reason), None)
 
     @property
-    def start_line(self) -> str:
+    def initial_values_note(self) -> str:
         """What is to be known where the adapters take their first values out of the base; empty elsewhere."""
         if self.init not in TAKEN_FROM_BASE:
             return ""
         return f"init_lora_weights {self.init}: an adapter that is trained at rank r loads on the base as a plain LoRA of rank 2r"
 
 
-def find_targets(model: Any, settings: SelectSettings, classification: bool) -> Targets:
+def find_targets(model: Any, settings: SelectSettings, is_classification: bool) -> Targets:
     """The modules that PEFT adapts under these settings.
 
     Raises:
         ModelError: a name matches no module, a layer does not exist, PEFT can't adapt a module, or a rank in
             `settings.ranks` is above the largest rank of some matrix.
     """
-    require_targets(model, settings, classification)
+    require_targets(model, settings, is_classification)
     if settings.use_dora and settings.load_in_8bit and find_device(settings.device).type == "cpu":
         raise ModelError(
             "use_dora with load_in_8bit: PEFT loses the scales of weights in 8 bits on a CPU; give load_in_4bit, or device cuda"
         )
-    parameters = in_layers(model, settings)
+    parameters = find_target_parameters(model, settings)
     probe = Arm(rank=1, learning_rate=1.0, lora_alpha=1.0, seed=0, steps=1)
-    skeleton = _skeleton(model)
+    skeleton = _make_skeleton(model)
     try:
-        names, added = named_targets(model, settings, classification)
-        with without_peft_noise():
-            get_peft_model(skeleton, lora_config(settings, probe, classification, names, parameters))
+        names, added_parameters = resolve_target_names(model, settings, is_classification)
+        with suppress_peft_warnings():
+            get_peft_model(skeleton, make_lora_config(settings, probe, is_classification, names, parameters))
     except (ValueError, TypeError) as error:
         reason = first_line(error)
         if reason.startswith(("Target modules", "No modules", "No `target_modules`")):
-            raise ModelError(f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}") from None
+            raise ModelError(f"PEFT finds no module to adapt ({reason}); {_describe_linear_modules(model)}") from None
         refusal = f"PEFT can't make this adapter: {reason.rstrip('.')}; change the settings of the adapter"
         raise ModelError(refusal) from None
-    modules = tuple(adapted_matrices(skeleton))
+    modules = tuple(find_adapted_matrices(skeleton))
     for module in modules:
         _require_trainable(module, skeleton)
-        _require_start(module, skeleton, settings.init_lora_weights)
+        _require_initial_values(module, skeleton, settings.init_lora_weights)
         require_ranks(module, settings.ranks)
-    left_out = tuple(name for name in added if not any(given.endswith(name) for given in settings.target_parameters))
-    return Targets(tuple(sorted(names)), modules, tuple(parameters), left_out, settings.init_lora_weights)
+    skipped_parameters = tuple(name for name in added_parameters if not any(parameter.endswith(name) for parameter in settings.target_parameters))
+    return Targets(tuple(sorted(names)), modules, tuple(parameters), skipped_parameters, settings.init_lora_weights)
 
 
-def require_targets(model: Any, settings: PeftFields, classification: bool) -> None:
+def require_targets(model: Any, settings: PeftFields, is_classification: bool) -> None:
     """Check that a stated task is that of the data, and that every name of modules and parameters matches one, in layers that the
     model has and the settings name.
 
@@ -136,10 +136,10 @@ def require_targets(model: Any, settings: PeftFields, classification: bool) -> N
         ModelError: another task; a name that matches nothing, with the names that there are; a module of another layer; no such
             layer.
     """
-    task, stated = _task(classification).value, settings.stated.get("task_type")
-    if stated not in (None, task):
+    task, stated_task = _get_task_type(is_classification).value, settings.stated.get("task_type")
+    if stated_task not in (None, task):
         raise ModelError(
-            f"task_type: got {stated!r}, and this is {task!r}: data with `text` and `label` train a classifier (SEQ_CLS), all others a "
+            f"task_type: got {stated_task!r}, and this is {task!r}: data with `text` and `label` train a classifier (SEQ_CLS), all others a "
             "language model (CAUSAL_LM); give such data, or leave task_type out"
         )
     names = {name for name, _ in model.named_modules() if name}
@@ -149,42 +149,42 @@ def require_targets(model: Any, settings: PeftFields, classification: bool) -> N
             "target_modules holds 'all-linear' beside other names; give 'all-linear' alone, or names alone"
         )
     for target in (*targets, *settings.modules_to_save, *settings.exclude_modules):
-        if not any(_matches(target, name) for name in names):
-            raise ModelError(f"no module is named {target!r}; {_names_there_are(model)}")
+        if not any(_has_name(target, name) for name in names):
+            raise ModelError(f"no module is named {target!r}; {_describe_linear_modules(model)}")
     for target in targets:
         if target in names and "." in target and not _is_in_layers(target, settings):
             raise ModelError(
                 f"target_modules: {target!r} is in none of layers_to_transform; leave it out, or add its layer"
             )
-    count = max((layer for name in names if (layer := _layer(name)) is not None), default=-1) + 1
+    count = max((layer for name in names if (layer := _parse_layer(name)) is not None), default=-1) + 1
     for layer in settings.layers_to_transform or ():
         if not 0 <= layer < count:
             raise ModelError(f"layers_to_transform: got {layer}; the model's layers are 0 to {count - 1}")
     parameters = dict(model.named_parameters())
     for target in settings.target_parameters:
-        if not any(_matches(target, name) for name in parameters):
+        if not any(_has_name(target, name) for name in parameters):
             stacked = {".".join(name.rsplit(".", 3)[-3:]) for name, value in parameters.items() if value.dim() == 3}
-            listed = f"; parameters of experts there are: {', '.join(sorted(stacked)) or 'none'}"
-            near = did_you_mean(target, stacked)
-            raise ModelError(f"target_parameters: no parameter is named {target!r}{near or listed}")
+            available = f"; parameters of experts there are: {', '.join(sorted(stacked)) or 'none'}"
+            suggestion = did_you_mean(target, stacked)
+            raise ModelError(f"target_parameters: no parameter is named {target!r}{suggestion or available}")
 
 
-def in_layers(model: Any, settings: PeftFields) -> list[str]:
+def find_target_parameters(model: Any, settings: PeftFields) -> list[str]:
     """`target_parameters` in the layers of the settings: full names, since PEFT looks at the layers of modules alone."""
     targets, layers = settings.target_parameters, settings.layers_to_transform
     if layers is None or not targets:
         return list(targets)
-    names = (name for name, _ in model.named_parameters() if any(_matches(target, name) for target in targets))
-    return [name for name in names if _layer(name) in layers]
+    names = (name for name, _ in model.named_parameters() if any(_has_name(target, name) for target in targets))
+    return [name for name in names if _parse_layer(name) in layers]
 
 
-def _layer(name: str) -> int | None:
+def _parse_layer(name: str) -> int | None:
     """The first number in a name of several parts."""
     match = re.match(r".*?\.(\d+)\.", name)
     return None if match is None else int(match[1])
 
 
-def named_targets(model: Any, settings: PeftFields, classification: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def resolve_target_names(model: Any, settings: PeftFields, is_classification: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of `target_modules`, and the parameters that PEFT's `all-linear` adds to them.
 
     `all-linear` is resolved by PEFT, in the layers of the settings: every linear module but the output head and those of Mamba
@@ -192,26 +192,26 @@ def named_targets(model: Any, settings: PeftFields, classification: bool) -> tup
     """
     if settings.target_modules != (ALL_LINEAR,):
         return settings.target_modules, ()
-    task = _task(classification)
-    left_out = all_linear_leaves_out(model, classification)
-    config = LoraConfig(task_type=task, target_modules=ALL_LINEAR, exclude_modules=left_out or None)
-    skeleton = _skeleton(model)
-    whole = {name for name, _ in skeleton.named_modules()}
-    with without_peft_noise():
+    task = _get_task_type(is_classification)
+    excluded_names = find_unadaptable_names(model, is_classification)
+    config = LoraConfig(task_type=task, target_modules=ALL_LINEAR, exclude_modules=excluded_names or None)
+    skeleton = _make_skeleton(model)
+    module_names = {name for name, _ in skeleton.named_modules()}
+    with suppress_peft_warnings():
         inject_adapter_in_model(config, skeleton)
-    linear = sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in left_out)
+    linear = sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in excluded_names)
     # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
-    names = tuple(name for name in linear if name not in whole or _is_in_layers(name, settings))
+    names = tuple(name for name in linear if name not in module_names or _is_in_layers(name, settings))
     return names, tuple(sorted(config.target_parameters or ()))
 
 
-def all_linear_leaves_out(model: Any, classification: bool) -> list[str]:
+def find_unadaptable_names(model: Any, is_classification: bool) -> list[str]:
     """Names of linear modules that PEFT's `all-linear` names and can't adapt.
 
     Those are Mamba's, and of a classifier what ends with the name of its head, which PEFT trains whole (DistilBERT's pre_classifier).
     """
-    names = list(CALLED_BY_MAMBA) if getattr(model.config, "model_type", None) in MAMBA else []
-    if classification:
+    names = list(MAMBA_KERNEL_MODULES) if getattr(model.config, "model_type", None) in MAMBA_MODEL_TYPES else []
+    if is_classification:
         linear = {
             name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
         }
@@ -230,27 +230,27 @@ def _is_in_layers(name: str, settings: PeftFields) -> bool:
     return bool(dot) and bool(check_target_module_exists(config, name))
 
 
-def _skeleton(model: Any) -> Any:
+def _make_skeleton(model: Any) -> Any:
     """The model's modules without weights."""
     with torch.device("meta"):
         return type(model)(model.config)
 
 
-def adapted_matrices(model: Any) -> Iterator[TargetModule]:
+def find_adapted_matrices(model: Any) -> Iterator[TargetModule]:
     """Every matrix that PEFT adapted in `model`, by its name in the base."""
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        kind, name = kind_of(module), path.replace(WRAPPED, "")
-        for part, rows, columns in kind.shapes(module):
-            yield TargetModule(f"{name}.{part}" if part else name, columns, rows, kind)
+        kind, name = find_kind(module), path.replace(WRAPPER_SUFFIX, "")
+        for matrix_name, rows, columns in kind.shapes(module):
+            yield TargetModule(f"{name}.{matrix_name}" if matrix_name else name, columns, rows, kind)
 
 
 def _require_trainable(module: TargetModule, skeleton: Any) -> None:
     """Refuse a kind that `select` does not train, and a layer that returns more than its product, as Llama-4's router."""
-    if module.kind.why_not_select is not None:
+    if module.kind.unselectable_reason is not None:
         raise ModelError(
-            f"{module.name} is {module.kind.label}: {module.kind.why_not_select}; leave it out with exclude_modules"
+            f"{module.name} is {module.kind.label}: {module.kind.unselectable_reason}; leave it out with exclude_modules"
         )
     layer = skeleton.get_submodule(module.name).get_base_layer() if isinstance(module.kind, Linear) else None
     if isinstance(layer, torch.nn.Linear) and type(layer).forward is not torch.nn.Linear.forward:
@@ -262,19 +262,19 @@ def _require_trainable(module: TargetModule, skeleton: Any) -> None:
             )
 
 
-def _require_start(module: TargetModule, skeleton: Any, init: str) -> None:
+def _require_initial_values(module: TargetModule, skeleton: Any, init_method: str) -> None:
     """Refuse first values that PEFT does not give to such a module, or that it takes from weights that are stored in few bits."""
-    if init in ("default", "gaussian"):
+    if init_method in ("default", "gaussian"):
         return
-    fault = "" if isinstance(module.kind, Linear) else f"is {module.kind.label}, and PEFT has it for linear layers"
-    layer = None if fault else skeleton.get_submodule(module.name).get_base_layer()
-    if init == "olora" and type(layer).__name__ == "Conv1D":
-        fault = "is a Conv1D, of which PEFT's OLoRA takes the transposed matrix"
-    if init in TAKEN_FROM_BASE and getattr(skeleton.config, "quantization_config", None) is not None:
-        fault = "is stored in fewer bits, and it takes its first values out of whole weights"
-    if fault:
+    problem = "" if isinstance(module.kind, Linear) else f"is {module.kind.label}, and PEFT has it for linear layers"
+    layer = None if problem else skeleton.get_submodule(module.name).get_base_layer()
+    if init_method == "olora" and type(layer).__name__ == "Conv1D":
+        problem = "is a Conv1D, of which PEFT's OLoRA takes the transposed matrix"
+    if init_method in TAKEN_FROM_BASE and getattr(skeleton.config, "quantization_config", None) is not None:
+        problem = "is stored in fewer bits, and it takes its first values out of whole weights"
+    if problem:
         raise ModelError(
-            f"init_lora_weights {init}: {module.name} {fault}; leave it out with exclude_modules, or give init_lora_weights default"
+            f"init_lora_weights {init_method}: {module.name} {problem}; leave it out with exclude_modules, or give init_lora_weights default"
         )
 
 
@@ -293,7 +293,7 @@ def require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
         )
 
 
-def _names_there_are(model: Any) -> str:
+def _describe_linear_modules(model: Any) -> str:
     linear = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -302,19 +302,19 @@ def _names_there_are(model: Any) -> str:
     return f"linear modules there are: {', '.join(sorted(linear)) or 'none'}"
 
 
-def _matches(target: str, name: str) -> bool:
+def _has_name(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def lora_config(
+def make_lora_config(
     settings: SelectSettings,
     arm: Arm,
-    classification: bool,
+    is_classification: bool,
     names: Sequence[str],
     parameters: Sequence[str] = (),
 ) -> LoraConfig:
     """PEFT's configuration of one arm on the modules and parameters of these names."""
-    alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
+    alpha, use_rslora = convert_scaling(settings.scaling, arm.lora_alpha, arm.rank)
     return LoraConfig(
         r=arm.rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
@@ -324,26 +324,26 @@ def lora_config(
         init_lora_weights="gaussian"
         if settings.init_lora_weights == "gaussian"
         else True,  # for kinds that PEFT starts; other names are of `models.kinds.linear`
-        **common_fields(settings, classification),
+        **build_common_fields(settings, is_classification),
     )
 
 
-def common_fields(settings: PeftFields, classification: bool) -> dict[str, Any]:
+def build_common_fields(settings: PeftFields, is_classification: bool) -> dict[str, Any]:
     """The fields of PEFT's configuration that training and planning fill alike."""
     layers = settings.layers_to_transform
     return {
-        "task_type": _task(classification),
+        "task_type": _get_task_type(is_classification),
         "layers_to_transform": None if layers is None else list(layers),
         **settings.lora_config(),
     }
 
 
-def _task(classification: bool) -> TaskType:
-    return TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM
+def _get_task_type(is_classification: bool) -> TaskType:
+    return TaskType.SEQ_CLS if is_classification else TaskType.CAUSAL_LM
 
 
 @contextmanager
-def without_peft_noise() -> Iterator[None]:
+def suppress_peft_warnings() -> Iterator[None]:
     """Within the block, PEFT's warnings that a user can't act on are off."""
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers 5 deprecates.

@@ -17,25 +17,25 @@ from typing import Any, TypeAlias
 from jinja2 import TemplateError
 
 from rightrank.data.forms import DataForm, Example
-from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, group_numbers
+from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, number_groups
 from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
 from rightrank.models.base_models import LoadedModel
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary, SplitSummary
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import SplitName, split_name
+from rightrank.schema.trials import SplitName
 
 EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
-AT_ONCE = 2**13  # characters tokenised in one call: few enough that the collector of cycles seldom visits their offsets
-COST_OF_TEXT = 64  # characters that a text counts for beside its own
+MAX_CHARACTERS_PER_CALL = 2**13  # characters tokenised in one call: few enough that the collector of cycles seldom visits their offsets
+CHARACTERS_PER_TEXT = 64  # characters that a text counts for beside its own
 
 
-def _label_count(example: EncodedExample) -> int:
+def _count_example_labels(example: EncodedExample) -> int:
     """The number of label tokens with a loss; a sequence has none at its first position, which nothing precedes."""
-    return sum(_count_of(labels) for _, labels in example.sequences())
+    return sum(_count_labels(labels) for _, labels in example.sequences())
 
 
-def _count_of(labels: Sequence[int]) -> int:
+def _count_labels(labels: Sequence[int]) -> int:
     return len(labels[1:]) - labels[1:].count(IGNORED)
 
 
@@ -45,8 +45,8 @@ class _Text:
 
     text: str
     spans: Sequence[tuple[int, int]] | None = None  # of characters; None: every token is a label
-    special: bool = True  # with the tokenizer's special tokens
-    ended: bool = False  # with the end-of-sequence token, which is a label too
+    adds_special_tokens: bool = True  # with the tokenizer's special tokens
+    adds_eos: bool = False  # with the end-of-sequence token, which is a label too
 
     def labels(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
         """The label of each token, from its characters."""
@@ -61,14 +61,14 @@ class _Text:
         return labels
 
 
-MARK = "~rightrank~"  # in the place of a message's content, to see where that is
+PLACEHOLDER = "~rightrank~"  # in the place of a message's content, to see where that is
 
 
-class _UnlocatedError(DataError):
+class _UnlocatedAnswerError(DataError):
     """What the chat template does by which an answer can't be trained on."""
 
 
-REWRITES = "rewrites earlier turns, so the assistant's tokens can't be located"
+REWRITES_TURNS = "rewrites earlier turns, so the assistant's tokens can't be located"
 
 
 class Chat:
@@ -84,89 +84,89 @@ class Chat:
         )
         return text
 
-    def span(self, messages: Sequence[Mapping[str, str]], whole: str, index: int) -> tuple[int, int]:
+    def find_span(self, messages: Sequence[Mapping[str, str]], text: str, index: int) -> tuple[int, int]:
         """Where the answer at `index` is in the `whole` text of a conversation, without its header and with what ends the turn."""
-        header, turn = self.header(messages[:index]), self.render(messages[: index + 1])
-        if not whole.startswith(turn):  # Phi-3's template ends a conversation with the end-of-sequence token
+        header, turn = self.render_header(messages[:index]), self.render(messages[: index + 1])
+        if not text.startswith(turn):  # Phi-3's template ends a conversation with the end-of-sequence token
             turn = turn.removesuffix(self._tokenizer.eos_token or "")
-        if whole.startswith(turn) and turn.startswith(header):
+        if text.startswith(turn) and turn.startswith(header):
             return len(header), len(turn)
-        return self._marked_span(messages, whole, index)
+        return self._find_marked_span(messages, text, index)
 
-    def around_answer(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+    def split_around_answer(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
         """`(the prompt for the last message, what follows its content)`, as the model sees them in training.
 
         The prompt is the header, with what the template writes before any answer, such as an empty reasoning.
         """
-        whole, last = self.render(messages), len(messages) - 1
-        header = whole[: self.span(messages, whole, last)[0]]
+        text, last = self.render(messages), len(messages) - 1
+        header = text[: self.find_span(messages, text, last)[0]]
         try:
-            before, after = self._around(messages, last)
-        except _UnlocatedError:
+            prefix, suffix = self._split_around(messages, last)
+        except _UnlocatedAnswerError:
             return header, ""
-        is_whole = whole == before + messages[last]["content"] + after and before[len(header) :].strip()
-        return before if is_whole else header, after if whole.endswith(after) else ""
+        is_complete = text == prefix + messages[last]["content"] + suffix and prefix[len(header) :].strip()
+        return prefix if is_complete else header, suffix if text.endswith(suffix) else ""
 
-    def header(self, earlier: Sequence[Mapping[str, str]]) -> str:
+    def render_header(self, earlier: Sequence[Mapping[str, str]]) -> str:
         """What precedes an assistant's answer to the `earlier` turns: their text and the prompt for an answer.
 
         A template without such a prompt, and one with no earlier turn, writes two answers that differ: what precedes both is the
         header, with the template's own system prompt.
         """
-        if earlier and self._cue:
+        if earlier and self._answer_cue:
             return self.render(earlier, prompt=True)
-        shared = _common_start(*(self.render([*earlier, {"role": "assistant", "content": letter}]) for letter in "AB"))
-        if self._cue not in shared:
-            raise _UnlocatedError(REWRITES)
-        return shared[: shared.rindex(self._cue) + len(self._cue)] if self._cue else shared.rstrip(" ")
+        common_text = _find_common_start(*(self.render([*earlier, {"role": "assistant", "content": letter}]) for letter in "AB"))
+        if self._answer_cue not in common_text:
+            raise _UnlocatedAnswerError(REWRITES_TURNS)
+        return common_text[: common_text.rindex(self._answer_cue) + len(self._answer_cue)] if self._answer_cue else common_text.rstrip(" ")
 
-    def _marked_span(self, messages: Sequence[Mapping[str, str]], whole: str, index: int) -> tuple[int, int]:
+    def _find_marked_span(self, messages: Sequence[Mapping[str, str]], text: str, index: int) -> tuple[int, int]:
         """The same where the template writes the turns up to this one otherwise, as where it drops earlier reasoning.
 
         Marks in place of the content, and of the message before, show what the template writes around them. The header is what the
         turn shares with the prompt for an answer, in one of the template's modes: all of that prompt, or all that precedes the content.
         """
-        if not index or not self._cue:
-            raise _UnlocatedError(REWRITES)
-        (before, after), (_, turn) = (self._around(messages, place) for place in (index, index - 1))
-        begin, fixed = len(whole) - len(turn), len(_common_start(whole, before))
-        if not (whole.endswith(turn) and whole.endswith(after) and begin <= fixed):
-            raise _UnlocatedError(REWRITES)
-        end = len(whole) - len(after) + self._length_of_end(messages[: index + 1], after)
+        if not index or not self._answer_cue:
+            raise _UnlocatedAnswerError(REWRITES_TURNS)
+        (prefix, suffix), (_, turn) = (self._split_around(messages, position) for position in (index, index - 1))
+        begin, num_shared = len(text) - len(turn), len(_find_common_start(text, prefix))
+        if not (text.endswith(turn) and text.endswith(suffix) and begin <= num_shared):
+            raise _UnlocatedAnswerError(REWRITES_TURNS)
+        end = len(text) - len(suffix) + self._measure_turn_end(messages[: index + 1], suffix)
         for mode in ({}, {"enable_thinking": False}):
-            _, prompt = self._around(messages[:index], index - 1, prompt=True, **mode)
-            header = len(_common_start(prompt, whole[begin:fixed]))
-            if header in (len(prompt), fixed - begin):
+            _, prompt = self._split_around(messages[:index], index - 1, prompt=True, **mode)
+            header = len(_find_common_start(prompt, text[begin:num_shared]))
+            if header in (len(prompt), num_shared - begin):
                 return begin + header, end
-        raise _UnlocatedError(REWRITES)
+        raise _UnlocatedAnswerError(REWRITES_TURNS)
 
-    def _around(self, messages: Sequence[Mapping[str, str]], index: int, **options: bool) -> tuple[str, str]:
+    def _split_around(self, messages: Sequence[Mapping[str, str]], index: int, **options: bool) -> tuple[str, str]:
         """What the template writes before and after the content of a message."""
         marked = [*messages]
-        marked[index] = {**messages[index], "content": MARK}
-        parts = self.render(marked, **options).split(MARK)
-        if len(parts) != 2:
-            raise _UnlocatedError(REWRITES)
-        return parts[0], parts[1]
+        marked[index] = {**messages[index], "content": PLACEHOLDER}
+        text_sections = self.render(marked, **options).split(PLACEHOLDER)
+        if len(text_sections) != 2:
+            raise _UnlocatedAnswerError(REWRITES_TURNS)
+        return text_sections[0], text_sections[1]
 
-    def _length_of_end(self, messages: Sequence[Mapping[str, str]], after: str) -> int:
+    def _measure_turn_end(self, messages: Sequence[Mapping[str, str]], suffix: str) -> int:
         """Of what ends the last message, in the text `after` its content: as where no other follows, else a token of its own."""
-        _, end = self._around(messages, len(messages) - 1)
+        _, end = self._split_around(messages, len(messages) - 1)
         tokens = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
         ends = [end, end.removesuffix(self._tokenizer.eos_token or ""), *(tokens if end else ())]
-        known = next((text for text in ends if after.startswith(text) and (text or not end)), None)
-        if known is None:
-            raise _UnlocatedError(REWRITES)
-        return len(known)
+        turn_end = next((text for text in ends if suffix.startswith(text) and (text or not end)), None)
+        if turn_end is None:
+            raise _UnlocatedAnswerError(REWRITES_TURNS)
+        return len(turn_end)
 
     @cached_property
-    def _cue(self) -> str:
+    def _answer_cue(self) -> str:
         """The end of the prompt for an answer; empty for a template without one."""
         plain, prompted = (self.render([{"role": "user", "content": "A"}], prompt) for prompt in (False, True))
-        return prompted[len(_common_start(plain, prompted)) :]
+        return prompted[len(_find_common_start(plain, prompted)) :]
 
 
-def _common_start(*texts: str) -> str:
+def _find_common_start(*texts: str) -> str:
     return commonprefix(texts)  # noqa: RUF071 - of characters, as wanted here
 
 
@@ -184,99 +184,99 @@ class _Encoder:
         waiting: list[tuple[Example, list[_Text]]] = []
         size = 0
         for example in examples:
-            waiting.append((example, self._texts(example)))
-            size += sum(COST_OF_TEXT + len(text.text) for text in waiting[-1][1])
-            if size > AT_ONCE:
-                yield from self._encoded(waiting)
+            waiting.append((example, self._make_texts(example)))
+            size += sum(CHARACTERS_PER_TEXT + len(text.text) for text in waiting[-1][1])
+            if size > MAX_CHARACTERS_PER_CALL:
+                yield from self._encode(waiting)
                 waiting, size = [], 0
-        yield from self._encoded(waiting)
+        yield from self._encode(waiting)
 
-    def _encoded(self, waiting: list[tuple[Example, list[_Text]]]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
-        tokenised = self._tokenised([text for _, texts in waiting for text in texts])
+    def _encode(self, waiting: list[tuple[Example, list[_Text]]]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
+        tokenised = self._tokenise([text for _, texts in waiting for text in texts])
         for example, texts in waiting:
             sequences = [next(tokenised) for _ in texts]
             if self.is_classification:
                 sequences = [(ids, [self._class_index[str(example.content["label"])]]) for ids, _ in sequences]
-            yield example, _with_common_start(sequences) if self.form == "preference" else sequences
+            yield example, _align_label_starts(sequences) if self.form == "preference" else sequences
 
-    def _texts(self, example: Example) -> list[_Text]:
+    def _make_texts(self, example: Example) -> list[_Text]:
         """The texts of an example's sequences."""
-        content, where = example.content, example.where
+        content, location = example.content, example.where
         if self.form == "messages":
-            return [self._conversation(content["messages"], 0, where)]
+            return [self._make_conversation_text(content["messages"], 0, location)]
         if self.form == "preference":
-            return [self._answered(content["prompt"], content[name], where) for name in ("chosen", "rejected")]
+            return [self._make_answer_text(content["prompt"], content[name], location) for name in ("chosen", "rejected")]
         if self.form == "prompt_completion" and (content["completion"] != "" or isinstance(content["prompt"], list)):
-            return [self._answered(content["prompt"], content["completion"], where)]
-        return [_Text(content.get("text", ""), ended=not self.is_classification)]
+            return [self._make_answer_text(content["prompt"], content["completion"], location)]
+        return [_Text(content.get("text", ""), adds_eos=not self.is_classification)]
 
-    def _answered(self, prompt: Any, answer: Any, where: str) -> _Text:
+    def _make_answer_text(self, prompt: Any, answer: Any, location: str) -> _Text:
         """Prompt and answer as one text, with labels on the answer and on the end-of-sequence token after it."""
         if isinstance(prompt, list) and isinstance(answer, list):
-            return self._conversation([*prompt, *answer], len(prompt), where)
+            return self._make_conversation_text([*prompt, *answer], len(prompt), location)
         if isinstance(prompt, list) or isinstance(answer, list):
             raise DataError(
-                f"{where}: `prompt` and `completion` have different types; give two strings or two lists of messages"
+                f"{location}: `prompt` and `completion` have different types; give two strings or two lists of messages"
             )
-        return _Text(prompt + answer, [(len(prompt), len(prompt + answer))], ended=True)
+        return _Text(prompt + answer, [(len(prompt), len(prompt + answer))], adds_eos=True)
 
-    def _conversation(self, messages: Sequence[Mapping[str, str]], first: int, where: str) -> _Text:
+    def _make_conversation_text(self, messages: Sequence[Mapping[str, str]], first: int, location: str) -> _Text:
         """Labels on every assistant turn from message `first` on, without its header, and on what ends the turn."""
         if not self._tokenizer.chat_template:
             raise DataError(
-                f"{where}: the row has messages but the tokenizer has no chat template; give `prompt` and `completion` of text"
+                f"{location}: the row has messages but the tokenizer has no chat template; give `prompt` and `completion` of text"
             )
         try:
-            return self._labelled(messages, first)
+            return self._label_conversation(messages, first)
         except TemplateError as error:
             raise DataError(
-                f"{where}: the chat template refuses the conversation ({error}); leave the row out, or give `prompt` and `completion`"
+                f"{location}: the chat template refuses the conversation ({error}); leave the row out, or give `prompt` and `completion`"
             ) from None
-        except _UnlocatedError as error:
+        except _UnlocatedAnswerError as error:
             raise DataError(
-                f"{where}: the chat template {error}; give `prompt` and `completion`, one row a turn"
+                f"{location}: the chat template {error}; give `prompt` and `completion`, one row a turn"
             ) from None
 
-    def _labelled(self, messages: Sequence[Mapping[str, str]], first: int) -> _Text:
-        whole = self._chat.render(messages)
+    def _label_conversation(self, messages: Sequence[Mapping[str, str]], first: int) -> _Text:
+        text = self._chat.render(messages)
         spans: list[tuple[int, int]] = []
         answer = ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index < first:
                 continue
-            spans.append(self._chat.span(messages, whole, index))
+            spans.append(self._chat.find_span(messages, text, index))
             answer = message["content"]
-        turn = whole[spans[-2][1] if spans[1:] else 0 : spans[-1][1]] if spans else ""
+        turn = text[spans[-2][1] if spans[1:] else 0 : spans[-1][1]] if spans else ""
         if "".join(answer.split()) not in "".join(turn.split()):
-            raise _UnlocatedError("leaves a part of the last answer out, such as its reasoning")
-        return _Text(whole, spans, special=False)
+            raise _UnlocatedAnswerError("leaves a part of the last answer out, such as its reasoning")
+        return _Text(text, spans, adds_special_tokens=False)
 
-    def _tokenised(self, texts: Iterable[_Text]) -> Iterator[EncodedSequence]:
-        for (special, located), group in groupby(texts, key=lambda text: (text.special, text.spans is not None)):
-            alike = list(group)
-            if located and not self._tokenizer.is_fast:
+    def _tokenise(self, texts: Iterable[_Text]) -> Iterator[EncodedSequence]:
+        for (special, has_spans), group in groupby(texts, key=lambda text: (text.adds_special_tokens, text.spans is not None)):
+            similar_texts = list(group)
+            if has_spans and not self._tokenizer.is_fast:
                 raise DataError(
                     "completions are located by character offsets, which this slow tokenizer lacks; give `text`, or a fast tokenizer"
                 )
             encoded = self._tokenizer(
-                [text.text for text in alike],
+                [text.text for text in similar_texts],
                 add_special_tokens=special,
-                return_offsets_mapping=located,
+                return_offsets_mapping=has_spans,
                 return_attention_mask=False,
                 verbose=False,
             )
-            offsets = encoded["offset_mapping"] if located else repeat(())
-            for text, ids, places in zip(alike, encoded["input_ids"], offsets, strict=False):
-                labels = text.labels(ids, places)
-                if not text.ended:
+            offsets = encoded["offset_mapping"] if has_spans else repeat(())
+            for text, ids, token_offsets in zip(similar_texts, encoded["input_ids"], offsets, strict=False):
+                labels = text.labels(ids, token_offsets)
+                if not text.adds_eos:
                     yield ids, labels
-                elif text.text or located:
-                    ended = self._end(ids)
-                    yield ended, labels + ended[len(ids) :]
+                elif text.text or has_spans:
+                    ended_ids = self._append_eos(ids)
+                    yield ended_ids, labels + ended_ids[len(ids) :]
                 else:
                     yield [], []  # nothing is learned from an empty text
 
-    def _end(self, ids: list[int]) -> list[int]:
+    def _append_eos(self, ids: list[int]) -> list[int]:
         """`ids` with the end-of-sequence token, unless the tokenizer has none or has added it."""
         end = self._tokenizer.eos_token_id
         if end is None or not ids or ids[-1] == end:
@@ -284,18 +284,18 @@ class _Encoder:
         return [*ids, end]
 
 
-def _with_common_start(pair: list[EncodedSequence]) -> list[EncodedSequence]:
+def _align_label_starts(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
     """The chosen and the rejected answer of a preference pair with labels that begin at the same position, as in TRL.
 
     Where a token across the border belongs to one answer alone, the other takes the prompt's last token as a label.
     """
     begins = [
-        next((place for place, label in enumerate(labels) if label != IGNORED), len(labels)) for _, labels in pair
+        next((position for position, label in enumerate(labels) if label != IGNORED), len(labels)) for _, labels in sequences
     ]
     first = slice(min(begins), max(begins))
-    for ids, labels in pair:
+    for ids, labels in sequences:
         labels[first] = ids[first]
-    return pair
+    return sequences
 
 
 EXAMPLE_METRICS: dict[str, tuple[str, ...]] = {  # that every evaluation gives for each example, beside the loss
@@ -319,16 +319,16 @@ class EncodedData:
         return self.summary.form == "classification"
 
     @property
-    def longest(self) -> int:
+    def max_sequence_length(self) -> int:
         """Tokens of the longest sequence."""
         return max(int(examples.longest_sequences.max(initial=0)) for examples in self.splits.values())
 
     def loss_weight(self, example: EncodedExample) -> int:
         """What an example counts in a mean loss: its labels, or 1 where the loss is one of the whole example."""
-        return _label_count(example) if self.summary.loss_kind == "token_loss" else 1
+        return _count_example_labels(example) if self.summary.loss_kind == "token_loss" else 1
 
 
-def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:
+def encode_splits(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:
     """Tokenise every split, into temporary files in `folder`.
 
     Raises:
@@ -339,62 +339,62 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
     splits: dict[SplitName, TokenStore] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
-        count = _Count()
-        pieces = _encode_split(encoder, data.examples[split], limit, count)
-        encoded = TokenStore(pieces, folder)
+        counts = _SplitCounts()
+        encoded_examples = _encode_split(encoder, data.examples[split], limit, counts)
+        encoded = TokenStore(encoded_examples, folder)
         if not encoded and data.examples[split]:
-            equal = f", {count.equal} whose answers are the same there" if count.equal else ""
-            first = f", the first at {count.first_left_out}" if count.first_left_out else ""
+            equal_note = f", {counts.equal} whose answers are the same there" if counts.equal else ""
+            location_note = f", the first at {counts.first_excluded}" if counts.first_excluded else ""
             raise DataError(
-                f"the {split_name(split)} split has no label token left after tokenising ({len(data.examples[split])} examples, "
-                f"{count.dropped} without a label within {limit} tokens{equal}{first}); give examples with text to learn, or a larger seq_len"
+                f"the {split} split has no label token left after tokenising ({len(data.examples[split])} examples, "
+                f"{counts.dropped} without a label within {limit} tokens{equal_note}{location_note}); give examples with text to learn, or a larger seq_len"
             )
         splits[split] = encoded
         summaries[split] = SplitSummary(
-            items=len(encoded),
+            examples=len(encoded),
             tokens=int(encoded.lengths.sum()),
-            label_tokens=count.label_tokens,
-            truncated=count.truncated,
-            dropped=count.dropped,
-            equal=count.equal,
+            label_tokens=counts.label_tokens,
+            truncated=counts.truncated,
+            dropped=counts.dropped,
+            equal=counts.equal,
         )
     texts = {split: data.examples[split] for split in HELD_OUT}
     groups: dict[SplitName, list[int] | None] = {}
-    for split, given in texts.items():
-        by_id = {example.item_id: example for example in given}
-        groups[split] = group_numbers(by_id[example.item_id] for example in splits[split])
-    count_of_groups = len(set(groups["selection"] or ()))
-    summary = data.summary.model_copy(update={"splits": summaries, "groups": count_of_groups})
+    for split, examples in texts.items():
+        by_id = {example.example_id: example for example in examples}
+        groups[split] = number_groups(by_id[example.example_id] for example in splits[split])
+    num_groups = len(set(groups["validation"] or ()))
+    summary = data.summary.model_copy(update={"splits": summaries, "groups": num_groups})
     return EncodedData(splits, texts, summary, groups)
 
 
 @dataclass(slots=True)
-class _Count:
+class _SplitCounts:
     """Counts over a split's examples, updated while they are encoded."""
 
     label_tokens: int = 0
     truncated: int = 0
     dropped: int = 0  # examples without a label within the limit
     equal: int = 0  # pairs whose sequences are the same within the limit
-    first_left_out: str = ""  # file and row
+    first_excluded: str = ""  # file and row
 
 
 def _encode_split(
-    encoder: _Encoder, examples: Iterable[Example], limit: int, count: _Count
+    encoder: _Encoder, examples: Iterable[Example], limit: int, counts: _SplitCounts
 ) -> Iterator[EncodedExample]:
     """The examples within the limit, without those of which nothing can be learned there."""
     for example, sequences in encoder(examples):
-        count.truncated += any(len(ids) > limit for ids, _ in sequences)
-        within = [(ids[:limit], labels[:limit]) for ids, labels in sequences]
-        first, *second = [ids for ids, _ in within]
-        if not all(ids if encoder.is_classification else _count_of(labels) for ids, labels in within):
-            count.dropped += 1
-        elif second == [first]:
-            count.equal += 1
+        counts.truncated += any(len(ids) > limit for ids, _ in sequences)
+        truncated = [(ids[:limit], labels[:limit]) for ids, labels in sequences]
+        first_ids, *second_ids = [ids for ids, _ in truncated]
+        if not all(ids if encoder.is_classification else _count_labels(labels) for ids, labels in truncated):
+            counts.dropped += 1
+        elif second_ids == [first_ids]:
+            counts.equal += 1
         else:
-            ids, labels = (list(chain.from_iterable(parts)) for parts in zip(*within, strict=True))
-            encoded = EncodedExample(example.item_id, ids, labels, len(first) if second else 0)
-            count.label_tokens += 1 if encoder.is_classification else _label_count(encoded)
+            ids, labels = (list(chain.from_iterable(columns)) for columns in zip(*truncated, strict=True))
+            encoded = EncodedExample(example.example_id, ids, labels, len(first_ids) if second_ids else 0)
+            counts.label_tokens += 1 if encoder.is_classification else _count_example_labels(encoded)
             yield encoded
             continue
-        count.first_left_out = count.first_left_out or example.where
+        counts.first_excluded = counts.first_excluded or example.where

@@ -212,9 +212,9 @@ def _fetch_of(source: Mapping[str, Any], folder: Path | None) -> Fetch | None:
 
 def main() -> None:
     """`python -m tests.plugins.atlas.readings [FOLDER OF MIRRORS]`; ends with 1 where a row differs from its source."""
-    from rightrank.plugins.atlas.counts import ATLAS
+    from rightrank.plugins.atlas.counts import ATLAS_FILE
 
-    atlas = json.loads(ATLAS.read_text(encoding="utf-8"))
+    atlas = json.loads(ATLAS_FILE.read_text(encoding="utf-8"))
     outcome = check(atlas, Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     print(json.dumps({name: len(rows) for name, rows in outcome.items()}))
     print(*(f"{name}: {row}" for name in ("differs", "unreachable") for row in outcome[name]), sep="\n")

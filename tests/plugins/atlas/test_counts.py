@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 import rightrank
 from rightrank.cli import cli
-from rightrank.models.ranks import rank_change_line, rate_warning
-from rightrank.plugins.atlas.counts import RANKS, group_of_metric, load, size_of
+from rightrank.models.ranks import format_rank_change, format_rate_warning
+from rightrank.plugins.atlas.counts import RANKS, classify_metric, load_atlas, parse_model_size
 from rightrank.schema.errors import SettingsError
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,7 @@ def test_every_count_is_of_sweeps_that_agree_in_all_that_is_asked() -> None:
     answer = rightrank.expect(task="language", parameters=1.5e9, metric="eval_loss", rows=1000)
     like = [
         sweep
-        for sweep in load().sweeps
+        for sweep in load_atlas().sweeps
         if sweep.family == "language"
         and sweep.kind == "loss"
         and sweep.parameters
@@ -41,15 +41,15 @@ def test_every_count_is_of_sweeps_that_agree_in_all_that_is_asked() -> None:
     assert answer.sweeps == len(like) == sum(answer.sources.values()) > 0
     assert [rank["rank"] for rank in answer.ranks] == list(RANKS)
     for count in answer.ranks:
-        said = [enough for sweep in like if (enough := sweep.tells(count["rank"], None)) is not None]
+        said = [enough for sweep in like if (enough := sweep.is_enough(count["rank"], None)) is not None]
         assert (count["enough_in"], count["of"]) == (sum(said), len(said))
-    addresses = {source["address"] for source in load().sources.values()}
+    addresses = {source["address"] for source in load_atlas().sources.values()}
     assert answer.sources.keys() <= addresses
 
 
 def test_a_divergence_curve_is_never_counted() -> None:
-    assert any(row.diverges for row in load().sweeps)
-    assert rightrank.expect().sweeps == sum(not row.diverges for row in load().sweeps)
+    assert any(row.diverges for row in load_atlas().sweeps)
+    assert rightrank.expect().sweeps == sum(not row.diverges for row in load_atlas().sweeps)
 
 
 def test_where_nothing_is_like_it_less_is_asked_and_a_note_says_so() -> None:
@@ -125,17 +125,17 @@ def test_the_answer_comes_at_once_and_without_torch() -> None:
 
 
 def test_sizes_and_kinds_by_name() -> None:
-    assert [size_of(name) for name in ("Qwen/Qwen2.5-1.5B", "SmolLM2-135M", "distilbert-base-uncased", "gpt2-xl", "x")] == [
+    assert [parse_model_size(name) for name in ("Qwen/Qwen2.5-1.5B", "SmolLM2-135M", "distilbert-base-uncased", "gpt2-xl", "x")] == [
         1.5e9, 135e6, 67e6, 1.56e9, None,
     ]  # fmt: skip
-    assert [group_of_metric(name) for name in ("loss", "macro_f1", "bleu", None)] == ["loss", "accuracy", "other", None]
+    assert [classify_metric(name) for name in ("loss", "macro_f1", "bleu", None)] == ["loss", "accuracy", "other", None]
 
 
 def test_the_rate_when_the_rank_changes() -> None:
-    assert rank_change_line(16, 64, 32).endswith("with alpha = r multiply it by 0.57")
-    assert "keep alpha at 32" in rank_change_line(16, 64, 32)
-    assert "lora_alpha 128, which keeps the scale at 2" in rank_change_line(16, 64, 32, "constant")
-    assert rank_change_line(16, 64, 32, "alpha/sqrt(r)").endswith("with rsLoRA was not measured")
-    assert rate_warning(256, 512, 2e-4)
-    assert not rate_warning(64, 128, 2e-4)
-    assert not rate_warning(256, 32, 2e-4)
+    assert format_rank_change(16, 64, 32).endswith("with alpha = r multiply it by 0.57")
+    assert "keep alpha at 32" in format_rank_change(16, 64, 32)
+    assert "lora_alpha 128, which keeps the scale at 2" in format_rank_change(16, 64, 32, "constant")
+    assert format_rank_change(16, 64, 32, "alpha/sqrt(r)").endswith("with rsLoRA was not measured")
+    assert format_rate_warning(256, 512, 2e-4)
+    assert not format_rate_warning(64, 128, 2e-4)
+    assert not format_rate_warning(256, 32, 2e-4)

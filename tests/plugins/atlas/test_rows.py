@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from rightrank.plugins.atlas.counts import ATLAS, FAMILIES, MARGINS, load
+from rightrank.plugins.atlas.counts import ATLAS_FILE, FAMILIES, MARGINS, load_atlas
 from tests.plugins.atlas.made_up import sweep
 from tests.plugins.atlas.readings import READS, check, figures
 
@@ -18,8 +18,8 @@ REFUSED = "vukrosic/qwen-lora-rank-selection"  # its licence grants nothing
 
 
 def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
-    assert ATLAS.stat().st_size <= 200_000
-    atlas = load()
+    assert ATLAS_FILE.stat().st_size <= 200_000
+    atlas = load_atlas()
     assert len(atlas.sweeps) >= 250
     assert len(atlas.sources) >= 60
     assert {row.source for row in atlas.sweeps} == set(atlas.sources)
@@ -28,20 +28,20 @@ def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
         assert source["licence"], name
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", source["read"]), name
         assert REFUSED not in source["address"]
-    for row in json.loads(ATLAS.read_text(encoding="utf-8"))["sweeps"]:
+    for row in json.loads(ATLAS_FILE.read_text(encoding="utf-8"))["sweeps"]:
         read = row.get("read", {}).keys()
         assert READS & read or atlas.sources[row["source"]]["kind"] == "paper", f"{row['id']}: no program reads it"
 
 
 def test_the_rows_of_our_own_grids_are_those_of_the_grids() -> None:
-    content = json.loads(ATLAS.read_text(encoding="utf-8"))
+    content = json.loads(ATLAS_FILE.read_text(encoding="utf-8"))
     ours = {"sources": content["sources"], "sweeps": [r for r in content["sweeps"] if r["source"] == "rightrank"]}
     outcome = check(ours, None)
     assert len(outcome["same"]) == len(ours["sweeps"]) >= 6
 
 
 def test_no_two_rows_are_the_same_sweep() -> None:
-    atlas = load()
+    atlas = load_atlas()
     assert max(Counter(row.id for row in atlas.sweeps).values()) == 1
     printed = Counter((row.ranks, tuple(row.values)) for row in atlas.sweeps if len(set(row.values)) > 1)
     assert [key for key, times in printed.items() if times > 1] == []
@@ -49,33 +49,33 @@ def test_no_two_rows_are_the_same_sweep() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_has_sweeps(family: str) -> None:
-    assert any(row.family == family for row in load().sweeps)
+    assert any(row.family == family for row in load_atlas().sweeps)
 
 
 def test_the_smallest_enough_rank_falls_as_the_margin_grows() -> None:
-    for row in load().sweeps:
-        enough = [row.smallest_enough(margin) for margin in TRIED]
+    for row in load_atlas().sweeps:
+        enough = [row.find_smallest_rank(margin) for margin in TRIED]
         assert all(later <= earlier for earlier, later in pairwise(enough)), row.id
-        assert row.smallest_enough(None) in row.ranks
+        assert row.find_smallest_rank(None) in row.ranks
 
 
 def test_a_sweep_says_nothing_between_and_beyond_its_ranks() -> None:
     row = sweep()
-    assert [row.tells(rank, 0.005) for rank in (1, 2, 4, 8, 256)] == [False, None, True, True, True]
-    assert [row.tells(rank, 0.001) for rank in (1, 4, 8, 16)] == [False, False, None, True]
+    assert [row.is_enough(rank, 0.005) for rank in (1, 2, 4, 8, 256)] == [False, None, True, True, True]
+    assert [row.is_enough(rank, 0.001) for rank in (1, 4, 8, 16)] == [False, False, None, True]
     rising = sweep(values=(2.1, 2.06, 2.04, 2.0))
-    assert rising.rises(0.005)
-    assert [rising.tells(rank, 0.005) for rank in (16, 64, 128)] == [False, None, None]
+    assert rising.is_rising(0.005)
+    assert [rising.is_enough(rank, 0.005) for rank in (16, 64, 128)] == [False, None, None]
 
 
 def test_noise_and_direction() -> None:
-    assert sweep(noise=0.2).smallest_enough(0.005) == 1
+    assert sweep(noise=0.2).find_smallest_rank(0.005) == 1
     higher = sweep(better="high", kind="accuracy", values=(0.7, 0.8, 0.81, 0.79))
-    assert (higher.smallest_enough(0.01), higher.smallest_enough(0.001)) == (4, 16)
+    assert (higher.find_smallest_rank(0.01), higher.find_smallest_rank(0.001)) == (4, 16)
 
 
 def test_every_row_can_be() -> None:
-    atlas = load()
+    atlas = load_atlas()
     for row in atlas.sweeps:
         assert row.source in atlas.sources, row.id
         assert (row.family in FAMILIES, row.kind in MARGINS, row.better in ("low", "high")) == (True, True, True), (

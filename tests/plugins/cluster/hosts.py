@@ -45,7 +45,7 @@ RAY = {  # less to start, and a lost node is noticed after 15 s
     "RAY_health_check_failure_threshold": "3",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-SHORT = ["--set", "checkpoint_seconds=0.5", "--device", "cpu", "--set", "eval_points=1", "--dtype", "fp32"]
+SHORT = ["--set", "checkpoint_seconds=0.5", "--device", "cpu", "--set", "num_evaluations=1", "--dtype", "fp32"]
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,20 @@ from typing import Any
 import psutil
 
 from rightrank.hooks.report import Report
-from rightrank.plugins.cluster.on_ray import RayCrew
-from rightrank.plugins.cluster.pool import Crew, Pool
-from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.worker import Setup, versions
-from rightrank.runs.executor import Plan
+from rightrank.plugins.cluster.on_ray import RayBackend
+from rightrank.plugins.cluster.pool import WorkerBackend, WorkerPool
+from rightrank.plugins.cluster.processes import ProcessBackend
+from rightrank.plugins.cluster.worker import WorkerSetup, collect_versions
+from rightrank.runs.executor import PreparedSelection
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Finished, Hooks
-from rightrank.runs.run import begin, final_decision, loop, opened
-from rightrank.runs.values import Request, Selected, answers
+from rightrank.runs.hook import SelectionEnd, Hooks
+from rightrank.runs.run import start_run, decide_training_rank, run_trials, open_run
+from rightrank.runs.values import SelectionInputs, Selected, build_answers
 from rightrank.schema.events import DataSummary, Event, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import make_strategy
-from rightrank.search.history import space_of
+from rightrank.search.history import build_space
 from tests.plugins.cluster.stub_worker import StubRayWorker, StubWorker
 from tests.watch import GENEROUS_SECONDS, Watch
 
@@ -141,26 +141,26 @@ def kill_driver(_place: Place) -> None:
 Fault = Callable[[Place], None]
 
 
-def _crew_at(place: Place) -> Crew:
+def _crew_at(place: Place) -> WorkerBackend:
     (place.folder / "journal.jsonl").touch()  # which workers look for
-    request = Request("", None, "", SelectSettings())
-    setup = Setup(request, fingerprint="", folder=place.folder, working_folder=Path.cwd())
+    request = SelectionInputs("", None, "", SelectSettings())
+    setup = WorkerSetup(request, fingerprint="", folder=place.folder, working_folder=Path.cwd())
     if place.executor == "ray":
         os.environ["RAY_ADDRESS"] = place.address or ""
-        return RayCrew(setup, None, on_cuda=False, actor=StubRayWorker)
-    return ProcessCrew(setup, place.folder / "workers", kind=StubWorker)
+        return RayBackend(setup, None, on_cuda=False, actor=StubRayWorker)
+    return ProcessBackend(setup, place.folder / "workers", kind=StubWorker)
 
 
 @dataclass(frozen=True)
 class _Planned:
     """A request whose plan is known."""
 
-    planned: Plan
+    planned: PreparedSelection
 
-    def plan(self, _folder: RunFolder, _journal: Sequence[JournalRecord], _before: Plan | None) -> Plan:
+    def prepare(self, _folder: RunFolder, _journal: Sequence[JournalRecord], _before: PreparedSelection | None) -> PreparedSelection:
         return self.planned
 
-    def extended(self, _settings: SelectSettings) -> _Planned:
+    def replace_settings(self, _settings: SelectSettings) -> _Planned:
         return self
 
 
@@ -174,7 +174,7 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
         settings={"model": "none", "data": "none", **settings.model_dump(mode="json")},
         environment={},
         data=DataSummary(form="text", splits={}, splits_given=False, duplicates_across_splits=0),
-        evaluation_items=["a", "b", "c", "d"],
+        evaluation_examples=["a", "b", "c", "d"],
         metric="loss",
         higher_is_better=False,
         started_at="",
@@ -189,24 +189,24 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
 
     run_folder, until = RunFolder(folder), time.monotonic() + LIMIT_SECONDS
     observer = Watch(on_event=listen, notice=place.notices.append, should_stop=lambda: time.monotonic() > until)
-    with run_folder.locked():
-        report, strategy = Report(), make_strategy(settings.strategy, space_of(settings, STEPS))
+    with run_folder.lock():
+        report, strategy = Report(), make_strategy(settings.strategy, build_space(settings, STEPS))
         hooks = Hooks([observer, report])
-        plan = Plan(started=started, settings=settings, steps=STEPS, strategy=strategy)
-        run = opened(_Planned(plan), run_folder, hooks)
+        plan = PreparedSelection(started=started, settings=settings, steps=STEPS, strategy=strategy)
+        run = open_run(_Planned(plan), run_folder, hooks)
         crew = _crew_at(place)
-        pool = Pool(crew, WORKERS, versions(), run, hang_seconds=hang_seconds)
-        if isinstance(crew, ProcessCrew):
-            place.busy = lambda: [crew._running[name].pid for name in pool.busy()]
+        pool = WorkerPool(crew, WORKERS, collect_versions(), run, hang_seconds=hang_seconds)
+        if isinstance(crew, ProcessBackend):
+            place.busy = lambda: [crew._running[name].pid for name in pool.list_busy_workers()]
         try:
-            begin(run)
-            loop(run, pool)
+            start_run(run)
+            run_trials(run, pool)
         finally:
             pool.close()
         selected = Selected(
-            folder, None, None, run_folder.report, answers(run.records, final_decision(run), settings.goal)
+            folder, None, None, run_folder.report, build_answers(run.records, decide_training_rank(run), settings.goal)
         )
-        report.on_end(Finished(selected, run_folder, run.records))
+        report.on_end(SelectionEnd(selected, run_folder, run.records))
 
 
 def killed_and_resumed(place: Place, after: int) -> list[int]:

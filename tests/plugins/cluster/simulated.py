@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from rightrank.plugins.cluster.worker import Ready, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import WorkerReady, StopTask, Task, TaskEnded, WorkerLost, WorkerMessage
 from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Trial, TrialFinished, TrialStarted
 from tests.tiny import UNMEASURED
@@ -56,12 +56,12 @@ class SimulatedCrew:
 
     def start(self, worker: str) -> None:
         self._begun[worker] = self.now
-        self._plan(self.now + self._pace.start, worker, Ready(versions=VERSIONS, sees_folder=True))
+        self._plan(self.now + self._pace.start, worker, WorkerReady(versions=VERSIONS, sees_folder=True))
         end = self._ends_at(worker)
         if end is not None:
-            self._plan(self.now + end, worker, WorkerLost("killed by signal 9", killed=True))
+            self._plan(self.now + end, worker, WorkerLost("killed by signal 9", was_killed=True))
 
-    def send(self, worker: str, command: Task | Stop) -> None:
+    def send(self, worker: str, command: Task | StopTask) -> None:
         if isinstance(command, Task):
             self._train(worker, command)
             return
@@ -127,8 +127,8 @@ def result_of(trial: Trial) -> TrialFinished:
         **(
             UNMEASURED
             | {
-                "item_losses": [value] * 4,
-                "item_tokens": [1] * 4,
+                "example_losses": [value] * 4,
+                "example_tokens": [1] * 4,
                 "trainable_parameters": trial.arm.rank,
                 "train_seconds": 1.0,
             }

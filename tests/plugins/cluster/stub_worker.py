@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rightrank.plugins.cluster.on_ray import RayWorker
-from rightrank.plugins.cluster.worker import Setup, Worker, WorkerMessage
+from rightrank.plugins.cluster.worker import WorkerSetup, Worker, WorkerMessage
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 from tests.plugins.cluster.simulated import result_of, step_of
 
@@ -20,7 +20,7 @@ SIGN_SECONDS = 0.2  # between two signs of progress
 class StubWorker(Worker):
     """A worker with the real protocol and queue; only the training is replaced."""
 
-    def make_executor(self, setup: Setup) -> Executor:
+    def make_executor(self, setup: WorkerSetup) -> Executor:
         return StubExecutor(self._send)
 
 

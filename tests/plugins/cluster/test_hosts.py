@@ -23,7 +23,7 @@ pytestmark = pytest.mark.trains
 
 SHORT = (  # several trainings: a fault that starts things anew waits for the next one
     "--strategy grid --ranks 1,4 --learning-rates 3e-3,1e-2 --seeds 0,1 --max-steps 12 --batch-size 4 --seq-len 32 "
-    "--eval-items 12"
+    "--max-eval-examples 12"
 )
 KINDS = [  # the last three wait for a training that begins after the fault before
     "link of 1 Mbit and 300 ms",

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rightrank.plugins.cluster import on_ray
 from rightrank.plugins.cluster.pool import (
     MAX_LOSSES,
-    Pool,
+    WorkerPool,
 )
-from rightrank.plugins.cluster.worker import Ready, Refused, Stop, Task, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import WorkerReady, SelectionRefused, StopTask, Task, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished
@@ -24,11 +24,11 @@ from tests.plugins.cluster.simulated import VERSIONS, Pace, SimulatedCrew, resul
 from tests.watch import Watch
 
 
-def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Listener | None = None, task_trials: int = 1) -> Pool:
-    return Pool(crew, workers, VERSIONS, observer, task_trials=task_trials, hang_seconds=100.0, clock=crew.clock)
+def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Listener | None = None, task_trials: int = 1) -> WorkerPool:
+    return WorkerPool(crew, workers, VERSIONS, observer, task_trials=task_trials, hang_seconds=100.0, clock=crew.clock)
 
 
-def ended(pool: Pool, wanted: list[Trial]) -> list[str]:
+def ended(pool: WorkerPool, wanted: list[Trial]) -> list[str]:
     return [outcome.trial_id for outcome in pool.run(wanted, None)]
 
 
@@ -45,7 +45,7 @@ def test_a_task_holds_as_many_trials_as_its_share() -> None:
     tasks: list[int] = []
     send = crew.send
 
-    def sent(worker: str, command: Task | Stop) -> None:
+    def sent(worker: str, command: Task | StopTask) -> None:
         assert isinstance(command, Task)
         tasks.append(len(command.trials))
         send(worker, command)
@@ -66,10 +66,10 @@ def test_a_lost_worker_s_trials_go_to_others() -> None:
 
 def test_a_trial_that_loses_every_worker_fails_and_the_others_continue() -> None:
     class Poisoned(SimulatedCrew):
-        def send(self, worker: str, command: Task | Stop) -> None:
+        def send(self, worker: str, command: Task | StopTask) -> None:
             super().send(worker, command)
             if isinstance(command, Task) and command.trials[0].trial_id == "trial-001":
-                self._plan(self.now + 1.0, worker, WorkerLost("killed by signal 9", killed=True))
+                self._plan(self.now + 1.0, worker, WorkerLost("killed by signal 9", was_killed=True))
 
     crew = Poisoned(Pace(trial=lambda *_: 10.0))
     outcomes = list(make_pool(crew).run(trials(4), None))
@@ -87,7 +87,7 @@ def test_losses_that_are_not_the_trial_s_do_not_fail_it(why: str) -> None:
     class Unlucky(SimulatedCrew):
         lost = 0
 
-        def send(self, worker: str, command: Task | Stop) -> None:
+        def send(self, worker: str, command: Task | StopTask) -> None:
             self.lost += 1
             if self.lost > 2 * MAX_LOSSES:
                 return super().send(worker, command)
@@ -95,7 +95,7 @@ def test_losses_that_are_not_the_trial_s_do_not_fail_it(why: str) -> None:
             if why.startswith("the trial"):
                 step = step_of(command.trials[0]).model_copy(update={"step": self.lost})
                 self._plan(self.now + 1.0, worker, step)
-            self._plan(self.now + 2.0, worker, WorkerLost("lost", with_machine=why.startswith("the machine")))
+            self._plan(self.now + 2.0, worker, WorkerLost("lost", is_machine_lost=why.startswith("the machine")))
             return None
 
     crew = Unlucky(Pace(trial=lambda *_: 10.0))
@@ -196,13 +196,13 @@ def test_closed_after_an_outcome_it_handles_the_other_messages_next_time() -> No
 @pytest.mark.parametrize(
     ("first", "message"),
     [
-        (Ready(versions={"rightrank": "0.1"}, sees_folder=True), "worker-1 has rightrank 0.1, this process simulated"),
-        (Ready(versions={}, sees_folder=True), "has rightrank of unknown version"),
-        (Ready(versions=VERSIONS, sees_folder=False), "does not see the run folder that this process writes to"),
-        (Refused(reason="./model: no such folder", exit_status=2), "no such folder"),
+        (WorkerReady(versions={"rightrank": "0.1"}, sees_folder=True), "worker-1 has rightrank 0.1, this process simulated"),
+        (WorkerReady(versions={}, sees_folder=True), "has rightrank of unknown version"),
+        (WorkerReady(versions=VERSIONS, sees_folder=False), "does not see the run folder that this process writes to"),
+        (SelectionRefused(reason="./model: no such folder", exit_status=2), "no such folder"),
     ],
 )
-def test_incompatible_workers_are_refused_in_one_line(first: Ready | Refused, message: str) -> None:
+def test_incompatible_workers_are_refused_in_one_line(first: WorkerReady | SelectionRefused, message: str) -> None:
     class Incompatible(SimulatedCrew):
         def start(self, worker: str) -> None:
             self._plan(self.now, worker, first)
@@ -226,8 +226,8 @@ def test_workers_of_a_cluster_get_four_variables_of_the_environment(monkeypatch:
     """A Ray head shows the environment of its actors to whoever reaches its dashboard."""
     ray, setup = MagicMock(), MagicMock()
     ray.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 2.0**36}}]
-    monkeypatch.setattr(on_ray, "connected", lambda: ray)
-    crew = on_ray.RayCrew(setup, None, on_cuda=False)
+    monkeypatch.setattr(on_ray, "connect", lambda: ray)
+    crew = on_ray.RayBackend(setup, None, on_cuda=False)
     monkeypatch.setattr(
         os, "environ", {"HF_TOKEN": "hf_secret", "AWS_SECRET_ACCESS_KEY": "secret", "PYTHONPATH": "src"}
     )

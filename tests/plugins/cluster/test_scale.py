@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from rightrank.plugins.cluster.pool import Pool
+from rightrank.plugins.cluster.pool import WorkerPool
 from rightrank.schema.trials import Arm, Trial
 from tests.plugins.cluster.simulated import VERSIONS, Pace, SimulatedCrew
 
@@ -48,7 +48,7 @@ def test_a_grid_on_many_devices(hours_to_loss: float | None) -> None:
         return None if hours_to_loss is None else random.Random(worker).expovariate(1 / (3600 * hours_to_loss))
 
     crew = SimulatedCrew(Pace(seconds_of, START_SECONDS, HAND_OVER_SECONDS, step=300.0), ends_at=lost_at)
-    ended = Counter(outcome.trial_id for outcome in Pool(crew, WORKERS, VERSIONS, clock=crew.clock).run(trials, 1.0))
+    ended = Counter(outcome.trial_id for outcome in WorkerPool(crew, WORKERS, VERSIONS, clock=crew.clock).run(trials, 1.0))
     assert ended == Counter(trial.trial_id for trial in trials)
     bound = START_SECONDS + lower_bound([seconds_of("", trial) for trial in trials], WORKERS)
     assert 1.0 <= crew.now / bound < (1.1 if hours_to_loss is None else 1.5)

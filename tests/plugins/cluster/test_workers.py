@@ -19,10 +19,10 @@ import pytest
 from rightrank import select_rank
 from rightrank.plugins.cluster import on_ray
 from rightrank.plugins.cluster import worker as workers
-from rightrank.plugins.cluster.on_ray import RayWorker, connected
-from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.worker import Ready, Refused, Setup, Stop, Task, TaskEnded, WorkerLost, versions
-from rightrank.runs.values import Request
+from rightrank.plugins.cluster.on_ray import RayWorker, connect
+from rightrank.plugins.cluster.processes import ProcessBackend
+from rightrank.plugins.cluster.worker import WorkerReady, SelectionRefused, WorkerSetup, StopTask, Task, TaskEnded, WorkerLost, collect_versions
+from rightrank.runs.values import SelectionInputs
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
@@ -33,8 +33,8 @@ from tests.tiny import small_settings
 from tests.watch import Watch
 
 
-def setup_of(folder: Path) -> Setup:
-    return Setup(Request("m", None, "d", SelectSettings()), "f", folder, Path.cwd())
+def setup_of(folder: Path) -> WorkerSetup:
+    return WorkerSetup(SelectionInputs("m", None, "d", SelectSettings()), "f", folder, Path.cwd())
 
 
 def test_processes_come_to_the_same_decision_though_one_is_killed(
@@ -82,7 +82,7 @@ def test_data_in_memory_needs_the_local_executor(model_folder: Path, tmp_path: P
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'rightrank\[ray\]'"):
-        connected()
+        connect()
 
 
 def test_an_address_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,20 +92,20 @@ def test_an_address_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyP
         address = f"127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(RunError, match=f"no Ray cluster answers at {address} within"):
-        connected()
+        connect()
     monkeypatch.setenv("RAY_ADDRESS", "head-node")
     with pytest.raises(RunError, match="can't join the Ray cluster at RAY_ADDRESS=head-node: Invalid address format"):
-        connected()
+        connect()
 
 
 def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").touch()
     for folder, seen in ((tmp_path, True), (tmp_path / "elsewhere", False)):
-        crew = ProcessCrew(setup_of(folder), tmp_path / "logs")
+        crew = ProcessBackend(setup_of(folder), tmp_path / "logs")
         crew.start("worker-1")
         try:
-            assert crew.messages(60.0) == [("worker-1", Ready(versions=versions(), sees_folder=seen))]
-            crew.send("worker-1", Stop())
+            assert crew.messages(60.0) == [("worker-1", WorkerReady(versions=collect_versions(), sees_folder=seen))]
+            crew.send("worker-1", StopTask())
         finally:
             crew.close()
         assert crew.messages(5.0) == [("worker-1", WorkerLost(f"exit status 0 (see {tmp_path / 'logs/worker-1.log'})"))]
@@ -113,11 +113,11 @@ def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path
 
 def test_a_worker_that_finds_other_data_refuses(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     sent: list[Any] = []
-    request = Request(str(model_folder), None, completion_file, small_settings(ranks=(1, 4)))
-    worker = workers.Worker(Setup(request, "of the driver", tmp_path, Path.cwd()), sent.append)
+    request = SelectionInputs(str(model_folder), None, completion_file, small_settings(ranks=(1, 4)))
+    worker = workers.Worker(WorkerSetup(request, "of the driver", tmp_path, Path.cwd()), sent.append)
     worker.run_task(Task(trials=trials(1), base_loss=None))
     worker.close()
-    assert [type(message) for message in sent] == [Refused, TaskEnded]
+    assert [type(message) for message in sent] == [SelectionRefused, TaskEnded]
     assert f"found a different model or different data at {model_folder} and {completion_file}" in sent[0].reason
 
 
@@ -134,8 +134,8 @@ def test_a_worker_reserves_what_the_plan_states(
 ) -> None:
     ray = MagicMock()
     ray.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "memory": 2.0**36}}]
-    monkeypatch.setattr(on_ray, "connected", lambda: ray)
-    on_ray.RayCrew(MagicMock(), planned, on_cuda).start("worker-0")
+    monkeypatch.setattr(on_ray, "connect", lambda: ray)
+    on_ray.RayBackend(MagicMock(), planned, on_cuda).start("worker-0")
     options = ray.remote.return_value.options.call_args.kwargs
     assert {name: options[name] for name in reserved} == reserved
 
@@ -153,7 +153,7 @@ class FullAtFirst:
             yield result_of(trial)
 
 
-@pytest.mark.parametrize(("seconds", "ends"), [(60.0, [TaskEnded]), (-1.0, [Refused, TaskEnded])])
+@pytest.mark.parametrize(("seconds", "ends"), [(60.0, [TaskEnded]), (-1.0, [SelectionRefused, TaskEnded])])
 def test_a_worker_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, seconds: float, ends: list[type]) -> None:
     full = [OSError(errno.ENOSPC, "No space left on device") for _ in range(2)]
     sent: list[Any] = []
@@ -173,13 +173,13 @@ def test_a_worker_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, seconds
 def test_an_actor_whose_worker_ends_ends_its_stream(tmp_path: Path) -> None:
     """Otherwise the driver would wait for it as for one that hangs."""
     actor = RayWorker(setup_of(tmp_path))
-    actor.receive(Stop())
+    actor.receive(StopTask())
     actor.receive(None)
-    assert list(actor.messages()) == [Ready(versions(), sees_folder=False)]
+    assert list(actor.messages()) == [WorkerReady(collect_versions(), sees_folder=False)]
 
 
 class LostHead:
-    """As much of Ray as `RayCrew` asks when the head that it joined is gone."""
+    """As much of Ray as `RayBackend` asks when the head that it joined is gone."""
 
     class exceptions:  # noqa: N801 - as Ray has it
         class RayError(Exception):
@@ -204,23 +204,23 @@ def test_a_lost_head_ends_the_run_with_one_line(how: str, monkeypatch: pytest.Mo
         if silent:
             raise silent[0]
 
-    monkeypatch.setattr(on_ray, "connected", lambda: ray)
-    monkeypatch.setattr(on_ray, "_require_answer", answer)
+    monkeypatch.setattr(on_ray, "connect", lambda: ray)
+    monkeypatch.setattr(on_ray, "_require_reachable_head", answer)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.experimental.internal_kv", SimpleNamespace(_internal_kv_exists=ray.exists))
-    crew = on_ray.RayCrew(setup_of(Path()), None, on_cuda=False)
+    crew = on_ray.RayBackend(setup_of(Path()), None, on_cuda=False)
     crew._actors["worker-1"] = object()
     assert crew.messages(0.0) == []
-    crew._next_look = 0.0
+    crew._next_head_check = 0.0
     if how == "another answers":
         ray.is_other = True
     else:
         silent.append(RunError("no Ray cluster answers"))
         assert crew.messages(0.0) == []  # it may come back
-        crew._next_look, crew._answered = 0.0, crew._answered - on_ray.SILENT_SECONDS
-    lost = WorkerLost("the head of the Ray cluster was lost", with_machine=True)
+        crew._next_head_check, crew._last_head_answer = 0.0, crew._last_head_answer - on_ray.SILENT_SECONDS
+    lost = WorkerLost("the head of the Ray cluster was lost", is_machine_lost=True)
     assert [crew.messages(0.0), crew.messages(0.0)] == [[("worker-1", lost)], []]
-    crew.send("worker-1", Stop())  # before the pool has read that it is lost
+    crew.send("worker-1", StopTask())  # before the pool has read that it is lost
     with pytest.raises(
         RunError, match="head of the Ray cluster was lost; start the cluster again, and the same command"
     ):
@@ -236,6 +236,6 @@ def test_a_lost_head_ends_the_run_with_one_line(how: str, monkeypatch: pytest.Mo
     ],
 )
 def test_the_line_of_a_lost_actor_says_why(text: str, reason: str, with_machine: bool) -> None:
-    lost = on_ray._lost(RuntimeError(text))
+    lost = on_ray._describe_loss(RuntimeError(text))
     assert lost.reason.endswith(reason)
-    assert lost.with_machine == with_machine
+    assert lost.is_machine_lost == with_machine

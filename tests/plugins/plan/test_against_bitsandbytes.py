@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.peak import optimizer_memory
+from rightrank.plugins.plan.peak import estimate_optimizer_memory
 from rightrank.schema.plan_settings import PlanSettings
 from tests.plugins.plan import CONFIGS
 
@@ -24,7 +24,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra bnb")
 def test_stored_bytes_of_a_quantised_model_are_its_own(name: str, width: str, tmp_path: Path) -> None:
     values = {"device": "cpu", "dtype": "float32", "ranks": (2,), f"load_in_{width}": True}
     settings = PlanSettings(**values | {"batch_size": 1, "seq_len": 16})
-    planned = Estimator(CONFIGS[name](), settings).inventory(2).stored
+    planned = Estimator(CONFIGS[name](), settings).get_inventory(2).stored
     assert sum(tensor.nbytes for tensor in planned if not tensor.requires_grad) == _real_bytes(name, width, tmp_path)
 
 
@@ -58,4 +58,4 @@ def test_states_of_the_eight_bit_optimizer_are_its_own() -> None:
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     real = {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in states}
-    assert sum(optimizer_memory(parameters, "adamw_8bit", "cpu").states) == sum(real.values())
+    assert sum(estimate_optimizer_memory(parameters, "adamw_8bit", "cpu").states) == sum(real.values())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from rightrank.plugins.plan.estimate import safetensors_bytes
+from rightrank.plugins.plan.estimate import compute_safetensors_bytes
 
 CODES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8}
 
@@ -28,4 +28,4 @@ def test_the_size_is_that_of_the_file(
 ) -> None:
     arrays = {name: np.zeros(shape, CODES[code]) for name, (code, shape) in tensors.items()}
     told = [(name, code, shape, arrays[name].itemsize) for name, (code, shape) in tensors.items()]
-    assert safetensors_bytes(told, metadata) == len(save(arrays, metadata or None))
+    assert compute_safetensors_bytes(told, metadata) == len(save(arrays, metadata or None))

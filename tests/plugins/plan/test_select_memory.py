@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.planner import left_out_line, plan_selection, step_settings
+from rightrank.plugins.plan.planner import format_left_out_ranks, plan_selection, build_step_settings
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
@@ -21,8 +21,8 @@ from tests.tiny import make_tokenizer, sentences, small_settings, tiny_llama_con
 
 pytestmark = pytest.mark.trains
 
-SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-items", "6")
-SETS = ("--set", "eval_points=1", "--strategy", "grid", "--quiet")
+SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--max-eval-examples", "6")
+SETS = ("--set", "num_evaluations=1", "--strategy", "grid", "--quiet")
 
 
 def one_block() -> Any:
@@ -96,8 +96,8 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     needs = {}
     for arms in (4, 6):
         changed = Estimator(
-            config, step_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
-        ).variant(adapters_per_pass=arms)
+            config, build_step_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
+        ).build_variant(adapters_per_pass=arms)
         needs[arms] = changed.estimate(8).needed_bytes
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
     assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
@@ -113,7 +113,7 @@ def test_two_arms_of_a_rank_are_traced_once_for_all_passes(monkeypatch: pytest.M
         return estimate(self, rank)
 
     monkeypatch.setattr(Estimator, "estimate", counted)
-    first, second = planned.peak_of([8, 1, 8]), planned.peak_of([8, 8, 1])
+    first, second = planned.predict_peak_bytes([8, 1, 8]), planned.predict_peak_bytes([8, 8, 1])
     assert first is not None
     assert first == second > planned.peak_bytes[8]
     assert sorted(traced) == [1, 8]
@@ -122,7 +122,7 @@ def test_two_arms_of_a_rank_are_traced_once_for_all_passes(monkeypatch: pytest.M
 def test_fewer_adapters_per_pass_where_memory_is_short(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = small_settings(ranks=(1, 4), eval_items=6, seq_len=16)
+    settings = small_settings(ranks=(1, 4), max_eval_examples=6, seq_len=16)
     need = plan_selection(tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
     out = tmp_path / "run"
     memory = (
@@ -146,11 +146,11 @@ def test_ranks_that_do_not_fit_are_left_out() -> None:
     config = one_block()
     free = plan_selection(config, settings, 32, "cpu")
     assert free.ranks == (1, 8, 32)
-    assert left_out_line(free) is None
+    assert format_left_out_ranks(free) is None
     budget = (free.needed_bytes[8] + free.needed_bytes[32]) // 2
     tight = plan_selection(config, settings.model_copy(update={"memory_bytes": budget}), 32, "cpu")
     assert tight.ranks == (1, 8)
-    assert "ranks 32 (" in (left_out_line(tight) or "")
+    assert "ranks 32 (" in (format_left_out_ranks(tight) or "")
 
 
 def test_default_ranks_are_those_that_the_matrices_can_have() -> None:
@@ -198,7 +198,7 @@ def test_dora_over_quantised_matrices_is_planned(bits: int) -> None:
     config = one_block()
     settings = small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
     plain = settings.model_copy(update={"use_dora": False})
-    steps = (step_settings(config, one, 32, "cpu", None) for one in (settings, plain))
-    with_magnitudes, without = (Estimator(config, one).inventory(4).trainable_parameters for one in steps)
+    steps = (build_step_settings(config, one, 32, "cpu", None) for one in (settings, plain))
+    with_magnitudes, without = (Estimator(config, one).get_inventory(4).trainable_parameters for one in steps)
     assert with_magnitudes > without
     assert plan_selection(config, settings, 32, "cpu").ranks == settings.ranks

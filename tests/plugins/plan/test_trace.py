@@ -30,7 +30,7 @@ def test_two_ranks_give_the_ranks_between(name: str) -> None:
     direct = Estimator(CONFIGS[name](), settings.model_copy(update={"ranks": (8,)}))
     assert between.estimate(8) == direct.estimate(8)
     kinds = [
-        [(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in estimator.inventory(8).stored]
+        [(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in estimator.get_inventory(8).stored]
         for estimator in (between, direct)
     ]
     assert kinds[0] == kinds[1]
@@ -71,7 +71,7 @@ def test_classifications_are_traced(name: str) -> None:
     settings = settings_of(num_labels=3, padding=True, packed=True)
     estimator = Estimator(CONFIGS[name](), settings)
     assert estimator.estimate(8).peak_bytes > 0
-    saved = str(estimator.inventory(8).saved)
+    saved = str(estimator.get_inventory(8).saved)
     assert "classifier" in saved or "score" in saved
 
 

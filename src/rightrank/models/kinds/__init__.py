@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 
-from rightrank.models.kinds.base import AdapterKind, Draw, Factors, Layout, StoredPair
+from rightrank.models.kinds.base import AdapterKind, InitialDraw, Factors, Layout, StoredPair
 from rightrank.models.kinds.linear import Linear
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # after the module's name, in PEFT's files
+MAGNITUDE_KEYS = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # after the module's name, in PEFT's files
 
 
 class _Embedding(AdapterKind):
@@ -40,12 +40,12 @@ class _Embedding(AdapterKind):
 
     name = "embedding"
     label = "an embedding"
-    why_alone = "only PEFT's own forward pass computes it"
+    unshared_reason = "only PEFT's own forward pass computes it"
 
     def adapts(self, module: Any) -> bool:
         return isinstance(module.base_layer, torch.nn.Embedding) and not module.lora_variant
 
-    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+    def start(self, module: Any, adapter: str, draw: InitialDraw) -> None:
         b = module.lora_embedding_B[adapter]
         module.lora_embedding_A[adapter].zero_()
         b.copy_(draw.normal(b.shape[1], b.shape[0]).T.to(b))
@@ -59,8 +59,8 @@ class _Convolution(AdapterKind):
 
     name = "convolution"
     label = "a convolution"
-    why_alone = "only PEFT's own forward pass computes it"
-    why_not_select = "select trains text models; select_rank_with trains convolutions"
+    unshared_reason = "only PEFT's own forward pass computes it"
+    unselectable_reason = "select trains text models; select_rank_with trains convolutions"
 
     def adapts(self, module: Any) -> bool:
         return isinstance(module.get_base_layer(), CONVOLUTIONS) and not module.lora_variant
@@ -81,7 +81,7 @@ class _Dora(AdapterKind):
 
     name = "linear"
     label = "DoRA"
-    why_alone = "each adapter has its own norm of every row of the weight"
+    unshared_reason = "each adapter has its own norm of every row of the weight"
 
     def adapts(self, module: Any) -> bool:
         variants = [type(variant).__name__ for variant in module.lora_variant.values()]
@@ -92,32 +92,32 @@ class _Dora(AdapterKind):
             return _Convolution().shapes(module)
         return super().shapes(module)
 
-    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+    def start(self, module: Any, adapter: str, draw: InitialDraw) -> None:
         if adapter in module.lora_embedding_A:
             _Embedding().start(module, adapter, draw)
         else:
             super().start(module, adapter, draw)
 
 
-class _Other(AdapterKind):
+class _UnknownKind(AdapterKind):
     """Any layer that no other kind claims."""
 
     name = "linear"
     label = "an adapter of a kind that rightrank does not know"
-    why_alone = "only PEFT's own forward pass computes it"
-    why_not_truncated = "what its tensors mean is unknown"
+    unshared_reason = "only PEFT's own forward pass computes it"
+    untruncatable_reason = "what its tensors mean is unknown"
 
     def adapts(self, module: Any) -> bool:
         return True
 
-    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+    def start(self, module: Any, adapter: str, draw: InitialDraw) -> None:
         """PEFT's own start, made from the arm's seed; that of a plain layer where B has a bias alone (`lora_bias`)."""
         if any(module.lora_bias.values()) and not module.lora_variant and adapter in module.lora_A:
             super().start(module, adapter, draw)
 
 
-WRAPPED = ".base_layer"  # PEFT's suffix for each wrapper inside another
-LAST_IN_A_LAYER = ("down", "w2", "output")  # in the names of parameters that modules register last
+WRAPPER_SUFFIX = ".base_layer"  # PEFT's suffix for each wrapper inside another
+LAST_PARAMETERS = ("down", "w2", "output")  # in the names of parameters that modules register last
 
 
 class _Experts(AdapterKind):
@@ -125,16 +125,16 @@ class _Experts(AdapterKind):
 
     name = "expert"
     label = "adapters on fused experts (target_parameters)"
-    why_alone = "an expert's rows come from any example"
+    unshared_reason = "an expert's rows come from any example"
 
     def adapts(self, module: Any) -> bool:
         return type(module).__name__ == "ParamWrapper" and not module.lora_variant
 
     def shapes(self, module: Any) -> list[tuple[str, int, int]]:
         rows, columns = int(module.out_features), int(module.in_features)
-        return [(name, rows, columns) for name in _names(module.parameter_name, int(module.num_experts))]
+        return [(name, rows, columns) for name in _name_experts(module.parameter_name, int(module.num_experts))]
 
-    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+    def start(self, module: Any, adapter: str, draw: InitialDraw) -> None:
         a, experts = module.lora_A[adapter].weight, int(module.num_experts)
         rank = a.shape[0] // experts
         drawn = [draw.rows(rank, a.shape[1], expert) for expert in range(experts)]
@@ -142,19 +142,19 @@ class _Experts(AdapterKind):
         module.lora_B[adapter].weight.zero_()
 
     def stores(self, pair: StoredPair) -> bool:
-        return not pair.embedding and len(pair.a) == 2 and bool(_parameters(pair))
+        return not pair.embedding and len(pair.a) == 2 and bool(_find_target_parameters(pair))
 
     def address(self, pair: StoredPair) -> str:
         """The parameter's name in the base: that of the wrapper at this depth."""
-        parameters = sorted(_parameters(pair), key=lambda name: any(part in name for part in LAST_IN_A_LAYER))
-        depth = pair.module.count(WRAPPED)
+        parameters = sorted(_find_target_parameters(pair), key=lambda name: any(part in name for part in LAST_PARAMETERS))
+        depth = pair.module.count(WRAPPER_SUFFIX)
         parameter = parameters[max(0, len(parameters) - 1 - depth)]
-        return f"{pair.module.replace(WRAPPED, '')}.{parameter}"
+        return f"{pair.module.replace(WRAPPER_SUFFIX, '')}.{parameter}"
 
     def layout(self, pair: StoredPair, rank: int) -> Layout | None:
         if rank < 1 or pair.b[1] != pair.a[0] or pair.a[0] % rank:
             return None
-        names = _names(self.address(pair), pair.a[0] // rank)
+        names = _name_experts(self.address(pair), pair.a[0] // rank)
         return Layout(rank, pair.b[0], pair.a[1], tuple(names))
 
     def matrices(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> list[Factors]:
@@ -169,25 +169,25 @@ class _Experts(AdapterKind):
         return torch.cat([one_a for _, one_a in factors]), new_b.reshape(b.shape[0], -1)
 
 
-def _names(parameter: str, experts: int) -> list[str]:
+def _name_experts(parameter: str, experts: int) -> list[str]:
     return [parameter] if experts == 1 else [f"{parameter}.{expert}" for expert in range(experts)]
 
 
-def _parameters(pair: StoredPair) -> list[str]:
+def _find_target_parameters(pair: StoredPair) -> list[str]:
     """The last parts of those `target_parameters` that lie on the pair's module."""
-    module = f".{pair.module.replace(WRAPPED, '')}"
+    module = f".{pair.module.replace(WRAPPER_SUFFIX, '')}"
     targets = [str(target).rpartition(".") for target in pair.config.get("target_parameters") or ()]
     return [parameter for path, _, parameter in targets if path and module.endswith(f".{path}")]
 
 
-KINDS: tuple[AdapterKind, ...] = (_Experts(), _Dora(), _Embedding(), _Convolution(), Linear(), _Other())
+KINDS: tuple[AdapterKind, ...] = (_Experts(), _Dora(), _Embedding(), _Convolution(), Linear(), _UnknownKind())
 """The first that claims a module or a pair describes it; the last claims any module."""
 
 
-def kind_of(module: Any) -> AdapterKind:
+def find_kind(module: Any) -> AdapterKind:
     return next(kind for kind in KINDS if kind.adapts(module))
 
 
-def stored_kind(pair: StoredPair) -> AdapterKind | None:
+def find_stored_kind(pair: StoredPair) -> AdapterKind | None:
     """The kind of a pair in an adapter's file; None for one that no kind stores."""
     return next((kind for kind in KINDS if kind.stores(pair)), None)

@@ -39,7 +39,7 @@ from rightrank.schema.errors import MultiLoraError
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RowSpan:
     """The rows of one arm in a layer's flattened input."""
 
     adapter: str
@@ -55,13 +55,13 @@ class Routing:
 
     adapters: tuple[str, ...]
     dropout_seeds: tuple[int | None, ...]
-    layouts: dict[int, list[Part]] = field(default_factory=dict)  # by the number of rows of the flattened input
+    layouts: dict[int, list[RowSpan]] = field(default_factory=dict)  # by the number of rows of the flattened input
 
     @classmethod
     def packed(cls, adapters: Sequence[str], seeds: Sequence[int | None], tokens: Sequence[int]) -> Routing:
         """Packed sequences: arms of `tokens[i]` tokens, one after the other in one row."""
         parts = [
-            Part(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, tokens, strict=True)
+            RowSpan(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, tokens, strict=True)
         ]
         return cls(tuple(adapters), tuple(seeds), {sum(tokens): parts})
 
@@ -73,19 +73,19 @@ class Routing:
         routing = cls(tuple(adapters), tuple(seeds))
         longest = max(lengths)
         by_example = [
-            Part(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, rows, strict=True)
+            RowSpan(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, rows, strict=True)
         ]
-        by_token: list[Part] = []
+        by_token: list[RowSpan] = []
         for name, seed, count, length in zip(adapters, seeds, rows, lengths, strict=True):
             index = None
             if length < longest:  # the row of each position in the unpadded layout; padding takes any row
                 columns = torch.arange(longest).clamp(max=length - 1)
                 index = (torch.arange(count)[:, None] * length + columns).reshape(-1)
-            by_token.append(Part(name, count * longest, seed, count * length, index))
+            by_token.append(RowSpan(name, count * longest, seed, count * length, index))
         routing.layouts = {sum(rows): by_example, sum(rows) * longest: by_token}
         return routing
 
-    def parts(self, rows: int) -> list[Part]:
+    def parts(self, rows: int) -> list[RowSpan]:
         """The arms' parts of a flattened input of `rows` rows.
 
         Raises:
@@ -95,20 +95,20 @@ class Routing:
         if parts is not None:
             return parts
         if len(self.adapters) == 1:
-            return [Part(self.adapters[0], rows, self.dropout_seeds[0], rows, None)]
+            return [RowSpan(self.adapters[0], rows, self.dropout_seeds[0], rows, None)]
         raise MultiLoraError(f"a layer sees {rows} rows that can't be assigned to arms")
 
     @contextmanager
     def only_rows(self, keep: torch.Tensor) -> Iterator[None]:
         """Within the block, layers may also see only the rows of the flattened batch that `keep` [b·n] marks."""
         by_token = self.layouts[keep.numel()]
-        parts: list[Part] = []
+        parts: list[RowSpan] = []
         begin = 0
         for part in by_token:
             chosen = keep[begin : begin + part.rows].nonzero()[:, 0]
             begin += part.rows
             index = chosen if part.alone_index is None else part.alone_index.to(chosen.device)[chosen]
-            parts.append(Part(part.adapter, len(chosen), part.dropout_seed, part.alone_rows, index))
+            parts.append(RowSpan(part.adapter, len(chosen), part.dropout_seed, part.alone_rows, index))
         total = sum(part.rows for part in parts)
         before = self.layouts
         self.layouts = before | {total: parts}
@@ -123,7 +123,7 @@ Factors = tuple[Any, Any]  # B [rows, r] and A [r, columns], as torch or numpy a
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class InitialDraw:
     """The numbers that an adapter starts from, a function of the arm's seed and the module's name."""
 
     seed: int
@@ -189,9 +189,9 @@ class AdapterKind(ABC):
 
     name: ClassVar[str]  # in the records of `inspect` and `resize`
     label: ClassVar[str]  # in messages, with its article: "a convolution"
-    why_alone: ClassVar[str | None] = None  # why no two adapters share a pass; None: they do
-    why_not_select: ClassVar[str | None] = None  # why `select`, which trains text models, does not train it
-    why_not_truncated: ClassVar[str | None] = None  # why no adapter of a lower rank can be made of one
+    unshared_reason: ClassVar[str | None] = None  # why no two adapters share a pass; None: they do
+    unselectable_reason: ClassVar[str | None] = None  # why `select`, which trains text models, does not train it
+    untruncatable_reason: ClassVar[str | None] = None  # why no adapter of a lower rank can be made of one
 
     @abstractmethod
     def adapts(self, module: Any) -> bool:
@@ -201,7 +201,7 @@ class AdapterKind(ABC):
         """`(name after the module's, rows, columns)` of each matrix ΔW; the name is empty for a single one."""
         return [("", int(module.out_features), int(module.in_features))]
 
-    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+    def start(self, module: Any, adapter: str, draw: InitialDraw) -> None:
         """Set the adapter's tensors to their first values."""
         a = module.lora_A[adapter].weight
         a.copy_(draw.rows(a.shape[0], a[0].numel()).view_as(a).to(a))
@@ -217,7 +217,7 @@ class AdapterKind(ABC):
             return module.base_layer(*args, **kwargs)
         if len(current.adapters) > 1:
             raise MultiLoraError(f"{self.label} trains alone, through PEFT's own forward pass")
-        with _training(module, current.adapters[0], current.dropout_seeds[0]):
+        with _enable_dropout(module, current.adapters[0], current.dropout_seeds[0]):
             return type(module).forward(module, *args, **kwargs)
 
     def stores(self, pair: StoredPair) -> bool:
@@ -248,7 +248,7 @@ class AdapterKind(ABC):
 
 
 @contextmanager
-def training_is(value: bool, modules: Iterable[Any]) -> Iterator[None]:
+def set_training_mode(value: bool, modules: Iterable[Any]) -> Iterator[None]:
     """Within the block, these modules alone are in training mode, or in evaluation mode; after it, in the other."""
     kept = list(modules)
     for module in kept:
@@ -261,7 +261,7 @@ def training_is(value: bool, modules: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _training(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
+def _enable_dropout(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
     """Within the block, PEFT's layer is in training mode, and its dropout draws from the seed and the layer; None: neither.
 
     The layers inside keep their mode. Gradient checkpointing computes a layer again, and draws the same.
@@ -276,5 +276,5 @@ def _training(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(enabled=draws):
         if draws:
             torch.manual_seed((seed * 0x9E3779B1 + module.rightrank_salt) % 2**63)
-        with training_is(True, [part for part in trained if not part.training]):
+        with set_training_mode(True, [part for part in trained if not part.training]):
             yield

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Draw, Factors, Part, Routing, StoredPair
+from rightrank.models.kinds.base import AdapterKind, CurrentRouting, InitialDraw, Factors, RowSpan, Routing, StoredPair
 from rightrank.schema.settings import TAKEN_FROM_BASE
 
 
@@ -51,7 +51,7 @@ class Linear(AdapterKind):
         a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
         return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
 
-    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+    def start(self, module: Any, adapter: str, draw: InitialDraw) -> None:
         if draw.init not in ("orthogonal", *TAKEN_FROM_BASE):
             super().start(module, adapter, draw)
             return
@@ -64,28 +64,28 @@ class Linear(AdapterKind):
         rank, known = a.out_features, draw.known.get(draw.module)
         if known is None or len(known[1]) < rank:
             weight = module.get_base_layer().weight.detach().float()
-            known = _first_factors(weight.T if module.fan_in_fan_out else weight, draw.init, max(rank, draw.top))
+            known = _decompose_weight(weight.T if module.fan_in_fan_out else weight, draw.init, max(rank, draw.top))
             draw.known[draw.module] = known
         # PiSSA divides, so that s·B₀·A₀ is the part of the weight.
         root = module.scaling[adapter] ** 0.5 if draw.init == "pissa" else 1.0
         b.weight.copy_(known[0][:, :rank] / root)
         a.weight.copy_(known[1][:rank] / root)
-        keep_start(a, b)
+        store_initial_factors(a, b)
 
     def forward(self, module: Any, routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base, current = module.base_layer, routing()
         if current is None:
             plain: torch.Tensor = base(x, *args, **kwargs)
             return plain
-        groups, names = _groups(module, current, x.shape[:-1].numel(), module.lora_A)
+        groups, names = _group_spans(module, current, x.shape[:-1].numel(), module.lora_A)
         a, b = ([side[name] for name in names] for side in (module.lora_A, module.lora_B))
         tensors = [layer.weight for layer in (*a, *b)]
-        if a and hasattr(a[0], START):
+        if a and hasattr(a[0], INITIAL_BUFFER):
             groups += [replace(group, dropout=0.0) for group in groups]
             tensors = [
                 tensor
                 for side in (a, b)
-                for name in ("weight", START)
+                for name in ("weight", INITIAL_BUFFER)
                 for tensor in (getattr(layer, name) for layer in side)
             ]
         apply: Any = _LoraLinear.apply  # untyped in torch
@@ -103,7 +103,7 @@ class Linear(AdapterKind):
         return not pair.embedding and len(pair.a) == 2
 
 
-def _first_factors(weight: torch.Tensor, init: str, rank: int) -> Factors:
+def _decompose_weight(weight: torch.Tensor, init: str, rank: int) -> Factors:
     """`(B [rows, rank], A [rank, columns])` of a weight on the CPU, as PEFT's `pissa` and `olora` have them at scale 1."""
     if init == "olora":
         q, r = torch.linalg.qr(weight)
@@ -113,32 +113,32 @@ def _first_factors(weight: torch.Tensor, init: str, rank: int) -> Factors:
     return (u[:, :rank] * roots).cpu(), (roots[:, None] * v[:rank]).cpu()
 
 
-START = "rightrank_start"  # of the layers of PEFT that hold A and B
+INITIAL_BUFFER = "rightrank_start"  # of the layers of PEFT that hold A and B
 
 
-def keep_start(a: Any, b: Any) -> None:
+def store_initial_factors(a: Any, b: Any) -> None:
     """Keep A₀ and −B₀ beside A and B, where they go with the adapter to a device and away with it."""
-    a.register_buffer(START, a.weight.detach().clone(), persistent=False)
-    b.register_buffer(START, -b.weight.detach(), persistent=False)
+    a.register_buffer(INITIAL_BUFFER, a.weight.detach().clone(), persistent=False)
+    b.register_buffer(INITIAL_BUFFER, -b.weight.detach(), persistent=False)
 
 
-def whole_factors(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+def collect_combined_factors(model: Any, adapter: str) -> dict[str, torch.Tensor]:
     """By their names in `model`, the factors of an adapter with its start beside them: [A; A₀] and [B, −B₀]; none without one."""
     layers = {name: layer for name, layer in model.named_modules() if name.endswith(f".{adapter}")}
     return {
-        f"{name}.weight": torch.cat([layer.weight, getattr(layer, START)], dim=1 if ".lora_B." in name else 0)
+        f"{name}.weight": torch.cat([layer.weight, getattr(layer, INITIAL_BUFFER)], dim=1 if ".lora_B." in name else 0)
         for name, layer in layers.items()
-        if hasattr(layer, START)
+        if hasattr(layer, INITIAL_BUFFER)
     }
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _RowGroup:
     """Neighbouring parts of equal rank and equally many rows: g arms in one batched product."""
 
     begin: int
     end: int
-    parts: tuple[Part, ...]
+    parts: tuple[RowSpan, ...]
     scales: tuple[float, ...]
     dropout: float
     salt: int  # differs between layers, so that each draws its own dropout
@@ -160,9 +160,9 @@ class _Group:
         return torch.stack(drawn).to(like)
 
 
-def _groups(module: Any, routing: Routing, rows: int, table: Any) -> tuple[list[_Group], list[str]]:
+def _group_spans(module: Any, routing: Routing, rows: int, table: Any) -> tuple[list[_RowGroup], list[str]]:
     """The groups of the arms that adapt `module`, which have an A in `table`, and their adapters in order."""
-    runs: list[list[tuple[Part, int]]] = []
+    runs: list[list[tuple[RowSpan, int]]] = []
     keys: list[tuple[Any, ...]] = []
     begin = 0
     for part in routing.parts(rows):
@@ -177,7 +177,7 @@ def _groups(module: Any, routing: Routing, rows: int, table: Any) -> tuple[list[
                 keys.append(key)
         begin += part.rows
     groups = [
-        _Group(
+        _RowGroup(
             run[0][1],
             run[-1][1] + run[-1][0].rows,
             tuple(part for part, _ in run),
@@ -200,17 +200,17 @@ class _LoraLinear(torch.autograd.Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_features: int,
-        groups: list[_Group],
+        groups: list[_RowGroup],
         *adapters: torch.Tensor,  # the A of every arm in the order of the groups, then the B
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = rows.new_zeros(rows.shape[0], out_features) if weight is None else F.linear(rows, weight, bias)
         middles: list[torch.Tensor] = []
-        for group, (a, b) in zip(groups, _stacked(groups, adapters, x.dtype), strict=True):
-            inputs = _view(rows, group)
+        for group, (a, b) in zip(groups, _stack_factors(groups, adapters, x.dtype), strict=True):
+            inputs = _view_rows(rows, group)
             mask = group.mask(x.shape[-1], x)
-            middle = torch.bmm(inputs if mask is None else inputs * mask, a.mT) * _scale(group, x)
-            _view(y, group).baddbmm_(middle, b.mT)
+            middle = torch.bmm(inputs if mask is None else inputs * mask, a.mT) * _get_scale(group, x)
+            _view_rows(y, group).baddbmm_(middle, b.mT)
             middles.append(middle)
         ctx.groups, ctx.shape, ctx.count = groups, x.shape, len(adapters)
         ctx.save_for_backward(x, weight, *middles, *adapters)
@@ -221,7 +221,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x, weight, *rest = ctx.saved_tensors
-        groups: list[_Group] = ctx.groups
+        groups: list[_RowGroup] = ctx.groups
         middles, adapters = rest[: len(groups)], rest[len(groups) :]
         rows = x.reshape(-1, x.shape[-1])
         dy = gradients[0].reshape(-1, gradients[0].shape[-1])
@@ -230,42 +230,42 @@ class _LoraLinear(torch.autograd.Function):
             dx = torch.zeros_like(rows) if weight is None else dy @ weight
         das: list[torch.Tensor] = []
         dbs: list[torch.Tensor] = []
-        for group, middle, (a, b) in zip(groups, middles, _stacked(groups, adapters, x.dtype), strict=True):
+        for group, middle, (a, b) in zip(groups, middles, _stack_factors(groups, adapters, x.dtype), strict=True):
             mask = group.mask(x.shape[-1], x)
-            inputs = _view(rows, group)
-            outputs = _view(dy, group)
-            dmiddle = torch.bmm(outputs, b) * _scale(group, x)
+            inputs = _view_rows(rows, group)
+            outputs = _view_rows(dy, group)
+            dmiddle = torch.bmm(outputs, b) * _get_scale(group, x)
             dbs.extend(torch.bmm(outputs.mT, middle).float())
             das.extend(torch.bmm(dmiddle.mT, inputs if mask is None else inputs * mask).float())
             if dx is not None and mask is None:
-                _view(dx, group).baddbmm_(dmiddle, a)
+                _view_rows(dx, group).baddbmm_(dmiddle, a)
             elif dx is not None and mask is not None:
-                _view(dx, group).add_(torch.bmm(dmiddle, a) * mask)
+                _view_rows(dx, group).add_(torch.bmm(dmiddle, a) * mask)
         return (None if dx is None else dx.view(ctx.shape), None, None, None, None, *das, *dbs)
 
 
-def _stacked(
-    groups: Sequence[_Group], adapters: Sequence[torch.Tensor], dtype: torch.dtype
+def _stack_factors(
+    groups: Sequence[_RowGroup], adapters: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield `(A [g, r, in], B [g, out, r])` of each group, in `dtype`."""
     count = len(adapters) // 2
     begin = 0
     for group in groups:
         end = begin + len(group.parts)
-        yield _stack(adapters[begin:end]).to(dtype), _stack(adapters[count + begin : count + end]).to(dtype)
+        yield _stack_tensors(adapters[begin:end]).to(dtype), _stack_tensors(adapters[count + begin : count + end]).to(dtype)
         begin = end
 
 
-def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _stack_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0].detach()[None] if len(tensors) == 1 else torch.stack([tensor.detach() for tensor in tensors])
 
 
-def _view(rows: torch.Tensor, group: _Group) -> torch.Tensor:
+def _view_rows(rows: torch.Tensor, group: _RowGroup) -> torch.Tensor:
     """The group's rows as a view [g, rows per arm, features]."""
     return rows[group.begin : group.end].view(len(group.parts), -1, rows.shape[-1])
 
 
-def _scale(group: _Group, like: torch.Tensor) -> torch.Tensor | float:
+def _get_scale(group: _RowGroup, like: torch.Tensor) -> torch.Tensor | float:
     if len(set(group.scales)) == 1:
         return group.scales[0]
     return torch.tensor(group.scales, dtype=like.dtype, device=like.device)[:, None, None]

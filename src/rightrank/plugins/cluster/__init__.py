@@ -83,7 +83,7 @@ def _build_backend(
         from rightrank.plugins.cluster.on_ray import RayBackend
 
         backend = RayBackend(setup, needed_bytes, on_cuda)
-        return backend, settings.workers or backend.room()
+        return backend, settings.workers or backend.count_available_workers()
     from rightrank.plugins.cluster.processes import ProcessBackend
 
     devices = torch.cuda.device_count() if on_cuda else 0

@@ -23,7 +23,7 @@ from rightrank.cli.options import (
     gather_settings,
     pause_collector,
 )
-from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
+from rightrank.models.ranks import LARGE_RANK, format_rank_change, format_rate_warning
 from rightrank.report.format import format_bytes
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.command import arguments_of
@@ -60,12 +60,12 @@ def plan(
 
     settings = PlanSettings(**given_values(settings) | keywords)
     require_model(model)  # before the imports that load torch
-    from rightrank.models.base_models import device_memory
+    from rightrank.models.base_models import read_device_memory
     from rightrank.plugins.plan.planner import plan_config
     from rightrank.plugins.plan.skeleton import read_config
 
     if settings.memory_bytes is None and settings.device == "cuda":
-        settings = settings.model_copy(update={"memory_bytes": device_memory()})
+        settings = settings.model_copy(update={"memory_bytes": read_device_memory()})
     config = read_config(model, settings.trust_remote_code, settings.num_labels is not None)
     return plan_config(config, model, settings, on_progress)
 
@@ -150,9 +150,9 @@ def _format_answer(plan: Plan) -> Iterator[str]:
     if plan.memory_bytes is not None:
         yield _format_fit(plan, plan.memory_bytes)
     if len(plan.ranks) > 1:
-        yield f"learning rate, {rank_change_line(plan.ranks[0].rank, last)}"
+        yield f"learning rate, {format_rank_change(plan.ranks[0].rank, last)}"
     if last >= LARGE_RANK:
-        yield rate_warning(last, 2 * last)
+        yield format_rate_warning(last, 2 * last)
 
 
 def _format_fit(plan: Plan, memory: int) -> str:

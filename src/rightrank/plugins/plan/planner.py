@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rightrank.models.base_models import LoadedModel, device_memory, is_known
+from rightrank.models.base_models import LoadedModel, read_device_memory, is_supported
 from rightrank.plugins.plan.estimate import Estimator, SharedPassError, UntraceableError, estimate_context_bytes
 from rightrank.report.format import format_bytes
 from rightrank.runs.plugins import MemoryPlan
@@ -54,7 +54,7 @@ def plan_config(
         architecture=type(estimator.skeleton.base).__name__,
         base_parameters=estimator.skeleton.base_parameters,
         base_bytes=sum(
-            tensor.nbytes for tensor in estimator.inventory(rows[0].rank).stored if not tensor.requires_grad
+            tensor.nbytes for tensor in estimator.get_inventory(rows[0].rank).stored if not tensor.requires_grad
         ),
         targets=len(estimator.skeleton.targets),
         ranks=rows,
@@ -98,7 +98,7 @@ def find_fitting_changes(estimator: Estimator, rank: int) -> dict[str, Any]:
     for name, value in _iterate_savings(estimator.settings):
         if getattr(current.settings, name) == value:
             continue
-        changed = current.variant(**{name: value})
+        changed = current.build_variant(**{name: value})
         changed_row = changed.estimate(rank)
         if changed_row.peak_reserved_bytes < row.peak_reserved_bytes:
             changes[name] = value
@@ -145,11 +145,11 @@ def plan_loaded(
         None for an architecture that transformers cannot build from its configuration, or whose step cannot be traced.
     """
     config, device = loaded.model.config, str(loaded.device)
-    if not is_known(config, encoded.is_classification):
+    if not is_supported(config, encoded.is_classification):
         return None
     try:
         planned = plan_selection(
-            config, settings, encoded.longest, device, classes, 2 if encoded.summary.form == "preference" else 1
+            config, settings, encoded.max_sequence_length, device, classes, 2 if encoded.summary.form == "preference" else 1
         )
     except UntraceableError as error:
         notice(str(error))
@@ -220,7 +220,7 @@ def _estimate_pass_peak(
     if len(ranks) == 1:
         return single_peaks[ranks[0]]
     if missing_ranks := set(ranks) - shares.keys():
-        pairs = estimator.variant(adapters_per_pass=2)
+        pairs = estimator.build_variant(adapters_per_pass=2)
         shares.update({rank: pairs.estimate(rank).peak_bytes - single_peaks[rank] for rank in missing_ranks})
     first = ranks[0]
     return single_peaks[first] - shares[first] + sum(shares[rank] for rank in ranks)
@@ -237,7 +237,7 @@ def _find_max_adapters(estimator: Estimator, rank: int, max_adapters: int) -> in
     ]
     try:
         fitting_counts = (
-            count for count in counts if count == 1 or estimator.variant(adapters_per_pass=count).estimate(rank).fits
+            count for count in counts if count == 1 or estimator.build_variant(adapters_per_pass=count).estimate(rank).fits
         )
         return next(fitting_counts, 1)
     except SharedPassError:
@@ -264,7 +264,7 @@ def build_step_settings(
             "num_labels": num_labels,
             "attn_implementation": "eager" if eager else "sdpa",
             "device": kind,
-            "memory_bytes": settings.memory_bytes or (device_memory() if kind == "cuda" else None),
+            "memory_bytes": settings.memory_bytes or (read_device_memory() if kind == "cuda" else None),
         }
     )
 

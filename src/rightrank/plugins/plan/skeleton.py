@@ -27,8 +27,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from rightrank.models.base_models import DTYPES, model_config, model_skeleton
-from rightrank.models.kinds.linear import keep_start
+from rightrank.models.base_models import DTYPES, load_model_config, build_skeleton
+from rightrank.models.kinds.linear import store_initial_factors
 from rightrank.models.model_sources import require_model
 from rightrank.schema.errors import ModelError, first_line
 from rightrank.schema.plan_settings import PlanSettings
@@ -78,7 +78,7 @@ class Skeleton:
 def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
     """Read the configuration of a model folder, a GGUF file or a hub name."""
     require_model(reference)
-    config = model_config(reference, trust_remote_code, classification)
+    config = load_model_config(reference, trust_remote_code, classification)
     text = config.get_text_config()
     _require_sane_sizes(reference, config, text)
     text.use_cache = False  # as the Trainer of transformers sets it
@@ -135,7 +135,7 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
     if settings.is_packed and settings.init_lora_weights in TAKEN_FROM_BASE:
         for module in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
             for name in module.lora_A:
-                keep_start(module.lora_A[name], module.lora_B[name])
+                store_initial_factors(module.lora_A[name], module.lora_B[name])
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter
@@ -153,7 +153,7 @@ def _build_base(config: Any, settings: PlanSettings) -> Any:
     if settings.num_labels is not None and getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need a padding token
     dtype, trust_remote_code = DTYPES[settings.dtype], settings.trust_remote_code
-    model = model_skeleton(
+    model = build_skeleton(
         unquantised_config, trust_remote_code, settings.num_labels, dtype=dtype, attn_implementation=attention
     )
     model.requires_grad_(False)

@@ -103,7 +103,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
     @contextmanager
     def record_modules(self, model: torch.nn.Module) -> Iterator[None]:
         """Record, inside the context, the module that runs with each storage."""
-        names = {id(module): name for name, module in model.record_modules()}
+        names = {id(module): name for name, module in model.named_modules()}
 
         def enter(module: torch.nn.Module, _inputs: Any) -> None:
             self._modules.append(names.get(id(module), ""))
@@ -251,7 +251,7 @@ def _install_multi_lora(skeleton: Skeleton, settings: PlanSettings, rows: int) -
     Args:
         rows: number of rows of each arm.
     """
-    by_peft = not settings.is_packed or any(target.kind.why_alone for target in skeleton.targets)
+    by_peft = not settings.is_packed or any(target.kind.unshared_reason for target in skeleton.targets)
     set_output_cloning(skeleton.model, by_peft=by_peft)
     if not settings.is_packed:
         yield
@@ -261,7 +261,7 @@ def _install_multi_lora(skeleton: Skeleton, settings: PlanSettings, rows: int) -
     routing = Routing.padded(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
     adapted: list[tuple[str, Any]] = [
         (name, module)
-        for name, module in skeleton.base.record_modules()
+        for name, module in skeleton.base.named_modules()
         if isinstance(module, LoraLayer | ModulesToSaveWrapper)
     ]
     for name, module in adapted:

@@ -27,12 +27,12 @@ from rightrank.adapters.in_memory import LiveAdapter, gather, put_in_place, save
 from rightrank.adapters.preserved_state import as_it_came
 from rightrank.adapters.processes import gathered, is_partitioned, together
 from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
-from rightrank.data.files import read_json_object, report_disk_errors, temporary_folder, write_text
+from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.records import Records, records_of
 from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
-from rightrank.models.base_models import base_identity
+from rightrank.models.base_models import compute_base_identity
 from rightrank.runs.executor import Executor, PreparedSelection
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import AdapterProposal, Hook
@@ -45,7 +45,7 @@ from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunSta
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome, TrialStarted, content_hash, trial_id
 from rightrank.search.bracket import make_truncation_arm
-from rightrank.search.history import Requests, Space, Trials, make_space
+from rightrank.search.history import Requests, Space, Trials, build_space
 from rightrank.search.protocol import Strategy
 from rightrank.train.adapter_runtime import read_identity
 from rightrank.train.covariances import GatheredMoments
@@ -58,32 +58,32 @@ from rightrank.version import __version__
 
 log = logging.getLogger("rightrank")
 
-KEPT = "measure.json"  # in the run's cache
+RESUME_FILE = "measure.json"  # in the run's cache
 TRAINER = "its own trainer"  # the trainer by which the journal of such a run names its kind
 # Of a `LiveAdapter`: in files of their own, or as by default.
-ELSEWHERE = ("model", "held_out", "train", "name", "write_beside")
+EXCLUDED_FIELDS = ("model", "held_out", "train", "name", "write_beside")
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
+class TrainingSummary:
     """What is known of the training whose end is measured."""
 
     settings: Mapping[str, Any]  # of `select`, as far as the training states them
     steps: int = 0  # 0: not known
     seconds: float | None = None  # without the end; None: not known
     read_peak_bytes: int = 0  # before the end; 0: not known
-    kept_step: int | None = None  # of the best checkpoint, where that is measured; None: the last
+    checkpoint_step: int | None = None  # of the best checkpoint, where that is measured; None: the last
     notes: Sequence[str] = ()
 
     @property
-    def get_checkpoint_path(self) -> str:
-        if self.kept_step is not None:
-            return f"best (step {self.kept_step})"
+    def checkpoint(self) -> str:
+        if self.checkpoint_step is not None:
+            return f"best (step {self.checkpoint_step})"
         return f"last (step {self.steps})" if self.steps else "last"
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class TruncationResult:
     """The answer, whose last note says what it took."""
 
     answer: AdapterAnswer
@@ -96,11 +96,11 @@ class Ending:
         return len(self.top.example_losses)
 
 
-def peak_so_far() -> int:
+def measure_peak_bytes() -> int:
     return read_peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
+def begin_run(live: LiveAdapter, out: Path, training: TrainingSummary) -> RunFolder:
     """Begin a run in `out` with everything that a fresh process needs, and move the result of an earlier training aside.
 
     Raises:
@@ -109,20 +109,20 @@ def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
     """
     folder = RunFolder(out)
     with folder.lock(), report_disk_errors(out):
-        _require_end_run(folder)
+        _require_truncation_run(folder)
         _require_logits(live)
         # A failure leaves neither a folder without a journal, which no later run could use, nor an earlier result aside.
-        with temporary_folder(out / "begun") as temporary:
+        with create_temporary_folder(out / "begun") as temporary:
             begun = RunFolder(temporary)
             with gathered(live.model):
                 adapter = save_trained(live.model, live.name, begun.get_trial_folder("trained"))
-                identity = base_identity(live.model.get_base_model(), adapter.base_model or "")
+                identity = compute_base_identity(live.model.get_base_model(), adapter.base_model or "")
             write_text(adapter.path / BASE_FILE, identity.content().decode())
             if live.write_beside is not None:
                 live.write_beside(adapter.path)
-            started = _started(live, training, adapter)
-            adapter.path.rename(begun.get_trial_folder(_top(started, training.steps)))
-            _keep(live, begun, training)
+            started = _build_run_started(live, training, adapter)
+            adapter.path.rename(begun.get_trial_folder(_compute_training_id(started, training.steps)))
+            _write_resume_files(live, begun, training)
             begun.journal.append(started)
             if (aside := folder.move_aside()) is not None:
                 log.warning("rightrank: the result of an earlier training was moved to %s", aside)
@@ -145,7 +145,7 @@ def _require_logits(live: LiveAdapter) -> None:
         )
 
 
-def require_end_folder(out: Path) -> None:
+def require_result_folder(out: Path) -> None:
     """Require that a training can put its result in `out`; nothing is written there.
 
     Raises:
@@ -155,10 +155,10 @@ def require_end_folder(out: Path) -> None:
     folder.require_usable()
     if folder.is_in_use():
         raise RunFolderError(f"{out}: another process is using this folder; wait for it, or give another folder")
-    _require_end_run(folder)
+    _require_truncation_run(folder)
 
 
-def _require_end_run(folder: RunFolder) -> None:
+def _require_truncation_run(folder: RunFolder) -> None:
     """Raise if the folder holds a run that no end of a training wrote; of another version, it is recognised too."""
     if not folder.journal.path.is_file():
         return
@@ -175,35 +175,37 @@ def _require_end_run(folder: RunFolder) -> None:
         )
 
 
-def finish_run(live: LiveAdapter, folder: RunFolder, training: Training, hooks: Sequence[Hook] = ()) -> Ending:
+def finish_run(
+    live: LiveAdapter, folder: RunFolder, training: TrainingSummary, hooks: Sequence[Hook] = ()
+) -> TruncationResult:
     """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
 
     Raises:
         NotFiniteError: a held-out loss is NaN or infinite.
     """
-    end = _End(live, training)
+    end = CallbackExecutor(live, training)
     with together(), folder.lock(), report_disk_errors(folder.path):
         select(end, folder, [end, *hooks])
     records = end.records
     answer = records.adapters[-1].answer
-    return Ending(answer, records.by_id[answer.trained_id], folder, end.moments.notices)
+    return TruncationResult(answer, records.by_id[answer.trained_id], folder, end.moments.notices)
 
 
-def measure(live: LiveAdapter, out: Path) -> Ending:
+def measure_truncations(live: LiveAdapter, out: Path) -> TruncationResult:
     """Begin a run and finish it at once, without views."""
-    training = Training({})
+    training = TrainingSummary({})
     return finish_run(live, begin_run(live, out, training), training)
 
 
-class Downward(Strategy):
+class DescendingStrategy(Strategy):
     """One training, and its truncations from the highest rank down until one does not hold."""
 
     name = "downward"
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
-        yield [space.arm(space.top, space.learning_rates[0])]
-        parent = trials.whole(space.top, space.learning_rates[0])
+        yield [space.make_arm(space.top, space.learning_rates[0])]
+        parent = trials.get_training(space.top, space.learning_rates[0])
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
             yield [make_truncation_arm(parent, rank)]
@@ -212,20 +214,20 @@ class Downward(Strategy):
                 return
 
 
-def _strategy(started: RunStarted, steps: int) -> Strategy:
+def _build_strategy(started: RunStarted, steps: int) -> Strategy:
     settings = started.select_settings
-    space: Space = make_space(settings, steps, started.data.loss_kind)
+    space: Space = build_space(settings, steps, started.data.loss_kind)
     rates = settings.learning_rates if "learning_rates" in settings.model_fields_set else (0.0,)  # not known
-    return Downward(replace(space, evaluates_base=False, learning_rates=rates))
+    return DescendingStrategy(replace(space, evaluates_base=False, learning_rates=rates))
 
 
-def _top(started: RunStarted, steps: int) -> str:
+def _compute_training_id(started: RunStarted, steps: int) -> str:
     """The id of the training itself among the trials of the run."""
-    (top,) = _strategy(started, steps).ask([])
+    (top,) = _build_strategy(started, steps).ask([])
     return trial_id(started.fingerprint, top)
 
 
-def _started(live: LiveAdapter, training: Training, adapter: AdapterFolder) -> RunStarted:
+def _build_run_started(live: LiveAdapter, training: TrainingSummary, adapter: AdapterFolder) -> RunStarted:
     base = live.model.get_base_model()
     batch, classes = live.held_out[0], None
     form: Literal["preference", "classification", "own"] = "preference" if "completion_mask" in batch else "own"
@@ -244,7 +246,7 @@ def _started(live: LiveAdapter, training: Training, adapter: AdapterFolder) -> R
     )
     return RunStarted(
         rightrank_version=__version__,
-        fingerprint=content_hash({"settings": values, "steps": training.steps, "checkpoint": training.get_checkpoint_path}),
+        fingerprint=content_hash({"settings": values, "steps": training.steps, "checkpoint": training.checkpoint}),
         settings=values,
         environment=describe_environment(str(next(live.model.parameters()).device)),
         data=DataSummary(form=form, splits={}, splits_given=True, duplicates_across_splits=0, classes=classes),
@@ -256,18 +258,20 @@ def _started(live: LiveAdapter, training: Training, adapter: AdapterFolder) -> R
 
 
 @dataclass(frozen=True, kw_only=True)
-class _EndPlan(PreparedSelection):
-    end: _End
+class PreparedTruncations(PreparedSelection):
+    end: CallbackExecutor
 
-    def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> AbstractContextManager[Executor]:
+    def open_executor(
+        self, folder: RunFolder, listener: Listener, records: Records
+    ) -> AbstractContextManager[Executor]:
         return self.end.open_executor(folder, listener, records)
 
 
-class _End(Hook):
+class CallbackExecutor(Hook):
     """The end of a training: the request for the run that `begin_run` has begun, its executor, which puts the truncations in the place of the
     trained adapter, and what a person should know of it, as notes of the answer."""
 
-    def __init__(self, live: LiveAdapter, training: Training) -> None:
+    def __init__(self, live: LiveAdapter, training: TrainingSummary) -> None:
         self._live, self._training = live, training
         self._began = time.monotonic()
         self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
@@ -281,14 +285,16 @@ class _End(Hook):
     ) -> PreparedSelection:
         """As `rightrank.runs.executor.Asked`."""
         started, steps = records_of(journal, str(folder.path)).started, self._training.steps
-        strategy = _strategy(started, steps)
-        return _EndPlan(end=self, started=started, settings=started.select_settings, steps=steps, strategy=strategy)
+        strategy = _build_strategy(started, steps)
+        return PreparedTruncations(
+            end=self, started=started, settings=started.select_settings, steps=steps, strategy=strategy
+        )
 
-    def replace_settings(self, settings: SelectSettings) -> _End:
+    def replace_settings(self, settings: SelectSettings) -> CallbackExecutor:
         return self
 
     @contextmanager
-    def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[_End]:
+    def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[CallbackExecutor]:
         """As `rightrank.runs.executor.Plan`."""
         self.folder, self.listener, self.records = folder, listener, records
         with as_it_came(self._live.model, self._live.name):
@@ -298,9 +304,9 @@ class _End(Hook):
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for trial in trials:
             self.listener.on_event(TrialStarted(**trial.fields))
-            yield self._outcome(trial, trial.arm, self.folder.get_trial_folder(trial.trial_id))
+            yield self._evaluate_trial(trial, trial.arm, self.folder.get_trial_folder(trial.trial_id))
 
-    def _outcome(self, trial: Trial, arm: Arm, target: Path) -> TrialFinished:
+    def _evaluate_trial(self, trial: Trial, arm: Arm, target: Path) -> TrialFinished:
         training, begun, progress, moments = self._training, time.monotonic(), Progress(), self.moments.moments
         changes: dict[str, Any]
         if arm.truncate_from is not None:
@@ -312,7 +318,11 @@ class _End(Hook):
         else:
             progress = Progress(step=training.steps, train_seconds=training.seconds or 0.0)
             size = sum(module.parameters for module in open_adapter(target).modules)
-            changes = {"kept_step": training.kept_step, "trainable_parameters": size, "peak_bytes": training.peak_bytes}
+            changes = {
+                "checkpoint_step": training.checkpoint_step,
+                "trainable_parameters": size,
+                "peak_bytes": training.peak_bytes,
+            }
         scores = self._held_out.scores()
         if not np.isfinite(scores.losses).all():
             raise NotFiniteError(f"rank {arm.rank}: a held-out loss is NaN or infinite; the training may have diverged")
@@ -325,21 +335,21 @@ class _End(Hook):
         """With the cost, and an estimate of the rank to train at."""
         training, answer, records = self._training, answered.answer, answered.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
-        notes.append(next_training(answer, records.started))
-        notes.append(self._cost(len(records.by_id[answer.trained_id].example_losses)))
+        notes.append(format_training_rank_estimate(answer, records.started))
+        notes.append(self._format_cost(len(records.by_id[answer.trained_id].example_losses)))
         return answer.model_copy(update={"notes": notes})
 
-    def _cost(self, examples: int) -> str:
+    def _format_cost(self, examples: int) -> str:
         seconds, training = time.monotonic() - self._began, self._training
         share = f", {seconds / training.seconds:.1%} of the training's time" if training.seconds else ""
-        more = peak_so_far() - training.peak_bytes if training.peak_bytes else 0
+        more = measure_peak_bytes() - training.peak_bytes if training.peak_bytes else 0
         above = f"{more / 2**20:.0f} MiB above" if more > 0 else "not above"
         known = f"; peak memory {above} the training's" if training.peak_bytes else ""
-        where = f"the {training.get_checkpoint_path} weights"
+        where = f"the {training.checkpoint} weights"
         return f"Measured from {where} on {examples} held-out examples in {seconds:.1f} s{share}{known}."
 
 
-def next_training(answer: AdapterAnswer, started: RunStarted) -> str:
+def format_training_rank_estimate(answer: AdapterAnswer, started: RunStarted) -> str:
     """An estimate of the rank to train at, with the command that would prove it."""
     low, high = probable_ranks(answer)
     where = f"{low}" if low == high else f"{low} to {high}"
@@ -352,7 +362,7 @@ def next_training(answer: AdapterAnswer, started: RunStarted) -> str:
     )
 
 
-def _keep(live: LiveAdapter, folder: RunFolder, training: Training) -> None:
+def _write_resume_files(live: LiveAdapter, folder: RunFolder, training: TrainingSummary) -> None:
     base = live.model.get_base_model()
     base.config.save_pretrained(folder.cache / "base")
     tensors = {
@@ -366,13 +376,13 @@ def _keep(live: LiveAdapter, folder: RunFolder, training: Training) -> None:
     asked = {
         "base_class": type(base).__name__,
         "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
-        "live": {field.name: getattr(live, field.name) for field in fields(live) if field.name not in ELSEWHERE},
+        "live": {field.name: getattr(live, field.name) for field in fields(live) if field.name not in EXCLUDED_FIELDS},
         "training": asdict(training),
     }
-    write_text(folder.cache / KEPT, json.dumps(asked, indent=2, default=list))
+    write_text(folder.cache / RESUME_FILE, json.dumps(asked, indent=2, default=list))
 
 
-def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
+def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> str:
     """Finish a run that `begin_run` began in another process, and return its sentences.
 
     Raises:
@@ -380,16 +390,16 @@ def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
         RunFolderError: there is no run that is not finished.
     """
     folder = RunFolder.open_existing(out)
-    if not (folder.cache / KEPT).is_file():
+    if not (folder.cache / RESUME_FILE).is_file():
         raise RunFolderError(
-            f"{out}: there is no cache/{KEPT}; the measurement ended, or the training did not reach its end"
+            f"{out}: there is no cache/{RESUME_FILE}; the measurement ended, or the training did not reach its end"
         )
-    asked = read_json_object(folder.cache / KEPT)
+    asked = read_json_object(folder.cache / RESUME_FILE)
     # The peak memory of the training is that of another process.
-    training = Training(**asked["training"] | {"peak_bytes": 0})
+    training = TrainingSummary(**asked["training"] | {"peak_bytes": 0})
     started = records_of(folder.journal.read(), str(out)).started
-    adapter = open_adapter(folder.get_trial_folder(_top(started, training.steps)))
-    base = _base(started.model_name or "", folder, asked, adapter)
+    adapter = open_adapter(folder.get_trial_folder(_compute_training_id(started, training.steps)))
+    base = _load_base(started.model_name or "", folder, asked, adapter)
     with suppress_peft_warnings():
         model: Any = PeftModel.from_pretrained(base, str(adapter.path))
     splits: dict[str, dict[int, dict[str, torch.Tensor]]] = {"held_out": {}, "train": {}}
@@ -402,7 +412,7 @@ def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
     return f"{ending.answer.sentence} {folder.adapter}\n{ending.answer.notes[-1]}"
 
 
-def _base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: AdapterFolder) -> Any:
+def _load_base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: AdapterFolder) -> Any:
     if not name:
         raise ModelError("the base model has no name that it could be loaded by; the training made it in memory")
     try:
@@ -411,7 +421,7 @@ def _base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: Adapt
         base = base_class.from_pretrained(name, config=config, dtype=getattr(torch, asked["dtype"]))
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise ModelError(f"{name}: the base model cannot be loaded ({first_line(error)})") from None
-    difference = read_identity(adapter.path / BASE_FILE).difference(base_identity(base, name))
+    difference = read_identity(adapter.path / BASE_FILE).difference(compute_base_identity(base, name))
     if difference is not None:
         raise ModelError(f"{name}: this is not the base that was trained on ({difference})")
     return base
