@@ -184,7 +184,7 @@ def should_stop_early(points: Sequence[EvalPoint], drop: float) -> bool:
     middle = (ordered[0].value + best_point(ordered, higher_is_better=True).value) / 2
     below = [point.value < middle for point in ordered[-2:]]
     prefixes = (ordered, ordered[:-1])
-    return all(below) and all(collapse_of(looks, drop) is not None for points in prefixes)
+    return all(below) and all(collapse_of(points, drop) is not None for points in prefixes)
 
 
 @dataclass(eq=False)

@@ -44,7 +44,7 @@ def grpo(model: Path, reward: Any = letters, **more: Any) -> Any:
 
     train = runpy.run_path(str(EXAMPLES / "trl_grpo.py"))["GRPOTrain"]
     settings = GRPOConfig(per_device_train_batch_size=8, num_generations=4, max_completion_length=6, **QUIET)
-    given = {"looks": 2, "train_dataset": PROMPTS[8:], "validation": PROMPTS[:4], "test": PROMPTS[4:8]} | more
+    given = {"num_evaluations": 2, "train_dataset": PROMPTS[8:], "validation": PROMPTS[:4], "test": PROMPTS[4:8]} | more
     given["train_dataset"] = as_dataset(given["train_dataset"])
     return train(model=str(model), args=settings, reward_funcs=reward, **given)
 
@@ -106,7 +106,7 @@ class FirstAnswers:
 
 
 def test_a_run_that_collapses_ends_there_and_has_no_result(model_folder: Path, tmp_path: Path) -> None:
-    train = grpo(model_folder, FirstAnswers(), looks=4, validation=PROMPTS[:8], test=PROMPTS[:8])
+    train = grpo(model_folder, FirstAnswers(), num_evaluations=4, validation=PROMPTS[:8], test=PROMPTS[:8])
     with pytest.raises(AllTrialsFailedError, match="the held-out value fell from 1 at step 0 to"):
         select_rank_with(
             train, tmp_path / "run", profile="rl", ranks=(1, 2), learning_rates=(0.3,), max_steps=40, seeds=(0,)
