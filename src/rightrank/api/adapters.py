@@ -85,7 +85,7 @@ def resize(
             f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
         )
 
-    from rightrank.adapters.resize import by_energy, by_rank, require_plain_update, write_resized
+    from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, require_plain_update, resize_adapter
     from rightrank.data.files import require_absent
     from rightrank.models.adapter_reader import open_adapter
 
@@ -100,9 +100,9 @@ def resize(
         rule = DataRule(Path(data), trained, base, read, ranks, on_event)
         resized = resize_by_data(opened, Path(out), rule)
     else:
-        chosen_ranks = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)
+        chosen_ranks = choose_uniform_rank(opened, rank) if rank is not None else choose_ranks_by_energy(opened, energy or 0.0, uniform)
         chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
-        resized = write_resized(opened, Path(out), chosen_ranks, chosen_by=chosen_by)
+        resized = resize_adapter(opened, Path(out), chosen_ranks, chosen_by=chosen_by)
     return resized.model_copy(update={"notes": [choice, *resized.notes]}) if choice else resized
 
 

@@ -345,12 +345,12 @@ def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> No
     Raises:
         InputError: there is no PEFT adapter, or one of a kind that can't be truncated.
     """
-    from rightrank.adapters.resize import capped, write_resized
+    from rightrank.adapters.resize import cap_ranks, resize_adapter
     from rightrank.models.adapter_reader import open_adapter  # these bring torch, which a trainer may not need
 
     adapter, target = open_adapter(folder.get_trial_folder(parent)), folder.get_trial_folder(trial.trial_id)
     shutil.rmtree(target, ignore_errors=True)
-    write_resized(adapter, target, capped(adapter, trial.arm.rank))
+    resize_adapter(adapter, target, cap_ranks(adapter, trial.arm.rank))
 
 
 def build_outcome(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
