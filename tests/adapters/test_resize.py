@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rightrank import resize, select_rank
-from rightrank.adapters.resize import capped, write_resized
+from rightrank.adapters.resize import cap_ranks, resize_adapter
 from rightrank.adapters.resize_by_data import scored_data
 from rightrank.cli import main
 from rightrank.data.splits import load_data
@@ -86,11 +86,11 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     steps = settings.training_steps(len(runtime.data.splits["train"]))
     with attach_adapter(runtime, trained) as peft_model:
         moments = gather_unseen_moments(runtime, peft_model, 0, steps).moments
-    chosen = capped(adapter, 2, moments)
+    chosen = cap_ranks(adapter, 2, moments)
     assert found.rank == 2 < max(chosen.values()) <= 8
     assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
-    write_resized(adapter, tmp_path / "kfac", chosen, moments)
-    write_resized(adapter, tmp_path / "svd", chosen)
+    resize_adapter(adapter, tmp_path / "kfac", chosen, moments)
+    resize_adapter(adapter, tmp_path / "svd", chosen)
     small, kfac, svd = (tensors_of(tmp_path / name) for name in ("small", "kfac", "svd"))
     assert all(torch.equal(small[key], kfac[key]) for key in small)
     assert any(not torch.allclose(small[key], svd[key], atol=1e-4) for key in small)
@@ -228,7 +228,7 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     costs = [module.rows + module.columns for module in adapter.modules]
     ranks = allocate_ranks([found.costs for found in parts.values()], costs, 2 * sum(costs), max_rank)
     chosen = dict(zip(parts, ranks, strict=True))
-    resized = write_resized(adapter, tmp_path / "small", chosen, moments)
+    resized = resize_adapter(adapter, tmp_path / "small", chosen, moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert config["r"] == 2 <= max(ranks) <= max_rank
     assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"]) == bool(config["alpha_pattern"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from benchmarks.consumers.check import require_one_rank
 
-from rightrank.adapters.resize import write_resized
+from rightrank.adapters.resize import resize_adapter
 from rightrank.decision.adapter import Making
 from rightrank.interop.exports import write_export
 from rightrank.interop.recipe import Recipe, _select_adapter_fields
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def patterned_adapter(base: Path, folder: Path, kind: str) -> Path:
     """An adapter that was truncated to ranks from 1 to 4."""
     top = open_adapter(make_adapter(base, folder / "top", kind))
-    write_resized(top, folder / "adapter", {module.name: 1 + index % 4 for index, module in enumerate(top.modules)})
+    resize_adapter(top, folder / "adapter", {module.name: 1 + index % 4 for index, module in enumerate(top.modules)})
     return folder / "adapter"
 
 

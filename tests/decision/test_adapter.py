@@ -362,7 +362,9 @@ def test_the_test_split_is_compared_by_example(
         if metric == "loss":
             assert isinstance(one, tuple)
             return on_test(7.0, example_losses=one[0], example_tokens=one[1])
-        return on_test(7.0, **({"example_correct": one} if metric == "accuracy" else {"example_metrics": {metric: one}}))
+        return on_test(
+            7.0, **({"example_correct": one} if metric == "accuracy" else {"example_metrics": {metric: one}})
+        )
 
     found = difference_on_test(scored(ours), scored(theirs), Criterion(metric, higher, None))
     assert found is not None

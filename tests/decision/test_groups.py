@@ -155,7 +155,14 @@ def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> 
 
 def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> None:
     results = [
-        Result(trial_id=f"{rank}", rank=rank, value=2.0, steps=7, example_values=[1.0, 3.0, 2.0, 2.0], example_groups=groups)
+        Result(
+            trial_id=f"{rank}",
+            rank=rank,
+            value=2.0,
+            steps=7,
+            example_values=[1.0, 3.0, 2.0, 2.0],
+            example_groups=groups,
+        )
         for rank, groups in ((4, [5, 5, 1, 1]), (16, None))
     ]
     read = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])

@@ -77,9 +77,7 @@ def test_two_seeds_give_a_decision_with_the_interval_of_a_further_seed() -> None
     assert evidence.difference_high is not None
     assert evidence.predictive_low is not None
     assert evidence.predictive_high is not None
-    assert (
-        evidence.predictive_low < (evidence.difference or 0.0) < evidence.difference_high < evidence.predictive_high
-    )
+    assert evidence.predictive_low < (evidence.difference or 0.0) < evidence.difference_high < evidence.predictive_high
 
 
 def without(table: ScoreTable, *cells: tuple[int, int]) -> ScoreTable:

@@ -105,7 +105,10 @@ def command(wanted: dict[str, object], run: str = "out", margin: float | None = 
         ({"action": "examples", "examples": 30}, None),  # no more than now
         ({"action": "seeds", "seeds": 3, "examples": 31}, "--max-eval-examples 31 --seeds 0,1,2"),
         ({"action": "rank", "ranks": [8], "examples": 31}, "--max-eval-examples 31 --ranks 1,4,8"),
-        ({"action": "rates", "learning_rates": [0.1], "examples": 31}, "--max-eval-examples 31 --learning-rates 0.001,0.003,0.1"),
+        (
+            {"action": "rates", "learning_rates": [0.1], "examples": 31},
+            "--max-eval-examples 31 --learning-rates 0.001,0.003,0.1",
+        ),
         ({"action": "steps", "ranks": [8], "seeds": 9, "learning_rates": [0.1]}, None),
         ({"action": "test", "ranks": [8]}, None),
         ({"action": "data", "learning_rates": [0.1]}, None),

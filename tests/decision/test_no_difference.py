@@ -19,7 +19,9 @@ def table(levels: dict[int, float], noise: float) -> ScoreTable:
     """Each rank answers the prompts below its level, which varies by seed."""
     generator = np.random.default_rng(3)
     results = [
-        Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(scores.mean()), example_values=scores.tolist())
+        Result(
+            trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(scores.mean()), example_values=scores.tolist()
+        )
         for rank, level in levels.items()
         for seed in range(SEEDS if rank else 1)
         for scores in [(level + generator.normal(0, noise if rank else 0) > EASE).astype(float)]

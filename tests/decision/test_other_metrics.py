@@ -108,7 +108,13 @@ def test_metrics_that_differ_on_the_base_alone_are_no_conflict() -> None:
 
 def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
     results = [
-        Result(trial_id=f"{rank}", rank=rank, value=2.0, example_values=[1.0, 3.0], other_metrics={"f1": right, "vram": 3.0})
+        Result(
+            trial_id=f"{rank}",
+            rank=rank,
+            value=2.0,
+            example_values=[1.0, 3.0],
+            other_metrics={"f1": right, "vram": 3.0},
+        )
         for rank, right in ((4, 0.25), (16, 0.5))
     ]
     read = ResultsTable(metric="loss", higher_is_better=False, results=results, input_notes=[])

@@ -62,7 +62,12 @@ def test_the_sentence_says_it_beside_a_larger_rank() -> None:
 def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it() -> None:
     table = scored(LOSSES, seeds=(0, 1), items=100, noise=0.03)
     decision = decision_of(table, 0.02)
-    assert (decision.rank, decision.recommended_rank, decision.grade, decision.requested_confidence) == (4, 4, "likely", ASKED_CONFIDENCE)
+    assert (decision.rank, decision.recommended_rank, decision.grade, decision.requested_confidence) == (
+        4,
+        4,
+        "likely",
+        ASKED_CONFIDENCE,
+    )
     assert decision.probability == chances(decision)[4]
     assert f"Rank 4 looks enough ({chance(decision.probability or 0)} likely" in decision.sentence
     assert (decision_of(table, 0.02, confidence=None).verdict, decision_of(table, 0.02, confidence=None).grade) == (
@@ -79,7 +84,11 @@ def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it()
 def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
     decision = decision_of(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), 0.002)
     assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
-    assert (decision.indistinguishable_ranks, decision.probably_worse_ranks, decision.recommended_rank) == ([4, 16, 64], [1], 64)
+    assert (decision.indistinguishable_ranks, decision.probably_worse_ranks, decision.recommended_rank) == (
+        [4, 16, 64],
+        [1],
+        64,
+    )
     assert decision.sentence.startswith("Ranks 4, 16 and 64 cannot be told apart (±0.0")
     for words in (
         "the margin is 0.002 nats",

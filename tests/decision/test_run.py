@@ -90,7 +90,8 @@ def test_every_kind_of_record_is_kept_apart() -> None:
 def test_a_look_that_is_reported_again_replaces_all_later_ones_and_a_new_start_drops_them() -> None:
     first = begun(made_up_run().finished()[1])
     looks = [
-        TrialEvaluated(trial_id=first.trial_id, step=step, value=value) for step, value in ((0, 1.0), (10, 2.0), (20, 3.0))
+        TrialEvaluated(trial_id=first.trial_id, step=step, value=value)
+        for step, value in ((0, 1.0), (10, 2.0), (20, 3.0))
     ]
     again = TrialEvaluated(trial_id=first.trial_id, step=10, value=4.0)
     other = TrialEvaluated(trial_id="other", step=5, value=5.0)
@@ -172,7 +173,9 @@ def test_accuracy_is_read_from_the_correct_examples() -> None:
     records = made_up_run((1, 4), (1e-3,))
     right = {1: [1, 0] * (ITEMS // 2), 4: [1] * ITEMS, 0: [0] * ITEMS}
     outcomes = [
-        altered(trial, example_correct=right[trial.rank], metrics={"accuracy": sum(right[trial.rank]) / ITEMS, "loss": 1})
+        altered(
+            trial, example_correct=right[trial.rank], metrics={"accuracy": sum(right[trial.rank]) / ITEMS, "loss": 1}
+        )
         for trial in records.finished()
     ]
     started = records.started.model_copy(update={"metric": "accuracy", "higher_is_better": True})

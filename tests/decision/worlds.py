@@ -79,7 +79,9 @@ def table_in(world: World) -> ScoreTable:
                     scores = np.exp(scores)
                 results.append(_result(world, rank, learning_rate, seed, scores, weights))
     results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
-    table = table_of_results(ResultsTable(metric=world.metric, higher_is_better=higher, results=results, input_notes=[]))
+    table = table_of_results(
+        ResultsTable(metric=world.metric, higher_is_better=higher, results=results, input_notes=[])
+    )
     return table if world.token_loss else replace(table, kind=metric_kind(world.metric, higher, "loss"))
 
 

@@ -34,7 +34,7 @@ from rightrank import SelectSettings, SmallestAdapter, compare, export, write_re
 from rightrank.adapters.resize_by_data import truncation_curve
 from rightrank.adapters.in_memory import LiveAdapter, trained_adapter
 from rightrank.adapters.batch_scores import HeldOutBatches, batch_loss
-from rightrank.adapters.resize import candidate_ranks
+from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.api.runs import status
 from rightrank.decision.comparison import INDEPENDENT
 from rightrank.interop.truncation_run import measure_truncations, resume_measurement
@@ -134,7 +134,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, small_settings(margin=0.1), tmp_path / "cache")
-    curve = truncation_curve(adapter, runtime, candidate_ranks(adapter), tmp_path / "folder")
+    curve = truncation_curve(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
     steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rightrank import compare, export, resize, select_rank
-from rightrank.adapters.compare import labels_of_side
+from rightrank.adapters.compare import read_labels
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import align_labels
 from rightrank.models.loading_code import format_loading_code
@@ -112,7 +112,7 @@ def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: S
     assert found.examples == len({row["text"] for row in rows})
     smaller = resize(adapter, tmp_path / "smaller", rank=1)
     assert smaller.rank == 1
-    assert labels_of_side(str(tmp_path / "smaller")) == sorted(LABELS)
+    assert read_labels(str(tmp_path / "smaller")) == sorted(LABELS)
     alone = write_jsonl(tmp_path / "new.jsonl", [*rows, {"text": "the sea", "label": "weather"}])
     with pytest.raises(DataError, match="'weather' is none of the classifier's 4"):
         compare(adapter, adapter, model=model, data=alone, settings=by_accuracy)
@@ -128,7 +128,7 @@ def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: 
     with pytest.raises(ModelError, match="with the same labels in the same order"):
         compare(selected.adapter.path, other, model="unused", data=tmp_path / "unused.jsonl")
     (other / "classifier.json").unlink()  # as PEFT alone writes it: the rows of the head are numbered
-    assert labels_of_side(str(other)) == ["0", "1", "2", "3"]
+    assert read_labels(str(other)) == ["0", "1", "2", "3"]
 
 
 def test_numbers_are_classes_in_the_order_of_numbers() -> None:

@@ -57,5 +57,7 @@ def test_held_out_examples_follow_from_steps_and_data_alone() -> None:
         long.compute_max_eval_examples(10_000) == long.compute_max_eval_examples(50) == 960
     )  # .1 of a training, in which 3 are scored for one trained
     assert SelectSettings(num_train_epochs=1.0).compute_max_eval_examples(100_000) == 2000
-    assert SelectSettings(max_steps=400, metric="exact_match").compute_max_eval_examples(10_000) == 200  # the model writes
+    assert (
+        SelectSettings(max_steps=400, metric="exact_match").compute_max_eval_examples(10_000) == 200
+    )  # the model writes
     assert SelectSettings(max_steps=400, max_eval_examples=30).compute_max_eval_examples(10_000) == 30

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rightrank.adapters.conversion_faults import Side, cause_of, difference_of_tokens
+from rightrank.adapters.conversion_faults import ComparedSide, diagnose_conversion, describe_token_difference
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_held_out, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
@@ -69,10 +69,10 @@ def compare_adapters(
             *read, trained_on = _evaluate_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
             named = (_compare_metric((read[0], read[1]), spec.name, place, settings) for spec in settings.metric_specs)
             comparisons += [comparison.model_copy(update={"trained_on": trained_on}) for comparison in named]
-            cause = cause or cause_of((read[0], read[1]), evaluate_adapter)
+            cause = cause or diagnose_conversion((read[0], read[1]), evaluate_adapter)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
-    sentence = _sentence(*sides, worst, len(comparisons), cause)
+    sentence = _format_sentence(*sides, worst, len(comparisons), cause)
     return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **kept)
 
 
@@ -85,16 +85,16 @@ def _evaluate_sides(
     on_event: Callable[[Evaluating], None],
     base_b: str | None,
     of_run: DataSplits | None,
-) -> tuple[Side, Side, int]:
+) -> tuple[ComparedSide, ComparedSide, int]:
     """Both sides, and the number of rows that an adapter was trained on, which are left out."""
     trained_on = 0
     if of_run is None:
-        whole, settings = load_held_out(data, settings.model_copy(update={"cache_prefix": False}), _shared_labels(sides))
+        whole, settings = load_held_out(data, settings.model_copy(update={"cache_prefix": False}), _find_shared_labels(sides))
         splits = _drop_training_examples(whole, sides, settings, data)
         trained_on = len(whole.examples["validation"]) - len(splits.examples["validation"])
     else:
         splits, settings = of_run, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
-    read: list[Side] = []
+    read: list[ComparedSide] = []
     base: Runtime | None = None
     for number, place in enumerate(sides):
         is_adapter = (Path(place) / CONFIG_FILE).is_file()
@@ -117,7 +117,7 @@ def _evaluate_sides(
             read_header(Path(place) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
         report_evaluation_progress(runtime, f"{'AB'[number]} ({Path(place).name}) on {data.name}", on_event)
         adapter = Path(place) if is_adapter else None
-        read.append(Side(place, runtime, adapter, evaluate_adapter(runtime, place, adapter), other_tokens))
+        read.append(ComparedSide(place, runtime, adapter, evaluate_adapter(runtime, place, adapter), other_tokens))
     return read[0], read[1], trained_on
 
 
@@ -185,7 +185,7 @@ def _build_runtime(
     if first is None or not first.loaded.tokenizer.get_vocab().items() <= numbers:
         return Runtime(loaded, encode_splits(splits, loaded, settings), settings, 1, cache), None
     try:
-        other_tokens = difference_of_tokens(first, loaded.tokenizer, encode_splits(splits, loaded, settings))
+        other_tokens = describe_token_difference(first, loaded.tokenizer, encode_splits(splits, loaded, settings))
     except DataError as error:
         other_tokens = f"its tokenizer or chat template was changed: {error}"
     return Runtime(loaded, first.data, settings, 1, cache), other_tokens
@@ -196,11 +196,11 @@ def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> Trial
     with attach_adapter(runtime, adapter):
         scores, measured = runtime.evaluate("validation"), measure_metrics(runtime, "validation")
     measured.require_values(list(measured.failures))
-    trial = finished_trial(name, 1, scores, "loss")
+    trial = build_trial_record(name, 1, scores, "loss")
     return trial.model_copy(update=scores.to_record_fields(measured) | {"metrics": scores.metrics | measured.values})
 
 
-def _compare_metric(sides: tuple[Side, Side], metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
+def _compare_metric(sides: tuple[ComparedSide, ComparedSide], metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
     a, b = (side.scores for side in sides)
     _require_same_tokens(a, b, metric)
     if metric not in a.metrics:
@@ -242,7 +242,7 @@ def _compare_metric(sides: tuple[Side, Side], metric: str, data: Path, settings:
     )
 
 
-def _sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | None) -> str:
+def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | None) -> str:
     if Path(a).name != Path(b).name:
         a, b = Path(a).name, Path(b).name
     names = f"B ({b}) against A ({a})"
@@ -268,13 +268,13 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | 
     return f"{names}: these examples cannot tell; {figures}; {cure}. {spread_sentence(worst.distribution)}{among}"
 
 
-def _shared_labels(sides: Sequence[str]) -> list[str] | None:
+def _find_shared_labels(sides: Sequence[str]) -> list[str] | None:
     """The labels that both sides of a comparison have; None where neither is a classifier.
 
     Raises:
         ModelError: two classifiers of other labels, or of another order.
     """
-    known = [(side, labels) for side in sides if (labels := labels_of_side(side)) is not None]
+    known = [(side, labels) for side in sides if (labels := read_labels(side)) is not None]
     if not known:
         return None
     (first, labels), *others = known
@@ -287,7 +287,7 @@ def _shared_labels(sides: Sequence[str]) -> list[str] | None:
     return labels
 
 
-def _stored_labels(folder: Path) -> list[str] | None:
+def _read_classifier_labels(folder: Path) -> list[str] | None:
     """The labels in the order of the logits, as the adapter's folder states them; None where it does not.
 
     Raises:
@@ -297,14 +297,14 @@ def _stored_labels(folder: Path) -> list[str] | None:
     if not file.is_file():
         return None
     try:
-        return _in_order(read_json_object(file).get("id2label"))
+        return _sort_labels(read_json_object(file).get("id2label"))
     except (UnreadableError, ValueError) as error:
         raise ModelError(
             f"{file}: no labels ({error}); give id2label as {{'0': 'first label', '1': …}}, in the order of the logits"
         ) from None
 
 
-def labels_of_side(side: str) -> list[str] | None:
+def read_labels(side: str) -> list[str] | None:
     """The labels of an adapter or of a whole model, without loading it; None for no classifier, for `base` and a GGUF file.
 
     Where nothing names them, they are the numbers of the head's rows.
@@ -313,13 +313,13 @@ def labels_of_side(side: str) -> list[str] | None:
     if side == BASE_SIDE:
         return None
     if (folder / CONFIG_FILE).is_file():
-        stored = _stored_labels(folder)
-        count = None if stored is not None else _rows_of_head(folder)
+        stored = _read_classifier_labels(folder)
+        count = None if stored is not None else _count_head_rows(folder)
         return stored if count is None else [str(number) for number in range(count)]
-    return _labels_of_model(folder / "config.json")
+    return _read_model_labels(folder / "config.json")
 
 
-def _rows_of_head(folder: Path) -> int | None:
+def _count_head_rows(folder: Path) -> int | None:
     """The rows of the classification head in an adapter's weights; None where it has none."""
     task = read_json_object(folder / CONFIG_FILE).get("task_type")
     weights = folder / WEIGHTS_FILE
@@ -330,18 +330,18 @@ def _rows_of_head(folder: Path) -> int | None:
     return rows[-1] if rows else None
 
 
-def _labels_of_model(file: Path) -> list[str] | None:
+def _read_model_labels(file: Path) -> list[str] | None:
     config = read_json_object(file) if file.is_file() else {}
     if not any("SequenceClassification" in str(name) for name in config.get("architectures") or ()):
         return None
     try:
-        names = _in_order(config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"})
+        names = _sort_labels(config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"})
     except ValueError:
         return None
     return [str(number) for number in range(len(names))] if has_default_names(names) else names
 
 
-def _in_order(id2label: Any) -> list[str]:
+def _sort_labels(id2label: Any) -> list[str]:
     if not isinstance(id2label, Mapping) or not id2label:
         raise ValueError("id2label is missing")
     by_number = {int(number): str(label) for number, label in id2label.items()}
@@ -350,7 +350,7 @@ def _in_order(id2label: Any) -> list[str]:
     return [by_number[number] for number in range(len(by_number))]
 
 
-def finished_trial(
+def build_trial_record(
     name: str, rank: int, scores: Scores, metric: str, *, steps: int = 0, truncate_from: str | None = None
 ) -> TrialFinished:
     """Held-out scores as a record that `decide` reads."""

@@ -29,69 +29,69 @@ from rightrank.schema.trials import Floats, TrialFinished
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData
 
-SMALL, NEAR = 0.1, 3.0
-COMPARED = 64  # examples whose tokens are compared
-EXACT, MATRICES = 0.02, 0.3  # relative: a copy in 16 bits differs by .004, a matrix in 4 bits by .1
+IGNORED_CHANGE, CLOSENESS_RATIO = 0.1, 3.0
+TOKENIZED_EXAMPLES = 64  # examples whose tokens are compared
+VECTOR_TOLERANCE, MATRIX_TOLERANCE = 0.02, 0.3  # relative: a copy in 16 bits differs by .004, a matrix in 4 bits by .1
 DEFAULT_ALPHA = 8.0  # of PEFT's LoraConfig
 
 
-Score: TypeAlias = Callable[[Runtime, str, Path | None], TrialFinished]  # of the base, or an adapter on it
+ScoreFunction: TypeAlias = Callable[[Runtime, str, Path | None], TrialFinished]  # of the base, or an adapter on it
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class ComparedSide:
     """One side on all examples of one data set: what it was read from, and its scores."""
 
     place: str
     runtime: Runtime
     adapter: Path | None  # on the base of `runtime`; None: the base or a whole model
     scores: TrialFinished
-    other_tokens: str | None  # why its own tokenizer reads the examples as other tokens than A's; None: it does not
+    token_difference: str | None  # why its own tokenizer reads the examples as other tokens than A's; None: it does not
 
     @property
-    def is_whole(self) -> bool:
+    def is_full_model(self) -> bool:
         """Whether it is a model of its own, and not the base with or without an adapter."""
         return self.adapter is None and self.place != BASE_SIDE
 
 
-def cause_of(sides: tuple[Side, Side], score: Score) -> str | None:
+def diagnose_conversion(sides: tuple[ComparedSide, ComparedSide], score: ScoreFunction) -> str | None:
     """What B is in place of A, in words; None where it is A, or nothing that has a name here."""
     a, b = sides
-    if not b.is_whole:
+    if not b.is_full_model:
         return None
-    if b.other_tokens is not None:
-        return b.other_tokens
+    if b.token_difference is not None:
+        return b.token_difference
     if a.adapter is None:
         return None
-    return _other_base(a, b) or _other_function(a, b, score)  # on another base, an adapter may do as little as none
+    return _find_base_difference(a, b) or _diagnose_function(a, b, score)  # on another base, an adapter may do as little as none
 
 
-def _other_function(a: Side, b: Side, score: Score) -> str | None:
+def _diagnose_function(a: ComparedSide, b: ComparedSide, score: ScoreFunction) -> str | None:
     assert a.adapter is not None
-    whole, made = _losses(a.scores), _losses(b.scores)
-    base = _losses(score(a.runtime, "base", None))
-    off, moved = _distance(made, whole), _distance(base, whole)
-    if off <= SMALL * moved:
+    whole, made = _get_losses(a.scores), _get_losses(b.scores)
+    base = _get_losses(score(a.runtime, "base", None))
+    off, moved = _compute_distance(made, whole), _compute_distance(base, whole)
+    if off <= IGNORED_CHANGE * moved:
         return None
-    if _distance(made, base) * NEAR <= off:
+    if _compute_distance(made, base) * CLOSENESS_RATIO <= off:
         return "it is the base: the adapter was dropped"
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        for number, (cause, folder) in enumerate(_faults(a.adapter, Path(name))):
-            losses = _losses(score(a.runtime, f"fault {number}", folder))
-            if _distance(losses, whole) > SMALL * moved and _distance(made, losses) * NEAR <= off:
+        for number, (cause, folder) in enumerate(_write_faulty_adapters(a.adapter, Path(name))):
+            losses = _get_losses(score(a.runtime, f"fault {number}", folder))
+            if _compute_distance(losses, whole) > IGNORED_CHANGE * moved and _compute_distance(made, losses) * CLOSENESS_RATIO <= off:
                 return f"it is {cause}"
     return None
 
 
-def _losses(trial: TrialFinished) -> Floats:
+def _get_losses(trial: TrialFinished) -> Floats:
     return np.array(trial.example_losses)
 
 
-def _distance(left: Floats, right: Floats) -> float:
+def _compute_distance(left: Floats, right: Floats) -> float:
     return float(np.abs(left - right).mean())
 
 
-def _faults(adapter: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+def _write_faulty_adapters(adapter: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     """What each fault is called, and an adapter that has it."""
     opened = open_adapter(adapter)
     config = opened.config
@@ -124,7 +124,7 @@ def _faults(adapter: Path, folder: Path) -> Iterator[tuple[str, Path]]:
         yield cause, copy
 
 
-def _other_base(a: Side, b: Side) -> str | None:
+def _find_base_difference(a: ComparedSide, b: ComparedSide) -> str | None:
     """Whether what the adapter leaves alone is that of another base."""
     assert a.adapter is not None
     opened = open_adapter(a.adapter)
@@ -145,14 +145,14 @@ def _other_base(a: Side, b: Side) -> str | None:
             torch.linalg.vector_norm(other.float() - value.float())
             / torch.linalg.vector_norm(value.float()).clamp(min=1e-12)
         )
-        if off > (EXACT if value.dim() == 1 or value is embedding else MATRICES):
+        if off > (VECTOR_TOLERANCE if value.dim() == 1 or value is embedding else MATRIX_TOLERANCE):
             return f"it has another base than {a.runtime.loaded.name}: {name} differs by {off:.0%}"
     return None
 
 
-def difference_of_tokens(first: Runtime, tokenizer: Any, own: EncodedData) -> str | None:
+def describe_token_difference(first: Runtime, tokenizer: Any, own: EncodedData) -> str | None:
     """Why the same rows are other tokens for a tokenizer than on the first side; None where they are the same."""
-    entries = (islice(data.splits["validation"], COMPARED) for data in (first.data, own))
+    entries = (islice(data.splits["validation"], TOKENIZED_EXAMPLES) for data in (first.data, own))
     for number, (here, there) in enumerate(zip(*entries, strict=False)):
         for (mine, _), (theirs, _) in zip(here.sequences(), there.sequences(), strict=False):
             if list(mine) != list(theirs):

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.batch_scores import BETA, Batch, batch_loss, positions
 from rightrank.adapters.processes import is_partitioned, together
-from rightrank.adapters.resize import candidate_ranks, require_plain_update
+from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.adapter_writer import save_adapter
 from rightrank.models.kinds import find_kind
@@ -78,7 +78,7 @@ def require_end(model: Any, ranks: Sequence[int] | None = None) -> str:
     name = trained_adapter(model)
     if not is_partitioned(model):  # a fresh process measures that
         with together(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-            candidate_ranks(save_trained(model, name, Path(folder) / "begin"), ranks)
+            list_candidate_ranks(save_trained(model, name, Path(folder) / "begin"), ranks)
     return name
 
 

@@ -27,7 +27,7 @@ from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import ModuleResize, Resized
 
 
-def write_resized(
+def resize_adapter(
     adapter: AdapterFolder,
     out: Path,
     chosen: Mapping[str, int],
@@ -44,10 +44,10 @@ def write_resized(
     """
     require_absent(out)
     require_plain_update(adapter)
-    tensors = write_truncated(adapter, out, chosen, moments)
-    scaling = _scaling(_resized_config(adapter, chosen))
+    tensors = write_resized_adapter(adapter, out, chosen, moments)
+    scaling = _compute_scaling(_build_resized_config(adapter, chosen))
     errors = [
-        error for pair in adapter.pairs for error in _distances(adapter, pair, _common(pair, chosen), scaling, tensors)
+        error for pair in adapter.pairs for error in _measure_errors(adapter, pair, _find_pair_rank(pair, chosen), scaling, tensors)
     ]
     records = [
         ModuleResize(
@@ -67,7 +67,7 @@ def write_resized(
         bytes_before=adapter.weights.stat().st_size,
         bytes_after=(out / adapter.weights.name).stat().st_size,
         chosen_by=chosen_by,
-        notes=_notes(adapter, tensors),
+        notes=_build_notes(adapter, tensors),
     )
 
 
@@ -89,13 +89,13 @@ def require_plain_update(adapter: AdapterFolder) -> None:
         )
 
 
-def _resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The configuration at these ranks: every module has the scale of `lora_alpha`, which does not change, at rank `r`.
 
     Where the modules differ, `r` is the uniform rank of as many parameters, so far as a server that reserves slots for it has room for the
     largest module; else the largest rank.
     """
-    by_address = {pair[0].address: _common(pair, ranks) for pair in adapter.pairs}
+    by_address = {pair[0].address: _find_pair_rank(pair, ranks) for pair in adapter.pairs}
     largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
     r = compute_equivalent_rank(by_address.values(), sizes)
     r = r if find_server_rank(r) >= largest else largest
@@ -109,29 +109,29 @@ def _resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[st
     }
 
 
-def _scaling(config: Mapping[str, Any]) -> float:
+def _compute_scaling(config: Mapping[str, Any]) -> float:
     return compute_scaling(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
 
 
-def _common(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
+def _find_pair_rank(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
     """The rank of the matrices of a pair: the largest of any, since they share tensors."""
     return max(ranks[module.name] for module in pair)
 
 
-def write_truncated(
+def write_resized_adapter(
     adapter: AdapterFolder, out: Path, chosen: Mapping[str, int], moments: Mapping[str, Moments] | None = None
 ) -> dict[str, torch.Tensor]:
-    """As `write_resized`, without the error of what is written: most of the time of a large adapter."""
+    """As `resize_adapter`, without the error of what is written: most of the time of a large adapter."""
     tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
-    config = _resized_config(adapter, chosen)
+    config = _build_resized_config(adapter, chosen)
     for pair in adapter.pairs:
-        ratio = pair[0].scaling / _scaling(config)
-        tensors |= resize_pair(adapter, pair, _common(pair, chosen), ratio, moments or {})
-    write_like(adapter, out, config, tensors)
+        ratio = pair[0].scaling / _compute_scaling(config)
+        tensors |= resize_pair(adapter, pair, _find_pair_rank(pair, chosen), ratio, moments or {})
+    write_same_format(adapter, out, config, tensors)
     return tensors
 
 
-def write_uniform(adapter: AdapterFolder, out: Path) -> None:
+def write_uniform_adapter(adapter: AdapterFolder, out: Path) -> None:
     """Write the same function with one rank for all modules, the largest: further directions are zero.
 
     Where every module has the scale of `lora_alpha` and `r`, no value of a factor changes.
@@ -144,10 +144,10 @@ def write_uniform(adapter: AdapterFolder, out: Path) -> None:
     config, largest = adapter.config, adapter.rank
     (alpha,) = compute_equal_scale_alphas({"": largest}, config["r"], config["lora_alpha"], adapter.use_rslora).values()
     widened = replace(adapter, config=dict(config) | {"lora_alpha": alpha})
-    write_truncated(widened, out, {module.name: largest for module in adapter.modules})
+    write_resized_adapter(widened, out, {module.name: largest for module in adapter.modules})
 
 
-def _distances(
+def _measure_errors(
     adapter: AdapterFolder,
     pair: Sequence[AdapterModule],
     rank: int,
@@ -163,7 +163,7 @@ def _distances(
         yield module, rank, factored_distance(*before, *after), factored_distance(*before, *none)
 
 
-def _notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def _build_notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
@@ -175,7 +175,7 @@ def _notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[
     return notes
 
 
-def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
+def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
     """This rank for every module with a higher one; the others keep theirs.
 
     With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
@@ -186,7 +186,7 @@ def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | N
     return {module.name: min(rank, module.rank) for module in adapter.modules} if shared is None else shared
 
 
-def by_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
+def choose_uniform_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
     """One rank for all modules.
 
     Raises:
@@ -203,7 +203,7 @@ def by_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
     return {module.name: rank for module in adapter.modules}
 
 
-def by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> dict[str, int]:
+def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> dict[str, int]:
     """The fewest singular values of each module with this fraction of its energy Σσ²; `uniform`: the most that any needs.
 
     Raises:
@@ -218,7 +218,7 @@ def by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> dict[st
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
 
-def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
+def list_candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
     """The ranks to measure: `asked`, or every power of two below the adapter's largest rank; and that rank.
 
     Raises:
@@ -237,7 +237,7 @@ def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) 
     return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})
 
 
-def write_like(
+def write_same_format(
     adapter: AdapterFolder,
     out: Path,
     config: Mapping[str, Any],
@@ -252,12 +252,12 @@ def write_like(
         RunFolderError: `out` exists, or can't be written.
     """
     if adapter.mlx is not None:
-        _write_mlx(out, adapter.mlx, config, tensors)
+        _write_mlx_adapter(out, adapter.mlx, config, tensors)
         return
     write_adapter(out, config, tensors, adapter.path, files)
 
 
-def _write_mlx(
+def _write_mlx_adapter(
     out: Path, stored: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Write a folder that mlx-lm loads, whole or not at all: `stored` at the rank of `config`, and PEFT's tensors.

@@ -14,14 +14,14 @@ from typing import TypeAlias
 
 from peft import LoraConfig
 
-from rightrank.adapters.compare import finished_trial, labels_of_side, load_run_splits
+from rightrank.adapters.compare import build_trial_record, read_labels, load_run_splits
 from rightrank.adapters.resize import (
-    candidate_ranks,
-    capped,
+    list_candidate_ranks,
+    cap_ranks,
     require_plain_update,
-    write_like,
-    write_resized,
-    write_truncated,
+    write_same_format,
+    resize_adapter,
+    write_resized_adapter,
 )
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
@@ -62,7 +62,7 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     Raises:
         DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
     """
-    classes = labels_of_side(str(adapter.path))
+    classes = read_labels(str(adapter.path))
     trained, source = _trained(adapter, data, train, settings, classes)
     if trained is None and None not in read_rows(data):
         count = sum(len(list(rows)) for rows in read_rows(data).values())
@@ -148,7 +148,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         InputError: the adapter or the data can't be used, or the adapter does not fit the base.
     """
     require_plain_update(adapter)
-    ranks = candidate_ranks(adapter, rule.ranks)
+    ranks = list_candidate_ranks(adapter, rule.ranks)
     scored = scored_data(adapter, rule.data, rule.train, rule.settings)
     rule.on_event(Notice(text=scored.note))
     measured = ", ".join(map(str, sorted(ranks, reverse=True)))
@@ -163,7 +163,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         curve = truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
         tensors = {key: chosen.tensor(key) for key in chosen.keys}
-        write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
+        write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
         resized = _resized(curve, chosen, runtime, rule)
     further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count}
     return resized.model_copy(update=further)
@@ -241,12 +241,12 @@ def truncation_curve(
         gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
     halves = _halves(adapter, runtime) if by_halves else []
     report_evaluation_progress(runtime, "the base", on_event)
-    trials = [finished_trial("base", 0, runtime.evaluate("validation"), settings.metric)]
+    trials = [build_trial_record("base", 0, runtime.evaluate("validation"), settings.metric)]
     written: dict[int, Resized] = {}
     top = f"r{max(ranks)}"
     for rank in sorted(ranks, reverse=True):
         folder = working / f"r{rank}"
-        written[rank] = write_resized(adapter, folder, capped(adapter, rank, gathered.moments), gathered.moments)
+        written[rank] = resize_adapter(adapter, folder, cap_ranks(adapter, rank, gathered.moments), gathered.moments)
         report_evaluation_progress(runtime, f"rank {rank}", on_event)
         if halves:
             scores = _by_halves(adapter, runtime, halves, rank, working)
@@ -254,7 +254,7 @@ def truncation_curve(
             with attach_adapter(runtime, folder):
                 scores = runtime.evaluate("validation")
         parent = None if folder.name == top else top
-        trials.append(finished_trial(folder.name, rank, scores, settings.metric, truncate_from=parent))
+        trials.append(build_trial_record(folder.name, rank, scores, settings.metric, truncate_from=parent))
         on_event(Notice(text=f"rank {rank}: held-out {trials[-1].value:.4f}"))
     higher = settings.is_higher_better(settings.metric_name)
     criterion = Criterion(settings.metric_name, higher, settings.margin, runtime.data.summary.loss_kind)
@@ -290,7 +290,7 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
     halved = []
     for number, (scored, moments) in enumerate(halves):
         folder = working / f"r{rank}-half{number}"
-        write_truncated(adapter, folder, capped(adapter, rank, moments), moments)
+        write_resized_adapter(adapter, folder, cap_ranks(adapter, rank, moments), moments)
         with attach_adapter(runtime, folder):
             halved.append(runtime.evaluate("validation", scored))
     return halved[0].merge(halved[1])

@@ -41,7 +41,7 @@ SENTENCE = (
 )
 
 
-def spectrum_of(
+def build_spectrum(
     values: Floats, energy: float, kind: str, shape: tuple[int, int], flags: Sequence[str] = (), **about: Any
 ) -> ModuleSpectrum:
     """The record of one module's ΔW.
@@ -52,7 +52,7 @@ def spectrum_of(
         about: name, rank and scaling.
     """
     partial = kind == "matrix" and len(values) < min(shape)
-    noise = _rank_above_noise(values, energy, kind, shape, partial)
+    noise = _estimate_noise_rank(values, energy, kind, shape, partial)
     unclear = values.any() and not partial and (2 * noise >= len(values) or len(values) < MIN_VALUES_FOR_NOISE)
     return ModuleSpectrum(
         kind=kind,
@@ -69,7 +69,7 @@ def spectrum_of(
     )
 
 
-def _rank_above_noise(s: Floats, energy: float, kind: str, shape: tuple[int, int], partial: bool) -> int:
+def _estimate_noise_rank(s: Floats, energy: float, kind: str, shape: tuple[int, int], partial: bool) -> int:
     """The rank by the hard threshold.
 
     The noise of an adapter is assumed in the r × r core that its factors span, that of a matrix in all entries.
@@ -82,7 +82,7 @@ def _rank_above_noise(s: Floats, energy: float, kind: str, shape: tuple[int, int
     return leading_noise_rank(s, energy, *shape) if partial else hard_threshold_rank(s, *shape)
 
 
-def _flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
+def _flag_dead_modules(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
     """The records with the flag `dead` on every module with a norm below DEAD_FRACTION of the median."""
     norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
     limit = DEAD_FRACTION * median(norms) if norms else 0.0
@@ -96,7 +96,7 @@ def _flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
 
 def inspection_of(spectra: Sequence[ModuleSpectrum], **about: Any) -> Inspection:
     """The spectra and their summary; `about` are the summary's other fields."""
-    modules = _flag_dead(spectra)
+    modules = _flag_dead_modules(spectra)
     energy: dict[str, int | None] = {}
     for part in (f"{fraction:g}" for fraction in ENERGY_FRACTIONS):
         ranks = [module.energy_rank[part] for module in modules]
@@ -169,7 +169,7 @@ def _spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:
     flags += ["dora"] * (module.magnitude_key is not None) + ["lora_bias"] * (module.bias_key is not None)
     about = {"name": module.name, "rank": module.rank, "scaling": module.scaling}
     shape = module.rows, module.columns
-    return spectrum_of(values, float(np.sum(values**2)), module.kind.name, shape, flags, **about)
+    return build_spectrum(values, float(np.sum(values**2)), module.kind.name, shape, flags, **about)
 
 
 def factored_singular_values(b: Floats, a: Floats) -> Floats:
@@ -337,7 +337,7 @@ def _matrix_spectrum(name: str, delta: torch.Tensor, sketch_rank: int) -> Module
         blocks = (delta[start : start + rows] for start in range(0, len(delta), rows))
         energy = float(sum(float(block.double().square().sum()) for block in blocks))
     about: dict[str, Any] = {"name": name.removesuffix(".weight"), "rank": min(delta.shape), "scaling": 1.0}
-    return spectrum_of(values, energy, "matrix", (delta.shape[0], delta.shape[1]), **about)
+    return build_spectrum(values, energy, "matrix", (delta.shape[0], delta.shape[1]), **about)
 
 
 def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:

@@ -128,9 +128,9 @@ def sweep_leftovers(folder: Path) -> None:
         leftover = _LEFTOVER_NAME.fullmatch(path.name)
         if leftover is None:
             continue
-        whole = path.with_name(leftover["name"])
-        if leftover["kind"] == "old" and not whole.exists():
-            path.rename(whole)
+        original = path.with_name(leftover["name"])
+        if leftover["kind"] == "old" and not original.exists():
+            path.rename(original)
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -160,11 +160,11 @@ def _replace_path(source: Path, target: Path) -> None:
     NFS repeats a rename whose reply was lost, and the repetition finds no source. If the target then is the former
     source, the rename has succeeded.
     """
-    before = source.stat()
+    source_status = source.stat()
     try:
         source.replace(target)
     except FileNotFoundError:
-        if source.exists() or not target.exists() or not os.path.samestat(before, target.stat()):
+        if source.exists() or not target.exists() or not os.path.samestat(source_status, target.stat()):
             raise
 
 

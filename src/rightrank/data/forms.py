@@ -40,10 +40,10 @@ class Shape:
     renamed: Mapping[str, str] = field(default_factory=dict)  # a form's column → the file's name of it
 
     def __call__(self, row: Row) -> Row:
-        return Row(self.convert(row), row.where)
+        return Row(self.convert(row), row.origin)
 
 
-def detect_shape(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape | None:
+def detect_shape(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape | None:
     """How to change rows like `first`; None for rows that have a form's columns as they are.
 
     Args:
@@ -55,24 +55,24 @@ def detect_shape(first: Row, columns: Sequence[str], known: Collection[str]) -> 
     """
     if not columns:
         return _match_shape(first.fields)
-    renamed = _parse_renaming(first, columns, known)
-    inner = _match_shape(renamed.convert(first))
-    if inner is None:
-        return renamed
-    return Shape(renamed.name, lambda row: inner.convert(renamed(row)), renamed.renamed)
+    renaming = _parse_renaming(first, columns, form_columns)
+    further_shape = _match_shape(renaming.convert(first))
+    if further_shape is None:
+        return renaming
+    return Shape(renaming.name, lambda row: further_shape.convert(renaming(row)), renaming.renamed)
 
 
-def _parse_renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Shape:
+def _parse_renaming(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape:
     names = dict(entry.split("=", 1) for entry in columns)
     for name, column in names.items():
-        if name not in known:
-            near = f" (did you mean {column}={name}?)" if column in known else did_you_mean(name, list(known))
+        if name not in form_columns:
+            suggestion = f" (did you mean {column}={name}?)" if column in form_columns else did_you_mean(name, list(form_columns))
             raise DataError(
-                f"columns: {name!r} is no column of a form{near or '; allowed: ' + ', '.join(sorted(known))}"
+                f"columns: {name!r} is no column of a form{suggestion or '; allowed: ' + ', '.join(sorted(form_columns))}"
             )
         if column not in first.fields:
-            given = ", ".join(f"`{own}`" for own in first.fields)
-            raise DataError(f"{first.where}: no column {column!r}, which columns names for `{name}`; found {given}")
+            available = ", ".join(f"`{name_in_file}`" for name_in_file in first.fields)
+            raise DataError(f"{first.origin}: no column {column!r}, which columns names for `{name}`; found {available}")
     return _build_renaming_shape(names)
 
 
@@ -121,10 +121,10 @@ def _convert_sharegpt(row: Row, column: str) -> Any:
         role = turn["role"] if "role" in turn else ROLES.get(str(turn.get("from")))
         if role is None and "role" not in turn:
             raise DataError(
-                f"{row.where}: a turn is from {turn.get('from')!r}; known: {', '.join(ROLES)} (give `messages` for other roles)"
+                f"{row.origin}: a turn is from {turn.get('from')!r}; known: {', '.join(ROLES)} (give `messages` for other roles)"
             )
-        renamed = ROLES.get(role, role) if isinstance(role, str) else role
-        messages.append({**turn, "role": renamed} if "role" in turn else {"role": role, "content": turn.get("value")})
+        standard_role = ROLES.get(role, role) if isinstance(role, str) else role
+        messages.append({**turn, "role": standard_role} if "role" in turn else {"role": role, "content": turn.get("value")})
     return messages
 
 
@@ -132,9 +132,9 @@ def _convert_alpaca(row: Row) -> Mapping[str, Any]:
     """The prompt of Stanford Alpaca, which axolotl's `alpaca` and others use."""
     instruction, context = row.fields.get("instruction"), row.fields.get("input")
     if not isinstance(instruction, str) or not isinstance(context, str | None):
-        raise DataError(f"{row.where}: `instruction` and `input` must be strings")
-    paired, given = (ALPACA_INPUT_CLAUSE, f"### Input:\n{context}\n\n") if context else ("", "")
-    prompt = ALPACA_TEMPLATE.format(instruction=instruction, paired=paired, context=given)
+        raise DataError(f"{row.origin}: `instruction` and `input` must be strings")
+    input_clause, input_section = (ALPACA_INPUT_CLAUSE, f"### Input:\n{context}\n\n") if context else ("", "")
+    prompt = ALPACA_TEMPLATE.format(instruction=instruction, paired=input_clause, context=input_section)
     return {**row.fields, "prompt": prompt, "completion": row.fields.get("output")}
 
 
@@ -144,7 +144,7 @@ class Example:
 
     example_id: str  # 16 hexadecimal digits
     content: Mapping[str, Any]  # of JSON values
-    where: str  # file and row
+    origin: str  # file and row
     group: int = 0  # 64 bits that the rows which belong together share
 
 
@@ -159,11 +159,11 @@ def build_example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example
     elif isinstance(label, float) and label.is_integer():  # as spreadsheets store it
         content["label"] = int(label)
     for column, value in content.items():
-        _CHECKS[column](value, f"{row.where}: `{column}`")
+        _CHECKS[column](value, f"{row.origin}: `{column}`")
     if form == "preference":
-        content = _build_preference_pair(content, row.where)
+        content = _build_preference_pair(content, row.origin)
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=to_json_value)
-    return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
+    return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.origin)
 
 
 def to_json_value(value: Any) -> Any:
@@ -176,7 +176,7 @@ def _join_text_content(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return [
-        {**message, "content": "".join(part["text"] for part in message["content"])}
+        {**message, "content": "".join(fragment["text"] for fragment in message["content"])}
         if isinstance(message, Mapping) and _is_text_content(message.get("content"))
         else message
         for message in value
@@ -188,32 +188,32 @@ def _is_text_content(content: Any) -> bool:
         isinstance(content, list)
         and bool(content)
         and all(
-            isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-            for part in content
+            isinstance(fragment, Mapping) and fragment.get("type") == "text" and isinstance(fragment.get("text"), str)
+            for fragment in content
         )
     )
 
 
-def _check_text(value: Any, where: str) -> None:
+def _check_text(value: Any, location: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"{where}: got {_describe_type(value)}; give a string")
+        raise DataError(f"{location}: got {_describe_type(value)}; give a string")
 
 
-def _check_prompt(value: Any, where: str) -> None:
+def _check_prompt(value: Any, location: str) -> None:
     if isinstance(value, list):
-        _check_messages(value, where)
+        _check_messages(value, location)
     else:
-        _check_text(value, where)
+        _check_text(value, location)
 
 
-def _check_label(value: Any, where: str) -> None:
+def _check_label(value: Any, location: str) -> None:
     if not isinstance(value, int | str) or value == "":
-        raise DataError(f"{where}: got {_describe_type(value)}; give an integer or a name")
+        raise DataError(f"{location}: got {_describe_type(value)}; give an integer or a name")
 
 
-def _check_messages(value: Any, where: str) -> None:
+def _check_messages(value: Any, location: str) -> None:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: got {_describe_type(value)}; give a list of {{role, content}}")
+        raise DataError(f"{location}: got {_describe_type(value)}; give a list of {{role, content}}")
     for message in value:
         if (
             not isinstance(message, Mapping)
@@ -221,7 +221,7 @@ def _check_messages(value: Any, where: str) -> None:
             or not isinstance(message.get("content"), str)
         ):
             raise DataError(
-                f"{where}: a message needs a `role` and a `content`, both strings; `content` can be a list of text parts too"
+                f"{location}: a message needs a `role` and a `content`, both strings; `content` can be a list of text parts too"
             )
 
 
@@ -243,7 +243,7 @@ _CHECKS: dict[str, Callable[[Any, str], None]] = {
 }
 
 
-def _build_preference_pair(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _build_preference_pair(fields: Mapping[str, Any], location: str) -> dict[str, Any]:
     """`{"prompt", "chosen", "rejected"}` of a row whose cells are strings or lists of messages.
 
     A `prompt` of text beside two whole conversations repeats their beginning, and is not used.
@@ -252,18 +252,18 @@ def _build_preference_pair(fields: Mapping[str, Any], where: str) -> dict[str, A
     is_chat = isinstance(chosen, list)
     if isinstance(rejected, list) != is_chat or (isinstance(prompt, list) and not is_chat):
         raise DataError(
-            f"{where}: `prompt`, `chosen` and `rejected` have different types; give strings or lists of messages"
+            f"{location}: `prompt`, `chosen` and `rejected` have different types; give strings or lists of messages"
         )
     if prompt is None or (is_chat and isinstance(prompt, str)):
         prompt, chosen, rejected = _split_prompt(chosen, rejected)
         if not prompt and chosen != rejected:
             raise DataError(
-                f"{where}: `chosen` and `rejected` have no common beginning to be the prompt; give `prompt`, or name its "
+                f"{location}: `chosen` and `rejected` have no common beginning to be the prompt; give `prompt`, or name its "
                 "column: --columns prompt=COLUMN"
             )
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if is_chat and not any(message["role"] == "assistant" for message in answer):
-            raise DataError(f"{where}: `{name}` has no assistant turn after the prompt; give one")
+            raise DataError(f"{location}: `{name}` has no assistant turn after the prompt; give one")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -273,10 +273,10 @@ def _split_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[Any, 
     The prompt is the longest common beginning. A space before the difference belongs to the answers. Where one conversation
     begins the other, its last message (or character) belongs to the answers.
     """
-    least = min(len(chosen), len(rejected))
-    shared = next((index for index in range(least) if chosen[index] != rejected[index]), None)
-    if shared is None:
-        shared = max(0, least - 1)
-    elif shared and chosen[shared - 1] == " ":
-        shared -= 1
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    min_length = min(len(chosen), len(rejected))
+    prompt_length = next((index for index in range(min_length) if chosen[index] != rejected[index]), None)
+    if prompt_length is None:
+        prompt_length = max(0, min_length - 1)
+    elif prompt_length and chosen[prompt_length - 1] == " ":
+        prompt_length -= 1
+    return chosen[:prompt_length], chosen[prompt_length:], rejected[prompt_length:]

@@ -40,7 +40,7 @@ class Row:
     """One row and its origin (`file:line`)."""
 
     fields: Mapping[str, Any]
-    where: str
+    origin: str
 
 
 RowsBySplit = dict[SplitName | None, Iterator[Row]]  # iterators that read on demand, once; key None: not yet split
@@ -58,19 +58,19 @@ def read_rows(source: Path | Any) -> RowsBySplit:
     """
     if not isinstance(source, Path):
         return _read_memory(source)
-    found_kind = detect_path_kind(source)
-    if found_kind == "missing":
-        beside = source.parent.iterdir() if source.parent.is_dir() else ()
-        near = did_you_mean(source.name, [file.name for file in beside])
-        raise DataError(f"{source}: no such file or folder{near}; give {_describe_allowed_types()}")
-    if found_kind == "other":
+    path_kind = detect_path_kind(source)
+    if path_kind == "missing":
+        siblings = source.parent.iterdir() if source.parent.is_dir() else ()
+        suggestion = did_you_mean(source.name, [file.name for file in siblings])
+        raise DataError(f"{source}: no such file or folder{suggestion}; give {_describe_allowed_types()}")
+    if path_kind == "other":
         raise DataError(f"{source}: neither a regular file nor a folder; give {_describe_allowed_types()}")
     suffix = source.suffix.lower()
-    if found_kind == "file" and suffix not in FILE_TYPES:
+    if path_kind == "file" and suffix not in FILE_TYPES:
         raise DataError(
             f"{source}: files of type {suffix or '(no ending)'!r} are not read; give {_describe_allowed_types()}"
         )
-    if found_kind == "file":
+    if path_kind == "file":
         return {None: _read_file(source)}
     if _is_saved_dataset(source):
         return _read_saved_dataset(source)
@@ -102,8 +102,8 @@ def require_data_source(source: Path) -> None:
 def read_held_out_rows(source: Path) -> list[Mapping[str, Any]]:
     """The test rows of a file or folder; else its validation rows; all rows where they are not split."""
     rows = read_rows(source)
-    kept = next((split for split in ("test", "validation") if split in rows), None)
-    return [row.fields for row in (rows[kept] if kept is not None else chain.from_iterable(rows.values()))]
+    held_out_split = next((split for split in ("test", "validation") if split in rows), None)
+    return [row.fields for row in (rows[held_out_split] if held_out_split is not None else chain.from_iterable(rows.values()))]
 
 
 def _read_memory(source: Any) -> RowsBySplit:
@@ -127,11 +127,11 @@ def convert_data_frame(rows: Any) -> Any:
     return [{name: None if value != value else value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
-def _iterate_mappings(rows: Iterable[Any], what: str) -> Iterator[Row]:
+def _iterate_mappings(rows: Iterable[Any], label: str) -> Iterator[Row]:
     for number, fields in enumerate(rows, start=1):
         if not isinstance(fields, Mapping):
-            raise DataError(f"{what} {number}: got a {type(fields).__name__}; give a mapping with text columns")
-        yield Row(fields, f"{what} {number}")
+            raise DataError(f"{label} {number}: got a {type(fields).__name__}; give a mapping with text columns")
+        yield Row(fields, f"{label} {number}")
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -167,12 +167,12 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 )
             if not line.strip():
                 continue
-            fields, wrong = _parse_object(line)
-            if wrong:
-                broken = [other for other, text in lines if text.strip() and _parse_object(text)[1]]
-                shown = ", ".join(map(str, broken[:MAX_SHOWN_LINES])) + (", …" if len(broken) > MAX_SHOWN_LINES else "")
-                others = f" ({len(broken):,} more: {shown})" if broken else ""
-                raise DataError(f"{path}:{number}: {wrong}{others}; give one JSON object a line")
+            fields, problem = _parse_object(line)
+            if problem:
+                broken_lines = [broken_number for broken_number, text in lines if text.strip() and _parse_object(text)[1]]
+                shown = ", ".join(map(str, broken_lines[:MAX_SHOWN_LINES])) + (", …" if len(broken_lines) > MAX_SHOWN_LINES else "")
+                more_lines = f" ({len(broken_lines):,} more: {shown})" if broken_lines else ""
+                raise DataError(f"{path}:{number}: {problem}{more_lines}; give one JSON object a line")
             yield Row(fields, f"{path}:{number}")
 
 

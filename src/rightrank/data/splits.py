@@ -75,7 +75,7 @@ class ExampleStore(Store[Example]):
 
     def row(self, entry: Example) -> Mapping[str, Any]:
         content = _serialize_content(entry)
-        where = os.fsencode(entry.where)
+        where = os.fsencode(entry.origin)
         numbers = {"number": int(entry.example_id, 16), "group": entry.group, "alike": _hash_normalized_text(content)}
         return {**numbers, "content": content, "where": where}
 
@@ -103,15 +103,15 @@ class DataSplits:
 
     def exclude_examples(self, example_ids: Container[str]) -> DataSplits:
         """The splits of `load_held_out` without these examples."""
-        kept = [example for example in self.examples["validation"] if example.example_id not in example_ids]
-        return replace(self, examples=dict.fromkeys(self.examples, kept))
+        remaining = [example for example in self.examples["validation"] if example.example_id not in example_ids]
+        return replace(self, examples=dict.fromkeys(self.examples, remaining))
 
 
 def load_data(
     source: Path | Any,
     settings: SelectSettings,
     folder: Path | None = None,
-    begun_items: int | None = None,
+    initial_examples: int | None = None,
     classes: Sequence[str] | None = None,
 ) -> DataSplits:
     """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it.
@@ -130,53 +130,53 @@ def load_data(
         rows = _add_validation(rows, Path(settings.validation), name)
     form, columns, shape, rows = _detect_form(rows, name, settings.columns)
     by_prompt, rows = _detect_prompt_groups(rows)
-    read = _ExampleReader(form, columns, settings, by_prompt)
-    stored = ExampleStore(read.read_training_examples(rows), folder)
-    examples: dict[SplitName, Sequence[Example]] = {"train": stored}
-    limit = settings.compute_max_eval_examples(len(stored))
-    examples |= {split: held.items()[:limit] for split, held in read.held_out.items()}
-    begun = {split: kept[:begun_items] if split in HELD_OUT else kept for split, kept in examples.items()}
-    examples["test"] = begun["test"]
-    is_given = None not in rows
-    held_out = sum(len(held.ids) for held in read.held_out.values())
-    count = len(stored) + held_out + read.unreadable + read.equal_pairs
-    read.require_groups(name)
-    _require_split_sizes(examples, settings, name, None if is_given else count, read.groups)
+    reader = _ExampleReader(form, columns, settings, by_prompt)
+    train_examples = ExampleStore(reader.read_training_examples(rows), folder)
+    examples: dict[SplitName, Sequence[Example]] = {"train": train_examples}
+    limit = settings.compute_max_eval_examples(len(train_examples))
+    examples |= {split: sample.items()[:limit] for split, sample in reader.held_out.items()}
+    initial_splits = {split: split_examples[:initial_examples] if split in HELD_OUT else split_examples for split, split_examples in examples.items()}
+    examples["test"] = initial_splits["test"]
+    are_splits_given = None not in rows
+    held_out = sum(len(sample.ids) for sample in reader.held_out.values())
+    count = len(train_examples) + held_out + reader.unreadable + reader.equal_pairs
+    reader.require_groups(name)
+    _require_split_sizes(examples, settings, name, None if are_splits_given else count, reader.groups)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
     grouped = {split: number_groups(examples[split]) for split in HELD_OUT}
-    validation, test = (np.unique(np.frombuffer(read.held_out[split].ids, np.uint64)) for split in HELD_OUT)
+    validation, test = (np.unique(np.frombuffer(reader.held_out[split].ids, np.uint64)) for split in HELD_OUT)
     groups = np.unique(np.array([example.group for example in evaluated], np.uint64))
     distinct = len(validation) + len(test)
-    both = np.union1d(validation, test)
-    leaked = both[_find_members(both, stored.numbers())]  # into train
-    known = set(leaked.tolist())
-    near = [
+    held_out_ids = np.union1d(validation, test)
+    leaked = held_out_ids[_find_members(held_out_ids, train_examples.numbers())]  # into train
+    leaked_ids = set(leaked.tolist())
+    near_hashes = [
         _hash_normalized_text(_serialize_content(example))
         for example in evaluated
-        if int(example.example_id, 16) not in known
+        if int(example.example_id, 16) not in leaked_ids
     ]
-    alike = np.unique(np.array(near, np.uint64))
+    alike = np.unique(np.array(near_hashes, np.uint64))
     summary = DataSummary(
         form=form,
         splits={},
-        splits_given=is_given,
+        splits_given=are_splits_given,
         # distinct validation examples that are in train, and test examples that are in either
         duplicates_across_splits=int(
             np.isin(validation, leaked).sum() + np.isin(test, np.union1d(validation, leaked)).sum()
         ),
-        near_duplicates_across_splits=int(_find_members(alike, stored.numbers("alike")).sum()),
-        classes=_list_classes(read.labels, examples, name, classes) if form == "classification" else None,
-        unreadable=read.unreadable,
+        near_duplicates_across_splits=int(_find_members(alike, train_examples.numbers("alike")).sum()),
+        classes=_list_classes(reader.labels, examples, name, classes) if form == "classification" else None,
+        unreadable=reader.unreadable,
         rows=count,
         repeated=held_out - distinct,
         not_evaluated=distinct - len(evaluated),
         shape=None if shape is None else shape.name,
         renamed={} if shape is None else dict(shape.renamed),
-        equal_pairs=read.equal_pairs,
-        grouped_by=read.grouped_by if any(grouped.values()) else None,
-        groups_across_splits=int(_find_members(groups, stored.numbers("group")).sum()) if any(grouped.values()) else 0,
+        equal_pairs=reader.equal_pairs,
+        grouped_by=reader.grouped_by if any(grouped.values()) else None,
+        groups_across_splits=int(_find_members(groups, train_examples.numbers("group")).sum()) if any(grouped.values()) else 0,
     )
-    return DataSplits(summary, examples, _compute_fingerprint(stored, begun))
+    return DataSplits(summary, examples, _compute_fingerprint(train_examples, initial_splits))
 
 
 def load_held_out(
@@ -227,9 +227,9 @@ class _ExampleReader:
                     self.equal_pairs += 1  # no adapter can tell them apart
                     continue
                 example = replace(example, group=self._batch_numbers(row, example))
-                place = _assign_split(split, example, rows, self._settings)
-                if place != "train":
-                    self.held_out[place].add(example)
+                assigned_split = _assign_split(split, example, rows, self._settings)
+                if assigned_split != "train":
+                    self.held_out[assigned_split].add(example)
                     continue
                 if self._form == "classification":
                     self.labels[str(example.content["label"])] += 1
@@ -243,7 +243,7 @@ class _ExampleReader:
         is_missing |= isinstance(value, float) and math.isnan(value)
         if is_missing and column:
             raise DataError(
-                f"{row.where}: no value in a column {column!r}, which columns names for `group`; there are {', '.join(row.fields)}: name one that "
+                f"{row.origin}: no value in a column {column!r}, which columns names for `group`; there are {', '.join(row.fields)}: name one that "
                 "every row has, or leave it out"
             )
         prompt = _extract_prompt(example.content) if self._by_prompt and is_missing else None
@@ -275,9 +275,9 @@ class _ExampleReader:
         """Refuse a column that groups nothing: one of a single value, or one whose value no two rows share."""
         column = self._settings.group
         if column and (len(self._first_example_ids) == 1 or (self._first_example_ids and not self._is_shared)):
-            what = "all rows share" if self._is_shared else "no two rows share"
+            fault = "all rows share" if self._is_shared else "no two rows share"
             raise DataError(
-                f"{name}: {what} a value of {column!r}, which columns names for `group`; name a column with several values, each of several "
+                f"{name}: {fault} a value of {column!r}, which columns names for `group`; name a column with several values, each of several "
                 "rows, or leave it out: rows are then taken as independent"
             )
 
@@ -286,21 +286,21 @@ def _serialize_content(example: Example) -> str:
     return json.dumps(dict(example.content), ensure_ascii=False, default=to_json_value)
 
 
-def _hash_normalized_text(written: str) -> int:
+def _hash_normalized_text(content: str) -> int:
     """The same number for examples that differ in white space and case alone."""
     for escaped in ("\\n", "\\r", "\\t", "\\f"):
-        written = written.replace(escaped, " ")
-    text = "".join(written.casefold().split())
+        content = content.replace(escaped, " ")
+    text = "".join(content.casefold().split())
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _detect_prompt_groups(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
     """Whether rows with the same prompt belong together, and all rows: not where the first ones share a few instructions."""
     for split, in_split in rows.items():
-        if first := list(islice(in_split, MAX_DETECTION_ROWS)):
-            prompts = {json.dumps(_extract_prompt(row.fields), sort_keys=True, default=to_json_value) for row in first}
-            least = max(2, len(first) // MIN_ROWS_PER_INSTRUCTION)
-            return len(first) == 1 or len(prompts) >= least, {**rows, split: chain(first, in_split)}
+        if first_rows := list(islice(in_split, MAX_DETECTION_ROWS)):
+            prompts = {json.dumps(_extract_prompt(row.fields), sort_keys=True, default=to_json_value) for row in first_rows}
+            min_prompts = max(2, len(first_rows) // MIN_ROWS_PER_INSTRUCTION)
+            return len(first_rows) == 1 or len(prompts) >= min_prompts, {**rows, split: chain(first_rows, in_split)}
     return True, rows
 
 
@@ -310,15 +310,15 @@ def _extract_prompt(content: Mapping[str, Any]) -> Any:
     if not isinstance(messages, list):
         return content.get("prompt") or None
     turns = [turn for turn in messages if isinstance(turn, Mapping)]
-    asked = list(takewhile(lambda turn: turn.get("role") != "assistant", turns))
-    return asked if any(turn.get("role") == "user" for turn in asked) else None
+    prompt_turns = list(takewhile(lambda turn: turn.get("role") != "assistant", turns))
+    return prompt_turns if any(turn.get("role") == "user" for turn in prompt_turns) else None
 
 
 def number_groups(examples: Iterable[Example]) -> list[int] | None:
     """The groups of examples, numbered as they come; None where no two examples share one, or all do."""
-    places: dict[int, int] = {}
-    numbers = [places.setdefault(example.group, len(places)) for example in examples]
-    return numbers if 1 < len(places) < len(numbers) else None
+    numbers_by_group: dict[int, int] = {}
+    numbers = [numbers_by_group.setdefault(example.group, len(numbers_by_group)) for example in examples]
+    return numbers if 1 < len(numbers_by_group) < len(numbers) else None
 
 
 def _iterate_strings(value: Any) -> Iterator[str]:
@@ -351,13 +351,13 @@ class _HashSample:
         return [self._examples_by_id[example_id] for example_id in sorted(self._examples_by_id)[: self._limit]]
 
 
-def _find_members(numbers: npt.NDArray[np.uint64], parts: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
+def _find_members(numbers: npt.NDArray[np.uint64], chunks: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
     """Whether each of `numbers`, which are sorted, is in one of the parts; no array as long as all parts is made."""
-    are_in = np.zeros(len(numbers), np.bool_)
-    for part in parts if len(numbers) else ():
-        places = np.searchsorted(numbers[:-1], part)
-        are_in[places[numbers[places] == part]] = True
-    return are_in
+    is_member = np.zeros(len(numbers), np.bool_)
+    for chunk in chunks if len(numbers) else ():
+        positions = np.searchsorted(numbers[:-1], chunk)
+        is_member[positions[numbers[positions] == chunk]] = True
+    return is_member
 
 
 def _compute_fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
@@ -375,52 +375,52 @@ def _add_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
     """`rows` with the rows of `file` as the validation split; what was not split yet is the train split."""
     if "validation" in rows:
         raise DataError(f"{name}: has a validation split, and validation names {file}; give one of them")
-    given = read_rows(file)
-    chosen = given["validation"] if "validation" in given else chain.from_iterable(given.values())
-    others: RowsBySplit = {"train" if split is None else split: read for split, read in rows.items()}
-    return {**others, "validation": chosen}
+    rows_by_split = read_rows(file)
+    validation_rows = rows_by_split["validation"] if "validation" in rows_by_split else chain.from_iterable(rows_by_split.values())
+    other_splits: RowsBySplit = {"train" if split is None else split: read for split, read in rows.items()}
+    return {**other_splits, "validation": validation_rows}
 
 
 def _detect_form(
-    rows: RowsBySplit, name: str, named: Sequence[str]
+    rows: RowsBySplit, name: str, column_settings: Sequence[str]
 ) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]:
     """The form of the first row with its columns, how rows get them, and all rows with these columns."""
     first: Row | None = None
-    begun: RowsBySplit = {}
+    restored: RowsBySplit = {}
     for split, in_split in rows.items():
         row = next(in_split, None) if first is None else None
-        begun[split] = in_split if row is None else chain([row], in_split)
+        restored[split] = in_split if row is None else chain([row], in_split)
         first = first or row
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
-    known = {column for _, columns in FORMS for column in columns} | {"group"}
-    shape = detect_shape(first, [entry for entry in named if not entry.startswith("group=")], known)
-    changed = first if shape is None else shape(first)
+    form_columns = {column for _, columns in FORMS for column in columns} | {"group"}
+    shape = detect_shape(first, [entry for entry in column_settings if not entry.startswith("group=")], form_columns)
+    first_converted = first if shape is None else shape(first)
     if shape is not None:
-        begun = {split: map(shape, in_split) for split, in_split in begun.items()}
+        restored = {split: map(shape, in_split) for split, in_split in restored.items()}
     for form, columns in FORMS:
-        if all(column in changed.fields for column in columns):
-            return form, columns, shape, begun
+        if all(column in first_converted.fields for column in columns):
+            return form, columns, shape, restored
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
-        f"{first.where}: no known columns: found {found_columns}; give {allowed}, or name yours, such as "
+        f"{first.origin}: no known columns: found {found_columns}; give {allowed}, or name yours, such as "
         "--columns text=review,label=stars"
     )
 
 
-def _assign_split(given: SplitName | None, example: Example, rows: RowsBySplit, settings: SelectSettings) -> SplitName:
+def _assign_split(stated_split: SplitName | None, example: Example, rows: RowsBySplit, settings: SelectSettings) -> SplitName:
     """The split of an example: the given one; by hash for the held-out splits that are not given, which rows without a split or those of train fill."""
-    if given not in (None, "train"):
-        return given
-    share = (example.group >> 12) / 16**13
+    if stated_split not in (None, "train"):
+        return stated_split
+    hash_fraction = (example.group >> 12) / 16**13
     fractions: dict[SplitName, float] = {"test": settings.test_fraction, "validation": settings.validation_fraction}
     for split, fraction in fractions.items():
         if split in rows:
             continue
-        if share < fraction:
+        if hash_fraction < fraction:
             return split
-        share -= fraction
+        hash_fraction -= fraction
     return "train"
 
 
@@ -428,20 +428,20 @@ def _require_split_sizes(
     examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, rows: int | None, groups: int
 ) -> None:
     """Refuse a split with too few examples; `rows` and `groups` are what the splits were made from, if they were made."""
-    least_test = 2 if settings.test_fraction or examples["test"] else 0
-    needed: dict[SplitName, int] = {"train": settings.examples_per_step, "validation": 2, "test": least_test}
-    for split, least in needed.items():
-        if len(examples[split]) < least:
-            larger = "" if split == "train" else f", or a larger {split}_fraction"
-            few = f" in {groups:,} groups" if groups else ""
-            origin = "" if rows is None else f", from {rows:,} rows{few}"
+    min_test_size = 2 if settings.test_fraction or examples["test"] else 0
+    min_sizes: dict[SplitName, int] = {"train": settings.examples_per_step, "validation": 2, "test": min_test_size}
+    for split, min_size in min_sizes.items():
+        if len(examples[split]) < min_size:
+            larger_fraction = "" if split == "train" else f", or a larger {split}_fraction"
+            group_count = f" in {groups:,} groups" if groups else ""
+            origin = "" if rows is None else f", from {rows:,} rows{group_count}"
             remedy = (
-                f"give a {split} split of {least} or more"
+                f"give a {split} split of {min_size} or more"
                 if rows is None
-                else f"give more {'groups' if groups else 'rows that differ'}{larger}"
+                else f"give more {'groups' if groups else 'rows that differ'}{larger_fraction}"
             )
             raise DataError(
-                f"{name}: {len(examples[split])} distinct examples for the {split} split, at least {least} needed{origin}; {remedy}"
+                f"{name}: {len(examples[split])} distinct examples for the {split} split, at least {min_size} needed{origin}; {remedy}"
             )
 
 
@@ -449,29 +449,29 @@ def _list_classes(
     labels: Mapping[str, int],
     examples: Mapping[SplitName, Sequence[Example]],
     name: str,
-    given: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> list[str]:
     """The classes given, or the labels in train: numbers by size, names by the alphabet."""
-    if given is not None:
-        _require_known_labels(examples, given)
-        return list(given)
+    if classes is not None:
+        _require_known_labels(examples, classes)
+        return list(classes)
     if len(labels) < 2:
         raise DataError(f"{name}: one class only ({next(iter(labels))!r}); give two or more labels in train")
     for split in HELD_OUT:
         for example in examples[split]:
             if str(example.content["label"]) not in labels:
                 raise DataError(
-                    f"{example.where}: label {example.content['label']!r} of the {split} split does not occur in train; add examples of it to train"
+                    f"{example.origin}: label {example.content['label']!r} of the {split} split does not occur in train; add examples of it to train"
                 )
     return sorted(labels, key=int) if all(map(_NUMBER.fullmatch, labels)) else sorted(labels)
 
 
 def _require_known_labels(examples: Mapping[SplitName, Sequence[Example]], classes: Sequence[str]) -> None:
-    known = set(classes)
+    class_names = set(classes)
     for example in chain.from_iterable(examples.values()):
-        if str(example.content["label"]) not in known:
+        if str(example.content["label"]) not in class_names:
             shown = ", ".join(classes[:MAX_SHOWN_CLASSES]) + (", …" if len(classes) > MAX_SHOWN_CLASSES else "")
             raise DataError(
-                f"{example.where}: label {example.content['label']!r} is none of the classifier's {len(classes)} ({shown}); "
+                f"{example.origin}: label {example.content['label']!r} is none of the classifier's {len(classes)} ({shown}); "
                 "give its labels, or name them in classifier.json beside the adapter"
             )

@@ -78,8 +78,8 @@ class Store(Sequence[Entry]):
         numbers = range(len(self))[index]
         if isinstance(numbers, range):
             return [self[number] for number in numbers]
-        batch, place = divmod(numbers, ROWS)
-        return self.entry(self._reader.get_batch(batch).slice(place, 1).to_pylist()[0])
+        batch, position = divmod(numbers, ROWS)
+        return self.entry(self._reader.get_batch(batch).slice(position, 1).to_pylist()[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -381,9 +381,15 @@ def next_commands(
 
 def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
     settings, options = started.select_settings, list[str]()
-    held_out = len(started.evaluation_examples) + started.data.not_evaluated  # at most so many examples can be evaluated
+    held_out = (
+        len(started.evaluation_examples) + started.data.not_evaluated
+    )  # at most so many examples can be evaluated
     is_grouped = started.data.groups > 0  # further rows need not be of further groups
-    if wanted.examples is not None and not is_grouped and len(started.evaluation_examples) < wanted.examples <= held_out:
+    if (
+        wanted.examples is not None
+        and not is_grouped
+        and len(started.evaluation_examples) < wanted.examples <= held_out
+    ):
         options += ["--max-eval-examples", str(wanted.examples)]
     ranks, rates, seeds = settings.ranks, settings.learning_rates, settings.seeds
     if wanted.action == "seeds" and wanted.seeds is not None:

@@ -316,7 +316,8 @@ def trials_frame(records: Records, examples: bool) -> DataFrame:
         return DataFrame(map(_trial_row, records.outcomes))
     started = records.started  # the scores of a custom trainer are of the metric that decides
     columns = [
-        _example_columns(trial, (started.metric,) if started.is_custom_trainer else trial.metrics) for trial in records.finished()
+        _example_columns(trial, (started.metric,) if started.is_custom_trainer else trial.metrics)
+        for trial in records.finished()
     ]
     parts = [DataFrame(of_trial) for of_trial in columns if of_trial]
     return concat(parts, ignore_index=True) if parts else DataFrame()

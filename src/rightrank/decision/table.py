@@ -51,7 +51,9 @@ class Cell:
     steps: int | None = None
     checkpoint_step: int | None = None  # of the value, where it is not the last evaluation's
     points: tuple[EvalPoint, ...] = ()  # along the training, the metric's own direction
-    other_metrics: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
+    other_metrics: Mapping[str, float] = field(
+        default_factory=dict
+    )  # other metrics of the trial, in their own direction
     groups: Groups | None = None  # [examples] which of them belong together; None: each stands for itself
     train_seconds: float = 0.0  # 0: not known
     eval_seconds: float = 0.0  # of one evaluation
@@ -428,7 +430,9 @@ def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = fl
     each = np.sort([in_unit(worse_by) for worse_by in (worse.sums / worse.weights).tolist()])
     amount = SPREAD_MARGINS * margin
     share = float(np.mean(each > amount * (1 + TIE)))
-    return DifferenceDistribution(threshold=amount, share_worse=share, worst_tenth_mean=float(each[-math.ceil(len(each) / 10) :].mean()))
+    return DifferenceDistribution(
+        threshold=amount, share_worse=share, worst_tenth_mean=float(each[-math.ceil(len(each) / 10) :].mean())
+    )
 
 
 def spread_sentence(spread: DifferenceDistribution) -> str:

@@ -148,10 +148,10 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> ExportResult:
 
 def _write_served_adapter(adapter: Path, out: Path) -> None:
     """Write the adapter with one rank and one scale for all modules."""
-    from rightrank.adapters.resize import write_uniform  # these bring torch, which other exports do not need
+    from rightrank.adapters.resize import write_uniform_adapter  # these bring torch, which other exports do not need
     from rightrank.models.adapter_reader import open_adapter
 
-    write_uniform(open_adapter(adapter), out)
+    write_uniform_adapter(open_adapter(adapter), out)
 
 
 def resolve_path(name: str, adapter: Path) -> str:

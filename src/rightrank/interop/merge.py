@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from rightrank.adapters.compare import compare_adapters, labels_of_side
+from rightrank.adapters.compare import compare_adapters, read_labels
 from rightrank.data.files import replace_folder, write_text
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.interop.exports import MERGED, ExportResult
@@ -74,7 +74,7 @@ def write_merged_model(merge: MergeRequest, folder: Path) -> ExportResult:
 def _write_model(merge: MergeRequest, dtype: torch.dtype, folder: Path) -> None:
     """Merge in 32 bits, and round once."""
     settings = merge.settings.model_copy(update={"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False})
-    loaded = load_base(merge.base, settings, labels_of_side(str(merge.adapter)))
+    loaded = load_base(merge.base, settings, read_labels(str(merge.adapter)))
     require_matching_base(merge.adapter, loaded)
     needed = sum(parameter.numel() for parameter in loaded.model.parameters()) * dtype.itemsize
     free = shutil.disk_usage(folder).free
@@ -108,7 +108,7 @@ def _load_test_split(merge: MergeRequest) -> DataSplits:
         raise DataError(
             f"no held-out rows to compare on ({merge.data or 'the adapter is of no run'}); give them with --check DATA"
         )
-    splits = load_data(Path(merge.data), merge.settings, classes=labels_of_side(str(merge.adapter)))
+    splits = load_data(Path(merge.data), merge.settings, classes=read_labels(str(merge.adapter)))
     rows = splits.examples["test"] or splits.examples["validation"]
     return replace(splits, examples={"train": rows, "validation": rows, "test": rows})
 

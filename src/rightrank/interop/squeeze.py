@@ -27,7 +27,7 @@ from rightrank.adapters.batch_scores import Batch
 from rightrank.adapters.in_memory import LiveAdapter, gather, require_end, save_trained
 from rightrank.adapters.preserved_state import as_it_came
 from rightrank.adapters.processes import is_sharded, world_size
-from rightrank.adapters.resize import capped, write_truncated
+from rightrank.adapters.resize import cap_ranks, write_resized_adapter
 from rightrank.data.splits import sample_indices
 from rightrank.interop.smallest import SmallestAdapter, build_settings
 from rightrank.interop.trainer_rows import MIN_EXAMPLES, RowReader, copy_batches, sample_batches
@@ -255,7 +255,7 @@ def cut_adapter(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int |
             with as_it_came(live.model, live.name):
                 gathered = gather(live)
             notes = gathered.notices
-            write_truncated(before, lower, capped(before, rank, gathered.moments), gathered.moments)
+            write_resized_adapter(before, lower, cap_ranks(before, rank, gathered.moments), gathered.moments)
         is_cut = rank < before.rank
         parameters = _replace_factors(live, optimizer, open_adapter(lower)) if is_cut else before.trained
         return RankCut(before.rank, rank, parameters, measured, notes)

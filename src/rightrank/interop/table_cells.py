@@ -54,15 +54,15 @@ class ResultRow:
     details: dict[str, float]
 
     @property
-    def where(self) -> str:
-        return self.row.where
+    def origin(self) -> str:
+        return self.row.origin
 
 
 def parse_row(row: Row, columns: Columns, metric: str) -> ResultRow:
     outcome = _classify_outcome(row, columns)
     value = _parse_value(row, columns.value) if outcome == "value" else None
     if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
-        raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
+        raise ResultsError(f"{row.origin}: a perplexity of {value:g} is not possible; perplexities are above 0")
     item, group = (_get_cell(row, columns, name) for name in ("item", "group"))
     rank, seed, step = (int(_parse_role(row, columns, name) or 0) for name in ("rank", "seed", "step"))
     rate = _parse_role(row, columns, "lr") if rank else None
@@ -70,7 +70,7 @@ def parse_row(row: Row, columns: Columns, metric: str) -> ResultRow:
     weight = None if value is None else _parse_role(row, columns, "weight")
     return ResultRow(
         row,
-        str(_get_cell(row, columns, "trial") or row.where),
+        str(_get_cell(row, columns, "trial") or row.origin),
         (rank, rate or 0.0, seed),
         outcome,
         value,
@@ -106,7 +106,7 @@ def _parse_role(row: Row, columns: Columns, role: str) -> float | None:
     number = to_float(value)
     if number is None or not math.isfinite(number) or not fits(number):
         name, advice = "learning rate" if role == "lr" else role, _suggest_notation(str(value).strip())
-        raise ResultsError(f"{row.where}: {name} {quoted(value, 40)} is not allowed: give {allowed}{advice}")
+        raise ResultsError(f"{row.origin}: {name} {quoted(value, 40)} is not allowed: give {allowed}{advice}")
     return number
 
 
@@ -127,7 +127,7 @@ def _parse_value(row: Row, column: str) -> float:
     number = to_float(value)
     if number is None:
         raise ResultsError(
-            f"{row.where}: {column} is {quoted(value, 40)}, not a number{_suggest_notation(str(value).strip())}"
+            f"{row.origin}: {column} is {quoted(value, 40)}, not a number{_suggest_notation(str(value).strip())}"
         )
     _require_magnitude(row, column, number)
     return number
@@ -136,7 +136,7 @@ def _parse_value(row: Row, column: str) -> float:
 def _require_magnitude(row: Row, column: str, number: float) -> None:
     if not abs(number) <= MAX_NUMBER:
         raise ResultsError(
-            f"{row.where}: {column} is {number:g}; give a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g}, or leave the cell empty where a "
+            f"{row.origin}: {column} is {number:g}; give a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g}, or leave the cell empty where a "
             "training ended without a result"
         )
 

@@ -58,7 +58,7 @@ def _read_file(path: Path, named: bool) -> list[Row]:
     settings = parse_training_name(
         path.stem, [name for name in ("rank", "lr", "seed") if not roles & set(SYNONYMS[name])]
     )
-    return [Row({**settings, **row.fields}, row.where) for row in rows]
+    return [Row({**settings, **row.fields}, row.origin) for row in rows]
 
 
 def _replace_decimal_commas(rows: list[Row]) -> list[Row]:
@@ -76,7 +76,7 @@ def _replace_decimal_commas(rows: list[Row]) -> list[Row]:
         is_decimal = name in comma_columns and DECIMAL_COMMA.fullmatch(str(cell).strip())
         return str(cell).replace(",", ".") if is_decimal else cell
 
-    return [Row({name: read_cell(name, cell) for name, cell in row.fields.items()}, row.where) for row in rows]
+    return [Row({name: read_cell(name, cell) for name, cell in row.fields.items()}, row.origin) for row in rows]
 
 
 def build_rows(mappings: Any) -> list[Row]:
@@ -100,7 +100,7 @@ def build_rows(mappings: Any) -> list[Row]:
 
 def flatten_rows(rows: Iterable[Row]) -> list[Row]:
     """Rows with nested mappings, and JSON objects in cells, as dotted names."""
-    return [Row(dict(_iterate_flat_fields(row.fields)), row.where) for row in rows]
+    return [Row(dict(_iterate_flat_fields(row.fields)), row.origin) for row in rows]
 
 
 def _iterate_flat_fields(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -163,6 +163,6 @@ def add_settings_from_names(rows: list[Row], mapping: Mapping[str, str]) -> list
     for other, settings in others:
         if [by_name["rank"] for by_name in settings] != [by_name["rank"] for by_name in chosen]:
             raise ResultsError(
-                f"{rows[0].where}: columns {column} and {other} name other ranks; give a column rank, or leave one of them out"
+                f"{rows[0].origin}: columns {column} and {other} name other ranks; give a column rank, or leave one of them out"
             )
-    return [Row({**by_name, **row.fields}, row.where) for by_name, row in zip(chosen, rows, strict=True)]
+    return [Row({**by_name, **row.fields}, row.origin) for by_name, row in zip(chosen, rows, strict=True)]

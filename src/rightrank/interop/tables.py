@@ -171,7 +171,7 @@ def _build_results(lines: Sequence[ResultRow], columns: Columns) -> tuple[list[R
     failed = [failures[0] for key, failures in left["failed"].items() if key not in trainings]
     for line in failed:
         rank, learning_rate, seed = line.key
-        results.append(Result(trial_id=line.where, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
+        results.append(Result(trial_id=line.origin, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
     examples = sorted({item for key in trainings for item in missing_scores.get(key, ())})
     counts = (
         (repeated, "repeated row", "left out"),
@@ -226,7 +226,7 @@ def _build_conflict_error(line: ResultRow, first: ResultRow, columns: Columns) -
         else "add the column that distinguishes them (seed, lr or item), or remove one"
     )
     return ResultsError(
-        f"{line.where}: rank {rank}{rate}, seed {seed}{what} occurs twice with different values (also {first.where}); {advice}"
+        f"{line.origin}: rank {rank}{rate}, seed {seed}{what} occurs twice with different values (also {first.origin}); {advice}"
     )
 
 
@@ -295,7 +295,7 @@ def _require_same_examples(
         for item, line in missing_scores.get(key, {}).items():
             if item in scored_items:
                 raise ResultsError(
-                    f"{line.where}: rank {key[0]} has no score for example {item}, which other trainings have; score every training on the "
+                    f"{line.origin}: rank {key[0]} has no score for example {item}, which other trainings have; score every training on the "
                     "same examples, or leave this one out of all"
                 )
         scored = _select_final_scores(training.values())
@@ -306,12 +306,12 @@ def _require_same_examples(
         line, odd = next(iter(scored.values())), sorted(own.keys() ^ before.keys())
         if odd:
             raise ResultsError(
-                f"{line.where}: rank {line.key[0]} is scored on other examples than the rank before ({len(odd)} differ, such as "
+                f"{line.origin}: rank {line.key[0]} is scored on other examples than the rank before ({len(odd)} differ, such as "
                 f"{odd[0]}); score every training on the same examples"
             )
         if own != before:
             raise ResultsError(
-                f"{line.where}: rank {line.key[0]} has other token counts than the rank before for the same examples; give each "
+                f"{line.origin}: rank {line.key[0]} has other token counts than the rank before for the same examples; give each "
                 "example the same count in every training"
             )
 

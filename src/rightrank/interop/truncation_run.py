@@ -26,7 +26,7 @@ from rightrank.adapters.batch_scores import HeldOutBatches, is_of_classes, read_
 from rightrank.adapters.in_memory import LiveAdapter, gather, put_in_place, save_trained
 from rightrank.adapters.preserved_state import as_it_came
 from rightrank.adapters.processes import gathered, is_partitioned, together
-from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
+from rightrank.adapters.resize import list_candidate_ranks, cap_ranks, write_resized_adapter
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.records import Records, records_of
@@ -233,7 +233,7 @@ def _build_run_started(live: LiveAdapter, training: TrainingSummary, adapter: Ad
     form: Literal["preference", "classification", "own"] = "preference" if "completion_mask" in batch else "own"
     if form == "own" and is_of_classes(batch):
         form, classes = "classification", [str(name) for _, name in sorted(base.config.id2label.items())]
-    ranks = candidate_ranks(adapter, live.ranks)
+    ranks = list_candidate_ranks(adapter, live.ranks)
     given: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
     given |= {} if live.margin is None else {"margin": live.margin}
     settings = SelectSettings(**{**training.settings, **given})
@@ -312,7 +312,7 @@ class CallbackExecutor(Hook):
         if arm.truncate_from is not None:
             trained = open_adapter(self.folder.get_trial_folder(arm.truncate_from))
             with together():
-                write_truncated(trained, target, capped(trained, arm.rank, moments), moments)
+                write_resized_adapter(trained, target, cap_ranks(trained, arm.rank, moments), moments)
             put_in_place(self._live.model, self._live.name, open_adapter(target))
             changes = {"truncation": "kfac" if moments else "svd"}
         else:

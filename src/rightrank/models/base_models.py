@@ -137,7 +137,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     config = load_model_config(reference, trust_remote_code, classes is not None)
     quantised: dict[str, Any] = {}
     if weight_bits is not None:
-        skeleton = build_skeleton(config, trust_remote_code, None if classes is None else len(classes))
+        skeleton = build_meta_model(config, trust_remote_code, None if classes is None else len(classes))
         trained = [*settings.modules_to_save, *(SEQ_CLS_HEAD_NAMES if classes is not None else ())]  # whole, by PEFT
         quantised = _build_quantisation_arguments(weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained])
     arguments = source.build_loading_arguments(trust_remote_code)
@@ -195,7 +195,7 @@ def is_supported(config: Any, classification: bool) -> bool:
     return type(config) in auto._model_mapping
 
 
-def build_skeleton(config: Any, trust_remote_code: bool, num_labels: int | None, **options: Any) -> Any:
+def build_meta_model(config: Any, trust_remote_code: bool, num_labels: int | None, **options: Any) -> Any:
     """The model's modules on the meta device, without weights; with a classification head for `num_labels`.
 
     Args:

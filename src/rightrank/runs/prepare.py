@@ -20,7 +20,7 @@ from rightrank.models.base_models import (
     LoadedModel,
     adopt_model,
     align_labels,
-    build_skeleton,
+    build_meta_model,
     load_base,
     load_model_config,
     resolve_dtype,
@@ -195,7 +195,7 @@ def _find_targets(model: str, splits: DataSplits, settings: SelectSettings) -> T
     """Find the targets from the modules that the configuration builds, so that errors come before any weight is read."""
     classification = splits.form == "classification"
     trusted, count = settings.trust_remote_code, len(splits.summary.classes or ()) if classification else None
-    skeleton = build_skeleton(load_model_config(model, trusted, classification), trusted, count)
+    skeleton = build_meta_model(load_model_config(model, trusted, classification), trusted, count)
     causal = any(getattr(module, "is_causal", False) for module in skeleton.modules())
     sees_later = any(getattr(skeleton.config, name, None) == value for name, value in BIDIRECTIONAL_VALUES)
     if not classification and sees_later and not causal:

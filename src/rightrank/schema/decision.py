@@ -147,7 +147,9 @@ class Decision(Record):
     probability: float | None = None  # of `take` at the margin
     recommended_margin: float | None = None  # the smallest margin at which `take` is as probable
     resolvable_margin: float | None = None  # the smallest margin at which any rank is
-    indistinguishable_ranks: list[Whole] = Field(default_factory=list)  # ranks that are not shown to be worse than the best
+    indistinguishable_ranks: list[Whole] = Field(
+        default_factory=list
+    )  # ranks that are not shown to be worse than the best
     difference_uncertainty: float | None = None  # how far their differences from it are known, either way
     probably_worse_ranks: list[Whole] = Field(default_factory=list)  # the others
     # the first is the cheapest that is expected to settle the answer

@@ -548,11 +548,15 @@ class SelectSettings(PeftFields, _TrainerFields):
         if any(not spec.is_eval_metric for spec in self.metric_specs):
             return EVAL_SUBSET_SIZE
         trained = self.training_steps(train_examples) * self.examples_per_step
-        return min(DEFAULT_MAX_EVAL_EXAMPLES, max(EVAL_SUBSET_SIZE, round(EVALUATION_SHARE * TRAINED_PER_SCORED * trained)))
+        return min(
+            DEFAULT_MAX_EVAL_EXAMPLES, max(EVAL_SUBSET_SIZE, round(EVALUATION_SHARE * TRAINED_PER_SCORED * trained))
+        )
 
     def training_steps(self, train_examples: int) -> int:
         """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
-        steps = self.max_steps or max(1, round((self.num_train_epochs or 1.0) * train_examples / self.examples_per_step))
+        steps = self.max_steps or max(
+            1, round((self.num_train_epochs or 1.0) * train_examples / self.examples_per_step)
+        )
         if steps > MAX_STEPS:
             name = "num_train_epochs" if self.max_steps is None else "max_steps"
             raise SettingsError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SCHEMA_VERSION = 4  # of the journal: no other is read
+SCHEMA_VERSION = 5  # of the journal: no other is read
 IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
 
 Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
@@ -122,7 +122,9 @@ class EvalPoint(Record):
     step: Whole
     value: float
     train_value: float | None = None  # mean training loss since the previous point, over the same batches for every arm
-    example_scores: list[float] | None = None  # of the examples of the looks: the same ones at every step of every trial
+    example_scores: list[float] | None = (
+        None  # of the examples of the looks: the same ones at every step of every trial
+    )
 
 
 class TrialStarted(ArmFields):

@@ -1,4 +1,4 @@
-"""The runtime of an existing adapter: its base, which must be the one that it was trained on, and the data."""
+"""Build the runtime of an existing adapter: load its base model, check that the adapter was trained on it, and encode the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rightrank.train.tokens import encode_splits
 
 @dataclass(frozen=True, slots=True)
 class RuntimeInputs:
-    """The data to measure and train on, the settings, and a folder for working files."""
+    """The data to measure and train on, the settings, and a folder for temporary files."""
 
     data: Path
     settings: SelectSettings
@@ -34,12 +34,18 @@ class RuntimeInputs:
     loaded: LoadedModel | None = None  # the base, where it is loaded and checked already
 
 
-def make_runtime(base: str, modules: tuple[str, ...] | None, inputs: RuntimeInputs, adapter: Path | None = None) -> Runtime:
-    """The runtime that measures and trains adapters of exactly these modules; None takes the settings' own.
+def make_runtime(
+    base: str, modules: tuple[str, ...] | None, inputs: RuntimeInputs, adapter: Path | None = None
+) -> Runtime:
+    """Make a runtime that measures and trains adapters of exactly these modules.
+
+    Args:
+        modules: names of the target modules; None uses `target_modules` of the settings.
+        adapter: an adapter folder; the base must be the one that it was trained on.
 
     Raises:
-        SettingsError: a metric that needs more than an evaluation of losses.
-        ModelError: the base cannot be loaded, lacks a module, or is another than that of `adapter`.
+        SettingsError: the metric needs more than an evaluation of losses.
+        ModelError: the base cannot be loaded, lacks a module, or is not the base of `adapter`.
         DataError: the data cannot be used.
     """
     settings = inputs.settings.model_copy(update={"ranks": (1,)})
@@ -58,10 +64,10 @@ def make_runtime(base: str, modules: tuple[str, ...] | None, inputs: RuntimeInpu
 
 
 def make_adapter_runtime(adapter: AdapterFolder, base: str | None, inputs: RuntimeInputs) -> Runtime:
-    """The runtime that measures an adapter and its truncations.
+    """Make a runtime that measures an adapter and its truncations.
 
     Raises:
-        ModelError: no base is known, it cannot be loaded, it is another than the adapter's, or it lacks a module.
+        ModelError: no base is named, the base cannot be loaded, it is not the adapter's base, or it lacks a module.
         DataError: the data cannot be used.
     """
     name = base or adapter.base_model
@@ -79,7 +85,7 @@ def make_adapter_runtime(adapter: AdapterFolder, base: str | None, inputs: Runti
 
 
 def _require_named_base(adapter: AdapterFolder, name: str) -> None:
-    """Refuse a base that can't be found by the name in the adapter's configuration, such as a path from another folder."""
+    """Raise if the base named in the adapter's configuration cannot be found, for example a path from another folder."""
     try:
         require_model(name)
     except ModelError as error:
@@ -90,7 +96,7 @@ def _require_named_base(adapter: AdapterFolder, name: str) -> None:
 
 
 def report_evaluation_progress(runtime: Runtime, description: str, report: Callable[[Evaluating], None]) -> None:
-    """From now on, report the progress of the runtime's evaluations as those of `what`."""
+    """Report the progress of the runtime's evaluations under `description` from now on."""
     start_time = time.perf_counter()
 
     def on_evaluated(items: int, of_items: int) -> None:
@@ -101,12 +107,12 @@ def report_evaluation_progress(runtime: Runtime, description: str, report: Calla
 
 
 def require_matching_base(adapter: Path, base: LoadedModel) -> None:
-    """Refuse a base that the adapter was not trained on: the one check of every command that puts an adapter on a base.
+    """Raise if the adapter was trained on a different base. Every command that loads an adapter onto a base calls this function.
 
-    `base.json` beside the adapter decides where it is; else the name alone, by its last part.
+    The check compares the identity in the adapter's `base.json`. Without that file it compares the last component of the names.
 
     Raises:
-        ModelError: another base, or a damaged `base.json`.
+        ModelError: the base differs, or `base.json` is damaged.
     """
     identity_file, configured_name = adapter / BASE_FILE, _read_string(adapter / CONFIG_FILE, "base_model_name_or_path")
     if identity_file.is_file():
@@ -127,10 +133,10 @@ def require_matching_base(adapter: Path, base: LoadedModel) -> None:
 
 
 def read_identity(file: Path) -> BaseIdentity:
-    """The `base.json` beside an adapter.
+    """Read the `base.json` of an adapter.
 
     Raises:
-        ModelError: damaged.
+        ModelError: the file is damaged.
     """
     try:
         return BaseIdentity.model_validate(read_json_object(file))
@@ -141,7 +147,7 @@ def read_identity(file: Path) -> BaseIdentity:
 
 
 def _read_string(file: Path, key: str) -> str | None:
-    """The text under `key` of a configuration; None where there is none."""
+    """Return the string under `key` of a configuration file; None if there is none."""
     try:
         text = read_json_object(file).get(key)
     except UnreadableError:

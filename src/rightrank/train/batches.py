@@ -1,14 +1,14 @@
-"""The batches of a training and their order: the same for every arm of a seed.
+"""The training batches and their order, which are the same for every arm of a seed.
 
-Each pass over the data is a fresh permutation, divided into batches in that order.
+Each pass over the data is a new permutation of the examples, which is divided into batches in that order.
 
-Sequence packing: the examples of a batch joined in one row, without padding and with attention within each example.
+Sequence packing joins the examples of a batch in one row, without padding and with attention limited to each example.
 
-Everything in a transformer except attention works position by position, so a packed row gives each example what it gives
-alone. Position ids restart at every example. Attention runs torch's fused kernel on each example; no mask is built.
+Everything in a transformer except attention works position by position, so packing does not change an example's values.
+Position ids restart at every example. Attention runs torch's fused kernel on each example, and no mask is built.
 
-`fast_paths.py` checks on real data whether a model can be packed: some models pass state from token to token by other means
-than attention, or attend to a window shorter than an example.
+`fast_paths.py` checks on real data whether a model supports packing: some models carry state from token to token by other
+means than attention, or use an attention window that is shorter than an example.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The s sequences of some examples, right-padded to n positions or packed into one row (`lengths` is then set).
+    """The s sequences of several examples, right-padded to n positions or packed into one row (then `lengths` is set).
 
-    An example is one sequence, so that s = b; a preference pair is two, the chosen one first.
+    Most examples have one sequence, so that s = b. A preference pair has two sequences, the chosen one first.
     """
 
     input_ids: torch.Tensor  # [s, n]
@@ -45,11 +45,11 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model takes."""
+        """Return the model's keyword arguments."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def split_pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a value for each sequence [s], those of the chosen answers and those of the rejected ones."""
+        """Split one value per sequence [s] into the values of the chosen answers and the values of the rejected answers."""
         return values[0::2], values[1::2]
 
     @property
@@ -57,7 +57,7 @@ class Batch:
         return self.input_ids.shape[0] if self.lengths is None else len(self.lengths)
 
     def sequence_numbers(self) -> torch.Tensor:
-        """The number in the batch of each position's sequence, in the shape of `input_ids`."""
+        """Return the index of each position's sequence in the batch, in the shape of `input_ids`."""
         device = self.input_ids.device
         numbers = torch.arange(self.sequences, device=device)
         if self.lengths is None:
@@ -67,9 +67,9 @@ class Batch:
 
 
 def plan_batches(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` batches of `batch_size` example indices, drawn in passes over all examples.
+    """Draw `steps` batches of `batch_size` example indices in passes over all examples.
 
-    The next pass completes a batch that a pass does not fill.
+    If a pass ends within a batch, the next pass completes the batch.
     """
     generator = np.random.default_rng([seed, 0x8A7C])
     needed = batch_size * steps
@@ -79,7 +79,7 @@ def plan_batches(examples: int, batch_size: int, steps: int, seed: int) -> list[
 
 
 def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
-    """The sequences of the examples at `indices`, padded to the longest."""
+    """Collate the sequences of the examples at `indices`, padded to the longest sequence."""
     selected = [examples[index] for index in indices]
     sequences = [sequence for example in selected for sequence in example.sequences()]
     longest = max(len(ids) for ids, _ in sequences)
@@ -102,19 +102,22 @@ def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: 
 
 
 def batch_by_length(examples: TokenStore, batch_size: int) -> list[list[int]]:
-    """All example indices in batches of like length, for evaluation. The composition is fixed, so values repeat exactly."""
+    """Group all example indices into batches of similar length for evaluation.
+
+    The composition of the batches is fixed, so repeated evaluations give exactly the same values.
+    """
     order: list[int] = np.argsort(examples.lengths, kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class CacheBatches:
-    """Examples in groups of like length and fixed composition, in which what the base alone gives is computed once.
+    """Batches of similar length and fixed composition, in which results of the base alone are computed once and cached.
 
-    A resumed run computes the same groups, and so reads the same bits.
+    A resumed run computes the same batches and therefore reads the same bits.
     """
 
     def __init__(self, examples: TokenStore, expected: Iterable[int], size: int) -> None:
-        """Group the examples whose indices are in `expected`; any other one gets a group of its own when it is used."""
+        """Batch the examples whose indices are in `expected`. Any other example gets a batch of its own when it is used."""
         self.examples = examples
         self.batches: list[list[int]] = []
         self._lengths = examples.lengths
@@ -124,7 +127,7 @@ class CacheBatches:
         self.expect(expected)
 
     def expect(self, indices: Iterable[int]) -> None:
-        """Group the examples among `indices` that have no group so far."""
+        """Batch the examples among `indices` that have no batch yet."""
         new_indices = np.asarray(sorted(set(indices) - self._batch_numbers.keys()), np.int64)
         sorted_indices: list[int] = new_indices[np.argsort(self._lengths[new_indices], kind="stable")].tolist()
         for start in range(0, len(sorted_indices), self._size):
@@ -133,7 +136,7 @@ class CacheBatches:
             self.batches.append(group)
 
     def missing(self, indices: Iterable[int]) -> Iterator[list[int]]:
-        """Yield the groups of these examples that are not computed; one counts as computed when the next is asked for."""
+        """Yield the batches of these examples that are not computed yet. A batch counts as computed when the next one is requested."""
         numbers: set[int] = set()
         for index in indices:
             if index not in self._batch_numbers:
@@ -151,7 +154,7 @@ PER_EXAMPLE_DEVICES = ("cpu",)  # devices on which a call for each example costs
 
 @contextmanager
 def _replace_entry(table: Any, name: str, function: Any) -> Iterator[None]:
-    """Within the block, `function` is registered under `name` in one of transformers' public tables."""
+    """Register `function` under `name` in one of transformers' public tables within the block."""
     original = table[name]
     table[name] = function
     try:
@@ -164,7 +167,7 @@ def _replace_entry(table: Any, name: str, function: Any) -> Iterator[None]:
 
 @contextmanager
 def use_float32_attention() -> Iterator[None]:
-    """Within the block, torch's fused attention computes in float32."""
+    """Compute torch's fused attention in float32 within the block."""
     functions: Any = ALL_ATTENTION_FUNCTIONS
     with _replace_entry(functions, FUSED_ATTENTION, partial(_attend_in_float32, functions[FUSED_ATTENTION])):
         yield
@@ -177,9 +180,9 @@ def _attend_in_float32(attend: Any, module: Any, query: Any, key: Any, value: An
 
 
 def pack_batch(batch: Batch) -> Batch:
-    """A batch of b padded examples as one row of its T real tokens: tensors are [1, T].
+    """Pack b padded examples into one row of their T real tokens; tensors are then [1, T].
 
-    The first token of an example is not a label, because nothing in the example precedes it.
+    The first token of an example is not a label, because no token of the example precedes it.
     """
     real = batch.attention_mask.bool()
     labels = batch.labels.clone()
@@ -196,10 +199,10 @@ def pack_batch(batch: Batch) -> Batch:
 
 @contextmanager
 def use_packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Within the block, torch's fused attention attends within examples of these lengths.
+    """Limit torch's fused attention to examples of these lengths within the block.
 
-    On a CPU each example is one call, without padding. On other devices calls are expensive, so the examples are padded
-    for one call.
+    On a CPU, each example is one call without padding. On other devices calls are expensive, so the examples are padded
+    and processed in one call.
     """
     functions: Any = ALL_ATTENTION_FUNCTIONS
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
@@ -211,14 +214,17 @@ def use_packed_attention(lengths: Sequence[int], device: torch.device) -> Iterat
         begins = range(0, math.prod(shape), shape[1])
         rows = [torch.arange(begin, begin + n, device=device) for begin, n in zip(begins, lengths, strict=True)]
         replacement = partial(_attend_padded, attend, torch.cat(rows), shape)
-    with _replace_entry(functions, FUSED_ATTENTION, replacement), _replace_entry(masks, FUSED_ATTENTION, lambda *_, **__: None):
+    with (
+        _replace_entry(functions, FUSED_ATTENTION, replacement),
+        _replace_entry(masks, FUSED_ATTENTION, lambda *_, **__: None),
+    ):
         yield
 
 
 def _attend_per_example(
     attend: Any, lengths: tuple[int, ...], module: Any, query: Any, key: Any, value: Any, _mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """query, key, value [1, heads, T, d] → [1, T, heads, d]"""
+    """Attend within each example: query, key, value [1, heads, T, d] → [1, T, heads, d]."""
     examples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     return torch.cat([attend(module, *example, None, **options)[0] for example in examples], dim=1), None
 
@@ -226,7 +232,10 @@ def _attend_per_example(
 def _attend_padded(
     attend: Any, positions: torch.Tensor, shape: tuple[int, int], module: Any, *rows: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """As `_attend_per_example`, with a row's T positions at `places` of b × n padded ones, the `shape`."""
+    """Attend as `_attend_per_example` does, but in one call of b × n padded positions (`shape`).
+
+    The row's T tokens have the indices `positions` among the padded positions.
+    """
     padded: list[torch.Tensor] = []
     for row in rows[:3]:  # the fourth is the mask
         heads, width = row.shape[1], row.shape[3]

@@ -1,9 +1,9 @@
 """Second moments of an adapter's modules over training examples, for truncation (`models.truncation`).
 
-A forward hook on each adapted module gives h = A·x [n, r], and a hook on its output g [n, out], from which δ = s·Bᵀ·g. Only
-r × r sums are kept. A pass costs a training step of the same micro-batch without gradients to parameters and without the
-optimizer, so the peak memory stays below that of a training step, and the share of a training's time below the share of
-its tokens.
+A forward hook on each adapted module gives h = A·x [n, r], and a hook on its output gives g [n, out], from which δ = s·Bᵀ·g
+follows. Only r × r sums are stored. A pass costs as much as a training step of the same micro-batch without parameter gradients
+and without the optimizer. The peak memory therefore stays below that of a training step, and the fraction of the training time
+stays below the fraction of the training tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GradientCallback = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class GatheredMoments:
-    """Moments by module name in the base model, and what they rest on."""
+    """Moments by module name in the base model, with the numbers of examples and tokens that they were computed from."""
 
     moments: Mapping[str, Moments]
     examples: int
@@ -46,16 +46,18 @@ class GatheredMoments:
     notices: tuple[str, ...] = ()  # what is truncated by the plain SVD instead, and why
 
 
-def gather_moments(runtime: Runtime, peft_model: Any, examples: Sequence[int], tokens: int = MOMENT_TOKENS) -> GatheredMoments:
-    """Moments of the adapter that PEFT has on the runtime's base, over training examples in the order given.
+def gather_moments(
+    runtime: Runtime, peft_model: Any, examples: Sequence[int], tokens: int = MOMENT_TOKENS
+) -> GatheredMoments:
+    """Gather the moments of the adapter that PEFT has loaded on the runtime's base, over training examples in the given order.
 
-    Modules whose update is not a plain product of matrices (DoRA, embeddings, experts), and all modules where memory
-    runs out or a gradient is not finite, get none; a notice says so.
+    Modules whose update is not a plain product of matrices (DoRA, embeddings, experts) get no moments. If memory runs out or a
+    gradient is not finite, no module does. A notice reports each case.
 
     Args:
-        peft_model: PEFT's model around `runtime.model`, which need not be trainable.
-        examples: Numbers in the training split, best those that the adapter was not trained on.
-        tokens: How many tokens to read; whole micro-batches of `batch_size` are read until then, or all examples.
+        peft_model: PEFT's model around `runtime.model`; it does not have to be trainable.
+        examples: indices in the training split, preferably of examples that the adapter was not trained on.
+        tokens: the number of tokens to read. Complete micro-batches of `batch_size` are read until it is reached.
     """
     adapters = find_lora_modules(peft_model)
     # Modules that add s·B·(A·x) to their output.
@@ -64,7 +66,9 @@ def gather_moments(runtime: Runtime, peft_model: Any, examples: Sequence[int], t
     note = f"{num_excluded} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there"
     notices = (note,) if num_excluded else ()
     head = runtime.model.get_output_embeddings()
-    if linear_names and all(adapters[name] is head for name in linear_names):  # the loss computes the head itself, on frozen inputs
+    if linear_names and all(
+        adapters[name] is head for name in linear_names
+    ):  # the loss computes the head itself, on frozen inputs
         notices, linear_names = (*notices, "the head alone is adapted and has no moments: the plain SVD is used"), []
     if not linear_names:
         return GatheredMoments({}, 0, 0, notices)
@@ -88,19 +92,21 @@ def gather_moments(runtime: Runtime, peft_model: Any, examples: Sequence[int], t
 def accumulate_moments(
     peft_model: Any, names: Sequence[str], passes: Iterable[tuple[int, int, int]], adapter: str = ADAPTER
 ) -> GatheredMoments:
-    """Moments of the named modules over passes that this runs, whoever calls the model.
+    """Run the passes and return the moments of the named modules.
 
     Args:
-        passes: Each is a forward and a backward pass; its value has the examples, tokens and labels that were read.
+        passes: each item runs a forward and a backward pass and yields the numbers of examples, tokens and labels read.
     """
     # By module, in float32 on the device: the outer products of inputs and of gradients, and the rows behind the inputs'.
     sums: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def accumulate(name: str, hidden: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Positions without a gradient (padding, what reaches no label) are left out of the inputs too."""
+        """Add one pass to the sums. Positions without a gradient (padding, or tokens that reach no label) do not count."""
         hidden, gradients = hidden.float(), gradients.float()
         size = gradients.abs().amax(dim=1, keepdim=True)
-        is_active = size > ZERO_GRADIENT_TOLERANCE * size.max()  # multiplied, not indexed: NaN and infinity stay, and no device waits
+        is_active = (
+            size > ZERO_GRADIENT_TOLERANCE * size.max()
+        )  # multiplied, not indexed: NaN and infinity stay, and no device waits
         hidden, gradients = hidden * is_active, gradients * is_active
         moment_sums = hidden.T @ hidden, gradients.T @ gradients, is_active.sum()
         sums[name] = moment_sums if name not in sums else tuple(map(torch.add, moment_sums, sums[name]))
@@ -132,25 +138,28 @@ def accumulate_moments(
 
 
 def gather_unseen_moments(runtime: Runtime, peft_model: Any, seed: int, steps: int) -> GatheredMoments:
-    """Moments over the examples that a training of `seed` reads after its `steps`; where it saw all, its own are read again.
+    """Gather moments over the examples that a training of `seed` would read after its `steps`.
 
-    They are `MOMENT_TOKENS`, or the share of the training's tokens that gathering may take where that is less.
+    If the training saw every example, it reads them again. At most `MOMENT_TOKENS` tokens are read, and at most
+    `MAX_TOKEN_FRACTION` of the training's tokens.
     """
     examples = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
     encoded = runtime.data.splits["train"]
     sample = sample_indices(len(encoded), LENGTH_SAMPLE_SIZE)
     mean_tokens = sum(encoded[index].length for index in sample) / len(sample)
     training_tokens = steps * runtime.settings.examples_per_step * mean_tokens
-    return gather_moments(runtime, peft_model, examples, max(1, min(MOMENT_TOKENS, int(MAX_TOKEN_FRACTION * training_tokens))))
+    return gather_moments(
+        runtime, peft_model, examples, max(1, min(MOMENT_TOKENS, int(MAX_TOKEN_FRACTION * training_tokens)))
+    )
 
 
 def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tuple[str, ...]:
-    """Gather the moments of a finished training's adapter into `path` before it is truncated, once; return notices.
+    """Gather the moments of a finished training's adapter into `path` unless the file exists; return notices.
 
     Args:
-        arm: A truncation of the training.
-        adapter: The folder that holds the training's adapter.
-        path: A file beside the run's checkpoints. An adapter that gets no moments leaves an empty one.
+        arm: a truncation of the training.
+        adapter: the folder of the training's adapter.
+        path: a file among the run's checkpoints. If the adapter gets no moments, the file is empty.
     """
     if path.exists():
         return ()
@@ -163,7 +172,7 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
 
 
 def _make_micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
-    """Training examples in micro-batches until so many tokens are reached."""
+    """Yield training examples in micro-batches until the number of tokens is reached."""
     encoded, size = runtime.data.splits["train"], runtime.settings.batch_size
     read = 0
     for start in range(0, len(examples), size):
@@ -175,8 +184,13 @@ def _make_micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) 
 
 
 @contextmanager
-def observe_rank_space(peft_model: Any, names: Sequence[str], callback: GradientCallback, adapter: str = ADAPTER) -> Iterator[None]:
-    """Within the block, every backward pass gives `see(name, h [n, r], δ [n, r])` of the named modules; no parameter gets a gradient."""
+def observe_rank_space(
+    peft_model: Any, names: Sequence[str], callback: GradientCallback, adapter: str = ADAPTER
+) -> Iterator[None]:
+    """Call `callback(name, h [n, r], δ [n, r])` for the named modules in every backward pass within the block.
+
+    Parameters get no gradients within the block.
+    """
     modules = find_lora_modules(peft_model)
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     handles = [modules[name].register_forward_hook(partial(_observe_module, name, callback, adapter)) for name in names]
@@ -192,7 +206,12 @@ def observe_rank_space(peft_model: Any, names: Sequence[str], callback: Gradient
 
 
 def _observe_module(
-    name: str, callback: GradientCallback, adapter: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    name: str,
+    callback: GradientCallback,
+    adapter: str,
+    module: Any,
+    inputs: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
 ) -> torch.Tensor:
     if not torch.is_grad_enabled():
         return output

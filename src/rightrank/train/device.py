@@ -1,4 +1,4 @@
-"""Out-of-memory errors, and the peak memory that the device or the system counts."""
+"""Out-of-memory errors, and the peak memory that the device or the operating system reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _RESET_PEAK_COMMAND = "5"  # Linux: reset the peak resident set (man 5 proc)
 
 @contextmanager
 def catch_out_of_memory() -> Iterator[list[str]]:
-    """A block that ends where memory runs out; its value then holds the reason. No traceback keeps the failed pass after it."""
+    """Leave the block if memory runs out; the yielded list then holds the reason.
+
+    No traceback keeps the tensors of the failed pass alive afterwards.
+    """
     reasons: list[str] = []
     try:
         yield reasons
@@ -33,14 +36,17 @@ def catch_out_of_memory() -> Iterator[list[str]]:
 
 
 def free_memory(device: torch.device) -> None:
-    """Return unused memory to the device. Call it outside an `except` block, whose traceback keeps the failed pass."""
+    """Return unused memory to the device. Do not call it inside an `except` block, whose traceback keeps the failed pass alive."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start `read_peak_bytes` again. Only Linux can; elsewhere the peak on the CPU is that of the process's whole life."""
+    """Restart the measurement of `read_peak_bytes`.
+
+    On a CPU only Linux supports this; on other systems the peak is that of the whole process.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS_FILE.exists():
@@ -49,7 +55,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def read_peak_bytes(device: torch.device) -> int:
-    """The peak since it was last reset: tensor allocations on CUDA, the process's resident set on the CPU."""
+    """Return the peak since the last reset: tensor allocations on CUDA, the resident set of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS_FILE.exists():
@@ -62,7 +68,7 @@ def read_peak_bytes(device: torch.device) -> int:
 
 @contextmanager
 def enable_gradient_checkpointing(model: Any) -> Iterator[None]:
-    """Within the block, the backward pass recomputes the activations inside the model's blocks.
+    """Recompute the activations inside the model's blocks during the backward pass, within the context.
 
     transformers checkpoints only blocks in training mode. Only the blocks are put in training mode, so that the base's
     own dropout stays off.
@@ -79,7 +85,7 @@ def enable_gradient_checkpointing(model: Any) -> Iterator[None]:
 
 @contextmanager
 def enable_kv_cache(model: Any) -> Iterator[None]:
-    """Within the block, generation uses the key-value cache, which transformers turns off in checkpointed blocks."""
+    """Use the key-value cache for generation within the block; transformers disables it in checkpointed blocks."""
     with set_training_mode(False, [block for block in _find_checkpointed_modules(model) if block.training]):
         yield
 

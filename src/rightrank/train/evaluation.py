@@ -1,4 +1,4 @@
-"""Held-out scores of a split, one per example, and the metrics that are measured beside them."""
+"""Held-out scores of a split, one per example, and the metrics that are measured with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rightrank.schema.errors import MetricError
 
 @dataclass(frozen=True, slots=True)
 class MetricResults:
-    """Metrics by name, with the scores of examples whose mean they are, and the reasons why some failed."""
+    """Values of metrics by name, the example scores of which they are the means, and the reasons why metrics failed."""
 
     values: dict[str, float] = field(default_factory=dict)
     example_scores: dict[str, list[float]] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class MetricResults:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of a split, in the split's order."""
+    """Scores of a split's examples, in the order of the split."""
 
     losses: list[float]  # nats, summed over the example's label tokens
     tokens: list[int]  # label tokens of the example; 1 where the loss is one of the whole example
@@ -39,7 +39,7 @@ class Scores:
     groups: list[int] | None = None  # which examples belong together; None: each stands for itself
 
     def to_record_fields(self, metric_results: MetricResults) -> dict[str, Any]:
-        """Those of the records that hold scores by example, with the metrics measured beside them."""
+        """Return the fields of a trial record that contain scores by example, including those of `metric_results`."""
         by_example = dict(self.example_metrics)
         accuracy = by_example.pop("accuracy", None)  # classification only, with a field of its own
         return {
@@ -51,21 +51,28 @@ class Scores:
         }
 
     def merge(self, extra_scores: Scores) -> Scores:
-        """The scores of all examples, from those of some and of the others: what was left out is zero."""
-        by_example = {name: list(map(add, each, extra_scores.example_metrics[name])) for name, each in self.example_metrics.example_scores()}
-        losses, tokens = (list(map(add, *pair)) for pair in ((self.losses, extra_scores.losses), (self.tokens, extra_scores.tokens)))
+        """Merge the scores of two disjoint sets of examples. Examples without a score have zeros."""
+        by_example = {
+            name: list(map(add, each, extra_scores.example_metrics[name]))
+            for name, each in self.example_metrics.example_scores()
+        }
+        losses, tokens = (
+            list(map(add, *pair)) for pair in ((self.losses, extra_scores.losses), (self.tokens, extra_scores.tokens))
+        )
         return Scores(losses, tokens, by_example, self.groups)
 
     def take_first(self, count: int) -> Scores:
-        """The scores of the first `count` examples."""
+        """Return the scores of the first `count` examples."""
         by_example = {name: each[:count] for name, each in self.example_metrics.example_scores()}
         return Scores(self.losses[:count], self.tokens[:count], by_example)
 
     @property
     def loss(self) -> float:
-        """Token-weighted mean loss, nats per label."""
+        """Return the token-weighted mean loss in nats per label."""
         return sum(self.losses) / sum(self.tokens)
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {"loss": self.loss} | {name: sum(each) / len(each) for name, each in self.example_metrics.example_scores()}
+        return {"loss": self.loss} | {
+            name: sum(each) / len(each) for name, each in self.example_metrics.example_scores()
+        }

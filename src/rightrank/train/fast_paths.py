@@ -1,9 +1,9 @@
-"""Faster ways to compute the same losses. Each is used only after a check on real data finds the losses unchanged.
+"""Faster ways to compute the same losses. Each is used only if a check on real data finds the losses unchanged.
 
 - Sequence packing: no padding (`batches.py`).
-- Label rows: the last block's position-wise layers run only where a label follows.
+- Label positions: the position-wise layers of the last block run only where the next token is a label.
 - Frozen prefix: the blocks below the first adapter run once per example (`prefix.py`).
-- Attention in float32 on a CPU whose model is in 16 bits (`batches.py`). It needs no check: it rounds less.
+- Attention in float32 for 16-bit models on a CPU (`batches.py`). It needs no check, because it rounds less.
 """
 
 from __future__ import annotations
@@ -36,17 +36,21 @@ RestrictLastBlock: TypeAlias = Callable[[Any, Batch, Routing | None], AbstractCo
 
 @dataclass(slots=True)
 class FastPaths:
+    """The fast paths that a model supports."""
+
     use_float32_attention: bool = False
     sequence_packing: bool = False
     last_block: Any = None  # None: the last block runs at every position
     prefix: FrozenPrefix | None = None
-    restrict_last_block: RestrictLastBlock | None = None  # how the last block runs at some rows; None: where a label follows
+    restrict_last_block: RestrictLastBlock | None = (
+        None  # how the last block runs at some rows; None: where a label follows
+    )
 
     @contextmanager
     def apply(self, model: Any, split: SplitName, batch: Batch, routing: Routing | None = None) -> Iterator[Batch]:
-        """Within the block, `model` takes the fast paths; yields `batch` in the layout to give to it.
+        """Apply the fast paths to `model` within the block; yield `batch` in the layout that the model then expects.
 
-        The backward pass belongs inside the block: what it recomputes must see the same prefix, attention and rows.
+        Run the backward pass inside the block: recomputation must see the same prefix, attention and positions.
         """
         rows = pack_batch(batch) if self.sequence_packing else batch
         with ExitStack() as stack:
@@ -63,12 +67,12 @@ class FastPaths:
 
 
 def _restrict_attention(rows: Batch) -> AbstractContextManager[None]:
-    """Attention within the examples of a packed row; the model's own for a padded batch."""
+    """Limit attention to the examples of a packed row; leave a padded batch to the model's own attention."""
     return nullcontext() if rows.lengths is None else use_packed_attention(rows.lengths, rows.input_ids.device)
 
 
 def _restrict_to_labels(block: Any, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
-    """Within the block, the position-wise layers of `block`, the model's last, run at label positions only."""
+    """Run the position-wise layers of `block`, the model's last, at label positions only, within the context."""
     mask = torch.zeros_like(batch.labels, dtype=torch.bool)  # [b, n], True where the next token is a label
     mask[:, :-1] = batch.labels[:, 1:] != IGNORED
     if float(mask.float().mean()) > MAX_LABEL_FRACTION or not mask.any():
@@ -78,7 +82,7 @@ def _restrict_to_labels(block: Any, batch: Batch, routing: Routing | None) -> Ab
 
 @contextmanager
 def restrict_to_positions(modules: Sequence[Any], mask: torch.Tensor, routing: Routing | None) -> Iterator[None]:
-    """Within the block, these position-wise layers run at the positions that `keep` [b, n] marks, and give zeros elsewhere."""
+    """Run position-wise layers only at the positions that `mask` [b, n] marks, within the block. Other positions get zeros."""
     rows = mask.reshape(-1).nonzero()[:, 0]
     original_forwards = [module.__dict__.get("forward") for module in modules]
     for module in modules:
@@ -95,22 +99,24 @@ def restrict_to_positions(modules: Sequence[Any], mask: torch.Tensor, routing: R
 
 
 def _find_position_wise_modules(block: Any) -> list[Any]:
-    """The MLP and the query and output projections of the attention, by their usual names in transformers."""
+    """Find the MLP and the query and output projections of the attention by their usual names in transformers."""
     modules = [getattr(block, name) for name in _MLP_NAMES if hasattr(block, name)]
     for name in _ATTENTION_NAMES:
         attention = getattr(block, name, None)
         if attention is not None:
-            modules.extend(getattr(attention, projection) for projection in _POSITION_WISE if hasattr(attention, projection))
+            modules.extend(
+                getattr(attention, projection) for projection in _POSITION_WISE if hasattr(attention, projection)
+            )
     return [module for module in modules if isinstance(module, torch.nn.Module)]
 
 
 def _forward_at_rows(
     forward: Callable[..., Any], rows: torch.Tensor, shape: torch.Size, x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """`forward` on the given rows of an input [b, n, d], and zeros elsewhere; plain `forward` on any other shape.
+    """Run `forward` on the given rows of an input [b, n, d] and return zeros elsewhere. Run it as usual on any other shape.
 
-    Further tensors [b, n, …], such as the residual of BLOOM's MLP, have the same rows. Of several outputs (gpt-oss's experts also
-    return the router's scores) the first is the layer's.
+    Additional tensors [b, n, …], such as the residual of BLOOM's MLP, are reduced to the same rows. If there are several outputs
+    (the experts of gpt-oss also return the router's scores), the first is the layer's.
     """
     if x.shape[:-1] != shape:
         return forward(x, *args, **kwargs)
@@ -119,7 +125,9 @@ def _forward_at_rows(
         has_rows = isinstance(value, torch.Tensor) and value.ndim > 2 and value.shape[:2] == shape
         return value.flatten(0, 1)[rows][None] if has_rows else value
 
-    outputs = forward(select_rows(x), *map(select_rows, args), **{name: select_rows(value) for name, value in kwargs.items()})
+    outputs = forward(
+        select_rows(x), *map(select_rows, args), **{name: select_rows(value) for name, value in kwargs.items()}
+    )
     output, *extra_outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     zeros = output.new_zeros(shape.numel(), output.shape[-1])
     scattered = zeros.index_copy(0, rows, output[0]).view(*shape, -1)
@@ -130,36 +138,47 @@ def _forward_at_rows(
 def find_fast_paths(
     model: Any, objective: Objective, longest: Batch, probe: Batch, prefix: FrozenPrefix | None
 ) -> FastPaths:
-    """The fast paths that change no loss; each check uses those found before it.
+    """Find the fast paths that do not change the losses. Each check uses the fast paths found before it.
 
     Args:
         longest: the examples on which sequence packing is checked.
-        probe: a batch of the validation split, on which the others are checked.
+        probe: a batch of the validation split, on which the other fast paths are checked.
         prefix: the frozen blocks, if there are any.
     """
     on_cpu, dtype = probe.input_ids.device.type == "cpu", next(model.parameters()).dtype
     paths = FastPaths(float32_attention=on_cpu and dtype in (torch.bfloat16, torch.float16))
     if objective is head_loss and getattr(model.config, "_attn_implementation", None) == FUSED_ATTENTION:
         reference_losses = _compute_losses(model, objective, longest)
-        paths.sequence_packing = _has_equal_losses(model, reference_losses, lambda: _compute_losses(model, objective, pack_batch(longest)))
+        paths.sequence_packing = _has_equal_losses(
+            model, reference_losses, lambda: _compute_losses(model, objective, pack_batch(longest))
+        )
     rows = pack_batch(probe) if paths.sequence_packing else probe
     stack = find_blocks(model)
     if objective is head_loss and stack is not None:
         last_block, sparse_rows = stack[1][-1], _drop_labels(rows)
         reference_losses = _compute_losses(model, objective, sparse_rows)
-        if _has_equal_losses(model, reference_losses, lambda: _compute_losses(model, objective, sparse_rows, _restrict_to_labels(last_block, sparse_rows, None))):
+        if _has_equal_losses(
+            model,
+            reference_losses,
+            lambda: _compute_losses(model, objective, sparse_rows, _restrict_to_labels(last_block, sparse_rows, None)),
+        ):
             paths.last_block = last_block
     if prefix is not None:
         reference_losses = _compute_losses(model, objective, probe).sum()
         if _has_equal_losses(
-            model, reference_losses, lambda: _compute_losses(model, objective, rows, prefix.serve_states(model, "validation", rows)).sum()
+            model,
+            reference_losses,
+            lambda: _compute_losses(model, objective, rows, prefix.serve_states(model, "validation", rows)).sum(),
         ):
             paths.prefix = prefix
     return paths
 
 
 def _drop_labels(rows: Batch) -> Batch:
-    """The batch, without every other label where there are so many that the last block would run at every position unchecked."""
+    """Remove every second label if labels are so frequent that the last block would run at every position.
+
+    Without this, the check of label positions would compare two identical computations.
+    """
     labelled = (rows.labels.view(-1) != IGNORED).nonzero()[:, 0]
     if len(labelled) <= MAX_LABEL_FRACTION * rows.labels.numel():
         return rows
@@ -168,8 +187,10 @@ def _drop_labels(rows: Batch) -> Batch:
     return replace(rows, labels=labels)
 
 
-def _compute_losses(model: Any, objective: Objective, rows: Batch, *fast_paths: AbstractContextManager[None]) -> torch.Tensor:
-    """[b]: of the examples of a padded or packed batch, inside a shortcut."""
+def _compute_losses(
+    model: Any, objective: Objective, rows: Batch, *fast_paths: AbstractContextManager[None]
+) -> torch.Tensor:
+    """Compute the losses [b] of a padded or packed batch inside the given fast paths."""
     with ExitStack() as stack:
         for context in (*fast_paths, _restrict_attention(rows)):
             stack.enter_context(context)
@@ -177,7 +198,7 @@ def _compute_losses(model: Any, objective: Objective, rows: Batch, *fast_paths: 
 
 
 def _has_equal_losses(model: Any, reference_losses: torch.Tensor, compute_losses: Callable[[], torch.Tensor]) -> bool:
-    """Whether a shortcut gives the `plain` losses; not where it raises."""
+    """Return whether `compute_losses` gives the reference losses; False if it raises."""
     try:
         losses = compute_losses()
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:

@@ -1,4 +1,4 @@
-"""What the model answers to held-out examples: greedy text, in batches with a key-value cache, or the predicted class."""
+"""The model's answers to held-out examples: greedy text, generated in batches with a key-value cache, or the predicted class."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as the model sees it, with the answer in the data."""
+    """A prompt as the model sees it, with the expected answer from the data."""
 
     example_id: str
     text: str
@@ -39,19 +39,21 @@ class Prompt:
 
 
 def build_prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
-    """The prompts of a split's examples that have a label within `seq_len`, in the split's order.
+    """Build the prompts of a split's examples that have a label within `seq_len`, in the order of the split.
 
     Raises:
-        DataError: the data is plain text, which has no prompt.
+        DataError: the data is plain text, which has no prompts.
     """
     if runtime.data.summary.form == "text":
         raise DataError("the data has no prompt: metrics of what the model writes need `prompt` and `completion`")
     encoded_ids = {example.example_id for example in runtime.data.splits[split]}
-    return [_build_prompt(runtime, example) for example in runtime.data.texts[split] if example.example_id in encoded_ids]
+    return [
+        _build_prompt(runtime, example) for example in runtime.data.texts[split] if example.example_id in encoded_ids
+    ]
 
 
 def generate_answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
-    """The answer to every example of a split under the adapter that the base now carries, without adapter dropout."""
+    """Generate the answer to every example of a split with the current adapter, without adapter dropout."""
     if runtime.data.is_classification:
         return _predict_classes(runtime, split)
     prompts = build_prompts(runtime, split)
@@ -72,7 +74,10 @@ def _build_prompt(runtime: Runtime, example: Example) -> Prompt:
 
 @torch.no_grad()
 def _generate(runtime: Runtime, prompts: Sequence[Prompt]) -> list[str]:
-    """Greedy text for each prompt, without adapter dropout. Batches hold prompts of like length; running out of memory halves the batch size."""
+    """Generate greedy text for each prompt, without adapter dropout.
+
+    Prompts of similar length are batched. If memory runs out, the batch size is halved.
+    """
     encoded = [_encode_prompt(runtime, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     config = _make_generation_config(runtime, prompts)
@@ -95,7 +100,7 @@ def _generate(runtime: Runtime, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _encode_prompt(runtime: Runtime, prompt: Prompt) -> list[int]:
-    """Token ids. A prompt too long for the model keeps its end; an empty one becomes the beginning-of-text token."""
+    """Return the token ids of a prompt. A prompt that is too long loses its beginning; an empty one becomes the beginning-of-text token."""
     tokenizer: Any = runtime.loaded.tokenizer
     ids: list[int] = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens, verbose=False)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and prompt.add_special_tokens:
@@ -108,7 +113,7 @@ def _encode_prompt(runtime: Runtime, prompt: Prompt) -> list[int]:
 
 
 def _generate_batch(runtime: Runtime, token_ids: Sequence[list[int]], config: Any) -> list[str]:
-    """Pad on the left, so that every answer begins where its prompt ends."""
+    """Generate text for one batch. Prompts are padded on the left, so that every answer begins where its prompt ends."""
     tokenizer: Any = runtime.loaded.tokenizer
     longest, pad = max(map(len, token_ids)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in token_ids])
@@ -120,7 +125,10 @@ def _generate_batch(runtime: Runtime, token_ids: Sequence[list[int]], config: An
 
 
 def _make_generation_config(runtime: Runtime, prompts: Sequence[Prompt]) -> Any:
-    """Greedy decoding, whatever the model's own configuration; it ends at any end token of model, tokenizer or template."""
+    """Configure greedy decoding, which ends at any end token of the model, the tokenizer or the chat template.
+
+    The model's own generation settings are ignored, except for its end tokens.
+    """
     tokenizer: Any = runtime.loaded.tokenizer
     model_end_ids = getattr(runtime.model.generation_config, "eos_token_id", None)
     end_ids = {tokenizer.eos_token_id, *(model_end_ids if isinstance(model_end_ids, list) else [model_end_ids])}

@@ -1,9 +1,9 @@
-"""The training loop: trains trials with up to `adapters_per_pass` adapters on one base, each step in one pass.
+"""The training loop: trains trials with up to `adapters_per_pass` adapters on one base, with one shared pass per step.
 
-An arm that finishes, diverges or stops early leaves the base, and the next one joins. When a pass runs out of memory, half
+When an arm finishes, diverges or stops early, it leaves the base and the next one joins. When a pass runs out of memory, half
 of the arms write a checkpoint and wait while the others continue; results do not change. An arm that runs out of memory
-alone ends as `out_of_memory`. The checkpoint of a finished trial is deleted when
-the caller asks for the next outcome, because only then has the caller stored this one.
+alone ends as `out_of_memory`. The checkpoint of a finished trial is deleted when the caller requests the next outcome,
+because the caller has stored the finished trial only then.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def train_trials(
     listener: Listener,
     adapters_per_pass: int = 1,
 ) -> Iterator[TrialOutcome]:
-    """Yield outcomes in the order in which the trials end, after saving the adapter of each finished one.
+    """Train trials and yield their outcomes in the order in which they end. The adapter of a finished trial is saved first.
 
     Closing the iterator early writes a checkpoint of every running arm.
 
     Args:
         trials: the trials to train; rank 0 evaluates the base.
-        base_loss: the base's held-out loss, by which divergence is judged; None only for the base itself.
+        base_loss: the base's held-out loss, which decides whether a training diverged; None only for the base itself.
         adapters_per_pass: the largest number of adapters in one pass.
 
     Raises:
@@ -75,12 +75,17 @@ def train_trials(
             for notice in ensure_moments(runtime, trial.arm, trial_folders.truncate_from, trial_folders.moments):
                 listener.notice(notice)
     if training_trials:
-        with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.use_gradient_checkpointing():
-            yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(training_trials)
+        with (
+            MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
+            runtime.use_gradient_checkpointing(),
+        ):
+            yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(
+                training_trials
+            )
 
 
 def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
-    """Rank 0: the base itself. A metric that fails here would fail for every arm, so the error is raised.
+    """Evaluate the base itself (rank 0). A metric that fails here would fail for every arm, so the error is raised.
 
     Raises:
         MetricError: a metric failed.
@@ -131,7 +136,7 @@ class _TrainingLoop:
             raise
 
     def _start_waiting(self) -> Iterator[TrialOutcome]:
-        """Add arms up to the limit; yield the outcomes of those that do not fit in memory even alone."""
+        """Start arms up to the limit; yield the outcomes of arms that do not fit in memory even alone."""
         while self._waiting and len(self._running) < self._limit:
             trial = self._waiting.popleft()
             if trial.trial_id not in self._started:
@@ -156,7 +161,7 @@ class _TrainingLoop:
                 training.pass_ranks = [training.trial.arm.rank, *other_ranks]
 
     def _step(self) -> None:
-        """One step of every running arm. Where memory runs out, fewer arms continue."""
+        """Take one step of every running arm. If memory runs out, continue with fewer arms."""
         with catch_out_of_memory() as reasons:
             self._step_all()
         if not reasons:
@@ -174,7 +179,7 @@ class _TrainingLoop:
             first.failure = self._build_memory_failure(first.trial, *reasons)
 
     def _step_all(self) -> None:
-        """One step of every running arm in shared passes, and the evaluations that are due. Arms share the time evenly."""
+        """Take one step of every running arm in shared passes and run the evaluations that are due. Arms share the time evenly."""
 
         def run_pass(batches: Sequence[Batch], number: int) -> list[torch.Tensor]:
             pairs = zip(self._running, batches, strict=True)
@@ -192,9 +197,9 @@ class _TrainingLoop:
                 self._evaluate(trainings)
 
     def _evaluate(self, trainings: Sequence[ArmTraining]) -> None:
-        """Give every training its held-out scores.
+        """Evaluate all trainings in one pass.
 
-        On running out of memory each half is evaluated in its own pass, and a single training ends.
+        If memory runs out, evaluate each half in its own pass. A single training that does not fit ends.
         """
         adapters = [training.adapter for training in trainings]
         start_time = time.perf_counter()
@@ -222,7 +227,7 @@ class _TrainingLoop:
         self._listener.notice(f"{attempted} adapters per pass ran out of memory on {device}: continuing with {limit}")
 
     def _remove_ended(self) -> Iterator[TrialOutcome]:
-        """Yield the outcomes of the arms that are over, those without a result first."""
+        """Remove the arms that have ended and yield their outcomes, failures first."""
         for training in [training for training in self._running if training.failure is not None]:
             self._running.remove(training)
             self._multi_lora.remove(training.adapter)
@@ -245,7 +250,7 @@ class _TrainingLoop:
             training.save()
 
     def _save_due_checkpoints(self) -> None:
-        """Write the checkpoints that are due; when asked to stop, write all and raise."""
+        """Write the checkpoints that are due. If the listener asks to stop, write all checkpoints and raise."""
         if self._running and self._listener.should_stop():
             self._save_all()
             first, num_others = self._running[0], len(self._running) - 1

@@ -1,19 +1,19 @@
 """The loss of a batch, per example.
 
-For language models the output head runs only at label positions, in chunks, and the forward pass already computes the
-gradient to the hidden states of each chunk, so no batch × length × vocabulary tensor exists. This is the technique of fused
-linear cross-entropy kernels (Liger kernel, Hsu et al. 2024), for any head module.
+For language models the output head runs only at label positions and in chunks. The forward pass already computes the
+gradient with respect to the hidden states of each chunk, so no batch × length × vocabulary tensor exists. This is the
+technique of fused linear cross-entropy kernels (Liger kernel, Hsu et al. 2024), for any head module.
 
 `make_likelihood` checks on real data whether a model's logits are its head applied to its last hidden states. If they are
-not, the loss is taken from the model's own logits.
+not, the loss is computed from the model's own logits.
 
-Preference pairs: the loss of DPO (Rafailov et al. 2023), whose reference is the base without an adapter.
+Preference pairs use the loss of DPO (Rafailov et al. 2023). Its reference model is the base without an adapter.
 
     r(y) = log p(y | prompt) - log p_base(y | prompt)      summed over the tokens of an answer y
-    loss = -log sigmoid(beta * (r(chosen) - r(rejected)))  nats a pair
+    loss = -log sigmoid(beta * (r(chosen) - r(rejected)))  nats per pair
 
-The log-probabilities under the base depend on no adapter. They are computed once for each pair and kept, so that training
-runs no second model and no second pass.
+The log-probabilities under the base do not depend on the adapter. They are computed once per pair and cached, so that
+training needs no second model and no second pass.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class BatchLoss:
 
 
 class LabelledBatch(Protocol):
-    """What a loss reads of a batch of s sequences: a `Batch`, or one of another trainer's collator."""
+    """The interface of a batch of s sequences that a loss needs: a `Batch`, or a batch of another trainer's collator."""
 
     @property
     def inputs(self) -> Mapping[str, Any]: ...
@@ -107,7 +107,7 @@ class Likelihood:
 
 
 def make_likelihood(model: Any, batch: LabelledBatch, classification: bool) -> Objective:
-    """The fastest objective that gives the model's own cross-entropies on `batch`."""
+    """Return the fastest objective that gives the model's own cross-entropies on `batch`."""
     if classification:
         return classification_loss
     if _is_head_equivalent(model, batch):
@@ -116,7 +116,7 @@ def make_likelihood(model: Any, batch: LabelledBatch, classification: bool) -> O
 
 
 def classification_loss(model: Any, batch: LabelledBatch, scale: Scale) -> BatchLoss:
-    """Cross-entropy of one label per example."""
+    """Compute the cross-entropy of one label per example."""
     logits = model(**batch.inputs).logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     correct = (logits.argmax(-1) == batch.labels).cpu().double()
@@ -125,7 +125,7 @@ def classification_loss(model: Any, batch: LabelledBatch, scale: Scale) -> Batch
 
 
 def _compute_head_losses(model: Any, batch: Batch, scale: Scale) -> _LabelLosses:
-    """Shifted cross-entropy, with the head applied at label positions only."""
+    """Compute the shifted cross-entropy with the head applied at label positions only."""
     # Padding is on the right and attention is causal, so no label position attends to padding. Without the mask,
     # attention takes its causal fast path.
     position_inputs: dict[str, torch.Tensor] = {}
@@ -137,7 +137,7 @@ def _compute_head_losses(model: Any, batch: Batch, scale: Scale) -> _LabelLosses
 
 
 def _compute_hidden_losses(hidden: torch.Tensor, batch: LabelledBatch, head: OutputHead, scale: Scale) -> _LabelLosses:
-    """The cross-entropies of the labels under the last hidden states [rows, n, d]."""
+    """Compute the cross-entropies of the labels from the last hidden states [rows, n, d]."""
     is_label, targets = _find_label_positions(batch)
     sequences = batch.sequence_numbers()[:, 1:][is_label]
     label_scale = _expand_scale(scale, sequences)
@@ -145,7 +145,7 @@ def _compute_hidden_losses(hidden: torch.Tensor, batch: LabelledBatch, head: Out
 
 
 def _compute_full_logits_losses(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
-    """Shifted cross-entropy of the model's own logits, at all positions at once."""
+    """Compute the shifted cross-entropy from the model's own logits, at all positions at once."""
     return _compute_logits_losses(model(**batch.inputs, use_cache=False).logits, batch, scale)
 
 
@@ -157,16 +157,16 @@ def _compute_logits_losses(logits: torch.Tensor, batch: LabelledBatch, scale: Sc
 
 
 def get_base_model(model: Any) -> Any:
-    """The model that PEFT has wrapped, or the model itself."""
+    """Return the model that PEFT has wrapped, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def compute_native_pass_losses(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
-    """As `_compute_head_losses`, in the pass that the model of another trainer makes itself, whatever its inputs and kernels are.
+    """Compute the same losses as `_compute_head_losses` in the native forward pass of another trainer's model.
 
-    A pre-hook of its head computes the losses from the head's input, and the model's own call of the head gets one position. Where the
-    head is adapted or never called, where the model changes the logits in a way of its own, and in a backward pass of a sharded
-    model, the losses come from whole logits.
+    A pre-hook of the head computes the losses from the head's input, and the model's own call of the head gets one position. The
+    losses come from complete logits if the head is adapted or never called, if the model changes the logits in a way of its own,
+    and in a backward pass of a sharded model.
     """
     base = get_base_model(model)
     head = base.get_output_embeddings()
@@ -201,9 +201,15 @@ logits_loss = Likelihood(_compute_full_logits_losses)
 def chunked_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, scale: Scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of `head(hidden)` in chunks: `(scale × losses [n] with a graph, losses [n] without one)`.
+    """Compute the cross-entropy of `head(hidden)` in chunks.
 
-    `hidden` is [n, d], `targets` is [n], `scale` is a number or [n].
+    Args:
+        hidden: hidden states [n, d].
+        targets: labels [n].
+        scale: a number, or one per label [n].
+
+    Returns:
+        `(scale × losses [n] with a graph, losses [n] without one)`.
     """
     if any(parameter.requires_grad for parameter in getattr(head, "linear", torch.nn.Module()).parameters()):
         chunk_losses = [
@@ -218,9 +224,9 @@ def chunked_cross_entropy(
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Losses of a frozen head. The forward pass computes the gradient to the hidden states.
+    """Losses of a frozen head. The forward pass computes the gradient with respect to the hidden states.
 
-    A row of hidden states reaches no label but its own, so the backward pass weighs the rows by the gradients of their losses.
+    A row of hidden states affects no label but its own, so the backward pass multiplies the rows by the gradients of their losses.
     """
 
     @staticmethod
@@ -264,10 +270,10 @@ def _split_chunks(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> li
 
 
 class OutputHead:
-    """A model's output embedding, then the scaling and soft capping of logits in its configuration."""
+    """A model's output embedding, followed by the logit scaling and soft capping of its configuration."""
 
     def __init__(self, model: Any, call: Head | None = None) -> None:
-        """`call` is what runs the embedding; None: the module itself, with its hooks."""
+        """Read the configuration of `model`. `call` runs the embedding; None calls the module itself, with its hooks."""
         config = model.config.get_text_config()
         self.linear = model.get_output_embeddings()
         self._call: Head = call or self.linear
@@ -284,35 +290,40 @@ class OutputHead:
 
 
 def _find_label_positions(batch: LabelledBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(keep [b, n-1], targets [m])`: True where the next token is a label, and those labels."""
+    """Return `(is_label [b, n-1], targets [m])`: True where the next token is a label, and those labels."""
     shifted = batch.labels[:, 1:]
     is_label = shifted != IGNORED
     return is_label, shifted[is_label]
 
 
 def _expand_scale(scale: Scale, sequences: torch.Tensor) -> Scale:
-    """The scale of each label [m], from the scale of each sequence."""
+    """Return the scale of each label [m] from the scale of each sequence."""
     return scale[sequences] if isinstance(scale, torch.Tensor) else scale
 
 
 @torch.no_grad()
 def _is_head_equivalent(model: Any, batch: LabelledBatch) -> bool:
-    """Whether the head alone gives the model's own losses on `batch`."""
+    """Return whether the head alone gives the model's own losses on `batch`."""
     if model.get_output_embeddings() is None or not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         return False
     if model.base_model is model:
         return False
     model_losses = logits_loss(model, batch, 1.0).example_losses
     head_losses = head_loss(model, batch, 1.0).example_losses
-    return torch.allclose(head_losses, model_losses, rtol=HEAD_TOLERANCE if model_losses.isfinite().all() else 0, atol=1e-4)
+    return torch.allclose(
+        head_losses, model_losses, rtol=HEAD_TOLERANCE if model_losses.isfinite().all() else 0, atol=1e-4
+    )
 
 
 @torch.no_grad()
 def can_see_later_tokens(model: Any, token_ids: torch.Tensor) -> bool:
-    """Whether another last token changes the logits before it, as in BERT: the model then sees the label that it predicts.
+    """Return whether changing the last token changes the logits before it, as in BERT.
 
-    `token_ids` [n] are those of an example. Two rows of one batch are compared, so that a causal model's are equal but for
-    rounding.
+    Such a model sees the label that it predicts. Two rows of one batch are compared; those of a causal model are equal except
+    for rounding.
+
+    Args:
+        token_ids: the token ids [n] of an example.
     """
     ids = token_ids[:CAUSALITY_TOKENS].repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % model.config.get_text_config().vocab_size
@@ -321,7 +332,9 @@ def can_see_later_tokens(model: Any, token_ids: torch.Tensor) -> bool:
     return bool(changes[:-1].max() > CAUSALITY_TOLERANCE[next(model.parameters()).dtype] * changes[-1])
 
 
-TIE_MARGIN = 1e-5  # a reward margin below which a pair counts half, as every pair of the base does: rounding is no preference
+TIE_MARGIN = (
+    1e-5  # a reward margin below which a pair counts half, as every pair of the base does: rounding is no preference
+)
 
 LogProbabilities = Callable[[SplitName, Sequence[int]], torch.Tensor]
 
@@ -334,7 +347,7 @@ class PreferenceLoss:
     beta: float  # how strongly a step away from the base counts
 
     def __call__(self, model: Any, batch: LabelledBatch, scale: Scale) -> BatchLoss:
-        """The loss of each of b pairs; `batch` holds 2b sequences and their reference [2b]."""
+        """Compute the loss of each of b pairs; `batch` holds 2b sequences and their reference log-probabilities [2b]."""
         assert batch.reference is not None
         labels = self.labels(model, batch, 1.0)
         counts = torch.bincount(labels.sequences, minlength=batch.sequences).tolist()
@@ -360,31 +373,31 @@ class Reference:
     """The log-probabilities of both answers of every pair under the base, computed once and kept in memory."""
 
     def __init__(self, groups: Mapping[SplitName, CacheBatches], compute: LogProbabilities) -> None:
-        """Compute nothing yet.
+        """Prepare the storage without computing anything.
 
         Args:
             groups: the pairs that are computed together.
-            compute: gives the log-probabilities [2b] of some pairs of a split.
+            compute: a function that returns the log-probabilities [2b] of pairs of a split.
         """
         self.batches = groups
         self._compute = compute
         self._values = {split: np.full((len(grouped.examples), 2), np.nan) for split, grouped in groups.items()}
 
     def compute_missing(self, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
-        """Compute what is missing for the pairs in `wanted`; yields the number of pairs in each group."""
+        """Compute what is missing for the pairs at `indices`; yield the number of pairs in each batch."""
         for group in self.batches[split].missing(indices):
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
             yield len(group)
 
     def of(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
-        """[2b], float64, on the CPU: chosen and rejected of each pair."""
+        """Return the log-probabilities [2b] of the chosen and the rejected answer of each pair, in float64 on the CPU."""
         deque(self.compute_missing(split, indices), maxlen=0)
         return torch.from_numpy(self._values[split][list(indices)]).flatten()
 
 
 @contextmanager
 def use_adapter(model: Any, name: str | None) -> Iterator[None]:
-    """Within the block, PEFT's layers on `model` compute with the adapter `name` alone, or with none; nothing else changes."""
+    """Compute with the adapter `name` alone, or with none, within the block. Nothing else changes."""
     layers: list[Any] = [
         module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]

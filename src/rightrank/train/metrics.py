@@ -1,7 +1,7 @@
-"""The metrics that a training ends with: scores of the model's answers, by ours and by a function of the user's own, which is imported and
+"""The metrics that are measured when a training ends: built-in scores of the model's answers, and user functions, which are imported and
 called in this process.
 
-Ours score a generated answer against the expected one, from 0 (worst) to 1 (best); F1 is over classes too.
+Built-in metrics compare a generated answer with the expected one, from 0 (worst) to 1 (best). Macro F1 is also defined over classes.
 """
 
 from __future__ import annotations
@@ -36,45 +36,54 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def _normalise(text: str) -> str:
-    """Lower case without punctuation, English articles and extra space, as in the evaluation script of SQuAD."""
+    """Return the text in lower case without punctuation, English articles and extra spaces, as in SQuAD's evaluation script."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def score_exact_match(expected: str, completion: str) -> float:
-    """1 if both are equal after normalisation."""
+    """Return 1 if both texts are equal after normalisation, and 0 otherwise."""
     return float(_normalise(expected) == _normalise(completion))
 
 
 def score_token_f1(expected: str, completion: str) -> float:
-    """The harmonic mean of precision and recall over normalised words, each counted as often as it occurs."""
+    """Return the harmonic mean of precision and recall over normalised words, each counted as often as it occurs."""
     completion_words, expected_words = _normalise(completion).split(), _normalise(expected).split()
     if not completion_words or not expected_words:
         return float(completion_words == expected_words)
-    return _compute_f1(sum((Counter(completion_words) & Counter(expected_words)).values()), len(completion_words), len(expected_words))
+    return _compute_f1(
+        sum((Counter(completion_words) & Counter(expected_words)).values()), len(completion_words), len(expected_words)
+    )
 
 
 def score_rouge_l(expected: str, completion: str) -> float:
-    """The F1 of ROUGE-L (Lin 2004): the longest common subsequence of lower-case words of letters and digits, not stemmed."""
+    """Return the F1 of ROUGE-L (Lin 2004): the longest common subsequence of words of lower-case letters and digits, without stemming."""
     completion_words, expected_words = _split_words(completion), _split_words(expected)
     if not completion_words or not expected_words:
         return 0.0
-    return _compute_f1(_compute_common_length(completion_words, expected_words), len(completion_words), len(expected_words))
+    return _compute_f1(
+        _compute_common_length(completion_words, expected_words), len(completion_words), len(expected_words)
+    )
 
 
 def score_rouge_n(expected: str, completion: str, n: int) -> float:
-    """The F1 of ROUGE-N (Lin 2004): n-grams, each counted as often as it occurs, of words as in `score_rouge_l`."""
-    completion_ngrams, expected_ngrams = _count_ngrams(_split_words(completion), n), _count_ngrams(_split_words(expected), n)
+    """Return the F1 of ROUGE-N (Lin 2004) over n-grams of words as in `score_rouge_l`, each counted as often as it occurs."""
+    completion_ngrams, expected_ngrams = (
+        _count_ngrams(_split_words(completion), n),
+        _count_ngrams(_split_words(expected), n),
+    )
     num_ngrams = completion_ngrams.total() + expected_ngrams.total()
-    return 2 * (completion_ngrams & expected_ngrams).total() / num_ngrams if completion_ngrams and expected_ngrams else 0.0
+    return (
+        2 * (completion_ngrams & expected_ngrams).total() / num_ngrams if completion_ngrams and expected_ngrams else 0.0
+    )
 
 
 def score_macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[float, list[float]]:
-    """The mean F1 over the classes that occur on either side, as `average="macro"` in scikit-learn, and each example's share.
+    """Return the mean F1 over all expected and predicted classes, as `average="macro"` in scikit-learn, and a score per example.
 
-    The metric is no mean over examples. The shares, whose mean it is, are pseudo-values of the jackknife (Tukey 1958) about
-    the metric itself. Their paired differences have the standard error that a paired bootstrap of the examples has, with
-    which a test compares them, so that the metric gets bounds as any other. The examples of one cell of the confusion matrix
-    have the same share, so that few matrices are scored.
+    Macro F1 is not a mean over examples. The example scores are jackknife pseudo-values (Tukey 1958) around the metric, so that the
+    metric is their mean. A test compares the standard error of their paired differences with that of a paired bootstrap of the
+    examples, so the metric gets bounds like any other. Examples in the same cell of the confusion matrix have the same score, so
+    that only a few matrices have to be scored.
     """
     pairs = Counter(zip(expected, predicted, strict=True))
     whole, count = _compute_macro_f1(pairs), pairs.total()
@@ -87,14 +96,16 @@ def score_macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[f
 
 
 def _compute_macro_f1(pairs: Counter[tuple[str, str]]) -> float:
-    """Of the counts of (expected, predicted)."""
+    """Compute macro F1 from the counts of (expected, predicted) pairs."""
     expected_counts: Counter[str] = Counter()
     predicted_counts: Counter[str] = Counter()
     for (expected, predicted), count in pairs.example_scores():
         expected_counts[expected] += count
         predicted_counts[predicted] += count
     classes = sorted({*expected_counts, *predicted_counts})
-    return sum(_compute_f1(pairs[name, name], predicted_counts[name], expected_counts[name]) for name in classes) / len(classes)
+    return sum(_compute_f1(pairs[name, name], predicted_counts[name], expected_counts[name]) for name in classes) / len(
+        classes
+    )
 
 
 def _count_ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
@@ -110,7 +121,7 @@ def _compute_f1(num_common: int, num_predicted: int, num_expected: int) -> float
 
 
 def _compute_common_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """The length of the longest common subsequence, by dynamic programming one row at a time."""
+    """Return the length of the longest common subsequence, by dynamic programming one row at a time."""
     row = [0] * (len(second) + 1)
     for word in first:
         previous_row = row
@@ -130,11 +141,11 @@ TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and t
 
 
 def measure_metrics(runtime: Runtime, split: SplitName, answers_file: Path | None = None) -> MetricResults:
-    """Every metric that is measured when a training ends, on a split, under the adapter that the base now carries.
+    """Measure every metric that is due at the end of a training, on a split, with the current adapter.
 
     Args:
         split: the examples to answer.
-        keep: a file for the answers, one JSON object a line: example_id, prompt, completion, expected.
+        answers_file: a file for the answers, one JSON object per line: example_id, prompt, completion, expected.
     """
     specs = [spec for spec in runtime.settings.metric_specs if not spec.is_eval_metric]
     results = MetricResults()
@@ -159,14 +170,14 @@ def measure_metrics(runtime: Runtime, split: SplitName, answers_file: Path | Non
 
 @dataclass(frozen=True, slots=True)
 class MetricScore:
-    """A metric's value, and scores of the examples whose mean it is: their own, or their shares (`score_macro_f1`)."""
+    """A metric's value, and example scores of which it is the mean (for macro F1, pseudo-values)."""
 
     value: float
     examples: list[float] | None
 
 
 def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> MetricScore:
-    """Score the answers by a metric of ours, or by a function.
+    """Score the answers with a built-in metric or a user function.
 
     Raises:
         MetricError: the function failed, or returned something other than scores.
@@ -192,10 +203,10 @@ def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> MetricSco
 
 
 def require_metric_functions(settings: SelectSettings) -> None:
-    """Check before anything is loaded that the function of every metric exists.
+    """Raise if the function of a metric does not exist. It is called before any model is loaded.
 
     Raises:
-        SettingsError: one does not exist.
+        SettingsError: a function does not exist.
     """
     for spec in settings.metric_specs:
         if spec.kind == "function":
@@ -203,7 +214,7 @@ def require_metric_functions(settings: SelectSettings) -> None:
 
 
 def _call_function(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
-    """What the function returns, numbers of numpy or torch as Python's."""
+    """Call the user function and return its result, with numbers of numpy or torch converted to Python numbers."""
     function = _load_function(spec)
     arguments = {
         "prompts": [answer.prompt for answer in answers],
@@ -215,7 +226,9 @@ def _call_function(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
     names = {parameter.name for parameter in parameters}
     try:
         with redirect_stdout(sys.stderr):
-            returned = function(**{name: value for name, value in arguments.example_scores() if accepts_any or name in names})
+            returned = function(
+                **{name: value for name, value in arguments.example_scores() if accepts_any or name in names}
+            )
     except Exception as error:
         raise MetricError(
             f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_shorten(str(error))}"
@@ -224,10 +237,10 @@ def _call_function(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
 
 
 def _load_function(spec: MetricSpec) -> Callable[..., Any]:
-    """The function `module:name` or `file.py:name`; modules are found from the working folder.
+    """Load the function `module:name` or `file.py:name`. Modules are also searched in the current folder.
 
     Raises:
-        SettingsError: no such module, file or function.
+        SettingsError: the module, the file or the function does not exist.
     """
     location, _, name = spec.target.rpartition(":")
     if str(Path.cwd()) not in sys.path:
@@ -240,7 +253,9 @@ def _load_function(spec: MetricSpec) -> Callable[..., Any]:
         ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        function_names = [key for key, value in vars(module).example_scores() if inspect.isfunction(value) and key[0] != "_"]
+        function_names = [
+            key for key, value in vars(module).example_scores() if inspect.isfunction(value) and key[0] != "_"
+        ]
         raise SettingsError(
             f"metric {spec.name!r}: {location!r} has no function {name!r}; it has: {', '.join(function_names) or 'none'}"
         )

@@ -1,11 +1,11 @@
-"""Multi-LoRA: several adapters on one base, each a PEFT adapter of its own name, trained in one pass.
+"""Multi-LoRA: several adapters on one base, each a PEFT adapter with its own name, trained in one pass.
 
-PEFT matches the target modules, creates the adapters and saves them. Their kinds (`models/kinds`) give the forward
+PEFT matches the target modules, creates the adapters and saves them. Their kinds (`models/kinds`) define the forward
 pass. Arms can be added and removed at any time.
 
-Rank r takes the first r rows of the draw of each module's A, so arms of one seed differ only in their further rows. The
+Rank r takes the first r rows of the random draw of each module's A, so arms of one seed differ only in their additional rows. The
 distributions are PEFT's: A is uniform in ±1/√in_features (`default`) or normal with standard deviation 1/r (`gaussian`),
-and B is zero. `orthogonal`, `pissa` and `olora` are for linear layers alone (`models.kinds.linear`).
+and B is zero. `orthogonal`, `pissa` and `olora` apply to linear layers only (`models.kinds.linear`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
 
 def install_forward(name: str, module: Any, current_routing: CurrentRouting) -> None:
-    """Give an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) the forward pass that routes rows to adapters."""
+    """Replace the forward pass of an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) with one that routes rows to adapters."""
     if isinstance(module, ModulesToSaveWrapper):
         vars(module)["forward"] = partial(_forward_saved_module, module, current_routing)
         return
@@ -44,8 +44,10 @@ def install_forward(name: str, module: Any, current_routing: CurrentRouting) -> 
     vars(module)["forward"] = partial(find_kind(module).forward, module, current_routing)
 
 
-def _forward_saved_module(module: Any, current_routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A module in `modules_to_save`, of which every arm trains a copy: each arm's rows go through its own copy."""
+def _forward_saved_module(
+    module: Any, current_routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a module of `modules_to_save`: each arm trains its own copy, and each arm's rows go through that copy."""
     routing = current_routing()
     if routing is None:
         return module.original_module(x, *args, **kwargs)
@@ -55,16 +57,17 @@ def _forward_saved_module(module: Any, current_routing: CurrentRouting, x: torch
     segments = routing.parts(x.shape[dim])
     inputs = torch.split(x, [segment.rows for segment in segments], dim=dim)
     outputs = [
-        module.modules_to_save[segment.adapter](segment_input, *args, **kwargs) for segment, segment_input in zip(segments, inputs, strict=True)
+        module.modules_to_save[segment.adapter](segment_input, *args, **kwargs)
+        for segment, segment_input in zip(segments, inputs, strict=True)
     ]
     return torch.cat(outputs, dim=dim)
 
 
 def unwrap_base(peft_model: Any) -> Any:
-    """The base without PEFT's layers, frozen.
+    """Remove PEFT's layers from the base and freeze it.
 
-    PEFT's `unload` leaves the trained copy of each module in `modules_to_save` (a classification head, for example) in
-    the base. This function puts the base's own module back, so that the next arm does not start from a trained one.
+    PEFT's `unload` leaves the trained copy of each module in `modules_to_save` (for example a classification head) in
+    the base. This function restores the base's own module, so that the next arm does not start from a trained one.
     """
     originals = {
         name: module.original_module
@@ -81,14 +84,14 @@ def unwrap_base(peft_model: Any) -> Any:
 
 
 def find_lora_modules(peft_model: Any) -> dict[str, Any]:
-    """The adapted modules by their name in the base model."""
+    """Return the adapted modules by their names in the base model."""
     base = peft_model.base_model.model
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
 @dataclass(frozen=True, slots=True)
 class ArmBatch:
-    """What one arm adds to a pass."""
+    """The rows that one arm adds to a pass."""
 
     adapter: str
     batch: Batch
@@ -97,7 +100,7 @@ class ArmBatch:
 
 
 class MultiLora:
-    """The adapters on a base. Use it as a context: leaving it removes every adapter and restores the base."""
+    """The adapters on a base. Use it as a context manager: leaving the block removes every adapter and restores the base."""
 
     def __init__(self, model: Any, settings: SelectSettings, first_factors: dict[str, Factors] | None = None) -> None:
         self._model = model
@@ -114,7 +117,7 @@ class MultiLora:
         self._close()
 
     def add(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
-        """Add an adapter with its first values; returns its trainable tensors, by the names that PEFT's only adapter has."""
+        """Add an adapter with initial values; return its trainable tensors under the names that they have with a single PEFT adapter."""
         with torch.random.fork_rng(), suppress_peft_warnings():
             torch.manual_seed(arm.seed)  # the start of what PEFT alone initialises
             if self.peft_model is None:
@@ -135,11 +138,13 @@ class MultiLora:
         for name, parameter in self.peft_model.named_parameters():
             components = name.split(".")
             if adapter in components:
-                parameters[".".join(ADAPTER if component == adapter else component for component in components)] = parameter
+                parameters[".".join(ADAPTER if component == adapter else component for component in components)] = (
+                    parameter
+                )
         return parameters
 
     def _wrap_model(self, config: LoraConfig, adapter: str) -> Any:
-        """PEFT's model around the base. New modules are in evaluation mode, the base's modules keep their mode."""
+        """Wrap the base with PEFT's model. New modules are in evaluation mode; the base's modules keep their mode."""
         training_modules = [module for module in self._model.modules() if module.training]  # checkpointed blocks
         peft_model: Any = get_peft_model(self._model, config, adapter_name=adapter)
         peft_model.train(False)
@@ -164,7 +169,7 @@ class MultiLora:
     def route(
         self, arm_batches: Sequence[ArmBatch], pad_id: int, packed: bool = False
     ) -> Iterator[tuple[Batch, Routing]]:
-        """Yield one batch of all arms' rows, padded; within the block each row, padded or packed, goes to its arm's adapter."""
+        """Yield one padded batch of all arms' rows. Within the block each row, padded or packed, goes to the adapter of its arm."""
         batch = _concatenate([arm_batch.batch for arm_batch in arm_batches], pad_id)
         names = [arm_batch.adapter for arm_batch in arm_batches]
         seeds = [arm_batch.dropout_seed for arm_batch in arm_batches]
@@ -181,7 +186,7 @@ class MultiLora:
 
     @contextmanager
     def route_alone(self, adapter: str) -> Iterator[None]:
-        """Within the block, every row goes to this one adapter, without dropout."""
+        """Route every row to this one adapter within the block, without dropout."""
         self.routing = Routing((adapter,), (None,))
         try:
             yield
@@ -207,7 +212,7 @@ class MultiLora:
 
 
 def _concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:
-    """One batch of all rows in order, padded to the longest batch."""
+    """Concatenate the rows of several batches, padded to the longest batch."""
     if len(batches) == 1:
         return batches[0]
     longest = max(batch.input_ids.shape[1] for batch in batches)
@@ -224,5 +229,5 @@ def _concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:
 
 
 def _pad(tensors: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:
-    """The rows of all tensors, each filled up to `length` with `value`."""
+    """Concatenate the rows of all tensors, each padded to `length` with `value`."""
     return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])

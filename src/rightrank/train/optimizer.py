@@ -1,4 +1,4 @@
-"""One optimizer step of the adapters that share a pass, what a step needs (optimizer, its state, its schedule), and what a running training keeps."""
+"""The optimizer step of adapters that share a pass, the optimizer and schedule of each arm, and the files of their checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RunPass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
 
 
 class Progress(BaseModel):
-    """What a checkpoint stores beside tensors."""
+    """The progress of a training, which a checkpoint stores with the tensors."""
 
     step: int = 0
     train_losses: list[float] = []  # nats per label, one per step
@@ -43,11 +43,11 @@ class Progress(BaseModel):
 
 
 def take_step(optimizers: Sequence[ArmOptimizer], run_pass: RunPass) -> None:
-    """One optimizer step of every adapter, with one pass over the base per micro-batch.
+    """Take one optimizer step of every adapter, with one pass over the base per micro-batch.
 
     Args:
-        run_pass: receives the adapters' micro-batches and their number in the step. It adds the gradients to the
-            adapters' tensors and returns the example losses [b] of each, on the CPU.
+        run_pass: receives the adapters' micro-batches and their number within the step. It adds the gradients to the
+            adapters' tensors and returns the example losses [b] of each adapter, on the CPU.
     """
     for number, batches in enumerate(zip(*[optimizer.begin_step() for optimizer in optimizers], strict=True)):
         for optimizer, losses in zip(optimizers, run_pass(batches, number), strict=True):
@@ -58,7 +58,7 @@ def take_step(optimizers: Sequence[ArmOptimizer], run_pass: RunPass) -> None:
 
 @dataclass(eq=False)
 class ArmOptimizer:
-    """The optimizer of one adapter, and all that a checkpoint of its training holds."""
+    """The optimizer of one adapter, with everything that a checkpoint of its training contains."""
 
     _runtime: Runtime
     named_parameters: Mapping[str, torch.nn.Parameter]  # what is trained, by PEFT's names
@@ -77,7 +77,7 @@ class ArmOptimizer:
         self._tokens = 0  # without padding
 
     def begin_step(self) -> list[Batch]:
-        """The micro-batches of the next step; its learning rate goes into the optimizer."""
+        """Set the learning rate of the next step and return its micro-batches."""
         size, indices = self._runtime.settings.batch_size, self._plan[self.progress.step]
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
         batches = [self._runtime.make_batch("train", micro_batch) for micro_batch in micro]
@@ -91,7 +91,7 @@ class ArmOptimizer:
         return batches
 
     def apply_gradients(self) -> None:
-        """Clip and step."""
+        """Clip the gradients and update the parameters."""
         if self._runtime.settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._runtime.settings.max_grad_norm)
         self._optimizer.step()
@@ -101,7 +101,7 @@ class ArmOptimizer:
         self.progress.train_tokens += self._tokens
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those of a checkpoint."""
+        """Return the tensors of a checkpoint."""
         tensors = {f"parameter.{name}": value.detach() for name, value in self.named_parameters.items()}
         for index, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
@@ -109,7 +109,7 @@ class ArmOptimizer:
         return tensors | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """A copy of them, outside the device."""
+        """Return a copy of the parameters on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self.named_parameters.items()}
 
     @torch.no_grad()
@@ -118,9 +118,11 @@ class ArmOptimizer:
             value.copy_(parameters[name])
 
     def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Continue from the tensors and the progress of a checkpoint."""
+        """Restore the tensors and the progress of a checkpoint."""
         self.set_parameters({name: tensors[f"parameter.{name}"] for name in self.named_parameters})
-        self.best = {name: tensors[f"{BEST_PREFIX}{name}"] for name in self.named_parameters if f"{BEST_PREFIX}{name}" in tensors}
+        self.best = {
+            name: tensors[f"{BEST_PREFIX}{name}"] for name in self.named_parameters if f"{BEST_PREFIX}{name}" in tensors
+        }
         for index, parameter in enumerate(self._parameters):
             prefix = f"optimizer.{index}."
             saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -131,12 +133,10 @@ class ArmOptimizer:
         self.progress = Progress.model_validate(state)
 
 
-def make_schedule(
-    settings: SelectSettings, steps: int, start: int | None = None, end: int | None = None
-) -> Schedule:
-    """transformers' schedule over `steps` as a pure function.
+def make_schedule(settings: SelectSettings, steps: int, start: int | None = None, end: int | None = None) -> Schedule:
+    """Return transformers' learning-rate schedule over `steps` as a pure function.
 
-    That of an annealed copy follows it up to `start`, then decays linearly to 0 at `end`.
+    The schedule of an annealed copy follows it up to `start` and then decays linearly to 0 at `end`.
     """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = math.ceil(settings.warmup_ratio * steps)
@@ -150,10 +150,10 @@ def make_schedule(
 def _make_optimizer(
     parameters: Sequence[torch.nn.Parameter], learning_rate: float, runtime: Runtime
 ) -> torch.optim.Optimizer:
-    """torch's AdamW over the adapter's parameters, with its fused kernel where the device has one.
+    """Make torch's AdamW over the adapter's parameters, with its fused kernel if the device has one.
 
     As in transformers' Trainer, biases and the weights of norms do not decay. States are allocated here, when the arm is added, so
-    that the first step needs no new memory.
+    that the first step needs no additional memory.
     """
     fused, settings = _is_fused(parameters[0]), runtime.settings
     decayed = set(get_parameter_names(runtime.model, [torch.nn.LayerNorm], NO_DECAY_PATTERNS))  # type: ignore[no-untyped-call]
@@ -193,7 +193,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapp
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """`(tensors, state)` of the checkpoint; None if there is none or it is damaged (the trial then starts again)."""
+    """Load `(tensors, state)` of a checkpoint; None if it does not exist or is damaged (the trial then starts from step 0)."""
     if not path.exists():
         return None
     try:
@@ -208,7 +208,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 
 
 def _compute_checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """CRC-32 in hex over the state and every tensor's name, shape and bytes."""
+    """Compute the CRC-32 in hex over the state and every tensor's name, shape and bytes."""
     checksum = zlib.crc32(state.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,8 +1,9 @@
-"""The pace of a training on this device, from a few real steps of scratch adapters: what a selection will take, and how many
+"""The speed of training on this device, measured on a few real steps: predicts the time of a selection and chooses how many
 adapters to train in one pass.
 
-As many share a pass as fit by the plan and make a step of an arm faster. On a CPU a larger batch hardly lowers the time per example, so arms train one after the other unless the settings give a
-number. On an accelerator the time of a step is measured at 1, 2, 4, … adapters until doubling no longer pays or fits.
+Adapters share a pass as long as memory allows it and the time per arm falls. On a CPU a larger batch hardly lowers the time per
+example, so arms are trained one after the other unless the settings give a number. On an accelerator the time of a step is measured
+with 1, 2, 4, … adapters until doubling no longer pays or no longer fits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """The seconds of a training of one rank on this device, from a few real steps."""
+    """The seconds of a training of one rank on this device, measured on a few real steps."""
 
     rank: int
     batches: list[list[int]]  # training examples of each timed step
@@ -48,20 +49,35 @@ class Pace:
     parameters_per_rank: int  # parameters of the adapter, by rank
 
     def seconds(self, rank: float, trainings: float, arms: int, num_evaluations: int) -> float:
-        """Of a selection of so many whole trainings, among `arms` arms, one after the other, at the pace of `rank`.
+        """Predict the seconds of a selection.
 
         A step multiplies the adapted matrices forward and backward, and the adapter a third time for its gradients. Loading,
         checkpoints, samples and the report are not counted.
+
+        Args:
+            rank: the (mean) rank of the trainings.
+            trainings: the number of full trainings, one after the other.
+            arms: the number of arms, including those that stop early or are truncated.
+            eval_points: the number of evaluations during a training.
         """
-        training_cost, measured_cost = (2 * self.matrix_elements + 3 * self.parameters_per_rank * count for count in (rank, self.rank))
-        num_end_evaluations = max(0.0, arms - 1 - trainings)  # evaluations of arms that are stopped early, or truncated from another
-        evaluations = training_cost / measured_cost * (trainings * (1 + self.subset_fraction * (num_evaluations - 1)) + num_end_evaluations) + RUN_EVALUATIONS
+        training_cost, measured_cost = (
+            2 * self.matrix_elements + 3 * self.parameters_per_rank * count for count in (rank, self.rank)
+        )
+        num_end_evaluations = max(
+            0.0, arms - 1 - trainings
+        )  # evaluations of arms that are stopped early, or truncated from another
+        evaluations = (
+            training_cost
+            / measured_cost
+            * (trainings * (1 + self.subset_fraction * (num_evaluations - 1)) + num_end_evaluations)
+            + RUN_EVALUATIONS
+        )
         steps = training_cost / measured_cost * trainings * self.training_seconds
         return steps + evaluations * self.evaluation_seconds + self.cache_seconds
 
 
 def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
-    """Train a scratch adapter of `arm` for a few steps and evaluate it on a batch; None where memory runs out."""
+    """Train a temporary adapter of `arm` for a few steps and evaluate it on a batch; return None if memory runs out."""
     with catch_out_of_memory():
         return _time_training(runtime, arm)
     free_memory(runtime.loaded.device)
@@ -76,7 +92,10 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
     train_indices = [index for indices in plan for index in indices]
     fill_seconds, num_filled = _time_task(runtime, lambda: runtime.fill_caches("train", train_indices))
     runtime.fill_caches("validation", eval_indices)
-    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.use_gradient_checkpointing():
+    with (
+        MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
+        runtime.use_gradient_checkpointing(),
+    ):
         parameters = multi_lora.add(SCRATCH, arm, runtime.make_config(arm))
         schedule = make_schedule(runtime.settings, arm.steps)
         optimizer = ArmOptimizer(runtime, parameters, arm.learning_rate, plan, schedule)
@@ -90,12 +109,16 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
         eval_seconds = _time_task(runtime, evaluate)[0]
     timed_steps = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
     num_held_out = len(runtime.data.splits["validation"])
-    examples = len({index for indices in full_plan for index in indices}) + num_held_out + len(runtime.data.splits["test"])
+    examples = (
+        len({index for indices in full_plan for index in indices}) + num_held_out + len(runtime.data.splits["test"])
+    )
     return Pace(
         arm.rank,
         plan[timed_steps],
         eval_indices,
-        training_seconds=sum(seconds[timed_steps]) * _count_positions(runtime, full_plan) / _count_positions(runtime, plan[timed_steps]),
+        training_seconds=sum(seconds[timed_steps])
+        * _count_positions(runtime, full_plan)
+        / _count_positions(runtime, plan[timed_steps]),
         evaluation_seconds=eval_seconds * num_held_out / len(eval_indices),
         subset_fraction=min(1.0, EVAL_SUBSET_SIZE / num_held_out),
         cache_seconds=fill_seconds * examples / num_filled if num_filled else 0.0,
@@ -105,7 +128,7 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
 
 
 def _count_positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:
-    """The positions that the model computes in these steps, padding included."""
+    """Count the positions that the model computes in these steps, including padding."""
     train, size = runtime.data.splits["train"], runtime.settings.batch_size
     if runtime.fast_paths.sequence_packing:
         return sum(int(train.lengths[batch].sum()) for batch in batches)
@@ -117,11 +140,11 @@ def _count_positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:
 def choose_adapters_per_pass(
     runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], limit: int | None = None
 ) -> int:
-    """The number of arms to train in one pass.
+    """Choose the number of arms to train in one pass.
 
     Args:
-        notice: receives a line where the number is lower than the settings ask for.
-        limit: the largest number that fits in memory by the plan; None if the plan does not say.
+        notice: receives a message if the number is lower than the settings request.
+        limit: the largest number that fits in memory according to the plan; None if the plan does not say.
     """
     requested = runtime.settings.adapters_per_pass
     on_cpu = runtime.loaded.device.type == "cpu"
@@ -140,7 +163,7 @@ def choose_adapters_per_pass(
 
 
 def find_multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
-    """The reason why two arms can't share a pass over this model, found on a batch of real data; None if they can."""
+    """Return the reason why two arms cannot share a pass over this model, tested on a batch of real data; None if they can."""
     reason = runtime.targets.unshared_reason
     if reason is not None:
         return reason
@@ -158,7 +181,7 @@ def find_multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | Non
 
 
 def _find_fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
-    """Double the number of adapters up to `limit` while that pays; running out of memory ends the search."""
+    """Double the number of adapters up to `limit` while that saves time; stop when memory runs out."""
     best, count = _measure_seconds_per_arm(runtime, arms[:1]), 1
     while count * 2 <= min(limit, len(arms)):
         with catch_out_of_memory() as reasons:
@@ -170,8 +193,11 @@ def _find_fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_
 
 
 def _measure_seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
-    """The shortest of a few passes, forward and backward, over scratch adapters of these arms."""
-    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.use_gradient_checkpointing():
+    """Return the time of the fastest of a few passes, forward and backward, over temporary adapters of these arms, per arm."""
+    with (
+        MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
+        runtime.use_gradient_checkpointing(),
+    ):
         for number, arm in enumerate(arms):
             multi_lora.add(f"scratch_{number}", arm, runtime.make_config(arm))
         batch = runtime.make_batch("train", runtime.plan_batches(arms[0].seed)[0][: runtime.settings.batch_size])
@@ -182,7 +208,7 @@ def _measure_seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
 
 
 def _compute_probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Example losses of two arms with random adapters on two batches: in one pass, and in a pass each."""
+    """Compute example losses of two arms with random adapters on two batches: in one shared pass, and in one pass each."""
     names = [f"scratch_{number}" for number in range(len(arms))]
     generator = torch.Generator().manual_seed(0)
     with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora:
@@ -202,7 +228,7 @@ def _compute_probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.
 
 
 def _time_task(runtime: Runtime, task: Callable[[], Result]) -> tuple[float, Result]:
-    """`(seconds, result)` of the work, until the device has done what was sent to it."""
+    """Return `(seconds, result)` of a task, including the work that it queued on the device."""
     start_time = time.perf_counter()
     result = task()
     if runtime.loaded.device.type == "cuda":

@@ -1,7 +1,7 @@
 """The frozen prefix: hidden states of the blocks below the adapters, computed once and cached.
 
 The blocks below the first adapted one give the same hidden states in every arm and every step. They are computed at first
-use, in fixed groups of examples (so that a resumed run reads the same bits), and stored without padding in one flat tensor:
+use, in fixed batches of examples (so that a resumed run reads the same bits), and stored without padding in one flat tensor:
 in memory if it is small, otherwise in a memory-mapped file. During training the lower blocks return the stored states. The
 model's own code still computes embeddings, masks and positions, so this works for any stack of blocks that take and return
 hidden states. `fast_paths.py` checks on real data that the losses stay the same.
@@ -37,7 +37,7 @@ def _stop_forward(_module: Any, _inputs: Any, output: Any) -> None:
 
 @dataclass(slots=True)
 class _StoredStates:
-    """Hidden states of one split: a flat [tokens, d] tensor of the expected examples; any others are kept apart."""
+    """Hidden states of one split: a flat [tokens, d] tensor of the expected examples, and single tensors of other examples."""
 
     examples: Sequence[EncodedExample]
     offsets: dict[int, int]  # of the expected examples, in tokens
@@ -46,7 +46,7 @@ class _StoredStates:
     extra_states: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def get_states(self, index: int) -> torch.Tensor:
-        """[tokens of the example, d]"""
+        """Return the hidden states of an example [tokens, d]."""
         if index in self.extra_states:
             return self.extra_states[index]
         assert self.hidden is not None
@@ -55,7 +55,7 @@ class _StoredStates:
 
 
 class FrozenPrefix:
-    """The lowest blocks of a model, computed once per example: in the groups given, an example in none of them alone."""
+    """The lowest blocks of a model, computed once per example in fixed batches. An unexpected example is computed alone."""
 
     def __init__(
         self,
@@ -79,14 +79,14 @@ class FrozenPrefix:
         self._returns_tuple = False
 
     def compute_missing(self, model: Any, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
-        """Compute the missing groups of the examples in `wanted`; yields the number of examples in each."""
+        """Compute the missing batches of the examples at `indices`; yield the number of examples in each."""
         for group in self.batches[split].missing(indices):
             self._compute(model, self._stores[split], split, group)
             yield len(group)
 
     @contextmanager
     def serve_states(self, model: Any, split: SplitName, batch: Batch) -> Iterator[None]:
-        """Within the block, the lower blocks return the stored hidden states of `batch`; `model` is the bare base."""
+        """Let the lower blocks return the stored hidden states of `batch` within the block; `model` is the bare base."""
         store = self._stores[split]
         deque(self.compute_missing(model, split, batch.indices), maxlen=0)
         distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass share examples
@@ -94,7 +94,9 @@ class FrozenPrefix:
         numbers = [distinct.index(index) for index in batch.indices]
         if batch.lengths is None:
             lengths = [[len(ids) for ids, _ in store.examples[index].sequences()] for index in distinct]
-            sequences = [sequence for row, split in zip(rows, lengths, strict=True) for sequence in torch.split(row, split)]
+            sequences = [
+                sequence for row, split in zip(rows, lengths, strict=True) for sequence in torch.split(row, split)
+            ]
             hidden = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(self._device)
             each = len(sequences) // len(rows)  # sequences of an example
             order = [each * number + sequence for number in numbers for sequence in range(each)]
@@ -144,7 +146,7 @@ class FrozenPrefix:
 
 @torch.no_grad()
 def capture_output(model: Any, blocks: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
-    """What the last of some blocks returns in a pass of the model, which ends there."""
+    """Run the model up to the last of these blocks and return that block's output."""
     handle = blocks[-1].register_forward_hook(_stop_forward)
     try:
         model(**inputs)
@@ -155,7 +157,7 @@ def capture_output(model: Any, blocks: Sequence[Any], inputs: Mapping[str, Any])
 
 
 def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
-    """The name and the list of a model's transformer blocks; None if it has no such list or more than one."""
+    """Return the name and the list of a model's transformer blocks; None if it has no such list or more than one."""
     stacks = [
         (name, module)
         for name, module in model.named_modules()
@@ -167,7 +169,7 @@ def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
 
 
 def find_frozen_blocks(model: Any, trainable: Sequence[str]) -> list[Any]:
-    """The blocks below everything that trains, but the last; none if an embedding below them trains."""
+    """Find the blocks below every trainable module, except the last block; return none if an embedding below them is trainable."""
     stack = find_blocks(model)
     if stack is None:
         return []

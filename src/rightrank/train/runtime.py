@@ -48,12 +48,12 @@ MOMENT_STEPS_FRACTION = 0.1  # of a training's steps: the examples that follow i
 
 
 class Runtime:
-    """Built once per run; `losses` and `evaluate` work with and without an adapter on the base.
+    """The base and the data of a run. It is built once; its methods work with and without an adapter on the base.
 
     Args:
         steps: optimizer steps of an arm.
         cache_folder: the folder for the hidden states of the frozen prefix.
-        targets: of these settings, where they are known already.
+        targets: the targets of these settings, if they are already known.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Runtime:
             self._reference = Reference(self._make_cache_batches(), self._compute_log_probabilities)
 
     def prepare(self, on_progress: Callable[[Evaluating], None], should_stop: Callable[[], bool]) -> None:
-        """Compute what the base alone gives for the training examples that the arms will use, and report progress.
+        """Compute the results of the base alone for the training examples that the arms will use, and report progress.
 
-        That is the frozen prefix, and the reference of preference pairs.
+        These are the states of the frozen prefix, and the reference log-probabilities of preference pairs.
 
         Raises:
             InterruptedRun: `should_stop` returned True.
@@ -104,26 +104,30 @@ class Runtime:
                 num_done += count
                 seconds = time.perf_counter() - start_time
                 description = "frozen layers, once for all trials"
-                on_progress(Evaluating(what=description, examples=num_done, total_examples=len(expected), seconds=seconds))
+                on_progress(
+                    Evaluating(what=description, examples=num_done, total_examples=len(expected), seconds=seconds)
+                )
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")
 
     def fill_caches(self, split: SplitName, indices: Iterable[int]) -> int:
-        """Compute what the base alone gives for these examples, in the groups in which it is computed on demand.
+        """Compute the results of the base alone for these examples, in the batches in which they are computed on demand.
 
-        Returns the number of examples in the groups that were missing.
+        Returns:
+            The number of examples in the batches that were missing.
         """
         with self.fast_paths.use_attention():
             return sum(self._fill_in_batches(split, set(indices)))
 
     def _fill_in_batches(self, split: SplitName, expected: set[int]) -> Iterator[int]:
-        """Yield the number of examples after each group; a reference is computed from the prefix."""
+        """Yield the number of examples after each batch. Reference log-probabilities are computed from the prefix."""
         if self._reference is not None:
             yield from self._reference.compute_missing(split, expected)
         elif self.fast_paths.prefix is not None:
             yield from self.fast_paths.prefix.compute_missing(self.model, split, expected)
 
     def make_batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
+        """Collate the examples at `indices` on the device, with the reference log-probabilities of preference pairs."""
         batch = self._collate(split, indices)
         return batch if self._reference is None else replace(batch, reference=self._reference.of(split, indices))
 
@@ -132,15 +136,15 @@ class Runtime:
 
     @torch.no_grad()
     def _compute_log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
-        """[s]: of the labels of each sequence under the base, whatever adapter it carries."""
+        """Compute the log-probability of each sequence's labels [s] under the base, whichever adapter it carries."""
         batch = self._collate(split, indices)
         with use_adapter(self.model, None), self.fast_paths.apply(self.model, split, batch) as rows:
             return -self._likelihood(self.model, rows, 1.0).example_losses
 
     def plan_batches(self, seed: int, steps: int | None = None) -> list[list[int]]:
-        """The training batches of every arm of `seed`: one list of example indices per optimizer step.
+        """Return the training batches of every arm of `seed`: one list of example indices per optimizer step.
 
-        A plan of more steps begins with the plan of fewer.
+        A plan with more steps begins with the plan with fewer steps.
         """
         steps = self.steps if steps is None else steps
         return plan_batches(len(self.data.splits["train"]), self.settings.examples_per_step, steps, seed)
@@ -148,7 +152,7 @@ class Runtime:
     def compute_losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None = None, *, backward: bool = False
     ) -> BatchLoss:
-        """The loss of `batch` under the adapters that the base now carries, with the backward pass where asked."""
+        """Compute the loss of `batch` with the current adapters, and run the backward pass if requested."""
         with self.fast_paths.apply(self.model, split, batch, routing) as rows:
             result = self.objective(self.model, rows, scale)
             if backward:
@@ -156,7 +160,7 @@ class Runtime:
         return result
 
     def accumulate_gradients(self, multi_lora: MultiLora, arm_batches: Sequence[ArmBatch]) -> list[torch.Tensor]:
-        """One forward and backward pass over every arm's training batch; the example losses [b] of each arm.
+        """Run one forward and backward pass over every arm's training batch; return the example losses [b] of each arm.
 
         Gradients are added to the arms' tensors.
         """
@@ -180,7 +184,7 @@ class Runtime:
 
     @torch.no_grad()
     def evaluate(self, split: SplitName, indices_to_score: Sequence[int] | None = None) -> Scores:
-        """Scores of every example of a split, or of those at `only`, without adapter dropout.
+        """Score every example of a split, or those at `indices_to_score`, without adapter dropout.
 
         Batches have a fixed composition. Examples that are left out have zeros.
         """
@@ -189,9 +193,13 @@ class Runtime:
 
     @torch.no_grad()
     def evaluate_adapters(
-        self, split: SplitName, multi_lora: MultiLora | None, adapters: Sequence[str], indices_to_score: Sequence[int] | None = None
+        self,
+        split: SplitName,
+        multi_lora: MultiLora | None,
+        adapters: Sequence[str],
+        indices_to_score: Sequence[int] | None = None,
     ) -> list[Scores]:
-        """As `evaluate`, for several adapters in one pass over the split; without `multi_lora`, for what the base now carries."""
+        """Score several adapters in one pass over the split, as `evaluate` does. Without `multi_lora`, score the current adapter."""
         examples, names = self.data.splits[split], EXAMPLE_METRICS.get(self.data.summary.form, ())
         batches = batch_by_length(examples, self.settings.eval_batch_size)
         if indices_to_score is not None:
@@ -218,24 +226,24 @@ class Runtime:
         return scores
 
     def make_config(self, arm: Arm) -> LoraConfig:
-        """PEFT's configuration of the arm."""
+        """Return PEFT's configuration of the arm."""
         targets, classification = self.targets, self.data.is_classification
         return make_lora_config(self.settings, arm, classification, targets.names, targets.parameters)
 
     def use_gradient_checkpointing(self) -> AbstractContextManager[None]:
-        """Gradient checkpointing, if the settings ask for it."""
+        """Return a context that enables gradient checkpointing if the settings request it."""
         return enable_gradient_checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext()
 
     @contextmanager
     def disable_dropout(self) -> Iterator[None]:
-        """Within the block, adapters drop nothing out."""
+        """Disable the dropout of adapters within the block."""
         dropouts = [module for module in self.model.modules() if isinstance(module, torch.nn.Dropout)]
         with set_training_mode(False, [module for module in dropouts if module.training]):
             yield
 
     @torch.no_grad()
     def _can_see_later_tokens(self, probe: Batch) -> bool:
-        """Whether a language model sees the labels that it predicts; the first passes of the base, one over the longest example.
+        """Return whether a language model sees the labels that it predicts. This runs the base's first passes, on the longest example too.
 
         Raises:
             ModelError: the base's own code fails.
@@ -257,19 +265,22 @@ class Runtime:
             ) from error
 
     def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
-        """Sequence packing is checked on the longest example of all, with the shortest and the median of its split.
+        """Find the fast paths of the model.
 
-        The frozen prefix is the blocks below everything trainable.
+        Sequence packing is checked on the longest example of all, with the shortest and the median of its split. The frozen prefix
+        consists of the blocks below all trainable modules.
         """
         settings = self.settings
         trainable = [*(module.name for module in self.targets.modules), *settings.modules_to_save]
         blocks = find_frozen_blocks(self.model, trainable) if settings.cache_prefix else []
         device = self.loaded.device
-        prefix = FrozenPrefix(blocks, self._make_cache_batches(), self._pad_id, device, cache_folder) if blocks else None
+        prefix = (
+            FrozenPrefix(blocks, self._make_cache_batches(), self._pad_id, device, cache_folder) if blocks else None
+        )
         return find_fast_paths(self.model, self._likelihood, self._make_longest_batch(with_shorter=True), probe, prefix)
 
     def _make_longest_batch(self, with_shorter: bool = False) -> Batch:
-        """The longest example of all; with `beside`, the shortest and the median of its split too."""
+        """Collate the longest example of all; with `with_shorter`, also the shortest and the median of its split."""
         split, longest = max(self.data.splits.items(), key=lambda item: int(item[1].lengths.max(initial=0)))
         by_length: list[int] = np.argsort(longest.lengths, kind="stable").tolist()
         return self._collate(
@@ -277,29 +288,32 @@ class Runtime:
         )
 
     def _make_cache_batches(self) -> dict[SplitName, CacheBatches]:
-        """The examples that the arms will use, in the groups in which what the base alone gives is computed."""
+        """Return the batches in which results of the base alone are computed for the examples that the arms will use."""
         return {
             split: CacheBatches(examples, self._find_expected_examples(split), self.settings.eval_batch_size)
             for split, examples in self.data.splits.items()
         }
 
     def _find_expected_examples(self, split: SplitName) -> set[int]:
-        """The indices of a split's examples that the arms will use."""
+        """Return the indices of a split's examples that the arms will use."""
         if split != "train":
             return set(range(len(self.data.splits[split])))
         extended_steps = self.steps + math.ceil(MOMENT_STEPS_FRACTION * self.steps)
-        plans = [self.plan_batches(self.settings.seeds[0], extended_steps), *map(self.plan_batches, self.settings.seeds[1:])]
+        plans = [
+            self.plan_batches(self.settings.seeds[0], extended_steps),
+            *map(self.plan_batches, self.settings.seeds[1:]),
+        ]
         return {index for plan in plans for indices in plan for index in indices}
 
     def expect_examples(self, split: SplitName, indices: Sequence[int]) -> None:
-        """Announce examples that will be used, so that their frozen layers are computed in groups and not one by one."""
+        """Announce examples that will be used, so that their frozen layers are computed in batches and not one by one."""
         for computed in (self.fast_paths.prefix, self._reference):
             if computed is not None:
                 computed.batches[split].expect(indices)
 
 
 def build_causality_error(name: str) -> ModelError:
-    """The refusal of an encoder as a language model."""
+    """Build the error for an encoder that is given as a language model."""
     return ModelError(
         f"{name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
         "give a causal model, or `text` and `label` to train a classifier"
@@ -308,10 +322,13 @@ def build_causality_error(name: str) -> ModelError:
 
 @contextmanager
 def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
-    """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends; None: the base alone.
+    """Attach an adapter folder to the runtime's base and yield the PeftModel. The base is restored when the block ends.
+
+    Args:
+        folder: the adapter folder; None yields the base alone.
 
     Raises:
-        ModelError: PEFT cannot attach this adapter to this base, or the adapter is of another task than the data.
+        ModelError: PEFT cannot attach this adapter to this base, or the adapter's task is not that of the data.
     """
     if folder is None:
         yield runtime.model
@@ -333,7 +350,7 @@ def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
 
 
 def _require_task(runtime: Runtime, folder: Path) -> None:
-    """Refuse an adapter of a language model for a classifier, and the reverse: PEFT fails on them in its own way."""
+    """Raise if an adapter of a language model meets classification data, or the reverse; PEFT's own errors would not explain this."""
     file = folder / CONFIG_FILE
     task = read_json_object(file).get("task_type") if file.is_file() else None
     if task == "CAUSAL_LM" and runtime.data.is_classification:

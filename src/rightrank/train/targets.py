@@ -64,13 +64,17 @@ class Targets:
         return f"{kind.label} runs through PEFT's own forward pass, one adapter at a time ({kind.unshared_reason})"
 
     def tied_weights_note(self, model: Any, modules_to_save: Sequence[str]) -> str:
-        """What is to be known where the adapters train one of two modules of the base that share a weight; empty elsewhere."""
+        """Return a note if the adapters train one of two modules of the base that share a weight; otherwise an empty string."""
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head is None or getattr(head, "weight", None) is not getattr(embeddings, "weight", head):
             return ""
         target_names = [module.name for module in self.modules]
-        shared_names = [name for name, module in model.named_modules(remove_duplicate=False) if module in (embeddings, head)]
-        tied_name = next((name for name in shared_names if name in target_names or name.split(".")[-1] in modules_to_save), None)
+        shared_names = [
+            name for name, module in model.named_modules(remove_duplicate=False) if module in (embeddings, head)
+        ]
+        tied_name = next(
+            (name for name in shared_names if name in target_names or name.split(".")[-1] in modules_to_save), None
+        )
         if tied_name is None:
             return ""
         return (
@@ -86,17 +90,17 @@ class Targets:
 
     @property
     def initial_values_note(self) -> str:
-        """What is to be known where the adapters take their first values out of the base; empty elsewhere."""
+        """Return a note if the adapters take their initial values from the base's weights; otherwise an empty string."""
         if self.init not in TAKEN_FROM_BASE:
             return ""
         return f"init_lora_weights {self.init}: an adapter that is trained at rank r loads on the base as a plain LoRA of rank 2r"
 
 
 def find_targets(model: Any, settings: SelectSettings, is_classification: bool) -> Targets:
-    """The modules that PEFT adapts under these settings.
+    """Find the modules that PEFT adapts under these settings.
 
     Raises:
-        ModelError: a name matches no module, a layer does not exist, PEFT can't adapt a module, or a rank in
+        ModelError: a name matches no module, a layer does not exist, PEFT cannot adapt a module, or a rank in
             `settings.ranks` is above the largest rank of some matrix.
     """
     require_targets(model, settings, is_classification)
@@ -122,19 +126,22 @@ def find_targets(model: Any, settings: SelectSettings, is_classification: bool) 
         _require_trainable(module, skeleton)
         _require_initial_values(module, skeleton, settings.init_lora_weights)
         require_ranks(module, settings.ranks)
-    skipped_parameters = tuple(name for name in added_parameters if not any(parameter.endswith(name) for parameter in settings.target_parameters))
+    skipped_parameters = tuple(
+        name
+        for name in added_parameters
+        if not any(parameter.endswith(name) for parameter in settings.target_parameters)
+    )
     return Targets(tuple(sorted(names)), modules, tuple(parameters), skipped_parameters, settings.init_lora_weights)
 
 
 def require_targets(model: Any, settings: PeftFields, is_classification: bool) -> None:
-    """Check that a stated task is that of the data, and that every name of modules and parameters matches one, in layers that the
-    model has and the settings name.
+    """Check that the task fits the data and that every name of modules and parameters matches one in the layers of the settings.
 
-    PEFT accepts a list if one of its names matches, and takes a module by its whole name from any layer.
+    PEFT accepts a list if one of its names matches, and accepts the full name of a module in any layer.
 
     Raises:
-        ModelError: another task; a name that matches nothing, with the names that there are; a module of another layer; no such
-            layer.
+        ModelError: the task differs; a name matches nothing (the message lists the names that exist); a module is in another layer; a
+            layer does not exist.
     """
     task, stated_task = _get_task_type(is_classification).value, settings.stated.get("task_type")
     if stated_task not in (None, task):
@@ -170,7 +177,7 @@ def require_targets(model: Any, settings: PeftFields, is_classification: bool) -
 
 
 def find_target_parameters(model: Any, settings: PeftFields) -> list[str]:
-    """`target_parameters` in the layers of the settings: full names, since PEFT looks at the layers of modules alone."""
+    """Return the full names of `target_parameters` in the layers of the settings; PEFT checks the layers of modules only."""
     targets, layers = settings.target_parameters, settings.layers_to_transform
     if layers is None or not targets:
         return list(targets)
@@ -179,16 +186,18 @@ def find_target_parameters(model: Any, settings: PeftFields) -> list[str]:
 
 
 def _parse_layer(name: str) -> int | None:
-    """The first number in a name of several parts."""
+    """Return the first number among the components of a module's name."""
     match = re.match(r".*?\.(\d+)\.", name)
     return None if match is None else int(match[1])
 
 
-def resolve_target_names(model: Any, settings: PeftFields, is_classification: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of `target_modules`, and the parameters that PEFT's `all-linear` adds to them.
+def resolve_target_names(
+    model: Any, settings: PeftFields, is_classification: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of `target_modules`, and the parameters that PEFT's `all-linear` adds to them.
 
-    `all-linear` is resolved by PEFT, in the layers of the settings: every linear module but the output head and those of Mamba
-    whose weights its kernels read past an adapter, and the parameters of fused experts.
+    PEFT resolves `all-linear` within the layers of the settings: every linear module except the output head and the Mamba modules
+    whose weights its kernels read directly, and the parameters of fused experts.
     """
     if settings.target_modules != (ALL_LINEAR,):
         return settings.target_modules, ()
@@ -206,9 +215,10 @@ def resolve_target_names(model: Any, settings: PeftFields, is_classification: bo
 
 
 def find_unadaptable_names(model: Any, is_classification: bool) -> list[str]:
-    """Names of linear modules that PEFT's `all-linear` names and can't adapt.
+    """Return names of linear modules that PEFT's `all-linear` includes but cannot adapt.
 
-    Those are Mamba's, and of a classifier what ends with the name of its head, which PEFT trains whole (DistilBERT's pre_classifier).
+    These are Mamba's, and for a classifier every name that ends with the name of its head, which PEFT trains fully (for example
+    DistilBERT's pre_classifier).
     """
     names = list(MAMBA_KERNEL_MODULES) if getattr(model.config, "model_type", None) in MAMBA_MODEL_TYPES else []
     if is_classification:
@@ -220,7 +230,7 @@ def find_unadaptable_names(model: Any, is_classification: bool) -> list[str]:
 
 
 def _is_in_layers(name: str, settings: PeftFields) -> bool:
-    """Whether PEFT's layer test accepts a module of this name; without `layers_to_transform` it accepts any."""
+    """Return whether PEFT's layer test accepts a module of this name. Without `layers_to_transform` it accepts any."""
     layers = settings.layers_to_transform
     if layers is None:
         return True
@@ -231,13 +241,13 @@ def _is_in_layers(name: str, settings: PeftFields) -> bool:
 
 
 def _make_skeleton(model: Any) -> Any:
-    """The model's modules without weights."""
+    """Build the model's modules without weights."""
     with torch.device("meta"):
         return type(model)(model.config)
 
 
 def find_adapted_matrices(model: Any) -> Iterator[TargetModule]:
-    """Every matrix that PEFT adapted in `model`, by its name in the base."""
+    """Yield every matrix that PEFT adapted in `model`, with its name in the base."""
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -247,7 +257,7 @@ def find_adapted_matrices(model: Any) -> Iterator[TargetModule]:
 
 
 def _require_trainable(module: TargetModule, skeleton: Any) -> None:
-    """Refuse a kind that `select` does not train, and a layer that returns more than its product, as Llama-4's router."""
+    """Raise for a kind that `select` cannot train, and for a layer that returns more than its product, such as Llama 4's router."""
     if module.kind.unselectable_reason is not None:
         raise ModelError(
             f"{module.name} is {module.kind.label}: {module.kind.unselectable_reason}; leave it out with exclude_modules"
@@ -263,7 +273,7 @@ def _require_trainable(module: TargetModule, skeleton: Any) -> None:
 
 
 def _require_initial_values(module: TargetModule, skeleton: Any, init_method: str) -> None:
-    """Refuse first values that PEFT does not give to such a module, or that it takes from weights that are stored in few bits."""
+    """Raise if PEFT does not support these initial values for the module, or if they need weights that are stored in few bits."""
     if init_method in ("default", "gaussian"):
         return
     problem = "" if isinstance(module.kind, Linear) else f"is {module.kind.label}, and PEFT has it for linear layers"
@@ -279,10 +289,10 @@ def _require_initial_values(module: TargetModule, skeleton: Any, init_method: st
 
 
 def require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
-    """Refuse a rank above the smaller side of the matrix.
+    """Raise if a rank is above the smaller side of the matrix.
 
     Raises:
-        ModelError: such a rank; the message names the matrix.
+        ModelError: a rank is too large; the message names the matrix.
     """
     too_large = [rank for rank in ranks if rank > target.max_rank]
     if too_large:
@@ -313,7 +323,7 @@ def make_lora_config(
     names: Sequence[str],
     parameters: Sequence[str] = (),
 ) -> LoraConfig:
-    """PEFT's configuration of one arm on the modules and parameters of these names."""
+    """Make PEFT's configuration of one arm for the modules and parameters of these names."""
     alpha, use_rslora = convert_scaling(settings.scaling, arm.lora_alpha, arm.rank)
     return LoraConfig(
         r=arm.rank,
@@ -329,7 +339,7 @@ def make_lora_config(
 
 
 def build_common_fields(settings: PeftFields, is_classification: bool) -> dict[str, Any]:
-    """The fields of PEFT's configuration that training and planning fill alike."""
+    """Return the fields of PEFT's configuration that training and planning share."""
     layers = settings.layers_to_transform
     return {
         "task_type": _get_task_type(is_classification),
@@ -344,7 +354,7 @@ def _get_task_type(is_classification: bool) -> TaskType:
 
 @contextmanager
 def suppress_peft_warnings() -> Iterator[None]:
-    """Within the block, PEFT's warnings that a user can't act on are off."""
+    """Suppress PEFT's warnings that a user cannot act on, within the block."""
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers 5 deprecates.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

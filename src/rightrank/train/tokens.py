@@ -1,7 +1,7 @@
-"""From examples to token ids and labels. A label is -100 wherever no loss is taken.
+"""Convert examples to token ids and labels. A label is -100 where no loss is computed.
 
-Prompt and completion are tokenised together, and the prompt is masked by character offsets: a token across the border
-counts as completion, and the ids are those that the model sees at inference.
+Prompt and completion are tokenised together, and the prompt is masked by character offsets. A token that crosses the border
+counts as completion. The token ids are those that the model sees at inference.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 
 EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
-MAX_CHARACTERS_PER_CALL = 2**13  # characters tokenised in one call: few enough that the collector of cycles seldom visits their offsets
+MAX_CHARACTERS_PER_CALL = (
+    2**13
+)  # characters tokenised in one call: few enough that the collector of cycles seldom visits their offsets
 CHARACTERS_PER_TEXT = 64  # characters that a text counts for beside its own
 
 
 def _count_example_labels(example: EncodedExample) -> int:
-    """The number of label tokens with a loss; a sequence has none at its first position, which nothing precedes."""
+    """Return the number of labels with a loss. A sequence has none at its first position, which no token precedes."""
     return sum(_count_labels(labels) for _, labels in example.sequences())
 
 
@@ -41,7 +43,7 @@ def _count_labels(labels: Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A text to tokenise, with labels on the tokens that end in one of `spans`."""
+    """A text to tokenise, with labels on the tokens that end within one of `spans`."""
 
     text: str
     spans: Sequence[tuple[int, int]] | None = None  # of characters; None: every token is a label
@@ -49,7 +51,7 @@ class _Text:
     adds_eos: bool = False  # with the end-of-sequence token, which is a label too
 
     def labels(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
-        """The label of each token, from its characters."""
+        """Return the label of each token, from its characters."""
         if self.spans is None:
             return list(ids)
         labels = [IGNORED] * len(ids)
@@ -65,7 +67,7 @@ PLACEHOLDER = "~rightrank~"  # in the place of a message's content, to see where
 
 
 class _UnlocatedAnswerError(DataError):
-    """What the chat template does by which an answer can't be trained on."""
+    """The chat template renders a conversation in a way that makes it impossible to locate an answer."""
 
 
 REWRITES_TURNS = "rewrites earlier turns, so the assistant's tokens can't be located"
@@ -78,14 +80,14 @@ class Chat:
         self._tokenizer = tokenizer
 
     def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = False, **mode: bool) -> str:
-        """The text of a conversation, with the template's prompt for an answer at its end where `prompt` is set."""
+        """Render a conversation as text, followed by the template's prompt for an answer if `prompt` is set."""
         text: str = self._tokenizer.apply_chat_template(
             [*messages], tokenize=False, add_generation_prompt=prompt, **mode
         )
         return text
 
     def find_span(self, messages: Sequence[Mapping[str, str]], text: str, index: int) -> tuple[int, int]:
-        """Where the answer at `index` is in the `whole` text of a conversation, without its header and with what ends the turn."""
+        """Find the answer at `index` in the `text` of a conversation: without its header, and with the end of its turn."""
         header, turn = self.render_header(messages[:index]), self.render(messages[: index + 1])
         if not text.startswith(turn):  # Phi-3's template ends a conversation with the end-of-sequence token
             turn = turn.removesuffix(self._tokenizer.eos_token or "")
@@ -94,9 +96,9 @@ class Chat:
         return self._find_marked_span(messages, text, index)
 
     def split_around_answer(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
-        """`(the prompt for the last message, what follows its content)`, as the model sees them in training.
+        """Return `(the prompt for the last message, the text after its content)`, as the model sees them in training.
 
-        The prompt is the header, with what the template writes before any answer, such as an empty reasoning.
+        The prompt consists of the header and the text that the template writes before any answer, such as an empty reasoning block.
         """
         text, last = self.render(messages), len(messages) - 1
         header = text[: self.find_span(messages, text, last)[0]]
@@ -108,23 +110,30 @@ class Chat:
         return prefix if is_complete else header, suffix if text.endswith(suffix) else ""
 
     def render_header(self, earlier: Sequence[Mapping[str, str]]) -> str:
-        """What precedes an assistant's answer to the `earlier` turns: their text and the prompt for an answer.
+        """Render the text before an assistant's answer to the `earlier` turns: their text and the prompt for an answer.
 
-        A template without such a prompt, and one with no earlier turn, writes two answers that differ: what precedes both is the
-        header, with the template's own system prompt.
+        If the template has no such prompt, or there is no earlier turn, two different answers are rendered. Their common beginning is
+        the header, including the template's own system prompt.
         """
         if earlier and self._answer_cue:
             return self.render(earlier, prompt=True)
-        common_text = _find_common_start(*(self.render([*earlier, {"role": "assistant", "content": letter}]) for letter in "AB"))
+        common_text = _find_common_start(
+            *(self.render([*earlier, {"role": "assistant", "content": letter}]) for letter in "AB")
+        )
         if self._answer_cue not in common_text:
             raise _UnlocatedAnswerError(REWRITES_TURNS)
-        return common_text[: common_text.rindex(self._answer_cue) + len(self._answer_cue)] if self._answer_cue else common_text.rstrip(" ")
+        return (
+            common_text[: common_text.rindex(self._answer_cue) + len(self._answer_cue)]
+            if self._answer_cue
+            else common_text.rstrip(" ")
+        )
 
     def _find_marked_span(self, messages: Sequence[Mapping[str, str]], text: str, index: int) -> tuple[int, int]:
-        """The same where the template writes the turns up to this one otherwise, as where it drops earlier reasoning.
+        """Find an answer when the template renders the turns up to it differently, for example because it drops earlier reasoning.
 
-        Marks in place of the content, and of the message before, show what the template writes around them. The header is what the
-        turn shares with the prompt for an answer, in one of the template's modes: all of that prompt, or all that precedes the content.
+        A placeholder replaces the content, and the content of the message before, to show the text that the template writes around them.
+        The header is the common text of the turn and the prompt for an answer in one of the template's modes: either the complete
+        prompt, or everything before the content.
         """
         if not index or not self._answer_cue:
             raise _UnlocatedAnswerError(REWRITES_TURNS)
@@ -141,7 +150,7 @@ class Chat:
         raise _UnlocatedAnswerError(REWRITES_TURNS)
 
     def _split_around(self, messages: Sequence[Mapping[str, str]], index: int, **options: bool) -> tuple[str, str]:
-        """What the template writes before and after the content of a message."""
+        """Return the text that the template writes before and after the content of a message."""
         marked = [*messages]
         marked[index] = {**messages[index], "content": PLACEHOLDER}
         text_sections = self.render(marked, **options).split(PLACEHOLDER)
@@ -150,7 +159,10 @@ class Chat:
         return text_sections[0], text_sections[1]
 
     def _measure_turn_end(self, messages: Sequence[Mapping[str, str]], suffix: str) -> int:
-        """Of what ends the last message, in the text `after` its content: as where no other follows, else a token of its own."""
+        """Return the length of the text that ends the last message, at the start of `suffix`.
+
+        It is the text that the template writes when no other message follows, or else a single added token.
+        """
         _, end = self._split_around(messages, len(messages) - 1)
         tokens = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
         ends = [end, end.removesuffix(self._tokenizer.eos_token or ""), *(tokens if end else ())]
@@ -161,7 +173,7 @@ class Chat:
 
     @cached_property
     def _answer_cue(self) -> str:
-        """The end of the prompt for an answer; empty for a template without one."""
+        """Return the end of the prompt for an answer; empty for a template without one."""
         plain, prompted = (self.render([{"role": "user", "content": "A"}], prompt) for prompt in (False, True))
         return prompted[len(_find_common_start(plain, prompted)) :]
 
@@ -171,7 +183,7 @@ def _find_common_start(*texts: str) -> str:
 
 
 class _Encoder:
-    """examples → (input_ids, labels), for one tokenizer and one form of data."""
+    """Encodes examples as (input_ids, labels), for one tokenizer and one form of data."""
 
     def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
         self._tokenizer, self._chat = tokenizer, Chat(tokenizer)
@@ -180,7 +192,7 @@ class _Encoder:
         self.is_classification = form == "classification"
 
     def __call__(self, examples: Iterable[Example]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
-        """Each example with its sequences: two of a preference pair, one of any other."""
+        """Yield each example with its sequences: two for a preference pair, one otherwise."""
         waiting: list[tuple[Example, list[_Text]]] = []
         size = 0
         for example in examples:
@@ -200,18 +212,20 @@ class _Encoder:
             yield example, _align_label_starts(sequences) if self.form == "preference" else sequences
 
     def _make_texts(self, example: Example) -> list[_Text]:
-        """The texts of an example's sequences."""
-        content, location = example.content, example.where
+        """Return the texts of an example's sequences."""
+        content, location = example.content, example.origin
         if self.form == "messages":
             return [self._make_conversation_text(content["messages"], 0, location)]
         if self.form == "preference":
-            return [self._make_answer_text(content["prompt"], content[name], location) for name in ("chosen", "rejected")]
+            return [
+                self._make_answer_text(content["prompt"], content[name], location) for name in ("chosen", "rejected")
+            ]
         if self.form == "prompt_completion" and (content["completion"] != "" or isinstance(content["prompt"], list)):
             return [self._make_answer_text(content["prompt"], content["completion"], location)]
         return [_Text(content.get("text", ""), adds_eos=not self.is_classification)]
 
     def _make_answer_text(self, prompt: Any, answer: Any, location: str) -> _Text:
-        """Prompt and answer as one text, with labels on the answer and on the end-of-sequence token after it."""
+        """Join prompt and answer in one text, with labels on the answer and on the end-of-sequence token after it."""
         if isinstance(prompt, list) and isinstance(answer, list):
             return self._make_conversation_text([*prompt, *answer], len(prompt), location)
         if isinstance(prompt, list) or isinstance(answer, list):
@@ -221,7 +235,7 @@ class _Encoder:
         return _Text(prompt + answer, [(len(prompt), len(prompt + answer))], adds_eos=True)
 
     def _make_conversation_text(self, messages: Sequence[Mapping[str, str]], first: int, location: str) -> _Text:
-        """Labels on every assistant turn from message `first` on, without its header, and on what ends the turn."""
+        """Render a conversation with labels on every assistant turn from message `first` on, without headers and with the ends of turns."""
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"{location}: the row has messages but the tokenizer has no chat template; give `prompt` and `completion` of text"
@@ -252,7 +266,9 @@ class _Encoder:
         return _Text(text, spans, adds_special_tokens=False)
 
     def _tokenise(self, texts: Iterable[_Text]) -> Iterator[EncodedSequence]:
-        for (special, has_spans), group in groupby(texts, key=lambda text: (text.adds_special_tokens, text.spans is not None)):
+        for (special, has_spans), group in groupby(
+            texts, key=lambda text: (text.adds_special_tokens, text.spans is not None)
+        ):
             similar_texts = list(group)
             if has_spans and not self._tokenizer.is_fast:
                 raise DataError(
@@ -277,7 +293,7 @@ class _Encoder:
                     yield [], []  # nothing is learned from an empty text
 
     def _append_eos(self, ids: list[int]) -> list[int]:
-        """`ids` with the end-of-sequence token, unless the tokenizer has none or has added it."""
+        """Return `ids` with the end-of-sequence token, unless the tokenizer has none or has already added it."""
         end = self._tokenizer.eos_token_id
         if end is None or not ids or ids[-1] == end:
             return list(ids)
@@ -285,12 +301,13 @@ class _Encoder:
 
 
 def _align_label_starts(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
-    """The chosen and the rejected answer of a preference pair with labels that begin at the same position, as in TRL.
+    """Let the labels of the chosen and the rejected answer of a preference pair begin at the same position, as in TRL.
 
-    Where a token across the border belongs to one answer alone, the other takes the prompt's last token as a label.
+    If a token that crosses the border belongs to one answer only, the other answer takes the prompt's last token as a label.
     """
     begins = [
-        next((position for position, label in enumerate(labels) if label != IGNORED), len(labels)) for _, labels in sequences
+        next((position for position, label in enumerate(labels) if label != IGNORED), len(labels))
+        for _, labels in sequences
     ]
     first = slice(min(begins), max(begins))
     for ids, labels in sequences:
@@ -306,7 +323,7 @@ EXAMPLE_METRICS: dict[str, tuple[str, ...]] = {  # that every evaluation gives f
 
 @dataclass(frozen=True, slots=True)
 class EncodedData:
-    """The encoded splits, and a summary of what was truncated and dropped."""
+    """The encoded splits, and a summary of truncated and dropped examples."""
 
     splits: Mapping[SplitName, TokenStore]
     texts: Mapping[SplitName, Sequence[Example]]  # the held-out examples, for generation
@@ -320,15 +337,17 @@ class EncodedData:
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens of the longest sequence."""
+        """Return the number of tokens of the longest sequence."""
         return max(int(examples.longest_sequences.max(initial=0)) for examples in self.splits.values())
 
     def loss_weight(self, example: EncodedExample) -> int:
-        """What an example counts in a mean loss: its labels, or 1 where the loss is one of the whole example."""
+        """Return the weight of an example in a mean loss: its number of labels, or 1 if the loss is one of the complete example."""
         return _count_example_labels(example) if self.summary.loss_kind == "token_loss" else 1
 
 
-def encode_splits(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:
+def encode_splits(
+    data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None
+) -> EncodedData:
     """Tokenise every split, into temporary files in `folder`.
 
     Raises:
@@ -382,7 +401,7 @@ class _SplitCounts:
 def _encode_split(
     encoder: _Encoder, examples: Iterable[Example], limit: int, counts: _SplitCounts
 ) -> Iterator[EncodedExample]:
-    """The examples within the limit, without those of which nothing can be learned there."""
+    """Yield the examples within the limit, except those without a label there."""
     for example, sequences in encoder(examples):
         counts.truncated += any(len(ids) > limit for ids, _ in sequences)
         truncated = [(ids[:limit], labels[:limit]) for ids, labels in sequences]
@@ -397,4 +416,4 @@ def _encode_split(
             counts.label_tokens += 1 if encoder.is_classification else _count_example_labels(encoded)
             yield encoded
             continue
-        counts.first_excluded = counts.first_excluded or example.where
+        counts.first_excluded = counts.first_excluded or example.origin

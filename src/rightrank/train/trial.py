@@ -36,6 +36,8 @@ DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before i
 
 @dataclass(frozen=True, slots=True)
 class TrialFolders:
+    """The paths of a trial's files."""
+
     checkpoint: Path  # file, while the trial runs
     adapter: Path  # folder, when it has finished
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
@@ -50,9 +52,9 @@ def format_adapter_name(trial: Trial) -> str:
 
 @dataclass(eq=False)
 class ArmTraining:
-    """One arm's optimizer, progress and checkpoint; the passes over the base are shared.
+    """The optimizer, progress and checkpoint of one arm; the passes over the base are shared.
 
-    A training is over when it is done, or when `ended` says how it ended without a result.
+    A training is over when `is_done` is true, or when `failure` says how it ended without a result.
     """
 
     _runtime: Runtime
@@ -89,7 +91,7 @@ class ArmTraining:
             set_peft_model_state_dict(multi_lora.peft_model, truncated, adapter_name=self.adapter)
 
     def _load_truncation(self, config: LoraConfig) -> dict[str, torch.Tensor]:
-        """The tensors of a truncation, whose ranks go into `config`; none for an arm that starts from its first draw."""
+        """Return the tensors of a truncation and put its ranks into `config`; return none if the arm does not start from a truncation."""
         folders, arm = self.folders, self.trial.arm
         if folders.truncate_from is None:
             return {}
@@ -98,9 +100,9 @@ class ArmTraining:
         return truncate_tensors(folders.truncate_from, arm.rank, config, moments)
 
     def _load_checkpoint(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None:
-        """This trial's checkpoint, else that of the trial that it resumes; None: from step 0.
+        """Load this trial's checkpoint, or the checkpoint of the trial that it resumes; None starts from step 0.
 
-        A missing checkpoint of the resumed trial costs its steps again and changes no result.
+        If the resumed trial's checkpoint is missing, its steps are trained again with the same result.
         """
         folders = self.folders
         sources = ((folders.checkpoint, self.trial.trial_id), (folders.continue_from, self.trial.arm.continue_from))
@@ -127,17 +129,17 @@ class ArmTraining:
 
     @property
     def uses_eval_subset(self) -> bool:
-        """Whether its next evaluation is a look, of the first `EVAL_SUBSET_SIZE` examples: only the end of a whole training scores all."""
+        """Return whether the next evaluation scores only the first examples. Only the end of a full training scores all examples."""
         return self.trial.arm.stop_at is not None or not self.is_done
 
     def arm_batch(self, batch: Batch, number: int) -> ArmBatch:
-        """What this arm adds to the pass over micro-batch `number` of the step."""
+        """Return this arm's rows of the pass over micro-batch `number` of the step."""
         per_step = self._settings.gradient_accumulation_steps
         dropout_seed = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + number
         return ArmBatch(self.adapter, batch, 1 / self.optimizer.labels, dropout_seed)
 
     def record_step(self, seconds: float) -> None:
-        """Report the step, or end a training whose loss is not finite or above `DIVERGENCE_FACTOR` times the base's."""
+        """Report the step. End the training if its loss is not finite or above `DIVERGENCE_FACTOR` times the base's."""
         progress = self.progress
         progress.train_seconds += seconds
         recent = progress.train_losses[-DIVERGENCE_WINDOW:]
@@ -157,7 +159,7 @@ class ArmTraining:
             )
 
     def record_scores(self, scores: Scores, seconds: float) -> None:
-        """Keep a held-out evaluation, or end a training whose loss is above `DIVERGENCE_FACTOR` times the base's."""
+        """Store the scores of an evaluation. End the training if its loss is above `DIVERGENCE_FACTOR` times the base's."""
         progress = self.progress
         progress.eval_seconds += seconds
         self._scores = scores
@@ -174,7 +176,7 @@ class ArmTraining:
                 self.optimizer.best = self.optimizer.parameters()
 
     def _find_best_point(self) -> EvalPoint:
-        """The evaluation with the best value, the earliest of equal ones."""
+        """Return the evaluation with the best value, the earliest of equal ones."""
         return best_point(self.progress.points, self._settings.is_higher_better(self._settings.points_metric))
 
     def _compare_with_base(self, loss: float, description: str) -> None:
@@ -186,7 +188,7 @@ class ArmTraining:
         self.failure = TrialDiverged(**self.trial.fields, step=self.progress.step, reason=reason)
 
     def _compute_point_value(self, scores: Scores) -> float:
-        """The value of an evaluation point: the deciding metric if it is measured at points, otherwise the loss."""
+        """Return the value of an evaluation: the deciding metric if it is measured during training, otherwise the loss."""
         name = self._settings.points_metric
         if name in scores.metrics:
             return scores.metrics[name]
@@ -195,7 +197,7 @@ class ArmTraining:
         return self._measured[1].values[name]
 
     def _measure_metrics(self) -> MetricResults:
-        """The metrics of answers and tasks under this arm alone, measured at most once per step."""
+        """Measure the metrics of answers and tasks with this arm's adapter alone, at most once per step."""
         if self._measured is not None and self._measured[0] == self.progress.step:
             return self._measured[1]
         start_time = time.perf_counter()
@@ -207,7 +209,7 @@ class ArmTraining:
         return metric_results
 
     def finish(self, peak_bytes: int) -> TrialFinished:
-        """Measure the end metrics, save the adapter, remove it from the base, and return the record.
+        """Measure the final metrics, save the adapter, remove it from the base, and return the record.
 
         The checkpoint stays until the caller has stored the record.
 
@@ -228,17 +230,23 @@ class ArmTraining:
         record = build_finished_trial(self.trial, self._settings.metric_name, scores, metric_results, self.progress)
         return record.model_copy(
             update={
-                "trainable_parameters": sum(parameter.numel() for parameter in self.optimizer.named_parameters.values()),
+                "trainable_parameters": sum(
+                    parameter.numel() for parameter in self.optimizer.named_parameters.values()
+                ),
                 "peak_bytes": peak_bytes,
                 "adapters_per_pass": len(self.pass_ranks),
                 "pass_ranks": self.pass_ranks,
                 "truncation": self._truncation,
             }
-            | ({} if best_evaluation is None else {"checkpoint_step": best_evaluation.step, "train_value": best_evaluation.train_value})
+            | (
+                {}
+                if best_evaluation is None
+                else {"checkpoint_step": best_evaluation.step, "train_value": best_evaluation.train_value}
+            )
         )
 
     def _restore_best(self) -> EvalPoint | None:
-        """Put the parameters of the best checkpoint in place; None where that is the last one."""
+        """Restore the parameters of the best evaluation; return None if the last evaluation is the best."""
         best = self._find_best_point()
         if best.step == self.progress.step:
             return None
@@ -254,7 +262,10 @@ class ArmTraining:
 
     @property
     def is_checkpoint_due(self) -> bool:
-        """True after `checkpoint_seconds`, or later where writing would take more than `MAX_CHECKPOINT_FRACTION` of the time."""
+        """Return whether to write a checkpoint now.
+
+        This is the case after `checkpoint_seconds`, or later if writing would take more than `MAX_CHECKPOINT_FRACTION` of the time.
+        """
         waited = time.perf_counter() - self._saved
         return waited > max(self._settings.checkpoint_seconds, self._save_seconds / MAX_CHECKPOINT_FRACTION)
 
@@ -266,8 +277,10 @@ class ArmTraining:
         self._save_seconds = self._saved - start_time
 
 
-def evaluate_adapters(runtime: Runtime, multi_lora: MultiLora, adapters: Sequence[str], is_subset: bool) -> list[Scores]:
-    """Scores of the validation split under each adapter: of its first `EVAL_SUBSET_SIZE` examples, or of all."""
+def evaluate_adapters(
+    runtime: Runtime, multi_lora: MultiLora, adapters: Sequence[str], is_subset: bool
+) -> list[Scores]:
+    """Score the validation split with each adapter: a subset of its first examples, or all of them."""
     if not is_subset:
         return runtime.evaluate_adapters("validation", multi_lora, adapters)
     subset = range(min(EVAL_SUBSET_SIZE, len(runtime.data.splits["validation"])))
@@ -275,8 +288,13 @@ def evaluate_adapters(runtime: Runtime, multi_lora: MultiLora, adapters: Sequenc
     return [scores.take_first(EVAL_SUBSET_SIZE) for scores in subset_scores]
 
 
-def build_finished_trial(trial: Trial, metric: str, scores: Scores, metric_results: MetricResults, progress: Progress) -> TrialFinished:
-    """The record of a trial as of the base, which trains nothing; where `metric` was not measured, its value is the loss."""
+def build_finished_trial(
+    trial: Trial, metric: str, scores: Scores, metric_results: MetricResults, progress: Progress
+) -> TrialFinished:
+    """Build the record of a trial that trained nothing, such as the base.
+
+    If `metric` was not measured, the value is the loss.
+    """
     metrics = scores.metrics | metric_results.values
     return TrialFinished(
         **trial.fields,

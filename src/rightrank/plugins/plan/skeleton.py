@@ -27,7 +27,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from rightrank.models.base_models import DTYPES, load_model_config, build_skeleton
+from rightrank.models.base_models import DTYPES, build_meta_model, load_model_config
 from rightrank.models.kinds.linear import store_initial_factors
 from rightrank.models.model_sources import require_model
 from rightrank.schema.errors import ModelError, first_line
@@ -153,7 +153,7 @@ def _build_base(config: Any, settings: PlanSettings) -> Any:
     if settings.num_labels is not None and getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need a padding token
     dtype, trust_remote_code = DTYPES[settings.dtype], settings.trust_remote_code
-    model = build_skeleton(
+    model = build_meta_model(
         unquantised_config, trust_remote_code, settings.num_labels, dtype=dtype, attn_implementation=attention
     )
     model.requires_grad_(False)
