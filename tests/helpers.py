@@ -25,7 +25,7 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path)
     splits = load_data(data, settings)
     loaded = load_base(str(model), settings, splits.summary.classes)
     encoded = encode_splits(splits, loaded, settings)
-    return Runtime(loaded, encoded, settings, settings.training_steps(len(encoded.splits["train"])), cache)
+    return Runtime(loaded, encoded, settings, settings.count_training_steps(len(encoded.splits["train"])), cache)
 
 
 @contextmanager

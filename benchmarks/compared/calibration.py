@@ -41,7 +41,7 @@ DIFFERENCES: dict[str, Draw] = {  # of mean 0
 }
 
 
-def shares(
+def count_verdicts(
     draw: Callable[[np.random.Generator], tuple[Floats, Floats, float]], seed: int, rounds: int
 ) -> dict[str, float]:
     """`draw` gives differences times weights, weights and the margin."""
@@ -53,7 +53,7 @@ def shares(
     return {name: round(count / rounds, 4) for name, count in counts.items()}
 
 
-def simulated(rounds: int) -> Iterator[dict[str, Any]]:
+def judge_simulated_pairs(rounds: int) -> Iterator[dict[str, Any]]:
     for name, of_kind in DIFFERENCES.items():
         for size in SIZES:
 
@@ -63,10 +63,10 @@ def simulated(rounds: int) -> Iterator[dict[str, Any]]:
                 weights = generator.integers(5, 40, size).astype(np.float64)
                 return (MARGIN + of_kind(generator, size)) * weights, weights, MARGIN
 
-            yield {"pairs": "simulated", "differences": name, "examples": size, **shares(draw, size, rounds)}
+            yield {"pairs": "simulated", "differences": name, "examples": size, **count_verdicts(draw, size, rounds)}
 
 
-def real_pairs() -> Iterator[tuple[str, Floats, Floats]]:
+def read_real_pairs() -> Iterator[tuple[str, Floats, Floats]]:
     """`(name, how much worse by example, weights)` of every two ranks of a grid at one learning rate and seed."""
     for file in ("real_grids.json", "seeded_grids.json"):
         for curve in json.loads((GRIDS / file).read_text(encoding="utf-8"))["curves"]:
@@ -78,17 +78,17 @@ def real_pairs() -> Iterator[tuple[str, Floats, Floats]]:
                 for seed, losses in by_seed.items()
             }
             for rate, seed, rank in sorted(cells):
-                others = [other for r, s, other in cells if (r, s) == (rate, seed) and other > rank]
-                for other in others:
-                    worse = cells[rate, seed, rank] - cells[rate, seed, other]
+                higher_ranks = [higher_rank for r, s, higher_rank in cells if (r, s) == (rate, seed) and higher_rank > rank]
+                for higher_rank in higher_ranks:
+                    worse = cells[rate, seed, rank] - cells[rate, seed, higher_rank]
                     worse = worse if worse.sum() > 0 else -worse
                     spread = float(np.std(worse / weights))
                     if worse.sum() / weights.sum() > MIN_SHARE * spread:
-                        yield f"{curve['id']} {rank} and {other} at {rate}, seed {seed}", worse, weights
+                        yield f"{curve['id']} {rank} and {higher_rank} at {rate}, seed {seed}", worse, weights
 
 
-def real(rounds: int) -> Iterator[dict[str, Any]]:
-    for number, (name, worse, weights) in enumerate(real_pairs()):
+def judge_real_pairs(rounds: int) -> Iterator[dict[str, Any]]:
+    for number, (name, worse, weights) in enumerate(read_real_pairs()):
         truth = float(worse.sum() / weights.sum())
         size = min(200, len(worse))
 
@@ -107,20 +107,20 @@ def real(rounds: int) -> Iterator[dict[str, Any]]:
             "pair": name,
             "examples": size,
             "margin": round(truth, 5),
-            **shares(draw, number, rounds),
+            **count_verdicts(draw, number, rounds),
         }
 
 
-def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(cases: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         pairs: {
-            "cases": len(found),
-            "false_not_worse": round(float(np.mean([one["not_worse"] for one in found])), 4),
-            "false_not_worse_highest": max(one["not_worse"] for one in found),
-            "false_worse": round(float(np.mean([one["worse"] for one in found])), 4),
+            "cases": len(pair_cases),
+            "false_not_worse": round(float(np.mean([case["not_worse"] for case in pair_cases])), 4),
+            "false_not_worse_highest": max(case["not_worse"] for case in pair_cases),
+            "false_worse": round(float(np.mean([case["worse"] for case in pair_cases])), 4),
         }
         for pairs in ("simulated", "real")
-        if (found := [one for one in cases if one["pairs"] == pairs])
+        if (pair_cases := [case for case in cases if case["pairs"] == pairs])
     }
 
 
@@ -128,8 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4000)
     rounds = parser.parse_args().rounds
-    cases = [*simulated(rounds), *real(max(200, rounds // 4))]
-    result = {"machine": machine(), "rounds": rounds, "summary": summary(cases), "cases": cases}
+    cases = [*judge_simulated_pairs(rounds), *judge_real_pairs(max(200, rounds // 4))]
+    result = {"machine": machine(), "rounds": rounds, "summary": summarize(cases), "cases": cases}
     print(json.dumps(result["summary"], indent=1))
     store(result, OUT)
 

@@ -34,7 +34,7 @@ METHODS: dict[str, Callable[[Floats, Floats], Bounds]] = {
 }
 
 
-def shares(method: str, examples: int, worse: float, better: float) -> tuple[float, float]:
+def compute_error_rates(method: str, examples: int, worse: float, better: float) -> tuple[float, float]:
     """`(false "not worse", false "worse")`"""
     generator = np.random.default_rng([examples, round(100 * worse), round(1000 * better)])
     drawn = generator.multinomial(examples, [worse, better, 1 - worse - better], size=ROUNDS)[:, :2]
@@ -46,17 +46,17 @@ def shares(method: str, examples: int, worse: float, better: float) -> tuple[flo
 
 
 def main() -> None:
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for method in METHODS:
-        cases = [shares(method, size, worse, worse * better) for size, worse, better in product(SIZES, WORSE, BETTER)]
+        cases = [compute_error_rates(method, size, worse, worse * better) for size, worse, better in product(SIZES, WORSE, BETTER)]
         (not_worse, wrong), highest = np.mean(cases, axis=0), np.max(cases, axis=0)
-        found[method] = {
+        summary[method] = {
             "false_not_worse": round(float(not_worse), 4),
             "false_not_worse_highest": round(float(highest[0]), 4),
             "false_worse": round(float(wrong), 4),
         }
-        print(f"{method:32} {found[method]}")
-    store({"machine": machine(), "rounds": ROUNDS, "cases": 60, "summary": found}, OUT)
+        print(f"{method:32} {summary[method]}")
+    store({"machine": machine(), "rounds": ROUNDS, "cases": 60, "summary": summary}, OUT)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 
-def words_of(script: Path) -> list[str]:
+def read_words(script: Path) -> list[str]:
     return shlex.split(script.read_text(encoding="utf-8").splitlines()[1])[1:]  # after `exec`
 
 
@@ -39,8 +39,8 @@ def check_peft(folder: Path) -> dict[str, Any]:
     base = AutoModelForCausalLM.from_pretrained(model.peft_config["default"].base_model_name_or_path)
     again = get_peft_model(base, names["lora_config"])
     shapes = [
-        {name: tuple(value.shape) for name, value in one.state_dict().items() if "lora_" in name}
-        for one in (model, again)
+        {name: tuple(value.shape) for name, value in peft_model.state_dict().items() if "lora_" in name}
+        for peft_model in (model, again)
     ]
     assert shapes[0], "no adapter"
     assert shapes[0] == shapes[1], "the LoraConfig makes another adapter"
@@ -90,16 +90,16 @@ def check_llamafactory(folder: Path) -> dict[str, Any]:
     from llamafactory.hparams.training_args import TrainingArguments
     from transformers import HfArgumentParser
 
-    given = yaml.safe_load((folder / "llamafactory.yaml").read_text(encoding="utf-8")) | {"use_cpu": True}
+    arguments = yaml.safe_load((folder / "llamafactory.yaml").read_text(encoding="utf-8")) | {"use_cpu": True}
     kinds = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
-    _, data, training, tuning, _ = HfArgumentParser(kinds).parse_dict(given)
+    _, data, training, tuning, _ = HfArgumentParser(kinds).parse_dict(arguments)
     if find_spec("torchaudio") is None:  # imported for audio alone, and has no build for every torch
         sys.modules["torchaudio"] = ModuleType("torchaudio")
         sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
     from llamafactory.data.parser import get_dataset_list
 
-    found = get_dataset_list(data.dataset, str(folder))
-    assert found[0].prompt or found[0].messages, "the data set's columns were not understood"
+    datasets = get_dataset_list(data.dataset, str(folder))
+    assert datasets[0].prompt or datasets[0].messages, "the data set's columns were not understood"
     reader = f"get_dataset_list{'' if find_spec('torchaudio').loader else ' (with an empty torchaudio)'}"
     values = {"rate": training.learning_rate, "modules": len(tuning.lora_target)}
     by = f"HfArgumentParser over its five argument classes, {reader}"
@@ -114,18 +114,18 @@ def check_unsloth(folder: Path) -> dict[str, Any]:
         for node in ast.walk(code)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
     }
-    sources = {name: _signature("unsloth", "unsloth/models/llama.py", name) for name in calls}
-    for name, given in calls.items():
-        assert set(given) <= sources[name], f"{name} has no {set(given) - sources[name]}"
-    given = calls["get_peft_model"]
-    return {"by": "source only: names in signatures", "rank": int(given["r"]), "alpha": float(given["lora_alpha"])}
+    sources = {name: _read_parameters("unsloth", "unsloth/models/llama.py", name) for name in calls}
+    for name, keywords in calls.items():
+        assert set(keywords) <= sources[name], f"{name} has no {set(keywords) - sources[name]}"
+    keywords = calls["get_peft_model"]
+    return {"by": "source only: names in signatures", "rank": int(keywords["r"]), "alpha": float(keywords["lora_alpha"])}
 
 
 def check_sglang(folder: Path) -> dict[str, Any]:
     """SGLang imports only where there is a GPU: our options against its server arguments by source, and the shapes that its slots assert."""
-    words = words_of(folder / "sglang.sh")
-    given = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-    unknown = given - _fields("sglang", "sglang/srt/")
+    words = read_words(folder / "sglang.sh")
+    options = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    unknown = options - _read_fields("sglang", "sglang/srt/")
     assert not unknown, f"SGLang has no {unknown}"
     values = dict(pairwise(words))
     config = require_one_rank(Path(values["--lora-paths"].split("=", 1)[1]))
@@ -152,10 +152,10 @@ def check_vllm(folder: Path) -> dict[str, Any]:
     from vllm.config.lora import LoRAConfig
     from vllm.lora.peft_helper import PEFTHelper
 
-    words = words_of(folder / "vllm.sh")
+    words = read_words(folder / "vllm.sh")
     values = dict(pairwise(words))
-    given = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-    unknown = given - _fields("vllm", "vllm/engine/") - _fields("vllm", "vllm/entrypoints/")
+    options = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    unknown = options - _read_fields("vllm", "vllm/engine/") - _read_fields("vllm", "vllm/entrypoints/")
     assert not unknown, f"vLLM has no {unknown}"
     adapter = values["--lora-modules"].split("=", 1)[1]
     helper = PEFTHelper.from_local_dir(adapter, None)
@@ -165,8 +165,8 @@ def check_vllm(folder: Path) -> dict[str, Any]:
     return {"by": by, "rank": helper.r, "alpha": helper.lora_alpha, "scaling": helper.vllm_lora_scaling_factor}
 
 
-def _signature(package: str, file: str, function: str) -> set[str]:
-    tree = ast.parse(_source(package, file))
+def _read_parameters(package: str, file: str, function: str) -> set[str]:
+    tree = ast.parse(_read_source(package, file))
     return {
         argument.arg
         for node in ast.walk(tree)
@@ -175,7 +175,7 @@ def _signature(package: str, file: str, function: str) -> set[str]:
     }
 
 
-def _fields(package: str, prefix: str) -> set[str]:
+def _read_fields(package: str, prefix: str) -> set[str]:
     """All annotated names of classes in the package's files."""
     files = [
         path for path in distribution(package).files or [] if str(path).startswith(prefix) and path.suffix == ".py"
@@ -188,7 +188,7 @@ def _fields(package: str, prefix: str) -> set[str]:
     }
 
 
-def _source(package: str, file: str) -> str:
+def _read_source(package: str, file: str) -> str:
     path = next(path for path in distribution(package).files or [] if str(path) == file)
     return path.read_text()
 

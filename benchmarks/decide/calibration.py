@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.decide.simulated import RANKS, World, draw_table, noisier, quiet, right_rank, truth
+from benchmarks.decide.simulated import RANKS, World, draw_table, scale_noise, with_quiet_seeds, find_true_rank, draw_true_losses
 from benchmarks.machine import machine
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Evidence
@@ -34,7 +34,7 @@ SEED = 20260
 
 
 @dataclass(frozen=True)
-class Found:
+class WorldResult:
     """Of one world, shares of `tables` tables."""
 
     world: str
@@ -56,7 +56,7 @@ class Found:
     under: float
 
 
-def study(world: World, tables: int, seed: int) -> Found:
+def judge_world(world: World, tables: int, seed: int) -> WorldResult:
     """Draw tables of one world and judge what is said of them."""
     generator = np.random.default_rng(seed)
     covers: list[bool] = []
@@ -66,25 +66,25 @@ def study(world: World, tables: int, seed: int) -> Found:
     shown: list[bool] = []
     handed: list[bool] = []
     for _ in range(tables):
-        losses = truth(world, generator)
+        losses = draw_true_losses(world, generator)
         table = draw_table(world, losses, generator)
         evidence = Evidence(table)
         top = evidence.contenders[RANKS[-1]]
-        for place, rank in enumerate(RANKS):
-            own = evidence.value(evidence.contenders[rank])
-            values.append(own.bound(0.025) <= losses[place] <= own.bound(0.975))
+        for index, rank in enumerate(RANKS):
+            value_estimate = evidence.value(evidence.contenders[rank])
+            values.append(value_estimate.bound(0.025) <= losses[index] <= value_estimate.bound(0.975))
             if rank != top.rank:
-                found = evidence.difference(evidence.contenders[rank], top)
-                true = losses[place] - losses[-1]
-                covers.append(found.bound(0.025) <= true <= found.bound(0.975))
-                bounds.append(true <= found.bound(CONFIDENCE))
+                difference = evidence.difference(evidence.contenders[rank], top)
+                true = losses[index] - losses[-1]
+                covers.append(difference.bound(0.025) <= true <= difference.bound(0.975))
+                bounds.append(true <= difference.bound(CONFIDENCE))
         decision = decision_of(table, world.margin, confidence=None)
-        bad = {rank: bool(losses[place] - losses.min() >= world.margin) for place, rank in enumerate(RANKS)}
+        bad = {rank: bool(losses[index] - losses.min() >= world.margin) for index, rank in enumerate(RANKS)}
         shown.append(decision.fallback_rank is not None and bad[decision.fallback_rank])
         handed.append(bad[decision.best_available_rank])
         if decision.rank is not None:
-            named.append((decision.rank, right_rank(losses, world.margin), bad[decision.rank]))
-    return Found(
+            named.append((decision.rank, find_true_rank(losses, world.margin), bad[decision.rank]))
+    return WorldResult(
         world=world.shape,
         seeds=world.seeds,
         items=world.items,
@@ -99,64 +99,64 @@ def study(world: World, tables: int, seed: int) -> Found:
         fallback_false=float(np.mean(shown)),
         best_false=float(np.mean(handed)),
         decided=len(named) / tables,
-        within_octave=_share([abs(np.log2(rank / right)) <= 1 for rank, right, _ in named]),
-        exact=_share([rank == right for rank, right, _ in named]),
-        under=_share([rank < right for rank, right, _ in named]),
+        within_octave=_compute_share([abs(np.log2(rank / right)) <= 1 for rank, right, _ in named]),
+        exact=_compute_share([rank == right for rank, right, _ in named]),
+        under=_compute_share([rank < right for rank, right, _ in named]),
     )
 
 
-def worlds(short: bool) -> list[World]:
+def list_worlds(short: bool) -> list[World]:
     if short:
         return [World(shape, 3, 200, "heavy") for shape in SHAPES]
     scored = [World(shape, s, i, tails) for s, i in SIZES for tails in ("normal", "heavy") for shape in SHAPES]
     # without example scores the examples are what they are: intervals speak of other seeds, and so does the truth
     bare = [
-        World(shape, s, 200, "heavy", item_level=0.0, item_rank=0.0, both=0.01, scored=False)
+        World(shape, s, 200, "heavy", item_level=0.0, item_rank=0.0, example_noise=0.01, scored=False)
         for s in (2, 3, 5)
         for shape in SHAPES
     ]
-    quiet_seeds = [quiet(World(shape, s, i, "heavy")) for s, i in QUIET for shape in SHAPES]
+    quiet_seeds = [with_quiet_seeds(World(shape, s, i, "heavy")) for s, i in QUIET for shape in SHAPES]
     return scored + bare + quiet_seeds
 
 
-def summary(found: list[Found]) -> dict[str, float]:
+def summarize(results: list[WorldResult]) -> dict[str, float]:
     """Over worlds, each with its own weight. Apart: one seed, where intervals can't cover seeds, and quiet seeds."""
-    several = [one for one in found if one.seeds > 1 and not one.name]
-    quiet_seeds = [one for one in found if one.name]
-    single = [one for one in found if one.seeds == 1]
-    decided = sum(one.decided for one in several)
+    several = [result for result in results if result.seeds > 1 and not result.name]
+    quiet_seeds = [result for result in results if result.name]
+    single = [result for result in results if result.seeds == 1]
+    decided = sum(result.decided for result in several)
     return {
-        "covers, two seeds or more": _mean([one.covers for one in several]),
-        "covers, one seed": _mean([one.covers for one in single]),
-        "value covers, two seeds or more": _mean([one.value_covers for one in several]),
-        "covers, quiet seeds": _mean([one.covers for one in quiet_seeds]),
-        "one-sided bound holds": _mean([one.bounds for one in several]),
-        "false acceptance, mean": _mean([one.false for one in several]),
-        "false acceptance, worst world": max((one.false for one in several), default=float("nan")),
-        "false fallback, worst world": max((one.fallback_false for one in several), default=float("nan")),
-        "false hand-over, worst world": max((one.best_false for one in several), default=float("nan")),
-        "false indication, one seed": _mean([one.false for one in single]),
-        "within an octave, of all decided": sum(one.within_octave * one.decided for one in several)
+        "covers, two seeds or more": _compute_mean([result.covers for result in several]),
+        "covers, one seed": _compute_mean([result.covers for result in single]),
+        "value covers, two seeds or more": _compute_mean([result.value_covers for result in several]),
+        "covers, quiet seeds": _compute_mean([result.covers for result in quiet_seeds]),
+        "one-sided bound holds": _compute_mean([result.bounds for result in several]),
+        "false acceptance, mean": _compute_mean([result.false for result in several]),
+        "false acceptance, worst world": max((result.false for result in several), default=float("nan")),
+        "false fallback, worst world": max((result.fallback_false for result in several), default=float("nan")),
+        "false hand-over, worst world": max((result.best_false for result in several), default=float("nan")),
+        "false indication, one seed": _compute_mean([result.false for result in single]),
+        "within an octave, of all decided": sum(result.within_octave * result.decided for result in several)
         / max(decided, 1e-9),
-        "decided": _mean([one.decided for one in several]),
-        "decided, one seed": _mean([one.decided for one in single]),
-        "least covers": min((one.covers for one in several), default=float("nan")),
-        "most covers": max((one.covers for one in several), default=float("nan")),
+        "decided": _compute_mean([result.decided for result in several]),
+        "decided, one seed": _compute_mean([result.decided for result in single]),
+        "least covers": min((result.covers for result in several), default=float("nan")),
+        "most covers": max((result.covers for result in several), default=float("nan")),
     }
 
 
-def undecided_by_noise(tables: int, seed: int) -> dict[str, dict[str, float]]:
+def measure_undecided_by_noise(tables: int, seed: int) -> dict[str, dict[str, float]]:
     """Share undecided against noise, 2 seeds × 200 items."""
     return {
         shape: {
-            str(noise): 1 - study(noisier(World(shape, 2, 200, "heavy"), noise), tables, seed).decided
+            str(noise): 1 - judge_world(scale_noise(World(shape, 2, 200, "heavy"), noise), tables, seed).decided
             for noise in NOISES
         }
         for shape in SHAPES
     }
 
 
-def at_the_margin(tables: int, seed: int) -> dict[str, float]:
+def measure_at_margin(tables: int, seed: int) -> dict[str, float]:
     """Share of two ranks' tables that name the lower one, which is worse by the margin itself: 5% are allowed.
 
     300 examples; seeds differ by a quarter to the whole of the margin, more than on the grids that the expectation is of.
@@ -167,9 +167,9 @@ def at_the_margin(tables: int, seed: int) -> dict[str, float]:
         for _ in range(tables):
             ease, cells = generator.normal(2, 0.5, 300), {}
             for rank, worse in ((4, margin), (16, 0.0)):
-                own = ease + generator.normal(worse, margin, 300)
+                example_losses = ease + generator.normal(worse, margin, 300)
                 for number in range(seeds):
-                    sums = own + generator.normal(0, margin, 300) + generator.normal(0, deviation)
+                    sums = example_losses + generator.normal(0, margin, 300) + generator.normal(0, deviation)
                     cells[rank, 1e-3, number] = Cell(f"{rank} {number}", float(sums.mean()), sums, np.ones(300))
             named += decision_of(ScoreTable("loss", False, cells, kind="loss"), margin, confidence=None).rank == 4
         shares[f"{seeds} seeds, deviation {deviation:g}"] = named / tables
@@ -193,21 +193,21 @@ def draw_undecided(shares: dict[str, dict[str, float]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def show(found: list[Found]) -> None:
+def print_table(results: list[WorldResult]) -> None:
     print("shape     seeds items tails  scored  covers bound  value  false  handed decided octave exact under")
-    for one in found:
+    for result in results:
         print(
-            f"{one.world:9} {one.seeds:5} {one.items:5} {one.tails:6} {'items' if one.scored else 'means':6}  "
-            f"{one.covers:.3f}  {one.bounds:.3f}  {one.value_covers:.3f}  {one.false:.3f}  {one.best_false:.3f}  "
-            f"{one.decided:7.2f} {one.within_octave:.3f}  {one.exact:.2f}  {one.under:.2f}"
+            f"{result.world:9} {result.seeds:5} {result.items:5} {result.tails:6} {'items' if result.scored else 'means':6}  "
+            f"{result.covers:.3f}  {result.bounds:.3f}  {result.value_covers:.3f}  {result.false:.3f}  {result.best_false:.3f}  "
+            f"{result.decided:7.2f} {result.within_octave:.3f}  {result.exact:.2f}  {result.under:.2f}"
         )
 
 
-def _share(values: list[bool]) -> float:
+def _compute_share(values: list[bool]) -> float:
     return float(np.mean(values)) if values else 1.0
 
 
-def _mean(values: list[float]) -> float:
+def _compute_mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -217,14 +217,14 @@ def main() -> None:
     parser.add_argument("--short", action="store_true")
     asked = parser.parse_args()
     begun = time.perf_counter()
-    found = [study(world, asked.tables, SEED + place) for place, world in enumerate(worlds(asked.short))]
-    show(found)
-    totals = summary(found)
+    found = [judge_world(world, asked.tables, SEED + place) for place, world in enumerate(list_worlds(asked.short))]
+    print_table(found)
+    totals = summarize(found)
     print(json.dumps(totals, indent=1))
     if asked.short:
         return
-    shares = undecided_by_noise(asked.tables, SEED)
-    at_margin = at_the_margin(30 * asked.tables, SEED)
+    shares = measure_undecided_by_noise(asked.tables, SEED)
+    at_margin = measure_at_margin(30 * asked.tables, SEED)
     totals["named at the margin, noisy seeds, worst"] = max(at_margin.values())
     draw_undecided(shares, HERE / "undecided.svg")
     result = {

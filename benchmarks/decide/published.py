@@ -20,7 +20,7 @@ from benchmarks.machine import machine
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
-from rightrank.schema.metrics import metric_kind, published_deviation
+from rightrank.schema.metrics import infer_metric_kind, get_published_deviation
 
 HERE = Path(__file__).parent
 CURVES = HERE / "published_curves.json"
@@ -78,8 +78,8 @@ def one_standard_error(curve: Curve) -> int:
     """The smallest rank within one standard error of the best; the published noise where none is stated."""
     by_rank = losses(curve)
     best = min(by_rank.values())
-    kind = metric_kind(curve["metric"], curve["higher_is_better"])
-    error = curve["std"] or published_deviation(kind, best, curve["values"])
+    kind = infer_metric_kind(curve["metric"], curve["higher_is_better"])
+    error = curve["std"] or get_published_deviation(kind, best, curve["values"])
     return min(rank for rank, loss in by_rank.items() if loss <= best + error)
 
 

@@ -34,7 +34,7 @@ class World:
     item_rank: float = 0.005  # of an example's taste for a rank, correlated along the ranks
     seed_level: float = 0.005  # of a seed, shared by all ranks
     seed_rank: float = 0.0015  # of one training, beside its seed
-    both: float = 0.01  # of one example in one training
+    example_noise: float = 0.01  # of one example in one training
     correlation: float = 0.5  # between neighbouring ranks, of the two tastes
     unequal: float = 2.0  # the lowest rank's taste deviations over the highest's
     margin: float = MARGIN
@@ -42,7 +42,7 @@ class World:
     name: str = ""
 
 
-def truth(world: World, generator: np.random.Generator) -> Floats:
+def draw_true_losses(world: World, generator: np.random.Generator) -> Floats:
     """[ranks] true losses, drawn so that the answer falls all over the range."""
     ranks = np.array(RANKS, dtype=np.float64)
     if world.shape == "flat":
@@ -51,14 +51,14 @@ def truth(world: World, generator: np.random.Generator) -> Floats:
     if world.shape == "rising":
         size = world.margin * generator.uniform(1.5, 6.0)
         return 2.0 + size * (7 - np.log2(ranks))
-    enough = 2.0 ** generator.uniform(0.5, 6.0)
-    law = 2.0 + world.margin * (ranks / enough) ** -exponent
+    sufficient_rank = 2.0 ** generator.uniform(0.5, 6.0)
+    law = 2.0 + world.margin * (ranks / sufficient_rank) ** -exponent
     if world.shape == "u_shaped":
-        law = law + world.margin * generator.uniform(0.05, 0.4) * np.maximum(0.0, np.log2(ranks / enough)) ** 2
+        law = law + world.margin * generator.uniform(0.05, 0.4) * np.maximum(0.0, np.log2(ranks / sufficient_rank)) ** 2
     return law
 
 
-def right_rank(losses: Floats, margin: float) -> int:
+def find_true_rank(losses: Floats, margin: float) -> int:
     """The rule on the true losses."""
     excess = dict(zip(RANKS, losses - losses.min(), strict=True))
     return walk_down(RANKS, RANKS[int(np.argmin(losses))], lambda rank: bool(excess[rank] < margin))
@@ -69,42 +69,42 @@ def draw_table(world: World, losses: Floats, generator: np.random.Generator) -> 
     ranks, seeds, items = len(RANKS), world.seeds, world.items
     tokens = generator.integers(5, 60, size=items).astype(np.float64)
     spread = np.linspace(world.unequal, 1.0, ranks)
-    level = world.item_level * _draw(world, generator, (items,))
-    taste = _along_ranks(world, _draw(world, generator, (ranks, items)), spread) * world.item_rank
+    level = world.item_level * _draw_noise(world, generator, (items,))
+    taste = _correlate_ranks(world, _draw_noise(world, generator, (ranks, items)), spread) * world.item_rank
     seed = world.seed_level * generator.standard_normal(seeds)
-    trained = _along_ranks(world, generator.standard_normal((ranks, seeds)), spread) * world.seed_rank
-    rest = world.both * _draw(world, generator, (ranks, seeds, items))
+    trained = _correlate_ranks(world, generator.standard_normal((ranks, seeds)), spread) * world.seed_rank
+    residuals = world.example_noise * _draw_noise(world, generator, (ranks, seeds, items))
     scores = losses[:, None, None] + seed[None, :, None] + trained[:, :, None]
-    scores = scores + (level[None, :] + taste)[:, None, :] + rest
+    scores = scores + (level[None, :] + taste)[:, None, :] + residuals
     sums = scores * tokens
     if not world.scored:
         sums, tokens = sums.sum(axis=2, keepdims=True) / tokens.sum(), np.ones(1)
     cells = {
         (rank, 1e-3, number): Cell(
-            f"{rank}-{number}", float(sums[place, number].sum() / tokens.sum()), sums[place, number], tokens
+            f"{rank}-{number}", float(sums[index, number].sum() / tokens.sum()), sums[index, number], tokens
         )
-        for place, rank in enumerate(RANKS)
+        for index, rank in enumerate(RANKS)
         for number in range(seeds)
     }
     return ScoreTable("loss", False, cells)
 
 
-def quiet(world: World) -> World:
+def with_quiet_seeds(world: World) -> World:
     """The same with the seed noise that repeats of long trainings had, far below what the examples lead to expect."""
-    return replace(world, name="quiet seeds", item_rank=0.015, seed_level=0.0005, seed_rank=0.0003, both=0.03)
+    return replace(world, name="quiet seeds", item_rank=0.015, seed_level=0.0005, seed_rank=0.0003, example_noise=0.03)
 
 
-def noisier(world: World, factor: float) -> World:
+def scale_noise(world: World, factor: float) -> World:
     """The same with all noise that a paired difference sees times `factor`."""
     return replace(
         world,
         item_rank=world.item_rank * factor,
         seed_rank=world.seed_rank * factor,
-        both=world.both * factor,
+        example_noise=world.example_noise * factor,
     )
 
 
-def _draw(world: World, generator: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+def _draw_noise(world: World, generator: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     """Mean 0, deviation 1: normal, or log-normal with a long right tail (skewness 4)."""
     normal = generator.standard_normal(shape)
     if world.tails == "normal":
@@ -116,9 +116,9 @@ def _draw(world: World, generator: np.random.Generator, shape: tuple[int, ...]) 
     return heavy
 
 
-def _along_ranks(world: World, draws: Floats, spread: Floats) -> Floats:
+def _correlate_ranks(world: World, draws: Floats, spread: Floats) -> Floats:
     """First-order correlation along the ranks, deviations `spread`."""
     rho = world.correlation
-    for place in range(1, len(draws)):
-        draws[place] = rho * draws[place - 1] + np.sqrt(1 - rho * rho) * draws[place]
+    for index in range(1, len(draws)):
+        draws[index] = rho * draws[index - 1] + np.sqrt(1 - rho * rho) * draws[index]
     return draws * spread[:, None]

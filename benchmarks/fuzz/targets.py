@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.fuzz import seeds
 from benchmarks.tiny import make_tokenizer
-from rightrank.adapters.spectra import open_weights
+from rightrank.adapters.spectra import open_checkpoint
 from rightrank.api.adapters import inspect
 from rightrank.api.runs import decide, status
 from rightrank.cli.options import gather_settings
@@ -122,7 +122,7 @@ def read_weights(data: bytes, folder: Path) -> None:
     index, header, body = _parts(data, 3)
     (folder / "model.safetensors.index.json").write_bytes(index)
     (folder / "model-1.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
-    weights = open_weights(folder)
+    weights = open_checkpoint(folder)
     for name in list(weights.files)[:3]:
         weights.tensor(name)
 

@@ -27,7 +27,7 @@ from benchmarks.results import read_bytes, read_json
 from benchmarks.selection import compare
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.schema.metrics import MetricKind, metric_kind
+from rightrank.schema.metrics import MetricKind, infer_metric_kind
 from rightrank.schema.trials import Floats
 
 FOLDER = compare.HERE / "wide"
@@ -58,7 +58,7 @@ class WideGrid:
 
     @property
     def kind(self) -> MetricKind:
-        return metric_kind(self.metric, self.metric != "loss", "token_loss" if (self.weights != 1).any() else "loss")
+        return infer_metric_kind(self.metric, self.metric != "loss", "token_loss" if (self.weights != 1).any() else "loss")
 
     @cached_property
     def half_a(self) -> Any:

@@ -39,7 +39,7 @@ from rightrank.decision.rule import ASKED_CONFIDENCE
 from rightrank.decision.seeds import NoiseParts
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.decision.verdicts import unexplained_rank
-from rightrank.schema.metrics import metric_kind
+from rightrank.schema.metrics import infer_metric_kind
 from rightrank.schema.trials import Floats
 
 HERE = Path(__file__).parent
@@ -139,7 +139,7 @@ def table_of(curve: GridCurve, seeds: Sequence[int], items: Floats) -> ScoreTabl
             sums = sign * np.asarray(scores, dtype=float)[items]
             cells[rank, lr, seed] = Cell("", float(sums.sum() / weights.sum()), sums, weights)
     return ScoreTable(
-        curve.metric, curve.higher_is_better, cells, kind=metric_kind(curve.metric, curve.higher_is_better)
+        curve.metric, curve.higher_is_better, cells, kind=infer_metric_kind(curve.metric, curve.higher_is_better)
     )
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from benchmarks.results import read_json
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import metric_kind
+from rightrank.schema.metrics import infer_metric_kind
 from rightrank.schema.settings import Goal
-from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, steps_of, trial_id
+from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, count_added_steps, trial_id
 from rightrank.search.history import Space, Trials
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
@@ -336,7 +336,7 @@ def space_of_grid(
         margin=margin,
         goal=goal,
         metric=curve.metric,
-        kind="loss" if curve.metric == "loss" else metric_kind(curve.metric, curve.higher_is_better),
+        kind="loss" if curve.metric == "loss" else infer_metric_kind(curve.metric, curve.higher_is_better),
         can_truncate=bool(curve.truncated),
         trusts_values=not curve.truncated_items,
         higher_is_better=curve.higher_is_better,
@@ -354,7 +354,7 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
         for arm in arms:
             outcome = runner.run(arm)
             if isinstance(outcome, TrialFinished):
-                steps += steps_of(arm, finished)
+                steps += count_added_steps(arm, finished)
                 finished[outcome.trial_id] = outcome
             outcomes.append(outcome)
     adapter = strategy.replay_trials(outcomes).adapter

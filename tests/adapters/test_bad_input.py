@@ -157,7 +157,7 @@ def test_bad_rules(
 def test_an_out_that_exists_is_left_alone(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    assert "exists already" in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
+    assert "already exists" in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
     assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 

@@ -14,7 +14,7 @@ from rightrank import compare, resize, select_rank
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.schema.errors import DataError, ModelError
-from rightrank.schema.events import Evaluating, Listener
+from rightrank.schema.events import EvaluationProgress, Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.loop import run_trial
@@ -199,7 +199,7 @@ def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
 def test_progress_is_reported_logged_and_switched_off(
     trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events: list[Evaluating] = []
+    events: list[EvaluationProgress] = []
     settings = SelectSettings(**SETTINGS)
     compare("base", trained, model=str(model_folder), data=completion_file, settings=settings, on_event=events.append)
     whats = list(dict.fromkeys(event.what for event in events))

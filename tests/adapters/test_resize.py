@@ -13,13 +13,13 @@ import torch
 
 from rightrank import resize, select_rank
 from rightrank.adapters.resize import cap_ranks, resize_adapter
-from rightrank.adapters.resize_by_data import scored_data
+from rightrank.adapters.resize_by_data import load_evaluation_data
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
-from rightrank.models.truncation import Moments, decompose_update, allocate_ranks
+from rightrank.models.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.schema.errors import DataError
-from rightrank.schema.events import Evaluating, Listener, Notice
+from rightrank.schema.events import EvaluationProgress, Listener, Notice
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime
@@ -83,7 +83,7 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     assert any("K-FAC over" in note for note in found.notes)
     adapter = open_adapter(trained)
     runtime = make_adapter_runtime(adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache"))
-    steps = settings.training_steps(len(runtime.data.splits["train"]))
+    steps = settings.count_training_steps(len(runtime.data.splits["train"]))
     with attach_adapter(runtime, trained) as peft_model:
         moments = gather_unseen_moments(runtime, peft_model, 0, steps).moments
     chosen = cap_ranks(adapter, 2, moments)
@@ -103,8 +103,10 @@ def test_the_reported_value_is_that_of_the_written_folder(
     settings = SelectSettings(seq_len=32, max_eval_examples=12, margin=0.05)
     resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings, train=completion_file)
     adapter = open_adapter(tmp_path / "small")
-    splits = scored_data(adapter, completion_file, completion_file, settings).splits
-    runtime = make_adapter_runtime(adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache", splits=splits))
+    splits = load_evaluation_data(adapter, completion_file, completion_file, settings).splits
+    runtime = make_adapter_runtime(
+        adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache", splits=splits)
+    )
     before = runtime.evaluate("validation").loss
     with attach_adapter(runtime, tmp_path / "small"):
         loss = runtime.evaluate("validation").loss
@@ -117,7 +119,7 @@ def test_the_reported_value_is_that_of_the_written_folder(
 def test_a_file_without_splits_is_scored_whole_and_the_number_is_stated(trained: Path, tmp_path: Path) -> None:
     """Each half of it by the truncation whose moments come from the other half."""
     held_out = write_completions(tmp_path / "held_out.jsonl", count=30, seed=7)
-    events: list[Evaluating | Notice] = []
+    events: list[EvaluationProgress | Notice] = []
     settings = SelectSettings(seq_len=32)
     resized = resize(trained, tmp_path / "out", data=held_out, settings=settings, ranks=(2,), on_event=events.append)
     notices = [event.text for event in events if isinstance(event, Notice)]
@@ -132,14 +134,14 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
     train = tmp_path / "train.jsonl"
     train.write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
     adapter, settings = open_adapter(trained), SelectSettings(seq_len=32)
-    known = scored_data(adapter, completion_file, train, settings)
+    known = load_evaluation_data(adapter, completion_file, train, settings)
     texts = {json.dumps(dict(one.content)) for one in known.splits.examples["validation"]}
     assert texts == {json.dumps(json.loads(line)) for line in lines[150:]} - {
         json.dumps(json.loads(line)) for line in lines[:150]
     }
     assert "training examples of the adapter left out" in known.note
     with pytest.raises(DataError, match="are among the adapter's training examples"):
-        scored_data(
+        load_evaluation_data(
             adapter,
             train,
             completion_file,
@@ -153,7 +155,7 @@ def test_a_run_folder_tells_what_its_adapter_was_trained_on(
     settings = small_settings(max_steps=2, goal="adapter")
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
     trained_on = {one.example_id for one in load_data(completion_file, settings).examples["train"]}
-    found = scored_data(open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32))
+    found = load_evaluation_data(open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32))
     scored = {one.example_id for one in found.splits.examples["validation"]}
     assert scored
     assert not scored & trained_on

@@ -24,7 +24,7 @@ def test_factored_values_are_those_of_the_product(size: tuple[int, int, int, int
     rows, columns, rank, seed = size
     b, a = factors(rows, columns, rank, seed)
     dense = np.linalg.svd(b @ a, compute_uv=False)
-    ours = spectra.factored_singular_values(b, a)
+    ours = spectra.compute_singular_values(b, a)
     assert len(ours) == rank
     count = min(rank, len(dense))
     assert np.allclose(ours[:count], dense[:count], atol=1e-10 * dense[0])
@@ -32,27 +32,31 @@ def test_factored_values_are_those_of_the_product(size: tuple[int, int, int, int
 
 def test_energy_stable_and_effective_rank_of_known_spectra() -> None:
     flat = np.full(10, 3.0)
-    assert spectra.stable_rank(flat) == pytest.approx(10)
-    assert spectra.effective_rank(flat) == pytest.approx(10)
-    assert spectra.energy_rank(flat, 0.9) == 9
-    assert spectra.energy_rank(flat, 1.0) == 10
+    assert spectra.compute_stable_rank(flat) == pytest.approx(10)
+    assert spectra.compute_effective_rank(flat) == pytest.approx(10)
+    assert spectra.compute_energy_rank(flat, 0.9) == 9
+    assert spectra.compute_energy_rank(flat, 1.0) == 10
     one = np.array([2.0, 0.0, 0.0])
-    assert (spectra.stable_rank(one), spectra.effective_rank(one), spectra.energy_rank(one, 0.99)) == (1, 1, 1)
+    assert (
+        spectra.compute_stable_rank(one),
+        spectra.compute_effective_rank(one),
+        spectra.compute_energy_rank(one, 0.99),
+    ) == (1, 1, 1)
     nothing = np.zeros(4)
-    assert (spectra.stable_rank(nothing), spectra.effective_rank(nothing)) == (0, 0)
-    assert spectra.energy_rank(nothing, 0.9) == 0
-    assert spectra.energy_rank(np.array([3.0]), 0.99, total=18.0) is None  # half of the energy is not in view
+    assert (spectra.compute_stable_rank(nothing), spectra.compute_effective_rank(nothing)) == (0, 0)
+    assert spectra.compute_energy_rank(nothing, 0.9) == 0
+    assert spectra.compute_energy_rank(np.array([3.0]), 0.99, total=18.0) is None  # half of the energy is not in view
 
 
 def test_the_hard_threshold_is_gavish_and_donohos() -> None:
     """Their paper's constants for square matrices: 2.858 times the median; λ* = 4/√3 times σ·√rows where σ is known."""
     beside_the_median = [np.concatenate([[factor], np.ones(98)]) for factor in (2.853, 2.863)]
-    assert [spectra.hard_threshold_rank(s, 99, 99) for s in beside_the_median] == [0, 1]
+    assert [spectra.compute_hard_threshold_rank(s, 99, 99) for s in beside_the_median] == [0, 1]
     bound = 4 / np.sqrt(3) * np.sqrt(1000)  # of the kept value, where the energy of the rest gives σ = 1
     for value, count in ((0.99 * bound, 0), (1.01 * bound, 1)):
         kept = np.array([value])
         energy = 999 * 999 + value**2 if count else 1000 * 1000
-        assert spectra.leading_noise_rank(kept, energy, 1000, 1000) == count
+        assert spectra.compute_leading_noise_rank(kept, energy, 1000, 1000) == count
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
@@ -63,5 +67,5 @@ def test_a_planted_rank_is_found_in_noise(rank: int, shape: tuple[int, int]) -> 
     v = np.linalg.qr(generator.standard_normal((shape[1], 8)))[0][:, :rank]
     noisy = 5 * np.sqrt(max(shape)) * u @ v.T + generator.standard_normal(shape)
     s = np.linalg.svd(noisy, compute_uv=False)
-    assert spectra.hard_threshold_rank(s, *shape) == rank
-    assert spectra.leading_noise_rank(s[:12], float(np.sum(s**2)), *shape) == rank
+    assert spectra.compute_hard_threshold_rank(s, *shape) == rank
+    assert spectra.compute_leading_noise_rank(s[:12], float(np.sum(s**2)), *shape) == rank

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.decide import calibration, printed, published, seed_coverage
-from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, truth
+from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, draw_true_losses
 
 from rightrank.decision.rule import decision_of
 
@@ -37,7 +37,7 @@ def test_the_picks_do_not_depend_on_what_a_curve_is_called() -> None:
 @pytest.mark.parametrize("shape", ["power", "flat", "u_shaped", "rising"])
 def test_simulated_tables_are_covered_and_rarely_misjudged(shape: str) -> None:
     """Loose, for 40 tables; benchmarks/decide/calibration.json has the figures."""
-    found = calibration.study(World(shape, 3, 200, "heavy"), 40, 1)  # type: ignore[arg-type]
+    found = calibration.judge_world(World(shape, 3, 200, "heavy"), 40, 1)  # type: ignore[arg-type]
     assert found.covers >= 0.88
     assert found.false <= 0.1
     if found.decided >= 0.25:  # of fewer tables a share says little
@@ -112,7 +112,7 @@ def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int
     for shape in ("power", "u_shaped", "rising"):
         world = World(shape, seeds, 200, "heavy", seed_rank=2 * MARGIN)  # type: ignore[arg-type]
         for _ in range(tables):
-            losses = truth(world, generator)
+            losses = draw_true_losses(world, generator)
             decision = decision_of(draw_table(world, losses, generator), MARGIN)
             worse = {rank: bool(loss - losses.min() > MARGIN) for rank, loss in zip(RANKS, losses, strict=True)}
             shown += decision.fallback_rank is not None and worse[decision.fallback_rank]

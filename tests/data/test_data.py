@@ -99,7 +99,7 @@ def test_content_of_text_parts_is_its_text(tmp_path: Path) -> None:
     plain = load_data(rows(lambda text: text), small_settings())
     parts = rows(lambda text: [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}])
     assert load_data(write_jsonl(tmp_path / "d.jsonl", parts), small_settings()).fingerprint == plain.fingerprint
-    with pytest.raises(DataError, match=r"row 1: `messages`: .* list of text parts"):
+    with pytest.raises(DataError, match=r"row 1: `messages`: .* list of text fragments"):
         load_data(rows(lambda text: [{"type": "image"}, {"type": "text", "text": text}]), small_settings())
 
 
@@ -117,7 +117,9 @@ def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_count
         assert (summary.duplicates_across_splits, summary.near_duplicates_across_splits) == (3, 7)
         assert any(line.startswith("7 held-out examples differ") for line in describe_data_issues(summary))
     else:
-        whole = load_data(write_jsonl(tmp_path / "d.jsonl", [*rows, *alike]), small_settings(max_eval_examples=1000)).summary
+        whole = load_data(
+            write_jsonl(tmp_path / "d.jsonl", [*rows, *alike]), small_settings(max_eval_examples=1000)
+        ).summary
         assert whole.near_duplicates_across_splits > 0
         alone = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings(max_eval_examples=1000)).summary
         assert alone.near_duplicates_across_splits == 0
@@ -172,18 +174,22 @@ def test_all_broken_lines_are_named_at_once(tmp_path: Path) -> None:
 BAD_FILES: list[tuple[str, bytes, str]] = [
     ("empty.jsonl", b"", r"empty\.jsonl: the file is empty"),
     ("blank.jsonl", b"\n\n", r"blank\.jsonl: no rows"),
-    ("picture.png", b"\x89PNG", r"files of type '\.png' are not read"),
+    ("picture.png", b"\x89PNG", r"files of type '\.png' are not supported"),
     ("latin.jsonl", b'{"text": "caf\xe9"}\n', r"not UTF-8 text"),
     ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"broken\.jsonl:2: not JSON"),
     ("list.jsonl", b"[1, 2]\n", r"list\.json|give one JSON object a line|entry 1"),
-    ("columns.jsonl", b'{"body": "a", "title": "b"}\n', r"no known columns: found `body`, `title`"),
+    ("columns.jsonl", b'{"body": "a", "title": "b"}\n', r"the columns \(`body`, `title`\) fit no form"),
     ("number.jsonl", b'{"text": 3}\n' * 30, r"number\.jsonl:1: `text`: got an int; give a string"),
     ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"null\.jsonl:2: `text`: got nothing"),
     ("roles.jsonl", b'{"messages": [{"role": "user"}]}\n', r"a message needs a `role` and a `content`"),
     ("few.jsonl", b'{"text": "a"}\n{"text": "b"}\n', r"distinct examples for the \w+ split, at least \d+ needed"),
     ("wide.csv", b"text\na,b,c\n", r"wide\.csv:2: more cells than the header"),
     ("bad.parquet", b"not parquet at all", r"not a readable Parquet file"),
-    ("one.jsonl", b"".join(b'{"text": "t%d", "label": 1}\n' % n for n in range(100)), r"one class only \('1'\)"),
+    (
+        "one.jsonl",
+        b"".join(b'{"text": "t%d", "label": 1}\n' % n for n in range(100)),
+        r"the train split has only the label '1'",
+    ),
 ]
 
 
@@ -202,7 +208,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no data file"):
+    with pytest.raises(DataError, match="contains no data file"):
         load_data(tmp_path, small_settings())
 
 

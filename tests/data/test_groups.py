@@ -92,12 +92,15 @@ def test_groups_that_are_in_given_splits_too_are_counted() -> None:
     [
         (
             rows_of(40, doc=None),
-            r"row 1: no value in a column 'doc', which columns names for `group`; there are text, doc: name one",
+            r"row 1: the row has no value in column 'doc', which --columns names for `group`; its columns are text, doc. Name",
         ),
-        ([{"text": text} for text in TEXTS], r"row 1: no value in a column 'doc'.* there are text: name one"),
-        ([*rows_of(40)[:50], {"text": "x", "doc": float("nan")}], r"row 51: no value in a column 'doc'"),
-        (rows_of(1), r"all rows share a value of 'doc', which columns names for `group`; name a column with several"),
-        (rows_of(160), r"no two rows share a value of 'doc', which columns names for `group`"),
+        ([{"text": text} for text in TEXTS], r"row 1: no value in column 'doc'.* its columns are text\. Name"),
+        ([*rows_of(40)[:50], {"text": "x", "doc": float("nan")}], r"row 51: no value in column 'doc'"),
+        (
+            rows_of(1),
+            r"all rows share a value of 'doc', which --columns names for `group`; name a column in which several",
+        ),
+        (rows_of(160), r"no two rows share a value of 'doc', which --columns names for `group`"),
     ],
 )
 def test_a_column_that_groups_nothing_gets_one_line(rows: list[dict[str, Any]], message: str) -> None:

@@ -82,7 +82,7 @@ def test_the_runs_of_mlflow_are_a_data_frame(tmp_path: Path) -> None:
 
 def test_a_database_and_mlflows_folders_are_refused_as_any_other_unknown_place(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_bytes(b"SQLite format 3\x00")
-    with pytest.raises(ResultsError, match=r"study\.db: files of type '\.db' are not read; give a file ending in"):
+    with pytest.raises(ResultsError, match=r"study\.db: files of type '\.db' are not supported; give a file ending in"):
         decide(tmp_path / "study.db")
     (tmp_path / "mlruns" / "0").mkdir(parents=True)
     (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("name: lora\n")

@@ -85,7 +85,7 @@ def test_a_broken_row_is_named(tmp_path: Path, row: dict[str, Any], message: str
 
 
 def test_a_missing_column_is_answered_with_the_forms(tmp_path: Path) -> None:
-    expected = ":1: no known columns: found `prompt`, `chosen`; give `prompt`, `chosen`, `rejected`"
+    expected = ":1: the columns (`prompt`, `chosen`) fit no form; give `prompt`, `chosen`, `rejected`"
     with pytest.raises(DataError, match=re.escape(expected)):
         loaded(tmp_path, [{"prompt": "a", "chosen": "b"}])
 

@@ -11,7 +11,7 @@ import pytest
 
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.schema.errors import DataError
-from rightrank.schema.settings import SelectSettings, settings_of_identity
+from rightrank.schema.settings import SelectSettings, select_identity_settings
 from tests.tiny import sentences, small_settings, write_jsonl
 
 TEXTS = sentences(100)
@@ -57,7 +57,7 @@ def test_sharegpt_becomes_messages(tmp_path: Path) -> None:
         assert loaded(tmp_path, rows).fingerprint == reference.fingerprint
     other = loaded(tmp_path, [{"chat": one} for one in turns], columns=("messages=chat",))
     assert other.fingerprint == reference.fingerprint
-    with pytest.raises(DataError, match="a turn is from 'robot'; known: human"):
+    with pytest.raises(DataError, match="a turn is from 'robot'; allowed: human"):
         loaded(tmp_path, [{"conversations": [{"from": "robot", "value": "hm"}]}])
 
 
@@ -93,7 +93,9 @@ def test_a_folder_with_some_splits_takes_the_other_from_train(tmp_path: Path, gi
     write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in sentences(20, seed=5)])
     splits = load_data(tmp_path, small_settings(max_eval_examples=1000))
     assert all(len(examples) >= 2 for examples in splits.examples.values())
-    assert not {one.example_id for one in splits.examples["train"]} & {one.example_id for one in splits.examples["test"]}
+    assert not {one.example_id for one in splits.examples["train"]} & {
+        one.example_id for one in splits.examples["test"]
+    }
 
 
 def test_no_test_split(tmp_path: Path) -> None:
@@ -117,9 +119,9 @@ def test_every_row_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (("promt=question",), r"'promt' is no column of a form \(did you mean 'prompt'\?\)"),
-        (("question=prompt",), r"'question' is no column of a form \(did you mean prompt=question\?\)"),
-        (("prompt=missing",), "no column 'missing', which columns names for `prompt`; found `question`"),
+        (("promt=question",), r"'promt' is not a column of any form \(did you mean 'prompt'\?\)"),
+        (("question=prompt",), r"'question' is not a column of any form \(did you mean prompt=question\?\)"),
+        (("prompt=missing",), "no column 'missing', which --columns names for `prompt`; its columns are `question`"),
     ],
 )
 def test_wrong_columns_are_named(tmp_path: Path, columns: tuple[str, ...], message: str) -> None:
@@ -137,7 +139,7 @@ def test_another_spelling_of_the_validation_file_is_the_same(tmp_path: Path, mon
     write_jsonl(tmp_path / "held.jsonl", [])
     begun = SelectSettings(validation="held.jsonl").model_dump(mode="json")
     again = SelectSettings(validation="./held.jsonl").model_dump(mode="json")
-    assert settings_of_identity(again, begun) == settings_of_identity(begun, {})
+    assert select_identity_settings(again, begun) == select_identity_settings(begun, {})
 
 
 @pytest.mark.parametrize("first", [True, 1.0])

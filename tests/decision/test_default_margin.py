@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from rightrank.adapters.compare import _compare_metric
-from rightrank.adapters.resize_by_data import smallest_of
+from rightrank.adapters.resize_by_data import find_smallest_adapter
 from rightrank.decision.records import Records, criterion_of, decide_run
 from rightrank.interop.truncation_run import DescendingStrategy
-from rightrank.schema.metrics import default_margin, metric_kind
+from rightrank.schema.metrics import compute_default_margin, infer_metric_kind
 from rightrank.schema.settings import SelectSettings
 from rightrank.search.history import build_space
 from tests.report.runs import answered_run
@@ -35,14 +35,14 @@ def test_every_verb_has_the_margin_of_the_kind_of_loss(form: str, margin: float 
     top = max(records.finished(), key=lambda trial: trial.rank)
     decided, space = decide_run(records), build_space(settings, 40, loss)
     reference = next(one.value for one in decided.ranks if one.rank == decided.reference_rank)
-    wanted = default_margin(metric_kind("loss", False, loss), reference, [reference])
+    wanted = compute_default_margin(infer_metric_kind("loss", False, loss), reference, [reference])
     assert wanted == (0.01 * reference if margin is None else margin)
     assert decided.margin == pytest.approx(wanted, rel=0.01)
     assert space.get_margin(reference) == wanted  # select
     assert DescendingStrategy(space).space.criterion == space.criterion  # SmallestAdapter and Squeeze
     assert (space.criterion.loss, space.criterion.margin) == (loss, None)
-    of_files = smallest_of([top], criterion_of(records))  # resize, and what select hands over
-    assert of_files.margin == default_margin(metric_kind("loss", False, loss), top.value, [top.value])
+    of_files = find_smallest_adapter([top], criterion_of(records))  # resize, and what select hands over
+    assert of_files.margin == compute_default_margin(infer_metric_kind("loss", False, loss), top.value, [top.value])
     further: dict[str, Any] = {"preference": {"example_metrics": {"reward_accuracy": [1.0] * len(top.example_losses)}}}
     further["classification"] = {"example_correct": [1] * len(top.example_losses)}
     file = top.model_copy(update=further.get(form, {}))

@@ -11,7 +11,7 @@ from rightrank.decision.records import Records, comparable, decide_on, decide_ru
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import LossKind, metric_kind
+from rightrank.schema.metrics import LossKind, infer_metric_kind
 from rightrank.schema.trials import TrialFailed
 from tests.decision.tables import bare
 from tests.report.runs import ITEMS, made_up_run
@@ -178,7 +178,7 @@ def test_a_metric_with_one_rank_is_left_out() -> None:
 @pytest.mark.parametrize(("loss", "margin"), [("token_loss", 0.005), ("pair_loss", 0.02), ("loss", 0.02)])
 def test_another_loss_is_of_the_same_kind(loss: LossKind, margin: float) -> None:
     """Nats a token have a margin of their own; of a loss that is none, it is 1% of the best."""
-    tables = [replace(scores({1: 2.1, 4: 2.0}, name), kind=metric_kind(name, False, loss)) for name in ("loss", "nll")]
+    tables = [replace(scores({1: 2.1, 4: 2.0}, name), kind=infer_metric_kind(name, False, loss)) for name in ("loss", "nll")]
     decision = decision_of(tables[0], others=tables[1:])
     assert decision.margin == pytest.approx(margin)
     assert decision.other_metrics[0].margin == pytest.approx(margin)

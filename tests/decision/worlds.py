@@ -11,7 +11,7 @@ import numpy as np
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import ScoreTable, table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
-from rightrank.schema.metrics import metric_kind
+from rightrank.schema.metrics import infer_metric_kind
 
 Curve = Callable[[int], float]
 
@@ -82,7 +82,7 @@ def table_in(world: World) -> ScoreTable:
     table = table_of_results(
         ResultsTable(metric=world.metric, higher_is_better=higher, results=results, input_notes=[])
     )
-    return table if world.token_loss else replace(table, kind=metric_kind(world.metric, higher, "loss"))
+    return table if world.token_loss else replace(table, kind=infer_metric_kind(world.metric, higher, "loss"))
 
 
 def _result(world: World, rank: int, learning_rate: float, seed: int, scores: Any, weights: Any) -> Result:

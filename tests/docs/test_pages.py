@@ -12,7 +12,7 @@ import pytest
 
 from rightrank.cli import cli
 from rightrank.schema.decision import Basis, Decision, Verdict
-from rightrank.schema.events import Journaled
+from rightrank.schema.events import AnyJournalRecord
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from tests.commands import COMMANDS, of_every_plug_in
@@ -120,5 +120,5 @@ def test_the_decision_is_described_whole() -> None:
 def test_the_page_of_file_formats_names_every_record_of_a_journal() -> None:
     page = (ROOT / "docs" / "reference" / "file-formats.md").read_text(encoding="utf-8")
     table = page.split("| type | written when |")[1].split("\n\n")[0]
-    types = {record.model_fields["type"].default for record in get_args(Journaled)}
+    types = {record.model_fields["type"].default for record in get_args(AnyJournalRecord)}
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == types

@@ -28,11 +28,11 @@ from rightrank.decision.adapter import Making
 from rightrank.interop.exports import SERVERS, TARGETS
 from rightrank.interop.recipe import EVALUATION_SETTINGS, Recipe
 from rightrank.models.ranks import convert_scaling
-from rightrank.schema.command import reproduce_command
-from rightrank.schema.configs import stated_settings
+from rightrank.schema.command import build_reproduce_command
+from rightrank.schema.configs import convert_configs
 from rightrank.schema.errors import RunError
 from rightrank.schema.setting_table import Group
-from rightrank.schema.settings import PEFT_OPTIONS, TAKEN_FROM_BASE, SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, BASE_DEPENDENT_INITIALIZATIONS, SelectSettings
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODULES = tuple(
@@ -92,7 +92,7 @@ def chosen() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def starts_from_weights(values: dict[str, Any]) -> bool:
-    return values.get("init_lora_weights") in TAKEN_FROM_BASE
+    return values.get("init_lora_weights") in BASE_DEPENDENT_INITIALIZATIONS
 
 
 def adapted(values: dict[str, Any]) -> set[str]:
@@ -281,8 +281,8 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
         layers_to_transform=list(recipe.layers_to_transform or ()) or None, exclude_modules=list(recipe.exclude_modules) or None,
         use_dora=recipe.use_dora, init_lora_weights=recipe.init_lora_weights, loftq_config={}, rank_pattern={"q_proj": 2},
     )  # fmt: skip
-    stated, unsaid = stated_settings(config, arguments, seq_len=recipe.settings.seq_len)
-    command = reproduce_command("model", "data.jsonl", SelectSettings.stored(stated))
+    stated, unsaid = convert_configs(config, arguments, seq_len=recipe.settings.seq_len)
+    command = build_reproduce_command("model", "data.jsonl", SelectSettings.stored(stated))
     assert command is not None
     assert unsaid == ["rank_pattern={'q_proj': 2}"]
     read = SelectSettings(**{**_settings_of(parsed(command))})

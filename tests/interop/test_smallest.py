@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from rightrank import SelectSettings, SmallestAdapter, compare, export, write_report
-from rightrank.adapters.resize_by_data import truncation_curve
-from rightrank.adapters.in_memory import LiveAdapter, trained_adapter
-from rightrank.adapters.batch_scores import HeldOutBatches, batch_loss
+from rightrank.adapters.resize_by_data import measure_truncation_curve
+from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter
+from rightrank.adapters.batch_scores import HeldOutBatches, compute_batch_loss
 from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.api.runs import status
 from rightrank.decision.comparison import INDEPENDENT
@@ -134,8 +134,8 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, small_settings(margin=0.1), tmp_path / "cache")
-    curve = truncation_curve(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
-    steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
+    curve = measure_truncation_curve(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
+    steps = runtime.settings.count_training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
     with attach_adapter(runtime, adapter.path) as peft_model:
@@ -149,7 +149,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
         ]
 
     held_out = batches("validation", range(len(runtime.data.splits["validation"])))
-    live = LiveAdapter(model, held_out, batches("train", read), margin=0.1, moment_tokens=10**9)
+    live = InMemoryAdapter(model, held_out, batches("train", read), margin=0.1, moment_tokens=10**9)
     found = measure_truncations(live, tmp_path / "live").answer
     assert (found.rank, found.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)
     assert found.difference_high == pytest.approx(curve.answer.difference_high, abs=1e-4)
@@ -171,7 +171,7 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     model.train()
     model.base_model.model.model.layers[0].eval()
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
-    torch.autograd.backward(batch_loss(model, batches[0]).total)
+    torch.autograd.backward(compute_batch_loss(model, batches[0]).total)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     modes = [module.training for module in model.modules()]
@@ -180,7 +180,7 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     configs, active = copy.deepcopy(model.peft_config), copy.deepcopy(model.active_adapter)
     layers = [copy.copy(vars(module)) for module in model.modules()]
-    measure_truncations(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert {name for name, value in model.named_parameters() if value.grad is not None} == set(gradients)
     assert all(
@@ -470,7 +470,9 @@ def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: 
 def test_a_resumed_training_is_measured_as_the_whole_one(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rightrank.interop.trainer_rows.MOMENT_TOKEN_FRACTION", 0.5)  # several batches, of a training this short
+    monkeypatch.setattr(
+        "rightrank.interop.trainer_rows.MOMENT_TOKEN_FRACTION", 0.5
+    )  # several batches, of a training this short
     uninterrupted = SmallestAdapter(Listed(rows[140:]), margin=0.1)
     _, whole = trained(model_folder, rows, tmp_path, [uninterrupted], max_steps=8, save_strategy="steps", save_steps=4)
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
@@ -494,23 +496,23 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
 def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     model = peft_model(model_folder)
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
-    alone = measure_truncations(LiveAdapter(model, batches, margin=1.0), tmp_path / "alone")
+    alone = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "alone")
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
-    assert trained_adapter(model) == "default"
-    beside = measure_truncations(LiveAdapter(model, batches, margin=1.0), tmp_path / "beside")
+    assert find_trained_adapter(model) == "default"
+    beside = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "beside")
     assert beside.answer.candidates == alone.answer.candidates
     model.set_adapter("other")
-    assert trained_adapter(model) == "other"
-    with_other_active = measure_truncations(LiveAdapter(model, batches, margin=1.0), tmp_path / "active")
+    assert find_trained_adapter(model) == "other"
+    with_other_active = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "active")
     assert with_other_active.answer.candidates == alone.answer.candidates
     assert model.active_adapter == "other"
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ModelError, match="one adapter is truncated at a time"):
-        trained_adapter(model)
+        find_trained_adapter(model)
     model.base_model.set_adapter("default")
     model.merge_adapter()
     with pytest.raises(ModelError, match="is merged into the base"):
-        trained_adapter(model)
+        find_trained_adapter(model)
 
 
 def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
@@ -529,7 +531,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
     mlp.forward = fused
-    found = measure_truncations(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    found = measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     note = (
         "3 of 21 modules truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
         "so that no second moments arrive"
@@ -632,11 +634,13 @@ def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder:
     assert callback.result.answer.rank < 16
     live, found = trainer.model, tmp_path / "out" / "rightrank" / "adapter"
     batches = [trainer.data_collator([row]) for row in held_out]
-    before = [float(one.example_losses) for one in (batch_loss(live.eval(), b, trainer.args.beta) for b in batches)]
+    before = [
+        float(one.example_losses) for one in (compute_batch_loss(live.eval(), b, trainer.args.beta) for b in batches)
+    ]
     other = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), found
     ).eval()
-    after = [float(one.example_losses) for one in (batch_loss(other, b, trainer.args.beta) for b in batches)]
+    after = [float(one.example_losses) for one in (compute_batch_loss(other, b, trainer.args.beta) for b in batches)]
     assert (sum(after) - sum(before)) / len(before) == pytest.approx(callback.result.answer.difference, abs=1e-4)
 
 

@@ -256,7 +256,9 @@ def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) ->
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
     script = (written(truncated, "vllm") / "vllm.sh").read_text(encoding="utf-8")
     words = shlex.split(script, comments=True)
-    assert words[words.index("--max-lora-rank") + 1] == str(find_server_rank(truncated.exported_adapter.max_module_rank))
+    assert words[words.index("--max-lora-rank") + 1] == str(
+        find_server_rank(truncated.exported_adapter.max_module_rank)
+    )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
@@ -349,7 +351,7 @@ def test_existing_paths_are_not_overwritten(
     Path("link").symlink_to("nowhere")
     before = sorted(path.name for path in selected.run.iterdir())
     out = selected.run if place == "run" else Path(place)
-    with pytest.raises(RunFolderError, match="exists already; give a folder that does not exist yet"):
+    with pytest.raises(RunFolderError, match="this path already exists; give a new folder"):
         export(selected.run, target, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
     assert Path("file").read_text() == "mine"

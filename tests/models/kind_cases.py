@@ -82,7 +82,9 @@ def make_runtime(case: Case, folder: Path) -> Runtime:
     model.save_pretrained(folder / "base")
     loaded = prepare_model(model, tokenizer, str(folder / "base"), torch.device("cpu"))
     data = write_completions(folder / "data.jsonl", 120)
-    return Runtime(loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, folder / "cache")
+    return Runtime(
+        loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, folder / "cache"
+    )
 
 
 def case_named(name: str) -> Case:

@@ -114,7 +114,7 @@ def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: S
     assert smaller.rank == 1
     assert read_labels(str(tmp_path / "smaller")) == sorted(LABELS)
     alone = write_jsonl(tmp_path / "new.jsonl", [*rows, {"text": "the sea", "label": "weather"}])
-    with pytest.raises(DataError, match="'weather' is none of the classifier's 4"):
+    with pytest.raises(DataError, match="'weather' is not one of the classifier's 4"):
         compare(adapter, adapter, model=model, data=alone, settings=by_accuracy)
 
 
@@ -171,4 +171,6 @@ def test_a_base_in_a_gguf_file_is_loaded_by_folder_and_file() -> None:
         "base = AutoModelForSequenceClassification.from_pretrained('/models', gguf_file='small.gguf', **head)"
         in classifier
     )
-    assert format_loading_code("adapter", "org/model", is_classifier=False)[-1].startswith("model = AutoPeftModelForCausalLM")
+    assert format_loading_code("adapter", "org/model", is_classifier=False)[-1].startswith(
+        "model = AutoPeftModelForCausalLM"
+    )

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.adapters.spectra import factored_distance
-from rightrank.models.truncation import Moments, decompose_update, allocate_ranks, resize_factors
+from rightrank.adapters.spectra import compute_distance
+from rightrank.models.truncation import Moments, allocate_ranks, decompose_update, resize_factors
 from rightrank.schema.trials import Floats
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
@@ -157,7 +157,7 @@ def test_truncation_error_is_the_discarded_energy(size: tuple[int, int, int, int
     dense = np.linalg.svd(b @ a, compute_uv=False)
     tail = np.sqrt(np.sum(dense[rank:] ** 2)) * ratio
     assert np.linalg.norm(new_b @ new_a - ratio * (b @ a)) == pytest.approx(tail, abs=1e-9 * ratio * dense[0])
-    distance = factored_distance(b * ratio, a, new_b, new_a)
+    distance = compute_distance(b * ratio, a, new_b, new_a)
     assert distance == pytest.approx(tail, abs=1e-9 * ratio * dense[0])
 
 

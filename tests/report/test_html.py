@@ -12,7 +12,7 @@ import pytest
 from rightrank.decision.records import Records, answers_of, decide_run, decision_so_far
 from rightrank.report.figures import build_rank_figure
 from rightrank.report.html import render_report
-from rightrank.schema.command import reproduce_command
+from rightrank.schema.command import build_reproduce_command
 from tests.report.elements import Elements
 from tests.report.runs import answered_run, made_up_run
 
@@ -84,7 +84,7 @@ def test_before_two_ranks_the_report_has_no_answer() -> None:
     ("model", "data"), [("in memory (LlamaForCausalLM)", "rows.jsonl"), ("base", "in memory (Dataset)"), (None, None)]
 )
 def test_objects_in_memory_have_no_command(model: str | None, data: str | None) -> None:
-    assert reproduce_command(model, data, made_up_run().settings) is None
+    assert build_reproduce_command(model, data, made_up_run().settings) is None
 
 
 def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter() -> None:

@@ -15,7 +15,7 @@ from rightrank.report.format import format_duration
 from rightrank.report.terminal import format_preflight, format_time_estimate
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
-from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
+from rightrank.schema.events import Event, SelectionPlanned, DurationEstimated
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
 from rightrank.train.pace import TIMED_STEPS, Pace, measure_pace
 from rightrank.train.runtime import Runtime
@@ -35,7 +35,7 @@ class Log:
     def _event(self, event: Event) -> None:
         if isinstance(event, TrialStarted):
             self.seen.append(event.rank)
-        if isinstance(event, TimeExpected):
+        if isinstance(event, DurationEstimated):
             self.seen.append(event.expected_seconds)
 
     def position(self, text: str) -> int:
@@ -157,6 +157,6 @@ def test_progress_counts_down_from_the_start() -> None:
     cost = {"expected_trainings": 4.0, "trainings_at_most": 8.0}
     progress.record_event(SelectionPlanned(started=started, expected_trials=9, steps=100, **cost))
     assert "left" not in progress.format_progress()
-    progress.record_event(TimeExpected(expected_seconds=1200.0))
+    progress.record_event(DurationEstimated(expected_seconds=1200.0))
     assert progress.estimate_remaining_seconds() == pytest.approx(1200.0)
     assert "about 20 min left" in progress.format_progress()

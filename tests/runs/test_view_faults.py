@@ -114,4 +114,4 @@ def test_a_hook_that_raises_is_named_in_one_line() -> None:
     with pytest.raises(
         RunError, match=r"^Broken failed \(KeyError: 'mine'\); what has finished is kept, and the same call resumes$"
     ):
-        Hooks([Broken()]).notice("going")
+        Hooks([Broken()]).send_notice("going")

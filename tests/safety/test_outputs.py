@@ -14,7 +14,7 @@ from rightrank.cli import main
 from rightrank.decision.records import answers_of
 from rightrank.interop.exports import LOOPBACK
 from rightrank.report.html import render_report
-from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, one_line
+from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, format_one_line
 from tests.commands import run, select_arguments
 from tests.report.runs import made_up_run
 from tests.tiny import write_jsonl
@@ -81,8 +81,8 @@ def test_foreign_code_is_shown_in_the_report() -> None:
 
 
 def test_a_message_is_one_visible_line_whatever_it_quotes() -> None:
-    assert one_line("a\n\tb \x1b[2J \x00 \x9b c") == "a b \\x1b[2J \\x00 \\x9b c"
-    long = one_line("start " + "x" * 10**6 + " end")
+    assert format_one_line("a\n\tb \x1b[2J \x00 \x9b c") == "a b \\x1b[2J \\x00 \\x9b c"
+    long = format_one_line("start " + "x" * 10**6 + " end")
     assert len(long) <= MAX_MESSAGE_CHARACTERS
     assert long.startswith("start xx")
     assert long.endswith("xx end")

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import rightrank
-from rightrank.adapters.spectra import open_weights
+from rightrank.adapters.spectra import open_checkpoint
 from rightrank.api.adapters import inspect
 from rightrank.api.runs import decide, status
 from rightrank.data.files import read_config
@@ -106,7 +106,7 @@ def test_a_pickle_is_never_loaded_as_an_adapter_a_model_a_journal_or_a_checkpoin
     shutil.copytree(model_folder, model)
     (model / "model.safetensors").write_bytes(bomb)
     require_refused(lambda: load_base(str(model), ON_CPU, None), "can't load it", ModelError)
-    require_refused(lambda: open_weights(model), "not a readable safetensors file", ModelError)
+    require_refused(lambda: open_checkpoint(model), "not a readable safetensors file", ModelError)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "journal.jsonl").write_bytes(bomb + b"\n")
     require_refused(lambda: status(tmp_path / "run"), "journal", RunFolderError)
@@ -146,7 +146,7 @@ def test_safetensors_headers_that_lie(tmp_path: Path, length: int | None, header
     (folder / "adapter_model.safetensors").write_bytes(size + header + b"\0" * 16)
     require_refused(lambda: inspect(folder), "not a readable safetensors file", ModelError)
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
-    require_refused(lambda: open_weights(folder), "not a readable safetensors file", ModelError)
+    require_refused(lambda: open_checkpoint(folder), "not a readable safetensors file", ModelError)
 
 
 ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -200,7 +200,7 @@ def test_configs_that_are_more_than_plain_values(tmp_path: Path, text: str, mess
 def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"\x1f\x8b" + b"\0" * 64)
-    require_refused(lambda: load_data(path, small_settings()), "are not read; give", DataError)
+    require_refused(lambda: load_data(path, small_settings()), "are not supported; give", DataError)
 
 
 @pytest.mark.plug_in("plan")
@@ -250,7 +250,7 @@ def test_shards_outside_the_folder(tmp_path: Path, model_folder: Path, name: obj
     shutil.copytree(model_folder, model)
     save_file({"w": np.ones(1, np.float32)}, tmp_path / "other.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    require_refused(lambda: open_weights(model), "names the shard .*of the folder itself", ModelError)
+    require_refused(lambda: open_checkpoint(model), "names the shard .*of the folder itself", ModelError)
     require_refused(lambda: load_base(str(model), ON_CPU, None), "names the shard", ModelError)
 
 
@@ -275,7 +275,7 @@ def test_a_saved_dataset_that_names_files_elsewhere(tmp_path: Path, filename: st
     datasets.Dataset.from_list([{"text": text} for text in sentences(30)]).save_to_disk(tmp_path / "d")
     state = json.loads((tmp_path / "d" / "state.json").read_text())
     (tmp_path / "d" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": filename}]}))
-    require_refused(lambda: load_data(tmp_path / "d", small_settings()), "which is not in the folder", DataError)
+    require_refused(lambda: load_data(tmp_path / "d", small_settings()), "which is outside its folder", DataError)
 
 
 def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

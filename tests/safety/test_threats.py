@@ -11,7 +11,7 @@ import pytest
 
 from rightrank import select_rank_with
 from rightrank.hooks import trackers
-from rightrank.schema.errors import RunError, SettingsError, described, first_line, one_line, without_secrets
+from rightrank.schema.errors import RunError, SettingsError, describe_error, get_first_line, format_one_line, redact_secrets
 from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS, run
 
@@ -37,14 +37,14 @@ PLAIN = (  # what looks a little like one
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
 def test_a_secret_that_a_message_quotes_is_left_out(text: str) -> None:
     assert SECRET not in str(RunError(f"could not read {text}"))
-    assert SECRET not in first_line(OSError(f"can't connect\nto {text}".replace("\n", " ")))
-    assert SECRET not in described(OSError(f"refused: {text}"))
+    assert SECRET not in get_first_line(OSError(f"can't connect\nto {text}".replace("\n", " ")))
+    assert SECRET not in describe_error(OSError(f"refused: {text}"))
 
 
 @pytest.mark.parametrize("text", PLAIN)
 def test_what_is_no_secret_is_shown(text: str) -> None:
-    assert without_secrets(text) == text
-    assert one_line(text) == text
+    assert redact_secrets(text) == text
+    assert format_one_line(text) == text
 
 
 def texts() -> Iterator[str]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rightrank.cli import cli
 from rightrank.cli.options import gather_settings
-from rightrank.schema.command import reproduce_command
-from rightrank.schema.setting_table import is_list
+from rightrank.schema.command import build_reproduce_command
+from rightrank.schema.setting_table import is_list_type
 from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS
 from tests.schema.generated import GENERATED
@@ -50,7 +50,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
-    if is_list(hint):
+    if is_list_type(hint):
         inner = next(part for part in (hint, *kinds) if get_origin(part) is tuple)
         return st.lists(_of(get_args(inner)[0], {"gt": 0}), min_size=1, max_size=4, unique=True)
     return _of(kinds[0], bounds)
@@ -72,7 +72,7 @@ def _of(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
 @given(data=st.data())
 def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> None:
     chosen = SelectSettings(**TOGETHER.get(name, {}) | {name: data.draw(values_of(name))})
-    command = reproduce_command("./base", "rows.jsonl", chosen)
+    command = build_reproduce_command("./base", "rows.jsonl", chosen)
     assert command is not None
     _, verb, *arguments = shlex.split(command)
     with click.Context(cli) as parent:

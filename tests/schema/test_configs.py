@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.schema.configs import settings_of_configs
+from rightrank.schema.configs import read_configs
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 
@@ -24,12 +24,12 @@ def test_the_adapter_of_a_lora_config() -> None:
     config = peft.LoraConfig(
         r=16, lora_alpha=64, lora_dropout=0.1, use_rslora=True, target_modules=["v_proj", "q_proj"], lora_bias=True
     )
-    settings = SelectSettings(**settings_of_configs(config))
+    settings = SelectSettings(**read_configs(config))
     assert (settings.lora_alpha, settings.lora_dropout, settings.scaling) == (64, 0.1, "alpha/sqrt(r)")
     assert settings.target_modules == ("q_proj", "v_proj")
     assert settings.peft_options == {"lora_bias": True}
     assert "ranks" not in settings.model_fields_set
-    assert settings_of_configs(peft.LoraConfig(init_lora_weights="olora"))["init_lora_weights"] == "olora"
+    assert read_configs(peft.LoraConfig(init_lora_weights="olora"))["init_lora_weights"] == "olora"
 
 
 def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
         tmp_path, learning_rate=2e-4, max_steps=200, warmup_steps=20, per_device_train_batch_size=4, max_length=256,
         lr_scheduler_type="cosine", adam_beta2=0.95, seed=7, dataset_text_field="body", logging_steps=1,
     )  # fmt: skip
-    settings = SelectSettings(**settings_of_configs(None, args))
+    settings = SelectSettings(**read_configs(None, args))
     assert (settings.learning_rates, settings.seeds) == ((2e-4,), (7,))
     assert (settings.max_steps, settings.num_train_epochs, settings.warmup_ratio) == (200, None, 0.1)
     assert (settings.batch_size, settings.seq_len, settings.adam_beta2) == (4, 256, 0.95)
@@ -57,7 +57,7 @@ def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
 )
 def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        SelectSettings(**settings_of_configs(peft.LoraConfig(**values)))
+        SelectSettings(**read_configs(peft.LoraConfig(**values)))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_training_that_a_selection_cannot_run_is_refused_by_name(
     values: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=said):
-        SelectSettings(**settings_of_configs(None, sft(tmp_path, **values)))
+        SelectSettings(**read_configs(None, sft(tmp_path, **values)))
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_more_steps_than_an_order_is_drawn_for_are_refused(given: dict[str, Any]
     with pytest.raises(
         SettingsError, match=rf"{next(iter(given))}: [\d,]+ steps of 8 examples; give at most 1,000,000"
     ):
-        SelectSettings(**given).training_steps(80)
+        SelectSettings(**given).count_training_steps(80)

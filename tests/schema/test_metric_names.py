@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from rightrank.schema.metrics import (
-    BUILT_IN,
+    BUILT_IN_METRICS,
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
     MetricKind,
     MetricSpec,
-    default_margin,
-    direction,
-    is_percent,
-    metric_kind,
+    compute_default_margin,
+    infer_direction,
+    has_percentages,
+    infer_metric_kind,
     parse_metrics,
-    published_deviation,
+    get_published_deviation,
 )
 
 # By where they are logged: transformers' Trainer and its example scripts, TRL, Lightning and torchmetrics, `evaluate`,
@@ -271,8 +271,8 @@ UNKNOWN = [
     ("names", "higher"), [(LOWER, False), (HIGHER, True), (UNKNOWN, None)], ids=["lower", "higher", "unknown"]
 )
 def test_names_that_trackers_log(names: list[str], higher: bool | None) -> None:
-    assert {name: direction(name) for name in names} == dict.fromkeys(names, higher)
-    assert {name: direction(name.upper()) for name in names} == dict.fromkeys(names, higher)
+    assert {name: infer_direction(name) for name in names} == dict.fromkeys(names, higher)
+    assert {name: infer_direction(name.upper()) for name in names} == dict.fromkeys(names, higher)
 
 
 # What three libraries themselves state of their metrics: torchmetrics' `higher_is_better`, the sign of scikit-learn's scorers,
@@ -315,7 +315,7 @@ LOGGED_BY_TRL = [
 @pytest.mark.parametrize("prefix", ["", "eval_", "test/", "val_"])
 def test_no_direction_that_a_library_states_is_read_wrongly(library: str, prefix: str) -> None:
     stated = STATED[library]["names"]
-    read = {name: direction(prefix + name) for name in stated}
+    read = {name: infer_direction(prefix + name) for name in stated}
     assert {name: higher for name, higher in read.items() if higher not in (None, stated[name])} == {}
     assert sum(higher is not None for higher in read.values()) >= 10
 
@@ -326,8 +326,8 @@ def test_two_hundred_names_are_stated() -> None:
 
 @pytest.mark.parametrize("name", LOGGED_BY_TRL)
 def test_what_has_no_direction_is_asked_for(name: str) -> None:
-    assert direction(name) is None
-    assert direction(f"eval_{name}") is None
+    assert infer_direction(name) is None
+    assert infer_direction(f"eval_{name}") is None
 
 
 def test_there_are_two_hundred_known_ones_among_them() -> None:
@@ -355,13 +355,13 @@ def test_no_name_is_in_both_lists() -> None:
     ],
 )
 def test_kind(name: str, higher: bool, kind: MetricKind) -> None:
-    assert metric_kind(name, higher) == kind
+    assert infer_metric_kind(name, higher) == kind
 
 
 def test_percent_begins_above_what_a_fraction_can_be() -> None:
-    assert not is_percent([0.2, 1.0])
-    assert is_percent([0.9, 1.2])
-    assert is_percent([0.2, 1.6])
+    assert not has_percentages([0.2, 1.0])
+    assert has_percentages([0.9, 1.2])
+    assert has_percentages([0.2, 1.6])
 
 
 @pytest.mark.parametrize(
@@ -379,14 +379,14 @@ def test_percent_begins_above_what_a_fraction_can_be() -> None:
 def test_margin_and_published_noise(
     kind: MetricKind, reference: float, values: list[float], margin: float, deviation: float
 ) -> None:
-    assert default_margin(kind, reference, values) == pytest.approx(margin)
-    assert published_deviation(kind, reference, values) == pytest.approx(deviation)
+    assert compute_default_margin(kind, reference, values) == pytest.approx(margin)
+    assert get_published_deviation(kind, reference, values) == pytest.approx(deviation)
 
 
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        *((name, MetricSpec(name, kind)) for name, kind in BUILT_IN.items()),
+        *((name, MetricSpec(name, kind)) for name, kind in BUILT_IN_METRICS.items()),
         ("f1=f1", MetricSpec("f1", "text")),
         ("my.scores:bleu", MetricSpec("bleu", "function", "my.scores:bleu")),
         ("bleu4=my.scores:bleu", MetricSpec("bleu4", "function", "my.scores:bleu")),
@@ -425,7 +425,7 @@ def test_the_metric_that_decides_comes_before_the_others_and_each_has_its_own_na
 
 
 def test_which_metrics_every_evaluation_measures() -> None:
-    along = [spec.name for spec in parse_metrics(*BUILT_IN) if spec.is_eval_metric]
+    along = [spec.name for spec in parse_metrics(*BUILT_IN_METRICS) if spec.is_eval_metric]
     assert along == ["loss", "accuracy", "reward_accuracy", "reward_margin"]
     assert not parse_metrics("m:f")[0].is_eval_metric
 
@@ -434,4 +434,4 @@ def test_which_metrics_every_evaluation_measures() -> None:
     ("name", "higher"), [("", None), ("___", None), ("/loss/", False), ("eval_", None), ("x acc", None)]
 )
 def test_separators_around_a_name_are_left_out(name: str, higher: bool | None) -> None:
-    assert direction(name) is higher
+    assert infer_direction(name) is higher

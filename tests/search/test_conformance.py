@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, steps_of
+from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, count_added_steps
 from rightrank.search import STRATEGIES
 from rightrank.search.history import Space
 from tests.search.worlds import STEPS, World, make_space, recommend, rounds, run_all
@@ -182,7 +182,7 @@ def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
 def spent(known: list[TrialOutcome]) -> int:
     """Optimizer steps, without failed arms."""
     finished = {outcome.trial_id: outcome for outcome in known if isinstance(outcome, TrialFinished)}
-    return sum(steps_of(outcome, finished) for outcome in finished.values() if outcome.rank > 0)
+    return sum(count_added_steps(outcome, finished) for outcome in finished.values() if outcome.rank > 0)
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])

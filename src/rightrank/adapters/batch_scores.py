@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from rightrank.adapters.processes import gather_objects, is_sharded, process_index, together, world_size
+from rightrank.adapters.processes import gather_objects, get_process_index, get_world_size, is_sharded, sync_errors
 from rightrank.data.token_store import IGNORED
-from rightrank.schema.errors import DataError, RightrankError, described
+from rightrank.schema.errors import DataError, RightrankError, describe_error
 from rightrank.train.evaluation import Scores
 from rightrank.train.loss import (
     BatchLoss,
@@ -32,11 +32,11 @@ Batch = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of preference pairs, as TRL's default
 
 
-GROUP = "group"  # of a batch's rows: numbers that say which of all rows belong together
-REFERENCE = "ref_chosen_logps", "ref_rejected_logps"  # of TRL's batches of pairs
+GROUP_KEY = "group"  # of a batch's rows: numbers that say which of all rows belong together
+REFERENCE_KEYS = "ref_chosen_logps", "ref_rejected_logps"  # of TRL's batches of pairs
 # What to do where examples cannot be scored here; see docs/how-to/own-trainers.md.
-OWN_EVALUATION = 'score adapters with a function of your own: rightrank.select_rank_with(train, "run", evaluate=evaluate, goal="adapter")'
-NOT_FOR_THE_MODEL = (GROUP, "labels", "num_items_in_batch", "completion_mask")
+CUSTOM_EVALUATION_HINT = 'score adapters with a function of your own: rightrank.select_rank_with(train, "run", evaluate=evaluate, goal="adapter")'
+NON_MODEL_KEYS = (GROUP_KEY, "labels", "num_items_in_batch", "completion_mask")
 LIKELIHOOD = Likelihood(compute_native_pass_losses)
 
 
@@ -92,83 +92,85 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
         DataError: labels of another form than one class a row or one token a position, or an input that is no tensor but holds some.
     """
     nested = next(
-        (key for key, value in batch.items() if not isinstance(value, torch.Tensor) and _holds_tensor(value)), None
+        (key for key, value in batch.items() if not isinstance(value, torch.Tensor) and _contains_tensor(value)), None
     )
     if nested is not None:
         raise DataError(
             f"the batches have {nested} as a {type(batch[nested]).__name__} of tensors, without which the model would be another one; give a "
-            f"collator that makes a tensor of it, or {OWN_EVALUATION}"
+            f"collator that makes a tensor of it, or {CUSTOM_EVALUATION_HINT}"
         )
     base, device = get_base_model(model), next(model.parameters()).device
-    given = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key not in REFERENCE}
+    given = {
+        key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key not in REFERENCE_KEYS
+    }
     tensors = {key: value.to(device) for key, value in given.items()}
-    inputs: dict[str, Any] = {key: value for key, value in tensors.items() if key not in NOT_FOR_THE_MODEL}
+    inputs: dict[str, Any] = {key: value for key, value in tensors.items() if key not in NON_MODEL_KEYS}
     if "use_cache" in inspect.signature(base.forward).parameters:
         inputs["use_cache"] = False
-    is_pairs, labels, positions = "completion_mask" in batch, tensors.get("labels"), tensors.get("position_ids")
+    is_pairs, labels, position_ids = "completion_mask" in batch, tensors.get("labels"), tensors.get("position_ids")
     if is_pairs:
-        labels, positions = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, IGNORED), None
+        labels, position_ids = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, IGNORED), None
     if labels is None or labels.is_floating_point() or not 1 <= labels.dim() <= 2:
         raise DataError(
             "the batches have no labels of classes or tokens; a regression, several labels a row, a reranker, a contrastive loss or a loss of one's "
-            f"own has no scores here: {OWN_EVALUATION}"
+            f"own has no scores here: {CUSTOM_EVALUATION_HINT}"
         )
-    groups = batch[GROUP].tolist() if GROUP in batch else ()
-    if not is_pairs and is_of_classes(batch):
+    groups = batch[GROUP_KEY].tolist() if GROUP_KEY in batch else ()
+    if not is_pairs and has_class_labels(batch):
         is_of_tokens = hasattr(base, "can_generate") and base.can_generate()
         if is_of_tokens or getattr(base.config, "num_labels", 2) == 1:
             output = "predicts tokens" if is_of_tokens else "has one output, as a regression or a reranker"
             raise DataError(
-                f"{type(base).__name__} {output}, and the batches have one label a row, which has no scores here: {OWN_EVALUATION}"
+                f"{type(base).__name__} {output}, and the batches have one label a row, which has no scores here: {CUSTOM_EVALUATION_HINT}"
             )
         rows = torch.arange(len(labels), device=device)
         return TrainerBatch(inputs, labels.flatten(), rows[:, None], rows, False, groups)
     if base.config.is_encoder_decoder or not base.can_generate():
         raise DataError(
             f"{type(base).__name__}: examples are scored of causal language models and of classifiers of whole rows; for others "
-            f"{OWN_EVALUATION}"
+            f"{CUSTOM_EVALUATION_HINT}"
         )
     # Examples that are packed into one row begin where `position_ids` is 0. Of left-padded rows the padding has position 0 too, or 1: it
     # holds no label and makes no example.
     starts = torch.zeros_like(labels, dtype=torch.bool)
     starts[:, 0] = True
-    if positions is not None and positions.dim() == 2:
-        starts |= positions.expand(len(labels), -1) == 0
+    if position_ids is not None and count_positions.dim() == 2:
+        starts |= position_ids.expand(len(labels), -1) == 0
     labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
     numbers = (starts.flatten().cumsum(0) - 1).view(labels.shape)
-    reference = torch.cat([batch[name] for name in REFERENCE]) if REFERENCE[0] in batch else None
+    reference = torch.cat([batch[name] for name in REFERENCE_KEYS]) if REFERENCE_KEYS[0] in batch else None
     return TrainerBatch(inputs, labels, numbers, starts.nonzero()[:, 0], is_pairs, groups, reference)
 
 
-def _holds_tensor(value: Any) -> bool:
+def _contains_tensor(value: Any) -> bool:
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return isinstance(value, torch.Tensor) or any(map(_holds_tensor, parts))
+    return isinstance(value, torch.Tensor) or any(map(_contains_tensor, parts))
 
 
-def batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLoss:
+def compute_batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLoss:
     """Return the losses of one batch; `beta` is that of the loss of preference pairs, TRL's `sigmoid`.
 
     Raises:
         DataError: the model and the batch give no loss by example.
     """
     try:
-        return read_batch(model, with_reference(model, batch)).loss(model, beta)
+        return read_batch(model, add_reference(model, batch)).loss(model, beta)
     except RightrankError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(
-            f"{type(get_base_model(model)).__name__}: these batches give no loss by example ({described(error)}); {OWN_EVALUATION}"
+            f"{type(get_base_model(model)).__name__}: these batches give no loss by example ({describe_error(error)}); {CUSTOM_EVALUATION_HINT}"
         ) from error
 
 
 @torch.no_grad()
-def with_reference(model: Any, batch: Batch) -> Batch:
+def add_reference(model: Any, batch: Batch) -> Batch:
     """Pairs with their log-probabilities under the reference: precomputed, of the adapter `ref`, or of the base."""
-    if "completion_mask" not in batch or REFERENCE[0] in batch:
+    if "completion_mask" not in batch or REFERENCE_KEYS[0] in batch:
         return batch
     with use_adapter(model, "ref" if "ref" in model.peft_config else None):
         losses = LIKELIHOOD(model, read_batch(model, batch), 1.0).example_losses
-    return {**batch, **dict(zip(REFERENCE, (-losses).chunk(2), strict=True))}
+    return {**batch, **dict(zip(REFERENCE_KEYS, (-losses).chunk(2), strict=True))}
 
 
 class HeldOutBatches:
@@ -180,8 +182,8 @@ class HeldOutBatches:
 
     def __init__(self, model: Any, batches: Sequence[Batch], beta: float = BETA) -> None:
         self._model, self._beta = model, beta
-        self._batches = list(batches[process_index() :: world_size()])
-        fewer = len(self._batches) < -(-len(batches) // world_size())
+        self._batches = list(batches[get_process_index() :: get_world_size()])
+        fewer = len(self._batches) < -(-len(batches) // get_world_size())
         self._in_step = batches[0] if fewer and is_sharded(model) else None
 
     @torch.no_grad()
@@ -191,9 +193,9 @@ class HeldOutBatches:
         tokens: list[int] = []
         correct: list[float] = []
         groups: list[int] = []
-        with together():
+        with sync_errors():
             for number, batch in enumerate(self._batches):
-                self._batches[number] = with_reference(self._model, batch)
+                self._batches[number] = add_reference(self._model, batch)
                 rows = read_batch(self._model, self._batches[number])
                 scored = rows.loss(self._model, self._beta)
                 kept = scored.example_tokens.nonzero()[:, 0]
@@ -202,7 +204,7 @@ class HeldOutBatches:
                 correct += scored.example_metrics.get("accuracy", torch.zeros(0)).tolist()
                 groups += rows.example_groups(kept)
             if self._in_step is not None:
-                batch_loss(self._model, self._in_step, self._beta)
+                compute_batch_loss(self._model, self._in_step, self._beta)
         losses, tokens, correct, groups = (
             list(chain(*parts)) for parts in zip(*gather_objects((losses, tokens, correct, groups)), strict=True)
         )
@@ -210,13 +212,13 @@ class HeldOutBatches:
         return Scores(losses, tokens, by_example, groups if len(groups) == len(losses) else None)
 
 
-def is_of_classes(batch: Batch) -> bool:
+def has_class_labels(batch: Batch) -> bool:
     """Whether the labels are one class a row."""
     labels = batch["labels"]
     return bool(labels.dim() == 1 or labels.shape[1] == 1)
 
 
-def positions(batch: Batch) -> int:
+def count_positions(batch: Batch) -> int:
     """The positions that a pass computes: tokens with padding, or rows where there are none."""
     tokens = batch.get("input_ids")
     return len(batch["labels"]) if tokens is None else int(tokens.numel())

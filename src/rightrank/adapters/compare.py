@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rightrank.adapters.conversion_faults import ComparedSide, diagnose_conversion, describe_token_difference
+from rightrank.adapters.conversion_faults import ComparedSide, describe_token_difference, diagnose_conversion
 from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.data.splits import DataSplits, load_held_out, load_data
+from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
 from rightrank.models.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
@@ -27,8 +27,8 @@ from rightrank.models.model_sources import BASE_SIDE
 from rightrank.models.safetensors_files import read_header
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import DataError, ModelError, SettingsError
-from rightrank.schema.events import Evaluating, RunStarted
-from rightrank.schema.metrics import LossKind, default_margin
+from rightrank.schema.events import EvaluationProgress, RunStarted
+from rightrank.schema.metrics import LossKind, compute_default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
@@ -49,7 +49,7 @@ def compare_adapters(
     model: str,
     data: Sequence[Path],
     settings: SelectSettings,
-    on_event: Callable[[Evaluating], None] = lambda _: None,
+    on_event: Callable[[EvaluationProgress], None] = lambda _: None,
     base_b: str | None = None,
     of_run: DataSplits | None = None,
 ) -> AdapterComparison:
@@ -82,14 +82,16 @@ def _evaluate_sides(
     data: Path,
     settings: SelectSettings,
     cache: Path,
-    on_event: Callable[[Evaluating], None],
+    on_event: Callable[[EvaluationProgress], None],
     base_b: str | None,
     of_run: DataSplits | None,
 ) -> tuple[ComparedSide, ComparedSide, int]:
     """Both sides, and the number of rows that an adapter was trained on, which are left out."""
     trained_on = 0
     if of_run is None:
-        whole, settings = load_held_out(data, settings.model_copy(update={"cache_prefix": False}), _find_shared_labels(sides))
+        whole, settings = load_held_out(
+            data, settings.model_copy(update={"cache_prefix": False}), _find_shared_labels(sides)
+        )
         splits = _drop_training_examples(whole, sides, settings, data)
         trained_on = len(whole.examples["validation"]) - len(splits.examples["validation"])
     else:
@@ -121,7 +123,9 @@ def _evaluate_sides(
     return read[0], read[1], trained_on
 
 
-def _drop_training_examples(splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path) -> DataSplits:
+def _drop_training_examples(
+    splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path
+) -> DataSplits:
     """The rows that neither adapter was trained on, as far as the run folders around them say.
 
     Raises:
@@ -200,7 +204,9 @@ def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> Trial
     return trial.model_copy(update=scores.to_record_fields(measured) | {"metrics": scores.metrics | measured.values})
 
 
-def _compare_metric(sides: tuple[ComparedSide, ComparedSide], metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
+def _compare_metric(
+    sides: tuple[ComparedSide, ComparedSide], metric: str, data: Path, settings: SelectSettings
+) -> MetricComparison:
     a, b = (side.scores for side in sides)
     _require_same_tokens(a, b, metric)
     if metric not in a.metrics:
@@ -222,7 +228,7 @@ def _compare_metric(sides: tuple[ComparedSide, ComparedSide], metric: str, data:
     bounds = bounds_of_files(*difference)
     margin = settings.margin
     if margin is None:
-        margin = default_margin(tables[0].kind, cells[0].value, [cells[0].value])
+        margin = compute_default_margin(tables[0].kind, cells[0].value, [cells[0].value])
     verdict = VERDICTS[bounds.is_enough(margin)]
     return MetricComparison(
         data=str(data),

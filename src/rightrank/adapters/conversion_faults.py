@@ -63,7 +63,9 @@ def diagnose_conversion(sides: tuple[ComparedSide, ComparedSide], score: ScoreFu
         return b.token_difference
     if a.adapter is None:
         return None
-    return _find_base_difference(a, b) or _diagnose_function(a, b, score)  # on another base, an adapter may do as little as none
+    return _find_base_difference(a, b) or _diagnose_function(
+        a, b, score
+    )  # on another base, an adapter may do as little as none
 
 
 def _diagnose_function(a: ComparedSide, b: ComparedSide, score: ScoreFunction) -> str | None:
@@ -78,7 +80,10 @@ def _diagnose_function(a: ComparedSide, b: ComparedSide, score: ScoreFunction) -
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         for number, (cause, folder) in enumerate(_write_faulty_adapters(a.adapter, Path(name))):
             losses = _get_losses(score(a.runtime, f"fault {number}", folder))
-            if _compute_distance(losses, whole) > IGNORED_CHANGE * moved and _compute_distance(made, losses) * CLOSENESS_RATIO <= off:
+            if (
+                _compute_distance(losses, whole) > IGNORED_CHANGE * moved
+                and _compute_distance(made, losses) * CLOSENESS_RATIO <= off
+            ):
                 return f"it is {cause}"
     return None
 

@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rightrank.adapters.batch_scores import BETA, Batch, batch_loss, positions
-from rightrank.adapters.processes import is_partitioned, together
+from rightrank.adapters.batch_scores import BETA, Batch, compute_batch_loss, count_positions
+from rightrank.adapters.processes import is_partitioned, sync_errors
 from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.adapter_writer import save_adapter
@@ -31,7 +31,7 @@ from rightrank.train.multi_lora import find_lora_modules
 
 
 @dataclass(frozen=True, slots=True)
-class LiveAdapter:
+class InMemoryAdapter:
     """What is measured."""
 
     model: Any  # PEFT's, with a LoRA adapter of linear layers
@@ -48,7 +48,7 @@ class LiveAdapter:
     write_beside: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
 
 
-def save_trained(model: Any, name: str, folder: Path) -> AdapterFolder:
+def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
     """An adapter as it is in memory.
 
     Raises:
@@ -68,21 +68,21 @@ def save_trained(model: Any, name: str, folder: Path) -> AdapterFolder:
     return adapter
 
 
-def require_end(model: Any, ranks: Sequence[int] | None = None) -> str:
+def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> str:
     """The name of the adapter that trains, whose end is gone through as far as that needs no examples.
 
     Raises:
         ModelError: no truncation can be made of it.
         SettingsError: a rank that is no truncation of it.
     """
-    name = trained_adapter(model)
+    name = find_trained_adapter(model)
     if not is_partitioned(model):  # a fresh process measures that
-        with together(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-            list_candidate_ranks(save_trained(model, name, Path(folder) / "begin"), ranks)
+        with sync_errors(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+            list_candidate_ranks(save_trained_adapter(model, name, Path(folder) / "begin"), ranks)
     return name
 
 
-def trained_adapter(model: Any) -> str:
+def find_trained_adapter(model: Any) -> str:
     """The name of the adapter that trains, which is the only active one.
 
     Raises:
@@ -117,7 +117,7 @@ def trained_adapter(model: Any) -> str:
     return name
 
 
-def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
+def copy_factors(model: Any, name: str, adapter: AdapterFolder) -> None:
     """Write the factors of an adapter folder over the leading rows and columns of a live adapter; the others become zero.
 
     The live module multiplies by its own scale s, the folder's by s': B takes s'/s.
@@ -136,23 +136,23 @@ def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
                 weight.copy_(whole)
 
 
-def gather(live: LiveAdapter) -> GatheredMoments:
+def gather_adapter_moments(live: InMemoryAdapter) -> GatheredMoments:
     """Second moments of about `moment_tokens` tokens of training examples."""
     if not live.train:
         return GatheredMoments(
             {}, 0, 0, ("truncated by singular values: no training examples were given for second moments",)
         )
     names = [name for name, layer in find_lora_modules(live.model).items() if live.name in layer.lora_A]
-    return accumulate_moments(live.model, names, _passes(live), live.name)
+    return accumulate_moments(live.model, names, _run_passes(live), live.name)
 
 
-def _passes(live: LiveAdapter) -> Iterator[tuple[int, int, int]]:
+def _run_passes(live: InMemoryAdapter) -> Iterator[tuple[int, int, int]]:
     """Forward and backward over training batches; yields the rows, the positions and the labels of each."""
     read = 0
     for batch in live.train:
         if read >= live.moment_tokens:
             return
-        loss = batch_loss(live.model, batch, live.beta)
+        loss = compute_batch_loss(live.model, batch, live.beta)
         torch.autograd.backward(loss.total)
-        read += positions(batch)
-        yield len(loss.example_losses), positions(batch), int(loss.example_tokens.sum())
+        read += count_positions(batch)
+        yield len(loss.example_losses), count_positions(batch), int(loss.example_tokens.sum())

@@ -14,18 +14,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rightrank.schema.errors import LIBRARY_ERRORS, DataError, first_line
+from rightrank.schema.errors import LIBRARY_ERRORS, DataError, get_first_line
 from rightrank.train.loss import use_adapter
 from rightrank.train.multi_lora import find_lora_modules
 
-HELD_DEPTH, HELD_PARTS = 5, 64  # how far generators are looked for: steps from a data set, entries of a list
+SEARCH_DEPTH, MAX_SEARCHED_ENTRIES = (
+    5,
+    64,
+)  # how far generators are looked for: steps from a data set, entries of a list
 MAX_COPIED_OBJECTS = 10_000  # of a data set or collator; what holds more is not copied
 
 
 @contextmanager
-def random_states(*sources: Any) -> Iterator[None]:
+def preserve_random_states(*sources: Any) -> Iterator[None]:
     """After the block every random state is as before: the global ones, and those of generators that the sources hold."""
-    held = {id(generator): generator for source in sources for generator in _generators(source)}.values()
+    held = {id(generator): generator for source in sources for generator in _find_generators(source)}.values()
     with ExitStack() as restored:
         restored.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         restored.callback(np.random.set_state, np.random.get_state())
@@ -40,7 +43,7 @@ def random_states(*sources: Any) -> Iterator[None]:
         yield
 
 
-def _generators(source: Any, depth: int = HELD_DEPTH) -> Iterator[Any]:
+def _find_generators(source: Any, depth: int = SEARCH_DEPTH) -> Iterator[Any]:
     """The random generators in an object's attributes, in what these hold, and in what a function was defined or bound with."""
     if isinstance(source, np.random.Generator | np.random.RandomState | torch.Generator | random.Random):
         yield source
@@ -48,7 +51,7 @@ def _generators(source: Any, depth: int = HELD_DEPTH) -> Iterator[Any]:
         return
     parts = list(getattr(source, "__dict__", {}).values())
     parts += [getattr(type(source), called, None) for called in ("__getitem__", "__call__", "__iter__")]
-    if isinstance(source, list | tuple | dict) and len(source) <= HELD_PARTS:
+    if isinstance(source, list | tuple | dict) and len(source) <= MAX_SEARCHED_ENTRIES:
         parts += list(source.values() if isinstance(source, dict) else source)
     elif isinstance(source, FunctionType):
         parts += [source.__globals__.get(called) for called in source.__code__.co_names]
@@ -56,10 +59,10 @@ def _generators(source: Any, depth: int = HELD_DEPTH) -> Iterator[Any]:
     elif isinstance(source, MethodType | partial):
         parts += [source.__self__] if isinstance(source, MethodType) else [source.func, source.args, source.keywords]
     for part in parts:
-        yield from _generators(part, depth - 1)
+        yield from _find_generators(part, depth - 1)
 
 
-def copy_reader(source: Any) -> Any:
+def copy_data_source(source: Any) -> Any:
     """Return a copy of a data set, loader or collator, so that reading through the copy leaves the original as it is.
 
     A random generator that is created at first use is then created in the copy alone. Rows, tensors, tables, models and tokenizers are shared.
@@ -71,7 +74,7 @@ def copy_reader(source: Any) -> Any:
     if isinstance(source, list | tuple):
         return source  # rows themselves, which run no code when they are read
     try:
-        functions, shared = _walk(source)
+        functions, shared = _collect_copied_objects(source)
         memo = {id(value): value for value in shared}
         variables = {id(function.__globals__): dict(function.__globals__) for function in functions}
         for function in functions:
@@ -85,14 +88,14 @@ def copy_reader(source: Any) -> Any:
             copied.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
             for cell, held in zip(copied.__closure__ or (), function.__closure__ or (), strict=True):
                 cell.cell_contents = copy.deepcopy(held.cell_contents, memo)
-            for name, value in _named_globals(function).items():
+            for name, value in _collect_globals(function).items():
                 copied.__globals__[name] = copy.deepcopy(value, memo)
         return copy.deepcopy(source, memo)
     except (copy.Error, *LIBRARY_ERRORS) as error:
-        raise DataError(f"{type(source).__name__} cannot be copied ({first_line(error)})") from None
+        raise DataError(f"{type(source).__name__} cannot be copied ({get_first_line(error)})") from None
 
 
-def _walk(source: Any) -> tuple[list[FunctionType], list[Any]]:
+def _collect_copied_objects(source: Any) -> tuple[list[FunctionType], list[Any]]:
     """Return the functions that a copy of a data set or collator has copies of, and the values that it shares.
 
     Raises:
@@ -105,14 +108,14 @@ def _walk(source: Any) -> tuple[list[FunctionType], list[Any]]:
         value = pending.pop()
         if len(seen) > MAX_COPIED_OBJECTS:
             raise ValueError(f"it holds more than {MAX_COPIED_OBJECTS:,} objects")
-        is_long = isinstance(value, list | tuple | dict | set | frozenset) and len(value) > HELD_PARTS
+        is_long = isinstance(value, list | tuple | dict | set | frozenset) and len(value) > MAX_SEARCHED_ENTRIES
         if is_long or isinstance(value, torch.nn.Module | ModuleType | PreTrainedTokenizerBase) or _is_array(value):
             shared.append(value)
             continue
         if isinstance(value, FunctionType):
             functions.append(value)
             parts = [cell.cell_contents for cell in value.__closure__ or ()]
-            parts += [value.__defaults__, value.__kwdefaults__, *_named_globals(value).values()]
+            parts += [value.__defaults__, value.__kwdefaults__, *_collect_globals(value).values()]
         else:
             parts = [] if isinstance(value, type) else list(getattr(value, "__dict__", {}).values())
             names = (name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()))
@@ -128,7 +131,7 @@ def _walk(source: Any) -> tuple[list[FunctionType], list[Any]]:
     return functions, shared
 
 
-def _named_globals(function: FunctionType) -> dict[str, Any]:
+def _collect_globals(function: FunctionType) -> dict[str, Any]:
     """Return the global variables that a function's code names, without modules, classes, and the functions of other modules."""
     codes, names = [function.__code__], set[str]()
     while codes:
@@ -150,7 +153,7 @@ def _is_array(value: Any) -> bool:
 
 
 @contextmanager
-def as_it_came(model: Any, name: str, *sources: Any) -> Iterator[None]:
+def preserve_state(model: Any, name: str, *sources: Any) -> Iterator[None]:
     """In the block the model evaluates with the adapter `name`; afterwards it and random states are as before, to the bit."""
     layers = find_lora_modules(model).values()
     factors = [part[name].weight for layer in layers for part in (layer.lora_A, layer.lora_B) if name in part]
@@ -161,7 +164,7 @@ def as_it_came(model: Any, name: str, *sources: Any) -> Iterator[None]:
         for parameter, _, _ in parameters:
             parameter.grad = None
         model.eval()
-        with use_adapter(model, name), random_states(*sources):
+        with use_adapter(model, name), preserve_random_states(*sources):
             yield
     finally:
         with torch.no_grad():

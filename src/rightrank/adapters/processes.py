@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 from rightrank.schema.errors import LIBRARY_ERRORS, RightrankError, RunError
 
 # What a measurement in someone else's process can end in; all else ends the process anyway.
-FAILURES = (RightrankError, MemoryError, *LIBRARY_ERRORS)
-AGREED = "is_known_to_all"  # of an error: every process has raised
+MEASUREMENT_ERRORS = (RightrankError, MemoryError, *LIBRARY_ERRORS)
+SHARED_ERROR_FLAG = "is_known_to_all"  # of an error: every process has raised
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def sync_errors() -> Iterator[None]:
     """Where one of several processes fails in the block all of them raise: none may wait for the others.
 
     Raises:
@@ -27,32 +27,32 @@ def together() -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
-    except FAILURES as error:
-        if hasattr(error, AGREED):
+    except MEASUREMENT_ERRORS as error:
+        if hasattr(error, SHARED_ERROR_FLAG):
             raise  # in a block within this one
         failure = error
     failed = any(gather_objects(failure is not None))
     if failed:
         failure = failure or RunError("another process of the training failed")
-        setattr(failure, AGREED, True)
+        setattr(failure, SHARED_ERROR_FLAG, True)
         raise failure
 
 
 def gather_objects(mine: Any) -> list[Any]:
     """Return the values of all processes, in the order of their numbers."""
-    every = [mine] * world_size()
+    every = [mine] * get_world_size()
     if len(every) > 1:
         dist.all_gather_object(every, mine)
     return every
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def process_index() -> int:
+def get_process_index() -> int:
     """The number of this process; process 0 writes files."""
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_rank() if get_world_size() > 1 else 0
 
 
 def is_sharded(model: Any) -> bool:
@@ -66,7 +66,7 @@ def is_partitioned(model: Any) -> bool:
 
 
 @contextmanager
-def gathered(model: Any) -> Iterator[None]:
+def gather_parameters(model: Any) -> Iterator[None]:
     """In the block the trained parameters of ZeRO-3 are whole; nothing happens for other models."""
     parts = [
         parameter

@@ -16,13 +16,19 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rightrank.adapters.spectra import energy_rank, factored_distance, factored_singular_values
+from rightrank.adapters.spectra import compute_distance, compute_energy_rank, compute_singular_values
 from rightrank.data.files import create_output, replace_folder, require_absent
 from rightrank.models.adapter_folders import CONFIG_FILE, MLX_FILE
 from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, convert_to_mlx_key
 from rightrank.models.adapter_writer import write_adapter
-from rightrank.models.ranks import compute_equal_scale_alphas, compute_equivalent_rank, build_exact_pattern, compute_scaling, find_server_rank
-from rightrank.models.truncation import Moments, resize_pair, allocate_module_ranks
+from rightrank.models.ranks import (
+    build_exact_pattern,
+    compute_equal_scale_alphas,
+    compute_equivalent_rank,
+    compute_scaling,
+    find_server_rank,
+)
+from rightrank.models.truncation import Moments, allocate_module_ranks, resize_pair
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import ModuleResize, Resized
 
@@ -47,7 +53,9 @@ def resize_adapter(
     tensors = write_resized_adapter(adapter, out, chosen, moments)
     scaling = _compute_scaling(_build_resized_config(adapter, chosen))
     errors = [
-        error for pair in adapter.pairs for error in _measure_errors(adapter, pair, _find_pair_rank(pair, chosen), scaling, tensors)
+        error
+        for pair in adapter.pairs
+        for error in _measure_errors(adapter, pair, _find_pair_rank(pair, chosen), scaling, tensors)
     ]
     records = [
         ModuleResize(
@@ -103,7 +111,9 @@ def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> d
     return dict(adapter.config) | {
         "r": r,
         "rank_pattern": build_exact_pattern(by_address, r, by_address),
-        "alpha_pattern": build_exact_pattern(compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora), alpha, by_address),
+        "alpha_pattern": build_exact_pattern(
+            compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora), alpha, by_address
+        ),
         "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
         "eva_config": None,
     }
@@ -160,7 +170,7 @@ def _measure_errors(
     for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.pair_factors(first), strict=True):
         before, after = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
         none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
-        yield module, rank, factored_distance(*before, *after), factored_distance(*before, *none)
+        yield module, rank, compute_distance(*before, *after), compute_distance(*before, *none)
 
 
 def _build_notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -213,8 +223,8 @@ def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: boo
         raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
     ranks: dict[str, int] = {}
     for module in adapter.modules:
-        s = factored_singular_values(*adapter.factors(module))
-        ranks[module.name] = max(1, energy_rank(s, fraction) or module.rank)
+        s = compute_singular_values(*adapter.factors(module))
+        ranks[module.name] = max(1, compute_energy_rank(s, fraction) or module.rank)
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
 

@@ -14,31 +14,31 @@ from typing import TypeAlias
 
 from peft import LoraConfig
 
-from rightrank.adapters.compare import build_trial_record, read_labels, load_run_splits
+from rightrank.adapters.compare import build_trial_record, load_run_splits, read_labels
 from rightrank.adapters.resize import (
-    list_candidate_ranks,
     cap_ranks,
+    list_candidate_ranks,
     require_plain_update,
-    write_same_format,
     resize_adapter,
     write_resized_adapter,
+    write_same_format,
 )
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
-from rightrank.data.splits import DataSplits, load_held_out, load_data
+from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
 from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments
-from rightrank.schema.command import reproduce_command
-from rightrank.schema.configs import stated_settings
+from rightrank.schema.command import build_reproduce_command
+from rightrank.schema.configs import convert_configs
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError
-from rightrank.schema.events import Evaluating, Notice
-from rightrank.schema.results import HeldOut, Resized
-from rightrank.schema.setting_table import given_values
+from rightrank.schema.events import EvaluationProgress, Notice
+from rightrank.schema.results import HeldOutValue, Resized
+from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
@@ -48,7 +48,7 @@ from rightrank.train.runtime import Runtime, attach_adapter
 
 
 @dataclass(frozen=True, slots=True)
-class _ScoredData:
+class _EvaluationData:
     """Examples to score in the validation split, and training examples in the train split."""
 
     splits: DataSplits
@@ -56,27 +56,33 @@ class _ScoredData:
     note: str
 
 
-def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings) -> _ScoredData:
+def load_evaluation_data(
+    adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings
+) -> _EvaluationData:
     """The rows of `data` to score, without those that the adapter is known to be trained on.
 
     Raises:
         DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
     """
     classes = read_labels(str(adapter.path))
-    trained, source = _trained(adapter, data, train, settings, classes)
+    trained, source = _load_training_splits(adapter, data, train, settings, classes)
     if trained is None and None not in read_rows(data):
         count = sum(len(list(rows)) for rows in read_rows(data).values())
         every = settings.model_copy(update=NO_SPLIT_OVERRIDES | {"max_eval_examples": max(2, count)})
         splits = load_data(data, every, classes=classes)
-        return _scored(splits, _at_most(splits.examples["validation"], settings), f"{data} (its validation split)")
+        return _replace_validation_split(
+            splits, _limit_examples(splits.examples["validation"], settings), f"{data} (its validation split)"
+        )
     if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
         own = trained.examples["validation"]
-        return _scored(trained, own, f"{data} (the validation split of the adapter's run)")
+        return _replace_validation_split(trained, own, f"{data} (the validation split of the adapter's run)")
     whole, _ = load_held_out(data, settings, classes)
     every_row = whole.examples["validation"]
     if trained is None:
         unknown = "if the adapter was trained on some of them, name its training data with --train"
-        return _scored(whole, _at_most(every_row, settings), f"{data} (all rows); {unknown}", of_training=True)
+        return _replace_validation_split(
+            whole, _limit_examples(every_row, settings), f"{data} (all rows); {unknown}", of_training=True
+        )
     if whole.form != trained.form:
         raise DataError(f"{data}: has the form {whole.form}, and the adapter's training data {trained.form}")
     seen = {example.example_id for example in trained.examples["train"]}
@@ -88,20 +94,22 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
             "give rows that it was not trained on"
         )
     without = f"{data} (not in its training data); {left_out:,} training examples of the adapter left out"
-    return _scored(trained, _at_most(unseen, settings), without)
+    return _replace_validation_split(trained, _limit_examples(unseen, settings), without)
 
 
-def _scored(splits: DataSplits, scored: Sequence[Example], where: str, of_training: bool = False) -> _ScoredData:
+def _replace_validation_split(
+    splits: DataSplits, scored: Sequence[Example], where: str, of_training: bool = False
+) -> _EvaluationData:
     kept = replace(splits, examples={"train": splits.examples["train"], "validation": scored, "test": []})
-    return _ScoredData(kept, of_training, f"scored on {len(scored):,} examples of {where}")
+    return _EvaluationData(kept, of_training, f"scored on {len(scored):,} examples of {where}")
 
 
-def _at_most(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:
+def _limit_examples(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:
     """All examples; `max_eval_examples` of them if that was given."""
     return examples[: settings.max_eval_examples] if "max_eval_examples" in settings.model_fields_set else examples
 
 
-def _trained(
+def _load_training_splits(
     adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings, classes: Sequence[str] | None
 ) -> tuple[DataSplits | None, Path | None]:
     """`(the splits with the adapter's training examples, the data of its run)`; None for what is not known.
@@ -112,7 +120,9 @@ def _trained(
     if train is not None:
         is_same = train.exists() and data.exists() and train.resolve() == data.resolve()
         split = is_same or None not in read_rows(train)
-        return (load_data(train, settings, classes=classes) if split else load_held_out(train, settings, classes)[0]), None
+        return (
+            load_data(train, settings, classes=classes) if split else load_held_out(train, settings, classes)[0]
+        ), None
     return load_run_splits(adapter.path, settings, classes) or (None, None)
 
 
@@ -130,7 +140,7 @@ MANY_EXAMPLES = 2000  # above which scoring may take long, and fewer are propose
 
 
 @dataclass(frozen=True, slots=True)
-class DataRule:
+class ResizeRequest:
     """The smallest rank that is enough on held-out rows; see `rightrank.resize` for each field."""
 
     data: Path
@@ -138,10 +148,10 @@ class DataRule:
     base: str | None
     settings: SelectSettings
     ranks: Sequence[int] | None
-    on_event: Callable[[Evaluating | Notice], None]
+    on_event: Callable[[EvaluationProgress | Notice], None]
 
 
-def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized:
+def resize_by_data(adapter: AdapterFolder, out: Path, rule: ResizeRequest) -> Resized:
     """Measure the candidates, decide, and write the chosen one to `out`.
 
     Raises:
@@ -149,7 +159,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
     """
     require_plain_update(adapter)
     ranks = list_candidate_ranks(adapter, rule.ranks)
-    scored = scored_data(adapter, rule.data, rule.train, rule.settings)
+    scored = load_evaluation_data(adapter, rule.data, rule.train, rule.settings)
     rule.on_event(Notice(text=scored.note))
     measured = ", ".join(map(str, sorted(ranks, reverse=True)))
     count = len(scored.splits.examples["validation"])
@@ -160,16 +170,16 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         use = RuntimeInputs(rule.data, rule.settings, Path(name) / "cache", splits=scored.splits)
         runtime = make_adapter_runtime(adapter, rule.base, use)
         halves = scored.scores_training_examples
-        curve = truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
+        curve = measure_truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
         tensors = {key: chosen.tensor(key) for key in chosen.keys}
         write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
-        resized = _resized(curve, chosen, runtime, rule)
+        resized = _build_result(curve, chosen, runtime, rule)
     further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count}
     return resized.model_copy(update=further)
 
 
-def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, rule: DataRule) -> Resized:
+def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, rule: ResizeRequest) -> Resized:
     """What is reported of the chosen candidate."""
     answer, written = curve.answer, curve.written[curve.answer.rank]
     notes = [*written.notes, *curve.gathered.notices]
@@ -180,14 +190,14 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, ru
             f"rank {chosen.rank_text}: the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
             "of lora_alpha and r (alpha_pattern)"
         )
-    gain = _gain(curve.trials, answer, runtime)
+    gain = _describe_missing_gain(curve.trials, answer, runtime)
     ranks = tuple(sorted({candidate.rank for candidate in answer.candidates}))
     config = LoraConfig(
         **{name: value for name, value in chosen.config.items() if name in vars(LoraConfig()) and value is not None}
     )
     config.rank_pattern, config.alpha_pattern = {}, {}
-    stated, unsaid = stated_settings(config, **given_values(rule.settings) | {"ranks": ranks})
-    search = reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings.stored(stated))
+    stated, unsaid = convert_configs(config, **get_explicit_values(rule.settings) | {"ranks": ranks})
+    search = build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings.stored(stated))
     notes += [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
     named = {"notes": [note.replace(SEARCH, f"({search})") for note in answer.notes]}
     return written.model_copy(
@@ -195,7 +205,7 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, ru
             "rank": answer.rank,
             "bytes_after": chosen.weights.stat().st_size,
             "chosen_by": f"data, margin {answer.margin:g}",
-            "held_out": [HeldOut(rank=trial.rank, value=trial.value) for trial in curve.trials],
+            "held_out": [HeldOutValue(rank=trial.rank, value=trial.value) for trial in curve.trials],
             "answer": answer.model_copy(update=gain | named),
             "no_gain": bool(gain),
             "notes": notes,
@@ -203,7 +213,7 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, ru
     )
 
 
-def _gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runtime) -> dict[str, str]:
+def _describe_missing_gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runtime) -> dict[str, str]:
     """The sentence of an answer whose reference is not better than the base by more than the margin; else empty."""
     metric = runtime.settings.metric_name
     reference = next(trial for trial in trials if trial.trial_id == answer.reference_id)
@@ -218,14 +228,14 @@ def _gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runti
     }
 
 
-def truncation_curve(
+def measure_truncation_curve(
     adapter: AdapterFolder,
     runtime: Runtime,
     ranks: Sequence[int],
     working: Path,
     *,
     by_halves: bool = False,
-    on_event: Callable[[Evaluating | Notice], None] = lambda _: None,
+    on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> TruncationCurve:
     """The held-out loss of every truncation to `ranks`; `working` keeps them as r1, r2, …
 
@@ -236,10 +246,10 @@ def truncation_curve(
     """
     settings = runtime.settings
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
-    steps = settings.training_steps(len(runtime.data.splits["train"]))
+    steps = settings.count_training_steps(len(runtime.data.splits["train"]))
     with attach_adapter(runtime, adapter.path) as peft_model:
         gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
-    halves = _halves(adapter, runtime) if by_halves else []
+    halves = _gather_folds(adapter, runtime) if by_halves else []
     report_evaluation_progress(runtime, "the base", on_event)
     trials = [build_trial_record("base", 0, runtime.evaluate("validation"), settings.metric)]
     written: dict[int, Resized] = {}
@@ -249,7 +259,7 @@ def truncation_curve(
         written[rank] = resize_adapter(adapter, folder, cap_ranks(adapter, rank, gathered.moments), gathered.moments)
         report_evaluation_progress(runtime, f"rank {rank}", on_event)
         if halves:
-            scores = _by_halves(adapter, runtime, halves, rank, working)
+            scores = _evaluate_folds(adapter, runtime, halves, rank, working)
         else:
             with attach_adapter(runtime, folder):
                 scores = runtime.evaluate("validation")
@@ -258,18 +268,18 @@ def truncation_curve(
         on_event(Notice(text=f"rank {rank}: held-out {trials[-1].value:.4f}"))
     higher = settings.is_higher_better(settings.metric_name)
     criterion = Criterion(settings.metric_name, higher, settings.margin, runtime.data.summary.loss_kind)
-    return TruncationCurve(trials, written, gathered, smallest_of(trials, criterion))
+    return TruncationCurve(trials, written, gathered, find_smallest_adapter(trials, criterion))
 
 
-def smallest_of(trials: Sequence[TrialFinished], criterion: Criterion) -> AdapterAnswer:
+def find_smallest_adapter(trials: Sequence[TrialFinished], criterion: Criterion) -> AdapterAnswer:
     """The smallest adapter that holds."""
     return adapter_answer(trials, criterion) or trained_answer(max(trials, key=lambda trial: trial.rank), criterion)
 
 
-_Half: TypeAlias = tuple[list[int], Mapping[str, Moments]]  # half of the scored examples, moments over the other half
+_Fold: TypeAlias = tuple[list[int], Mapping[str, Moments]]  # half of the scored examples, moments over the other half
 
 
-def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
+def _gather_folds(adapter: AdapterFolder, runtime: Runtime) -> list[_Fold]:
     """Two halves of the validation split, so that no example is scored by a truncation that was fitted to it.
 
     The written adapter has moments over all examples, like each half's but of twice as many.
@@ -285,7 +295,9 @@ def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
         ]
 
 
-def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half], rank: int, working: Path) -> Scores:
+def _evaluate_folds(
+    adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Fold], rank: int, working: Path
+) -> Scores:
     """The scores of every example under the truncation whose moments come from the half without it."""
     halved = []
     for number, (scored, moments) in enumerate(halves):

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from rightrank.data.files import detect_path_kind
 from rightrank.models.adapter_reader import PEFT_PREFIX, AdapterFolder, AdapterModule, natural_sort_key, open_adapter
-from rightrank.models.safetensors_files import read_header, find_shards
+from rightrank.models.safetensors_files import find_shards, read_header
 from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
 from rightrank.schema.trials import Floats
@@ -60,9 +60,9 @@ def build_spectrum(
         singular_values=[float(value) for value in values],
         frobenius_norm=float(np.sqrt(energy)),
         spectral_norm=float(values[0]) if len(values) else 0.0,
-        stable_rank=stable_rank(values, energy),
-        effective_rank=None if partial else effective_rank(values),
-        energy_rank={f"{part:g}": energy_rank(values, part, energy) for part in ENERGY_FRACTIONS},
+        stable_rank=compute_stable_rank(values, energy),
+        effective_rank=None if partial else compute_effective_rank(values),
+        energy_rank={f"{part:g}": compute_energy_rank(values, part, energy) for part in ENERGY_FRACTIONS},
         noise_rank=noise,
         flags=[*flags, *["partial_spectrum"] * partial, *["noise_unclear"] * bool(unclear)],  # the median may be signal
         **about,
@@ -78,8 +78,8 @@ def _estimate_noise_rank(s: Floats, energy: float, kind: str, shape: tuple[int, 
         return 0
     s = np.where(s > ROUNDING * s[0], s, 0.0)
     if kind != "matrix":
-        return hard_threshold_rank(s, len(s), len(s))
-    return leading_noise_rank(s, energy, *shape) if partial else hard_threshold_rank(s, *shape)
+        return compute_hard_threshold_rank(s, len(s), len(s))
+    return compute_leading_noise_rank(s, energy, *shape) if partial else compute_hard_threshold_rank(s, *shape)
 
 
 def _flag_dead_modules(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
@@ -94,7 +94,7 @@ def _flag_dead_modules(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum
     ]
 
 
-def inspection_of(spectra: Sequence[ModuleSpectrum], **about: Any) -> Inspection:
+def build_inspection(spectra: Sequence[ModuleSpectrum], **about: Any) -> Inspection:
     """The spectra and their summary; `about` are the summary's other fields."""
     modules = _flag_dead_modules(spectra)
     energy: dict[str, int | None] = {}
@@ -120,18 +120,18 @@ def inspect_adapter(path: Path) -> Inspection:
         ModelError: no readable LoRA adapter, or NaN weights.
     """
     adapter = open_adapter(path)
-    return inspection_of(
-        [spectrum for pair in adapter.pairs for spectrum in _spectra(adapter, pair)],
+    return build_inspection(
+        [spectrum for pair in adapter.pairs for spectrum in _compute_pair_spectra(adapter, pair)],
         kind="adapter",
         scaling_rule="alpha/sqrt(r)" if adapter.use_rslora else "alpha/r",
         base_model=adapter.base_model,
         parameters=adapter.trained,
         modules_to_save=[key.removeprefix(PEFT_PREFIX) for key in adapter.other_keys if not key.endswith(".alpha")],
-        notes=_adapter_notes(adapter),
+        notes=_build_adapter_notes(adapter),
     )
 
 
-def _adapter_notes(adapter: AdapterFolder) -> list[str]:
+def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
     """Notes to the figures: patterns without effect, DoRA, initialisations that change the base."""
     notes: list[str] = []
     if adapter.unused_patterns:
@@ -148,22 +148,22 @@ def _adapter_notes(adapter: AdapterFolder) -> list[str]:
     return notes
 
 
-def _spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule]) -> list[ModuleSpectrum]:
+def _compute_pair_spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule]) -> list[ModuleSpectrum]:
     """The spectra of a pair; of several experts, those that no token reached are flagged so.
 
     A token gives every direction of B a gradient, and Adam a step of about the learning rate. So an expert whose B is zero
     beside others that moved was never chosen, whereas one that learned nothing has an update that is small.
     """
-    spectra = [_spectrum(adapter, module) for module in pair]
+    spectra = [_compute_module_spectrum(adapter, module) for module in pair]
     if len(spectra) > 1 and any("untrained" not in spectrum.flags for spectrum in spectra):
         flags = [["no_token" if flag == "untrained" else flag for flag in spectrum.flags] for spectrum in spectra]
         spectra = [spectrum.model_copy(update={"flags": own}) for spectrum, own in zip(spectra, flags, strict=True)]
     return spectra
 
 
-def _spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:
+def _compute_module_spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:
     b, a = adapter.factors(module)
-    values = abs(module.scaling) * factored_singular_values(b, a)
+    values = abs(module.scaling) * compute_singular_values(b, a)
     # PEFT starts with B = 0 (with A = 0 for an embedding)
     flags = ["untrained"] * (not b.any() or not a.any())
     flags += ["dora"] * (module.magnitude_key is not None) + ["lora_bias"] * (module.bias_key is not None)
@@ -172,25 +172,25 @@ def _spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:
     return build_spectrum(values, float(np.sum(values**2)), module.kind.name, shape, flags, **about)
 
 
-def factored_singular_values(b: Floats, a: Floats) -> Floats:
+def compute_singular_values(b: Floats, a: Floats) -> Floats:
     """The min(d, r, k) singular values of B·A alone, padded with zeros to r of them."""
-    s = np.linalg.svd(_triangle(b) @ _triangle(a.T).T, compute_uv=False)
+    s = np.linalg.svd(_compute_qr_triangle(b) @ _compute_qr_triangle(a.T).T, compute_uv=False)
     return np.pad(s, (0, max(0, b.shape[1] - len(s))))
 
 
-def factored_distance(b: Floats, a: Floats, other_b: Floats, other_a: Floats) -> float:
+def compute_distance(b: Floats, a: Floats, other_b: Floats, other_a: Floats) -> float:
     """‖B·A − B'·A'‖ in the Frobenius norm, through QR of the factors side by side."""
-    left, right = _triangle(np.hstack([b, -other_b])), _triangle(np.vstack([a, other_a]).T)
+    left, right = _compute_qr_triangle(np.hstack([b, -other_b])), _compute_qr_triangle(np.vstack([a, other_a]).T)
     return float(np.linalg.norm(left @ right.T))
 
 
-def _triangle(matrix: Floats) -> Floats:
+def _compute_qr_triangle(matrix: Floats) -> Floats:
     """The R of a QR decomposition."""
     triangle: Any = np.linalg.qr(matrix, mode="r")
     return np.asarray(triangle, dtype=np.float64)
 
 
-def energy_rank(s: Floats, fraction: float, total: float | None = None) -> int | None:
+def compute_energy_rank(s: Floats, fraction: float, total: float | None = None) -> int | None:
     """The smallest number of leading singular values with `fraction` of the energy Σσ²; 0 for the zero matrix.
 
     `total` is the energy of the whole matrix if `s` is only its leading part. None if `s` is then too short.
@@ -204,14 +204,14 @@ def energy_rank(s: Floats, fraction: float, total: float | None = None) -> int |
     return int(reached[0]) + 1 if len(reached) else None
 
 
-def stable_rank(s: Floats, total: float | None = None) -> float:
+def compute_stable_rank(s: Floats, total: float | None = None) -> float:
     """‖ΔW‖²_F / ‖ΔW‖²_2; 0 for the zero matrix."""
     if len(s) == 0 or s[0] == 0:
         return 0.0
     return float((np.sum(s**2) if total is None else total) / s[0] ** 2)
 
 
-def effective_rank(s: Floats) -> float:
+def compute_effective_rank(s: Floats) -> float:
     """exp of the entropy of σ/Σσ (Roy and Vetterli 2007); 0 for the zero matrix."""
     if s.sum() == 0:
         return 0.0
@@ -219,7 +219,7 @@ def effective_rank(s: Floats) -> float:
     return float(np.exp(-np.sum(p * np.log(p))))
 
 
-def hard_threshold_rank(s: Floats, rows: int, columns: int) -> int:
+def compute_hard_threshold_rank(s: Floats, rows: int, columns: int) -> int:
     """The number of singular values above the optimal hard threshold for unknown noise (Gavish and Donoho 2014).
 
     `s` must be all min(rows, columns) singular values of a rows × columns matrix: signal plus noise with independent
@@ -232,7 +232,7 @@ def hard_threshold_rank(s: Floats, rows: int, columns: int) -> int:
     return int(np.sum(s > omega * np.median(s)))
 
 
-def leading_noise_rank(s: Floats, total: float, rows: int, columns: int) -> int:
+def compute_leading_noise_rank(s: Floats, total: float, rows: int, columns: int) -> int:
     """The same if only the leading singular values and the whole energy are known.
 
     The energy that the kept values leave is taken as noise; its variance per entry gives σ, and the threshold for known noise
@@ -259,21 +259,21 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
     Raises:
         ModelError: a folder without safetensors, or two that differ in names or shapes.
     """
-    before, after = open_weights(base), open_weights(finetuned)
-    _require_alike(before, after)
+    before, after = open_checkpoint(base), open_checkpoint(finetuned)
+    _require_same_architecture(before, after)
     spectra: list[ModuleSpectrum] = []
     not_matrices: list[str] = []
     unchanged = 0
-    for name, delta in _differences(before, after):
+    for name, delta in _iterate_differences(before, after):
         if delta is None:
             unchanged += 1
         elif delta.dim() < 2:
             not_matrices.append(name)
         else:
-            spectra.append(_matrix_spectrum(name, delta.flatten(1), sketch_rank))
+            spectra.append(_compute_matrix_spectrum(name, delta.flatten(1), sketch_rank))
     if not spectra and not not_matrices:
         raise ModelError(f"{finetuned}: every tensor is equal to that of {base}; give a fine-tuned model of this base")
-    return inspection_of(
+    return build_inspection(
         spectra,
         kind="checkpoints",
         scaling_rule="none",
@@ -284,7 +284,7 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
     )
 
 
-def _require_alike(before: _WeightFolder, after: _WeightFolder) -> None:
+def _require_same_architecture(before: _Checkpoint, after: _Checkpoint) -> None:
     """Refuse two checkpoints of different architectures.
 
     Raises:
@@ -303,7 +303,7 @@ def _require_alike(before: _WeightFolder, after: _WeightFolder) -> None:
             )
 
 
-def _differences(before: _WeightFolder, after: _WeightFolder) -> Iterator[tuple[str, torch.Tensor | None]]:
+def _iterate_differences(before: _Checkpoint, after: _Checkpoint) -> Iterator[tuple[str, torch.Tensor | None]]:
     """The change of every floating-point tensor in float32, in the natural order of names; None where nothing changed.
 
     Raises:
@@ -325,14 +325,14 @@ def _differences(before: _WeightFolder, after: _WeightFolder) -> Iterator[tuple[
         yield name, delta
 
 
-def _matrix_spectrum(name: str, delta: torch.Tensor, sketch_rank: int) -> ModuleSpectrum:
+def _compute_matrix_spectrum(name: str, delta: torch.Tensor, sketch_rank: int) -> ModuleSpectrum:
     """The record of one difference: all singular values up to a shorter side of EXACT_SIDE, else the leading ones."""
     if min(delta.shape) <= EXACT_SIDE:
         tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
         values: Floats = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R.double()).numpy()
         energy = float(np.sum(values**2))
     else:
-        values = _sketched_values(delta, sketch_rank)
+        values = _sketch_singular_values(delta, sketch_rank)
         rows = max(1, 2**22 // delta.shape[1])  # at a time, in float64
         blocks = (delta[start : start + rows] for start in range(0, len(delta), rows))
         energy = float(sum(float(block.double().square().sum()) for block in blocks))
@@ -340,7 +340,7 @@ def _matrix_spectrum(name: str, delta: torch.Tensor, sketch_rank: int) -> Module
     return build_spectrum(values, energy, "matrix", (delta.shape[0], delta.shape[1]), **about)
 
 
-def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
+def _sketch_singular_values(delta: torch.Tensor, rank: int) -> Floats:
     """The leading singular values of `delta` [d, k]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -350,7 +350,7 @@ def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class _WeightFolder:
+class _Checkpoint:
     """Names, files and shapes of the tensors; a tensor is read on access."""
 
     path: Path
@@ -364,7 +364,7 @@ class _WeightFolder:
             return tensor
 
 
-def open_weights(path: Path) -> _WeightFolder:
+def open_checkpoint(path: Path) -> _Checkpoint:
     """Read the headers of a model folder's tensors.
 
     Raises:
@@ -378,4 +378,4 @@ def open_weights(path: Path) -> _WeightFolder:
         tensors, _ = read_header(shard)
         files |= dict.fromkeys(tensors, shard)
         shapes |= tensors
-    return _WeightFolder(path, files, shapes)
+    return _Checkpoint(path, files, shapes)

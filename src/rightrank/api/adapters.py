@@ -8,9 +8,9 @@ from pathlib import Path
 from rightrank.models.adapter_folders import CONFIG_FILE, find_adapter, require_adapter_folder, suggest_adapter_folder
 from rightrank.models.model_sources import BASE_SIDE
 from rightrank.schema.errors import ModelError, SettingsError
-from rightrank.schema.events import Evaluating, Notice
+from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import AdapterComparison, Inspection, Resized
-from rightrank.schema.setting_table import given_values
+from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
 
 
@@ -53,7 +53,7 @@ def resize(
     base: str | None = None,
     uniform: bool = False,
     settings: SelectSettings | None = None,
-    on_event: Callable[[Evaluating | Notice], None] = lambda _: None,
+    on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> Resized:
     """Write the adapter at another rank to `out`, and report the truncation error.
 
@@ -93,11 +93,11 @@ def resize(
     opened = open_adapter(folder)
     require_plain_update(opened)
     if data is not None:
-        from rightrank.adapters.resize_by_data import DataRule, resize_by_data  # heavier: they measure
+        from rightrank.adapters.resize_by_data import ResizeRequest, resize_by_data  # heavier: they measure
 
-        read = SelectSettings(**given_values(settings) | ({} if margin is None else {"margin": margin}))
+        read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
-        rule = DataRule(Path(data), trained, base, read, ranks, on_event)
+        rule = ResizeRequest(Path(data), trained, base, read, ranks, on_event)
         resized = resize_by_data(opened, Path(out), rule)
     else:
         chosen_ranks = choose_uniform_rank(opened, rank) if rank is not None else choose_ranks_by_energy(opened, energy or 0.0, uniform)
@@ -114,7 +114,7 @@ def compare(
     data: str | Path | Sequence[str | Path],
     settings: SelectSettings | None = None,
     base_b: str | None = None,
-    on_event: Callable[[Evaluating], None] = lambda _: None,
+    on_event: Callable[[EvaluationProgress], None] = lambda _: None,
 ) -> AdapterComparison:
     """Test whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
 

@@ -29,8 +29,8 @@ from rightrank.report.status import RunStatus, build_run_status, find_last_decis
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import RepairResult
 from rightrank.schema.decision import Decision, ResultsTable
-from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, first_line
-from rightrank.schema.events import Evaluating, JournalRecord
+from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, get_first_line
+from rightrank.schema.events import EvaluationProgress, JournalRecord
 from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
@@ -118,7 +118,7 @@ def export(
     base: str | None = None,
     settings: SelectSettings | None = None,
     push_to_hub: str | None = None,
-    on_event: Callable[[Evaluating], None] = lambda _: None,
+    on_event: Callable[[EvaluationProgress], None] = lambda _: None,
 ) -> ExportResult:
     """Write the files that another program needs to train with or serve the run's adapter.
 
@@ -227,11 +227,11 @@ def _upload_adapter(adapter: Path, repo_id: str) -> str:
         hub.upload_folder(repo_id=full_name, folder_path=adapter, commit_message="Upload the LoRA adapter")
     except (HFValidationError, LocalTokenNotFoundError) as error:
         raise SettingsError(
-            f"{repo_id}: {first_line(error)}; give OWNER/NAME, and log in with: hf auth login"
+            f"{repo_id}: {get_first_line(error)}; give OWNER/NAME, and log in with: hf auth login"
         ) from None
     except list_hub_errors() as error:
         raise RunError(
-            f"{repo_id}: not uploaded ({first_line(error)}); the files are in {adapter}: try again"
+            f"{repo_id}: not uploaded ({get_first_line(error)}); the files are in {adapter}: try again"
         ) from None
     return f"{hub.endpoint}/{full_name}"
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Unpack
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.values import Selected
-from rightrank.schema.configs import settings_of_configs
+from rightrank.schema.configs import read_configs
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
-from rightrank.schema.setting_table import given_values
+from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def select_rank(
     trackers, folder = Trackers(request.settings.report_to, Path(out)), RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = _open_views(progress, stack)
-        stop = stack.enter_context(SignalHandler(Hooks([*views, *callbacks]).notice))
+        stop = stack.enter_context(SignalHandler(Hooks([*views, *callbacks]).send_notice))
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
         from rightrank.hooks.preflight import PreflightHook
         from rightrank.hooks.report import Report
@@ -138,7 +138,7 @@ def _merge_settings(
     peft_config: LoraConfig | None,
     args: TrainingArguments | None,
 ) -> SelectSettings:
-    return SelectSettings(**given_values(settings) | settings_of_configs(peft_config, args) | dict(keywords))
+    return SelectSettings(**get_explicit_values(settings) | read_configs(peft_config, args) | dict(keywords))
 
 
 def select_rank_with(

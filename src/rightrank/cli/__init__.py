@@ -18,7 +18,7 @@ import click
 
 from rightrank.cli import adapter_commands, run_commands, select
 from rightrank.runs import plugins
-from rightrank.schema.errors import RightrankError, is_out_of_memory, one_line
+from rightrank.schema.errors import RightrankError, is_out_of_memory, format_one_line
 from rightrank.version import __version__
 
 # In the order of `--help`: the main job, its run folder, finished results, adapters, the rest. Other plug-ins' follow.
@@ -107,7 +107,7 @@ def _prepare_streams() -> None:
 
 def _print_error(message: str, as_json: bool) -> None:
     """Print the message as one line, as JSON with `--log-json`. If stderr can't be written, the exit status remains."""
-    text = "rightrank: " + one_line(message)
+    text = "rightrank: " + format_one_line(message)
     if as_json:
         text = json.dumps({"event": "error", "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "text": text})
     with suppress(OSError):

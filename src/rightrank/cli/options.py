@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import click
 
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.setting_table import Group, Setting, Settings, is_list
+from rightrank.schema.setting_table import Group, Setting, Settings, is_list_type
 from rightrank.schema.trials import SCHEMA_VERSION, Record
 from rightrank.version import __version__
 
@@ -67,7 +67,7 @@ def _build_option(name: str, row: Setting, hint: Any) -> Callable[[Command], Com
     if bool in kinds:
         arguments |= {"is_flag": True, "default": None}
         flag += f"/{flag.replace('--', '--no-', 1)}" if NoneType in kinds else ""
-    elif is_list(hint):
+    elif is_list_type(hint):
         arguments |= {"callback": split_commas} if row.split else {"multiple": True}
     elif name == "budget_hours":  # which has a unit
         arguments |= {"callback": parse_hours}

@@ -130,7 +130,7 @@ def _demo(out: Path, as_json: bool, quiet: bool) -> None:
     from rightrank.runs.hook import Hooks
 
     def run(hooks: list[Hook]) -> Selected:
-        model, data = prepare_demo(out, Hooks(hooks).notice)
+        model, data = prepare_demo(out, Hooks(hooks).send_notice)
         return select_rank(model, data, data.parent / "run", settings=DEMO_SETTINGS, callbacks=hooks)
 
     selected = _run_with_progress(run, quiet, out / "run")
@@ -152,7 +152,7 @@ def _run_with_progress(
     with ExitStack() as stack:
         view = JsonLog(sys.stderr) if log_json else stack.enter_context(make_view(quiet))
         progress = stack.enter_context(ProgressFile(out))
-        signals = stack.enter_context(SignalHandler(Hooks([view]).notice, owns_process=True))
+        signals = stack.enter_context(SignalHandler(Hooks([view]).send_notice, owns_process=True))
         try:
             return run([view, progress, signals])
         except InterruptedRun as interruption:

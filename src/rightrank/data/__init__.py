@@ -1,1 +1,1 @@
-"""Rows and files: what people bring, its forms, its splits, and files that are written whole."""
+"""Read data: rows, their forms and splits, and files that are written atomically."""

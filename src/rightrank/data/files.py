@@ -1,4 +1,4 @@
-"""Atomic writes: to a temporary file beside the target, which then replaces it."""
+"""Read small files, and write files atomically: to a temporary path that then replaces the target."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
 }  # fmt: skip
-_PERMISSION_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM}  # more room does not help
+_PERMISSION_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM}  # Freeing space does not help.
 _UNSUPPORTED_SYNC_ERRORS = {
     errno.EINVAL,
     errno.ENOTSUP,
     errno.EBADF,
-}  # from network file systems that can't flush a folder
-_LEFTOVER_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.rightrank-(?P<kind>tmp|old)")  # as no other program names its own
+}  # raised by network file systems that cannot flush a folder
+_LEFTOVER_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.rightrank-(?P<kind>tmp|old)")  # a name that no other program uses
 
 
 @contextmanager
 def replace_file(path: Path, flush: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
+    """Yield a temporary path next to `path`, which replaces `path` if the block succeeds.
 
-    With `flush=False` the replacement is atomic but may be lost in a power failure, as is fine for a progress file.
+    With `flush=False` the replacement is still atomic, but a power failure may undo it. Progress files need no more.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _build_temporary_path(path, "tmp")
@@ -52,7 +52,7 @@ def replace_file(path: Path, flush: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which replaces `path` when the block succeeds.
+    """Yield a temporary folder next to `path`, which replaces `path` if the block succeeds.
 
     Replacing takes two renames. If the process is killed between them, `sweep_leftovers` restores the old folder.
     """
@@ -76,7 +76,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def create_temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` that is removed after the block, or by `sweep_leftovers` where the process is killed."""
+    """Yield a new folder next to `path`. It is removed after the block, or by `sweep_leftovers` if the process is killed."""
     temporary = _build_temporary_path(path, "tmp")
     temporary.mkdir()
     try:
@@ -92,15 +92,15 @@ def require_absent(out: Path) -> None:
         RunFolderError: `out` exists.
     """
     if out.exists() or out.is_symlink():
-        raise RunFolderError(f"{out}: exists already; give a folder that does not exist yet, or remove it first")
+        raise RunFolderError(f"{out}: this path already exists; give a new folder, or remove it first")
 
 
 @contextmanager
 def create_output(out: Path) -> Iterator[None]:
-    """A block that makes `out`.
+    """Run a block that creates `out`.
 
     Raises:
-        RunFolderError: `out` exists, or can't be written.
+        RunFolderError: `out` exists or cannot be written.
     """
     require_absent(out)
     try:
@@ -110,19 +110,20 @@ def create_output(out: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, flush: bool = True) -> None:
+    """Write a text file atomically."""
     with replace_file(path, flush) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file or folder has the name of one that a killed process left half written."""
+    """Return whether a path has the name of a temporary file or folder that a killed process left behind."""
     return _LEFTOVER_NAME.fullmatch(path.name) is not None
 
 
 def sweep_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written under `folder`, and restore a folder that it had moved aside.
+    """Remove the temporary files of killed processes under `folder`, and restore a folder that one of them had moved away.
 
-    The caller must hold the folder's lock: the half-written files of a running process look the same.
+    The caller must hold the folder's lock, because the temporary files of a running process look the same.
     """
     for path in sorted(folder.rglob(".*")):
         leftover = _LEFTOVER_NAME.fullmatch(path.name)
@@ -150,14 +151,14 @@ def flush_to_disk(path: Path) -> None:
 
 
 def _build_temporary_path(path: Path, kind: str) -> Path:
-    number = secrets.randbelow(10**12)  # process ids are not unique across machines that share a disk
+    number = secrets.randbelow(10**12)  # Process ids are not unique across machines that share a disk.
     return path.with_name(f".{path.name}.{number}.rightrank-{kind}")
 
 
 def _replace_path(source: Path, target: Path) -> None:
-    """Rename, replacing a file.
+    """Rename `source` to `target` and replace an existing file.
 
-    NFS repeats a rename whose reply was lost, and the repetition finds no source. If the target then is the former
+    NFS repeats a rename whose reply was lost, and the repetition does not find the source. If the target is then the former
     source, the rename has succeeded.
     """
     source_status = source.stat()
@@ -170,10 +171,10 @@ def _replace_path(source: Path, target: Path) -> None:
 
 @contextmanager
 def report_disk_errors(folder: Path) -> Iterator[None]:
-    """Report a full or failing disk as a `RunError` of one line; what was written before stays.
+    """Report a full or failing disk as a `RunError` of one line. Files that were already written stay.
 
     Raises:
-        RunError: in place of the system's error.
+        RunError: instead of the operating system's error.
     """
     advice = "make room and run the same command again to resume"
     permission = (
@@ -193,7 +194,7 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
         ) from None
 
 
-MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read at once
+MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read into memory
 
 
 class UnreadableError(ValueError):
@@ -205,7 +206,7 @@ class UnreadableError(ValueError):
 
 
 def detect_path_kind(path: Path) -> Literal["file", "folder", "other", "missing"]:
-    """What is at `path`. Devices, pipes and sockets are `other`; an invalid name is `missing`."""
+    """Return the kind of a path. Devices, pipes and sockets are `other`; an invalid name is `missing`."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -216,10 +217,10 @@ def detect_path_kind(path: Path) -> Literal["file", "folder", "other", "missing"
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a regular UTF-8 file, with or without a byte order mark.
+    """Return the text of a regular UTF-8 file, with or without a byte order mark.
 
     Raises:
-        UnreadableError: not a regular file, above `max_bytes`, not UTF-8, or not readable.
+        UnreadableError: not a regular file, larger than `max_bytes`, not UTF-8, or not readable.
     """
     kind = detect_path_kind(path)
     if kind in ("folder", "other"):
@@ -236,10 +237,10 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value.
+    """Parse a JSON value.
 
     Raises:
-        UnreadableError: not JSON, nested too deeply, or an integer of thousands of digits.
+        UnreadableError: not JSON, nested too deeply, or an integer with thousands of digits.
     """
     try:
         return json.loads(text)
@@ -261,7 +262,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def is_encodable(text: str) -> bool:
-    """Whether the string can be encoded as UTF-8; one with a lone surrogate can't."""
+    """Return whether a string can be encoded as UTF-8. A string with a lone surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -270,10 +271,10 @@ def is_encodable(text: str) -> bool:
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        UnreadableError: as `read_text` and `parse_json`, or a value other than an object.
+        UnreadableError: as for `read_text` and `parse_json`, or if the value is not an object.
     """
     text = read_text(path, max_bytes)
     value = parse_json(text)
@@ -288,10 +289,10 @@ MAX_CONFIG_BYTES = 100 * 2**10
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file; `-` in names is read as `_`.
+    """Read settings from a YAML file. A `-` in a name is read as `_`.
 
     Raises:
-        SettingsError: no such file, not YAML of plain values, or not a mapping.
+        SettingsError: no such file, not YAML with plain values, or not a mapping.
     """
     try:
         text = read_text(path, MAX_CONFIG_BYTES)

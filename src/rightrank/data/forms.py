@@ -1,4 +1,4 @@
-"""Gives rows the columns of a form of data: columns named by hand, Alpaca, ShareGPT, question and answer."""
+"""Convert rows to a form of data: renamed columns, Alpaca, ShareGPT, question and answer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from rightrank.data.rows import Row
-from rightrank.schema.errors import DataError, did_you_mean
+from rightrank.schema.errors import DataError, suggest_name
 
 RowConversion: TypeAlias = Callable[[Row], Mapping[str, Any]]
 
-COMPLETION_COLUMNS = (  # further names of prompt and completion, in the order in which they are looked for
+COMPLETION_COLUMNS = (  # other names of prompt and completion, in order of preference
     ("prompt", "response"),
     ("question", "answer"),
     ("query", "response"),
@@ -21,37 +21,37 @@ COMPLETION_COLUMNS = (  # further names of prompt and completion, in the order i
     ("question", "response"),
     ("input", "output"),
 )
-PROMPT_COLUMNS = ("question", "query", "instruction", "input")  # further names of a preference pair's prompt
+PROMPT_COLUMNS = ("question", "query", "instruction", "input")  # other names of a preference pair's prompt
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ALPACA_TEMPLATE = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n{context}### Response:\n"
+    "Below is an instruction that describes a task{input_clause}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n{input_section}### Response:\n"
 )
 ALPACA_INPUT_CLAUSE = ", paired with an input that provides further context"
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How rows of one shape become rows of a form."""
+    """A layout of rows, with the function that converts them to a form."""
 
-    name: str  # as it is reported: "alpaca", "sharegpt", or the columns that were renamed
+    name: str  # "alpaca", "sharegpt", or the renamed columns; used in reports
     convert: RowConversion
-    renamed: Mapping[str, str] = field(default_factory=dict)  # a form's column → the file's name of it
+    renamed: Mapping[str, str] = field(default_factory=dict)  # column of the form → its name in the file
 
     def __call__(self, row: Row) -> Row:
         return Row(self.convert(row), row.origin)
 
 
 def detect_shape(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape | None:
-    """How to change rows like `first`; None for rows that have a form's columns as they are.
+    """Return how to convert rows like `first`, or None if they already have the columns of a form.
 
     Args:
-        columns: `NAME=COLUMN` for each column that has another name.
-        known: the column names of all forms.
+        columns: `NAME=COLUMN` for each column that has another name in the file.
+        form_columns: the column names of all forms.
 
     Raises:
-        DataError: `columns` names a column that no form has, or that the row lacks.
+        DataError: `columns` names a column that no form has or that the row lacks.
     """
     if not columns:
         return _match_shape(first.fields)
@@ -66,13 +66,19 @@ def _parse_renaming(first: Row, columns: Sequence[str], form_columns: Collection
     names = dict(entry.split("=", 1) for entry in columns)
     for name, column in names.items():
         if name not in form_columns:
-            suggestion = f" (did you mean {column}={name}?)" if column in form_columns else did_you_mean(name, list(form_columns))
+            suggestion = (
+                f" (did you mean {column}={name}?)"
+                if column in form_columns
+                else suggest_name(name, list(form_columns))
+            )
             raise DataError(
-                f"columns: {name!r} is no column of a form{suggestion or '; allowed: ' + ', '.join(sorted(form_columns))}"
+                f"--columns: {name!r} is not a column of any form{suggestion or '; allowed: ' + ', '.join(sorted(form_columns))}"
             )
         if column not in first.fields:
             available = ", ".join(f"`{name_in_file}`" for name_in_file in first.fields)
-            raise DataError(f"{first.origin}: no column {column!r}, which columns names for `{name}`; found {available}")
+            raise DataError(
+                f"{first.origin}: the row has no column {column!r}, which --columns names for `{name}`; its columns are {available}"
+            )
     return _build_renaming_shape(names)
 
 
@@ -86,7 +92,7 @@ def _build_renaming_shape(names: Mapping[str, str]) -> Shape:
 
 def _match_shape(fields: Mapping[str, Any]) -> Shape | None:
     if {"chosen", "rejected"} <= fields.keys():
-        prompt = next((name for name in PROMPT_COLUMNS if name in fields), None)  # beside two answers of text
+        prompt = next((name for name in PROMPT_COLUMNS if name in fields), None)  # used if both answers are text
         if "prompt" in fields or prompt is None or not isinstance(fields["chosen"], str):
             return None
         return _build_renaming_shape({"prompt": prompt})
@@ -105,58 +111,65 @@ def _match_shape(fields: Mapping[str, Any]) -> Shape | None:
 
 
 def _is_sharegpt(value: Any) -> bool:
-    """Whether turns have ShareGPT's keys, or its names of roles."""
+    """Return whether the turns have the keys or the role names of ShareGPT."""
     if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
         return False
     return "from" in value[0] or value[0].get("role") in ("human", "gpt")
 
 
 def _convert_sharegpt(row: Row, column: str) -> Any:
-    """ShareGPT's turns as messages, with `user` and `assistant` for the roles that it calls `human` and `gpt`."""
+    """Convert the turns of ShareGPT to messages. The roles `human` and `gpt` become `user` and `assistant`."""
     turns = row.fields.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        return turns  # the check of `messages` reports it
+        return turns  # `_check_messages` reports it.
     messages = []
     for turn in turns:
         role = turn["role"] if "role" in turn else ROLES.get(str(turn.get("from")))
         if role is None and "role" not in turn:
             raise DataError(
-                f"{row.origin}: a turn is from {turn.get('from')!r}; known: {', '.join(ROLES)} (give `messages` for other roles)"
+                f"{row.origin}: a turn is from {turn.get('from')!r}; allowed: {', '.join(ROLES)}. Give a column `messages` for other roles"
             )
         standard_role = ROLES.get(role, role) if isinstance(role, str) else role
-        messages.append({**turn, "role": standard_role} if "role" in turn else {"role": role, "content": turn.get("value")})
+        messages.append(
+            {**turn, "role": standard_role} if "role" in turn else {"role": role, "content": turn.get("value")}
+        )
     return messages
 
 
 def _convert_alpaca(row: Row) -> Mapping[str, Any]:
-    """The prompt of Stanford Alpaca, which axolotl's `alpaca` and others use."""
+    """Add the prompt of Stanford Alpaca, which axolotl's `alpaca` and others use."""
     instruction, context = row.fields.get("instruction"), row.fields.get("input")
     if not isinstance(instruction, str) or not isinstance(context, str | None):
         raise DataError(f"{row.origin}: `instruction` and `input` must be strings")
     input_clause, input_section = (ALPACA_INPUT_CLAUSE, f"### Input:\n{context}\n\n") if context else ("", "")
-    prompt = ALPACA_TEMPLATE.format(instruction=instruction, paired=input_clause, context=input_section)
+    prompt = ALPACA_TEMPLATE.format(instruction=instruction, input_clause=input_clause, input_section=input_section)
     return {**row.fields, "prompt": prompt, "completion": row.fields.get("output")}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example: the columns of its form, and a hash of them as its identity."""
+    """An example: the columns of its form, and a hash of them as its identity."""
 
     example_id: str  # 16 hexadecimal digits
     content: Mapping[str, Any]  # of JSON values
     origin: str  # file and row
-    group: int = 0  # 64 bits that the rows which belong together share
+    group: int = 0  # 64 bits, equal for rows of one group
 
 
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]
 
 
 def build_example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
+    """Check the cells of a row and build its example.
+
+    Raises:
+        DataError: a cell does not fit the form.
+    """
     content = {column: _join_text_content(row.fields.get(column)) for column in columns}
     label = content.get("label")
     if isinstance(label, bool):
         content["label"] = str(label)
-    elif isinstance(label, float) and label.is_integer():  # as spreadsheets store it
+    elif isinstance(label, float) and label.is_integer():  # Spreadsheets store whole numbers as floats.
         content["label"] = int(label)
     for column, value in content.items():
         _CHECKS[column](value, f"{row.origin}: `{column}`")
@@ -167,12 +180,12 @@ def build_example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example
 
 
 def to_json_value(value: Any) -> Any:
-    """A JSON value for one that is none, with all of an array's values, which its text leaves out."""
+    """Convert a value for `json.dumps`. Arrays become lists, because the text of an array omits values."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _join_text_content(value: Any) -> Any:
-    """Messages whose `content` is a list of text parts, with the text in its place; anything else as it is."""
+    """Replace lists of text fragments in messages by the joined text. Return other values unchanged."""
     if not isinstance(value, list):
         return value
     return [
@@ -221,7 +234,7 @@ def _check_messages(value: Any, location: str) -> None:
             or not isinstance(message.get("content"), str)
         ):
             raise DataError(
-                f"{location}: a message needs a `role` and a `content`, both strings; `content` can be a list of text parts too"
+                f"{location}: a message needs a `role` and a `content`, both strings; `content` can also be a list of text fragments"
             )
 
 
@@ -244,9 +257,9 @@ _CHECKS: dict[str, Callable[[Any, str], None]] = {
 
 
 def _build_preference_pair(fields: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """`{"prompt", "chosen", "rejected"}` of a row whose cells are strings or lists of messages.
+    """Return `{"prompt", "chosen", "rejected"}` for a row whose cells are strings or lists of messages.
 
-    A `prompt` of text beside two whole conversations repeats their beginning, and is not used.
+    If `chosen` and `rejected` are complete conversations, a `prompt` of text repeats their beginning and is ignored.
     """
     chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
     is_chat = isinstance(chosen, list)
@@ -268,10 +281,10 @@ def _build_preference_pair(fields: Mapping[str, Any], location: str) -> dict[str
 
 
 def _split_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """`(prompt, chosen, rejected)` of two whole conversations, with the border of TRL's `extract_prompt`.
+    """Return `(prompt, chosen, rejected)` of two complete conversations, split where TRL's `extract_prompt` splits them.
 
-    The prompt is the longest common beginning. A space before the difference belongs to the answers. Where one conversation
-    begins the other, its last message (or character) belongs to the answers.
+    The prompt is the longest common beginning. A space before the first difference belongs to the answers. If one conversation
+    is the beginning of the other, its last message (or character) belongs to the answers.
     """
     min_length = min(len(chosen), len(rejected))
     prompt_length = next((index for index in range(min_length) if chosen[index] != rejected[index]), None)

@@ -1,4 +1,4 @@
-"""Reads rows from JSONL, JSON, CSV, TSV, Parquet and saved `datasets` folders.
+"""Read rows from JSONL, JSON, CSV, TSV, Parquet and saved `datasets` folders.
 
 A row is a mapping with its origin, so that every error can name file and line.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.data.files import UnreadableError, detect_path_kind, parse_json, read_json_object
-from rightrank.schema.errors import DataError, did_you_mean
+from rightrank.schema.errors import DataError, suggest_name
 from rightrank.schema.trials import SplitName
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -30,45 +30,47 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "eval": "validation",
     "test": "test",
 }
-MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; 64 MiB in one example is a mistake
+MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; a longer line is a mistake
 MAX_SHOWN_LINES = 20
 _CSV_FIELD_LIMIT = 2**24  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and its origin (`file:line`)."""
+    """A row and its origin (`file:line`)."""
 
     fields: Mapping[str, Any]
     origin: str
 
 
-RowsBySplit = dict[SplitName | None, Iterator[Row]]  # iterators that read on demand, once; key None: not yet split
+RowsBySplit = dict[
+    SplitName | None, Iterator[Row]
+]  # Iterators that read lazily and once. The key None is for rows that are not split yet.
 
 
 def read_rows(source: Path | Any) -> RowsBySplit:
-    """The rows of a file, of a folder or in memory, by split where the source names splits.
+    """Read the rows of a file, of a folder or in memory, by split if the source names splits.
 
-    In memory they are a `datasets` object, an iterable of mappings, a data frame, or a mapping of splits to these. In a folder,
-    a file whose name begins with train, validation (or val, dev, selection) or test is that split. If no file's name does, the
-    rows are not yet split.
+    Sources in memory are a `datasets` object, an iterable of mappings, a data frame, or a mapping from splits to these. In a folder,
+    a file belongs to the split that its name begins with: train, validation (or val, dev, selection) or test. If no file name begins with
+    a split, the rows are not split yet.
 
     Raises:
-        DataError: no such file, none of a known type, or a split with an unknown name; while iterating: a row that can't be read.
+        DataError: no such file, no file of a supported type, or an unknown split name; while iterating: a row that cannot be read.
     """
     if not isinstance(source, Path):
         return _read_memory(source)
     path_kind = detect_path_kind(source)
     if path_kind == "missing":
         siblings = source.parent.iterdir() if source.parent.is_dir() else ()
-        suggestion = did_you_mean(source.name, [file.name for file in siblings])
+        suggestion = suggest_name(source.name, [file.name for file in siblings])
         raise DataError(f"{source}: no such file or folder{suggestion}; give {_describe_allowed_types()}")
     if path_kind == "other":
-        raise DataError(f"{source}: neither a regular file nor a folder; give {_describe_allowed_types()}")
+        raise DataError(f"{source}: this is neither a regular file nor a folder; give {_describe_allowed_types()}")
     suffix = source.suffix.lower()
     if path_kind == "file" and suffix not in FILE_TYPES:
         raise DataError(
-            f"{source}: files of type {suffix or '(no ending)'!r} are not read; give {_describe_allowed_types()}"
+            f"{source}: files of type {suffix or '(no extension)'!r} are not supported; give {_describe_allowed_types()}"
         )
     if path_kind == "file":
         return {None: _read_file(source)}
@@ -76,7 +78,7 @@ def read_rows(source: Path | Any) -> RowsBySplit:
         return _read_saved_dataset(source)
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES and path.is_file())
     if not files:
-        raise DataError(f"{source}: the folder holds no data file; give {_describe_allowed_types()}")
+        raise DataError(f"{source}: the folder contains no data file; give {_describe_allowed_types()}")
     by_split: dict[SplitName | None, list[Path]] = {}
     for path in files:
         by_split.setdefault(parse_split_name(path.stem), []).append(path)
@@ -90,20 +92,23 @@ def read_rows(source: Path | Any) -> RowsBySplit:
 
 
 def require_data_source(source: Path) -> None:
-    """Refuse a file or folder that is missing, or of a type that is not read, without reading it.
+    """Raise if a file or folder is missing or has an unsupported type. No rows are read.
 
     Raises:
-        DataError: as `iterate_rows` raises.
+        DataError: as for `read_rows`.
     """
     if not _is_saved_dataset(source):
         read_rows(source)
 
 
 def read_held_out_rows(source: Path) -> list[Mapping[str, Any]]:
-    """The test rows of a file or folder; else its validation rows; all rows where they are not split."""
+    """Return the test rows of a file or folder, else its validation rows, or all rows if they are not split."""
     rows = read_rows(source)
     held_out_split = next((split for split in ("test", "validation") if split in rows), None)
-    return [row.fields for row in (rows[held_out_split] if held_out_split is not None else chain.from_iterable(rows.values()))]
+    return [
+        row.fields
+        for row in (rows[held_out_split] if held_out_split is not None else chain.from_iterable(rows.values()))
+    ]
 
 
 def _read_memory(source: Any) -> RowsBySplit:
@@ -113,13 +118,13 @@ def _read_memory(source: Any) -> RowsBySplit:
     for name, rows in source.items():
         split = SPLIT_NAMES.get(str(name))
         if split is None:
-            raise DataError(f"split {name!r} is not known; allowed: {', '.join(SPLIT_NAMES)}")
+            raise DataError(f"unknown split {name!r}; allowed: {', '.join(SPLIT_NAMES)}")
         by_split[split] = chain(by_split.get(split, ()), _iterate_mappings(convert_data_frame(rows), f"{name} row"))
     return by_split
 
 
 def convert_data_frame(rows: Any) -> Any:
-    """The rows of a pandas or polars DataFrame as mappings, missing values as None; anything else as it is."""
+    """Convert a pandas or polars DataFrame to mappings, with None for missing values. Return other objects unchanged."""
     if hasattr(rows, "to_dicts"):
         return rows.to_dicts()
     if not (hasattr(rows, "itertuples") and hasattr(rows, "to_dict")):
@@ -169,15 +174,19 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             fields, problem = _parse_object(line)
             if problem:
-                broken_lines = [broken_number for broken_number, text in lines if text.strip() and _parse_object(text)[1]]
-                shown = ", ".join(map(str, broken_lines[:MAX_SHOWN_LINES])) + (", …" if len(broken_lines) > MAX_SHOWN_LINES else "")
+                broken_lines = [
+                    broken_number for broken_number, text in lines if text.strip() and _parse_object(text)[1]
+                ]
+                shown = ", ".join(map(str, broken_lines[:MAX_SHOWN_LINES])) + (
+                    ", …" if len(broken_lines) > MAX_SHOWN_LINES else ""
+                )
                 more_lines = f" ({len(broken_lines):,} more: {shown})" if broken_lines else ""
                 raise DataError(f"{path}:{number}: {problem}{more_lines}; give one JSON object a line")
             yield Row(fields, f"{path}:{number}")
 
 
 def _parse_object(line: str) -> tuple[dict[str, Any], str]:
-    """`(the object of a line, what is wrong with it)`."""
+    """Return `(object, problem)` for a line of JSON. One of them is empty."""
     try:
         fields = parse_json(line)
     except UnreadableError as error:
@@ -199,7 +208,7 @@ def _read_json_list(path: Path) -> Iterator[Row]:
 
 
 def detect_delimiter(path: Path) -> str:
-    """Return what stands between the cells of a CSV or TSV file. Spreadsheets of many countries write semicolons."""
+    """Return the delimiter of a CSV or TSV file. Spreadsheets in many countries write semicolons."""
     with path.open(encoding="utf-8-sig", newline="") as lines:
         header = lines.readline()
     if "," not in header and ";" in header:
@@ -235,7 +244,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(fields, f"{path}: row {number}")
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        # ValueError and OverflowError: dates and texts that Python can't represent
+        # ValueError and OverflowError are raised for dates and texts that Python cannot represent.
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
 
@@ -244,7 +253,7 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _read_saved_dataset(folder: Path) -> RowsBySplit:
-    """Rows of the Arrow tables without decoding: no file or address that a row names is opened."""
+    """Read the Arrow tables without decoding them, so that no file or address named in a row is opened."""
     import datasets
 
     with _report_damaged_dataset(folder):
@@ -263,7 +272,7 @@ def _iterate_arrow_rows(dataset: Any, folder: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _report_damaged_dataset(folder: Path) -> Iterator[None]:
-    """Report what `datasets` raises on damaged files as a `DataError`."""
+    """Report errors that `datasets` raises for damaged files as a `DataError`."""
     import pyarrow
 
     try:
@@ -277,17 +286,19 @@ def _report_damaged_dataset(folder: Path) -> Iterator[None]:
 
 
 def _require_files_in_folder(folder: Path) -> None:
-    """Reject a saved dataset with splits or tables outside its folder."""
+    """Raise if a saved dataset names splits or tables outside its folder."""
     splits = folder / "dataset_dict.json"
     names = read_json_object(splits)["splits"] if splits.exists() else []
     states = [folder / name / "state.json" for name in names] if names else [folder / "state.json"]
     for name in [*names, *(file["filename"] for state in states for file in read_json_object(state)["_data_files"])]:
         if Path(name).name != name or name == "..":
-            raise DataError(f"{folder}: names {name!r}, which is not in the folder; save the dataset again")
+            raise DataError(
+                f"{folder}: the dataset names {name!r}, which is outside its folder; save the dataset again"
+            )
 
 
 def parse_split_name(stem: str) -> SplitName | None:
-    """The split that a file's name says."""
+    """Return the split that a file's name begins with, or None."""
     return SPLIT_NAMES.get(re.split("[-_. ]", stem)[0].lower())
 
 

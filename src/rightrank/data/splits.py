@@ -1,7 +1,8 @@
-"""Turns rows into examples in splits: detects the form of the data and holds examples out.
+"""Build examples from rows and divide them into splits.
 
-Given splits are kept. Otherwise a hash decides between train, validation and test: of what rows that belong together share (a column,
-or the prompt), else of an example's content. Duplicates fall into one split, and examples stay in their split when the data set grows.
+Splits that the data names are kept. Otherwise a hash decides between train, validation and test. It is computed from the value that
+rows of one group share (a column, or the prompt), or else from the example's content. Duplicates therefore fall into one split, and
+examples stay in their split when the data set grows.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES, NO_SPLIT_OVERRI
 from rightrank.schema.trials import SplitName
 
 MAX_SHOWN_CLASSES = 8
-MAX_COUNTED_GROUPS = 1000  # of which no split is too small
-MAX_DETECTION_ROWS = 256  # by which a prompt is taken for a question, or for one of a few instructions
-MIN_ROWS_PER_INSTRUCTION = 16  # a prompt that so many of them share on average is one
-SAMPLE_STREAM = int.from_bytes(b"rightrank")  # of `sample_indices` alone, whatever the seed
+MAX_COUNTED_GROUPS = 1000  # with more groups no split is too small
+MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
+MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
+SAMPLE_STREAM = int.from_bytes(b"rightrank")  # used only by `sample_indices`, for every seed
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("validation", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
-FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose columns all exist is used
+FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # The first form whose columns all exist is used.
     ("preference", ("prompt", "chosen", "rejected")),
     ("preference", ("chosen", "rejected")),  # both begin with the prompt
     ("messages", ("messages",)),
@@ -51,48 +52,52 @@ FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose 
 
 
 def sample_indices(population: int, count: int, seed: int = 0) -> list[int]:
-    """Return `count` of the numbers below `population` in random order, without replacement; all of them where there are fewer.
+    """Return `count` random numbers below `population` without replacement, or all of them if there are fewer.
 
-    The sample depends on the arguments alone, whatever states global generators have. It has a stream of its own: one that a shuffle of the
-    rows with the same seed had used would undo the shuffle.
+    The sample depends only on the arguments, not on global generators. It uses its own random stream: with the stream that shuffled
+    the rows under the same seed, the sample would undo the shuffle.
     """
     generator = np.random.default_rng((SAMPLE_STREAM, seed))
     return list(map(int, generator.choice(population, min(count, population), replace=False)))
 
 
 class ExampleStore(Store[Example]):
-    """Examples in the order in which they came."""
+    """Examples in the order in which they were read."""
 
     schema = pyarrow.schema(
         {
             "number": pyarrow.uint64(),
             "group": pyarrow.uint64(),
-            "alike": pyarrow.uint64(),
+            "near_hash": pyarrow.uint64(),
             "content": pyarrow.large_string(),
-            "where": pyarrow.large_binary(),
+            "origin": pyarrow.large_binary(),
         }
     )
 
     def row(self, entry: Example) -> Mapping[str, Any]:
         content = _serialize_content(entry)
-        where = os.fsencode(entry.origin)
-        numbers = {"number": int(entry.example_id, 16), "group": entry.group, "alike": _hash_normalized_text(content)}
-        return {**numbers, "content": content, "where": where}
+        origin = os.fsencode(entry.origin)
+        numbers = {
+            "number": int(entry.example_id, 16),
+            "group": entry.group,
+            "near_hash": _hash_normalized_text(content),
+        }
+        return {**numbers, "content": content, "origin": origin}
 
     def entry(self, row: Mapping[str, Any]) -> Example:
         content = json.loads(row["content"])
-        return Example(f"{row['number']:016x}", content, os.fsdecode(row["where"]), row["group"])
+        return Example(f"{row['number']:016x}", content, os.fsdecode(row["origin"]), row["group"])
 
     def numbers(self, column: str = "number") -> Iterator[npt.NDArray[np.uint64]]:
-        """A column of numbers, of some of the examples at a time: the identities, the groups, or what is alike."""
+        """Yield a numeric column in batches: identities (`number`), groups (`group`) or hashes of the normalized text (`near_hash`)."""
         return (batch[column].to_numpy() for batch in self.batches())
 
 
 @dataclass(frozen=True, slots=True)
 class DataSplits:
-    """Examples by split, and what was found while reading."""
+    """The examples of each split, and a summary of how they were read."""
 
-    summary: DataSummary  # its `splits` are empty: they count tokens
+    summary: DataSummary  # `splits` is filled later, when tokens are counted
     examples: Mapping[SplitName, Sequence[Example]]
     fingerprint: str
 
@@ -102,7 +107,7 @@ class DataSplits:
         return self.summary.form
 
     def exclude_examples(self, example_ids: Container[str]) -> DataSplits:
-        """The splits of `load_held_out` without these examples."""
+        """Return the splits of `load_held_out` without some examples."""
         remaining = [example for example in self.examples["validation"] if example.example_id not in example_ids]
         return replace(self, examples=dict.fromkeys(self.examples, remaining))
 
@@ -116,13 +121,15 @@ def load_data(
 ) -> DataSplits:
     """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it.
 
-    `begun_items` is the number of held-out examples with which a run began that now evaluates more: the fingerprint stays that
-    of the run, and so does the test split. `classes` are those of a classifier that exists; data need not have all of them.
+    The texts of training examples are streamed to an unnamed temporary file in `folder`.
 
-    Reading streams: the texts of training examples go to an unnamed temporary file in `folder`.
+    Args:
+        initial_examples: the number of held-out examples that a run started with, if it now evaluates more. The run's fingerprint and
+            its test split stay the same.
+        classes: the labels of an existing classifier. The data need not contain all of them.
 
     Raises:
-        DataError: no known columns, a row that breaks its form, one class only, or too few examples for a split.
+        DataError: unknown columns, a row that does not fit its form, a single class, or too few examples for a split.
     """
     rows = read_rows(source)
     name = str(source) if isinstance(source, Path) else "the data"
@@ -134,8 +141,11 @@ def load_data(
     train_examples = ExampleStore(reader.read_training_examples(rows), folder)
     examples: dict[SplitName, Sequence[Example]] = {"train": train_examples}
     limit = settings.compute_max_eval_examples(len(train_examples))
-    examples |= {split: sample.items()[:limit] for split, sample in reader.held_out.items()}
-    initial_splits = {split: split_examples[:initial_examples] if split in HELD_OUT else split_examples for split, split_examples in examples.items()}
+    examples |= {split: sample.select_examples()[:limit] for split, sample in reader.held_out.items()}
+    initial_splits = {
+        split: split_examples[:initial_examples] if split in HELD_OUT else split_examples
+        for split, split_examples in examples.items()
+    }
     examples["test"] = initial_splits["test"]
     are_splits_given = None not in rows
     held_out = sum(len(sample.ids) for sample in reader.held_out.values())
@@ -148,14 +158,14 @@ def load_data(
     groups = np.unique(np.array([example.group for example in evaluated], np.uint64))
     distinct = len(validation) + len(test)
     held_out_ids = np.union1d(validation, test)
-    leaked = held_out_ids[_find_members(held_out_ids, train_examples.numbers())]  # into train
+    leaked = held_out_ids[_find_members(held_out_ids, train_examples.numbers())]  # that are also in train
     leaked_ids = set(leaked.tolist())
     near_hashes = [
         _hash_normalized_text(_serialize_content(example))
         for example in evaluated
         if int(example.example_id, 16) not in leaked_ids
     ]
-    alike = np.unique(np.array(near_hashes, np.uint64))
+    distinct_hashes = np.unique(np.array(near_hashes, np.uint64))
     summary = DataSummary(
         form=form,
         splits={},
@@ -164,7 +174,7 @@ def load_data(
         duplicates_across_splits=int(
             np.isin(validation, leaked).sum() + np.isin(test, np.union1d(validation, leaked)).sum()
         ),
-        near_duplicates_across_splits=int(_find_members(alike, train_examples.numbers("alike")).sum()),
+        near_duplicates_across_splits=int(_find_members(distinct_hashes, train_examples.numbers("near_hash")).sum()),
         classes=_list_classes(reader.labels, examples, name, classes) if form == "classification" else None,
         unreadable=reader.unreadable,
         rows=count,
@@ -174,7 +184,9 @@ def load_data(
         renamed={} if shape is None else dict(shape.renamed),
         equal_pairs=reader.equal_pairs,
         grouped_by=reader.grouped_by if any(grouped.values()) else None,
-        groups_across_splits=int(_find_members(groups, train_examples.numbers("group")).sum()) if any(grouped.values()) else 0,
+        groups_across_splits=int(_find_members(groups, train_examples.numbers("group")).sum())
+        if any(grouped.values())
+        else 0,
     )
     return DataSplits(summary, examples, _compute_fingerprint(train_examples, initial_splits))
 
@@ -182,51 +194,51 @@ def load_data(
 def load_held_out(
     source: Path, settings: SelectSettings, classes: Sequence[str] | None = None
 ) -> tuple[DataSplits, SelectSettings]:
-    """Every row as a held-out example, the same in each split, and settings that evaluate all of them.
+    """Load every row as a held-out example, the same ones in each split, with settings that evaluate all of them.
 
-    Of given splits they are the test rows, or the validation rows where there are none.
+    If the data has splits, the test rows are used, or the validation rows if there is no test split.
 
     Raises:
-        DataError: rows that can't be used, or fewer than two.
+        DataError: rows that cannot be used, or fewer than two.
     """
-    listed = read_held_out_rows(source)
-    if len(listed) < 2:
-        raise DataError(f"{source}: {len(listed)} rows; 2 or more are needed to tell a difference from noise")
-    settings = settings.model_copy(update={"max_eval_examples": len(listed), "ranks": (1,)})
-    rows = {"train": listed, "validation": listed, "test": listed}
-    splits = load_data(rows, settings.model_copy(update=NO_SPLIT_OVERRIDES), classes=classes)
+    rows = read_held_out_rows(source)
+    if len(rows) < 2:
+        raise DataError(f"{source}: {len(rows)} rows; give 2 or more, which are needed to tell a difference from noise")
+    settings = settings.model_copy(update={"max_eval_examples": len(rows), "ranks": (1,)})
+    rows_by_split = {"train": rows, "validation": rows, "test": rows}
+    splits = load_data(rows_by_split, settings.model_copy(update=NO_SPLIT_OVERRIDES), classes=classes)
     return splits, settings
 
 
 class _ExampleReader:
-    """The rows as they are read: training examples in turn, held-out ones with the smallest hashes, and counts."""
+    """A single pass over the rows. It yields training examples, and samples and counts the held-out ones."""
 
     def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings, by_prompt: bool) -> None:
         self.held_out: dict[SplitName, _HashSample] = {
             split: _HashSample(settings.max_eval_examples or DEFAULT_MAX_EVAL_EXAMPLES) for split in HELD_OUT
         }
-        self.labels: Counter[str] = Counter()  # classification: of the training examples
+        self.labels: Counter[str] = Counter()  # classification: counts of the training examples' labels
         self.unreadable = 0
         self.equal_pairs = 0
         self.grouped_by = settings.group or ("prompt" if by_prompt else "group")
         self._form, self._columns, self._settings, self._by_prompt = form, columns, settings, by_prompt
         self._first_example_ids: dict[
             int, str
-        ] = {}  # group → its first example, until there are many and one has two examples
-        self._is_shared = False  # a group by several examples
+        ] = {}  # group → its first example; filled up to the limit, or until a group has two
+        self._is_shared = False  # whether a group has several examples
 
     def read_training_examples(self, rows: RowsBySplit) -> Iterator[Example]:
-        """Yield the training examples; keep what is held out."""
+        """Yield the training examples. Held-out examples are added to the samples in `held_out`."""
         for split in (None, *SPLITS):
             for row in rows.get(split, ()):
                 if not all(map(is_encodable, _iterate_strings([row.fields.get(name) for name in self._columns]))):
-                    self.unreadable += 1  # a lone surrogate can't be encoded as UTF-8
+                    self.unreadable += 1  # A lone surrogate cannot be encoded as UTF-8.
                     continue
                 example = build_example(row, self._form, self._columns)
                 if self._form == "preference" and example.content["chosen"] == example.content["rejected"]:
-                    self.equal_pairs += 1  # no adapter can tell them apart
+                    self.equal_pairs += 1  # Such a pair has no preference to learn.
                     continue
-                example = replace(example, group=self._batch_numbers(row, example))
+                example = replace(example, group=self._compute_group(row, example))
                 assigned_split = _assign_split(split, example, rows, self._settings)
                 if assigned_split != "train":
                     self.held_out[assigned_split].add(example)
@@ -235,7 +247,7 @@ class _ExampleReader:
                     self.labels[str(example.content["label"])] += 1
                 yield example
 
-    def _batch_numbers(self, row: Row, example: Example) -> int:
+    def _compute_group(self, row: Row, example: Example) -> int:
         """A hash of the row's value in the column of groups, else of the prompt, else of the example alone."""
         column = self._settings.group
         value = row.fields.get(column or "group")
@@ -243,8 +255,8 @@ class _ExampleReader:
         is_missing |= isinstance(value, float) and math.isnan(value)
         if is_missing and column:
             raise DataError(
-                f"{row.origin}: no value in a column {column!r}, which columns names for `group`; there are {', '.join(row.fields)}: name one that "
-                "every row has, or leave it out"
+                f"{row.origin}: the row has no value in column {column!r}, which --columns names for `group`; its columns are {', '.join(row.fields)}. Name "
+                "a column that every row has, or leave `group` out"
             )
         prompt = _extract_prompt(example.content) if self._by_prompt and is_missing else None
         if is_missing:
@@ -266,19 +278,19 @@ class _ExampleReader:
 
     @property
     def groups(self) -> int:
-        """The number of groups; 0 where there are many, or none of several examples."""
+        """The number of groups, or 0 if there are `MAX_COUNTED_GROUPS` or more, or if every group has one example."""
         return (
             len(self._first_example_ids) if self._is_shared and len(self._first_example_ids) < MAX_COUNTED_GROUPS else 0
         )
 
     def require_groups(self, name: str) -> None:
-        """Refuse a column that groups nothing: one of a single value, or one whose value no two rows share."""
+        """Raise if the group column has the same value in all rows, or a different value in each row."""
         column = self._settings.group
         if column and (len(self._first_example_ids) == 1 or (self._first_example_ids and not self._is_shared)):
             fault = "all rows share" if self._is_shared else "no two rows share"
             raise DataError(
-                f"{name}: {fault} a value of {column!r}, which columns names for `group`; name a column with several values, each of several "
-                "rows, or leave it out: rows are then taken as independent"
+                f"{name}: {fault} a value of {column!r}, which --columns names for `group`; name a column in which several "
+                "rows share each value, or leave it out: rows are then treated as independent"
             )
 
 
@@ -287,7 +299,7 @@ def _serialize_content(example: Example) -> str:
 
 
 def _hash_normalized_text(content: str) -> int:
-    """The same number for examples that differ in white space and case alone."""
+    """Return a hash that is equal for examples that differ only in white space and case."""
     for escaped in ("\\n", "\\r", "\\t", "\\f"):
         content = content.replace(escaped, " ")
     text = "".join(content.casefold().split())
@@ -295,17 +307,22 @@ def _hash_normalized_text(content: str) -> int:
 
 
 def _detect_prompt_groups(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
-    """Whether rows with the same prompt belong together, and all rows: not where the first ones share a few instructions."""
+    """Return whether rows with the same prompt form a group, and all rows.
+
+    They do not if the first rows share a few prompts, which then are instructions rather than questions.
+    """
     for split, in_split in rows.items():
         if first_rows := list(islice(in_split, MAX_DETECTION_ROWS)):
-            prompts = {json.dumps(_extract_prompt(row.fields), sort_keys=True, default=to_json_value) for row in first_rows}
+            prompts = {
+                json.dumps(_extract_prompt(row.fields), sort_keys=True, default=to_json_value) for row in first_rows
+            }
             min_prompts = max(2, len(first_rows) // MIN_ROWS_PER_INSTRUCTION)
             return len(first_rows) == 1 or len(prompts) >= min_prompts, {**rows, split: chain(first_rows, in_split)}
     return True, rows
 
 
 def _extract_prompt(content: Mapping[str, Any]) -> Any:
-    """The prompt, or what is said before the assistant's first turn; None where nobody asks."""
+    """Return the prompt, or the turns before the first assistant turn. Return None without a prompt or user turn."""
     messages = content.get("messages")
     if not isinstance(messages, list):
         return content.get("prompt") or None
@@ -315,14 +332,14 @@ def _extract_prompt(content: Mapping[str, Any]) -> Any:
 
 
 def number_groups(examples: Iterable[Example]) -> list[int] | None:
-    """The groups of examples, numbered as they come; None where no two examples share one, or all do."""
+    """Number the groups of examples in order of appearance. Return None if no examples share a group or all share one."""
     numbers_by_group: dict[int, int] = {}
     numbers = [numbers_by_group.setdefault(example.group, len(numbers_by_group)) for example in examples]
     return numbers if 1 < len(numbers_by_group) < len(numbers) else None
 
 
 def _iterate_strings(value: Any) -> Iterator[str]:
-    """All strings in a cell or example, at any depth."""
+    """Yield all strings in a cell or example, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -334,7 +351,7 @@ def _iterate_strings(value: Any) -> Iterator[str]:
 
 
 class _HashSample:
-    """Keeps the `limit` distinct examples with the smallest hashes, so that few change when the data set grows."""
+    """The `limit` distinct examples with the smallest hashes, so that few examples change when the data set grows."""
 
     def __init__(self, limit: int) -> None:
         self.ids = array("Q")  # of all examples that were added
@@ -345,14 +362,14 @@ class _HashSample:
         self.ids.append(int(example.example_id, 16))
         self._examples_by_id[example.example_id] = example
         if len(self._examples_by_id) > 2 * self._limit + 1000:
-            self._examples_by_id = {kept.example_id: kept for kept in self.items()}
+            self._examples_by_id = {example.example_id: example for example in self.select_examples()}
 
-    def examples(self) -> list[Example]:
+    def select_examples(self) -> list[Example]:
         return [self._examples_by_id[example_id] for example_id in sorted(self._examples_by_id)[: self._limit]]
 
 
 def _find_members(numbers: npt.NDArray[np.uint64], chunks: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
-    """Whether each of `numbers`, which are sorted, is in one of the parts; no array as long as all parts is made."""
+    """Return for each of `numbers`, which are sorted, whether any chunk contains it. The chunks are never joined in memory."""
     is_member = np.zeros(len(numbers), np.bool_)
     for chunk in chunks if len(numbers) else ():
         positions = np.searchsorted(numbers[:-1], chunk)
@@ -372,11 +389,13 @@ def _compute_fingerprint(train: ExampleStore, examples: Mapping[SplitName, Seque
 
 
 def _add_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
-    """`rows` with the rows of `file` as the validation split; what was not split yet is the train split."""
+    """Return `rows` with the rows of `file` as the validation split. Rows without a split become the train split."""
     if "validation" in rows:
-        raise DataError(f"{name}: has a validation split, and validation names {file}; give one of them")
+        raise DataError(f"{name}: has a validation split, and validation names {file} too; give one of them")
     rows_by_split = read_rows(file)
-    validation_rows = rows_by_split["validation"] if "validation" in rows_by_split else chain.from_iterable(rows_by_split.values())
+    validation_rows = (
+        rows_by_split["validation"] if "validation" in rows_by_split else chain.from_iterable(rows_by_split.values())
+    )
     other_splits: RowsBySplit = {"train" if split is None else split: read for split, read in rows.items()}
     return {**other_splits, "validation": validation_rows}
 
@@ -384,7 +403,11 @@ def _add_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
 def _detect_form(
     rows: RowsBySplit, name: str, column_settings: Sequence[str]
 ) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]:
-    """The form of the first row with its columns, how rows get them, and all rows with these columns."""
+    """Detect the form of the first row.
+
+    Returns:
+        `(form, its columns, shape of the rows, all rows converted to these columns)`.
+    """
     first: Row | None = None
     restored: RowsBySplit = {}
     for split, in_split in rows.items():
@@ -402,15 +425,20 @@ def _detect_form(
         if all(column in first_converted.fields for column in columns):
             return form, columns, shape, restored
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
-    found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
+    column_names = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
-        f"{first.origin}: no known columns: found {found_columns}; give {allowed}, or name yours, such as "
+        f"{first.origin}: the columns ({column_names}) fit no form; give {allowed}, or name your columns, such as "
         "--columns text=review,label=stars"
     )
 
 
-def _assign_split(stated_split: SplitName | None, example: Example, rows: RowsBySplit, settings: SelectSettings) -> SplitName:
-    """The split of an example: the given one; by hash for the held-out splits that are not given, which rows without a split or those of train fill."""
+def _assign_split(
+    stated_split: SplitName | None, example: Example, rows: RowsBySplit, settings: SelectSettings
+) -> SplitName:
+    """Return the split of an example.
+
+    A split that the data states is kept. Held-out splits that are missing are filled by hash, from rows without a split or from train.
+    """
     if stated_split not in (None, "train"):
         return stated_split
     hash_fraction = (example.group >> 12) / 16**13
@@ -427,7 +455,10 @@ def _assign_split(stated_split: SplitName | None, example: Example, rows: RowsBy
 def _require_split_sizes(
     examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, rows: int | None, groups: int
 ) -> None:
-    """Refuse a split with too few examples; `rows` and `groups` are what the splits were made from, if they were made."""
+    """Raise if a split has too few examples.
+
+    `rows` and `groups` count the rows and groups that were divided into splits. `rows` is None if the data had splits.
+    """
     min_test_size = 2 if settings.test_fraction or examples["test"] else 0
     min_sizes: dict[SplitName, int] = {"train": settings.examples_per_step, "validation": 2, "test": min_test_size}
     for split, min_size in min_sizes.items():
@@ -451,12 +482,14 @@ def _list_classes(
     name: str,
     classes: Sequence[str] | None = None,
 ) -> list[str]:
-    """The classes given, or the labels in train: numbers by size, names by the alphabet."""
+    """Return `classes`, or else the labels in train: numbers by size, names in alphabetical order."""
     if classes is not None:
         _require_known_labels(examples, classes)
         return list(classes)
     if len(labels) < 2:
-        raise DataError(f"{name}: one class only ({next(iter(labels))!r}); give two or more labels in train")
+        raise DataError(
+            f"{name}: the train split has only the label {next(iter(labels))!r}; give examples of two or more labels"
+        )
     for split in HELD_OUT:
         for example in examples[split]:
             if str(example.content["label"]) not in labels:
@@ -472,6 +505,6 @@ def _require_known_labels(examples: Mapping[SplitName, Sequence[Example]], class
         if str(example.content["label"]) not in class_names:
             shown = ", ".join(classes[:MAX_SHOWN_CLASSES]) + (", …" if len(classes) > MAX_SHOWN_CLASSES else "")
             raise DataError(
-                f"{example.origin}: label {example.content['label']!r} is none of the classifier's {len(classes)} ({shown}); "
-                "give its labels, or name them in classifier.json beside the adapter"
+                f"{example.origin}: label {example.content['label']!r} is not one of the classifier's {len(classes)} labels ({shown}); "
+                "give rows with its labels, or list the labels in classifier.json next to the adapter"
             )

@@ -1,7 +1,7 @@
-"""Entries, such as the tokens of examples, in Arrow files, so that the process holds only a few bytes of each.
+"""Store entries, such as the tokens of examples, in Arrow files, so that the process keeps only a few bytes of each in memory.
 
-The files have no name, and the system removes them with the process. It reads the pages that a batch needs and evicts them when
-memory is short.
+The files have no name, and the operating system removes them with the process. It reads the pages that a batch needs and evicts
+them when memory is short.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Entry = TypeVar("Entry")
 
 
 class Store(Sequence[Entry]):
-    """Entries as rows of an Arrow file, written once and read one by one. A subclass has the columns of an entry."""
+    """Entries as rows of an Arrow file that is written once. A subclass defines the columns of an entry."""
 
     schema: ClassVar[Any]
 
     def __init__(self, entries: Iterable[Entry], folder: Path | None) -> None:
-        """Write `entries` to a file in `folder`; None for the system's folder for temporary files."""
+        """Write `entries` to a file in `folder`, or in the system's folder for temporary files if it is None."""
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         rows = map(self.row, entries)
@@ -47,14 +47,14 @@ class Store(Sequence[Entry]):
 
     @abstractmethod
     def row(self, entry: Entry) -> Mapping[str, Any]:
-        """The columns of an entry."""
+        """Convert an entry to the columns of a row."""
 
     @abstractmethod
     def entry(self, row: Mapping[str, Any]) -> Entry:
-        """The entry with these columns."""
+        """Convert the columns of a row to an entry."""
 
     def batches(self) -> Iterator[Any]:
-        """The rows, `ROWS` in each but for the last; none is kept, since each takes some kilobytes beside its rows."""
+        """Yield the rows in batches of `ROWS`. Batches are not cached, because each takes several kilobytes in addition to its rows."""
         return map(self._reader.get_batch, range(self._reader.num_record_batches))
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class Store(Sequence[Entry]):
             self._release_pages()
 
     def _release_pages(self) -> None:
-        """Let the pages of the file leave the process's memory; the system reads them again where they are needed."""
+        """Release the file's pages from the process's memory. The system reads them again when they are needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -84,9 +84,9 @@ class Store(Sequence[Entry]):
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """Token ids of one example [n], with its labels [n], or its class for classification.
+    """The token ids of an example [n] with its labels [n], or with its class for classification.
 
-    A preference pair holds two sequences, the chosen one and the rejected one, end to end.
+    A preference pair is stored as two sequences, first the chosen one and then the rejected one.
     """
 
     example_id: str
@@ -99,7 +99,7 @@ class EncodedExample:
         return len(self.input_ids)
 
     def sequences(self) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """`(token ids, labels)` of each sequence."""
+        """Return `(token ids, labels)` of each sequence."""
         if not self.first_length:
             return [(self.input_ids, self.labels)]
         ids, labels, first = self.input_ids, self.labels, self.first_length
@@ -107,7 +107,7 @@ class EncodedExample:
 
 
 class TokenStore(Store[EncodedExample]):
-    """Encoded examples."""
+    """A store of encoded examples."""
 
     schema = pyarrow.schema(
         {
@@ -131,17 +131,17 @@ class TokenStore(Store[EncodedExample]):
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """[examples], in tokens."""
+        """The number of tokens of each example [examples]."""
         return self._read_column(lambda batch: pyarrow.compute.list_value_length(batch["input_ids"]))
 
     @property
     def longest_sequences(self) -> npt.NDArray[np.int64]:
-        """[examples], the tokens of each example's longest sequence."""
+        """The number of tokens in the longest sequence of each example [examples]."""
         firsts = self._read_column(lambda batch: batch["first_length"])
         return np.asarray(np.maximum(firsts, self.lengths - firsts), np.int64)
 
     def _read_column(self, column: Callable[[Any], Any]) -> npt.NDArray[np.int64]:
-        """[examples], a whole number of each."""
+        """Return one integer for each example [examples]."""
         numbers = np.empty(len(self), np.int64)
         for number, batch in enumerate(self.batches()):
             numbers[number * ROWS :][: batch.num_rows] = column(batch).to_numpy()

@@ -29,7 +29,7 @@ from rightrank.decision.table import (
 )
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterMethod
 from rightrank.schema.events import TestEvaluated
-from rightrank.schema.metrics import LossKind, MetricKind, default_margin, metric_kind
+from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
 from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 
 SEARCH = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
@@ -181,7 +181,7 @@ def test_difference(
     if sides[0] is None or sides[1] is None:
         return sign * (chosen.value - reference.value), None
     (ours, weights), (theirs, _) = sides[0], sides[1]
-    span = span_of(metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
+    span = span_of(infer_metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
     groups = groups_of(chosen.example_groups, len(weights))
     paired = estimate(sign * (ours - theirs)[None, :], weights, span, groups)
     return paired.mean, bounds_of(paired).high if paired.examples else None
@@ -222,7 +222,7 @@ class Against:
         if self.criterion.margin is not None:
             return self.criterion.margin
         values = [file.cell.value for file in self.files.values()]
-        return default_margin(self.reference.kind, self.reference.cell.value, values)
+        return compute_default_margin(self.reference.kind, self.reference.cell.value, values)
 
     def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
         """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""

@@ -44,7 +44,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rightrank.schema.metrics import LOSS_KINDS, MetricKind, is_percent
+from rightrank.schema.metrics import LOSS_KINDS, MetricKind, has_percentages
 from rightrank.schema.trials import Floats, Groups
 
 CONFIDENCE = 0.95  # of each bound
@@ -333,7 +333,7 @@ def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> floa
     if kind != "accuracy":
         return float(np.max(scores)) or 1.0
     # shares of a metric that is no mean of examples exceed 1 one by one, but not on average
-    return 100.0 if is_percent([float(np.mean(scores))]) or (np.isin(scores, (0, 100)).all() and scores.any()) else 1.0
+    return 100.0 if has_percentages([float(np.mean(scores))]) or (np.isin(scores, (0, 100)).all() and scores.any()) else 1.0
 
 
 def _is_rare(differing: int, influence: Floats) -> bool:

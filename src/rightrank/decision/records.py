@@ -13,7 +13,7 @@ from rightrank.decision.table import ScoreTable, table_of, without_collapsing
 from rightrank.schema.decision import AdapterCandidate, Decision, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
-from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, unknown_direction
+from rightrank.schema.metrics import DIAGNOSTIC_METRICS, Checkpoint, format_unknown_direction
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import (
     OUTCOMES,
@@ -23,7 +23,7 @@ from rightrank.schema.trials import (
     TrialEvaluated,
     TrialOutcome,
     TrialStarted,
-    steps_of,
+    count_added_steps,
 )
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def decide_on(
     started, settings = records.started, records.settings
     asked = [started.metric, *settings.metrics]
     known = metrics_of(records) if started.data.form != "own" else ()
-    beside = [name for name in known if name != metric and (name in asked or name not in REPORTED_ONLY)]
+    beside = [name for name in known if name != metric and (name in asked or name not in DIAGNOSTIC_METRICS)]
     others = [run_table(records, outcomes, name) for name in beside if metric_direction(started, name) is not None]
     wanted = settings.confidence if confidence is None else confidence
     return decision_of(
@@ -174,7 +174,7 @@ def run_table(
     if higher is None:
         higher = metric_direction(started, metric)
     if higher is None:
-        raise ResultsError(f"{unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
+        raise ResultsError(f"{format_unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
     along = started.points_metric or started.metric
     return table_of(outcomes, metric, higher, along, looks=records.outcomes, loss=started.data.loss_kind)
 
@@ -183,7 +183,7 @@ def metric_direction(started: RunStarted, metric: str) -> bool | None:
     """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
     if metric == started.metric:
         return started.higher_is_better
-    return started.select_settings.direction_of(metric)
+    return started.select_settings.get_direction(metric)
 
 
 def comparable(records: Records) -> list[TrialOutcome]:
@@ -231,7 +231,7 @@ def trainings(records: Records) -> float:
     by_id = records.by_id
     finished = [trial for trial in by_id.values() if trial.rank > 0]
     whole = max([0, *(trial.steps for trial in finished if trial.truncate_from is None)])
-    steps = sum(steps_of(trial, by_id) for trial in finished)
+    steps = sum(count_added_steps(trial, by_id) for trial in finished)
     return round(steps / whole, 3) if whole else float(len(finished))
 
 

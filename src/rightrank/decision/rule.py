@@ -36,7 +36,7 @@ from rightrank.decision.verdicts import (
 )
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import Checkpoint, default_margin
+from rightrank.schema.metrics import Checkpoint, compute_default_margin
 
 ASKED_CONFIDENCE = 0.75  # two seeds of the twelve long grids answer 85% at it: `benchmarks/selection/noise_model.py`
 
@@ -162,7 +162,7 @@ def _prepared(table: ScoreTable, margin: float | None) -> tuple[Evidence, Unit, 
     unit = Unit(table.kind, table.higher_is_better, 0.0)
     unit = replace(unit, reference=unit.value(evidence.reference.loss))
     if margin is None:
-        margin = default_margin(table.kind, unit.reference, table.values())
+        margin = compute_default_margin(table.kind, unit.reference, table.values())
     if not (margin > 0 and math.isfinite(margin)):
         raise ResultsError(f"margin {margin:g} is not allowed: give a number above 0 in the metric's unit")
     return evidence, unit, margin

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from rightrank.decision.comparison import INDEPENDENT, TIE, Estimate, bounds_of, estimate, span_of
 from rightrank.schema.decision import DifferenceDistribution, Result, ResultsTable
-from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, direction, metric_kind
+from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, infer_direction, infer_metric_kind
 from rightrank.schema.trials import (
     EvalPoint,
     Floats,
@@ -151,7 +151,7 @@ def table_of(
         loss: what a loss is of.
     """
     outcomes = list(outcomes)
-    kind = metric_kind(metric, higher_is_better, loss)
+    kind = infer_metric_kind(metric, higher_is_better, loss)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
     examples = [trial.get_weighted_scores(metric) for trial in scored]
     sizes = {0 if items is None else len(items[0]) for items in examples}
@@ -218,7 +218,7 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
 
 
 def table_of_results(results: ResultsTable) -> ScoreTable:
-    kind = metric_kind(results.metric, results.higher_is_better)
+    kind = infer_metric_kind(results.metric, results.higher_is_better)
     cells: dict[tuple[int, float, int], Cell] = {}
     missing: dict[int, int] = {}
     for result in results.results:
@@ -235,7 +235,7 @@ def other_tables(results: ResultsTable) -> list[ScoreTable]:
     """The same trainings by each other metric of the table whose direction is known, one number a training."""
     tables = []
     for name in dict.fromkeys(name for result in results.results for name in result.other_metrics):
-        if (higher := direction(name)) is None:
+        if (higher := infer_direction(name)) is None:
             continue
         rows = [
             result.model_copy(

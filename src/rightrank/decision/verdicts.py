@@ -32,7 +32,7 @@ from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
 from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdict
-from rightrank.schema.metrics import Checkpoint, default_margin, direction, metric_kind, published_deviation
+from rightrank.schema.metrics import Checkpoint, compute_default_margin, infer_direction, infer_metric_kind, get_published_deviation
 
 FALL_IN_MARGINS = 20.0  # below the best; without a further fall at the next rank no published curve has more than 16 (benchmarks/decide)
 RISE = 1 / 8  # of a rank's distance from the best, that its neighbour has where results get worse rank by rank
@@ -271,10 +271,10 @@ def lengths(evidence: Evidence) -> set[int]:
 
 def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
     """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
-    higher = direction(name)
+    higher = infer_direction(name)
     if higher is None:
         return False
-    kind = metric_kind(name, higher)
+    kind = infer_metric_kind(name, higher)
     sign = -1.0 if higher else 1.0
     means = {
         rank: float(np.mean([cell.other_metrics[name] for cell in contender.cells.values()]))
@@ -283,9 +283,9 @@ def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
     values = list(means.values())
     best = min(sign * value for value in values)
     if kind == "perplexity":
-        return math.log(means[chosen] / best) > default_margin("token_loss", best, values) if best > 0 else False
-    noise = 2 * math.sqrt(2) * published_deviation(kind, best, values)
-    return sign * means[chosen] - best > max(default_margin(kind, best, values), noise)
+        return math.log(means[chosen] / best) > compute_default_margin("token_loss", best, values) if best > 0 else False
+    noise = 2 * math.sqrt(2) * get_published_deviation(kind, best, values)
+    return sign * means[chosen] - best > max(compute_default_margin(kind, best, values), noise)
 
 
 MIN_POINTS = 3

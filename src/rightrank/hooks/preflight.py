@@ -12,7 +12,7 @@ from rightrank.report.format import format_duration, format_quantity
 from rightrank.report.terminal import describe_data_issues, format_preflight_lines, format_time_estimate
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.runs.local import LoadedSelection
-from rightrank.schema.events import Event, Notice, SelectionPlanned, TimeExpected
+from rightrank.schema.events import Event, Notice, SelectionPlanned, DurationEstimated
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
 from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES
@@ -185,7 +185,7 @@ class PreflightHook(Hook):
         pace = _measure_top_pace(prepared) if prepared.steps >= MIN_MEASURED_STEPS and not has_result else None
         preflight = _build_preflight(prepared, pace)
         if preflight.cost.seconds is not None:
-            tell(TimeExpected(expected_seconds=preflight.cost.seconds))
+            tell(DurationEstimated(expected_seconds=preflight.cost.seconds))
         lines = [*format_preflight_lines(preflight), *preflight.notes]
         if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_eval_metric]:
             lines.append(

@@ -19,7 +19,7 @@ from rightrank.hooks.progress import Progress
 from rightrank.runs.folder import PROGRESS_FILE
 from rightrank.runs.hook import Hook
 from rightrank.schema.errors import TerminatedRun
-from rightrank.schema.events import Evaluating, Event, Notice, SelectionPlanned, StepDone, TimeExpected
+from rightrank.schema.events import EvaluationProgress, Event, Notice, SelectionPlanned, StepDone, DurationEstimated
 from rightrank.schema.trials import OUTCOMES, Record, TrialEvaluated, TrialStarted
 
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
@@ -44,9 +44,9 @@ class JsonLog(Hook):
                 self._write("cost_limit", trainings_at_most=event.trainings_at_most)
                 if event.outcomes:
                     self._write("resumed", trials_ended=len(event.outcomes))
-            case TimeExpected():
+            case DurationEstimated():
                 self._write("time", expected_seconds=event.expected_seconds)
-            case StepDone() | Evaluating():
+            case StepDone() | EvaluationProgress():
                 is_last = (
                     event.step == event.steps if isinstance(event, StepDone) else event.examples == event.total_examples
                 )
@@ -91,7 +91,7 @@ class ProgressFile(Hook):
     def on_event(self, event: Event) -> None:
         self._progress.record_event(event)
         ends = isinstance(event, OUTCOMES)
-        if ends or (isinstance(event, StepDone | Evaluating) and time.monotonic() - self._written > PROGRESS_SECONDS):
+        if ends or (isinstance(event, StepDone | EvaluationProgress) and time.monotonic() - self._written > PROGRESS_SECONDS):
             self._written = time.monotonic()
             values = {
                 "pid": os.getpid(),

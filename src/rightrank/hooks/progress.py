@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rightrank.report.evidence_tables import format_trial_end
 from rightrank.report.figure import format_metric_label
 from rightrank.report.format import format_bytes, format_duration
-from rightrank.schema.events import Evaluating, Event, SelectionPlanned, StepDone, TimeExpected
+from rightrank.schema.events import EvaluationProgress, Event, SelectionPlanned, StepDone, DurationEstimated
 from rightrank.schema.trials import (
     ArmFields,
     TrialCollapsed,
@@ -47,7 +47,7 @@ class Progress:
         # Last step, and seconds with those of the trial that it continued.
         self._ended: dict[str, tuple[int, float]] = {}
         self._costs: list[float] = []  # seconds of each training alone
-        self._evaluation: Evaluating | None = None  # besides trials
+        self._evaluation: EvaluationProgress | None = None  # besides trials
         self._metric, self._higher_is_better = "loss", False
         self._best: dict[int, float] = {}
         self._truncated: dict[int, float] = {}
@@ -58,9 +58,9 @@ class Progress:
         match event:
             case SelectionPlanned():
                 self._record_plan(event)
-            case TimeExpected() if self._expected:
+            case DurationEstimated() if self._expected:
                 self._first_pace = event.expected_seconds / self._expected
-            case Evaluating():
+            case EvaluationProgress():
                 self._evaluation = event
             case TrialStarted():
                 self._evaluation = None

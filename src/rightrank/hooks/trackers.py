@@ -21,7 +21,7 @@ from typing import TypeAlias
 from rightrank.data.files import write_text
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import MissingExtraError, SettingsError, did_you_mean, one_line
+from rightrank.schema.errors import MissingExtraError, SettingsError, suggest_name, format_one_line
 from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
@@ -46,7 +46,7 @@ def resolve_trackers(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in TRACKERS:
             raise SettingsError(
-                f"report_to {name!r} is not known{did_you_mean(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}, all, none"
+                f"report_to {name!r} is not known{suggest_name(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}, all, none"
             )
         if find_spec(name) is None:
             raise MissingExtraError(f"report_to {name!r} needs an extra: pip install 'rightrank[{name}]'")
@@ -94,7 +94,7 @@ class Trackers(Hook):
                 with redirect_stdout(sys.stderr):  # stdout is reserved for the answer
                     _WRITERS[name](run, self._folder)
             except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
-                reason = one_line(str(error))[:200]
+                reason = format_one_line(str(error))[:200]
                 text = (
                     f"{name}: logging stopped ({type(error).__name__}: {reason}); run again to log the missing trials"
                 )

@@ -14,8 +14,8 @@ from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.rows import FILE_TYPES, Row
-from rightrank.schema.errors import ResultsError, did_you_mean, quoted
-from rightrank.schema.metrics import direction
+from rightrank.schema.errors import ResultsError, suggest_name, quote_value
+from rightrank.schema.metrics import infer_direction
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "rank": ("rank", "lora_r", "lora_rank", "r", "peft_r", "adapter_rank", "adapter_r", "lora_dim", "network_dim"),
@@ -85,8 +85,8 @@ def normalize_column(name: str) -> str:
 
 def infer_direction(column: str) -> bool | None:
     """Whether higher is better by the metric in a column; None if its name is not a known metric's."""
-    known = direction(column)
-    return direction(normalize_column(column)) if known is None else known
+    known = infer_direction(column)
+    return infer_direction(normalize_column(column)) if known is None else known
 
 
 def is_blank(value: Any) -> bool:
@@ -129,7 +129,7 @@ def _parse_setting(text: str, setting: str, name: str) -> str | None:
         return None
     numbers = " and ".join(dict.fromkeys(match[1] for match in matches))
     raise ResultsError(
-        f"{quoted(name)}: the name says {'learning rate' if setting == 'lr' else setting} {numbers}; name the training so that it says one "
+        f"{quote_value(name)}: the name says {'learning rate' if setting == 'lr' else setting} {numbers}; name the training so that it says one "
         f"({'lr1e-4' if setting == 'lr' else setting + '16' if setting == 'rank' else 'seed0'}), or give a table with a column {setting}"
     )
 
@@ -155,7 +155,7 @@ def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[s
             raise ResultsError(f"--columns {name}={column}: {name!r} is not one of {', '.join([*SYNONYMS, 'value'])}")
         if column not in names:
             raise ResultsError(
-                f"--columns {name}={column}: {where} has no column {column!r}{did_you_mean(column, names)}"
+                f"--columns {name}={column}: {where} has no column {column!r}{suggest_name(column, names)}"
             )
     by_plain: dict[str, str] = {}
     for column in sorted(
@@ -202,7 +202,7 @@ def _find_value_column(
         if "value" in by_plain:
             return by_plain["value"], metric
         raise ResultsError(
-            f"{where}: no column {metric!r} and no column `value`{did_you_mean(metric, names)}; there are {format_names(names)}"
+            f"{where}: no column {metric!r} and no column `value`{suggest_name(metric, names)}; there are {format_names(names)}"
         )
     column = _find_column(VALUE_COLUMNS, by_plain)
     if column is None:  # the only one that is named like a metric

@@ -29,7 +29,7 @@ from rightrank.models.ranks import (
 )
 from rightrank.models.safetensors_files import read_header
 from rightrank.report.format import format_bytes
-from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
+from rightrank.schema.errors import ResultsError, SettingsError, suggest_name
 from rightrank.schema.settings import TRAINER_FIELDS
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -108,7 +108,7 @@ def require_target(name: str) -> None:
     known = [*TARGETS, MERGED]
     if name not in known:
         raise SettingsError(
-            f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"
+            f"export target {name!r} is not known{suggest_name(name, known)}; allowed: {', '.join(known)}"
         )
 
 

@@ -12,15 +12,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
-from rightrank.adapters.batch_scores import Batch, batch_loss
-from rightrank.adapters.in_memory import require_end
-from rightrank.adapters.preserved_state import as_it_came
-from rightrank.adapters.processes import FAILURES
+from rightrank.adapters.batch_scores import Batch, compute_batch_loss
+from rightrank.adapters.in_memory import validate_trained_adapter
+from rightrank.adapters.preserved_state import preserve_state
+from rightrank.adapters.processes import MEASUREMENT_ERRORS
 from rightrank.interop.smallest import build_settings, keep_smallest
 from rightrank.interop.squeeze import RankCut, compute_cut_step, format_cut, require_cuttable, squeeze
 from rightrank.interop.trainer_rows import copy_batches
 from rightrank.interop.truncation_run import TruncationResult
-from rightrank.schema.errors import DataError, ModelError, SettingsError, first_line
+from rightrank.schema.errors import DataError, ModelError, SettingsError, get_first_line
 
 log = logging.getLogger("rightrank")
 
@@ -40,12 +40,12 @@ class SmallestAdapter(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         build_settings(self._margin, None, self._metric)
         model = _find_peft_model(pl_module)
-        name = require_end(model)
-        with as_it_came(model, name, self._held_out):
+        name = validate_trained_adapter(model)
+        with preserve_state(model, name, self._held_out):
             self._held_out = list(copy_batches(self._held_out))
             if not self._held_out:
                 raise DataError("SmallestAdapter has no held-out batches: give a loader of examples to hold out")
-            batch_loss(model, self._held_out[0])
+            compute_batch_loss(model, self._held_out[0])
         self._started = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,8 +54,8 @@ class SmallestAdapter(Callback):
         try:
             model, margin = _find_peft_model(pl_module), self._margin
             self.result = keep_smallest(model, *batches, out=out, margin=margin, metric=self._metric, seconds=seconds)
-        except FAILURES as error:
-            log.warning("rightrank: no smaller adapter was looked for: %s", first_line(error))
+        except MEASUREMENT_ERRORS as error:
+            log.warning("rightrank: no smaller adapter was looked for: %s", get_first_line(error))
 
 
 class Squeeze(Callback):
@@ -76,7 +76,7 @@ class Squeeze(Callback):
         steps, self.cut = trainer.estimated_stepping_batches, None
         self._step = compute_cut_step(self._at, int(steps) if steps != float("inf") else 0)
         model = _find_peft_model(pl_module)
-        with as_it_came(model, require_cuttable(model, self._rank), self._held_out):
+        with preserve_state(model, require_cuttable(model, self._rank), self._held_out):
             has_batches = bool(list(islice(copy_batches(self._held_out), 1)))
         if len(trainer.optimizers) != 1 or (self._rank is None and not has_batches):
             raise SettingsError("Squeeze: give one optimizer, and a rank or held-out batches to measure truncations on")

@@ -21,8 +21,8 @@ from rightrank.interop.exports import MERGED, ExportResult
 from rightrank.models.adapter_writer import ensure_peft_format
 from rightrank.models.base_models import load_base
 from rightrank.report.format import format_bytes
-from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError, first_line
-from rightrank.schema.events import Evaluating
+from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError, get_first_line
+from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.adapter_runtime import require_matching_base
 from rightrank.train.targets import suppress_peft_warnings
@@ -41,7 +41,7 @@ class MergeRequest:
     data: str | None  # of the adapter's run
     kind: str  # of the values, of `TYPES`
     check: Sequence[Path]  # held-out rows; empty: the test split of `data`
-    on_event: Callable[[Evaluating], None]
+    on_event: Callable[[EvaluationProgress], None]
 
 
 def write_merged_model(merge: MergeRequest, folder: Path) -> ExportResult:
@@ -96,7 +96,7 @@ def merge_adapter(model: Any, adapter: Path) -> Any:
         with suppress_peft_warnings(), ensure_peft_format(adapter) as place:
             whole = PeftModel.from_pretrained(model, str(place)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{adapter}: PEFT can't merge it ({first_line(error)})") from None
+        raise ModelError(f"{adapter}: PEFT can't merge it ({get_first_line(error)})") from None
     if hasattr(whole.config, "quantization_config"):  # of a base that came from a GGUF file, whose values are plain now
         del whole.config.quantization_config
     whole.hf_quantizer, whole.is_quantized = None, False

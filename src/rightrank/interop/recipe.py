@@ -12,7 +12,7 @@ from typing import Any
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.adapter import METHODS, Making, making_of
 from rightrank.models.ranks import convert_scaling
-from rightrank.schema.command import set_arguments
+from rightrank.schema.command import build_set_arguments
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import EVALUATION_SETTINGS, SelectSettings
@@ -109,7 +109,7 @@ class Recipe:
         rank, data = str(self.making.rank), self.data
         rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
         given = {name: value for name in EVALUATION_SETTINGS if (value := getattr(self.settings, name)) is not None}
-        rule += set_arguments(given)
+        rule += build_set_arguments(given)
         rule = ["--rank", rank] if self.making.truncation == METHODS["svd"] else rule
         command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *rule])
         return [

@@ -24,10 +24,10 @@ import torch
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.batch_scores import BETA, GROUP, OWN_EVALUATION, Batch, batch_loss, positions, read_batch
-from rightrank.adapters.in_memory import LiveAdapter, require_end, trained_adapter
-from rightrank.adapters.preserved_state import as_it_came, copy_reader
-from rightrank.adapters.processes import FAILURES, gather_objects, is_partitioned, process_index, together, world_size
+from rightrank.adapters.batch_scores import BETA, GROUP_KEY, CUSTOM_EVALUATION_HINT, Batch, compute_batch_loss, count_positions, read_batch
+from rightrank.adapters.in_memory import InMemoryAdapter, validate_trained_adapter, find_trained_adapter
+from rightrank.adapters.preserved_state import preserve_state, copy_data_source
+from rightrank.adapters.processes import MEASUREMENT_ERRORS, gather_objects, is_partitioned, get_process_index, sync_errors, get_world_size
 from rightrank.data.splits import sample_indices
 from rightrank.hooks.report import Report
 from rightrank.interop.trainer_rows import (
@@ -56,10 +56,10 @@ from rightrank.interop.truncation_run import (
 )
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook
-from rightrank.schema.command import measure_command
-from rightrank.schema.configs import stated_settings
+from rightrank.schema.command import build_measure_command
+from rightrank.schema.configs import convert_configs
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, ModelError, RightrankError, SettingsError, first_line
+from rightrank.schema.errors import DataError, ModelError, RightrankError, SettingsError, get_first_line
 from rightrank.schema.settings import SelectSettings
 
 log = logging.getLogger("rightrank")
@@ -136,15 +136,15 @@ class SmallestAdapter(TrainerCallback):
             for kind in (*type(trainer).__mro__, *type(model).__mro__)
         ):
             raise SettingsError(
-                f"SmallestAdapter: the losses of rerankers and embedding models have no scores here; {OWN_EVALUATION}"
+                f"SmallestAdapter: the losses of rerankers and embedding models have no scores here; {CUSTOM_EVALUATION_HINT}"
             )
         if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
             raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number from 2")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
-        name = require_end(model, self.ranks)
+        name = validate_trained_adapter(model, self.ranks)
         evaluated, loader = getattr(trainer, "eval_dataset", None), kwargs["train_dataloader"]
         rows = evaluated if self.eval_dataset is None else self.eval_dataset
-        with as_it_came(model, name, rows, loader.dataset, loader.collate_fn):
+        with preserve_state(model, name, rows, loader.dataset, loader.collate_fn):
             reader = RowReader.from_loader(loader)
             if reader.collate is None and self.reads_between_steps:
                 raise DataError(
@@ -179,7 +179,7 @@ class SmallestAdapter(TrainerCallback):
                 "the trainer an eval_dataset with them, or SmallestAdapter a list of some hundred rows"
             )
         try:
-            rows = copy_reader(rows)
+            rows = copy_data_source(rows)
         except DataError as error:
             if not is_own:
                 raise DataError(
@@ -218,9 +218,9 @@ class SmallestAdapter(TrainerCallback):
             self._add_note(f"{reader.rows_reason}; whether held-out rows are in it was not checked")
             return set()
         numbers = {content: at for at, content in reversed(list(enumerate(contents)))}
-        order = sample_indices(len(reader.rows), MAX_COMPARED_ROWS)[process_index() :: world_size()]
+        order = sample_indices(len(reader.rows), MAX_COMPARED_ROWS)[get_process_index() :: get_world_size()]
         end, compared, leaked = time.monotonic() + MAX_COMPARISON_SECONDS, 0, set()
-        with together():
+        with sync_errors():
             for index in order:
                 if time.monotonic() > end:
                     break
@@ -238,7 +238,7 @@ class SmallestAdapter(TrainerCallback):
 
     def _add_note(self, text: str) -> None:
         self._notes.append(text)
-        log.log(logging.DEBUG if process_index() else logging.WARNING, "rightrank: %s", text)
+        log.log(logging.DEBUG if get_process_index() else logging.WARNING, "rightrank: %s", text)
 
     def _require_example_losses(self, model: Any, args: TrainingArguments, reader: RowReader) -> None:
         """Score two examples in the way of the end.
@@ -255,7 +255,7 @@ class SmallestAdapter(TrainerCallback):
         batch = next(reader.read_batches(self._held_out, 2))
         beta = _read_dpo_beta(args, batch)
         # The passes of ZeRO-3 begin in DeepSpeed's engine; a fresh process measures.
-        loss = None if is_partitioned(model) else batch_loss(model, batch, beta)
+        loss = None if is_partitioned(model) else compute_batch_loss(model, batch, beta)
         examples = (read_batch(model, part).examples for part in reader.read_batches(self._held_out, 8))
         if not any(count >= 2 for count in accumulate(examples)):
             raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
@@ -273,15 +273,15 @@ class SmallestAdapter(TrainerCallback):
         try:
             live = self._build_in_memory_adapter(kwargs["model"], args, state)
             self.result = _measure_truncations(live, out, self._summarize_training(live, args, state), self.measure)
-        except FAILURES as error:
+        except MEASUREMENT_ERRORS as error:
             # What lies there before the run has begun is of an earlier training.
             has_begun = live is not None and (out / "cache" / RESUME_FILE).is_file()
-            again = f"; to measure again: {measure_command(str(out))}" if has_begun else ""
-            log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
+            again = f"; to measure again: {build_measure_command(str(out))}" if has_begun else ""
+            log.warning("rightrank: no smaller adapter was looked for: %s%s", get_first_line(error), again)
         if self.result is not None and state.is_world_process_zero:
             self._log_to_trackers(self.result.answer)
 
-    def _summarize_training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> TrainingSummary:
+    def _summarize_training(self, live: InMemoryAdapter, args: TrainingArguments, state: TrainerState) -> TrainingSummary:
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         asked = copy.copy(args)
         asked.max_steps = state.max_steps  # also where epochs were asked for
@@ -295,12 +295,12 @@ class SmallestAdapter(TrainerCallback):
             notes=[*self._notes, *notes],
         )
 
-    def _build_in_memory_adapter(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
-        loader, name = self._loaders["train_dataloader"], trained_adapter(model)
+    def _build_in_memory_adapter(self, model: Any, args: TrainingArguments, state: TrainerState) -> InMemoryAdapter:
+        loader, name = self._loaders["train_dataloader"], find_trained_adapter(model)
         size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         # With the steps before a checkpoint from which it was resumed, so that its end is that of the whole training.
         trained = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        with as_it_came(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
+        with preserve_state(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
             reader = RowReader.from_loader(loader)
             if not self._is_training:  # the last step was made: what cannot be copied is read as it is
                 reader = reader.with_originals(loader)
@@ -313,17 +313,17 @@ class SmallestAdapter(TrainerCallback):
             if self.max_examples is None and len(rows):
                 sample = list(reader.read_batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
-                cost = passes * sum(map(positions, sample)) / min(len(rows), MIN_EXAMPLES)
+                cost = passes * sum(map(count_positions, sample)) / min(len(rows), MIN_EXAMPLES)
                 # A step of the training is two passes, forward and backward.
                 count = max(MIN_SAMPLE_SIZE, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
                 rows = Subset(rows.dataset, rows.indices[:count])  # in random order
             keys: list[Any] = []
             held_out = list(reader.read_batches(rows, size, lambda row: keys.append(find_group_key(row, self.group))))
             groups = torch.tensor(number_groups(keys, self.group))
-            held_out = [{**batch, GROUP: groups[at * size : (at + 1) * size]} for at, batch in enumerate(held_out)]
+            held_out = [{**batch, GROUP_KEY: groups[at * size : (at + 1) * size]} for at, batch in enumerate(held_out)]
         beta = _read_dpo_beta(args, (held_out or train or [{}])[0])
         write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
-        return LiveAdapter(
+        return InMemoryAdapter(
             model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens, write
         )
 
@@ -333,19 +333,19 @@ class SmallestAdapter(TrainerCallback):
         try:
             if self._trainer is not None:
                 Trainer.log(self._trainer, {"rightrank/rank": answer.rank} | bound)
-        except FAILURES as error:
-            log.warning("rightrank: a tracker did not take the values: %s", first_line(error))
+        except MEASUREMENT_ERRORS as error:
+            log.warning("rightrank: a tracker did not take the values: %s", get_first_line(error))
 
 
 def _measure_truncations(
-    live: LiveAdapter, out: Path, training: TrainingSummary, measures: bool = True
+    live: InMemoryAdapter, out: Path, training: TrainingSummary, measures: bool = True
 ) -> TruncationResult | None:
     """Begin the run of an end and finish it; None where it is left to a fresh process. The first of several processes writes and speaks."""
-    level = logging.DEBUG if process_index() else logging.WARNING
+    level = logging.DEBUG if get_process_index() else logging.WARNING
     with tempfile.TemporaryDirectory(prefix="rightrank-") as unused:
-        with together():
-            folder = begin_run(live, Path(unused) / "run" if process_index() else out, training)
-        command = measure_command(str(out))
+        with sync_errors():
+            folder = begin_run(live, Path(unused) / "run" if get_process_index() else out, training)
+        command = build_measure_command(str(out))
         if not measures or is_partitioned(live.model):
             log.log(level, "rightrank: kept what is measured with: %s", command)
             return None
@@ -361,7 +361,7 @@ def _measure_truncations(
 
 def _load_hooks() -> list[Hook]:
     """What renders a selection; for the first process."""
-    return [] if process_index() else [Report(), *plugins.collect_items(lambda plugin: plugin.hooks())]
+    return [] if get_process_index() else [Report(), *plugins.collect_items(lambda plugin: plugin.hooks())]
 
 
 def keep_smallest(
@@ -394,10 +394,10 @@ def keep_smallest(
         RunError: the disk is full.
     """
     settings = build_settings(margin, None, metric)
-    name, margin = require_end(model), settings.margin
-    with as_it_came(model, name, held_out, train):  # a loader draws its order from the random state
+    name, margin = validate_trained_adapter(model), settings.margin
+    with preserve_state(model, name, held_out, train):  # a loader draws its order from the random state
         batches = list(copy_batches(held_out)), sample_batches(train)
-        live = LiveAdapter(model, *batches, margin, name=name, metric=metric)
+        live = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
     stated, notes = _collect_stated_settings(live, None)
@@ -452,13 +452,13 @@ def build_settings(margin: float | None, ranks: Sequence[int] | int | None, metr
     return SelectSettings(metric=metric, **{name: value for name, value in given.items() if value is not None})
 
 
-def _collect_stated_settings(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str, Any], list[str]]:
+def _collect_stated_settings(live: InMemoryAdapter, args: TrainingArguments | None) -> tuple[dict[str, Any], list[str]]:
     """`(the settings of `select` that this training states, a note on what none says)`."""
     lengths = [batch["input_ids"].shape[1] for batch in (*live.train, *live.held_out) if "input_ids" in batch]
     further: dict[str, Any] = {"seq_len": max(lengths)} if lengths and not getattr(args, "max_length", None) else {}
     if args is not None:
         further["gradient_accumulation_steps"] = args.gradient_accumulation_steps * args.world_size
-    stated, unsaid = stated_settings(live.model.peft_config[live.name], args, **further)
+    stated, unsaid = convert_configs(live.model.peft_config[live.name], args, **further)
     unsaid += [] if args is not None else ["the learning rate", "the steps", "the batch size of your loop"]
     return stated, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
 

@@ -24,9 +24,9 @@ from torch.utils.data import Subset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rightrank.adapters.batch_scores import Batch
-from rightrank.adapters.in_memory import LiveAdapter, gather, require_end, save_trained
-from rightrank.adapters.preserved_state import as_it_came
-from rightrank.adapters.processes import is_sharded, world_size
+from rightrank.adapters.in_memory import InMemoryAdapter, gather_adapter_moments, validate_trained_adapter, save_trained_adapter
+from rightrank.adapters.preserved_state import preserve_state
+from rightrank.adapters.processes import is_sharded, get_world_size
 from rightrank.adapters.resize import cap_ranks, write_resized_adapter
 from rightrank.data.splits import sample_indices
 from rightrank.interop.smallest import SmallestAdapter, build_settings
@@ -171,9 +171,9 @@ def squeeze(
         SettingsError: a value that is not allowed.
     """
     margin, name = build_settings(margin, None, metric).margin, require_cuttable(model, rank)
-    with as_it_came(model, name, held_out, train):
+    with preserve_state(model, name, held_out, train):
         batches = list(copy_batches(held_out)), sample_batches(train)
-        live = LiveAdapter(model, *batches, margin, name=name, metric=metric)
+        live = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
     if rank is None and not live.held_out:
         raise DataError("squeeze: give a rank, or held-out batches to measure truncations on")
     return cut_adapter(live, optimizer, rank)
@@ -225,19 +225,19 @@ def require_cuttable(model: Any, rank: int | None) -> str:
         ModelError: no truncation can be made of it, or several processes, or a sharded or compiled model, hold its shapes.
         SettingsError: not a whole number from 1 and below the adapter's rank.
     """
-    if world_size() > 1 or is_sharded(model) or isinstance(model, torch._dynamo.OptimizedModule):
+    if get_world_size() > 1 or is_sharded(model) or isinstance(model, torch._dynamo.OptimizedModule):
         raise ModelError(
             "several processes (DDP, FSDP, DeepSpeed) or a compiled model hold the adapter's first shapes: cut it in a training of one "
             "process that compiles none, or use SmallestAdapter"
         )
-    name = require_end(model)
+    name = validate_trained_adapter(model)
     top = model.peft_config[name].r
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < top):
         raise SettingsError(f"rank {rank!r}: give a whole number from 1 to {top - 1}, below the adapter's rank {top}")
     return name
 
 
-def cut_adapter(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> RankCut:
+def cut_adapter(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> RankCut:
     """Cut a live adapter between two steps, to `rank`, or to the smallest rank whose truncation holds by the held-out batches.
 
     Raises:
@@ -251,9 +251,9 @@ def cut_adapter(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int |
             rank, notes, lower = measured.answer.rank, measured.notes, measured.folder.adapter
             before = open_adapter(measured.folder.get_trial_folder(measured.answer.trained_id))
         else:
-            before, lower = save_trained(live.model, live.name, Path(working) / "trained"), Path(working) / "lower"
-            with as_it_came(live.model, live.name):
-                gathered = gather(live)
+            before, lower = save_trained_adapter(live.model, live.name, Path(working) / "trained"), Path(working) / "lower"
+            with preserve_state(live.model, live.name):
+                gathered = gather_adapter_moments(live)
             notes = gathered.notices
             write_resized_adapter(before, lower, cap_ranks(before, rank, gathered.moments), gathered.moments)
         is_cut = rank < before.rank
@@ -262,7 +262,7 @@ def cut_adapter(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int |
 
 
 @torch.no_grad()
-def _replace_factors(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: AdapterFolder) -> int:
+def _replace_factors(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, after: AdapterFolder) -> int:
     """Put the factors of `after` in the place of those that train; returns their number of elements.
 
     lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is

@@ -12,7 +12,7 @@ import numpy as np
 
 from rightrank.data.rows import Row
 from rightrank.interop.columns import Columns, is_blank
-from rightrank.schema.errors import MAX_WHOLE, ResultsError, quoted
+from rightrank.schema.errors import MAX_EXACT_INTEGER, ResultsError, quote_value
 
 FAILED_STATES = {"failed", "crashed", "killed", "error", "fail", "diverged", "collapsed", "oom", "out of memory"}
 NON_FINITE_TEXTS = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}  # of a training that diverged
@@ -22,7 +22,7 @@ MAX_RANK = 2**20
 MAX_NUMBER = 1e60  # above what any metric is; squares and sums of such numbers are still finite
 WHOLE_NUMBER: tuple[str, Callable[[float], bool]] = (
     "a whole number from 0",
-    lambda n: n.is_integer() and 0 <= n <= MAX_WHOLE,
+    lambda n: n.is_integer() and 0 <= n <= MAX_EXACT_INTEGER,
 )
 POSITIVE_NUMBER: tuple[str, Callable[[float], bool]] = (
     f"a number above 0 (from {1 / MAX_NUMBER:g} to {MAX_NUMBER:g})",
@@ -106,7 +106,7 @@ def _parse_role(row: Row, columns: Columns, role: str) -> float | None:
     number = to_float(value)
     if number is None or not math.isfinite(number) or not fits(number):
         name, advice = "learning rate" if role == "lr" else role, _suggest_notation(str(value).strip())
-        raise ResultsError(f"{row.origin}: {name} {quoted(value, 40)} is not allowed: give {allowed}{advice}")
+        raise ResultsError(f"{row.origin}: {name} {quote_value(value, 40)} is not allowed: give {allowed}{advice}")
     return number
 
 
@@ -127,7 +127,7 @@ def _parse_value(row: Row, column: str) -> float:
     number = to_float(value)
     if number is None:
         raise ResultsError(
-            f"{row.origin}: {column} is {quoted(value, 40)}, not a number{_suggest_notation(str(value).strip())}"
+            f"{row.origin}: {column} is {quote_value(value, 40)}, not a number{_suggest_notation(str(value).strip())}"
         )
     _require_magnitude(row, column, number)
     return number

@@ -19,8 +19,8 @@ from rightrank.interop.columns import (
 from rightrank.interop.table_cells import Outcome, ResultRow, TrainingKey, parse_row, to_float
 from rightrank.interop.table_rows import add_settings_from_names, flatten_rows, select_comparable_stages
 from rightrank.schema.decision import Result, ResultsTable
-from rightrank.schema.errors import ResultsError, quoted
-from rightrank.schema.metrics import is_percent, metric_kind, unknown_direction
+from rightrank.schema.errors import ResultsError, quote_value
+from rightrank.schema.metrics import has_percentages, infer_metric_kind, format_unknown_direction
 from rightrank.schema.settings import TRAINER_FIELDS, PeftFields, SelectSettings
 
 # Columns that say that trainings can't be compared: the task, the kind of adapter, and a setting of all trainings by any of its names.
@@ -62,9 +62,9 @@ def build_results_table(
     if groups is None:
         columns = replace(columns, by_role={name: title for name, title in columns.by_role.items() if name != "group"})
     higher, why = _resolve_direction(metric, higher, where)
-    if metric_kind(metric, higher) == "accuracy":
+    if infer_metric_kind(metric, higher) == "accuracy":
         _require_one_unit(results, metric, where)
-    if margin is None and metric_kind(metric, higher) == "other":
+    if margin is None and infer_metric_kind(metric, higher) == "other":
         notes.append(
             f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"
         )
@@ -107,7 +107,7 @@ def _require_same_conditions(rows: Sequence[Row], where: str, rank: str) -> None
                 "the adapters differs beside their rank; keep the rows of one rule, or leave the column out if it does not matter"
             )
         if normalize_column(name) in CONDITION_COLUMNS and len(texts) > 1:
-            first, other = [quoted(text, 40) for text in texts[:2]]
+            first, other = [quote_value(text, 40) for text in texts[:2]]
             raise ResultsError(
                 f"{where}: the trainings differ in column {name} ({first}, {other}), which is not used; keep the rows of one, "
                 "or leave the column out if it does not matter"
@@ -121,7 +121,7 @@ def _resolve_direction(metric: str, asked: bool | None, where: str) -> tuple[boo
     known = infer_direction(metric)
     if known is None:
         raise ResultsError(
-            f"{where}: {unknown_direction(metric)}; give --higher-is-better or --lower-is-better, or --metric NAME"
+            f"{where}: {format_unknown_direction(metric)}; give --higher-is-better or --lower-is-better, or --metric NAME"
         )
     return known, f"from its name, {metric}"
 
@@ -341,7 +341,7 @@ def _require_comparable(results: list[Result], where: str) -> None:
 def _require_one_unit(results: list[Result], metric: str, where: str) -> None:
     """Refuse accuracies of which some are fractions and some percentages."""
     values = sorted(result.value for result in results if result.value)
-    if values and (values[0] < 0 or values[-1] > 100 or (is_percent(values) and values[0] <= 1)):
+    if values and (values[0] < 0 or values[-1] > 100 or (has_percentages(values) and values[0] <= 1)):
         raise ResultsError(
             f"{where}: {metric} is {values[0]:g} in one training and {values[-1]:g} in another; write all as fractions from 0 to 1, or all "
             "as percentages above 1"

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Subset
 
-from rightrank.adapters.batch_scores import Batch, positions
-from rightrank.adapters.preserved_state import copy_reader
+from rightrank.adapters.batch_scores import Batch, count_positions
+from rightrank.adapters.preserved_state import copy_data_source
 from rightrank.data.splits import sample_indices
 from rightrank.data.token_store import IGNORED
-from rightrank.schema.errors import DataError, first_line
+from rightrank.schema.errors import DataError, get_first_line
 from rightrank.train.covariances import MOMENT_TOKENS
 
 MIN_EXAMPLES = 30
@@ -48,11 +48,11 @@ class RowReader:
             reasons[0] = "the training set is a stream, which is not read"
         else:
             try:
-                rows = copy_reader(loader.dataset)
+                rows = copy_data_source(loader.dataset)
             except DataError as error:
                 reasons[0] = f"the training set is not read before its end: {error}"
         try:
-            collate = copy_reader(loader.collate_fn)
+            collate = copy_data_source(loader.collate_fn)
         except DataError as error:
             reasons[1] = f"the collator is not used before the training's end: {error}"
         return cls(rows, reasons[0], collate, reasons[1], _read_column_names(rows))
@@ -80,7 +80,7 @@ class RowReader:
                 batch = self.collate(inputs)
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"SmallestAdapter: the trainer's collator does not take the held-out rows ({first_line(error)}); give "
+                    f"SmallestAdapter: the trainer's collator does not take the held-out rows ({get_first_line(error)}); give "
                     "trainer.eval_dataset, which the trainer has tokenized"
                 ) from None
             yield batch
@@ -113,7 +113,7 @@ def read_moment_batches(
     tokens, moment_tokens, read_tokens = 0.0, 1, 0
     for batch in reader.read_batches(rows, size):
         read.append(batch)
-        read_tokens += positions(batch)
+        read_tokens += count_positions(batch)
         count = min(len(read) * size, len(rows))
         tokens = trained_rows * read_tokens / count
         moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_TOKEN_FRACTION * tokens)))
@@ -132,7 +132,7 @@ def sample_batches(batches: Iterable[Batch]) -> list[Batch]:
 def copy_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
     """Return a copy of a loader, or the loader itself where it cannot be copied, as a generator cannot."""
     try:
-        return cast(Iterable[Batch], copy_reader(batches))
+        return cast(Iterable[Batch], copy_data_source(batches))
     except DataError:
         return batches
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rightrank.adapters.batch_scores import batch_loss
+from rightrank.adapters.batch_scores import compute_batch_loss
 from rightrank.runs.calls import TrialResult
 
 
@@ -25,7 +25,7 @@ def causal_example_losses(model: Any, batches: Iterable[Mapping[str, torch.Tenso
     was_training, losses, counts = model.training, [], []
     model.eval()
     for batch in batches:
-        scored = batch_loss(model, batch)
+        scored = compute_batch_loss(model, batch)
         kept = scored.example_tokens > 0
         losses += scored.example_losses[kept].tolist()
         counts += scored.example_tokens[kept].tolist()

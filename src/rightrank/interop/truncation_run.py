@@ -22,10 +22,10 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.batch_scores import HeldOutBatches, is_of_classes, read_batch
-from rightrank.adapters.in_memory import LiveAdapter, gather, put_in_place, save_trained
-from rightrank.adapters.preserved_state import as_it_came
-from rightrank.adapters.processes import gathered, is_partitioned, together
+from rightrank.adapters.batch_scores import HeldOutBatches, has_class_labels, read_batch
+from rightrank.adapters.in_memory import InMemoryAdapter, gather_adapter_moments, copy_factors, save_trained_adapter
+from rightrank.adapters.preserved_state import preserve_state
+from rightrank.adapters.processes import gather_parameters, is_partitioned, sync_errors
 from rightrank.adapters.resize import list_candidate_ranks, cap_ranks, write_resized_adapter
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
@@ -38,12 +38,12 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import AdapterProposal, Hook
 from rightrank.runs.prepare import describe_environment
 from rightrank.runs.run import select
-from rightrank.schema.command import reproduce_command
+from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, first_line
+from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, get_first_line
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome, TrialStarted, content_hash, trial_id
+from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome, TrialStarted, hash_content, trial_id
 from rightrank.search.bracket import make_truncation_arm
 from rightrank.search.history import Requests, Space, Trials, build_space
 from rightrank.search.protocol import Strategy
@@ -60,7 +60,7 @@ log = logging.getLogger("rightrank")
 
 RESUME_FILE = "measure.json"  # in the run's cache
 TRAINER = "its own trainer"  # the trainer by which the journal of such a run names its kind
-# Of a `LiveAdapter`: in files of their own, or as by default.
+# Of a `InMemoryAdapter`: in files of their own, or as by default.
 EXCLUDED_FIELDS = ("model", "held_out", "train", "name", "write_beside")
 
 
@@ -100,7 +100,7 @@ def measure_peak_bytes() -> int:
     return read_peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def begin_run(live: LiveAdapter, out: Path, training: TrainingSummary) -> RunFolder:
+def begin_run(live: InMemoryAdapter, out: Path, training: TrainingSummary) -> RunFolder:
     """Begin a run in `out` with everything that a fresh process needs, and move the result of an earlier training aside.
 
     Raises:
@@ -114,8 +114,8 @@ def begin_run(live: LiveAdapter, out: Path, training: TrainingSummary) -> RunFol
         # A failure leaves neither a folder without a journal, which no later run could use, nor an earlier result aside.
         with create_temporary_folder(out / "begun") as temporary:
             begun = RunFolder(temporary)
-            with gathered(live.model):
-                adapter = save_trained(live.model, live.name, begun.get_trial_folder("trained"))
+            with gather_parameters(live.model):
+                adapter = save_trained_adapter(live.model, live.name, begun.get_trial_folder("trained"))
                 identity = compute_base_identity(live.model.get_base_model(), adapter.base_model or "")
             write_text(adapter.path / BASE_FILE, identity.content().decode())
             if live.write_beside is not None:
@@ -130,12 +130,12 @@ def begin_run(live: LiveAdapter, out: Path, training: TrainingSummary) -> RunFol
     return folder
 
 
-def _require_logits(live: LiveAdapter) -> None:
+def _require_logits(live: InMemoryAdapter) -> None:
     """Raise if the model is an encoder without a head, whose rows of one class have no scores."""
     batch = next(iter(live.held_out), {})
-    if is_partitioned(live.model) or "labels" not in batch or not is_of_classes(batch):
+    if is_partitioned(live.model) or "labels" not in batch or not has_class_labels(batch):
         return
-    with as_it_came(live.model, live.name), torch.no_grad():
+    with preserve_state(live.model, live.name), torch.no_grad():
         output = live.model(**read_batch(live.model, batch).inputs)
     if getattr(output, "logits", None) is None:
         name = type(live.model.get_base_model()).__name__
@@ -176,7 +176,7 @@ def _require_truncation_run(folder: RunFolder) -> None:
 
 
 def finish_run(
-    live: LiveAdapter, folder: RunFolder, training: TrainingSummary, hooks: Sequence[Hook] = ()
+    live: InMemoryAdapter, folder: RunFolder, training: TrainingSummary, hooks: Sequence[Hook] = ()
 ) -> TruncationResult:
     """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
 
@@ -184,14 +184,14 @@ def finish_run(
         NotFiniteError: a held-out loss is NaN or infinite.
     """
     end = CallbackExecutor(live, training)
-    with together(), folder.lock(), report_disk_errors(folder.path):
+    with sync_errors(), folder.lock(), report_disk_errors(folder.path):
         select(end, folder, [end, *hooks])
     records = end.records
     answer = records.adapters[-1].answer
     return TruncationResult(answer, records.by_id[answer.trained_id], folder, end.moments.notices)
 
 
-def measure_truncations(live: LiveAdapter, out: Path) -> TruncationResult:
+def measure_truncations(live: InMemoryAdapter, out: Path) -> TruncationResult:
     """Begin a run and finish it at once, without views."""
     training = TrainingSummary({})
     return finish_run(live, begin_run(live, out, training), training)
@@ -227,11 +227,11 @@ def _compute_training_id(started: RunStarted, steps: int) -> str:
     return trial_id(started.fingerprint, top)
 
 
-def _build_run_started(live: LiveAdapter, training: TrainingSummary, adapter: AdapterFolder) -> RunStarted:
+def _build_run_started(live: InMemoryAdapter, training: TrainingSummary, adapter: AdapterFolder) -> RunStarted:
     base = live.model.get_base_model()
     batch, classes = live.held_out[0], None
     form: Literal["preference", "classification", "own"] = "preference" if "completion_mask" in batch else "own"
-    if form == "own" and is_of_classes(batch):
+    if form == "own" and has_class_labels(batch):
         form, classes = "classification", [str(name) for _, name in sorted(base.config.id2label.items())]
     ranks = list_candidate_ranks(adapter, live.ranks)
     given: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
@@ -246,7 +246,7 @@ def _build_run_started(live: LiveAdapter, training: TrainingSummary, adapter: Ad
     )
     return RunStarted(
         rightrank_version=__version__,
-        fingerprint=content_hash({"settings": values, "steps": training.steps, "checkpoint": training.checkpoint}),
+        fingerprint=hash_content({"settings": values, "steps": training.steps, "checkpoint": training.checkpoint}),
         settings=values,
         environment=describe_environment(str(next(live.model.parameters()).device)),
         data=DataSummary(form=form, splits={}, splits_given=True, duplicates_across_splits=0, classes=classes),
@@ -271,7 +271,7 @@ class CallbackExecutor(Hook):
     """The end of a training: the request for the run that `begin_run` has begun, its executor, which puts the truncations in the place of the
     trained adapter, and what a person should know of it, as notes of the answer."""
 
-    def __init__(self, live: LiveAdapter, training: TrainingSummary) -> None:
+    def __init__(self, live: InMemoryAdapter, training: TrainingSummary) -> None:
         self._live, self._training = live, training
         self._began = time.monotonic()
         self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
@@ -297,8 +297,8 @@ class CallbackExecutor(Hook):
     def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[CallbackExecutor]:
         """As `rightrank.runs.executor.Plan`."""
         self.folder, self.listener, self.records = folder, listener, records
-        with as_it_came(self._live.model, self._live.name):
-            self.moments = gather(self._live)  # of the adapter as it is in memory, which no truncation has replaced yet
+        with preserve_state(self._live.model, self._live.name):
+            self.moments = gather_adapter_moments(self._live)  # of the adapter as it is in memory, which no truncation has replaced yet
             yield self
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -311,9 +311,9 @@ class CallbackExecutor(Hook):
         changes: dict[str, Any]
         if arm.truncate_from is not None:
             trained = open_adapter(self.folder.get_trial_folder(arm.truncate_from))
-            with together():
+            with sync_errors():
                 write_resized_adapter(trained, target, cap_ranks(trained, arm.rank, moments), moments)
-            put_in_place(self._live.model, self._live.name, open_adapter(target))
+            copy_factors(self._live.model, self._live.name, open_adapter(target))
             changes = {"truncation": "kfac" if moments else "svd"}
         else:
             progress = Progress(step=training.steps, train_seconds=training.seconds or 0.0)
@@ -355,14 +355,14 @@ def format_training_rank_estimate(answer: AdapterAnswer, started: RunStarted) ->
     where = f"{low}" if low == high else f"{low} to {high}"
     ranks = sorted({max(1, low // 2), low, high, answer.trained_rank})
     settings = started.select_settings.model_copy(update={"goal": "training-rank", "ranks": tuple(ranks)})
-    command = reproduce_command(started.model_name or "MODEL", "DATA", settings)
+    command = build_reproduce_command(started.model_name or "MODEL", "DATA", settings)
     return (
         f"An estimate, not evidence: the rank to train at next time probably is {where}. "
         f"With the file of your rows for DATA, this would prove it: {command}"
     )
 
 
-def _write_resume_files(live: LiveAdapter, folder: RunFolder, training: TrainingSummary) -> None:
+def _write_resume_files(live: InMemoryAdapter, folder: RunFolder, training: TrainingSummary) -> None:
     base = live.model.get_base_model()
     base.config.save_pretrained(folder.cache / "base")
     tensors = {
@@ -407,7 +407,7 @@ def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> str:
         split, number, key = name.split(".", 2)
         splits[split].setdefault(int(number), {})[key] = tensor
     held_out, train = ([batches[number] for number in sorted(batches)] for batches in splits.values())
-    live = LiveAdapter(model, held_out, train, **asked["live"])
+    live = InMemoryAdapter(model, held_out, train, **asked["live"])
     ending = finish_run(live, folder, training, hooks)
     return f"{ending.answer.sentence} {folder.adapter}\n{ending.answer.notes[-1]}"
 
@@ -420,7 +420,7 @@ def _load_base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: 
         base_class = getattr(transformers, asked["base_class"])
         base = base_class.from_pretrained(name, config=config, dtype=getattr(torch, asked["dtype"]))
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise ModelError(f"{name}: the base model cannot be loaded ({first_line(error)})") from None
+        raise ModelError(f"{name}: the base model cannot be loaded ({get_first_line(error)})") from None
     difference = read_identity(adapter.path / BASE_FILE).difference(compute_base_identity(base, name))
     if difference is not None:
         raise ModelError(f"{name}: this is not the base that was trained on ({difference})")

@@ -89,7 +89,9 @@ def find_adapter(path: Path) -> tuple[Path, str]:
     if not path.is_dir() or (path / CONFIG_FILE).exists() or (path / "journal.jsonl").exists():
         return path, ""
     folders = [file.parent for file in path.rglob(CONFIG_FILE) if RESULTS_FOLDER not in file.relative_to(path).parts]
-    adapters = sorted(folders, key=lambda place: (_parse_numbers(place.relative_to(path)), -len(place.parts), place.name))
+    adapters = sorted(
+        folders, key=lambda place: (_parse_numbers(place.relative_to(path)), -len(place.parts), place.name)
+    )
     if not adapters:
         return path, ""
     newest = adapters[-1]

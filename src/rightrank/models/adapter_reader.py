@@ -27,7 +27,13 @@ from rightrank.models.adapter_folders import (
 )
 from rightrank.models.kinds import MAGNITUDE_KEYS, find_stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
-from rightrank.models.ranks import compute_equivalent_rank, compute_scaling, matches_pattern, get_pattern_value, format_rank
+from rightrank.models.ranks import (
+    compute_equivalent_rank,
+    compute_scaling,
+    format_rank,
+    get_pattern_value,
+    matches_pattern,
+)
 from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
@@ -164,7 +170,9 @@ class AdapterFolder:
 
     def tensor(self, key: str) -> torch.Tensor:
         with safe_open(self.weights, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key) if self.mlx is None else file.get_tensor(convert_to_mlx_key(key)).T
+            tensor: torch.Tensor = (
+                file.get_tensor(key) if self.mlx is None else file.get_tensor(convert_to_mlx_key(key)).T
+            )
             return tensor
 
     def factors(self, module: AdapterModule) -> tuple[Floats, Floats]:

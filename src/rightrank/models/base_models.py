@@ -36,7 +36,7 @@ from rightrank.schema.errors import (
     MissingExtraError,
     ModelError,
     SettingsError,
-    first_line,
+    get_first_line,
     is_out_of_memory,
 )
 from rightrank.schema.settings import AutoDtype, DtypeName, SelectSettings
@@ -79,7 +79,9 @@ class BaseIdentity(Record):
             if None not in values and values[0] != values[1]:
                 return f"its {key} is {values[0]}, here it is {values[1]}"
         common = [name for name in self.weights if name in other.weights]
-        precisions = {_find_coarsest_dtype([value for name in common for value in base.weights[name]]) for base in (self, other)}
+        precisions = {
+            _find_coarsest_dtype([value for name in common for value in base.weights[name]]) for base in (self, other)
+        }
         relative, absolute = (2.0**-7, 1e-6) if len(precisions) > 1 else (0.0, 0.0)
         odd = [
             name
@@ -139,21 +141,23 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     if weight_bits is not None:
         skeleton = build_meta_model(config, trust_remote_code, None if classes is None else len(classes))
         trained = [*settings.modules_to_save, *(SEQ_CLS_HEAD_NAMES if classes is not None else ())]  # whole, by PEFT
-        quantised = _build_quantisation_arguments(weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained])
+        quantised = _build_quantisation_arguments(
+            weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained]
+        )
     arguments = source.build_loading_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **arguments)
     except LOADING_ERRORS as error:
-        reason = first_line(error)
+        reason = get_first_line(error)
         raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from None
     arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantised
     try:
         model = _load_weights(source.name, classes, config, arguments)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
-            raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
+            raise DeviceMemoryError(f"{reference}: out of memory while loading ({get_first_line(error)})") from None
         fault = settings.load_error_hint("give a model that it loads")
-        raise ModelError(f"{reference}: transformers can't load it ({first_line(error)}); {fault}") from None
+        raise ModelError(f"{reference}: transformers can't load it ({get_first_line(error)}); {fault}") from None
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, device, _hash_files(source))
@@ -172,7 +176,7 @@ def load_model_config(reference: str, trust_remote_code: bool, classification: b
     try:
         config = AutoConfig.from_pretrained(source.name, **source.build_loading_arguments(trust_remote_code))
     except LOADING_ERRORS as error:
-        raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
+        raise ModelError(f"{reference}: transformers knows no such model ({get_first_line(error)})") from None
     if config.is_encoder_decoder and not classification:
         raise ModelError(
             f"{reference}: an encoder-decoder, as T5, which select does not train; give a causal model, or train it in a "
@@ -212,7 +216,9 @@ def build_meta_model(config: Any, trust_remote_code: bool, num_labels: int | Non
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=trust_remote_code, **options)
     except LOADING_ERRORS as error:
-        raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
+        raise ModelError(
+            f"{config.model_type}: transformers cannot build the model ({get_first_line(error)})"
+        ) from None
 
 
 def _load_weights(name: str, classes: Sequence[str] | None, config: Any, arguments: Mapping[str, Any]) -> Any:
@@ -294,7 +300,9 @@ def has_default_names(names: Sequence[str]) -> bool:
     return all(name == f"LABEL_{number}" for number, name in enumerate(names))
 
 
-def _build_quantisation_arguments(bits: int, dtype: DtypeName, device: torch.device, whole: Sequence[str]) -> dict[str, Any]:
+def _build_quantisation_arguments(
+    bits: int, dtype: DtypeName, device: torch.device, whole: Sequence[str]
+) -> dict[str, Any]:
     """transformers' arguments. 4 bits: NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). 8 bits: LLM.int8().
 
     Modules whose names end with one of `whole` stay as they are.

@@ -20,7 +20,7 @@ from rightrank.models.adapter_folders import CONFIG_FILE
 from rightrank.models.adapter_reader import PEFT_PREFIX, AdapterFolder, AdapterModule
 from rightrank.models.kinds import WRAPPER_SUFFIX
 from rightrank.models.safetensors_files import read_header
-from rightrank.schema.errors import ModelError, first_line
+from rightrank.schema.errors import ModelError, get_first_line
 
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of A
 # They concern modules and tensors beside the factors, which the skeleton lacks, or the base's own weights.
@@ -52,7 +52,9 @@ def require_loadable(adapter: AdapterFolder) -> None:
     try:
         # The load on the base shows the warnings; the random state of a training that continues is kept.
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):
-            model = inject_adapter_in_model(_build_lora_config(adapter), _build_skeleton(adapter, shapes), low_cpu_mem_usage=True)
+            model = inject_adapter_in_model(
+                _build_lora_config(adapter), _build_skeleton(adapter, shapes), low_cpu_mem_usage=True
+            )
             result: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     except (
         RuntimeError,
@@ -63,7 +65,7 @@ def require_loadable(adapter: AdapterFolder) -> None:
         re.error,
     ) as error:  # a value of another type
         raise ModelError(
-            f"{adapter.path}: PEFT can't load it ({first_line(error)}); correct its {CONFIG_FILE}"
+            f"{adapter.path}: PEFT can't load it ({get_first_line(error)}); correct its {CONFIG_FILE}"
         ) from None
     if result.unexpected_keys:
         key = result.unexpected_keys[0]

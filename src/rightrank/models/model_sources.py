@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.data.files import UnreadableError, detect_path_kind, read_json_object
-from rightrank.schema.errors import MissingExtraError, ModelError, did_you_mean, first_line
+from rightrank.schema.errors import MissingExtraError, ModelError, get_first_line, suggest_name
 
 HUB_TIMEOUT = 10.0  # for the hub to answer
 BASE_SIDE = "base"  # the side of a comparison that is the base model alone
@@ -99,7 +99,7 @@ def _require_on_hub(name: str, path: Path) -> None:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except list_hub_errors() as error:
         raise ModelError(
-            f"{name}: no such folder{_suggest_folder(path)}, and no model that the hub answers for ({first_line(error)}); "
+            f"{name}: no such folder{_suggest_folder(path)}, and no model that the hub answers for ({get_first_line(error)}); "
             "give a model folder, a GGUF file, or a hub name"
         ) from None
 
@@ -117,7 +117,7 @@ def _suggest_folder(path: Path) -> str:
     folders = (
         [folder.name for folder in parent.iterdir() if (folder / "config.json").is_file()] if parent.is_dir() else []
     )
-    return did_you_mean(path.name, folders)
+    return suggest_name(path.name, folders)
 
 
 def _reject_unsupported_config(file: Path) -> None:

@@ -58,7 +58,9 @@ def compute_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
 
 
-def compute_equal_scale_alphas(ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool) -> dict[str, float]:
+def compute_equal_scale_alphas(
+    ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool
+) -> dict[str, float]:
     """The alpha of each module with which its scale is that of `lora_alpha` at rank `r`, whatever its own rank.
 
     Servers scale every module by the configuration's `lora_alpha` and `r`. With these as `alpha_pattern`, PEFT does the same.

@@ -19,7 +19,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, open_adapter
-from rightrank.models.ranks import compute_equal_scale_alphas, build_exact_pattern, compute_scaling, find_server_rank, get_pattern_value
+from rightrank.models.ranks import (
+    build_exact_pattern,
+    compute_equal_scale_alphas,
+    compute_scaling,
+    find_server_rank,
+    get_pattern_value,
+)
 from rightrank.schema.trials import Floats
 
 DAMPING = 0.01  # share of the identity in each metric: directions that few tokens have shown keep some weight
@@ -175,7 +181,9 @@ def allocate_module_ranks(
     modules = adapter.modules
     if max_rank == rank or any(module.name not in moments or module.rank <= rank for module in modules):
         return None
-    worth = [decompose_update(*adapter.factors(module), module.scaling, moments[module.name]).costs for module in modules]
+    worth = [
+        decompose_update(*adapter.factors(module), module.scaling, moments[module.name]).costs for module in modules
+    ]
     parameters = [module.rows + module.columns for module in modules]
     ranks = allocate_ranks(worth, parameters, rank * sum(parameters), max_rank)
     return {module.name: shared for module, shared in zip(modules, ranks, strict=True)}

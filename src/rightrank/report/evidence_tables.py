@@ -10,7 +10,7 @@ from rightrank.decision.sentences import chance
 from rightrank.report.answer import format_brief
 from rightrank.report.format import format_duration, format_quantity, make_visible
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
-from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, seconds_of
+from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, compute_added_seconds
 
 FLAGS = {
     "underpowered": "there are too few held-out examples to resolve the margin",
@@ -163,5 +163,5 @@ def format_cost(records: Records) -> str:
     texts = [format_quantity(trainings(records), "training")]
     texts += [format_quantity(truncations, "truncation")] if truncations else []
     texts += [f"{format_quantity(num_without_result, 'trial')} without a result"] if num_without_result else []
-    seconds = sum(seconds_of(trial, by_id) for trial in finished)
+    seconds = sum(compute_added_seconds(trial, by_id) for trial in finished)
     return ", ".join([*texts, *([format_duration(seconds)] if seconds else [])])

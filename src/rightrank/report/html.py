@@ -37,7 +37,7 @@ from rightrank.report.figure import Figure, build_legend
 from rightrank.report.figures import build_figures
 from rightrank.report.format import format_bytes, format_quantity, make_visible
 from rightrank.report.svg import draw_swatch, render_inline_svg
-from rightrank.schema.command import reproduce_command
+from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision, ExportedAdapter, Result, ResultsTable
 from rightrank.schema.events import DataSummary, RunStarted, TestEvaluated
 from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome
@@ -98,7 +98,7 @@ def render_report(
             tests=_build_test_rows(records),
             limits=_describe_limits(records, decision),
             has_files=command is None,
-            command=command or reproduce_command(started.model_name, started.data_name, records.settings),
+            command=command or build_reproduce_command(started.model_name, started.data_name, records.settings),
             script=script,
             script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         )

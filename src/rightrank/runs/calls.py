@@ -8,19 +8,19 @@ from typing import TypeAlias
 
 from pydantic import Field, ValidationError
 
-from rightrank.schema.errors import NotFiniteError, ReportError, RunError, quoted
-from rightrank.schema.trials import EvalPoint, Record, Whole
+from rightrank.schema.errors import NotFiniteError, ReportError, RunError, quote_value
+from rightrank.schema.trials import EvalPoint, Record, BoundedInt
 
 
 class TrialTask(Record):
     """The task of a custom trainer: one training to run, or for rank 0 the evaluation of the base."""
 
     trial_id: str
-    rank: Whole
+    rank: BoundedInt
     learning_rate: float
     lora_alpha: float
-    seed: Whole
-    steps: Whole  # 0: the trainer's own number
+    seed: BoundedInt
+    steps: BoundedInt  # 0: the trainer's own number
     folder: Path  # exists; an adapter saved here is the result if the trial is chosen
     collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
 
@@ -52,14 +52,14 @@ class TrialResult(Record):
     example_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
     example_weights: list[float] | None = None  # such as tokens per example; None: equal weights
     # Examples of one number belong together, as those of a document; None: each stands for itself.
-    example_groups: list[Whole] | None = None
+    example_groups: list[BoundedInt] | None = None
     train_value: float | None = None  # the metric on training data at the end
     points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
-    trainable_parameters: Whole = 0
-    train_tokens: Whole = 0
+    trainable_parameters: BoundedInt = 0
+    train_tokens: BoundedInt = 0
     train_seconds: float | None = None  # None: the duration of the call
     eval_seconds: float = 0.0
-    peak_bytes: Whole = 0
+    peak_bytes: BoundedInt = 0
 
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
@@ -87,7 +87,7 @@ def call_function(function: TrainFunction, task: TrialTask) -> object:
         field = ".".join(map(str, first["loc"])) or "its fields"
         fields = f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
         kind = NotFiniteError if first["type"] == "finite_number" else ReportError
-        raise kind(f"gave {field} = {quoted(first['input'])}: {first['msg']}{fields}") from error
+        raise kind(f"gave {field} = {quote_value(first['input'])}: {first['msg']}{fields}") from error
     except Exception as error:
         raise RunError(_describe_exception(error)) from error
 
@@ -105,7 +105,7 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
     """
     if not isinstance(returned, TrialResult):
         raise ReportError(
-            f"returned {type(returned).__name__} {quoted(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
+            f"returned {type(returned).__name__} {quote_value(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
         )
     if metric not in returned.metrics:
         names = ", ".join(map(repr, returned.metrics)) or "nothing"

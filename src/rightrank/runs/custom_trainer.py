@@ -27,11 +27,11 @@ from rightrank.schema.errors import (
     ReportError,
     RightrankError,
     SettingsError,
-    did_you_mean,
+    suggest_name,
 )
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
-from rightrank.schema.metrics import direction, unknown_direction
-from rightrank.schema.settings import PROFILES, Goal, SelectSettings, settings_of_identity
+from rightrank.schema.metrics import infer_direction, format_unknown_direction
+from rightrank.schema.settings import PROFILES, Goal, SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
     Arm,
     EvalPoint,
@@ -43,7 +43,7 @@ from rightrank.schema.trials import (
     TrialFinished,
     TrialOutcome,
     TrialStarted,
-    content_hash,
+    hash_content,
 )
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
@@ -128,7 +128,7 @@ class CustomTrainerRequest:
         system = f"{platform.system()} {platform.machine()}"
         return RunStarted(
             rightrank_version=__version__,
-            fingerprint=content_hash({"settings": settings_of_identity(values, original_settings)}),
+            fingerprint=hash_content({"settings": select_identity_settings(values, original_settings)}),
             settings=values,
             environment={"python": platform.python_version(), "system": system, "device": "the trainer's own"},
             data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
@@ -156,7 +156,7 @@ def build_custom_request(
     """
     allowed = TrainerSettings.__annotations__
     if unknown := next((name for name in trainer_settings if name not in allowed), None):
-        raise SettingsError(f"{unknown} is no setting{did_you_mean(unknown, allowed)}; there are: {', '.join(allowed)}")
+        raise SettingsError(f"{unknown} is no setting{suggest_name(unknown, allowed)}; there are: {', '.join(allowed)}")
     if trainer_settings.get("profile") not in PROFILES:
         raise SettingsError(f"unknown profile {trainer_settings.get('profile')!r}; there is: rl")
     profile, ranks, evaluates_base = PROFILES[trainer_settings.get("profile")], values_to_compare["ranks"], False
@@ -185,11 +185,11 @@ def build_custom_request(
     directions = (
         stated_direction,
         trainer_direction if isinstance(trainer_direction, bool) else None,
-        direction(metric),
+        infer_direction(metric),
     )
     higher = next((direct for direct in directions if direct is not None), None)
     if higher is None:
-        raise SettingsError(f"{unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
+        raise SettingsError(f"{format_unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
     if settings.goal == "adapter" and evaluate is None:
         raise SettingsError(
             "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
@@ -259,8 +259,8 @@ class _FunctionExecutor:
                     if parallel == 1:
                         yield self._call_function(trial, self._listener.on_event)
                         continue
-                    threads.submit(self._call_function, trial, arrived.set_parameters).add_done_callback(
-                        arrived.set_parameters
+                    threads.submit(self._call_function, trial, arrived.put).add_done_callback(
+                        arrived.put
                     )
                     running += 1
                 if not running:

@@ -36,9 +36,9 @@ def export_provisional(run: Run) -> None:
         answer = run.hooks.apply_hooks(answer, run.records.copy)
         _evaluate_test_split(run, [answer.trial_id, answer.reference_id])
     export_adapter(run, answer)
-    run.notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
+    run.send_notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
     for note in answer.notes:
-        run.notice(note)
+        run.send_notice(note)
 
 
 def finish_run(run: Run, decision: Decision | None) -> Selected:
@@ -142,7 +142,7 @@ def _move_user_files(run: Run) -> None:
     written = {BASE_FILE, *CARD_FILES, *(path.name for path in run.folder.path.glob("trials/*/*"))}
     user_files = sorted(path.name for path in target.iterdir() if path.name not in written) if target.is_dir() else []
     if user_files and (earlier_folder := run.folder.move_aside([target.name])) is not None:
-        run.notice(
+        run.send_notice(
             f"{target} held files of your own ({', '.join(user_files)}) and was moved to {earlier_folder / target.name}"
         )
 
@@ -222,7 +222,7 @@ def rescore_trials(run: Run) -> None:
     if not stale:
         return
     previous_count = len(stale[0].example_losses)
-    run.notice(f"scoring {len(stale)} adapters on {count:,} validation examples, in place of {previous_count:,}")
+    run.send_notice(f"scoring {len(stale)} adapters on {count:,} validation examples, in place of {previous_count:,}")
     records.adapters.clear()  # the first question is answered again, on all examples
     for trial in stale:
         run.record(run.selection.score_trial(trial, folder.find_trial_adapter(trial)))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rightrank.schema.errors import RightrankError, RunError, described
-from rightrank.schema.events import Event, Journaled, JournalRecord, Listener, RunContinued, RunStarted
+from rightrank.schema.errors import RightrankError, RunError, describe_error
+from rightrank.schema.events import Event, AnyJournalRecord, JournalRecord, Listener, RunContinued, RunStarted
 
 if TYPE_CHECKING:
     from rightrank.decision.records import Records
@@ -136,7 +136,7 @@ class Run(Listener):
 
     def on_event(self, event: Event) -> None:
         """Journal the event if it is a record, and pass it to the hooks."""
-        if isinstance(event, Journaled):
+        if isinstance(event, AnyJournalRecord):
             self.record(event)
         self.hooks.on_event(event)
 
@@ -172,4 +172,4 @@ class wrap_hook_errors:  # no `contextmanager`, which lets a StopIteration pass 
         if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
             return
         advice = "what has finished is kept, and the same call resumes"
-        raise HookError(f"{self._name} failed ({described(error)}); {advice}") from error
+        raise HookError(f"{self._name} failed ({describe_error(error)}); {advice}") from error

@@ -32,7 +32,7 @@ from pydantic import ValidationError
 
 from rightrank.data.files import flush_to_disk, replace_file
 from rightrank.schema.errors import RunFolderError
-from rightrank.schema.events import JOURNAL_RECORD, JournalRecord, RunStarted
+from rightrank.schema.events import JOURNAL_RECORD_ADAPTER, JournalRecord, RunStarted
 from rightrank.schema.trials import SCHEMA_VERSION
 
 _SEAL = re.compile(rb',"len":(0|[1-9][0-9]*),"crc":"([0-9a-f]{8})"\}\Z')
@@ -55,7 +55,7 @@ def parse_line(line: bytes) -> JournalRecord | str:
     if zlib.crc32(body) != checksum:
         return "damaged: its checksum does not match"
     try:
-        record = JOURNAL_RECORD.validate_json(body + b"}")
+        record = JOURNAL_RECORD_ADAPTER.validate_json(body + b"}")
     except ValidationError as error:
         return f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})"
     if record.schema_version != SCHEMA_VERSION:

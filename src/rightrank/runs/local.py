@@ -98,7 +98,7 @@ class LocalExecutor:
             self._is_prepared = True
         arms = [trial.arm for trial in trained]
         largest = self._planned.max_adapters_per_pass if self._planned else None
-        size = choose_adapters_per_pass(self._runtime, arms, self._listener.notice, largest)
+        size = choose_adapters_per_pass(self._runtime, arms, self._listener.send_notice, largest)
         yield from train_trials(self._runtime, trained, base_loss, self._get_trial_folders, self._listener, size)
 
     def _get_trial_folders(self, trial: Trial) -> TrialFolders:

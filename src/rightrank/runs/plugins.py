@@ -18,7 +18,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rightrank.schema.errors import LIBRARY_ERRORS, one_line
+from rightrank.schema.errors import LIBRARY_ERRORS, format_one_line
 
 if TYPE_CHECKING:
     import click
@@ -122,7 +122,7 @@ def _load_bundled(name: str) -> Plugin:
 
 def _warn_import_error(name: str, error: Exception) -> None:
     """Print one line on stderr, unless the user's logging sends it elsewhere."""
-    reason = one_line(f"{type(error).__name__}: {error}")
+    reason = format_one_line(f"{type(error).__name__}: {error}")
     logging.getLogger("rightrank").warning(
         f"rightrank: the plug-in {name!r} can't be imported ({reason}) and is left out"
     )

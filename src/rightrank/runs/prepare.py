@@ -32,8 +32,8 @@ from rightrank.runs.plugins import MemoryPlan, find_first
 from rightrank.runs.values import SelectionInputs
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
-from rightrank.schema.settings import SelectSettings, settings_of_identity
-from rightrank.schema.trials import content_hash
+from rightrank.schema.settings import SelectSettings, select_identity_settings
+from rightrank.schema.trials import hash_content
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
 from rightrank.search.protocol import Strategy
@@ -82,7 +82,7 @@ def prepare_selection(
     planned = find_first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, requested, notice))
     settings = requested if planned is None else requested.model_copy(update={"ranks": planned.ranks})  # those that fit
     examples = len(sources.encoded.splits["train"])
-    steps = settings.training_steps(examples)
+    steps = settings.count_training_steps(examples)
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
     started = _build_start_record(request, sources, settings, steps)
@@ -226,14 +226,14 @@ def _build_start_record(
 ) -> RunStarted:
     values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
     identity = {
-        "settings": settings_of_identity(values, request.original_settings or {}),
+        "settings": select_identity_settings(values, request.original_settings or {}),
         "model": sources.loaded.fingerprint,
         "data": sources.splits.fingerprint,
         "steps": steps,
     }
     return RunStarted(
         rightrank_version=__version__,
-        fingerprint=content_hash(identity),
+        fingerprint=hash_content(identity),
         settings=values,
         environment=describe_environment(str(sources.loaded.device)),
         data=sources.encoded.summary,

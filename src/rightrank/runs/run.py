@@ -31,7 +31,7 @@ from rightrank.schema.errors import (
     SettingsError,
 )
 from rightrank.schema.events import JournalRecord, RunContinued, RunStarted, RunStopped, SelectionPlanned
-from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_of_identity
+from rightrank.schema.settings import CONTINUABLE_SETTINGS, SelectSettings, select_identity_settings
 from rightrank.schema.trials import OUTCOMES, Trial, TrialEvaluated, TrialFailed, TrialFinished, TrialOutcome, trial_id
 
 MAX_EXTENSIONS = 3
@@ -82,11 +82,11 @@ def open_run(
     Raises:
         RunFolderError: the folder was made with another model, other data or other settings.
     """
-    journal = folder.journal.read(hooks.notice)
+    journal = folder.journal.read(hooks.send_notice)
     selection = request.prepare(folder, journal, previous)
     if _has_no_result(journal, selection.started):
         journal, selection = [], request.prepare(folder, [], previous)
-        hooks.notice(
+        hooks.send_notice(
             f"the run in {folder.path} had other settings and no result; it was moved to {folder.move_aside()}"
         )
     if journal:
@@ -109,7 +109,7 @@ def start_run(run: Run) -> None:
     selection = run.selection
     run.hooks.on_start(SelectionStart(selection, run.folder, run.records.copy, run.on_event))
     for line in selection.notes:
-        run.notice(line)
+        run.send_notice(line)
     if run.start_record is not None:
         run.on_event(run.start_record)
     settings = yaml.safe_dump(selection.started.settings, sort_keys=False, allow_unicode=True)
@@ -135,7 +135,7 @@ def _extend_run(request: SelectionRequest, run: Run, selected: Selected) -> Run 
     try:
         extended_run = open_run(request.replace_settings(extended_settings), run.folder, run.hooks, run.selection)
     except (ModelError, SettingsError) as error:  # no matrix has that rank, or it fits no memory
-        run.hooks.notice(f"not extended: {error}")
+        run.hooks.send_notice(f"not extended: {error}")
         return None
     if set(extended_run.selection.settings.ranks) == set(settings.ranks) and extended_settings.ranks != settings.ranks:
         return None  # the next rank does not fit the memory
@@ -183,7 +183,7 @@ def run_trials(run: Run, executor: Executor) -> None:
         ]
         notes = run.selection.strategy.replay_trials(run.records.outcomes).notes
         for line in notes[num_reported:]:
-            run.notice(line)
+            run.send_notice(line)
         num_reported = max(num_reported, len(notes))
         if not trials:
             return
@@ -246,7 +246,7 @@ def _add_predicted_memory(run: Run, outcome: TrialOutcome) -> TrialOutcome:
 def _find_changed_settings(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:
     """Return the settings with which a run continues; None if they are those that it had last."""
     previous = settled_start(journal).settings
-    names = [name for name in (*CONTINUABLE, "goal") if name in started.settings and name in previous]
+    names = [name for name in (*CONTINUABLE_SETTINGS, "goal") if name in started.settings and name in previous]
     changed = {name: started.settings[name] for name in names if started.settings[name] != previous[name]}
     if "max_eval_examples" in changed:
         return RunContinued(settings=changed, evaluation_examples=started.evaluation_examples, data=started.data)
@@ -273,8 +273,8 @@ def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStart
         raise RunFolderError(f"{folder.journal.path}: the first line is not the start of a run; give another --out")
     if first.fingerprint == started.fingerprint:
         return
-    recorded = settings_of_identity(first.settings, {})
-    requested = settings_of_identity(started.settings, first.settings)
+    recorded = select_identity_settings(first.settings, {})
+    requested = select_identity_settings(started.settings, first.settings)
     names = sorted(recorded.keys() | requested.keys())
     changed = [
         f"{name}: {recorded.get(name)!r} → {requested.get(name)!r}"

@@ -13,7 +13,7 @@ from rightrank.schema.setting_table import Setting
 from rightrank.schema.settings import SelectSettings
 
 
-def reproduce_command(model: str | None, data: str | None, settings: SelectSettings) -> str | None:
+def build_reproduce_command(model: str | None, data: str | None, settings: SelectSettings) -> str | None:
     """The command that repeats a run; None if the model or the data were objects in memory, or an own trainer's."""
     if model is None or data is None or "in memory" in (model + data):
         return None
@@ -21,55 +21,55 @@ def reproduce_command(model: str | None, data: str | None, settings: SelectSetti
     for name, row in SelectSettings.model_fields.items():
         value = getattr(settings, name)
         if value is not None and value != row.default:
-            arguments += arguments_of(name, row, value)
+            arguments += build_arguments(name, row, value)
     return shlex.join(["rightrank", "select", model, data, "--out", "run", *arguments])
 
 
-def measure_command(run: str) -> str:
+def build_measure_command(run: str) -> str:
     """The command that measures the end of a training in a fresh process."""
     return shlex.join(["python", "-m", "rightrank.interop.smallest", run])
 
 
-def set_arguments(settings: Mapping[str, Any]) -> list[str]:
+def build_set_arguments(settings: Mapping[str, Any]) -> list[str]:
     """Settings that are not as by default, for a command that takes them by `--set` alone."""
     rows = (
         (name, replace(row, option=""), settings[name])
         for name, row in SelectSettings.model_fields.items()
         if name in settings
     )
-    return [part for name, row, value in rows if value != row.default for part in arguments_of(name, row, value)]
+    return [part for name, row, value in rows if value != row.default for part in build_arguments(name, row, value)]
 
 
-def arguments_of(name: str, row: Setting, value: Any) -> list[str]:
+def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
     """A setting as words of a command: its option, or `--set`."""
     if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(value, row)):
         return ["--set", f"{name}={json.dumps(value)}"]
     if not row.option:
-        return ["--set", f"{name}={','.join(map(_text, value)) if isinstance(value, tuple) else _text(value)}"]
+        return ["--set", f"{name}={','.join(map(_format_value, value)) if isinstance(value, tuple) else _format_value(value)}"]
     if isinstance(value, bool):
         return [row.option if value else row.option.replace("--", "--no-", 1)]
     if isinstance(value, tuple) and not row.split:
-        return [part for entry in value for part in _pair(row.option, entry)]
+        return [part for entry in value for part in _format_option(row.option, entry)]
     if name == "budget_hours":
-        return _pair(row.option, f"{Decimal(repr(value)):f}h")
+        return _format_option(row.option, f"{Decimal(repr(value)):f}h")
     if name == "memory_bytes":
-        return _pair(row.option, f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value}B")
-    return _pair(row.option, ",".join(map(_text, value)) if isinstance(value, tuple) else _text(value))
+        return _format_option(row.option, f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value}B")
+    return _format_option(row.option, ",".join(map(_format_value, value)) if isinstance(value, tuple) else _format_value(value))
 
 
 def _can_be_joined(values: tuple[Any, ...], row: Setting) -> bool:
     """Whether a list can be written with commas between its values, or by an option that is repeated."""
-    texts = list(map(_text, values))
+    texts = list(map(_format_value, values))
     if not row.split:
         return bool(texts and row.option)
     return bool(texts) and not any(not text or text != text.strip() or "," in text or text[0] == "[" for text in texts)
 
 
-def _pair(option: str, text: str) -> list[str]:
+def _format_option(option: str, text: str) -> list[str]:
     return [f"{option}={text}"] if text.startswith("-") else [option, text]
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A number in the fewest digits that give it back."""
     if not isinstance(value, float):
         return str(value)

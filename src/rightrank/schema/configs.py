@@ -10,14 +10,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from rightrank.schema.errors import SettingsError, quoted
-from rightrank.schema.setting_table import is_list
-from rightrank.schema.settings import PEFT_OPTIONS, PEFT_REPLACED, PEFT_STATED, SelectSettings
+from rightrank.schema.errors import SettingsError, quote_value
+from rightrank.schema.setting_table import is_list_type
+from rightrank.schema.settings import PEFT_OPTIONS, PEFT_REPLACED_FIELDS, PEFT_CHECKED_FIELDS, SelectSettings
 
-REPLACED = PEFT_REPLACED | {"r"}  # by the ranks
-CHECKED = (*PEFT_STATED, "peft_type", "inference_mode")  # against the run
-OWN_RULES = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs", "optim"}
-LOGS_AND_SAVES = (  # beginnings of names
+REPLACED_FIELDS = PEFT_REPLACED_FIELDS | {"r"}  # by the ranks
+CHECKED_FIELDS = (*PEFT_CHECKED_FIELDS, "peft_type", "inference_mode")  # against the run
+SPECIAL_ARGUMENTS = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs", "optim"}
+IGNORED_PREFIXES = (  # beginnings of names
     *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),
     *("do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory"),
     *(
@@ -34,34 +34,34 @@ LOGS_AND_SAVES = (  # beginnings of names
 )
 
 
-def settings_of_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:
+def read_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:
     """The settings that `LoraConfig` and `TrainingArguments` state, and what the run must agree with, by name; either may be None.
 
     Raises:
         SettingsError: a value that a selection cannot honour; the message names it.
     """
-    settings, unsaid = _stated(peft_config, args)
+    settings, unsaid = _separate_refusals(peft_config, args)
     if unsaid:
         raise SettingsError(unsaid[0].message)
-    checked = {name: getattr(peft_config, name) for name in CHECKED} if peft_config is not None else {}
+    checked = {name: getattr(peft_config, name) for name in CHECKED_FIELDS} if peft_config is not None else {}
     return settings | {name: getattr(value, "value", value) for name, value in checked.items() if value is not None}
 
 
-def stated_settings(peft_config: Any, args: Any = None, **further: Any) -> tuple[dict[str, Any], list[str]]:
+def convert_configs(peft_config: Any, args: Any = None, **further: Any) -> tuple[dict[str, Any], list[str]]:
     """`(the settings that the two state, what no setting says)`, as JSON; `further` settings override theirs."""
-    settings, refusals = _stated(peft_config, args)
+    settings, refusals = _separate_refusals(peft_config, args)
     values, unsaid = settings | further, [refusal.value for refusal in refusals]
     for name, value in list(values.items()):
         try:
             SelectSettings(**{name: value})
         except SettingsError:
-            unsaid.append(f"{name}={quoted(values.pop(name))}")
+            unsaid.append(f"{name}={quote_value(values.pop(name))}")
     return SelectSettings(**values).model_dump(mode="json", include={*values}), unsaid
 
 
-def _stated(peft_config: Any, args: Any) -> tuple[dict[str, Any], list[_Refusal]]:
-    stated = [] if peft_config is None else [*_of_adapter(peft_config)]
-    stated += [] if args is None else [*_of_training(args)]
+def _separate_refusals(peft_config: Any, args: Any) -> tuple[dict[str, Any], list[_Refusal]]:
+    stated = [] if peft_config is None else [*_convert_lora_config(peft_config)]
+    stated += [] if args is None else [*_convert_training_arguments(args)]
     settings = dict(statement for statement in stated if not isinstance(statement, _Refusal))
     return settings, [statement for statement in stated if isinstance(statement, _Refusal)]
 
@@ -74,39 +74,39 @@ class _Refusal:
     message: str
 
 
-def _of_adapter(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
+def _convert_lora_config(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
     default = type(config)()
-    for name, value in _fields(config):
+    for name, value in _iterate_fields(config):
         changed = value != getattr(default, name)
-        if name in REPLACED or value is None:
+        if name in REPLACED_FIELDS or value is None:
             continue
         if name == "use_rslora":
             yield "scaling", "alpha/sqrt(r)" if value else "alpha/r"
         elif name == "init_lora_weights":
             named = "default" if value is True else value
             known = named in get_args(SelectSettings.model_types[name])
-            yield (name, named) if known else _refused("peft_config", name, value)
+            yield (name, named) if known else _build_refusal("peft_config", name, value)
         elif name == "target_modules" and isinstance(value, str) and value != "all-linear":
-            yield _refused("peft_config", name, value, "is a pattern; give a list of names or 'all-linear'")
+            yield _build_refusal("peft_config", name, value, "is a pattern; give a list of names or 'all-linear'")
         elif name in SelectSettings.model_fields:
-            yield name, _plain(name, value)
+            yield name, _convert_value(name, value)
         elif changed and name in PEFT_OPTIONS:
             yield name, value
         elif changed:
-            yield _refused("peft_config", name, value)
+            yield _build_refusal("peft_config", name, value)
 
 
-def _of_training(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
-    yield from _by_own_rules(args)
+def _convert_training_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
+    yield from _convert_special_arguments(args)
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
-        setting = name if name in SelectSettings.model_fields else SelectSettings.names_elsewhere.get(name)
-        if name in OWN_RULES or name.startswith(LOGS_AND_SAVES) or value is None:
+        setting = name if name in SelectSettings.model_fields else SelectSettings.settings_by_foreign_name.get(name)
+        if name in SPECIAL_ARGUMENTS or name.startswith(IGNORED_PREFIXES) or value is None:
             continue
         if setting is not None:
-            yield setting, _plain(setting, value)
+            yield setting, _convert_value(setting, value)
         elif not _is_default(field, value):
-            yield _refused("args", name, value)
+            yield _build_refusal("args", name, value)
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
@@ -116,7 +116,7 @@ def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
     return bool(value == (type(value)() if is_made else default))
 
 
-def _by_own_rules(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
+def _convert_special_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
     """The fields that say a setting in another unit, or several in one."""
     if args.max_steps > 0:
         yield "max_steps", args.max_steps
@@ -124,11 +124,11 @@ def _by_own_rules(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
         yield "num_train_epochs", args.num_train_epochs
     warmup = args.warmup_steps
     if warmup >= 1 and args.max_steps <= 0:
-        yield _refused("args", "warmup_steps", warmup, "needs max_steps; give both, or a share of the steps below 1")
+        yield _build_refusal("args", "warmup_steps", warmup, "needs max_steps; give both, or a share of the steps below 1")
     else:
         yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
     if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-        yield _refused("args", "optim", args.optim)
+        yield _build_refusal("args", "optim", args.optim)
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if getattr(args, name):
             yield "dtype", dtype
@@ -138,21 +138,21 @@ def _by_own_rules(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
         yield "columns", [f"text={args.dataset_text_field}"]
 
 
-def _fields(config: Any) -> Iterator[tuple[str, Any]]:
+def _iterate_fields(config: Any) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(config):
         yield field.name, getattr(config, field.name)
 
 
-def _plain(name: str, value: Any) -> Any:
+def _convert_value(name: str, value: Any) -> Any:
     """A value as the setting takes it: one for a list, a set in order, an enumeration's text."""
     if isinstance(value, set):
         return sorted(value)
-    if is_list(SelectSettings.model_types[name]) and not isinstance(value, list | tuple):
+    if is_list_type(SelectSettings.model_types[name]) and not isinstance(value, list | tuple):
         return [value]
     return getattr(value, "value", value)
 
 
-def _refused(where: str, name: str, value: Any, why: str = "") -> _Refusal:
+def _build_refusal(where: str, name: str, value: Any, why: str = "") -> _Refusal:
     value = getattr(value, "value", value)  # of an enumeration
-    text = f"{name} {quoted(value)} {why}" if why else f"a selection cannot honour {name}={quoted(value)}; leave it out"
-    return _Refusal(f"{name}={quoted(value)}", f"{where}: {text}")
+    text = f"{name} {quote_value(value)} {why}" if why else f"a selection cannot honour {name}={quote_value(value)}; leave it out"
+    return _Refusal(f"{name}={quote_value(value)}", f"{where}: {text}")

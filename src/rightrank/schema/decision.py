@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from pydantic import Field
 
 from rightrank.schema.metrics import Checkpoint
-from rightrank.schema.trials import Record, Whole
+from rightrank.schema.trials import Record, BoundedInt
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,19 +25,19 @@ class Result(Record):
     """One training of a table from another tool; `value` is None if it ended without a result."""
 
     trial_id: str
-    rank: Whole
+    rank: BoundedInt
     learning_rate: float = 0.0  # 0: not stated
-    seed: Whole = 0
+    seed: BoundedInt = 0
     value: float | None
     # Examples in the same order for all results of a table; each value is a mean over the example's tokens.
     example_values: list[float] = Field(default_factory=list)
     example_weights: list[float] = Field(default_factory=list)  # tokens of each example; empty: equal weights
-    example_groups: list[Whole] | None = None  # the number of each example's group; None: each stands for itself
+    example_groups: list[BoundedInt] | None = None  # the number of each example's group; None: each stands for itself
     std: float | None = None  # stated standard deviation over seeds
-    std_seeds: Whole = 1  # number of seeds that the value averages
+    std_seeds: BoundedInt = 1  # number of seeds that the value averages
     train_value: float | None = None
-    steps: Whole | None = None
-    points: list[tuple[Whole, float]] = Field(default_factory=list)  # (step, value) during the training
+    steps: BoundedInt | None = None
+    points: list[tuple[BoundedInt, float]] = Field(default_factory=list)  # (step, value) during the training
     other_metrics: dict[str, float] = Field(default_factory=dict)
 
 
@@ -53,7 +53,7 @@ class ResultsTable(Record):
 class RankEvidence(Record):
     """The evidence on one rank."""
 
-    rank: Whole
+    rank: BoundedInt
     value: float
     low: float
     high: float
@@ -66,7 +66,7 @@ class RankEvidence(Record):
     # that it is within the margin of the best, over seeds and examples; None: `probability_note`
     probability: float | None = None
     learning_rate: float | None = None
-    seeds: Whole = 1
+    seeds: BoundedInt = 1
     trial_ids: list[str] = Field(default_factory=list)
     selection_bias: float = 0.0  # optimism of choosing the best learning rate; subtracted from the difference
 
@@ -75,19 +75,19 @@ class StaircaseStep(Record):
     """The smallest margin at which this rank is enough."""
 
     margin: float
-    rank: Whole
+    rank: BoundedInt
 
 
 class NextRun(Record):
     """A run that would settle or extend the answer."""
 
     action: Literal["seeds", "examples", "rank", "rates", "steps", "test", "data", "none"]
-    ranks: list[Whole] = Field(default_factory=list)
+    ranks: list[BoundedInt] = Field(default_factory=list)
     learning_rates: list[float] = Field(default_factory=list)
-    seeds: Whole | None = None  # in total, at each rank
-    examples: Whole | None = None  # held-out examples in total
-    steps: Whole | None = None
-    trials: Whole = 0  # new trainings
+    seeds: BoundedInt | None = None  # in total, at each rank
+    examples: BoundedInt | None = None  # held-out examples in total
+    steps: BoundedInt | None = None
+    trials: BoundedInt = 0  # new trainings
     minutes: float | None = None  # about what it takes, by the trainings and evaluations so far; None: not known
     sentence: str
 
@@ -121,10 +121,10 @@ class Decision(Record):
         named = (self.rank, self.fallback_rank, self.recommended_rank, self.best_so_far)
         return next((rank for rank in named if rank is not None), self.reference_rank)
 
-    rank: Whole | None  # None: the evidence names no rank
+    rank: BoundedInt | None  # None: the evidence names no rank
     # the smallest rank whose comparison with the reference passed, where no higher rank may be better; None: no rank did
-    fallback_rank: Whole | None
-    best_so_far: Whole | None = None  # without a `fallback_rank`, the rank that came out best, without proof
+    fallback_rank: BoundedInt | None
+    best_so_far: BoundedInt | None = None  # without a `fallback_rank`, the rank that came out best, without proof
     verdict: Verdict
     flags: list[str]
     sentence: str  # for a person
@@ -132,7 +132,7 @@ class Decision(Record):
     metric: str
     higher_is_better: bool
     margin: float
-    reference_rank: Whole
+    reference_rank: BoundedInt
     confidence: float | None  # None where nothing is shown at a level: one seed (an indication), or one number a rank
     learning_rate: float | None
     staircase: list[StaircaseStep]
@@ -143,15 +143,15 @@ class Decision(Record):
     grade: Grade | None = None  # how far the answer is known; None for one number a rank
     # by probabilities, where there are any; differences and margins are in the metric's unit
     requested_confidence: float | None = None  # the probability that was asked for; None: bounds decided
-    recommended_rank: Whole | None = None  # the answer, or where no rank is as probable, the likeliest
+    recommended_rank: BoundedInt | None = None  # the answer, or where no rank is as probable, the likeliest
     probability: float | None = None  # of `take` at the margin
     recommended_margin: float | None = None  # the smallest margin at which `take` is as probable
     resolvable_margin: float | None = None  # the smallest margin at which any rank is
-    indistinguishable_ranks: list[Whole] = Field(
+    indistinguishable_ranks: list[BoundedInt] = Field(
         default_factory=list
     )  # ranks that are not shown to be worse than the best
     difference_uncertainty: float | None = None  # how far their differences from it are known, either way
-    probably_worse_ranks: list[Whole] = Field(default_factory=list)  # the others
+    probably_worse_ranks: list[BoundedInt] = Field(default_factory=list)  # the others
     # the first is the cheapest that is expected to settle the answer
     next_runs: list[NextRun] = Field(default_factory=list)
     selection_bias: float = 0.0  # the largest of the compared ranks, in the metric's unit
@@ -176,7 +176,7 @@ AdapterMethod: TypeAlias = Literal["trained", "truncated"]
 class AdapterCandidate(Record):
     """One adapter file against the reference file, on the same validation examples."""
 
-    rank: Whole
+    rank: BoundedInt
     method: AdapterMethod
     trial_id: str
     value: float  # held-out, metric's unit and direction
@@ -191,8 +191,8 @@ class CheckpointNote(Record):
     """Which evaluation of each training was compared, and the ranks that either gives: of a decision by the values alone."""
 
     checkpoint: Checkpoint
-    last: Whole
-    best: Whole
+    last: BoundedInt
+    best: BoundedInt
 
     @property
     def has_conflict(self) -> bool:
@@ -202,10 +202,10 @@ class CheckpointNote(Record):
 class AdapterAnswer(Record):
     """The smallest adapter of one training at the top rank that is not worse than the reference, the top, by more than the margin."""
 
-    rank: Whole
+    rank: BoundedInt
     method: AdapterMethod
     trial_id: str
-    trained_rank: Whole
+    trained_rank: BoundedInt
     trained_id: str  # the training at the top rank that every candidate comes from
     reference_id: str
     difference: float  # of the chosen adapter from the reference; 0 where it is the reference
@@ -227,8 +227,8 @@ class AdapterAnswer(Record):
 class TrainingRankEstimate(Record):
     """Where the training rank probably lies, by the first question's evidence. It is no evidence for that rank."""
 
-    low: Whole
-    high: Whole
+    low: BoundedInt
+    high: BoundedInt
     trainings: float  # expected, to answer the second question from here
     sentence: str
 
@@ -236,11 +236,11 @@ class TrainingRankEstimate(Record):
 class ExportedAdapter(Record):
     """What `adapter/` holds. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
 
-    rank: Whole
-    min_module_rank: Whole | None = None  # None: not known
-    max_module_rank: Whole
+    rank: BoundedInt
+    min_module_rank: BoundedInt | None = None  # None: not known
+    max_module_rank: BoundedInt
     method: AdapterMethod
-    trained_rank: Whole
+    trained_rank: BoundedInt
     reference_adapter: str  # a folder that PEFT loads, relative to the run
     difference: float
     difference_high: float | None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-MAX_WHOLE = 2**53  # the integers that a float holds exactly; a larger one in a file is damage
+MAX_EXACT_INTEGER = 2**53  # the integers that a float holds exactly; a larger one in a file is damage
 MAX_MESSAGE_CHARACTERS = 1500  # a longer message quotes a long value, whose middle is left out
 # What libraries raise, beside errors of their own, for damaged or unknown files.
 LIBRARY_ERRORS = (
@@ -29,7 +29,7 @@ class RightrankError(Exception):
     exit_status: int = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(one_line(message))
+        super().__init__(format_one_line(message))
 
 
 class InputError(RightrankError, ValueError):
@@ -102,19 +102,19 @@ class TerminatedRun(InterruptedRun):
     exit_status = 143
 
 
-def one_line(message: str) -> str:
+def format_one_line(message: str) -> str:
     """The message on one line, with control characters escaped, without secrets, and the middle of a long one left out.
 
     Text quoted from a file then can't move the cursor or fill the screen.
     """
-    text = without_secrets(" ".join(message.split())).translate(_INVISIBLE)
+    text = redact_secrets(" ".join(message.split())).translate(_INVISIBLE)
     if len(text) <= MAX_MESSAGE_CHARACTERS:
         return text
     return f"{text[: MAX_MESSAGE_CHARACTERS - 500]} … {text[-400:]}"
 
 
 # What tells a secret: its place in an address, the name before it, or a well-known beginning.
-_SECRET = re.compile(
+_SECRET_PATTERN = re.compile(
     r"(:/+)[^\s/@:]*:[^\s/@]+(?=@)"
     r"|([?&][\w.-]*(?:token|key|secret|password|signature)=)[^\s&'\"]+"
     r"|((?:password|secret|api[-_]?key|(?:access|auth)[-_]?(?:key|token))(?:[\"']\s*[=:]\s*[\"']|[=:]))[^\s'\",}]+"
@@ -125,24 +125,24 @@ _SECRET = re.compile(
 )
 
 
-def without_secrets(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """The text with `…` in place of what looks like a password, a key or a token."""
-    return _SECRET.sub(lambda secret: f"{next(filter(None, secret.groups()))}…", text)
+    return _SECRET_PATTERN.sub(lambda secret: f"{next(filter(None, secret.groups()))}…", text)
 
 
-def first_line(error: BaseException) -> str:
+def get_first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, without secrets."""
-    lines = (without_secrets(line.strip()) for line in str(error).splitlines() if line.strip())
+    lines = (redact_secrets(line.strip()) for line in str(error).splitlines() if line.strip())
     return next(lines, type(error).__name__)
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """`KeyError: 'x'`, or the type alone where the error has no message."""
-    kind, text = type(error).__name__, first_line(error)
+    kind, text = type(error).__name__, get_first_line(error)
     return kind if text == kind else f"{kind}: {text}"
 
 
-def quoted(value: object, limit: int = 60) -> str:
+def quote_value(value: object, limit: int = 60) -> str:
     """The value as Python writes it, without the end of a long one."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
@@ -161,7 +161,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
-def did_you_mean(got: str, allowed: Iterable[str]) -> str:
+def suggest_name(got: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest allowed name, or an empty string."""
     near = get_close_matches(got, list(allowed), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""

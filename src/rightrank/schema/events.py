@@ -7,13 +7,13 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
-from rightrank.schema.errors import MAX_WHOLE
+from rightrank.schema.errors import MAX_EXACT_INTEGER
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     SCHEMA_VERSION,
     Record,
-    ToldText,
+    RedactedText,
     TrialCollapsed,
     TrialDiverged,
     TrialFailed,
@@ -21,19 +21,19 @@ from rightrank.schema.trials import (
     TrialEvaluated,
     TrialOutcome,
     TrialStarted,
-    Whole,
+    BoundedInt,
 )
 
 
 class SplitSummary(Record):
     """Counts of a split after tokenising."""
 
-    examples: Whole
-    tokens: Whole
-    label_tokens: Whole
-    truncated: Whole  # examples truncated to the length limit
-    dropped: Whole  # examples without a label token
-    equal: Whole = 0  # preference pairs whose answers are the same within the length limit
+    examples: BoundedInt
+    tokens: BoundedInt
+    label_tokens: BoundedInt
+    truncated: BoundedInt  # examples truncated to the length limit
+    dropped: BoundedInt  # examples without a label token
+    equal: BoundedInt = 0  # preference pairs whose answers are the same within the length limit
 
 
 class DataSummary(Record):
@@ -43,24 +43,24 @@ class DataSummary(Record):
     form: Literal["text", "prompt_completion", "messages", "classification", "preference", "own"]
     splits: dict[str, SplitSummary]
     splits_given: bool
-    duplicates_across_splits: Whole
-    near_duplicates_across_splits: Whole = (
+    duplicates_across_splits: BoundedInt
+    near_duplicates_across_splits: BoundedInt = (
         0  # that are evaluated, and differ from a training example in white space or case alone
     )
     classes: list[str] | None = None  # in the order of the logits
-    unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
-    rows: Whole = 0  # that were read
-    repeated: Whole = 0  # held-out rows left out because another row is equal
-    not_evaluated: Whole = 0  # held-out rows beyond the number that is evaluated
+    unreadable: BoundedInt = 0  # rows left out because of lone surrogates, which no tokenizer accepts
+    rows: BoundedInt = 0  # that were read
+    repeated: BoundedInt = 0  # held-out rows left out because another row is equal
+    not_evaluated: BoundedInt = 0  # held-out rows beyond the number that is evaluated
     shape: str | None = None  # how rows of another shape got the form's columns, for people
     # Columns of the form that have another name in the file → that name.
     renamed: dict[str, str] = Field(default_factory=dict)
-    equal_pairs: Whole = 0  # rows left out because `chosen` and `rejected` are the same
+    equal_pairs: BoundedInt = 0  # rows left out because `chosen` and `rejected` are the same
 
     # The column, or `prompt`, by which held-out rows belong together; None: each stands for itself, and is taken as independent.
     grouped_by: str | None = None
-    groups: Whole = 0  # of the validation split; 0: ungrouped
-    groups_across_splits: Whole = 0  # held-out groups of which train has rows too
+    groups: BoundedInt = 0  # of the validation split; 0: ungrouped
+    groups_across_splits: BoundedInt = 0  # held-out groups of which train has rows too
 
     @property
     def loss_kind(self) -> LossKind:
@@ -113,7 +113,7 @@ class RunStarted(Record):
         return value if isinstance(value, str) else None
 
     type: Literal["run_started"] = "run_started"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     rightrank_version: str
     fingerprint: str
     settings: dict[str, JsonValue]
@@ -129,8 +129,8 @@ class RunStarted(Record):
     @field_validator("settings")
     @classmethod
     def _numbers_exact(cls, settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if any(isinstance(value, int) and abs(value) > MAX_WHOLE for value in settings.values()):
-            raise ValueError(f"a setting is a number beyond {MAX_WHOLE}")
+        if any(isinstance(value, int) and abs(value) > MAX_EXACT_INTEGER for value in settings.values()):
+            raise ValueError(f"a setting is a number beyond {MAX_EXACT_INTEGER}")
         return settings
 
 
@@ -140,14 +140,14 @@ class TestEvaluated(Record):
     __test__ = False  # the class is not a pytest test
 
     type: Literal["test_evaluated"] = "test_evaluated"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
-    rank: Whole
+    rank: BoundedInt
     value: float
     example_losses: list[float]
-    example_tokens: list[Whole]
-    example_correct: list[Whole] | None = None
-    example_groups: list[Whole] | None = None
+    example_tokens: list[BoundedInt]
+    example_correct: list[BoundedInt] | None = None
+    example_groups: list[BoundedInt] | None = None
     example_metrics: dict[str, list[float]] = Field(default_factory=dict)  # by metric: one value per example
     metrics: dict[str, float] = Field(default_factory=dict)  # all metrics measured on the test split
     metric: str | None = None  # of `value`, if it is not the deciding metric: a task has no test split
@@ -157,7 +157,7 @@ class RunContinued(Record):
     """The run was continued with other values of settings that change no trial; they hold from here on."""
 
     type: Literal["run_continued"] = "run_continued"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     settings: dict[str, JsonValue]
     evaluation_examples: list[str] | None = None  # with more validation examples: all of them, those of before first
     data: DataSummary | None = None  # with more validation examples
@@ -167,7 +167,7 @@ class AdapterRecorded(Record):
     """The answer to the first question, and what `adapter/` holds from then on."""
 
     type: Literal["adapter_recorded"] = "adapter_recorded"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     answer: AdapterAnswer
     handed_over: ExportedAdapter
     trainings: float  # cost up to the answer, in whole trainings
@@ -177,12 +177,12 @@ class DecisionRecorded(Record):
     """A decision, and the trial whose adapter is the result."""
 
     type: Literal["decided"] = "decided"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     decision: Decision
     adapter_trial_id: str | None
 
 
-Journaled: TypeAlias = (
+AnyJournalRecord: TypeAlias = (
     RunStarted
     | TrialStarted
     | TrialEvaluated
@@ -195,24 +195,24 @@ Journaled: TypeAlias = (
     | AdapterRecorded
     | DecisionRecorded
 )
-JournalRecord: TypeAlias = Annotated[Journaled, Field(discriminator="type")]
+JournalRecord: TypeAlias = Annotated[AnyJournalRecord, Field(discriminator="type")]
 
 
-JOURNAL_RECORD: TypeAdapter[JournalRecord] = TypeAdapter(JournalRecord)
+JOURNAL_RECORD_ADAPTER: TypeAdapter[JournalRecord] = TypeAdapter(JournalRecord)
 
 
 class SelectionPlanned(Record):
     """What the selection will train at most and is expected to; sent once, before the first trial."""
 
     started: RunStarted
-    expected_trials: Whole
-    steps: Whole  # optimizer steps of a whole training; 0: a custom trainer's own number
+    expected_trials: BoundedInt
+    steps: BoundedInt  # optimizer steps of a whole training; 0: a custom trainer's own number
     expected_trainings: float  # whole trainings
     trainings_at_most: float
     outcomes: list[TrialOutcome] = Field(default_factory=list)  # of the trials that ended before this process began
 
 
-class TimeExpected(Record):
+class DurationEstimated(Record):
     """The expected time of the selection, where it is known before the first trial."""
 
     expected_seconds: float
@@ -221,14 +221,14 @@ class TimeExpected(Record):
 class RunStopped(Record):
     """The selection ends without an answer; the journal holds what has finished."""
 
-    reason: ToldText
+    reason: RedactedText
 
 
 class Notice(Record):
     """A line for a person."""
 
     type: Literal["notice"] = "notice"
-    text: ToldText
+    text: RedactedText
 
 
 class StepDone(Record):
@@ -236,23 +236,23 @@ class StepDone(Record):
 
     type: Literal["step_done"] = "step_done"
     trial_id: str
-    step: Whole
-    steps: Whole
+    step: BoundedInt
+    steps: BoundedInt
     loss: float
     seconds: float  # since the trial started
 
 
-class Evaluating(Record):
+class EvaluationProgress(Record):
     """Progress of what computes no training: the frozen layers before the first, an evaluation by `compare`."""
 
     type: Literal["evaluating"] = "evaluating"
     what: str  # is computed, in words
-    examples: Whole
-    total_examples: Whole
+    examples: BoundedInt
+    total_examples: BoundedInt
     seconds: float  # since it began
 
 
-Event: TypeAlias = Journaled | SelectionPlanned | TimeExpected | RunStopped | Notice | StepDone | Evaluating
+Event: TypeAlias = AnyJournalRecord | SelectionPlanned | DurationEstimated | RunStopped | Notice | StepDone | EvaluationProgress
 
 
 class Listener:
@@ -261,7 +261,7 @@ class Listener:
     def on_event(self, event: Event) -> None:
         """Called with each event, on the thread that runs the selection: a slow listener slows it down."""
 
-    def notice(self, text: str) -> None:
+    def send_notice(self, text: str) -> None:
         """Give it a line for a person."""
         self.on_event(Notice(text=text))
 

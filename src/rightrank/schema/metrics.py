@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, TypeAlias
 
-from rightrank.schema.errors import did_you_mean
+from rightrank.schema.errors import suggest_name
 
 Checkpoint: TypeAlias = Literal["last", "best"]  # which evaluation of a training counts
 
@@ -70,7 +70,7 @@ _ENDINGS = r"(?:_epoch|_dataloader_idx_\d+)*"
 _NAME = re.compile(rf"{_SPLITS}(.+?){_ENDINGS}")
 
 
-def direction(name: str) -> bool | None:
+def infer_direction(name: str) -> bool | None:
     """True if higher is better, False if lower is, None if it is not known.
 
     Known are the names above, after the name of a held-out split (`eval_loss`, `val/acc`, `test.f1`), with Lightning's
@@ -84,14 +84,14 @@ def direction(name: str) -> bool | None:
     return True if known in HIGHER_IS_BETTER else None
 
 
-def unknown_direction(name: str) -> str:
+def format_unknown_direction(name: str) -> str:
     """What to do about a metric whose direction is not known, as the end of an error message."""
     return f"metric {name!r}: whether higher or lower is better is not known from its name"
 
 
 SpecKind: TypeAlias = Literal["loss", "classes", "pairs", "text", "function"]
 
-BUILT_IN: dict[str, SpecKind] = {
+BUILT_IN_METRICS: dict[str, SpecKind] = {
     "loss": "loss",
     "accuracy": "classes",
     "macro_f1": "classes",
@@ -105,7 +105,7 @@ BUILT_IN: dict[str, SpecKind] = {
 }
 _NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
-FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION (after max: or min: where its name has no direction)"
+METRIC_FORMS = f"{', '.join(BUILT_IN_METRICS)}, MODULE:FUNCTION (after max: or min: where its name has no direction)"
 
 
 class MetricSpec(NamedTuple):
@@ -129,13 +129,13 @@ def _parse_metric(text: str) -> MetricSpec:
         return _parse_metric(stated)._replace(higher_is_better=sign == "max")
     named = _NAMED.fullmatch(text)
     name, rest = (named[1], named[2]) if named else (None, text)
-    if rest in BUILT_IN and (name is None or name == rest):
-        return MetricSpec(rest, BUILT_IN[rest])
-    if name in BUILT_IN:
+    if rest in BUILT_IN_METRICS and (name is None or name == rest):
+        return MetricSpec(rest, BUILT_IN_METRICS[rest])
+    if name in BUILT_IN_METRICS:
         raise ValueError(f"metric {text!r}: {name!r} is a built-in metric; give yours another name")
     target = rest.strip()
     if not _FUNCTION.fullmatch(target):
-        raise ValueError(f"metric {text!r} is not known{did_you_mean(rest, BUILT_IN)}; there are: {FORMS}")
+        raise ValueError(f"metric {text!r} is not known{suggest_name(rest, BUILT_IN_METRICS)}; there are: {METRIC_FORMS}")
     return MetricSpec(name or target.rpartition(":")[2], "function", target)
 
 
@@ -166,7 +166,7 @@ PERCENT_MARGIN = 0.5  # half a point, as a percentage
 RELATIVE_MARGIN = 0.01  # of the reference, for every other metric
 
 # Of preference pairs: how far an adapter moves from the base. They contradict no decision unless the user names them.
-REPORTED_ONLY = ("reward_margin", "chosen_log_ratio")
+DIAGNOSTIC_METRICS = ("reward_margin", "chosen_log_ratio")
 
 # The standard deviation of one training over seeds, from published repeats of long trainings. It is in no interval: short
 # trainings differ by up to a hundred times as much (benchmarks/decide). Loss: repeats of SFT test loss (tinker-cookbook, sft_sweep.md). Accuracy: GSM8K 0.3 to 1.4 points, CoLA 1.2, RTE 0.7 (Hu et al. 2021 and PEFT's method comparison).
@@ -181,7 +181,7 @@ _ACCURACY = re.compile(
 )
 
 
-def metric_kind(name: str, higher_is_better: bool, loss: LossKind = "token_loss") -> MetricKind:
+def infer_metric_kind(name: str, higher_is_better: bool, loss: LossKind = "token_loss") -> MetricKind:
     """The kind of metric that the name denotes; `loss`: what a loss is of."""
     words = re.sub(r"[_/\-.]+", " ", name.lower())
     if not higher_is_better:
@@ -191,12 +191,12 @@ def metric_kind(name: str, higher_is_better: bool, loss: LossKind = "token_loss"
     return "accuracy" if _ACCURACY.search(words) else "other"
 
 
-def is_percent(values: list[float]) -> bool:
+def has_percentages(values: list[float]) -> bool:
     """Whether accuracies are on a scale of 0 to 100."""
     return max(values) > 1 + 1e-9  # a fraction is at most 1
 
 
-def default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:
+def compute_default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:
     """The default margin in the metric's unit: 0.005 nats per token, 0.02 per pair, half a point of accuracy, else 1% of the reference.
 
     All verbs take it from here.
@@ -209,16 +209,16 @@ def default_margin(kind: MetricKind, reference: float, values: list[float]) -> f
     if kind == "pair_loss":
         return PAIR_MARGIN
     if kind == "accuracy":
-        return PERCENT_MARGIN if is_percent(values) else ACCURACY_MARGIN
+        return PERCENT_MARGIN if has_percentages(values) else ACCURACY_MARGIN
     if kind == "perplexity":
         return abs(reference) * TOKEN_LOSS_MARGIN
     return RELATIVE_MARGIN * (abs(reference) or max(map(abs, values)) or 1.0)
 
 
-def published_deviation(kind: MetricKind, reference: float, values: list[float]) -> float:
+def get_published_deviation(kind: MetricKind, reference: float, values: list[float]) -> float:
     """The published standard deviation of one training over seeds, in the oriented unit (nats for a perplexity)."""
     if kind in ("token_loss", "perplexity"):
         return LOSS_SEED_DEVIATION
     if kind == "accuracy":
-        return ACCURACY_SEED_DEVIATION * (100 if is_percent(values) else 1)
+        return ACCURACY_SEED_DEVIATION * (100 if has_percentages(values) else 1)
     return abs(reference) * RELATIVE_SEED_DEVIATION

@@ -22,7 +22,7 @@ TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused"
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def _as_select(name: str) -> Any:
+def _copy_select_setting(name: str) -> Any:
     """The row of a setting that means the same as that of a selection."""
     return SelectSettings.model_fields[name]
 
@@ -40,8 +40,8 @@ class PlanSettings(PeftFields):
     )
 
     # the step
-    batch_size: int = _as_select("batch_size")
-    seq_len: int = _as_select("seq_len")
+    batch_size: int = _copy_select_setting("batch_size")
+    seq_len: int = _copy_select_setting("seq_len")
     optim: OptimizerName = setting(
         "adamw",
         TRAINING,
@@ -76,11 +76,11 @@ class PlanSettings(PeftFields):
         aliases=DTYPE_ALIASES,
     )
     device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`")
-    memory_bytes: int | None = _as_select("memory_bytes")
+    memory_bytes: int | None = _copy_select_setting("memory_bytes")
     gradient_checkpointing: bool = option(False, MACHINE, "recompute blocks in the backward pass")
-    load_in_4bit: bool = _as_select("load_in_4bit")
+    load_in_4bit: bool = _copy_select_setting("load_in_4bit")
     load_in_8bit: bool = setting(False, MACHINE, "the base's matrices in 8 bits")
-    trust_remote_code: bool = _as_select("trust_remote_code")
+    trust_remote_code: bool = _copy_select_setting("trust_remote_code")
 
     def _require_consistent(self) -> None:
         super()._require_consistent()

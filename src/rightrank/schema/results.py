@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import SplitSummary
-from rightrank.schema.trials import Record, Whole
+from rightrank.schema.trials import Record, BoundedInt
 
 Components: TypeAlias = dict[str, int]
 
@@ -52,9 +52,9 @@ class Plan(Record):
 class PreflightRank(Record):
     """One rank and its memory; None where the model can't be planned or the memory is unknown."""
 
-    rank: Whole
-    peak_bytes: Whole | None  # of tensors
-    needed_bytes: Whole | None  # with segments, process and headroom
+    rank: BoundedInt
+    peak_bytes: BoundedInt | None  # of tensors
+    needed_bytes: BoundedInt | None  # with segments, process and headroom
     fits: bool | None
 
 
@@ -62,7 +62,7 @@ class PreflightCost(Record):
     """The cost of the selection, in whole trainings and in seconds."""
 
     strategy: str
-    steps: Whole  # optimizer steps of a training
+    steps: BoundedInt  # optimizer steps of a training
     trainings: float  # expected
     trainings_at_most: float
     trainings_to_adapter: float  # expected, until the first question is answered
@@ -73,7 +73,7 @@ class PreflightCost(Record):
 class Resolution(Record):
     """What so many validation examples are expected to resolve, from earlier grids of small models."""
 
-    examples: Whole
+    examples: BoundedInt
     expected_half_width: float  # of a difference between ranks, one seed, 95% on one side, in the metric's unit
     expected_half_width_of_two_seeds: float
     # Further ones, for the whole selection, against the examples that it scores; None: not measured.
@@ -90,13 +90,13 @@ class Preflight(Record):
     splits: dict[str, SplitSummary]  # train, validation, test
     splits_given: bool
     left_out: list[str]  # what was left out or truncated, with its number and why
-    not_evaluated: Whole = 0  # held-out examples beyond `max_eval_examples`
-    longest: Whole  # tokens of the longest example
-    seq_len: Whole
+    not_evaluated: BoundedInt = 0  # held-out examples beyond `max_eval_examples`
+    longest: BoundedInt  # tokens of the longest example
+    seq_len: BoundedInt
     ranks: list[PreflightRank]
-    memory_bytes: Whole | None
+    memory_bytes: BoundedInt | None
     cost: PreflightCost
-    seeds: Whole
+    seeds: BoundedInt
     resolutions: list[Resolution] = Field(default_factory=list)  # empty: a metric that no grid has
     notes: list[str] = Field(default_factory=list)
 
@@ -155,7 +155,7 @@ class ModuleResize(Record):
     relative_delta_error: float  # ‖ΔW' − ΔW‖ / ‖ΔW‖ of the tensors as written
 
 
-class HeldOut(Record):
+class HeldOutValue(Record):
     """A truncation measured on held-out data."""
 
     rank: int
@@ -174,7 +174,7 @@ class Resized(Record):
     bytes_before: int
     bytes_after: int
     chosen_by: str
-    held_out: list[HeldOut] = Field(default_factory=list)
+    held_out: list[HeldOutValue] = Field(default_factory=list)
     scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
     no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
@@ -184,7 +184,7 @@ class Resized(Record):
 ComparisonVerdict: TypeAlias = Literal["not_worse", "worse", "cannot_tell", "broken"]
 
 
-class _Compared(Record):
+class _ComparisonResult(Record):
     metric: str
     verdict: ComparisonVerdict
     difference: float  # B is worse by this much, metric's unit; below 0: better
@@ -192,15 +192,15 @@ class _Compared(Record):
     difference_high: float  # 95% upper bound of it, one-sided
     distribution: DifferenceDistribution
     margin: float
-    examples: Whole
-    groups: Whole | None = None  # of examples that belong together; None: each stands for itself
-    left_out: Whole = 0  # examples without a label within the maximum length
-    trained_on: Whole = 0  # rows that A or B was trained on, which are left out too
+    examples: BoundedInt
+    groups: BoundedInt | None = None  # of examples that belong together; None: each stands for itself
+    left_out: BoundedInt = 0  # examples without a label within the maximum length
+    trained_on: BoundedInt = 0  # rows that A or B was trained on, which are left out too
     # about how many, of groups where there are any, would show "not worse" at this difference; None: none would, or it is shown
-    examples_needed: Whole | None
+    examples_needed: BoundedInt | None
 
 
-class MetricComparison(_Compared):
+class MetricComparison(_ComparisonResult):
     """B against A by one metric on one data set."""
 
     data: str
@@ -208,7 +208,7 @@ class MetricComparison(_Compared):
     value_b: float
 
 
-class AdapterComparison(_Compared):
+class AdapterComparison(_ComparisonResult):
     """Whether B is no worse than A. The figures at the top are those of the comparison with the worst verdict."""
 
     sentence: str

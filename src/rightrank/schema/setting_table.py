@@ -18,12 +18,12 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
-from rightrank.schema.errors import MAX_WHOLE, SettingsError, did_you_mean, without_secrets
+from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError, suggest_name, redact_secrets
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-NEAREST_NAMES = 3  # that answer an unknown setting
+MAX_SUGGESTIONS = 3  # that answer an unknown setting
 
 
 class Group(Enum):
@@ -86,8 +86,8 @@ class Settings:
 
     model_fields: ClassVar[Mapping[str, Setting]] = {}
     model_types: ClassVar[Mapping[str, Any]] = {}
-    names_elsewhere: ClassVar[Mapping[str, str]] = {}  # names of other tools → the setting of the same meaning
-    checked_by: ClassVar[type[Any] | None] = None  # pydantic's record of the same types, made at the first use
+    settings_by_foreign_name: ClassVar[Mapping[str, str]] = {}  # names of other tools → the setting of the same meaning
+    pydantic_model: ClassVar[type[Any] | None] = None  # pydantic's record of the same types, made at the first use
     model_fields_set: frozenset[str]  # those that were given
     stated: Mapping[str, Any] = {}  # what was given and is no setting: what the run must agree with
 
@@ -97,9 +97,9 @@ class Settings:
             rows |= {name: row for name, row in vars(base).items() if isinstance(row, Setting)}
         order = list(Group)
         hints = get_type_hints(cls)
-        cls.checked_by = None
+        cls.pydantic_model = None
         cls.model_types = {name: hints[name] for name in rows}
-        cls.names_elsewhere = {other: name for name, row in rows.items() for other in row.also}
+        cls.settings_by_foreign_name = {other: name for name, row in rows.items() for other in row.also}
         cls.model_fields = dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
 
     def __init__(self, **values: Any) -> None:
@@ -110,12 +110,12 @@ class Settings:
         """
         unknown = next((name for name in values if name not in self.model_fields), None)
         if unknown is not None:
-            meant = self.names_elsewhere.get(unknown)
-            near = f" (did you mean {meant!r}?)" if meant else did_you_mean(unknown, self.model_fields)
-            nearest = ", ".join(get_close_matches(unknown, self.model_fields, n=NEAREST_NAMES, cutoff=0.0))
+            meant = self.settings_by_foreign_name.get(unknown)
+            near = f" (did you mean {meant!r}?)" if meant else suggest_name(unknown, self.model_fields)
+            nearest = ", ".join(get_close_matches(unknown, self.model_fields, n=MAX_SUGGESTIONS, cutoff=0.0))
             raise SettingsError(f"unknown setting {unknown!r}{near or '; the nearest: ' + nearest}")
         defaults = {name: row.default for name, row in self.model_fields.items()}
-        self.__dict__.update(defaults | _validated(type(self), values), model_fields_set=frozenset(values))
+        self.__dict__.update(defaults | _validate_values(type(self), values), model_fields_set=frozenset(values))
         try:
             self._require_consistent()
         except ValueError as error:
@@ -163,28 +163,28 @@ class Settings:
         return f"{type(self).__name__}({', '.join(given)})"
 
 
-def given_values(settings: Settings | None) -> dict[str, Any]:
+def get_explicit_values(settings: Settings | None) -> dict[str, Any]:
     """The values that were given, by name, and what was stated beside them."""
     return {} if settings is None else {**settings.model_dump(include=settings.model_fields_set), **settings.stated}
 
 
-def is_list(hint: Any) -> bool:
+def is_list_type(hint: Any) -> bool:
     """Whether a setting of this type takes several values."""
     return any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
 
 
-def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+def _validate_values(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     from pydantic import ValidationError
 
     try:
-        written = {name: _read(kind, name, value) for name, value in values.items()}
-        model = _model(kind).model_validate(written)
+        written = {name: _convert_value(kind, name, value) for name, value in values.items()}
+        model = _build_model(kind).model_validate(written)
         checked = {name: getattr(model, name) for name in values}
         for name, value in checked.items():
             for inner in value if isinstance(value, tuple) else (value,):
-                if isinstance(inner, int) and abs(inner) > MAX_WHOLE:
+                if isinstance(inner, int) and abs(inner) > MAX_EXACT_INTEGER:
                     raise ValueError(
-                        f"{name}: got {_QUOTED.repr(inner)}; whole numbers are at most 2**53 ({MAX_WHOLE})"
+                        f"{name}: got {_SHORT_REPR.repr(inner)}; whole numbers are at most 2**53 ({MAX_EXACT_INTEGER})"
                     )
             check = kind.model_fields[name].check
             checked[name] = value if check is None else check(value)
@@ -193,14 +193,14 @@ def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
         first = error.errors()[0]
         message = first["msg"].partition(", unable to parse")[0]
         where = str(first["loc"][0]) if first["loc"] else "settings"
-        got = f"{where}: got {_QUOTED.repr(first['input'])}"
+        got = f"{where}: got {_SHORT_REPR.repr(first['input'])}"
         raise SettingsError(f"{got}; {message[0].lower()}{message[1:]}") from None
     except ValueError as error:
         raise SettingsError(str(error)) from None
     return checked
 
 
-def _read(kind: type[Settings], name: str, value: Any) -> Any:
+def _convert_value(kind: type[Settings], name: str, value: Any) -> Any:
     """What people write as the value that the type takes: one for a list, a text with commas, JSON, a habit of other tools."""
     row, hint = kind.model_fields[name], kind.model_types[name]
     if row.parse is not None:
@@ -208,18 +208,18 @@ def _read(kind: type[Settings], name: str, value: Any) -> Any:
     if isinstance(value, str):
         value = row.aliases.get(value, value)
     if get_origin(hint) is dict:
-        return parsed_json(value)
-    if not is_list(hint):
+        return parse_json_value(value)
+    if not is_list_type(hint):
         return value
     if isinstance(value, str):
-        whole = parsed_json(value) if value.startswith("[") else None
+        whole = parse_json_value(value) if value.startswith("[") else None
         if isinstance(whole, list):
             return whole
         return [part.strip() for part in value.split(",") if part.strip()] if row.split else [value]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def parsed_json(value: Any) -> Any:
+def parse_json_value(value: Any) -> Any:
     """A text as JSON where it is that, such as `true` or `16`; any other value as it is."""
     if not isinstance(value, str):
         return value
@@ -229,26 +229,26 @@ def parsed_json(value: Any) -> Any:
         return value
 
 
-def _model(kind: type[Settings]) -> type[BaseModel]:
+def _build_model(kind: type[Settings]) -> type[BaseModel]:
     """The record of pydantic that checks types and bounds."""
     from pydantic import ConfigDict, Field, create_model
 
-    if kind.checked_by is not None:
-        return kind.checked_by
+    if kind.pydantic_model is not None:
+        return kind.pydantic_model
     fields: dict[str, Any] = {
         name: (hint, Field(default=None, **kind.model_fields[name].bounds)) for name, hint in kind.model_types.items()
     }
-    kind.checked_by = create_model(kind.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-    return kind.checked_by
+    kind.pydantic_model = create_model(kind.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+    return kind.pydantic_model
 
 
 def require_no_secret(name: str, value: object) -> None:
     """Refuse what would be stored in the journal and shown in the report, with ValueError."""
-    if not isinstance(value, int | float | None) and without_secrets(str(value)) != str(value):
+    if not isinstance(value, int | float | None) and redact_secrets(str(value)) != str(value):
         raise ValueError(
             f"{name}: this looks like a password, key or token, and would be stored; give it through the environment"
         )
 
 
-_QUOTED = reprlib.Repr()
-_QUOTED.maxstring = _QUOTED.maxother = 120  # what is longer, or nested, is shortened: never written out whole
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120  # what is longer, or nested, is shortened: never written out whole

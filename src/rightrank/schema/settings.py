@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from rightrank.schema.errors import MAX_WHOLE, SettingsError
-from rightrank.schema.metrics import Checkpoint, MetricSpec, direction, parse_metrics, unknown_direction
-from rightrank.schema.setting_table import Group, Settings, option, parsed_json, setting
+from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError
+from rightrank.schema.metrics import Checkpoint, MetricSpec, infer_direction, parse_metrics, format_unknown_direction
+from rightrank.schema.setting_table import Group, Settings, option, parse_json_value, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
@@ -27,15 +27,15 @@ Goal: TypeAlias = Literal["adapter", "training-rank"]
 # `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
 CONSTANT_SCALING_RANK = 16
-MAX_SEED = MAX_WHOLE
-MAX_BYTES = MAX_WHOLE
+MAX_SEED = MAX_EXACT_INTEGER
+MAX_BYTES = MAX_EXACT_INTEGER
 MAX_STEPS = 1_000_000  # of a training; the order of its examples is drawn before it
 EVAL_SUBSET_SIZE = 200  # held-out examples that a look during a training scores, of those that its end scores
 DEFAULT_MAX_EVAL_EXAMPLES = 2000  # of a held-out split by default
 EVALUATION_SHARE = 0.1  # of a training's time that one evaluation at its end takes at most by default
-TRAINED_PER_SCORED = 3  # examples that are scored in the time in which one is trained on
+SCORED_PER_TRAINED = 3  # examples that are scored in the time in which one is trained on
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-UNITS = {
+BYTE_UNITS = {
     **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
     **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
 }
@@ -44,16 +44,16 @@ UNITS = {
 # What people write, as the values that the types take.
 
 
-def _to_bytes(text: object) -> object:
+def _parse_bytes(text: object) -> object:
     """`24GiB` as bytes; any value but a text as it is."""
     if not isinstance(text, str):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    unit = {name.lower(): size for name, size in UNITS.items()}.get(match[2].lower(), 0) if match is not None else 0
+    unit = {name.lower(): size for name, size in BYTE_UNITS.items()}.get(match[2].lower(), 0) if match is not None else 0
     size = round(min(float(match[1]) * unit, 2.0 * MAX_BYTES)) if match is not None else 0
     if not 0 < size <= MAX_BYTES:
         raise SettingsError(
-            f"memory {text!r} is not a size: give a number and one of {', '.join(UNITS)}, such as 24GiB"
+            f"memory {text!r} is not a size: give a number and one of {', '.join(BYTE_UNITS)}, such as 24GiB"
         )
     return size
 
@@ -69,7 +69,7 @@ def _require_columns(entries: tuple[str, ...]) -> tuple[str, ...]:
     return entries
 
 
-def _distinct(fits: Callable[[Any], bool], noun: str, allowed: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _require_distinct(fits: Callable[[Any], bool], noun: str, allowed: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The list in order: at least one value, each allowed and given once."""
     wrong = next((value for value in values if not fits(value)), None)
     if wrong is not None:
@@ -92,26 +92,26 @@ PEFT_OPTIONS = (
 
 
 # Fields of LoraConfig that a selection takes from elsewhere: the base, the form of the data.
-PEFT_STATED = ("task_type", "base_model_name_or_path")  # which must agree with it
-PEFT_REPLACED = {*PEFT_STATED, "peft_type", "peft_version", "auto_mapping", "revision"}
-PEFT_REPLACED |= {"inference_mode", "runtime_config", "megatron_core"}
-PEFT_REFUSED = (
+PEFT_CHECKED_FIELDS = ("task_type", "base_model_name_or_path")  # which must agree with it
+PEFT_REPLACED_FIELDS = {*PEFT_CHECKED_FIELDS, "peft_type", "peft_version", "auto_mapping", "revision"}
+PEFT_REPLACED_FIELDS |= {"inference_mode", "runtime_config", "megatron_core"}
+PEFT_REFUSED_FIELDS = (
     *("bias", "rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "layer_replication"),
     *("trainable_token_indices", "arrow_config", "alora_invocation_tokens", "megatron_config"),
 )
-TAKEN_FROM_BASE = ("pissa", "olora")  # initialisations that take their first values out of the base
+BASE_DEPENDENT_INITIALIZATIONS = ("pissa", "olora")  # initialisations that take their first values out of the base
 _TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, alpha = 2r, r
 
 
-def _by_own_names(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_peft_names(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """The values with LoraConfig's own fields and habits as settings: `r`, `use_rslora`, `init_lora_weights=True`, `lora_alpha=2r`."""
     if (kind := values.get("peft_type", "LORA")) != "LORA":
         raise SettingsError(f"peft_type: got {kind!r}; a selection trains 'LORA' alone: leave it out")
     if str(values.get("inference_mode") or False).lower() != "false":
         raise SettingsError("inference_mode: got true, which trains nothing; a selection takes false: leave it out")
-    given = {name: value for name, value in values.items() if name not in PEFT_REPLACED}
+    given = {name: value for name, value in values.items() if name not in PEFT_REPLACED_FIELDS}
     refused = next(
-        (name for name in PEFT_REFUSED if given.pop(name, None) not in (None, "none", {}, "{}", "null")), None
+        (name for name in PEFT_REFUSED_FIELDS if given.pop(name, None) not in (None, "none", {}, "{}", "null")), None
     )
     if refused is not None:
         raise SettingsError(f"{refused}: a selection cannot honour this field of PEFT's LoraConfig; leave it out")
@@ -119,7 +119,7 @@ def _by_own_names(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[s
     if "r" in given:
         said["ranks"] = given.pop("r")
     if "use_rslora" in given:
-        said["scaling"] = "alpha/sqrt(r)" if parsed_json(given.pop("use_rslora")) is True else "alpha/r"
+        said["scaling"] = "alpha/sqrt(r)" if parse_json_value(given.pop("use_rslora")) is True else "alpha/r"
     tied = (
         _TIED_ALPHA.fullmatch(given["lora_alpha"].strip().lower()) if isinstance(given.get("lora_alpha"), str) else None
     )
@@ -179,13 +179,13 @@ class PeftFields(Settings):
         Raises:
             SettingsError: also for another name under `peft_options`.
         """
-        stated = {name: str(values[name]) for name in PEFT_STATED if values.get(name) is not None}
-        values = _by_own_names(values, type(self).model_fields)
-        inner = parsed_json(values.pop("peft_options", None) or {})
+        stated = {name: str(values[name]) for name in PEFT_CHECKED_FIELDS if values.get(name) is not None}
+        values = _convert_peft_names(values, type(self).model_fields)
+        inner = parse_json_value(values.pop("peft_options", None) or {})
         if not isinstance(inner, Mapping) or not inner.keys() <= {*PEFT_OPTIONS}:
             raise SettingsError(f"peft_options: got {inner!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
         flat = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
-        options = {name: parsed_json(value) for name, value in {**inner, **flat}.items()}
+        options = {name: parse_json_value(value) for name, value in {**inner, **flat}.items()}
         super().__init__(**values, **({"peft_options": options} if options else {}))
         self.__dict__["stated"] = stated
 
@@ -206,7 +206,7 @@ class PeftFields(Settings):
         name = f"load_in_{self.weight_bits}bit"
         return f"bitsandbytes may not run this base in {self.weight_bits} bits on this device: leave {name} out, or give another device"
 
-    def lora_config(self) -> dict[str, Any]:
+    def build_lora_config(self) -> dict[str, Any]:
         """These fields as LoraConfig takes them, but for the parameters, whose names depend on the model."""
         return {
             "lora_dropout": self.lora_dropout,
@@ -253,7 +253,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         also=("rank", "r", "lora_r", "lora_rank"),
         split=True,
         check=partial(
-            _distinct, lambda rank: rank >= 1, "rank", "integers from 1 (the base, rank 0, is always measured)"
+            _require_distinct, lambda rank: rank >= 1, "rank", "integers from 1 (the base, rank 0, is always measured)"
         ),
     )
     learning_rates: tuple[float, ...] = option(
@@ -263,7 +263,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         continuable=True,
         also=("lr", "learning_rate"),
         split=True,
-        check=partial(_distinct, lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4"),
+        check=partial(_require_distinct, lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4"),
     )
     seeds: tuple[int, ...] = option(
         (0,),
@@ -272,7 +272,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         continuable=True,
         also=("seed",),
         split=True,
-        check=partial(_distinct, lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
+        check=partial(_require_distinct, lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
     )
     extend: bool | None = option(
         None,
@@ -430,7 +430,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         option="--memory",
         identity=False,
         also=("memory",),
-        parse=_to_bytes,
+        parse=_parse_bytes,
         gt=0,
     )
     load_in_4bit: bool = option(
@@ -488,7 +488,7 @@ class SelectSettings(PeftFields, _TrainerFields):
                 "test_fraction + validation_fraction leave less than a tenth of the examples for training: "
                 f"got {self.test_fraction:g} + {self.validation_fraction:g}, give less than 0.9 together"
             )
-        if self.weight_bits and self.init_lora_weights in TAKEN_FROM_BASE:
+        if self.weight_bits and self.init_lora_weights in BASE_DEPENDENT_INITIALIZATIONS:
             raise ValueError(
                 f"init_lora_weights {self.init_lora_weights} takes its first values out of whole weights, got a base in "
                 f"{self.weight_bits} bits; leave load_in_{self.weight_bits}bit out, or give init_lora_weights default"
@@ -505,17 +505,17 @@ class SelectSettings(PeftFields, _TrainerFields):
         Raises:
             ValueError: it is not known; the message says what to give.
         """
-        higher = self.direction_of(name)
+        higher = self.get_direction(name)
         if higher is None:
             specs = zip(self.metric_specs, (self.metric, *self.metrics), strict=True)
             text = next((text for spec, text in specs if spec.name == name), name)
-            raise ValueError(f"{unknown_direction(name)}; give max:{text} or min:{text}")
+            raise ValueError(f"{format_unknown_direction(name)}; give max:{text} or min:{text}")
         return higher
 
-    def direction_of(self, name: str) -> bool | None:
+    def get_direction(self, name: str) -> bool | None:
         """The same; None where it is not known."""
         stated = next((spec.higher_is_better for spec in self.metric_specs if spec.name == name), None)
-        return direction(name) if stated is None else stated
+        return infer_direction(name) if stated is None else stated
 
     @property
     def group(self) -> str:
@@ -547,12 +547,12 @@ class SelectSettings(PeftFields, _TrainerFields):
             return self.max_eval_examples
         if any(not spec.is_eval_metric for spec in self.metric_specs):
             return EVAL_SUBSET_SIZE
-        trained = self.training_steps(train_examples) * self.examples_per_step
+        trained = self.count_training_steps(train_examples) * self.examples_per_step
         return min(
-            DEFAULT_MAX_EVAL_EXAMPLES, max(EVAL_SUBSET_SIZE, round(EVALUATION_SHARE * TRAINED_PER_SCORED * trained))
+            DEFAULT_MAX_EVAL_EXAMPLES, max(EVAL_SUBSET_SIZE, round(EVALUATION_SHARE * SCORED_PER_TRAINED * trained))
         )
 
-    def training_steps(self, train_examples: int) -> int:
+    def count_training_steps(self, train_examples: int) -> int:
         """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
         steps = self.max_steps or max(
             1, round((self.num_train_epochs or 1.0) * train_examples / self.examples_per_step)
@@ -587,17 +587,17 @@ EVALUATION_SETTINGS = (
 # Settings under which rows need not fill a step of training, and none are taken from given splits.
 NO_SPLIT_OVERRIDES = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
 # Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
-CONTINUABLE = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
+CONTINUABLE_SETTINGS = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 
 
-def settings_of_identity(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:
+def select_identity_settings(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among `values` (JSON) that say what a selection finds.
 
     They are those of the begun run where a difference makes no other run: the same trials keep their identity. Two spellings of
     one path, such as `model` and `./model`, are the same.
     """
     rows = SelectSettings.model_fields
-    kept = {name: begun[name] for name in CONTINUABLE if name in begun}
+    kept = {name: begun[name] for name in CONTINUABLE_SETTINGS if name in begun}
     for name in ("model", "data", "validation"):
         path, other = values.get(name), begun.get(name)
         if isinstance(path, str) and isinstance(other, str) and Path(path).exists():

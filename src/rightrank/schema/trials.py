@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from rightrank.schema.errors import MAX_WHOLE, without_secrets
+from rightrank.schema.errors import MAX_EXACT_INTEGER, redact_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 5  # of the journal: no other is read
 IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
 
-Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
+BoundedInt: TypeAlias = Annotated[int, Field(ge=-MAX_EXACT_INTEGER, le=MAX_EXACT_INTEGER)]
 # Of an error of others: a secret in it is left out.
-ToldText: TypeAlias = Annotated[str, AfterValidator(without_secrets)]
+RedactedText: TypeAlias = Annotated[str, AfterValidator(redact_secrets)]
 
 Floats: TypeAlias = "NDArray[np.float64]"
 Groups: TypeAlias = "NDArray[np.int64]"  # by example, the number of its group
@@ -37,7 +37,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def content_hash(value: JsonValue | dict[str, Any]) -> str:
+def hash_content(value: JsonValue | dict[str, Any]) -> str:
     """SHA-256 in hex of a JSON value, with sorted keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -50,16 +50,16 @@ class ArmFields(Record):
     truncated to a lower rank (`truncate_from`); `steps` are then 0.
     """
 
-    rank: Whole = Field(ge=0)  # 0: the base model, which is evaluated and not trained
+    rank: BoundedInt = Field(ge=0)  # 0: the base model, which is evaluated and not trained
     learning_rate: float = Field(ge=0)
     lora_alpha: float = Field(gt=0)
-    seed: Whole = Field(ge=0)  # of the batch order, the initial A, and dropout
-    steps: Whole = Field(ge=0)  # optimizer steps, the length of the learning rate schedule
-    stop_at: Whole | None = Field(default=None, gt=0)  # stop after this many steps; the schedule is unchanged
+    seed: BoundedInt = Field(ge=0)  # of the batch order, the initial A, and dropout
+    steps: BoundedInt = Field(ge=0)  # optimizer steps, the length of the learning rate schedule
+    stop_at: BoundedInt | None = Field(default=None, gt=0)  # stop after this many steps; the schedule is unchanged
     continue_from: str | None = None  # id of a trial of the same arm that was stopped early
     truncate_from: str | None = None  # id of a finished trial at this rank or a higher one
     # From this step the learning rate decays linearly to 0 at `stop_at`: a copy that is compared and thrown away.
-    anneal_from: Whole | None = None
+    anneal_from: BoundedInt | None = None
 
     @property
     def arm(self) -> Arm:
@@ -113,13 +113,13 @@ def trial_id(context_fingerprint: str, arm: Arm) -> str:
     `context_fingerprint` covers the model, the data and the settings that all arms share.
     """
     arm_fields = arm.model_dump(exclude_none=True)
-    return content_hash({"schema": IDENTITY_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
+    return hash_content({"schema": IDENTITY_VERSION, "context": context_fingerprint, "arm": arm_fields})[:12]
 
 
 class EvalPoint(Record):
     """The held-out value at a step of a training. A custom trainer that makes one of NaN has diverged."""
 
-    step: Whole
+    step: BoundedInt
     value: float
     train_value: float | None = None  # mean training loss since the previous point, over the same batches for every arm
     example_scores: list[float] | None = (
@@ -129,7 +129,7 @@ class EvalPoint(Record):
 
 class TrialStarted(ArmFields):
     type: Literal["trial_started"] = "trial_started"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
 
 
@@ -137,34 +137,34 @@ class TrialFinished(ArmFields):
     """A trial that ended with a result. Lists per example have the order of the run's `evaluation_examples`."""
 
     type: Literal["trial_finished"] = "trial_finished"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
     value: float  # of the deciding metric, on the validation split
     metrics: dict[str, float]  # all metrics measured on the validation split
     example_losses: list[float]  # summed over the example's label tokens, nats
-    example_tokens: list[Whole]  # label tokens of the example
-    example_correct: list[Whole] | None = None  # classification: 1 if the prediction is right
+    example_tokens: list[BoundedInt]  # label tokens of the example
+    example_correct: list[BoundedInt] | None = None  # classification: 1 if the prediction is right
     example_scores: list[float] | None = None  # custom trainers: the metric of each example
     example_weights: list[float] | None = None  # of example_scores; None: equal weights
-    example_groups: list[Whole] | None = None  # the number of the example's group; None: each example stands for itself
+    example_groups: list[BoundedInt] | None = None  # the number of the example's group; None: each example stands for itself
     # by metric of written answers or task: one value per example
     example_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
     truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
-    checkpoint_step: Whole | None = None  # of the best checkpoint, where that was kept; None: the last one
+    checkpoint_step: BoundedInt | None = None  # of the best checkpoint, where that was kept; None: the last one
     value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
     train_value: float | None  # mean training loss since the last point
     points: list[EvalPoint]
-    trainable_parameters: Whole
+    trainable_parameters: BoundedInt
     train_seconds: float
-    train_tokens: Whole  # with and without labels, without padding
+    train_tokens: BoundedInt  # with and without labels, without padding
     eval_seconds: float
     answer_seconds: float = 0.0  # of eval_seconds: generating and scoring the model's answers
-    peak_bytes: Whole  # allocated on the device; on the CPU, growth of the resident memory
-    predicted_peak_bytes: Whole | None = None  # of tensors, by the plan; None: not planned
+    peak_bytes: BoundedInt  # allocated on the device; on the CPU, growth of the resident memory
+    predicted_peak_bytes: BoundedInt | None = None  # of tensors, by the plan; None: not planned
     # Adapters that share the passes and the peak; seconds are an even share.
-    adapters_per_pass: Whole = 1
-    pass_ranks: list[Whole] = Field(default_factory=list)  # of the adapters in the fullest pass, its own first
+    adapters_per_pass: BoundedInt = 1
+    pass_ranks: list[BoundedInt] = Field(default_factory=list)  # of the adapters in the fullest pass, its own first
     train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
 
     @model_validator(mode="after")
@@ -198,23 +198,23 @@ class TrialDiverged(ArmFields):
     """A trial whose loss became NaN or rose above the base's: a missing value, not evidence against a rank."""
 
     type: Literal["trial_diverged"] = "trial_diverged"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
-    step: Whole
-    reason: ToldText
+    step: BoundedInt
+    reason: RedactedText
 
 
 class TrialCollapsed(ArmFields):
     """A trial whose held-out value fell far below its own best: no evidence, and nothing of it is handed over."""
 
     type: Literal["trial_collapsed"] = "trial_collapsed"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
-    step: Whole  # of the last look
+    step: BoundedInt  # of the last look
     value: float  # at that step
-    best_step: Whole
+    best_step: BoundedInt
     best_value: float
-    reason: ToldText
+    reason: RedactedText
     points: list[EvalPoint] = Field(default_factory=list)
     train_seconds: float = 0.0
 
@@ -223,9 +223,9 @@ class TrialEvaluated(Record):
     """A held-out value that a running trial reported. The looks of a trial that is run again are dropped."""
 
     type: Literal["trial_evaluated"] = "trial_evaluated"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
-    step: Whole
+    step: BoundedInt
     value: float
     example_scores: list[float] | None = None
 
@@ -238,23 +238,23 @@ class TrialFailed(ArmFields):
     """A trial that ended with an error."""
 
     type: Literal["trial_failed"] = "trial_failed"
-    schema_version: Whole = SCHEMA_VERSION
+    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
     error: Literal["out_of_memory", "error"]
-    reason: ToldText
+    reason: RedactedText
 
 
 TrialOutcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
 OUTCOMES = (TrialFinished, TrialCollapsed, TrialDiverged, TrialFailed)
 
 
-def steps_of(arm: ArmFields, finished: Mapping[str, TrialFinished]) -> int:
+def count_added_steps(arm: ArmFields, finished: Mapping[str, TrialFinished]) -> int:
     """Optimizer steps that `arm` adds to those of the trial that it resumes; `finished` by trial id."""
     before = finished.get(arm.continue_from or "")
     return arm.end - (0 if before is None else before.end)
 
 
-def seconds_of(outcome: TrialFinished, finished: Mapping[str, TrialFinished]) -> float:
+def compute_added_seconds(outcome: TrialFinished, finished: Mapping[str, TrialFinished]) -> float:
     """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumes, and contains."""
     before = finished.get(outcome.continue_from or "")
     return outcome.seconds - (0.0 if before is None else before.seconds)

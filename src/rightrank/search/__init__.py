@@ -1,13 +1,13 @@
 """Strategies decide what to train next. A strategy is a pure function of the outcomes so far (`protocol`).
 
-To add one, write it in a file of this folder and name it in `STRATEGIES`.
+To add a strategy, write it in a file of this folder and register it in `STRATEGIES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.errors import SettingsError, suggest_name
 from rightrank.search.bracket import Bracket, Grid
 from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
@@ -17,15 +17,15 @@ STRATEGIES: dict[str, Callable[[Space], Strategy]] = {strategy.name: strategy fo
 
 
 def make_strategy(name: str, space: Space) -> Strategy:
-    """The strategy of that name in a space.
+    """Make the strategy with this name for a space.
 
     Raises:
-        SettingsError: an unknown name, one that doesn't train the top rank where the adapter is asked for, or a budget too small
-            to compare two ranks.
+        SettingsError: the name is unknown, the strategy does not train the largest rank although the adapter is the goal, or the budget
+            is too small to compare two ranks.
     """
     factory = STRATEGIES.get(name)
     if factory is None:
-        suggestion = did_you_mean(name, STRATEGIES)
+        suggestion = suggest_name(name, STRATEGIES)
         raise SettingsError(f"unknown strategy {name!r}{suggestion}; there are: {', '.join(STRATEGIES)}")
     if space.goal == "adapter" and name == Upward.name:
         raise SettingsError(

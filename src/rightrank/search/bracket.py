@@ -1,9 +1,8 @@
-"""`bracket`: the adapter first, from one training at the top rank; then the rank to train at, from there downward.
+"""The `bracket` strategy: finds the adapter first, from one training at the top rank, and then the training rank, from there downward.
 
-The first question as moves: the smallest adapter that one training at the top rank gives.
-
-The top adapter is truncated to every lower rank, which costs evaluations only; `decision.adapter` judges the candidates. Neither further
-steps after a truncation nor a cut inside the training gives a smaller adapter within the margin (docs/explanation/science.md, archive).
+For the deployment rank, the top adapter is truncated to every lower rank, which costs only evaluations; `decision.adapter` judges the
+candidates. Neither additional steps after a truncation nor a cut during the training gives a smaller adapter within the margin
+(docs/explanation/science.md, archive).
 """
 
 from __future__ import annotations
@@ -27,10 +26,11 @@ STAGES = 5  # of one training at most: a look, two stages, the end, and an annea
 
 
 class Bracket(Strategy):
-    """Find the learning rate at the top rank and answer the first question from that training. For the second question, train
-    downward from the smallest truncation that a further seed would find within the margin, until a rank fails, then add seeds.
+    """Finds the learning rate and the deployment rank at the top rank, then the training rank.
 
-    Where adapters can't be truncated (a table of finished runs), a training at a quarter of the top rank shows where to start.
+    For the training rank, it trains downward from the smallest truncation that would probably be within the margin with another seed,
+    until a rank fails, and then adds seeds. If adapters cannot be truncated (a table of finished runs), a training at a quarter of the
+    top rank shows where to start.
     """
 
     name = "bracket"
@@ -51,7 +51,7 @@ class Bracket(Strategy):
         yield from confirm(trials)
 
     def start(self, trials: Trials, learning_rate: float) -> Generator[Sequence[Arm], None, int]:
-        """The rank at which the walk down begins."""
+        """Return the rank at which the walk downward begins."""
         space = self.space
         start = _smallest_likely_truncation(trials, learning_rate)
         if start is None:
@@ -75,9 +75,9 @@ class Bracket(Strategy):
 
 
 def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
-    """The result of the walk down over the plain truncations of the top rank; None where none has a result.
+    """Return the result of the walk down over the plain truncations of the top rank; None if none has a result.
 
-    A training at a rank mostly ends worse than the truncation to it. So a truncation must be within the margin with some certainty.
+    A training at a rank usually ends worse than the truncation to it, so a truncation must be within the margin with high probability.
     """
     space = trials.space
     parent = trials.get_training(space.top, learning_rate)
@@ -99,7 +99,7 @@ def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | N
 
 
 def _predicted_rank(trials: Trials, second: int) -> int:
-    """The smallest rank r with b·(r^-c - R^-c) within the margin; R is the top rank, and b follows from R and `second`."""
+    """Return the smallest rank r with b·(r^-c - R^-c) within the margin; R is the top rank, and b follows from R and `second`."""
     space = trials.space
     drop = trials.compute_best_loss(second) - trials.compute_best_loss(space.top)
     b = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)
@@ -110,9 +110,9 @@ def _predicted_rank(trials: Trials, second: int) -> int:
 
 
 class Grid(Strategy):
-    """The exhaustive grid: seed by seed, from the extreme ranks inward, so that both ends of the curve are known early.
+    """Trains the full grid: seed by seed, from the extreme ranks inward, so that both ends of the curve are measured early.
 
-    The first question is answered from the top rank at its best learning rate, once the grid is complete.
+    The deployment rank is found from the top rank at its best learning rate once the grid is complete.
     """
 
     name = "grid"
@@ -130,7 +130,7 @@ class Grid(Strategy):
 
 
 def order_outside_in(ranks: Sequence[int]) -> list[int]:
-    """Highest, lowest, second highest, second lowest, …"""
+    """Order ranks as highest, lowest, second highest, second lowest, and so on."""
     left = sorted(ranks)
     order: list[int] = []
     while left:
@@ -139,7 +139,7 @@ def order_outside_in(ranks: Sequence[int]) -> list[int]:
 
 
 def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
-    """Ask for the candidates of the first question and keep its answer in `trials.adapter`."""
+    """Request the truncations and store the deployment rank's answer in `trials.adapter`."""
     space = trials.space
     parent = trials.get_training(space.top, learning_rate)
     if parent is None or not space.can_truncate:
@@ -154,7 +154,7 @@ def _truncations(space: Space) -> int:
 
 
 def make_truncation_arm(parent: TrialFinished, rank: int) -> Arm:
-    """The adapter of `parent` truncated to `rank`."""
+    """Return the arm that truncates the adapter of `parent` to `rank`."""
     changed = {"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
     return parent.arm.model_copy(update=changed)
 
@@ -182,7 +182,7 @@ def walk(trials: Trials, start: int, learning_rate: float) -> Requests:
 
 
 def _nearest_learning_rate(trials: Trials, rank: int, otherwise: float) -> float:
-    """The best learning rate of the nearest other rank that has one."""
+    """Return the best learning rate of the nearest other rank that has one."""
     tried = [other for other in trials.list_ranks() if other != rank]
     nearest = min(tried, key=lambda other: max(other / rank, rank / other), default=None)
     best = None if nearest is None else trials.find_best_learning_rate(nearest)
@@ -192,7 +192,7 @@ def _nearest_learning_rate(trials: Trials, rank: int, otherwise: float) -> float
 def settle(trials: Trials) -> Requests:
     """Train the ranks that may change the answer.
 
-    These are the next lower rank below the answer; and, where the top rank is worse than the best one by more than the
+    These are the next lower rank below the answer; and, if the top rank is worse than the best one by more than the
     margin, the ranks above the best one until they get worse.
     """
     space = trials.space
@@ -210,10 +210,10 @@ def settle(trials: Trials) -> Requests:
 
 
 def confirm(trials: Trials) -> Requests:
-    """Train the further seeds of the ranks that the answer rests on, until it stays the same.
+    """Train additional seeds of the ranks that decide the answer, until the answer stays the same.
 
-    These are the chosen rank, the next lower one, the reference, and the best rank above the reference, which may be
-    better than it by more seeds.
+    These are the chosen rank, the next lower one, the reference, and the best rank above the reference, which may turn out
+    better with more seeds.
     """
     space = trials.space
     for _ in range(len(space.ranks)):

@@ -1,4 +1,4 @@
-"""What a strategy knows: the space that it searches, with its budget, and its trials, oriented so that lower is better."""
+"""The input of a strategy: the space that it searches, with its budget, and the trials so far, with values for which lower is better."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, probabi
 from rightrank.decision.table import adjusted_means, best_learning_rate, collapsing_cells, groups_of, of_shared_seeds
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.metrics import LossKind, MetricKind, default_margin, metric_kind
+from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 
@@ -47,7 +47,7 @@ class Space:
 
     @property
     def criterion(self) -> Criterion:
-        """What the candidates of the first question are compared by."""
+        """Return the criterion that compares the truncated candidates."""
         loss_kind = self.kind if self.kind == "token_loss" or self.kind == "pair_loss" else "loss"
         is_eval_metric = not self.points_are_losses
         return Criterion(self.metric, self.higher_is_better, self.margin, loss_kind, is_eval_metric, self.trusts_values)
@@ -57,7 +57,7 @@ class Space:
         return self.ranks[-1]
 
     def make_arm(self, rank: int, learning_rate: float, seed: int | None = None) -> Arm:
-        """A whole training. `seed` defaults to the first."""
+        """Return the arm of a full training. `seed` defaults to the first seed."""
         return Arm(
             rank=rank,
             learning_rate=learning_rate,
@@ -67,35 +67,36 @@ class Space:
         )
 
     def get_margin(self, reference_loss: float) -> float:
+        """Return the margin, which depends on the loss of the reference if the settings do not give one."""
         if self.margin is not None:
             return self.margin
-        return default_margin(self.kind, abs(reference_loss), [abs(reference_loss)])
+        return compute_default_margin(self.kind, abs(reference_loss), [abs(reference_loss)])
 
     @property
     def truncated_ranks(self) -> list[int]:
-        """The ranks that the top adapter is truncated to, descending: lower ranks of the space and powers of two."""
+        """Return the ranks to truncate the top adapter to, descending: lower ranks of the space and powers of two."""
         powers = {2**power for power in range(self.top.bit_length())}
         return sorted((rank for rank in powers | set(self.ranks) if rank < self.top), reverse=True)
 
     def get_lower_rank(self, rank: int) -> int | None:
-        """The next lower rank, None at the bottom."""
+        """Return the next lower rank, or None for the lowest."""
         return next((low for low, high in pairwise(self.ranks) if high == rank), None)
 
     def get_higher_rank(self, rank: int) -> int | None:
-        """The next higher rank, None at the top."""
+        """Return the next higher rank, or None for the highest."""
         return next((high for low, high in pairwise(self.ranks) if low == rank), None)
 
 
 def make_base_arm(lora_alpha: float) -> Arm:
-    """Rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
+    """Return the arm of rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
     return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
 
 
 def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "token_loss") -> Space:
-    """The space of a selection with trainings of `steps` steps.
+    """Build the space of a selection with trainings of `steps` steps.
 
     Raises:
-        SettingsError: one rank alone where ranks are to be compared.
+        SettingsError: there is only one rank, although ranks are to be compared.
     """
     if len(settings.ranks) < 2 and settings.goal == "training-rank":
         raise SettingsError(
@@ -113,7 +114,7 @@ def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "tok
         goal=settings.goal,
         margin=settings.margin,
         metric=name,
-        kind=metric_kind(name, higher_is_better, loss_kind),
+        kind=infer_metric_kind(name, higher_is_better, loss_kind),
         higher_is_better=higher_is_better,
         points_are_losses=settings.points_metric != name,
         budget_steps=None if settings.budget_trainings is None else settings.budget_trainings * steps,
@@ -123,7 +124,7 @@ def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "tok
 
 @dataclass(slots=True)
 class Trials:
-    """The outcomes of the arms that a script asked for so far."""
+    """The outcomes of the arms that a strategy has requested so far."""
 
     space: Space
     outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
@@ -141,15 +142,16 @@ class Trials:
         return isinstance(self.outcomes.get(arm), TrialDiverged)
 
     def get_loss(self, arm: Arm) -> float | None:
-        """The held-out value, oriented so that lower is better; None without a result."""
+        """Return the held-out value for which lower is better; None without a result."""
         outcome = self.get_finished(arm)
         return None if outcome is None else orient_value(outcome, self.space)
 
     def get_training(self, rank: int, learning_rate: float) -> TrialFinished | None:
-        """The whole training with the first seed; None without a result."""
+        """Return the full training with the first seed; None without a result."""
         return self.get_trials_by_seed(rank, learning_rate).get(self.space.seeds[0])
 
     def _index_trainings(self) -> dict[int, dict[float, dict[int, TrialFinished]]]:
+        """Return the full trainings by rank, learning rate and seed."""
         for arm, outcome in islice(self.outcomes.items(), self._indexed, None):
             if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished):
                 self._trainings.setdefault(arm.rank, {}).setdefault(arm.learning_rate, {})[arm.seed] = outcome
@@ -157,18 +159,18 @@ class Trials:
         return self._trainings
 
     def list_ranks(self) -> list[int]:
-        """Ranks with a whole training, descending."""
+        """Return the ranks with a full training, descending."""
         return sorted(self._index_trainings(), reverse=True)
 
     def get_training_loss(self, rank: int, learning_rate: float) -> float:
-        """Of the whole training with the first seed; infinite without a result."""
+        """Return the loss of the full training with the first seed; infinite without a result."""
         outcome = self.get_training(rank, learning_rate)
         return math.inf if outcome is None else orient_value(outcome, self.space)
 
     def find_best_learning_rate(self, rank: int) -> float | None:
-        """The learning rate with the best mean, compared on shared seeds as the decision does; None without a result.
+        """Return the learning rate with the best mean, compared on shared seeds as the decision does; None without a result.
 
-        Learning rates at which others collapsed are left out.
+        Learning rates at which some seed collapsed are left out.
         """
         collapsing = {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
         trials = {lr: self.get_trials_by_seed(rank, lr) for lr in sorted(self._index_trainings().get(rank, {}).keys() - collapsing)}
@@ -182,17 +184,18 @@ class Trials:
         return best_learning_rate(losses, is_surely_lower)
 
     def get_trials_by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
-        """Whole trainings of the rank at the learning rate."""
+        """Return the full trainings of the rank at the learning rate."""
         return dict(self._index_trainings().get(rank, {}).get(learning_rate, {}))
 
     def compute_best_loss(self, rank: int) -> float:
+        """Return the mean loss of the rank at its best learning rate; infinite without a result."""
         learning_rate = self.find_best_learning_rate(rank)
         if learning_rate is None:
             return math.inf
         return float(np.mean([orient_value(trial, self.space) for trial in self.get_trials_by_seed(rank, learning_rate).values()]))
 
     def find_reference(self) -> int | None:
-        """The rank with the best mean, compared on shared seeds."""
+        """Return the rank with the best mean, compared on shared seeds."""
         rates = {rank: lr for rank in self.list_ranks() if (lr := self.find_best_learning_rate(rank)) is not None}
         losses = [
             {seed: orient_value(trial, self.space) for seed, trial in self.get_trials_by_seed(rank, lr).items()}
@@ -202,33 +205,39 @@ class Trials:
         return min(by_rank, key=lambda rank: (by_rank[rank], rank), default=None)
 
     def compute_excess(self, rank: int, reference: int) -> Bounds:
-        """How much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
+        """Return how much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
         rates = [(compared_rank, self.find_best_learning_rate(compared_rank)) for compared_rank in (rank, reference)]
         rank_trials, reference_trials = ({} if lr is None else self.get_trials_by_seed(compared_rank, lr) for compared_rank, lr in rates)
         pairs = of_shared_seeds(rank_trials, reference_trials)
         return _compute_excess(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
     def is_within_margin(self, rank: int) -> bool:
-        """Whether the rank's mean, by which the search goes, is within the margin of the reference's."""
+        """Return whether the mean of the rank is within the margin of the reference's mean. The search uses means only."""
         reference = self.find_reference()
         if reference is None or rank not in self.list_ranks() or rank == reference:
             return rank == reference
         return is_within(self.compute_excess(rank, reference).mean, self.space.get_margin(self.compute_best_loss(reference)))
 
     def find_smallest_rank(self) -> int | None:
-        """The result of the walk down from the reference over the ranks trained."""
+        """Return the result of the walk down from the reference over the trained ranks."""
         reference = self.find_reference()
         return None if reference is None else walk_down(self.list_ranks(), reference, self.is_within_margin)
 
 
 def orient_value(outcome: TrialFinished, space: Space) -> float:
-    """The value with lower as better. A training that stopped early may have a loss for its value, whatever the metric."""
+    """Return the value with a sign such that lower is better.
+
+    A training that stopped early may have a loss as its value, whatever the metric.
+    """
     is_negated = space.higher_is_better and outcome.value_metric is None
     return -outcome.value if is_negated else outcome.value
 
 
 def _compute_excess(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
-    """The mean difference of paired outcomes and its bounds over examples and pairs; the mean alone without scores by example."""
+    """Return the mean difference of paired outcomes with its bounds over examples and pairs.
+
+    Without scores by example, the bounds are the mean.
+    """
     pairs = list(pairs)
     mean, difference = _compute_mean_difference(pairs, space), _estimate_difference(pairs, space)
     return Bounds(mean, mean, mean) if difference is None else bounds_of(replace(difference, mean=mean))
@@ -237,9 +246,9 @@ def _compute_excess(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space:
 def is_likely_within(
     pair: tuple[TrialFinished, TrialFinished], space: Space, margin: float, probability: float
 ) -> bool:
-    """Whether the difference is within `margin` with this probability, over seeds and examples.
+    """Return whether the difference is within `margin` with this probability, over seeds and examples.
 
-    Without enough examples there is no probability: then whether the difference itself is.
+    Without enough examples there is no probability; then return whether the difference itself is within the margin.
     """
     mean, difference = _compute_mean_difference([pair], space), _estimate_difference([pair], space)
     if difference is None or difference.examples < MIN_EXAMPLES or not difference.examples_variance:
@@ -254,7 +263,7 @@ def _compute_mean_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]
 
 
 def _estimate_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> Estimate | None:
-    """The paired difference with its variance between examples; None where a pair has no scores by example."""
+    """Return the paired difference with its variance between examples; None if a pair has no scores by example."""
     score_pairs = [(trial.get_weighted_scores(space.metric), reference.get_weighted_scores(space.metric)) for trial, reference in pairs]
     complete_pairs = [(trial_scores, reference_scores) for trial_scores, reference_scores in score_pairs if trial_scores and reference_scores and len(trial_scores[0]) == len(reference_scores[0]) > 1]
     if len(complete_pairs) < len(pairs):

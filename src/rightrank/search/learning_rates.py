@@ -50,7 +50,7 @@ MAX_DEFICIT_AT_TOP = 2.0
 
 
 def find_learning_rate(trials: Trials, rank: int) -> Choice:
-    """Return the best learning rate at `rank`, trained whole, or None if no training finished."""
+    """Find the best learning rate at `rank`, with a full training; return None if no training finished."""
     space = trials.space
     if not _can_look(space):
         yield from _climb(trials, rank)
@@ -67,7 +67,7 @@ def find_learning_rate(trials: Trials, rank: int) -> Choice:
 
 
 def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
-    """The winner among looks at `part` of a training; None if trainings can't stop there or all looks diverged."""
+    """Find the best learning rate after a fraction of the training; None if trainings cannot stop there or all of them diverged."""
     space = trials.space
     learning_rates = space.learning_rates
     best = start = len(learning_rates) // 2
@@ -91,7 +91,7 @@ def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
 
 
 def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
-    """The better of two learning rates with a look at `part`; a look without a result loses."""
+    """Return the better of two learning rates after a fraction of the training. One without a result loses."""
     space = trials.space
     looks = {lr: _early_arm(space, rank, lr, part) for lr in pair}
     scores = {lr: loss for lr, look in looks.items() if (loss := _look_loss(trials, look)) is not None}
@@ -151,7 +151,7 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
 
 
 def _bring_to(trials: Trials, rank: int, learning_rate: float, step: int) -> Generator[Sequence[Arm], None, Arm]:
-    """The arm that trains to `step`, from the latest look at the learning rate that there is."""
+    """Train to `step` from the latest evaluation at the learning rate, and return the arm."""
     looks = (_early_arm(trials.space, rank, learning_rate, part) for part in (QUARTER, LOOK))
     latest = next((look for look in looks if trials.get_finished(look) is not None and look.end < step), None)
     whole = trials.space.make_arm(rank, learning_rate)
@@ -195,9 +195,9 @@ def _climb_one_way(trials: Trials, arms: Sequence[Arm], best: int, step: int) ->
 
 
 def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> bool:
-    """Whether the winner of a climb upward may be a learning rate that is too high to train.
+    """Return whether the winner of a climb upward may be a learning rate that is too high to train.
 
-    It may be if it is worse than the base. Where the base is unknown: if it is the highest of all and gained more than
+    This is the case if it is worse than the base. If the base is unknown: if it is the highest of all and gained more than
     `MAX_PLAUSIBLE_GAIN`.
     """
     base = trials.get_loss(make_base_arm(trials.space.lora_alpha))
@@ -253,10 +253,10 @@ def _challenge(trials: Trials, rank: int, holder: float, challenger: float) -> R
 
 
 def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
-    """The neighbours of `learning_rate` that may make `rank` hold, the one that did better at the top rank first.
+    """Return the neighbours of `learning_rate` with which `rank` may be within the margin, the better one at the top rank first.
 
-    Both where `learning_rate` gave no result. Otherwise a neighbour at which the top rank is about as good, unless the rank
-    fails by far; and the higher neighbour where the rank is undertrained.
+    If `learning_rate` gave no result, return both. Otherwise return a neighbour at which the top rank is about as good, unless the
+    rank fails by far; and the higher neighbour if the rank is undertrained.
     """
     space = trials.space
     place = space.learning_rates.index(learning_rate)
@@ -279,10 +279,10 @@ def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Se
 
 
 def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
-    """Whether more training, rather than more rank, may make the rank hold.
+    """Return whether more training, rather than a larger rank, may bring the rank within the margin.
 
-    It may if the top adapter truncated to this rank holds, and if the rank gained more in the second half of its own
-    training than it still lacks.
+    This is the case if the top adapter truncated to this rank is within the margin, and if the rank gained more in the second half
+    of its own training than it still lacks.
     """
     space = trials.space
     top = trials.compute_best_loss(space.top)
@@ -296,7 +296,7 @@ def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
 
 
 def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> float:
-    """How much worse the top rank is at `neighbour`, at the latest step that both reached; 0 where unknown."""
+    """Return how much worse the top rank is at `neighbour`, at the latest step that both reached; 0 if unknown."""
     space = trials.space
     for step in (space.steps, *(_early_step(space, part) for part in (HALF, QUARTER, LOOK))):
         losses = [_loss_after(trials, space.top, lr, step) for lr in (neighbour, learning_rate)]
@@ -306,7 +306,7 @@ def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> f
 
 
 def _lost_at_top(trials: Trials, learning_rate: float) -> bool:
-    """Whether the top rank at this learning rate ended, or stood halfway, no better than the base."""
+    """Return whether the top rank at this learning rate ended, or was halfway, no better than the base."""
     space, base = trials.space, trials.get_finished(make_base_arm(trials.space.lora_alpha))
     for step in (space.steps, _early_step(space, HALF)):
         loss = _loss_after(trials, space.top, learning_rate, step)
@@ -317,7 +317,7 @@ def _lost_at_top(trials: Trials, learning_rate: float) -> bool:
 
 
 def _loss_after(trials: Trials, rank: int, learning_rate: float, step: int) -> float | None:
-    """The oriented value after `step` steps of a training with the first seed, stopped there or not; None if unknown."""
+    """Return the value after `step` steps of a training with the first seed, whether it stopped there or not; None if unknown."""
     space = trials.space
     for arm, outcome in trials.outcomes.items():
         if (arm.rank, arm.learning_rate, arm.seed) != (rank, learning_rate, space.seeds[0]):
@@ -333,22 +333,22 @@ def _loss_after(trials: Trials, rank: int, learning_rate: float, step: int) -> f
 
 
 def _can_look(space: Space) -> bool:
-    """Whether trainings can stop early, are long enough for a look, and have learning rates to compare."""
+    """Return whether trainings can stop early, are long enough for an early evaluation, and have learning rates to compare."""
     return space.can_stop_early and len(space.learning_rates) > 1 and space.steps >= 1 / LOOK
 
 
 def _early_step(space: Space, part: float) -> int:
-    """The optimizer step at which `part` of a training is done, at least 1."""
+    """Return the optimizer step at which this fraction of a training is complete, at least 1."""
     return max(1, round(part * space.steps))
 
 
 def _early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
-    """A training that stops after `part` of its steps."""
+    """Return a training that stops after this fraction of its steps."""
     return space.make_arm(rank, learning_rate).model_copy(update={"stop_at": _early_step(space, part)})
 
 
 def _annealed(trials: Trials, look: Arm) -> Arm:
-    """The copy of a look that decays to a learning rate of 0 over `ANNEAL` of a training."""
+    """Return the copy of a stopped training that decays to a learning rate of 0 over `ANNEAL` of a training."""
     start = look.stop_at
     assert start is not None
     end = min(trials.space.steps, start + _early_step(trials.space, ANNEAL))
@@ -356,30 +356,33 @@ def _annealed(trials: Trials, look: Arm) -> Arm:
 
 
 def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
-    """The arm that resumes a stopped one and runs to `stop_at`, or to its end."""
+    """Return the arm that resumes a stopped one and runs to `stop_at`, or to its end."""
     before = trials.get_finished(stopped)
     assert before is not None
     return stopped.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
 
 
 def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
-    """Whether a look learned nothing. Learning rates that are too high to train level off, and a higher one may look better."""
+    """Return whether a stopped training learned nothing.
+
+    Learning rates that are too high to train level off, and a higher one may then have a lower loss.
+    """
     base, loss = _look_loss(trials, make_base_arm(trials.space.lora_alpha)), _look_loss(trials, look)
     return base is not None and loss is not None and loss > base
 
 
 def _look_loss(trials: Trials, look: Arm) -> float | None:
-    """The held-out loss, whatever the metric; the oriented value where a table has no loss."""
+    """Return the held-out loss, whatever the metric, or the value if a table has no loss."""
     outcome = trials.get_finished(look)
     return None if outcome is None else outcome.metrics.get("loss", orient_value(outcome, trials.space))
 
 
 def find_learning_rate_cost(space: Space) -> tuple[float, float, float]:
-    """Trainings that the search takes at one rank: expected, at most, and the least with which two ranks are compared.
+    """Return the trainings that the search takes at one rank: expected, at most, and at least to compare two ranks.
 
-    Expected are three looks, two pairs of annealed copies and the rest of the winner. At most are a look and two annealed copies
-    at every learning rate, and each of them whole. The least is the most expensive case of looks and copies, and one training
-    of another rank.
+    Expected are three early evaluations, two pairs of annealed copies and the rest of the winner. At most are an early evaluation and
+    two annealed copies at every learning rate, and a full training of each. The least is the most expensive case of early evaluations
+    and copies, and one training of another rank.
     """
     count = len(space.learning_rates)
     if not _can_look(space):

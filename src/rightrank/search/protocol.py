@@ -1,4 +1,4 @@
-"""What a strategy is: a script, a generator that yields the arms it wants and reads their outcomes.
+"""The interface of a strategy: a script, a generator that yields the arms it needs and reads their outcomes.
 
 Each `ask` replays the script from the beginning over the outcomes so far and stops at the first arms without one. The
 script sees the outcomes of its own arms and nothing else, so that it is a pure function of them.
@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, seconds_of, steps_of
+from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, compute_added_seconds, count_added_steps
 from rightrank.search.history import Requests, Space, Trials, make_base_arm
 
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """The cost of a strategy in whole trainings: the optimizer steps of all its arms over the steps of one training."""
+    """The cost of a strategy in full trainings: the optimizer steps of all its arms over the steps of one training."""
 
     expected: float
     maximum: float
@@ -71,15 +71,16 @@ class Strategy(ABC):
         return CostEstimate(cells, cells, cells, len(self.space.learning_rates) + 1.0, 1 + 3 * cells)
 
     def _count_cells(self) -> int:
+        """Return the number of cells of the rank × learning rate × seed grid."""
         return math.prod(map(len, (self.space.ranks, self.space.learning_rates, self.space.seeds)))
 
     def estimate_arms(self) -> int:
-        """About how many arms `ask` will return in all. The progress display uses it."""
+        """Estimate how many arms `ask` will return in total, for the progress display."""
         cost = self.estimate_cost()
         return min(cost.max_arms, int(self.space.evaluates_base) + round(1.6 * cost.expected))
 
     def estimate_cost(self) -> CostEstimate:
-        """The cost before anything has run, at most the budget of the space; with the base where the space evaluates it."""
+        """Estimate the cost before anything has run, at most the budget of the space, including the base if the space evaluates it."""
         cost, budget, space = self.unbounded_cost(), self.space.budget_steps, self.space
         maximum = cost.maximum if budget is None else min(cost.maximum, budget / space.steps)
         arms = cost.max_arms - 1 + int(space.evaluates_base)
@@ -87,15 +88,15 @@ class Strategy(ABC):
         return CostEstimate(expected, maximum, to_adapter, cost.minimum, arms)
 
     def ask(self, outcomes: Iterable[TrialOutcome]) -> Sequence[Arm]:
-        """The arms to run now. They may run in any order and at the same time."""
+        """Return the arms to run now. They may run in any order and at the same time."""
         return self._replay(outcomes)[1]
 
     def replay_trials(self, outcomes: Iterable[TrialOutcome]) -> Trials:
-        """What the script has seen of the outcomes, its answer to the first question, and its lines for a person."""
+        """Return the outcomes that the script has seen, the deployment rank that it found, and its notes for the user."""
         return self._replay(outcomes)[0]
 
     def _replay(self, outcomes: Iterable[TrialOutcome]) -> tuple[Trials, list[Arm]]:
-        """The point that the script reaches: its trials, and the arms it waits for."""
+        """Replay the script; return its trials and the arms that it waits for."""
         trials, outcomes_by_arm = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}
         finished = {outcome.trial_id: outcome for outcome in outcomes_by_arm.values() if isinstance(outcome, TrialFinished)}
         limits = self.space.budget_steps, self.space.budget_seconds
@@ -107,7 +108,7 @@ class Strategy(ABC):
             for arm in requested_arms:
                 if arm in trials.outcomes:
                     continue
-                steps = steps_of(arm, finished)
+                steps = count_added_steps(arm, finished)
                 outcome = outcomes_by_arm.get(arm)
                 pace = spent_seconds / spent_steps if spent_steps else 0.0
                 spent_steps += steps
@@ -119,7 +120,7 @@ class Strategy(ABC):
                     continue
                 trials.outcomes[arm] = outcome
                 if isinstance(outcome, TrialFinished):
-                    spent_seconds += seconds_of(outcome, finished)
+                    spent_seconds += compute_added_seconds(outcome, finished)
             if waiting:
                 return trials, waiting
         return trials, []

@@ -1,4 +1,7 @@
-"""`upward`: from the smallest rank upward, in whole trainings, with the seed noise measured first. For reinforcement learning."""
+"""The `upward` strategy: trains from the smallest rank upward, without early stopping, and measures the seed noise first.
+
+It is meant for reinforcement learning.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ NEIGHBOUR_COUNT = 1  # learning rates to either side of the previous rank's best
 
 
 class Upward(Strategy):
-    """All learning rates at the smallest rank; the seed noise there; then higher ranks until one gains less than the margin.
+    """Trains all learning rates at the smallest rank, measures the seed noise there, and then trains higher ranks until one gains too little.
 
     In reinforcement learning the values of the first fifth of a run say little about its end, and the fastest runs collapse.
-    So every training is whole: no learning rate is dropped for being behind early, and none is kept for being ahead early.
-    A learning rate at which a seed collapses counts only where all of its rank do.
+    So every training is complete: no learning rate is dropped or selected for its early values. A learning rate at which a seed
+    collapses counts only if every learning rate of its rank has such a seed.
     """
 
     name = "upward"
@@ -50,7 +53,7 @@ class Upward(Strategy):
     def _train_seeds(
         self, trials: Trials, rank: int, seeds: Sequence[int]
     ) -> Generator[Sequence[Arm], None, float | None]:
-        """Train the seeds at the best learning rate, until it stays the best; return it, or None without a result."""
+        """Train the seeds at the best learning rate until it stays the best; return it, or None without a result."""
         while True:
             best = trials.find_best_learning_rate(rank)
             if best is None:
@@ -61,7 +64,7 @@ class Upward(Strategy):
             yield missing
 
     def _select_seeds(self, trials: Trials, rank: int, learning_rate: float | None) -> Sequence[int]:
-        """As many seeds as the measured noise needs, at most those of the space; a note states the figures."""
+        """Return as many seeds as the measured noise requires, at most those of the space. A note states the numbers."""
         space, values = self.space, []
         if learning_rate is not None:
             values = [orient_value(trial, space) for trial in trials.get_trials_by_seed(rank, learning_rate).values()]
@@ -79,7 +82,7 @@ class Upward(Strategy):
         return space.seeds[:needed]
 
     def _select_neighbours(self, learning_rate: float | None) -> Sequence[float]:
-        """The learning rate and its neighbours; all of them where none is known."""
+        """Return the learning rate and its neighbours; all learning rates if it is None."""
         rates = self.space.learning_rates
         if learning_rate is None:
             return rates
@@ -87,7 +90,7 @@ class Upward(Strategy):
         return rates[max(0, index - NEIGHBOUR_COUNT) : index + NEIGHBOUR_COUNT + 1]
 
     def has_gain(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
-        """Whether the rank's mean is better than the best of the lower ranks by more than the margin."""
+        """Return whether the mean of the rank is better than the best of the lower ranks by more than the margin."""
         best = min((trials.compute_best_loss(lower_rank) for lower_rank in lower), default=math.inf)
         return best - trials.compute_best_loss(rank) > self.space.get_margin(best)
 

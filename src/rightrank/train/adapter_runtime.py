@@ -15,8 +15,8 @@ from rightrank.models.adapter_folders import BASE_FILE, CONFIG_FILE
 from rightrank.models.adapter_reader import AdapterFolder
 from rightrank.models.base_models import BaseIdentity, LoadedModel, load_base
 from rightrank.models.model_sources import normalize_model_name, require_model
-from rightrank.schema.errors import ModelError, SettingsError, first_line
-from rightrank.schema.events import Evaluating
+from rightrank.schema.errors import ModelError, SettingsError, get_first_line
+from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode_splits
@@ -95,13 +95,13 @@ def _require_named_base(adapter: AdapterFolder, name: str) -> None:
         ) from None
 
 
-def report_evaluation_progress(runtime: Runtime, description: str, report: Callable[[Evaluating], None]) -> None:
+def report_evaluation_progress(runtime: Runtime, description: str, report: Callable[[EvaluationProgress], None]) -> None:
     """Report the progress of the runtime's evaluations under `description` from now on."""
     start_time = time.perf_counter()
 
     def on_evaluated(items: int, of_items: int) -> None:
         seconds = time.perf_counter() - start_time
-        report(Evaluating(what=description, examples=items, total_examples=of_items, seconds=seconds))
+        report(EvaluationProgress(what=description, examples=items, total_examples=of_items, seconds=seconds))
 
     runtime.on_evaluated = on_evaluated
 
@@ -142,7 +142,7 @@ def read_identity(file: Path) -> BaseIdentity:
         return BaseIdentity.model_validate(read_json_object(file))
     except (UnreadableError, ValidationError) as error:
         raise ModelError(
-            f"{file}: does not identify a base ({first_line(error)}); copy the adapter again, or remove the file"
+            f"{file}: does not identify a base ({get_first_line(error)}); copy the adapter again, or remove the file"
         ) from None
 
 

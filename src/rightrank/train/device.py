@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rightrank.models.kinds.base import set_training_mode
-from rightrank.schema.errors import first_line, is_out_of_memory
+from rightrank.schema.errors import get_first_line, is_out_of_memory
 
 _STATUS_FILE = Path("/proc/self/status")
 _CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
@@ -32,7 +32,7 @@ def catch_out_of_memory() -> Iterator[list[str]]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reasons.append(first_line(error))
+        reasons.append(get_first_line(error))
 
 
 def free_memory(device: torch.device) -> None:

@@ -73,7 +73,7 @@ def train_trials(
         trial_folders = folders(trial)
         if trial_folders.truncate_from is not None and trial_folders.moments is not None:
             for notice in ensure_moments(runtime, trial.arm, trial_folders.truncate_from, trial_folders.moments):
-                listener.notice(notice)
+                listener.send_notice(notice)
     if training_trials:
         with (
             MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
@@ -224,7 +224,7 @@ class _TrainingLoop:
     def _reduce_limit(self, limit: int, attempted: int) -> None:
         self._limit = limit
         device = self._runtime.loaded.device
-        self._listener.notice(f"{attempted} adapters per pass ran out of memory on {device}: continuing with {limit}")
+        self._listener.send_notice(f"{attempted} adapters per pass ran out of memory on {device}: continuing with {limit}")
 
     def _remove_ended(self) -> Iterator[TrialOutcome]:
         """Remove the arms that have ended and yield their outcomes, failures first."""

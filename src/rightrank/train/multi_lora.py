@@ -25,7 +25,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.data.token_store import IGNORED
 from rightrank.models.kinds import find_kind
-from rightrank.models.kinds.base import CurrentRouting, InitialDraw, Factors, Routing
+from rightrank.models.kinds.base import CurrentRouting, Factors, InitialDraw, Routing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch

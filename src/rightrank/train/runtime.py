@@ -20,8 +20,8 @@ from rightrank.models.adapter_folders import CONFIG_FILE
 from rightrank.models.adapter_writer import ensure_peft_format
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Factors, Routing, set_training_mode
-from rightrank.schema.errors import LIBRARY_ERRORS, InterruptedRun, ModelError, first_line, is_out_of_memory
-from rightrank.schema.events import Evaluating
+from rightrank.schema.errors import LIBRARY_ERRORS, InterruptedRun, ModelError, get_first_line, is_out_of_memory
+from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
 from rightrank.train.batches import Batch, CacheBatches, batch_by_length, collate, plan_batches
@@ -88,7 +88,7 @@ class Runtime:
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)
             self._reference = Reference(self._make_cache_batches(), self._compute_log_probabilities)
 
-    def prepare(self, on_progress: Callable[[Evaluating], None], should_stop: Callable[[], bool]) -> None:
+    def prepare(self, on_progress: Callable[[EvaluationProgress], None], should_stop: Callable[[], bool]) -> None:
         """Compute the results of the base alone for the training examples that the arms will use, and report progress.
 
         These are the states of the frozen prefix, and the reference log-probabilities of preference pairs.
@@ -105,7 +105,7 @@ class Runtime:
                 seconds = time.perf_counter() - start_time
                 description = "frozen layers, once for all trials"
                 on_progress(
-                    Evaluating(what=description, examples=num_done, total_examples=len(expected), seconds=seconds)
+                    EvaluationProgress(what=description, examples=num_done, total_examples=len(expected), seconds=seconds)
                 )
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")
@@ -261,7 +261,7 @@ class Runtime:
             )
             raise ModelError(
                 f"{self.loaded.name}: the base itself fails, without any adapter, on texts of up to {longest.input_ids.shape[1]} tokens "
-                f"({type(error).__name__}: {first_line(error)}); {hint}"
+                f"({type(error).__name__}: {get_first_line(error)}); {hint}"
             ) from error
 
     def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
@@ -340,7 +340,7 @@ def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         hint = runtime.settings.load_error_hint("give the base that it was trained on")
         raise ModelError(
-            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); {hint}"
+            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({get_first_line(error)}); {hint}"
         ) from None
     peft_model.train(False)
     try:

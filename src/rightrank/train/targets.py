@@ -20,8 +20,8 @@ from rightrank.models.kinds import WRAPPER_SUFFIX, find_kind
 from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.ranks import convert_scaling
-from rightrank.schema.errors import ModelError, did_you_mean, first_line
-from rightrank.schema.settings import TAKEN_FROM_BASE, PeftFields, SelectSettings
+from rightrank.schema.errors import ModelError, suggest_name, get_first_line
+from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS, PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
 
 ALL_LINEAR = "all-linear"
@@ -91,7 +91,7 @@ class Targets:
     @property
     def initial_values_note(self) -> str:
         """Return a note if the adapters take their initial values from the base's weights; otherwise an empty string."""
-        if self.init not in TAKEN_FROM_BASE:
+        if self.init not in BASE_DEPENDENT_INITIALIZATIONS:
             return ""
         return f"init_lora_weights {self.init}: an adapter that is trained at rank r loads on the base as a plain LoRA of rank 2r"
 
@@ -116,7 +116,7 @@ def find_targets(model: Any, settings: SelectSettings, is_classification: bool) 
         with suppress_peft_warnings():
             get_peft_model(skeleton, make_lora_config(settings, probe, is_classification, names, parameters))
     except (ValueError, TypeError) as error:
-        reason = first_line(error)
+        reason = get_first_line(error)
         if reason.startswith(("Target modules", "No modules", "No `target_modules`")):
             raise ModelError(f"PEFT finds no module to adapt ({reason}); {_describe_linear_modules(model)}") from None
         refusal = f"PEFT can't make this adapter: {reason.rstrip('.')}; change the settings of the adapter"
@@ -172,7 +172,7 @@ def require_targets(model: Any, settings: PeftFields, is_classification: bool) -
         if not any(_has_name(target, name) for name in parameters):
             stacked = {".".join(name.rsplit(".", 3)[-3:]) for name, value in parameters.items() if value.dim() == 3}
             available = f"; parameters of experts there are: {', '.join(sorted(stacked)) or 'none'}"
-            suggestion = did_you_mean(target, stacked)
+            suggestion = suggest_name(target, stacked)
             raise ModelError(f"target_parameters: no parameter is named {target!r}{suggestion or available}")
 
 
@@ -280,7 +280,7 @@ def _require_initial_values(module: TargetModule, skeleton: Any, init_method: st
     layer = None if problem else skeleton.get_submodule(module.name).get_base_layer()
     if init_method == "olora" and type(layer).__name__ == "Conv1D":
         problem = "is a Conv1D, of which PEFT's OLoRA takes the transposed matrix"
-    if init_method in TAKEN_FROM_BASE and getattr(skeleton.config, "quantization_config", None) is not None:
+    if init_method in BASE_DEPENDENT_INITIALIZATIONS and getattr(skeleton.config, "quantization_config", None) is not None:
         problem = "is stored in fewer bits, and it takes its first values out of whole weights"
     if problem:
         raise ModelError(
@@ -344,7 +344,7 @@ def build_common_fields(settings: PeftFields, is_classification: bool) -> dict[s
     return {
         "task_type": _get_task_type(is_classification),
         "layers_to_transform": None if layers is None else list(layers),
-        **settings.lora_config(),
+        **settings.build_lora_config(),
     }
 
 

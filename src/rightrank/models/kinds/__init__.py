@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from rightrank.models.kinds.base import AdapterKind, InitialDraw, Factors, Layout, StoredPair
+from rightrank.models.kinds.base import AdapterKind, Factors, InitialDraw, Layout, StoredPair
 from rightrank.models.kinds.linear import Linear
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -146,7 +146,9 @@ class _Experts(AdapterKind):
 
     def address(self, pair: StoredPair) -> str:
         """The parameter's name in the base: that of the wrapper at this depth."""
-        parameters = sorted(_find_target_parameters(pair), key=lambda name: any(part in name for part in LAST_PARAMETERS))
+        parameters = sorted(
+            _find_target_parameters(pair), key=lambda name: any(part in name for part in LAST_PARAMETERS)
+        )
         depth = pair.module.count(WRAPPER_SUFFIX)
         parameter = parameters[max(0, len(parameters) - 1 - depth)]
         return f"{pair.module.replace(WRAPPER_SUFFIX, '')}.{parameter}"

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rightrank.models.kinds.base import AdapterKind, CurrentRouting, InitialDraw, Factors, RowSpan, Routing, StoredPair
-from rightrank.schema.settings import TAKEN_FROM_BASE
+from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Factors, InitialDraw, Routing, RowSpan, StoredPair
+from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS
 
 
 class Linear(AdapterKind):
@@ -52,7 +52,7 @@ class Linear(AdapterKind):
         return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
 
     def start(self, module: Any, adapter: str, draw: InitialDraw) -> None:
-        if draw.init not in ("orthogonal", *TAKEN_FROM_BASE):
+        if draw.init not in ("orthogonal", *BASE_DEPENDENT_INITIALIZATIONS):
             super().start(module, adapter, draw)
             return
         a, b = module.lora_A[adapter], module.lora_B[adapter]
@@ -252,7 +252,10 @@ def _stack_factors(
     begin = 0
     for group in groups:
         end = begin + len(group.parts)
-        yield _stack_tensors(adapters[begin:end]).to(dtype), _stack_tensors(adapters[count + begin : count + end]).to(dtype)
+        yield (
+            _stack_tensors(adapters[begin:end]).to(dtype),
+            _stack_tensors(adapters[count + begin : count + end]).to(dtype),
+        )
         begin = end
 
 

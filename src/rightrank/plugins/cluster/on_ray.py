@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rightrank.plugins.cluster.worker import StopTask, Task, Worker, WorkerLost, WorkerMessage, WorkerSetup
-from rightrank.schema.errors import InputError, MissingExtraError, RunError, described
+from rightrank.schema.errors import InputError, MissingExtraError, RunError, describe_error
 
 # Environment variables that workers inherit from this process.
 INHERITED_VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
@@ -39,7 +39,7 @@ class RayWorker(Worker):
 
     def close(self) -> None:
         super().close()
-        self._sent.set_parameters(None)  # ends the stream of messages
+        self._sent.put(None)  # ends the stream of messages
 
     def messages(self) -> Iterator[WorkerMessage]:
         while (message := self._sent.get()) is not None:
@@ -203,7 +203,7 @@ def connect() -> Any:
 def _describe_loss(error: Exception) -> WorkerLost:
     """Build a `WorkerLost` from Ray's error, with the sentence that states why the actor was lost."""
     text = str(error)
-    reason = next((line.strip().split(". ")[0] for line in text.splitlines() if " because " in line), described(error))
+    reason = next((line.strip().split(". ")[0] for line in text.splitlines() if " because " in line), describe_error(error))
     is_machine_lost = "its node has died" in text or type(error).__name__ == "ActorUnavailableError"
     return WorkerLost(reason, is_machine_lost=is_machine_lost)
 

@@ -22,7 +22,7 @@ from rightrank.plugins.cluster.worker import (
     WorkerReady,
 )
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
-from rightrank.schema.events import Evaluating, Listener, Notice, StepDone
+from rightrank.schema.events import EvaluationProgress, Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
 
 MAX_LOSSES = 3  # number of workers that a trial may lose without progress before it counts as failed
@@ -178,7 +178,7 @@ class WorkerPool:
                 raise (InputError if message.exit_status == 2 else RunError)(message.reason)
             case TaskEnded():
                 yield from self._requeue_trials(worker, WorkerLost(f"{name} left it unfinished"))
-            case StepDone() | Evaluating():
+            case StepDone() | EvaluationProgress():
                 if worker.is_stepping:
                     worker.longest_silence = max(worker.longest_silence, now - last_message)
                 worker.is_stepping = True

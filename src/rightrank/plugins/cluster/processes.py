@@ -91,10 +91,10 @@ class ProcessBackend:
         """Forward a worker's messages from its own thread, and report the worker as lost when they end."""
         with suppress(EOFError, ConnectionError):
             while True:
-                self._messages.set_parameters((worker, pipe.recv()))
+                self._messages.put((worker, pipe.recv()))
         with suppress(subprocess.TimeoutExpired):
             popen.wait(timeout=EXIT_SECONDS)
-        self._messages.set_parameters((worker, _describe_loss(popen.poll(), log)))
+        self._messages.put((worker, _describe_loss(popen.poll(), log)))
 
 
 def _describe_loss(status: int | None, log: Path) -> WorkerLost:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
-from rightrank.schema.events import Evaluating, Event, Listener, Notice, StepDone
+from rightrank.schema.events import EvaluationProgress, Event, Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
 from rightrank.version import __version__
 
@@ -90,7 +90,7 @@ class WorkerLost:
 
 
 WorkerMessage: TypeAlias = (
-    WorkerReady | TaskEnded | SelectionRefused | Notice | StepDone | Evaluating | TrialStarted | TrialOutcome
+    WorkerReady | TaskEnded | SelectionRefused | Notice | StepDone | EvaluationProgress | TrialStarted | TrialOutcome
 )
 Send: TypeAlias = Callable[[WorkerMessage], None]
 
@@ -190,7 +190,7 @@ class Worker(Listener):
         now = time.monotonic()
         if isinstance(event, TrialStarted | Notice):
             self._send(event)
-        elif isinstance(event, StepDone | Evaluating) and now - self._last_step >= STEP_SECONDS:
+        elif isinstance(event, StepDone | EvaluationProgress) and now - self._last_step >= STEP_SECONDS:
             self._last_step = now
             self._send(event)
 

@@ -26,9 +26,9 @@ from rightrank.cli.options import (
 from rightrank.models.ranks import LARGE_RANK, format_rank_change, format_rate_warning
 from rightrank.report.format import format_bytes
 from rightrank.runs.plugins import Plugin
-from rightrank.schema.command import arguments_of
+from rightrank.schema.command import build_arguments
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.setting_table import given_values
+from rightrank.schema.setting_table import get_explicit_values
 
 SILENT_SECONDS = 2.0  # after which `plan` reports what it traces
 
@@ -58,7 +58,7 @@ def plan(
     """
     from rightrank.models.model_sources import require_model
 
-    settings = PlanSettings(**given_values(settings) | keywords)
+    settings = PlanSettings(**get_explicit_values(settings) | keywords)
     require_model(model)  # before the imports that load torch
     from rightrank.models.base_models import read_device_memory
     from rightrank.plugins.plan.planner import plan_config
@@ -159,7 +159,7 @@ def _format_fit(plan: Plan, memory: int) -> str:
     if plan.max_rank is None:
         rows = PlanSettings.model_fields
         changes = shlex.join(
-            word for name, value in plan.changes.items() for word in arguments_of(name, rows[name], value)
+            word for name, value in plan.changes.items() for word in build_arguments(name, rows[name], value)
         )
         advice = f"it fits with {changes}" if changes else "no change of the step's settings makes it fit"
         return f"no requested rank fits in {format_bytes(memory)}; rank {plan.ranks[0].rank}: {advice}"

@@ -22,7 +22,7 @@ from rightrank.models.kinds.linear import collect_combined_factors
 from rightrank.plugins.plan.peak import Peak, estimate_optimizer_memory, simulate_peak
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, build_skeleton
 from rightrank.plugins.plan.trace import StepTrace, trace_step
-from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
+from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, get_first_line
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.results import RankPlan
 
@@ -192,7 +192,7 @@ class Estimator:
             except TRACING_ERRORS as error:
                 raise UntraceableError(
                     f"the memory of {self._config.model_type} cannot be planned, because its training step cannot be traced "
-                    f"({type(error).__name__}: {first_line(error)})"
+                    f"({type(error).__name__}: {get_first_line(error)})"
                 ) from None
         return self._traces[rank, training]
 

@@ -12,7 +12,7 @@ from rightrank.models.base_models import LoadedModel, read_device_memory, is_sup
 from rightrank.plugins.plan.estimate import Estimator, SharedPassError, UntraceableError, estimate_context_bytes
 from rightrank.report.format import format_bytes
 from rightrank.runs.plugins import MemoryPlan
-from rightrank.schema.command import arguments_of
+from rightrank.schema.command import build_arguments
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings
 from rightrank.schema.results import Plan, RankPlan
@@ -275,7 +275,7 @@ def _format_refusal(estimator: Estimator, needs: dict[int, int], memory: int) ->
     changes = find_fitting_changes(estimator, min(needs))
     rows = SelectSettings.model_fields
     advice = shlex.join(
-        word for name in changes if name in rows for word in arguments_of(name, rows[name], changes[name])
+        word for name in changes if name in rows for word in build_arguments(name, rows[name], changes[name])
     )
     return (
         f"rank {smallest} needs {format_bytes(needs[smallest])} of memory ({format_bytes(tensors)} for tensors, the rest for the "
