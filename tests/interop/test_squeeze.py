@@ -31,7 +31,7 @@ from tests.tiny import write_pairs
 pytestmark = pytest.mark.trains
 
 STEPS = 12
-ARCHIVE = Path(__file__).parents[2] / "docs" / "explanation" / "science.md"
+ARCHIVE = Path(__file__).parents[2] / "benchmarks" / "README.md"
 
 
 def test_the_figures_of_the_study_are_those_of_the_archive() -> None:
