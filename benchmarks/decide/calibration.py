@@ -215,26 +215,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", type=int, default=30)
     parser.add_argument("--short", action="store_true")
-    asked = parser.parse_args()
-    begun = time.perf_counter()
-    found = [judge_world(world, asked.tables, SEED + place) for place, world in enumerate(list_worlds(asked.short))]
-    print_table(found)
-    totals = summarize(found)
+    arguments = parser.parse_args()
+    start_time = time.perf_counter()
+    results = [judge_world(world, arguments.tables, SEED + number) for number, world in enumerate(list_worlds(arguments.short))]
+    print_table(results)
+    totals = summarize(results)
     print(json.dumps(totals, indent=1))
-    if asked.short:
+    if arguments.short:
         return
-    shares = measure_undecided_by_noise(asked.tables, SEED)
-    at_margin = measure_at_margin(30 * asked.tables, SEED)
+    shares = measure_undecided_by_noise(arguments.tables, SEED)
+    at_margin = measure_at_margin(30 * arguments.tables, SEED)
     totals["named at the margin, noisy seeds, worst"] = max(at_margin.values())
     draw_undecided(shares, HERE / "undecided.svg")
     result = {
         "machine": machine(),
         "seed": SEED,
-        "seconds": round(time.perf_counter() - begun),
+        "seconds": round(time.perf_counter() - start_time),
         "summary": totals,
         "undecided_by_noise": shares,
         "at_the_margin": at_margin,
-        "worlds": [asdict(one) for one in found],
+        "worlds": [asdict(one) for one in results],
     }
     (HERE / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -68,7 +68,7 @@ class Shares:
     false_fallback: float  # a `fallback_rank` is worse than the margin
 
 
-class Before(Evidence):
+class UncorrectedEvidence(Evidence):
     """The evidence with the winner's curse of the best rank at the means as they are shown."""
 
     @cached_property
@@ -79,15 +79,15 @@ class Before(Evidence):
         return winners_gap(means, about_the_best(variances))
 
 
-def true_losses(design: Design, generator: np.random.Generator) -> Floats:
+def draw_true_losses(design: Design, generator: np.random.Generator) -> Floats:
     """[ranks, learning rates] true means; the best learning rate of a rank differs from rank to rank."""
     ranks = np.array(RANKS, dtype=np.float64)
-    enough, exponent = 2.0 ** generator.uniform(0.5, 5.0), generator.uniform(0.38, 0.8)
+    sufficient_rank, exponent = 2.0 ** generator.uniform(0.5, 5.0), generator.uniform(0.38, 0.8)
     curve = np.full(len(ranks), 2.0)
     if design.shape in ("power", "u_shaped"):
-        curve = 2.0 + MARGIN * (ranks / enough) ** -exponent
+        curve = 2.0 + MARGIN * (ranks / sufficient_rank) ** -exponent
     if design.shape == "u_shaped":
-        curve = curve + MARGIN * generator.uniform(0.05, 0.4) * np.maximum(0.0, np.log2(ranks / enough)) ** 2
+        curve = curve + MARGIN * generator.uniform(0.05, 0.4) * np.maximum(0.0, np.log2(ranks / sufficient_rank)) ** 2
     if design.shape == "rising":
         curve = 2.0 + MARGIN * generator.uniform(0.5, 3.0) * (6 - np.log2(ranks))
     scale = MARGIN * generator.choice([0.3, 1.5])
@@ -107,59 +107,59 @@ def draw_table(design: Design, losses: Floats, generator: np.random.Generator) -
     sums = means[..., None]
     if design.examples:
         weights = generator.integers(5, 60, size=design.examples).astype(np.float64)
-        own = generator.standard_normal((ranks, design.examples))
+        example_effects = generator.standard_normal((ranks, design.examples))
         if design.rare:
-            far = 8 * np.abs(generator.standard_normal(own.shape)) - 0.08 * np.sqrt(2 / np.pi)
-            own = np.where(generator.random(own.shape) < 0.01, far, 0.3 * own - 0.08 * np.sqrt(2 / np.pi))
-        rest = generator.standard_normal((*means.shape, design.examples))
+            far = 8 * np.abs(generator.standard_normal(example_effects.shape)) - 0.08 * np.sqrt(2 / np.pi)
+            example_effects = np.where(generator.random(example_effects.shape) < 0.01, far, 0.3 * example_effects - 0.08 * np.sqrt(2 / np.pi))
+        residuals = generator.standard_normal((*means.shape, design.examples))
         level = 0.6 * generator.standard_normal(design.examples)
-        sums = (sums + level + design.spread * (own[:, None, None, :] + rest)) * weights
+        sums = (sums + level + design.spread * (example_effects[:, None, None, :] + residuals)) * weights
     cells = {
-        (rank, learning_rate(rate), seed): Cell(
+        (rank, get_learning_rate(rate), seed): Cell(
             f"{rank}-{rate}-{seed}",
-            float(sums[place, rate, seed].sum() / weights.sum()),
-            sums[place, rate, seed],
+            float(sums[index, rate, seed].sum() / weights.sum()),
+            sums[index, rate, seed],
             weights,
         )
-        for place, rank in enumerate(RANKS)
+        for index, rank in enumerate(RANKS)
         for rate in range(rates)
         for seed in range(design.seeds)
     }
     return ScoreTable("loss", False, cells)
 
 
-def learning_rate(place: int) -> float:
-    return float(10.0 ** -(place + 2))
+def get_learning_rate(index: int) -> float:
+    return float(10.0 ** -(index + 2))
 
 
-def study(design: Design, tables: int, seed: int) -> dict[str, Shares]:
+def judge_design(design: Design, tables: int, seed: int) -> dict[str, Shares]:
     """The shares of both methods on the same tables."""
     generator = np.random.default_rng(seed)
     rows: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     for _ in range(tables):
-        losses = true_losses(design, generator)
+        losses = draw_true_losses(design, generator)
         table = draw_table(design, losses, generator)
-        for method, evidence in (("before", Before(table)), ("after", Evidence(table))):
-            rows[method].append(_row(compare(evidence, MARGIN), losses))
-    return {method: Shares(*np.mean(found, axis=0).tolist()) for method, found in rows.items()}
+        for method, evidence in (("before", UncorrectedEvidence(table)), ("after", Evidence(table))):
+            rows[method].append(_judge_comparison(compare(evidence, MARGIN), losses))
+    return {method: Shares(*np.mean(values, axis=0).tolist()) for method, values in rows.items()}
 
 
-def _row(found: Comparison, losses: Floats) -> list[float]:
-    rates = {rank: one.learning_rate for rank, one in found.evidence.contenders.items()}
-    places = {learning_rate(place): place for place in range(losses.shape[1])}
-    true = {rank: float(losses[place, places[rates[rank]]]) for place, rank in enumerate(RANKS)}
-    reference, best = found.reference.rank, losses.min(axis=1)
-    others = [(found.by_rank[rank], true[rank] - true[reference]) for rank in RANKS if rank != reference]
+def _judge_comparison(comparison: Comparison, losses: Floats) -> list[float]:
+    rates = {rank: rank_comparison.learning_rate for rank, rank_comparison in comparison.evidence.contenders.items()}
+    rate_indices = {get_learning_rate(index): index for index in range(losses.shape[1])}
+    true = {rank: float(losses[index, rate_indices[rates[rank]]]) for index, rank in enumerate(RANKS)}
+    reference, best = comparison.reference.rank, losses.min(axis=1)
+    differences = [(comparison.by_rank[rank], true[rank] - true[reference]) for rank in RANKS if rank != reference]
     excess = {rank: loss - float(best.min()) for rank, loss in true.items()}
     behind = dict(zip(RANKS, best - best.min(), strict=True))
     right = walk_down(RANKS, RANKS[int(np.argmin(best))], lambda rank: is_within(float(behind[rank]), MARGIN))
-    named = None if verdict_of(found) == "undecided" else found.chosen
-    fallback = shown_rank(found)
+    named = None if verdict_of(comparison) == "undecided" else comparison.chosen
+    fallback = shown_rank(comparison)
     return [
-        float(np.mean([difference <= one.high for one, difference in others])),
-        float(np.mean([difference >= one.low for one, difference in others])),
-        float(np.mean([one.non_inferior is False for one, _ in others])),
-        float(np.mean([one.non_inferior is False and difference <= MARGIN for one, difference in others])),
+        float(np.mean([difference <= rank_comparison.high for rank_comparison, difference in differences])),
+        float(np.mean([difference >= rank_comparison.low for rank_comparison, difference in differences])),
+        float(np.mean([rank_comparison.non_inferior is False for rank_comparison, _ in differences])),
+        float(np.mean([rank_comparison.non_inferior is False and difference <= MARGIN for rank_comparison, difference in differences])),
         float(named is not None),
         float(named is not None and excess[named] > MARGIN),
         float(named is not None and named > 2 * right),
@@ -167,7 +167,7 @@ def _row(found: Comparison, losses: Floats) -> list[float]:
     ]
 
 
-def designs() -> list[Design]:
+def list_designs() -> list[Design]:
     """With two seeds or more; then one seed, where the noise over seeds is left out, as the bounds leave it out."""
     kinds = list(product((0, EXAMPLES), (False, True), (1, 3), SHAPES))
     several = [
@@ -179,21 +179,21 @@ def designs() -> list[Design]:
     ]
 
 
-def summary(found: Sequence[tuple[Design, dict[str, Shares]]]) -> dict[str, dict[str, dict[str, float]]]:
+def summarize(results: Sequence[tuple[Design, dict[str, Shares]]]) -> dict[str, dict[str, dict[str, float]]]:
     """Means over designs, each with its own weight: by noise, by number of seeds, and of all with two seeds or more."""
-    several = [(design, shares) for design, shares in found if design.seeds > 1]
+    several = [(design, shares) for design, shares in results if design.seeds > 1]
     groups = {"two seeds or more": several}
-    groups |= {f"seed noise {noise:g}": [one for one in several if one[0].noise == noise] for noise in NOISES}
-    groups |= {f"{seeds} seeds": [one for one in several if one[0].seeds == seeds] for seeds in (2, 3, 5)}
+    groups |= {f"seed noise {noise:g}": [result for result in several if result[0].noise == noise] for noise in NOISES}
+    groups |= {f"{seeds} seeds": [result for result in several if result[0].seeds == seeds] for seeds in (2, 3, 5)}
     groups |= {
-        "several learning rates": [one for one in several if one[0].learning_rates > 1],
-        "rare large differences": [one for one in several if one[0].rare],
-        "one seed": [one for one in found if one[0].seeds == 1],
+        "several learning rates": [result for result in several if result[0].learning_rates > 1],
+        "rare large differences": [result for result in several if result[0].rare],
+        "one seed": [result for result in results if result[0].seeds == 1],
     }
-    return {name: {method: _means(group, method) for method in METHODS} for name, group in groups.items() if group}
+    return {name: {method: _compute_means(group, method) for method in METHODS} for name, group in groups.items() if group}
 
 
-def _means(group: Sequence[tuple[Design, dict[str, Shares]]], method: str) -> dict[str, float]:
+def _compute_means(group: Sequence[tuple[Design, dict[str, Shares]]], method: str) -> dict[str, float]:
     names = list(Shares.__dataclass_fields__)
     values = np.array([[getattr(shares[method], name) for name in names] for _, shares in group])
     means = dict(zip(names, values.mean(axis=0).tolist(), strict=True))
@@ -207,21 +207,21 @@ def _means(group: Sequence[tuple[Design, dict[str, Shares]]], method: str) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=int, default=40)
-    asked = parser.parse_args()
-    begun = time.perf_counter()
-    found = [(design, study(design, asked.tables, SEED + place)) for place, design in enumerate(designs())]
-    totals = summary(found)
+    arguments = parser.parse_args()
+    start_time = time.perf_counter()
+    results = [(design, judge_design(design, arguments.tables, SEED + number)) for number, design in enumerate(list_designs())]
+    totals = summarize(results)
     for name, by_method in totals.items():
         for method, shares in by_method.items():
             print(f"{name:24} {method:7}", " ".join(f"{key} {value:.3f}" for key, value in shares.items()))
-    if asked.tables < parser.get_default("tables"):
+    if arguments.tables < parser.get_default("tables"):
         return
     result = {
         "machine": machine(),
         "seed": SEED,
-        "tables": asked.tables,
-        "designs": len(found),
-        "seconds": round(time.perf_counter() - begun),
+        "tables": arguments.tables,
+        "designs": len(results),
+        "seconds": round(time.perf_counter() - start_time),
         "summary": totals,
     }
     OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -29,12 +29,12 @@ ALWAYS = 16
 Curve = dict[str, Any]
 
 
-def curves() -> list[Curve]:
+def read_curves() -> list[Curve]:
     loaded: list[Curve] = json.loads(CURVES.read_text(encoding="utf-8"))["curves"]
     return loaded
 
 
-def ours(curve: Curve) -> Decision:
+def decide_curve(curve: Curve) -> Decision:
     """The decision on the curve's one number a rank, with its stated deviation if there is one."""
     results = [
         Result(trial_id=str(rank), rank=rank, value=value, std=curve["std"])
@@ -43,7 +43,7 @@ def ours(curve: Curve) -> Decision:
     return _decide(curve, results)
 
 
-def ours_on_grid(curve: Curve) -> Decision:
+def decide_grid(curve: Curve) -> Decision:
     """The decision on the whole rank × learning rate grid."""
     results = [
         Result(trial_id=f"{rank} {rate}", rank=int(rank), learning_rate=float(rate), value=value)
@@ -59,60 +59,60 @@ def _decide(curve: Curve, results: list[Result]) -> Decision:
     return decision_of(table_of_results(ResultsTable(**named, results=results, input_notes=[])), curve["margin"])
 
 
-def losses(curve: Curve) -> dict[int, float]:
+def orient_values(curve: Curve) -> dict[int, float]:
     sign = -1 if curve["higher_is_better"] else 1
     return {rank: sign * value for rank, value in zip(curve["ranks"], curve["values"], strict=True)}
 
 
-def always(curve: Curve) -> int:
+def pick_fixed_rank(curve: Curve) -> int:
     """Rank 16, or the nearest that was tried."""
     return min(curve["ranks"], key=lambda rank: (abs(math.log2(rank / ALWAYS)), rank))
 
 
-def argmin(curve: Curve) -> int:
-    by_rank = losses(curve)
+def pick_best_rank(curve: Curve) -> int:
+    by_rank = orient_values(curve)
     return min(by_rank, key=lambda rank: (by_rank[rank], rank))
 
 
-def one_standard_error(curve: Curve) -> int:
+def pick_within_standard_error(curve: Curve) -> int:
     """The smallest rank within one standard error of the best; the published noise where none is stated."""
-    by_rank = losses(curve)
+    by_rank = orient_values(curve)
     best = min(by_rank.values())
     kind = infer_metric_kind(curve["metric"], curve["higher_is_better"])
     error = curve["std"] or get_published_deviation(kind, best, curve["values"])
     return min(rank for rank, loss in by_rank.items() if loss <= best + error)
 
 
-def kneedle(curve: Curve) -> int:
+def pick_knee(curve: Curve) -> int:
     """The knee over log2 rank (Satopää et al. 2011, the `kneed` package); the top rank where it finds none."""
     from kneed import KneeLocator
 
-    by_rank = losses(curve)
-    places = [math.log2(rank) for rank in by_rank]
+    by_rank = orient_values(curve)
+    log_ranks = [math.log2(rank) for rank in by_rank]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        knee = KneeLocator(places, list(by_rank.values()), curve="convex", direction="decreasing").knee
+        knee = KneeLocator(log_ranks, list(by_rank.values()), curve="convex", direction="decreasing").knee
     return max(by_rank) if knee is None else round(2**knee)
 
 
-def most_of_the_gain(curve: Curve) -> int:
+def pick_most_gain(curve: Curve) -> int:
     """The smallest rank with 95% of the gain from the worst to the best."""
-    by_rank = losses(curve)
+    by_rank = orient_values(curve)
     best, worst = min(by_rank.values()), max(by_rank.values())
     return min(rank for rank, loss in by_rank.items() if worst - loss >= 0.95 * (worst - best))
 
 
 RULES: dict[str, Callable[[Curve], int | None]] = {
-    "rightrank": lambda curve: ours(curve).rank,
-    "always 16": always,
-    "argmin": argmin,
-    "one standard error": one_standard_error,
-    "Kneedle": kneedle,
-    "95% of the gain": most_of_the_gain,
+    "rightrank": lambda curve: decide_curve(curve).rank,
+    "always 16": pick_fixed_rank,
+    "argmin": pick_best_rank,
+    "one standard error": pick_within_standard_error,
+    "Kneedle": pick_knee,
+    "95% of the gain": pick_most_gain,
 }
 
 
-def score(rule: Callable[[Curve], int | None], all_curves: list[Curve]) -> dict[str, float]:
+def score_rule(rule: Callable[[Curve], int | None], all_curves: list[Curve]) -> dict[str, float]:
     """Acceptable picks, and on which side the others fall."""
     picks = [(rule(curve), curve["acceptable_ranks"]) for curve in all_curves]
     named = [(pick, good) for pick, good in picks if pick is not None]
@@ -124,34 +124,34 @@ def score(rule: Callable[[Curve], int | None], all_curves: list[Curve]) -> dict[
     }
 
 
-def rising(all_curves: list[Curve]) -> dict[str, int]:
-    said = {curve["id"]: ours(curve).verdict == "rising" for curve in all_curves}
+def count_rising(all_curves: list[Curve]) -> dict[str, int]:
+    is_rising = {curve["id"]: decide_curve(curve).verdict == "rising" for curve in all_curves}
     return {
         "rise": sum(curve["rising"] for curve in all_curves),
-        "said of those": sum(said[curve["id"]] for curve in all_curves if curve["rising"]),
-        "said of others": sum(said[curve["id"]] for curve in all_curves if not curve["rising"]),
+        "said of those": sum(is_rising[curve["id"]] for curve in all_curves if curve["rising"]),
+        "said of others": sum(is_rising[curve["id"]] for curve in all_curves if not curve["rising"]),
     }
 
 
-def misses(all_curves: list[Curve]) -> list[dict[str, Any]]:
+def list_misses(all_curves: list[Curve]) -> list[dict[str, Any]]:
     return [
         {
             "id": curve["id"],
-            "pick": ours(curve).rank,
+            "pick": decide_curve(curve).rank,
             "acceptable": curve["acceptable_ranks"],
             "values": dict(zip(map(str, curve["ranks"]), curve["values"], strict=True)),
             "margin": curve["margin"],
             "reader": curve["why"],
         }
         for curve in all_curves
-        if ours(curve).rank not in curve["acceptable_ranks"]
+        if decide_curve(curve).rank not in curve["acceptable_ranks"]
     ]
 
 
-def grids(all_curves: list[Curve]) -> dict[str, int]:
+def judge_grids(all_curves: list[Curve]) -> dict[str, int]:
     """With all learning rates in the table: whether the pick is acceptable, and how often a best learning rate is at the edge."""
     with_grid = [curve for curve in all_curves if "lr_grid" in curve]
-    decisions = [ours_on_grid(curve) for curve in with_grid]
+    decisions = [decide_grid(curve) for curve in with_grid]
     return {
         "grids": len(with_grid),
         "acceptable": sum(
@@ -163,17 +163,17 @@ def grids(all_curves: list[Curve]) -> dict[str, int]:
 
 
 def main() -> None:
-    all_curves = curves()
-    scores = {name: score(rule, all_curves) for name, rule in RULES.items()}
+    all_curves = read_curves()
+    scores = {name: score_rule(rule, all_curves) for name, rule in RULES.items()}
     print(f"{'rule':20} acceptable  too small  too large   of {len(all_curves)}")
-    for name, found in scores.items():
-        print(f"{name:20} {found['acceptable']:10} {found['too small']:10} {found['too large']:10}")
+    for name, scores_by_rule in scores.items():
+        print(f"{name:20} {scores_by_rule['acceptable']:10} {scores_by_rule['too small']:10} {scores_by_rule['too large']:10}")
     result = {
         "machine": machine(),
         "scores": scores,
-        "rising": rising(all_curves),
-        "grids": grids(all_curves),
-        "misses": misses(all_curves),
+        "rising": count_rising(all_curves),
+        "grids": judge_grids(all_curves),
+        "misses": list_misses(all_curves),
     }
     print(json.dumps({name: result[name] for name in ("rising", "grids", "misses")}, indent=1))
     (HERE / "published.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -61,12 +61,12 @@ Interval = tuple[
 ]  # the two-sided 95% interval and the one-sided upper bound, about the mean as measured
 
 
-def stored_grids() -> dict[str, Grid]:
-    found: dict[str, Grid] = read_json(STORED)
-    return found
+def read_stored_grids() -> dict[str, Grid]:
+    grids: dict[str, Grid] = read_json(STORED)
+    return grids
 
 
-def grids_in(path: Path) -> Iterator[tuple[str, Grid]]:
+def iterate_grids(path: Path) -> Iterator[tuple[str, Grid]]:
     """The grids of a file of `benchmarks/selection` that have two seeds or more."""
     for curve in read_json(path)["curves"]:
         cells = [
@@ -77,10 +77,10 @@ def grids_in(path: Path) -> Iterator[tuple[str, Grid]]:
         ]
         if len({cell[2] for cell in cells}) > 1:
             steps = curve.get("steps") or curve["settings"].get("max_steps")
-            yield curve["id"], _grid("real", curve["id"], "loss", steps, curve["item_tokens"], cells)
+            yield curve["id"], _build_grid("real", curve["id"], "loss", steps, curve["item_tokens"], cells)
 
 
-def _grid(family: str, task: str, metric: str, steps: int, tokens: list[int], cells: list[list[Any]]) -> Grid:
+def _build_grid(family: str, task: str, metric: str, steps: int, tokens: list[int], cells: list[list[Any]]) -> Grid:
     return {"family": family, "task": task, "metric": metric, "steps": steps, "tokens": tokens, "cells": cells}
 
 
@@ -108,7 +108,7 @@ class Source:
         return ScoreTable(self.metric, higher, cells, kind="accuracy" if higher else "token_loss")
 
 
-def source_of(name: str, grid: Grid) -> Source:
+def build_source(name: str, grid: Grid) -> Source:
     weights = np.asarray(grid["tokens"], dtype=np.float64)
     sign = -1.0 if grid["metric"] == "accuracy" else 1.0
     cells = {}
@@ -120,7 +120,7 @@ def source_of(name: str, grid: Grid) -> Source:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """One rank against the reference as a decision from some seeds sees it."""
 
     evidence: Evidence
@@ -134,65 +134,65 @@ class Seen:
         return estimate(self.sums, self.weights)
 
 
-def before(seen: Seen) -> Interval:
-    found = seen.plain
-    if found.seeds == 1:
-        level = seen.evidence.table.kind == "accuracy"
-        return _ends(found.with_seeds(2 * (0.007 if level else PUBLISHED) ** 2, 0.0))
-    noise = measured_noise(list(seen.evidence.contenders.values()))
-    pooled = found.with_seeds(2 * noise.individual / found.seeds, noise.individual_degrees)
-    return _ends(pooled.of_a_further_seed())
+def compute_uncorrected_interval(observation: Observation) -> Interval:
+    estimate = observation.plain
+    if estimate.seeds == 1:
+        level = observation.evidence.table.kind == "accuracy"
+        return _compute_ends(estimate.with_seeds(2 * (0.007 if level else PUBLISHED) ** 2, 0.0))
+    noise = measured_noise(list(observation.evidence.contenders.values()))
+    compute_pooled_interval = estimate.with_seeds(2 * noise.individual / estimate.seeds, noise.individual_degrees)
+    return _compute_ends(compute_pooled_interval.of_a_further_seed())
 
 
-def own(seen: Seen) -> Interval:
-    return _ends(seen.plain.of_a_further_seed())
+def compute_own_interval(observation: Observation) -> Interval:
+    return _compute_ends(observation.plain.of_a_further_seed())
 
 
-def at_ratio(seen: Seen, ratio: float, degrees: float) -> Interval:
-    found = seen.plain
-    return _ends(found.with_seeds(ratio * seen.noise.example_variance / found.seeds, degrees).of_a_further_seed())
+def compute_ratio_interval(observation: Observation, ratio: float, degrees: float) -> Interval:
+    estimate = observation.plain
+    return _compute_ends(estimate.with_seeds(ratio * observation.noise.example_variance / estimate.seeds, degrees).of_a_further_seed())
 
 
-def pooled(seen: Seen) -> Interval:
-    evidence = seen.evidence
-    others = [one for one in evidence.contenders.values() if one is not evidence.reference]
-    noises = [seen_of(evidence, other).noise for other in others]
+def compute_pooled_interval(observation: Observation) -> Interval:
+    evidence = observation.evidence
+    contenders = [contender for contender in evidence.contenders.values() if contender is not evidence.reference]
+    noises = [build_observation(evidence, other).noise for other in contenders]
     degrees = sum(noise.degrees for noise in noises)
-    return at_ratio(seen, sum(noise.degrees * noise.ratio for noise in noises) / degrees, degrees)
+    return compute_ratio_interval(observation, sum(noise.degrees * noise.ratio for noise in noises) / degrees, degrees)
 
 
-def expected(seen: Seen) -> Interval:
-    return at_ratio(seen, NOISE.over_seeds(seen.plain.examples), BOUND_DEGREES)
+def compute_expected_interval(observation: Observation) -> Interval:
+    return compute_ratio_interval(observation, NOISE.over_seeds(observation.plain.examples), BOUND_DEGREES)
 
 
-def after(seen: Seen) -> Interval:
-    found = seen.evidence.difference(seen.contender)
-    return _ends(found if found.seeds == 1 else found.of_a_further_seed())
+def compute_decision_interval(observation: Observation) -> Interval:
+    estimate = observation.evidence.difference(observation.contender)
+    return _compute_ends(estimate if estimate.seeds == 1 else estimate.of_a_further_seed())
 
 
-METHODS: dict[str, Callable[[Seen], Interval]] = {
-    "before": before, "own": own, "pooled": pooled, "expected": expected, "after": after,
+METHODS: dict[str, Callable[[Observation], Interval]] = {
+    "before": compute_uncorrected_interval, "own": compute_own_interval, "pooled": compute_pooled_interval, "expected": compute_expected_interval, "after": compute_decision_interval,
 }  # fmt: skip
 OF_ONE_SEED = ("before", "expected", "after")
 OF_EXAMPLES = ("expected",)
 
 
-def methods_for(seeds: int, has_examples: bool) -> list[str]:
+def list_methods(seeds: int, has_examples: bool) -> list[str]:
     return [
         name for name in METHODS if (seeds > 1 or name in OF_ONE_SEED) and (has_examples or name not in OF_EXAMPLES)
     ]
 
 
-def seen_of(evidence: Evidence, contender: Contender) -> Seen:
+def build_observation(evidence: Evidence, contender: Contender) -> Observation:
     shared = sorted(contender.cells.keys() & evidence.reference.cells.keys())
     sums = np.stack([contender.cells[seed].sums - evidence.reference.cells[seed].sums for seed in shared])
     weights = evidence.reference.cells[shared[0]].weights
-    return Seen(evidence, contender, sums, weights, pair_noise(sums, weights))
+    return Observation(evidence, contender, sums, weights, pair_noise(sums, weights))
 
 
-def _ends(found: Estimate) -> Interval:
-    both, upper = (float(stdtrit(found.degrees, level)) * found.standard_error for level in (0.975, 0.95))
-    return found.mean - both, found.mean + both, found.mean + upper
+def _compute_ends(estimate: Estimate) -> Interval:
+    two_sided, upper = (float(stdtrit(estimate.degrees, level)) * estimate.standard_error for level in (0.975, 0.95))
+    return estimate.mean - two_sided, estimate.mean + two_sided, estimate.mean + upper
 
 
 @dataclass(frozen=True)
@@ -202,12 +202,12 @@ class Check:
     grid: str  # grids of the same model and task are one
     seeds: int
     method: str
-    held: bool
+    holds: bool
     below: bool  # the seed's difference is below the one-sided 95% bound
     width: float  # half of the interval: over the spread between examples, or in the metric's unit without examples
 
 
-def checks(source: Source, sizes: Sequence[int] | None = None) -> Iterator[Check]:
+def iterate_checks(source: Source, sizes: Sequence[int] | None = None) -> Iterator[Check]:
     """Every choice of `sizes` seeds (default: of every size) against every seed left."""
     for size in sizes or range(1, len(source.seeds)):
         for chosen in itertools.combinations(source.seeds, size):
@@ -216,30 +216,30 @@ def checks(source: Source, sizes: Sequence[int] | None = None) -> Iterator[Check
             for contender in evidence.contenders.values():
                 if contender is reference or not contender.cells.keys() & reference.cells.keys():
                     continue
-                seen = seen_of(evidence, contender)
+                observation = build_observation(evidence, contender)
                 for held_out in set(source.seeds) - set(chosen):
-                    shown = _difference(source, contender, reference, held_out)
+                    shown = _compute_difference(source, contender, reference, held_out)
                     if shown is None:
                         continue
-                    for method in methods_for(size, evidence.has_examples):
-                        low, high, upper = METHODS[method](seen)
-                        width = (high - low) / 2 / math.sqrt(seen.noise.example_variance) if seen.noise.example_variance > 0 else 0.0
+                    for method in list_methods(size, evidence.has_examples):
+                        low, high, upper = METHODS[method](observation)
+                        width = (high - low) / 2 / math.sqrt(observation.noise.example_variance) if observation.noise.example_variance > 0 else 0.0
                         yield Check(source.task, size, method, low <= shown <= high, shown <= upper, width)
 
 
-def _difference(source: Source, contender: Contender, reference: Contender, seed: int) -> float | None:
-    keys = [(one.rank, one.learning_rate, seed) for one in (contender, reference)]
+def _compute_difference(source: Source, contender: Contender, reference: Contender, seed: int) -> float | None:
+    keys = [(compared.rank, compared.learning_rate, seed) for compared in (contender, reference)]
     if not all(key in source.cells for key in keys):
         return None
     ours, theirs = (source.cells[key] for key in keys)
     return ours.loss - theirs.loss
 
 
-def share(found: list[Check], held: Callable[[Check], bool]) -> dict[str, Any]:
+def compute_share(checks: list[Check], condition: Callable[[Check], bool]) -> dict[str, Any]:
     """The share with its count, and a 95% interval that resamples whole grids; None with fewer than three grids."""
     by_grid: dict[str, list[bool]] = {}
-    for check in found:
-        by_grid.setdefault(check.grid, []).append(held(check))
+    for check in checks:
+        by_grid.setdefault(check.grid, []).append(condition(check))
     values = list(by_grid.values())
     entry: dict[str, Any] = {
         "share": round(float(np.mean(list(itertools.chain(*values)))), 3),
@@ -250,25 +250,25 @@ def share(found: list[Check], held: Callable[[Check], bool]) -> dict[str, Any]:
     if len(values) >= 3:
         generator = np.random.default_rng(0x5EED)
         draws = generator.integers(len(values), size=(RESAMPLES, len(values)))
-        means = [np.mean(list(itertools.chain(*(values[place] for place in draw)))) for draw in draws]
+        means = [np.mean(list(itertools.chain(*(values[index] for index in draw)))) for draw in draws]
         entry["interval"] = [round(float(end), 3) for end in np.quantile(means, (0.025, 0.975))]
     return entry
 
 
-def summary(found: list[Check]) -> dict[str, Any]:
+def summarize(checks: list[Check]) -> dict[str, Any]:
     """By number of seeds and method."""
     table: dict[str, Any] = {}
-    for seeds, method in sorted({(check.seeds, check.method) for check in found}):
-        of = [check for check in found if (check.seeds, check.method) == (seeds, method)]
+    for seeds, method in sorted({(check.seeds, check.method) for check in checks}):
+        of = [check for check in checks if (check.seeds, check.method) == (seeds, method)]
         table.setdefault(str(seeds), {})[method] = {
-            **share(of, lambda check: check.held),
-            "below": share(of, lambda check: check.below)["share"],
+            **compute_share(of, lambda check: check.holds),
+            "below": compute_share(of, lambda check: check.below)["share"],
             "median_half_width": round(float(np.median([check.width for check in of])), 3),
         }
     return table
 
 
-def groups(sources: list[Source]) -> dict[str, list[Source]]:
+def group_sources(sources: list[Source]) -> dict[str, list[Source]]:
     """Losses of real grids that the ratio was learned on, of those that chose nothing, and the other families."""
     real = [source for source in sources if source.family == "real"]
     losses = [source for source in real if source.metric == "loss"]
@@ -278,56 +278,56 @@ def groups(sources: list[Source]) -> dict[str, list[Source]]:
         "real, chose nothing": [source for source in losses if source.name not in LEARNED],
         "accuracy": [source for source in real if source.metric == "accuracy"],
         "GLUE, one number": [source for source in sources if source.family == "GLUE"],
-        "planted, learned on": [source for source in taught if number_of(source) < LEARNED_TEACHERS],
-        "planted, chose nothing": [source for source in taught if number_of(source) >= LEARNED_TEACHERS],
+        "planted, learned on": [source for source in taught if parse_teacher_number(source) < LEARNED_TEACHERS],
+        "planted, chose nothing": [source for source in taught if parse_teacher_number(source) >= LEARNED_TEACHERS],
     }
 
 
-def number_of(source: Source) -> int:
+def parse_teacher_number(source: Source) -> int:
     """The number of a planted teacher, which its name begins with."""
     return int(source.name.split("_")[1])
 
 
-def answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> dict[str, Any]:
+def judge_answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> dict[str, Any]:
     """What the decision names from some seeds, against the mean of the seeds that it has not seen.
 
     `named` of the choices of seeds get a rank; of those, `worse` are worse than the best rank by more than the margin in
     the mean of the other seeds, at their learning rates.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for size in sizes:
         named, worse, choices = 0, 0, 0
         for source in sources:
             for chosen in itertools.combinations(source.seeds, size):
-                rest = tuple(seed for seed in source.seeds if seed not in chosen)
-                if not rest:
+                unseen_seeds = tuple(seed for seed in source.seeds if seed not in chosen)
+                if not unseen_seeds:
                     continue
                 choices += 1
                 decision = decision_of(source.table(chosen), confidence=None)
                 if decision.rank is not None:
-                    others = Evidence(source.table(rest))
-                    loss = others.contenders[decision.rank].fair_loss
+                    unseen_evidence = Evidence(source.table(unseen_seeds))
+                    loss = unseen_evidence.contenders[decision.rank].fair_loss
                     named += 1
-                    worse += loss - others.reference.fair_loss > decision.margin
+                    worse += loss - unseen_evidence.reference.fair_loss > decision.margin
         if choices:
-            found[str(size)] = {"choices": choices, "named": named, "worse": worse}
-    return found
+            results[str(size)] = {"choices": choices, "named": named, "worse": worse}
+    return results
 
 
 def judge(sources: list[Source]) -> dict[str, Any]:
-    found = {source.name: list(checks(source)) for source in sources}
+    checks_by_source = {source.name: list(iterate_checks(source)) for source in sources}
     result: dict[str, Any] = {"groups": {}, "grids": {}, "answers": {}}
-    for name, members in groups(sources).items():
+    for name, members in group_sources(sources).items():
         if members:
-            result["groups"][name] = summary([check for source in members for check in found[source.name]])
-            result["answers"][name] = answers(members)
+            result["groups"][name] = summarize([check for source in members for check in checks_by_source[source.name]])
+            result["answers"][name] = judge_answers(members)
     for source in sources:
         if source.family == "real":
-            result["grids"][source.name] = {"seeds": len(source.seeds)} | summary(found[source.name])
+            result["grids"][source.name] = {"seeds": len(source.seeds)} | summarize(checks_by_source[source.name])
     return result
 
 
-def show(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     print(f"{'':22} seeds {'method':10} holds  of    grids  interval          below   half width")
     for group, by_seeds in (result["groups"] | result["grids"]).items():
         for seeds, by_method in ((key, value) for key, value in by_seeds.items() if key != "seeds"):
@@ -343,9 +343,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    sources = [source_of(name, grid) for name, grid in (dict(grids_in(REAL_GRIDS)) | stored_grids()).items()]
+    sources = [build_source(name, grid) for name, grid in (dict(iterate_grids(REAL_GRIDS)) | read_stored_grids()).items()]
     result = {"machine": machine(), **judge([source for source in sources if len(source.seeds) > 1])}
-    show(result)
+    print_result(result)
     (HERE / "seed_coverage.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

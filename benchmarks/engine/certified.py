@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.engine.common import machine, make_runtime
+from benchmarks.engine.common import describe_machine, make_runtime
 from rightrank.schema.errors import RunError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
@@ -42,13 +42,13 @@ class Certificate:
     exact: bool  # the model is in float32
     passed: bool | None  # None: not in float32, and no second seed to compare with
 
-    def sentence(self) -> str:
+    def format_sentence(self) -> str:
         """The comparison in one paragraph."""
-        where = f"with {self.adapters_per_pass} adapters per pass" if self.adapters_per_pass > 1 else "alone"
+        pass_text = f"with {self.adapters_per_pass} adapters per pass" if self.adapters_per_pass > 1 else "alone"
         yardstick = "" if self.seed_difference is None else f" (two seeds differ by {self.seed_difference:.2g})"
         verdict = {True: "the same", False: "NOT the same", None: "no second seed to compare with"}[self.passed]
         return (
-            f"Rank {self.rank} was trained {where} and again alone: {verdict}. Relative differences: "
+            f"Rank {self.rank} was trained {pass_text} and again alone: {verdict}. Relative differences: "
             f"{self.first_step_difference:.1e} in the first step's loss, {self.loss_difference:.1e} at most in "
             f"{self.steps} steps, {self.adapter_difference:.1e} in the adapter; held-out {self.value_difference:.1e}{yardstick}."
         )
@@ -86,7 +86,7 @@ def certify(
     losses = zip(trial.train_losses, again.train_losses, strict=True)
     differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in losses] or [0.0]
     step, run = differences[0], max(differences)
-    tensors = _tensor_difference(
+    tensors = _compute_tensor_difference(
         load_file(adapter / "adapter_model.safetensors"), load_file(folders.adapter / "adapter_model.safetensors")
     )
     value = abs(trial.value - again.value)
@@ -108,14 +108,14 @@ def certify(
     )
 
 
-def _tensor_difference(here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> float:
+def _compute_tensor_difference(tensors: Mapping[str, torch.Tensor], expected_tensors: Mapping[str, torch.Tensor]) -> float:
     """‖here − there‖ / ‖there‖ over all A, over all B and over any other tensors; the largest of the three."""
-    assert here.keys() == there.keys()
+    assert tensors.keys() == expected_tensors.keys()
     largest = 0.0
-    for part in ("_A", "_B", ""):
-        names = [name for name in here if (part in name if part else "_A" not in name and "_B" not in name)]
-        norm = sum(float(there[name].double().square().sum()) for name in names)
-        difference = sum(float((here[name].double() - there[name].double()).square().sum()) for name in names)
+    for suffix in ("_A", "_B", ""):
+        names = [name for name in tensors if (suffix in name if suffix else "_A" not in name and "_B" not in name)]
+        norm = sum(float(expected_tensors[name].double().square().sum()) for name in names)
+        difference = sum(float((tensors[name].double() - expected_tensors[name].double()).square().sum()) for name in names)
         if norm > 0:
             largest = max(largest, (difference / norm) ** 0.5)
     return largest
@@ -137,10 +137,10 @@ def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         return TrialFolders(work / f"{trial.trial_id}.safetensors", work / trial.trial_id)
 
     ended = list(train_trials(runtime, trials, None, folders, Listener(), len(ARMS)))
-    found = {outcome.trial_id: outcome for outcome in ended if isinstance(outcome, TrialFinished)}
-    seeds = abs(found["c0"].value - found["c1"].value)
-    certified = certify(runtime, found["c0"], work / "c0", work / "again", Listener(), seeds)
-    return asdict(certified) | {"dtype": dtype, "sentence": certified.sentence()}
+    finished = {outcome.trial_id: outcome for outcome in ended if isinstance(outcome, TrialFinished)}
+    seeds = abs(finished["c0"].value - finished["c1"].value)
+    certified = certify(runtime, finished["c0"], work / "c0", work / "again", Listener(), seeds)
+    return asdict(certified) | {"dtype": dtype, "sentence": certified.format_sentence()}
 
 
 def main() -> None:
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    result = {"machine": machine(), "runs": [measure(arguments, dtype) for dtype in ("float32", "bfloat16")]}
+    result = {"machine": describe_machine(), "runs": [measure(arguments, dtype) for dtype in ("float32", "bfloat16")]}
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The machine's facts, with the threads and the device that a timing depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {**plain_machine(), "threads": torch.get_num_threads(), "cuda": device}
@@ -38,7 +38,7 @@ def make_runtime(model: str, data: Path, steps: int, cache: Path, **changes: Any
     return Runtime(loaded, encode_splits(splits, loaded, settings), settings, steps, cache)
 
 
-def one_pass(runtime: Runtime, cache: Path) -> Runtime:
+def limit_to_one_pass(runtime: Runtime, cache: Path) -> Runtime:
     """The runtime with exactly as many training items as its steps take, so that everyone sees each once."""
     needed = runtime.steps * runtime.settings.examples_per_step
     splits = dict(runtime.data.splits) | {"train": TokenStore(runtime.data.splits["train"][:needed], None)}
@@ -46,6 +46,6 @@ def one_pass(runtime: Runtime, cache: Path) -> Runtime:
     return Runtime(runtime.loaded, short, runtime.settings, runtime.steps, cache)
 
 
-def trainer_rows(runtime: Runtime, split: SplitName) -> list[dict[str, list[int]]]:
+def build_trainer_rows(runtime: Runtime, split: SplitName) -> list[dict[str, list[int]]]:
     """A split's items as Trainer takes them."""
     return [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in runtime.data.splits[split]]

@@ -29,7 +29,7 @@ from unittest.mock import patch
 import torch
 from peft import get_peft_model
 
-from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
+from benchmarks.engine.common import describe_machine, make_runtime, limit_to_one_pass, build_trainer_rows
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import fast_paths
@@ -57,7 +57,7 @@ class Clock:
     def __init__(self) -> None:
         self._begun = self._now()
 
-    def elapsed(self) -> tuple[float, float]:
+    def measure_elapsed(self) -> tuple[float, float]:
         now = self._now()
         return now[0] - self._begun[0], now[1] - self._begun[1]
 
@@ -87,7 +87,7 @@ class Job:
             settings["layers_to_transform"] = self.layers
         shutil.rmtree(self.work / "cache", ignore_errors=True)
         runtime = make_runtime(self.model, self.data, self.steps, self.work / "cache", **settings)
-        return one_pass(runtime, self.work / "cache")
+        return limit_to_one_pass(runtime, self.work / "cache")
 
     def arm(self, number: int) -> Arm:
         rate = RATE if number < len(RANKS) else RATE / 3
@@ -95,14 +95,14 @@ class Job:
         return Arm(rank=rank, learning_rate=rate, lora_alpha=32.0, seed=self.seed, steps=self.steps)
 
 
-def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
+def train_ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     runtime = job.runtime(dtype, **changes)
     trials = [Trial(trial_id=f"b{number}", arm=job.arm(number)) for number in range(job.arms)]
     folders = lambda trial: TrialFolders(job.work / f"{trial.trial_id}.ckpt", job.work / trial.trial_id)  # noqa: E731
     reset_peak_memory(runtime.loaded.device)
     begun = Clock()
     outcomes = list(train_trials(runtime, trials, None, folders, Listener(), pack))
-    seconds, wall = begun.elapsed()
+    seconds, wall = begun.measure_elapsed()
     peak = read_peak_bytes(runtime.loaded.device)
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == job.arms
@@ -110,7 +110,7 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     return Measured(seconds, wall, shown.value, max([peak, *(outcome.peak_bytes for outcome in finished)]))
 
 
-def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapters: bool = False) -> Measured:
+def train_with_trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapters: bool = False) -> Measured:
     """transformers' Trainer (or TRL's) on the same items; everything not named is at its default.
 
     Args:
@@ -121,7 +121,7 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapte
     runtime = job.runtime(dtype, cache_prefix=False)
     config = make_lora_config(runtime.settings, job.arm(0), False, runtime.targets.names)
     peft_model = get_peft_model(runtime.model, config, autocast_adapter_dtype=not small_adapters)
-    rows = {"train": trainer_rows(runtime, "train"), "validation": trainer_rows(runtime, "validation")}
+    rows = {"train": build_trainer_rows(runtime, "train"), "validation": build_trainer_rows(runtime, "validation")}
     common: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
         "per_device_train_batch_size": BATCH,
@@ -168,51 +168,51 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapte
     begun = Clock()
     built.train()
     built.evaluate()
-    elapsed, peak = begun.elapsed(), read_peak_bytes(runtime.loaded.device)
+    elapsed, peak = begun.measure_elapsed(), read_peak_bytes(runtime.loaded.device)
     return Measured(*elapsed, runtime.evaluate("validation").loss, peak)  # the same figure for everyone
 
 
-def ours_padded(job: Job, dtype: str) -> Measured:
+def train_ours_padded(job: Job, dtype: str) -> Measured:
     """Ours on padded batches of the same items, to see what joining them saves."""
     with patch.object(fast_paths, "FUSED_ATTENTION", None):
-        return ours(job, dtype, 1)
+        return train_ours(job, dtype, 1)
 
 
-def ours_plain_attention(job: Job) -> Measured:
+def train_ours_plain_attention(job: Job) -> Measured:
     """Ours in bfloat16 with attention left in bfloat16 too, to see what the difference is."""
     with patch.object(fast_paths, "use_float32_attention", nullcontext):
-        return ours(job, "bfloat16", 1)
+        return train_ours(job, "bfloat16", 1)
 
 
-def contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Measured]]]:
+def list_contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Measured]]]:
     """By name: how many times its seconds count for the job, and how to run it."""
     times = job.arms
-    found: dict[str, tuple[int, Callable[[], Measured]]] = {
-        "Trainer float32": (times, lambda: trainer(job, "float32", False)),
-        "Trainer bfloat16 grouped": (times, lambda: trainer(job, "bfloat16", True)),
-        "ours float32": (1, lambda: ours(job, "float32", 1)),
-        "ours bfloat16": (1, lambda: ours(job, "bfloat16", 1)),
+    contenders: dict[str, tuple[int, Callable[[], Measured]]] = {
+        "Trainer float32": (times, lambda: train_with_trainer(job, "float32", False)),
+        "Trainer bfloat16 grouped": (times, lambda: train_with_trainer(job, "bfloat16", True)),
+        "ours float32": (1, lambda: train_ours(job, "float32", 1)),
+        "ours bfloat16": (1, lambda: train_ours(job, "bfloat16", 1)),
     }
     if job.arms == 1:
-        by_hand = lambda: trainer(job, "bfloat16", True, small_adapters=True)  # noqa: E731
-        found["Trainer bfloat16 grouped, adapters too"] = (1, by_hand)
-        found["ours bfloat16, plain attention"] = (1, lambda: ours_plain_attention(job))
-        found["ours float32, padded"] = (1, lambda: ours_padded(job, "float32"))
-        found["ours bfloat16, padded"] = (1, lambda: ours_padded(job, "bfloat16"))
+        by_hand = lambda: train_with_trainer(job, "bfloat16", True, small_adapters=True)  # noqa: E731
+        contenders["Trainer bfloat16 grouped, adapters too"] = (1, by_hand)
+        contenders["ours bfloat16, plain attention"] = (1, lambda: train_ours_plain_attention(job))
+        contenders["ours float32, padded"] = (1, lambda: train_ours_padded(job, "float32"))
+        contenders["ours bfloat16, padded"] = (1, lambda: train_ours_padded(job, "bfloat16"))
     if with_trl:
-        found["SFTTrainer float32"] = (times, lambda: trainer(job, "float32", False, sft=True))
-        found["SFTTrainer bfloat16 grouped"] = (times, lambda: trainer(job, "bfloat16", True, sft=True))
+        contenders["SFTTrainer float32"] = (times, lambda: train_with_trainer(job, "float32", False, sft=True))
+        contenders["SFTTrainer bfloat16 grouped"] = (times, lambda: train_with_trainer(job, "bfloat16", True, sft=True))
     if job.arms > 1:
-        found["ours float32 pack of 8"] = (1, lambda: ours(job, "float32", job.arms))
-        found["ours bfloat16 pack of 8"] = (1, lambda: ours(job, "bfloat16", job.arms))
-    return found
+        contenders["ours float32 pack of 8"] = (1, lambda: train_ours(job, "float32", job.arms))
+        contenders["ours bfloat16 pack of 8"] = (1, lambda: train_ours(job, "bfloat16", job.arms))
+    return contenders
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All rounds; what is there so far is written after each."""
     arms, layers = (1, None) if arguments.job == "one" else (8, TAIL_LAYERS)
     rounds: list[dict[str, dict[str, float]]] = []
-    result: dict[str, Any] = {"job": arguments.job, "steps": arguments.steps, "arms": arms, "machine": machine()}
+    result: dict[str, Any] = {"job": arguments.job, "steps": arguments.steps, "arms": arms, "machine": describe_machine()}
     for number in range(arguments.rounds):
         job = Job(
             arguments.model,
@@ -226,7 +226,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         row: dict[str, dict[str, float]] = {}
         these = {
-            name: one for name, one in contenders(job, arguments.trl).items() if name in (arguments.only or [name])
+            name: contender for name, contender in list_contenders(job, arguments.trl).items() if name in (arguments.only or [name])
         }
         for name, (times, run) in list(these.items())[:: -1 if number % 2 else 1]:
             measured = run()
@@ -239,13 +239,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             gc.collect()
             print(number, name, {key: round(value, 4) for key, value in row[name].items()}, flush=True)
         rounds.append({name: row[name] for name in these})
-        result |= {"rounds": rounds, "speedup": speedups(rounds)}
+        result |= {"rounds": rounds, "speedup": compute_speedups(rounds)}
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
@@ -265,11 +265,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    result = measure(parse())
+    result = measure(parse_arguments())
     print(json.dumps({key: value for key, value in result.items() if key != "rounds"}, indent=1))
 
 
-def speedups(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
+def compute_speedups(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
     """Of each of ours over each of theirs: every round's ratio and their median."""
     names = list(rounds[0])
     table: dict[str, dict[str, Any]] = {}

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engine.common import machine, make_runtime
+from benchmarks.engine.common import describe_machine, make_runtime
 from rightrank.schema.trials import Arm
 from rightrank.train.device import read_peak_bytes, reset_peak_memory
 from rightrank.train.multi_lora import ArmBatch, MultiLora
@@ -52,14 +52,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     arguments = parser.parse_args()
-    layers = tuple(int(part) for part in arguments.layers.split(","))
+    layers = tuple(int(layer) for layer in arguments.layers.split(","))
     runtime = make_runtime(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, max_eval_examples=8)
     usual = runtime.plan_batches(0)[0]
     by_length = np.argsort(runtime.data.splits["train"].lengths, kind="stable").tolist()
     begins = [int(share * len(by_length)) for share in (0.05, 0.5, 0.95)]
     lengths = [by_length[begin : begin + 8] for begin in begins]
     result: dict[str, Any] = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "arms": [measure(runtime, [16] * arms, usual) for arms in (1, 2, 4, 8)],
         "rank": [measure(runtime, [rank], usual) for rank in (1, 4, 16, 64, 256)],
         "length": [measure(runtime, [16], indices) for indices in lengths],

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[2]
 
 
-def commands(model: str, data: str, work: Path) -> tuple[list[list[str]], list[list[str]]]:
+def build_commands(model: str, data: str, work: Path) -> tuple[list[list[str]], list[list[str]]]:
     """What is timed, and what is not."""
     trl = ["--trl"] if find_spec("trl") else []
     base = [model, data]
@@ -51,8 +51,8 @@ def commands(model: str, data: str, work: Path) -> tuple[list[list[str]], list[l
 
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-    name, *rest = command
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", f"benchmarks.engine.{name}", *rest], env=environment)
+    name, *arguments = command
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", f"benchmarks.engine.{name}", *arguments], env=environment)
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     arguments = parser.parse_args()
     begun, failed = time.monotonic(), 0
-    queues = commands(arguments.model, arguments.data, arguments.work)
+    queues = build_commands(arguments.model, arguments.data, arguments.work)
     running: list[subprocess.Popen[bytes] | None] = [None, None]
     while any(queues) or any(running):
         for lane, queue in enumerate(queues):

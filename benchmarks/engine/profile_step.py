@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.engine.common import machine, make_runtime
+from benchmarks.engine.common import describe_machine, make_runtime
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.batches import use_float32_attention, use_packed_attention
@@ -35,7 +35,7 @@ RANK = 12  # a size that nothing else in the model has
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::baddbmm_")
 
 
-def kind_of(name: str, shapes: list[Any], vocabulary: int) -> str:
+def classify_operation(name: str, shapes: list[Any], vocabulary: int) -> str:
     sizes = {size for shape in shapes if isinstance(shape, list) for size in shape if isinstance(size, int)}
     if name.startswith("aten::_fused_adam") or "foreach_norm" in name:
         return "optimizer"
@@ -64,7 +64,7 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
         wall = time.perf_counter() - begun
     seconds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):
-        seconds[kind_of(event.key, event.input_shapes, runtime.model.config.vocab_size)] += (
+        seconds[classify_operation(event.key, event.input_shapes, runtime.model.config.vocab_size)] += (
             event.self_cpu_time_total / 1e6
         )
     seconds["Python and the rest"] = wall - sum(seconds.values())
@@ -76,7 +76,7 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
     }
 
 
-def pieces(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
+def time_components(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
     """Milliseconds of the parts of a layer, forward and backward, on joined examples of these lengths.
 
     `products_at_peak` is what the layer's products take at the rate of one large product.
@@ -84,12 +84,12 @@ def pieces(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
     config, dtype, rows = runtime.model.config, next(runtime.model.parameters()).dtype, sum(lengths)
     block = find_blocks(runtime.model)[1][0]
     layers = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
-    wide, inner = config.hidden_size, config.intermediate_size
+    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     count, head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     heads = [torch.randn(1, rows, n, head).to(dtype) for n in (count, *[config.num_key_value_heads] * 2)]
-    turned = [one.transpose(1, 2).requires_grad_() for one in heads]
-    inputs = {size: torch.randn(1, rows, size).to(dtype).requires_grad_() for size in (wide, inner)}
-    both = [torch.randn(rows, RANK).to(dtype), torch.randn(rows, RANK).to(dtype)]
+    transposed = [one.transpose(1, 2).requires_grad_() for one in heads]
+    inputs = {size: torch.randn(1, rows, size).to(dtype).requires_grad_() for size in (hidden_size, intermediate_size)}
+    factors = [torch.randn(rows, RANK).to(dtype), torch.randn(rows, RANK).to(dtype)]
 
     def products() -> None:
         for layer in layers:
@@ -101,50 +101,50 @@ def pieces(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
             a, b = torch.zeros(RANK, layer.in_features).to(dtype), torch.zeros(layer.out_features, RANK).to(dtype)
             x, y = inputs[layer.in_features].detach()[0], torch.zeros(rows, layer.out_features, dtype=dtype)
             y.addmm_(x @ a.T, b.T)
-            torch.addmm(x, y @ b, a), y.T @ both[0], both[1].T @ x
+            torch.addmm(x, y @ b, a), y.T @ factors[0], factors[1].T @ x
 
     def attention() -> None:
         with use_float32_attention() if dtype != torch.float32 else nullcontext():
             with use_packed_attention(lengths, torch.device("cpu")):
-                y = ALL_ATTENTION_FUNCTIONS["sdpa"](block.self_attn, *turned, None, is_causal=True)[0]
+                y = ALL_ATTENTION_FUNCTIONS["sdpa"](block.self_attn, *transposed, None, is_causal=True)[0]
             y.backward(torch.ones_like(y))
 
     def backward(y: torch.Tensor) -> None:
         y.backward(torch.ones_like(y))
 
-    peak = max(matmul_rates(runtime, rows).values())
+    peak = max(measure_matmul_rates(runtime, rows).values())
     work = sum(4 * rows * layer.weight.numel() for layer in layers)
     return {
-        "products": _shortest(products),
+        "products": _time_shortest(products),
         "products_at_peak": round(work / peak / 1e6, 2),
-        "adapters": _shortest(adapters),
-        "attention": _shortest(attention),
-        "two_norms": 2 * _shortest(lambda: backward(block.input_layernorm(inputs[wide]))),
-        "activation": _shortest(lambda: backward(torch.nn.functional.silu(inputs[inner]) * inputs[inner])),
+        "adapters": _time_shortest(adapters),
+        "attention": _time_shortest(attention),
+        "two_norms": 2 * _time_shortest(lambda: backward(block.input_layernorm(inputs[hidden_size]))),
+        "activation": _time_shortest(lambda: backward(torch.nn.functional.silu(inputs[intermediate_size]) * inputs[intermediate_size])),
     }
 
 
-def _shortest(act: Callable[[], object], times: int = 12) -> float:
-    found = []
+def _time_shortest(action: Callable[[], object], times: int = 12) -> float:
+    durations = []
     for _ in range(times):
         begun = time.process_time()
-        act()
-        found.append(time.process_time() - begun)
-    return round(1000 * min(found), 2)
+        action()
+        durations.append(time.process_time() - begun)
+    return round(1000 * min(durations), 2)
 
 
-def matmul_rates(runtime: Any, rows: int) -> dict[str, float]:
+def measure_matmul_rates(runtime: Any, rows: int) -> dict[str, float]:
     """GFLOP/s of `rows` rows times each shape of the base's linear layers, and of a product of 2048 × 2048 matrices."""
     dtype = next(runtime.model.parameters()).dtype
-    shapes = sorted({(one.out_features, one.in_features) for one in runtime.targets.modules})
+    shapes = sorted({(module.out_features, module.in_features) for module in runtime.targets.modules})
     sizes = {f"{rows} x {i} x {o}": (rows, i, o) for o, i in shapes} | {"2048 x 2048 x 2048": (2048, 2048, 2048)}
     rates: dict[str, float] = {}
     for name, (m, k, n) in sizes.items():
-        left, right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        left_matrix, right_matrix = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
         times: list[float] = []
         for _ in range(6):
             begun = time.process_time()
-            torch.nn.functional.linear(left, right)
+            torch.nn.functional.linear(left_matrix, right_matrix)
             times.append(time.process_time() - begun)
         rates[name] = round(2 * m * k * n / min(times) / 1e9, 1)
     return rates
@@ -163,11 +163,11 @@ def main() -> None:
     arguments = parser.parse_args()
     changes: dict[str, Any] = {"dtype": arguments.dtype, "max_eval_examples": 2, "num_evaluations": 1, "ranks": (RANK,)}
     if arguments.layers:
-        changes["layers_to_transform"] = tuple(int(part) for part in arguments.layers.split(","))
+        changes["layers_to_transform"] = tuple(int(layer) for layer in arguments.layers.split(","))
     runtime = make_runtime(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
-    facts = {"machine": machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
+    facts = {"machine": describe_machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
     rows = [runtime.data.splits["train"][index].length for index in runtime.plan_batches(0)[0]]
-    rates = {"gflops": matmul_rates(runtime, 640), "rows": sum(rows), "ms_of_a_layer": pieces(runtime, rows)}
+    rates = {"gflops": measure_matmul_rates(runtime, 640), "rows": sum(rows), "ms_of_a_layer": time_components(runtime, rows)}
     text = json.dumps(facts | measure(runtime, arguments.arms, arguments.steps, arguments.work) | rates, indent=1)
     print(text)
     if arguments.out:

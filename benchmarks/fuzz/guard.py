@@ -19,68 +19,68 @@ LONGEST_COMPLAINT = 2000  # characters; a complaint is one line for a person
 OURS = "rightrank"
 
 
-class TookTooLong(BaseException):
+class TimeLimitExceeded(BaseException):
     """Past every `except Exception` on the way up."""
 
 
 @dataclass(frozen=True, slots=True)
-class Find:
+class Finding:
     """What went wrong, and the innermost line of ours that it went through."""
 
     kind: str  # traceback, hang, memory, complaint
-    where: str
-    what: str
+    location: str
+    message: str
 
 
-def find_in(read: Callable[[bytes, Path], None], data: bytes, folder: Path) -> Find | None:
+def check_read(read: Callable[[bytes, Path], None], data: bytes, folder: Path) -> Finding | None:
     """Read `data` in an empty `folder`; None where it was read, or refused in one line of ours."""
     try:
-        with _limits():
+        with _limit_resources():
             read(data, folder)
     except RightrankError as error:
-        return _complaint(error)
-    except TookTooLong as error:
-        return _find("hang", error)
+        return _check_message(error)
+    except TimeLimitExceeded as error:
+        return _build_finding("hang", error)
     except MemoryError as error:
-        return _find("memory", error)
+        return _build_finding("memory", error)
     except Exception as error:  # noqa: BLE001 - every other exception is what is looked for
-        return _find("traceback", error)
+        return _build_finding("traceback", error)
     return None
 
 
-def _complaint(error: RightrankError) -> Find | None:
+def _check_message(error: RightrankError) -> Finding | None:
     text = str(error)
     if text.strip() and len(text) <= LONGEST_COMPLAINT:
         return None
-    return _find("complaint", error)
+    return _build_finding("complaint", error)
 
 
-def _find(kind: str, error: BaseException) -> Find:
+def _build_finding(kind: str, error: BaseException) -> Finding:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if f"/{OURS}/" in frame.filename]
     last = (ours or frames)[-1]
-    where = f"{last.filename.rpartition(f'/{OURS}/')[2]}:{last.lineno}"
-    return Find(kind, where, f"{type(error).__name__}: {str(error)[:200]}")
+    location = f"{last.filename.rpartition(f'/{OURS}/')[2]}:{last.lineno}"
+    return Finding(kind, location, f"{type(error).__name__}: {str(error)[:200]}")
 
 
 @contextmanager
-def _limits() -> Iterator[None]:
+def _limit_resources() -> Iterator[None]:
     """CPU time by a signal, memory by the limit of the address space."""
     address_space = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGPROF, _too_long)
+    previous_handler = signal.signal(signal.SIGPROF, _raise_time_limit)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (_virtual_bytes() + MEMORY_BYTES, address_space[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (_read_virtual_bytes() + MEMORY_BYTES, address_space[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, address_space)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        signal.signal(signal.SIGPROF, previous_handler)
 
 
-def _virtual_bytes() -> int:
+def _read_virtual_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def _too_long(_signal: int, _frame: Any) -> None:
-    raise TookTooLong
+def _raise_time_limit(_signal: int, _frame: Any) -> None:
+    raise TimeLimitExceeded

@@ -26,43 +26,43 @@ _PLACE = "@nasty@"
 Mutation = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 
 
-def mutated(seeds: Sequence[bytes], generator: random.Random) -> bytes:
+def mutate(seeds: Sequence[bytes], generator: random.Random) -> bytes:
     """One of the seeds, made worse one to four times."""
     data = generator.choice(seeds)
     for _ in range(generator.choice((1, 1, 1, 2, 4))):
-        data = worse(data, generator, seeds)
+        data = damage(data, generator, seeds)
     return data
 
 
-def worse(data: bytes, generator: random.Random, seeds: Sequence[bytes]) -> bytes:
+def damage(data: bytes, generator: random.Random, seeds: Sequence[bytes]) -> bytes:
     return generator.choice(MUTATIONS)(data, generator, seeds)
 
 
-def _json_value(data: bytes, generator: random.Random, seeds: Sequence[bytes]) -> bytes:
+def _replace_json_value(data: bytes, generator: random.Random, seeds: Sequence[bytes]) -> bytes:
     """One value in one line of JSON replaced, dropped or doubled; other data has bytes damaged."""
     lines = data.split(b"\n")
     at = generator.randrange(len(lines))
-    begin = min((place for place in (lines[at].find(b"{"), lines[at].find(b"[")) if place >= 0), default=-1)
+    begin = min((position for position in (lines[at].find(b"{"), lines[at].find(b"[")) if position >= 0), default=-1)
     try:
         value = json.loads(lines[at][begin:])
     except (ValueError, RecursionError):
         return _insert(data, generator, seeds)
-    changed = json.dumps(_replaced(value, generator)).replace(f'"{_PLACE}"', generator.choice(NASTY_JSON))
+    changed = json.dumps(_replace_value(value, generator)).replace(f'"{_PLACE}"', generator.choice(NASTY_JSON))
     lines[at] = lines[at][:begin] + changed.encode("utf-8", "surrogatepass")
     return b"\n".join(lines)
 
 
-def _replaced(value: Any, generator: random.Random) -> Any:
+def _replace_value(value: Any, generator: random.Random) -> Any:
     if isinstance(value, dict) and value and generator.random() < 0.9:
         name = generator.choice(list(value))
         if generator.random() < 0.1:
             return {key: inner for key, inner in value.items() if key != name}
-        return value | {name: _replaced(value[name], generator)}
+        return value | {name: _replace_value(value[name], generator)}
     if isinstance(value, list) and value and generator.random() < 0.8:
         at = generator.randrange(len(value))
         if generator.random() < 0.1:
             return value[:at] + value[at + 1 :] if generator.random() < 0.5 else value + value[at:]
-        return [*value[:at], _replaced(value[at], generator), *value[at + 1 :]]
+        return [*value[:at], _replace_value(value[at], generator), *value[at + 1 :]]
     return _PLACE
 
 
@@ -98,10 +98,10 @@ def _repeat(data: bytes, generator: random.Random, _: Sequence[bytes]) -> bytes:
 
 
 def _splice(data: bytes, generator: random.Random, seeds: Sequence[bytes]) -> bytes:
-    other = generator.choice(seeds)
-    return data[: generator.randint(0, len(data))] + other[generator.randint(0, len(other)) :]
+    other_seed = generator.choice(seeds)
+    return data[: generator.randint(0, len(data))] + other_seed[generator.randint(0, len(other_seed)) :]
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    _json_value, _json_value, _json_value, _json_value, _flip, _insert, _overwrite, _cut, _truncate, _repeat, _splice,
+    _replace_json_value, _replace_json_value, _replace_json_value, _replace_json_value, _flip, _insert, _overwrite, _cut, _truncate, _repeat, _splice,
 )  # fmt: skip

@@ -42,8 +42,8 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["rightrank"]):
-        from benchmarks.fuzz.guard import find_in
-        from benchmarks.fuzz.mutate import worse
+        from benchmarks.fuzz.guard import check_read
+        from benchmarks.fuzz.mutate import damage
         from benchmarks.fuzz.targets import TARGETS
 
     target = TARGETS[name]
@@ -52,25 +52,25 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
     cpu_begun = time.process_time()
 
     def note() -> None:
-        told = {
+        progress = {
             "reads": state["reads"],
             "cpu_seconds": round(time.process_time() - cpu_begun),
             "seconds": round(time.time() - state["begun"]),
             "finds": state["finds"],
         }
-        notes.write_text(json.dumps(told), encoding="utf-8")
+        notes.write_text(json.dumps(progress), encoding="utf-8")
 
     def read_one(data: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            find = find_in(target.read, data, Path(folder))
+            find = check_read(target.read, data, Path(folder))
         state["reads"] += 1
         if find is not None:
-            key = f"{find.kind} {find.where}"
-            known = state["finds"].setdefault(key, {"times": 0, "what": find.what, "input": None})
-            known["times"] += 1
+            key = f"{find.kind} {find.location}"
+            entry = state["finds"].setdefault(key, {"times": 0, "what": find.message, "input": None})
+            entry["times"] += 1
             text = base64.b64encode(data).decode()
-            if known["input"] is None or len(text) < len(known["input"]):
-                known["input"] = text
+            if entry["input"] is None or len(text) < len(entry["input"]):
+                entry["input"] = text
         over = time.process_time() - cpu_begun >= seconds
         if over or find is not None or state["reads"] % NOTE_EVERY == 0:
             note()
@@ -80,7 +80,7 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
     def mutate(data: bytes, largest: int, number: int) -> bytes:
         generator = random.Random(number)
         if generator.random() < OWN_MUTATIONS:
-            return worse(data, generator, seeds)[:largest]
+            return damage(data, generator, seeds)[:largest]
         return bytes(atheris.Mutate(data, largest))
 
     note()
@@ -98,10 +98,10 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
 
 def run_target(name: str, seconds: int, seed: int, folder: Path) -> dict[str, Any]:
     """`seconds` of CPU for one target, begun again after each crash; its counts and its finds."""
-    told: dict[str, Any] = {"reads": 0, "cpu_seconds": 0, "seconds": 0, "crashes": 0, "features": 0, "finds": {}}
-    while told["cpu_seconds"] < seconds and told["crashes"] < MOST_CRASHES:
+    totals: dict[str, Any] = {"reads": 0, "cpu_seconds": 0, "seconds": 0, "crashes": 0, "features": 0, "finds": {}}
+    while totals["cpu_seconds"] < seconds and totals["crashes"] < MOST_CRASHES:
         notes, log = folder / f"{name}.json", folder / f"{name}.log"
-        child = ["--seed", str(seed + told["crashes"]), "--child", name, str(seconds - told["cpu_seconds"]), str(notes)]
+        child = ["--seed", str(seed + totals["crashes"]), "--child", name, str(seconds - totals["cpu_seconds"]), str(notes)]
         command = [sys.executable, "-m", "benchmarks.fuzz.run", *child]
         with log.open("wb") as stream:
             try:
@@ -110,47 +110,47 @@ def run_target(name: str, seconds: int, seed: int, folder: Path) -> dict[str, An
                 ).returncode
             except subprocess.TimeoutExpired:
                 status = -1
-        _add(told, json.loads(notes.read_text(encoding="utf-8")))
+        _add(totals, json.loads(notes.read_text(encoding="utf-8")))
         progress = _PROGRESS.findall(log.read_text(encoding="utf-8", errors="replace"))
-        told["features"] = max([told["features"], *(int(features) for _, features, _ in progress)])
+        totals["features"] = max([totals["features"], *(int(features) for _, features, _ in progress)])
         if status != 0:
-            told["crashes"] += 1
-            _keep_crash(told["finds"], status, folder, log)
+            totals["crashes"] += 1
+            _keep_crash(totals["finds"], status, folder, log)
             if status == -1:
                 break
-    return told
+    return totals
 
 
-def _add(told: dict[str, Any], more: dict[str, Any]) -> None:
+def _add(totals: dict[str, Any], more: dict[str, Any]) -> None:
     for name in ("reads", "cpu_seconds", "seconds"):
-        told[name] += more[name]
+        totals[name] += more[name]
     for key, find in more["finds"].items():
-        known = told["finds"].setdefault(key, find | {"times": 0})
-        known["times"] += find["times"]
+        entry = totals["finds"].setdefault(key, find | {"times": 0})
+        entry["times"] += find["times"]
 
 
 def _keep_crash(finds: dict[str, Any], status: int, folder: Path, log: Path) -> None:
     """What libFuzzer kept of the input that ended the process, if it could."""
     last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "ERROR" in line]
-    kept = next(iter(folder.glob(f"{CRASH}*")), None)
-    text = None if kept is None else base64.b64encode(kept.read_bytes()).decode()
-    if kept is not None:
-        kept.unlink()
+    crash_file = next(iter(folder.glob(f"{CRASH}*")), None)
+    text = None if crash_file is None else base64.b64encode(crash_file.read_bytes()).decode()
+    if crash_file is not None:
+        crash_file.unlink()
     finds[f"crash {status} {len(finds)}"] = {"times": 1, "what": last[-1][:200] if last else "", "input": text}
 
 
 def replay(path: Path) -> dict[str, list[str]]:
     """The finds of a stored result that are still finds."""
-    from benchmarks.fuzz.guard import find_in
+    from benchmarks.fuzz.guard import check_read
     from benchmarks.fuzz.targets import TARGETS
 
     still: dict[str, list[str]] = {}
-    for name, told in json.loads(path.read_text(encoding="utf-8"))["targets"].items():
-        for key, find in told["finds"].items():
+    for name, target_result in json.loads(path.read_text(encoding="utf-8"))["targets"].items():
+        for key, find in target_result["finds"].items():
             with tempfile.TemporaryDirectory() as folder:
-                found = find_in(TARGETS[name].read, base64.b64decode(find["input"]), Path(folder))
-            if found is not None:
-                still.setdefault(name, []).append(f"{key} -> {found.kind} {found.where} {found.what}")
+                finding = check_read(TARGETS[name].read, base64.b64decode(find["input"]), Path(folder))
+            if finding is not None:
+                still.setdefault(name, []).append(f"{key} -> {finding.kind} {finding.location} {finding.message}")
     return still
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from rightrank import TrialResult, TrialTask, select_rank_with
 
 
-def data_files() -> list[tuple[str, bytes]]:
+def make_data_files() -> list[tuple[str, bytes]]:
     """`(file type, content)` of every form and type."""
     text = [{"text": f"the cat sat on mat {n}"} for n in range(24)]
     pairs = [{"prompt": f"say {n} : ", "completion": f"{n} it is"} for n in range(24)]
@@ -23,17 +23,17 @@ def data_files() -> list[tuple[str, bytes]]:
         for n in range(24)
     ]
     labels = [{"text": f"a cat {n}", "label": n % 2, "group": n} for n in range(24)]
-    jsonl = [(".jsonl", _jsonl(rows)) for rows in (text, pairs, talks, labels)]
+    jsonl = [(".jsonl", _encode_jsonl(rows)) for rows in (text, pairs, talks, labels)]
     return [
         *jsonl,
         (".json", json.dumps(pairs).encode()),
-        (".csv", _csv(labels, ",")),
-        (".tsv", _csv(pairs, "\t")),
-        (".parquet", _parquet(text)),
+        (".csv", _encode_csv(labels, ",")),
+        (".tsv", _encode_csv(pairs, "\t")),
+        (".parquet", _encode_parquet(text)),
     ]
 
 
-def result_files() -> list[tuple[str, bytes]]:
+def make_result_files() -> list[tuple[str, bytes]]:
     rows = [
         {"rank": rank, "eval_loss": 2 + 0.3 / rank + seed / 500, "lr": 1e-3, "seed": seed, "train_loss": 1.9}
         for rank in (1, 4, 16)
@@ -51,18 +51,18 @@ def result_files() -> list[tuple[str, bytes]]:
     ]
     ppl = [{"rank": rank, "ppl": 9 + 1 / rank, "step": step} for rank in (1, 2, 4, 8) for step in (10, 20, 30)]
     return [
-        (".csv", _csv(rows, ",")),
-        (".csv", _csv(stated, ",")),
-        (".tsv", _csv(items, "\t")),
-        (".jsonl", _jsonl(rows)),
-        (".jsonl", _jsonl(nested)),
+        (".csv", _encode_csv(rows, ",")),
+        (".csv", _encode_csv(stated, ",")),
+        (".tsv", _encode_csv(items, "\t")),
+        (".jsonl", _encode_jsonl(rows)),
+        (".jsonl", _encode_jsonl(nested)),
         (".json", json.dumps(items).encode()),
         (".json", json.dumps(ppl).encode()),
-        (".parquet", _parquet(rows)),
+        (".parquet", _encode_parquet(rows)),
     ]
 
 
-def adapters() -> list[tuple[bytes, bytes, bytes]]:
+def make_adapters() -> list[tuple[bytes, bytes, bytes]]:
     """`(adapter_config.json, safetensors header, data)`: plain, and with what PEFT can add."""
     plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "b"}
     patterned = plain | {
@@ -83,20 +83,20 @@ def adapters() -> list[tuple[bytes, bytes, bytes]]:
         f"{prefix}.1.q_proj.lora_B.bias": [3],
         "base_model.model.lm_head.weight": [2, 2],
     }
-    return [(json.dumps(config).encode(), *_safetensors(held)) for config, held in ((plain, shapes), (patterned, more))]
+    return [(json.dumps(config).encode(), *_encode_safetensors(tensor_shapes)) for config, tensor_shapes in ((plain, shapes), (patterned, more))]
 
 
-def _safetensors(shapes: dict[str, list[int]]) -> tuple[bytes, bytes]:
+def _encode_safetensors(shapes: dict[str, list[int]]) -> tuple[bytes, bytes]:
     import numpy as np
     from safetensors.numpy import save
 
     generator = np.random.default_rng(0)
-    whole = save({name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
-    length = int.from_bytes(whole[:8], "little")
-    return whole[8 : 8 + length], whole[8 + length :]
+    content = save({name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
+    length = int.from_bytes(content[:8], "little")
+    return content[8 : 8 + length], content[8 + length :]
 
 
-def model_configs() -> list[bytes]:
+def make_model_configs() -> list[bytes]:
     small: dict[str, Any] = {
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -112,7 +112,7 @@ def model_configs() -> list[bytes]:
 
 
 @functools.cache
-def journals() -> list[bytes]:
+def make_journals() -> list[bytes]:
     """Journals of runs of a made-up trainer, few examples so that lines stay short: two that ended and one that did not."""
     written = []
     with tempfile.TemporaryDirectory() as folder:
@@ -136,11 +136,11 @@ def _train(task: TrialTask) -> TrialResult:
     return TrialResult(metrics={"loss": loss}, example_scores=[loss - 0.5, loss, loss + 0.5], example_weights=[3, 5, 3])
 
 
-def _jsonl(rows: list[dict[str, Any]]) -> bytes:
+def _encode_jsonl(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _csv(rows: list[dict[str, Any]], delimiter: str) -> bytes:
+def _encode_csv(rows: list[dict[str, Any]], delimiter: str) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
     writer.writeheader()
@@ -148,7 +148,7 @@ def _csv(rows: list[dict[str, Any]], delimiter: str) -> bytes:
     return text.getvalue().encode()
 
 
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
+def _encode_parquet(rows: list[dict[str, Any]]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 

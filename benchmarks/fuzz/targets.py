@@ -41,32 +41,32 @@ class Target:
 
 
 @functools.cache
-def _tokenizer() -> Any:
+def _make_tokenizer() -> Any:
     return make_tokenizer()
 
 
-def _file_type(data: bytes) -> tuple[str, bytes]:
+def _get_file_type(data: bytes) -> tuple[str, bytes]:
     """The first byte names the type."""
     return FILE_TYPES[data[0] % len(FILE_TYPES)] if data else FILE_TYPES[0], data[1:]
 
 
-def _parts(data: bytes, count: int) -> list[bytes]:
-    parts = data.split(PART, count - 1)
-    return parts + [b""] * (count - len(parts))
+def _split_sections(data: bytes, count: int) -> list[bytes]:
+    sections = data.split(PART, count - 1)
+    return sections + [b""] * (count - len(sections))
 
 
 def read_data(data: bytes, folder: Path) -> None:
     """Rows, their split, and their tokens."""
-    suffix, body = _file_type(data)
+    suffix, body = _get_file_type(data)
     path = folder / f"data{suffix}"
     path.write_bytes(body)
     settings = SelectSettings(batch_size=1, test_fraction=0.3, validation_fraction=0.3, seq_len=64)
     splits = load_data(path, settings)
-    encode_splits(splits, SimpleNamespace(tokenizer=_tokenizer()), settings)  # type: ignore[arg-type]
+    encode_splits(splits, SimpleNamespace(tokenizer=_make_tokenizer()), settings)  # type: ignore[arg-type]
 
 
 def read_results(data: bytes, folder: Path) -> None:
-    suffix, body = _file_type(data)
+    suffix, body = _get_file_type(data)
     path = folder / f"results{suffix}"
     path.write_bytes(body)
     _decide(path)
@@ -74,11 +74,11 @@ def read_results(data: bytes, folder: Path) -> None:
 
 def read_imported(data: bytes, folder: Path) -> None:
     """A folder of transformers' Trainer, with a right one of another rank beside it: one rank alone is not compared."""
-    trainings = {"a-r8": data, "b-r16": imported_seeds()[0].replace(b"8", b"16")}
+    trainings = {"a-r8": data, "b-r16": make_imported_seeds()[0].replace(b"8", b"16")}
     for training, content in trainings.items():
         (folder / training / "checkpoint-5").mkdir(parents=True)
-        places = ("checkpoint-5/trainer_state.json", "adapter_config.json")
-        for name, body in zip(places, _parts(content, 2), strict=True):
+        file_names = ("checkpoint-5/trainer_state.json", "adapter_config.json")
+        for name, body in zip(file_names, _split_sections(content, 2), strict=True):
             (folder / training / name).write_bytes(body)
     return _decide(folder)
 
@@ -93,16 +93,16 @@ def read_settings(data: bytes, folder: Path) -> None:
     """A configuration file, and the same text as assignments on the command line."""
     text = data.decode("utf-8", "replace")
     for line in text.splitlines()[:5]:
-        _refusable(lambda line=line: SelectSettings(**gather_settings(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
-        _refusable(lambda line=line: SelectSettings(memory_bytes=line))  # type: ignore[misc]
+        _ignore_refusal(lambda line=line: SelectSettings(**gather_settings(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
+        _ignore_refusal(lambda line=line: SelectSettings(memory_bytes=line))  # type: ignore[misc]
     path = folder / "config.yaml"
     path.write_bytes(data)
     values = gather_settings(path, (), {})
-    _refusable(lambda: PlanSettings(**values))
+    _ignore_refusal(lambda: PlanSettings(**values))
     SelectSettings(**values).model_dump(mode="json")
 
 
-def _refusable(read: Callable[[], object]) -> None:
+def _ignore_refusal(read: Callable[[], object]) -> None:
     with suppress(InputError):
         read()
 
@@ -110,16 +110,16 @@ def _refusable(read: Callable[[], object]) -> None:
 def read_adapter(data: bytes, folder: Path) -> None:
     """adapter_config.json, then the header and the data of the weights. The header's length is correct unless the
     first byte says otherwise."""
-    config, header, body = _parts(data[1:], 3)
-    told = len(header) if data[:1] != b"\xff" else int.from_bytes(body[:8].ljust(8, b"\xff"), "little")
+    config, header, body = _split_sections(data[1:], 3)
+    header_length = len(header) if data[:1] != b"\xff" else int.from_bytes(body[:8].ljust(8, b"\xff"), "little")
     (folder / "adapter_config.json").write_bytes(config)
-    (folder / "adapter_model.safetensors").write_bytes(told.to_bytes(8, "little") + header + body)
+    (folder / "adapter_model.safetensors").write_bytes(header_length.to_bytes(8, "little") + header + body)
     inspect(folder).model_dump_json()
 
 
 def read_weights(data: bytes, folder: Path) -> None:
     """A model's shard index and one shard."""
-    index, header, body = _parts(data, 3)
+    index, header, body = _split_sections(data, 3)
     (folder / "model.safetensors.index.json").write_bytes(index)
     (folder / "model-1.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
     weights = open_checkpoint(folder)
@@ -140,9 +140,9 @@ def read_journal(data: bytes, folder: Path) -> None:
     from rightrank.decision.records import decision_so_far, records_of
     from rightrank.report.status import find_last_decision
 
-    (folder / "journal.jsonl").write_bytes(_journal(data))
+    (folder / "journal.jsonl").write_bytes(_seal_journal(data))
     status(folder).model_dump_json()
-    _refusable(lambda: _decide(folder))
+    _ignore_refusal(lambda: _decide(folder))
     journal = RunFolder.open_existing(folder).journal.read()
     records = records_of(journal, str(folder))
     decided = find_last_decision(journal)
@@ -150,32 +150,32 @@ def read_journal(data: bytes, folder: Path) -> None:
     render_report(records, answers_of(records, decision)).encode()
 
 
-def _journal(data: bytes) -> bytes:
+def _seal_journal(data: bytes) -> bytes:
     """Damage below the checksums: each line is sealed anew. After a first byte of 0 the rest stays as it is."""
     if data[:1] == b"\x00":
         return data[1:]
     return b"\n".join(seal(line) if line.endswith(b"}") else line for line in data.split(b"\n"))
 
 
-def journal_seeds() -> list[bytes]:
-    open_lines = seeds.journals()
-    return [*open_lines, b"\x00" + _journal(open_lines[0])]
+def make_journal_seeds() -> list[bytes]:
+    open_lines = seeds.make_journals()
+    return [*open_lines, b"\x00" + _seal_journal(open_lines[0])]
 
 
-def _typed(suffix: str, body: bytes) -> bytes:
+def _prefix_type(suffix: str, body: bytes) -> bytes:
     return bytes([FILE_TYPES.index(suffix)]) + body
 
 
-def data_seeds() -> list[bytes]:
-    return [_typed(suffix, body) for suffix, body in seeds.data_files()]
+def make_data_seeds() -> list[bytes]:
+    return [_prefix_type(suffix, body) for suffix, body in seeds.make_data_files()]
 
 
-def result_seeds() -> list[bytes]:
-    return [_typed(suffix, body) for suffix, body in seeds.result_files()]
+def make_result_seeds() -> list[bytes]:
+    return [_prefix_type(suffix, body) for suffix, body in seeds.make_result_files()]
 
 
 @functools.cache
-def imported_seeds() -> list[bytes]:
+def make_imported_seeds() -> list[bytes]:
     trainer = {
         "global_step": 5,
         "log_history": [
@@ -186,7 +186,7 @@ def imported_seeds() -> list[bytes]:
     return [json.dumps(trainer).encode() + PART + b'{"r": 8, "lora_alpha": 16}']
 
 
-def settings_seeds() -> list[bytes]:
+def make_settings_seeds() -> list[bytes]:
     return [
         b"ranks: [1, 4, 16]\nlearning_rates: [1e-4, 3e-4]\nstrategy: grid\nmargin: 0.01\n",
         b"memory_bytes: 24GiB\ntarget-modules: [q_proj, v_proj]\nlora_alpha: 32\nseeds: [0, 1]\n",
@@ -197,24 +197,24 @@ def settings_seeds() -> list[bytes]:
     ]
 
 
-def adapter_seeds() -> list[bytes]:
-    return [b"\x00" + PART.join(parts) for parts in seeds.adapters()] + [b"\xff" + PART.join(seeds.adapters()[0])]
+def make_adapter_seeds() -> list[bytes]:
+    return [b"\x00" + PART.join(sections) for sections in seeds.make_adapters()] + [b"\xff" + PART.join(seeds.make_adapters()[0])]
 
 
-def weight_seeds() -> list[bytes]:
-    _, header, body = seeds.adapters()[0]
+def make_weight_seeds() -> list[bytes]:
+    _, header, body = seeds.make_adapters()[0]
     names = [name for name in json.loads(header) if name != "__metadata__"]
     index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}).encode()
     return [PART.join((index, header, body))]
 
 
 TARGETS: dict[str, Target] = {
-    "data": Target(read_data, data_seeds),
-    "results": Target(read_results, result_seeds),
-    "imported": Target(read_imported, imported_seeds),
-    "settings": Target(read_settings, settings_seeds),
-    "adapter": Target(read_adapter, adapter_seeds),
-    "weights": Target(read_weights, weight_seeds),
-    "model": Target(read_model, seeds.model_configs),
-    "journal": Target(read_journal, journal_seeds),
+    "data": Target(read_data, make_data_seeds),
+    "results": Target(read_results, make_result_seeds),
+    "imported": Target(read_imported, make_imported_seeds),
+    "settings": Target(read_settings, make_settings_seeds),
+    "adapter": Target(read_adapter, make_adapter_seeds),
+    "weights": Target(read_weights, make_weight_seeds),
+    "model": Target(read_model, seeds.make_model_configs),
+    "journal": Target(read_journal, make_journal_seeds),
 }

@@ -31,42 +31,42 @@ ROOT = HERE.parents[1]
 
 
 def main(words: list[str] | None = None) -> int:
-    given = _parse(words)
+    arguments = _parse_arguments(words)
     import torch
 
-    if not given.rehearse and not torch.cuda.is_available():
+    if not arguments.rehearse and not torch.cuda.is_available():
         print(
             "there is no CUDA device here: nothing was measured; --rehearse runs all of it on the CPU", file=sys.stderr
         )
         return 2
     with tempfile.TemporaryDirectory() as temporary:
-        work = given.work or Path(temporary)
+        work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        result = measure(given, work, "cpu" if given.rehearse else "cuda")
-    for name, part in result["parts"].items():
-        print(f"{name:12} {part['state']:8} {part['seconds']:6.0f} s  {len(part['rows'])} rows  {part['reason'] or ''}")
-    return int(any(part["state"] == "failed" for part in result["parts"].values()))
+        result = measure(arguments, work, "cpu" if arguments.rehearse else "cuda")
+    for name, part_result in result["parts"].items():
+        print(f"{name:12} {part_result['state']:8} {part_result['seconds']:6.0f} s  {len(part_result['rows'])} rows  {part_result['reason'] or ''}")
+    return int(any(part_result["state"] == "failed" for part_result in result["parts"].values()))
 
 
-def measure(given: argparse.Namespace, work: Path, device: str) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, work: Path, device: str) -> dict[str, Any]:
     """All parts; the result on disk has what is there after each."""
     import torch
 
-    model, data = given.model or _model(work, given.rehearse), given.data or _data(work, given.rehearse)
-    ends = time.monotonic() + 60 * given.minutes
+    model, data = arguments.model or _prepare_model(work, arguments.rehearse), arguments.data or _prepare_data(work, arguments.rehearse)
+    ends = time.monotonic() + 60 * arguments.minutes
     card = torch.cuda.get_device_name() if device == "cuda" else None
-    result: dict[str, Any] = {"machine": machine(), "gpu": card, "rehearsal": given.rehearse, "parts": {}}
-    for name in given.parts:
-        left = ends - time.monotonic()
-        result["parts"][name] = run_part(name, device, model, data, work / name, given.rehearse, left)
-        store(result, given.out)
-        if given.out is not None and device == "cuda":
+    result: dict[str, Any] = {"machine": machine(), "gpu": card, "rehearsal": arguments.rehearse, "parts": {}}
+    for name in arguments.parts:
+        seconds_left = ends - time.monotonic()
+        result["parts"][name] = run_part(name, device, model, data, work / name, arguments.rehearse, seconds_left)
+        store(result, arguments.out)
+        if arguments.out is not None and device == "cuda":
             write_page(result, HERE / "README.md")
     return result
 
 
 def run_part(
-    name: str, device: str, model: Path, data: Path, work: Path, rehearse: bool, left: float
+    name: str, device: str, model: Path, data: Path, work: Path, rehearse: bool, seconds_left: float
 ) -> dict[str, Any]:
     """One part: `state` is `done`, `stopped` (the minutes were over) or `failed`, with the last line of its error."""
     work.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,9 @@ def run_part(
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     state, reason = "done", None
     try:
-        if left <= 0:
-            raise subprocess.TimeoutExpired(command, left)
-        ended = subprocess.run(command, env=environment, timeout=left, capture_output=True, text=True, check=False)
+        if seconds_left <= 0:
+            raise subprocess.TimeoutExpired(command, seconds_left)
+        ended = subprocess.run(command, env=environment, timeout=seconds_left, capture_output=True, text=True, check=False)
         if ended.returncode != 0:
             state, reason = "failed", (ended.stderr.strip().splitlines() or ["no line"])[-1]
             print(ended.stderr, file=sys.stderr)
@@ -88,7 +88,7 @@ def run_part(
     return {"state": state, "reason": reason, "seconds": time.monotonic() - begun, "rows": rows}
 
 
-def _model(work: Path, rehearse: bool) -> Path:
+def _prepare_model(work: Path, rehearse: bool) -> Path:
     """A model with random weights and a byte-level tokenizer: SmolLM2-135M's shape, or a tiny one."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -103,23 +103,23 @@ def _model(work: Path, rehearse: bool) -> Path:
     return work / "model"
 
 
-def _data(work: Path, rehearse: bool) -> Path:
+def _prepare_data(work: Path, rehearse: bool) -> Path:
     from rightrank.demo import prepare_docstrings
 
     return write_completions(work / "data.jsonl") if rehearse else prepare_docstrings(work / "docstrings.jsonl")
 
 
-def _parse(words: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
     for option in ("--model", "--data", "--work", "--out"):
         parser.add_argument(option, type=Path)
-    given = parser.parse_args(words)
-    if unknown := set(given.parts) - set(PARTS):
+    arguments = parser.parse_args(words)
+    if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"--parts: got {', '.join(sorted(unknown))}; give some of {', '.join(PARTS)}")
-    return given
+    return arguments
 
 
 if __name__ == "__main__":

@@ -97,78 +97,78 @@ PLANS: dict[str, dict[str, Any]] = {  # of a tiny Llama, for CUDA
 def run_case(name: str, device: str, folder: Path) -> dict[str, Any]:
     """Losses and adapters of two arms, alone and in a pass, and of a truncation with moments where one can be made."""
     model, sizes, form, settings = CASES[name]
-    request = _request(model, sizes, form, settings | {"device": device}, folder)
+    request = _build_request(model, sizes, form, settings | {"device": device}, folder)
     prepared = preparation.prepare_selection(request, folder / "cache")
     runtime = prepared.runtime
     arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=16.0, seed=rank, steps=STEPS) for rank in (2, 4)]
     paths = runtime.fast_paths
-    found: dict[str, Any] = {"base": runtime.evaluate("validation").losses}
-    found["taken"] = [paths.sequence_packing, paths.last_block is not None, paths.prefix is not None]
-    base_loss = sum(found["base"])
-    for way, count in (("alone", 1), *([] if runtime.targets.unshared_reason else [("together", 2)])):
-        for number, one in enumerate(_trained(runtime, arms, folder / way, count, base_loss)):
-            found[f"{way} {number}"] = one.train_losses + one.example_losses
-            found[f"{way} {number} adapter"] = _weights(folder / way / f"t{number}")
+    results: dict[str, Any] = {"base": runtime.evaluate("validation").losses}
+    results["taken"] = [paths.sequence_packing, paths.last_block is not None, paths.prefix is not None]
+    base_loss = sum(results["base"])
+    for mode, count in (("alone", 1), *([] if runtime.targets.unshared_reason else [("together", 2)])):
+        for number, outcome in enumerate(_train_arms(runtime, arms, folder / mode, count, base_loss)):
+            results[f"{mode} {number}"] = outcome.train_losses + outcome.example_losses
+            results[f"{mode} {number} adapter"] = _compute_norms(folder / mode / f"t{number}")
     if runtime.targets.untruncatable_reason is None:
         cut = Arm(rank=1, learning_rate=1e-2, lora_alpha=16.0, seed=4, steps=1, truncate_from="t1")
-        places = TrialFolders(folder / "cut.ckpt", folder / "cut", None, folder / "alone" / "t1", folder / "moments")
-        ended = next(train_trials(runtime, [Trial(trial_id="cut", arm=cut)], base_loss, lambda _: places, Listener()))
+        folders = TrialFolders(folder / "cut.ckpt", folder / "cut", None, folder / "alone" / "t1", folder / "moments")
+        ended = next(train_trials(runtime, [Trial(trial_id="cut", arm=cut)], base_loss, lambda _: folders, Listener()))
         assert isinstance(ended, TrialFinished), ended
-        found["cut"] = ended.train_losses + ended.example_losses
+        results["cut"] = ended.train_losses + ended.example_losses
     if name == "other ends":
         assert choose_adapters_per_pass(runtime, arms, lambda _: None) >= 1
         assert measure_pace(runtime, arms[0]) is not None
-        found |= other_ends(runtime, base_loss, folder)
+        results |= run_other_ends(runtime, base_loss, folder)
     if name == "an adapter that exists":
         settings = request.settings.model_copy(update={"ranks": (1, 2)})
         adapter, data = folder / "alone" / "t1", folder / "data.jsonl"
         held_out = rightrank.resize(adapter, folder / "resized", data=data, settings=settings).held_out
-        found["resized"] = [one.value for one in held_out or ()]
-    return found
+        results["resized"] = [outcome.value for outcome in held_out or ()]
+    return results
 
 
-def other_ends(runtime: Runtime, base_loss: float, folder: Path) -> dict[str, list[float]]:
+def run_other_ends(runtime: Runtime, base_loss: float, folder: Path) -> dict[str, list[float]]:
     """A training that is stopped and resumed, one that ends early and is continued, a pass that memory halves, and ends without a result."""
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=16.0, seed=1, steps=STEPS)
-    early = arm.model_copy(update={"stop_at": 2})
-    rest = arm.model_copy(update={"continue_from": "early"})
-    found: dict[str, list[float]] = {}
+    stopped_arm = arm.model_copy(update={"stop_at": 2})
+    resumed_arm = arm.model_copy(update={"continue_from": "early"})
+    results: dict[str, list[float]] = {}
 
     def end(name: str, arm: Arm, listener: Listener = SILENT, base: float = base_loss) -> TrialOutcome:
-        before = None if arm.continue_from is None else folder / f"{arm.continue_from}.ckpt"
-        places = TrialFolders(folder / f"{name}.ckpt", folder / name, before)
-        return run_trial(runtime, Trial(trial_id=name, arm=arm), base, places, listener)
+        previous_checkpoint = None if arm.continue_from is None else folder / f"{arm.continue_from}.ckpt"
+        folders = TrialFolders(folder / f"{name}.ckpt", folder / name, previous_checkpoint)
+        return run_trial(runtime, Trial(trial_id=name, arm=arm), base, folders, listener)
 
     with contextlib.suppress(InterruptedRun):
-        end("stopped", arm, Stops())
+        end("stopped", arm, StopListener())
     assert (folder / "stopped.ckpt").exists()
     for name, outcome in (
         ("base", end("base", arm.model_copy(update={"rank": 0, "steps": 0}))),
         ("stopped", end("stopped", arm)),
-        ("early", end("early", early)),
-        ("continued", end("continued", rest)),
+        ("early", end("early", stopped_arm)),
+        ("continued", end("continued", resumed_arm)),
     ):
         assert isinstance(outcome, TrialFinished), outcome
-        found[name] = outcome.train_losses + outcome.example_losses
-    plain, pair = Runtime.accumulate_gradients, [arm, arm.model_copy(update={"rank": 4})]
+        results[name] = outcome.train_losses + outcome.example_losses
+    accumulate_gradients, pair = Runtime.accumulate_gradients, [arm, arm.model_copy(update={"rank": 4})]
 
-    def one_alone(*given: Any) -> list[torch.Tensor]:
-        return plain(*given) if len(given[2]) == 1 else _no_memory()
+    def one_alone(*arguments: Any) -> list[torch.Tensor]:
+        return accumulate_gradients(*arguments) if len(arguments[2]) == 1 else _raise_out_of_memory()
 
     with patch.object(Runtime, "accumulate_gradients", one_alone):
-        halved = _trained(runtime, pair, folder / "halved", 2, base_loss)
-    found |= {f"halved {one.rank}": one.train_losses + one.example_losses for one in halved}
-    with patch.object(Runtime, "accumulate_gradients", lambda *_: _no_memory()):
+        halved = _train_arms(runtime, pair, folder / "halved", 2, base_loss)
+    results |= {f"halved {one.rank}": one.train_losses + one.example_losses for one in halved}
+    with patch.object(Runtime, "accumulate_gradients", lambda *_: _raise_out_of_memory()):
         assert isinstance(end("none", arm), TrialFailed)
     assert isinstance(end("diverged", arm, base=1e-3), TrialDiverged)
-    return found
+    return results
 
 
-def _no_memory() -> NoReturn:
+def _raise_out_of_memory() -> NoReturn:
     raise RuntimeError("CUDA out of memory")
 
 
-class Stops(Listener):
+class StopListener(Listener):
     def should_stop(self) -> bool:
         return True
 
@@ -176,34 +176,34 @@ class Stops(Listener):
 SILENT = Listener()
 
 
-def plans_for_cuda(folder: Path) -> list[dict[str, Any]]:
+def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
     """The plans of a tiny model for CUDA, as a table and within a selection, without a device."""
     from rightrank.plugins import plan as plan_command
     from rightrank.plugins.plan.planner import plan_selection
     from rightrank.plugins.plan.skeleton import read_config
 
-    request = _request("Llama", SIZES, "language", {}, folder)
-    found = []
+    request = _build_request("Llama", SIZES, "language", {}, folder)
+    plans = []
     for name, settings in PLANS.items():
-        wanted: Any = {"ranks": (2, 4), "batch_size": 4, "seq_len": 32, "device": "cuda"} | settings
-        planned = plan_command.plan(request.model, **wanted)
+        plan_settings: Any = {"ranks": (2, 4), "batch_size": 4, "seq_len": 32, "device": "cuda"} | settings
+        planned = plan_command.plan(request.model, **plan_settings)
         assert f"{planned.targets} adapted matrices" in plan_command._format_plan(planned)
-        found.append({"plan": name, "peak_bytes": [row.peak_bytes for row in planned.ranks], "fits": planned.max_rank})
+        plans.append({"plan": name, "peak_bytes": [row.peak_bytes for row in planned.ranks], "fits": planned.max_rank})
     config = read_config(request.model, False)
-    enough = request.settings.model_copy(update={"memory_bytes": 2**30, "adapters_per_pass": 8})
-    planned_selection = plan_selection(config, enough, 32, "cuda")
-    together = planned_selection.predict_peak_bytes([2, 4])
-    assert together is not None
-    assert together > planned_selection.peak_bytes[4]
+    large_settings = request.settings.model_copy(update={"memory_bytes": 2**30, "adapters_per_pass": 8})
+    planned_selection = plan_selection(config, large_settings, 32, "cuda")
+    pair_peak = planned_selection.predict_peak_bytes([2, 4])
+    assert pair_peak is not None
+    assert pair_peak > planned_selection.peak_bytes[4]
     fits, count = max(planned_selection.ranks), planned_selection.max_adapters_per_pass
-    found.append({"plan": "a selection", "fits": fits, "together": count})
+    plans.append({"plan": "a selection", "fits": fits, "together": count})
     with contextlib.suppress(SettingsError):
         plan_selection(config, request.settings.model_copy(update={"memory_bytes": 2**20}), 32, "cuda")
         raise AssertionError("a selection that fits nowhere is planned")
-    return found
+    return plans
 
 
-def _request(model: str, sizes: dict[str, Any], form: str, settings: dict[str, Any], folder: Path) -> SelectionInputs:
+def _build_request(model: str, sizes: dict[str, Any], form: str, settings: dict[str, Any], folder: Path) -> SelectionInputs:
     import transformers
 
     tokenizer, base, data = make_tokenizer(), folder / "base", folder / "data.jsonl"
@@ -217,29 +217,29 @@ def _request(model: str, sizes: dict[str, Any], form: str, settings: dict[str, A
         write_jsonl(data, [{"text": text, "label": "ab"["cat" in text]} for text in sentences(80, seed=2)])
     else:
         (write_pairs if form == "pairs" else write_completions)(data, 80)
-    wanted = {"ranks": (2, 4), "max_steps": STEPS, "max_eval_examples": 6, "batch_size": 4, "seq_len": 32} | settings
-    return SelectionInputs(str(base), None, data, small_settings(**wanted))
+    request_settings = {"ranks": (2, 4), "max_steps": STEPS, "max_eval_examples": 6, "batch_size": 4, "seq_len": 32} | settings
+    return SelectionInputs(str(base), None, data, small_settings(**request_settings))
 
 
-def _trained(runtime: Any, arms: list[Arm], folder: Path, size: int, base_loss: float) -> list[TrialFinished]:
+def _train_arms(runtime: Any, arms: list[Arm], folder: Path, size: int, base_loss: float) -> list[TrialFinished]:
     trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
 
     def places(trial: Trial) -> TrialFolders:
         return TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id)
 
-    ended = sorted(train_trials(runtime, trials, base_loss, places, Listener(), size), key=lambda one: one.trial_id)
-    finished = [one for one in ended if isinstance(one, TrialFinished)]
+    ended = sorted(train_trials(runtime, trials, base_loss, places, Listener(), size), key=lambda outcome: outcome.trial_id)
+    finished = [outcome for outcome in ended if isinstance(outcome, TrialFinished)]
     assert len(finished) == len(arms), ended
     return finished
 
 
-def _weights(adapter: Path) -> list[float]:
+def _compute_norms(adapter: Path) -> list[float]:
     tensors = load_file(adapter / "adapter_model.safetensors")
     return [float(tensors[name].double().norm()) for name in sorted(tensors)]
 
 
 @contextlib.contextmanager
-def known_device() -> Iterator[None]:
+def pretend_cuda() -> Iterator[None]:
     """Within the block, `cuda` is the device."""
     plain = base_models.find_device
 
@@ -250,14 +250,14 @@ def known_device() -> Iterator[None]:
         yield
 
 
-def compare(name: str, lines: Lines | None = None) -> dict[str, Any]:
+def compare(name: str, lines: LineCounter | None = None) -> dict[str, Any]:
     """The largest relative difference between the device and the CPU, of losses and of the adapters' norms."""
-    found = []
+    results = []
     for device in ("cuda", "cpu"):
         counting = lines if lines is not None and device == "cuda" else contextlib.nullcontext()
-        with tempfile.TemporaryDirectory() as folder, known_device(), counting:
-            found.append(run_case(name, device, Path(folder)))
-    ours, theirs = found
+        with tempfile.TemporaryDirectory() as folder, pretend_cuda(), counting:
+            results.append(run_case(name, device, Path(folder)))
+    ours, theirs = results
     assert ours.keys() == theirs.keys()
     assert ours["taken"] == theirs["taken"], "other faster ways on the device"
     far = {"losses": 0.0, "adapters": 0.0}
@@ -265,15 +265,15 @@ def compare(name: str, lines: Lines | None = None) -> dict[str, Any]:
         which = "adapters" if key.endswith("adapter") else "losses"
         assert len(ours[key]) == len(theirs[key])
         far[which] = max(
-            far[which], *(abs(one / other - 1) for one, other in zip(ours[key], theirs[key], strict=True) if other)
+            far[which], *(abs(our_value / their_value - 1) for our_value, their_value in zip(ours[key], theirs[key], strict=True) if their_value)
         )
     return {"case": name, **far}
 
 
-def mixes() -> dict[str, bool]:
+def check_refusals() -> dict[str, bool]:
     """Whether what CUDA refuses is refused: by itself, and where the engine's loss takes labels of the CPU."""
     here = torch.zeros(2, 3, device=install())
-    tried = {
+    operations = {
         "operands": lambda: here + torch.zeros(2, 3),
         "a weight of the CPU": lambda: torch.nn.functional.linear(here, torch.zeros(4, 3)),
         "an index of the CPU": lambda: here[torch.tensor([0])],
@@ -281,18 +281,18 @@ def mixes() -> dict[str, bool]:
         "numpy": lambda: here.numpy(),
         "labels of the CPU": lambda: chunked_cross_entropy(here, torch.zeros(2, dtype=torch.long), lambda x: x, 1.0),
     }
-    return {what: _is_refused(try_it) for what, try_it in tried.items()}
+    return {name: _is_refused(operation) for name, operation in operations.items()}
 
 
-def _is_refused(try_it: Callable[[], object]) -> bool:
+def _is_refused(operation: Callable[[], object]) -> bool:
     try:
-        try_it()
+        operation()
     except RuntimeError:
         return True
     return False
 
 
-class Lines(contextlib.AbstractContextManager[None]):
+class LineCounter(contextlib.AbstractContextManager[None]):
     """Counts the lines that run inside the blocks, in the backward pass's own thread too."""
 
     def __init__(self) -> None:
@@ -310,14 +310,14 @@ class Lines(contextlib.AbstractContextManager[None]):
     def _call(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
         if code not in self._by_code:
-            counted = any(code.co_filename.startswith(f"{SOURCES}/{part}/") for part in COUNTED)
+            counted = any(code.co_filename.startswith(f"{SOURCES}/{folder}/") for folder in COUNTED)
             self._by_code[code] = self.seen.setdefault(code.co_filename, set()) if counted else None
-        seen = self._by_code[code]
-        if seen is None:
+        lines = self._by_code[code]
+        if lines is None:
             return None
 
         def line(frame: FrameType, event: str, _: Any) -> Any:
-            seen.add(frame.f_lineno)
+            lines.add(frame.f_lineno)
             return line
 
         return line
@@ -325,26 +325,26 @@ class Lines(contextlib.AbstractContextManager[None]):
     def table(self) -> list[dict[str, Any]]:
         """Lines that ran of those inside functions, by folder; and the functions of which none ran."""
         rows = []
-        for part in COUNTED:
-            ran = known = 0
+        for folder in COUNTED:
+            num_run = num_lines = 0
             silent: list[str] = []
-            for path in sorted((SOURCES / part).glob("*.py")):
-                seen = self.seen.get(str(path), set())
-                for name, lines in _functions(compile(path.read_text(encoding="utf-8"), str(path), "exec")):
-                    known, ran = known + len(lines), ran + len(lines & seen)
-                    silent += [f"{path.name}:{name}"] if lines and not lines & seen else []
-            rows.append({"folder": part, "lines": known, "ran": ran, "share": ran / known, "silent": silent})
+            for path in sorted((SOURCES / folder).glob("*.py")):
+                run_lines = self.seen.get(str(path), set())
+                for name, lines in _iterate_functions(compile(path.read_text(encoding="utf-8"), str(path), "exec")):
+                    num_lines, num_run = num_lines + len(lines), num_run + len(lines & run_lines)
+                    silent += [f"{path.name}:{name}"] if lines and not lines & run_lines else []
+            rows.append({"folder": folder, "lines": num_lines, "ran": num_run, "share": num_run / num_lines, "silent": silent})
         return rows
 
 
-def _functions(code: CodeType) -> Iterator[tuple[str, set[int]]]:
+def _iterate_functions(code: CodeType) -> Iterator[tuple[str, set[int]]]:
     """Each function of a module, and the lines of its body; what is nested counts by itself."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             if constant.co_flags & 2:  # of a function: it has fast locals; a class body has none
                 lines = {line for _, _, line in constant.co_lines() if line and line != constant.co_firstlineno}
                 yield constant.co_qualname, lines
-            yield from _functions(constant)
+            yield from _iterate_functions(constant)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -352,21 +352,21 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=lambda text: text.split(";"), default=list(CASES))
     parser.add_argument("--lines", action="store_true")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     warnings.simplefilter("ignore")
-    lines = Lines() if given.lines else None
+    lines = LineCounter() if arguments.lines else None
     rows = []
-    for name in given.cases:
+    for name in arguments.cases:
         rows.append(compare(name, lines))
         print(json.dumps(rows[-1]), flush=True)
     plans: list[dict[str, Any]] = []
     if lines is not None:
         with tempfile.TemporaryDirectory() as folder, lines:
-            plans = plans_for_cuda(Path(folder))
+            plans = plan_for_cuda(Path(folder))
     table = [] if lines is None else lines.table()
     for row in table:
         print(f"{row['folder']:14} {row['ran']} of {row['lines']} lines, {row['share']:.0%}")
-    store({"cases": rows, "refused": mixes(), "plans": plans, "lines": table}, given.out)
+    store({"cases": rows, "refused": check_refusals(), "plans": plans, "lines": table}, arguments.out)
     return 0
 
 

@@ -13,34 +13,34 @@ MARK = "<!-- made by benchmarks.gpu -->"
 def write_page(result: dict[str, Any], page: Path) -> None:
     """Everything below the mark of the page anew."""
     above = page.read_text(encoding="utf-8").partition(MARK)[0]
-    page.write_text(f"{above}{MARK}\n\n{tables(result)}", encoding="utf-8")
+    page.write_text(f"{above}{MARK}\n\n{format_tables(result)}", encoding="utf-8")
 
 
-def tables(result: dict[str, Any]) -> str:
+def format_tables(result: dict[str, Any]) -> str:
     """A table a part, a row a case, a column a figure."""
     blocks = [f"{result['gpu'] or 'CPU (a rehearsal)'}; {machine_text(result['machine'])}.\n"]
-    for name, part in result["parts"].items():
-        blocks.append(f"## {name}\n\n{part['state']} in {part['seconds']:.0f} s{_after(part['reason'])}\n")
-        if part["rows"]:
-            columns = list(part["rows"][0])
+    for name, part_result in result["parts"].items():
+        blocks.append(f"## {name}\n\n{part_result['state']} in {part_result['seconds']:.0f} s{_format_reason(part_result['reason'])}\n")
+        if part_result["rows"]:
+            columns = list(part_result["rows"][0])
             lines = [
                 columns,
                 ["---"] * len(columns),
-                *([_cell(row.get(key)) for key in columns] for row in part["rows"]),
+                *([_format_cell(row.get(key)) for key in columns] for row in part_result["rows"]),
             ]
             blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     return "\n".join(blocks)
 
 
-def _after(reason: str | None) -> str:
+def _format_reason(reason: str | None) -> str:
     return f": {reason}" if reason else ""
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {_format_cell(inner)}" for key, inner in value.items())
     if isinstance(value, list):
-        return "; ".join(_cell(inner) for inner in value)
+        return "; ".join(_format_cell(inner) for inner in value)
     return "–" if value is None else str(value).replace("|", "\\|")

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.engine import certified, compare
 from benchmarks.engine.common import make_runtime
-from benchmarks.gpu.plain import example_losses, plain_losses
+from benchmarks.gpu.plain import compute_example_losses, train_plain_loop
 from benchmarks.plan import gpu as plan_cases
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from rightrank import select_rank
@@ -104,7 +104,7 @@ class Job:
         }
 
 
-def plan(job: Job) -> Iterator[Row]:
+def measure_plan(job: Job) -> Iterator[Row]:
     """The planned peak against the device's own counters."""
     configs = {"gpt2": SMALL_CONFIGS["gpt2"]} if job.rehearse else plan_cases.CONFIGS
     cases = [plan_cases.CASES[0], plan_cases.SELECT] if job.rehearse else plan_cases.CASES
@@ -113,26 +113,26 @@ def plan(job: Job) -> Iterator[Row]:
             yield plan_cases.compare(name, make, case | {"device": job.device})
 
 
-def equal(job: Job) -> Iterator[Row]:
+def measure_equality(job: Job) -> Iterator[Row]:
     """Losses of every step: alone against a plain PEFT loop, and several arms a pass against each alone."""
     for name, changes in VARIANTS.items():
         if find_spec("bitsandbytes") is None and any(key in changes for key in NEEDS_BITSANDBYTES):
             yield {"case": name, "to_peft": None, "to_alone": None, "peak_bytes": None, "reason": "no bitsandbytes"}
             continue
         runtime, arms = job.runtime(f"equal {name}", **changes), job.arms(2 if job.rehearse else 4)
-        alone = job.train(f"{name} alone", runtime, arms, 1, Listener())
+        alone_result = job.train(f"{name} alone", runtime, arms, 1, Listener())
         obstacle = find_multi_lora_obstacle(runtime, arms)  # DoRA trains alone, and so do arms over 8 bits
-        together = None if obstacle else job.train(f"{name} together", runtime, arms, len(arms), Listener())
+        together_result = None if obstacle else job.train(f"{name} together", runtime, arms, len(arms), Listener())
         yield {
             "case": name,
-            "to_peft": _largest(alone["losses"][:1], [plain_losses(runtime, arms[0])]),
-            "to_alone": None if together is None else _largest(together["losses"], alone["losses"]),
-            "peak_bytes": alone["peak_bytes"],
+            "to_peft": _compute_largest_difference(alone_result["losses"][:1], [train_plain_loop(runtime, arms[0])]),
+            "to_alone": None if together_result is None else _compute_largest_difference(together_result["losses"], alone_result["losses"]),
+            "peak_bytes": alone_result["peak_bytes"],
             "reason": obstacle,
         }
 
 
-def attention(job: Job) -> Iterator[Row]:
+def measure_attention(job: Job) -> Iterator[Row]:
     """Examples joined into one row against padded ones: the same losses, and the time."""
     for dtype in ("float32", "bfloat16"):
         rows = {}
@@ -143,33 +143,33 @@ def attention(job: Job) -> Iterator[Row]:
             rows[name] = job.train(f"{dtype} {name}", runtime, job.arms(1), 1, Listener())
         yield {
             "case": dtype,
-            "difference": _largest(rows["joined"]["losses"], rows["padded"]["losses"]),
+            "difference": _compute_largest_difference(rows["joined"]["losses"], rows["padded"]["losses"]),
             "padded_over_joined_seconds": rows["padded"]["seconds"] / rows["joined"]["seconds"],
             "peak_bytes": {name: row["peak_bytes"] for name, row in rows.items()},
         }
 
 
-def speed(job: Job) -> Iterator[Row]:
+def measure_speed(job: Job) -> Iterator[Row]:
     """One arm on all layers, against `Trainer` + PEFT at its defaults and at its best, and TRL where it is installed."""
     words = [str(job.model), str(job.data), "--work", str(job.work / "speed"), "--steps", str(2 * job.steps)]
     words += ["--rounds", "1" if job.rehearse else "3", "--max-eval-examples", "4" if job.rehearse else "64"]
     words += ["--trl"] if find_spec("trl") and not job.rehearse else []
-    measured = compare.measure(compare.parse(words))
+    measured = compare.measure(compare.parse_arguments(words))
     for ours, ratios in measured["speedup"].items():
         yield {"case": ours, "theirs_over_ours_seconds": ratios}
 
 
-def packs(job: Job) -> Iterator[Row]:
+def measure_packs(job: Job) -> Iterator[Row]:
     """Many arms a pass on the last two layers, against one after the other and against `Trainer` once for each."""
     for count in (2,) if job.rehearse else (8, 32):
-        own = compare.Job(str(job.model), job.data, job.work / f"packs {count}", job.steps, 4, job.tail, count, 0)
+        pack_job = compare.Job(str(job.model), job.data, job.work / f"packs {count}", job.steps, 4, job.tail, count, 0)
         runs: dict[str, Callable[[], compare.Measured]] = {
-            "Trainer": lambda own=own: compare.trainer(own, "bfloat16", True),  # type: ignore[misc]
-            "one after the other": lambda own=own: compare.ours(own, "bfloat16", 1),  # type: ignore[misc]
-            "one pass": lambda own=own, count=count: compare.ours(own, "bfloat16", count),  # type: ignore[misc]
+            "Trainer": lambda pack_job=pack_job: compare.train_with_trainer(pack_job, "bfloat16", True),  # type: ignore[misc]
+            "one after the other": lambda pack_job=pack_job: compare.train_ours(pack_job, "bfloat16", 1),  # type: ignore[misc]
+            "one pass": lambda pack_job=pack_job, count=count: compare.train_ours(pack_job, "bfloat16", count),  # type: ignore[misc]
         }
         if not job.rehearse:
-            compare.ours(replace(own, steps=2), "bfloat16", 1)  # kernels are loaded
+            compare.train_ours(replace(pack_job, steps=2), "bfloat16", 1)  # kernels are loaded
         seconds, peaks = {}, {}
         for name, run in runs.items():
             measured = run()
@@ -179,14 +179,14 @@ def packs(job: Job) -> Iterator[Row]:
         yield {"case": f"{count} arms", "seconds": seconds, "peak_bytes": peaks}
 
 
-def certificate(job: Job) -> Iterator[Row]:
+def measure_certificate(job: Job) -> Iterator[Row]:
     """An arm of a pass of three, trained again alone."""
     for dtype in ("float32", "bfloat16"):
-        given = Namespace(model=str(job.model), data=job.data, layers=job.tail, steps=job.steps, work=job.work)
-        yield {"case": dtype, **certified.measure(given, dtype)}
+        arguments = Namespace(model=str(job.model), data=job.data, layers=job.tail, steps=job.steps, work=job.work)
+        yield {"case": dtype, **certified.measure(arguments, dtype)}
 
 
-def selection(job: Job) -> Iterator[Row]:
+def measure_selection(job: Job) -> Iterator[Row]:
     """The main job with both answers; PEFT loads the adapter and gives the loss that was reported."""
     chosen: Row = {
         "device": job.device,
@@ -210,11 +210,11 @@ def selection(job: Job) -> Iterator[Row]:
         "adapter_sentence": selected.adapter.sentence,
         "sentence": selected.decision.sentence,
         "trials": len(folder.journal.read_complete_lines()),
-        "adapter_loss_in_peft": _loss_in_peft(job, selected.adapter.path, chosen | sizes),
+        "adapter_loss_in_peft": _measure_loss_in_peft(job, selected.adapter.path, chosen | sizes),
     }
 
 
-def demo(job: Job) -> Iterator[Row]:
+def measure_demo(job: Job) -> Iterator[Row]:
     """`rightrank demo`, where its model is installed."""
     from rightrank.demo import DEMO_SETTINGS, prepare_demo
 
@@ -231,7 +231,7 @@ def demo(job: Job) -> Iterator[Row]:
     yield {"case": "demo", "seconds": time.monotonic() - begun, "reason": None}
 
 
-def memory(job: Job) -> Iterator[Row]:
+def measure_memory(job: Job) -> Iterator[Row]:
     """A pass that does not fit is halved, and no arm is lost or changed. On a CPU the error is raised by hand."""
     runtime, arms = job.runtime("memory"), job.arms(4)
     alone = job.train("memory alone", runtime, arms, 1, Listener())
@@ -241,57 +241,57 @@ def memory(job: Job) -> Iterator[Row]:
         def on_event(self, event: Event) -> None:
             notices.extend([event.text] if isinstance(event, Notice) else [])
 
-    with _scarce(job, runtime, alone["peak_bytes"]):
-        together = job.train("memory together", runtime, arms, len(arms), Notices())
-    difference = _largest(together["losses"], alone["losses"])
+    with _limit_memory(job, runtime, alone["peak_bytes"]):
+        together_result = job.train("memory together", runtime, arms, len(arms), Notices())
+    difference = _compute_largest_difference(together_result["losses"], alone["losses"])
     assert notices, "four arms fitted: nothing was shown"
     yield {"case": "four arms where two fit", "notices": notices, "to_alone": difference}
 
 
 PARTS: dict[str, Callable[[Job], Iterator[Row]]] = {  # in the order of their worth
-    "plan": plan,
-    "equal": equal,
-    "packs": packs,
-    "speed": speed,
-    "attention": attention,
-    "certificate": certificate,
-    "selection": selection,
-    "memory": memory,
-    "demo": demo,
+    "plan": measure_plan,
+    "equal": measure_equality,
+    "packs": measure_packs,
+    "speed": measure_speed,
+    "attention": measure_attention,
+    "certificate": measure_certificate,
+    "selection": measure_selection,
+    "memory": measure_memory,
+    "demo": measure_demo,
 }
 
 
-def _largest(found: list[list[float]], wanted: list[list[float]]) -> float:
+def _compute_largest_difference(losses: list[list[float]], expected_losses: list[list[float]]) -> float:
     """The largest relative difference of two lists of losses."""
-    pairs = [pair for one, other in zip(found, wanted, strict=True) for pair in zip(one, other, strict=True)]
-    return max(abs(one / other - 1) for one, other in pairs)
+    pairs = [pair for actual, expected in zip(losses, expected_losses, strict=True) for pair in zip(actual, expected, strict=True)]
+    return max(abs(actual / expected - 1) for actual, expected in pairs)
 
 
-def _loss_in_peft(job: Job, adapter: Path, settings: Row) -> float:
+def _measure_loss_in_peft(job: Job, adapter: Path, settings: Row) -> float:
     """Nats a label on the validation examples, by a PEFT model that was loaded from the folder."""
     from peft import PeftModel
 
     runtime = make_runtime(str(job.model), job.data, settings["max_steps"], job.work / "again", **settings)
     model = PeftModel.from_pretrained(runtime.model, str(adapter)).eval()
     labels = sum(sum(label != -100 for label in item.labels) for item in runtime.data.splits["validation"])
-    return sum(example_losses(model, runtime)) / labels
+    return sum(compute_example_losses(model, runtime)) / labels
 
 
-def _scarce(job: Job, runtime: Runtime, peak: int) -> Any:
+def _limit_memory(job: Job, runtime: Runtime, peak: int) -> Any:
     """Memory for about two arms: a limit of the allocator on a GPU, an error of four arms' rows elsewhere."""
     if job.device.startswith("cuda"):
-        return _Limited(1.5 * peak / torch.cuda.get_device_properties(0).total_memory)
-    real, most = runtime.objective, 2 * runtime.settings.batch_size
+        return _MemoryLimit(1.5 * peak / torch.cuda.get_device_properties(0).total_memory)
+    real, max_rows = runtime.objective, 2 * runtime.settings.batch_size
 
     def hungry(model: Any, batch: Any, scale: Any) -> Any:
-        if torch.is_grad_enabled() and len(batch.indices) > most:
+        if torch.is_grad_enabled() and len(batch.indices) > max_rows:
             raise torch.OutOfMemoryError("no room")
         return real(model, batch, scale)
 
     return patch.object(runtime, "objective", hungry)
 
 
-class _Limited:
+class _MemoryLimit:
     """The allocator refuses what goes above a share of the device's memory."""
 
     def __init__(self, share: float) -> None:
@@ -312,12 +312,12 @@ def main() -> int:
     for option in ("--model", "--data", "--work", "--out"):
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[Row] = []
-    for row in PARTS[given.name](Job(given.device, given.model, given.data, given.work, given.rehearse)):
+    for row in PARTS[arguments.name](Job(arguments.device, arguments.model, arguments.data, arguments.work, arguments.rehearse)):
         rows.append(row)
-        given.out.write_text(json.dumps(rows, indent=1, default=str) + "\n", encoding="utf-8")
+        arguments.out.write_text(json.dumps(rows, indent=1, default=str) + "\n", encoding="utf-8")
     return 0
 
 

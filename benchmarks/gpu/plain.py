@@ -20,7 +20,7 @@ from rightrank.train.targets import suppress_peft_warnings
 
 
 @contextmanager
-def fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
+def build_fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
     """The PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         multi_lora.add(ADAPTER, arm, runtime.make_config(arm))
@@ -34,14 +34,14 @@ def fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
             yield multi_lora.peft_model
 
 
-def trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
+def list_trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
 
 
-def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
+def set_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters of another PEFT model by name, set to the values that a training of `arm` starts from."""
-    with fresh_adapter(runtime, arm) as ours:
-        initial = {name: value.detach().clone() for name, value in trainable_parameters(ours).items()}
+    with build_fresh_adapter(runtime, arm) as ours:
+        initial = {name: value.detach().clone() for name, value in list_trainable_parameters(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
     assert named.keys() == initial.keys()
     with torch.no_grad():
@@ -50,12 +50,12 @@ def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, 
     return named
 
 
-def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
+def train_plain_loop(runtime: Runtime, arm: Arm) -> list[float]:
     """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
     settings = runtime.settings
     with suppress_peft_warnings():
         peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.make_config(arm)).eval()
-    named = with_first_values(runtime, arm, peft_model)
+    named = set_first_values(runtime, arm, peft_model)
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     first = [group["lr"] for group in optimizer.param_groups]
     factor = make_schedule(settings, arm.steps)
@@ -74,11 +74,11 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
 
 
 @torch.no_grad()
-def example_losses(model: Any, runtime: Runtime) -> list[float]:
+def compute_example_losses(model: Any, runtime: Runtime) -> list[float]:
     """The summed label losses of each validation example, one at a time, by transformers' own loss."""
-    found = []
+    losses = []
     for index in range(len(runtime.data.splits["validation"])):
         batch = runtime.make_batch("validation", [index])
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-        found.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))
-    return found
+        losses.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))
+    return losses

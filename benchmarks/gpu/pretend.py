@@ -69,15 +69,15 @@ class PretendTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> PretendTensor:
         make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # untyped in torch
-        found: PretendTensor = make(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=_device()
+        tensor: PretendTensor = make(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=_get_device()
         )  # fmt: skip
-        found.inner = inner
-        return found
+        tensor.inner = inner
+        return tensor
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
+        return _run_operation(func, args, kwargs or {})
 
     def tolist(self) -> Any:
         return self.cpu().tolist()  # torch gives none for subclasses
@@ -99,43 +99,43 @@ def install() -> torch.device:
         setup(NAME, backend_module=_Module())
         library = torch.library.Library("aten", "IMPL")
         for operation in CREATED:  # no tensor brings its class along
-            library.impl(operation, _created(operation), "PrivateUse1")
-        library.impl(torch.ops.aten._copy_from.default, _copied, "PrivateUse1")
+            library.impl(operation, _create_on_device(operation), "PrivateUse1")
+        library.impl(torch.ops.aten._copy_from.default, _copy, "PrivateUse1")
         _libraries.append(library)
-    return _device()
+    return _get_device()
 
 
-def _device() -> torch.device:
+def _get_device() -> torch.device:
     return torch.device(NAME, 0)
 
 
-def _created(operation: Any) -> Any:
-    return lambda *args, **kwargs: _run(operation, args, kwargs | {"device": _device()})
+def _create_on_device(operation: Any) -> Any:
+    return lambda *args, **kwargs: _run_operation(operation, args, kwargs | {"device": _get_device()})
 
 
-def _copied(source: torch.Tensor, target: torch.Tensor, _non_blocking: bool = False) -> torch.Tensor:
-    _inner(target).copy_(_inner(source))
+def _copy(source: torch.Tensor, target: torch.Tensor, _non_blocking: bool = False) -> torch.Tensor:
+    _unwrap(target).copy_(_unwrap(source))
     return target
 
 
-def _inner(value: Any) -> Any:
+def _unwrap(value: Any) -> Any:
     return value.inner if isinstance(value, PretendTensor) else value
 
 
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+def _map_tree(convert: Callable[[Any], Any], value: Any) -> Any:
     """As torch's `tree_map`, which takes a third of the time here: an operation has tuples, lists and keywords."""
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind([_mapped(change, one) for one in value])
-    return {name: _mapped(change, one) for name, one in value.items()} if kind is dict else change(value)
+        return kind([_map_tree(convert, item_value) for item_value in value])
+    return {name: _map_tree(convert, item_value) for name, item_value in value.items()} if kind is dict else convert(value)
 
 
-def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _run_operation(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the CPU's tensors; its results are on the device of its operands, or on the one that it names."""
     if sys.gettrace() != threading.gettrace():  # the backward pass has a thread that Python does not trace by itself
         sys.settrace(threading.gettrace())
     tensors: list[torch.Tensor] = []
-    _mapped(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs))
+    _map_tree(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs))
     is_here = any(isinstance(value, PretendTensor) for value in tensors)
     if (
         is_here
@@ -152,10 +152,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise MixedDevicesError(f"{func}: a generator of the CPU for values on {NAME}")
     if func is torch.ops.aten.histc.default and not args[0].is_floating_point():
         args = (args[0].float(), *args[1:])  # of whole numbers CUDA has one, and the CPU none
-    found = func(*_mapped(_inner, args), **_mapped(_inner, kwargs))
-    assert all(value.shape == _inner(value).shape for value in tensors), f"{func} resizes a tensor"
+    result = func(*_map_tree(_unwrap, args), **_map_tree(_unwrap, kwargs))
+    assert all(value.shape == _unwrap(value).shape for value in tensors), f"{func} resizes a tensor"
     written = {
-        id(_inner(value)): value for value in tensors
+        id(_unwrap(value)): value for value in tensors
     }  # what an operation in place returns stays the same tensor
 
     def wrapped(value: Any) -> Any:
@@ -163,4 +163,4 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return value
         return written.get(id(value)) if id(value) in written else PretendTensor(value) if is_here else value
 
-    return _mapped(wrapped, found)
+    return _map_tree(wrapped, result)

@@ -16,28 +16,28 @@ HERE = Path(__file__).parent
 IMAGE = HERE.parents[1] / "docs" / "images" / "in_training.svg"
 
 
-def stored() -> dict[str, Any]:
+def read_result() -> dict[str, Any]:
     """The first result."""
-    found: dict[str, Any] = json.loads((HERE / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    return found
+    result: dict[str, Any] = json.loads((HERE / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return result
 
 
-def drawing() -> str:
-    return render_svg_file(figure_of(stored()))
+def render_figure() -> str:
+    return render_svg_file(build_figure(read_result()))
 
 
-def figure_of(found: dict[str, Any]) -> Figure:
+def build_figure(result: dict[str, Any]) -> Figure:
     """How much worse each truncation is than the adapter that was trained, with the upper bound, and the margin."""
-    top, margin, chosen = found["trained_rank"], found["margin"], found["rank"]
-    rows = sorted((int(rank), values[1], values[2]) for rank, values in found["candidates"].items())
+    top, margin, chosen = result["trained_rank"], result["margin"], result["rank"]
+    rows = sorted((int(rank), values[1], values[2]) for rank, values in result["candidates"].items())
     ranks = tuple(rank for rank, _, _ in rows)
     ends = [high for _, _, high in rows] + [difference for _, difference, _ in rows] + [margin, 0.0]
     room = 0.08 * (max(ends) - min(ends))
-    share = found["cost"]["share"]
-    unit = "loss, nats" if found["metric"] == "loss" else found["metric"]
+    share = result["cost"]["share"]
+    unit = "loss, nats" if result["metric"] == "loss" else result["metric"]
     return Figure(
         name="in_training",
-        title=f"One training at rank {top}, {found['steps']} steps; its end took {share:.0%} of its time and found rank {chosen}",
+        title=f"One training at rank {top}, {result['steps']} steps; its end took {share:.0%} of its time and found rank {chosen}",
         alt=f"Held-out loss of the truncations of a rank {top} adapter against that adapter: "
         + "; ".join(f"rank {rank} {difference:+.4f}, at most {high:+.4f}" for rank, difference, high in rows),
         x=build_rank_axis(ranks),
@@ -59,4 +59,4 @@ def figure_of(found: dict[str, Any]) -> Figure:
 
 
 if __name__ == "__main__":
-    IMAGE.write_text(drawing(), encoding="utf-8")
+    IMAGE.write_text(render_figure(), encoding="utf-8")

@@ -76,25 +76,25 @@ def main() -> int:
 def dry_run(configs: Configs, **changes: Any) -> list[tuple[str, dict[str, Any], Plan]]:
     """Every case planned for CUDA, on whatever machine."""
     return [
-        (name, case, plan_config(make(), name, settings_of(case | changes)))
+        (name, case, plan_config(make(), name, build_settings(case | changes)))
         for name, make in configs.items()
         for case in CASES
     ]
 
 
-def settings_of(case: dict[str, Any]) -> PlanSettings:
+def build_settings(case: dict[str, Any]) -> PlanSettings:
     return PlanSettings(**{"ranks": (16,), "batch_size": 4, "seq_len": 512} | case)
 
 
 def compare(name: str, make: Callable[[], Any], case: dict[str, Any]) -> dict[str, Any]:
     """The plan's peaks against the device's counters; a CPU counts no reserved memory."""
-    settings = settings_of(case)
+    settings = build_settings(case)
     row = plan_config(make(), name, settings).ranks[0]
     gc.collect()
     torch.cuda.empty_cache()
     measured = measure(make(), settings, row.rank)
     reserved = measured.reserved_bytes and row.peak_reserved_bytes / measured.reserved_bytes - 1
-    found = {
+    result = {
         "model": name,
         "case": case,
         "predicted": [row.peak_bytes, row.peak_reserved_bytes],
@@ -102,8 +102,8 @@ def compare(name: str, make: Callable[[], Any], case: dict[str, Any]) -> dict[st
         "allocated_error": row.peak_bytes / measured.peak_bytes - 1,
         "reserved_error": reserved,
     }
-    print(f"{name:14} {found['allocated_error']:+.2%} allocated {reserved or 0:+.2%} reserved  {case}", flush=True)
-    return found
+    print(f"{name:14} {result['allocated_error']:+.2%} allocated {reserved or 0:+.2%} reserved  {case}", flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ GPUS: dict[str, tuple[float, float, str]] = {
 }
 
 
-def planned(model: str) -> dict[str, Any]:
+def plan_selection_cost(model: str) -> dict[str, Any]:
     """Operations, trainings and memory of the selection."""
     settings = PlanSettings(**RUN | LOOP | MODELS[model])
     estimator = Estimator(FULL_CONFIGS[model](), settings)
@@ -80,12 +80,12 @@ def planned(model: str) -> dict[str, Any]:
     }
 
 
-def cell(found: Mapping[str, Any], gpu: str, utilisation: float) -> str:
+def cell(cost: Mapping[str, Any], gpu: str, utilisation: float) -> str:
     """`4 min, at most 9 min`, or a dash where the highest rank does not fit."""
-    if found["needed_bytes"] > GPUS[gpu][1] * GIB:
+    if cost["needed_bytes"] > GPUS[gpu][1] * GIB:
         return "–"
     speed = GPUS[gpu][0] * 1e12 * utilisation
-    times = (format_duration(found[name] / speed) for name in ("expected_flops", "most_flops"))
+    times = (format_duration(cost[name] / speed) for name in ("expected_flops", "most_flops"))
     return ", at most ".join(times)
 
 
@@ -94,7 +94,7 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield f"| GPU (peak) | {' | '.join(models)} |"
     yield "|---" * (len(models) + 1) + "|"
     for gpu, (peak, _, _) in GPUS.items():
-        cells = (cell(found, gpu, UTILISATION[name]) for name, found in models.items())
+        cells = (cell(cost, gpu, UTILISATION[name]) for name, cost in models.items())
         yield f"| {gpu} ({peak:.0f} TFLOP/s) | {' | '.join(cells)} |"
 
 
@@ -109,11 +109,11 @@ def page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from table(models)
     yield "\n| model | operations, expected | at most | trainings | memory of rank 64 | blocks recomputed | utilisation, assumed |"
     yield "|---|---|---|---|---|---|---|"
-    for name, found in models.items():
+    for name, cost in models.items():
         yield (
-            f"| {name} | {found['expected_flops'] / 1e15:,.0f} PFLOP | {found['most_flops'] / 1e15:,.0f} PFLOP | "
-            f"{found['expected_trainings']:.3g}, at most {found['most_trainings']:.3g} | {found['needed_bytes'] / GIB:.1f} GiB | "
-            f"{'yes' if found['gradient_checkpointing'] else 'no'} | {UTILISATION[name]:.0%} |"
+            f"| {name} | {cost['expected_flops'] / 1e15:,.0f} PFLOP | {cost['most_flops'] / 1e15:,.0f} PFLOP | "
+            f"{cost['expected_trainings']:.3g}, at most {cost['most_trainings']:.3g} | {cost['needed_bytes'] / GIB:.1f} GiB | "
+            f"{'yes' if cost['gradient_checkpointing'] else 'no'} | {UTILISATION[name]:.0%} |"
         )
     yield "\n| GPU | memory | source of the peak, dense BF16 with FP32 accumulation |"
     yield "|---|---|---|"
@@ -122,7 +122,7 @@ def page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    models = {name: planned(name) for name in MODELS}
+    models = {name: plan_selection_cost(name) for name in MODELS}
     store({**machine(), "utilisation": UTILISATION, "run": RUN, "models": models}, RESULT)
     PAGE.write_text("\n".join(page(models)) + "\n", encoding="utf-8")
 

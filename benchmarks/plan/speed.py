@@ -29,18 +29,18 @@ def main() -> None:
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.inside:
-        print(json.dumps(inside(chosen.inside)))
+        print(json.dumps(measure_in_process(chosen.inside)))
         return
-    rows = [one(name) for name in FULL_CONFIGS]
+    rows = [measure_model(name) for name in FULL_CONFIGS]
     print(machine())
     if chosen.out is not None:
         chosen.out.write_text(json.dumps({"machine": machine(), "models": rows}, indent=1) + "\n")
 
 
-def one(name: str) -> dict[str, Any]:
+def measure_model(name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.plan.speed", "--inside", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    row: dict[str, Any] = json.loads(completed.stdout.strip().splitlines()[-1])
     with tempfile.TemporaryDirectory() as folder:
         FULL_CONFIGS[name]().save_pretrained(folder)
         begun = time.perf_counter()
@@ -54,7 +54,7 @@ def one(name: str) -> dict[str, Any]:
     return row
 
 
-def inside(name: str) -> dict[str, Any]:
+def measure_in_process(name: str) -> dict[str, Any]:
     """All linear modules, ten ranks, in this process."""
     from rightrank.plugins.plan.planner import plan_config
     from rightrank.schema.plan_settings import PlanSettings

@@ -16,22 +16,22 @@ pytestmark = pytest.mark.trains
 
 
 def test_published_curves_are_picked_and_called_rising_as_stored() -> None:
-    curves = published.curves()
+    curves = published.read_curves()
     stored = json.loads((Path(published.__file__).parent / "published.json").read_text())
-    ours = published.score(published.RULES["rightrank"], curves)
+    ours = published.score_rule(published.RULES["rightrank"], curves)
     assert ours == stored["scores"]["rightrank"]
     assert ours["acceptable"] >= 0.9 * len(curves)
-    rising = published.rising(curves)
+    rising = published.count_rising(curves)
     assert rising == stored["rising"]
     assert rising["said of those"] >= 0.9 * rising["rise"]
     assert rising["said of others"] <= 0.1 * (len(curves) - rising["rise"])
-    assert published.grids(curves) == stored["grids"]
+    assert published.judge_grids(curves) == stored["grids"]
 
 
 def test_the_picks_do_not_depend_on_what_a_curve_is_called() -> None:
-    for curve in published.curves():
+    for curve in published.read_curves():
         anonymous = {**curve, "id": "x", "source": "x", "model": "x", "dataset": "x"}
-        assert published.ours(anonymous).rank == published.ours(curve).rank
+        assert published.decide_curve(anonymous).rank == published.decide_curve(curve).rank
 
 
 @pytest.mark.parametrize("shape", ["power", "flat", "u_shaped", "rising"])
@@ -75,13 +75,13 @@ def test_stored_coverage_of_a_further_seed_meets_what_is_claimed_of_it() -> None
 
 def test_coverage_of_a_further_seed_is_the_stored_one_on_a_grid() -> None:
     """One model and task of GLUE: 210 trainings of 50 to 5,000 examples."""
-    grids = {name: grid for name, grid in seed_coverage.stored_grids().items() if grid["task"] == "roberta-base rte"}
+    grids = {name: grid for name, grid in seed_coverage.read_stored_grids().items() if grid["task"] == "roberta-base rte"}
     checks = [
         check
         for name, grid in grids.items()
-        for check in seed_coverage.checks(seed_coverage.source_of(name, grid), sizes=(2,))
+        for check in seed_coverage.iterate_checks(seed_coverage.build_source(name, grid), sizes=(2,))
     ]
-    found = seed_coverage.summary(checks)["2"]["after"]
+    found = seed_coverage.summarize(checks)["2"]["after"]
     assert len(grids) == 7
     assert 0.85 <= found["share"] <= 1.0
     assert found["grids"] == 1
@@ -97,7 +97,7 @@ def test_an_interval_that_ignores_seeds_is_caught() -> None:
             noise = 0.05 * generator.standard_normal() + 0.001 * generator.standard_normal(200)
             cells.append([rank, 1e-3, seed, (2 + noise).tolist()])
     grid = {"family": "real", "task": "made up", "metric": "loss", "steps": 1, "tokens": [1] * 200, "cells": cells}
-    found = seed_coverage.summary(list(seed_coverage.checks(seed_coverage.source_of("made up", grid))))
+    found = seed_coverage.summarize(list(seed_coverage.iterate_checks(seed_coverage.build_source("made up", grid))))
     assert found["1"]["after"]["share"] < 0.2
     assert found["3"]["own"]["share"] > 0.6
 

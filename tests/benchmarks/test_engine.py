@@ -30,7 +30,7 @@ def _trainers_may_warn() -> Iterator[None]:
 def test_every_contender_trains_and_is_compared(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     words = [model_folder, completion_file, "--job", "tail", "--layers", "1,2", "--steps", 2, "--max-eval-examples", 4]
     words += ["--rounds", 1, "--work", tmp_path, "--out", tmp_path / "tail.json"]
-    result = compare.measure(compare.parse([str(word) for word in words]))
+    result = compare.measure(compare.parse_arguments([str(word) for word in words]))
     (row,) = result["rounds"]
     assert {name.split()[0] for name in row} == {"Trainer", "ours"}
     assert row["ours float32"]["held_out"] == pytest.approx(row["ours float32 pack of 8"]["held_out"], rel=1e-4)
@@ -43,7 +43,7 @@ def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_fi
     shares = profile_step.measure(runtime, 1, 2, tmp_path)["share"]
     assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(shares)
     assert sum(shares.values()) == pytest.approx(1, abs=0.01)
-    alone = profile_step.pieces(runtime, [5, 9, 7])
+    alone = profile_step.time_components(runtime, [5, 9, 7])
     assert set(alone) == {"products", "products_at_peak", "adapters", "attention", "two_norms", "activation"}
     assert min(alone.values()) >= 0
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from benchmarks.fuzz import run
-from benchmarks.fuzz.guard import find_in
-from benchmarks.fuzz.mutate import mutated
+from benchmarks.fuzz.guard import check_read
+from benchmarks.fuzz.mutate import mutate
 from benchmarks.fuzz.targets import TARGETS
 
 from rightrank.schema.errors import ResultsError
@@ -31,15 +31,15 @@ def test_damaged_inputs_are_read_or_refused_in_one_line(name: str, tmp_path: Pat
     seeds = target.seeds()
     generator = random.Random(1)
     for number in range(INPUTS.get(name, USUAL_INPUTS)):
-        data, folder = mutated(seeds, generator), tmp_path / str(number)
+        data, folder = mutate(seeds, generator), tmp_path / str(number)
         folder.mkdir()
-        find = find_in(target.read, data, folder)
+        find = check_read(target.read, data, folder)
         assert find is None, f"{find}: {base64.b64encode(data[:3000]).decode()}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case['target']} {case['found']}" for case in CASES])
 def test_what_was_found_stays_mended(case: dict[str, str], tmp_path: Path) -> None:
-    assert find_in(TARGETS[case["target"]].read, zlib.decompress(base64.b64decode(case["input"])), tmp_path) is None
+    assert check_read(TARGETS[case["target"]].read, zlib.decompress(base64.b64decode(case["input"])), tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_guard_finds_what_it_is_for(
     read: object, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.fuzz.guard.SECONDS", 0.2)
-    find = find_in(lambda _data, _folder: read(), b"", tmp_path)  # type: ignore[operator]
+    find = check_read(lambda _data, _folder: read(), b"", tmp_path)  # type: ignore[operator]
     assert find is not None
     assert find.kind == kind
 
@@ -63,8 +63,8 @@ def test_the_guard_lets_a_refusal_pass_and_no_endless_one(tmp_path: Path) -> Non
     def refuse(data: bytes, _folder: Path) -> None:
         raise ResultsError(data.decode())
 
-    assert find_in(refuse, b"no", tmp_path) is None
-    silent = find_in(refuse, b"", tmp_path)
+    assert check_read(refuse, b"no", tmp_path) is None
+    silent = check_read(refuse, b"", tmp_path)
     assert silent is not None
     assert silent.kind == "complaint"
 

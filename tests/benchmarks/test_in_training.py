@@ -7,4 +7,4 @@ from benchmarks.in_training import picture
 
 def test_the_picture_is_that_of_the_stored_results() -> None:
     """README's picture is drawn from `results.jsonl` and nothing else."""
-    assert picture.IMAGE.read_text(encoding="utf-8") == picture.drawing()
+    assert picture.IMAGE.read_text(encoding="utf-8") == picture.render_figure()

@@ -45,7 +45,7 @@ def test_hours_follow_from_the_stored_operations() -> None:
     assert hours.PAGE.read_text(encoding="utf-8") == "\n".join(hours.page(models)) + "\n"
     how_to = (ROOT / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
     assert "\n".join(hours.table(models)) in how_to
-    found = hours.planned("SmolLM2-135M")
+    found = hours.plan_selection_cost("SmolLM2-135M")
     assert found == models["SmolLM2-135M"]
     peak, utilisation = hours.GPUS["L4"][0] * 1e12, hours.UTILISATION["SmolLM2-135M"]
     assert format_duration(found["expected_flops"] / peak / utilisation) in hours.cell(found, "L4", utilisation)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from benchmarks.decide.printed import SHAPES, Design, study
+from benchmarks.decide.printed import SHAPES, Design, judge_design
 
 from rightrank.decision.evidence import ALIKE, Evidence, about_the_best
 from rightrank.decision.seeds import winners_gap
-from tests.decision.tables import bare, scored
+from tests.decision.tables import build_value_table, build_example_table
 
 TABLES = 24
 
@@ -16,7 +16,7 @@ TABLES = 24
 def test_printed_bounds_hold_after_a_search_at_every_noise_of_seeds() -> None:
     """The short form of benchmarks/decide/printed.py: three learning rates a rank, seed noise of up to four margins."""
     found = [
-        study(Design(shape, 3, noise, 3, rare=noise == 1.0), TABLES, 100 * place + int(4 * noise))
+        judge_design(Design(shape, 3, noise, 3, rare=noise == 1.0), TABLES, 100 * place + int(4 * noise))
         for noise in (0.25, 1.0, 4.0)
         for place, shape in enumerate(SHAPES)
     ]
@@ -32,14 +32,14 @@ def test_printed_bounds_hold_after_a_search_at_every_noise_of_seeds() -> None:
 
 def test_ranks_that_cannot_be_told_from_the_best_are_taken_to_be_as_good() -> None:
     """The gap is at least that of the means as shown, and nothing where the best is clear."""
-    three = Evidence(bare({4: 2.1, 16: 2.05, 64: 2.0}, std=0.05))
+    three = Evidence(build_value_table({4: 2.1, 16: 2.05, 64: 2.0}, std=0.05))
     means = np.array([three.contenders[rank].fair_loss for rank in sorted(three.contenders)])
     covariance = about_the_best([0.0, 2 * 0.05**2, 2 * 0.05**2])
     assert three.reference_gap > 1.3 * winners_gap(means[::-1], covariance)
     assert three.reference_gap == pytest.approx(winners_gap(np.zeros(3), covariance))
-    clear = Evidence(scored({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}))
+    clear = Evidence(build_example_table({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}))
     assert clear.reference_gap < 1e-4
-    apart, alike = (Evidence(bare({4: 2.1, 16: 2.0}, std=0.1 / (ALIKE * far * 2**0.5))) for far in (1.01, 0.99))
+    apart, alike = (Evidence(build_value_table({4: 2.1, 16: 2.0}, std=0.1 / (ALIKE * far * 2**0.5))) for far in (1.01, 0.99))
     assert alike.reference_gap > 2 * apart.reference_gap
 
 

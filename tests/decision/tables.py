@@ -10,7 +10,7 @@ from rightrank.decision.table import ScoreTable, table_of_results
 from rightrank.schema.decision import Result, ResultsTable
 
 
-def bare(
+def build_value_table(
     values: Mapping[int, float], metric: str = "eval_loss", higher: bool = False, std: float | None = None
 ) -> ScoreTable:
     """One number a rank."""
@@ -18,9 +18,9 @@ def bare(
     return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[]))
 
 
-def scored(
+def build_example_table(
     losses: Mapping[int, float],
-    items: int = 400,
+    num_examples: int = 400,
     seeds: Sequence[int] = (0, 1, 2),
     noise: float = 0.02,
     level: float = 0.5,
@@ -29,12 +29,12 @@ def scored(
 ) -> ScoreTable:
     """Examples × seeds with a true mean for each rank: examples differ by `level`, ranks on an example by `noise`."""
     generator = np.random.default_rng(seed)
-    shared = level * generator.standard_normal(items)
+    shared = level * generator.standard_normal(num_examples)
     results = []
     for rank, loss in losses.items():
-        taste = noise * generator.standard_normal(items)
+        taste = noise * generator.standard_normal(num_examples)
         for number in seeds if rank else (0,):
-            values = loss + shared + taste - taste.mean() + noise * generator.standard_normal(items)
+            values = loss + shared + taste - taste.mean() + noise * generator.standard_normal(num_examples)
             results.append(
                 Result(
                     trial_id=f"{rank}-{number}",

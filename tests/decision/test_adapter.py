@@ -32,7 +32,7 @@ LOSS = Criterion(metric="loss", higher_is_better=False, margin=0.005)
 LEVELS = np.random.default_rng(7).normal(2.0, 0.5, EXAMPLES)  # of each example, shared by all adapters
 
 
-def trial(name: str, rank: int, shift: float, *, parent: str | None = None, noise: float = 0.01) -> TrialFinished:
+def make_trial(name: str, rank: int, shift: float, *, parent: str | None = None, noise: float = 0.01) -> TrialFinished:
     """A trial whose examples lose `shift` nats a token more than the level, with paired noise."""
     drawn = np.random.default_rng(rank * 7).normal(0.0, noise, EXAMPLES)
     losses = (LEVELS + shift + drawn - drawn.mean()) * TOKENS
@@ -50,21 +50,21 @@ def trial(name: str, rank: int, shift: float, *, parent: str | None = None, nois
     )
 
 
-def answer(*trials: TrialFinished, criterion: Criterion = LOSS) -> AdapterAnswer:
+def find_adapter(*trials: TrialFinished, criterion: Criterion = LOSS) -> AdapterAnswer:
     found = adapter_answer(trials, criterion)
     assert found is not None
     return found
 
 
-TOP = trial("top", 64, 0.0, noise=0.0)
+TOP = make_trial("top", 64, 0.0, noise=0.0)
 
 
 def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
-    found = answer(
+    found = find_adapter(
         TOP,
-        trial("a", 32, 0.0005, parent="top"),
-        trial("b", 16, 0.002, parent="top"),
-        trial("c", 8, 0.02, parent="top"),
+        make_trial("a", 32, 0.0005, parent="top"),
+        make_trial("b", 16, 0.002, parent="top"),
+        make_trial("c", 8, 0.02, parent="top"),
     )
     assert (found.rank, found.method, found.trial_id, found.reference_id) == (16, "truncated", "b", "top")
     assert found.difference == pytest.approx(0.002)
@@ -81,11 +81,11 @@ def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
 
 
 def test_what_a_mean_hides_is_said() -> None:
-    hidden = trial("a", 16, 0.0, parent="top", noise=0.0)
+    hidden = make_trial("a", 16, 0.0, parent="top", noise=0.0)
     rare = np.array(hidden.example_losses)
     rare[::40] += 0.1 * TOKENS  # one example of forty gets worse by .1 a token, the mean by .0025
     rare[1::40] -= 0.1 * TOKENS
-    found = answer(TOP, hidden.model_copy(update={"example_losses": rare.tolist()}))
+    found = find_adapter(TOP, hidden.model_copy(update={"example_losses": rare.tolist()}))
     assert (found.rank, found.difference) == (16, pytest.approx(0.0))
     assert found.distribution is not None
     assert (found.distribution.threshold, found.distribution.share_worse) == (0.05, 0.025)
@@ -101,7 +101,7 @@ def test_what_a_mean_hides_is_said() -> None:
 
 
 def test_where_no_example_gets_much_worse_one_plain_sentence_says_so() -> None:
-    found = answer(TOP, trial("a", 16, 0.001, parent="top"))
+    found = find_adapter(TOP, make_trial("a", 16, 0.001, parent="top"))
     assert found.distribution is not None
     assert (found.distribution.share_worse, found.distribution.worst_tenth_mean > 0) == (0, True)
     assert found.sentence.endswith("). No held-out example gets worse by more than 0.05.")
@@ -125,7 +125,7 @@ def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
 def test_where_the_training_rank_probably_lies(
     shifts: dict[int, float], holding: int, probable: tuple[int, int]
 ) -> None:
-    found = answer(TOP, *(trial(str(rank), rank, shift, parent="top") for rank, shift in shifts.items()))
+    found = find_adapter(TOP, *(make_trial(str(rank), rank, shift, parent="top") for rank, shift in shifts.items()))
     assert smallest_holding_truncation(found) == holding
     assert probable_ranks(found) == probable
     assert all(isinstance(rank, int) for rank in probable_ranks(found))
@@ -136,21 +136,21 @@ def test_where_the_training_rank_probably_lies(
 
 
 def test_the_first_failure_ends_the_sequence() -> None:
-    found = answer(TOP, trial("a", 32, 0.02, parent="top"), trial("b", 16, 0.001, parent="top"))
+    found = find_adapter(TOP, make_trial("a", 32, 0.02, parent="top"), make_trial("b", 16, 0.001, parent="top"))
     assert (found.rank, found.method) == (64, "trained")
 
 
 def test_why_the_top_is_kept() -> None:
-    failed = answer(TOP, trial("a", 32, 0.02, parent="top"), trial("b", 16, 0.02, parent="top"))
+    failed = find_adapter(TOP, make_trial("a", 32, 0.02, parent="top"), make_trial("b", 16, 0.02, parent="top"))
     assert failed.sentence == "The adapter keeps rank 64: rank 32 is not shown to be within the margin of 0.005."
 
 
 def test_candidates_are_those_of_the_highest_rank_and_of_the_best_training_there() -> None:
-    low = trial("low", 32, -0.5)
-    worse = trial("a worse top", 64, 0.3)
-    cuts = [trial(f"of {parent}", 16, shift, parent=parent) for parent, shift in (("low", -0.5), ("top", 0.0))]
-    cuts.append(trial("of a worse top", 16, 0.3, parent="a worse top"))
-    found = answer(low, worse, TOP, *cuts)
+    low = make_trial("low", 32, -0.5)
+    worse = make_trial("a worse top", 64, 0.3)
+    cuts = [make_trial(f"of {parent}", 16, shift, parent=parent) for parent, shift in (("low", -0.5), ("top", 0.0))]
+    cuts.append(make_trial("of a worse top", 16, 0.3, parent="a worse top"))
+    found = find_adapter(low, worse, TOP, *cuts)
     assert (found.trained_id, found.trial_id) == ("top", "of top")
     asked = adapter_answer([low, worse, TOP, *cuts], LOSS, "low")
     assert asked is not None
@@ -159,15 +159,15 @@ def test_candidates_are_those_of_the_highest_rank_and_of_the_best_training_there
 
 
 def test_a_wide_interval_is_a_failure() -> None:
-    assert answer(TOP, trial("a", 32, 0.001, parent="top", noise=0.2)).rank == 64
+    assert find_adapter(TOP, make_trial("a", 32, 0.001, parent="top", noise=0.2)).rank == 64
 
 
 def test_without_scores_by_example_the_top_is_kept() -> None:
     bare = [
         one.model_copy(update={"example_losses": [], "example_tokens": []})
-        for one in (TOP, trial("a", 32, 0.0, parent="top"))
+        for one in (TOP, make_trial("a", 32, 0.0, parent="top"))
     ]
-    found = answer(*bare)
+    found = find_adapter(*bare)
     assert found.rank == 64
     assert found.candidates[1].difference_high is None
     assert "without scores by example" in found.sentence
@@ -181,19 +181,19 @@ def test_files_are_whole_trainings_and_truncations_with_the_metric() -> None:
     }
     others = [TOP.model_copy(update={"trial_id": name} | update) for name, update in changed.items()]
     diverged = TrialDiverged(trial_id="diverged", **TOP.arm.model_dump(), step=3, reason="NaN")
-    truncated = trial("a", 32, 0.0, parent="top")
+    truncated = make_trial("a", 32, 0.0, parent="top")
     assert list(files_of([*others, diverged, TOP, truncated], LOSS)) == ["top", "a"]
 
 
 def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_values() -> None:
-    few = trial("a", 32, 0.002, parent="top")
+    few = make_trial("a", 32, 0.002, parent="top")
     few = few.model_copy(update={"example_losses": few.example_losses[:50], "example_tokens": few.example_tokens[:50]})
     assert [file.cell.examples for file in files_of([TOP, few], LOSS).values()] == [0, 0]
-    found = answer(TOP, few).candidates[1]
+    found = find_adapter(TOP, few).candidates[1]
     assert found.difference == pytest.approx(0.002)
     assert (found.difference_high, found.is_within_margin) == (None, False)
     exact = Criterion("loss", False, 0.005, trusts_values=True)
-    trusted = answer(TOP, few, criterion=exact)
+    trusted = find_adapter(TOP, few, criterion=exact)
     assert trusted.candidates[1].is_within_margin
     assert trusted.sentence == (
         "The smallest adapter of this training within the margin has rank 32: its held-out difference from the "
@@ -218,18 +218,18 @@ def test_the_margin_and_the_unit_are_those_of_the_metric(
     nothing = {"example_losses": [], "example_tokens": []}
     top, other = (
         one.model_copy(update=nothing | {"value": value, "metrics": {metric: value}})
-        for one, value in zip((TOP, trial("a", 32, 0.0, parent="top")), values, strict=True)
+        for one, value in zip((TOP, make_trial("a", 32, 0.0, parent="top")), values, strict=True)
     )
-    found = answer(top, other, criterion=Criterion(metric, higher, None, loss))
+    found = find_adapter(top, other, criterion=Criterion(metric, higher, None, loss))
     assert (found.reference_id, found.margin) == ("top", pytest.approx(margin))
     assert found.candidates[1].difference == pytest.approx(difference)
 
 
 def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all_that_the_answer_names() -> None:
-    cut, small = trial("cut", 16, 0.002, parent="top"), trial("small", 4, 0.1, parent="top")
-    better, worse = trial("better", 16, -0.001), trial("worse", 16, 0.3)
-    of_another = trial("of another", 32, 0.0, parent="worse")
-    found = answer(TOP, cut, small)
+    cut, small = make_trial("cut", 16, 0.002, parent="top"), make_trial("small", 4, 0.1, parent="top")
+    better, worse = make_trial("better", 16, -0.001), make_trial("worse", 16, 0.3)
+    of_another = make_trial("of another", 32, 0.0, parent="worse")
+    found = find_adapter(TOP, cut, small)
     assert found.trial_id == "cut"
     shown = compared_adapters(found, [worse, better, small, cut, TOP, of_another], LOSS)
     assert [(one.rank, one.trial_id) for one in shown] == [(64, "top"), (16, "better"), (16, "cut"), (4, "small")]
@@ -241,7 +241,7 @@ def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all
     assert [one.is_within_margin for one in compared_adapters(found, [cut, small, TOP], wider)] == [True, True, False]
     unset = Criterion("loss", False, None)
     assert [one.is_within_margin for one in compared_adapters(found, [cut, small, TOP], unset)] == [True, True, False]
-    other = trial("a second top", 64, 0.01)
+    other = make_trial("a second top", 64, 0.01)
     both = compared_adapters(found.model_copy(update={"trial_id": "a second top"}), [other, cut, TOP], LOSS)
     assert [one.trial_id for one in both] == ["top", "a second top", "cut"]  # the better one first
     assert compared_adapters(found, [cut, small], LOSS) == found.candidates  # the reference is not in the journal
@@ -253,17 +253,17 @@ def test_no_answer_before_a_training_is_truncated() -> None:
 
 
 def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
-    low = answer(TOP, trial("a", 8, 0.001, parent="top"), trial("b", 4, 0.05, parent="top"))
+    low = find_adapter(TOP, make_trial("a", 8, 0.001, parent="top"), make_trial("b", 4, 0.05, parent="top"))
     search = "the search for the training rank (--goal training-rank, the default) tries it."
     assert low.notes == [f"At rank 4 a direct training can beat a truncation; {search}", INDEPENDENT]
-    better = answer(TOP, trial("a", 32, -0.001, parent="top"), trial("b", 16, -0.03, parent="top"))
+    better = find_adapter(TOP, make_trial("a", 32, -0.001, parent="top"), make_trial("b", 16, -0.03, parent="top"))
     assert better.notes == [
         "Rank 16 is better than rank 64 by 0.03: the top rank overfits; train again with --ranks up to 16, or fewer steps.",
         INDEPENDENT,
     ]
-    half = answer(TOP, trial("a", 32, -0.03, parent="top"))  # within a factor of two of the top
+    half = find_adapter(TOP, make_trial("a", 32, -0.03, parent="top"))  # within a factor of two of the top
     assert half.notes == [INDEPENDENT]
-    alike = answer(TOP, trial("a", 16, -1e-5, parent="top"))
+    alike = find_adapter(TOP, make_trial("a", 16, -1e-5, parent="top"))
     assert alike.notes == [INDEPENDENT]
 
 
@@ -274,22 +274,22 @@ def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: b
     criterion = Criterion("f1", True, 0.01, points_are_of_the_metric=metric_points)
     top, small = (
         one.model_copy(update={"metrics": {"f1": 0.5}, "value": 0.5, "example_metrics": {"f1": [0.5] * 400}})
-        for one in (TOP.model_copy(update={"points": points}), trial("a", 16, 0.0, parent="top"))
+        for one in (TOP.model_copy(update={"points": points}), make_trial("a", 16, 0.0, parent="top"))
     )
-    notes = answer(top, small, criterion=criterion).notes
+    notes = find_adapter(top, small, criterion=criterion).notes
     told = "The held-out value of rank 64 was best at step 10 of 100: train again with --max-steps 10, or with --checkpoint best."
     assert (told in notes) is metric_points
     steady = [*points[:2], EvalPoint(step=40, value=1.995, train_value=None)]
-    assert answer(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == [INDEPENDENT]
-    kept = answer(top.model_copy(update={"checkpoint_step": 10}), small, criterion=criterion).notes
+    assert find_adapter(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == [INDEPENDENT]
+    kept = find_adapter(top.model_copy(update={"checkpoint_step": 10}), small, criterion=criterion).notes
     assert kept == ["The best checkpoint of rank 64 is used: step 10 of 100.", INDEPENDENT]
 
 
-TRUNCATED = trial("cut", 16, 0.002, parent="top")
+TRUNCATED = make_trial("cut", 16, 0.002, parent="top")
 
 
 @pytest.mark.parametrize(
-    ("rank", "shift", "taken"),
+    ("rank", "shift", "is_replaced"),
     [
         (8, 0.003, True),  # within the margin of the reference
         (8, 0.008, False),
@@ -300,13 +300,13 @@ TRUNCATED = trial("cut", 16, 0.002, parent="top")
     ],
 )
 def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
-    rank: int, shift: float, taken: bool
+    rank: int, shift: float, is_replaced: bool
 ) -> None:
-    before = answer(TOP, TRUNCATED)
+    before = find_adapter(TOP, TRUNCATED)
     assert before.rank == 16
-    direct = trial("direct", rank, shift)
+    direct = make_trial("direct", rank, shift)
     after = improved_by_training(before, [TOP, TRUNCATED, direct], LOSS)
-    if not taken:
+    if not is_replaced:
         assert after is None
         return
     assert after is not None
@@ -324,22 +324,22 @@ def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
 
 
 def test_of_several_direct_trainings_the_lowest_rank_and_then_the_best_is_taken() -> None:
-    before = answer(TOP, TRUNCATED)
+    before = find_adapter(TOP, TRUNCATED)
     found = improved_by_training(
-        before, [TOP, TRUNCATED, trial("worse", 4, 0.003), trial("better", 4, 0.001), trial("higher", 8, -0.01)], LOSS
+        before, [TOP, TRUNCATED, make_trial("worse", 4, 0.003), make_trial("better", 4, 0.001), make_trial("higher", 8, -0.01)], LOSS
     )
     assert found is not None
     assert found.trial_id == "better"
-    extra = trial("extra", 8, -0.01, parent="top")  # a truncation is no training of its own
+    extra = make_trial("extra", 8, -0.01, parent="top")  # a truncation is no training of its own
     assert improved_by_training(before, [TOP, TRUNCATED, extra], LOSS) is None
 
 
-@pytest.mark.parametrize("left", [[TOP], [TRUNCATED]], ids=["no answer", "no reference"])
-def test_without_the_files_of_the_answer_nothing_improves_it(left: list[TrialFinished]) -> None:
-    assert improved_by_training(answer(TOP, TRUNCATED), [*left, trial("direct", 8, -0.1)], LOSS) is None
+@pytest.mark.parametrize("remaining_trials", [[TOP], [TRUNCATED]], ids=["no answer", "no reference"])
+def test_without_the_files_of_the_answer_nothing_improves_it(remaining_trials: list[TrialFinished]) -> None:
+    assert improved_by_training(find_adapter(TOP, TRUNCATED), [*remaining_trials, make_trial("direct", 8, -0.1)], LOSS) is None
 
 
-def on_test(value: float, **scores: object) -> TestEvaluated:
+def make_test_evaluation(value: float, **scores: object) -> TestEvaluated:
     return TestEvaluated.model_validate(
         {"trial_id": "t", "rank": 4, "value": value, "example_losses": [], "example_tokens": []} | scores
     )
@@ -358,15 +358,15 @@ def on_test(value: float, **scores: object) -> TestEvaluated:
 def test_the_test_split_is_compared_by_example(
     metric: str, higher: bool, ours: object, theirs: object, difference: float
 ) -> None:
-    def scored(one: object) -> TestEvaluated:
+    def evaluate(scores: object) -> TestEvaluated:
         if metric == "loss":
-            assert isinstance(one, tuple)
-            return on_test(7.0, example_losses=one[0], example_tokens=one[1])
-        return on_test(
-            7.0, **({"example_correct": one} if metric == "accuracy" else {"example_metrics": {metric: one}})
+            assert isinstance(scores, tuple)
+            return make_test_evaluation(7.0, example_losses=scores[0], example_tokens=scores[1])
+        return make_test_evaluation(
+            7.0, **({"example_correct": scores} if metric == "accuracy" else {"example_metrics": {metric: scores}})
         )
 
-    found = difference_on_test(scored(ours), scored(theirs), Criterion(metric, higher, None))
+    found = difference_on_test(evaluate(ours), evaluate(theirs), Criterion(metric, higher, None))
     assert found is not None
     assert found[0] == pytest.approx(difference)
     assert found[1] is not None
@@ -374,14 +374,14 @@ def test_the_test_split_is_compared_by_example(
 
 
 def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -> None:
-    one, other = on_test(0.7), on_test(0.5)
+    one, other = make_test_evaluation(0.7), make_test_evaluation(0.5)
     assert difference_on_test(one, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(one, other, Criterion("accuracy", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(one, other, Criterion("cost", False, None)) == (pytest.approx(0.2), None)
-    half = on_test(0.7, example_metrics={"bleu": [0.7]})
+    half = make_test_evaluation(0.7, example_metrics={"bleu": [0.7]})
     assert difference_on_test(half, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(other, half, Criterion("bleu", True, None)) == (pytest.approx(0.2), None)
-    one_example = [on_test(0.7, example_metrics={"bleu": [value]}) for value in (0.7, 0.5)]
+    one_example = [make_test_evaluation(0.7, example_metrics={"bleu": [value]}) for value in (0.7, 0.5)]
     assert difference_on_test(*one_example, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(None, other, LOSS) is None
     assert difference_on_test(one, None, LOSS) is None
@@ -391,7 +391,7 @@ def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -
 def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
     ours, theirs = [scale] * 40, [*[scale] * 39, 0]
     sides = [
-        on_test(0.5, **({"example_correct": one} if metric == "accuracy" else {"example_metrics": {metric: one}}))
+        make_test_evaluation(0.5, **({"example_correct": one} if metric == "accuracy" else {"example_metrics": {metric: one}}))
         for one in (ours, theirs)
     ]
     found = difference_on_test(sides[1], sides[0], Criterion(metric, True, None))
@@ -405,7 +405,7 @@ def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_diffe
 def test_a_share_on_the_test_split_has_the_range_of_a_share() -> None:
     """Of which none reaches 1: the bound is still that of a score between 0 and 1."""
     ours, theirs = [0.5] * 40, [*[0.5] * 39, 0.0]
-    sides = [on_test(0.5, example_metrics={"f1": one}) for one in (theirs, ours)]
+    sides = [make_test_evaluation(0.5, example_metrics={"f1": one}) for one in (theirs, ours)]
     found = difference_on_test(sides[0], sides[1], Criterion("f1", True, None))
     expected = estimate(np.subtract(ours, theirs)[None, :], np.ones(40), 1.0)
     assert found == (pytest.approx(0.5 / 40), pytest.approx(bounds_of(expected).high))
@@ -413,7 +413,7 @@ def test_a_share_on_the_test_split_has_the_range_of_a_share() -> None:
 
 def test_how_an_adapter_was_made() -> None:
     cut = TRUNCATED.model_copy(update={"truncation": "kfac"})
-    plain = trial("plain", 8, 0.0, parent="top")
+    plain = make_trial("plain", 8, 0.0, parent="top")
     finished = [TRUNCATED, TOP, plain]
     trained = "trained at rank 64 (learning rate 0.001, 100 steps)"
     assert making_of(TOP, finished).sentence() == trained
@@ -428,7 +428,7 @@ def test_how_an_adapter_was_made() -> None:
 
 
 def test_a_trained_adapter_is_measured_against_the_reference_that_is_given() -> None:
-    small = trial("small", 8, 0.003)
+    small = make_trial("small", 8, 0.003)
     alone, beside = trained_answer(small, LOSS), trained_answer(small, LOSS, TOP)
     assert (alone.reference_id, alone.difference, alone.trained_id, alone.trained_rank) == ("small", 0.0, "small", 8)
     assert (beside.reference_id, beside.trial_id, beside.trained_id) == ("top", "small", "small")
@@ -451,9 +451,9 @@ def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
                 "value": 4.0,
             }
         )
-        for one in (TOP, trial("cut", 32, 0.0, parent="top"))
+        for one in (TOP, make_trial("cut", 32, 0.0, parent="top"))
     ]
-    found = answer(*trials, criterion=Criterion("perplexity", False, 1.0))
+    found = find_adapter(*trials, criterion=Criterion("perplexity", False, 1.0))
     cut = found.candidates[1]
     assert cut.distribution is not None
     assert cut.distribution.worst_tenth_mean == pytest.approx(2.0)
@@ -462,7 +462,7 @@ def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
 
 
 def test_a_truncation_of_the_rank_of_the_top_is_no_lower_rank() -> None:
-    found = answer(TOP, trial("as large", 64, 0.0, parent="top"))
+    found = find_adapter(TOP, make_trial("as large", 64, 0.0, parent="top"))
     assert (found.trial_id, found.sentence) == (
         "top",
         "The adapter keeps rank 64: no lower rank is measured to be within the margin of 0.005.",
@@ -472,7 +472,7 @@ def test_a_truncation_of_the_rank_of_the_top_is_no_lower_rank() -> None:
 def test_groups_of_the_test_split_widen_the_bound() -> None:
     losses = np.repeat(np.random.default_rng(2).normal(2.0, 0.5, 40), 10).tolist()
     sides = [
-        on_test(2.0, example_losses=values, example_tokens=[1] * 400, example_groups=groups)
+        make_test_evaluation(2.0, example_losses=values, example_tokens=[1] * 400, example_groups=groups)
         for values, groups in ((losses, None), (losses, np.repeat(range(40), 10).tolist()), ([2.0] * 400, None))
     ]
     alone, grouped = (difference_on_test(side, sides[2], LOSS) for side in sides[:2])

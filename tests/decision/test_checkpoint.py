@@ -22,7 +22,7 @@ LAST = {4: 0.331, 8: 0.361, 16: 0.396, 64: 0.499, 128: 0.541}
 BEST = {4: 0.309, 8: 0.307, 16: 0.304, 64: 0.297, 128: 0.295}
 
 
-def imdb(higher: bool = False) -> ScoreTable:
+def build_imdb_table(higher: bool = False) -> ScoreTable:
     sign = -1.0 if higher else 1.0
     results = [
         Result(
@@ -40,7 +40,7 @@ def imdb(higher: bool = False) -> ScoreTable:
 
 @pytest.mark.parametrize("higher", [False, True])
 def test_the_answer_of_a_public_table_depends_on_the_checkpoint(higher: bool) -> None:
-    last, best = decision_of(imdb(higher), 0.005), decision_of(imdb(higher), 0.005, checkpoint="best")
+    last, best = decision_of(build_imdb_table(higher), 0.005), decision_of(build_imdb_table(higher), 0.005, checkpoint="best")
     assert (last.rank, best.rank) == (4, 64)
     for found, used in ((last, "last"), (best, "best")):
         assert found.checkpoint is not None
@@ -53,7 +53,7 @@ def test_the_answer_of_a_public_table_depends_on_the_checkpoint(higher: bool) ->
 
 
 def test_trainings_that_end_at_their_best_are_left_as_they_are() -> None:
-    settled = ScoreTable("eval_loss", False, at_checkpoint(imdb(), "best").cells)
+    settled = ScoreTable("eval_loss", False, at_checkpoint(build_imdb_table(), "best").cells)
     assert at_checkpoint(settled, "best") is settled
     found = decision_of(settled, 0.005)
     assert found.checkpoint is not None
@@ -66,7 +66,7 @@ def test_trainings_that_end_at_their_best_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("higher", [False, True])
 def test_a_run_that_kept_the_best_checkpoint_is_read_at_its_last_by_values_alone(higher: bool) -> None:
     sign = -1.0 if higher else 1.0
-    table = imdb(higher)
+    table = build_imdb_table(higher)
     kept = {
         key: replace(
             cell, value=sign * BEST[key[0]], sums=np.full(20, BEST[key[0]]), weights=np.ones(20), checkpoint_step=100,

@@ -28,7 +28,7 @@ from rightrank.decision.table import Cell, minus, table_of
 from rightrank.report.evidence_tables import build_evidence_table
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import TrialFinished
-from tests.decision.tables import bare
+from tests.decision.tables import build_value_table
 from tests.tiny import UNMEASURED
 
 
@@ -43,12 +43,12 @@ def test_a_bound_at_the_margin_is_within_it(low: float, high: float, expected: b
 def test_the_tolerance_is_of_the_margin_and_not_of_one() -> None:
     assert is_within(0.1 + 0.2 - 0.3 + 0.05, 0.05)  # rounding
     assert not is_within(0.9e-12, 1e-14)
-    decision = decision_of(bare({4: 1.9e-12, 16: 1.0e-12}, metric="mse"), 1e-14)
+    decision = decision_of(build_value_table({4: 1.9e-12, 16: 1.0e-12}, metric="mse"), 1e-14)
     assert decision.rank == 16
 
 
 def test_a_difference_at_the_margin_has_one_word_on_a_page() -> None:
-    decision = decision_of(bare({4: 0.745, 8: 0.75, 16: 0.75}, metric="accuracy", higher=True), 0.005)
+    decision = decision_of(build_value_table({4: 0.745, 8: 0.75, 16: 0.75}, metric="accuracy", higher=True), 0.005)
     assert decision.rank == 4
     (row,) = [row for row in build_evidence_table(decision) if row[0] == "4"]
     assert "perhaps" in row
@@ -268,8 +268,8 @@ def test_a_settled_difference_needs_the_next_larger_set_of_examples() -> None:
 
 
 def test_the_degrees_of_an_estimate_are_those_of_its_seeds() -> None:
-    bare = estimate(np.array([[1.0], [3.0]]), np.ones(1))
-    assert (bare.mean, bare.seeds_variance, bare.examples, bare.seeds, bare.seeds_degrees, bare.skewness) == (
+    build_value_table = estimate(np.array([[1.0], [3.0]]), np.ones(1))
+    assert (build_value_table.mean, build_value_table.seeds_variance, build_value_table.examples, build_value_table.seeds, build_value_table.seeds_degrees, build_value_table.skewness) == (
         2,
         1,
         0,

@@ -21,7 +21,7 @@ from rightrank.decision.table import (
 from rightrank.schema.decision import Result, ResultsTable
 
 
-def contender(rank: int, **losses: float) -> Contender:
+def make_contender(rank: int, **losses: float) -> Contender:
     """Cells by seed, named s0, s1, …; one number each."""
     cells = {int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.items()}
     return Contender(rank, 1e-3, cells, float(np.mean(list(losses.values()))))
@@ -33,7 +33,7 @@ def test_common_and_individual_seed_noise_are_separated_where_ranks_share_seeds(
     Residuals are ±(.5, 0, -.5)·… by hand: row means 3 and 5, column means 2, 3.5, 6.5, grand mean 4;
     residuals 0, -.5, .5 and their opposites: squares 1, over (2-1)·(3-1) degrees = .5. Columns vary by 5.25.
     """
-    noise = measured_noise([contender(1, s0=1, s1=2, s2=6), contender(4, s0=3, s1=5, s2=7)])
+    noise = measured_noise([make_contender(1, s0=1, s1=2, s2=6), make_contender(4, s0=3, s1=5, s2=7)])
     assert noise.individual == pytest.approx(0.5)
     assert noise.individual_degrees == 2
     assert noise.common == pytest.approx(5.25 - 0.5 / 2)
@@ -41,45 +41,45 @@ def test_common_and_individual_seed_noise_are_separated_where_ranks_share_seeds(
 
 
 def test_common_noise_is_never_below_nothing() -> None:
-    noise = measured_noise([contender(1, s0=1, s1=2), contender(4, s0=2, s1=1)])
+    noise = measured_noise([make_contender(1, s0=1, s1=2), make_contender(4, s0=2, s1=1)])
     assert noise.common == 0
     assert (noise.individual, noise.individual_degrees, noise.common_degrees) == (pytest.approx(1.0), 1, 1)
 
 
 @pytest.mark.parametrize(
-    "others",
-    [[], [contender(4, s7=1.0)], [contender(4, s0=3, s5=5, s6=7)]],
+    "other_contenders",
+    [[], [make_contender(4, s7=1.0)], [make_contender(4, s0=3, s5=5, s6=7)]],
     ids=["one rank", "one rank of two seeds", "one seed shared"],
 )
-def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(others: list[Contender]) -> None:
+def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(other_contenders: list[Contender]) -> None:
     """Rank 1: squares 2 over 1 degree; rank 4 with three seeds: squares 8 over 2."""
-    noise = measured_noise([contender(1, s0=1, s1=3), *others])
-    many = bool(others) and len(others[0].cells) == 3
+    noise = measured_noise([make_contender(1, s0=1, s1=3), *other_contenders])
+    many = bool(other_contenders) and len(other_contenders[0].cells) == 3
     assert noise.individual == pytest.approx(10 / 3 if many else 2.0)
     assert noise.individual_degrees == (3 if many else 1)
     assert (noise.common, noise.common_degrees) == (0.0, 0.0)
 
 
-def differences(one: Contender, other: Contender) -> list[tuple[str, float, float]]:
-    pairs = paired_cells(one, other)
+def compute_pair_differences(left_contender: Contender, right_contender: Contender) -> list[tuple[str, float, float]]:
+    pairs = paired_cells(left_contender, right_contender)
     sums = table.differences(pairs)[:, 0].tolist()
     return [(left.trial_id, left.value - right.value, worse) for (left, right), worse in zip(pairs, sums, strict=True)]
 
 
 def test_pairs_are_of_one_seed_where_seeds_are_shared() -> None:
-    found = differences(contender(1, s0=5, s1=7, s2=9), contender(4, s2=1, s0=2, s9=4))
+    found = compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s2=1, s0=2, s9=4))
     assert found == [("1s0", 3, 3), ("1s2", 8, 8)]
 
 
 def test_pairs_are_in_order_where_none_is_shared() -> None:
-    assert differences(contender(1, s0=5, s1=7, s2=9), contender(4, s5=1, s6=2)) == [("1s0", 4, 4), ("1s1", 5, 5)]
+    assert compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s5=1, s6=2)) == [("1s0", 4, 4), ("1s1", 5, 5)]
 
 
 def test_the_base_s_one_evaluation_pairs_with_every_seed() -> None:
-    base, trained = contender(0, s0=5), contender(4, s1=1, s2=2)
-    assert differences(base, trained) == [("0s0", 4, 4), ("0s0", 3, 3)]
-    assert differences(trained, base) == [("4s1", -4, -4), ("4s2", -3, -3)]
-    assert differences(contender(0, s1=5, s2=6), trained) == [("0s1", 4, 4), ("0s2", 4, 4)]
+    base, trained = make_contender(0, s0=5), make_contender(4, s1=1, s2=2)
+    assert compute_pair_differences(base, trained) == [("0s0", 4, 4), ("0s0", 3, 3)]
+    assert compute_pair_differences(trained, base) == [("4s1", -4, -4), ("4s2", -3, -3)]
+    assert compute_pair_differences(make_contender(0, s1=5, s2=6), trained) == [("0s1", 4, 4), ("0s2", 4, 4)]
 
 
 def test_weights_go_with_the_pair() -> None:
@@ -117,34 +117,34 @@ def test_weights_go_with_the_pair() -> None:
 def test_another_metric_conflicts_beyond_its_own_margin_and_noise(
     metric: str, chosen: float, best: float, conflict: bool
 ) -> None:
-    def cell(loss: float, value: float) -> Cell:
+    def make_cell(loss: float, value: float) -> Cell:
         return Cell("t", loss, np.array([loss]), np.ones(1), other_metrics={metric: value})
 
-    table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, chosen), (64, 0.0, 0): cell(2.0, best)})
+    table = ScoreTable("loss", False, {(4, 0.0, 0): make_cell(2.001, chosen), (64, 0.0, 0): make_cell(2.0, best)})
     assert ("metric_conflict" in decision_of(table, 0.005).flags) is conflict
 
 
-@pytest.mark.parametrize(("lower", "noise", "taken"), [(0.02, 0.05, True), (0.02, 0.3, False), (0.0, 0.0, False)])
+@pytest.mark.parametrize(("lower", "noise", "is_chosen"), [(0.02, 0.05, True), (0.02, 0.3, False), (0.0, 0.0, False)])
 def test_a_learning_rate_with_fewer_seeds_is_taken_where_it_is_surely_better(
-    lower: float, noise: float, taken: bool
+    lower: float, noise: float, is_chosen: bool
 ) -> None:
     """On the seed that both have: a lucky seed of one learning rate is no reason."""
     generator = np.random.default_rng(1)
-    items = 100
-    first, second = 2.0 + generator.normal(0, 0.5, (2, items))
-    drawn = generator.normal(0, noise, items)
-    lucky = first - lower + drawn - drawn.mean()
+    num_examples = 100
+    first, second = 2.0 + generator.normal(0, 0.5, (2, num_examples))
+    noise_values = generator.normal(0, noise, num_examples)
+    lucky = first - lower + noise_values - noise_values.mean()
     cells = {
-        (4, lr, seed): Cell(f"{lr}-{seed}", float(values.mean()), values, np.ones(items))
+        (4, lr, seed): Cell(f"{lr}-{seed}", float(values.mean()), values, np.ones(num_examples))
         for lr, seed, values in ((1e-3, 0, first), (1e-3, 1, second), (3e-3, 0, lucky))
     }
     found = contender_of(ScoreTable("eval_loss", False, cells, {}, "token_loss"), 4)
-    assert found.learning_rate == (3e-3 if taken else 1e-3)
-    assert set(found.cells) == ({0} if taken else {0, 1})
+    assert found.learning_rate == (3e-3 if is_chosen else 1e-3)
+    assert set(found.cells) == ({0} if is_chosen else {0, 1})
 
 
 def test_a_rank_without_a_seed_is_moved_by_what_the_seed_does_to_the_others() -> None:
-    found = on_common_seeds([contender(1, s0=1, s1=2), contender(4, s1=2.5)])
+    found = on_common_seeds([make_contender(1, s0=1, s1=2), make_contender(4, s1=2.5)])
     assert [one.loss for one in found.values()] == [1.5, 2.5]
     assert found[1].fair_loss == pytest.approx(1.5, abs=1e-3)
     assert found[4].fair_loss == pytest.approx(2.0, abs=1e-3)
@@ -172,7 +172,7 @@ def test_a_learning_rate_that_shares_no_seed_is_not_taken() -> None:
 Points = list[tuple[int, float]]
 
 
-def with_points(chosen: list[Points], best: list[Points], higher: bool) -> ScoreTable:
+def build_table_with_points(chosen: list[Points], best: list[Points], higher: bool) -> ScoreTable:
     """Ranks 4 and 16 by seed, each with its values during the training; the last is what counts."""
     sign = -1.0 if higher else 1.0
     results = [
@@ -205,7 +205,7 @@ LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
 )
 def test_a_gap_that_grows_late_may_be_a_want_of_capacity(gaps: list[float], limited: bool, higher: bool) -> None:
     chosen = [(step, value + gap) for (step, value), gap in zip(LEVEL, gaps, strict=True)]
-    found = decision_of(with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
+    found = decision_of(build_table_with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
     assert (found.rank, found.reference_rank) == (4, 16)
     assert ("may_be_capacity_limited" in found.flags) is limited
 
@@ -213,11 +213,11 @@ def test_a_gap_that_grows_late_may_be_a_want_of_capacity(gaps: list[float], limi
 def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_seeds() -> None:
     grows = [(10, 2.0), (20, 2.0), (25, 9.0), (40, 2.003)]
     others = [(10, 2.0), (20, 2.0), (30, 9.0), (40, 2.0)]
-    assert "may_be_capacity_limited" in decision_of(with_points([grows], [others], False), 0.005).flags
-    two = decision_of(with_points([[(20, 2.0), (40, 2.003)]], [others], False), 0.005)
+    assert "may_be_capacity_limited" in decision_of(build_table_with_points([grows], [others], False), 0.005).flags
+    two = decision_of(build_table_with_points([[(20, 2.0), (40, 2.003)]], [others], False), 0.005)
     assert "may_be_capacity_limited" not in two.flags
     slow = [[(10, 2.0), (20, 2.0), (40, 2.002)]] * 2
-    assert "may_be_capacity_limited" not in decision_of(with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
+    assert "may_be_capacity_limited" not in decision_of(build_table_with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
 
 
 @pytest.mark.parametrize(

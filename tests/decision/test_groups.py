@@ -25,14 +25,14 @@ from rightrank.schema.trials import Floats, Groups
 ROWS = 10
 
 
-def drawn(seed: int, seeds: int = 2, groups: int = 40) -> Floats:
+def draw_differences(seed: int, seeds: int = 2, groups: int = 40) -> Floats:
     return np.random.default_rng(seed).exponential(size=(seeds, groups)) - 0.8
 
 
 @pytest.mark.parametrize("span", [0.0, 1.0])
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_rows_that_repeat_their_group_say_no_more_than_one_of_them(seeds: int, span: float) -> None:
-    sums = drawn(1, seeds)
+    sums = draw_differences(1, seeds)
     rows, ones = np.repeat(sums, ROWS, axis=1), np.ones(40)
     groups, weights = np.repeat(np.arange(40), ROWS), np.repeat(ones, ROWS)
     alone, grouped = estimate(sums, ones, span), estimate(rows, weights, span, groups)
@@ -45,7 +45,7 @@ def test_rows_that_repeat_their_group_say_no_more_than_one_of_them(seeds: int, s
 
 
 def test_groups_of_one_example_are_no_groups() -> None:
-    sums, weights = drawn(2), np.arange(1.0, 41.0)
+    sums, weights = draw_differences(2), np.arange(1.0, 41.0)
     alone, grouped = estimate(sums, weights), estimate(sums, weights, 0.0, np.arange(40))
     assert grouped.mean == alone.mean
     assert grouped.standard_error == pytest.approx(alone.standard_error, rel=0.05)
@@ -65,7 +65,7 @@ def test_degrees_are_those_of_the_quadratic_form(sizes: list[float]) -> None:
     assert degrees_of_groups(weights) == pytest.approx(max(1.0, np.trace(form) ** 2 / np.trace(form @ form)))
 
 
-def world(draw: np.random.Generator, sizes: list[int], likeness: float) -> tuple[Floats, Groups]:
+def draw_grouped_differences(draw: np.random.Generator, sizes: list[int], likeness: float) -> tuple[Floats, Groups]:
     """Differences whose true mean is 0, with this intraclass correlation."""
     groups = np.repeat(np.arange(len(sizes)), sizes)
     shared = draw.standard_normal(len(sizes))[groups]
@@ -76,7 +76,7 @@ def world(draw: np.random.Generator, sizes: list[int], likeness: float) -> tuple
 def test_bounds_of_groups_err_in_five_of_a_hundred_draws(sizes: list[int]) -> None:
     draw, errors, alone = np.random.default_rng(3), 0, 0
     for _ in range(800):
-        sums, groups = world(draw, sizes, 0.8)
+        sums, groups = draw_grouped_differences(draw, sizes, 0.8)
         ones = np.ones(len(sums))
         errors += bounds_of(estimate(sums[None], ones, 0.0, groups)).high < 0
         errors += bounds_of_files(sums, ones, 0.0, groups).high < 0
@@ -85,10 +85,10 @@ def test_bounds_of_groups_err_in_five_of_a_hundred_draws(sizes: list[int]) -> No
     assert alone / 800 > 0.12  # rows taken as independent
 
 
-def table_of_groups(likeness: float) -> ScoreTable:
+def build_grouped_table(likeness: float) -> ScoreTable:
     draw, cells = np.random.default_rng(5), {}
     for rank in (4, 16):
-        sums, groups = world(draw, [10] * 80, likeness)
+        sums, groups = draw_grouped_differences(draw, [10] * 80, likeness)
         for seed in (0, 1):
             noisy = 2 + 0.1 * sums + 0.01 * draw.standard_normal(len(sums))
             cells[rank, 1e-3, seed] = Cell(
@@ -98,7 +98,7 @@ def table_of_groups(likeness: float) -> ScoreTable:
 
 
 def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
-    grouped = table_of_groups(0.9)
+    grouped = build_grouped_table(0.9)
     alone = replace(grouped, cells={key: replace(cell, groups=None) for key, cell in grouped.cells.items()})
     wide, narrow = Evidence(grouped), Evidence(alone)
     for rank in (4, 16):
@@ -117,14 +117,14 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
 
 
 def test_the_next_run_asks_for_groups() -> None:
-    (run,) = [one for one in decision_of(table_of_groups(0.9), 0.003, confidence=None).next_runs if one.examples]
+    (run,) = [one for one in decision_of(build_grouped_table(0.9), 0.003, confidence=None).next_runs if one.examples]
     assert re.search(r"(Score|and score) about [\d,]+ groups of held-out examples \(now 80\)", run.sentence)
     needed = int(re.findall(r"about ([\d,]+) groups", run.sentence)[0].replace(",", ""))
     assert run.examples == 10 * needed
 
 
 def test_examples_that_are_alike_count_as_fewer() -> None:
-    rows, groups = np.repeat(drawn(4), ROWS, axis=1), np.repeat(np.arange(40), ROWS)
+    rows, groups = np.repeat(draw_differences(4), ROWS, axis=1), np.repeat(np.arange(40), ROWS)
     ones = np.ones(rows.shape[1])
     assert pair_noise(rows, ones, groups).design_effect == pytest.approx(ROWS)
     assert pair_noise(rows, ones).design_effect == 1.0
@@ -175,7 +175,7 @@ def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> 
 def test_the_winner_s_curse_of_a_learning_rate_follows_the_groups() -> None:
     draw, cells = np.random.default_rng(8), {}
     for rank, rate in ((4, 1e-3), (4, 2e-3), (16, 1e-3)):
-        sums, groups = world(draw, [10] * 80, 0.9)
+        sums, groups = draw_grouped_differences(draw, [10] * 80, 0.9)
         cells[rank, rate, 0] = Cell(f"{rank} {rate}", 2.0, 2 + 0.1 * sums, np.ones(len(sums)), groups=groups)
     grouped = ScoreTable("loss", False, cells)
     alone = replace(grouped, cells={key: replace(cell, groups=None) for key, cell in cells.items()})

@@ -14,7 +14,7 @@ from rightrank.decision.table import Cell, ScoreTable
 MARGIN, ROWS = 0.02, 100
 
 
-def drawn(seed: int) -> ScoreTable:
+def draw_table(seed: int) -> ScoreTable:
     """Ranks 4 to 64 about a margin apart, and rank 1 far behind, with up to ten thousand times their noise."""
     generator = np.random.default_rng(seed)
     seeds, rates = int(generator.integers(1, 4)), (1e-3, 3e-3)[: int(generator.integers(1, 3))]
@@ -35,7 +35,7 @@ def drawn(seed: int) -> ScoreTable:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_a_hopeless_rank_changes_no_bound_and_no_answer(seed: int) -> None:
-    table = drawn(seed)
+    table = draw_table(seed)
     without = replace(table, cells={key: cell for key, cell in table.cells.items() if key[0] != 1})
     ours, theirs = decision_of(table, MARGIN), decision_of(without, MARGIN)
     assert (ours.rank, ours.fallback_rank, ours.reference_rank) == (

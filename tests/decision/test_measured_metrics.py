@@ -13,13 +13,13 @@ from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import LossKind, infer_metric_kind
 from rightrank.schema.trials import TrialFailed
-from tests.decision.tables import bare
+from tests.decision.tables import build_value_table
 from tests.report.runs import ITEMS, made_up_run
 
 COLOURS = {0: 1.0, 1: 1.0, 4: 5.0, 16: 9.0}  # a number whose name does not say which way is better
 
 
-def measured(form: str = "prompt_completion", **started: object) -> Records:
+def make_measured_run(form: str = "prompt_completion", **started: object) -> Records:
     """Ranks 1, 4 and 16; the accuracy grows to rank 16, and the loss is as good at 4."""
     records = made_up_run((1, 4, 16), (1e-3,))
     right = {0: 0, 1: ITEMS // 3, 4: ITEMS // 2, 16: ITEMS - 1}
@@ -41,19 +41,19 @@ def measured(form: str = "prompt_completion", **started: object) -> Records:
     return Records.of(records.started.model_copy(update={"data": data, "settings": settings, **started}), outcomes)
 
 
-def with_settings(records: Records, **settings: object) -> Records:
+def change_settings(records: Records, **settings: object) -> Records:
     started = records.started.model_copy(update={"settings": records.started.settings | settings})
     return Records.of(started, records.outcomes)
 
 
 def test_the_metric_that_decides_comes_first() -> None:
-    assert metrics_of(measured()) == ["loss", "exact_match", "colour"]
-    assert metrics_of(measured(metric="exact_match")) == ["exact_match", "loss", "colour"]
-    assert metrics_of(measured(metric="f1")) == ["f1", "loss", "exact_match", "colour"]
+    assert metrics_of(make_measured_run()) == ["loss", "exact_match", "colour"]
+    assert metrics_of(make_measured_run(metric="exact_match")) == ["exact_match", "loss", "colour"]
+    assert metrics_of(make_measured_run(metric="f1")) == ["f1", "loss", "exact_match", "colour"]
 
 
 def test_each_other_metric_is_judged_beside_the_one_that_decides() -> None:
-    decision = decide_run(with_settings(measured(), margin=0.05))
+    decision = decide_run(change_settings(make_measured_run(), margin=0.05))
     assert (decision.metric, decision.rank) == ("loss", 4)
     exact, colour = decision.other_metrics
     assert (exact.metric, exact.higher_is_better, exact.margin) == ("exact_match", True, 0.005)
@@ -65,7 +65,7 @@ def test_each_other_metric_is_judged_beside_the_one_that_decides() -> None:
 
 
 def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
-    records = measured()
+    records = make_measured_run()
     decision = decide_on(records, comparable(records), "exact_match", 0.1)
     assert (decision.metric, decision.higher_is_better, decision.margin) == ("exact_match", True, 0.1)
     assert (decision.reference_rank, decision.basis) == (16, "examples")
@@ -77,9 +77,9 @@ def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
 
 
 def test_the_direction_of_a_metric_can_be_given() -> None:
-    higher = run_table(measured(), metric="colour")
+    higher = run_table(make_measured_run(), metric="colour")
     assert (higher.higher_is_better, higher.cells[16, 1e-3, 0].loss) == (True, -9.0)
-    told = with_settings(measured(), metrics=["min:colour=mine:colour"])
+    told = change_settings(make_measured_run(), metrics=["min:colour=mine:colour"])
     lower = run_table(told, metric="colour")
     assert (lower.higher_is_better, lower.cells[16, 1e-3, 0].loss) == (False, 9.0)
     assert decide_on(told, comparable(told), "colour", 1.0).reference_rank == 1
@@ -87,7 +87,7 @@ def test_the_direction_of_a_metric_can_be_given() -> None:
 
 
 def test_a_metric_without_a_known_direction_decides_nothing_and_is_not_judged_beside() -> None:
-    silent = with_settings(measured(), metrics=[], margin=0.05)
+    silent = change_settings(make_measured_run(), metrics=[], margin=0.05)
     assert [other.metric for other in decide_run(silent).other_metrics] == ["exact_match"]
     with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
         decide_on(silent, comparable(silent), "colour")
@@ -95,10 +95,10 @@ def test_a_metric_without_a_known_direction_decides_nothing_and_is_not_judged_be
 
 
 def test_evaluations_along_a_training_belong_to_one_metric() -> None:
-    by_loss = measured()
+    by_loss = make_measured_run()
     assert len(run_table(by_loss).cells[4, 1e-3, 0].points) == 3
     assert run_table(by_loss, metric="exact_match").cells[4, 1e-3, 0].points == ()
-    by_answers = measured(points_metric="exact_match")
+    by_answers = make_measured_run(points_metric="exact_match")
     assert run_table(by_answers).cells[4, 1e-3, 0].points == ()
     table = run_table(by_answers, metric="exact_match")
     assert len(table.cells[4, 1e-3, 0].points) == 3
@@ -106,7 +106,7 @@ def test_evaluations_along_a_training_belong_to_one_metric() -> None:
 
 
 def test_other_numbers_of_a_custom_trainer_are_no_metrics_with_examples() -> None:
-    own = measured(form="own", metric="colour", higher_is_better=False)
+    own = make_measured_run(form="own", metric="colour", higher_is_better=False)
     decision = decide_run(own)
     assert (decision.metric, decision.higher_is_better, decision.reference_rank) == ("colour", False, 1)
     assert decision.other_metrics == []
@@ -124,9 +124,9 @@ def test_a_perplexity_that_is_none_is_any_number(values: tuple[float, float], ki
     ]
     table = table_of(trials, "perplexity", False)
     assert table.kind == kind
-    cell = table.cells[4, 1e-3, 0]
-    assert cell.loss == pytest.approx(np.log(values[1]) if kind == "perplexity" else values[1])
-    assert (cell.value, cell.weights.tolist(), cell.examples) == (values[1], [1.0], 0)
+    make_cell = table.cells[4, 1e-3, 0]
+    assert make_cell.loss == pytest.approx(np.log(values[1]) if kind == "perplexity" else values[1])
+    assert (make_cell.value, make_cell.weights.tolist(), make_cell.examples) == (values[1], [1.0], 0)
     assert table_of(trials, "perplexity", higher_is_better=True).cells[4, 1e-3, 0].loss == -values[1]
 
 
@@ -139,17 +139,17 @@ def test_every_trial_without_the_metric_is_missing() -> None:
     assert table_of([one, four, *failed, silent], "loss", False).missing == {4: 4}
 
 
-def cell(loss: float) -> Cell:
+def make_cell(loss: float) -> Cell:
     return Cell("t", loss, np.array([loss]), np.ones(1))
 
 
-def scores(losses: dict[int, float], metric: str = "loss", std: float | None = 1e-4) -> ScoreTable:
+def build_loss_table(losses: dict[int, float], metric: str = "loss", std: float | None = 1e-4) -> ScoreTable:
     """Values with a stated deviation, so that differences are shown and not only read."""
-    return bare(losses, metric, std=std)
+    return build_value_table(losses, metric, std=std)
 
 
 @pytest.mark.parametrize(
-    ("decides", "beside", "conflict"),
+    ("deciding_losses", "other_losses", "has_conflict"),
     [
         # two ranks are enough to compare, and rank 1 counts
         ({1: 2.0, 4: 2.0001}, {1: 9.0, 4: 2.0}, True),
@@ -161,16 +161,16 @@ def scores(losses: dict[int, float], metric: str = "loss", std: float | None = 1
     ],
 )
 def test_metrics_conflict_on_ranks_that_both_judge(
-    decides: dict[int, float], beside: dict[int, float], conflict: bool
+    deciding_losses: dict[int, float], other_losses: dict[int, float], has_conflict: bool
 ) -> None:
-    decision = decision_of(scores(decides), 0.005, others=[scores(beside, "nll")])
-    assert [other.conflict for other in decision.other_metrics] == [conflict]
-    assert ("metric_conflict" in decision.flags) is conflict
+    decision = decision_of(build_loss_table(deciding_losses), 0.005, others=[build_loss_table(other_losses, "nll")])
+    assert [other.conflict for other in decision.other_metrics] == [has_conflict]
+    assert ("metric_conflict" in decision.flags) is has_conflict
 
 
 def test_a_metric_with_one_rank_is_left_out() -> None:
     decision = decision_of(
-        scores({1: 2.1, 4: 2.0}), 0.005, others=[scores({4: 2.0}, "nll"), scores({0: 3.0, 4: 2.0}, "nll")]
+        build_loss_table({1: 2.1, 4: 2.0}), 0.005, others=[build_loss_table({4: 2.0}, "nll"), build_loss_table({0: 3.0, 4: 2.0}, "nll")]
     )
     assert decision.other_metrics == []
 
@@ -178,7 +178,7 @@ def test_a_metric_with_one_rank_is_left_out() -> None:
 @pytest.mark.parametrize(("loss", "margin"), [("token_loss", 0.005), ("pair_loss", 0.02), ("loss", 0.02)])
 def test_another_loss_is_of_the_same_kind(loss: LossKind, margin: float) -> None:
     """Nats a token have a margin of their own; of a loss that is none, it is 1% of the best."""
-    tables = [replace(scores({1: 2.1, 4: 2.0}, name), kind=infer_metric_kind(name, False, loss)) for name in ("loss", "nll")]
+    tables = [replace(build_loss_table({1: 2.1, 4: 2.0}, name), kind=infer_metric_kind(name, False, loss)) for name in ("loss", "nll")]
     decision = decision_of(tables[0], others=tables[1:])
     assert decision.margin == pytest.approx(margin)
     assert decision.other_metrics[0].margin == pytest.approx(margin)
@@ -186,10 +186,10 @@ def test_another_loss_is_of_the_same_kind(loss: LossKind, margin: float) -> None
 
 def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
     losses = {0: 2.0001, 1: 2.0, 4: 2.0}
-    bare_run = decision_of(bare(losses), 0.01).next_runs[0]
+    bare_run = decision_of(build_value_table(losses), 0.01).next_runs[0]
     assert bare_run.learning_rates == []
     assert "at a higher learning rate" in bare_run.sentence
-    cells = {(rank, 1e-4 if rank else 0.0, 0): cell(loss) for rank, loss in losses.items()}
+    cells = {(rank, 1e-4 if rank else 0.0, 0): make_cell(loss) for rank, loss in losses.items()}
     run = decision_of(ScoreTable("loss", False, cells), 0.01).next_runs[0]
     assert run.learning_rates == [pytest.approx(3e-4)]
     assert "at learning rate 0.0003" in run.sentence

@@ -28,7 +28,7 @@ from rightrank.decision.seeds import BOUND_DEGREES, NOISE
 from rightrank.decision.table import ScoreTable, table_of_results
 from rightrank.schema.decision import Decision, NextRun, Result, ResultsTable
 from rightrank.schema.events import RunStarted
-from tests.decision.tables import bare, scored
+from tests.decision.tables import build_value_table, build_example_table
 from tests.decision.worlds import World, table_in
 from tests.report.runs import made_up_run
 
@@ -68,26 +68,26 @@ def test_a_difference_at_the_margin_is_never_settled() -> None:
     assert examples_needed(pilot, 0.005) is None
 
 
-def started() -> RunStarted:
+def make_run_start() -> RunStarted:
     """A run of two ranks, two learning rates and two seeds on 30 of 50 held-out examples."""
     made = made_up_run((1, 4), (1e-3, 3e-3), (0, 2)).started
     data = made.data.model_copy(update={"not_evaluated": 20})
     return made.model_copy(update={"data": data})
 
 
-def command(wanted: dict[str, object], run: str = "out", margin: float | None = None, own: bool = False) -> str | None:
+def format_command(next_run_fields: dict[str, object], run: str = "out", margin: float | None = None, is_custom_trainer: bool = False) -> str | None:
     """The command of one next run."""
-    begun = started()
-    if own:
-        begun = begun.model_copy(update={"settings": begun.settings | {"trainer": "train"}})
-    next_run = NextRun.model_validate({"sentence": "x"} | wanted)
-    found = next_commands(begun, [next_run], run, margin)
+    started = make_run_start()
+    if is_custom_trainer:
+        started = started.model_copy(update={"settings": started.settings | {"trainer": "train"}})
+    next_run = NextRun.model_validate({"sentence": "x"} | next_run_fields)
+    found = next_commands(started, [next_run], run, margin)
     assert len(found) == 1
     return found[0]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "options"),
+    ("next_run_fields", "options"),
     [
         ({"action": "seeds", "seeds": 4}, "--seeds 0,1,2,3"),  # the smallest that the run does not have
         ({"action": "seeds", "seeds": 2}, None),
@@ -114,20 +114,20 @@ def command(wanted: dict[str, object], run: str = "out", margin: float | None = 
         ({"action": "data", "learning_rates": [0.1]}, None),
     ],
 )
-def test_a_next_run_that_select_can_do_is_a_command(wanted: dict[str, object], options: str | None) -> None:
-    assert command(wanted) == (None if options is None else f"rightrank select --out out {options}")
+def test_a_next_run_that_select_can_do_is_a_command(next_run_fields: dict[str, object], options: str | None) -> None:
+    assert format_command(next_run_fields) == (None if options is None else f"rightrank select --out out {options}")
 
 
 def test_the_command_can_be_pasted_and_has_another_margin_where_one_is_given() -> None:
-    assert command({"action": "seeds", "seeds": 3}, "a run") == "rightrank select --out 'a run' --seeds 0,1,2"
-    assert command({"action": "rank", "ranks": [8]}, margin=0.0125) == (
+    assert format_command({"action": "seeds", "seeds": 3}, "a run") == "rightrank select --out 'a run' --seeds 0,1,2"
+    assert format_command({"action": "rank", "ranks": [8]}, margin=0.0125) == (
         "rightrank select --out out --ranks 1,4,8 --margin 0.0125"
     )
-    assert command({"action": "test"}, margin=0.01) is None
+    assert format_command({"action": "test"}, margin=0.01) is None
 
 
 def test_a_custom_trainer_has_no_commands() -> None:
-    assert command({"action": "seeds", "seeds": 3}, own=True) is None
+    assert format_command({"action": "seeds", "seeds": 3}, is_custom_trainer=True) is None
 
 
 def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
@@ -142,7 +142,7 @@ def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("minutes", "told"),
+    ("minutes", "expected"),
     [
         (None, ""),
         (0.5, " (about 30 seconds)"),
@@ -153,15 +153,15 @@ def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
         (60_000.0, " (about 1,000.0 hours)"),
     ],
 )
-def test_a_time_is_told_in_the_unit_that_it_is_read_in(minutes: float | None, told: str) -> None:
-    assert time_told(minutes) == told
-    assert time_told(minutes, ", ") == told.replace(" (", ", ").replace(")", "")
+def test_a_time_is_told_in_the_unit_that_it_is_read_in(minutes: float | None, expected: str) -> None:
+    assert time_told(minutes) == expected
+    assert time_told(minutes, ", ") == expected.replace(" (", ", ").replace(")", "")
 
 
 TRAIN, EVALUATE = 601.0, 33.0  # seconds
 
 
-def timed(table: ScoreTable) -> ScoreTable:
+def add_times(table: ScoreTable) -> ScoreTable:
     cells = {
         key: replace(cell, train_seconds=TRAIN, eval_seconds=EVALUATE if key[0] else 0.0)
         for key, cell in table.cells.items()
@@ -169,12 +169,12 @@ def timed(table: ScoreTable) -> ScoreTable:
     return replace(table, cells=cells)
 
 
-def without(table: ScoreTable, *dropped: tuple[int, int]) -> ScoreTable:
+def drop_trainings(table: ScoreTable, *dropped: tuple[int, int]) -> ScoreTable:
     """The table without trainings of a rank and a seed."""
     return replace(table, cells={key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in dropped})
 
 
-def require_counted(decision: Decision) -> list[NextRun]:
+def require_trial_counts(decision: Decision) -> list[NextRun]:
     """The runs that train further seeds; each counts the trainings that are missing, in its field and in its sentence."""
     at_hand = {evidence.rank: evidence.seeds for evidence in decision.ranks}
     runs = [run for run in decision.next_runs if run.action == "seeds"]
@@ -197,24 +197,24 @@ def require_counted(decision: Decision) -> list[NextRun]:
     ],
 )
 def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[str]) -> None:
-    table = timed(scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03))
+    table = add_times(build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03))
     evidence, decision = Evidence(table), decision_of(table, margin)
     sizes = (100, *SIZES)
 
-    def reached(seeds: int, items: int) -> bool:
-        return min(evidence.margins_at(ASKED_CONFIDENCE, seeds, items).values()) <= margin
+    def is_reached(seeds: int, num_examples: int) -> bool:
+        return min(evidence.margins_at(ASKED_CONFIDENCE, seeds, num_examples).values()) <= margin
 
     assert [run.action for run in decision.next_runs] == actions
     for run in decision.next_runs:
         seeds, items = run.seeds or 2, run.examples or 100
         assert run.ranks == [4, 64]
-        assert reached(seeds, items)
+        assert is_reached(seeds, items)
         if run.action == "examples":
-            assert not reached(seeds, sizes[sizes.index(items) - 1])
+            assert not is_reached(seeds, sizes[sizes.index(items) - 1])
             assert ("further seeds alone would not do it" in run.sentence) is (actions == ["examples"])
             assert run.minutes == round(items * 4 * EVALUATE / 100 / 60, 1)
         else:
-            assert not reached(seeds - 1, items if items == 100 else SIZES[-1])
+            assert not is_reached(seeds - 1, items if items == 100 else SIZES[-1])
             assert run.minutes == round(run.trials * (TRAIN + EVALUATE) / 60, 1)
             assert ("examples" in run.sentence) is (run.examples is not None)
         assert time_told(run.minutes, "") in run.sentence
@@ -225,11 +225,11 @@ def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[s
             run.sentence,
         )
         assert (f"score about {items:,} held-out examples (now 100)" in run.sentence) is (run.examples is not None)
-    assert len(require_counted(decision)) == ("seeds" in actions)
+    assert len(require_trial_counts(decision)) == ("seeds" in actions)
 
 
 def test_where_nothing_that_can_be_bought_is_enough_the_smallest_rank_is_to_be_taken() -> None:
-    table = scored({4: 2.0}, seeds=(0, 1), items=100)
+    table = build_example_table({4: 2.0}, seeds=(0, 1), num_examples=100)
     tilted = {
         (64, lr, seed): replace(cell, trial_id=f"64-{seed}", sums=cell.sums + np.resize([0.03, -0.03], 100))
         for (_, lr, seed), cell in table.cells.items()
@@ -241,16 +241,16 @@ def test_where_nothing_that_can_be_bought_is_enough_the_smallest_rank_is_to_be_t
 
 @pytest.mark.parametrize("confidence", [ASKED_CONFIDENCE, None])
 @pytest.mark.parametrize("margin", [0.001, 0.005, 0.01, 0.05])
-@pytest.mark.parametrize("left", [{4: (0, 1, 2, 3, 4), 64: (0, 1)}, {4: (0, 1, 2, 3), 64: (4,)}, {4: (0,), 64: (0, 1)}])
+@pytest.mark.parametrize("seeds_by_rank", [{4: (0, 1, 2, 3, 4), 64: (0, 1)}, {4: (0, 1, 2, 3), 64: (4,)}, {4: (0,), 64: (0, 1)}])
 def test_seeds_that_a_rank_has_are_not_trained_again(
-    left: dict[int, tuple[int, ...]], margin: float, confidence: float | None
+    seeds_by_rank: dict[int, tuple[int, ...]], margin: float, confidence: float | None
 ) -> None:
-    table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1, 2, 3, 4), items=100, noise=0.03)
-    few = without(table, *((rank, seed) for rank in (4, 64) for seed in range(5) if seed not in left[rank]))
-    require_counted(decision_of(few, margin, confidence=confidence))
+    table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1, 2, 3, 4), num_examples=100, noise=0.03)
+    table_with_fewer_seeds = drop_trainings(table, *((rank, seed) for rank in (4, 64) for seed in range(5) if seed not in seeds_by_rank[rank]))
+    require_trial_counts(decision_of(table_with_fewer_seeds, margin, confidence=confidence))
 
 
-def rated(values: Mapping[tuple[int, float], float]) -> ScoreTable:
+def build_rate_table(values: Mapping[tuple[int, float], float]) -> ScoreTable:
     """One number for each rank and learning rate."""
     results = [
         Result(trial_id=f"{rank} {rate}", rank=rank, learning_rate=rate, value=value)
@@ -280,7 +280,7 @@ def rated(values: Mapping[tuple[int, float], float]) -> ScoreTable:
 def test_beyond_the_edge_is_one_step_further(
     values: dict[tuple[int, float], float], ranks: list[int], rate: float
 ) -> None:
-    decision = decision_of(rated(values), 0.01)
+    decision = decision_of(build_rate_table(values), 0.01)
     assert "lr_edge" in decision.flags
     (run,) = [run for run in decision.next_runs if run.action == "rates"]
     assert (run.ranks, run.trials) == (ranks, len(ranks))
@@ -290,11 +290,11 @@ def test_beyond_the_edge_is_one_step_further(
 
 def test_a_larger_rank_has_a_learning_rate_where_one_is_known() -> None:
     losses = {(1, 1e-3): 2.2, (4, 1e-3): 2.1, (16, 1e-3): 2.0}
-    rates = decision_of(rated(losses), 0.01).next_runs[0]
+    rates = decision_of(build_rate_table(losses), 0.01).next_runs[0]
     assert (rates.action, rates.ranks, rates.trials) == ("rank", [32], 2)
     assert rates.learning_rates == [pytest.approx(3e-4), 1e-3]  # lower too: larger ranks often want less
     assert rates.sentence.startswith("Train rank 32 at learning rates 0.0003 and 0.001 (2 trainings)")
-    none = decision_of(bare({1: 2.2, 4: 2.1, 16: 2.0}), 0.01).next_runs[0]
+    none = decision_of(build_value_table({1: 2.2, 4: 2.1, 16: 2.0}), 0.01).next_runs[0]
     assert (none.action, none.ranks, none.learning_rates, none.trials) == ("rank", [32], [], 1)
     assert none.sentence.startswith("Train rank 32 (1 training)")
 
@@ -315,10 +315,10 @@ def test_so_many_seeds_are_expected_to_show_a_difference_at_the_noise_of_earlier
 
 @pytest.mark.parametrize("margin", [0.003, 0.005, 0.006, 0.007, 0.008, 0.01, 0.02])
 def test_further_seeds_make_a_decision_of_an_indication_and_one_less_does_not(margin: float) -> None:
-    table = scored({4: 2.003, 64: 2.0}, seeds=(0,), items=400, noise=0.02)
+    table = build_example_table({4: 2.003, 64: 2.0}, seeds=(0,), num_examples=400, noise=0.02)
     evidence, decision = Evidence(table), decision_of(table, margin, confidence=None)
     assert "one_seed" in decision.flags
-    (run,) = require_counted(decision)
+    (run,) = require_trial_counts(decision)
     assert run.seeds is not None
     assert run.ranks == [4, 64]
 
@@ -334,7 +334,7 @@ def test_further_seeds_make_a_decision_of_an_indication_and_one_less_does_not(ma
         assert f"{MAX_SEEDS} seeds would not make it a decision" in run.sentence
 
 
-def smallest_margin(planned: Estimate) -> float:
+def compute_smallest_margin(planned: Estimate) -> float:
     """From which a run of this size is expected to settle the difference."""
     return planned.bound(CONFIDENCE) + NORMAL.inv_cdf(POWER) * planned.standard_error
 
@@ -344,31 +344,31 @@ NEAR = 1e-6
 
 def test_a_plan_ends_at_64_times_the_examples_and_at_32_seeds() -> None:
     found = replace(estimate(np.random.default_rng(5).normal(size=(1, 100)), np.ones(100)), mean=0.0, skewness=0.0)
-    most = smallest_margin(found.at(5800, 1))  # 58 times as many; the next step is 66 times
+    most = compute_smallest_margin(found.at(5800, 1))  # 58 times as many; the next step is 66 times
     assert examples_needed(found, most * (1 + NEAR)) == 5800
     assert examples_needed(found, most * (1 - NEAR)) is None
     noisy = Estimate(0.0, 0.0, 0.01, 0.0, 0, 2, 1.0, 0.0)
-    most = smallest_margin(noisy.at(0, MAX_SEEDS))
+    most = compute_smallest_margin(noisy.at(0, MAX_SEEDS))
     assert seeds_needed(noisy, most * (1 + NEAR)) == MAX_SEEDS == 32
     assert seeds_needed(noisy, most * (1 - NEAR)) is None
     assert seeds_needed(noisy, 10.0) == 3  # at least one more
 
 
 def test_no_more_than_32_seeds_are_bought_or_planned() -> None:
-    table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03)
+    table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03)
     most = min(Evidence(table).margins_at(ASKED_CONFIDENCE, MAX_SEEDS).values())
     bought = [[run.seeds for run in decision_of(table, most * near).next_runs] for near in (1 + NEAR, 1 - NEAR)]
     assert bought == [[None, MAX_SEEDS], [None]]
-    one_seed = scored({4: 2.003, 64: 2.0}, seeds=(0,), items=400, noise=0.02)
+    one_seed = build_example_table({4: 2.003, 64: 2.0}, seeds=(0,), num_examples=400, noise=0.02)
     evidence = Evidence(one_seed)
-    most = smallest_margin(evidence.expected(evidence.contenders[4], MAX_SEEDS))
+    most = compute_smallest_margin(evidence.expected(evidence.contenders[4], MAX_SEEDS))
     planned = [decision_of(one_seed, most * near, confidence=None).next_runs[-1] for near in (1 + NEAR, 1 - NEAR)]
     assert [run.seeds for run in planned] == [MAX_SEEDS, 2]
 
 
-@pytest.mark.parametrize(("rate", "told"), [(0.0, "at a higher learning rate"), (2e-3, "at learning rate 0.006")])
-def test_without_a_gain_the_data_are_checked_and_a_higher_rate_tried(rate: float, told: str) -> None:
-    (run,) = decision_of(rated({(0, 0.0): 2.0, (4, 1e-3 if rate else 0.0): 2.0, (16, rate): 2.0}), 0.02).next_runs
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, "at a higher learning rate"), (2e-3, "at learning rate 0.006")])
+def test_without_a_gain_the_data_are_checked_and_a_higher_rate_tried(rate: float, expected: str) -> None:
+    (run,) = decision_of(build_rate_table({(0, 0.0): 2.0, (4, 1e-3 if rate else 0.0): 2.0, (16, rate): 2.0}), 0.02).next_runs
     assert (run.action, run.ranks, run.trials) == ("data", [4], 1)
     assert run.learning_rates == ([pytest.approx(3 * rate)] if rate else [])
-    assert f"then train once {told}, or longer" in run.sentence
+    assert f"then train once {expected}, or longer" in run.sentence

@@ -15,7 +15,7 @@ PROMPTS, SEEDS = 200, 3
 EASE = (np.arange(PROMPTS) + 0.5) / PROMPTS
 
 
-def table(levels: dict[int, float], noise: float) -> ScoreTable:
+def draw_table(levels: dict[int, float], noise: float) -> ScoreTable:
     """Each rank answers the prompts below its level, which varies by seed."""
     generator = np.random.default_rng(3)
     results = [
@@ -43,9 +43,9 @@ def table(levels: dict[int, float], noise: float) -> ScoreTable:
 def test_it_takes_the_place_of_undecided(
     levels: dict[int, float], noise: float, verdict: str, rank: int | None
 ) -> None:
-    found = decision_of(table(levels, noise), 0.02, smallest_if_alike=True)
+    found = decision_of(draw_table(levels, noise), 0.02, smallest_if_alike=True)
     assert (found.verdict, found.rank) == (verdict, rank)
-    plain = decision_of(table(levels, noise), 0.02)
+    plain = decision_of(draw_table(levels, noise), 0.02)
     if verdict == "no_difference":
         assert (plain.verdict, plain.rank) == ("undecided", None)
         assert found.model_dump(exclude={"verdict", "rank", "learning_rate", "sentence"}) == (
@@ -56,7 +56,7 @@ def test_it_takes_the_place_of_undecided(
 
 
 def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
-    sentence = decision_of(table({1: 0.3, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
+    sentence = decision_of(draw_table({1: 0.3, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
     assert sentence.startswith(
         "No difference between ranks 4 and 16 can be shown at this noise (seed standard deviation 0.0"
     )
@@ -95,7 +95,7 @@ def test_one_seed_shows_no_noise_and_the_best_may_be_the_smallest() -> None:
 
 
 def test_three_ranks_are_listed_and_two_seeds_show_their_noise() -> None:
-    told = decision_of(table({1: 0.6, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
+    told = decision_of(draw_table({1: 0.6, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
     assert re.fullmatch(
         r"No difference between ranks 1, 4 and 16 can be shown at this noise \(seed standard deviation 0\.0\d+\): take rank 1, "
         r"the smallest\. (It is the best of them as measured|Rank \d+ looks 0\.\d+ better); a difference of 0\.02 in reward would "

@@ -12,7 +12,7 @@ from rightrank.decision.posterior import sample_joint_means
 from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import NOISE, multivariate_noise
 from rightrank.decision.table import Cell, ScoreTable
-from tests.decision.tables import scored
+from tests.decision.tables import build_example_table
 
 TABLES, SPREAD, MARGIN = 60, 0.12, 0.005
 ROUNDING = 0.015  # three standard errors of a probability by sampling
@@ -51,7 +51,7 @@ def test_equal_ranks_are_seldom_called_worse(ranks: tuple[int, ...], seeds: int)
 
 
 def test_a_rank_that_is_worse_is_still_called_so() -> None:
-    table = scored({1: 2.3, 4: 2.1, 16: 2.0, 64: 2.0005}, items=400, seeds=(0,), noise=0.03)
+    table = build_example_table({1: 2.3, 4: 2.1, 16: 2.0, 64: 2.0005}, num_examples=400, seeds=(0,), noise=0.03)
     assert decision_of(table, 0.001).probably_worse_ranks == [1, 4]
 
 
@@ -99,7 +99,7 @@ def test_the_noise_has_the_covariance_and_leaves_other_generators_alone() -> Non
 
 
 def test_a_probability_is_of_all_other_ranks_at_once() -> None:
-    joint = Evidence(scored({1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}, seeds=(0,), noise=0.06)).joint
+    joint = Evidence(build_example_table({1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}, seeds=(0,), noise=0.06)).joint
     means, together = (dict(zip(joint.ranks, rows, strict=True)) for rows in (joint.means, joint.worse_than_best()))
     each = [student.cdf((0.02 - means[4] + means[other]) / joint.error(4, other), joint.degrees) for other in (16, 64)]
     assert 1 - sum(1 - one for one in each) - ROUNDING < np.mean(together[4] <= 0.02) < min(each) - ROUNDING

@@ -20,7 +20,7 @@ from rightrank.decision.sentences import chance
 from rightrank.decision.table import ScoreTable
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
-from tests.decision.tables import bare, scored
+from tests.decision.tables import build_value_table, build_example_table
 from tests.report import runs
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "selection" / "noise_model.json"
@@ -28,7 +28,7 @@ LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
 
 
 def one_seed(items: int = 400, noise: float = 0.02) -> ScoreTable:
-    return scored(LOSSES, items=items, seeds=(0,), noise=noise)
+    return build_example_table(LOSSES, num_examples=items, seeds=(0,), noise=noise)
 
 
 def chances(decision: Decision) -> dict[int, float | None]:
@@ -36,7 +36,7 @@ def chances(decision: Decision) -> dict[int, float | None]:
 
 
 def test_it_is_that_of_the_difference_where_there_is_one() -> None:
-    table, margin = scored({4: 2.012, 64: 2.0}, seeds=(0,)), 0.01
+    table, margin = build_example_table({4: 2.012, 64: 2.0}, seeds=(0,)), 0.01
     worse = table.cells[4, 1e-3, 0].sums - table.cells[64, 1e-3, 0].sums
     deviation = NOISE.ratio(1, worse.size) ** 0.5 * worse.std(ddof=1)
     expected = student.cdf((margin - worse.mean()) / deviation, NOISE_DEGREES)
@@ -60,7 +60,7 @@ def test_the_sentence_says_it_beside_a_larger_rank() -> None:
 
 
 def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it() -> None:
-    table = scored(LOSSES, seeds=(0, 1), items=100, noise=0.03)
+    table = build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03)
     decision = decision_of(table, 0.02)
     assert (decision.rank, decision.recommended_rank, decision.grade, decision.requested_confidence) == (
         4,
@@ -74,15 +74,15 @@ def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it()
         "undecided",
         "cannot tell",
     )
-    shown = decision_of(scored(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
+    shown = decision_of(build_example_table(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
     assert (shown.rank, shown.grade, shown.confidence) == (4, "shown", 0.95)
     assert shown.sentence.startswith("Rank 4 is enough (")
     assert decision_of(one_seed(noise=0.005), 0.02).grade == "likely"  # one seed shows nothing
-    assert decision_of(bare(LOSSES), 0.02).grade is None
+    assert decision_of(build_value_table(LOSSES), 0.02).grade is None
 
 
 def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
-    decision = decision_of(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), 0.002)
+    decision = decision_of(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), 0.002)
     assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
     assert (decision.indistinguishable_ranks, decision.probably_worse_ranks, decision.recommended_rank) == (
         [4, 16, 64],
@@ -98,16 +98,16 @@ def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
         assert words in decision.sentence
     assert decision.best_available_rank == 64
     assert 0 < (decision.resolvable_margin or 0) <= (decision.recommended_margin or 0)
-    wider = decision_of(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), decision.recommended_margin)
+    wider = decision_of(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), decision.recommended_margin)
     assert wider.rank == 64
     items, seeds = decision.next_runs
     assert (items.action, items.examples, seeds.action, seeds.minutes) == ("examples", 500, "seeds", None)
-    enough = scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=20_000, noise=0.03)
+    enough = build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=20_000, noise=0.03)
     assert decision_of(enough, 0.002).verdict != "undecided"
 
 
 def test_purchases_are_priced_by_the_trainings_and_evaluations_so_far() -> None:
-    table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03)
+    table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03)
     for train, evaluation, first in ((600.0, 1.0, "examples"), (1.0, 600.0, "seeds")):
         cells = {key: replace(cell, train_seconds=train, eval_seconds=evaluation) for key, cell in table.cells.items()}
         runs = decision_of(replace(table, cells=cells), 0.002).next_runs
@@ -119,8 +119,8 @@ def test_purchases_are_priced_by_the_trainings_and_evaluations_so_far() -> None:
 
 def test_noisy_seeds_at_hand_make_a_rank_less_likely_than_earlier_grids_do() -> None:
     quiet, noisy = (
-        scored(LOSSES, seeds=(0, 1), items=100, noise=0.03),
-        scored(LOSSES, seeds=(0, 1), items=100, noise=0.03),
+        build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03),
+        build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03),
     )
     moved = {
         key: replace(cell, sums=cell.sums + (0.06 if key[0] == 4 else 0.0) * (1 if key[2] else -1))
@@ -138,7 +138,7 @@ def test_there_is_none_where_its_assumptions_fail() -> None:
     alike = cells | {(16, 1e-3, 0): cells[64, 1e-3, 0]}
     apart = {(rank, lr, 7 if rank == 4 else seed): cell for (rank, lr, seed), cell in cells.items()}
     for given, reason in {
-        "values": (bare(LOSSES), "one number a training shows no noise"),
+        "values": (build_value_table(LOSSES), "one number a training shows no noise"),
         "few": (one_seed(items=40), "40 examples are too few (at least 64)"),
         "steps": (replace(table, cells=uneven), "the trainings have unequal numbers of steps"),
         "alike": (replace(table, cells=alike), "two ranks have the same scores"),
@@ -161,10 +161,10 @@ def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
 
 
 def test_the_staircase_is_that_of_the_probabilities() -> None:
-    alike = scored({4: 2.002, 16: 2.001, 64: 2.0, 128: 2.0}, items=100, seeds=(0,), noise=0.1)
+    alike = build_example_table({4: 2.002, 16: 2.001, 64: 2.0, 128: 2.0}, num_examples=100, seeds=(0,), noise=0.1)
     for table in (
         one_seed(items=100, noise=0.03),
-        scored({0: 2.4, **LOSSES}, items=100, seeds=(0,), noise=0.03),
+        build_example_table({0: 2.4, **LOSSES}, num_examples=100, seeds=(0,), noise=0.03),
         alike,
     ):
         steps = decision_of(table, 0.02).staircase
@@ -178,8 +178,8 @@ def test_the_staircase_is_that_of_the_probabilities() -> None:
 
 
 def test_the_other_rows_of_the_verdict_stay() -> None:
-    rising = scored({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}, items=400, seeds=(0,), noise=0.02)
-    flat = scored({1: 2.001, 4: 2.0005, 16: 2.0, 64: 2.0002}, items=400, seeds=(0,), noise=0.01)
+    rising = build_example_table({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}, num_examples=400, seeds=(0,), noise=0.02)
+    flat = build_example_table({1: 2.001, 4: 2.0005, 16: 2.0, 64: 2.0002}, num_examples=400, seeds=(0,), noise=0.01)
     assert [(one.rank, one.verdict) for one in (decision_of(rising, 0.01), decision_of(flat, 0.01))] == [
         (64, "rising"),
         (1, "flat"),
@@ -187,11 +187,11 @@ def test_the_other_rows_of_the_verdict_stay() -> None:
 
 
 def test_an_open_base_is_said_beside_the_answer() -> None:
-    decision = decision_of(scored({0: 2.022, **LOSSES}, items=100, seeds=(0,), noise=0.06), 0.02)
+    decision = decision_of(build_example_table({0: 2.022, **LOSSES}, num_examples=100, seeds=(0,), noise=0.06), 0.02)
     likely = chances(decision)[0]
     assert likely is not None
     assert decision.sentence.endswith(f"The base itself is {chance(likely)} likely to be within the margin.")
-    surely = decision_of(scored({0: 2.001, 4: 2.0, 64: 2.0}, items=400, seeds=(0, 1), noise=0.01), 0.02)
+    surely = decision_of(build_example_table({0: 2.001, 4: 2.0, 64: 2.0}, num_examples=400, seeds=(0, 1), noise=0.01), 0.02)
     assert (surely.verdict, surely.rank, surely.grade) == ("no_gain", None, "shown")
 
 

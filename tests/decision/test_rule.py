@@ -10,14 +10,14 @@ from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.trials import EvalPoint
-from tests.decision.tables import bare, scored
+from tests.decision.tables import build_value_table, build_example_table
 
 RISING = {1: 2.4, 2: 2.3, 4: 2.2, 8: 2.1}
 SATURATED = {1: 2.3, 4: 2.05, 16: 2.001, 64: 2.0}
 
 
 def test_the_smallest_rank_within_the_margin_is_named_with_its_evidence() -> None:
-    decision = decision_of(scored(SATURATED), 0.01)
+    decision = decision_of(build_example_table(SATURATED), 0.01)
     assert (decision.rank, decision.verdict, decision.reference_rank) == (16, "saturated", 64)
     assert {e.rank: e.non_inferior for e in decision.ranks} == {1: False, 4: False, 16: True, 64: True}
     assert decision.flags == []
@@ -26,7 +26,7 @@ def test_the_smallest_rank_within_the_margin_is_named_with_its_evidence() -> Non
 
 
 def test_a_single_number_a_rank_is_read_and_never_called_shown() -> None:
-    decision = decision_of(bare(SATURATED), 0.005)
+    decision = decision_of(build_value_table(SATURATED), 0.005)
     assert decision.rank == 16
     assert "underpowered" in decision.flags
     assert decision.basis == "values"
@@ -35,14 +35,14 @@ def test_a_single_number_a_rank_is_read_and_never_called_shown() -> None:
 
 
 def test_a_stated_deviation_can_settle_what_bare_numbers_cannot() -> None:
-    decision = decision_of(bare(SATURATED, std=0.0003), 0.005)
+    decision = decision_of(build_value_table(SATURATED, std=0.0003), 0.005)
     assert decision.rank == 16
     assert "underpowered" not in decision.flags
     assert decision.basis == "std"
 
 
 def test_rising_where_the_top_beats_all_others() -> None:
-    for table in (bare(RISING), scored(RISING)):
+    for table in (build_value_table(RISING), build_example_table(RISING)):
         decision = decision_of(table, 0.01)
         assert (decision.rank, decision.verdict) == (8, "rising")
         run = decision.next_runs[0]
@@ -50,12 +50,12 @@ def test_rising_where_the_top_beats_all_others() -> None:
 
 
 def test_flat_takes_the_smallest() -> None:
-    decision = decision_of(scored({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
+    decision = decision_of(build_example_table({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
     assert (decision.rank, decision.verdict) == (1, "flat")
 
 
 def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_settle_it() -> None:
-    table = scored({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, items=60, noise=0.03)
+    table = build_example_table({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, num_examples=60, noise=0.03)
     decision = decision_of(table, 0.01)
     assert (decision.rank, decision.verdict) == (None, "undecided")
     assert "underpowered" in decision.flags
@@ -66,18 +66,18 @@ def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_set
 
 
 def test_a_low_rank_that_came_out_best_by_luck_is_not_taken() -> None:
-    decision = decision_of(scored({1: 2.0, 4: 2.002, 16: 2.001}, items=30, noise=0.1, seeds=(0, 1)), 0.005)
+    decision = decision_of(build_example_table({1: 2.0, 4: 2.002, 16: 2.001}, num_examples=30, noise=0.1, seeds=(0, 1)), 0.005)
     assert (decision.rank, decision.verdict) == (None, "undecided")
 
 
 def test_no_gain_where_the_base_is_within_the_margin() -> None:
-    decision = decision_of(scored({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
+    decision = decision_of(build_example_table({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
     assert (decision.rank, decision.verdict) == (None, "no_gain")
-    assert decision_of(bare({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
+    assert decision_of(build_value_table({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
 
 
 def test_an_inconclusive_gain_is_undecided() -> None:
-    decision = decision_of(scored({0: 2.008, 1: 2.0, 4: 2.0}, items=40, noise=0.05), 0.01)
+    decision = decision_of(build_example_table({0: 2.008, 1: 2.0, 4: 2.0}, num_examples=40, noise=0.05), 0.01)
     assert (decision.rank, decision.verdict) == (None, "undecided")
     assert "base" in decision.sentence
 
@@ -86,13 +86,13 @@ def test_overfitting_takes_both_halves() -> None:
     losses = {1: 2.1, 4: 2.0, 16: 2.1, 64: 2.2}
     better = {1: 1.9, 4: 1.8, 16: 1.5, 64: 1.2}
     worse = {1: 1.9, 4: 1.8, 16: 1.9, 64: 2.1}
-    assert decision_of(scored(losses, train=better), 0.01).verdict == "overfitting"
-    assert decision_of(scored(losses, train=worse), 0.01).verdict == "saturated"
-    assert decision_of(scored(losses), 0.01).verdict == "saturated"
+    assert decision_of(build_example_table(losses, train=better), 0.01).verdict == "overfitting"
+    assert decision_of(build_example_table(losses, train=worse), 0.01).verdict == "saturated"
+    assert decision_of(build_example_table(losses), 0.01).verdict == "saturated"
 
 
 def test_the_sequence_stops_at_the_first_failure() -> None:
-    decision = decision_of(bare({1: 2.0, 4: 2.1, 16: 2.0, 64: 1.999}), 0.005)
+    decision = decision_of(build_value_table({1: 2.0, 4: 2.1, 16: 2.0, 64: 1.999}), 0.005)
     assert decision.rank == 16  # rank 1 is within the margin, but 4 is not
 
 
@@ -113,12 +113,12 @@ def test_the_walk_down_ends_above_the_first_rank_that_fails(
 
 
 def test_ties_go_to_the_lower_rank() -> None:
-    assert decision_of(bare({1: 2.5, 4: 2.0, 16: 2.0}), 0.005).reference_rank == 4
+    assert decision_of(build_value_table({1: 2.5, 4: 2.0, 16: 2.0}), 0.005).reference_rank == 4
 
 
 @pytest.mark.parametrize("margin", [0.0005, 0.003, 0.04, 0.2, 0.5])
 def test_the_staircase_says_what_the_rule_says_at_every_margin(margin: float) -> None:
-    table = bare(SATURATED)
+    table = build_value_table(SATURATED)
     stairs = decision_of(table, 0.005).staircase
     assert stairs[0].margin == 0
     assert [step.rank for step in stairs] == sorted((step.rank for step in stairs), reverse=True)
@@ -127,13 +127,13 @@ def test_the_staircase_says_what_the_rule_says_at_every_margin(margin: float) ->
 
 
 def test_higher_is_better_mirrors_lower() -> None:
-    mirrored = decision_of(bare({rank: -value for rank, value in SATURATED.items()}, "reward", higher=True), 0.005)
-    assert mirrored.rank == decision_of(bare(SATURATED), 0.005).rank
+    mirrored = decision_of(build_value_table({rank: -value for rank, value in SATURATED.items()}, "reward", higher=True), 0.005)
+    assert mirrored.rank == decision_of(build_value_table(SATURATED), 0.005).rank
     assert all(e.low <= e.value <= e.high for e in mirrored.ranks)
 
 
 def test_perplexity_is_judged_through_its_logarithm() -> None:
-    decision = decision_of(bare({1: 8.0, 4: 7.42, 16: 7.40, 64: 7.39}, "eval_perplexity"))
+    decision = decision_of(build_value_table({1: 8.0, 4: 7.42, 16: 7.40, 64: 7.39}, "eval_perplexity"))
     assert decision.margin == pytest.approx(7.39 * 0.005)
     assert decision.rank == 4
     evidence = next(e for e in decision.ranks if e.rank == 4)
@@ -147,7 +147,7 @@ def test_perplexity_is_judged_through_its_logarithm() -> None:
 )  # fmt: skip
 def test_default_margins(metric: str, higher: bool, best: float, margin: float) -> None:
     worse = best * (0.9 if higher else 1.1)
-    assert decision_of(bare({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
+    assert decision_of(build_value_table({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
 
 
 def test_the_best_of_several_learning_rates_is_corrected_for_the_winner_s_curse() -> None:
@@ -215,14 +215,14 @@ def test_a_suggested_learning_rate_is_one_that_another_rank_has() -> None:
 
 
 def test_a_diverged_training_is_a_missing_cell() -> None:
-    table = bare(SATURATED)
+    table = build_value_table(SATURATED)
     decision = decision_of(ScoreTable(table.metric, False, table.cells, {64: 1}, table.kind), 0.005)
     assert "unstable" in decision.flags
     assert decision.rank == 16
 
 
 def test_trainings_of_unequal_length_and_collapsed_ones_are_flagged() -> None:
-    table = bare(SATURATED)
+    table = build_value_table(SATURATED)
     for steps, unequal in ({"short": 100, "long": 200}, True), ({"short": 200, "long": 200}, False):
         cells = {
             key: replace(cell, steps=steps["short" if key[0] < 64 else "long"]) for key, cell in table.cells.items()
@@ -253,9 +253,9 @@ def test_another_metric_that_wants_another_rank_is_flagged() -> None:
 
 def test_one_rank_or_a_margin_of_nothing_is_refused() -> None:
     with pytest.raises(ResultsError, match="two or more"):
-        decision_of(bare({4: 2.0}))
+        decision_of(build_value_table({4: 2.0}))
     with pytest.raises(ResultsError, match="margin 0 is not allowed"):
-        decision_of(bare(SATURATED), 0.0)
+        decision_of(build_value_table(SATURATED), 0.0)
 
 
 def _one(loss: float) -> tuple[object, object]:
@@ -276,9 +276,9 @@ def _one(loss: float) -> tuple[object, object]:
 def test_stated_deviations_may_be_too_wide_for_the_answer(
     losses: dict[int, float], std: float, shown: bool | None, lower: bool | None, underpowered: bool
 ) -> None:
-    decision = decision_of(bare(losses, std=std), 0.02)
+    decision = decision_of(build_value_table(losses, std=std), 0.02)
     judged = {1: None} | {evidence.rank: evidence.non_inferior for evidence in decision.ranks}
     assert decision.rank == 4
     assert (judged[4], judged[1]) == (shown, lower)
     assert ("underpowered" in decision.flags) is underpowered
-    assert decision_of(bare(losses), 0.02).flags == ["underpowered", "one_seed"]
+    assert decision_of(build_value_table(losses), 0.02).flags == ["underpowered", "one_seed"]

@@ -16,7 +16,7 @@ from rightrank.report.answer import build_answer_view
 from rightrank.report.evidence_tables import build_evidence_table
 from rightrank.report.figures import build_margin_steps
 from rightrank.schema.decision import Decision, RankEvidence
-from tests.decision.tables import bare, scored
+from tests.decision.tables import build_value_table, build_example_table
 from tests.decision.worlds import World, drawn, table_in, worlds
 
 RANDOM = 150
@@ -93,10 +93,10 @@ def test_no_two_lines_of_a_screen_contradict_each_other(part: int) -> None:
 
 
 TABLES: dict[str, ScoreTable] = {
-    "a curve that smooths over a rank": bare({1: 2.3, 4: 2.15, 16: 2.0, 64: 2.001}),
-    "a rank beyond one that failed": scored({1: 2.0, 4: 2.1, 16: 2.0}),
-    "a higher rank that may be better": scored(
-        {1: 2.3, 8: 2.001, 16: 2.0, 64: 2.0}, items=50, noise=0.02, seeds=(0, 1)
+    "a curve that smooths over a rank": build_value_table({1: 2.3, 4: 2.15, 16: 2.0, 64: 2.001}),
+    "a rank beyond one that failed": build_example_table({1: 2.0, 4: 2.1, 16: 2.0}),
+    "a higher rank that may be better": build_example_table(
+        {1: 2.3, 8: 2.001, 16: 2.0, 64: 2.0}, num_examples=50, noise=0.02, seeds=(0, 1)
     ),
 }
 
@@ -111,7 +111,7 @@ def test_a_lower_bound_above_the_margin_refutes_with_its_skewness() -> None:
     """Few examples that are much better pull the bound down: it is the printed one that decides, not one without skewness."""
     generator = np.random.default_rng(4)
     for shift in np.linspace(0.02, 0.08, 7):
-        table = scored({4: 2.0, 16: 2.0}, items=60, noise=0.001, seeds=(0, 1))
+        table = build_example_table({4: 2.0, 16: 2.0}, num_examples=60, noise=0.001, seeds=(0, 1))
         cells = dict(table.cells)
         worse = shift + 0.05 * (1 - generator.exponential(1.0, 60))
         for seed in (0, 1):

@@ -11,11 +11,11 @@ from rightrank.decision.rule import decision_of
 from rightrank.decision.sentences import chance, number
 from rightrank.decision.table import table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
-from tests.decision.tables import bare, scored
+from tests.decision.tables import build_value_table, build_example_table
 
 
 def answer(losses: dict[int, float], margin: float, confidence: float | None = 0.7, **table: Any) -> Decision:
-    return decision_of(scored(losses, **table), margin, confidence=confidence)
+    return decision_of(build_example_table(losses, **table), margin, confidence=confidence)
 
 
 def test_a_flat_curve_names_the_rank_that_looks_worst() -> None:
@@ -66,7 +66,7 @@ def test_an_open_answer_names_what_is_shown_and_the_rank_that_leaves_it_open(
 
 
 def test_what_the_noise_over_seeds_was_measured_on() -> None:
-    table = scored({4: 2.01, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2))
+    table = build_example_table({4: 2.01, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2))
 
     def note(dropped: set[tuple[int, int]]) -> str:
         cells = {
@@ -90,7 +90,7 @@ def test_what_the_noise_over_seeds_was_measured_on() -> None:
 
 
 def test_counts_of_seeds_are_a_range() -> None:
-    table = scored({4: 2.01, 8: 2.02, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2, 3))
+    table = build_example_table({4: 2.01, 8: 2.02, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2, 3))
     dropped = {(4, 2), (4, 3), (8, 3)}
     cells = {(rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped}
     note = decision_of(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
@@ -118,10 +118,10 @@ def test_numbers_have_two_digits_and_large_ones_none_behind_the_point() -> None:
 
 def test_one_number_a_rank_may_rise_and_a_stated_deviation_is_part_of_the_threshold() -> None:
     losses = {1: 2.0, 4: 1.9, 16: 1.8}
-    assert decision_of(bare(losses), 0.02).verdict == "rising"
-    assert decision_of(bare(losses, std=0.05), 0.02).verdict == "rising"
-    assert decision_of(bare(losses, std=0.11), 0.02).verdict != "rising"
-    assert decision_of(bare(losses), 0.11).verdict != "rising"
+    assert decision_of(build_value_table(losses), 0.02).verdict == "rising"
+    assert decision_of(build_value_table(losses, std=0.05), 0.02).verdict == "rising"
+    assert decision_of(build_value_table(losses, std=0.11), 0.02).verdict != "rising"
+    assert decision_of(build_value_table(losses), 0.11).verdict != "rising"
     only_lower = table_of_results(
         ResultsTable(
             metric="eval_loss",

@@ -10,7 +10,7 @@ import pytest
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import ScoreTable, table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
-from tests.decision.tables import bare, scored
+from tests.decision.tables import build_value_table, build_example_table
 
 DIVERGED = {1: 2.1, 4: 2.0, 16: 1.995, 64: 11.3}
 RAISED = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.6}  # rank 64 at 2.0 with .6 more
@@ -51,12 +51,12 @@ def require_repeat(decision: Decision, rank: int) -> None:
         (of_seeds({0: 3.0, **DIVERGED}), 0.02),
         (of_seeds(DIVERGED), 0.02),
         (of_seeds(DIVERGED, seeds=(0, 1, 2)), 0.02),
-        (bare(DIVERGED), 0.02),
-        (bare(DIVERGED, std=0.001), 0.02),
-        (bare({1: 0.7, 4: 0.85, 16: 0.856, 64: 0.02}, "accuracy", higher=True), 0.01),
-        (scored(RAISED, seeds=(0,)), 0.02),
-        (scored(RAISED, seeds=(0, 1)), 0.02),
-        (scored({0: 3.0, **DIVERGED}, seeds=(0, 1)), 0.02),
+        (build_value_table(DIVERGED), 0.02),
+        (build_value_table(DIVERGED, std=0.001), 0.02),
+        (build_value_table({1: 0.7, 4: 0.85, 16: 0.856, 64: 0.02}, "accuracy", higher=True), 0.01),
+        (build_example_table(RAISED, seeds=(0,)), 0.02),
+        (build_example_table(RAISED, seeds=(0, 1)), 0.02),
+        (build_example_table({0: 3.0, **DIVERGED}, seeds=(0, 1)), 0.02),
     ],
     ids=["base", "seeds", "three seeds", "values", "stated", "accuracy", "one seed", "two seeds", "examples"],
 )
@@ -71,9 +71,9 @@ def test_a_larger_rank_that_failed_leaves_the_answer_undecided(
 
 
 def test_of_two_that_failed_alike_the_first_is_repeated() -> None:
-    require_repeat(decision_of(bare({1: 2.1, 4: 2.0, 16: 11.0, 64: 11.3}), 0.02), 16)
+    require_repeat(decision_of(build_value_table({1: 2.1, 4: 2.0, 16: 11.0, 64: 11.3}), 0.02), 16)
     rise_over_the_base = {0: 3.0, 1: 2.1, 4: 2.0, 16: 5.0, 64: 11.3}
-    require_repeat(decision_of(bare(rise_over_the_base), 0.02), 16)
+    require_repeat(decision_of(build_value_table(rise_over_the_base), 0.02), 16)
 
 
 def test_it_is_repeated_at_a_lower_rate_or_with_another_seed_where_that_was_tried() -> None:
@@ -85,13 +85,13 @@ def test_it_is_repeated_at_a_lower_rate_or_with_another_seed_where_that_was_trie
     assert "(now 0.001)" in lower.sentence
     assert (seed.action, seed.seeds) == ("seeds", 2)
     assert (
-        decision_of(bare(DIVERGED), 0.02).next_run
+        decision_of(build_value_table(DIVERGED), 0.02).next_run
         == "Train rank 64 again at a lower learning rate: it may have failed."
     )
 
 
 def scored_at_two_rates(losses: Mapping[int, float], seeds: Sequence[int]) -> ScoreTable:
-    best = scored(losses, seeds=seeds)
+    best = build_example_table(losses, seeds=seeds)
     lower = {(rank, 3e-4, seed): replace(cell, sums=cell.sums + 0.05) for (rank, _, seed), cell in best.cells.items()}
     return replace(best, cells={**best.cells, **lower})
 
@@ -115,7 +115,7 @@ def test_two_seeds_and_a_lower_rate_show_that_it_is_worse() -> None:
 def test_ranks_that_get_worse_one_after_the_other_overfit(losses: dict[int, float], train: bool) -> None:
     training = {rank: 1.9 - 0.001 * rank for rank in losses} if train else None
     best = min(losses, key=lambda rank: losses[rank])
-    for table in (scored(losses, train=training, seeds=(0, 1)), scored(losses, train=training, seeds=(0,))):
+    for table in (build_example_table(losses, train=training, seeds=(0, 1)), build_example_table(losses, train=training, seeds=(0,))):
         decision = decision_of(table, 0.01)
         assert decision.rank == best
         assert decision.verdict == ("overfitting" if train else "saturated")
@@ -125,13 +125,13 @@ def test_ranks_that_get_worse_one_after_the_other_overfit(losses: dict[int, floa
 def test_a_rank_that_learns_more_overfits_however_much_worse_it_is() -> None:
     training = {1: 1.9, 4: 1.8, 16: 1.7, 64: 1.2}
     for seeds in ((0,), (0, 1)):
-        assert decision_of(scored(RAISED, seeds=seeds, train=training), 0.02).verdict == "overfitting"
+        assert decision_of(build_example_table(RAISED, seeds=seeds, train=training), 0.02).verdict == "overfitting"
         diverged = {**training, 64: 9.0}
-        require_repeat(decision_of(scored(RAISED, seeds=seeds, train=diverged), 0.02), 64)
+        require_repeat(decision_of(build_example_table(RAISED, seeds=seeds, train=diverged), 0.02), 64)
 
 
 def test_a_little_worse_is_no_failure() -> None:
-    for table in (scored({1: 2.3, 4: 2.0, 16: 2.002, 64: 2.015}, seeds=(0, 1)), bare({4: 2.0, 16: 1.9, 64: 2.0})):
+    for table in (build_example_table({1: 2.3, 4: 2.0, 16: 2.002, 64: 2.015}, seeds=(0, 1)), build_value_table({4: 2.0, 16: 1.9, 64: 2.0})):
         decision = decision_of(table, 0.01)
         assert FLAG not in decision.flags
         assert decision.rank is not None

@@ -216,10 +216,10 @@ def _hold(path: Path, gate: object, held: object, over: object) -> None:
     gate.wait()  # type: ignore[attr-defined]
     try:
         with RunFolder(path).lock():
-            held.set_parameters("held")  # type: ignore[attr-defined]
+            held.put("held")  # type: ignore[attr-defined]
             over.wait(GENEROUS_SECONDS)  # type: ignore[attr-defined]
     except RunFolderError as error:
-        held.set_parameters(str(error))  # type: ignore[attr-defined]
+        held.put(str(error))  # type: ignore[attr-defined]
 
 
 def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def load_data(
     held_out = sum(len(sample.ids) for sample in reader.held_out.values())
     count = len(train_examples) + held_out + reader.unreadable + reader.equal_pairs
     reader.require_groups(name)
-    _require_split_sizes(examples, settings, name, None if are_splits_given else count, reader.groups)
+    _require_split_sizes(examples, settings, name, None if are_splits_given else count, reader.num_groups)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
     grouped = {split: number_groups(examples[split]) for split in HELD_OUT}
     validation, test = (np.unique(np.frombuffer(reader.held_out[split].ids, np.uint64)) for split in HELD_OUT)
@@ -222,9 +222,8 @@ class _ExampleReader:
         self.equal_pairs = 0
         self.grouped_by = settings.group or ("prompt" if by_prompt else "group")
         self._form, self._columns, self._settings, self._by_prompt = form, columns, settings, by_prompt
-        self._first_example_ids: dict[
-            int, str
-        ] = {}  # group → its first example; filled up to the limit, or until a group has two
+        # Maps each group to its first example. It stops growing at `MAX_COUNTED_GROUPS`, once some group has two examples.
+        self._first_example_ids: dict[int, str] = {}
         self._is_shared = False  # whether a group has several examples
 
     def read_training_examples(self, rows: RowsBySplit) -> Iterator[Example]:
@@ -248,7 +247,7 @@ class _ExampleReader:
                 yield example
 
     def _compute_group(self, row: Row, example: Example) -> int:
-        """A hash of the row's value in the column of groups, else of the prompt, else of the example alone."""
+        """Return a hash of the row's value in the group column, else of the prompt, else of the example."""
         column = self._settings.group
         value = row.fields.get(column or "group")
         is_missing = value is None or (isinstance(value, str) and not value)
@@ -277,7 +276,7 @@ class _ExampleReader:
         return group
 
     @property
-    def groups(self) -> int:
+    def num_groups(self) -> int:
         """The number of groups, or 0 if there are `MAX_COUNTED_GROUPS` or more, or if every group has one example."""
         return (
             len(self._first_example_ids) if self._is_shared and len(self._first_example_ids) < MAX_COUNTED_GROUPS else 0

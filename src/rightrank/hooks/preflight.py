@@ -170,15 +170,15 @@ class PreflightHook(Hook):
     """Reports the expected cost of the selection. If trainings are long, it measures a few steps."""
 
     is_required = False
-    _started: SelectionStart
+    _start: SelectionStart
 
-    def on_start(self, started: SelectionStart) -> None:
-        self._started = started
+    def on_start(self, start: SelectionStart) -> None:
+        self._start = start
 
     def on_event(self, event: Event) -> None:
         if not isinstance(event, SelectionPlanned):
             return
-        prepared, tell = self._started.selection, self._started.emit
+        prepared, tell = self._start.selection, self._start.emit
         assert isinstance(prepared, LoadedSelection)
         # A trial that has ended gives its time.
         has_result = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)

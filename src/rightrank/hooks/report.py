@@ -31,26 +31,26 @@ class Report(Hook):
     """Keeps the report, the figures, decision.json and the adapter's card up to date."""
 
     is_required = False
-    _started: SelectionStart
+    _start: SelectionStart
     _next_write = 0.0  # when it is written again, by the monotonic clock
 
-    def on_start(self, started: SelectionStart) -> None:
-        self._started = started
+    def on_start(self, start: SelectionStart) -> None:
+        self._start = start
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, AdapterRecorded):
-            records = self._started.records()
-            _write_card(self._started.folder, records, None)
+            records = self._start.records()
+            _write_card(self._start.folder, records, None)
             self._write_views(records, None)
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next_write):
-            start, records = time.monotonic(), self._started.records()
-            decides_training_rank = self._started.selection.settings.goal == "training-rank"
+            start, records = time.monotonic(), self._start.records()
+            decides_training_rank = self._start.selection.settings.goal == "training-rank"
             self._write_views(records, decision_so_far(records) if decides_training_rank else None)
             end = time.monotonic()  # with many trials it takes longer, so the next one waits in proportion
             self._next_write = end + (end - start) / MAX_SHARE
 
-    def on_end(self, finished: SelectionEnd) -> None:
-        folder, records, selected = finished.folder, finished.records, finished.selected
+    def on_end(self, end: SelectionEnd) -> None:
+        folder, records, selected = end.folder, end.records, end.selected
         write_figures(folder.figures, build_figures(records, selected.decision_or_none))
         if selected.adapter is not None:
             _write_card(folder, records, selected.decision_or_none)
@@ -58,7 +58,7 @@ class Report(Hook):
 
     def _write_views(self, records: Records, decision: Decision | None) -> list[Figure]:
         """Write decision.json, once a deployment rank or a training rank is known, and the report; see `write_report`."""
-        folder, answers = self._started.folder, build_answers(records, decision, self._started.selection.settings.goal)
+        folder, answers = self._start.folder, build_answers(records, decision, self._start.selection.settings.goal)
         if decision is not None or records.adapters:
             write_text(
                 folder.decision,

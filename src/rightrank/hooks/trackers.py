@@ -66,16 +66,16 @@ class Trackers(Hook):
         self._folder = folder
         self._names = list(resolve_trackers(names))
         self._logged: dict[str, list[str]] = {}
-        self._started: SelectionStart
+        self._start: SelectionStart
 
-    def on_start(self, started: SelectionStart) -> None:
-        self._started = started
+    def on_start(self, start: SelectionStart) -> None:
+        self._start = start
         self._logged = self._read_logged_keys()
 
     def on_event(self, event: Event) -> None:
         if not self._names:
             return
-        started = self._started.selection.started
+        started = self._start.selection.started
         group = f"{self._folder.resolve().name}-{started.fingerprint[:6]}"
         if isinstance(event, SelectionPlanned):  # what an interrupted run did not log
             for outcome in event.outcomes:
@@ -98,7 +98,7 @@ class Trackers(Hook):
                 text = (
                     f"{name}: logging stopped ({type(error).__name__}: {reason}); run again to log the missing trials"
                 )
-                self._started.emit(Notice(text=text))
+                self._start.emit(Notice(text=text))
                 self._names.remove(name)
                 continue
             logged.append(run.key)

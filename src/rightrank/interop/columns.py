@@ -14,7 +14,7 @@ from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.rows import FILE_TYPES, Row
-from rightrank.schema.errors import ResultsError, suggest_name, quote_value
+from rightrank.schema.errors import ResultsError, quote_value, suggest_name
 from rightrank.schema.metrics import infer_direction
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -72,18 +72,18 @@ class Columns:
     by_role: Mapping[str, str]
     value: str
     metric: str  # what the value is called
-    others: tuple[str, ...]  # columns of further held-out metrics
+    other_metrics: tuple[str, ...]  # columns of further held-out metrics
 
 
 def normalize_column(name: str) -> str:
     """Normalize a column's name: `config.lora.r` → `r`, `params_lora_r` → `lora_r`, `eval/loss` → `eval_loss`."""
-    parts = [part for part in re.split(r"[./:\s]+", re.sub(r"\((.*)\)", "", name.strip().lower())) if part]
-    while len(parts) > 1 and (parts[0] in _CONTAINERS or _CONTAINER_LIKE.search(parts[0])):
-        parts.pop(0)
-    return _OPTUNA_PREFIX.sub("", re.sub(r"[-_]+", "_", "_".join(parts)).strip("_"))
+    words = [word for word in re.split(r"[./:\s]+", re.sub(r"\((.*)\)", "", name.strip().lower())) if word]
+    while len(words) > 1 and (words[0] in _CONTAINERS or _CONTAINER_LIKE.search(words[0])):
+        words.pop(0)
+    return _OPTUNA_PREFIX.sub("", re.sub(r"[-_]+", "_", "_".join(words)).strip("_"))
 
 
-def infer_direction(column: str) -> bool | None:
+def infer_column_direction(column: str) -> bool | None:
     """Whether higher is better by the metric in a column; None if its name is not a known metric's."""
     known = infer_direction(column)
     return infer_direction(normalize_column(column)) if known is None else known
@@ -93,7 +93,7 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip().lower() in BLANK_TEXTS)
 
 
-def parse_training_name(name: str, wanted: Collection[str] = tuple(_NAME_PATTERNS)) -> dict[str, str]:
+def parse_training_name(name: str, setting_names: Collection[str] = tuple(_NAME_PATTERNS)) -> dict[str, str]:
     """Return `rank`, `lr` and `seed` by a name such as `lora-r16-lr1e-4-seed0`, where it has them.
 
     Of several numbers the one that the name spells out counts (`rank16`, `seed0`), else the last one if it alone follows `lora`.
@@ -108,7 +108,7 @@ def parse_training_name(name: str, wanted: Collection[str] = tuple(_NAME_PATTERN
     numbers = {
         setting: _parse_setting(_MODEL_NAMES.sub(" ", name), setting, name)
         for setting in _NAME_PATTERNS
-        if setting in wanted
+        if setting in setting_names
     }
     return {setting: number for setting, number in numbers.items() if number is not None}
 
@@ -138,7 +138,7 @@ def list_columns(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.fields))
 
 
-def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[str, str], where: str) -> Columns:
+def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[str, str], table_name: str) -> Columns:
     """Find the columns.
 
     Args:
@@ -155,31 +155,31 @@ def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[s
             raise ResultsError(f"--columns {name}={column}: {name!r} is not one of {', '.join([*SYNONYMS, 'value'])}")
         if column not in names:
             raise ResultsError(
-                f"--columns {name}={column}: {where} has no column {column!r}{suggest_name(column, names)}"
+                f"--columns {name}={column}: {table_name} has no column {column!r}{suggest_name(column, names)}"
             )
     by_plain: dict[str, str] = {}
     for column in sorted(
         names, key=lambda name: bool(_LOGGED_PREFIX.match(name))
     ):  # a setting as set before one as logged
         by_plain.setdefault(normalize_column(column), column)
-    near = {name: _find_column(synonyms, by_plain) for name, synonyms in SYNONYMS.items()}
-    roles = {name: column for name, column in near.items() if column is not None} | dict(mapping)
+    columns_by_role = {name: _find_column(synonyms, by_plain) for name, synonyms in SYNONYMS.items()}
+    roles = {name: column for name, column in columns_by_role.items() if column is not None} | dict(mapping)
     if "rank" not in roles:
         raise ResultsError(
-            f"{where}: no column for the rank among {format_names(names)}; name it with --columns rank=COLUMN"
+            f"{table_name}: no column for the rank among {format_names(names)}; name it with --columns rank=COLUMN"
         )
     unused = [name for name in names if name not in roles.values()]
-    value, called = _find_value_column(unused, by_plain, metric, mapping, where)
-    deviation = _find_column((f"{normalize_column(value)}_{name}" for name in SYNONYMS["std"]), by_plain)
-    if "std" not in roles and deviation is not None:
-        roles["std"] = deviation
-    taken = {*roles.values(), value}
-    others = tuple(
+    value, metric_name = _find_value_column(unused, by_plain, metric, mapping, table_name)
+    std_column = _find_column((f"{normalize_column(value)}_{name}" for name in SYNONYMS["std"]), by_plain)
+    if "std" not in roles and std_column is not None:
+        roles["std"] = std_column
+    used_columns = {*roles.values(), value}
+    other_metrics = tuple(
         column
         for name in VALUE_COLUMNS
-        if (column := by_plain.get(name, value)) not in taken and not _may_be_training_loss(column, by_plain)
+        if (column := by_plain.get(name, value)) not in used_columns and not _may_be_training_loss(column, by_plain)
     )
-    return Columns(roles, value, called, others)
+    return Columns(roles, value, metric_name, other_metrics)
 
 
 def _find_value_column(
@@ -187,35 +187,39 @@ def _find_value_column(
     by_plain: Mapping[str, str],
     metric: str | None,
     mapping: Mapping[str, str],
-    where: str,
+    table_name: str,
 ) -> tuple[str, str]:
     """`(column, name of the metric)`; `names` are the columns without another role."""
     if "value" in mapping:
         return mapping["value"], metric or mapping["value"]
     if metric is not None:
-        asked = normalize_column(metric)
+        normalized_metric = normalize_column(metric)
         column = (
-            metric if metric in names else _find_column((asked, *(f"{split}_{asked}" for split in _SPLITS)), by_plain)
+            metric
+            if metric in names
+            else _find_column((normalized_metric, *(f"{split}_{normalized_metric}" for split in _SPLITS)), by_plain)
         )
         if column is not None:
             return column, metric
         if "value" in by_plain:
             return by_plain["value"], metric
         raise ResultsError(
-            f"{where}: no column {metric!r} and no column `value`{suggest_name(metric, names)}; there are {format_names(names)}"
+            f"{table_name}: no column {metric!r} and no column `value`{suggest_name(metric, names)}; there are {format_names(names)}"
         )
     column = _find_column(VALUE_COLUMNS, by_plain)
     if column is None:  # the only one that is named like a metric
-        like = [name for name in names if infer_direction(name) is not None and "train" not in name.lower()]
-        column = like[0] if len(like) == 1 else None
+        metric_columns = [
+            name for name in names if infer_column_direction(name) is not None and "train" not in name.lower()
+        ]
+        column = metric_columns[0] if len(metric_columns) == 1 else None
     if column is None:
-        trained = " (a training loss does not measure held-out data)" if "train_loss" in by_plain else ""
+        training_loss_note = " (a training loss does not measure held-out data)" if "train_loss" in by_plain else ""
         raise ResultsError(
-            f"{where}: no column for the held-out value among {format_names(names)}{trained}; name it with --metric COLUMN"
+            f"{table_name}: no column for the held-out value among {format_names(names)}{training_loss_note}; name it with --metric COLUMN"
         )
     if _may_be_training_loss(column, by_plain):
         raise ResultsError(
-            f"{where}: {column} may be the loss of the training, which does not measure held-out data; if it is of held-out "
+            f"{table_name}: {column} may be the loss of the training, which does not measure held-out data; if it is of held-out "
             f"data, say so with --metric {column}, else name the held-out column with --metric COLUMN"
         )
     return column, "value" if normalize_column(column) == "value" else column
@@ -224,8 +228,8 @@ def _find_value_column(
 def _may_be_training_loss(column: str, by_plain: Mapping[str, str]) -> bool:
     """Whether a bare loss is of the training by its name in a log, or by what stands beside it."""
     name = normalize_column(column)
-    beside = {f"train_{name}", f"training_{name}"} | (_TRAINER_COLUMNS if name == "loss" else set())
-    return name in _BARE_LOSSES and (bool(_LOGGED_PREFIX.match(column)) or not beside.isdisjoint(by_plain))
+    training_columns = {f"train_{name}", f"training_{name}"} | (_TRAINER_COLUMNS if name == "loss" else set())
+    return name in _BARE_LOSSES and (bool(_LOGGED_PREFIX.match(column)) or not training_columns.isdisjoint(by_plain))
 
 
 def _find_column(candidates: Iterable[str], by_plain: Mapping[str, str]) -> str | None:
@@ -233,8 +237,8 @@ def _find_column(candidates: Iterable[str], by_plain: Mapping[str, str]) -> str 
 
 
 def format_names(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_MAX_NAMES])
-    return f"{shown}, … ({len(names)} in all)" if len(names) > _MAX_NAMES else shown or "no columns"
+    text = ", ".join(names[:_MAX_NAMES])
+    return f"{text}, … ({len(names)} in all)" if len(names) > _MAX_NAMES else text or "no columns"
 
 
 def read_trainer_rows(source: Path) -> list[Row] | None:
@@ -286,16 +290,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_trainer_states(source: Path, folders: Sequence[Path]) -> list[Row]:
     """One row for each evaluation of each training, of its last checkpoint, which holds the whole history."""
-    last: dict[Path, tuple[int, Path, dict[str, Any]]] = {}
+    last_states: dict[Path, tuple[int, Path, dict[str, Any]]] = {}
     for folder in folders:
         training = folder.parent if folder.name.startswith("checkpoint-") else folder
         state = _read_json(folder / TRAINER_STATE_FILE)
         step = state.get("global_step")
-        place = (step if isinstance(step, int) else 0, folder, state)
-        last[training] = max(last.get(training, place), place, key=lambda seen: seen[:2])
+        candidate = (step if isinstance(step, int) else 0, folder, state)
+        last_states[training] = max(
+            last_states.get(training, candidate), candidate, key=lambda candidate_key: candidate_key[:2]
+        )
     rows = [
         row
-        for training, (_, folder, state) in last.items()
+        for training, (_, folder, state) in last_states.items()
         for row in _iterate_evaluations(
             folder / TRAINER_STATE_FILE, state, infer_settings_from_path(folder, source), training.name
         )

@@ -105,10 +105,10 @@ def require_target(name: str) -> None:
     Raises:
         SettingsError: such a target, with the nearest known one.
     """
-    known = [*TARGETS, MERGED]
-    if name not in known:
+    target_names = [*TARGETS, MERGED]
+    if name not in target_names:
         raise SettingsError(
-            f"export target {name!r} is not known{suggest_name(name, known)}; allowed: {', '.join(known)}"
+            f"export target {name!r} is not known{suggest_name(name, target_names)}; allowed: {', '.join(target_names)}"
         )
 
 
@@ -123,26 +123,32 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> ExportResult:
         recipe = replace(recipe, model=model, data=data)
     if name in SERVERS and recipe.has_patterns:
         recipe = replace(recipe, served=folder.resolve() / SERVED_FOLDER)
-    exported = recipe if name in ADAPTER_TARGETS else replace(recipe.training(), data=_find_train_file(recipe.data))
-    written, comments = TARGETS[name](exported), recipe.comments()
+    recipe_to_export = (
+        recipe if name in ADAPTER_TARGETS else replace(recipe.training(), data=_find_train_file(recipe.data))
+    )
+    target_files, comments = TARGETS[name](recipe_to_export), recipe.comments()
     with replace_folder(folder) as temporary:
-        if written.with_adapter:
+        if target_files.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)
         if recipe.served is not None:
             _write_served_adapter(recipe.adapter, temporary / SERVED_FOLDER)
-        for file, text in written.files.items():
+        for file, text in target_files.files.items():
             (temporary / file).write_text(_add_comments(file, text, comments), encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
-    rows = f"the run held out {recipe.held_out:,} rows of {recipe.data}; this file trains on them too"
-    held_out = [rows] if recipe.held_out and name not in ADAPTER_TARGETS else []
-    rates = [format_rate_warning(exported.r, exported.lora_alpha, exported.learning_rate)]
+    held_out_note = f"the run held out {recipe.held_out:,} rows of {recipe.data}; this file trains on them too"
+    held_out_notes = [held_out_note] if recipe.held_out and name not in ADAPTER_TARGETS else []
+    rate_notes = [format_rate_warning(recipe_to_export.r, recipe_to_export.lora_alpha, recipe_to_export.learning_rate)]
     if name not in ADAPTER_TARGETS:
-        rates.append(
-            f"for another rank: {format_rank_change(exported.r, 4 * exported.r, exported.lora_alpha, exported.settings.scaling)}"
+        rate_notes.append(
+            f"for another rank: {format_rank_change(recipe_to_export.r, 4 * recipe_to_export.r, recipe_to_export.lora_alpha, recipe_to_export.settings.scaling)}"
         )
     return ExportResult(
-        name, folder, files, written.command, [*written.notes, *held_out, *comments, *filter(None, rates)]
+        name,
+        folder,
+        files,
+        target_files.command,
+        [*target_files.notes, *held_out_notes, *comments, *filter(None, rate_notes)],
     )
 
 
@@ -160,8 +166,8 @@ def resolve_path(name: str, adapter: Path) -> str:
     A relative path starts at the current folder, or else at one around the run: the selection may have run there.
     """
     path = Path(name).expanduser()
-    places = [path, *(folder / path for folder in list(adapter.resolve().parents)[:MAX_PARENT_FOLDERS])]
-    return next((str(place.resolve()) for place in places if place.exists()), name)
+    candidates = [path, *(folder / path for folder in list(adapter.resolve().parents)[:MAX_PARENT_FOLDERS])]
+    return next((str(candidate.resolve()) for candidate in candidates if candidate.exists()), name)
 
 
 def _find_train_file(data: str) -> str:
@@ -175,20 +181,22 @@ def _add_comments(file: str, text: str, comments: Sequence[str]) -> str:
     if file.endswith(".json") or not comments:
         return text
     lines = "".join(f"# {' '.join(comment.splitlines())}\n" for comment in comments)  # a name may hold a line's end
-    first, newline, rest = text.partition("\n")
-    return f"{first}{newline}{lines}{rest}" if first.startswith("#!") else lines + text
+    first, newline, remainder = text.partition("\n")
+    return f"{first}{newline}{lines}{remainder}" if first.startswith("#!") else lines + text
 
 
 def _build_peft_files(recipe: Recipe) -> TargetFiles:
     """The adapter folder, and the `LoraConfig` that creates an adapter like it."""
     arguments: dict[str, Any] = {"task_type": recipe.task_type, **_build_lora_settings(recipe, "r")}
     arguments |= {"use_rslora": recipe.use_rslora, "target_modules": list(recipe.target_modules)}
-    own = {name: _to_plain(value) for name, value in recipe.non_default.items() if name not in BASE_LOADING_SETTINGS}
-    arguments |= own
+    extra_arguments = {
+        name: _to_plain(value) for name, value in recipe.non_default.items() if name not in BASE_LOADING_SETTINGS
+    }
+    arguments |= extra_arguments
     lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
     code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\n{_format_arguments(recipe)}"
     command = f'python -c "{"; ".join(format_loading_code(".", recipe.model, recipe.task_type == "SEQ_CLS"))}"'
-    notes = _describe_missing_features(recipe, "LoraConfig", [*own])
+    notes = _describe_missing_features(recipe, "LoraConfig", [*extra_arguments])
     return TargetFiles({"lora_config.py": code}, command, notes, with_adapter=True)
 
 
@@ -223,7 +231,7 @@ def _build_trl_files(recipe: Recipe) -> TargetFiles:
 
 def _build_axolotl_files(recipe: Recipe) -> TargetFiles:
     """A config of axolotl: `axolotl train axolotl.yaml`."""
-    prompted = {
+    prompt_entry = {
         "type": {
             "field_instruction": recipe.columns.get("prompt", "prompt"),
             "field_output": recipe.columns.get("completion", "completion"),
@@ -237,7 +245,7 @@ def _build_axolotl_files(recipe: Recipe) -> TargetFiles:
             {
                 "path": recipe.data,
                 "ds_type": _get_loader_name(recipe.data),
-                **_select_data_entry(recipe, AXOLOTL_DATA, prompted),
+                **_select_data_entry(recipe, AXOLOTL_DATA, prompt_entry),
             }
         ],
         "output_dir": "axolotl-output",
@@ -251,8 +259,8 @@ def _build_axolotl_files(recipe: Recipe) -> TargetFiles:
         "gradient_checkpointing": recipe.settings.gradient_checkpointing,
         **_build_training_arguments(recipe, batch_size="micro_batch_size", scheduler="lr_scheduler"),
     }
-    whole = all(float(alpha).is_integer() for alpha in recipe.alpha_pattern.values())
-    names = {name: word for name, word in AXOLOTL_NAMES.items() if whole or name != "alpha_pattern"}
+    are_alphas_integers = all(float(alpha).is_integer() for alpha in recipe.alpha_pattern.values())
+    names = {name: word for name, word in AXOLOTL_NAMES.items() if are_alphas_integers or name != "alpha_pattern"}
     notes = _describe_missing_features(recipe, "axolotl", (*LAYER_SELECTORS, *names)) + _describe_fractional_alpha(
         recipe, "axolotl"
     )
@@ -292,8 +300,14 @@ def _build_llamafactory_files(recipe: Recipe) -> TargetFiles:
     values |= _translate_settings(recipe, {"trust_remote_code": "trust_remote_code"})
     is_pissa = recipe.init_lora_weights == "pissa"
     values |= {"pissa_init": True, "pissa_iter": -1, "pissa_convert": True} if is_pissa else {}
-    has = [*LAYER_SELECTORS, "modules_to_save", "use_dora", *BASE_LOADING_SETTINGS, *["init_lora_weights"] * is_pissa]
-    notes = _describe_missing_features(recipe, "LLaMA-Factory", has)
+    supported_names = [
+        *LAYER_SELECTORS,
+        "modules_to_save",
+        "use_dora",
+        *BASE_LOADING_SETTINGS,
+        *["init_lora_weights"] * is_pissa,
+    ]
+    notes = _describe_missing_features(recipe, "LLaMA-Factory", supported_names)
     notes += _describe_fractional_alpha(recipe, "LLaMA-Factory")
     if recipe.form == "preference":
         values |= {"pref_beta": recipe.settings.beta, "pref_loss": "sigmoid"}
@@ -303,8 +317,10 @@ def _build_llamafactory_files(recipe: Recipe) -> TargetFiles:
     if recipe.form == "messages":
         notes.append("replace the template `default` with the name of your model's template in LLaMA-Factory")
     names = {"prompt": "prompt", "response": "completion"}
-    prompted = {"columns": {theirs: recipe.columns.get(ours, ours) for theirs, ours in names.items()}}
-    entry = {"rightrank_data": {"file_name": recipe.data, **_select_data_entry(recipe, LLAMAFACTORY_DATA, prompted)}}
+    prompt_entry = {"columns": {theirs: recipe.columns.get(ours, ours) for theirs, ours in names.items()}}
+    entry = {
+        "rightrank_data": {"file_name": recipe.data, **_select_data_entry(recipe, LLAMAFACTORY_DATA, prompt_entry)}
+    }
     info = json.dumps(entry, indent=2, ensure_ascii=False) + "\n"
     files = {"llamafactory.yaml": _dump_yaml(values), "dataset_info.json": info}
     return TargetFiles(files, "llamafactory-cli train llamafactory.yaml", notes)
@@ -313,10 +329,15 @@ def _build_llamafactory_files(recipe: Recipe) -> TargetFiles:
 def _build_unsloth_files(recipe: Recipe) -> TargetFiles:
     """A snippet for Unsloth."""
     layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
-    last_parts = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth matches these alone
+    module_suffixes = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth matches these alone
     dtype = "None" if recipe.settings.dtype == "float32" else f"torch.{recipe.settings.dtype}"
-    knows_init = recipe.init_lora_weights in (True, "gaussian")  # Unsloth refuses other names
-    has = ("layers_to_transform", "modules_to_save", *BASE_LOADING_SETTINGS, *["init_lora_weights"] * knows_init)
+    is_init_supported = recipe.init_lora_weights in (True, "gaussian")  # Unsloth refuses other names
+    supported_names = (
+        "layers_to_transform",
+        "modules_to_save",
+        *BASE_LOADING_SETTINGS,
+        *["init_lora_weights"] * is_init_supported,
+    )
     code = f"""import torch
 from unsloth import FastLanguageModel
 
@@ -333,15 +354,15 @@ model = FastLanguageModel.get_peft_model(
     r={recipe.r},
     lora_alpha={recipe.alpha!r},
     lora_dropout={recipe.lora_dropout!r},
-    target_modules={sorted(last_parts)!r},
+    target_modules={sorted(module_suffixes)!r},
     layers_to_transform={layers!r},
     modules_to_save={list(recipe.modules_to_save) or None!r},
-    init_lora_weights={recipe.init_lora_weights if knows_init else True!r},
+    init_lora_weights={recipe.init_lora_weights if is_init_supported else True!r},
     use_rslora={recipe.use_rslora},
     random_state={recipe.seed},
 )
 {_format_arguments(recipe)}"""
-    notes = _describe_missing_features(recipe, "this snippet", has, reader="your trainer")
+    notes = _describe_missing_features(recipe, "this snippet", supported_names, reader="your trainer")
     return TargetFiles({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
 
 
@@ -353,14 +374,14 @@ def _build_vllm_files(recipe: Recipe) -> TargetFiles:
         raise ResultsError(
             f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {rank}: resize the adapter, or merge it into the base"
         )
-    served = find_server_rank(rank)
-    slot = (
-        f"a slot takes {format_bytes(compute_slot_bytes(shapes, served))} at --max-lora-rank {served} (16 bits), whatever the rank of the adapter in it: this one "
-        f"fills {recipe.r / served:.0%}, and the largest rank of all adapters of the server counts"
+    max_lora_rank = find_server_rank(rank)
+    slot_note = (
+        f"a slot takes {format_bytes(compute_slot_bytes(shapes, max_lora_rank))} at --max-lora-rank {max_lora_rank} (16 bits), whatever the rank of the adapter in it: this one "
+        f"fills {recipe.r / max_lora_rank:.0%}, and the largest rank of all adapters of the server counts"
     )
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
-    arguments += ["--max-lora-rank", str(served), "--lora-modules", _format_served_adapter(recipe)]
-    return _build_server_files("vllm", arguments, [slot, SERVING_COSTS, *_describe_serving_limits(recipe, ranks)])
+    arguments += ["--max-lora-rank", str(max_lora_rank), "--lora-modules", _format_served_adapter(recipe)]
+    return _build_server_files("vllm", arguments, [slot_note, SERVING_COSTS, *_describe_serving_limits(recipe, ranks)])
 
 
 def _build_sglang_files(recipe: Recipe) -> TargetFiles:
@@ -403,9 +424,11 @@ def _build_lora_settings(recipe: Recipe, rank: str) -> dict[str, Any]:
     return {rank: recipe.r, "lora_alpha": recipe.alpha, "lora_dropout": recipe.lora_dropout}
 
 
-def _translate_settings(recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
+def _translate_settings(recipe: Recipe, translations: Mapping[str, str]) -> dict[str, Any]:
     """What is not as by default, in a trainer's words."""
-    return {word: _to_plain(recipe.non_default[name]) for name, word in names.items() if name in recipe.non_default}
+    return {
+        word: _to_plain(recipe.non_default[name]) for name, word in translations.items() if name in recipe.non_default
+    }
 
 
 def _get_loader_name(path: str) -> str:
@@ -418,62 +441,70 @@ def _dump_yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _select_data_entry(recipe: Recipe, known: Mapping[str, dict[str, Any]], prompted: dict[str, Any]) -> dict[str, Any]:
+def _select_data_entry(
+    recipe: Recipe, entries: Mapping[str, dict[str, Any]], prompt_entry: dict[str, Any]
+) -> dict[str, Any]:
     """What a trainer reads of the data, `prompted` for prompts and completions."""
-    if recipe.shape is not None and recipe.shape in known:
-        return known[recipe.shape]
-    return prompted if recipe.form == "prompt_completion" else known.get(recipe.form, known["text"])
+    if recipe.shape is not None and recipe.shape in entries:
+        return entries[recipe.shape]
+    return prompt_entry if recipe.form == "prompt_completion" else entries.get(recipe.form, entries["text"])
 
 
 def _to_plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
 
 
-def _describe_fractional_alpha(recipe: Recipe, who: str) -> list[str]:
-    whole = f"{who} takes a whole number for lora_alpha, and this adapter has {recipe.alpha}; train with TRL or PEFT"
-    return [] if isinstance(recipe.alpha, int) else [whole]
+def _describe_fractional_alpha(recipe: Recipe, program: str) -> list[str]:
+    note = f"{program} takes a whole number for lora_alpha, and this adapter has {recipe.alpha}; train with TRL or PEFT"
+    return [] if isinstance(recipe.alpha, int) else [note]
 
 
 def _format_arguments(recipe: Recipe) -> str:
     """The training as keywords of transformers' `TrainingArguments`, in Python."""
     lines = "".join(f"    {name}={value!r},\n" for name, value in _build_training_arguments(recipe).items())
-    extra = f"max_length = {recipe.settings.seq_len}\n"
-    extra += f"beta = {recipe.settings.beta!r}\n" if recipe.form == "preference" else ""
-    return f"training_arguments = dict(\n{lines})\n{extra}"
+    extra_lines = f"max_length = {recipe.settings.seq_len}\n"
+    extra_lines += f"beta = {recipe.settings.beta!r}\n" if recipe.form == "preference" else ""
+    return f"training_arguments = dict(\n{lines})\n{extra_lines}"
 
 
 def _build_training_arguments(
     recipe: Recipe, batch_size: str = "per_device_train_batch_size", scheduler: str = "lr_scheduler_type"
 ) -> dict[str, Any]:
     """The arguments of the training, in the names of transformers' TrainingArguments but for two."""
-    settings, words = recipe.settings, {"lr_scheduler_type": scheduler, "warmup_ratio": "warmup_steps"}
-    passed_on = settings.model_dump(include=TRAINER_FIELDS) | {"warmup_ratio": recipe.warmup_steps}
+    settings, translations = recipe.settings, {"lr_scheduler_type": scheduler, "warmup_ratio": "warmup_steps"}
+    trainer_settings = settings.model_dump(include=TRAINER_FIELDS) | {"warmup_ratio": recipe.warmup_steps}
     return {
         "learning_rate": recipe.learning_rate,
         "max_steps": recipe.max_steps,
         batch_size: settings.batch_size,
-        **{words.get(name, name): value for name, value in passed_on.items()},
+        **{translations.get(name, name): value for name, value in trainer_settings.items()},
         "bf16": settings.dtype == "bfloat16",
         "fp16": settings.dtype == "float16",
         "seed": recipe.seed,
     }
 
 
-def _describe_missing_features(recipe: Recipe, who: str, has: Sequence[str] = (), reader: str = "") -> list[str]:
+def _describe_missing_features(
+    recipe: Recipe, program: str, supported_names: Sequence[str] = (), reader: str = ""
+) -> list[str]:
     """Notes on what the target lacks: a classifier's head, and each setting that is not as by default and not among `has`.
 
     Where `reader` knows the columns of a form alone, a note says what to do with others.
     """
-    lacks = [name for name in recipe.non_default if name not in has]
+    missing_names = [name for name in recipe.non_default if name not in supported_names]
     consequences = {
         "; training it needs a script of your own": ["classification head"] * (recipe.form == "classification"),
-        "; the file has one rank for all modules": [name for name in lacks if name in PATTERNS],
-        ": give it when you load the base": [name for name in lacks if name in BASE_LOADING_SETTINGS],
+        "; the file has one rank for all modules": [name for name in missing_names if name in PATTERNS],
+        ": give it when you load the base": [name for name in missing_names if name in BASE_LOADING_SETTINGS],
         ": it trains another adapter than the run did": [
-            name for name in lacks if name not in (*PATTERNS, *BASE_LOADING_SETTINGS)
+            name for name in missing_names if name not in (*PATTERNS, *BASE_LOADING_SETTINGS)
         ],
     }
-    notes = [f"{who} has no {' and no '.join(names)}{what}" for what, names in consequences.items() if names]
+    notes = [
+        f"{program} has no {' and no '.join(names)}{consequence}"
+        for consequence, names in consequences.items()
+        if names
+    ]
     columns = (
         f"reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
     )

@@ -91,7 +91,7 @@ class Squeeze(Callback):
 
 
 def _find_peft_model(module: LightningModule) -> Any:
-    model = next((part for part in module.modules() if isinstance(part, PeftModel)), None)
+    model = next((submodule for submodule in module.modules() if isinstance(submodule, PeftModel)), None)
     if model is None:
         raise ModelError("the LightningModule holds no PEFT model; wrap its model with get_peft_model")
     return model

@@ -55,13 +55,13 @@ def write_merged_model(merge: MergeRequest, folder: Path) -> ExportResult:
     """
     if merge.kind not in VALUE_TYPES:
         raise SettingsError(f"--type {merge.kind!r}: {MERGED} is written as {', '.join(VALUE_TYPES)}")
-    rows, splits = merge.check, None
-    if not rows:
-        splits, rows = _load_test_split(merge), [Path(TEST_SPLIT)]
+    check_files, splits = merge.check, None
+    if not check_files:
+        splits, check_files = _load_test_split(merge), [Path(TEST_SPLIT)]
     with replace_folder(folder) as temporary:
         _write_model(merge, VALUE_TYPES[merge.kind], temporary)
     comparison = compare_adapters(
-        (str(merge.adapter), str(folder)), merge.base, rows, merge.settings, merge.on_event, of_run=splits
+        (str(merge.adapter), str(folder)), merge.base, check_files, merge.settings, merge.on_event, of_run=splits
     )
     files = sorted(path.name for path in folder.iterdir())
     check = comparison.model_dump(mode="json")
@@ -93,14 +93,16 @@ def merge_adapter(model: Any, adapter: Path) -> Any:
         ModelError: PEFT can't attach or merge it.
     """
     try:
-        with suppress_peft_warnings(), ensure_peft_format(adapter) as place:
-            whole = PeftModel.from_pretrained(model, str(place)).merge_and_unload(safe_merge=True)
+        with suppress_peft_warnings(), ensure_peft_format(adapter) as peft_path:
+            merged_model = PeftModel.from_pretrained(model, str(peft_path)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{adapter}: PEFT can't merge it ({get_first_line(error)})") from None
-    if hasattr(whole.config, "quantization_config"):  # of a base that came from a GGUF file, whose values are plain now
-        del whole.config.quantization_config
-    whole.hf_quantizer, whole.is_quantized = None, False
-    return whole
+    if hasattr(
+        merged_model.config, "quantization_config"
+    ):  # of a base that came from a GGUF file, whose values are plain now
+        del merged_model.config.quantization_config
+    merged_model.hf_quantizer, merged_model.is_quantized = None, False
+    return merged_model
 
 
 def _load_test_split(merge: MergeRequest) -> DataSplits:

@@ -25,7 +25,7 @@ UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 class Recipe:
     """The adapter that was handed over and the training that it comes from, in the names of PEFT and transformers.
 
-    `r`, `lora_alpha` and the patterns are the adapter's; `learning_rate`, `max_steps` and `seed` are the training's, and `settings` the run's.
+    `r`, `lora_alpha` and the patterns are the adapter's; `get_learning_rate`, `max_steps` and `seed` are the training's, and `settings` the run's.
     `module_names` are the full names of the adapted modules. `layers_to_transform` is None if every layer is adapted;
     `target_modules` is then enough to name them.
     """
@@ -65,17 +65,17 @@ class Recipe:
     def non_default(self) -> dict[str, Any]:
         """What a trainer may lack a word for, in PEFT's and transformers' names; what is as by default is left out."""
         names = ("exclude_modules", "layers_to_transform", "modules_to_save", "rank_pattern", "alpha_pattern")
-        given = {name: getattr(self, name) for name in names} | self.kind
-        given |= {"init_lora_weights": self.init_lora_weights is not True and self.init_lora_weights}
-        given |= {name: getattr(self.settings, name) for name in ("load_in_4bit", "load_in_8bit", "trust_remote_code")}
-        return {name: value for name, value in given.items() if value}
+        values = {name: getattr(self, name) for name in names} | self.kind
+        values |= {"init_lora_weights": self.init_lora_weights is not True and self.init_lora_weights}
+        values |= {name: getattr(self.settings, name) for name in ("load_in_4bit", "load_in_8bit", "trust_remote_code")}
+        return {name: value for name, value in values.items() if value}
 
     @property
     def kind(self) -> dict[str, Any]:
         """What makes the adapter another kind than plain LoRA, in PEFT's names; empty for plain LoRA."""
-        given = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters)}
-        given |= self.settings.peft_options
-        return {name: value for name, value in given.items() if value}
+        options = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters)}
+        options |= self.settings.peft_options
+        return {name: value for name, value in options.items() if value}
 
     @property
     def has_patterns(self) -> bool:
@@ -107,11 +107,13 @@ class Recipe:
         if not self._is_truncated:
             return []
         rank, data = str(self.making.rank), self.data
-        rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
-        given = {name: value for name in EVALUATION_SETTINGS if (value := getattr(self.settings, name)) is not None}
-        rule += build_set_arguments(given)
-        rule = ["--rank", rank] if self.making.truncation == METHODS["svd"] else rule
-        command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *rule])
+        resize_arguments = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
+        measuring_settings = {
+            name: value for name in EVALUATION_SETTINGS if (value := getattr(self.settings, name)) is not None
+        }
+        resize_arguments += build_set_arguments(measuring_settings)
+        resize_arguments = ["--rank", rank] if self.making.truncation == METHODS["svd"] else resize_arguments
+        command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *resize_arguments])
         return [
             f"The adapter of rank {self.making.rank} was {self.making.sentence()}.",
             f"To make it again, train at rank {self.making.trained_rank}, then: {command}",
@@ -120,8 +122,8 @@ class Recipe:
     @property
     def explicit_targets(self) -> list[str]:
         """Names that identify the adapted modules without `layers_to_transform` and `exclude_modules`."""
-        is_whole = self.layers_to_transform is None and not self.exclude_modules
-        return list(self.target_modules if is_whole else self.module_names)
+        has_all_layers = self.layers_to_transform is None and not self.exclude_modules
+        return list(self.target_modules if has_all_layers else self.module_names)
 
 
 def build_recipe(
@@ -141,9 +143,9 @@ def build_recipe(
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:  # its header names the modules
         names = {name.split(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a dict
     settings = started.select_settings
-    unsaid = {"dtype": "float32", "warmup_ratio": 0.0}  # a trainer of one's own may state neither
+    defaults = {"dtype": "float32", "warmup_ratio": 0.0}  # a trainer of one's own may state neither
     settings = settings.model_copy(
-        update={name: value for name, value in unsaid.items() if name not in settings.model_fields_set}
+        update={name: value for name, value in defaults.items() if name not in settings.model_fields_set}
     )
     making = making_of(trial, finished)
     alpha, _ = convert_scaling(settings.scaling, trial.lora_alpha, making.trained_rank)
@@ -176,12 +178,12 @@ def _count_held_out(started: RunStarted) -> int:
 
 def _select_adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a recipe that PEFT's configuration of the adapter gives, in its names."""
-    given = {named.name: config[named.name] for named in fields(Recipe) if config.get(named.name) is not None}
+    values = {named.name: config[named.name] for named in fields(Recipe) if config.get(named.name) is not None}
     for name in ("target_modules", "target_parameters"):
-        given[name] = tuple(sorted(given.get(name, ())))
-    if isinstance(given.get("layers_to_transform"), int):
-        given["layers_to_transform"] = (given["layers_to_transform"],)
-    return given
+        values[name] = tuple(sorted(values.get(name, ())))
+    if isinstance(values.get("layers_to_transform"), int):
+        values["layers_to_transform"] = (values["layers_to_transform"],)
+    return values
 
 
 def _read_adapter_config(adapter: Path) -> dict[str, Any]:
@@ -196,5 +198,5 @@ def _read_adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def _resolve_name(name: str | None, otherwise: str) -> str:
-    return otherwise if name is None or "in memory" in name else name
+def _resolve_name(name: str | None, placeholder: str) -> str:
+    return placeholder if name is None or "in memory" in name else name

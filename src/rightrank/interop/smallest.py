@@ -24,10 +24,25 @@ import torch
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.batch_scores import BETA, GROUP_KEY, CUSTOM_EVALUATION_HINT, Batch, compute_batch_loss, count_positions, read_batch
-from rightrank.adapters.in_memory import InMemoryAdapter, validate_trained_adapter, find_trained_adapter
-from rightrank.adapters.preserved_state import preserve_state, copy_data_source
-from rightrank.adapters.processes import MEASUREMENT_ERRORS, gather_objects, is_partitioned, get_process_index, sync_errors, get_world_size
+from rightrank.adapters.batch_scores import (
+    BETA,
+    CUSTOM_EVALUATION_HINT,
+    GROUP_KEY,
+    Batch,
+    compute_batch_loss,
+    count_positions,
+    read_batch,
+)
+from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter, validate_trained_adapter
+from rightrank.adapters.preserved_state import copy_data_source, preserve_state
+from rightrank.adapters.processes import (
+    MEASUREMENT_ERRORS,
+    gather_objects,
+    get_process_index,
+    get_world_size,
+    is_partitioned,
+    sync_errors,
+)
 from rightrank.data.splits import sample_indices
 from rightrank.hooks.report import Report
 from rightrank.interop.trainer_rows import (
@@ -125,7 +140,7 @@ class SmallestAdapter(TrainerCallback):
         if trainer is not None:  # trackers end their runs at the training's end: this callback comes before them
             callbacks = trainer.callback_handler.callbacks
             callbacks.remove(self)
-            if any(isinstance(other, SmallestAdapter) for other in callbacks):
+            if any(isinstance(callback, SmallestAdapter) for callback in callbacks):
                 raise SettingsError(
                     f"SmallestAdapter: the trainer has two, and both write to {args.output_dir}/rightrank; add one"
                 )
@@ -142,15 +157,15 @@ class SmallestAdapter(TrainerCallback):
             raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number from 2")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         name = validate_trained_adapter(model, self.ranks)
-        evaluated, loader = getattr(trainer, "eval_dataset", None), kwargs["train_dataloader"]
-        rows = evaluated if self.eval_dataset is None else self.eval_dataset
+        trainer_eval_dataset, loader = getattr(trainer, "eval_dataset", None), kwargs["train_dataloader"]
+        rows = trainer_eval_dataset if self.eval_dataset is None else self.eval_dataset
         with preserve_state(model, name, rows, loader.dataset, loader.collate_fn):
             reader = RowReader.from_loader(loader)
             if reader.collate is None and self.reads_between_steps:
                 raise DataError(
                     f"{type(self).__name__}: {reader.reason}; give the trainer a collator that copy.deepcopy copies"
                 )
-            self._held_out = self._select_held_out_rows(rows, rows is not evaluated, reader)
+            self._held_out = self._select_held_out_rows(rows, rows is not trainer_eval_dataset, reader)
             self._require_example_losses(model, args, reader)
         self._is_training = True
         self._started = time.monotonic()
@@ -161,7 +176,7 @@ class SmallestAdapter(TrainerCallback):
             if self._writes_run:
                 require_result_folder(folder / "rightrank")
 
-    def _select_held_out_rows(self, rows: Any, is_own: bool, reader: RowReader) -> Subset[Any]:
+    def _select_held_out_rows(self, rows: Any, is_separate: bool, reader: RowReader) -> Subset[Any]:
         """Return a random sample of the held-out rows, without those that are found in the training set. The rows are read when they are used.
 
         Args:
@@ -181,35 +196,35 @@ class SmallestAdapter(TrainerCallback):
         try:
             rows = copy_data_source(rows)
         except DataError as error:
-            if not is_own:
+            if not is_separate:
                 raise DataError(
                     f"SmallestAdapter: the trainer's eval_dataset, {error}, and reading it may change the training; give SmallestAdapter "
                     "held-out rows of its own, such as a list"
                 ) from None
         sample = Subset(rows, sample_indices(len(rows), self.max_examples or MAX_SAMPLE_SIZE))
-        contents, keys = [], []
+        input_hashes, group_keys = [], []
         list(require_mappings(iterate_rows(reader.rows, 1)))
         for row in require_mappings(iterate_rows(sample)):
-            contents.append(hash_inputs(row, reader.columns))
-            keys.append(find_group_key(row, self.group))
-        shared = self._find_shared_inputs(contents, reader)
-        unseen = [at for at, content in enumerate(contents) if content not in shared]
-        if len(unseen) < len(contents):
+            input_hashes.append(hash_inputs(row, reader.columns))
+            group_keys.append(find_group_key(row, self.group))
+        shared_hashes = self._find_shared_inputs(input_hashes, reader)
+        unseen_indices = [at for at, content in enumerate(input_hashes) if content not in shared_hashes]
+        if len(unseen_indices) < len(input_hashes):
             self._add_note(
-                f"{len(contents) - len(unseen)} of {len(contents)} held-out rows are in the training set; they are left out"
+                f"{len(input_hashes) - len(unseen_indices)} of {len(input_hashes)} held-out rows are in the training set; they are left out"
             )
-        if len(unseen) < 2:
+        if len(unseen_indices) < 2:
             raise DataError(
                 "SmallestAdapter: the held-out rows are in the training set; give rows that it does not hold"
-                if len(contents) > 1
-                else f"SmallestAdapter: {len(contents)} held-out rows; give some hundred"
+                if len(input_hashes) > 1
+                else f"SmallestAdapter: {len(input_hashes)} held-out rows; give some hundred"
             )
-        if len(unseen) < MIN_EXAMPLES:
-            log.warning("rightrank: %d held-out examples can show little; give some hundred", len(unseen))
-        number_groups([keys[at] for at in unseen], self.group)  # refuses a column that groups nothing
-        return Subset(rows, [sample.indices[at] for at in unseen])
+        if len(unseen_indices) < MIN_EXAMPLES:
+            log.warning("rightrank: %d held-out examples can show little; give some hundred", len(unseen_indices))
+        number_groups([group_keys[at] for at in unseen_indices], self.group)  # refuses a column that groups nothing
+        return Subset(rows, [sample.indices[at] for at in unseen_indices])
 
-    def _find_shared_inputs(self, contents: Sequence[int], reader: RowReader) -> set[int]:
+    def _find_shared_inputs(self, input_hashes: Sequence[int], reader: RowReader) -> set[int]:
         """Return the contents that are found in the training set in `MAX_COMPARISON_SECONDS`; a note says what was not compared.
 
         Of several processes each compares its share, and all of them return the same.
@@ -217,24 +232,26 @@ class SmallestAdapter(TrainerCallback):
         if reader.rows_reason:
             self._add_note(f"{reader.rows_reason}; whether held-out rows are in it was not checked")
             return set()
-        numbers = {content: at for at, content in reversed(list(enumerate(contents)))}
-        order = sample_indices(len(reader.rows), MAX_COMPARED_ROWS)[get_process_index() :: get_world_size()]
-        end, compared, leaked = time.monotonic() + MAX_COMPARISON_SECONDS, 0, set()
+        index_by_hash = {content: at for at, content in reversed(list(enumerate(input_hashes)))}
+        sampled_indices = sample_indices(len(reader.rows), MAX_COMPARED_ROWS)[get_process_index() :: get_world_size()]
+        deadline, num_compared, leaked_indices = time.monotonic() + MAX_COMPARISON_SECONDS, 0, set()
         with sync_errors():
-            for index in order:
-                if time.monotonic() > end:
+            for index in sampled_indices:
+                if time.monotonic() > deadline:
                     break
-                number = numbers.get(hash_inputs(reader.rows[index], reader.columns))
-                leaked |= set() if number is None else {number}
-                compared += 1
-        by_process = gather_objects((compared, leaked))  # numbers of rows: processes have other hashes of strings
-        total = sum(count for count, _ in by_process)
-        if total < len(reader.rows):
+                leaked_index = index_by_hash.get(hash_inputs(reader.rows[index], reader.columns))
+                leaked_indices |= set() if leaked_index is None else {leaked_index}
+                num_compared += 1
+        by_process = gather_objects(
+            (num_compared, leaked_indices)
+        )  # numbers of rows: processes have other hashes of strings
+        total_compared = sum(count for count, _ in by_process)
+        if total_compared < len(reader.rows):
             self._add_note(
-                f"{total:,} of {len(reader.rows):,} training rows, a random sample, were compared with the held-out rows, in {MAX_COMPARISON_SECONDS:g} s at "
+                f"{total_compared:,} of {len(reader.rows):,} training rows, a random sample, were compared with the held-out rows, in {MAX_COMPARISON_SECONDS:g} s at "
                 "most; whether held-out rows are among the others was not checked"
             )
-        return {contents[number] for _, shared in by_process for number in shared}
+        return {input_hashes[leaked_index] for _, shared in by_process for leaked_index in shared}
 
     def _add_note(self, text: str) -> None:
         self._notes.append(text)
@@ -256,8 +273,8 @@ class SmallestAdapter(TrainerCallback):
         beta = _read_dpo_beta(args, batch)
         # The passes of ZeRO-3 begin in DeepSpeed's engine; a fresh process measures.
         loss = None if is_partitioned(model) else compute_batch_loss(model, batch, beta)
-        examples = (read_batch(model, part).examples for part in reader.read_batches(self._held_out, 8))
-        if not any(count >= 2 for count in accumulate(examples)):
+        example_counts = (read_batch(model, part).examples for part in reader.read_batches(self._held_out, 8))
+        if not any(count >= 2 for count in accumulate(example_counts)):
             raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
         if self.metric == "accuracy" and loss is not None and self.metric not in loss.example_metrics:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
@@ -269,23 +286,27 @@ class SmallestAdapter(TrainerCallback):
         if not self._is_training:
             return  # refused, or a trial of a search
         self._is_training = False
-        out, live = Path(args.output_dir or ".") / "rightrank", None
+        out, in_memory_adapter = Path(args.output_dir or ".") / "rightrank", None
         try:
-            live = self._build_in_memory_adapter(kwargs["model"], args, state)
-            self.result = _measure_truncations(live, out, self._summarize_training(live, args, state), self.measure)
+            in_memory_adapter = self._build_in_memory_adapter(kwargs["model"], args, state)
+            self.result = _measure_truncations(
+                in_memory_adapter, out, self._summarize_training(in_memory_adapter, args, state), self.measure
+            )
         except MEASUREMENT_ERRORS as error:
             # What lies there before the run has begun is of an earlier training.
-            has_begun = live is not None and (out / "cache" / RESUME_FILE).is_file()
-            again = f"; to measure again: {build_measure_command(str(out))}" if has_begun else ""
-            log.warning("rightrank: no smaller adapter was looked for: %s%s", get_first_line(error), again)
+            has_begun = in_memory_adapter is not None and (out / "cache" / RESUME_FILE).is_file()
+            advice = f"; to measure again: {build_measure_command(str(out))}" if has_begun else ""
+            log.warning("rightrank: no smaller adapter was looked for: %s%s", get_first_line(error), advice)
         if self.result is not None and state.is_world_process_zero:
             self._log_to_trackers(self.result.answer)
 
-    def _summarize_training(self, live: InMemoryAdapter, args: TrainingArguments, state: TrainerState) -> TrainingSummary:
+    def _summarize_training(
+        self, live: InMemoryAdapter, args: TrainingArguments, state: TrainerState
+    ) -> TrainingSummary:
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        asked = copy.copy(args)
-        asked.max_steps = state.max_steps  # also where epochs were asked for
-        settings, notes = _collect_stated_settings(live, asked)
+        stated_args = copy.copy(args)
+        stated_args.max_steps = state.max_steps  # also where epochs were asked for
+        settings, notes = _collect_stated_settings(live, stated_args)
         return TrainingSummary(
             settings,
             steps=state.global_step,
@@ -329,16 +350,16 @@ class SmallestAdapter(TrainerCallback):
 
     def _log_to_trackers(self, answer: AdapterAnswer) -> None:
         """To the trainer's history and to its trackers, without what a trainer of TRL's adds."""
-        bound = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
+        values = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
         try:
             if self._trainer is not None:
-                Trainer.log(self._trainer, {"rightrank/rank": answer.rank} | bound)
+                Trainer.log(self._trainer, {"rightrank/rank": answer.rank} | values)
         except MEASUREMENT_ERRORS as error:
             log.warning("rightrank: a tracker did not take the values: %s", get_first_line(error))
 
 
 def _measure_truncations(
-    live: InMemoryAdapter, out: Path, training: TrainingSummary, measures: bool = True
+    live: InMemoryAdapter, out: Path, training: TrainingSummary, measure_here: bool = True
 ) -> TruncationResult | None:
     """Begin the run of an end and finish it; None where it is left to a fresh process. The first of several processes writes and speaks."""
     level = logging.DEBUG if get_process_index() else logging.WARNING
@@ -346,17 +367,17 @@ def _measure_truncations(
         with sync_errors():
             folder = begin_run(live, Path(unused) / "run" if get_process_index() else out, training)
         command = build_measure_command(str(out))
-        if not measures or is_partitioned(live.model):
+        if not measure_here or is_partitioned(live.model):
             log.log(level, "rightrank: kept what is measured with: %s", command)
             return None
         log.log(
             level, "rightrank: measuring truncations on %d batches; to measure again: %s", len(live.held_out), command
         )
-        ending = finish_run(live, folder, training, _load_hooks())
-    for note in ending.answer.notes:
+        result = finish_run(live, folder, training, _load_hooks())
+    for note in result.answer.notes:
         log.log(level, "rightrank: %s", note)
-    log.log(level, "%s %s", ending.answer.sentence, out / "adapter")
-    return ending
+    log.log(level, "%s %s", result.answer.sentence, out / "adapter")
+    return result
 
 
 def _load_hooks() -> list[Hook]:
@@ -400,22 +421,22 @@ def keep_smallest(
         live = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
-    stated, notes = _collect_stated_settings(live, None)
-    ending = _measure_truncations(
-        live, Path(out), TrainingSummary(stated, seconds=seconds, peak_bytes=measure_peak_bytes(), notes=notes)
+    stated_settings, notes = _collect_stated_settings(live, None)
+    result = _measure_truncations(
+        live, Path(out), TrainingSummary(stated_settings, seconds=seconds, peak_bytes=measure_peak_bytes(), notes=notes)
     )
-    if ending is None:
+    if result is None:
         raise ModelError(
             "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
         )
-    return ending
+    return result
 
 
 def _find_trainer(callback: TrainerCallback, control: TrainerControl) -> Trainer | None:
     """The trainer that a callback was added to, which transformers does not hand to it; None for another caller of its events."""
-    trainers = (item for item in gc.get_objects() if issubclass(type(item), Trainer))
-    mine = (trainer for trainer in trainers if getattr(trainer, "control", None) is control)
-    return next((trainer for trainer in mine if callback in trainer.callback_handler.callbacks), None)
+    trainers = (instance for instance in gc.get_objects() if issubclass(type(instance), Trainer))
+    candidates = (trainer for trainer in trainers if getattr(trainer, "control", None) is control)
+    return next((trainer for trainer in candidates if callback in trainer.callback_handler.callbacks), None)
 
 
 def _read_dpo_beta(args: TrainingArguments, batch: Batch) -> float:
@@ -424,20 +445,22 @@ def _read_dpo_beta(args: TrainingArguments, batch: Batch) -> float:
     Raises:
         SettingsError: another loss than `sigmoid`, or further terms.
     """
-    given: Any = args
+    dpo_args: Any = args
     if "completion_mask" not in batch or not hasattr(args, "beta"):
         return BETA
-    others = [name for name in ("ld_alpha", "use_weighting", "sync_ref_model") if getattr(args, name, None)]
-    others += (
-        [] if str(getattr(given, "f_divergence_type", "reverse_kl")).endswith("reverse_kl") else ["f_divergence_type"]
+    unsupported_names = [name for name in ("ld_alpha", "use_weighting", "sync_ref_model") if getattr(args, name, None)]
+    unsupported_names += (
+        []
+        if str(getattr(dpo_args, "f_divergence_type", "reverse_kl")).endswith("reverse_kl")
+        else ["f_divergence_type"]
     )
-    others += [] if getattr(given, "loss_weights", None) in (None, [1], (1,)) else ["loss_weights"]
-    if others or given.loss_type not in ("sigmoid", ["sigmoid"]):
+    unsupported_names += [] if getattr(dpo_args, "loss_weights", None) in (None, [1], (1,)) else ["loss_weights"]
+    if unsupported_names or dpo_args.loss_type not in ("sigmoid", ["sigmoid"]):
         raise SettingsError(
-            f"{others[0] if others else f'loss_type {given.loss_type}'}: pairs are measured by the loss sigmoid, without further terms; "
+            f"{unsupported_names[0] if unsupported_names else f'loss_type {dpo_args.loss_type}'}: pairs are measured by the loss sigmoid, without further terms; "
             "save the adapter and use rightrank resize --data"
         )
-    return float(given.beta)
+    return float(dpo_args.beta)
 
 
 def build_settings(margin: float | None, ranks: Sequence[int] | int | None, metric: str) -> SelectSettings:
@@ -448,19 +471,21 @@ def build_settings(margin: float | None, ranks: Sequence[int] | int | None, metr
     """
     if metric not in ("loss", "accuracy"):
         raise SettingsError(f"metric {metric!r}: the end of a training is measured by loss or accuracy")
-    given = {"margin": margin, "ranks": ranks}
-    return SelectSettings(metric=metric, **{name: value for name, value in given.items() if value is not None})
+    values = {"margin": margin, "ranks": ranks}
+    return SelectSettings(metric=metric, **{name: value for name, value in values.items() if value is not None})
 
 
 def _collect_stated_settings(live: InMemoryAdapter, args: TrainingArguments | None) -> tuple[dict[str, Any], list[str]]:
     """`(the settings of `select` that this training states, a note on what none says)`."""
     lengths = [batch["input_ids"].shape[1] for batch in (*live.train, *live.held_out) if "input_ids" in batch]
-    further: dict[str, Any] = {"seq_len": max(lengths)} if lengths and not getattr(args, "max_length", None) else {}
+    extra_kwargs: dict[str, Any] = (
+        {"seq_len": max(lengths)} if lengths and not getattr(args, "max_length", None) else {}
+    )
     if args is not None:
-        further["gradient_accumulation_steps"] = args.gradient_accumulation_steps * args.world_size
-    stated, unsaid = convert_configs(live.model.peft_config[live.name], args, **further)
-    unsaid += [] if args is not None else ["the learning rate", "the steps", "the batch size of your loop"]
-    return stated, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
+        extra_kwargs["gradient_accumulation_steps"] = args.gradient_accumulation_steps * args.world_size
+    settings, unstated = convert_configs(live.model.peft_config[live.name], args, **extra_kwargs)
+    unstated += [] if args is not None else ["the learning rate", "the steps", "the batch size of your loop"]
+    return settings, [f"the select command does not say {', '.join(unstated)}"] if unstated else []
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -24,9 +24,14 @@ from torch.utils.data import Subset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rightrank.adapters.batch_scores import Batch
-from rightrank.adapters.in_memory import InMemoryAdapter, gather_adapter_moments, validate_trained_adapter, save_trained_adapter
+from rightrank.adapters.in_memory import (
+    InMemoryAdapter,
+    gather_adapter_moments,
+    save_trained_adapter,
+    validate_trained_adapter,
+)
 from rightrank.adapters.preserved_state import preserve_state
-from rightrank.adapters.processes import is_sharded, get_world_size
+from rightrank.adapters.processes import get_world_size, is_sharded
 from rightrank.adapters.resize import cap_ranks, write_resized_adapter
 from rightrank.data.splits import sample_indices
 from rightrank.interop.smallest import SmallestAdapter, build_settings
@@ -86,9 +91,9 @@ class Squeeze(SmallestAdapter):
         require_cuttable(model, self.rank)
         optim = str(getattr(args.optim, "value", args.optim)).lower()
         if args.torch_compile or any(name in optim for name in LAYERWISE_OPTIMIZERS):
-            what = "torch_compile" if args.torch_compile else f"optim {optim}"
+            option = "torch_compile" if args.torch_compile else f"optim {optim}"
             raise SettingsError(
-                f"Squeeze: {what} holds the adapter's first shapes; leave it out, or use SmallestAdapter"
+                f"Squeeze: {option} holds the adapter's first shapes; leave it out, or use SmallestAdapter"
             )
         super().on_train_begin(args, state, control, **kwargs)
 
@@ -196,13 +201,13 @@ def format_cut(cut: RankCut, step: int) -> str:
     """What was done at the cut, and what was measured there."""
     if cut.rank == cut.from_rank:
         return f"step {step}: no truncation holds, so the training continues at rank {cut.rank}"
-    done = f"rank {cut.from_rank} to step {step}, then rank {cut.rank} ({cut.parameters:,} parameters)"
-    if cut.measured is None:
-        return f"{done}; the rank was given, and nothing was measured"
-    answer = cut.measured.answer
-    high = "" if answer.difference_high is None else f", at most {answer.difference_high:+.4f}"
+    change = f"rank {cut.from_rank} to step {step}, then rank {cut.rank} ({cut.num_parameters:,} parameters)"
+    if cut.measurement is None:
+        return f"{change}; the rank was given, and nothing was measured"
+    answer = cut.measurement.answer
+    upper_bound = "" if answer.difference_high is None else f", at most {answer.difference_high:+.4f}"
     return (
-        f"{done}; at the cut this truncation is worse by {answer.difference:+.4f}{high}, on {cut.measured.examples} examples, and the "
+        f"{change}; at the cut this truncation is worse by {answer.difference:+.4f}{upper_bound}, on {cut.measurement.examples} examples, and the "
         f"margin is {answer.margin:g}"
     )
 
@@ -213,8 +218,8 @@ class RankCut:
 
     from_rank: int
     rank: int  # `from_rank` where no truncation holds: nothing was cut
-    parameters: int  # of the factors afterwards
-    measured: TruncationResult | None  # None where the rank was given
+    num_parameters: int  # of the factors afterwards
+    measurement: TruncationResult | None  # None where the rank was given
     notes: tuple[str, ...] = ()
 
 
@@ -248,38 +253,44 @@ def cut_adapter(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, rank: i
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
         if rank is None:
             measured = measure_truncations(live, Path(working) / "run")
-            rank, notes, lower = measured.answer.rank, measured.notes, measured.folder.adapter
-            before = open_adapter(measured.folder.get_trial_folder(measured.answer.trained_id))
+            rank, notes, truncated_path = measured.answer.rank, measured.notes, measured.folder.adapter
+            trained = open_adapter(measured.folder.get_trial_folder(measured.answer.trained_id))
         else:
-            before, lower = save_trained_adapter(live.model, live.name, Path(working) / "trained"), Path(working) / "lower"
+            trained, truncated_path = (
+                save_trained_adapter(live.model, live.name, Path(working) / "trained"),
+                Path(working) / "lower",
+            )
             with preserve_state(live.model, live.name):
                 gathered = gather_adapter_moments(live)
             notes = gathered.notices
-            write_resized_adapter(before, lower, cap_ranks(before, rank, gathered.moments), gathered.moments)
-        is_cut = rank < before.rank
-        parameters = _replace_factors(live, optimizer, open_adapter(lower)) if is_cut else before.trained
-        return RankCut(before.rank, rank, parameters, measured, notes)
+            write_resized_adapter(trained, truncated_path, cap_ranks(trained, rank, gathered.moments), gathered.moments)
+        is_cut = rank < trained.rank
+        parameters = _replace_factors(live, optimizer, open_adapter(truncated_path)) if is_cut else trained.trained
+        return RankCut(trained.rank, rank, parameters, measured, notes)
 
 
 @torch.no_grad()
-def _replace_factors(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, after: AdapterFolder) -> int:
+def _replace_factors(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, truncated: AdapterFolder) -> int:
     """Put the factors of `after` in the place of those that train; returns their number of elements.
 
     lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
     projected on the new factors (docs/explanation/science.md, archive).
     """
     adapter, layers = live.name, find_lora_modules(live.model)
-    lower, config = load_file(after.weights), live.model.peft_config[adapter]
-    swap: Any = torch.utils.swap_tensors  # untyped in torch
+    new_factors, config = load_file(truncated.weights), live.model.peft_config[adapter]
+    swap_tensors: Any = torch.utils.swap_tensors  # untyped in torch
     parameters = 0
-    for module in after.modules:
+    for module in truncated.modules:
         layer = layers[module.name]
-        for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
+        for factor_name, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
             parameter = factors[adapter].weight
             # Gradients have the old shape, as has the graph of a loss that the loop still holds.
             parameter.grad = None
             optimizer.state.pop(parameter, None)
-            swap(parameter, torch.nn.Parameter(lower[f"{PEFT_PREFIX}{module.name}.lora_{side}.weight"].to(parameter)))
+            swap_tensors(
+                parameter,
+                torch.nn.Parameter(new_factors[f"{PEFT_PREFIX}{module.name}.lora_{factor_name}.weight"].to(parameter)),
+            )
             parameters += parameter.numel()
         layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter] = (
             module.rank,
@@ -288,5 +299,5 @@ def _replace_factors(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, af
         )
         layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = module.rank
     for name in ("r", "rank_pattern", "alpha_pattern", "init_lora_weights"):
-        setattr(config, name, after.config[name])
+        setattr(config, name, truncated.config[name])
     return parameters

@@ -47,7 +47,7 @@ class ResultRow:
     key: TrainingKey
     outcome: Outcome
     value: float | None  # None: every other outcome
-    item: str  # empty: of all examples
+    example: str  # empty: of all examples
     group: str  # of the example; empty: it stands for itself
     step: int
     weight: float
@@ -63,7 +63,7 @@ def parse_row(row: Row, columns: Columns, metric: str) -> ResultRow:
     value = _parse_value(row, columns.value) if outcome == "value" else None
     if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
         raise ResultsError(f"{row.origin}: a perplexity of {value:g} is not possible; perplexities are above 0")
-    item, group = (_get_cell(row, columns, name) for name in ("item", "group"))
+    example, group = (_get_cell(row, columns, name) for name in ("item", "group"))
     rank, seed, step = (int(_parse_role(row, columns, name) or 0) for name in ("rank", "seed", "step"))
     rate = _parse_role(row, columns, "lr") if rank else None
     # An example without a score may have no tokens.
@@ -74,7 +74,7 @@ def parse_row(row: Row, columns: Columns, metric: str) -> ResultRow:
         (rank, rate or 0.0, seed),
         outcome,
         value,
-        "" if is_blank(item) else str(item),
+        "" if is_blank(example) else str(example),
         "" if is_blank(group) else str(group),
         step,
         weight or 1.0,
@@ -100,11 +100,11 @@ def _get_cell(row: Row, columns: Columns, role: str) -> Any:
 
 def _parse_role(row: Row, columns: Columns, role: str) -> float | None:
     """The number in the column of a role; None where there is none, or the cell is blank."""
-    value, (allowed, fits) = _get_cell(row, columns, role), ROLES[role]
+    value, (allowed, is_allowed) = _get_cell(row, columns, role), ROLES[role]
     if is_blank(value):
         return None
     number = to_float(value)
-    if number is None or not math.isfinite(number) or not fits(number):
+    if number is None or not math.isfinite(number) or not is_allowed(number):
         name, advice = "learning rate" if role == "lr" else role, _suggest_notation(str(value).strip())
         raise ResultsError(f"{row.origin}: {name} {quote_value(value, 40)} is not allowed: give {allowed}{advice}")
     return number
@@ -114,7 +114,7 @@ def _parse_details(row: Row, columns: Columns) -> dict[str, float]:
     """Return the row's further numbers, also those that are not finite: by role, and those of other metrics by column."""
     numbers = {name: _parse_role(row, columns, name) for name in ("std", "std_seeds")}
     numbers["train_value"] = to_float(_get_cell(row, columns, "train_value"))
-    numbers |= {column: to_float(row.fields.get(column)) for column in columns.others}
+    numbers |= {column: to_float(row.fields.get(column)) for column in columns.other_metrics}
     for name, number in numbers.items():
         if number is not None and math.isfinite(number):
             _require_magnitude(row, columns.by_role.get(name, name), number)

@@ -36,13 +36,13 @@ def read_result_rows(source: Path) -> list[Row]:
         raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
     inside = sorted(source.iterdir()) if source.is_dir() else []
     files = [path for path in inside if path.is_file() and path.suffix.lower() in FILE_TYPES] or [source]
-    rows = [row for path in files for row in _read_file(path, named=len(files) > 1)]
+    rows = [row for path in files for row in _read_file(path, use_name=len(files) > 1)]
     if not rows:
         raise ResultsError(f"{source}: a header and no rows; give one row for each training")
     return rows
 
 
-def _read_file(path: Path, named: bool) -> list[Row]:
+def _read_file(path: Path, use_name: bool) -> list[Row]:
     """The rows of one file, with the settings in its name that no column has where `named`."""
     if path.stat().st_size == 0:
         raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
@@ -52,7 +52,7 @@ def _read_file(path: Path, named: bool) -> list[Row]:
             rows = _replace_decimal_commas(rows)
     except DataError as error:
         raise ResultsError(str(error)) from None
-    if not named:
+    if not use_name:
         return rows
     roles = set(map(normalize_column, list_columns(rows)))
     settings = parse_training_name(
@@ -114,7 +114,7 @@ def _iterate_flat_fields(fields: Mapping[str, Any], prefix: str = "", depth: int
             yield f"{prefix}{name}", value
 
 
-def select_comparable_stages(rows: list[Row], where: str) -> tuple[list[Row], int]:
+def select_comparable_stages(rows: list[Row], table_name: str) -> tuple[list[Row], int]:
     """Return the rows of complete trainings and of the base of an exported run, and the number of the others; another table as it is.
 
     Raises:
@@ -131,7 +131,7 @@ def select_comparable_stages(rows: list[Row], where: str) -> tuple[list[Row], in
     ranks = {str(row.fields.get(rank)) for row, stage in zip(rows, stages, strict=True) if stage == "whole"}
     if rank and len(ranks) < 2 and len(complete_rows) < len(rows):
         raise ResultsError(
-            f"{where}: column {column} says that {len(ranks) or 'no'} rank was trained to the end, and truncated and stopped trainings are "
+            f"{table_name}: column {column} says that {len(ranks) or 'no'} rank was trained to the end, and truncated and stopped trainings are "
             "not compared; decide on the run folder itself, or continue its run with --goal training-rank"
         )
     return complete_rows, len(rows) - len(complete_rows)
@@ -143,26 +143,29 @@ def add_settings_from_names(rows: list[Row], mapping: Mapping[str, str]) -> list
     roles = set(map(normalize_column, names))
     if "rank" in mapping or roles & set(SYNONYMS["rank"]):
         return rows
-    wanted = ["rank", *(name for name in ("lr", "seed") if name not in mapping and not roles & set(SYNONYMS[name]))]
+    setting_names = [
+        "rank",
+        *(name for name in ("lr", "seed") if name not in mapping and not roles & set(SYNONYMS[name])),
+    ]
     columns: dict[str, list[dict[str, str]]] = {}
-    unclear: ResultsError | None = None
+    first_error: ResultsError | None = None
     for name in names:
         try:
-            settings = [parse_training_name(str(row.fields.get(name) or ""), wanted) for row in rows]
+            settings = [parse_training_name(str(row.fields.get(name) or ""), setting_names) for row in rows]
         except ResultsError as error:
-            unclear = unclear or error
+            first_error = first_error or error
             continue
         ranks = {by_name.get("rank") for by_name in settings}
         if len(ranks) > 1 and None not in ranks:
             columns[name] = settings
-    if not columns and unclear is not None:
-        raise unclear
+    if not columns and first_error is not None:
+        raise first_error
     if not columns:
         return rows
-    (column, chosen), *others = columns.items()
-    for other, settings in others:
-        if [by_name["rank"] for by_name in settings] != [by_name["rank"] for by_name in chosen]:
+    (column, chosen_settings), *further_columns = columns.items()
+    for other_column, settings in further_columns:
+        if [by_name["rank"] for by_name in settings] != [by_name["rank"] for by_name in chosen_settings]:
             raise ResultsError(
-                f"{rows[0].origin}: columns {column} and {other} name other ranks; give a column rank, or leave one of them out"
+                f"{rows[0].origin}: columns {column} and {other_column} name other ranks; give a column rank, or leave one of them out"
             )
-    return [Row({**by_name, **row.fields}, row.origin) for by_name, row in zip(chosen, rows, strict=True)]
+    return [Row({**by_name, **row.fields}, row.origin) for by_name, row in zip(chosen_settings, rows, strict=True)]

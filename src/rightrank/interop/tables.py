@@ -11,7 +11,7 @@ from rightrank.interop.columns import (
     Columns,
     format_names,
     identify_columns,
-    infer_direction,
+    infer_column_direction,
     is_blank,
     list_columns,
     normalize_column,
@@ -20,7 +20,7 @@ from rightrank.interop.table_cells import Outcome, ResultRow, TrainingKey, parse
 from rightrank.interop.table_rows import add_settings_from_names, flatten_rows, select_comparable_stages
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import ResultsError, quote_value
-from rightrank.schema.metrics import has_percentages, infer_metric_kind, format_unknown_direction
+from rightrank.schema.metrics import format_unknown_direction, has_percentages, infer_metric_kind
 from rightrank.schema.settings import TRAINER_FIELDS, PeftFields, SelectSettings
 
 # Columns that say that trainings can't be compared: the task, the kind of adapter, and a setting of all trainings by any of its names.
@@ -36,7 +36,7 @@ ALPHA_COLUMNS = {"lora_alpha", "alpha", "network_alpha"}
 
 def build_results_table(
     rows: list[Row],
-    where: str,
+    table_name: str,
     metric: str | None,
     higher: bool | None,
     margin: float | None,
@@ -47,41 +47,41 @@ def build_results_table(
     Raises:
         ResultsError: rows that can't be compared; the message names file and row.
     """
-    flat, num_partial = select_comparable_stages(flatten_rows(rows), where)
+    flat, num_partial = select_comparable_stages(flatten_rows(rows), table_name)
     named = add_settings_from_names(flat, mapping)
     notes = ["rank from the names of the trainings"] if named is not flat else []
-    columns = identify_columns(named, metric, mapping, where)
-    _require_same_conditions(named, where, columns.by_role["rank"])
+    columns = identify_columns(named, metric, mapping, table_name)
+    _require_same_conditions(named, table_name, columns.by_role["rank"])
     metric = columns.metric
     with_rank = [row for row in named if not is_blank(row.fields.get(columns.by_role["rank"]))]
     lines = [parse_row(row, columns, metric) for row in with_rank]
     results, counts = _build_results(lines, columns)
-    groups = _number_groups(lines, mapping.get("group"), where)
+    groups = _number_groups(lines, mapping.get("group"), table_name)
     results = [run.model_copy(update={"example_groups": groups}) if run.example_values else run for run in results]
-    _require_comparable(results, where)
+    _require_comparable(results, table_name)
     if groups is None:
         columns = replace(columns, by_role={name: title for name, title in columns.by_role.items() if name != "group"})
-    higher, why = _resolve_direction(metric, higher, where)
+    higher, reason = _resolve_direction(metric, higher, table_name)
     if infer_metric_kind(metric, higher) == "accuracy":
-        _require_one_unit(results, metric, where)
+        _require_one_unit(results, metric, table_name)
     if margin is None and infer_metric_kind(metric, higher) == "other":
         notes.append(
             f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"
         )
     roles = [f"{name} from column {column}" for name, column in columns.by_role.items() if name != column]
-    roles.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
-    taken = {*columns.by_role.values(), columns.value, *columns.others, ""}
-    unused = [name for name in list_columns(named) if name not in taken and _collect_texts(named, name)]
-    left = [f"not used: {format_names(unused)}"] if unused else []
+    roles.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({reason})")
+    used_columns = {*columns.by_role.values(), columns.value, *columns.other_metrics, ""}
+    unused = [name for name in list_columns(named) if name not in used_columns and _collect_texts(named, name)]
+    omissions = [f"not used: {format_names(unused)}"] if unused else []
     rankless = len(named) - len(with_rank)
-    left += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
-    left += (
+    omissions += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
+    omissions += (
         [f"{num_partial} row{'s' * (num_partial != 1)} of truncated or stopped trainings left out"]
         if num_partial
         else []
     )
     return ResultsTable(
-        metric=metric, higher_is_better=higher, results=results, input_notes=[*roles, *notes, *left, *counts]
+        metric=metric, higher_is_better=higher, results=results, input_notes=[*roles, *notes, *omissions, *counts]
     )
 
 
@@ -93,48 +93,48 @@ def _collect_texts(rows: Iterable[Row], column: str) -> list[str]:
 def _is_consistent_scale(rows: Sequence[Row], column: str, rank: str) -> bool:
     """Whether alpha is constant, or in proportion to the rank or to its root; also where either is no number."""
     pairs = [(to_float(row.fields.get(column)), to_float(row.fields.get(rank))) for row in rows]
-    known = [(alpha, r) for alpha, r in pairs if alpha is not None and r is not None and r > 0]
-    return any(len({round(alpha / r**power, 9) for alpha, r in known}) <= 1 for power in (0.0, 1.0, 0.5))
+    numeric_pairs = [(alpha, r) for alpha, r in pairs if alpha is not None and r is not None and r > 0]
+    return any(len({round(alpha / r**power, 9) for alpha, r in numeric_pairs}) <= 1 for power in (0.0, 1.0, 0.5))
 
 
-def _require_same_conditions(rows: Sequence[Row], where: str, rank: str) -> None:
+def _require_same_conditions(rows: Sequence[Row], table_name: str, rank: str) -> None:
     """Refuse trainings of several models, data sets, methods or settings that change what a rank is worth."""
     for name in list_columns(rows):
         texts = _collect_texts(rows, name)
         if normalize_column(name) in ALPHA_COLUMNS and not _is_consistent_scale(rows, name, rank):
             raise ResultsError(
-                f"{where}: column {name} is neither the same at every rank nor in proportion to it ({', '.join(texts[:4])}), so the scale of "
+                f"{table_name}: column {name} is neither the same at every rank nor in proportion to it ({', '.join(texts[:4])}), so the scale of "
                 "the adapters differs beside their rank; keep the rows of one rule, or leave the column out if it does not matter"
             )
         if normalize_column(name) in CONDITION_COLUMNS and len(texts) > 1:
-            first, other = [quote_value(text, 40) for text in texts[:2]]
+            first_text, other_text = [quote_value(text, 40) for text in texts[:2]]
             raise ResultsError(
-                f"{where}: the trainings differ in column {name} ({first}, {other}), which is not used; keep the rows of one, "
+                f"{table_name}: the trainings differ in column {name} ({first_text}, {other_text}), which is not used; keep the rows of one, "
                 "or leave the column out if it does not matter"
             )
 
 
-def _resolve_direction(metric: str, asked: bool | None, where: str) -> tuple[bool, str]:
+def _resolve_direction(metric: str, stated_direction: bool | None, table_name: str) -> tuple[bool, str]:
     """`(higher is better, why)`."""
-    if asked is not None:
-        return asked, "as given"
-    known = infer_direction(metric)
-    if known is None:
+    if stated_direction is not None:
+        return stated_direction, "as given"
+    direction = infer_column_direction(metric)
+    if direction is None:
         raise ResultsError(
-            f"{where}: {format_unknown_direction(metric)}; give --higher-is-better or --lower-is-better, or --metric NAME"
+            f"{table_name}: {format_unknown_direction(metric)}; give --higher-is-better or --lower-is-better, or --metric NAME"
         )
-    return known, f"from its name, {metric}"
+    return direction, f"from its name, {metric}"
 
 
 def _merge_details(lines: Sequence[ResultRow]) -> dict[str, float]:
     """Return the further numbers of a training by its last evaluation; of rows of examples those that all of them share."""
     details: dict[str, float] = {}
     for line in sorted(lines, key=lambda line: line.step):
-        if not line.item:
+        if not line.example:
             details |= line.details
-    of_items = [line.details for line in lines if line.item]
-    for name in {name for by_name in of_items for name in by_name} - details.keys():
-        numbers = {by_name.get(name) for by_name in of_items}
+    example_details = [line.details for line in lines if line.example]
+    for name in {name for row_details in example_details for name in row_details} - details.keys():
+        numbers = {row_details.get(name) for row_details in example_details}
         if len(numbers) == 1 and (number := numbers.pop()) is not None:
             details[name] = number
     return {name: number for name, number in details.items() if math.isfinite(number)}
@@ -143,82 +143,88 @@ def _merge_details(lines: Sequence[ResultRow]) -> dict[str, float]:
 def _build_results(lines: Sequence[ResultRow], columns: Columns) -> tuple[list[Result], list[str]]:
     """`(one result for each training, notes on what was left out)`."""
     trainings: dict[TrainingKey, dict[tuple[str, int], ResultRow]] = {}
-    left: dict[Outcome, dict[TrainingKey, list[ResultRow]]] = {name: {} for name in ("failed", "unfinished", "pruned")}
-    repeated = 0
+    rows_without_value: dict[Outcome, dict[TrainingKey, list[ResultRow]]] = {
+        name: {} for name in ("failed", "unfinished", "pruned")
+    }
+    num_repeated = 0
     for line in lines:
         if line.outcome != "value":
-            left["failed" if line.outcome == "blank" else line.outcome].setdefault(line.key, []).append(line)
+            rows_without_value["failed" if line.outcome == "blank" else line.outcome].setdefault(line.key, []).append(
+                line
+            )
             continue
-        first = trainings.setdefault(line.key, {}).setdefault((line.item, line.step), line)
+        first = trainings.setdefault(line.key, {}).setdefault((line.example, line.step), line)
         if first.value != line.value:
             raise _build_conflict_error(line, first, columns)
-        repeated += first is not line
-    steps = {step for training in trainings.values() for item, step in training if not item}
+        num_repeated += first is not line
+    steps = {step for training in trainings.values() for example, step in training if not example}
     missing_scores: dict[TrainingKey, dict[str, ResultRow]] = {}
-    for key, failures in left["failed"].items():
+    for key, failed_rows in rows_without_value["failed"].items():
         training = trainings.get(key, {})
-        if _lacks_final_value(failures, list(training.values()), steps, "trial" in columns.by_role):
+        if _lacks_final_value(failed_rows, list(training.values()), steps, "trial" in columns.by_role):
             del trainings[key]
             continue
-        missing_scores[key] = _find_unscored_examples(failures, training)
-        for item, step in list(training):
-            if item in missing_scores[key]:
-                del training[item, step]
+        missing_scores[key] = _find_unscored_examples(failed_rows, training)
+        for example, step in list(training):
+            if example in missing_scores[key]:
+                del training[example, step]
         if not training:
             trainings.pop(key, None)
     _require_same_examples(trainings, missing_scores)
     results = [_build_result(list(training.values()), columns) for training in trainings.values()]
-    failed = [failures[0] for key, failures in left["failed"].items() if key not in trainings]
+    failed = [failed_rows[0] for key, failed_rows in rows_without_value["failed"].items() if key not in trainings]
     for line in failed:
         rank, learning_rate, seed = line.key
         results.append(Result(trial_id=line.origin, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
-    examples = sorted({item for key in trainings for item in missing_scores.get(key, ())})
+    examples = sorted({example for key in trainings for example in missing_scores.get(key, ())})
     counts = (
-        (repeated, "repeated row", "left out"),
+        (num_repeated, "repeated row", "left out"),
         (len(examples), "example", f"without a score left out ({format_names(examples)})"),
         (len(failed), "training", "without a result"),
-        (len(left["unfinished"]), "unfinished training", "left out"),
-        (len(left["pruned"].keys() - trainings.keys()), "pruned training", "left out"),
+        (len(rows_without_value["unfinished"]), "unfinished training", "left out"),
+        (len(rows_without_value["pruned"].keys() - trainings.keys()), "pruned training", "left out"),
     )
-    return results, [f"{count} {noun}{'s' * (count != 1)} {what}" for count, noun, what in counts if count]
+    return results, [f"{count} {noun}{'s' * (count != 1)} {ending}" for count, noun, ending in counts if count]
 
 
 def _lacks_final_value(
-    failures: Sequence[ResultRow], evaluations: Sequence[ResultRow], steps: Collection[int], has_trials: bool
+    failed_rows: Sequence[ResultRow], evaluations: Sequence[ResultRow], steps: Collection[int], has_trials: bool
 ) -> bool:
     """Whether the last evaluation of a training has no value, so that an earlier one is not its result.
 
     A blank cell is an evaluation only at a step at which some training has a value: logs have rows of the training loss alone.
     """
-    last = max((line.step for line in evaluations if not line.item), default=None)
+    last_step = max((line.step for line in evaluations if not line.example), default=None)
     trials = {line.trial for line in evaluations}
-    return last is not None and any(
-        line.step > last and (line.outcome == "failed" or line.step in steps)
-        for line in failures
-        if not line.item and (line.trial in trials or not has_trials)
+    return last_step is not None and any(
+        line.step > last_step and (line.outcome == "failed" or line.step in steps)
+        for line in failed_rows
+        if not line.example and (line.trial in trials or not has_trials)
     )
 
 
 def _find_unscored_examples(
-    failures: Sequence[ResultRow], training: Mapping[tuple[str, int], ResultRow]
+    failed_rows: Sequence[ResultRow], training: Mapping[tuple[str, int], ResultRow]
 ) -> dict[str, ResultRow]:
     """Return the examples whose last row has no score, each with that row."""
-    last: dict[str, int] = {}
-    for item, step in training:
-        last[item] = max(step, last.get(item, step))
-    return {line.item: line for line in failures if line.item and line.step > last.get(line.item, -1)}
+    last_step: dict[str, int] = {}
+    for example, step in training:
+        last_step[example] = max(step, last_step.get(example, step))
+    return {line.example: line for line in failed_rows if line.example and line.step > last_step.get(line.example, -1)}
 
 
 def _build_conflict_error(line: ResultRow, first: ResultRow, columns: Columns) -> ResultsError:
     rank, learning_rate, seed = line.key
     rate = f", lr {learning_rate:g}" if learning_rate else ""
-    what = f", example {line.item}" if line.item else f", step {line.step}" if columns.by_role.get("step") else ""
-    taken = {*columns.by_role.values(), columns.value, *columns.others}
-    fields, other = line.row.fields, first.row.fields
+    position = (
+        f", example {line.example}" if line.example else f", step {line.step}" if columns.by_role.get("step") else ""
+    )
+    used_columns = {*columns.by_role.values(), columns.value, *columns.other_metrics}
+    fields, first_fields = line.row.fields, first.row.fields
     other_columns = [
         name
         for name in list_columns([line.row, first.row])
-        if fields.get(name) != other.get(name) and name not in taken
+        if fields.get(name) != first_fields.get(name) and name not in used_columns
     ]
     advice = (
         f"they differ in {format_names(other_columns)} too; keep the rows of one training for each rank, learning rate and seed"
@@ -226,20 +232,20 @@ def _build_conflict_error(line: ResultRow, first: ResultRow, columns: Columns) -
         else "add the column that distinguishes them (seed, lr or item), or remove one"
     )
     return ResultsError(
-        f"{line.origin}: rank {rank}{rate}, seed {seed}{what} occurs twice with different values (also {first.origin}); {advice}"
+        f"{line.origin}: rank {rank}{rate}, seed {seed}{position} occurs twice with different values (also {first.origin}); {advice}"
     )
 
 
 def _select_final_scores(lines: Iterable[ResultRow]) -> dict[str, ResultRow]:
     """By example, the row of its last look."""
-    last = {line.item: line for line in sorted(lines, key=lambda line: line.step) if line.item}
-    return dict(sorted(last.items()))
+    final_rows = {line.example: line for line in sorted(lines, key=lambda line: line.step) if line.example}
+    return dict(sorted(final_rows.items()))
 
 
 def _build_result(lines: Sequence[ResultRow], columns: Columns) -> Result:
     """One training: the mean over its examples, or its last look."""
     (rank, learning_rate, seed), examples = lines[0].key, _select_final_scores(lines).values()
-    points = sorted((line.step, line.value) for line in lines if not line.item and line.value is not None)
+    points = sorted((line.step, line.value) for line in lines if not line.example and line.value is not None)
     values = [line.value for line in examples if line.value is not None]
     weights = [line.weight for line in examples]
     mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights) if values else points[-1][1]
@@ -258,28 +264,28 @@ def _build_result(lines: Sequence[ResultRow], columns: Columns) -> Result:
         train_value=details.get("train_value"),
         steps=steps or None,
         points=points if steps else [],
-        others={name: details[name] for name in columns.others if name in details},
+        others={name: details[name] for name in columns.other_metrics if name in details},
     )
 
 
-def _number_groups(lines: Iterable[ResultRow], asked: str | None, where: str) -> list[int] | None:
+def _number_groups(lines: Iterable[ResultRow], stated_column: str | None, table_name: str) -> list[int] | None:
     """The groups of the examples, numbered in their order; None where the table has none."""
-    by_item: dict[str, set[str]] = {}
+    groups_by_example: dict[str, set[str]] = {}
     for line in lines:
-        if line.item:
-            by_item.setdefault(line.item, set()).add(line.group or f"example {line.item}")
-    names = [min(groups) for _, groups in sorted(by_item.items())]
-    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    twice = next((item for item, groups in by_item.items() if len(groups) > 1), None)
-    if twice is None and 1 < len(places) < len(names):
-        return [places[name] for name in names]
-    if asked is not None:
-        what = (
-            "there is no column of examples (item)" if not names else f"example {twice} has two" if twice is not None
-            else "all examples share one" if len(places) == 1 else "no two examples share one"
+        if line.example:
+            groups_by_example.setdefault(line.example, set()).add(line.group or f"example {line.example}")
+    names = [min(groups) for _, groups in sorted(groups_by_example.items())]
+    numbers_by_name = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    ambiguous_example = next((example for example, groups in groups_by_example.items() if len(groups) > 1), None)
+    if ambiguous_example is None and 1 < len(numbers_by_name) < len(names):
+        return [numbers_by_name[name] for name in names]
+    if stated_column is not None:
+        fault = (
+            "there is no column of examples (item)" if not names else f"example {ambiguous_example} has two" if ambiguous_example is not None
+            else "all examples share one" if len(numbers_by_name) == 1 else "no two examples share one"
         )  # fmt: skip
         raise ResultsError(
-            f"{where}: column {asked} gives the examples no groups: {what}; name one with several values, each of several "
+            f"{table_name}: column {stated_column} gives the examples no groups: {fault}; name one with several values, each of several "
             "examples, or leave it out: examples are then taken as independent"
         )
     return None
@@ -289,60 +295,60 @@ def _require_same_examples(
     trainings: Mapping[TrainingKey, Mapping[tuple[str, int], ResultRow]],
     missing_scores: Mapping[TrainingKey, Mapping[str, ResultRow]],
 ) -> None:
-    scored_items = {item for training in trainings.values() for item, _ in training}
-    before: dict[str, float] = {}
+    scored_examples = {example for training in trainings.values() for example, _ in training}
+    expected_weights: dict[str, float] = {}
     for key, training in trainings.items():
-        for item, line in missing_scores.get(key, {}).items():
-            if item in scored_items:
+        for example, line in missing_scores.get(key, {}).items():
+            if example in scored_examples:
                 raise ResultsError(
-                    f"{line.origin}: rank {key[0]} has no score for example {item}, which other trainings have; score every training on the "
+                    f"{line.origin}: rank {key[0]} has no score for example {example}, which other trainings have; score every training on the "
                     "same examples, or leave this one out of all"
                 )
-        scored = _select_final_scores(training.values())
-        own = {item: line.weight for item, line in scored.items()}
-        if not own:
+        final_scores = _select_final_scores(training.values())
+        weights = {example: line.weight for example, line in final_scores.items()}
+        if not weights:
             continue
-        before = before or own
-        line, odd = next(iter(scored.values())), sorted(own.keys() ^ before.keys())
-        if odd:
+        expected_weights = expected_weights or weights
+        line, differing_examples = next(iter(final_scores.values())), sorted(weights.keys() ^ expected_weights.keys())
+        if differing_examples:
             raise ResultsError(
-                f"{line.origin}: rank {line.key[0]} is scored on other examples than the rank before ({len(odd)} differ, such as "
-                f"{odd[0]}); score every training on the same examples"
+                f"{line.origin}: rank {line.key[0]} is scored on other examples than the rank before ({len(differing_examples)} differ, such as "
+                f"{differing_examples[0]}); score every training on the same examples"
             )
-        if own != before:
+        if weights != expected_weights:
             raise ResultsError(
                 f"{line.origin}: rank {line.key[0]} has other token counts than the rank before for the same examples; give each "
                 "example the same count in every training"
             )
 
 
-def _require_comparable(results: list[Result], where: str) -> None:
+def _require_comparable(results: list[Result], table_name: str) -> None:
     trained = [result for result in results if result.rank > 0 and result.value is not None]
     ranks = {result.rank for result in trained}
     if not ranks:
-        raise ResultsError(f"{where}: no row has both a rank and a held-out value; give one row for each training")
+        raise ResultsError(f"{table_name}: no row has both a rank and a held-out value; give one row for each training")
     if len(ranks) < 2:
-        raise ResultsError(f"{where}: one rank only ({ranks.pop()}); give two or more to compare")
+        raise ResultsError(f"{table_name}: one rank only ({ranks.pop()}); give two or more to compare")
     if (
         len({result.value for result in trained}) == 1
         and len({tuple(result.example_values) for result in trained}) == 1
     ):
         raise ResultsError(
-            f"{where}: every training has the value {trained[0].value:g}, so there is nothing to compare; give the held-out metric"
+            f"{table_name}: every training has the value {trained[0].value:g}, so there is nothing to compare; give the held-out metric"
         )
     rates = {result.learning_rate > 0 for result in trained}
     if len(rates) > 1:
-        bare = next(result for result in trained if result.learning_rate == 0)
+        result_without_rate = next(result for result in trained if result.learning_rate == 0)
         raise ResultsError(
-            f"{bare.trial_id}: no learning rate, though other rows have one; give it, or leave the column out"
+            f"{result_without_rate.trial_id}: no learning rate, though other rows have one; give it, or leave the column out"
         )
 
 
-def _require_one_unit(results: list[Result], metric: str, where: str) -> None:
+def _require_one_unit(results: list[Result], metric: str, table_name: str) -> None:
     """Refuse accuracies of which some are fractions and some percentages."""
     values = sorted(result.value for result in results if result.value)
     if values and (values[0] < 0 or values[-1] > 100 or (has_percentages(values) and values[0] <= 1)):
         raise ResultsError(
-            f"{where}: {metric} is {values[0]:g} in one training and {values[-1]:g} in another; write all as fractions from 0 to 1, or all "
+            f"{table_name}: {metric} is {values[0]:g} in one training and {values[-1]:g} in another; write all as fractions from 0 to 1, or all "
             "as percentages above 1"
         )

@@ -62,17 +62,17 @@ class RowReader:
         rows = loader.dataset if self.rows_reason and is_indexable(loader.dataset) else self.rows
         return RowReader(rows, "", self.collate or loader.collate_fn, "", _read_column_names(rows))
 
-    def read_batches(self, rows: Any, size: int, see: Callable[[Any], None] = lambda _: None) -> Iterator[Batch]:
+    def read_batches(self, rows: Any, size: int, on_row: Callable[[Any], None] = lambda _: None) -> Iterator[Batch]:
         """Yield batches by the trainer's own collator, in the order of the rows; `see` is called with each row.
 
         Raises:
             DataError: the collator does not take the rows.
         """
         assert self.collate is not None
-        pending = iterate_rows(rows)
-        while chunk := list(islice(pending, size)):
+        remaining_rows = iterate_rows(rows)
+        while chunk := list(islice(remaining_rows, size)):
             for row in chunk:
-                see(row)
+                on_row(row)
             inputs = [
                 {key: value for key, value in row.items() if not self.columns or key in self.columns} for row in chunk
             ]
@@ -109,17 +109,17 @@ def read_moment_batches(
     reader: RowReader, rows: Subset[Any], size: int, trained_rows: int
 ) -> tuple[list[Batch], float, int]:
     """Return batches for second moments, with estimates of the training's tokens and of the tokens for moments; no more rows are read."""
-    read: list[Batch] = []
+    batches: list[Batch] = []
     tokens, moment_tokens, read_tokens = 0.0, 1, 0
     for batch in reader.read_batches(rows, size):
-        read.append(batch)
+        batches.append(batch)
         read_tokens += count_positions(batch)
-        count = min(len(read) * size, len(rows))
+        count = min(len(batches) * size, len(rows))
         tokens = trained_rows * read_tokens / count
         moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_TOKEN_FRACTION * tokens)))
         if read_tokens >= moment_tokens and count >= MIN_EXAMPLES:
             break
-    return read, tokens, moment_tokens
+    return batches, tokens, moment_tokens
 
 
 def sample_batches(batches: Iterable[Batch]) -> list[Batch]:
@@ -148,7 +148,7 @@ def _to_hashable(value: Any) -> Hashable:
     """A value that differs wherever its bytes do: of numbers in lists, arrays, tensors and images alike."""
     if isinstance(value, Mapping):
         return tuple((name, _to_hashable(value[name])) for name in sorted(value))
-    if isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value):
+    if isinstance(value, list | tuple) and not all(isinstance(element, int | float) for element in value):
         return tuple(map(_to_hashable, value))
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
@@ -183,12 +183,12 @@ def number_groups(keys: Sequence[Hashable], column: str | None) -> list[int]:
     """
     numbers_by_key: dict[Hashable, int] = {}
     numbers = [
-        numbers_by_key.setdefault(at if key is None else key, len(numbers_by_key)) for at, key in enumerate(keys)
+        numbers_by_key.setdefault(index if key is None else key, len(numbers_by_key)) for index, key in enumerate(keys)
     ]
     if column and len(numbers_by_key) in (1, len(keys)):
-        shared = "all held-out rows" if len(numbers_by_key) == 1 else "no two held-out rows"
+        subject = "all held-out rows" if len(numbers_by_key) == 1 else "no two held-out rows"
         raise DataError(
-            f"SmallestAdapter: {shared} share a value of the column {column!r}; give one with several values, each of several rows, or "
+            f"SmallestAdapter: {subject} share a value of the column {column!r}; give one with several values, each of several rows, or "
             "leave group out"
         )
     return numbers
@@ -201,10 +201,10 @@ def _find_prompt_tokens(row: Mapping[str, Any]) -> list[int] | None:
             return _to_list(row[name])
     ids = _to_list(row.get("input_ids"))
     for name in ("completion_mask", "assistant_masks", "labels"):
-        marks = _to_list(row.get(name))
-        if "seq_lengths" not in row and marks is not None and ids is not None and len(marks) == len(ids):
-            skipped = IGNORED if name == "labels" else 0
-            return ids[: next((at for at, mark in enumerate(marks) if mark != skipped), 0)] or None
+        mask = _to_list(row.get(name))
+        if "seq_lengths" not in row and mask is not None and ids is not None and len(mask) == len(ids):
+            ignored_value = IGNORED if name == "labels" else 0
+            return ids[: next((index for index, value in enumerate(mask) if value != ignored_value), 0)] or None
     return None
 
 

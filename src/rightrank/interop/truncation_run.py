@@ -23,10 +23,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from rightrank.adapters.batch_scores import HeldOutBatches, has_class_labels, read_batch
-from rightrank.adapters.in_memory import InMemoryAdapter, gather_adapter_moments, copy_factors, save_trained_adapter
+from rightrank.adapters.in_memory import InMemoryAdapter, copy_factors, gather_adapter_moments, save_trained_adapter
 from rightrank.adapters.preserved_state import preserve_state
 from rightrank.adapters.processes import gather_parameters, is_partitioned, sync_errors
-from rightrank.adapters.resize import list_candidate_ranks, cap_ranks, write_resized_adapter
+from rightrank.adapters.resize import cap_ranks, list_candidate_ranks, write_resized_adapter
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.records import Records, records_of
@@ -87,13 +87,13 @@ class TruncationResult:
     """The answer, whose last note says what it took."""
 
     answer: AdapterAnswer
-    top: TrialFinished  # the adapter as it was trained
+    trained_trial: TrialFinished  # the adapter as it was trained
     folder: RunFolder
     notes: tuple[str, ...]  # on how truncations were made
 
     @property
     def examples(self) -> int:
-        return len(self.top.example_losses)
+        return len(self.trained_trial.example_losses)
 
 
 def measure_peak_bytes() -> int:
@@ -113,20 +113,20 @@ def begin_run(live: InMemoryAdapter, out: Path, training: TrainingSummary) -> Ru
         _require_logits(live)
         # A failure leaves neither a folder without a journal, which no later run could use, nor an earlier result aside.
         with create_temporary_folder(out / "begun") as temporary:
-            begun = RunFolder(temporary)
+            temporary_run = RunFolder(temporary)
             with gather_parameters(live.model):
-                adapter = save_trained_adapter(live.model, live.name, begun.get_trial_folder("trained"))
+                adapter = save_trained_adapter(live.model, live.name, temporary_run.get_trial_folder("trained"))
                 identity = compute_base_identity(live.model.get_base_model(), adapter.base_model or "")
             write_text(adapter.path / BASE_FILE, identity.content().decode())
             if live.write_beside is not None:
                 live.write_beside(adapter.path)
             started = _build_run_started(live, training, adapter)
-            adapter.path.rename(begun.get_trial_folder(_compute_training_id(started, training.steps)))
-            _write_resume_files(live, begun, training)
-            begun.journal.append(started)
-            if (aside := folder.move_aside()) is not None:
-                log.warning("rightrank: the result of an earlier training was moved to %s", aside)
-            folder.move_from(begun)
+            adapter.path.rename(temporary_run.get_trial_folder(_compute_training_id(started, training.steps)))
+            _write_resume_files(live, temporary_run, training)
+            temporary_run.journal.append(started)
+            if (earlier_folder := folder.move_aside()) is not None:
+                log.warning("rightrank: the result of an earlier training was moved to %s", earlier_folder)
+            folder.move_from(temporary_run)
     return folder
 
 
@@ -165,10 +165,10 @@ def _require_truncation_run(folder: RunFolder) -> None:
     with folder.journal.path.open("rb") as file:
         line = file.readline()
     try:
-        first = json.loads(line)
+        first_record = json.loads(line)
     except ValueError:  # also bytes that are no text
-        first = None
-    settings = first.get("settings") if isinstance(first, dict) else None
+        first_record = None
+    settings = first_record.get("settings") if isinstance(first_record, dict) else None
     if not isinstance(settings, dict) or settings.get("trainer") != TRAINER:
         raise RunFolderError(
             f"{folder.path}: holds a run that is not the result of a training's end, and it stays as it is; give another folder"
@@ -183,12 +183,12 @@ def finish_run(
     Raises:
         NotFiniteError: a held-out loss is NaN or infinite.
     """
-    end = CallbackExecutor(live, training)
+    executor = CallbackExecutor(live, training)
     with sync_errors(), folder.lock(), report_disk_errors(folder.path):
-        select(end, folder, [end, *hooks])
-    records = end.records
+        select(executor, folder, [executor, *hooks])
+    records = executor.records
     answer = records.adapters[-1].answer
-    return TruncationResult(answer, records.by_id[answer.trained_id], folder, end.moments.notices)
+    return TruncationResult(answer, records.by_id[answer.trained_id], folder, executor.moments.notices)
 
 
 def measure_truncations(live: InMemoryAdapter, out: Path) -> TruncationResult:
@@ -204,8 +204,8 @@ class DescendingStrategy(Strategy):
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
-        yield [space.make_arm(space.top, space.learning_rates[0])]
-        parent = trials.get_training(space.top, space.learning_rates[0])
+        yield [space.make_arm(space.trained_trial, space.learning_rates[0])]
+        parent = trials.get_training(space.trained_trial, space.learning_rates[0])
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
             yield [make_truncation_arm(parent, rank)]
@@ -234,11 +234,11 @@ def _build_run_started(live: InMemoryAdapter, training: TrainingSummary, adapter
     if form == "own" and has_class_labels(batch):
         form, classes = "classification", [str(name) for _, name in sorted(base.config.id2label.items())]
     ranks = list_candidate_ranks(adapter, live.ranks)
-    given: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
-    given |= {} if live.margin is None else {"margin": live.margin}
-    settings = SelectSettings(**{**training.settings, **given})
-    stated = {*training.settings, *given}
-    values = {"trainer": TRAINER, **settings.model_dump(mode="json", include=stated)}
+    overrides: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
+    overrides |= {} if live.margin is None else {"margin": live.margin}
+    settings = SelectSettings(**{**training.settings, **overrides})
+    stated_names = {*training.settings, *overrides}
+    values = {"trainer": TRAINER, **settings.model_dump(mode="json", include=stated_names)}
     values["model"] = adapter.base_model
     is_classifier = adapter.config["task_type"] == "SEQ_CLS"
     values["is_text"] = values["model"] is not None and (
@@ -298,7 +298,9 @@ class CallbackExecutor(Hook):
         """As `rightrank.runs.executor.Plan`."""
         self.folder, self.listener, self.records = folder, listener, records
         with preserve_state(self._live.model, self._live.name):
-            self.moments = gather_adapter_moments(self._live)  # of the adapter as it is in memory, which no truncation has replaced yet
+            self.moments = gather_adapter_moments(
+                self._live
+            )  # of the adapter as it is in memory, which no truncation has replaced yet
             yield self
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -331,9 +333,9 @@ class CallbackExecutor(Hook):
         outcome = build_finished_trial(trial, self._live.metric, scores, MetricResults(), progress)
         return outcome.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
 
-    def on_adapter(self, answered: AdapterProposal) -> AdapterAnswer:
+    def on_adapter(self, proposal: AdapterProposal) -> AdapterAnswer:
         """With the cost, and an estimate of the rank to train at."""
-        training, answer, records = self._training, answered.answer, answered.records
+        training, answer, records = self._training, proposal.answer, proposal.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
         notes.append(format_training_rank_estimate(answer, records.started))
         notes.append(self._format_cost(len(records.by_id[answer.trained_id].example_losses)))
@@ -341,23 +343,23 @@ class CallbackExecutor(Hook):
 
     def _format_cost(self, examples: int) -> str:
         seconds, training = time.monotonic() - self._began, self._training
-        share = f", {seconds / training.seconds:.1%} of the training's time" if training.seconds else ""
-        more = measure_peak_bytes() - training.peak_bytes if training.peak_bytes else 0
-        above = f"{more / 2**20:.0f} MiB above" if more > 0 else "not above"
-        known = f"; peak memory {above} the training's" if training.peak_bytes else ""
-        where = f"the {training.checkpoint} weights"
-        return f"Measured from {where} on {examples} held-out examples in {seconds:.1f} s{share}{known}."
+        time_share = f", {seconds / training.seconds:.1%} of the training's time" if training.seconds else ""
+        extra_bytes = measure_peak_bytes() - training.peak_bytes if training.peak_bytes else 0
+        peak_comparison = f"{extra_bytes / 2**20:.0f} MiB above" if extra_bytes > 0 else "not above"
+        memory_note = f"; peak memory {peak_comparison} the training's" if training.peak_bytes else ""
+        weights = f"the {training.checkpoint} weights"
+        return f"Measured from {weights} on {examples} held-out examples in {seconds:.1f} s{time_share}{memory_note}."
 
 
 def format_training_rank_estimate(answer: AdapterAnswer, started: RunStarted) -> str:
     """An estimate of the rank to train at, with the command that would prove it."""
     low, high = probable_ranks(answer)
-    where = f"{low}" if low == high else f"{low} to {high}"
+    rank_range = f"{low}" if low == high else f"{low} to {high}"
     ranks = sorted({max(1, low // 2), low, high, answer.trained_rank})
     settings = started.select_settings.model_copy(update={"goal": "training-rank", "ranks": tuple(ranks)})
     command = build_reproduce_command(started.model_name or "MODEL", "DATA", settings)
     return (
-        f"An estimate, not evidence: the rank to train at next time probably is {where}. "
+        f"An estimate, not evidence: the rank to train at next time probably is {rank_range}. "
         f"With the file of your rows for DATA, this would prove it: {command}"
     )
 
@@ -373,13 +375,13 @@ def _write_resume_files(live: InMemoryAdapter, folder: RunFolder, training: Trai
         if isinstance(value, torch.Tensor)
     }
     save_file(tensors, folder.cache / "batches.safetensors")
-    asked = {
+    resume_values = {
         "base_class": type(base).__name__,
         "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
         "live": {field.name: getattr(live, field.name) for field in fields(live) if field.name not in EXCLUDED_FIELDS},
         "training": asdict(training),
     }
-    write_text(folder.cache / RESUME_FILE, json.dumps(asked, indent=2, default=list))
+    write_text(folder.cache / RESUME_FILE, json.dumps(resume_values, indent=2, default=list))
 
 
 def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> str:
@@ -394,12 +396,12 @@ def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> str:
         raise RunFolderError(
             f"{out}: there is no cache/{RESUME_FILE}; the measurement ended, or the training did not reach its end"
         )
-    asked = read_json_object(folder.cache / RESUME_FILE)
+    resume_values = read_json_object(folder.cache / RESUME_FILE)
     # The peak memory of the training is that of another process.
-    training = TrainingSummary(**asked["training"] | {"peak_bytes": 0})
+    training = TrainingSummary(**resume_values["training"] | {"peak_bytes": 0})
     started = records_of(folder.journal.read(), str(out)).started
     adapter = open_adapter(folder.get_trial_folder(_compute_training_id(started, training.steps)))
-    base = _load_base(started.model_name or "", folder, asked, adapter)
+    base = _load_base(started.model_name or "", folder, resume_values, adapter)
     with suppress_peft_warnings():
         model: Any = PeftModel.from_pretrained(base, str(adapter.path))
     splits: dict[str, dict[int, dict[str, torch.Tensor]]] = {"held_out": {}, "train": {}}
@@ -407,18 +409,18 @@ def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> str:
         split, number, key = name.split(".", 2)
         splits[split].setdefault(int(number), {})[key] = tensor
     held_out, train = ([batches[number] for number in sorted(batches)] for batches in splits.values())
-    live = InMemoryAdapter(model, held_out, train, **asked["live"])
-    ending = finish_run(live, folder, training, hooks)
-    return f"{ending.answer.sentence} {folder.adapter}\n{ending.answer.notes[-1]}"
+    live = InMemoryAdapter(model, held_out, train, **resume_values["live"])
+    result = finish_run(live, folder, training, hooks)
+    return f"{result.answer.sentence} {folder.adapter}\n{result.answer.notes[-1]}"
 
 
-def _load_base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: AdapterFolder) -> Any:
+def _load_base(name: str, folder: RunFolder, resume_values: Mapping[str, Any], adapter: AdapterFolder) -> Any:
     if not name:
         raise ModelError("the base model has no name that it could be loaded by; the training made it in memory")
     try:
         config = transformers.AutoConfig.from_pretrained(folder.cache / "base")
-        base_class = getattr(transformers, asked["base_class"])
-        base = base_class.from_pretrained(name, config=config, dtype=getattr(torch, asked["dtype"]))
+        base_class = getattr(transformers, resume_values["base_class"])
+        base = base_class.from_pretrained(name, config=config, dtype=getattr(torch, resume_values["dtype"]))
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise ModelError(f"{name}: the base model cannot be loaded ({get_first_line(error)})") from None
     difference = read_identity(adapter.path / BASE_FILE).difference(compute_base_identity(base, name))

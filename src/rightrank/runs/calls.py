@@ -49,12 +49,12 @@ class TrialResult(Record):
     """The result of a custom trainer, which may return a mapping of metrics instead. A NaN in it means that the training diverged."""
 
     metrics: dict[str, float]  # held-out; includes the deciding metric
-    example_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
+    example_scores: list[float] | None = None  # the metric of each held-out example; the same examples in every trial
     example_weights: list[float] | None = None  # such as tokens per example; None: equal weights
-    # Examples of one number belong together, as those of a document; None: each stands for itself.
+    # Examples with the same number belong together, such as those of one document; None: each is a group of its own.
     example_groups: list[BoundedInt] | None = None
     train_value: float | None = None  # the metric on training data at the end
-    points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
+    points: list[EvalPoint] = Field(default_factory=list)  # evaluations during the training
     trainable_parameters: BoundedInt = 0
     train_tokens: BoundedInt = 0
     train_seconds: float | None = None  # None: the duration of the call
@@ -113,7 +113,7 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
     scores, weights, groups = returned.example_scores, returned.example_weights, returned.example_groups
     if scores is not None and len(scores) != (examples or len(scores) or 1):
         raise ReportError(
-            f"returned {len(scores)} example_scores, earlier trials {examples or 'some'}; score the same examples in the same order in every trial"
+            f"returned {len(scores)} example_scores, but earlier trials returned {examples or 'some'}; score the same examples in the same order in every trial"
         )
     if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
         raise ReportError(

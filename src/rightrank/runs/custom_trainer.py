@@ -49,26 +49,26 @@ from rightrank.search import make_strategy
 from rightrank.search.history import build_space
 from rightrank.version import __version__
 
-_CallResult: TypeAlias = tuple[Trial, object, float]  # what the function returned, or the error that it raised; seconds
+_CallResult: TypeAlias = tuple[Trial, object, float]  # the trial, the returned value or the raised error, and seconds
 
 
 class TrainerSettings(TypedDict, total=False):
     """The settings of `select_rank_with` besides its own parameters."""
 
     goal: Goal
-    """"adapter" stops at the smallest adapter and needs `evaluate`; "training-rank" continues to the rank to train at."""
+    """"adapter" stops at the deployment rank and needs `evaluate`; "training-rank" continues to the training rank."""
     profile: Literal["rl"] | None
-    """"rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, a margin of 0.02 where none is given; a
-    training whose held-out value falls far below its own best has collapsed and has no result; the smallest rank is the answer
-    where no difference between ranks can be shown."""
+    """"rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, and a margin of 0.02 if none is given. A
+    training whose held-out value falls far below its own best has collapsed and has no result. If no difference between ranks
+    can be shown, the smallest rank is chosen."""
     strategy: str | None
-    """None for "grid", or that of the profile."""
+    """None for "grid", or the strategy of the profile."""
     lora_alpha: float
-    """Passed to `train` in the task, and stated of the adapters; 32 by default."""
+    """Passed to `train` in the task, and recorded for the adapters; 32 by default."""
     max_steps: int
-    """Passed to `train` in the task, as `steps`; 0 leaves the length to it."""
+    """Passed to `train` in the task as `steps`; 0 lets the function choose the length."""
     workers: int
-    """Calls at a time, in threads of this process: more than 1 for functions that wait for a service."""
+    """The number of parallel calls, in threads of this process; use more than 1 for functions that wait for a service."""
     progress: bool
     """Show the progress on stderr."""
 
@@ -81,7 +81,7 @@ class CustomTrainerRequest:
     metric: str
     higher_is_better: bool
     name: str  # of the function
-    # "train"; "evaluate" of an adapter in a task's folder, without which the first question is not asked
+    # "train", and optionally "evaluate" of an adapter in the task's folder, which the deployment rank needs
     functions: Mapping[str, TrainFunction]
     evaluates_base: bool
     trainer_settings: TrainerSettings
@@ -158,7 +158,7 @@ def build_custom_request(
     if unknown := next((name for name in trainer_settings if name not in allowed), None):
         raise SettingsError(f"{unknown} is no setting{suggest_name(unknown, allowed)}; there are: {', '.join(allowed)}")
     if trainer_settings.get("profile") not in PROFILES:
-        raise SettingsError(f"unknown profile {trainer_settings.get('profile')!r}; there is: rl")
+        raise SettingsError(f"unknown profile {trainer_settings.get('profile')!r}; allowed: 'rl'")
     profile, ranks, evaluates_base = PROFILES[trainer_settings.get("profile")], values_to_compare["ranks"], False
     if isinstance(ranks, Sequence) and len(ranks) > 1 and 0 in ranks:
         values_to_compare, evaluates_base = {**values_to_compare, "ranks": [rank for rank in ranks if rank]}, True
@@ -172,14 +172,12 @@ def build_custom_request(
         "lora_alpha": trainer_settings.get("lora_alpha", 32.0),
     }
     settings = SelectSettings(**values, max_steps=trainer_settings.get("max_steps") or None)
-    make_strategy(settings.strategy, build_space(settings, 1))  # refuses an unknown name first
+    make_strategy(settings.strategy, build_space(settings, 1))  # an unknown name is refused first
     trainer_metric, trainer_direction = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
-    if isinstance(trainer_metric, str) and metric not in (
-        None,
-        trainer_metric,
-    ):  # its scores by example are those of its own
+    # The trainer's per-example scores are values of its own metric.
+    if isinstance(trainer_metric, str) and metric not in (None, trainer_metric):
         raise SettingsError(
-            f"metric {metric!r}: {type(train).__name__} scores the examples by {trainer_metric!r}; leave metric out, or give another train"
+            f"metric {metric!r}: {type(train).__name__} scores examples by {trainer_metric!r}; leave metric out, or give another train function"
         )
     metric = metric or (trainer_metric if isinstance(trainer_metric, str) else profile["metric"])
     directions = (
@@ -192,18 +190,18 @@ def build_custom_request(
         raise SettingsError(f"{format_unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
     if settings.goal == "adapter" and evaluate is None:
         raise SettingsError(
-            "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
+            "goal 'adapter' needs evaluate=, a function that takes an adapter folder and a TrialTask and returns held-out scores; "
             "give it, or goal 'training-rank'"
         )
     if not callable(train):
-        raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
+        raise SettingsError(f"train: got a {type(train).__name__}; give a function that takes a TrialTask")
     if evaluate is not None and not callable(evaluate):
         raise SettingsError(
-            f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
+            f"evaluate: got a {type(evaluate).__name__}; give a function that takes an adapter folder and a TrialTask"
         )
     workers: object = trainer_settings.get("workers", 1)
     if not isinstance(workers, int) or workers < 1:
-        raise SettingsError(f"workers: got {workers!r}; give a whole number from 1, of calls at a time")
+        raise SettingsError(f"workers: got {workers!r}; give the number of parallel calls, a whole number of 1 or more")
     functions: dict[str, TrainFunction] = {"train": train}
     if evaluate is not None:
         functions["evaluate"] = lambda task: evaluate(task.folder, task)
@@ -231,7 +229,7 @@ class _FunctionExecutor:
 
     def __init__(self, request: CustomTrainerRequest, folder: RunFolder, listener: Listener, records: Records) -> None:
         self._request, self._folder, self._listener, self._records = request, folder, listener, records
-        self._first_fault: str | None = None  # what the first result was that can't be used
+        self._first_fault: str | None = None  # the description of the first result that can't be used
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for ended, called in enumerate(self._run_calls(trials), 1):
@@ -240,7 +238,7 @@ class _FunctionExecutor:
                 raise InterruptedRun(f"stopped after {ended} trials")
         if self._first_fault is not None:
             raise AllTrialsFailedError(
-                f"{self._first_fault}; what has finished is kept: correct the function, and call again with the same arguments"
+                f"{self._first_fault}; finished trials are kept: correct the function, and call again with the same arguments"
             )
 
     def _run_calls(self, trials: Sequence[Trial]) -> Iterator[_CallResult]:
@@ -308,9 +306,9 @@ class _FunctionExecutor:
             return TrialDiverged(
                 **trial.fields, step=evaluations[-1].step if evaluations else 0, reason=f"{name} {error}"
             )
-        except RightrankError as error:  # of `InputError`, there is no adapter that can be truncated
+        except RightrankError as error:  # an `InputError`: there is no adapter that can be truncated
             reason = str(error) if isinstance(error, InputError) else f"{name} {error}"
-            # A function that knows no rank 0 may be right for all others.
+            # A function that does not support rank 0 may be correct for all other ranks.
             if (
                 isinstance(error, ReportError)
                 and arm.rank > 0
@@ -318,9 +316,8 @@ class _FunctionExecutor:
             ):
                 self._first_fault = self._first_fault or reason
             return TrialFailed(**trial.fields, error="error", reason=reason)
-        by_step = {
-            point.step: point for point in (*evaluations, *result.points)
-        }  # one that was returned replaces a report
+        # Returned points replace reported ones.
+        by_step = {point.step: point for point in (*evaluations, *result.points)}
         result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
         outcome = build_outcome(trial, result, request.metric, seconds)
         if (drop := request.collapse_drop) is not None and arm.rank > 0:
@@ -346,7 +343,7 @@ def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> No
         InputError: there is no PEFT adapter, or one of a kind that can't be truncated.
     """
     from rightrank.adapters.resize import cap_ranks, resize_adapter
-    from rightrank.models.adapter_reader import open_adapter  # these bring torch, which a trainer may not need
+    from rightrank.models.adapter_reader import open_adapter  # imports torch, which a custom trainer may not need
 
     adapter, target = open_adapter(folder.get_trial_folder(parent)), folder.get_trial_folder(trial.trial_id)
     shutil.rmtree(target, ignore_errors=True)

@@ -17,14 +17,14 @@ from rightrank.search.protocol import Strategy
 
 
 class Executor(Protocol):
-    """Runs trials and yields how each of them ended. The driver keeps the strategy and the journal.
+    """Runs trials and yields the outcome of each. The caller keeps the strategy and the journal.
 
     An implementation must keep these rules:
 
     - Each trial gets exactly one outcome, with the trial's `trial_id` and arm. The order is free.
     - A trial that can't be trained is an outcome (`TrialDiverged`, `TrialFailed`), not an exception. Exceptions mean
       that no trial can run.
-    - Training depends on the trial alone: the same trial gives the same values on any worker, beside any other trial.
+    - Training depends on the trial alone: the same trial gives the same values on any worker, together with any other trials.
     - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.get_trial_folder`.
     - The caller may close the iterator early; the executor then stops what it started and can be used again.
     - It writes neither to the journal nor to the decision.
@@ -56,13 +56,13 @@ class PreparedSelection:
     """A prepared selection. Custom trainers load no base model, and the methods that need it then return their defaults."""
 
     started: RunStarted
-    settings: SelectSettings  # with the settled ranks
-    steps: int  # optimizer steps of a whole training; 0: a custom trainer's own number
+    settings: SelectSettings  # with the ranks that fit the memory
+    steps: int  # optimizer steps of a full training; 0: a custom trainer chooses the number
     strategy: Strategy
-    notes: tuple[str, ...] = ()  # of the preparation, for a person
-    # Whether `cache/` and `checkpoints/` are this run's alone; a custom trainer may keep its own files under these names.
+    notes: tuple[str, ...] = ()  # lines for a person
+    # Whether only this run writes to `cache/` and `checkpoints/`; a custom trainer may keep its own files there.
     owns_working_folders: bool = True
-    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
+    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # shown if every trial fails
 
     @property
     def base_identity(self) -> bytes | None:

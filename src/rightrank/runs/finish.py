@@ -21,7 +21,7 @@ from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import AllTrialsFailedError, ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 
-CARD_FILES = ("README.md", ADAPTERS_IMAGE, RANK_CURVE_IMAGE)  # in `adapter/`, by the hook that writes the views
+CARD_FILES = ("README.md", ADAPTERS_IMAGE, RANK_CURVE_IMAGE)  # written to `adapter/` by the hook that writes the views
 
 
 def export_provisional(run: Run) -> None:
@@ -29,10 +29,10 @@ def export_provisional(run: Run) -> None:
     answer = run.selection.strategy.replay_trials(run.records.outcomes).adapter
     last = run.records.adapters[-1].answer if run.records.adapters else None
     if answer is None or (last and (last.margin, last.trained_id) == (answer.margin, answer.trained_id)):
-        return  # not known yet, or recorded: a continued run may ask at another margin or top rank
+        return  # unknown so far, or recorded; a continued run may have another margin or top rank
     if run.selection.base_identity is None:
-        return  # a custom trainer's adapter is handed over at the end
-    if run.selection.settings.executor == "local":  # while workers have the base, nothing is evaluated here
+        return  # a custom trainer's adapter is exported at the end
+    if run.selection.settings.executor == "local":  # while workers use the base, this process evaluates nothing
         answer = run.hooks.apply_hooks(answer, run.records.copy)
         _evaluate_test_split(run, [answer.trial_id, answer.reference_id])
     export_adapter(run, answer)
@@ -58,7 +58,7 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
     if decision is not None:
         decision = decision.model_copy(update={"adapter_sentence": answer.sentence if saved else None})
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
-    with wrap_hook_errors("the answer"):
+    with wrap_hook_errors("the result"):
         final_answers = build_answers(records, decision, run.selection.settings.goal)
         selected = Selected(
             folder.path,
@@ -143,26 +143,9 @@ def _move_user_files(run: Run) -> None:
     user_files = sorted(path.name for path in target.iterdir() if path.name not in written) if target.is_dir() else []
     if user_files and (earlier_folder := run.folder.move_aside([target.name])) is not None:
         run.send_notice(
-            f"{target} held files of your own ({', '.join(user_files)}) and was moved to {earlier_folder / target.name}"
+            f"{target} contained your own files ({', '.join(user_files)}) and was moved to {earlier_folder / target.name}"
         )
 
-
-def _require_loadable(folder: Path) -> None:
-    """Load a LoRA adapter by PEFT; a custom trainer may save files of another kind, which are handed over as they are.
-
-    Raises:
-        ModelError: PEFT refuses it.
-    """
-    if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
-        return
-    from rightrank.models.adapter_reader import open_adapter  # these bring torch, which a trainer may not need
-    from rightrank.models.loading import require_loadable
-
-    try:
-        adapter = open_adapter(folder)
-    except ModelError:
-        return
-    require_loadable(adapter)
 
 
 def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
@@ -173,7 +156,7 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
     """
     records = run.records
     criterion, plain = criterion_of(records), records.outcomes
-    # Without a base in this process no answer was recorded early, and the recorded one is of an earlier call with other settings.
+    # A process without a base exports nothing early, so its recorded answer comes from an earlier call with other settings.
     is_recorded = bool(records.adapters) and run.selection.base_identity is not None
     answer = records.adapters[-1].answer if is_recorded else adapter_answer(plain, criterion)
     if answer is not None:
@@ -184,7 +167,7 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
         return trained_answer(chosen, criterion, reference)
     direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
     if not direct:
-        raise AllTrialsFailedError("no training at the top rank ended: give a larger budget, or lower learning rates")
+        raise AllTrialsFailedError("no training at the top rank finished: give a larger budget, or lower learning rates")
     sign = -1 if criterion.higher_is_better else 1
     return trained_answer(min(direct, key=lambda trial: (-trial.rank, sign * trial.value)), criterion)
 
@@ -195,7 +178,7 @@ def _describe_exported_adapter(records: Records, answer: AdapterAnswer, saved: P
     test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), criterion_of(records))
     try:
         config = read_json_object(saved / CONFIG_FILE)
-    except UnreadableError:  # a custom trainer may write none
+    except UnreadableError:  # a custom trainer may write no configuration
         config = {}
     pattern = config.get("rank_pattern")
     of_modules = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
@@ -222,7 +205,7 @@ def rescore_trials(run: Run) -> None:
     if not stale:
         return
     previous_count = len(stale[0].example_losses)
-    run.send_notice(f"scoring {len(stale)} adapters on {count:,} validation examples, in place of {previous_count:,}")
-    records.adapters.clear()  # the first question is answered again, on all examples
+    run.send_notice(f"scoring {len(stale)} adapters on {count:,} validation examples instead of {previous_count:,}")
+    records.adapters.clear()  # the deployment rank is decided again, on all examples
     for trial in stale:
         run.record(run.selection.score_trial(trial, folder.find_trial_adapter(trial)))

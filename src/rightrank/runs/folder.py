@@ -15,10 +15,10 @@ from rightrank.runs.journal import Journal
 from rightrank.schema.errors import RunError, RunFolderError
 from rightrank.schema.trials import TrialFinished
 
-PROGRESS_FILE = "progress.json"  # in the run folder while a process works
-ALLOWED_ENTRIES = {".lock", "base_model", PROGRESS_FILE}  # what may lie in a folder in which no run has begun
+PROGRESS_FILE = "progress.json"  # exists while a process works in the run folder
+ALLOWED_ENTRIES = {".lock", "base_model", PROGRESS_FILE}  # allowed in a folder in which no run has begun
 EARLIER_FOLDER = re.compile(r"earlier-\d+")  # runs that were moved aside
-# Everything that a run and its views write into the folder, and exports of it; the journal is moved last.
+# All files that a run, its views and its exports write into the folder. The journal is moved last.
 RUN_FILES = (
     "config.yaml", "decision.json", "report.html", "figures", "adapter", "cache", "trials", "checkpoints", "answers", "exports",
     "workers", "tensorboard", "tracked.json", "journal.jsonl.torn-*", "journal.jsonl",
@@ -73,7 +73,7 @@ class RunFolder:
         adapter = self.get_trial_folder(trial_id)
         if not adapter.is_dir():
             raise RunError(
-                f"{adapter}: the adapter of a trial that has finished is missing; put it back, or give another --out"
+                f"{adapter}: the adapter of a finished trial is missing; restore it, or give another --out"
             )
         return adapter
 
@@ -94,7 +94,7 @@ class RunFolder:
             RunFolderError: the path is a file, or a folder that holds files but no run.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"{self.path}: a file and not a folder; give an empty or a new folder")
+            raise RunFolderError(f"{self.path}: this is a file, not a folder; give an empty or a new folder")
         if not self.path.is_dir() or self.journal.path.exists():
             return
         other_entries = (
@@ -129,7 +129,7 @@ class RunFolder:
                 f"{self.path}: can't write there ({error.strerror or error}); give a writable --out"
             ) from None
         try:
-            self.require_usable()  # again: another process may have had the lock
+            self.require_usable()  # checked again, since another process may have held the lock
             sweep_leftovers(self.path)
             yield
         finally:
@@ -139,9 +139,9 @@ class RunFolder:
 
     def _clean_up(self, is_new: bool) -> None:
         """Remove the files of a process that did not begin a run: the cache, and the folder if it is new."""
-        shutil.rmtree(self.cache, ignore_errors=True)  # a folder without a run had none before
+        shutil.rmtree(self.cache, ignore_errors=True)  # a folder without a run had no cache
         if is_new:
-            with suppress(OSError):  # another program may have written here meanwhile
+            with suppress(OSError):  # another program may have written here in the meantime
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
 
@@ -184,4 +184,4 @@ class RunFolder:
         except Timeout:
             return True
         except OSError:
-            return False  # a read-only folder: no process uses it
+            return False  # no process uses a read-only folder

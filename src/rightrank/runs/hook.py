@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -24,8 +25,8 @@ class SelectionStart:
 
     selection: PreparedSelection
     folder: RunFolder
-    records: Callable[[], Records]  # what the journal says by now: a copy
-    # What the hook has to say: to the other hooks, and to the journal if it is a record of it.
+    records: Callable[[], Records]  # returns a copy of the records so far
+    # Passes an event of the hook to the other hooks, and to the journal if it is a record.
     emit: Callable[[Event], None]
 
 
@@ -62,15 +63,16 @@ class Hook(Listener):
     """
 
     is_required = True
-    """Whether a fault ends the selection at once. Else it continues without the hook, and ends with the line once all else is done."""
+    """Whether an error of the hook ends the selection at once. Otherwise the selection continues without the hook, and reports
+    the error at the end."""
 
-    def on_start(self, started: SelectionStart) -> None:
+    def on_start(self, start: SelectionStart) -> None:
         """Handle the start; it is called first. An `InputError` refuses the selection. An extended selection calls it again."""
 
-    def on_adapter(self, answered: AdapterProposal) -> AdapterAnswer | None:
+    def on_adapter(self, proposal: AdapterProposal) -> AdapterAnswer | None:
         """Handle an adapter that is about to be exported, and optionally return another answer to use instead."""
 
-    def on_end(self, finished: SelectionEnd) -> None:
+    def on_end(self, end: SelectionEnd) -> None:
         """Handle the end; it is called last."""
 
 
@@ -81,8 +83,8 @@ class Hooks(Hook):
         self._hooks = list(hooks)
         self._faults: dict[Hook, HookError] = {}
 
-    def on_start(self, started: SelectionStart) -> None:
-        self._call_each(lambda hook: hook.on_start(started))
+    def on_start(self, start: SelectionStart) -> None:
+        self._call_each(lambda hook: hook.on_start(start))
 
     def on_event(self, event: Event) -> None:
         self._call_each(lambda hook: hook.on_event(event))
@@ -100,13 +102,13 @@ class Hooks(Hook):
         )
         return answers[-1]
 
-    def on_end(self, finished: SelectionEnd) -> None:
+    def on_end(self, end: SelectionEnd) -> None:
         """Notify every hook.
 
         Raises:
             HookError: a hook that is not required had failed earlier.
         """
-        self._call_each(lambda hook: hook.on_end(finished))
+        self._call_each(lambda hook: hook.on_end(end))
         for fault in self._faults.values():
             raise fault
 
@@ -131,7 +133,7 @@ class Run(Listener):
     folder: RunFolder
     hooks: Hooks
     records: Records
-    # Its first record, or other settings with which it continues; None: as it was.
+    # The first record, or the settings with which the run continues; None if they are unchanged.
     start_record: RunStarted | RunContinued | None
 
     def on_event(self, event: Event) -> None:
@@ -153,12 +155,17 @@ class HookError(RunError):
     """A hook failed, or another step without which a run is complete."""
 
 
-class wrap_hook_errors:  # no `contextmanager`, which lets a StopIteration pass that a RunError is raised from
-    """A block whose fault is reported in one line that names it. Errors that are reported in one line already pass.
+def wrap_hook_errors(name: str) -> AbstractContextManager[None]:
+    """Report an error of the block in one line that names it. Errors that already have such a line pass unchanged.
 
     Raises:
         HookError: the block raised another exception.
     """
+    return _HookErrorWrapper(name)
+
+
+class _HookErrorWrapper(AbstractContextManager[None]):
+    # Not a `contextmanager` function, which would not let a RunError be raised from a StopIteration.
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -171,5 +178,5 @@ class wrap_hook_errors:  # no `contextmanager`, which lets a StopIteration pass 
     ) -> None:
         if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
             return
-        advice = "what has finished is kept, and the same call resumes"
+        advice = "finished trials are kept, and the same call resumes"
         raise HookError(f"{self._name} failed ({describe_error(error)}); {advice}") from error

@@ -48,10 +48,10 @@ def parse_line(line: bytes) -> JournalRecord | str:
     """Parse a line without its line end. Return the record, or a description of the damage, printed after `journal.jsonl:5: `."""
     sealed = _SEAL.search(line)
     if sealed is None:
-        return "damaged: it has no length and checksum at its end"
+        return "damaged: the length and the checksum at its end are missing"
     body, length, checksum = line[: sealed.start()], int(sealed[1]), int(sealed[2], 16)
     if len(body) != length:
-        return f"damaged: {len(body)} bytes where {length} were written"
+        return f"damaged: it has {len(body)} bytes, but {length} were written"
     if zlib.crc32(body) != checksum:
         return "damaged: its checksum does not match"
     try:
@@ -59,7 +59,7 @@ def parse_line(line: bytes) -> JournalRecord | str:
     except ValidationError as error:
         return f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})"
     if record.schema_version != SCHEMA_VERSION:
-        return f"schema {record.schema_version}, and this version reads {SCHEMA_VERSION}: use the version that wrote it"
+        return f"schema {record.schema_version}, but this version reads {SCHEMA_VERSION}: use the version that wrote it"
     return record
 
 
@@ -76,7 +76,7 @@ Notice = Callable[[str], None]
 class RepairResult:
     """The result of a repair."""
 
-    num_intact: int  # records
+    num_intact: int  # intact records
     num_damaged: int  # damaged lines
     damaged_file: Path | None  # the file with the damaged lines; None: nothing was damaged
 
@@ -98,7 +98,7 @@ class Journal:
             end = file.seek(0, os.SEEK_END)
             try:
                 remaining = memoryview(seal(record.model_dump_json().encode()) + b"\n")
-                while remaining:  # a disk that fills up accepts a part first and then raises an error
+                while remaining:  # a disk that is almost full accepts some bytes and then raises an error
                     remaining = remaining[os.write(file.fileno(), remaining) :]
                 os.fsync(file.fileno())
             except OSError:
@@ -167,7 +167,7 @@ class Journal:
     def _parse_records(self, body: bytes) -> list[JournalRecord]:
         records: list[JournalRecord] = []
         damaged: list[str] = []
-        for number, line in enumerate(BytesIO(body), start=1):  # one by one: a list of all takes as much memory again
+        for number, line in enumerate(BytesIO(body), start=1):  # line by line, since a list of all lines would double the memory
             record = parse_line(line[:-1])
             if isinstance(record, str):
                 damaged.append(f"{number}: {record}")

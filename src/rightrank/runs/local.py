@@ -26,10 +26,10 @@ from rightrank.train.trial import TrialFolders
 class LoadedSelection(PreparedSelection):
     """A prepared selection whose base and data are loaded."""
 
-    request: SelectionInputs  # as it is resumed
+    request: SelectionInputs  # with the settings with which the run began
     runtime: Runtime
-    planned: MemoryPlan | None  # None: an architecture that can't be planned
-    top_origin: str  # where the highest rank comes from, in words
+    planned: MemoryPlan | None  # None: the memory of this architecture can't be planned
+    top_origin: str  # why the highest rank was chosen, in words
 
     @property
     def base_identity(self) -> bytes:

@@ -46,15 +46,16 @@ class Plugin:
     hooks: Callable[[], Sequence[Any]] = tuple
     """New hooks for one selection; see `rightrank.hooks.Hook`."""
     executors: Mapping[str, Callable[..., AbstractContextManager[Any]]] = field(default_factory=dict)
-    """By a value of the setting `executor`: a function of the prepared selection, its folder, and the listener.
+    """By value of the setting `executor`: a function that takes the prepared selection, its folder, and the listener.
 
-    It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
+    It returns a context manager, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
     """
     memory_plan: Callable[..., MemoryPlan | None] = lambda *selection: None
-    """The memory of a selection's ranks, and those that fit; None where this plug-in can't tell.
+    """A function that plans the memory of a selection's ranks and returns those that fit, or None if it can't.
 
-    From the base (`LoadedModel`), the data (`EncodedData`), the classes of a classification (None for others), the `SelectSettings`, and
-    what receives each line for a person. Ranks that the user did not give may be chosen here. It raises SettingsError where fewer ranks fit than a comparison needs.
+    It takes the base (`LoadedModel`), the data (`EncodedData`), the classes of a classification (otherwise None), the
+    `SelectSettings`, and a function that receives each line for a person. It may choose ranks that the user did not give. It
+    raises SettingsError if fewer ranks fit than a comparison needs.
     """
 
 
@@ -62,12 +63,12 @@ class Plugin:
 class MemoryPlan:
     """The memory that each rank of a selection needs, and the ranks that fit."""
 
-    peak_bytes: Mapping[int, int]  # allocated by tensors at the peak, by rank
-    needed_bytes: Mapping[int, int]  # with what the process and the allocator hold besides
-    memory_bytes: int | None  # what there is; None: unknown, and every rank is kept
-    ranks: tuple[int, ...]  # those that fit, or all
-    max_adapters_per_pass: int | None  # of the highest rank, that fit; None: unknown, or one alone is asked for
-    # Bytes of tensors at the peak of these in one pass; None: not planned.
+    peak_bytes: Mapping[int, int]  # by rank: peak memory of tensors
+    needed_bytes: Mapping[int, int]  # by rank: peak memory including that of the process and the allocator
+    memory_bytes: int | None  # available memory; None: unknown, and all ranks are tried
+    ranks: tuple[int, ...]  # the ranks that fit, or all
+    max_adapters_per_pass: int | None  # adapters of the highest rank that fit; None: unknown, or the settings ask for one
+    # Returns the peak memory of tensors, in bytes, of training these ranks in one pass; None: not planned.
     predict_peak_bytes: Callable[[Sequence[int]], int | None]
 
 
@@ -103,7 +104,7 @@ def _load_plugins() -> dict[str, Plugin]:
     """Import all plug-ins: those of this package, then those of other distributions."""
     loaded: dict[str, Plugin] = {}
     loaders: list[tuple[str, Callable[[], Plugin]]] = []
-    # The folders here, whatever the installed metadata says: a source tree may be newer.
+    # Bundled plug-ins are found as folders, since a source tree may be newer than the installed metadata.
     with suppress(ModuleNotFoundError):
         names = [module.name for module in iter_modules(import_module(GROUP).__path__)]
         loaders = [(name, partial(_load_bundled, name)) for name in names]
@@ -132,7 +133,7 @@ def _find_installed() -> Iterator[tuple[str, Callable[[], Plugin]]]:
     """Yield the plug-ins that other distributions name in the entry point group."""
     if not any(map(_has_entry_point, sys.path)):
         return
-    from importlib.metadata import entry_points  # reads every distribution: not before one is known to be there
+    from importlib.metadata import entry_points  # slow: it reads every distribution
 
     for entry in entry_points(group=GROUP):
         yield entry.name, entry.load

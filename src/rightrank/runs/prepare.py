@@ -45,11 +45,11 @@ from rightrank.version import __version__
 
 Notice: TypeAlias = Callable[[str], None]
 
-METRIC_DATA_FORMS = (  # kind of metric, the form of data that it needs, and that form's columns
+METRIC_DATA_FORMS = (  # kind of metric, the form of data that it needs, and the columns of that form
     ("classes", "classification", "`text` and `label`"),
     ("pairs", "preference", "`prompt`, `chosen` and `rejected`"),
 )
-# A configuration's word for a token that sees those that follow: as BERT, as XLM, as XLNet
+# Values in the configurations of BERT, XLM and XLNet, whose tokens attend to later ones.
 BIDIRECTIONAL_VALUES = (("is_decoder", False), ("causal", False), ("attn_type", "bi"))
 
 
@@ -80,7 +80,7 @@ def prepare_selection(
     requested = request.settings.model_copy(update={"max_eval_examples": held_out})
     classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
     planned = find_first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, requested, notice))
-    settings = requested if planned is None else requested.model_copy(update={"ranks": planned.ranks})  # those that fit
+    settings = requested if planned is None else requested.model_copy(update={"ranks": planned.ranks})  # the ranks that fit
     examples = len(sources.encoded.splits["train"])
     steps = settings.count_training_steps(examples)
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
@@ -109,9 +109,9 @@ def _describe_top_rank(requested: SelectSettings, planned: MemoryPlan | None) ->
     if planned is not None and max(planned.ranks) < max(planned.peak_bytes):
         return "the largest that fits the memory"
     if "ranks" in requested.model_fields_set:
-        return "the largest asked for"
+        return "the largest that you gave"
     limited = planned is not None and max(planned.ranks) < max(requested.ranks)
-    return "the largest default that every matrix can have" if limited else "the default for every data set"
+    return "the largest default that every matrix supports" if limited else "the default for every data set"
 
 
 def _build_strategy(runtime: Runtime, settings: SelectSettings, steps: int, started: RunStarted) -> Strategy:
@@ -151,10 +151,10 @@ def _restore_settings(request: SelectionInputs, journal: Sequence[JournalRecord]
         return request
     settings = request.settings
     if "dtype" not in request.settings.model_fields_set:
-        settings = settings.model_copy(update={"dtype": first.select_settings.dtype})  # what auto meant
+        settings = settings.model_copy(update={"dtype": first.select_settings.dtype})  # the type that `auto` selected
     last = settled_start(journal).select_settings.max_eval_examples
     if last is not None and last > (settings.max_eval_examples or 0):
-        settings = settings.model_copy(update={"max_eval_examples": last})  # examples are added, and never taken away
+        settings = settings.model_copy(update={"max_eval_examples": last})  # a continued run may add examples, but not remove them
     return replace(request, settings=settings, original_settings=first.settings)
 
 
@@ -175,7 +175,7 @@ def _load_sources(request: SelectionInputs, loaded: LoadedModel | None, folder: 
     settings = request.settings
     require_metric_functions(settings)
     if isinstance(request.model, str) and request.tokenizer is not None:
-        raise SettingsError("tokenizer: a model given by name brings its own; leave it out")
+        raise SettingsError("tokenizer: a model that is given by name has its own tokenizer; leave tokenizer out")
     original_count = (request.original_settings or {}).get("max_eval_examples")
     data = Path(request.data) if isinstance(request.data, str) else request.data
     splits = load_data(data, settings, folder, original_count if isinstance(original_count, int) else None)
@@ -212,11 +212,11 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
         for kind, needed, columns in METRIC_DATA_FORMS:
             if spec.kind == kind and form != needed:
                 raise SettingsError(
-                    f"metric {spec.name!r} needs {columns}; the data has the form {form!r}: give metric 'loss'"
+                    f"metric {spec.name!r} needs {columns}, but the data has the form {form!r}: give metric 'loss'"
                 )
         if form == "text" and not spec.is_eval_metric:
             raise SettingsError(
-                f"metric {spec.name!r} needs the model to write for a prompt, and the data has the form {form!r}: "
+                f"metric {spec.name!r} needs text that the model generates for a prompt, but the data has the form {form!r}: "
                 "give `prompt` and `completion`, or metric 'loss'"
             )
 

@@ -1,5 +1,5 @@
-"""The whole job on one page: prepare, run trials, finish. Every selection runs through `select`: that of the command line, of Python, of a
-custom trainer, and the one at the end of a training.
+"""The whole job on one page: prepare, run trials, finish. Every selection runs through `select`: from the command line, from Python, with a
+custom trainer, and at the end of a training.
 
 A strategy requests arms, an executor runs them, and all events pass through `Run` to the journal and the hooks.
 The journal is the only state, so a run that was killed resumes where it stopped.
@@ -35,7 +35,7 @@ from rightrank.schema.settings import CONTINUABLE_SETTINGS, SelectSettings, sele
 from rightrank.schema.trials import OUTCOMES, Trial, TrialEvaluated, TrialFailed, TrialFinished, TrialOutcome, trial_id
 
 MAX_EXTENSIONS = 3
-MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
+MAX_FAILED_AT_START = 3  # if these fail and none finishes, the cause is not a single arm
 
 
 def select(request: SelectionRequest, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
@@ -58,8 +58,8 @@ def select(request: SelectionRequest, folder: RunFolder, hooks: Sequence[Hook]) 
             with run.selection.open_executor(folder, run, run.records) as executor:
                 run_trials(run, executor)
             decision = decide_training_rank(run) if run.selection.settings.goal == "training-rank" else None
-        except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as stopped:
-            run.on_event(RunStopped(reason=str(stopped)))
+        except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as error:
+            run.on_event(RunStopped(reason=str(error)))
             raise
         selected = finish_run(run, decision)
         if selected.cost["trainings"] == spent or extensions == MAX_EXTENSIONS:
@@ -91,7 +91,7 @@ def open_run(
         )
     if journal:
         _require_same_run(folder, journal[0], selection.started)
-    # The cause of a failure may have been removed since; a device's memory does not grow.
+    # A failed trial is run again, since its cause may have been removed. A device's memory does not grow.
     valid_records = (
         record for record in journal if not isinstance(record, TrialFailed) or record.error == "out_of_memory"
     )
@@ -134,7 +134,7 @@ def _extend_run(request: SelectionRequest, run: Run, selected: Selected) -> Run 
         return None
     try:
         extended_run = open_run(request.replace_settings(extended_settings), run.folder, run.hooks, run.selection)
-    except (ModelError, SettingsError) as error:  # no matrix has that rank, or it fits no memory
+    except (ModelError, SettingsError) as error:  # no matrix supports the rank, or it does not fit the memory
         run.hooks.send_notice(f"not extended: {error}")
         return None
     if set(extended_run.selection.settings.ranks) == set(settings.ranks) and extended_settings.ranks != settings.ranks:
@@ -192,12 +192,12 @@ def run_trials(run: Run, executor: Executor) -> None:
             run.on_event(_add_predicted_memory(run, outcome))
             failed = [trial for trial in run.records.outcomes if isinstance(trial, TrialFailed) and trial.rank > 0]
             # The base of a custom trainer may have a value although no training works.
-            is_own = run.selection.started.is_custom_trainer
-            has_result = any(trial.rank > 0 or not is_own for trial in run.records.finished())
+            is_custom = run.selection.started.is_custom_trainer
+            has_result = any(trial.rank > 0 or not is_custom for trial in run.records.finished())
             if len(failed) >= MAX_FAILED_AT_START and not has_result:
                 raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
             if outcome.rank == 0:
-                break  # trials are judged against the base's loss, which is known now
+                break  # the next trials are run with the base's loss, which is known now
 
 
 def decide_training_rank(run: Run) -> Decision:
@@ -214,7 +214,7 @@ def decide_training_rank(run: Run) -> Decision:
             return add_base_note(decide_run(run.records), run.records)
     except ResultsError:
         raise AllTrialsFailedError(
-            f"fewer than two ranks have a whole training: there is nothing to compare{first_reason}; "
+            f"fewer than two ranks have a full training, so there is nothing to compare{first_reason}; "
             f"{run.selection.advice}, or a larger budget"
         ) from None
 
@@ -240,7 +240,7 @@ def _add_predicted_memory(run: Run, outcome: TrialOutcome) -> TrialOutcome:
     predicted = run.selection.predict_peak_bytes([outcome.rank])
     if predicted is None or not isinstance(outcome, TrialFailed) or outcome.error != "out_of_memory":
         return outcome
-    return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {format_bytes(predicted)}"})
+    return outcome.model_copy(update={"reason": f"{outcome.reason}; the memory plan predicted {format_bytes(predicted)}"})
 
 
 def _find_changed_settings(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:

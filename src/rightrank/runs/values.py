@@ -37,7 +37,7 @@ class SelectionInputs:
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
     settings: SelectSettings
-    original_settings: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
+    original_settings: Mapping[str, Any] | None = None  # of a resumed run: the settings with which it began
 
     @property
     def model_name(self) -> str:
@@ -47,7 +47,7 @@ class SelectionInputs:
     def data_name(self) -> str:
         if not isinstance(self.data, str | Path):
             return f"in memory ({type(self.data).__name__})"
-        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
+        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file name may contain bytes that JSON can't hold
 
 
 def validate_inputs(request: SelectionInputs) -> None:
@@ -83,19 +83,19 @@ def validate_inputs(request: SelectionInputs) -> None:
         and normalize_model_name(stated_base) != normalize_model_name(name)
     ):
         raise ModelError(
-            f"base_model_name_or_path: got {stated_base!r}, and the model is {name!r}; give that model, or leave base_model_name_or_path out"
+            f"base_model_name_or_path: got {stated_base!r}, but the model is {name!r}; give that model, or leave base_model_name_or_path out"
         )
     odd = next((rank for rank in settings.ranks if rank % 2), None)
     if odd is not None and settings.init_lora_weights == "orthogonal":
         raise SettingsError(
-            f"init_lora_weights orthogonal: PEFT makes it at even ranks, got rank {odd}; give even ranks"
+            f"init_lora_weights 'orthogonal': PEFT supports only even ranks, got rank {odd}; give even ranks"
         )
     if settings.executor != "local" and settings.executor not in collect_mapping(lambda plugin: plugin.executors):
-        raise SettingsError(f"executor {settings.executor!r} needs the plug-in cluster, which is not there")
-    for what, given in (("model", request.model), ("data", request.data)):
-        if settings.executor != "local" and not isinstance(given, str | Path):
+        raise SettingsError(f"executor {settings.executor!r} needs the plug-in 'cluster', which is not installed")
+    for label, value in (("model", request.model), ("data", request.data)):
+        if settings.executor != "local" and not isinstance(value, str | Path):
             raise SettingsError(
-                f"executor {settings.executor!r}: the {what} is in memory, which workers can't read; "
+                f"executor {settings.executor!r}: the {label} is in memory, which workers can't read; "
                 "give a path or a name, or executor 'local'"
             )
 
@@ -120,12 +120,12 @@ def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
     cost = make_strategy(settings.strategy, space).estimate_cost()
     trainings = round(cost.expected - cost.expected_until_adapter, 2)
     noun = "training" if trainings == 1 else "trainings"
-    cost_text = f"about {trainings:.2g} more {noun}" if trainings else "no further training"
+    cost_text = f"about {trainings:.2g} more {noun}" if trainings else "no more trainings"
     option = "" if ranks_to_compare == ranks else f" --ranks {','.join(map(str, ranks_to_compare))}"
     sentence = (
-        f"An estimate, not evidence: the rank to train at probably is {rank_range}, since the smallest truncation that loses at "
-        f"most the margin has rank {smallest_holding_truncation(answer)}. To show it takes {cost_text}: run the same command with "
-        f"--goal training-rank{option}."
+        f"An estimate, not evidence: the training rank is probably {rank_range}, because the smallest truncation that loses at "
+        f"most the margin has rank {smallest_holding_truncation(answer)}. Measuring it takes {cost_text}: run the same command "
+        f"with --goal training-rank{option}."
     )
     return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
 
@@ -153,10 +153,10 @@ class Selected:
     run: Path
     # The smallest adapter within the margin, in `adapter/`; None if a custom trainer saved none.
     adapter: SelectedRank | None
-    training: SelectedRank | None  # the rank to train at; None with goal "adapter"
+    training: SelectedRank | None  # None with goal "adapter"
     report: Path
-    build_answers: Answers  # both; its `document()` is the object of decision.json
-    # Each next run as a command that can be pasted, where one continues this run.
+    answers: Answers  # deployment rank and training rank; `document()` returns the content of decision.json
+    # For each next run, the command that continues this run; None if there is none.
     next_commands: Sequence[str | None] = ()
     adapters: list[AdapterCandidate] = field(default_factory=list)  # every adapter of the run against the reference
 
@@ -223,7 +223,7 @@ class Selected:
         if self.decision_or_none is not None:
             rows += [("training rank", view.training_rank), ("verdict", view.verdict), ("", view.safe_choice)]
         rows += view.build_next_rows()[:2]
-        if self.adapter is not None:  # a custom trainer may save none
+        if self.adapter is not None:  # a custom trainer may save no adapter
             rows.append(("use", self.advice))
         rows.append(("report", str(self.report)))
         return "\n".join(format_labelled_rows(rows, 15))

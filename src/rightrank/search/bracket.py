@@ -60,7 +60,7 @@ class Bracket(Strategy):
             return _predicted_rank(trials, second)
         return (space.get_lower_rank(start) or start) if start == space.top else start
 
-    def unbounded_cost(self) -> CostEstimate:
+    def estimate_unbounded_cost(self) -> CostEstimate:
         space = self.space
         search, search_at_most, least = find_learning_rate_cost(space)
         # All learning rates at the top, three at every other rank, and every further seed.
@@ -124,7 +124,7 @@ class Grid(Strategy):
         learning_rate = min(space.learning_rates, key=lambda lr: (trials.get_training_loss(space.top, lr), lr))
         yield from _answer_adapter_question(trials, learning_rate)
 
-    def unbounded_cost(self) -> CostEstimate:
+    def estimate_unbounded_cost(self) -> CostEstimate:
         cells = self._count_cells()
         return CostEstimate(cells, cells, cells, 2.0, 1 + cells + _truncations(self.space))
 
@@ -200,7 +200,11 @@ def settle(trials: Trials) -> Requests:
         chosen, best = trials.find_smallest_rank(), trials.find_reference()
         if chosen is None or best is None:
             return
-        above = space.get_higher_rank(best) if space.top in trials.list_ranks() and not trials.is_within_margin(space.top) else None
+        above = (
+            space.get_higher_rank(best)
+            if space.top in trials.list_ranks() and not trials.is_within_margin(space.top)
+            else None
+        )
         below = space.get_lower_rank(chosen)
         asked = {arm.rank for arm in trials.outcomes if arm.truncate_from is None}  # whatever the outcome
         rank = next((rank for rank in (above, below) if rank is not None and rank not in asked), None)
@@ -224,6 +228,8 @@ def confirm(trials: Trials) -> Requests:
         above = [rank for rank in trials.list_ranks() if rank > reference]
         rival = min(above, key=lambda rank: (trials.compute_best_loss(rank), rank), default=reference)
         best = {rank: trials.find_best_learning_rate(rank) for rank in (chosen, lower, reference, rival)}
-        yield [space.make_arm(rank, lr, seed) for rank, lr in best.items() if lr is not None for seed in space.seeds[1:]]
+        yield [
+            space.make_arm(rank, lr, seed) for rank, lr in best.items() if lr is not None for seed in space.seeds[1:]
+        ]
         if trials.find_smallest_rank() == chosen and trials.find_reference() == reference:
             return

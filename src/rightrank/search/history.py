@@ -173,14 +173,19 @@ class Trials:
         Learning rates at which some seed collapsed are left out.
         """
         collapsing = {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
-        trials = {lr: self.get_trials_by_seed(rank, lr) for lr in sorted(self._index_trainings().get(rank, {}).keys() - collapsing)}
+        trials = {
+            lr: self.get_trials_by_seed(rank, lr)
+            for lr in sorted(self._index_trainings().get(rank, {}).keys() - collapsing)
+        }
         if not trials:
             return None
 
         def is_surely_lower(rate: float, other_rate: float) -> bool:
             return _compute_excess(of_shared_seeds(trials[rate], trials[other_rate]), self.space).high < 0
 
-        losses = {lr: {seed: orient_value(t, self.space) for seed, t in by_seed.items()} for lr, by_seed in trials.items()}
+        losses = {
+            lr: {seed: orient_value(t, self.space) for seed, t in by_seed.items()} for lr, by_seed in trials.items()
+        }
         return best_learning_rate(losses, is_surely_lower)
 
     def get_trials_by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
@@ -192,7 +197,11 @@ class Trials:
         learning_rate = self.find_best_learning_rate(rank)
         if learning_rate is None:
             return math.inf
-        return float(np.mean([orient_value(trial, self.space) for trial in self.get_trials_by_seed(rank, learning_rate).values()]))
+        return float(
+            np.mean(
+                [orient_value(trial, self.space) for trial in self.get_trials_by_seed(rank, learning_rate).values()]
+            )
+        )
 
     def find_reference(self) -> int | None:
         """Return the rank with the best mean, compared on shared seeds."""
@@ -207,7 +216,9 @@ class Trials:
     def compute_excess(self, rank: int, reference: int) -> Bounds:
         """Return how much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
         rates = [(compared_rank, self.find_best_learning_rate(compared_rank)) for compared_rank in (rank, reference)]
-        rank_trials, reference_trials = ({} if lr is None else self.get_trials_by_seed(compared_rank, lr) for compared_rank, lr in rates)
+        rank_trials, reference_trials = (
+            {} if lr is None else self.get_trials_by_seed(compared_rank, lr) for compared_rank, lr in rates
+        )
         pairs = of_shared_seeds(rank_trials, reference_trials)
         return _compute_excess(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
@@ -216,7 +227,9 @@ class Trials:
         reference = self.find_reference()
         if reference is None or rank not in self.list_ranks() or rank == reference:
             return rank == reference
-        return is_within(self.compute_excess(rank, reference).mean, self.space.get_margin(self.compute_best_loss(reference)))
+        return is_within(
+            self.compute_excess(rank, reference).mean, self.space.get_margin(self.compute_best_loss(reference))
+        )
 
     def find_smallest_rank(self) -> int | None:
         """Return the result of the walk down from the reference over the trained ranks."""
@@ -264,11 +277,20 @@ def _compute_mean_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]
 
 def _estimate_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> Estimate | None:
     """Return the paired difference with its variance between examples; None if a pair has no scores by example."""
-    score_pairs = [(trial.get_weighted_scores(space.metric), reference.get_weighted_scores(space.metric)) for trial, reference in pairs]
-    complete_pairs = [(trial_scores, reference_scores) for trial_scores, reference_scores in score_pairs if trial_scores and reference_scores and len(trial_scores[0]) == len(reference_scores[0]) > 1]
+    score_pairs = [
+        (trial.get_weighted_scores(space.metric), reference.get_weighted_scores(space.metric))
+        for trial, reference in pairs
+    ]
+    complete_pairs = [
+        (trial_scores, reference_scores)
+        for trial_scores, reference_scores in score_pairs
+        if trial_scores and reference_scores and len(trial_scores[0]) == len(reference_scores[0]) > 1
+    ]
     if len(complete_pairs) < len(pairs):
         return None
-    differences = np.array([np.subtract(trial_scores[0], reference_scores[0]) for trial_scores, reference_scores in complete_pairs])
+    differences = np.array(
+        [np.subtract(trial_scores[0], reference_scores[0]) for trial_scores, reference_scores in complete_pairs]
+    )
     weights = np.asarray(complete_pairs[0][0][1], dtype=np.float64)
     score_range = span_of(space.kind, [scores for pair in complete_pairs for scores, _ in pair], weights)
     groups = groups_of(pairs[0][0].example_groups, len(weights))

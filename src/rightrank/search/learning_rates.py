@@ -59,7 +59,9 @@ def find_learning_rate(trials: Trials, rank: int) -> Choice:
         winner = yield from _climb_looks(trials, rank, part)
         if winner is not None:
             yield from _finish(trials, rank, winner, part)
-        if winner is not None or any(trials.has_diverged(_early_arm(space, rank, lr, part)) for lr in space.learning_rates):
+        if winner is not None or any(
+            trials.has_diverged(_early_arm(space, rank, lr, part)) for lr in space.learning_rates
+        ):
             break
     if trials.find_best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
         yield from _climb(trials, rank)
@@ -208,9 +210,9 @@ def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> boo
 
 
 def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
-    """Train `rank` at `learning_rate`, and at neighbouring learning rates until one makes it hold.
+    """Train `rank` at `get_learning_rate`, and at neighbouring learning rates until one makes it hold.
 
-    The latter are trained whole only where their look beats that of `learning_rate`.
+    The latter are trained whole only where their look beats that of `get_learning_rate`.
     """
     yield from _train(trials, rank, learning_rate)
     for neighbour in _promising_neighbours(trials, rank, learning_rate):
@@ -238,7 +240,9 @@ def _train(trials: Trials, rank: int, learning_rate: float) -> Requests:
 def _challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
     """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
     space = trials.space
-    looked = (part for part in (LOOK, QUARTER) if trials.get_finished(_early_arm(space, rank, holder, part)) is not None)
+    looked = (
+        part for part in (LOOK, QUARTER) if trials.get_finished(_early_arm(space, rank, holder, part)) is not None
+    )
     part = next(looked, None)
     if part is None or not _can_look(space):
         yield [space.make_arm(rank, challenger)]
@@ -253,9 +257,9 @@ def _challenge(trials: Trials, rank: int, holder: float, challenger: float) -> R
 
 
 def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
-    """Return the neighbours of `learning_rate` with which `rank` may be within the margin, the better one at the top rank first.
+    """Return the neighbours of `get_learning_rate` with which `rank` may be within the margin, the better one at the top rank first.
 
-    If `learning_rate` gave no result, return both. Otherwise return a neighbour at which the top rank is about as good, unless the
+    If `get_learning_rate` gave no result, return both. Otherwise return a neighbour at which the top rank is about as good, unless the
     rank fails by far; and the higher neighbour if the rank is undertrained.
     """
     space = trials.space
@@ -266,7 +270,8 @@ def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Se
         limit = MAX_DEFICIT_AT_TOP * space.get_margin(trials.compute_best_loss(space.top))
         reference = trials.find_reference()
         fails_by_far = reference is not None and not is_within(
-            trials.compute_excess(rank, reference).mean, MAX_RECOVERABLE_EXCESS * space.get_margin(trials.compute_best_loss(reference))
+            trials.compute_excess(rank, reference).mean,
+            MAX_RECOVERABLE_EXCESS * space.get_margin(trials.compute_best_loss(reference)),
         )
         is_slow = _is_undertrained(trials, rank, learning_rate)
         neighbours = [

@@ -28,7 +28,7 @@ class CostEstimate:
 
 
 class Strategy(ABC):
-    """Decides which arms to train next, keeps to the budget.
+    """Decides which arms to train next, within the budget.
 
     A subclass defines `name` and `script`. These rules hold for every name in `STRATEGIES` (`tests/search/test_conformance.py`):
 
@@ -37,13 +37,13 @@ class Strategy(ABC):
     - Every arm lies in the space: a rank, a learning rate and a seed of the space, or the truncation of a finished trial.
       The base arm comes first.
     - `ask` returns only arms without an outcome, and no arm twice.
-    - `ask` returns an empty sequence in the end, whichever trials fail or diverge. A failed trial is a missing cell and
+    - `ask` eventually returns an empty sequence, whichever trials fail or diverge. A failed trial is a missing cell and
       no evidence against its rank.
     - Arms and steps stay within `estimate_cost().max_arms`, `estimate_cost().maximum` and the budget of the space.
-    - Outcomes of arms that the strategy did not ask for change nothing.
+    - Outcomes of arms that the strategy did not request change nothing.
 
-    `unbounded_cost` holds for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
-    three stages; a subclass states tighter or other bounds.
+    `estimate_unbounded_cost` holds for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
+    three stages; a subclass defines tighter or other bounds.
 
     For example::
 
@@ -65,8 +65,8 @@ class Strategy(ABC):
     def script(self, trials: Trials) -> Requests:
         """Yield the arms to run, in turn. After a `yield`, `trials` holds the outcomes of all arms yielded so far."""
 
-    def unbounded_cost(self) -> CostEstimate:
-        """The cost without a budget."""
+    def estimate_unbounded_cost(self) -> CostEstimate:
+        """Estimate the cost without a budget."""
         cells = self._count_cells()
         return CostEstimate(cells, cells, cells, len(self.space.learning_rates) + 1.0, 1 + 3 * cells)
 
@@ -81,7 +81,7 @@ class Strategy(ABC):
 
     def estimate_cost(self) -> CostEstimate:
         """Estimate the cost before anything has run, at most the budget of the space, including the base if the space evaluates it."""
-        cost, budget, space = self.unbounded_cost(), self.space.budget_steps, self.space
+        cost, budget, space = self.estimate_unbounded_cost(), self.space.budget_steps, self.space
         maximum = cost.maximum if budget is None else min(cost.maximum, budget / space.steps)
         arms = cost.max_arms - 1 + int(space.evaluates_base)
         expected, to_adapter = min(cost.expected, maximum), min(cost.expected_until_adapter, maximum)
@@ -98,7 +98,9 @@ class Strategy(ABC):
     def _replay(self, outcomes: Iterable[TrialOutcome]) -> tuple[Trials, list[Arm]]:
         """Replay the script; return its trials and the arms that it waits for."""
         trials, outcomes_by_arm = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}
-        finished = {outcome.trial_id: outcome for outcome in outcomes_by_arm.values() if isinstance(outcome, TrialFinished)}
+        finished = {
+            outcome.trial_id: outcome for outcome in outcomes_by_arm.values() if isinstance(outcome, TrialFinished)
+        }
         limits = self.space.budget_steps, self.space.budget_seconds
         most_steps, most_seconds = (math.inf if limit is None else limit for limit in limits)
         spent_steps, spent_seconds = 0, 0.0

@@ -43,7 +43,7 @@ class Upward(Strategy):
             if best is not None and lower_ranks and not self.has_gain(trials, rank, lower_ranks):
                 return
 
-    def unbounded_cost(self) -> CostEstimate:
+    def estimate_unbounded_cost(self) -> CostEstimate:
         seeds, learning_rates = len(self.space.seeds), len(self.space.learning_rates)
         expected = learning_rates + min(1 + 2 * NEIGHBOUR_COUNT, learning_rates) + 2.0 * (seeds - 1)
         maximum = float(self._count_cells())

@@ -95,7 +95,9 @@ def _require_named_base(adapter: AdapterFolder, name: str) -> None:
         ) from None
 
 
-def report_evaluation_progress(runtime: Runtime, description: str, report: Callable[[EvaluationProgress], None]) -> None:
+def report_evaluation_progress(
+    runtime: Runtime, description: str, report: Callable[[EvaluationProgress], None]
+) -> None:
     """Report the progress of the runtime's evaluations under `description` from now on."""
     start_time = time.perf_counter()
 

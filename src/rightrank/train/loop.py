@@ -224,7 +224,9 @@ class _TrainingLoop:
     def _reduce_limit(self, limit: int, attempted: int) -> None:
         self._limit = limit
         device = self._runtime.loaded.device
-        self._listener.send_notice(f"{attempted} adapters per pass ran out of memory on {device}: continuing with {limit}")
+        self._listener.send_notice(
+            f"{attempted} adapters per pass ran out of memory on {device}: continuing with {limit}"
+        )
 
     def _remove_ended(self) -> Iterator[TrialOutcome]:
         """Remove the arms that have ended and yield their outcomes, failures first."""

@@ -105,7 +105,9 @@ class Runtime:
                 seconds = time.perf_counter() - start_time
                 description = "frozen layers, once for all trials"
                 on_progress(
-                    EvaluationProgress(what=description, examples=num_done, total_examples=len(expected), seconds=seconds)
+                    EvaluationProgress(
+                        what=description, examples=num_done, total_examples=len(expected), seconds=seconds
+                    )
                 )
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")

@@ -280,7 +280,10 @@ def _require_initial_values(module: TargetModule, skeleton: Any, init_method: st
     layer = None if problem else skeleton.get_submodule(module.name).get_base_layer()
     if init_method == "olora" and type(layer).__name__ == "Conv1D":
         problem = "is a Conv1D, of which PEFT's OLoRA takes the transposed matrix"
-    if init_method in BASE_DEPENDENT_INITIALIZATIONS and getattr(skeleton.config, "quantization_config", None) is not None:
+    if (
+        init_method in BASE_DEPENDENT_INITIALIZATIONS
+        and getattr(skeleton.config, "quantization_config", None) is not None
+    ):
         problem = "is stored in fewer bits, and it takes its first values out of whole weights"
     if problem:
         raise ModelError(

@@ -34,7 +34,7 @@ class RayWorker(Worker):
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._sent: queue.SimpleQueue[WorkerMessage | None] = queue.SimpleQueue()
-        super().__init__(setup, self._sent.set_parameters)
+        super().__init__(setup, self._sent.put)
         threading.Thread(target=self.run, daemon=True).start()
 
     def close(self) -> None:

@@ -114,7 +114,7 @@ class Worker(Listener):
         else:
             self._stop.set()
         if not isinstance(command, StopTask):
-            self._tasks.set_parameters(command)
+            self._tasks.put(command)
 
     def run(self) -> None:
         """Send `WorkerReady`, then run the received tasks."""
