@@ -24,7 +24,7 @@ from rightrank.models.kinds import find_kind
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.truncation import Moments, save_moments
 from rightrank.schema.trials import Arm
-from rightrank.train.device import catch_out_of_memory
+from rightrank.train.device import catch_memory_errors
 from rightrank.train.multi_lora import ADAPTER, find_lora_modules
 from rightrank.train.runtime import Runtime, attach_adapter
 
@@ -82,7 +82,7 @@ def gather_moments(
             read = sum(example.length for example in encoded)
             yield len(indices), read, sum(map(runtime.data.loss_weight, encoded))
 
-    with catch_out_of_memory() as reasons, runtime.use_gradient_checkpointing(), runtime.disable_dropout():
+    with catch_memory_errors() as reasons, runtime.use_gradient_checkpointing(), runtime.disable_dropout():
         gathered = accumulate_moments(peft_model, linear_names, run_passes())
     if reasons:
         return GatheredMoments({}, 0, 0, (f"no moments for truncation: {reasons[0]}; the plain SVD is used",))

@@ -21,7 +21,7 @@ _RESET_PEAK_COMMAND = "5"  # Linux: reset the peak resident set (man 5 proc)
 
 
 @contextmanager
-def catch_out_of_memory() -> Iterator[list[str]]:
+def catch_memory_errors() -> Iterator[list[str]]:
     """Leave the block if memory runs out; the yielded list then holds the reason.
 
     No traceback keeps the tensors of the failed pass alive afterwards.

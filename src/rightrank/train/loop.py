@@ -20,7 +20,7 @@ from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.train.batches import Batch
 from rightrank.train.covariances import ensure_moments
-from rightrank.train.device import catch_out_of_memory, free_memory, read_peak_bytes, reset_peak_memory
+from rightrank.train.device import catch_memory_errors, free_memory, read_peak_bytes, reset_peak_memory
 from rightrank.train.metrics import measure_metrics
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.optimizer import Progress, take_step
@@ -143,7 +143,7 @@ class _TrainingLoop:
                 self._listener.on_event(TrialStarted(**trial.fields))
                 self._started.add(trial.trial_id)
             folders = self._folders(trial)
-            with catch_out_of_memory() as reasons:
+            with catch_memory_errors() as reasons:
                 training = ArmTraining(self._runtime, trial, self._multi_lora, self._base_loss, folders, self._listener)
                 self._running.append(training)
             if reasons:
@@ -162,7 +162,7 @@ class _TrainingLoop:
 
     def _step(self) -> None:
         """Take one step of every running arm. If memory runs out, continue with fewer arms."""
-        with catch_out_of_memory() as reasons:
+        with catch_memory_errors() as reasons:
             self._step_all()
         if not reasons:
             return
@@ -203,7 +203,7 @@ class _TrainingLoop:
         """
         adapters = [training.adapter for training in trainings]
         start_time = time.perf_counter()
-        with catch_out_of_memory() as reasons:
+        with catch_memory_errors() as reasons:
             all_scores = evaluate_adapters(self._runtime, self._multi_lora, adapters, trainings[0].uses_eval_subset)
         if not reasons:
             seconds = (time.perf_counter() - start_time) / len(trainings)

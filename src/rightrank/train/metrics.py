@@ -86,13 +86,13 @@ def score_macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[f
     that only a few matrices have to be scored.
     """
     pairs = Counter(zip(expected, predicted, strict=True))
-    whole, count = _compute_macro_f1(pairs), pairs.total()
+    value, count = _compute_macro_f1(pairs), pairs.total()
     if count < 2:
-        return whole, [whole]
+        return value, [value]
     by_pair = {pair: _compute_macro_f1(pairs - Counter([pair])) for pair in pairs}
     leave_one_out = [by_pair[pair] for pair in zip(expected, predicted, strict=True)]
     mean = sum(leave_one_out) / count
-    return whole, [whole + (count - 1) * (mean - value) for value in leave_one_out]
+    return value, [value + (count - 1) * (mean - score) for score in leave_one_out]
 
 
 def _compute_macro_f1(pairs: Counter[tuple[str, str]]) -> float:

@@ -54,7 +54,7 @@ def _forward_saved_module(
     if len(routing.adapters) == 1:
         return module.modules_to_save[routing.adapters[0]](x, *args, **kwargs)
     dim = 1 if x.shape[0] == 1 else 0  # packed: one row of tokens; padded: one row per example
-    segments = routing.parts(x.shape[dim])
+    segments = routing.find_spans(x.shape[dim])
     inputs = torch.split(x, [segment.rows for segment in segments], dim=dim)
     outputs = [
         module.modules_to_save[segment.adapter](segment_input, *args, **kwargs)
@@ -132,7 +132,7 @@ class MultiLora:
                 if adapter in module.lora_A or adapter in module.lora_embedding_A:
                     max_rank = max(self._settings.ranks, default=1)
                     draw = InitialDraw(arm.seed, name, init_method, max_rank, self._first_factors)
-                    find_kind(module).start(module, adapter, draw)
+                    find_kind(module).initialize(module, adapter, draw)
         self._activate_adapters()
         parameters: dict[str, torch.nn.Parameter] = {}
         for name, parameter in self.peft_model.named_parameters():
@@ -174,11 +174,11 @@ class MultiLora:
         names = [arm_batch.adapter for arm_batch in arm_batches]
         seeds = [arm_batch.dropout_seed for arm_batch in arm_batches]
         if packed:
-            self.routing = Routing.packed(names, seeds, [arm_batch.batch.tokens for arm_batch in arm_batches])
+            self.routing = Routing.from_packed(names, seeds, [arm_batch.batch.tokens for arm_batch in arm_batches])
         else:
             rows = [arm_batch.batch.sequences for arm_batch in arm_batches]
             lengths = [arm_batch.batch.input_ids.shape[1] for arm_batch in arm_batches]
-            self.routing = Routing.padded(names, seeds, rows, lengths)
+            self.routing = Routing.from_padded(names, seeds, rows, lengths)
         try:
             yield batch, self.routing
         finally:

@@ -20,7 +20,7 @@ from rightrank.schema.errors import MultiLoraError
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch, batch_by_length
-from rightrank.train.device import catch_out_of_memory, free_memory
+from rightrank.train.device import catch_memory_errors, free_memory
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.optimizer import ArmOptimizer, make_schedule, take_step
 from rightrank.train.runtime import Runtime
@@ -78,7 +78,7 @@ class Pace:
 
 def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
     """Train a temporary adapter of `arm` for a few steps and evaluate it on a batch; return None if memory runs out."""
-    with catch_out_of_memory():
+    with catch_memory_errors():
         return _time_training(runtime, arm)
     free_memory(runtime.loaded.device)
     return None
@@ -168,7 +168,7 @@ def find_multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | Non
     if reason is not None:
         return reason
     try:
-        with catch_out_of_memory() as reasons:
+        with catch_memory_errors() as reasons:
             shared, alone = _compute_probe_losses(runtime, arms[:2])
     except MultiLoraError as error:
         return str(error)
@@ -184,7 +184,7 @@ def _find_fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_
     """Double the number of adapters up to `limit` while that saves time; stop when memory runs out."""
     best, count = _measure_seconds_per_arm(runtime, arms[:1]), 1
     while count * 2 <= min(limit, len(arms)):
-        with catch_out_of_memory() as reasons:
+        with catch_memory_errors() as reasons:
             seconds = _measure_seconds_per_arm(runtime, arms[: count * 2])
         if reasons or seconds > MAX_TIME_RATIO * best:
             break

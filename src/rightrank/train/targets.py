@@ -20,7 +20,7 @@ from rightrank.models.kinds import WRAPPER_SUFFIX, find_kind
 from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.ranks import convert_scaling
-from rightrank.schema.errors import ModelError, suggest_name, get_first_line
+from rightrank.schema.errors import ModelError, get_first_line, suggest_name
 from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS, PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
 
@@ -252,7 +252,7 @@ def find_adapted_matrices(model: Any) -> Iterator[TargetModule]:
         if not isinstance(module, LoraLayer):
             continue
         kind, name = find_kind(module), path.replace(WRAPPER_SUFFIX, "")
-        for matrix_name, rows, columns in kind.shapes(module):
+        for matrix_name, rows, columns in kind.get_shapes(module):
             yield TargetModule(f"{name}.{matrix_name}" if matrix_name else name, columns, rows, kind)
 
 
