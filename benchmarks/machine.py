@@ -1,4 +1,4 @@
-"""What a benchmark's figures depend on: printed by every one of them."""
+"""Describe the machine that a benchmark runs on; every benchmark prints it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def machine() -> dict[str, str]:
-    """Cores, memory, system and versions; no names."""
+def describe_machine() -> dict[str, str]:
+    """Return cores, memory, system and versions, without names."""
     memory = next(
         (line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")), "0"
     )
@@ -23,6 +23,6 @@ def machine() -> dict[str, str]:
     }
 
 
-def machine_text(facts: Mapping[str, str]) -> str:
-    """The facts of `machine()` in one line of a page."""
+def format_machine(facts: Mapping[str, str]) -> str:
+    """Format the facts of `describe_machine` as one line of a page."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())

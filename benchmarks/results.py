@@ -1,4 +1,4 @@
-"""Stored results and grids on disk, plain or compressed by xz."""
+"""Read and write stored results and grids, plain or compressed by xz."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
-def store(result: Mapping[str, Any], out: Path | None) -> None:
-    """Write it to `out`, where one was given; called along the way, a program that is stopped leaves what it has."""
+def store_result(result: Mapping[str, Any], out: Path | None) -> None:
+    """Write the result to `out` if it is given. Programs call this repeatedly, so that a stopped run keeps its results."""
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a file, decompressed where its name ends with `.xz`."""
+    """Return the content of a file, decompressed if its name ends with `.xz`."""
     content = path.read_bytes()
     return lzma.decompress(content) if path.suffix == ".xz" else content
 

@@ -1,4 +1,4 @@
-"""Small random models and data for runs that measure no quality: nothing is downloaded."""
+"""Create small random models and data for runs that do not measure quality; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WORDS = [
     "at",
     "noon",
 ]
-SIZES: dict[str, Any] = {  # of a small random model, in the names of most configurations
+SIZES: dict[str, Any] = {  # sizes of a small random model, under the names that most configurations use
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -82,7 +82,7 @@ def make_tokenizer() -> Any:
 
 
 def save_tiny_llama(folder: Path) -> Path:
-    """A random 3-layer Llama with a byte-level tokenizer, saved as users have theirs."""
+    """Save a random 3-layer Llama with a byte-level tokenizer, in the usual layout."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,13 +95,13 @@ def save_tiny_llama(folder: Path) -> Path:
 
 
 def write_completions(path: Path, count: int = 200, seed: int = 1) -> Path:
-    """Prompt and completion: the completion repeats the prompt's first words, which can be learned."""
+    """Write prompts and completions. A completion repeats the prompt's first words, so it can be learned."""
     rows = [{"prompt": f"{text} : ", "completion": " ".join(text.split()[:3])} for text in sentences(count, seed)]
     return write_jsonl(path, rows)
 
 
 def write_pairs(path: Path, count: int = 200) -> Path:
-    """Preference pairs: the chosen answer repeats the prompt's first words, the rejected one its last, which can be learned."""
+    """Write preference pairs. The chosen answer repeats the prompt's first words, the rejected one its last, so they can be learned."""
     rows = [
         {
             "prompt": f"{text} : ",
@@ -114,7 +114,7 @@ def write_pairs(path: Path, count: int = 200) -> Path:
 
 
 def small_settings(**changes: Any) -> SelectSettings:
-    """A selection of two ranks that takes a second or two."""
+    """Return settings of a two-rank selection that takes a second or two."""
     values: dict[str, Any] = {
         "strategy": "grid",
         "ranks": (1, 4),

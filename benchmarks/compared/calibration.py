@@ -1,10 +1,10 @@
-"""How often is `compare` wrong where B is worse by exactly the margin? At most 5% may be called "not worse", and at most 5% "worse".
+"""Measure how often `compare` is wrong if B is worse by exactly the margin. At most 5% may be called "not worse", and at most 5% "worse".
 
     python -m benchmarks.compared.calibration [--rounds 4000]     # writes calibration.json
 
-Simulated pairs draw the differences of single examples from distributions of known mean, with token counts as weights. Real pairs are adapters of
+Simulated pairs draw the differences of single examples from distributions with a given mean, with token counts as weights. Real pairs are adapters of
 the stored grids (`benchmarks/selection`): the examples of a grid are the population, its mean difference is the truth and the margin, and samples of
-them are drawn with replacement. The decision is that of the command (`rightrank.decision.comparison.bounds_of_files`).
+them are drawn with replacement. The decision is the same as in the command (`rightrank.decision.comparison.bounds_of_files`).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.machine import machine
-from benchmarks.results import store
+from benchmarks.machine import describe_machine
+from benchmarks.results import store_result
 from rightrank.adapters.compare import VERDICTS
-from rightrank.decision.comparison import bounds_of_files
+from rightrank.decision.comparison import compute_file_bounds
 
 HERE = Path(__file__).parent
 OUT = HERE / "calibration.json"
 GRIDS = HERE.parent / "selection"
 SIZES = (50, 100, 200, 400)
 MARGIN = 0.01
-MIN_SHARE = 0.02  # of the spread: a smaller true difference is no margin that anybody would give
+MIN_SHARE = 0.02  # of the deviation between examples; a smaller true difference would be an unrealistic margin
 Floats = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], Floats]
 
-DIFFERENCES: dict[str, Draw] = {  # of mean 0
+DIFFERENCES: dict[str, Draw] = {  # with mean 0
     "normal": lambda generator, n: generator.normal(0, 0.1, n),
     "heavy tails": lambda generator, n: 0.05 * generator.standard_t(3, n),
     "skewed upward": lambda generator, n: 0.1 * (generator.exponential(1, n) - 1),
@@ -44,12 +44,16 @@ DIFFERENCES: dict[str, Draw] = {  # of mean 0
 def count_verdicts(
     draw: Callable[[np.random.Generator], tuple[Floats, Floats, float]], seed: int, rounds: int
 ) -> dict[str, float]:
-    """`draw` gives differences times weights, weights and the margin."""
+    """Return the share of each verdict over repeated draws.
+
+    Args:
+        draw: returns differences times weights, the weights and the margin.
+    """
     generator = np.random.default_rng(seed)
     counts = {"not_worse": 0, "worse": 0, "cannot_tell": 0}
     for _ in range(rounds):
         sums, weights, margin = draw(generator)
-        counts[VERDICTS[bounds_of_files(sums, weights).is_enough(margin)]] += 1
+        counts[VERDICTS[compute_file_bounds(sums, weights).is_enough(margin)]] += 1
     return {name: round(count / rounds, 4) for name, count in counts.items()}
 
 
@@ -67,7 +71,7 @@ def judge_simulated_pairs(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def read_real_pairs() -> Iterator[tuple[str, Floats, Floats]]:
-    """`(name, how much worse by example, weights)` of every two ranks of a grid at one learning rate and seed."""
+    """Yield `(name, loss difference of each example, weights)` for every pair of ranks of a grid at the same learning rate and seed."""
     for file in ("real_grids.json", "seeded_grids.json"):
         for curve in json.loads((GRIDS / file).read_text(encoding="utf-8"))["curves"]:
             weights = np.asarray(curve["item_tokens"], dtype=np.float64)
@@ -78,7 +82,9 @@ def read_real_pairs() -> Iterator[tuple[str, Floats, Floats]]:
                 for seed, losses in by_seed.items()
             }
             for rate, seed, rank in sorted(cells):
-                higher_ranks = [higher_rank for r, s, higher_rank in cells if (r, s) == (rate, seed) and higher_rank > rank]
+                higher_ranks = [
+                    higher_rank for r, s, higher_rank in cells if (r, s) == (rate, seed) and higher_rank > rank
+                ]
                 for higher_rank in higher_ranks:
                     worse = cells[rate, seed, rank] - cells[rate, seed, higher_rank]
                     worse = worse if worse.sum() > 0 else -worse
@@ -129,9 +135,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4000)
     rounds = parser.parse_args().rounds
     cases = [*judge_simulated_pairs(rounds), *judge_real_pairs(max(200, rounds // 4))]
-    result = {"machine": machine(), "rounds": rounds, "summary": summarize(cases), "cases": cases}
+    result = {"machine": describe_machine(), "rounds": rounds, "summary": summarize(cases), "cases": cases}
     print(json.dumps(result["summary"], indent=1))
-    store(result, OUT)
+    store_result(result, OUT)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does our output parse with a consumer's own code? Run by a Python that has the consumer installed:
+"""Check that a consumer's own code parses our exports. Run it with a Python that has the consumer installed:
 
     python benchmarks/consumers/check.py CONSUMER EXPORT_FOLDER
 
-It needs nothing of rightrank. Prints one JSON object: the consumer, its version, whose code looked at what, and the
-rank and alpha that it understood. It fails where that code refuses the file or understands another rank.
+It does not import rightrank. It prints one JSON object: the consumer, its version, which code read what, and the
+rank and alpha that it read. It fails if that code refuses the file or reads another rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_words(script: Path) -> list[str]:
 
 
 def check_peft(folder: Path) -> dict[str, Any]:
-    """Loads base and adapter, and builds an adapter like it from our LoraConfig code: the same shapes."""
+    """Load base model and adapter, build the same adapter from our LoraConfig code, and compare the shapes."""
     from peft import AutoPeftModelForCausalLM, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -49,7 +49,7 @@ def check_peft(folder: Path) -> dict[str, Any]:
 
 
 def check_trl(folder: Path) -> dict[str, Any]:
-    """TRL's own parser for `trl sft` or `trl dpo`, then its LoraConfig put on the base."""
+    """Parse the arguments with TRL's own parser for `trl sft` or `trl dpo`, and apply its LoraConfig to the base model."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
@@ -68,20 +68,20 @@ def check_trl(folder: Path) -> dict[str, Any]:
 
 
 def check_axolotl(folder: Path) -> dict[str, Any]:
-    """axolotl's pydantic schema of a config file."""
+    """Validate the config file with axolotl's pydantic schema."""
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
-    given = yaml.safe_load((folder / "axolotl.yaml").read_text(encoding="utf-8"))
-    config = AxolotlInputConfig(**given)
-    unknown = set(given) - set(AxolotlInputConfig.model_fields)
+    values = yaml.safe_load((folder / "axolotl.yaml").read_text(encoding="utf-8"))
+    config = AxolotlInputConfig(**values)
+    unknown = set(values) - set(AxolotlInputConfig.model_fields)
     assert not unknown, f"fields that axolotl does not know: {unknown}"
     return {"by": "AxolotlInputConfig", "rank": config.lora_r, "alpha": config.lora_alpha}
 
 
 def check_llamafactory(folder: Path) -> dict[str, Any]:
-    """LLaMA-Factory's own argument classes, and its reader of dataset_info.json."""
+    """Parse the files with LLaMA-Factory's argument classes and its reader of dataset_info.json."""
     os.environ["DISABLE_VERSION_CHECK"] = (
-        "1"  # its pins are older than the transformers here; its classes load all the same
+        "1"  # Its version pins are older than the installed transformers, but its classes load.
     )
     from llamafactory.hparams.data_args import DataArguments
     from llamafactory.hparams.finetuning_args import FinetuningArguments
@@ -93,7 +93,7 @@ def check_llamafactory(folder: Path) -> dict[str, Any]:
     arguments = yaml.safe_load((folder / "llamafactory.yaml").read_text(encoding="utf-8")) | {"use_cpu": True}
     kinds = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
     _, data, training, tuning, _ = HfArgumentParser(kinds).parse_dict(arguments)
-    if find_spec("torchaudio") is None:  # imported for audio alone, and has no build for every torch
+    if find_spec("torchaudio") is None:  # only imported for audio, and not available for every torch version
         sys.modules["torchaudio"] = ModuleType("torchaudio")
         sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
     from llamafactory.data.parser import get_dataset_list
@@ -107,7 +107,7 @@ def check_llamafactory(folder: Path) -> dict[str, Any]:
 
 
 def check_unsloth(folder: Path) -> dict[str, Any]:
-    """Unsloth imports only where there is a GPU: our call's names against the signature in its source."""
+    """Compare the names in our call with the signature in Unsloth's source, which imports only with a GPU."""
     code = ast.parse((folder / "unsloth_lora.py").read_text(encoding="utf-8"))
     calls = {
         node.func.attr: {word.arg: ast.unparse(word.value) for word in node.keywords}
@@ -118,11 +118,15 @@ def check_unsloth(folder: Path) -> dict[str, Any]:
     for name, keywords in calls.items():
         assert set(keywords) <= sources[name], f"{name} has no {set(keywords) - sources[name]}"
     keywords = calls["get_peft_model"]
-    return {"by": "source only: names in signatures", "rank": int(keywords["r"]), "alpha": float(keywords["lora_alpha"])}
+    return {
+        "by": "source only: names in signatures",
+        "rank": int(keywords["r"]),
+        "alpha": float(keywords["lora_alpha"]),
+    }
 
 
 def check_sglang(folder: Path) -> dict[str, Any]:
-    """SGLang imports only where there is a GPU: our options against its server arguments by source, and the shapes that its slots assert."""
+    """Compare our options with SGLang's server arguments in its source, which imports only with a GPU, and the shapes that its slots assert."""
     words = read_words(folder / "sglang.sh")
     options = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
     unknown = options - _read_fields("sglang", "sglang/srt/")
@@ -134,7 +138,7 @@ def check_sglang(folder: Path) -> dict[str, Any]:
 
 
 def require_one_rank(adapter: Path) -> dict[str, Any]:
-    """The configuration of an adapter that servers load: one rank and one scale for all modules."""
+    """Return the adapter's configuration. Raise unless all modules have the same rank and scale, as servers require."""
     from safetensors import safe_open
 
     config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -148,7 +152,7 @@ def require_one_rank(adapter: Path) -> dict[str, Any]:
 
 
 def check_vllm(folder: Path) -> dict[str, Any]:
-    """vLLM's own reading of an adapter and its test against the `--max-lora-rank` of our line; options by source."""
+    """Read an adapter with vLLM's code and test it against our `--max-lora-rank`; compare the options with its source."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -176,7 +180,7 @@ def _read_parameters(package: str, file: str, function: str) -> set[str]:
 
 
 def _read_fields(package: str, prefix: str) -> set[str]:
-    """All annotated names of classes in the package's files."""
+    """Return all annotated names of classes in the package's files."""
     files = [
         path for path in distribution(package).files or [] if str(path).startswith(prefix) and path.suffix == ".py"
     ]
@@ -205,5 +209,5 @@ CHECKS = {
 
 if __name__ == "__main__":
     consumer, folder = sys.argv[1], Path(sys.argv[2])
-    found = CHECKS[consumer](folder)
-    print(json.dumps({"consumer": consumer, "version": version(consumer), **found}))
+    result = CHECKS[consumer](folder)
+    print(json.dumps({"consumer": consumer, "version": version(consumer), **result}))

@@ -1,10 +1,10 @@
-"""Do the intervals cover, does the rule err as often as it says, is the answer near the truth?
+"""Measure whether the intervals cover, whether the rule errs as often as it states, and whether the answer is near the truth.
 
     python -m benchmarks.decide.calibration            # prints the table, writes calibration.json and undecided.svg
     python -m benchmarks.decide.calibration --tables 20 --short
 
 Simulated tables (see simulated.py): four shapes of curve, normal and heavy tails, examples of unequal variance and
-length, ranks correlated along the curve, 1 to 5 seeds, 50 to 2,000 items.
+length, ranks correlated along the curve, 1 to 5 seeds, 50 to 2,000 examples.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.decide.simulated import RANKS, World, draw_table, scale_noise, with_quiet_seeds, find_true_rank, draw_true_losses
-from benchmarks.machine import machine
+from benchmarks.decide.simulated import (
+    RANKS,
+    World,
+    draw_table,
+    draw_true_losses,
+    find_true_rank,
+    scale_noise,
+    with_quiet_seeds,
+)
+from benchmarks.machine import describe_machine
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import decision_of
+from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable
 
 HERE = Path(__file__).parent
@@ -35,7 +43,7 @@ SEED = 20260
 
 @dataclass(frozen=True)
 class WorldResult:
-    """Of one world, shares of `tables` tables."""
+    """Results for one world, as shares of its `tables` tables."""
 
     world: str
     seeds: int
@@ -44,20 +52,20 @@ class WorldResult:
     scored: bool
     name: str
     tables: int
-    covers: float  # two-sided 95% interval of the difference from the top rank, every rank
-    bounds: float  # one-sided 95% bound of the same
-    value_covers: float  # two-sided 95% interval of a rank's own mean
-    false: float  # a rank worse than the margin was named
-    fallback_false: float  # or was said to be shown to be enough (`fallback_rank`)
-    best_false: float  # or would have been handed over, `best_so_far` included
+    covers: float  # share of two-sided 95% intervals of differences from the highest rank that cover
+    bounds: float  # share of one-sided 95% bounds of the same differences that cover
+    value_covers: float  # share of two-sided 95% intervals of a rank's mean that cover
+    false: float  # share of tables that name a rank that is worse by more than the margin
+    fallback_false: float  # the same for `fallback_rank`
+    best_false: float  # the same for the rank that would be handed over, including `best_so_far`
     decided: float
-    within_octave: float  # of the decided
+    within_octave: float  # among decided tables
     exact: float
     under: float
 
 
 def judge_world(world: World, tables: int, seed: int) -> WorldResult:
-    """Draw tables of one world and judge what is said of them."""
+    """Draw tables of one world, decide on them and compare the decisions with the truth."""
     generator = np.random.default_rng(seed)
     covers: list[bool] = []
     bounds: list[bool] = []
@@ -78,7 +86,7 @@ def judge_world(world: World, tables: int, seed: int) -> WorldResult:
                 true = losses[index] - losses[-1]
                 covers.append(difference.bound(0.025) <= true <= difference.bound(0.975))
                 bounds.append(true <= difference.bound(CONFIDENCE))
-        decision = decision_of(table, world.margin, confidence=None)
+        decision = decide_table(table, world.margin, confidence=None)
         bad = {rank: bool(losses[index] - losses.min() >= world.margin) for index, rank in enumerate(RANKS)}
         shown.append(decision.fallback_rank is not None and bad[decision.fallback_rank])
         handed.append(bad[decision.best_available_rank])
@@ -109,7 +117,7 @@ def list_worlds(short: bool) -> list[World]:
     if short:
         return [World(shape, 3, 200, "heavy") for shape in SHAPES]
     scored = [World(shape, s, i, tails) for s, i in SIZES for tails in ("normal", "heavy") for shape in SHAPES]
-    # without example scores the examples are what they are: intervals speak of other seeds, and so does the truth
+    # Without example scores the examples are fixed: intervals and truth only generalise to other seeds.
     bare = [
         World(shape, s, 200, "heavy", item_level=0.0, item_rank=0.0, example_noise=0.01, scored=False)
         for s in (2, 3, 5)
@@ -120,7 +128,10 @@ def list_worlds(short: bool) -> list[World]:
 
 
 def summarize(results: list[WorldResult]) -> dict[str, float]:
-    """Over worlds, each with its own weight. Apart: one seed, where intervals can't cover seeds, and quiet seeds."""
+    """Average over worlds with equal weights.
+
+    Worlds with one seed, where intervals cannot cover seeds, and worlds with quiet seeds are averaged separately.
+    """
     several = [result for result in results if result.seeds > 1 and not result.name]
     quiet_seeds = [result for result in results if result.name]
     single = [result for result in results if result.seeds == 1]
@@ -146,7 +157,7 @@ def summarize(results: list[WorldResult]) -> dict[str, float]:
 
 
 def measure_undecided_by_noise(tables: int, seed: int) -> dict[str, dict[str, float]]:
-    """Share undecided against noise, 2 seeds × 200 items."""
+    """Return the share of undecided tables by noise, with 2 seeds × 200 examples."""
     return {
         shape: {
             str(noise): 1 - judge_world(scale_noise(World(shape, 2, 200, "heavy"), noise), tables, seed).decided
@@ -157,9 +168,9 @@ def measure_undecided_by_noise(tables: int, seed: int) -> dict[str, dict[str, fl
 
 
 def measure_at_margin(tables: int, seed: int) -> dict[str, float]:
-    """Share of two ranks' tables that name the lower one, which is worse by the margin itself: 5% are allowed.
+    """Return the share of two-rank tables that name the lower rank although it is worse by exactly the margin; 5% are allowed.
 
-    300 examples; seeds differ by a quarter to the whole of the margin, more than on the grids that the expectation is of.
+    Each table has 300 examples. Seeds differ by a quarter of the margin to the full margin, more than on the grids that the expected noise comes from.
     """
     margin, shares = 0.02, {}
     for seeds, deviation in product((2, 3), (0.005, 0.01, 0.02)):
@@ -171,7 +182,7 @@ def measure_at_margin(tables: int, seed: int) -> dict[str, float]:
                 for number in range(seeds):
                     sums = example_losses + generator.normal(0, margin, 300) + generator.normal(0, deviation)
                     cells[rank, 1e-3, number] = Cell(f"{rank} {number}", float(sums.mean()), sums, np.ones(300))
-            named += decision_of(ScoreTable("loss", False, cells, kind="loss"), margin, confidence=None).rank == 4
+            named += decide_table(ScoreTable("loss", False, cells, kind="loss"), margin, confidence=None).rank == 4
         shares[f"{seeds} seeds, deviation {deviation:g}"] = named / tables
     return shares
 
@@ -217,7 +228,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true")
     arguments = parser.parse_args()
     start_time = time.perf_counter()
-    results = [judge_world(world, arguments.tables, SEED + number) for number, world in enumerate(list_worlds(arguments.short))]
+    results = [
+        judge_world(world, arguments.tables, SEED + number) for number, world in enumerate(list_worlds(arguments.short))
+    ]
     print_table(results)
     totals = summarize(results)
     print(json.dumps(totals, indent=1))
@@ -228,13 +241,13 @@ def main() -> None:
     totals["named at the margin, noisy seeds, worst"] = max(at_margin.values())
     draw_undecided(shares, HERE / "undecided.svg")
     result = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "seed": SEED,
         "seconds": round(time.perf_counter() - start_time),
         "summary": totals,
         "undecided_by_noise": shares,
         "at_the_margin": at_margin,
-        "worlds": [asdict(one) for one in results],
+        "worlds": [asdict(world_result) for world_result in results],
     }
     (HERE / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,14 +1,14 @@
-"""Do the bounds that are printed cover? They are of differences from the rank that came out best, after a search.
+"""Measure whether the printed bounds cover. They bound differences from the rank with the best value after a search.
 
     python -m benchmarks.decide.printed              # prints the table, writes printed.json
-    python -m benchmarks.decide.printed --tables 5   # a short form, stores nothing
+    python -m benchmarks.decide.printed --tables 5   # a short run that stores nothing
 
-The rank and its learning rate are chosen on the same noise that the bounds are of, so both the reference and the other ranks look
-better than they are. Simulated tables: four shapes of curve over ranks 1 to 64, one or three learning rates a rank (the search keeps the
-best), 1 to 5 seeds, one number a training or scores by example, seed noise of a training from a quarter of the margin to four times it,
+The rank and its learning rate are chosen on the same noise that the bounds describe, so both the reference and the other ranks look
+better than they are. Simulated tables: four shapes of curve over ranks 1 to 64, one or three learning rates for each rank (the search keeps the
+best), 1 to 5 seeds, one number for each training or scores by example, seed noise of a training from a quarter of the margin to four times the margin,
 and rare large differences: one training in twenty, or one example in a hundred, is far off.
 
-`before` is the correction for the best rank at the means as they are shown; `after` is the decision's.
+`before` corrects the best rank at the observed means; `after` is the decision's correction.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.decide.simulated import MARGIN, Floats, Shape
-from benchmarks.machine import machine
+from benchmarks.machine import describe_machine
 from rightrank.decision.comparison import is_within, walk_down
-from rightrank.decision.evidence import Comparison, Evidence, about_the_best, compare
-from rightrank.decision.seeds import winners_gap
+from rightrank.decision.evidence import Comparison, Evidence, compare_ranks, compute_covariance_to_best
+from rightrank.decision.seeds import estimate_selection_bias
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.decision.verdicts import shown_rank, verdict_of
+from rightrank.decision.verdicts import find_shown_rank, determine_verdict
 
 OUT = Path(__file__).with_name("printed.json")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -43,44 +43,46 @@ METHODS = ("before", "after")
 
 @dataclass(frozen=True)
 class Design:
-    """What tables are drawn from. Deviations in nats a token."""
+    """The distribution of simulated tables. Deviations are in nats per token."""
 
     shape: Shape
     seeds: int
     noise: float  # of one training over seeds, in margins
     learning_rates: int = 1
-    examples: int = 0  # 0: one number a training
-    rare: bool = False  # large differences of few trainings, or of few examples
-    spread: float = 0.03  # of an example's taste for a rank, and again for a training
+    examples: int = 0  # 0 for one number per training
+    rare: bool = False  # whether a few trainings or examples have large differences
+    spread: float = 0.03  # deviation of an example's preference for a rank, and of its noise in a training
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Of the tables of one design, by one method. Bounds are of every rank but the one that came out best."""
+    """Results of one method on the tables of one design. Bounds are evaluated for every rank except the best one."""
 
-    upper: float  # upper bounds that hold
+    upper: float  # share of upper bounds that hold
     lower: float
-    refuted: float  # ranks that are called worse than the margin
+    refuted: float  # share of ranks that are reported as worse than the margin
     refuted_wrongly: float
-    decided: float  # tables in which a rank is named
-    false: float  # and is worse than the margin
-    too_large: float  # or more than twice the right one
-    false_fallback: float  # a `fallback_rank` is worse than the margin
+    decided: float  # share of tables that name a rank
+    false: float  # share of tables that name a rank worse than the margin
+    too_large: float  # share of tables that name more than twice the right rank
+    false_fallback: float  # share of tables whose `fallback_rank` is worse than the margin
 
 
 class UncorrectedEvidence(Evidence):
-    """The evidence with the winner's curse of the best rank at the means as they are shown."""
+    """Evidence that estimates the selection bias of the best rank at the observed means."""
 
     @cached_property
     def reference_gap(self) -> float:
         contenders = list(self.contenders.values())
         means = np.array([contender.fair_loss for contender in contenders])
-        variances = [0.0 if one is self.reference else self.difference(one).variance for one in contenders]
-        return winners_gap(means, about_the_best(variances))
+        variances = [
+            0.0 if contender is self.reference else self.difference(contender).variance for contender in contenders
+        ]
+        return estimate_selection_bias(means, compute_covariance_to_best(variances))
 
 
 def draw_true_losses(design: Design, generator: np.random.Generator) -> Floats:
-    """[ranks, learning rates] true means; the best learning rate of a rank differs from rank to rank."""
+    """Draw true means [ranks, learning rates]. The best learning rate differs from rank to rank."""
     ranks = np.array(RANKS, dtype=np.float64)
     sufficient_rank, exponent = 2.0 ** generator.uniform(0.5, 5.0), generator.uniform(0.38, 0.8)
     curve = np.full(len(ranks), 2.0)
@@ -97,7 +99,7 @@ def draw_true_losses(design: Design, generator: np.random.Generator) -> Floats:
 
 
 def draw_table(design: Design, losses: Floats, generator: np.random.Generator) -> ScoreTable:
-    """One table: the same seeds and examples for every rank and learning rate."""
+    """Draw one table with the same seeds and examples for every rank and learning rate."""
     ranks, rates = losses.shape
     trained = design.noise * MARGIN * generator.standard_normal((ranks, rates, design.seeds))
     if design.rare and not design.examples:
@@ -110,7 +112,9 @@ def draw_table(design: Design, losses: Floats, generator: np.random.Generator) -
         example_effects = generator.standard_normal((ranks, design.examples))
         if design.rare:
             far = 8 * np.abs(generator.standard_normal(example_effects.shape)) - 0.08 * np.sqrt(2 / np.pi)
-            example_effects = np.where(generator.random(example_effects.shape) < 0.01, far, 0.3 * example_effects - 0.08 * np.sqrt(2 / np.pi))
+            example_effects = np.where(
+                generator.random(example_effects.shape) < 0.01, far, 0.3 * example_effects - 0.08 * np.sqrt(2 / np.pi)
+            )
         residuals = generator.standard_normal((*means.shape, design.examples))
         level = 0.6 * generator.standard_normal(design.examples)
         sums = (sums + level + design.spread * (example_effects[:, None, None, :] + residuals)) * weights
@@ -133,14 +137,14 @@ def get_learning_rate(index: int) -> float:
 
 
 def judge_design(design: Design, tables: int, seed: int) -> dict[str, Shares]:
-    """The shares of both methods on the same tables."""
+    """Return the results of both methods on the same tables."""
     generator = np.random.default_rng(seed)
     rows: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     for _ in range(tables):
         losses = draw_true_losses(design, generator)
         table = draw_table(design, losses, generator)
         for method, evidence in (("before", UncorrectedEvidence(table)), ("after", Evidence(table))):
-            rows[method].append(_judge_comparison(compare(evidence, MARGIN), losses))
+            rows[method].append(_judge_comparison(compare_ranks(evidence, MARGIN), losses))
     return {method: Shares(*np.mean(values, axis=0).tolist()) for method, values in rows.items()}
 
 
@@ -153,13 +157,20 @@ def _judge_comparison(comparison: Comparison, losses: Floats) -> list[float]:
     excess = {rank: loss - float(best.min()) for rank, loss in true.items()}
     behind = dict(zip(RANKS, best - best.min(), strict=True))
     right = walk_down(RANKS, RANKS[int(np.argmin(best))], lambda rank: is_within(float(behind[rank]), MARGIN))
-    named = None if verdict_of(comparison) == "undecided" else comparison.chosen
-    fallback = shown_rank(comparison)
+    named = None if determine_verdict(comparison) == "undecided" else comparison.chosen
+    fallback = find_shown_rank(comparison)
     return [
         float(np.mean([difference <= rank_comparison.high for rank_comparison, difference in differences])),
         float(np.mean([difference >= rank_comparison.low for rank_comparison, difference in differences])),
         float(np.mean([rank_comparison.non_inferior is False for rank_comparison, _ in differences])),
-        float(np.mean([rank_comparison.non_inferior is False and difference <= MARGIN for rank_comparison, difference in differences])),
+        float(
+            np.mean(
+                [
+                    rank_comparison.non_inferior is False and difference <= MARGIN
+                    for rank_comparison, difference in differences
+                ]
+            )
+        ),
         float(named is not None),
         float(named is not None and excess[named] > MARGIN),
         float(named is not None and named > 2 * right),
@@ -168,7 +179,7 @@ def _judge_comparison(comparison: Comparison, losses: Floats) -> list[float]:
 
 
 def list_designs() -> list[Design]:
-    """With two seeds or more; then one seed, where the noise over seeds is left out, as the bounds leave it out."""
+    """Return designs with at least two seeds, then designs with one seed, which have no noise over seeds because their bounds do not include it."""
     kinds = list(product((0, EXAMPLES), (False, True), (1, 3), SHAPES))
     several = [
         Design(shape, seeds, noise, rates, examples, rare)
@@ -180,7 +191,7 @@ def list_designs() -> list[Design]:
 
 
 def summarize(results: Sequence[tuple[Design, dict[str, Shares]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Means over designs, each with its own weight: by noise, by number of seeds, and of all with two seeds or more."""
+    """Average over designs with equal weights: by noise, by number of seeds, and over all designs with at least two seeds."""
     several = [(design, shares) for design, shares in results if design.seeds > 1]
     groups = {"two seeds or more": several}
     groups |= {f"seed noise {noise:g}": [result for result in several if result[0].noise == noise] for noise in NOISES}
@@ -190,7 +201,9 @@ def summarize(results: Sequence[tuple[Design, dict[str, Shares]]]) -> dict[str, 
         "rare large differences": [result for result in several if result[0].rare],
         "one seed": [result for result in results if result[0].seeds == 1],
     }
-    return {name: {method: _compute_means(group, method) for method in METHODS} for name, group in groups.items() if group}
+    return {
+        name: {method: _compute_means(group, method) for method in METHODS} for name, group in groups.items() if group
+    }
 
 
 def _compute_means(group: Sequence[tuple[Design, dict[str, Shares]]], method: str) -> dict[str, float]:
@@ -209,7 +222,9 @@ def main() -> None:
     parser.add_argument("--tables", type=int, default=40)
     arguments = parser.parse_args()
     start_time = time.perf_counter()
-    results = [(design, judge_design(design, arguments.tables, SEED + number)) for number, design in enumerate(list_designs())]
+    results = [
+        (design, judge_design(design, arguments.tables, SEED + number)) for number, design in enumerate(list_designs())
+    ]
     totals = summarize(results)
     for name, by_method in totals.items():
         for method, shares in by_method.items():
@@ -217,7 +232,7 @@ def main() -> None:
     if arguments.tables < parser.get_default("tables"):
         return
     result = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "seed": SEED,
         "tables": arguments.tables,
         "designs": len(results),

@@ -1,10 +1,10 @@
-"""Curves that others published: what the decision says of them, and what simple rules say.
+"""Compare the decision with simple rules on published curves.
 
     python -m benchmarks.decide.published      # prints the tables, writes published.json
 
 `published_curves.json` holds 56 curves with their sources. `acceptable_ranks` is a careful reader's judgement, not a
-truth; `rising` follows a stated rule. One number a rank: every answer here carries the flag `underpowered` or rests
-on a stated deviation.
+truth; `rising` follows a stated rule. With one number for each rank, every answer carries the flag `underpowered` or uses
+a stated deviation.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
-from rightrank.decision.rule import decision_of
-from rightrank.decision.table import table_of_results
+from benchmarks.machine import describe_machine
+from rightrank.decision.rule import decide_table
+from rightrank.decision.table import build_results_table
 from rightrank.schema.decision import Decision, Result, ResultsTable
-from rightrank.schema.metrics import infer_metric_kind, get_published_deviation
+from rightrank.schema.metrics import get_published_deviation, infer_metric_kind
 
 HERE = Path(__file__).parent
 CURVES = HERE / "published_curves.json"
@@ -35,7 +35,7 @@ def read_curves() -> list[Curve]:
 
 
 def decide_curve(curve: Curve) -> Decision:
-    """The decision on the curve's one number a rank, with its stated deviation if there is one."""
+    """Decide on one number for each rank, with the curve's stated deviation if there is one."""
     results = [
         Result(trial_id=str(rank), rank=rank, value=value, std=curve["std"])
         for rank, value in zip(curve["ranks"], curve["values"], strict=True)
@@ -44,7 +44,7 @@ def decide_curve(curve: Curve) -> Decision:
 
 
 def decide_grid(curve: Curve) -> Decision:
-    """The decision on the whole rank × learning rate grid."""
+    """Decide on the complete rank × learning rate grid."""
     results = [
         Result(trial_id=f"{rank} {rate}", rank=int(rank), learning_rate=float(rate), value=value)
         for rank, rates in curve["lr_grid"].items()
@@ -56,7 +56,7 @@ def decide_grid(curve: Curve) -> Decision:
 
 def _decide(curve: Curve, results: list[Result]) -> Decision:
     named = {"metric": curve["metric"], "higher_is_better": curve["higher_is_better"]}
-    return decision_of(table_of_results(ResultsTable(**named, results=results, input_notes=[])), curve["margin"])
+    return decide_table(build_results_table(ResultsTable(**named, results=results, input_notes=[])), curve["margin"])
 
 
 def orient_values(curve: Curve) -> dict[int, float]:
@@ -65,7 +65,7 @@ def orient_values(curve: Curve) -> dict[int, float]:
 
 
 def pick_fixed_rank(curve: Curve) -> int:
-    """Rank 16, or the nearest that was tried."""
+    """Return rank 16, or the nearest rank that was tried."""
     return min(curve["ranks"], key=lambda rank: (abs(math.log2(rank / ALWAYS)), rank))
 
 
@@ -75,7 +75,7 @@ def pick_best_rank(curve: Curve) -> int:
 
 
 def pick_within_standard_error(curve: Curve) -> int:
-    """The smallest rank within one standard error of the best; the published noise where none is stated."""
+    """Return the smallest rank within one standard error of the best; the published noise replaces an error that is not stated."""
     by_rank = orient_values(curve)
     best = min(by_rank.values())
     kind = infer_metric_kind(curve["metric"], curve["higher_is_better"])
@@ -84,7 +84,7 @@ def pick_within_standard_error(curve: Curve) -> int:
 
 
 def pick_knee(curve: Curve) -> int:
-    """The knee over log2 rank (Satopää et al. 2011, the `kneed` package); the top rank where it finds none."""
+    """Return the knee over log2 rank (Satopää et al. 2011, the `kneed` package), or the highest rank without a knee."""
     from kneed import KneeLocator
 
     by_rank = orient_values(curve)
@@ -96,7 +96,7 @@ def pick_knee(curve: Curve) -> int:
 
 
 def pick_most_gain(curve: Curve) -> int:
-    """The smallest rank with 95% of the gain from the worst to the best."""
+    """Return the smallest rank with 95% of the gain from the worst to the best value."""
     by_rank = orient_values(curve)
     best, worst = min(by_rank.values()), max(by_rank.values())
     return min(rank for rank, loss in by_rank.items() if worst - loss >= 0.95 * (worst - best))
@@ -113,7 +113,7 @@ RULES: dict[str, Callable[[Curve], int | None]] = {
 
 
 def score_rule(rule: Callable[[Curve], int | None], all_curves: list[Curve]) -> dict[str, float]:
-    """Acceptable picks, and on which side the others fall."""
+    """Return the share of acceptable picks, and how many of the others are too low or too high."""
     picks = [(rule(curve), curve["acceptable_ranks"]) for curve in all_curves]
     named = [(pick, good) for pick, good in picks if pick is not None]
     return {
@@ -149,7 +149,7 @@ def list_misses(all_curves: list[Curve]) -> list[dict[str, Any]]:
 
 
 def judge_grids(all_curves: list[Curve]) -> dict[str, int]:
-    """With all learning rates in the table: whether the pick is acceptable, and how often a best learning rate is at the edge."""
+    """Count, with all learning rates in the table, acceptable picks and best learning rates at the edge."""
     with_grid = [curve for curve in all_curves if "lr_grid" in curve]
     decisions = [decide_grid(curve) for curve in with_grid]
     return {
@@ -167,9 +167,11 @@ def main() -> None:
     scores = {name: score_rule(rule, all_curves) for name, rule in RULES.items()}
     print(f"{'rule':20} acceptable  too small  too large   of {len(all_curves)}")
     for name, scores_by_rule in scores.items():
-        print(f"{name:20} {scores_by_rule['acceptable']:10} {scores_by_rule['too small']:10} {scores_by_rule['too large']:10}")
+        print(
+            f"{name:20} {scores_by_rule['acceptable']:10} {scores_by_rule['too small']:10} {scores_by_rule['too large']:10}"
+        )
     result = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "scores": scores,
         "rising": count_rising(all_curves),
         "grids": judge_grids(all_curves),

@@ -1,22 +1,22 @@
-"""Does the interval hold what a further seed shows? Grids of real trainings with two seeds or more.
+"""Measure whether the interval covers the difference of an extra seed, on grids of real trainings with at least two seeds.
 
     python -m benchmarks.decide.seed_coverage    # judges, and writes seed_coverage.json
 
 `seed_grids.json.xz` has grids of run folders, accuracies on GLUE (github.com/silversuncn/lora-rank-scaling, MIT: 50 to 5,000 training examples,
-six ranks, five seeds, one number a training), and planted teachers with five seeds.
+six ranks, five seeds, one number for each training), and planted teachers with five seeds.
 
 A decision is made from some seeds of a grid, each rank at its best learning rate on them. For every rank below or above the
-reference, the interval is compared with the paired difference of a seed that the decision has not seen, at the same
-learning rates and on the same held-out examples. Every choice of seeds is tried.
+reference, the interval is compared with the paired difference of a seed that the decision has not used, at the same
+learning rates and on the same held-out examples. Every choice of seeds is tested.
 
-    before      one seed: other examples and the published .0003 nats; more: the seed noise pooled over ranks
-    own         the rank's own variance over seeds alone, Student's t
-    pooled      the ratio of seed noise to the spread between examples, pooled over the ranks at hand
-    expected    the ratio of earlier grids alone (`NOISE`), nothing measured
-    after       what the decision gives as `predictive_low` and `predictive_high`
+    before      one seed: variation of examples and the published .0003 nats; more seeds: the seed noise pooled over ranks
+    own         only the rank's own variance over seeds, Student's t
+    pooled      the ratio of seed noise to the deviation between examples, pooled over the measured ranks
+    expected    only the ratio of earlier grids (`NOISE`), nothing measured
+    after       the decision's `predictive_low` and `predictive_high`
 
-Before and own are also widened for the further seed's own noise where they know any. Shares are given with the number of
-differences and a 95% interval that resamples whole grids, since the differences of a grid share seeds and examples.
+`before` and `own` are also widened by the extra seed's noise where they estimate it. Shares are given with the number of
+differences and a 95% interval that resamples complete grids, since the differences of a grid share seeds and examples.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from benchmarks.machine import machine
+from benchmarks.machine import describe_machine
 from benchmarks.results import read_json
-from rightrank.decision.comparison import Estimate, estimate
-from rightrank.decision.evidence import Evidence, measured_noise
-from rightrank.decision.rule import decision_of
-from rightrank.decision.seeds import BOUND_DEGREES, NOISE, PairNoise, pair_noise
+from rightrank.decision.comparison import Estimate, estimate_mean
+from rightrank.decision.evidence import Evidence, measure_noise
+from rightrank.decision.rule import decide_table
+from rightrank.decision.seeds import BOUND_DEGREES, NOISE, PairNoise, measure_pair_noise
 from rightrank.decision.table import Cell, Contender, ScoreTable
 
 HERE = Path(__file__).parent
 STORED = HERE / "seed_grids.json.xz"
 REAL_GRIDS = HERE.parent / "selection" / "real_grids.json.xz"
-LEARNED = {  # the ratio of .1 was chosen on these, and on the first 12 planted teachers
+LEARNED = {  # The ratio of .1 was chosen on these and on the first 12 planted teachers.
     "packages_20_steps",
     "packages_40_steps",
     "docstrings_40_steps",
@@ -52,13 +52,13 @@ LEARNED = {  # the ratio of .1 was chosen on these, and on the first 12 planted 
     "glosses16_400_steps",
 }
 LEARNED_TEACHERS = 12
-PUBLISHED = 0.0003  # nats: the constant that intervals of one seed had
+PUBLISHED = 0.0003  # nats; the constant that intervals of one seed used before
 RESAMPLES = 2000
 
 Grid = dict[str, Any]
 Interval = tuple[
     float, float, float
-]  # the two-sided 95% interval and the one-sided upper bound, about the mean as measured
+]  # the two-sided 95% interval and the one-sided upper bound, around the observed mean
 
 
 def read_stored_grids() -> dict[str, Grid]:
@@ -67,7 +67,7 @@ def read_stored_grids() -> dict[str, Grid]:
 
 
 def iterate_grids(path: Path) -> Iterator[tuple[str, Grid]]:
-    """The grids of a file of `benchmarks/selection` that have two seeds or more."""
+    """Yield the grids with at least two seeds from a file of `benchmarks/selection`."""
     for curve in read_json(path)["curves"]:
         cells = [
             [int(rank), float(rate), int(seed), losses]
@@ -86,7 +86,7 @@ def _build_grid(family: str, task: str, metric: str, steps: int, tokens: list[in
 
 @dataclass(frozen=True)
 class Source:
-    """A grid as cells."""
+    """A grid as table cells."""
 
     name: str
     task: str  # and model
@@ -96,7 +96,7 @@ class Source:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds that every rank and learning rate of the grid has, a diverged cell aside."""
+        """Return the seeds that every rank and learning rate of the grid has, except for at most one diverged cell."""
         counts: dict[int, int] = {}
         for _, _, seed in self.cells:
             counts[seed] = counts.get(seed, 0) + 1
@@ -121,7 +121,7 @@ def build_source(name: str, grid: Grid) -> Source:
 
 @dataclass(frozen=True)
 class Observation:
-    """One rank against the reference as a decision from some seeds sees it."""
+    """The difference of one rank from the reference, as a decision from some of the seeds measures it."""
 
     evidence: Evidence
     contender: Contender
@@ -131,43 +131,47 @@ class Observation:
 
     @property
     def plain(self) -> Estimate:
-        return estimate(self.sums, self.weights)
+        return estimate_mean(self.sums, self.weights)
 
 
 def compute_uncorrected_interval(observation: Observation) -> Interval:
-    estimate = observation.plain
-    if estimate.seeds == 1:
+    difference = observation.plain
+    if difference.seeds == 1:
         level = observation.evidence.table.kind == "accuracy"
-        return _compute_ends(estimate.with_seeds(2 * (0.007 if level else PUBLISHED) ** 2, 0.0))
-    noise = measured_noise(list(observation.evidence.contenders.values()))
-    compute_pooled_interval = estimate.with_seeds(2 * noise.individual / estimate.seeds, noise.individual_degrees)
-    return _compute_ends(compute_pooled_interval.of_a_further_seed())
+        return _compute_ends(difference.replace_seed_variance(2 * (0.007 if level else PUBLISHED) ** 2, 0.0))
+    noise = measure_noise(list(observation.evidence.contenders.values()))
+    pooled = difference.replace_seed_variance(2 * noise.individual / difference.seeds, noise.individual_degrees)
+    return _compute_ends(pooled.predict_extra_seed())
 
 
 def compute_own_interval(observation: Observation) -> Interval:
-    return _compute_ends(observation.plain.of_a_further_seed())
+    return _compute_ends(observation.plain.predict_extra_seed())
 
 
 def compute_ratio_interval(observation: Observation, ratio: float, degrees: float) -> Interval:
-    estimate = observation.plain
-    return _compute_ends(estimate.with_seeds(ratio * observation.noise.example_variance / estimate.seeds, degrees).of_a_further_seed())
+    difference = observation.plain
+    return _compute_ends(
+        difference.replace_seed_variance(
+            ratio * observation.noise.example_variance / difference.seeds, degrees
+        ).predict_extra_seed()
+    )
 
 
 def compute_pooled_interval(observation: Observation) -> Interval:
     evidence = observation.evidence
     contenders = [contender for contender in evidence.contenders.values() if contender is not evidence.reference]
-    noises = [build_observation(evidence, other).noise for other in contenders]
+    noises = [build_observation(evidence, contender).noise for contender in contenders]
     degrees = sum(noise.degrees for noise in noises)
     return compute_ratio_interval(observation, sum(noise.degrees * noise.ratio for noise in noises) / degrees, degrees)
 
 
 def compute_expected_interval(observation: Observation) -> Interval:
-    return compute_ratio_interval(observation, NOISE.over_seeds(observation.plain.examples), BOUND_DEGREES)
+    return compute_ratio_interval(observation, NOISE.compute_seed_ratio(observation.plain.examples), BOUND_DEGREES)
 
 
 def compute_decision_interval(observation: Observation) -> Interval:
-    estimate = observation.evidence.difference(observation.contender)
-    return _compute_ends(estimate if estimate.seeds == 1 else estimate.of_a_further_seed())
+    difference = observation.evidence.difference(observation.contender)
+    return _compute_ends(difference if difference.seeds == 1 else difference.predict_extra_seed())
 
 
 METHODS: dict[str, Callable[[Observation], Interval]] = {
@@ -187,28 +191,30 @@ def build_observation(evidence: Evidence, contender: Contender) -> Observation:
     shared = sorted(contender.cells.keys() & evidence.reference.cells.keys())
     sums = np.stack([contender.cells[seed].sums - evidence.reference.cells[seed].sums for seed in shared])
     weights = evidence.reference.cells[shared[0]].weights
-    return Observation(evidence, contender, sums, weights, pair_noise(sums, weights))
+    return Observation(evidence, contender, sums, weights, measure_pair_noise(sums, weights))
 
 
 def _compute_ends(estimate: Estimate) -> Interval:
-    two_sided, upper = (float(stdtrit(estimate.degrees, level)) * estimate.standard_error for level in (0.975, 0.95))
-    return estimate.mean - two_sided, estimate.mean + two_sided, estimate.mean + upper
+    two_sided, upper = (
+        float(stdtrit(estimate_mean.degrees, level)) * estimate_mean.standard_error for level in (0.975, 0.95)
+    )
+    return estimate_mean.mean - two_sided, estimate_mean.mean + two_sided, estimate_mean.mean + upper
 
 
 @dataclass(frozen=True)
 class Check:
-    """One interval against one seed that it has not seen."""
+    """The result of testing one interval on one unseen seed."""
 
-    grid: str  # grids of the same model and task are one
+    grid: str  # grids of the same model and task share a name
     seeds: int
     method: str
     holds: bool
     below: bool  # the seed's difference is below the one-sided 95% bound
-    width: float  # half of the interval: over the spread between examples, or in the metric's unit without examples
+    width: float  # half of the interval's width, relative to the deviation between examples, or in the metric's unit without examples
 
 
 def iterate_checks(source: Source, sizes: Sequence[int] | None = None) -> Iterator[Check]:
-    """Every choice of `sizes` seeds (default: of every size) against every seed left."""
+    """Test every choice of `sizes` seeds (default: all sizes) against every remaining seed."""
     for size in sizes or range(1, len(source.seeds)):
         for chosen in itertools.combinations(source.seeds, size):
             evidence = Evidence(source.table(chosen))
@@ -223,7 +229,11 @@ def iterate_checks(source: Source, sizes: Sequence[int] | None = None) -> Iterat
                         continue
                     for method in list_methods(size, evidence.has_examples):
                         low, high, upper = METHODS[method](observation)
-                        width = (high - low) / 2 / math.sqrt(observation.noise.example_variance) if observation.noise.example_variance > 0 else 0.0
+                        width = (
+                            (high - low) / 2 / math.sqrt(observation.noise.example_variance)
+                            if observation.noise.example_variance > 0
+                            else 0.0
+                        )
                         yield Check(source.task, size, method, low <= shown <= high, shown <= upper, width)
 
 
@@ -236,7 +246,7 @@ def _compute_difference(source: Source, contender: Contender, reference: Contend
 
 
 def compute_share(checks: list[Check], condition: Callable[[Check], bool]) -> dict[str, Any]:
-    """The share with its count, and a 95% interval that resamples whole grids; None with fewer than three grids."""
+    """Return the share with its count, and a 95% interval that resamples complete grids; None with fewer than three grids."""
     by_grid: dict[str, list[bool]] = {}
     for check in checks:
         by_grid.setdefault(check.grid, []).append(condition(check))
@@ -256,7 +266,7 @@ def compute_share(checks: list[Check], condition: Callable[[Check], bool]) -> di
 
 
 def summarize(checks: list[Check]) -> dict[str, Any]:
-    """By number of seeds and method."""
+    """Summarize the checks by number of seeds and method."""
     table: dict[str, Any] = {}
     for seeds, method in sorted({(check.seeds, check.method) for check in checks}):
         of = [check for check in checks if (check.seeds, check.method) == (seeds, method)]
@@ -269,7 +279,7 @@ def summarize(checks: list[Check]) -> dict[str, Any]:
 
 
 def group_sources(sources: list[Source]) -> dict[str, list[Source]]:
-    """Losses of real grids that the ratio was learned on, of those that chose nothing, and the other families."""
+    """Group the grids: real losses that the ratio was fitted on, real losses that were not used for any choice, and the other families."""
     real = [source for source in sources if source.family == "real"]
     losses = [source for source in real if source.metric == "loss"]
     taught = [source for source in sources if source.family == "planted"]
@@ -284,15 +294,15 @@ def group_sources(sources: list[Source]) -> dict[str, list[Source]]:
 
 
 def parse_teacher_number(source: Source) -> int:
-    """The number of a planted teacher, which its name begins with."""
+    """Return the number of a planted teacher, which its name begins with."""
     return int(source.name.split("_")[1])
 
 
 def judge_answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> dict[str, Any]:
-    """What the decision names from some seeds, against the mean of the seeds that it has not seen.
+    """Compare the decision from some seeds with the mean of the unseen seeds.
 
-    `named` of the choices of seeds get a rank; of those, `worse` are worse than the best rank by more than the margin in
-    the mean of the other seeds, at their learning rates.
+    `named` is the number of choices of seeds whose decision names a rank. `worse` of these are worse than the best rank by more than the
+    margin, in the mean of the other seeds and at their learning rates.
     """
     results: dict[str, Any] = {}
     for size in sizes:
@@ -303,7 +313,7 @@ def judge_answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> di
                 if not unseen_seeds:
                     continue
                 choices += 1
-                decision = decision_of(source.table(chosen), confidence=None)
+                decision = decide_table(source.table(chosen), confidence=None)
                 if decision.rank is not None:
                     unseen_evidence = Evidence(source.table(unseen_seeds))
                     loss = unseen_evidence.contenders[decision.rank].fair_loss
@@ -343,8 +353,10 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    sources = [build_source(name, grid) for name, grid in (dict(iterate_grids(REAL_GRIDS)) | read_stored_grids()).items()]
-    result = {"machine": machine(), **judge([source for source in sources if len(source.seeds) > 1])}
+    sources = [
+        build_source(name, grid) for name, grid in (dict(iterate_grids(REAL_GRIDS)) | read_stored_grids()).items()
+    ]
+    result = {"machine": describe_machine(), **judge([source for source in sources if len(source.seeds) > 1])}
     print_result(result)
     (HERE / "seed_coverage.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

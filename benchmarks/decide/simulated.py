@@ -1,4 +1,4 @@
-"""Tables whose truth is known: a curve over ranks, and noise of examples, seeds, and both."""
+"""Draw tables with a given truth: a curve over ranks, and noise of examples, seeds, and both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARGIN = 0.005
 
 @dataclass(frozen=True)
 class World:
-    """What a table is drawn from. Deviations in nats a token.
+    """The distribution of simulated tables. Deviations are in nats per token.
 
     The seed noise of a difference is .13 to .27 of its deviation between examples, as on real grids (seed_coverage.json).
     """
@@ -31,19 +31,19 @@ class World:
     items: int
     tails: Tails = "normal"
     item_level: float = 0.6  # of an example's own loss, shared by all ranks and seeds
-    item_rank: float = 0.005  # of an example's taste for a rank, correlated along the ranks
+    item_rank: float = 0.005  # of an example's preference for a rank, correlated along the ranks
     seed_level: float = 0.005  # of a seed, shared by all ranks
-    seed_rank: float = 0.0015  # of one training, beside its seed
+    seed_rank: float = 0.0015  # of one training, in addition to its seed
     example_noise: float = 0.01  # of one example in one training
-    correlation: float = 0.5  # between neighbouring ranks, of the two tastes
-    unequal: float = 2.0  # the lowest rank's taste deviations over the highest's
+    correlation: float = 0.5  # between neighbouring ranks, of item_rank and seed_rank
+    unequal: float = 2.0  # deviations of item_rank and seed_rank at the lowest rank, relative to the highest
     margin: float = MARGIN
-    scored: bool = True  # one by one; else one number a training
+    scored: bool = True  # whether there are scores of single examples, rather than one number for each training
     name: str = ""
 
 
 def draw_true_losses(world: World, generator: np.random.Generator) -> Floats:
-    """[ranks] true losses, drawn so that the answer falls all over the range."""
+    """Draw true losses [ranks], so that the answers are spread over all ranks."""
     ranks = np.array(RANKS, dtype=np.float64)
     if world.shape == "flat":
         return np.full(len(ranks), 2.0) + generator.uniform(-0.1, 0.1) * world.margin * np.log2(ranks) / 7
@@ -59,13 +59,13 @@ def draw_true_losses(world: World, generator: np.random.Generator) -> Floats:
 
 
 def find_true_rank(losses: Floats, margin: float) -> int:
-    """The rule on the true losses."""
+    """Apply the rule to the true losses."""
     excess = dict(zip(RANKS, losses - losses.min(), strict=True))
     return walk_down(RANKS, RANKS[int(np.argmin(losses))], lambda rank: bool(excess[rank] < margin))
 
 
 def draw_table(world: World, losses: Floats, generator: np.random.Generator) -> ScoreTable:
-    """One table: every rank at one learning rate, the same seeds and examples for all."""
+    """Draw one table: every rank at one learning rate, with the same seeds and examples."""
     ranks, seeds, items = len(RANKS), world.seeds, world.items
     tokens = generator.integers(5, 60, size=items).astype(np.float64)
     spread = np.linspace(world.unequal, 1.0, ranks)
@@ -90,12 +90,12 @@ def draw_table(world: World, losses: Floats, generator: np.random.Generator) -> 
 
 
 def with_quiet_seeds(world: World) -> World:
-    """The same with the seed noise that repeats of long trainings had, far below what the examples lead to expect."""
+    """Return the world with the small seed noise that repeats of long trainings had, far below what the examples suggest."""
     return replace(world, name="quiet seeds", item_rank=0.015, seed_level=0.0005, seed_rank=0.0003, example_noise=0.03)
 
 
 def scale_noise(world: World, factor: float) -> World:
-    """The same with all noise that a paired difference sees times `factor`."""
+    """Return the world with all noise of a paired difference multiplied by `factor`."""
     return replace(
         world,
         item_rank=world.item_rank * factor,
@@ -105,7 +105,7 @@ def scale_noise(world: World, factor: float) -> World:
 
 
 def _draw_noise(world: World, generator: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-    """Mean 0, deviation 1: normal, or log-normal with a long right tail (skewness 4)."""
+    """Draw values of mean 0 and deviation 1: normal, or log-normal with a long right tail (skewness 4)."""
     normal = generator.standard_normal(shape)
     if world.tails == "normal":
         return normal
@@ -117,7 +117,7 @@ def _draw_noise(world: World, generator: np.random.Generator, shape: tuple[int, 
 
 
 def _correlate_ranks(world: World, draws: Floats, spread: Floats) -> Floats:
-    """First-order correlation along the ranks, deviations `spread`."""
+    """Apply first-order correlation along the ranks, with deviations `spread`."""
     rho = world.correlation
     for index in range(1, len(draws)):
         draws[index] = rho * draws[index - 1] + np.sqrt(1 - rho * rho) * draws[index]

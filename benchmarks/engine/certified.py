@@ -1,4 +1,4 @@
-"""The certificate: an arm that trained in a pass of three is trained again, alone; in float32 and in bfloat16.
+"""Certify an arm that trained in a pass of three: train it again alone, in float32 and in bfloat16.
 
 python -m benchmarks.engine.certified MODEL DATA [--layers 28,29] [--steps 6] [--out certified.json]
 """
@@ -23,12 +23,16 @@ from rightrank.train.loop import run_trial, train_trials
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 
-ARMS = ((16, 0), (16, 1), (4, 0))  # rank and seed; the first is certified, the second says what a seed makes
+ARMS = (
+    (16, 0),
+    (16, 1),
+    (4, 0),
+)  # rank and seed; the first is certified, the second measures the difference between seeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """An arm trained again alone, compared with its multi-LoRA training. Differences are relative unless stated."""
+    """A comparison of an arm that was trained alone with its multi-LoRA training. Differences are relative unless stated."""
 
     trial_id: str
     rank: int
@@ -38,12 +42,12 @@ class Certificate:
     loss_difference: float  # of the training loss, the maximum over all steps
     adapter_difference: float  # of the norm of the final adapter's tensors
     value_difference: float  # of the held-out value; absolute
-    seed_difference: float | None  # between two seeds of one rank and learning rate; absolute; None: one seed
+    seed_difference: float | None  # between two seeds of the same rank and learning rate; absolute; None with one seed
     exact: bool  # the model is in float32
-    passed: bool | None  # None: not in float32, and no second seed to compare with
+    passed: bool | None  # None if not in float32 and without a second seed
 
     def format_sentence(self) -> str:
-        """The comparison in one paragraph."""
+        """Describe the comparison in one paragraph."""
         pass_text = f"with {self.adapters_per_pass} adapters per pass" if self.adapters_per_pass > 1 else "alone"
         yardstick = "" if self.seed_difference is None else f" (two seeds differ by {self.seed_difference:.2g})"
         verdict = {True: "the same", False: "NOT the same", None: "no second seed to compare with"}[self.passed]
@@ -55,8 +59,8 @@ class Certificate:
 
 
 STEP_BOUND = 1e-5  # relative, of the loss of one step from the same state, float32
-RUN_BOUND = 1e-3  # relative, of losses and adapter over a whole training, float32
-MAX_SEED_SHARE = 0.1  # below float32: of the difference between two seeds
+RUN_BOUND = 1e-3  # relative, of losses and adapter over a full training, float32
+MAX_SEED_SHARE = 0.1  # below float32, relative to the difference between two seeds
 
 
 def certify(
@@ -108,14 +112,18 @@ def certify(
     )
 
 
-def _compute_tensor_difference(tensors: Mapping[str, torch.Tensor], expected_tensors: Mapping[str, torch.Tensor]) -> float:
-    """‖here − there‖ / ‖there‖ over all A, over all B and over any other tensors; the largest of the three."""
+def _compute_tensor_difference(
+    tensors: Mapping[str, torch.Tensor], expected_tensors: Mapping[str, torch.Tensor]
+) -> float:
+    """Return the largest of ‖A − B‖ / ‖B‖ over all lora_A, all lora_B, and all other tensors."""
     assert tensors.keys() == expected_tensors.keys()
     largest = 0.0
     for suffix in ("_A", "_B", ""):
         names = [name for name in tensors if (suffix in name if suffix else "_A" not in name and "_B" not in name)]
         norm = sum(float(expected_tensors[name].double().square().sum()) for name in names)
-        difference = sum(float((tensors[name].double() - expected_tensors[name].double()).square().sum()) for name in names)
+        difference = sum(
+            float((tensors[name].double() - expected_tensors[name].double()).square().sum()) for name in names
+        )
         if norm > 0:
             largest = max(largest, (difference / norm) ** 0.5)
     return largest

@@ -1,4 +1,4 @@
-"""What the engine's benchmarks share: the machine's facts, and a runtime over a model and a data file."""
+"""Helpers of the engine's benchmarks: the machine's facts, and a runtime over a model and a data file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import machine as plain_machine
+from benchmarks.machine import describe_machine as plain_machine
 from rightrank.data.splits import load_data
 from rightrank.data.token_store import TokenStore
 from rightrank.models.base_models import load_base
@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def describe_machine() -> dict[str, Any]:
-    """The machine's facts, with the threads and the device that a timing depends on."""
+    """Return the machine's facts, with the threads and the device that a timing depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {**plain_machine(), "threads": torch.get_num_threads(), "cuda": device}
 
@@ -39,7 +39,7 @@ def make_runtime(model: str, data: Path, steps: int, cache: Path, **changes: Any
 
 
 def limit_to_one_pass(runtime: Runtime, cache: Path) -> Runtime:
-    """The runtime with exactly as many training items as its steps take, so that everyone sees each once."""
+    """Return the runtime with exactly as many training examples as its steps need, so that each is used once."""
     needed = runtime.steps * runtime.settings.examples_per_step
     splits = dict(runtime.data.splits) | {"train": TokenStore(runtime.data.splits["train"][:needed], None)}
     short = EncodedData(splits, runtime.data.texts, runtime.data.summary)
@@ -47,5 +47,5 @@ def limit_to_one_pass(runtime: Runtime, cache: Path) -> Runtime:
 
 
 def build_trainer_rows(runtime: Runtime, split: SplitName) -> list[dict[str, list[int]]]:
-    """A split's items as Trainer takes them."""
+    """Return a split's examples in the form that Trainer reads."""
     return [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in runtime.data.splits[split]]

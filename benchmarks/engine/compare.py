@@ -1,12 +1,12 @@
-"""One arm, and eight arms on the tail of a model, against `Trainer` + PEFT and TRL's `SFTTrainer`, side by side.
+"""Compare one arm, and eight arms on the last layers of a model, with `Trainer` + PEFT and TRL's `SFTTrainer`.
 
     python -m benchmarks.engine.compare MODEL DATA --job one|tail [--steps 6] [--rounds 3] [--out result.json]
 
-Every second round has the reverse order. Every contender trains on the same tokenised items, one pass, batch 8, and evaluates the same held-out items once at
-the end; both are timed (processor seconds of the process, on one thread; the wall is stored too), loading and
-tokenising are not. A round runs every contender once, from a fresh adapter; ratios
-are taken within a round, and their median is reported with all of them beside it. `tail` trains one arm with each
-contender that can't share anything, counted eight times, and eight arms with ours, the frozen prefix's cost included.
+Every second round runs in reverse order. Every contender trains once on the same tokenised examples with batch size 8, and evaluates the same
+held-out examples once at the end. Both are timed (processor seconds of the process, on one thread; wall time is stored too), but loading and
+tokenising are not. A round runs every contender once, from a fresh adapter. Ratios
+are computed within a round, and their median is reported together with all of them. `tail` trains one arm with each
+contender that cannot share anything, counted eight times, and eight arms with ours, including the cost of the frozen prefix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from unittest.mock import patch
 import torch
 from peft import get_peft_model
 
-from benchmarks.engine.common import describe_machine, make_runtime, limit_to_one_pass, build_trainer_rows
+from benchmarks.engine.common import build_trainer_rows, describe_machine, limit_to_one_pass, make_runtime
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import fast_paths
@@ -39,20 +39,20 @@ from rightrank.train.runtime import Runtime
 from rightrank.train.targets import make_lora_config
 from rightrank.train.trial import TrialFolders
 
-BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the first is whose held-out loss is shown
+BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the held-out loss of the first is reported
 TAIL_LAYERS = (28, 29)
 
 
 @dataclass(frozen=True)
 class Measured:
-    seconds: float  # on a CPU of this process's processor time, since the wall also counts who else is at work; on a GPU the wall
+    seconds: float  # processor time of this process on a CPU, because wall time depends on other processes; wall time on a GPU
     wall_seconds: float
-    held_out: float  # nats a label
-    read_peak_bytes: int
+    held_out: float  # nats per label
+    peak_bytes: int
 
 
 class Clock:
-    """Seconds since it was made: those that count, and of the wall. On a GPU they are the same, once its work is done."""
+    """Seconds since its creation: processor time and wall time. On a GPU both are wall time after a synchronization."""
 
     def __init__(self) -> None:
         self._begun = self._now()
@@ -81,8 +81,13 @@ class Job:
     seed: int
 
     def runtime(self, dtype: str, **changes: Any) -> Runtime:
-        """Ours, with exactly as many training items as one pass takes."""
-        settings: dict[str, Any] = {"dtype": dtype, "max_eval_examples": self.max_eval_examples, "seeds": (self.seed,), **changes}
+        """Build our runtime with exactly as many training examples as one pass needs."""
+        settings: dict[str, Any] = {
+            "dtype": dtype,
+            "max_eval_examples": self.max_eval_examples,
+            "seeds": (self.seed,),
+            **changes,
+        }
         if self.layers:
             settings["layers_to_transform"] = self.layers
         shutil.rmtree(self.work / "cache", ignore_errors=True)
@@ -110,11 +115,13 @@ def train_ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     return Measured(seconds, wall, shown.value, max([peak, *(outcome.peak_bytes for outcome in finished)]))
 
 
-def train_with_trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapters: bool = False) -> Measured:
-    """transformers' Trainer (or TRL's) on the same items; everything not named is at its default.
+def train_with_trainer(
+    job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapters: bool = False
+) -> Measured:
+    """Train with transformers' Trainer (or TRL's) on the same examples; all other settings have their defaults.
 
     Args:
-        small_adapters: keep PEFT's adapters in the model's dtype, where it takes float32 by default.
+        small_adapters: keep PEFT's adapters in the model's dtype, where it uses float32 by default.
     """
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -129,7 +136,7 @@ def train_with_trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, s
         "learning_rate": RATE,
         "warmup_steps": math.ceil(
             runtime.settings.warmup_ratio * job.steps
-        ),  # as ours, so that held-out losses compare
+        ),  # as in ours, so that held-out losses are comparable
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -169,23 +176,23 @@ def train_with_trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, s
     built.train()
     built.evaluate()
     elapsed, peak = begun.measure_elapsed(), read_peak_bytes(runtime.loaded.device)
-    return Measured(*elapsed, runtime.evaluate("validation").loss, peak)  # the same figure for everyone
+    return Measured(*elapsed, runtime.evaluate("validation").loss, peak)  # the same measure for every contender
 
 
 def train_ours_padded(job: Job, dtype: str) -> Measured:
-    """Ours on padded batches of the same items, to see what joining them saves."""
+    """Train ours on padded batches of the same examples, to measure what joining them saves."""
     with patch.object(fast_paths, "FUSED_ATTENTION", None):
         return train_ours(job, dtype, 1)
 
 
 def train_ours_plain_attention(job: Job) -> Measured:
-    """Ours in bfloat16 with attention left in bfloat16 too, to see what the difference is."""
+    """Train ours in bfloat16 with attention also in bfloat16, to measure the difference."""
     with patch.object(fast_paths, "use_float32_attention", nullcontext):
         return train_ours(job, "bfloat16", 1)
 
 
 def list_contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Measured]]]:
-    """By name: how many times its seconds count for the job, and how to run it."""
+    """Return, by name, how many times a contender's seconds count for the job, and a function that runs it."""
     times = job.arms
     contenders: dict[str, tuple[int, Callable[[], Measured]]] = {
         "Trainer float32": (times, lambda: train_with_trainer(job, "float32", False)),
@@ -209,10 +216,15 @@ def list_contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rounds; what is there so far is written after each."""
+    """Run all rounds, and store the results after each."""
     arms, layers = (1, None) if arguments.job == "one" else (8, TAIL_LAYERS)
     rounds: list[dict[str, dict[str, float]]] = []
-    result: dict[str, Any] = {"job": arguments.job, "steps": arguments.steps, "arms": arms, "machine": describe_machine()}
+    result: dict[str, Any] = {
+        "job": arguments.job,
+        "steps": arguments.steps,
+        "arms": arms,
+        "machine": describe_machine(),
+    }
     for number in range(arguments.rounds):
         job = Job(
             arguments.model,
@@ -226,7 +238,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         row: dict[str, dict[str, float]] = {}
         these = {
-            name: contender for name, contender in list_contenders(job, arguments.trl).items() if name in (arguments.only or [name])
+            name: contender
+            for name, contender in list_contenders(job, arguments.trl).items()
+            if name in (arguments.only or [name])
         }
         for name, (times, run) in list(these.items())[:: -1 if number % 2 else 1]:
             measured = run()
@@ -270,7 +284,7 @@ def main() -> None:
 
 
 def compute_speedups(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Of each of ours over each of theirs: every round's ratio and their median."""
+    """Return, for each of ours against each of theirs, the ratio of every round and the median."""
     names = list(rounds[0])
     table: dict[str, dict[str, Any]] = {}
     for mine in (name for name in names if name.startswith("ours")):

@@ -1,9 +1,9 @@
-"""Time and memory of a pass (forward and backward) against the number of arms, the rank, and the length of items.
+"""Measure time and memory of a pass (forward and backward) by number of arms, rank, and length of examples.
 
     python -m benchmarks.engine.growth MODEL DATA [--layers 28,29] [--out growth.json]
 
-One thing varies at a time; the others are 1 arm, rank 16, items as they are (up to 128 tokens). Seconds are processor
-seconds of the process on one thread, the least of three passes; memory is the growth of the peak resident set over the
+One value varies at a time; the others stay at 1 arm, rank 16 and unchanged examples (up to 128 tokens). Seconds are processor
+seconds of the process on one thread, the minimum of three passes; memory is the growth of the peak resident set over the
 process before the pass.
 """
 
@@ -33,7 +33,7 @@ def measure(runtime: Runtime, ranks: list[int], indices: list[int]) -> dict[str,
             multi_lora.add(f"g{number}", arm, runtime.make_config(arm))
         batch = runtime.make_batch("train", indices)
         arm_batches = [ArmBatch(f"g{number}", batch, 1.0, None) for number in range(len(ranks))]
-        runtime.accumulate_gradients(multi_lora, arm_batches)  # the prefix, gradients and the allocator are there now
+        runtime.accumulate_gradients(multi_lora, arm_batches)  # Prefix, gradients and allocator now exist.
         times: list[float] = []
         reset_peak_memory(runtime.loaded.device)
         for _ in range(PASSES):
@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     arguments = parser.parse_args()
     layers = tuple(int(layer) for layer in arguments.layers.split(","))
-    runtime = make_runtime(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, max_eval_examples=8)
+    runtime = make_runtime(
+        arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, max_eval_examples=8
+    )
     usual = runtime.plan_batches(0)[0]
     by_length = np.argsort(runtime.data.splits["train"].lengths, kind="stable").tolist()
     begins = [int(share * len(by_length)) for share in (0.05, 0.5, 0.95)]

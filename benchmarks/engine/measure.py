@@ -1,9 +1,9 @@
-"""Everything that docs/explanation/engine.md tells, measured anew into `results/`, in some twenty minutes on two quiet cores (counted, not measured).
+"""Repeat all measurements of docs/explanation/engine.md and store them in `results/`; takes about twenty minutes on two idle cores (estimated).
 
     python -m benchmarks.engine.measure MODEL DATA
 
-One thread each: timings run one after the other on one core; beside them, on the other, what needs no clock (an arm of a pass trained
-again alone). SFTTrainer is compared where TRL is installed.
+Everything uses one thread. Timings run one after the other on one core. Work that needs no clock (training an arm of a pass again
+alone) runs on the other core at the same time. SFTTrainer is compared if TRL is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def build_commands(model: str, data: str, work: Path) -> tuple[list[list[str]], list[list[str]]]:
-    """What is timed, and what is not."""
+    """Return the commands that are timed, and those that are not."""
     trl = ["--trl"] if find_spec("trl") else []
     base = [model, data]
     timed = [
@@ -52,7 +52,9 @@ def build_commands(model: str, data: str, work: Path) -> tuple[list[list[str]], 
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     name, *arguments = command
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", f"benchmarks.engine.{name}", *arguments], env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", f"benchmarks.engine.{name}", *arguments], env=environment
+    )
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
-"""Where the time of a training step goes, by the kind of work.
+"""Measure how the time of a training step divides among kinds of work.
 
     python -m benchmarks.engine.profile_step MODEL DATA [--layers 28,29] [--arms 1] [--dtype float32] [--steps 6]
 
-Operators are distinguished by their shapes: a matrix product with a side of the arm's rank is an adapter's, one with a
-side of the vocabulary is the head's, the others are the base's. What the operators don't account for is Python. Beside
-it the rate of products of the base's shapes, and of one large product: what this processor can do. And the parts of one
-layer alone (`pieces`), forward and backward, each the shortest of several times of the processor, so that other work counts for little.
+Operators are classified by their shapes: a matrix product with a side of the arm's rank belongs to an adapter, one with a
+side of the vocabulary to the head, the others to the base model. Time without an operator is Python's. The result also has
+the rate of products of the base model's shapes and of one large product, which shows what this processor can do, and the components
+of one layer (`pieces`), forward and backward, each the minimum of several processor times, so that other work has little effect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rightrank.train.loop import train_trials
 from rightrank.train.prefix import find_blocks
 from rightrank.train.trial import TrialFolders
 
-RANK = 12  # a size that nothing else in the model has
+RANK = 12  # a size that no other dimension of the model has
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::baddbmm_")
 
 
@@ -57,7 +57,7 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
     ]
     folders = lambda trial: TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id)  # noqa: E731
     runtime.evaluate("validation")
-    list(train_trials(runtime, trials, None, folders, Listener(), arms))  # warm: prefix, allocator
+    list(train_trials(runtime, trials, None, folders, Listener(), arms))  # warms up prefix and allocator
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         begun = time.perf_counter()
         outcomes = list(train_trials(runtime, trials, None, folders, Listener(), arms))
@@ -77,9 +77,9 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
 
 
 def time_components(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
-    """Milliseconds of the parts of a layer, forward and backward, on joined examples of these lengths.
+    """Return the milliseconds of each component of a layer, forward and backward, on joined examples of these lengths.
 
-    `products_at_peak` is what the layer's products take at the rate of one large product.
+    `products_at_peak` is the time of the layer's products at the rate of one large product.
     """
     config, dtype, rows = runtime.model.config, next(runtime.model.parameters()).dtype, sum(lengths)
     block = find_blocks(runtime.model)[1][0]
@@ -87,7 +87,7 @@ def time_components(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
     hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     count, head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     heads = [torch.randn(1, rows, n, head).to(dtype) for n in (count, *[config.num_key_value_heads] * 2)]
-    transposed = [one.transpose(1, 2).requires_grad_() for one in heads]
+    transposed = [tensor.transpose(1, 2).requires_grad_() for tensor in heads]
     inputs = {size: torch.randn(1, rows, size).to(dtype).requires_grad_() for size in (hidden_size, intermediate_size)}
     factors = [torch.randn(rows, RANK).to(dtype), torch.randn(rows, RANK).to(dtype)]
 
@@ -120,7 +120,9 @@ def time_components(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
         "adapters": _time_shortest(adapters),
         "attention": _time_shortest(attention),
         "two_norms": 2 * _time_shortest(lambda: backward(block.input_layernorm(inputs[hidden_size]))),
-        "activation": _time_shortest(lambda: backward(torch.nn.functional.silu(inputs[intermediate_size]) * inputs[intermediate_size])),
+        "activation": _time_shortest(
+            lambda: backward(torch.nn.functional.silu(inputs[intermediate_size]) * inputs[intermediate_size])
+        ),
     }
 
 
@@ -134,7 +136,7 @@ def _time_shortest(action: Callable[[], object], times: int = 12) -> float:
 
 
 def measure_matmul_rates(runtime: Any, rows: int) -> dict[str, float]:
-    """GFLOP/s of `rows` rows times each shape of the base's linear layers, and of a product of 2048 × 2048 matrices."""
+    """Measure the GFLOP/s of `rows` rows times each shape of the base model's linear layers, and of a 2048 × 2048 product."""
     dtype = next(runtime.model.parameters()).dtype
     shapes = sorted({(module.out_features, module.in_features) for module in runtime.targets.modules})
     sizes = {f"{rows} x {i} x {o}": (rows, i, o) for o, i in shapes} | {"2048 x 2048 x 2048": (2048, 2048, 2048)}
@@ -165,9 +167,18 @@ def main() -> None:
     if arguments.layers:
         changes["layers_to_transform"] = tuple(int(layer) for layer in arguments.layers.split(","))
     runtime = make_runtime(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
-    facts = {"machine": describe_machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
+    facts = {
+        "machine": describe_machine(),
+        "arms": arguments.arms,
+        "layers": arguments.layers,
+        "dtype": arguments.dtype,
+    }
     rows = [runtime.data.splits["train"][index].length for index in runtime.plan_batches(0)[0]]
-    rates = {"gflops": measure_matmul_rates(runtime, 640), "rows": sum(rows), "ms_of_a_layer": time_components(runtime, rows)}
+    rates = {
+        "gflops": measure_matmul_rates(runtime, 640),
+        "rows": sum(rows),
+        "ms_of_a_layer": time_components(runtime, rows),
+    }
     text = json.dumps(facts | measure(runtime, arguments.arms, arguments.steps, arguments.work) | rates, indent=1)
     print(text)
     if arguments.out:

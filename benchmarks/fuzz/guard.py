@@ -1,4 +1,4 @@
-"""One read under limits: what is no complaint of ours, takes over 5 seconds or over 1 GiB is a find."""
+"""Read a file under limits: an error that is not ours, more than 5 seconds or more than 1 GiB is a finding."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 from rightrank.schema.errors import RightrankError
 
-SECONDS = 5.0  # of CPU: a busy machine makes no find
-MEMORY_BYTES = 2**30  # beyond what the process has when the read begins
-LONGEST_COMPLAINT = 2000  # characters; a complaint is one line for a person
+SECONDS = 5.0  # of CPU time, so that a busy machine causes no findings
+MEMORY_BYTES = 2**30  # in addition to the memory of the process when the read begins
+LONGEST_COMPLAINT = 2000  # characters of a message, which must be one readable line
 OURS = "rightrank"
 
 
 class TimeLimitExceeded(BaseException):
-    """Past every `except Exception` on the way up."""
+    """The read exceeded its CPU time. It is no subclass of `Exception`, so that no handler on the way catches it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What went wrong, and the innermost line of ours that it went through."""
+    """What went wrong, and the innermost line of our code in the traceback."""
 
     kind: str  # traceback, hang, memory, complaint
     location: str
@@ -33,7 +33,7 @@ class Finding:
 
 
 def check_read(read: Callable[[bytes, Path], None], data: bytes, folder: Path) -> Finding | None:
-    """Read `data` in an empty `folder`; None where it was read, or refused in one line of ours."""
+    """Read `data` in an empty `folder`; return None if it is read, or refused with a one-line message of ours."""
     try:
         with _limit_resources():
             read(data, folder)
@@ -65,7 +65,7 @@ def _build_finding(kind: str, error: BaseException) -> Finding:
 
 @contextmanager
 def _limit_resources() -> Iterator[None]:
-    """CPU time by a signal, memory by the limit of the address space."""
+    """Limit the CPU time with a signal, and the memory with the size of the address space."""
     address_space = resource.getrlimit(resource.RLIMIT_AS)
     previous_handler = signal.signal(signal.SIGPROF, _raise_time_limit)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)

@@ -1,4 +1,4 @@
-"""Bytes made worse: JSON values replaced by what readers trip over, and plain damage."""
+"""Damage bytes: replace JSON values by ones that break readers, and apply random damage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# What readers trip over, as JSON text: some of it is no JSON that Python would write.
+# Values that break readers, as JSON text. Python's json module would not write some of them.
 NASTY_JSON = (
     "null", "true", "0", "-1", "1e308", "-1e308", "1e-320", "1e999", "NaN", "-Infinity", "9007199254740993",
     "9" * 400, "9" * 5000, "-" + "9" * 5000, '""', '" "', '"\\ud800"', '"\\u0000"', '"\\u001b[2J"', '"\\u00b2"',
@@ -27,7 +27,7 @@ Mutation = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 
 
 def mutate(seeds: Sequence[bytes], generator: random.Random) -> bytes:
-    """One of the seeds, made worse one to four times."""
+    """Return one of the seeds, damaged one to four times."""
     data = generator.choice(seeds)
     for _ in range(generator.choice((1, 1, 1, 2, 4))):
         data = damage(data, generator, seeds)
@@ -39,7 +39,7 @@ def damage(data: bytes, generator: random.Random, seeds: Sequence[bytes]) -> byt
 
 
 def _replace_json_value(data: bytes, generator: random.Random, seeds: Sequence[bytes]) -> bytes:
-    """One value in one line of JSON replaced, dropped or doubled; other data has bytes damaged."""
+    """Replace, drop or double one value in one line of JSON; in other data, damage bytes."""
     lines = data.split(b"\n")
     at = generator.randrange(len(lines))
     begin = min((position for position in (lines[at].find(b"{"), lines[at].find(b"[")) if position >= 0), default=-1)

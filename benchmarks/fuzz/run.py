@@ -1,11 +1,11 @@
-"""Coverage-guided fuzzing of every reader, by atheris (libFuzzer): what is found, and how much was tried.
+"""Fuzz every reader, guided by coverage, with atheris (libFuzzer), and store the findings and the number of inputs.
 
     python -m benchmarks.fuzz.run --minutes 30 --seed 0 --out benchmarks/fuzz/run.json
 
-Needs `pip install atheris` beside the package (no part of the extras: it has wheels for Linux alone). Every target gets
-an even share of the minutes, of CPU and not of the clock, in a process of its own; one that dies is counted as a crash, and
-another continues with the rest of its share. A find is any error but ours, a message of more than a line,
-over 5 seconds of CPU, or over 1 GiB. `--replay FILE` reads the inputs of a result again, without atheris.
+Needs `pip install atheris` in addition to the package (it is not in the extras, because it has wheels only for Linux). Every target gets
+an equal share of the CPU minutes in a separate process; if it dies, that counts as a crash, and
+another process continues with the remaining share. A finding is any error that is not ours, a message of more than a line,
+more than 5 seconds of CPU, or more than 1 GiB. `--replay FILE` reads the inputs of a result again, without atheris.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
-from benchmarks.results import store
+from benchmarks.machine import describe_machine
+from benchmarks.results import store_result
 
-NOTE_EVERY = 200  # reads between two notes of how far a target is: libFuzzer ends without a goodbye
+NOTE_EVERY = 200  # number of reads between two progress notes, since libFuzzer exits without notice
 LARGEST_INPUT = 2**17
-OWN_MUTATIONS = 0.7  # of all; the rest are libFuzzer's
+OWN_MUTATIONS = 0.7  # fraction of ours; the others are libFuzzer's
 MOST_CRASHES = 20  # of one target
-CLOCK_OVER_CPU = (
-    20  # the clock's limit, in shares of CPU: a busy machine takes longer, a stuck one does not take for ever
-)
+CLOCK_OVER_CPU = 20  # limit on wall time relative to CPU time, so that a stuck machine does not run forever
 CRASH = "died-"
 _PROGRESS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 
@@ -75,7 +73,7 @@ def fuzz_target(name: str, seconds: int, seed: int, notes: Path) -> None:
         if over or find is not None or state["reads"] % NOTE_EVERY == 0:
             note()
         if over:
-            os._exit(0)  # libFuzzer counts by the clock; nothing else of this process is wanted
+            os._exit(0)  # libFuzzer measures wall time; this process has nothing else to do.
 
     def mutate(data: bytes, largest: int, number: int) -> bytes:
         generator = random.Random(number)
@@ -101,7 +99,14 @@ def run_target(name: str, seconds: int, seed: int, folder: Path) -> dict[str, An
     totals: dict[str, Any] = {"reads": 0, "cpu_seconds": 0, "seconds": 0, "crashes": 0, "features": 0, "finds": {}}
     while totals["cpu_seconds"] < seconds and totals["crashes"] < MOST_CRASHES:
         notes, log = folder / f"{name}.json", folder / f"{name}.log"
-        child = ["--seed", str(seed + totals["crashes"]), "--child", name, str(seconds - totals["cpu_seconds"]), str(notes)]
+        child = [
+            "--seed",
+            str(seed + totals["crashes"]),
+            "--child",
+            name,
+            str(seconds - totals["cpu_seconds"]),
+            str(notes),
+        ]
         command = [sys.executable, "-m", "benchmarks.fuzz.run", *child]
         with log.open("wb") as stream:
             try:
@@ -130,7 +135,7 @@ def _add(totals: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _keep_crash(finds: dict[str, Any], status: int, folder: Path, log: Path) -> None:
-    """What libFuzzer kept of the input that ended the process, if it could."""
+    """Keep the input that ended the process if libFuzzer could store it."""
     last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "ERROR" in line]
     crash_file = next(iter(folder.glob(f"{CRASH}*")), None)
     text = None if crash_file is None else base64.b64encode(crash_file.read_bytes()).decode()
@@ -140,7 +145,7 @@ def _keep_crash(finds: dict[str, Any], status: int, folder: Path, log: Path) -> 
 
 
 def replay(path: Path) -> dict[str, list[str]]:
-    """The finds of a stored result that are still finds."""
+    """Return the findings of a stored result that still occur."""
     from benchmarks.fuzz.guard import check_read
     from benchmarks.fuzz.targets import TARGETS
 
@@ -163,7 +168,7 @@ def main() -> None:
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--child", nargs=3, metavar=("TARGET", "SECONDS", "NOTES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:  # before anything of ours is imported, so that it is instrumented
+    if options.child:  # before our modules are imported, so that they are instrumented
         return fuzz_target(options.child[0], int(options.child[1]), options.seed, Path(options.child[2]))
     if options.replay:
         print(json.dumps(replay(options.replay), indent=1))
@@ -172,11 +177,16 @@ def main() -> None:
 
     names = options.targets.split(",") if options.targets else list(TARGETS)
     seconds = round(options.minutes * 60 / len(names))
-    result: dict[str, Any] = {"machine": machine(), "seed": options.seed, "minutes": options.minutes, "targets": {}}
+    result: dict[str, Any] = {
+        "machine": describe_machine(),
+        "seed": options.seed,
+        "minutes": options.minutes,
+        "targets": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             result["targets"][name] = run_target(name, seconds, options.seed, Path(folder))
-            store(result, options.out)
+            store_result(result, options.out)
     print(json.dumps(result, indent=1))
     return None
 

@@ -1,4 +1,4 @@
-"""Small files that are right: what fuzzing begins from."""
+"""Write small valid files, with which fuzzing starts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_result_files() -> list[tuple[str, bytes]]:
         for rank in (0, 2, 8)
         for item in range(4)
     ]
-    stated = [{"r": rank, "accuracy": 70 + rank / 4, "std": 0.5, "n_seeds": 3} for rank in (2, 8, 32)]
+    stated_deviations = [{"r": rank, "accuracy": 70 + rank / 4, "std": 0.5, "n_seeds": 3} for rank in (2, 8, 32)]
     nested = [
         {"config": {"lora": {"r": rank}}, "summary": json.dumps({"eval/loss": 2 + 1 / rank}), "_step": rank}
         for rank in (2, 4)
@@ -52,7 +52,7 @@ def make_result_files() -> list[tuple[str, bytes]]:
     ppl = [{"rank": rank, "ppl": 9 + 1 / rank, "step": step} for rank in (1, 2, 4, 8) for step in (10, 20, 30)]
     return [
         (".csv", _encode_csv(rows, ",")),
-        (".csv", _encode_csv(stated, ",")),
+        (".csv", _encode_csv(stated_deviations, ",")),
         (".tsv", _encode_csv(items, "\t")),
         (".jsonl", _encode_jsonl(rows)),
         (".jsonl", _encode_jsonl(nested)),
@@ -83,7 +83,10 @@ def make_adapters() -> list[tuple[bytes, bytes, bytes]]:
         f"{prefix}.1.q_proj.lora_B.bias": [3],
         "base_model.model.lm_head.weight": [2, 2],
     }
-    return [(json.dumps(config).encode(), *_encode_safetensors(tensor_shapes)) for config, tensor_shapes in ((plain, shapes), (patterned, more))]
+    return [
+        (json.dumps(config).encode(), *_encode_safetensors(tensor_shapes))
+        for config, tensor_shapes in ((plain, shapes), (patterned, more))
+    ]
 
 
 def _encode_safetensors(shapes: dict[str, list[int]]) -> tuple[bytes, bytes]:
@@ -129,7 +132,7 @@ def make_journals() -> list[bytes]:
 
 
 def _train(task: TrialTask) -> TrialResult:
-    """A loss that falls with rank; rank 8 diverges with its second seed."""
+    """Return a loss that falls with rank; rank 8 diverges with its second seed."""
     loss = 3 + 0.2 / (1 + task.rank) + task.learning_rate
     if (task.rank, task.seed) == (8, 1):
         loss = math.nan

@@ -1,4 +1,4 @@
-"""What is fuzzed: each way in which a file of somebody else's is read, with files that are right to begin from."""
+"""Fuzz targets: every reader of a user's file, with valid files to start from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rightrank.api.runs import decide, status
 from rightrank.cli.options import gather_settings
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
-from rightrank.decision.records import answers_of
+from rightrank.decision.records import build_answers
 from rightrank.report.html import render_report
 from rightrank.report.terminal import format_decision
 from rightrank.runs.folder import RunFolder
@@ -46,7 +46,7 @@ def _make_tokenizer() -> Any:
 
 
 def _get_file_type(data: bytes) -> tuple[str, bytes]:
-    """The first byte names the type."""
+    """Return the file type that the first byte selects, and the remaining bytes."""
     return FILE_TYPES[data[0] % len(FILE_TYPES)] if data else FILE_TYPES[0], data[1:]
 
 
@@ -56,7 +56,7 @@ def _split_sections(data: bytes, count: int) -> list[bytes]:
 
 
 def read_data(data: bytes, folder: Path) -> None:
-    """Rows, their split, and their tokens."""
+    """Read rows, split them, and tokenize them."""
     suffix, body = _get_file_type(data)
     path = folder / f"data{suffix}"
     path.write_bytes(body)
@@ -73,7 +73,7 @@ def read_results(data: bytes, folder: Path) -> None:
 
 
 def read_imported(data: bytes, folder: Path) -> None:
-    """A folder of transformers' Trainer, with a right one of another rank beside it: one rank alone is not compared."""
+    """Read a folder of transformers' Trainer, with a valid one of another rank next to it, because a single rank is not compared."""
     trainings = {"a-r8": data, "b-r16": make_imported_seeds()[0].replace(b"8", b"16")}
     for training, content in trainings.items():
         (folder / training / "checkpoint-5").mkdir(parents=True)
@@ -90,7 +90,7 @@ def _decide(path: Path) -> None:
 
 
 def read_settings(data: bytes, folder: Path) -> None:
-    """A configuration file, and the same text as assignments on the command line."""
+    """Read a configuration file, and the same text as assignments on the command line."""
     text = data.decode("utf-8", "replace")
     for line in text.splitlines()[:5]:
         _ignore_refusal(lambda line=line: SelectSettings(**gather_settings(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
@@ -108,8 +108,10 @@ def _ignore_refusal(read: Callable[[], object]) -> None:
 
 
 def read_adapter(data: bytes, folder: Path) -> None:
-    """adapter_config.json, then the header and the data of the weights. The header's length is correct unless the
-    first byte says otherwise."""
+    """Read adapter_config.json, then the header and the data of the weights.
+
+    The header's length is correct unless the first byte says otherwise.
+    """
     config, header, body = _split_sections(data[1:], 3)
     header_length = len(header) if data[:1] != b"\xff" else int.from_bytes(body[:8].ljust(8, b"\xff"), "little")
     (folder / "adapter_config.json").write_bytes(config)
@@ -118,17 +120,17 @@ def read_adapter(data: bytes, folder: Path) -> None:
 
 
 def read_weights(data: bytes, folder: Path) -> None:
-    """A model's shard index and one shard."""
+    """Read a model's shard index and one shard."""
     index, header, body = _split_sections(data, 3)
     (folder / "model.safetensors.index.json").write_bytes(index)
     (folder / "model-1.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
     weights = open_checkpoint(folder)
     for name in list(weights.files)[:3]:
-        weights.tensor(name)
+        weights.load_tensor(name)
 
 
 def read_model(data: bytes, folder: Path) -> None:
-    """A model's configuration, planned for."""
+    """Plan a model from its configuration."""
     from rightrank.plugins.plan import plan
 
     (folder / "config.json").write_bytes(data)
@@ -136,22 +138,22 @@ def read_model(data: bytes, folder: Path) -> None:
 
 
 def read_journal(data: bytes, folder: Path) -> None:
-    """A run folder: where it stands, its decision, its report."""
-    from rightrank.decision.records import decision_so_far, records_of
+    """Read a run folder's status, decision and report."""
+    from rightrank.decision.records import decide_if_possible, read_records
     from rightrank.report.status import find_last_decision
 
     (folder / "journal.jsonl").write_bytes(_seal_journal(data))
     status(folder).model_dump_json()
     _ignore_refusal(lambda: _decide(folder))
     journal = RunFolder.open_existing(folder).journal.read()
-    records = records_of(journal, str(folder))
+    records = read_records(journal, str(folder))
     decided = find_last_decision(journal)
-    decision = decision_so_far(records) if decided is None else decided.decision
-    render_report(records, answers_of(records, decision)).encode()
+    decision = decide_if_possible(records) if decided is None else decided.decision
+    render_report(records, build_answers(records, decision)).encode()
 
 
 def _seal_journal(data: bytes) -> bytes:
-    """Damage below the checksums: each line is sealed anew. After a first byte of 0 the rest stays as it is."""
+    """Recompute each line's checksum, so that damage gets past it. After a first byte of 0, the remaining bytes stay unchanged."""
     if data[:1] == b"\x00":
         return data[1:]
     return b"\n".join(seal(line) if line.endswith(b"}") else line for line in data.split(b"\n"))
@@ -198,7 +200,9 @@ def make_settings_seeds() -> list[bytes]:
 
 
 def make_adapter_seeds() -> list[bytes]:
-    return [b"\x00" + PART.join(sections) for sections in seeds.make_adapters()] + [b"\xff" + PART.join(seeds.make_adapters()[0])]
+    return [b"\x00" + PART.join(sections) for sections in seeds.make_adapters()] + [
+        b"\xff" + PART.join(seeds.make_adapters()[0])
+    ]
 
 
 def make_weight_seeds() -> list[bytes]:

@@ -1,1 +1,1 @@
-"""All that waits for a GPU, in the order of its worth, in one command that stops in time."""
+"""Run all measurements that need a GPU, the most important first, with a time limit."""

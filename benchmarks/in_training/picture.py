@@ -1,4 +1,4 @@
-"""README's second picture, from the first stored result of eleven trainings whose end was measured (docs/explanation/science.md, archive).
+"""Draw the picture of docs/how-to/in-your-training.md, from the first stored result of eleven trainings whose end was measured (benchmarks/README.md, archive).
 
 python -m benchmarks.in_training.picture   # writes docs/images/in_training.svg
 """
@@ -17,7 +17,7 @@ IMAGE = HERE.parents[1] / "docs" / "images" / "in_training.svg"
 
 
 def read_result() -> dict[str, Any]:
-    """The first result."""
+    """Read the first stored result."""
     result: dict[str, Any] = json.loads((HERE / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])
     return result
 
@@ -27,7 +27,7 @@ def render_figure() -> str:
 
 
 def build_figure(result: dict[str, Any]) -> Figure:
-    """How much worse each truncation is than the adapter that was trained, with the upper bound, and the margin."""
+    """Plot how much worse each truncation is than the trained adapter, with the upper bound and the margin."""
     top, margin, chosen = result["trained_rank"], result["margin"], result["rank"]
     rows = sorted((int(rank), values[1], values[2]) for rank, values in result["candidates"].items())
     ranks = tuple(rank for rank, _, _ in rows)

@@ -1,4 +1,4 @@
-"""Real architectures: made small enough for a CPU (for tests too), and four at their own size as published."""
+"""Real architectures: small versions for a CPU (also for tests), and four at their published size."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import transformers
 Configs: TypeAlias = dict[str, Callable[[], Any]]
 
 
-def small_configs(width: int, heads: int, vocabulary: int, positions: int, blocks: int = 6) -> Configs:
-    """Seven architectures of so many blocks, from their own configuration classes."""
+def make_small_configs(width: int, heads: int, vocabulary: int, positions: int, blocks: int = 6) -> Configs:
+    """Return seven architectures with this number of blocks, from their own configuration classes."""
     decoder: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -42,7 +42,7 @@ def small_configs(width: int, heads: int, vocabulary: int, positions: int, block
     }
 
 
-SMALL_CONFIGS = small_configs(256, 8, 4096, 512)
+SMALL_CONFIGS = make_small_configs(256, 8, 4096, 512)
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3",

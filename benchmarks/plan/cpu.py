@@ -1,9 +1,9 @@
-"""The plan against the CPU's own tensor memory: five real architectures made small, an encoder, 15 ways to train.
+"""Compare the plan with the CPU's tensor memory: five real architectures in a small size, an encoder, 15 ways to train.
 
     python -m benchmarks.plan.cpu [--out benchmarks/plan/results/cpu.json] [--bits]
 
-Prints the error of every case and the worst of all, and ends with status 1 when the worst is above 3%. `--bits` runs the
-cases in 4 and 8 bits alone, which need bitsandbytes.
+Prints the error of every case and the largest of all. The exit status is 1 if the largest is above 3%. `--bits` runs only the
+cases in 4 and 8 bits, which need bitsandbytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import measure
 from rightrank.plugins.plan.planner import plan_config
@@ -66,12 +66,14 @@ def main() -> int:
         for case in BITS if chosen.bits else CASES:
             if (name == "bert") <= ("num_labels" in case):
                 rows.append(compare(name, SMALL_CONFIGS[name], case))
-                print(line(rows[-1]), flush=True)
-    print(machine())
+                print(format_line(rows[-1]), flush=True)
+    print(describe_machine())
     worst = max(abs(row["error"]) for row in rows)
     print(f"{len(rows)} cases, worst error {worst:.2%}")
     if chosen.out is not None:
-        chosen.out.write_text(json.dumps({"machine": machine(), "worst": worst, "cases": rows}, indent=1) + "\n")
+        chosen.out.write_text(
+            json.dumps({"machine": describe_machine(), "worst": worst, "cases": rows}, indent=1) + "\n"
+        )
     return int(worst > LIMIT)
 
 
@@ -99,7 +101,7 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def line(row: dict[str, Any]) -> str:
+def format_line(row: dict[str, Any]) -> str:
     case = ", ".join(f"{key}={value}" for key, value in row["case"].items()) or "defaults"
     return f"{row['architecture']:8} {row['predicted']:>12,} {row['measured']:>12,} {row['error']:+7.2%}  {case}"
 

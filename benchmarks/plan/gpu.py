@@ -1,10 +1,10 @@
-"""The plan against CUDA's own counters. Not run yet: it needs a CUDA device, and bitsandbytes for the 4-bit cases.
+"""Compare the plan with CUDA's own counters. Not run yet: it needs a CUDA device, and bitsandbytes for the 4-bit cases.
 
     python -m benchmarks.plan.gpu [--out benchmarks/plan/results/gpu.json] [--dry-run]
 
 Three architectures, each with other ranks, batches, lengths, types, checkpointing, padding, losses, 4-bit weights and
-several adapters per pass. Ends with status 1 when a peak is more than 3% off allocated or 5% off reserved: the worst case, not the
-mean. `--dry-run` plans every case on meta tensors and measures nothing; a test does so with small models.
+several adapters per pass. The exit status is 1 if any peak differs by more than 3% (allocated) or 5% (reserved): the worst case counts, not the
+mean. `--dry-run` plans every case on meta tensors and measures nothing; a test runs this with small models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS, Configs
 from benchmarks.plan.measure import measure
 from rightrank.plugins.plan.planner import plan_config
@@ -65,16 +65,16 @@ def main() -> int:
         print("there is no CUDA device here: nothing was measured")
         return 2
     rows = [compare(name, make, case) for name, make in CONFIGS.items() for case in CASES]
-    print(machine() | {"gpu": torch.cuda.get_device_name()})
+    print(describe_machine() | {"gpu": torch.cuda.get_device_name()})
     if chosen.out is not None:
-        chosen.out.write_text(json.dumps({"machine": machine(), "cases": rows}, indent=1) + "\n")
+        chosen.out.write_text(json.dumps({"machine": describe_machine(), "cases": rows}, indent=1) + "\n")
     worst = max(abs(row["allocated_error"]) for row in rows), max(abs(row["reserved_error"]) for row in rows)
     print(f"{len(rows)} cases, worst {worst[0]:.2%} allocated, {worst[1]:.2%} reserved")
     return int(worst[0] > ALLOCATED_LIMIT or worst[1] > RESERVED_LIMIT)
 
 
 def dry_run(configs: Configs, **changes: Any) -> list[tuple[str, dict[str, Any], Plan]]:
-    """Every case planned for CUDA, on whatever machine."""
+    """Plan every case for CUDA, on any machine."""
     return [
         (name, case, plan_config(make(), name, build_settings(case | changes)))
         for name, make in configs.items()
@@ -87,7 +87,7 @@ def build_settings(case: dict[str, Any]) -> PlanSettings:
 
 
 def compare(name: str, make: Callable[[], Any], case: dict[str, Any]) -> dict[str, Any]:
-    """The plan's peaks against the device's counters; a CPU counts no reserved memory."""
+    """Compare the plan's peaks with the device's counters. A CPU does not count reserved memory."""
     settings = build_settings(case)
     row = plan_config(make(), name, settings).ranks[0]
     gc.collect()

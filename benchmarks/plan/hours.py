@@ -1,13 +1,13 @@
-"""What a selection costs in hours on named GPUs: calculated, not measured. Writes results/hours.json and hours.md.
+"""Calculate (not measure) the hours of a selection on named GPUs. Writes results/hours.json and hours.md.
 
     python -m benchmarks.plan.hours
 
-    hours = operations of the selection / (peak operations a second · utilisation · 3600)
+    hours = operations of the selection / (peak operations per second · utilisation · 3600)
 
-The operations are those of the plan: every operation of a traced step, times the steps and trainings of the strategy. An
-evaluation takes half of them, a third where blocks are recomputed. Peaks are the vendor's, for BF16 on tensor cores with FP32 accumulation and without sparsity. The utilisation,
-the share of the peak that the steps reach, is an assumption: lower for the small model, whose kernels are short beside
-their launches. Half of it doubles every number.
+The operations come from the plan: every operation of a traced step, times the steps and trainings of the strategy. An
+evaluation takes half of them, or a third if blocks are recomputed. Peaks are the vendor's, for BF16 on tensor cores with FP32
+accumulation and without sparsity. The utilisation, the fraction of the peak that the steps reach, is an assumption: lower for the small model,
+whose kernels are short compared to their launches. Half of it doubles every number.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import FULL_CONFIGS
-from benchmarks.results import store
+from benchmarks.results import store_result
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.report.format import format_duration
 from rightrank.schema.plan_settings import PlanSettings
@@ -58,7 +58,7 @@ GPUS: dict[str, tuple[float, float, str]] = {
 
 
 def plan_selection_cost(model: str) -> dict[str, Any]:
-    """Operations, trainings and memory of the selection."""
+    """Return operations, trainings and memory of the selection."""
     settings = PlanSettings(**RUN | LOOP | MODELS[model])
     estimator = Estimator(FULL_CONFIGS[model](), settings)
     strategy = make_strategy("bracket", build_space(SelectSettings(ranks=settings.ranks), STEPS))
@@ -80,8 +80,8 @@ def plan_selection_cost(model: str) -> dict[str, Any]:
     }
 
 
-def cell(cost: Mapping[str, Any], gpu: str, utilisation: float) -> str:
-    """`4 min, at most 9 min`, or a dash where the highest rank does not fit."""
+def format_cell(cost: Mapping[str, Any], gpu: str, utilisation: float) -> str:
+    """Format `4 min, at most 9 min`, or a dash if the highest rank does not fit."""
     if cost["needed_bytes"] > GPUS[gpu][1] * GIB:
         return "–"
     speed = GPUS[gpu][0] * 1e12 * utilisation
@@ -89,16 +89,16 @@ def cell(cost: Mapping[str, Any], gpu: str, utilisation: float) -> str:
     return ", at most ".join(times)
 
 
-def table(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The table of the page and of docs/how-to/plan.md."""
+def format_table(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of the table on the page."""
     yield f"| GPU (peak) | {' | '.join(models)} |"
     yield "|---" * (len(models) + 1) + "|"
     for gpu, (peak, _, _) in GPUS.items():
-        cells = (cell(cost, gpu, UTILISATION[name]) for name, cost in models.items())
+        cells = (format_cell(cost, gpu, UTILISATION[name]) for name, cost in models.items())
         yield f"| {gpu} ({peak:.0f} TFLOP/s) | {' | '.join(cells)} |"
 
 
-def page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def format_page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "# Hours of a selection on named GPUs\n"
     yield "**Calculated, not measured.** `python -m benchmarks.plan.hours` writes this page.\n"
     yield (
@@ -106,7 +106,7 @@ def page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         f"tokens once ({STEPS} steps of {RUN['batch_size']}), bfloat16. Hours are the plan's operations over the vendor's peak times "
         "an assumed utilisation, below; half of it doubles every number. A dash: the highest rank does not fit.\n"
     )
-    yield from table(models)
+    yield from format_table(models)
     yield "\n| model | operations, expected | at most | trainings | memory of rank 64 | blocks recomputed | utilisation, assumed |"
     yield "|---|---|---|---|---|---|---|"
     for name, cost in models.items():
@@ -123,8 +123,8 @@ def page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     models = {name: plan_selection_cost(name) for name in MODELS}
-    store({**machine(), "utilisation": UTILISATION, "run": RUN, "models": models}, RESULT)
-    PAGE.write_text("\n".join(page(models)) + "\n", encoding="utf-8")
+    store_result({**describe_machine(), "utilisation": UTILISATION, "run": RUN, "models": models}, RESULT)
+    PAGE.write_text("\n".join(format_page(models)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Tensor memory of real training steps on the CPU, as torch's profiler counts it, and CUDA's own counters.
+"""Measure the tensor memory of real training steps, on the CPU with torch's profiler and on CUDA with its counters.
 
-The step measured is written here anew, with real tensors and real kernels, and shares no code with the planner but what
+The measured step is implemented here independently, with real tensors and kernels. It shares with the planner only what
 `select` trains with: the chunked loss, and the pass of arms. Quantised models are loaded by transformers and bitsandbytes.
 """
 
@@ -31,17 +31,17 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A step's highest point, in bytes."""
+class StepPeak:
+    """The peak memory of a step, in bytes."""
 
     peak_bytes: int
     reserved_bytes: int | None
 
 
-def measure(config: Any, settings: PlanSettings, rank: int) -> Measured:
-    """Train a randomly initialised model for three steps; the third is measured."""
+def measure(config: Any, settings: PlanSettings, rank: int) -> StepPeak:
+    """Train a randomly initialised model for three steps, and measure the third."""
     torch.manual_seed(0)
-    model = _built(config, settings)
+    model = _build_base(config, settings)
     if settings.packed or settings.adapters_per_pass > 1:
         return _measure_multi_lora(model, settings, rank)
     device = torch.device(settings.device)
@@ -65,13 +65,15 @@ def measure(config: Any, settings: PlanSettings, rank: int) -> Measured:
     ids = torch.randint(1, config.get_text_config().vocab_size, shape, device=device)
     batch = {"input_ids": ids, "labels": ids.clone()}
     if settings.padding:
-        batch["attention_mask"] = _padded_mask(ids)
-    with _recomputed(adapted, settings):
-        return _third_step(lambda: _step(adapted, batch, settings, optimizer), adapted, [optimizer], settings.device)
+        batch["attention_mask"] = _make_padded_mask(ids)
+    with _enable_recomputation(adapted, settings):
+        return _measure_third_step(
+            lambda: _run_step(adapted, batch, settings, optimizer), adapted, [optimizer], settings.device
+        )
 
 
-def _built(config: Any, settings: PlanSettings) -> Any:
-    """The base on its device; a quantised one is saved and loaded as users do."""
+def _build_base(config: Any, settings: PlanSettings) -> Any:
+    """Build the base model on its device; a quantised one is saved and loaded as users do."""
     auto: Any = AutoModelForCausalLM
     if settings.num_labels is not None:
         auto, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, settings.num_labels, 0
@@ -94,8 +96,8 @@ def _built(config: Any, settings: PlanSettings) -> Any:
     return model
 
 
-def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measured:
-    """The arms of the settings in one pass, as `select` trains them."""
+def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> StepPeak:
+    """Measure the arms of the settings in one pass, as `select` trains them."""
     model.requires_grad_(False)
     model.eval()
     select = SelectSettings(ranks=(rank, rank + 1), target_modules=settings.target_modules)
@@ -106,7 +108,7 @@ def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measur
     shape = (settings.batch_size, settings.seq_len)
     ids = torch.randint(1, model.config.get_text_config().vocab_size, shape, device=settings.device)
     labels = torch.zeros(len(ids), dtype=torch.long, device=settings.device) if classification else ids.clone()
-    mask = _padded_mask(ids) if settings.padding else torch.ones_like(ids)
+    mask = _make_padded_mask(ids) if settings.padding else torch.ones_like(ids)
     batch = Batch(ids, mask, labels, tuple(range(len(ids))), ids.numel())
     objective: Any = classification_loss if classification else head_loss
     with (
@@ -127,32 +129,32 @@ def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measur
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        return _third_step(step, multi_lora.peft_model, optimizers, settings.device)
+        return _measure_third_step(step, multi_lora.peft_model, optimizers, settings.device)
 
 
-def _padded_mask(ids: torch.Tensor) -> torch.Tensor:
+def _make_padded_mask(ids: torch.Tensor) -> torch.Tensor:
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     return mask
 
 
-def _third_step(step: Callable[[], None], model: Any, optimizers: Sequence[Any], device: str) -> Measured:
-    """The first two steps make what stays: optimizer states, and the allocator's segments."""
+def _measure_third_step(step: Callable[[], None], model: Any, optimizers: Sequence[Any], device: str) -> StepPeak:
+    """Measure the third step. The first two create what persists: optimizer states, and the allocator's segments."""
     for _ in range(2):
         step()
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
-        return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    standing = _persistent_bytes(model, optimizers)
+        return StepPeak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    standing = _count_persistent_bytes(model, optimizers)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    return Measured(standing + _peak_of(profiler), None)
+    return StepPeak(standing + _read_peak(profiler), None)
 
 
-def _peak_of(profiler: Any) -> int:
-    """The highest sum of the profiler's memory events, in order of time."""
+def _read_peak(profiler: Any) -> int:
+    """Return the largest sum of the profiler's memory events, in order of time."""
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     now = highest = 0
@@ -162,8 +164,8 @@ def _peak_of(profiler: Any) -> int:
     return highest
 
 
-def _persistent_bytes(model: Any, optimizers: Sequence[Any]) -> int:
-    """Parameters, buffers, constants of quantised weights and optimizer states: there before the step and after it."""
+def _count_persistent_bytes(model: Any, optimizers: Sequence[Any]) -> int:
+    """Return the bytes that exist before and after the step: parameters, buffers, constants of quantised weights and optimizer states."""
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
@@ -178,13 +180,13 @@ def _persistent_bytes(model: Any, optimizers: Sequence[Any]) -> int:
     return sum(storages.values())
 
 
-def _step(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings, optimizer: Any) -> None:
-    _loss(model, batch, settings).backward()
+def _run_step(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings, optimizer: Any) -> None:
+    _compute_loss(model, batch, settings).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _loss(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings) -> torch.Tensor:
+def _compute_loss(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings) -> torch.Tensor:
     if settings.loss == "full":
         loss: torch.Tensor = model(**batch, use_cache=False).loss
         return loss
@@ -195,7 +197,7 @@ def _loss(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings)
 
 
 @contextmanager
-def _recomputed(model: Any, settings: PlanSettings) -> Any:
+def _enable_recomputation(model: Any, settings: PlanSettings) -> Any:
     if not settings.gradient_checkpointing:
         yield
         return

@@ -1,9 +1,9 @@
-"""Time and memory of `plan` itself: a table of ten ranks, each model in a separate process.
+"""Measure time and memory of `plan` itself: a table of ten ranks, each model in a separate process.
 
     python -m benchmarks.plan.speed [--out benchmarks/plan/results/speed.json]
 
-`table` is the table of ranks; `answer` is all that the command prints, with the price of each axis and the largest
-rank that fits; `process` is the whole command, the import of torch, transformers and peft included.
+`table` is the table of ranks; `answer` is everything that the command prints, with the price of each axis and the largest
+rank that fits; `process` is the complete command, including the import of torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import FULL_CONFIGS
 
 
@@ -32,9 +32,9 @@ def main() -> None:
         print(json.dumps(measure_in_process(chosen.inside)))
         return
     rows = [measure_model(name) for name in FULL_CONFIGS]
-    print(machine())
+    print(describe_machine())
     if chosen.out is not None:
-        chosen.out.write_text(json.dumps({"machine": machine(), "models": rows}, indent=1) + "\n")
+        chosen.out.write_text(json.dumps({"machine": describe_machine(), "models": rows}, indent=1) + "\n")
 
 
 def measure_model(name: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def measure_model(name: str) -> dict[str, Any]:
 
 
 def measure_in_process(name: str) -> dict[str, Any]:
-    """All linear modules, ten ranks, in this process."""
+    """Measure all linear modules and ten ranks in this process."""
     from rightrank.plugins.plan.planner import plan_config
     from rightrank.schema.plan_settings import PlanSettings
 

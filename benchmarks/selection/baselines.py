@@ -1,9 +1,9 @@
-"""What people do instead, on the same grids: each gets what the strategy under test spent on the grid, or more.
+"""Run common alternatives on the same grids. Each may spend at least what the strategy under test spent on the grid.
 
-Every baseline but `argmin of one rate` and the stopping schedulers' own best picks as generously as ours: the smallest
-rank within the margin of the best that it saw. Stochastic ones are repeated over seeds.
+Every baseline except `argmin of one rate` and the schedulers' own best picks as generously as ours: the smallest
+observed rank within the margin of the best. Stochastic ones are repeated over seeds.
 
-ASHA is run twice: as Optuna's `SuccessiveHalvingPruner`, halving, and as Ray Tune's own scheduler as it comes (`ray_asha.py`).
+ASHA is run twice: as Optuna's `SuccessiveHalvingPruner`, halving, and as Ray Tune's own scheduler at its defaults (`ray_asha.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.selection.tables import GridCurve
 
 @dataclass(frozen=True)
 class Pick:
-    """A rank, the learning rate it would be trained at, and what it cost in whole trainings."""
+    """A rank, the learning rate it would be trained at, and its cost in full trainings."""
 
     rank: int | None
     learning_rate: float | None
@@ -28,11 +28,11 @@ class Pick:
 
 
 Baseline = Callable[[GridCurve, float, float, np.random.Generator], Pick]
-Seen = dict[tuple[int, float], float]  # (rank, learning rate) → loss of the first seed
+Losses = dict[tuple[int, float], float]  # (rank, learning rate) → loss of the first seed
 
 
-def seen_loss(curve: GridCurve, rank: int, learning_rate: float) -> float | None:
-    """What one training shows: the first seed's value, lower is better."""
+def get_first_loss(curve: GridCurve, rank: int, learning_rate: float) -> float | None:
+    """Return the first seed's value, oriented so that lower is better."""
     by_seed = curve.cells.get(rank, {}).get(learning_rate)
     if not by_seed:
         return None
@@ -40,116 +40,117 @@ def seen_loss(curve: GridCurve, rank: int, learning_rate: float) -> float | None
     return -value if curve.higher_is_better else value
 
 
-def seen_early(curve: GridCurve, part: float, rank: int, learning_rate: float) -> float | None:
-    by_seed = curve.checkpoints.get(part, {}).get(rank, {}).get(learning_rate)
+def get_early_loss(curve: GridCurve, fraction: float, rank: int, learning_rate: float) -> float | None:
+    by_seed = curve.checkpoints.get(fraction, {}).get(rank, {}).get(learning_rate)
     if not by_seed:
         return None
     value = by_seed[min(by_seed)]
     return -value if curve.higher_is_better else value
 
 
-def smallest_within(seen: Seen, margin: float) -> tuple[int | None, float | None]:
-    """The smallest rank seen within the margin of the best seen, and its best rate."""
-    if not seen:
+def find_smallest_within(losses: Losses, margin: float) -> tuple[int | None, float | None]:
+    """Return the smallest observed rank within the margin of the best, and its best rate."""
+    if not losses:
         return None, None
-    best = min(seen.values())
-    rank = min(rank for (rank, _), loss in seen.items() if loss - best <= margin + 1e-9)
+    best = min(losses.values())
+    rank = min(rank for (rank, _), loss in losses.items() if loss - best <= margin + 1e-9)
     return rank, min(
-        (learning_rate for r, learning_rate in seen if r == rank), key=lambda learning_rate: seen[rank, learning_rate]
+        (learning_rate for r, learning_rate in losses if r == rank),
+        key=lambda learning_rate: losses[rank, learning_rate],
     )
 
 
-def train(curve: GridCurve, cells: list[tuple[int, float]]) -> Seen:
-    losses = {cell: seen_loss(curve, *cell) for cell in cells}
+def train(curve: GridCurve, cells: list[tuple[int, float]]) -> Losses:
+    losses = {cell: get_first_loss(curve, *cell) for cell in cells}
     return {cell: loss for cell, loss in losses.items() if loss is not None}
 
 
-def nearest(values: list[int] | list[float], wanted: float) -> int | float:
-    return min(values, key=lambda value: (abs(math.log(value / wanted)), value))
+def find_nearest(values: list[int] | list[float], target: float) -> int | float:
+    return min(values, key=lambda value: (abs(math.log(value / target)), value))
 
 
-def always_16(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """Rank 16 (the nearest there is), its learning rate tuned over the whole ladder."""
-    rank = int(nearest(curve.ranks, 16))
-    seen = train(curve, [(rank, learning_rate) for learning_rate in curve.learning_rates])
-    return Pick(rank, min(seen, key=lambda cell: seen[cell])[1], len(seen))
+def pick_rank_16(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Tune the learning rate of rank 16 (or the nearest rank) over all rates."""
+    rank = int(find_nearest(curve.ranks, 16))
+    losses = train(curve, [(rank, learning_rate) for learning_rate in curve.learning_rates])
+    return Pick(rank, min(losses, key=lambda cell: losses[cell])[1], len(losses))
 
 
-def argmin_of_one_rate(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """Every rank once at the upper middle learning rate; the best wins."""
+def pick_best_at_one_rate(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Train every rank once at the upper middle learning rate, and pick the best."""
     learning_rate = curve.learning_rates[len(curve.learning_rates) // 2]
-    seen = train(curve, [(rank, learning_rate) for rank in curve.ranks])
-    return Pick(min(seen, key=lambda cell: seen[cell])[0], learning_rate, len(seen))
+    losses = train(curve, [(rank, learning_rate) for rank in curve.ranks])
+    return Pick(min(losses, key=lambda cell: losses[cell])[0], learning_rate, len(losses))
 
 
-def four_points_at_the_default_rate(
-    curve: GridCurve, margin: float, budget: float, generator: np.random.Generator
-) -> Pick:
-    """Up to four ranks, spread over the range, at the learning rate nearest to 1e-4."""
-    learning_rate = float(nearest(curve.learning_rates, 1e-4))
-    places = np.unique(np.linspace(0, len(curve.ranks) - 1, min(4, len(curve.ranks))).round().astype(int))
-    seen = train(curve, [(curve.ranks[place], learning_rate) for place in places])
-    rank, _ = smallest_within(seen, margin)
-    return Pick(rank, learning_rate, len(seen))
+def pick_from_four_points(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Train up to four ranks, spread over the range, at the learning rate nearest to 1e-4."""
+    learning_rate = float(find_nearest(curve.learning_rates, 1e-4))
+    indices = np.unique(np.linspace(0, len(curve.ranks) - 1, min(4, len(curve.ranks))).round().astype(int))
+    losses = train(curve, [(curve.ranks[index], learning_rate) for index in indices])
+    rank, _ = find_smallest_within(losses, margin)
+    return Pick(rank, learning_rate, len(losses))
 
 
-def random_search(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """Cells drawn without repeats until the budget is spent."""
+def search_randomly(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Train random cells without repeats until the budget is spent."""
     cells = [(rank, learning_rate) for rank in curve.ranks for learning_rate in curve.cells[rank]]
     chosen = [cells[i] for i in generator.permutation(len(cells))[: max(1, math.ceil(budget))]]
-    seen = train(curve, chosen)
-    return Pick(*smallest_within(seen, margin), len(seen))
+    losses = train(curve, chosen)
+    return Pick(*find_smallest_within(losses, margin), len(losses))
 
 
-def kneedle(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """Every rank once at the upper middle learning rate; the knee over log rank (kneed); the top where there is none."""
+def pick_knee(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Train every rank once at the upper middle learning rate, and pick the knee over log rank (kneed), or the highest rank without a knee."""
     from kneed import KneeLocator
 
     learning_rate = curve.learning_rates[len(curve.learning_rates) // 2]
-    seen = train(curve, [(rank, learning_rate) for rank in curve.ranks])
-    ranks = sorted(rank for rank, _ in seen)
+    losses = train(curve, [(rank, learning_rate) for rank in curve.ranks])
+    ranks = sorted(rank for rank, _ in losses)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = KneeLocator(
+        knee = KneeLocator(
             [math.log2(rank) for rank in ranks],
-            [seen[rank, learning_rate] for rank in ranks],
+            [losses[rank, learning_rate] for rank in ranks],
             curve="convex",
             direction="decreasing",
         ).knee
-    rank = ranks[-1] if found is None else round(2 ** float(found))
-    return Pick(rank, learning_rate, len(seen))
+    rank = ranks[-1] if knee is None else round(2 ** float(knee))
+    return Pick(rank, learning_rate, len(losses))
 
 
-def energy_95(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
-    """The learning rate ladder at the top rank; the smallest rank that holds 95% of that adapter's squared singular values."""
+def pick_by_energy(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+    """Tune the learning rate at the highest rank, and pick the smallest rank with 95% of that adapter's squared singular values."""
     top = curve.ranks[-1]
-    seen = train(curve, [(top, learning_rate) for learning_rate in curve.learning_rates])
-    learning_rate = min(seen, key=lambda cell: seen[cell])[1]
+    losses = train(curve, [(top, learning_rate) for learning_rate in curve.learning_rates])
+    learning_rate = min(losses, key=lambda cell: losses[cell])[1]
     shares = curve.energy.get(learning_rate, {}).get(0)
     if shares is None:
-        return Pick(None, None, len(seen))
-    held = np.cumsum(shares)
-    needed = int(np.searchsorted(held, 0.95 * held[-1])) + 1
-    return Pick(next((rank for rank in curve.ranks if rank >= needed), top), learning_rate, len(seen))
+        return Pick(None, None, len(losses))
+    cumulative_energy = np.cumsum(shares)
+    needed = int(np.searchsorted(cumulative_energy, 0.95 * cumulative_energy[-1])) + 1
+    return Pick(next((rank for rank in curve.ranks if rank >= needed), top), learning_rate, len(losses))
 
 
-def optuna_tpe_median(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+def search_with_tpe(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
     import optuna
 
-    return _optuna(curve, margin, budget, generator, optuna.pruners.MedianPruner(n_startup_trials=3), tpe=True)
+    return _search_with_optuna(
+        curve, margin, budget, generator, optuna.pruners.MedianPruner(n_startup_trials=3), tpe=True
+    )
 
 
-def asha(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
+def search_with_asha(curve: GridCurve, margin: float, budget: float, generator: np.random.Generator) -> Pick:
     import optuna
 
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
-    return _optuna(curve, margin, budget, generator, pruner, tpe=False)
+    return _search_with_optuna(curve, margin, budget, generator, pruner, tpe=False)
 
 
-def _optuna(
+def _search_with_optuna(
     curve: GridCurve, margin: float, budget: float, generator: np.random.Generator, pruner: object, *, tpe: bool
 ) -> Pick:
-    """Optuna over rank × learning rate, reporting at the checkpoints that the grid has; a cell seen before costs nothing."""
+    """Run Optuna over rank × learning rate with reports at the grid's checkpoints; a repeated cell costs nothing."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -158,8 +159,8 @@ def _optuna(
         optuna.samplers.TPESampler(seed=seed, n_startup_trials=4) if tpe else optuna.samplers.RandomSampler(seed=seed)
     )
     study = optuna.create_study(sampler=sampler, pruner=pruner)  # type: ignore[arg-type]
-    parts = sorted(curve.checkpoints)
-    seen: Seen = {}
+    fractions = sorted(curve.checkpoints)
+    losses: Losses = {}
     paid: dict[tuple[int, float], float] = {}
     for _ in range(20 * curve.size):
         if sum(paid.values()) >= budget:
@@ -167,17 +168,17 @@ def _optuna(
         trial = study.ask()
         rank = trial.suggest_categorical("rank", curve.ranks)
         learning_rate = trial.suggest_categorical("learning_rate", curve.learning_rates)
-        final = seen_loss(curve, rank, learning_rate)
+        final = get_first_loss(curve, rank, learning_rate)
         if final is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             continue
         pruned = False
-        for number, part in enumerate(parts, start=1):
-            early = seen_early(curve, part, rank, learning_rate)
+        for number, fraction in enumerate(fractions, start=1):
+            early = get_early_loss(curve, fraction, rank, learning_rate)
             if early is None:
                 continue
             trial.report(early, number)
-            paid[rank, learning_rate] = max(paid.get((rank, learning_rate), 0.0), part)
+            paid[rank, learning_rate] = max(paid.get((rank, learning_rate), 0.0), fraction)
             if trial.should_prune():
                 pruned = True
                 break
@@ -185,20 +186,20 @@ def _optuna(
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             continue
         paid[rank, learning_rate] = 1.0
-        seen[rank, learning_rate] = final
+        losses[rank, learning_rate] = final
         study.tell(trial, final)
-    return Pick(*smallest_within(seen, margin), sum(paid.values()))
+    return Pick(*find_smallest_within(losses, margin), sum(paid.values()))
 
 
 DETERMINISTIC: dict[str, Baseline] = {
-    "always 16, rate tuned": always_16,
-    "argmin of one rate": argmin_of_one_rate,
-    "four points, default rate": four_points_at_the_default_rate,
-    "Kneedle": kneedle,
-    "95% energy of the top": energy_95,
+    "always 16, rate tuned": pick_rank_16,
+    "argmin of one rate": pick_best_at_one_rate,
+    "four points, default rate": pick_from_four_points,
+    "Kneedle": pick_knee,
+    "95% energy of the top": pick_by_energy,
 }
 STOCHASTIC: dict[str, Baseline] = {
-    "random search": random_search,
-    "Optuna TPE + median": optuna_tpe_median,
-    "ASHA (Optuna)": asha,
+    "random search": search_randomly,
+    "Optuna TPE + median": search_with_tpe,
+    "ASHA (Optuna)": search_with_asha,
 }

@@ -1,9 +1,9 @@
-"""All strategies and baselines over all families of grids: a table for each question, the picture, every under-pick and false pass.
+"""Compare all strategies and baselines on all families of grids: a table for each answer, the plot, every under-pick and false pass.
 
     python -m benchmarks.selection.compare --out benchmarks/selection/results.json
 
-Minutes on one core. Baselines that can spend freely get the budget that the default strategy spent on the same grid.
-Margins are those of each family's own scale.
+Takes minutes on one core. Baselines with a free budget get the budget that the default strategy spent on the same grid.
+Margins are in each family's own scale.
 """
 
 from __future__ import annotations
@@ -16,44 +16,52 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import machine
+from benchmarks.machine import describe_machine
 from benchmarks.selection.baselines import DETERMINISTIC, STOCHASTIC
-from benchmarks.selection.replay import Judged, judge, replay_all, summary
-from benchmarks.selection.tables import GridCurve, each_seed_first, read_grids
+from benchmarks.selection.replay import Judged, judge, replay_all, summarize
+from benchmarks.selection.tables import GridCurve, list_seed_orders, read_grids
 from rightrank.search import STRATEGIES
 
 HERE = Path(__file__).parent
 FAMILIES = {  # file, which of its grids, and margins in the metric's unit
     "published": ("published_grids.json", slice(None), (0.002, 0.005)),
-    "planted, first half": ("planted_grids.json.xz", slice(32), (0.002, 0.005, 0.02)),  # rules were found here
+    "planted, first half": (
+        "planted_grids.json.xz",
+        slice(32),
+        (0.002, 0.005, 0.02),
+    ),  # the rules were developed on these
     "planted, second half": ("planted_grids.json.xz", slice(32, None), (0.002, 0.005, 0.02)),
-    "planted, new": ("planted_new_grids.json.xz", slice(None), (0.002, 0.005, 0.02)),  # these chose nothing
+    "planted, new": (
+        "planted_new_grids.json.xz",
+        slice(None),
+        (0.002, 0.005, 0.02),
+    ),  # these were not used for any choice
     "linear": ("linear_grids.json.xz", slice(None), (0.005, 0.02, 0.05)),
     "real, short, no early looks": ("real_grids.json.xz", slice(None), (0.005, 0.01, 0.02)),
     "real, short": ("seeded_short_grids.json.xz", slice(None), (0.005, 0.01, 0.02)),
     "real, 400 steps": ("seeded_grids.json.xz grids/*.json.xz", slice(None), (0.005, 0.02, 0.05)),
 }
 LOCKED = "locked"  # the family of `judged.json`
-EACH_SEED_FIRST = ("real, short", "real, 400 steps", LOCKED)  # few grids: each of their seeds is a case
+EACH_SEED_FIRST = ("real, short", "real, 400 steps", LOCKED)  # families with few grids, where each seed is a case
 EQUAL_COST_WITH = "bracket"
-WITH_SEEDS = "bracket, two seeds"  # where a grid has them
+WITH_SEEDS = "bracket, two seeds"  # if a grid has them
 REPEATS = 5  # of the stochastic baselines
 RESAMPLES = 2000  # of grids, for the intervals
 
 
-def curves_of(family: str) -> list[GridCurve]:
-    """The grids of a family; each of their seeds first in turn where a family has few."""
-    curves = whole_grids_of(family)
-    return [turned for curve in curves for turned in each_seed_first(curve)] if family in EACH_SEED_FIRST else curves
+def read_curves(family: str) -> list[GridCurve]:
+    """Read the grids of a family; if a family has few, each of their seeds comes first in turn."""
+    curves = read_full_grids(family)
+    return [turned for curve in curves for turned in list_seed_orders(curve)] if family in EACH_SEED_FIRST else curves
 
 
-def whole_grids_of(family: str) -> list[GridCurve]:
+def read_full_grids(family: str) -> list[GridCurve]:
     files, which, _ = FAMILIES[family]
     paths = [path for pattern in files.split() for path in sorted(HERE.glob(pattern))]
     return [curve for path in paths for curve in read_grids(path)][which]
 
 
-def baseline_judged(
+def judge_baseline(
     name: str, curves: Sequence[GridCurve], margin: float, budgets: Sequence[float], seed: int
 ) -> list[Judged]:
     method = (DETERMINISTIC | STOCHASTIC)[name]
@@ -64,49 +72,53 @@ def baseline_judged(
     return judged
 
 
-def family_results(curves: Sequence[GridCurve], margin: float) -> dict[str, list[list[Judged]]]:
-    """Method → repeats → picks."""
-    found = {name: [replay_all(curves, make, margin)] for name, make in STRATEGIES.items()}
+def judge_family(curves: Sequence[GridCurve], margin: float) -> dict[str, list[list[Judged]]]:
+    """Return the judged picks of each method and repeat."""
+    results = {name: [replay_all(curves, make, margin)] for name, make in STRATEGIES.items()}
     if all(len(curve.seeds) > 1 for curve in curves):
-        found[WITH_SEEDS] = [replay_all(curves, STRATEGIES[EQUAL_COST_WITH], margin, seeds=2)]
-    budgets = [one.trainings for one in found[EQUAL_COST_WITH][0]]
+        results[WITH_SEEDS] = [replay_all(curves, STRATEGIES[EQUAL_COST_WITH], margin, seeds=2)]
+    budgets = [pick.trainings for pick in results[EQUAL_COST_WITH][0]]
     for name in DETERMINISTIC:
-        found[name] = [baseline_judged(name, curves, margin, budgets, 0)]
+        results[name] = [judge_baseline(name, curves, margin, budgets, 0)]
     for name in STOCHASTIC:
-        found[name] = [baseline_judged(name, curves, margin, budgets, seed) for seed in range(REPEATS)]
-    return found
+        results[name] = [judge_baseline(name, curves, margin, budgets, seed) for seed in range(REPEATS)]
+    return results
 
 
-def row(repeats: Sequence[Sequence[Judged]], ours: Sequence[Judged]) -> dict[str, Any]:
-    """Means over repeats; and the paired comparison of regret with the default strategy, grid by grid."""
-    rows = [summary(judged) for judged in repeats]
-    mean = {key: round(float(np.mean([one[key] for one in rows])), 6) for key in rows[0]}
-    pairs = [(mine.regret, other.regret) for judged in repeats for mine, other in zip(ours, judged, strict=True)]
-    mean["default_wins"] = round(sum(mine < other for mine, other in pairs) / len(repeats), 2)
-    mean["ties"] = round(sum(mine == other for mine, other in pairs) / len(repeats), 2)
-    mean["default_loses"] = round(sum(mine > other for mine, other in pairs) / len(repeats), 2)
+def build_row(repeats: Sequence[Sequence[Judged]], ours: Sequence[Judged]) -> dict[str, Any]:
+    """Return means over repeats, and the paired comparison of regret with the default strategy, grid by grid."""
+    rows = [summarize(judged) for judged in repeats]
+    mean = {key: round(float(np.mean([row[key] for row in rows])), 6) for key in rows[0]}
+    pairs = [
+        (our_pick.regret, their_pick.regret)
+        for judged in repeats
+        for our_pick, their_pick in zip(ours, judged, strict=True)
+    ]
+    mean["default_wins"] = round(sum(our_pick < their_pick for our_pick, their_pick in pairs) / len(repeats), 2)
+    mean["ties"] = round(sum(our_pick == their_pick for our_pick, their_pick in pairs) / len(repeats), 2)
+    mean["default_loses"] = round(sum(our_pick > their_pick for our_pick, their_pick in pairs) / len(repeats), 2)
     return mean
 
 
-def over_margins(family: str, method: str, repeats: Sequence[Sequence[Judged]]) -> dict[str, Any]:
-    """Shares over all margins of a family, with 95% intervals that resample grids: the seeds and margins of one go together."""
+def summarize_margins(family: str, method: str, repeats: Sequence[Sequence[Judged]]) -> dict[str, Any]:
+    """Return shares over all margins of a family, with 95% intervals that resample grids together with their seeds and margins."""
     by_grid: dict[str, list[Judged]] = {}
-    for one in (one for judged in repeats for one in judged):
-        by_grid.setdefault(one.name.partition(", seed ")[0], []).append(one)
-    found: dict[str, Any] = {"family": family, "method": method, "grids": len(by_grid)}
-    found["cases"] = sum(map(len, by_grid.values()))
-    found["abstentions"] = sum(one.pick is None for judged in by_grid.values() for one in judged)
+    for pick in (pick for judged in repeats for pick in judged):
+        by_grid.setdefault(pick.name.partition(", seed ")[0], []).append(pick)
+    entry: dict[str, Any] = {"family": family, "method": method, "grids": len(by_grid)}
+    entry["cases"] = sum(map(len, by_grid.values()))
+    entry["abstentions"] = sum(pick.pick is None for judged in by_grid.values() for pick in judged)
     for name in ("exact", "under"):
-        shares = np.array([np.mean([getattr(one, name) for one in judged]) for judged in by_grid.values()])
+        shares = np.array([np.mean([getattr(pick, name) for pick in judged]) for judged in by_grid.values()])
         weights = np.array([len(judged) for judged in by_grid.values()], dtype=float)
-        found[name] = round(float(np.average(shares, weights=weights)), 4)
-        found[f"{name}_interval"] = share_interval(shares, weights)
-    found["trainings"] = round(float(np.mean([one.trainings for judged in by_grid.values() for one in judged])), 2)
-    return found
+        entry[name] = round(float(np.average(shares, weights=weights)), 4)
+        entry[f"{name}_interval"] = compute_share_interval(shares, weights)
+    entry["trainings"] = round(float(np.mean([pick.trainings for judged in by_grid.values() for pick in judged])), 2)
+    return entry
 
 
-def share_interval(shares: np.ndarray, weights: np.ndarray) -> list[float]:
-    """The 95% interval of a mean over grids. Where all grids agree on 0 or 1, it is the exact one of so many trials."""
+def compute_share_interval(shares: np.ndarray, weights: np.ndarray) -> list[float]:
+    """Return the 95% interval of a mean over grids. If all grids agree on 0 or 1, return the exact binomial interval."""
     count = len(shares)
     if shares.max() == 0 or shares.min() == 1:
         reach = 1 - 0.025 ** (1 / count)
@@ -116,15 +128,15 @@ def share_interval(shares: np.ndarray, weights: np.ndarray) -> list[float]:
     return [round(float(end), 3) for end in np.quantile(means, (0.025, 0.975))]
 
 
-def adapter_row(curves: Sequence[GridCurve], judged: Sequence[Judged], margin: float) -> dict[str, Any]:
-    """The first question, beside the smallest rank that direct trainings with the same seed give."""
-    direct = [direct_rank(curve, margin) for curve in curves if curve.truncated]
-    picks = [(one.pick or 0, rank) for one, rank in zip(judged, direct, strict=True)]
-    return {**summary(judged), "not_above_direct": sum(pick <= rank for pick, rank in picks)}
+def build_adapter_row(curves: Sequence[GridCurve], judged: Sequence[Judged], margin: float) -> dict[str, Any]:
+    """Compare the deployment rank with the smallest rank that direct trainings with the same seed give."""
+    direct = [find_direct_rank(curve, margin) for curve in curves if curve.truncated]
+    picks = [(judged_pick.pick or 0, rank) for judged_pick, rank in zip(judged, direct, strict=True)]
+    return {**summarize(judged), "not_above_direct": sum(pick <= rank for pick, rank in picks)}
 
 
-def direct_rank(curve: GridCurve, margin: float) -> int:
-    """The smallest rank within the margin of the best, trained at its best learning rate with the first seed."""
+def find_direct_rank(curve: GridCurve, margin: float) -> int:
+    """Return the smallest rank within the margin of the best, trained at its best learning rate with the first seed."""
     seed, sign = curve.seeds[0], -1 if curve.higher_is_better else 1
     best = {
         rank: min(sign * by_seed[seed] for by_seed in by_learning_rate.values() if seed in by_seed)
@@ -140,47 +152,52 @@ def compare(families: Sequence[str]) -> dict[str, Any]:
     passes: list[dict[str, Any]] = []
     means: list[dict[str, Any]] = []
     for family in families:
-        curves, margins = curves_of(family), FAMILIES[family][2]
+        curves, margins = read_curves(family), FAMILIES[family][2]
         every: dict[str, list[list[Judged]]] = {}
         for margin in margins:
-            found = family_results(curves, margin)
-            for name, repeats in found.items():
+            judged_by_method = judge_family(curves, margin)
+            for name, repeats in judged_by_method.items():
                 every.setdefault(name, []).extend(repeats)
-            for name, repeats in found.items():
+            for name, repeats in judged_by_method.items():
                 table.append(
-                    {"family": family, "margin": margin, "method": name, **row(repeats, found[EQUAL_COST_WITH][0])}
+                    {
+                        "family": family,
+                        "margin": margin,
+                        "method": name,
+                        **build_row(repeats, judged_by_method[EQUAL_COST_WITH][0]),
+                    }
                 )
             for name in STRATEGIES:
                 unders += [
-                    {"family": family, "margin": margin, "method": name, "grid": one.name, "truth": one.truth,
-                     "pick": one.pick, "regret": round(one.regret, 6)}
-                    for one in found[name][0]
-                    if one.under
+                    {"family": family, "margin": margin, "method": name, "grid": pick.name, "truth": pick.truth,
+                     "pick": pick.pick, "regret": round(pick.regret, 6)}
+                    for pick in judged_by_method[name][0]
+                    if pick.under
                 ]  # fmt: skip
             if any(curve.truncated for curve in curves):
                 judged = replay_all(curves, STRATEGIES[EQUAL_COST_WITH], margin, goal="adapter")
-                adapters.append({"family": family, "margin": margin, **adapter_row(curves, judged, margin)})
+                adapters.append({"family": family, "margin": margin, **build_adapter_row(curves, judged, margin)})
                 passes += [
-                    {"family": family, "margin": margin, "grid": one.name, "pick": one.pick, "regret": round(one.regret, 6)}
-                    for one in judged
-                    if one.false_pass
+                    {"family": family, "margin": margin, "grid": pick.name, "pick": pick.pick, "regret": round(pick.regret, 6)}
+                    for pick in judged
+                    if pick.false_pass
                 ]  # fmt: skip
-        means += [over_margins(family, name, repeats) for name, repeats in every.items()]
-    return {"machine": machine(), "equal_cost_with": EQUAL_COST_WITH, "repeats": REPEATS, "table": table,
+        means += [summarize_margins(family, name, repeats) for name, repeats in every.items()]
+    return {"machine": describe_machine(), "equal_cost_with": EQUAL_COST_WITH, "repeats": REPEATS, "table": table,
             "means": means, "under_picks": unders, "adapters": adapters, "false_passes": passes}  # fmt: skip
 
 
-def with_others_of(stored: dict[str, Any], results: dict[str, Any], family: str) -> dict[str, Any]:
-    """`results`, which are of one family, with the stored rows of the others, in the order of `FAMILIES`."""
-    found = dict(results)
+def merge_stored(stored: dict[str, Any], results: dict[str, Any], family: str) -> dict[str, Any]:
+    """Merge the results of one family with the stored rows of the others, in the order of `FAMILIES`."""
+    merged = dict(results)
     for name in ("table", "means", "under_picks", "adapters", "false_passes"):
         rows = [*(row for row in stored.get(name, []) if row["family"] != family), *results[name]]
-        found[name] = sorted(rows, key=lambda row: list(FAMILIES).index(row["family"]))
-    return found
+        merged[name] = sorted(rows, key=lambda row: list(FAMILIES).index(row["family"]))
+    return merged
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Cost against regret, one panel a family, every method a point."""
+def draw_cost_against_regret(results: dict[str, Any], path: Path) -> None:
+    """Plot cost against regret, one panel for each family and one point for each method."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -218,12 +235,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def share(row: dict[str, Any], name: str) -> str:
+def format_share(row: dict[str, Any], name: str) -> str:
     low, high = row[f"{name}_interval"]
     return f"{row[name]:.0%} ({low:.0%} to {high:.0%})"
 
 
-def text(results: dict[str, Any]) -> str:
+def format_results(results: dict[str, Any]) -> str:
     lines = [
         "| family | margin | method | grids | exact | ± a rank | under | over | regret | trainings | share | wins / ties / losses of the default |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -244,7 +261,7 @@ def text(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['family']} | {r['method']} | {r['grids']} | {r['cases']} | {share(r, 'exact')} | {share(r, 'under')} | {r['trainings']:.1f} |"
+        f"| {r['family']} | {r['method']} | {r['grids']} | {r['cases']} | {format_share(r, 'exact')} | {format_share(r, 'under')} | {r['trainings']:.1f} |"
         for r in results["means"]
         if r["abstentions"] < r["cases"]
     ]
@@ -273,12 +290,12 @@ def main() -> None:
     options = parser.parse_args()
     results = compare(list(FAMILIES) if options.only is None else [options.only])
     if options.only is not None:
-        results = with_others_of(json.loads(options.out.read_text()), results, options.only)
+        results = merge_stored(json.loads(options.out.read_text()), results, options.only)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, options.out.with_name("cost_against_regret.svg"))
-    options.out.with_suffix(".md").write_text(text(results) + "\n")
+    draw_cost_against_regret(results, options.out.with_name("cost_against_regret.svg"))
+    options.out.with_suffix(".md").write_text(format_results(results) + "\n")
     print(json.dumps(results["machine"]))
-    print(text(results))
+    print(format_results(results))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""One model of the noise of a difference between two ranks, from the twelve long grids; and the confidence to ask for.
+"""Fit a model of the noise of a difference between two ranks to the twelve long grids, and choose the confidence level.
 
     python -m benchmarks.selection.noise_model            # fits, writes noise_model.json
     python -m benchmarks.selection.noise_model --picture  # draws trade_off.svg from it
 
-The mean difference of n seeds and N examples varies about that of all seeds and examples, in units of its variance between examples
-(`spread`, of one seed), by
+The variance of the mean difference of n seeds and N examples around that of all seeds and examples, in units of the variance between examples
+(`spread`, of one seed), is
 
     seeds / n  +  crossed / (n·N)  +  examples / N
 
-The parts are the components of variance of three seeds × examples, of each rank against the largest, at the learning rates that are best over
-the seeds: means over ranks, then grids, then tasks. The degrees of freedom of Student's t maximize the likelihood of the differences that the other
-seeds show on the other half of the examples. Every task is also predicted by what the other tasks fit.
+The three terms are the variance components of three seeds × examples, of each rank against the largest, at the learning rates that are best over
+the seeds: averaged over ranks, then grids, then tasks. The degrees of freedom of Student's t maximize the likelihood of the differences that the other
+seeds show on the other half of the examples. Every task is also predicted from the fit to the other tasks.
 
 The trade-off: each choice of 1, 2 or 3 seeds of a grid answers on half of the examples with the smallest rank that has the
-probability, by the constants of the other tasks. The truth is the mean of the other seeds (of three: of the same) on the other half.
+probability, with the components of the other tasks. The truth is the mean of the other seeds (for three seeds: of the same) on the other half.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from unittest.mock import patch
 import numpy as np
 from scipy.stats import t as student
 
-from benchmarks.machine import machine
+from benchmarks.machine import describe_machine
 from benchmarks.selection.tables import GridCurve, read_grids
 from rightrank.decision import evidence as evidence_module
 from rightrank.decision import seeds as seeds_module
-from rightrank.decision.evidence import Evidence, compare
-from rightrank.decision.rule import ASKED_CONFIDENCE
-from rightrank.decision.seeds import NoiseParts
+from rightrank.decision.evidence import Evidence, compare_ranks
+from rightrank.decision.rule import DEFAULT_CONFIDENCE
+from rightrank.decision.seeds import NoiseComponents
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.decision.verdicts import unexplained_rank
+from rightrank.decision.verdicts import find_unexplained_rank
 from rightrank.schema.metrics import infer_metric_kind
 from rightrank.schema.trials import Floats
 
@@ -47,22 +47,22 @@ FILES = ("seeded_grids.json.xz", "grids/*.json.xz", "locked/*.json.xz")
 RESULT, PICTURE = HERE / "noise_model.json", HERE / "trade_off.svg"
 MARGINS = (0.005, 0.02, 0.05)
 CONFIDENCES = tuple(np.round(np.arange(0.5, 0.96, 0.05), 2).tolist())
-ANSWERED = 0.85  # of two-seed cases, by the confidence that is asked for: the largest that still does
+ANSWERED = 0.85  # share of two-seed cases that the chosen confidence must answer; the largest such confidence is chosen
 DEGREES = (2.0, 3.0, 4.0, 6.0, 8.0, 15.0, 30.0)
 
 
-def grids() -> list[GridCurve]:
-    """The long grids with three seeds and the losses of examples."""
+def read_long_grids() -> list[GridCurve]:
+    """Read the long grids that have three seeds and example losses."""
     files = [path for pattern in FILES for path in sorted(HERE.glob(pattern))]
     return [curve for file in files for curve in read_grids(file) if curve.items and len(curve.seeds) > 2]
 
 
-def task_of(name: str) -> str:
+def get_task(name: str) -> str:
     return name.split("_")[0]
 
 
-def differences(curve: GridCurve) -> Iterator[Floats]:
-    """[seeds, examples] how much worse each rank is than the largest, over the mean weight, at the best rates over the seeds."""
+def iterate_differences(curve: GridCurve) -> Iterator[Floats]:
+    """Yield [seeds, examples] loss differences of each rank from the largest, divided by the mean weight, at the best rates over the seeds."""
     best = {rank: min(curve.cells[rank], key=lambda lr: curve.loss(rank, lr)) for rank in curve.ranks}
     weights = np.asarray(curve.item_tokens or 1.0, dtype=float)
     sign = -1.0 if curve.higher_is_better else 1.0
@@ -76,41 +76,47 @@ def differences(curve: GridCurve) -> Iterator[Floats]:
             yield sign * np.array(rows) / weights.mean()
 
 
-def parts_of(rows: Floats) -> NoiseParts:
-    """By the means of squares of two crossed factors."""
+def estimate_components(rows: Floats) -> NoiseComponents:
+    """Estimate the components from the mean squares of two crossed factors."""
     seeds, items = rows.shape
     by_seed, by_item = rows.mean(axis=1), rows.mean(axis=0)
-    rest = rows - by_seed[:, None] - by_item + rows.mean()
-    crossed = float((rest**2).sum()) / ((seeds - 1) * (items - 1))
+    residuals = rows - by_seed[:, None] - by_item + rows.mean()
+    crossed = float((residuals**2).sum()) / ((seeds - 1) * (items - 1))
     examples = float(by_item.var(ddof=1)) - crossed / seeds
     spread = float(rows.var(axis=1, ddof=1).mean())
-    return NoiseParts((float(by_seed.var(ddof=1)) - crossed / items) / spread, crossed / spread, examples / spread)
+    return NoiseComponents((float(by_seed.var(ddof=1)) - crossed / items) / spread, crossed / spread, examples / spread)
 
 
-def mean_parts(found: Sequence[tuple[str, str, NoiseParts]]) -> NoiseParts:
-    """Ranks within grids, grids within tasks, then tasks, with equal weights."""
+def average_components(components: Sequence[tuple[str, str, NoiseComponents]]) -> NoiseComponents:
+    """Average ranks within grids, grids within tasks, then tasks, with equal weights."""
 
     def mean(name: str) -> float:
         tasks: dict[str, dict[str, list[float]]] = {}
-        for task, grid, parts in found:
-            tasks.setdefault(task, {}).setdefault(grid, []).append(getattr(parts, name))
+        for task, grid, component in components:
+            tasks.setdefault(task, {}).setdefault(grid, []).append(getattr(component, name))
         return float(
             np.mean([np.mean([np.mean(of_grid) for of_grid in of_task.values()]) for of_task in tasks.values()])
         )
 
-    return NoiseParts(*(max(mean(name), 0.0) for name in ("seeds", "crossed", "examples")))
+    return NoiseComponents(*(max(mean(name), 0.0) for name in ("seeds", "crossed", "examples")))
 
 
-def fits(curves: Sequence[GridCurve]) -> tuple[NoiseParts, dict[str, NoiseParts]]:
-    """What all grids fit, and by task what the other tasks do."""
-    found = [(task_of(one.name), one.name, parts_of(rows)) for one in curves for rows in differences(one)]
-    tasks = sorted({task for task, _, _ in found})
-    return mean_parts(found), {task: mean_parts([one for one in found if one[0] != task]) for task in tasks}
+def fit_components(curves: Sequence[GridCurve]) -> tuple[NoiseComponents, dict[str, NoiseComponents]]:
+    """Return the components fitted to all grids, and for each task those fitted to the other tasks."""
+    components = [
+        (get_task(curve.name), curve.name, estimate_components(rows))
+        for curve in curves
+        for rows in iterate_differences(curve)
+    ]
+    tasks = sorted({task for task, _, _ in components})
+    return average_components(components), {
+        task: average_components([curve for curve in components if curve[0] != task]) for task in tasks
+    }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One choice of seeds on one half of the examples: what the decision gives each rank, and what the other half says."""
+    """The decision's probabilities from one choice of seeds and one half of the examples, and the truth from the other half."""
 
     task: str
     grid: str
@@ -119,7 +125,7 @@ class Case:
     margin: float
     probabilities: dict[int, float]
     picks: dict[int, float]  # rank → its true difference from the best rank
-    is_doubted: bool  # whether a larger rank is worse without a reason (`unexplained_rank`)
+    is_doubted: bool  # whether a larger rank is worse for no apparent reason (`find_unexplained_rank`)
 
     @property
     def right(self) -> int:
@@ -129,8 +135,8 @@ class Case:
         return min((rank for rank, likely in self.probabilities.items() if likely >= confidence), default=None)
 
 
-def table_of(curve: GridCurve, seeds: Sequence[int], items: Floats) -> ScoreTable:
-    """Some seeds of a grid on some of its examples."""
+def build_table(curve: GridCurve, seeds: Sequence[int], items: Floats) -> ScoreTable:
+    """Return the table of some seeds of a grid on some of its examples."""
     weights = np.asarray(curve.item_tokens or np.ones(len(next(iter(curve.items.values())))), dtype=float)[items]
     sign = -1.0 if curve.higher_is_better else 1.0
     cells = {}
@@ -143,8 +149,8 @@ def table_of(curve: GridCurve, seeds: Sequence[int], items: Floats) -> ScoreTabl
     )
 
 
-def cases(curve: GridCurve, splits: int = 2) -> Iterator[Case]:
-    """Every choice of one to three seeds, on random halves of the examples in both directions."""
+def iterate_cases(curve: GridCurve, splits: int = 2) -> Iterator[Case]:
+    """Yield every choice of one to three seeds, on random halves of the examples in both directions."""
     count = len(next(iter(curve.items.values())))
     generator = np.random.default_rng(len(curve.name))
     for _ in range(splits):
@@ -152,64 +158,69 @@ def cases(curve: GridCurve, splits: int = 2) -> Iterator[Case]:
         for ours, theirs in ((order[: count // 2], order[count // 2 :]), (order[count // 2 :], order[: count // 2])):
             for size in (1, 2, 3):
                 for seeds in combinations(curve.seeds[:3], size):
-                    rest = [seed for seed in curve.seeds if seed not in seeds] or curve.seeds
-                    evidence = Evidence(table_of(curve, seeds, ours))
-                    if evidence.no_probability:
+                    unseen_seeds = [seed for seed in curve.seeds if seed not in seeds] or curve.seeds
+                    evidence = Evidence(build_table(curve, seeds, ours))
+                    if evidence.probability_obstacle:
                         continue
-                    chosen, true = table_of(curve, rest, ours), table_of(curve, rest, theirs)
+                    chosen, true = build_table(curve, unseen_seeds, ours), build_table(curve, unseen_seeds, theirs)
                     losses = {}
                     for rank in evidence.contenders:
                         means = {
                             lr: np.mean([c.loss for c in by.values()])
-                            for lr, by in chosen.by_learning_rate(rank).items()
+                            for lr, by in chosen.get_cells_by_rate(rank).items()
                         }
                         best = min(means, key=lambda lr: means[lr])
-                        losses[rank] = float(np.mean([c.loss for c in true.by_learning_rate(rank)[best].values()]))
+                        losses[rank] = float(np.mean([c.loss for c in true.get_cells_by_rate(rank)[best].values()]))
                     picks = {rank: loss - min(losses.values()) for rank, loss in losses.items()}
                     for margin in MARGINS:
                         likely = {rank: evidence.probability(rank, margin) or 0.0 for rank in evidence.contenders}
-                        tested = compare(evidence, margin).at_confidence(ASKED_CONFIDENCE)
-                        doubted = unexplained_rank(tested) is not None
-                        yield Case(task_of(curve.name), curve.name, size, len(ours), margin, likely, picks, doubted)
+                        tested = compare_ranks(evidence, margin).apply_confidence(DEFAULT_CONFIDENCE)
+                        doubted = find_unexplained_rank(tested) is not None
+                        yield Case(get_task(curve.name), curve.name, size, len(ours), margin, likely, picks, doubted)
 
 
-def predicted(curves: Sequence[GridCurve], by_task: dict[str, NoiseParts]) -> list[Case]:
-    """The cases of every grid, by the constants that the other tasks fit."""
-    found: list[Case] = []
+def predict_cases(curves: Sequence[GridCurve], by_task: dict[str, NoiseComponents]) -> list[Case]:
+    """Return the cases of every grid, with the components fitted to the other tasks."""
+    cases: list[Case] = []
     for curve in curves:
-        noise = by_task[task_of(curve.name)]
+        noise = by_task[get_task(curve.name)]
         with patch.object(seeds_module, "NOISE", noise), patch.object(evidence_module, "NOISE", noise):
-            found += cases(curve)
-    return found
+            cases += iterate_cases(curve)
+    return cases
 
 
-def log_scores(curves: Sequence[GridCurve], by_task: dict[str, NoiseParts]) -> dict[str, float]:
-    """Degrees of freedom → mean log density of what the other seeds show on the other half, by one seed on one half."""
+def compute_log_scores(curves: Sequence[GridCurve], by_task: dict[str, NoiseComponents]) -> dict[str, float]:
+    """Map degrees of freedom to the mean log density of the other seeds' differences on the other half, given one seed on one half."""
     errors: dict[str, list[tuple[float, float]]] = {}
     for curve in curves:
-        parts = by_task[task_of(curve.name)]
-        for rows in differences(curve):
+        components = by_task[get_task(curve.name)]
+        for rows in iterate_differences(curve):
             half = rows.shape[1] // 2
             for seed in range(len(rows)):
-                rest = [other for other in range(len(rows)) if other != seed]
+                other_seeds = [other_seed for other_seed in range(len(rows)) if other_seed != seed]
                 for ours, theirs in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-                    a, b = rows[seed, ours], rows[rest][:, theirs]
-                    variance = a.var(ddof=1) * (parts.ratio(1, a.size) + parts.ratio(len(rest), b.shape[1]))
-                    errors.setdefault(task_of(curve.name), []).append(
+                    a, b = rows[seed, ours], rows[other_seeds][:, theirs]
+                    variance = a.var(ddof=1) * (
+                        components.ratio(1, a.size) + components.ratio(len(other_seeds), b.shape[1])
+                    )
+                    errors.setdefault(get_task(curve.name), []).append(
                         (float(b.mean() - a.mean()), float(variance**0.5))
                     )
 
     def score(of_task: Sequence[tuple[float, float]], degrees: float) -> float:
         return float(np.mean([student.logpdf(error / scale, degrees) - np.log(scale) for error, scale in of_task]))
 
-    return {f"{degrees:g}": float(np.mean([score(one, degrees) for one in errors.values()])) for degrees in DEGREES}
+    return {
+        f"{degrees:g}": float(np.mean([score(task_errors, degrees) for task_errors in errors.values()]))
+        for degrees in DEGREES
+    }
 
 
-def summary(found: Sequence[Case]) -> dict[str, float]:
-    """Of each number of seeds and confidence: grids have equal weights."""
+def summarize(cases: Sequence[Case]) -> dict[str, float]:
+    """Summarize by number of seeds and confidence; grids have equal weights."""
     rows: dict[str, Any] = {}
     for seeds in (1, 2, 3):
-        of_seeds = [case for case in found if case.seeds == seeds]
+        of_seeds = [case for case in cases if case.seeds == seeds]
         for confidence in CONFIDENCES:
             by_grid: dict[str, list[tuple[float, float, float, float]]] = {}
             for case in of_seeds:
@@ -231,27 +242,27 @@ def summary(found: Sequence[Case]) -> dict[str, float]:
     return rows
 
 
-def reliability(found: Sequence[Case]) -> list[dict[str, float]]:
-    """How often a rank is within the margin in truth, which has its own noise, by its probability."""
+def compute_reliability(cases: Sequence[Case]) -> list[dict[str, float]]:
+    """Return how often a rank is within the margin of the (noisy) truth, by its probability."""
     edges = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-    events = [(p, case.picks[rank] <= case.margin) for case in found for rank, p in case.probabilities.items()]
+    events = [(p, case.picks[rank] <= case.margin) for case in cases for rank, p in case.probabilities.items()]
     rows = []
     for low, high in pairwise(edges):
-        inside = [(p, held) for p, held in events if low <= p < high or high == p == 1.0]
+        inside = [(p, is_within) for p, is_within in events if low <= p < high or high == p == 1.0]
         if inside:
-            forecast, held = np.round(np.mean(inside, axis=0), 3).tolist()
-            rows.append({"from": low, "to": high, "forecast": forecast, "held": held, "events": len(inside)})
+            forecast, is_within = np.round(np.mean(inside, axis=0), 3).tolist()
+            rows.append({"from": low, "to": high, "forecast": forecast, "held": is_within, "events": len(inside)})
     return rows
 
 
-def doubts(found: Sequence[Case]) -> dict[str, dict[str, int]]:
-    """Answers at the asked confidence beside a larger rank that is worse without a reason, and the others; how many are too small."""
+def count_doubts(cases: Sequence[Case]) -> dict[str, dict[str, int]]:
+    """Count answers with and without a larger rank that is worse without a reason, and how many of them are too small."""
     rows: dict[str, dict[str, int]] = {}
     for seeds, is_doubted in product((1, 2, 3), (True, False)):
         answers = [
             (answer, case.right)
-            for case in found
-            if case.seeds == seeds and case.is_doubted is is_doubted and (answer := case.answer(ASKED_CONFIDENCE))
+            for case in cases
+            if case.seeds == seeds and case.is_doubted is is_doubted and (answer := case.answer(DEFAULT_CONFIDENCE))
         ]
         rows[f"{seeds} seeds, {'doubted' if is_doubted else 'others'}"] = {
             "answers": len(answers),
@@ -260,7 +271,7 @@ def doubts(found: Sequence[Case]) -> dict[str, dict[str, int]]:
     return rows
 
 
-def draw(rows: dict[str, Any], chosen: float, path: Path) -> None:
+def draw_trade_off(rows: dict[str, Any], chosen: float, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -285,24 +296,26 @@ def main() -> None:
     parser.add_argument("--picture", action="store_true")
     if parser.parse_args().picture:
         stored = json.loads(RESULT.read_text())
-        draw(stored["trade_off"], stored["confidence"], PICTURE)
+        draw_trade_off(stored["trade_off"], stored["confidence"], PICTURE)
         return
-    curves = grids()
-    parts, by_task = fits(curves)
-    scores = log_scores(curves, by_task)
-    trade_off = summary(found := predicted(curves, by_task))
-    allowed = [one for one in CONFIDENCES if trade_off[f"2 seeds, {one:g}"]["answered"] >= ANSWERED]
+    curves = read_long_grids()
+    components, by_task = fit_components(curves)
+    scores = compute_log_scores(curves, by_task)
+    trade_off = summarize(cases := predict_cases(curves, by_task))
+    allowed = [
+        confidence for confidence in CONFIDENCES if trade_off[f"2 seeds, {confidence:g}"]["answered"] >= ANSWERED
+    ]
     result = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "grids": [curve.name for curve in curves],
-        "parts": vars_of(parts),
-        "parts without a task": {task: vars_of(one) for task, one in by_task.items()},
+        "parts": list_components(components),
+        "parts without a task": {task: list_components(confidence) for task, confidence in by_task.items()},
         "log score by degrees": {name: round(score, 4) for name, score in scores.items()},
         "confidence": max(allowed),
         "trade_off": trade_off,
-        "larger rank worse": doubts(found),
+        "larger rank worse": count_doubts(cases),
         "reliability": {
-            str(seeds): reliability([case for case in found if case.seeds == seeds]) for seeds in (1, 2, 3)
+            str(seeds): compute_reliability([case for case in cases if case.seeds == seeds]) for seeds in (1, 2, 3)
         },
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
@@ -313,8 +326,8 @@ def main() -> None:
     )
 
 
-def vars_of(parts: NoiseParts) -> dict[str, float]:
-    return {name: round(getattr(parts, name), 5) for name in ("seeds", "crossed", "examples")}
+def list_components(components: NoiseComponents) -> dict[str, float]:
+    return {name: round(getattr(components, name), 5) for name in ("seeds", "crossed", "examples")}
 
 
 if __name__ == "__main__":

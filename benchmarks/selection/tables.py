@@ -1,7 +1,7 @@
-"""Grids of finished runs, played back to a strategy as if they were being trained.
+"""Replay grids of finished runs to a strategy as if they were being trained.
 
-A grid's id and its truth never reach a strategy: it sees ranks, learning rates, seeds and the margin, and outcomes of what it
-asks for. What a table does not hold (a truncation, a training stopped early) comes back as a failed trial.
+A grid's id and its truth never reach a strategy: it sees ranks, learning rates, seeds, the margin, and outcomes of the arms that it
+requests. What a table does not contain (a truncation, a training stopped early) is returned as a failed trial.
 """
 
 from __future__ import annotations
@@ -19,15 +19,23 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import infer_metric_kind
 from rightrank.schema.settings import Goal
-from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, count_added_steps, trial_id
+from rightrank.schema.trials import (
+    Arm,
+    EvalPoint,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    count_added_steps,
+    trial_id,
+)
 from rightrank.search.history import Space, Trials
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
 
-REPLAY_STEPS = 1000  # of a whole training: costs are counted in these
+REPLAY_STEPS = 1000  # fractions of a full training, in which costs are counted
 
 SeedGrid = Mapping[int, Mapping[float, Mapping[int, float]]]  # rank → learning rate → seed → value
-Items = Mapping[tuple[int, float, int], list[float]]
+ExampleValues = Mapping[tuple[int, float, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -40,19 +48,25 @@ class GridCurve:
     cells: SeedGrid
     metric: str = "loss"
     base: float | None = None
-    base_loss: float | None = None  # where the metric is another
-    truncated: SeedGrid = field(default_factory=dict)  # rank → the top's learning rate → seed
-    averaged: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → losses of the running mean
-    annealed: Mapping[float, SeedGrid] = field(default_factory=dict)  # part → losses of copies annealed from there
-    truncated_items: Items = field(
+    base_loss: float | None = None  # if the metric is another
+    truncated: SeedGrid = field(default_factory=dict)  # rank → learning rate of the highest rank → seed
+    averaged: Mapping[float, SeedGrid] = field(
         default_factory=dict
-    )  # summed example losses of truncations, by rank, top's learning rate, seed
-    tests: Mapping[str, SeedGrid] = field(default_factory=dict)  # trained, truncated → values on the test split
-    checkpoints: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → values then
-    losses: Mapping[float, SeedGrid] = field(default_factory=dict)  # the same, losses where the metric is another
-    items: Items = field(default_factory=dict)  # summed example losses, or example scores of another metric
+    )  # fraction of a training → losses of the running mean
+    annealed: Mapping[float, SeedGrid] = field(
+        default_factory=dict
+    )  # fraction of a training → losses of copies annealed from there
+    truncated_items: ExampleValues = field(
+        default_factory=dict
+    )  # summed example losses of truncations, by rank, learning rate of the highest rank, seed
+    tests: Mapping[str, SeedGrid] = field(default_factory=dict)  # "trained" or "truncated" → values on the test split
+    checkpoints: Mapping[float, SeedGrid] = field(default_factory=dict)  # fraction of a training → values at that time
+    losses: Mapping[float, SeedGrid] = field(default_factory=dict)  # the same for losses if the metric is another
+    items: ExampleValues = field(default_factory=dict)  # summed example losses, or example scores of another metric
     item_tokens: list[int] = field(default_factory=list)
-    energy: Mapping[float, Mapping[int, list[float]]] = field(default_factory=dict)  # the top's, a share per direction
+    energy: Mapping[float, Mapping[int, list[float]]] = field(
+        default_factory=dict
+    )  # of the highest rank: share of each direction
 
     @property
     def ranks(self) -> list[int]:
@@ -68,42 +82,44 @@ class GridCurve:
 
     @property
     def size(self) -> int:
-        """Cells of one seed."""
+        """Return the number of cells of one seed."""
         return sum(len(by_rate) for by_rate in self.cells.values())
 
     def loss(self, rank: int, learning_rate: float) -> float:
-        """Mean over seeds, lower is better."""
+        """Return the mean over seeds, oriented so that lower is better."""
         mean = float(np.mean(list(self.cells[rank][learning_rate].values())))
         return -mean if self.higher_is_better else mean
 
     def best(self, rank: int) -> float:
-        """The rank's loss at its best rate."""
+        """Return the rank's loss at its best rate."""
         return min(self.loss(rank, learning_rate) for learning_rate in self.cells[rank])
 
     def truth(self, margin: float) -> int:
-        """The whole grid's pick: the smallest rank within the margin of the best over all rates."""
+        """Return the full grid's pick: the smallest rank within the margin of the best over all rates."""
         best = min(self.best(rank) for rank in self.ranks)
         return next(rank for rank in self.ranks if self.best(rank) - best <= margin + 1e-9)
 
 
-def each_seed_first(curve: GridCurve) -> list[GridCurve]:
-    """The curve once for each of its seeds, numbered so that this seed comes first. The truth, a mean over seeds, stays."""
+def list_seed_orders(curve: GridCurve) -> list[GridCurve]:
+    """Return the curve once for each of its seeds, numbered so that this seed comes first. The truth, a mean over seeds, stays the same."""
     count = len(curve.seeds)
 
     def turned(by: int) -> GridCurve:
-        place = {seed: (index - by) % count for index, seed in enumerate(curve.seeds)}
+        seed_index = {seed: (index - by) % count for index, seed in enumerate(curve.seeds)}
 
         def grid(cells: SeedGrid) -> SeedGrid:
             return {
-                rank: {lr: {place[seed]: value for seed, value in by_seed.items()} for lr, by_seed in by_lr.items()}
+                rank: {
+                    lr: {seed_index[seed]: value for seed, value in by_seed.items()} for lr, by_seed in by_lr.items()
+                }
                 for rank, by_lr in cells.items()
             }
 
-        def items(known: Items) -> Items:
-            return {(rank, lr, place[seed]): values for (rank, lr, seed), values in known.items()}
+        def items(example_values: ExampleValues) -> ExampleValues:
+            return {(rank, lr, seed_index[seed]): values for (rank, lr, seed), values in example_values.items()}
 
-        def grids(known: Mapping[float, SeedGrid]) -> dict[float, SeedGrid]:
-            return {part: grid(cells) for part, cells in known.items()}
+        def grids(grids_by_fraction: Mapping[float, SeedGrid]) -> dict[float, SeedGrid]:
+            return {fraction: grid(cells) for fraction, cells in grids_by_fraction.items()}
 
         return replace(
             curve,
@@ -123,14 +139,14 @@ def each_seed_first(curve: GridCurve) -> list[GridCurve]:
 
 
 def read_grids(path: Path) -> list[GridCurve]:
-    """The curves of a file that have a grid.
+    """Read the curves of a file that have a grid.
 
     Raises:
-        ResultsError: no such file, not of this form, or no curve with a grid.
+        ResultsError: the file does not exist, is not of this form, or has no curve with a grid.
     """
     try:
-        found = read_json(path)
-        curves = [_curve(entry) for entry in found["curves"] if entry.get("lr_grid") or entry.get("seed_grid")]
+        content = read_json(path)
+        curves = [_parse_curve(entry) for entry in content["curves"] if entry.get("lr_grid") or entry.get("seed_grid")]
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; give a JSON file of grids") from None
     except (lzma.LZMAError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -139,13 +155,13 @@ def read_grids(path: Path) -> list[GridCurve]:
             '"higher_is_better", "lr_grid": {rank: {rate: value}}}]}'
         ) from None
     if not curves:
-        raise ResultsError(f"{path}: no curve with an lr_grid; there is nothing to replay")
+        raise ResultsError(f"{path} has no curve with an lr_grid, so there is nothing to replay")
     return curves
 
 
-def _curve(entry: Mapping[str, Any]) -> GridCurve:
+def _parse_curve(entry: Mapping[str, Any]) -> GridCurve:
     seed_grid = entry.get("seed_grid")
-    cells = _seed_grid(seed_grid) if seed_grid else _one_seed(entry["lr_grid"])
+    cells = _parse_seed_grid(seed_grid) if seed_grid else _parse_single_seed(entry["lr_grid"])
     if len(cells) < 2:
         raise ValueError(f"{entry.get('id')}: a grid needs two ranks or more")
     return GridCurve(
@@ -156,14 +172,16 @@ def _curve(entry: Mapping[str, Any]) -> GridCurve:
         metric=entry.get("metric", "accuracy" if entry.get("higher_is_better") else "loss"),
         base_loss=entry.get("base_loss"),
         base=entry.get("base") if isinstance(entry.get("base"), int | float) else None,
-        truncated=_seed_grid(entry.get("truncation_grid", {})),
-        checkpoints={float(part): _seed_grid(grid) for part, grid in entry.get("checkpoints", {}).items()},
-        losses={float(part): _seed_grid(grid) for part, grid in entry.get("losses", {}).items()},
-        averaged={float(part): _seed_grid(grid) for part, grid in entry.get("averaged", {}).items()},
-        annealed={float(part): _seed_grid(grid) for part, grid in entry.get("annealed", {}).items()},
-        truncated_items=_items(entry.get("truncation_items", {})),
-        tests={kind: _seed_grid(grid) for kind, grid in entry.get("test_grids", {}).items()},
-        items=_items(entry.get("item_losses", {})),
+        truncated=_parse_seed_grid(entry.get("truncation_grid", {})),
+        checkpoints={
+            float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("checkpoints", {}).items()
+        },
+        losses={float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("losses", {}).items()},
+        averaged={float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("averaged", {}).items()},
+        annealed={float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("annealed", {}).items()},
+        truncated_items=_parse_examples(entry.get("truncation_items", {})),
+        tests={kind: _parse_seed_grid(grid) for kind, grid in entry.get("test_grids", {}).items()},
+        items=_parse_examples(entry.get("item_losses", {})),
         item_tokens=list(entry.get("item_tokens", [])),
         energy={
             float(learning_rate): {int(seed): shares for seed, shares in by_seed.items()}
@@ -172,17 +190,17 @@ def _curve(entry: Mapping[str, Any]) -> GridCurve:
     )
 
 
-def _seed_grid(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
-    found: dict[int, dict[float, dict[int, float]]] = {}
+def _parse_seed_grid(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
+    cells: dict[int, dict[float, dict[int, float]]] = {}
     for rank, by_rate in grid.items():
         for learning_rate, by_seed in by_rate.items():
-            values = {int(seed): float(value) for seed, value in by_seed.items() if _number(value)}
+            values = {int(seed): float(value) for seed, value in by_seed.items() if _is_number(value)}
             if values:
-                found.setdefault(int(rank), {})[float(learning_rate)] = values
-    return found
+                cells.setdefault(int(rank), {})[float(learning_rate)] = values
+    return cells
 
 
-def _items(grid: Mapping[str, Any]) -> dict[tuple[int, float, int], list[float]]:
+def _parse_examples(grid: Mapping[str, Any]) -> dict[tuple[int, float, int], list[float]]:
     return {
         (int(rank), float(learning_rate), int(seed)): losses
         for rank, by_rate in grid.items()
@@ -191,56 +209,58 @@ def _items(grid: Mapping[str, Any]) -> dict[tuple[int, float, int], list[float]]
     }
 
 
-def _one_seed(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
-    return _seed_grid(
+def _parse_single_seed(grid: Mapping[str, Any]) -> dict[int, dict[float, dict[int, float]]]:
+    return _parse_seed_grid(
         {rank: {learning_rate: {"0": v} for learning_rate, v in by_rate.items()} for rank, by_rate in grid.items()}
     )
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The smallest rank that is within the margin of the reference, by a strategy's own arms and without intervals."""
+    """The smallest rank within the margin of the reference, from a strategy's own arms and without intervals."""
 
-    rank: int | None  # None: too few trials have finished
+    rank: int | None  # None if too few trials have finished
     learning_rate: float | None
     reference_rank: int | None
 
 
 def recommend(strategy: Strategy, outcomes: Sequence[TrialOutcome]) -> Recommendation:
-    """The rank that the outcomes support best. The decision, which has intervals, may differ."""
+    """Return the rank that the outcomes support best. The decision, which has intervals, may differ."""
     trials = strategy.replay_trials(outcomes)
-    rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.find_smallest_rank()
+    rank = _find_smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.find_smallest_rank()
     learning_rate = None if rank is None else trials.find_best_learning_rate(rank)
     return Recommendation(rank, learning_rate, trials.find_reference())
 
 
-def _smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
-    """The smallest rank that no higher one is shown to beat by more than the margin."""
+def _find_smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
+    """Return the smallest rank that no higher one is shown to beat by more than the margin."""
     chosen: int | None = None
     for rank in sorted(trials.list_ranks()):
-        if chosen is None or (strategy.has_gain(trials, rank, [chosen]) and trials.compute_excess(rank, chosen).high < 0):
+        if chosen is None or (
+            strategy.has_gain(trials, rank, [chosen]) and trials.compute_excess(rank, chosen).high < 0
+        ):
             chosen = rank
     return chosen
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a strategy did on a grid."""
+    """The result of a strategy on a grid."""
 
     answer: Recommendation
-    adapter: AdapterAnswer | None  # None: the grid has no truncations
-    parent_learning_rate: float | None  # of the training that the adapter comes from
-    trainings: float  # cost in whole trainings
+    adapter: AdapterAnswer | None  # None if the grid has no truncations
+    parent_learning_rate: float | None  # of the training that the adapter was truncated from
+    trainings: float  # cost in full trainings
     arms: int
     outcomes: tuple[TrialOutcome, ...] = ()
 
 
 class TableRunner:
-    """Answers arms from a grid."""
+    """A runner that answers arms from a grid."""
 
     def __init__(self, curve: GridCurve) -> None:
         self._curve = curve
@@ -249,10 +269,10 @@ class TableRunner:
     def run(self, arm: Arm) -> TrialOutcome:
         identity = trial_id("replay", arm)
         self._arms[identity] = arm
-        value = self._value(arm)
+        value = self._get_value(arm)
         if value is None:
             return TrialFailed(trial_id=identity, **arm.model_dump(), error="error", reason="not in the table")
-        items, loss = self._items(arm), self._loss(arm)
+        items, loss = self._get_example_values(arm), self._get_loss(arm)
         metric = self._curve.metric
         is_loss = metric == "loss"
         return TrialFinished(
@@ -264,7 +284,7 @@ class TableRunner:
             example_tokens=self._curve.item_tokens if items and is_loss else [],
             example_scores=items if items and not is_loss else None,
             train_value=None,
-            points=self._points(arm),
+            points=self._build_points(arm),
             trainable_parameters=arm.rank,
             train_seconds=0.0,
             train_tokens=0,
@@ -272,61 +292,61 @@ class TableRunner:
             peak_bytes=0,
         )
 
-    def _points(self, arm: Arm) -> list[EvalPoint]:
-        """Values during a whole training, where the table holds them."""
+    def _build_points(self, arm: Arm) -> list[EvalPoint]:
+        """Return the values during a full training that the table contains."""
         key = arm.rank, arm.learning_rate, arm.seed
-        found = {part: _cell(grid, key) for part, grid in self._curve.checkpoints.items() if arm.is_direct}
+        values = {fraction: _get_cell(grid, key) for fraction, grid in self._curve.checkpoints.items() if arm.is_direct}
         return [
-            EvalPoint(step=round(part * arm.steps), value=value, train_value=None)
-            for part, value in sorted(found.items())
+            EvalPoint(step=round(fraction * arm.steps), value=value, train_value=None)
+            for fraction, value in sorted(values.items())
             if value is not None
         ]
 
-    def _value(self, arm: Arm) -> float | None:
+    def _get_value(self, arm: Arm) -> float | None:
         curve = self._curve
         if arm.rank == 0:
             return curve.base
-        key = self._key(arm)
+        key = self._get_key(arm)
         if arm.truncate_from is not None:
-            return _cell(curve.truncated, key)
+            return _get_cell(curve.truncated, key)
         if arm.anneal_from is not None:
-            return _cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
+            return _get_cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
         if arm.stop_at is not None:
-            return _cell(curve.checkpoints.get(arm.stop_at / arm.steps, {}), key)
-        return _cell(curve.cells, key)
+            return _get_cell(curve.checkpoints.get(arm.stop_at / arm.steps, {}), key)
+        return _get_cell(curve.cells, key)
 
-    def _key(self, arm: Arm) -> tuple[int, float, int]:
-        """The cell of an arm."""
+    def _get_key(self, arm: Arm) -> tuple[int, float, int]:
+        """Return the cell of an arm."""
         parent = None if arm.truncate_from is None else self._arms[arm.truncate_from]
         return arm.rank, (parent or arm).learning_rate, arm.seed
 
-    def _items(self, arm: Arm) -> list[float]:
+    def _get_example_values(self, arm: Arm) -> list[float]:
         if arm.stop_at is not None:
             return []
         grid = self._curve.items if arm.truncate_from is None else self._curve.truncated_items
-        return grid.get(self._key(arm), [])
+        return grid.get(self._get_key(arm), [])
 
-    def _loss(self, arm: Arm) -> float | None:
-        """The loss of a training where the metric is another."""
+    def _get_loss(self, arm: Arm) -> float | None:
+        """Return the loss of a training whose metric is another."""
         curve = self._curve
         if curve.metric == "loss" or arm.truncate_from is not None:
             return None
         if arm.rank == 0:
             return curve.base_loss
-        key = self._key(arm)
+        key = self._get_key(arm)
         if arm.anneal_from is not None:
-            return _cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
-        return _cell(curve.losses.get((arm.stop_at or arm.steps) / arm.steps, {}), key)
+            return _get_cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
+        return _get_cell(curve.losses.get((arm.stop_at or arm.steps) / arm.steps, {}), key)
 
 
-def _cell(grid: SeedGrid, key: tuple[int, float, int]) -> float | None:
+def _get_cell(grid: SeedGrid, key: tuple[int, float, int]) -> float | None:
     return grid.get(key[0], {}).get(key[1], {}).get(key[2])
 
 
-def space_of_grid(
+def build_space(
     curve: GridCurve, margin: float, seeds: int = 1, budget: float | None = None, goal: Goal = "training-rank"
 ) -> Space:
-    """The space of a grid: all that a strategy knows of it."""
+    """Return the space of a grid: everything that a strategy is told about it."""
     return Space(
         ranks=tuple(curve.ranks),
         learning_rates=tuple(curve.learning_rates),
@@ -358,7 +378,7 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
                 finished[outcome.trial_id] = outcome
             outcomes.append(outcome)
     adapter = strategy.replay_trials(outcomes).adapter
-    parent = next((one for one in outcomes if adapter is not None and one.trial_id == adapter.trained_id), None)
+    parent = next((trial for trial in outcomes if adapter is not None and trial.trial_id == adapter.trained_id), None)
     learning_rate = None if parent is None else parent.learning_rate
     return Replayed(
         recommend(strategy, outcomes), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes), tuple(outcomes)
