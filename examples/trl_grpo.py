@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
-from rightrank.decision.table import best_point, collapse_of
+from rightrank.decision.table import find_best_point, detect_collapse
 from rightrank.schema.errors import ReportError
 from rightrank.train.metrics import score_token_f1
 
@@ -176,15 +176,15 @@ def should_stop_early(points: Sequence[EvalPoint], drop: float) -> bool:
     """Return whether a training has collapsed so far that further steps are not worth their cost.
 
     Its last two evaluations must both be far below the best one, and below the middle between the first and the best. Runs can recover
-    from smaller falls: a published run went from .83 to .51 and .47 and back to .82 (docs/explanation/science.md, archive).
+    from smaller falls: a published run went from .83 to .51 and .47 and back to .82 (benchmarks/README.md, archive).
     """
     ordered = sorted(points, key=lambda point: point.step)
     if len(ordered) < MIN_EVALUATIONS_TO_STOP:
         return False
-    middle = (ordered[0].value + best_point(ordered, higher_is_better=True).value) / 2
+    middle = (ordered[0].value + find_best_point(ordered, higher_is_better=True).value) / 2
     below = [point.value < middle for point in ordered[-2:]]
     prefixes = (ordered, ordered[:-1])
-    return all(below) and all(collapse_of(points, drop) is not None for points in prefixes)
+    return all(below) and all(detect_collapse(points, drop) is not None for points in prefixes)
 
 
 @dataclass(eq=False)
@@ -218,7 +218,7 @@ class _EvaluationCallback(TrainerCallback):
         value = sum(scores) / len(scores)
         self.task.report(step, value, scores)
         self.points.append(EvalPoint(step=step, value=value, example_scores=scores))
-        if best_point(self.points, higher_is_better=True).step == step:
+        if find_best_point(self.points, higher_is_better=True).step == step:
             state = get_peft_model_state_dict(model)
             self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from benchmarks.plan.gpu import CASES, CONFIGS, dry_run
 
 from rightrank.report.format import format_duration
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.trains
 
 AXES = ("ranks", "batch_size", "seq_len", "gradient_checkpointing", "dtype", "load_in_4bit", "adapters_per_pass")
@@ -40,13 +38,11 @@ def test_the_cases_cover_what_was_promised() -> None:
 
 
 def test_hours_follow_from_the_stored_operations() -> None:
-    """The page and the how-to show what the stored operations give; those of the small model are counted again."""
+    """The page shows what the stored operations give; those of the small model are counted again."""
     models = json.loads(hours.RESULT.read_text(encoding="utf-8"))["models"]
-    assert hours.PAGE.read_text(encoding="utf-8") == "\n".join(hours.page(models)) + "\n"
-    how_to = (ROOT / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
-    assert "\n".join(hours.table(models)) in how_to
-    found = hours.plan_selection_cost("SmolLM2-135M")
-    assert found == models["SmolLM2-135M"]
+    assert hours.PAGE.read_text(encoding="utf-8") == "\n".join(hours.format_page(models)) + "\n"
+    cost = hours.plan_selection_cost("SmolLM2-135M")
+    assert cost == models["SmolLM2-135M"]
     peak, utilisation = hours.GPUS["L4"][0] * 1e12, hours.UTILISATION["SmolLM2-135M"]
-    assert format_duration(found["expected_flops"] / peak / utilisation) in hours.cell(found, "L4", utilisation)
-    assert hours.cell(found | {"needed_bytes": 25 * 2**30}, "L4", utilisation) == "–"
+    assert format_duration(cost["expected_flops"] / peak / utilisation) in hours.format_cell(cost, "L4", utilisation)
+    assert hours.format_cell(cost | {"needed_bytes": 25 * 2**30}, "L4", utilisation) == "–"

@@ -16,7 +16,7 @@ Where rows belong together (the sentences of a document), the groups are drawn, 
 the sums of groups, of their number and their sizes. A group counts by its leverage h as in CR2 (Bell and McCaffrey 2002, "Bias
 reduction in standard errors for linear regression with multi-stage samples"), and the degrees of freedom are those of groups whose rows
 are fully alike: they are few where a few groups hold most rows. Without groups the bounds take rows as independent, and are too near where
-they are not (docs/explanation/science.md, archive).
+they are not (benchmarks/README.md, archive).
 
 The model of one score (or of one paired difference) x of seed s and example i is
 
@@ -27,7 +27,7 @@ contains the interaction, so it is subtracted once. Each part is taken at the qu
 the examples shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap (Owen
 2007) covers about as well at thirty to a hundred times the cost.
 
-Where nothing but two files is compared (`estimate_of_files`), the degrees follow the kurtosis of the examples, and skewness widens a
+Where nothing but two files is compared (`estimate_file_difference`), the degrees follow the kurtosis of the examples, and skewness widens a
 bound and never narrows it: `benchmarks/compared` shows that these bounds err less often there. No bound of a bounded score has
 zero width: where at most three examples differ, the standard error is at least that of the rule of three.
 """
@@ -50,10 +50,10 @@ from rightrank.schema.trials import Floats, Groups
 CONFIDENCE = 0.95  # of each bound
 TWO_SIDED = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2  # the quantiles of a two-sided interval
 POWER = 0.8  # with which a planned run settles a comparison
-INDEPENDENT = (
+INDEPENDENCE_NOTE = (
     "Bounds take examples as independent: where several are of one document, prompt or user, they are too narrow."
 )
-TIE = 1e-9  # of the margin: a difference that exceeds it by rounding alone is within it
+RELATIVE_TOLERANCE = 1e-9  # of the margin: a difference that exceeds it by rounding alone is within it
 MAX_EXAMPLE_GROWTH = 64
 MAX_SEEDS = 32
 MAX_DEGREES = 1e6  # beyond it the t distribution is normal
@@ -72,7 +72,7 @@ WEIGHTS = np.cosh(STEPS) / np.cosh(np.sinh(STEPS) * math.pi / 2) ** 2 * math.pi 
 
 def is_within(difference: float, margin: float) -> bool:
     """Whether a difference, or its bound, is at most the margin, up to rounding."""
-    return difference <= margin * (1 + TIE)
+    return difference <= margin * (1 + RELATIVE_TOLERANCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,11 @@ class Bounds:
         return None if is_within(self.low, margin) else False
 
 
-def bounds_of(estimate: Estimate) -> Bounds:
-    return Bounds(estimate.mean, estimate.bound(1 - CONFIDENCE), estimate.bound(CONFIDENCE))
+def compute_bounds(estimate: Estimate) -> Bounds:
+    return Bounds(estimate_mean.mean, estimate_mean.bound(1 - CONFIDENCE), estimate_mean.bound(CONFIDENCE))
 
 
-def bounds_of_files(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Bounds:
+def compute_file_bounds(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Bounds:
     """The bounds where nothing but two files is compared.
 
     Args:
@@ -106,40 +106,40 @@ def bounds_of_files(sums: Floats, weights: Floats, span: float = 0.0, groups: Gr
     if groups is None and span and set(np.abs(sums).tolist()) <= {0.0, span} and set(weights.tolist()) == {1.0}:
         worse, better = int((sums > 0).sum()), int((sums < 0).sum())
         low, high = (
-            span * binary_bound(*counts, len(sums), CONFIDENCE) for counts in ((better, worse), (worse, better))
+            span * compute_binary_bound(*counts, len(sums), CONFIDENCE) for counts in ((better, worse), (worse, better))
         )
         return Bounds(float(sums.mean()), -low, high)
-    return bounds_of(estimate_of_files(sums, weights, span, groups))
+    return compute_bounds(estimate_file_difference(sums, weights, span, groups))
 
 
-def examples_needed(estimate: Estimate, margin: float) -> int | None:
+def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
     """The fewest examples that are expected to settle the difference, rounded up to two digits.
 
     None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if examples were not scored one by one.
     """
-    if estimate.examples < 2:
+    if estimate_mean.examples < 2:
         return None
     factors = (1.15**power for power in count(1))
     for factor in takewhile(lambda factor: factor <= MAX_EXAMPLE_GROWTH, factors):
-        step = 10 ** max(0, math.floor(math.log10(estimate.examples * factor)) - 1)
-        size = int(math.ceil(estimate.examples * factor / step) * step)
-        if settles(estimate.at(size, estimate.seeds), margin):
+        step = 10 ** max(0, math.floor(math.log10(estimate_mean.examples * factor)) - 1)
+        size = int(math.ceil(estimate_mean.examples * factor / step) * step)
+        if is_conclusive(estimate_mean.at(size, estimate_mean.seeds), margin):
             return size
     return None
 
 
-def seeds_needed(estimate: Estimate, margin: float) -> int | None:
+def compute_required_seeds(estimate: Estimate, margin: float) -> int | None:
     """The fewest seeds that are expected to settle the difference; None if `MAX_SEEDS` are not enough."""
-    sizes = range(estimate.seeds + 1, MAX_SEEDS + 1)
-    return next((size for size in sizes if settles(estimate.at(estimate.examples, size), margin)), None)
+    sizes = range(estimate_mean.seeds + 1, MAX_SEEDS + 1)
+    return next((size for size in sizes if is_conclusive(estimate_mean.at(estimate_mean.examples, size), margin)), None)
 
 
-def settles(estimate: Estimate, margin: float) -> bool:
+def is_conclusive(estimate: Estimate, margin: float) -> bool:
     """Whether such runs tell enough from not enough with a chance of `POWER`, if the true mean is the estimated one."""
-    error = NORMAL.inv_cdf(POWER) * estimate.standard_error
-    if estimate.mean < margin:
-        return is_within(estimate.bound(CONFIDENCE) + error, margin)
-    return not is_within(estimate.bound(1 - CONFIDENCE) - error, margin)
+    error = NORMAL.inv_cdf(POWER) * estimate_mean.standard_error
+    if estimate_mean.mean < margin:
+        return is_within(estimate_mean.bound(CONFIDENCE) + error, margin)
+    return not is_within(estimate_mean.bound(1 - CONFIDENCE) - error, margin)
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
@@ -147,10 +147,10 @@ def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]
 
     This is a fixed-sequence test: no rank below a failure is tested, and so no correction for multiplicity is needed.
     """
-    return min(takewhile(holds, descending(ranks, reference)), default=reference)
+    return min(takewhile(holds, list_lower_ranks(ranks, reference)), default=reference)
 
 
-def descending(ranks: Iterable[int], reference: int) -> list[int]:
+def list_lower_ranks(ranks: Iterable[int], reference: int) -> list[int]:
     """The ranks between 0 and `reference`, both excluded, from the top downward."""
     return sorted((rank for rank in ranks if 0 < rank < reference), reverse=True)
 
@@ -168,8 +168,8 @@ class Estimate:
     seeds_degrees: float
     skewness: float  # of the examples' influence
     kurtosis: float | None = None  # of the examples' influence, where two files are compared
-    is_apart: bool = (
-        False  # whether the seed part was replaced (`with_seeds`), and counts at its own degrees of freedom
+    has_separate_seeds: bool = (
+        False  # whether the seed part was replaced (`replace_seed_variance`), and counts at its own degrees of freedom
     )
     grouped_degrees: float | None = None  # of groups, which have fewer where a few hold most rows
 
@@ -218,18 +218,18 @@ class Estimate:
 
         Satterthwaite's degrees are those of examples where two seeds came out alike by chance, and the bound would then be too near.
         """
-        if not self.is_apart or self.seeds_degrees <= 0 or self.variance <= 0:
-            return t_quantile(self.degrees, confidence)
-        of_seeds = t_quantile(self.seeds_degrees, confidence)
-        of_examples = t_quantile(self.examples_degrees, confidence) if self.examples > 1 else 0.0
+        if not self.has_separate_seeds or self.seeds_degrees <= 0 or self.variance <= 0:
+            return compute_t_quantile(self.degrees, confidence)
+        of_seeds = compute_t_quantile(self.seeds_degrees, confidence)
+        of_examples = compute_t_quantile(self.examples_degrees, confidence) if self.examples > 1 else 0.0
         share = min(1.0, self.seeds_variance / self.variance)
         return math.copysign(math.sqrt(share * of_seeds**2 + (1 - share) * of_examples**2), of_seeds)
 
-    def with_seeds(self, variance: float, degrees: float) -> Estimate:
+    def replace_seed_variance(self, variance: float, degrees: float) -> Estimate:
         """The same mean with another seed variance, such as a pooled or a published one."""
-        return replace(self, seeds_variance=variance, seeds_degrees=degrees, is_apart=True)
+        return replace(self, seeds_variance=variance, seeds_degrees=degrees, has_separate_seeds=True)
 
-    def of_a_further_seed(self) -> Estimate:
+    def predict_extra_seed(self) -> Estimate:
         """The estimate of the difference that one further seed shows: the seed part times 1 + seeds."""
         return replace(self, seeds_variance=self.seeds_variance * (1 + self.seeds))
 
@@ -256,10 +256,10 @@ class Estimate:
         )
 
 
-def estimate(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
+def estimate_mean(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
     """The weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
 
-    With one seed the seed variance is 0 with no degrees of freedom, and the caller replaces it (`with_seeds`).
+    With one seed the seed variance is 0 with no degrees of freedom, and the caller replaces it (`replace_seed_variance`).
 
     Args:
         sums: [seeds, examples] the score of each example times its weight, or the difference of two such scores.
@@ -276,7 +276,7 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | 
     differing = (sums != np.median(sums)).any(axis=0) if span else np.zeros(0)
     if groups is not None:
         sums, weights, differing = (
-            by_group(values, groups) for values in (sums, weights, differing if span else weights)
+            sum_by_group(values, groups) for values in (sums, weights, differing if span else weights)
         )
         examples = len(weights)
     influence = (sums.mean(axis=0) - weights * mean) / weights.mean()
@@ -292,11 +292,11 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | 
         interaction_variance = min(of_both, examples_variance, seeds_variance)
     skewness = float(np.mean(influence**3)) / spread**1.5 if spread > 0 else 0.0
     parts = (examples_variance, seeds_variance, interaction_variance)
-    grouped = None if groups is None else degrees_of_groups(weights)
+    grouped = None if groups is None else compute_group_degrees(weights)
     return Estimate(mean, *parts, examples, seeds, float(seeds - 1), skewness, grouped_degrees=grouped)
 
 
-def by_group(values: Floats, groups: Groups | None) -> Floats:
+def sum_by_group(values: Floats, groups: Groups | None) -> Floats:
     """[..., groups] sums over the examples that belong together; `values` [..., examples] where each stands for itself."""
     if groups is None:
         return values
@@ -305,7 +305,7 @@ def by_group(values: Floats, groups: Groups | None) -> Floats:
     return np.moveaxis(sums, 0, -1)
 
 
-def degrees_of_groups(weights: Floats) -> float:
+def compute_group_degrees(weights: Floats) -> float:
     """Satterthwaite's degrees of freedom of the CR2 variance over groups of these weights, whose rows are fully alike.
 
     The variance is a quadratic form Σ a_g e_g² with a = 1/(1 - h) and e = (I - h 1ᵀ) S, where Var(S_g) = d_g = weights_g². With C the
@@ -320,7 +320,7 @@ def degrees_of_groups(weights: Floats) -> float:
     return max(1.0, float((a * (d + extra)).sum()) ** 2 / squares)
 
 
-def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> float:
+def compute_score_range(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> float:
     """The range of one example's score; 0 for losses, which have no bound.
 
     Args:
@@ -347,15 +347,15 @@ def _is_rare(differing: int, influence: Floats) -> bool:
     return float(squares.sum()) ** 2 <= MAX_RARE * float((squares**2).sum())
 
 
-def estimate_of_files(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
+def estimate_file_difference(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
     """The estimate of one paired difference of two files, [examples]; see `estimate`."""
-    plain = estimate(sums[None, :], weights, span, groups)
-    influence = by_group(sums - weights * plain.mean, groups)
+    plain = estimate_mean(sums[None, :], weights, span, groups)
+    influence = sum_by_group(sums - weights * plain.mean, groups)
     spread = float(np.mean(influence**2))
     return replace(plain, kurtosis=float(np.mean(influence**4)) / spread**2) if spread > 0 else plain
 
 
-def binary_bound(worse: int, better: int, examples: int, confidence: float) -> float:
+def compute_binary_bound(worse: int, better: int, examples: int, confidence: float) -> float:
     """The one-sided upper bound of a difference of two shares, of `examples` pairs of which so many differ each way.
 
     It inverts the score test of Tango (1998, "Equivalence test and confidence interval for the difference in proportions for the
@@ -377,7 +377,7 @@ def binary_bound(worse: int, better: int, examples: int, confidence: float) -> f
     return high
 
 
-def t_tail(degrees: float, x: float) -> tuple[float, float]:
+def compute_t_tail(degrees: float, x: float) -> tuple[float, float]:
     """The probability that Student's t exceeds `x`, which is not below 0, and its density at `x`.
 
     With x = √degrees · tan(angle) the probability is the area of cos(angle)^(degrees - 1) beyond the angle, over the whole area.
@@ -394,13 +394,13 @@ def t_tail(degrees: float, x: float) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=1024)  # the bounds of a difference share their degrees
-def t_quantile(degrees: float, probability: float) -> float:
+def compute_t_quantile(degrees: float, probability: float) -> float:
     """Student's t at `probability`, to ten digits: Newton's method where tail and x are logarithms, between which it is nearly a line."""
     if probability < 0.5:
-        return -t_quantile(degrees, 1 - probability)
+        return -compute_t_quantile(degrees, 1 - probability)
     normal = NORMAL.inv_cdf(probability)
     x = normal * (1 + (normal**2 + 1) / (4 * degrees))
     for _ in range(NEWTON_STEPS if probability > 0.5 else 0):
-        tail, density = t_tail(degrees, x)
+        tail, density = compute_t_tail(degrees, x)
         x *= math.exp(math.log(tail / (1 - probability)) * tail / (density * x))
     return x

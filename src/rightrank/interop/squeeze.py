@@ -43,7 +43,7 @@ from rightrank.train.multi_lora import find_lora_modules
 
 log = logging.getLogger("rightrank")
 
-# Against a training at the lower rank, at that rank's own best learning rate (docs/explanation/science.md, archive).
+# Against a training at the lower rank, at that rank's own best learning rate (benchmarks/README.md, archive).
 STUDY_RESULT = "In a study, 35 of 45 such cuts ended no worse than a training at the low rank by half a margin; differences were -28% to +5% of what training gains"
 RESUME_ADVICE = "give the trainer the model PeftModel.from_pretrained(base, {path}, is_trainable=True)"
 LAYERWISE_OPTIMIZERS = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
@@ -107,8 +107,8 @@ class Squeeze(SmallestAdapter):
         if not self._is_training or state.global_step != self._step:
             return
         optimizer = kwargs["optimizer"]
-        live = self._build_in_memory_adapter(kwargs["model"], args, state)
-        self.cut = cut_adapter(live, getattr(optimizer, "optimizer", optimizer), self.rank)
+        in_memory_adapter = self._build_in_memory_adapter(kwargs["model"], args, state)
+        self.cut = cut_adapter(in_memory_adapter, getattr(optimizer, "optimizer", optimizer), self.rank)
         if self.cut.rank < self.cut.from_rank:  # an adapter of another rank can't be loaded at the end
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         if state.is_world_process_zero:
@@ -178,10 +178,10 @@ def squeeze(
     margin, name = build_settings(margin, None, metric).margin, require_cuttable(model, rank)
     with preserve_state(model, name, held_out, train):
         batches = list(copy_batches(held_out)), sample_batches(train)
-        live = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
-    if rank is None and not live.held_out:
+        in_memory_adapter = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
+    if rank is None and not in_memory_adapter.held_out:
         raise DataError("squeeze: give a rank, or held-out batches to measure truncations on")
-    return cut_adapter(live, optimizer, rank)
+    return cut_adapter(in_memory_adapter, optimizer, rank)
 
 
 def compute_cut_step(at: float, steps: int) -> int:
@@ -207,7 +207,7 @@ def format_cut(cut: RankCut, step: int) -> str:
     answer = cut.measurement.answer
     upper_bound = "" if answer.difference_high is None else f", at most {answer.difference_high:+.4f}"
     return (
-        f"{change}; at the cut this truncation is worse by {answer.difference:+.4f}{upper_bound}, on {cut.measurement.examples} examples, and the "
+        f"{change}; at the cut this truncation is worse by {answer.difference:+.4f}{upper_bound}, on {cut.measurement.num_examples} examples, and the "
         f"margin is {answer.margin:g}"
     )
 
@@ -242,7 +242,7 @@ def require_cuttable(model: Any, rank: int | None) -> str:
     return name
 
 
-def cut_adapter(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> RankCut:
+def cut_adapter(in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> RankCut:
     """Cut a live adapter between two steps, to `rank`, or to the smallest rank whose truncation holds by the held-out batches.
 
     Raises:
@@ -252,32 +252,32 @@ def cut_adapter(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, rank: i
     measured = None
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
         if rank is None:
-            measured = measure_truncations(live, Path(working) / "run")
+            measured = measure_truncations(in_memory_adapter, Path(working) / "run")
             rank, notes, truncated_path = measured.answer.rank, measured.notes, measured.folder.adapter
             trained = open_adapter(measured.folder.get_trial_folder(measured.answer.trained_id))
         else:
             trained, truncated_path = (
-                save_trained_adapter(live.model, live.name, Path(working) / "trained"),
+                save_trained_adapter(in_memory_adapter.model, in_memory_adapter.name, Path(working) / "trained"),
                 Path(working) / "lower",
             )
-            with preserve_state(live.model, live.name):
-                gathered = gather_adapter_moments(live)
+            with preserve_state(in_memory_adapter.model, in_memory_adapter.name):
+                gathered = gather_adapter_moments(in_memory_adapter)
             notes = gathered.notices
             write_resized_adapter(trained, truncated_path, cap_ranks(trained, rank, gathered.moments), gathered.moments)
         is_cut = rank < trained.rank
-        parameters = _replace_factors(live, optimizer, open_adapter(truncated_path)) if is_cut else trained.trained
+        parameters = _replace_factors(in_memory_adapter, optimizer, open_adapter(truncated_path)) if is_cut else trained.trained
         return RankCut(trained.rank, rank, parameters, measured, notes)
 
 
 @torch.no_grad()
-def _replace_factors(live: InMemoryAdapter, optimizer: torch.optim.Optimizer, truncated: AdapterFolder) -> int:
+def _replace_factors(in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optimizer, truncated: AdapterFolder) -> int:
     """Put the factors of `after` in the place of those that train; returns their number of elements.
 
     lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
-    projected on the new factors (docs/explanation/science.md, archive).
+    projected on the new factors (benchmarks/README.md, archive).
     """
-    adapter, layers = live.name, find_lora_modules(live.model)
-    new_factors, config = load_file(truncated.weights), live.model.peft_config[adapter]
+    adapter, layers = in_memory_adapter.name, find_lora_modules(in_memory_adapter.model)
+    new_factors, config = load_file(truncated.weights_file), in_memory_adapter.model.peft_config[adapter]
     swap_tensors: Any = torch.utils.swap_tensors  # untyped in torch
     parameters = 0
     for module in truncated.modules:

@@ -98,7 +98,7 @@ def convert_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[flo
 
 
 def format_rank_change(rank: int, to: int, alpha: float = 32, scaling: Scaling = "alpha/r") -> str:
-    """What becomes of alpha and the learning rate when the rank changes; the figures are of docs/explanation/science.md, archive.
+    """What becomes of alpha and the learning rate when the rank changes; the figures are of benchmarks/README.md, archive.
 
     `alpha` is PEFT's at `rank`.
     """

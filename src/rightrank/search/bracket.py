@@ -2,7 +2,7 @@
 
 For the deployment rank, the top adapter is truncated to every lower rank, which costs only evaluations; `decision.adapter` judges the
 candidates. Neither additional steps after a truncation nor a cut during the training gives a smaller adapter within the margin
-(docs/explanation/science.md, archive).
+(benchmarks/README.md, archive).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Generator, Sequence
 from itertools import product
 
-from rightrank.decision.adapter import adapter_answer
+from rightrank.decision.adapter import choose_adapter
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import Requests, Space, Trials, is_likely_within
@@ -20,7 +20,7 @@ from rightrank.search.protocol import CostEstimate, Strategy
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 # Of the truncation that the walk starts at. By its mean alone the walk starts lower, for .2 trainings more on long real grids
-# (docs/explanation/science.md, archive).
+# (benchmarks/README.md, archive).
 START_PROBABILITY = 0.999
 STAGES = 5  # of one training at most: a look, two stages, the end, and an annealed copy
 
@@ -146,7 +146,7 @@ def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
         return
     yield [make_truncation_arm(parent, rank) for rank in space.truncated_ranks]
     own = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
-    trials.adapter = adapter_answer([parent, *own], space.criterion, parent.trial_id)
+    trials.adapter = choose_adapter([parent, *own], space.criterion, parent.trial_id)
 
 
 def _truncations(space: Space) -> int:

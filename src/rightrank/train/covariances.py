@@ -28,7 +28,7 @@ from rightrank.train.device import catch_memory_errors
 from rightrank.train.multi_lora import ADAPTER, find_lora_modules
 from rightrank.train.runtime import Runtime, attach_adapter
 
-MOMENT_TOKENS = 4096  # see docs/explanation/science.md, archive
+MOMENT_TOKENS = 4096  # see benchmarks/README.md, archive
 MAX_TOKEN_FRACTION = 0.1  # of the tokens of a training
 LENGTH_SAMPLE_SIZE = 256  # by which the mean length of a training's rows is estimated
 ZERO_GRADIENT_TOLERANCE = 1e-6  # of a batch's largest gradient: below it a position has none
