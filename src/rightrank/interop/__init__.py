@@ -1,1 +1,1 @@
-"""Other programs: their tables of results, settings for trainers and servers, and the end of their trainings."""
+"""Work with other programs: read their result tables, write settings for trainers and servers, and truncate the adapters that they train."""

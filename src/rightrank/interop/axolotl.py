@@ -1,7 +1,7 @@
-"""axolotl's plug-in: `plugins: [rightrank.interop.axolotl.SmallestAdapterPlugin]` and `rightrank_margin: 0.005` in its configuration.
+"""Run `SmallestAdapter` in axolotl: `plugins: [rightrank.interop.axolotl.SmallestAdapterPlugin]` and `rightrank_margin: 0.005` in its configuration.
 
-The end of the training keeps the adapter and the held-out rows. They are measured when axolotl has unloaded the model, in a fresh process:
-there no fused kernel hides the adapter's layers, and the memory is free. axolotl calls `post_train` twice, `post_train_unload` once.
+At the end of the training the plug-in saves the adapter and the held-out rows. A fresh process measures them after axolotl has unloaded the
+model: it needs no layers that fused kernels replaced, and the memory is free. axolotl calls `post_train` twice, but `post_train_unload` once.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from rightrank.interop.truncation_run import RESUME_FILE
 
 
 class SmallestAdapterArguments(BaseModel):
-    """What axolotl's configuration may say."""
+    """The settings in axolotl's configuration."""
 
     rightrank_margin: float | None = None
     rightrank_ranks: list[int] | None = None
 
 
 class SmallestAdapterPlugin(BasePlugin):  # type: ignore[misc]
-    """Finds the smallest adapter within the margin once axolotl has trained: `<output_dir>/rightrank/`."""
+    """Find the smallest adapter within the margin after axolotl's training, and write it to `<output_dir>/rightrank/`."""
 
     def get_input_args(self) -> str:
-        """Where axolotl finds the fields of its configuration."""
+        """Return the import path of the settings class."""
         return "rightrank.interop.axolotl.SmallestAdapterArguments"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """The callback that refuses what cannot work at the training's begin, and keeps what is measured."""
+        """Return the callback that checks the training at its beginning and saves what the measurement needs."""
         return [
             SmallestAdapter(trainer.eval_dataset, margin=cfg.rightrank_margin, ranks=cfg.rightrank_ranks, measure=False)
         ]
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Measure in a fresh process; what fails is a line, and the training's own result is safe."""
+        """Measure in a fresh process. A failure is logged in one line, and the training's own result is unaffected."""
         folder = Path(cfg.output_dir) / "rightrank"
         if (folder / "cache" / RESUME_FILE).is_file() and os.environ.get("RANK", "0") == "0":
             subprocess.run([sys.executable, "-m", "rightrank.interop.smallest", str(folder)], check=False)

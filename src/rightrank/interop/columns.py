@@ -85,8 +85,8 @@ def normalize_column(name: str) -> str:
 
 def infer_column_direction(column: str) -> bool | None:
     """Whether higher is better by the metric in a column; None if its name is not a known metric's."""
-    known = infer_direction(column)
-    return infer_direction(normalize_column(column)) if known is None else known
+    exact_direction = infer_direction(column)
+    return infer_direction(normalize_column(column)) if exact_direction is None else exact_direction
 
 
 def is_blank(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Lightning's callback: `lightning.Trainer(callbacks=[SmallestAdapter(held_out)])`, around a module that holds PEFT's model."""
+"""Run `SmallestAdapter` and `Squeeze` in Lightning: `lightning.Trainer(callbacks=[SmallestAdapter(held_out)])`, with a module that contains PEFT's model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ log = logging.getLogger("rightrank")
 
 
 class SmallestAdapter(Callback):
-    """Finds the smallest adapter within the margin at the end of `fit`: `<default_root_dir>/rightrank/`.
+    """Find the smallest adapter within the margin at the end of `fit`, and write it to `<default_root_dir>/rightrank/`.
 
-    `held_out` has batches that the training does not see, dictionaries of tensors with `labels`; margin and metric are as for
-    `rightrank.SmallestAdapter`. At the begin it raises `DataError` without batches, and `ModelError` for what cannot be truncated.
+    `held_out` has batches that are not used for training: dictionaries of tensors with `labels`. Margin and metric are the same as for
+    `rightrank.SmallestAdapter`. At the beginning it raises `DataError` if there are no batches, and `ModelError` if the adapter cannot be truncated.
     """
 
     def __init__(self, held_out: Iterable[Batch], *, margin: float | None = None, metric: str = "loss") -> None:
         self._held_out, self._margin, self._metric = held_out, margin, metric
-        self._started = time.monotonic()
+        self._start_time = time.monotonic()
         self.result: TruncationResult | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,25 +44,27 @@ class SmallestAdapter(Callback):
         with preserve_state(model, name, self._held_out):
             self._held_out = list(copy_batches(self._held_out))
             if not self._held_out:
-                raise DataError("SmallestAdapter has no held-out batches: give a loader of examples to hold out")
+                raise DataError(
+                    "SmallestAdapter has no held-out batches; give a loader with examples that are not used for training"
+                )
             compute_batch_loss(model, self._held_out[0])
-        self._started = time.monotonic()
+        self._start_time = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        out, seconds = Path(trainer.default_root_dir) / "rightrank", time.monotonic() - self._started
+        out, seconds = Path(trainer.default_root_dir) / "rightrank", time.monotonic() - self._start_time
         batches: Any = self._held_out, trainer.train_dataloader or ()
         try:
             model, margin = _find_peft_model(pl_module), self._margin
             self.result = keep_smallest(model, *batches, out=out, margin=margin, metric=self._metric, seconds=seconds)
         except MEASUREMENT_ERRORS as error:
-            log.warning("rightrank: no smaller adapter was looked for: %s", get_first_line(error))
+            log.warning("rightrank: the search for a smaller adapter failed: %s", get_first_line(error))
 
 
 class Squeeze(Callback):
-    """Cuts the adapter at a part of `fit`, which continues at the lower rank: see `rightrank.Squeeze`.
+    """Cut the adapter at a fraction of `fit`, which continues at the lower rank: see `rightrank.Squeeze`.
 
-    `max_steps` or `max_epochs` say how long the training is. At the begin it raises `SettingsError` where they don't, and `ModelError` for
-    several processes and for what cannot be truncated.
+    `max_steps` or `max_epochs` must state the length of the training. At the beginning it raises `SettingsError` if they do not, and `ModelError`
+    for several processes and for adapters that cannot be truncated.
     """
 
     def __init__(
@@ -93,5 +95,5 @@ class Squeeze(Callback):
 def _find_peft_model(module: LightningModule) -> Any:
     model = next((submodule for submodule in module.modules() if isinstance(submodule, PeftModel)), None)
     if model is None:
-        raise ModelError("the LightningModule holds no PEFT model; wrap its model with get_peft_model")
+        raise ModelError("the LightningModule contains no PEFT model; wrap its model with get_peft_model")
     return model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.decision.adapter import METHODS, Making, making_of
+from rightrank.decision.adapter import TRUNCATION_METHODS, Provenance, build_provenance
 from rightrank.models.ranks import convert_scaling
 from rightrank.schema.command import build_set_arguments
 from rightrank.schema.errors import RunFolderError
@@ -44,7 +44,7 @@ class Recipe:
     warmup_steps: int
     seed: int
     settings: SelectSettings  # of the run
-    making: Making
+    making: Provenance
     trained_alpha: float  # PEFT's lora_alpha at the rank that was trained
     shape: str | None = None  # how rows of other columns became the form: see `data.forms`
     columns: Mapping[str, str] = field(default_factory=dict)  # a column of the form → its other name in the file
@@ -112,7 +112,7 @@ class Recipe:
             name: value for name in EVALUATION_SETTINGS if (value := getattr(self.settings, name)) is not None
         }
         resize_arguments += build_set_arguments(measuring_settings)
-        resize_arguments = ["--rank", rank] if self.making.truncation == METHODS["svd"] else resize_arguments
+        resize_arguments = ["--rank", rank] if self.making.truncation == TRUNCATION_METHODS["svd"] else resize_arguments
         command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *resize_arguments])
         return [
             f"The adapter of rank {self.making.rank} was {self.making.sentence()}.",
@@ -147,7 +147,7 @@ def build_recipe(
     settings = settings.model_copy(
         update={name: value for name, value in defaults.items() if name not in settings.model_fields_set}
     )
-    making = making_of(trial, finished)
+    making = build_provenance(trial, finished)
     alpha, _ = convert_scaling(settings.scaling, trial.lora_alpha, making.trained_rank)
     return Recipe(
         model=_resolve_name(started.model_name, UNKNOWN_MODEL),

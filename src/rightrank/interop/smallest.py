@@ -1,9 +1,10 @@
-"""`SmallestAdapter`: the smallest adapter within the margin, at the end of a training with the Trainer of transformers or TRL.
+"""Find the smallest adapter within the margin after a training with the Trainer of transformers or TRL.
 
     trainer.add_callback(SmallestAdapter(trainer.eval_dataset, margin=0.005))
-    trainer.train()   # at the end: one sentence, and <output_dir>/rightrank/adapter
+    trainer.train()   # ends with one sentence, and writes <output_dir>/rightrank/adapter
 
-What cannot work is refused before the first step. At the end nothing raises: what fails is one line, and the training's own result is safe.
+Problems that can be detected early raise before the first step. After the training no error is raised: a failure is logged in one line,
+and the training's own result is unaffected.
 """
 
 from __future__ import annotations
@@ -79,33 +80,36 @@ from rightrank.schema.settings import SelectSettings
 
 log = logging.getLogger("rightrank")
 
-MIN_SAMPLE_SIZE, MAX_SAMPLE_SIZE = 100, 1000  # examples that are scored where nothing else is asked for
-MAX_TIME_FRACTION = 0.1  # of the training's time, which the end may take where FEWEST examples allow it
-MAX_COMPARED_ROWS, MAX_COMPARISON_SECONDS = 100_000, 2.0  # of the training set, to find held-out rows in it
+MIN_SAMPLE_SIZE, MAX_SAMPLE_SIZE = 100, 1000  # limits of the number of scored examples if `max_examples` is None
+MAX_TIME_FRACTION = (
+    0.1  # of the training's time; the measurement stays below it unless `MIN_SAMPLE_SIZE` examples take longer
+)
+MAX_COMPARED_ROWS, MAX_COMPARISON_SECONDS = 100_000, 2.0  # limits of the search for held-out rows in the training set
 
 
 @dataclass(eq=False, repr=False)
 class SmallestAdapter(TrainerCallback):
-    """Truncates the trained adapter at the end of `train()` and keeps the smallest one within the margin.
+    """Truncate the trained adapter at the end of `train()` and keep the smallest one within the margin.
 
     Args:
-        eval_dataset: Held-out rows as the trainer has them, tokenized, with a length and numbers. None: the trainer's own `eval_dataset`.
-        margin: How much worse is still enough, in nats a token; None for the default: 0.005, half a point of accuracy, 0.02 for
+        eval_dataset: Held-out rows in the trainer's format, tokenized, with a length and access by index. None: the trainer's own `eval_dataset`.
+        margin: The loss of quality that you accept, in nats per token. None for the default: 0.005, half a percentage point of accuracy, 0.02 for
             preference pairs, or 1% of the loss of a classifier.
-        ranks: Candidates; None for the powers of two below the adapter's rank.
-        metric: `loss`, or `accuracy` of a classifier.
-        max_examples: Held-out examples to score at most, a random sample. None: as many as a tenth of the training's time allows, from 100 to 1000.
-        group: The column of `eval_dataset` that says which rows belong together, such as a document's; bounds are then over groups. None: rows
-            with one prompt, which the labels leave out, belong together.
-        measure: False: at the end keep what a fresh process needs, log its command, and leave the measurement to it.
+        ranks: Candidate ranks; None for the powers of two below the adapter's rank.
+        metric: `loss`, or `accuracy` for classifiers.
+        max_examples: The maximum number of held-out examples to score, as a random sample. None: as many as fit in a tenth of the training's time,
+            from 100 to 1000.
+        group: The column of `eval_dataset` that identifies rows which belong together, such as the rows of a document. Bounds are then computed
+            over groups. None: rows with the same prompt (the tokens without labels) form a group.
+        measure: False: at the end, save what a fresh process needs and log the command that runs the measurement.
 
     Attributes:
-        result: The answer after `train()`; None before, and where it failed.
+        result: The result after `train()`; None before, and if the measurement failed.
 
-    Raises at the training's begin:
-        DataError: no held-out rows, a stream of them, fewer than two that are not in the training set, or rows that give no loss by example.
-        ModelError: an adapter that cannot be truncated, or beside which another one is active.
-        SettingsError: a value that is not allowed, or a loss without a value by example.
+    Raises at the beginning of the training:
+        DataError: no held-out rows, a stream of rows, fewer than two rows that are not in the training set, or rows without a loss per example.
+        ModelError: an adapter that cannot be truncated, or several active adapters.
+        SettingsError: an invalid value, or a loss without a value per example.
     """
 
     _writes_run: ClassVar[bool] = True
@@ -118,31 +122,31 @@ class SmallestAdapter(TrainerCallback):
     group: str | None = None
     measure: bool = True
     result: TruncationResult | None = field(default=None, init=False)
-    reads_between_steps: ClassVar[bool] = False  # whether rows are read between two steps too
+    reads_between_steps: ClassVar[bool] = False  # whether a subclass also reads rows between two steps
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
     _trainer: Trainer | None = field(default=None, init=False)
     _held_out: Subset[Any] = field(default_factory=lambda: Subset(cast(Any, ()), ()), init=False)
     _is_training: bool = field(default=False, init=False)
-    _started: float = field(default_factory=time.monotonic, init=False)
-    # On rows that are held out and trained on, or were not compared.
+    _start_time: float = field(default_factory=time.monotonic, init=False)
+    # Notes on held-out rows that are in the training set, and on rows that were not compared.
     _notes: list[str] = field(default_factory=list, init=False)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work at the end: read the held-out rows, compare training rows with them, and score two examples."""
+        """Check everything that the end needs: read the held-out rows, compare training rows with them, and score two examples."""
         self._is_training = False
         if state.is_hyper_param_search:
-            return  # a search ends many trainings, and none of them is the one to hand over
+            return  # A hyperparameter search ends many trainings, and none of their adapters is the final one.
         self._loaders, self._notes = kwargs, []
         self.result = None
         self._trainer = trainer = _find_trainer(self, control)
-        if trainer is not None:  # trackers end their runs at the training's end: this callback comes before them
+        if trainer is not None:  # Trackers close their runs in `on_train_end`, so this callback must come first.
             callbacks = trainer.callback_handler.callbacks
             callbacks.remove(self)
             if any(isinstance(callback, SmallestAdapter) for callback in callbacks):
                 raise SettingsError(
-                    f"SmallestAdapter: the trainer has two, and both write to {args.output_dir}/rightrank; add one"
+                    f"SmallestAdapter: the trainer has two of these callbacks, which would both write to {args.output_dir}/rightrank; add one"
                 )
             callbacks.insert(0, self)
         settings, model = build_settings(self.margin, self.ranks, self.metric), kwargs["model"]
@@ -151,10 +155,10 @@ class SmallestAdapter(TrainerCallback):
             for kind in (*type(trainer).__mro__, *type(model).__mro__)
         ):
             raise SettingsError(
-                f"SmallestAdapter: the losses of rerankers and embedding models have no scores here; {CUSTOM_EVALUATION_HINT}"
+                f"SmallestAdapter cannot score rerankers and embedding models; {CUSTOM_EVALUATION_HINT}"
             )
         if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
-            raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number from 2")
+            raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number of 2 or more")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         name = validate_trained_adapter(model, self.ranks)
         trainer_eval_dataset, loader = getattr(trainer, "eval_dataset", None), kwargs["train_dataloader"]
@@ -163,43 +167,45 @@ class SmallestAdapter(TrainerCallback):
             reader = RowReader.from_loader(loader)
             if reader.collate is None and self.reads_between_steps:
                 raise DataError(
-                    f"{type(self).__name__}: {reader.reason}; give the trainer a collator that copy.deepcopy copies"
+                    f"{type(self).__name__}: {reader.collate_unused_reason}; give the trainer a collator that copy.deepcopy copies"
                 )
             self._held_out = self._select_held_out_rows(rows, rows is not trainer_eval_dataset, reader)
             self._require_example_losses(model, args, reader)
         self._is_training = True
-        self._started = time.monotonic()
+        self._start_time = time.monotonic()
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written fails here
+            tempfile.TemporaryFile(dir=folder).close()  # Raise here if the folder cannot be written.
             if self._writes_run:
                 require_result_folder(folder / "rightrank")
 
     def _select_held_out_rows(self, rows: Any, is_separate: bool, reader: RowReader) -> Subset[Any]:
-        """Return a random sample of the held-out rows, without those that are found in the training set. The rows are read when they are used.
+        """Return a random sample of the held-out rows that are not in the training set. Rows are read when they are used.
 
         Args:
-            is_own: whether this callback alone reads them.
+            is_separate: whether the rows are not the trainer's own `eval_dataset`.
 
         Raises:
-            DataError: no rows; rows without a length and numbers; rows that are no mappings, or that `group` does not group; or fewer than two
-                are left.
+            DataError: no rows, rows without a length or access by index, rows that are not mappings, rows that `group` does not divide into groups,
+                or fewer than two remaining rows.
         """
         if isinstance(rows, Mapping):
-            raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
+            raise DataError(
+                f"SmallestAdapter: eval_dataset has {len(rows)} data sets ({', '.join(rows)}); give one of them"
+            )
         if not is_indexable(rows):
             raise DataError(
-                "SmallestAdapter has no held-out rows to draw a random sample of, which takes a length and row numbers (a stream has none): give "
-                "the trainer an eval_dataset with them, or SmallestAdapter a list of some hundred rows"
+                "SmallestAdapter has no held-out rows that it can sample, because sampling needs a length and access by index (a stream has neither): "
+                "give the trainer such an eval_dataset, or give SmallestAdapter a list of a few hundred rows"
             )
         try:
             rows = copy_data_source(rows)
         except DataError as error:
             if not is_separate:
                 raise DataError(
-                    f"SmallestAdapter: the trainer's eval_dataset, {error}, and reading it may change the training; give SmallestAdapter "
-                    "held-out rows of its own, such as a list"
+                    f"SmallestAdapter: the trainer's eval_dataset, {error}, and reading it may affect the training; give SmallestAdapter "
+                    "separate held-out rows, such as a list"
                 ) from None
         sample = Subset(rows, sample_indices(len(rows), self.max_examples or MAX_SAMPLE_SIZE))
         input_hashes, group_keys = [], []
@@ -208,31 +214,36 @@ class SmallestAdapter(TrainerCallback):
             input_hashes.append(hash_inputs(row, reader.columns))
             group_keys.append(find_group_key(row, self.group))
         shared_hashes = self._find_shared_inputs(input_hashes, reader)
-        unseen_indices = [at for at, content in enumerate(input_hashes) if content not in shared_hashes]
+        unseen_indices = [index for index, input_hash in enumerate(input_hashes) if input_hash not in shared_hashes]
         if len(unseen_indices) < len(input_hashes):
             self._add_note(
-                f"{len(input_hashes) - len(unseen_indices)} of {len(input_hashes)} held-out rows are in the training set; they are left out"
+                f"{len(input_hashes) - len(unseen_indices)} of {len(input_hashes)} held-out rows are also in the training set; they are left out"
             )
         if len(unseen_indices) < 2:
             raise DataError(
-                "SmallestAdapter: the held-out rows are in the training set; give rows that it does not hold"
+                "SmallestAdapter: the held-out rows are in the training set; give rows that are not in it"
                 if len(input_hashes) > 1
-                else f"SmallestAdapter: {len(input_hashes)} held-out rows; give some hundred"
+                else f"SmallestAdapter: {len(input_hashes)} held-out rows are too few; give a few hundred"
             )
         if len(unseen_indices) < MIN_EXAMPLES:
-            log.warning("rightrank: %d held-out examples can show little; give some hundred", len(unseen_indices))
-        number_groups([group_keys[at] for at in unseen_indices], self.group)  # refuses a column that groups nothing
-        return Subset(rows, [sample.indices[at] for at in unseen_indices])
+            log.warning(
+                "rightrank: %d held-out examples are too few for a reliable result; give a few hundred",
+                len(unseen_indices),
+            )
+        number_groups(
+            [group_keys[index] for index in unseen_indices], self.group
+        )  # raises if the column forms no groups
+        return Subset(rows, [sample.indices[index] for index in unseen_indices])
 
     def _find_shared_inputs(self, input_hashes: Sequence[int], reader: RowReader) -> set[int]:
-        """Return the contents that are found in the training set in `MAX_COMPARISON_SECONDS`; a note says what was not compared.
+        """Return the input hashes that also occur in the training set, as far as it was read within `MAX_COMPARISON_SECONDS`.
 
-        Of several processes each compares its share, and all of them return the same.
+        Each process compares its share of the rows, and all of them return the same set. A note states how many rows were compared.
         """
-        if reader.rows_reason:
-            self._add_note(f"{reader.rows_reason}; whether held-out rows are in it was not checked")
+        if reader.rows_unread_reason:
+            self._add_note(f"{reader.rows_unread_reason}; held-out rows were not looked for in it")
             return set()
-        index_by_hash = {content: at for at, content in reversed(list(enumerate(input_hashes)))}
+        index_by_hash = {input_hash: index for index, input_hash in reversed(list(enumerate(input_hashes)))}
         sampled_indices = sample_indices(len(reader.rows), MAX_COMPARED_ROWS)[get_process_index() :: get_world_size()]
         deadline, num_compared, leaked_indices = time.monotonic() + MAX_COMPARISON_SECONDS, 0, set()
         with sync_errors():
@@ -242,14 +253,13 @@ class SmallestAdapter(TrainerCallback):
                 leaked_index = index_by_hash.get(hash_inputs(reader.rows[index], reader.columns))
                 leaked_indices |= set() if leaked_index is None else {leaked_index}
                 num_compared += 1
-        by_process = gather_objects(
-            (num_compared, leaked_indices)
-        )  # numbers of rows: processes have other hashes of strings
+        # Indices are exchanged instead of hashes, because each process hashes strings differently.
+        by_process = gather_objects((num_compared, leaked_indices))
         total_compared = sum(count for count, _ in by_process)
         if total_compared < len(reader.rows):
             self._add_note(
-                f"{total_compared:,} of {len(reader.rows):,} training rows, a random sample, were compared with the held-out rows, in {MAX_COMPARISON_SECONDS:g} s at "
-                "most; whether held-out rows are among the others was not checked"
+                f"{total_compared:,} of {len(reader.rows):,} training rows (a random sample) were compared with the held-out rows within {MAX_COMPARISON_SECONDS:g} s; "
+                "the others may contain held-out rows"
             )
         return {input_hashes[leaked_index] for _, shared in by_process for leaked_index in shared}
 
@@ -258,33 +268,35 @@ class SmallestAdapter(TrainerCallback):
         log.log(logging.DEBUG if get_process_index() else logging.WARNING, "rightrank: %s", text)
 
     def _require_example_losses(self, model: Any, args: TrainingArguments, reader: RowReader) -> None:
-        """Score two examples in the way of the end.
+        """Score two examples in the same way as at the end of the training.
 
         Raises:
-            DataError: the collator's batches give no loss by example.
-            SettingsError: the metric has no value by example.
+            DataError: the collator's batches give no loss per example.
+            SettingsError: the metric has no value per example.
         """
         if not len(self._held_out):
-            return  # nothing is measured
+            return  # Nothing is measured.
         if reader.collate is None:
-            self._add_note(f"{reader.reason}; no example was scored before the first step")
+            self._add_note(f"{reader.collate_unused_reason}; no example was scored before the first step")
             return
         batch = next(reader.read_batches(self._held_out, 2))
         beta = _read_dpo_beta(args, batch)
-        # The passes of ZeRO-3 begin in DeepSpeed's engine; a fresh process measures.
+        # With ZeRO-3 only DeepSpeed's engine can run the model, so a fresh process measures.
         loss = None if is_partitioned(model) else compute_batch_loss(model, batch, beta)
-        example_counts = (read_batch(model, part).examples for part in reader.read_batches(self._held_out, 8))
+        example_counts = (
+            read_batch(model, small_batch).examples for small_batch in reader.read_batches(self._held_out, 8)
+        )
         if not any(count >= 2 for count in accumulate(example_counts)):
             raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
         if self.metric == "accuracy" and loss is not None and self.metric not in loss.example_metrics:
-            raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
+            raise SettingsError("metric 'accuracy': accuracy is defined only for classifiers; leave the metric out")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure, write `<output_dir>/rightrank/`, and log the sentence."""
+        """Evaluate the truncations, write `<output_dir>/rightrank/`, and log the sentence."""
         if not self._is_training:
-            return  # refused, or a trial of a search
+            return  # `on_train_begin` failed, or this is a trial of a hyperparameter search.
         self._is_training = False
         out, in_memory_adapter = Path(args.output_dir or ".") / "rightrank", None
         try:
@@ -293,24 +305,24 @@ class SmallestAdapter(TrainerCallback):
                 in_memory_adapter, out, self._summarize_training(in_memory_adapter, args, state), self.measure
             )
         except MEASUREMENT_ERRORS as error:
-            # What lies there before the run has begun is of an earlier training.
+            # Before the run has begun, the folder may contain files of an earlier training.
             has_begun = in_memory_adapter is not None and (out / "cache" / RESUME_FILE).is_file()
             advice = f"; to measure again: {build_measure_command(str(out))}" if has_begun else ""
-            log.warning("rightrank: no smaller adapter was looked for: %s%s", get_first_line(error), advice)
+            log.warning("rightrank: the search for a smaller adapter failed: %s%s", get_first_line(error), advice)
         if self.result is not None and state.is_world_process_zero:
             self._log_to_trackers(self.result.answer)
 
     def _summarize_training(
-        self, live: InMemoryAdapter, args: TrainingArguments, state: TrainerState
+        self, in_memory_adapter: InMemoryAdapter, args: TrainingArguments, state: TrainerState
     ) -> TrainingSummary:
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         stated_args = copy.copy(args)
-        stated_args.max_steps = state.max_steps  # also where epochs were asked for
-        settings, notes = _collect_stated_settings(live, stated_args)
+        stated_args.max_steps = state.max_steps  # `args` may state epochs instead
+        settings, notes = _collect_stated_settings(in_memory_adapter, stated_args)
         return TrainingSummary(
             settings,
             steps=state.global_step,
-            seconds=time.monotonic() - self._started,
+            seconds=time.monotonic() - self._start_time,
             peak_bytes=measure_peak_bytes(),
             checkpoint_step=state.best_global_step if is_best else None,
             notes=[*self._notes, *notes],
@@ -319,61 +331,77 @@ class SmallestAdapter(TrainerCallback):
     def _build_in_memory_adapter(self, model: Any, args: TrainingArguments, state: TrainerState) -> InMemoryAdapter:
         loader, name = self._loaders["train_dataloader"], find_trained_adapter(model)
         size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-        # With the steps before a checkpoint from which it was resumed, so that its end is that of the whole training.
-        trained = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        with preserve_state(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
+        # The step count includes steps before a resume, so this covers the complete training.
+        num_trained_rows = (
+            state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        with preserve_state(model, name, loader.dataset, loader.collate_fn):  # Reading rows may draw random numbers.
             reader = RowReader.from_loader(loader)
-            if not self._is_training:  # the last step was made: what cannot be copied is read as it is
+            if not self._is_training:  # After the last step the originals may be read.
                 reader = reader.with_originals(loader)
-            # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
+            # Evaluation mode does not recompute activations, so single rows keep it below the memory of a training with gradient checkpointing.
             train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MAX_MOMENT_BATCHES * size))
             train, tokens, moment_tokens = read_moment_batches(
-                reader, train_rows, 1 if args.gradient_checkpointing else size, trained
+                reader, train_rows, 1 if args.gradient_checkpointing else size, num_trained_rows
             )
             rows = self._held_out
             if self.max_examples is None and len(rows):
                 sample = list(reader.read_batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
                 cost = passes * sum(map(count_positions, sample)) / min(len(rows), MIN_EXAMPLES)
-                # A step of the training is two passes, forward and backward.
+                # A training step costs about two passes, forward and backward.
                 count = max(MIN_SAMPLE_SIZE, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
                 rows = Subset(rows.dataset, rows.indices[:count])  # in random order
-            keys: list[Any] = []
-            held_out = list(reader.read_batches(rows, size, lambda row: keys.append(find_group_key(row, self.group))))
-            groups = torch.tensor(number_groups(keys, self.group))
-            held_out = [{**batch, GROUP_KEY: groups[at * size : (at + 1) * size]} for at, batch in enumerate(held_out)]
+            group_keys: list[Any] = []
+            held_out = list(
+                reader.read_batches(rows, size, lambda row: group_keys.append(find_group_key(row, self.group)))
+            )
+            groups = torch.tensor(number_groups(group_keys, self.group))
+            held_out = [
+                {**batch, GROUP_KEY: groups[index * size : (index + 1) * size]} for index, batch in enumerate(held_out)
+            ]
         beta = _read_dpo_beta(args, (held_out or train or [{}])[0])
-        write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
+        save_processor = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
         return InMemoryAdapter(
-            model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens, write
+            model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens, save_processor
         )
 
     def _log_to_trackers(self, answer: AdapterAnswer) -> None:
-        """To the trainer's history and to its trackers, without what a trainer of TRL's adds."""
+        """Log the rank to the trainer's history and trackers. TRL's override of `log` is bypassed, because it adds other metrics."""
         values = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
         try:
             if self._trainer is not None:
                 Trainer.log(self._trainer, {"rightrank/rank": answer.rank} | values)
         except MEASUREMENT_ERRORS as error:
-            log.warning("rightrank: a tracker did not take the values: %s", get_first_line(error))
+            log.warning("rightrank: a tracker did not accept the values: %s", get_first_line(error))
 
 
 def _measure_truncations(
-    live: InMemoryAdapter, out: Path, training: TrainingSummary, measure_here: bool = True
+    in_memory_adapter: InMemoryAdapter, out: Path, training: TrainingSummary, measure_here: bool = True
 ) -> TruncationResult | None:
-    """Begin the run of an end and finish it; None where it is left to a fresh process. The first of several processes writes and speaks."""
+    """Begin the run and finish it. Return None if a fresh process has to finish it.
+
+    If there are several processes, only the first one writes files and logs warnings.
+    """
     level = logging.DEBUG if get_process_index() else logging.WARNING
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as unused:
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as scratch_folder:
         with sync_errors():
-            folder = begin_run(live, Path(unused) / "run" if get_process_index() else out, training)
+            folder = begin_run(
+                in_memory_adapter, Path(scratch_folder) / "run" if get_process_index() else out, training
+            )
         command = build_measure_command(str(out))
-        if not measure_here or is_partitioned(live.model):
-            log.log(level, "rightrank: kept what is measured with: %s", command)
+        if not measure_here or is_partitioned(in_memory_adapter.model):
+            log.log(
+                level, "rightrank: the adapter and the held-out rows are saved; to measure truncations: %s", command
+            )
             return None
         log.log(
-            level, "rightrank: measuring truncations on %d batches; to measure again: %s", len(live.held_out), command
+            level,
+            "rightrank: measuring truncations on %d batches; to measure again: %s",
+            len(in_memory_adapter.held_out),
+            command,
         )
-        result = finish_run(live, folder, training, _load_hooks())
+        result = finish_run(in_memory_adapter, folder, training, _load_hooks())
     for note in result.answer.notes:
         log.log(level, "rightrank: %s", note)
     log.log(level, "%s %s", result.answer.sentence, out / "adapter")
@@ -381,7 +409,7 @@ def _measure_truncations(
 
 
 def _load_hooks() -> list[Hook]:
-    """What renders a selection; for the first process."""
+    """Return the hooks that report the result, or none in other processes than the first."""
     return [] if get_process_index() else [Report(), *plugins.collect_items(lambda plugin: plugin.hooks())]
 
 
@@ -395,55 +423,60 @@ def keep_smallest(
     metric: str = "loss",
     seconds: float | None = None,
 ) -> TruncationResult:
-    """Write the smallest adapter within the margin to `out`, at the end of a loop of your own or accelerate's.
+    """Write the smallest adapter within the margin to `out`, after a custom training loop or one with accelerate.
 
     Args:
-        model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
-        held_out: Batches that the training did not see: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` of a
-            number for each row says which rows belong together.
-        train: Batches of the training for second moments: of a list a random sample is read, of a loader the first ones.
-        out: The run folder, new or with the result of an earlier training, which is moved to `earlier-N` in it, with its exports. Files that no
-            run writes stay where they are.
-        margin: How much worse is still enough, in nats a token or accuracy; None for the metric's default.
-        metric: `loss`, or `accuracy` of a classifier.
-        seconds: How long the training took, for the share that the end takes.
+        model: PEFT's model in memory. With accelerate, `accelerator.unwrap_model(model)`.
+        held_out: Batches that were not used for training: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` with a
+            number for each row identifies rows that belong together.
+        train: Training batches for second moments. A random sample of a list is read, or the first batches of a loader.
+        out: The run folder. It may be new or contain the result of an earlier training, which is moved to the subfolder `earlier-N` together with
+            its exports. Other files stay in place.
+        margin: The loss of quality that you accept, in nats per token or in accuracy; None for the metric's default.
+        metric: `loss`, or `accuracy` for classifiers.
+        seconds: The duration of the training. The cost is then stated as a percentage of it.
 
     Raises:
         DataError: no held-out batches.
-        ModelError: an adapter that cannot be truncated, or parameters that ZeRO-3 holds.
-        RunFolderError: `out` holds another kind of run or other files, which stay as they are, is in use, or cannot be written.
+        ModelError: an adapter that cannot be truncated, or parameters that ZeRO-3 has partitioned.
+        RunFolderError: `out` contains another kind of run or other files, is in use, or cannot be written. Existing files stay in place.
         RunError: the disk is full.
     """
     settings = build_settings(margin, None, metric)
     name, margin = validate_trained_adapter(model), settings.margin
-    with preserve_state(model, name, held_out, train):  # a loader draws its order from the random state
+    with preserve_state(model, name, held_out, train):  # A loader draws its order from the random state.
         batches = list(copy_batches(held_out)), sample_batches(train)
-        live = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
-    if not live.held_out:
-        raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
-    stated_settings, notes = _collect_stated_settings(live, None)
+        in_memory_adapter = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
+    if not in_memory_adapter.held_out:
+        raise DataError("there are no held-out batches; give a few hundred examples that were not used for training")
+    stated_settings, notes = _collect_stated_settings(in_memory_adapter, None)
     result = _measure_truncations(
-        live, Path(out), TrainingSummary(stated_settings, seconds=seconds, peak_bytes=measure_peak_bytes(), notes=notes)
+        in_memory_adapter,
+        Path(out),
+        TrainingSummary(stated_settings, seconds=seconds, peak_bytes=measure_peak_bytes(), notes=notes),
     )
     if result is None:
         raise ModelError(
-            "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
+            "ZeRO-3 partitions each parameter, so truncations cannot be loaded into the model; measure in a fresh process"
         )
     return result
 
 
 def _find_trainer(callback: TrainerCallback, control: TrainerControl) -> Trainer | None:
-    """The trainer that a callback was added to, which transformers does not hand to it; None for another caller of its events."""
+    """Return the trainer that a callback was added to. transformers does not pass it to callbacks.
+
+    Return None if the events come from another caller.
+    """
     trainers = (instance for instance in gc.get_objects() if issubclass(type(instance), Trainer))
     candidates = (trainer for trainer in trainers if getattr(trainer, "control", None) is control)
     return next((trainer for trainer in candidates if callback in trainer.callback_handler.callbacks), None)
 
 
 def _read_dpo_beta(args: TrainingArguments, batch: Batch) -> float:
-    """The `beta` of TRL's loss of preference pairs.
+    """Return the `beta` of TRL's loss for preference pairs.
 
     Raises:
-        SettingsError: another loss than `sigmoid`, or further terms.
+        SettingsError: a loss other than `sigmoid`, or additional loss terms.
     """
     dpo_args: Any = args
     if "completion_mask" not in batch or not hasattr(args, "beta"):
@@ -457,39 +490,47 @@ def _read_dpo_beta(args: TrainingArguments, batch: Batch) -> float:
     unsupported_names += [] if getattr(dpo_args, "loss_weights", None) in (None, [1], (1,)) else ["loss_weights"]
     if unsupported_names or dpo_args.loss_type not in ("sigmoid", ["sigmoid"]):
         raise SettingsError(
-            f"{unsupported_names[0] if unsupported_names else f'loss_type {dpo_args.loss_type}'}: pairs are measured by the loss sigmoid, without further terms; "
+            f"{unsupported_names[0] if unsupported_names else f'loss_type {dpo_args.loss_type}'}: preference pairs are measured only by the loss sigmoid without additional terms; "
             "save the adapter and use rightrank resize --data"
         )
     return float(dpo_args.beta)
 
 
 def build_settings(margin: float | None, ranks: Sequence[int] | int | None, metric: str) -> SelectSettings:
-    """The settings of an end, those that are None as by default.
+    """Build the settings of a truncation search. None selects the default.
 
     Raises:
-        SettingsError: a value that is not allowed.
+        SettingsError: an invalid value.
     """
     if metric not in ("loss", "accuracy"):
-        raise SettingsError(f"metric {metric!r}: the end of a training is measured by loss or accuracy")
+        raise SettingsError(f"metric {metric!r}: allowed are loss and accuracy")
     values = {"margin": margin, "ranks": ranks}
     return SelectSettings(metric=metric, **{name: value for name, value in values.items() if value is not None})
 
 
-def _collect_stated_settings(live: InMemoryAdapter, args: TrainingArguments | None) -> tuple[dict[str, Any], list[str]]:
-    """`(the settings of `select` that this training states, a note on what none says)`."""
-    lengths = [batch["input_ids"].shape[1] for batch in (*live.train, *live.held_out) if "input_ids" in batch]
+def _collect_stated_settings(
+    in_memory_adapter: InMemoryAdapter, args: TrainingArguments | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of `select` that the training states, and a note that lists missing ones."""
+    lengths = [
+        batch["input_ids"].shape[1]
+        for batch in (*in_memory_adapter.train, *in_memory_adapter.held_out)
+        if "input_ids" in batch
+    ]
     extra_kwargs: dict[str, Any] = (
         {"seq_len": max(lengths)} if lengths and not getattr(args, "max_length", None) else {}
     )
     if args is not None:
         extra_kwargs["gradient_accumulation_steps"] = args.gradient_accumulation_steps * args.world_size
-    settings, unstated = convert_configs(live.model.peft_config[live.name], args, **extra_kwargs)
+    settings, unstated = convert_configs(
+        in_memory_adapter.model.peft_config[in_memory_adapter.name], args, **extra_kwargs
+    )
     unstated += [] if args is not None else ["the learning rate", "the steps", "the batch size of your loop"]
-    return settings, [f"the select command does not say {', '.join(unstated)}"] if unstated else []
+    return settings, [f"the select command does not include {', '.join(unstated)}"] if unstated else []
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`python -m rightrank.interop.smallest OUTPUT_DIR/rightrank`: measure again what an end left there."""
+    """Finish the measurement in a folder: `python -m rightrank.interop.smallest OUTPUT_DIR/rightrank`."""
     try:
         if len(arguments) != 1:
             raise SettingsError("give one folder: the rightrank folder in the training's output folder")

@@ -265,12 +265,16 @@ def cut_adapter(in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optim
             notes = gathered.notices
             write_resized_adapter(trained, truncated_path, cap_ranks(trained, rank, gathered.moments), gathered.moments)
         is_cut = rank < trained.rank
-        parameters = _replace_factors(in_memory_adapter, optimizer, open_adapter(truncated_path)) if is_cut else trained.trained
+        parameters = (
+            _replace_factors(in_memory_adapter, optimizer, open_adapter(truncated_path)) if is_cut else trained.trained
+        )
         return RankCut(trained.rank, rank, parameters, measured, notes)
 
 
 @torch.no_grad()
-def _replace_factors(in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optimizer, truncated: AdapterFolder) -> int:
+def _replace_factors(
+    in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optimizer, truncated: AdapterFolder
+) -> int:
     """Put the factors of `after` in the place of those that train; returns their number of elements.
 
     lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is

@@ -1,4 +1,4 @@
-"""Read a trainer's rows without changing the training: copies of its data set and collator, groups and duplicates of rows."""
+"""Read a trainer's rows without affecting the training, and find groups and duplicates among them."""
 
 from __future__ import annotations
 
@@ -21,52 +21,53 @@ from rightrank.train.covariances import MOMENT_TOKENS
 
 MIN_EXAMPLES = 30
 MAX_MOMENT_BATCHES = 64  # of a loop of the user's own
-MOMENT_TOKEN_FRACTION = 0.02  # of the training's tokens, for second moments
-# Columns that say nothing of what an example is: what follows from its tokens, what is asked of it, and numbers of rows.
+MOMENT_TOKEN_FRACTION = 0.02  # of the training's tokens; used for second moments
+# Columns that do not identify an example: masks and labels, which follow from its tokens, and row numbers.
 NON_INPUT_COLUMNS = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
 
 
 def is_indexable(rows: Any) -> bool:
-    """Whether rows have a length and numbers, so that reading some takes none from another reader: not so of a stream."""
+    """Return whether rows have a length and access by index. Streams do not: reading them takes rows from other readers."""
     return not isinstance(rows, IterableDataset) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
 
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """Copies of a trainer's training set and collator, through which rows are read without a change of the training."""
+    """Copies of a trainer's training set and collator. Reading through them does not affect the training."""
 
-    rows: Any  # of the training set; empty where they are not read
-    rows_reason: str  # why they are not read; else empty
+    rows: Any  # of the training set; empty if they cannot be read
+    rows_unread_reason: str  # why the rows are not read; empty if they are
     collate: Callable[[list[Any]], Batch] | None
-    reason: str  # why the collator is not used; else empty
-    columns: frozenset[str]  # that reach the collator in training; empty where they are not known
+    collate_unused_reason: str  # why the collator is not used; empty if it is
+    columns: frozenset[str]  # columns that reach the collator in training; empty if unknown
 
     @classmethod
     def from_loader(cls, loader: Any) -> RowReader:
+        """Copy the data set and collator of a loader, or record why they cannot be copied."""
         rows, collate, reasons = (), None, ["", ""]
         if not is_indexable(loader.dataset):
-            reasons[0] = "the training set is a stream, which is not read"
+            reasons[0] = "the training set is a stream and is not read"
         else:
             try:
                 rows = copy_data_source(loader.dataset)
             except DataError as error:
-                reasons[0] = f"the training set is not read before its end: {error}"
+                reasons[0] = f"the training set is not read before the training ends: {error}"
         try:
             collate = copy_data_source(loader.collate_fn)
         except DataError as error:
-            reasons[1] = f"the collator is not used before the training's end: {error}"
+            reasons[1] = f"the collator is not used before the training ends: {error}"
         return cls(rows, reasons[0], collate, reasons[1], _read_column_names(rows))
 
     def with_originals(self, loader: Any) -> RowReader:
-        """Return a reader that reads what could not be copied as it is, after the last step."""
-        rows = loader.dataset if self.rows_reason and is_indexable(loader.dataset) else self.rows
+        """Return a reader that uses the originals of what could not be copied. Call this only after the last step."""
+        rows = loader.dataset if self.rows_unread_reason and is_indexable(loader.dataset) else self.rows
         return RowReader(rows, "", self.collate or loader.collate_fn, "", _read_column_names(rows))
 
     def read_batches(self, rows: Any, size: int, on_row: Callable[[Any], None] = lambda _: None) -> Iterator[Batch]:
-        """Yield batches by the trainer's own collator, in the order of the rows; `see` is called with each row.
+        """Yield batches from the trainer's own collator, in the order of the rows. `on_row` is called with each row.
 
         Raises:
-            DataError: the collator does not take the rows.
+            DataError: the collator does not accept the rows.
         """
         assert self.collate is not None
         remaining_rows = iterate_rows(rows)
@@ -80,35 +81,40 @@ class RowReader:
                 batch = self.collate(inputs)
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"SmallestAdapter: the trainer's collator does not take the held-out rows ({get_first_line(error)}); give "
+                    f"SmallestAdapter: the trainer's collator does not accept the held-out rows ({get_first_line(error)}); give "
                     "trainer.eval_dataset, which the trainer has tokenized"
                 ) from None
             yield batch
 
 
 def iterate_rows(rows: Any, count: int | None = None) -> Iterator[Any]:
-    """Yield rows, at most `count`, by their numbers: an IndexError of the data set is an error, not an end."""
+    """Yield at most `count` rows by index, so that an IndexError of the data set is raised instead of ending the iteration."""
     return map(rows.__getitem__, range(len(rows) if count is None else min(count, len(rows))))
 
 
 def require_mappings(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield rows, and raise if one is not a mapping."""
     for row in rows:
         if not isinstance(row, Mapping):
             raise DataError(
-                f"SmallestAdapter: a row is a {type(row).__name__}; give rows that are mappings, with input_ids and labels"
+                f"SmallestAdapter: a row is a {type(row).__name__}; give mappings with input_ids and labels"
             )
         yield row
 
 
 def _read_column_names(rows: Any) -> frozenset[str]:
-    """Return the columns of the first row; none where there is none."""
+    """Return the columns of the first row, or none if there is no row."""
     return frozenset(next((row for row in iterate_rows(rows, 1) if isinstance(row, Mapping)), ()))
 
 
 def read_moment_batches(
     reader: RowReader, rows: Subset[Any], size: int, trained_rows: int
 ) -> tuple[list[Batch], float, int]:
-    """Return batches for second moments, with estimates of the training's tokens and of the tokens for moments; no more rows are read."""
+    """Read batches for second moments until they have enough tokens.
+
+    Returns:
+        `(batches, estimated tokens of the training, tokens to use for moments)`.
+    """
     batches: list[Batch] = []
     tokens, moment_tokens, read_tokens = 0.0, 1, 0
     for batch in reader.read_batches(rows, size):
@@ -123,14 +129,14 @@ def read_moment_batches(
 
 
 def sample_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """Return a random sample of `MAX_MOMENT_BATCHES` batches of a list; of a loader, whose order is its own, the first ones."""
+    """Return a random sample of `MAX_MOMENT_BATCHES` batches of a list, or the first batches of a loader."""
     if isinstance(batches, list | tuple):
         return [batches[index] for index in sample_indices(len(batches), MAX_MOMENT_BATCHES)]
     return list(islice(copy_batches(batches), MAX_MOMENT_BATCHES))
 
 
 def copy_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Return a copy of a loader, or the loader itself where it cannot be copied, as a generator cannot."""
+    """Return a copy of a loader, or the original if it cannot be copied, such as a generator."""
     try:
         return cast(Iterable[Batch], copy_data_source(batches))
     except DataError:
@@ -138,14 +144,14 @@ def copy_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def hash_inputs(row: Mapping[str, Any], columns: frozenset[str]) -> int:
-    """A hash of what makes two rows the same example: all bytes of its inputs."""
+    """Return a hash of all bytes of a row's inputs. Rows with equal hashes are the same example."""
     names = [name for name in sorted(row) if not columns or name in columns]
     inputs = [name for name in names if not NON_INPUT_COLUMNS.search(name)] or names
     return hash(tuple((name, _to_hashable(row[name])) for name in inputs))
 
 
 def _to_hashable(value: Any) -> Hashable:
-    """A value that differs wherever its bytes do: of numbers in lists, arrays, tensors and images alike."""
+    """Convert a value to a hashable one that keeps all its bytes. Equal numbers in lists, arrays, tensors and images stay equal."""
     if isinstance(value, Mapping):
         return tuple((name, _to_hashable(value[name])) for name in sorted(value))
     if isinstance(value, list | tuple) and not all(isinstance(element, int | float) for element in value):
@@ -160,7 +166,7 @@ def _to_hashable(value: Any) -> Hashable:
 
 
 def find_group_key(row: Mapping[str, Any], column: str | None) -> Hashable:
-    """Return what rows that belong together share: the value of the column, or their prompt; None where a row stands for itself.
+    """Return the value that rows of one group share: their value in `column`, or their prompt. Return None if there is none.
 
     Raises:
         DataError: the row has no value in the column.
@@ -176,10 +182,10 @@ def find_group_key(row: Mapping[str, Any], column: str | None) -> Hashable:
 
 
 def number_groups(keys: Sequence[Hashable], column: str | None) -> list[int]:
-    """Return a number for each row: those that share one belong together.
+    """Return the number of each row's group.
 
     Raises:
-        DataError: a column that groups nothing.
+        DataError: the column has one value in all rows, or a different value in each row.
     """
     numbers_by_key: dict[Hashable, int] = {}
     numbers = [
@@ -188,14 +194,17 @@ def number_groups(keys: Sequence[Hashable], column: str | None) -> list[int]:
     if column and len(numbers_by_key) in (1, len(keys)):
         subject = "all held-out rows" if len(numbers_by_key) == 1 else "no two held-out rows"
         raise DataError(
-            f"SmallestAdapter: {subject} share a value of the column {column!r}; give one with several values, each of several rows, or "
+            f"SmallestAdapter: {subject} share a value of the column {column!r}; give a column in which several rows share each value, or "
             "leave group out"
         )
     return numbers
 
 
 def _find_prompt_tokens(row: Mapping[str, Any]) -> list[int] | None:
-    """The tokens before the first one that counts; None where all count, where it is not known, and of packed rows."""
+    """Return the tokens before the first one with a loss.
+
+    Return None if all tokens have a loss, if it is unknown which ones do, and for packed rows.
+    """
     for name in ("prompt_ids", "prompt_input_ids"):
         if name in row:
             return _to_list(row[name])
@@ -209,7 +218,7 @@ def _find_prompt_tokens(row: Mapping[str, Any]) -> list[int] | None:
 
 
 def _to_list(value: Any) -> list[Any] | None:
-    """Return the values of a row's cell as a list, whatever format the data set gives them in; None where it holds one value or none."""
+    """Return the values of a cell as a list, for every format of `datasets`. Return None for a single value or none."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().tolist()
     elif hasattr(value, "__array__"):

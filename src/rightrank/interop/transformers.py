@@ -1,4 +1,4 @@
-"""For custom trainers: the loss of each held-out example of a language model."""
+"""Compute the loss of each held-out example of a language model, for custom trainers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rightrank.runs.calls import TrialResult
 
 @torch.no_grad()
 def causal_example_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> TrialResult:
-    """The result of a task: the mean loss per label token, in nats, of each example and, as `loss`, of all.
+    """Return the result of a task: the mean loss per label token, in nats, of each example, and `loss` over all examples.
 
-    An example weighs as much as it has label tokens; one without any is left out.
+    An example is weighted by its number of label tokens. Examples without label tokens are left out.
 
     Args:
-        model: a causal language model; it keeps its training mode.
-        batches: collated as for training: `input_ids` and `labels` of shape (batch, length), labels -100 where no loss
-            is computed.
+        model: a causal language model; its training mode is restored.
+        batches: collated as for training: `input_ids` and `labels` of shape (batch, length), with labels -100 for tokens
+            without a loss.
     """
     was_training, losses, counts = model.training, [], []
     model.eval()
     for batch in batches:
-        scored = compute_batch_loss(model, batch)
-        kept = scored.example_tokens > 0
-        losses += scored.example_losses[kept].tolist()
-        counts += scored.example_tokens[kept].tolist()
+        batch_scores = compute_batch_loss(model, batch)
+        has_tokens = batch_scores.example_tokens > 0
+        losses += batch_scores.example_losses[has_tokens].tolist()
+        counts += batch_scores.example_tokens[has_tokens].tolist()
     model.train(was_training)
     scores = [loss / count for loss, count in zip(losses, counts, strict=True)]
     return TrialResult(metrics={"loss": sum(losses) / sum(counts)}, example_scores=scores, example_weights=counts)

@@ -1,7 +1,7 @@
-"""The end of a training as a run: the folder of a selection, whose executor scores truncations of the model as it is in memory.
+"""Run the truncation search after a training: a run folder whose executor evaluates truncations of the model in memory.
 
-`begin_run` writes the journal's first record, the trained adapter, and in `cache/` what a fresh process needs. `finish_run` walks down over the
-truncations, here or in a fresh process; the hooks of a selection render it, and a run that was cut off continues where it stopped.
+`begin_run` writes the first journal record, the trained adapter, and the files that a fresh process needs (in `cache/`). `finish_run`
+evaluates the truncations, in this process or a fresh one. The hooks of a selection report the result, and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rightrank.adapters.preserved_state import preserve_state
 from rightrank.adapters.processes import gather_parameters, is_partitioned, sync_errors
 from rightrank.adapters.resize import cap_ranks, list_candidate_ranks, write_resized_adapter
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
-from rightrank.decision.adapter import adapter_answer, probable_ranks
-from rightrank.decision.records import Records, records_of
+from rightrank.decision.adapter import choose_adapter, estimate_training_ranks
+from rightrank.decision.records import Records, read_records
 from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.base_models import compute_base_identity
@@ -59,20 +59,20 @@ from rightrank.version import __version__
 log = logging.getLogger("rightrank")
 
 RESUME_FILE = "measure.json"  # in the run's cache
-TRAINER = "its own trainer"  # the trainer by which the journal of such a run names its kind
-# Of a `InMemoryAdapter`: in files of their own, or as by default.
+TRAINER_NAME = "its own trainer"  # identifies the kind of run in its journal
+# Fields of `InMemoryAdapter` that are saved in separate files or have their default values.
 EXCLUDED_FIELDS = ("model", "held_out", "train", "name", "write_beside")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSummary:
-    """What is known of the training whose end is measured."""
+    """What the callback knows about the training whose adapter is truncated."""
 
-    settings: Mapping[str, Any]  # of `select`, as far as the training states them
-    steps: int = 0  # 0: not known
-    seconds: float | None = None  # without the end; None: not known
-    read_peak_bytes: int = 0  # before the end; 0: not known
-    checkpoint_step: int | None = None  # of the best checkpoint, where that is measured; None: the last
+    settings: Mapping[str, Any]  # settings of `select` that the training states
+    steps: int = 0  # 0 if unknown
+    seconds: float | None = None  # without the truncation search; None if unknown
+    peak_bytes: int = 0  # before the truncation search; 0 if unknown
+    checkpoint_step: int | None = None  # step of the best checkpoint if it is measured; None for the last one
     notes: Sequence[str] = ()
 
     @property
@@ -84,45 +84,48 @@ class TrainingSummary:
 
 @dataclass(frozen=True, slots=True)
 class TruncationResult:
-    """The answer, whose last note says what it took."""
+    """The result of a truncation search. The last note of the answer states the cost."""
 
     answer: AdapterAnswer
-    trained_trial: TrialFinished  # the adapter as it was trained
+    trained_trial: TrialFinished  # evaluation of the adapter before truncation
     folder: RunFolder
-    notes: tuple[str, ...]  # on how truncations were made
+    notes: tuple[str, ...]  # on how the truncations were computed
 
     @property
-    def examples(self) -> int:
+    def num_examples(self) -> int:
         return len(self.trained_trial.example_losses)
 
 
 def measure_peak_bytes() -> int:
+    """Return the peak memory of this process on the GPU, or on the CPU if there is no GPU."""
     return read_peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def begin_run(live: InMemoryAdapter, out: Path, training: TrainingSummary) -> RunFolder:
-    """Begin a run in `out` with everything that a fresh process needs, and move the result of an earlier training aside.
+def begin_run(in_memory_adapter: InMemoryAdapter, out: Path, training: TrainingSummary) -> RunFolder:
+    """Begin a run in `out` with everything that a fresh process needs. The result of an earlier training is moved aside.
 
     Raises:
-        ModelError: the model gives no logits.
-        RunFolderError: the folder is in use, holds another kind of run or other files, or cannot be written.
+        ModelError: the model returns no logits.
+        RunFolderError: the folder is in use, contains another kind of run or other files, or cannot be written.
     """
     folder = RunFolder(out)
     with folder.lock(), report_disk_errors(out):
         _require_truncation_run(folder)
-        _require_logits(live)
-        # A failure leaves neither a folder without a journal, which no later run could use, nor an earlier result aside.
+        _require_logits(in_memory_adapter)
+        # If something fails, no folder without a journal remains and an earlier result stays in place.
         with create_temporary_folder(out / "begun") as temporary:
             temporary_run = RunFolder(temporary)
-            with gather_parameters(live.model):
-                adapter = save_trained_adapter(live.model, live.name, temporary_run.get_trial_folder("trained"))
-                identity = compute_base_identity(live.model.get_base_model(), adapter.base_model or "")
-            write_text(adapter.path / BASE_FILE, identity.content().decode())
-            if live.write_beside is not None:
-                live.write_beside(adapter.path)
-            started = _build_run_started(live, training, adapter)
+            with gather_parameters(in_memory_adapter.model):
+                adapter = save_trained_adapter(
+                    in_memory_adapter.model, in_memory_adapter.name, temporary_run.get_trial_folder("trained")
+                )
+                identity = compute_base_identity(in_memory_adapter.model.get_base_model(), adapter.base_model or "")
+            write_text(adapter.path / BASE_FILE, identity.to_json().decode())
+            if in_memory_adapter.write_beside is not None:
+                in_memory_adapter.write_beside(adapter.path)
+            started = _build_run_started(in_memory_adapter, training, adapter)
             adapter.path.rename(temporary_run.get_trial_folder(_compute_training_id(started, training.steps)))
-            _write_resume_files(live, temporary_run, training)
+            _write_resume_files(in_memory_adapter, temporary_run, training)
             temporary_run.journal.append(started)
             if (earlier_folder := folder.move_aside()) is not None:
                 log.warning("rightrank: the result of an earlier training was moved to %s", earlier_folder)
@@ -130,26 +133,26 @@ def begin_run(live: InMemoryAdapter, out: Path, training: TrainingSummary) -> Ru
     return folder
 
 
-def _require_logits(live: InMemoryAdapter) -> None:
-    """Raise if the model is an encoder without a head, whose rows of one class have no scores."""
-    batch = next(iter(live.held_out), {})
-    if is_partitioned(live.model) or "labels" not in batch or not has_class_labels(batch):
+def _require_logits(in_memory_adapter: InMemoryAdapter) -> None:
+    """Raise if the model is an encoder without a classification head. Its rows have no scores."""
+    batch = next(iter(in_memory_adapter.held_out), {})
+    if is_partitioned(in_memory_adapter.model) or "labels" not in batch or not has_class_labels(batch):
         return
-    with preserve_state(live.model, live.name), torch.no_grad():
-        output = live.model(**read_batch(live.model, batch).inputs)
+    with preserve_state(in_memory_adapter.model, in_memory_adapter.name), torch.no_grad():
+        output = in_memory_adapter.model(**read_batch(in_memory_adapter.model, batch).inputs)
     if getattr(output, "logits", None) is None:
-        name = type(live.model.get_base_model()).__name__
+        name = type(in_memory_adapter.model.get_base_model()).__name__
         raise ModelError(
-            f"{name} gives no logits: an encoder without a head has no scores of classes; give a model with one, such as of "
-            "AutoModelForSequenceClassification"
+            f"{name} returns no logits: an encoder without a head cannot score classes; give a model with a classification head, such as one "
+            "of AutoModelForSequenceClassification"
         )
 
 
 def require_result_folder(out: Path) -> None:
-    """Require that a training can put its result in `out`; nothing is written there.
+    """Raise if a training cannot write its result to `out`. Nothing is written.
 
     Raises:
-        RunFolderError: the folder is in use, or holds another kind of run or other files.
+        RunFolderError: the folder is in use, or contains another kind of run or other files.
     """
     folder = RunFolder(out)
     folder.require_usable()
@@ -159,31 +162,31 @@ def require_result_folder(out: Path) -> None:
 
 
 def _require_truncation_run(folder: RunFolder) -> None:
-    """Raise if the folder holds a run that no end of a training wrote; of another version, it is recognised too."""
+    """Raise if the folder contains a run of another kind. Runs of other versions are recognized too."""
     if not folder.journal.path.is_file():
         return
     with folder.journal.path.open("rb") as file:
         line = file.readline()
     try:
         first_record = json.loads(line)
-    except ValueError:  # also bytes that are no text
+    except ValueError:  # also raised for bytes that are not text
         first_record = None
     settings = first_record.get("settings") if isinstance(first_record, dict) else None
-    if not isinstance(settings, dict) or settings.get("trainer") != TRAINER:
+    if not isinstance(settings, dict) or settings.get("trainer") != TRAINER_NAME:
         raise RunFolderError(
-            f"{folder.path}: holds a run that is not the result of a training's end, and it stays as it is; give another folder"
+            f"{folder.path}: this folder contains a run of another kind, which is left unchanged; give another folder"
         )
 
 
 def finish_run(
-    live: InMemoryAdapter, folder: RunFolder, training: TrainingSummary, hooks: Sequence[Hook] = ()
+    in_memory_adapter: InMemoryAdapter, folder: RunFolder, training: TrainingSummary, hooks: Sequence[Hook] = ()
 ) -> TruncationResult:
-    """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
+    """Evaluate truncations from the highest rank down until one loses more than the margin, and export the smallest one within it.
 
     Raises:
         NotFiniteError: a held-out loss is NaN or infinite.
     """
-    executor = CallbackExecutor(live, training)
+    executor = CallbackExecutor(in_memory_adapter, training)
     with sync_errors(), folder.lock(), report_disk_errors(folder.path):
         select(executor, folder, [executor, *hooks])
     records = executor.records
@@ -191,25 +194,25 @@ def finish_run(
     return TruncationResult(answer, records.by_id[answer.trained_id], folder, executor.moments.notices)
 
 
-def measure_truncations(live: InMemoryAdapter, out: Path) -> TruncationResult:
-    """Begin a run and finish it at once, without views."""
+def measure_truncations(in_memory_adapter: InMemoryAdapter, out: Path) -> TruncationResult:
+    """Begin a run and finish it immediately, without reports."""
     training = TrainingSummary({})
-    return finish_run(live, begin_run(live, out, training), training)
+    return finish_run(in_memory_adapter, begin_run(in_memory_adapter, out, training), training)
 
 
 class DescendingStrategy(Strategy):
-    """One training, and its truncations from the highest rank down until one does not hold."""
+    """A strategy with one training. Its truncations are evaluated from the highest rank down until one loses more than the margin."""
 
     name = "downward"
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
-        yield [space.make_arm(space.trained_trial, space.learning_rates[0])]
-        parent = trials.get_training(space.trained_trial, space.learning_rates[0])
+        yield [space.make_arm(space.top, space.learning_rates[0])]
+        parent = trials.get_training(space.top, space.learning_rates[0])
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
             yield [make_truncation_arm(parent, rank)]
-            answer = adapter_answer(list(trials.outcomes.values()), space.criterion)
+            answer = choose_adapter(list(trials.outcomes.values()), space.criterion)
             if answer is None or answer.rank != rank:
                 return
 
@@ -217,28 +220,30 @@ class DescendingStrategy(Strategy):
 def _build_strategy(started: RunStarted, steps: int) -> Strategy:
     settings = started.select_settings
     space: Space = build_space(settings, steps, started.data.loss_kind)
-    rates = settings.learning_rates if "learning_rates" in settings.model_fields_set else (0.0,)  # not known
+    rates = settings.learning_rates if "learning_rates" in settings.model_fields_set else (0.0,)  # unknown
     return DescendingStrategy(replace(space, evaluates_base=False, learning_rates=rates))
 
 
 def _compute_training_id(started: RunStarted, steps: int) -> str:
-    """The id of the training itself among the trials of the run."""
-    (top,) = _build_strategy(started, steps).ask([])
-    return trial_id(started.fingerprint, top)
+    """Return the id that the training has among the trials of the run."""
+    (training,) = _build_strategy(started, steps).ask([])
+    return trial_id(started.fingerprint, training)
 
 
-def _build_run_started(live: InMemoryAdapter, training: TrainingSummary, adapter: AdapterFolder) -> RunStarted:
-    base = live.model.get_base_model()
-    batch, classes = live.held_out[0], None
+def _build_run_started(
+    in_memory_adapter: InMemoryAdapter, training: TrainingSummary, adapter: AdapterFolder
+) -> RunStarted:
+    base = in_memory_adapter.model.get_base_model()
+    batch, classes = in_memory_adapter.held_out[0], None
     form: Literal["preference", "classification", "own"] = "preference" if "completion_mask" in batch else "own"
     if form == "own" and has_class_labels(batch):
         form, classes = "classification", [str(name) for _, name in sorted(base.config.id2label.items())]
-    ranks = list_candidate_ranks(adapter, live.ranks)
-    overrides: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
-    overrides |= {} if live.margin is None else {"margin": live.margin}
+    ranks = list_candidate_ranks(adapter, in_memory_adapter.ranks)
+    overrides: dict[str, Any] = {"goal": "adapter", "metric": in_memory_adapter.metric, "ranks": ranks}
+    overrides |= {} if in_memory_adapter.margin is None else {"margin": in_memory_adapter.margin}
     settings = SelectSettings(**{**training.settings, **overrides})
     stated_names = {*training.settings, *overrides}
-    values = {"trainer": TRAINER, **settings.model_dump(mode="json", include=stated_names)}
+    values = {"trainer": TRAINER_NAME, **settings.model_dump(mode="json", include=stated_names)}
     values["model"] = adapter.base_model
     is_classifier = adapter.config["task_type"] == "SEQ_CLS"
     values["is_text"] = values["model"] is not None and (
@@ -248,46 +253,50 @@ def _build_run_started(live: InMemoryAdapter, training: TrainingSummary, adapter
         rightrank_version=__version__,
         fingerprint=hash_content({"settings": values, "steps": training.steps, "checkpoint": training.checkpoint}),
         settings=values,
-        environment=describe_environment(str(next(live.model.parameters()).device)),
+        environment=describe_environment(str(next(in_memory_adapter.model.parameters()).device)),
         data=DataSummary(form=form, splits={}, splits_given=True, duplicates_across_splits=0, classes=classes),
         evaluation_examples=[],
-        metric=live.metric,
-        higher_is_better=live.metric == "accuracy",
+        metric=in_memory_adapter.metric,
+        higher_is_better=in_memory_adapter.metric == "accuracy",
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedTruncations(PreparedSelection):
-    end: CallbackExecutor
+    """A prepared truncation search, whose executor holds the model in memory."""
+
+    executor: CallbackExecutor
 
     def open_executor(
         self, folder: RunFolder, listener: Listener, records: Records
     ) -> AbstractContextManager[Executor]:
-        return self.end.open_executor(folder, listener, records)
+        return self.executor.open_executor(folder, listener, records)
 
 
 class CallbackExecutor(Hook):
-    """The end of a training: the request for the run that `begin_run` has begun, its executor, which puts the truncations in the place of the
-    trained adapter, and what a person should know of it, as notes of the answer."""
+    """The executor of a truncation search. It loads each truncation into the model in memory and evaluates it.
 
-    def __init__(self, live: InMemoryAdapter, training: TrainingSummary) -> None:
-        self._live, self._training = live, training
-        self._began = time.monotonic()
-        self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
-        self.moments = GatheredMoments({}, 0, 0)  # before the first truncation
+    It is also the request that `select` takes, and a hook that adds notes to the answer.
+    """
+
+    def __init__(self, in_memory_adapter: InMemoryAdapter, training: TrainingSummary) -> None:
+        self._in_memory_adapter, self._training = in_memory_adapter, training
+        self._start_time = time.monotonic()
+        self._held_out = HeldOutBatches(in_memory_adapter.model, in_memory_adapter.held_out, in_memory_adapter.beta)
+        self.moments = GatheredMoments({}, 0, 0)  # filled by `open_executor`
         self.folder: RunFolder
         self.listener: Listener
         self.records: Records
 
     def prepare(
-        self, folder: RunFolder, journal: Sequence[JournalRecord], before: PreparedSelection | None = None
+        self, folder: RunFolder, journal: Sequence[JournalRecord], previous: PreparedSelection | None = None
     ) -> PreparedSelection:
-        """As `rightrank.runs.executor.Asked`."""
-        started, steps = records_of(journal, str(folder.path)).started, self._training.steps
+        """Return the prepared search for the run in `folder`."""
+        started, steps = read_records(journal, str(folder.path)).started, self._training.steps
         strategy = _build_strategy(started, steps)
         return PreparedTruncations(
-            end=self, started=started, settings=started.select_settings, steps=steps, strategy=strategy
+            executor=self, started=started, settings=started.select_settings, steps=steps, strategy=strategy
         )
 
     def replace_settings(self, settings: SelectSettings) -> CallbackExecutor:
@@ -295,12 +304,11 @@ class CallbackExecutor(Hook):
 
     @contextmanager
     def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[CallbackExecutor]:
-        """As `rightrank.runs.executor.Plan`."""
+        """Yield the executor, and restore the state of the model after the block."""
         self.folder, self.listener, self.records = folder, listener, records
-        with preserve_state(self._live.model, self._live.name):
-            self.moments = gather_adapter_moments(
-                self._live
-            )  # of the adapter as it is in memory, which no truncation has replaced yet
+        with preserve_state(self._in_memory_adapter.model, self._in_memory_adapter.name):
+            # The model still holds the trained factors here. Later each truncation replaces them.
+            self.moments = gather_adapter_moments(self._in_memory_adapter)
             yield self
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -309,13 +317,13 @@ class CallbackExecutor(Hook):
             yield self._evaluate_trial(trial, trial.arm, self.folder.get_trial_folder(trial.trial_id))
 
     def _evaluate_trial(self, trial: Trial, arm: Arm, target: Path) -> TrialFinished:
-        training, begun, progress, moments = self._training, time.monotonic(), Progress(), self.moments.moments
+        training, start_time, progress, moments = self._training, time.monotonic(), Progress(), self.moments.moments
         changes: dict[str, Any]
         if arm.truncate_from is not None:
             trained = open_adapter(self.folder.get_trial_folder(arm.truncate_from))
             with sync_errors():
                 write_resized_adapter(trained, target, cap_ranks(trained, arm.rank, moments), moments)
-            copy_factors(self._live.model, self._live.name, open_adapter(target))
+            copy_factors(self._in_memory_adapter.model, self._in_memory_adapter.name, open_adapter(target))
             changes = {"truncation": "kfac" if moments else "svd"}
         else:
             progress = Progress(step=training.steps, train_seconds=training.seconds or 0.0)
@@ -329,12 +337,12 @@ class CallbackExecutor(Hook):
         if not np.isfinite(scores.losses).all():
             raise NotFiniteError(f"rank {arm.rank}: a held-out loss is NaN or infinite; the training may have diverged")
         if len(scores.losses) < 2:
-            raise DataError("fewer than two held-out examples have a label; give more")
-        outcome = build_finished_trial(trial, self._live.metric, scores, MetricResults(), progress)
-        return outcome.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
+            raise DataError("fewer than two held-out examples have a label; give more examples")
+        outcome = build_finished_trial(trial, self._in_memory_adapter.metric, scores, MetricResults(), progress)
+        return outcome.model_copy(update={"eval_seconds": time.monotonic() - start_time, **changes})
 
     def on_adapter(self, proposal: AdapterProposal) -> AdapterAnswer:
-        """With the cost, and an estimate of the rank to train at."""
+        """Add the cost and an estimate of the rank to train at to the notes of the answer."""
         training, answer, records = self._training, proposal.answer, proposal.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
         notes.append(format_training_rank_estimate(answer, records.started))
@@ -342,34 +350,33 @@ class CallbackExecutor(Hook):
         return answer.model_copy(update={"notes": notes})
 
     def _format_cost(self, examples: int) -> str:
-        seconds, training = time.monotonic() - self._began, self._training
+        seconds, training = time.monotonic() - self._start_time, self._training
         time_share = f", {seconds / training.seconds:.1%} of the training's time" if training.seconds else ""
         extra_bytes = measure_peak_bytes() - training.peak_bytes if training.peak_bytes else 0
         peak_comparison = f"{extra_bytes / 2**20:.0f} MiB above" if extra_bytes > 0 else "not above"
-        memory_note = f"; peak memory {peak_comparison} the training's" if training.peak_bytes else ""
-        weights = f"the {training.checkpoint} weights"
-        return f"Measured from {weights} on {examples} held-out examples in {seconds:.1f} s{time_share}{memory_note}."
+        memory_note = f"; peak memory was {peak_comparison} that of the training" if training.peak_bytes else ""
+        return f"Measured on the {training.checkpoint} weights with {examples} held-out examples in {seconds:.1f} s{time_share}{memory_note}."
 
 
 def format_training_rank_estimate(answer: AdapterAnswer, started: RunStarted) -> str:
-    """An estimate of the rank to train at, with the command that would prove it."""
-    low, high = probable_ranks(answer)
+    """Return a sentence with the estimated rank to train at, and the command that would verify it."""
+    low, high = estimate_training_ranks(answer)
     rank_range = f"{low}" if low == high else f"{low} to {high}"
     ranks = sorted({max(1, low // 2), low, high, answer.trained_rank})
     settings = started.select_settings.model_copy(update={"goal": "training-rank", "ranks": tuple(ranks)})
     command = build_reproduce_command(started.model_name or "MODEL", "DATA", settings)
     return (
-        f"An estimate, not evidence: the rank to train at next time probably is {rank_range}. "
-        f"With the file of your rows for DATA, this would prove it: {command}"
+        f"An estimate, not evidence: next time the rank to train at is probably {rank_range}. "
+        f"To verify it, replace DATA by your data file and run: {command}"
     )
 
 
-def _write_resume_files(live: InMemoryAdapter, folder: RunFolder, training: TrainingSummary) -> None:
-    base = live.model.get_base_model()
+def _write_resume_files(in_memory_adapter: InMemoryAdapter, folder: RunFolder, training: TrainingSummary) -> None:
+    base = in_memory_adapter.model.get_base_model()
     base.config.save_pretrained(folder.cache / "base")
     tensors = {
         f"{split}.{number}.{key}": value.detach().cpu().contiguous().clone()
-        for split, batches in (("held_out", live.held_out), ("train", live.train))
+        for split, batches in (("held_out", in_memory_adapter.held_out), ("train", in_memory_adapter.train))
         for number, batch in enumerate(batches)
         for key, value in batch.items()
         if isinstance(value, torch.Tensor)
@@ -378,7 +385,11 @@ def _write_resume_files(live: InMemoryAdapter, folder: RunFolder, training: Trai
     resume_values = {
         "base_class": type(base).__name__,
         "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
-        "live": {field.name: getattr(live, field.name) for field in fields(live) if field.name not in EXCLUDED_FIELDS},
+        "in_memory_adapter": {
+            field.name: getattr(in_memory_adapter, field.name)
+            for field in fields(in_memory_adapter)
+            if field.name not in EXCLUDED_FIELDS
+        },
         "training": asdict(training),
     }
     write_text(folder.cache / RESUME_FILE, json.dumps(resume_values, indent=2, default=list))
@@ -388,18 +399,18 @@ def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> str:
     """Finish a run that `begin_run` began in another process, and return its sentences.
 
     Raises:
-        ModelError: the folder is not whole, or the base cannot be loaded or is another one.
-        RunFolderError: there is no run that is not finished.
+        ModelError: the folder is incomplete, or the base model cannot be loaded or differs from the one in training.
+        RunFolderError: there is no unfinished run.
     """
     folder = RunFolder.open_existing(out)
     if not (folder.cache / RESUME_FILE).is_file():
         raise RunFolderError(
-            f"{out}: there is no cache/{RESUME_FILE}; the measurement ended, or the training did not reach its end"
+            f"{out}: there is no cache/{RESUME_FILE}; either the measurement is finished, or the training did not reach its end"
         )
     resume_values = read_json_object(folder.cache / RESUME_FILE)
-    # The peak memory of the training is that of another process.
+    # The training's peak memory was measured in another process and cannot be compared.
     training = TrainingSummary(**resume_values["training"] | {"peak_bytes": 0})
-    started = records_of(folder.journal.read(), str(out)).started
+    started = read_records(folder.journal.read(), str(out)).started
     adapter = open_adapter(folder.get_trial_folder(_compute_training_id(started, training.steps)))
     base = _load_base(started.model_name or "", folder, resume_values, adapter)
     with suppress_peft_warnings():
@@ -409,21 +420,21 @@ def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> str:
         split, number, key = name.split(".", 2)
         splits[split].setdefault(int(number), {})[key] = tensor
     held_out, train = ([batches[number] for number in sorted(batches)] for batches in splits.values())
-    live = InMemoryAdapter(model, held_out, train, **resume_values["live"])
-    result = finish_run(live, folder, training, hooks)
+    in_memory_adapter = InMemoryAdapter(model, held_out, train, **resume_values["in_memory_adapter"])
+    result = finish_run(in_memory_adapter, folder, training, hooks)
     return f"{result.answer.sentence} {folder.adapter}\n{result.answer.notes[-1]}"
 
 
 def _load_base(name: str, folder: RunFolder, resume_values: Mapping[str, Any], adapter: AdapterFolder) -> Any:
     if not name:
-        raise ModelError("the base model has no name that it could be loaded by; the training made it in memory")
+        raise ModelError("the base model cannot be loaded, because it has no name: the training created it in memory")
     try:
         config = transformers.AutoConfig.from_pretrained(folder.cache / "base")
         base_class = getattr(transformers, resume_values["base_class"])
         base = base_class.from_pretrained(name, config=config, dtype=getattr(torch, resume_values["dtype"]))
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise ModelError(f"{name}: the base model cannot be loaded ({get_first_line(error)})") from None
-    difference = read_identity(adapter.path / BASE_FILE).difference(compute_base_identity(base, name))
+    difference = read_identity(adapter.path / BASE_FILE).find_difference(compute_base_identity(base, name))
     if difference is not None:
-        raise ModelError(f"{name}: this is not the base that was trained on ({difference})")
+        raise ModelError(f"{name}: this is not the base model of the training ({difference})")
     return base
