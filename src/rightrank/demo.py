@@ -52,10 +52,10 @@ def prepare_demo(out: Path, notice: Callable[[str], None]) -> tuple[str, Path]:
         MissingExtraError: the model package is not installed.
         RunFolderError: `out` can't be written, or holds other files in the folder of the model.
     """
-    out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
+    out = out.resolve()  # absolute, since the adapter names its base by this path
     if not (out / "base_model" / "config.json").exists():
-        find_model_file()  # refuses a missing package before anything is written
-    with RunFolder(out / "run").lock(), report_disk_errors(out):  # refuses an unusable folder first
+        find_model_file()  # raises if the package is missing, before anything is written
+    with RunFolder(out / "run").lock(), report_disk_errors(out):  # refuses an unusable folder
         return str(prepare_model_folder(out / "base_model", notice)), prepare_docstrings(out / "docstrings.jsonl")
 
 

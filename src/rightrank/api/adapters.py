@@ -85,7 +85,12 @@ def resize(
             f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
         )
 
-    from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, require_plain_update, resize_adapter
+    from rightrank.adapters.resize import (
+        choose_ranks_by_energy,
+        choose_uniform_rank,
+        require_plain_update,
+        resize_adapter,
+    )
     from rightrank.data.files import require_absent
     from rightrank.models.adapter_reader import open_adapter
 
@@ -93,14 +98,18 @@ def resize(
     opened = open_adapter(folder)
     require_plain_update(opened)
     if data is not None:
-        from rightrank.adapters.resize_by_data import ResizeRequest, resize_by_data  # heavier: they measure
+        from rightrank.adapters.resize_by_data import ResizeRequest, resize_by_data  # imports torch and transformers
 
         read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
         rule = ResizeRequest(Path(data), trained, base, read, ranks, on_event)
         resized = resize_by_data(opened, Path(out), rule)
     else:
-        chosen_ranks = choose_uniform_rank(opened, rank) if rank is not None else choose_ranks_by_energy(opened, energy or 0.0, uniform)
+        chosen_ranks = (
+            choose_uniform_rank(opened, rank)
+            if rank is not None
+            else choose_ranks_by_energy(opened, energy or 0.0, uniform)
+        )
         chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
         resized = resize_adapter(opened, Path(out), chosen_ranks, chosen_by=chosen_by)
     return resized.model_copy(update={"notes": [choice, *resized.notes]}) if choice else resized
@@ -132,7 +141,7 @@ def compare(
         MetricError: a metric gave no score.
     """
     for adapter in (a, b):
-        _require_comparable(str(adapter))  # before what brings torch
+        _require_comparable(str(adapter))  # before the imports that bring torch
 
     from rightrank.adapters.compare import compare_adapters
 
@@ -151,5 +160,5 @@ def _require_comparable(name: str) -> None:
     elif not (folder / "config.json").is_file():
         hint = suggest_adapter_folder(folder) or "give one, or 'base'"
         raise ModelError(
-            f"{name}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json), nor a .gguf file; {hint}"
+            f"{name}: this is neither an adapter folder ({CONFIG_FILE}), nor a model folder (config.json), nor a .gguf file; {hint}"
         )

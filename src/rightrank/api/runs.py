@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent, write_text
 from rightrank.decision import rule
-from rightrank.decision.next_run import next_commands
+from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import (
     Answers,
     Records,
-    comparable,
-    decide_on,
-    decision_so_far,
-    metrics_of,
-    records_of,
-    trials_frame,
+    build_trials_frame,
+    decide_by_metric,
+    decide_if_possible,
+    list_comparable_outcomes,
+    list_metrics,
+    read_records,
 )
-from rightrank.decision.table import other_tables, table_of_results
+from rightrank.decision.table import build_other_tables, build_table_from_results
 from rightrank.models.adapter_folders import CONFIG_FILE
 from rightrank.models.model_sources import list_hub_errors
 from rightrank.report.answer import build_answer_view, format_labelled_rows, render_notebook_html
@@ -35,7 +35,7 @@ from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 
-if TYPE_CHECKING:  # what each verb alone needs is imported by it: `status` is to be quick
+if TYPE_CHECKING:  # functions import their own dependencies, so that `status` is quick
     from pandas import DataFrame
 
     from rightrank.interop.exports import ExportResult
@@ -55,18 +55,18 @@ def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
     from rightrank.hooks.report import write_report as write_views
     from rightrank.report.figures import build_figures
     from rightrank.report.svg import write_figures
-    from rightrank.runs.values import build_answers
+    from rightrank.runs.values import collect_answers
 
     folder, journal, records = _open_run(run, is_live=False)
     decision, goal = None, records.settings.goal
     if goal == "training-rank":
         decision = (
-            decision_so_far(records)
+            decide_if_possible(records)
             if (last_decision := find_last_decision(journal)) is None
             else last_decision.decision
         )
     with report_disk_errors(folder.path):
-        extra_figures = write_views(folder, records, build_answers(records, decision, goal))
+        extra_figures = write_views(folder, records, collect_answers(records, decision, goal))
         write_figures(folder.figures, [*build_figures(records, decision), *extra_figures], figures)
     return folder.report
 
@@ -81,7 +81,7 @@ def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
         RunFolderError: there is no run.
     """
     _, _, records = _open_run(run, is_live=True)
-    return trials_frame(records, examples)
+    return build_trials_frame(records, examples)
 
 
 def load_run_config(run: str | Path) -> dict[str, object]:
@@ -104,7 +104,7 @@ def _open_run(run: str | Path, *, is_live: bool) -> tuple[RunFolder, list[Journa
     """Read a run. With `is_live`, another process may still be writing, and the files stay unchanged."""
     folder = RunFolder.open_existing(run)
     journal = folder.journal.read_complete_lines() if is_live else folder.journal.read()
-    return folder, journal, records_of(journal, str(folder.path))
+    return folder, journal, read_records(journal, str(folder.path))
 
 
 def export(
@@ -151,23 +151,25 @@ def export(
 
     require_target(to)
     if push_to_hub is not None and to != "peft":
-        raise SettingsError(f"push_to_hub uploads an adapter with its card; it goes with peft, not {to}")
+        raise SettingsError(f"push_to_hub uploads an adapter with its card; it works with peft, not with {to}")
     files = [Path(check)] if isinstance(check, str | Path) else list(map(Path, check))
     is_adapter = (Path(run) / CONFIG_FILE).is_file()
     if to != MERGED and (files or kind or base):
-        raise SettingsError(f"--to {to}: check, type and base go with {MERGED}; leave them out")
+        raise SettingsError(f"--to {to}: check, type and base work only with {MERGED}; leave them out")
     if settings is not None and not is_adapter:
         raise SettingsError(f"{run}: a run has its own settings; leave them out, or give an adapter folder")
     if is_adapter and rank is not None:
         raise SettingsError(f"{run}: an adapter folder has one rank; leave rank out, or give a run folder")
     if is_adapter and to != MERGED:
-        raise RunFolderError(f"{run}: an adapter folder, of which {MERGED} is made; for {to} give a run folder")
+        raise RunFolderError(f"{run}: an adapter folder can only be exported to {MERGED}; for {to} give a run folder")
     if out is not None:
         require_absent(Path(out))
     if is_adapter:
         base = base or read_json_object(Path(run) / CONFIG_FILE).get("base_model_name_or_path")
         if out is None or base is None:
-            raise SettingsError(f"{run}: an adapter folder; give --out FOLDER, and --base MODEL where it names none")
+            raise SettingsError(
+                f"{run}: this is an adapter folder; give --out FOLDER, and --base MODEL if the adapter names none"
+            )
         target = Path(out)
         source: tuple[Path, str, SelectSettings, str | None] = Path(run), base, settings or SelectSettings(), None
     else:
@@ -212,7 +214,7 @@ def _replace_export(folder: RunFolder, target: Path, write: Callable[[], ExportR
         shutil.rmtree(earlier_folder)
         return exported
     user_files = ", ".join(sorted(earlier_names - names))
-    note = f"the earlier export held files that this one does not write ({user_files}); it was moved to {earlier_folder / target.name}"
+    note = f"the earlier export contained files that this one does not write ({user_files}); it was moved to {earlier_folder / target.name}"
     return replace(exported, notes=[*exported.notes, note])
 
 
@@ -287,7 +289,7 @@ def status(run: str | Path) -> RunStatus:
     try:
         progress = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
-        progress = {}  # no process runs, or it has just ended
+        progress = {}  # no process is running, or it has just ended
     return build_run_status(str(run), journal, records, records.settings.goal, folder.is_in_use(), progress)
 
 
@@ -297,9 +299,9 @@ class DecisionResult:
 
     decision: Decision
     input_notes: list[str]
-    adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
-    next_commands: Sequence[str | None] = ()  # each next run as a command that can be pasted, of a run folder
-    table: ResultsTable | None = None  # the trainings; None: a run folder has them
+    adapter_sentence: str | None = None  # on the deployment rank, if a run folder has one
+    next_commands: Sequence[str | None] = ()  # of a run folder: for each next run, the command that continues the run
+    table: ResultsTable | None = None  # the trainings; None for a run folder
 
     def write_report(self, path: str | Path, source: str = "a table of results", command: str = "") -> Path:
         """Write the report of a table: the result, the curve, the evidence by rank and all trainings, in one HTML file.
@@ -329,7 +331,7 @@ class DecisionResult:
     def __repr__(self) -> str:
         """Return the decision on one line; `print` shows it in full."""
         decision = self.decision
-        return f"Decided(rank={decision.rank}, verdict={decision.verdict!r}, margin={decision.margin:g})"
+        return f"DecisionResult(rank={decision.rank}, verdict={decision.verdict!r}, margin={decision.margin:g})"
 
     def __str__(self) -> str:
         view = build_answer_view(Answers(self.decision), self.next_commands)
@@ -395,9 +397,9 @@ def decide(
             table_source = table_source.trials_dataframe()
         source, rows = "results", build_rows(table_source)
     table = build_results_table(rows, source, metric, higher_is_better, margin, columns or {})
-    other_metrics = other_tables(table)
-    decision = rule.decision_of(
-        table_of_results(table), margin, checkpoint=checkpoint or "last", others=other_metrics, **options
+    other_metrics = build_other_tables(table)
+    decision = rule.decide_table(
+        build_table_from_results(table), margin, checkpoint=checkpoint or "last", others=other_metrics, **options
     )
     return DecisionResult(decision, table.input_notes, table=table)
 
@@ -408,28 +410,28 @@ def _decide_run_folder(
     """Decide on a run folder, at the run's own metric and margin unless others are given."""
     from rightrank.runs.run import add_base_note
 
-    records = records_of(folder.journal.read(), str(folder.path))
+    records = read_records(folder.journal.read(), str(folder.path))
     started = records.started
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
     metric, requested_margin = metric or started.metric, margin
-    metrics = metrics_of(records)
+    metrics = list_metrics(records)
     if metric not in metrics or (started.data.form == "own" and metric != started.metric):
         raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(metrics)}")
     ranks = {outcome.rank for outcome in records.finished() if outcome.rank > 0 and outcome.arm.is_direct}
     if records.adapters and len(ranks) < 2:
         raise ResultsError(
-            f"{folder.path}: one rank was trained, so the rank to train at is open (rightrank select with --goal training-rank "
-            f"continues the run); the adapter: {records.adapters[-1].answer.sentence}"
+            f"{folder.path}: only one rank was trained, so there is no decision on the training rank (rightrank select with "
+            f"--goal training-rank continues the run); the adapter: {records.adapters[-1].answer.sentence}"
         )
     outcomes = direct
     if metric == started.metric:
-        outcomes = comparable(records)
+        outcomes = list_comparable_outcomes(records)
         margin = records.settings.margin if margin is None else margin
-    decision = add_base_note(decide_on(records, outcomes, metric, margin, **options), records)
+    decision = add_base_note(decide_by_metric(records, outcomes, metric, margin, **options), records)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     decision = decision.model_copy(update={"adapter_sentence": adapter})
     commands = (
-        next_commands(started, decision.next_runs, str(folder.path), requested_margin)
+        build_next_commands(started, decision.next_runs, str(folder.path), requested_margin)
         if metric == started.metric
         else []
     )

@@ -74,7 +74,7 @@ def select_rank(
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = _open_views(progress, stack)
         stop = stack.enter_context(SignalHandler(Hooks([*views, *callbacks]).send_notice))
-        # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
+        # These imports bring torch. They follow the lock, so that an unusable folder is refused at once.
         from rightrank.hooks.preflight import PreflightHook
         from rightrank.hooks.report import Report
         from rightrank.runs.prepare import BuiltInTrainerRequest
@@ -121,7 +121,7 @@ def preflight(
     from rightrank.runs.values import SelectionInputs, validate_inputs
 
     request = SelectionInputs(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
-    validate_inputs(request)  # before what brings torch
+    validate_inputs(request)  # before the imports that bring torch
     resolve_trackers(request.settings.report_to)
     from rightrank.hooks.preflight import run_preflight
     from rightrank.runs.prepare import prepare_selection

@@ -18,10 +18,10 @@ import click
 
 from rightrank.cli import adapter_commands, run_commands, select
 from rightrank.runs import plugins
-from rightrank.schema.errors import RightrankError, is_out_of_memory, format_one_line
+from rightrank.schema.errors import RightrankError, format_one_line, is_out_of_memory
 from rightrank.version import __version__
 
-# In the order of `--help`: the main job, its run folder, finished results, adapters, the rest. Other plug-ins' follow.
+# The order in `--help`: the main job, its run folder, finished results, adapters. Commands of other plug-ins follow.
 ORDER = (
     *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare"),
     *("inspect", "resize", "repair"),
@@ -86,10 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
         )
         sys.exit(1)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output has closed it
+        sys.stderr.close()  # the reader of the output closed the pipe
         sys.exit(1)
     except OSError as error:
-        path = error.filename2 or error.filename or "the system"  # of a rename, its target
+        path = error.filename2 or error.filename or "the system"  # the target of a rename
         print_error(f"{path}: {error.strerror or error}; give a path that can be read or written")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

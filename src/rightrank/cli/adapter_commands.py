@@ -59,7 +59,7 @@ def _inspect(as_json: bool, **folders: Path | None) -> None:
 )
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--rank", type=int, help="One rank for all modules; a rank above the present one pads.")
+@click.option("--rank", type=int, help="One rank for all modules; a rank above the current one pads.")
 @click.option("--energy", type=float, help="Per module, the fewest singular values with this fraction of the energy.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of this file."
@@ -67,12 +67,12 @@ def _inspect(as_json: bool, **folders: Path | None) -> None:
 @click.option(
     "--train",
     type=click.Path(path_type=Path),
-    help="With --data: what the adapter was trained on; these rows are not scored.",
+    help="With --data: the training data of the adapter; these rows are not scored.",
 )
 @click.option(
     "--margin",
     type=float,
-    help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
+    help="With --data: the accepted loss of quality (default 0.005 nats per token).",
 )
 @click.option("--ranks", callback=split_commas, help="With --data: ranks to measure (default: powers of two).")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
@@ -97,7 +97,7 @@ def _resize(
     data_options |= {f"--{name}": rule[name] for name in ("train", "base")}
     orphan = next((option for option, value in data_options.items() if value), None)
     if orphan is not None and rule["data"] is None:
-        raise SettingsError(f"{orphan} goes with --data FILE, which was not given; give both, or leave it out")
+        raise SettingsError(f"{orphan} works only with --data FILE, which was not given; give both, or leave it out")
     with open_progress_view(quiet) as view:
         resized = api.resize(
             adapter,

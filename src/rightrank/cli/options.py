@@ -43,7 +43,7 @@ def parse_hours(_context: click.Context, _parameter: click.Parameter, value: str
     matched_text = "".join(number + unit for number, unit in matches)
     total = sum(float(number) * _UNITS.get(unit, 0.0) for number, unit in matches)
     if matched_text != value.lower().replace(" ", "") or any(unit not in _UNITS for _, unit in matches) or total <= 0:
-        raise SettingsError(f"--time {value!r} is no time: give a number and a unit, such as 3h, 90min or 1h30m")
+        raise SettingsError(f"--time {value!r} is not a time: give a number and a unit, such as 3h, 90min or 1h30m")
     return total
 
 
@@ -69,7 +69,7 @@ def _build_option(name: str, row: Setting, hint: Any) -> Callable[[Command], Com
         flag += f"/{flag.replace('--', '--no-', 1)}" if NoneType in kinds else ""
     elif is_list_type(hint):
         arguments |= {"callback": split_commas} if row.split else {"multiple": True}
-    elif name == "budget_hours":  # which has a unit
+    elif name == "budget_hours":  # the value has a unit
         arguments |= {"callback": parse_hours}
     elif row.parse is None and kinds & {int, float}:
         arguments |= {"type": float if float in kinds else int}
@@ -140,7 +140,7 @@ def parse_integers(values: Sequence[str] | None, option: str) -> list[int] | Non
         return None
     wrong = next((value for value in values if not value.isdecimal()), None)
     if wrong is not None:
-        raise SettingsError(f"{option}: got {wrong!r}; give whole numbers with commas between, such as 4,8,16")
+        raise SettingsError(f"{option}: got {wrong!r}; give whole numbers, separated by commas, such as 4,8,16")
     return [int(value) for value in values]
 
 
@@ -158,6 +158,6 @@ def pause_collector() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()  # nor at the end of the process
+        gc.freeze()  # skips the collection at the end of the process too
         if was_enabled:
             gc.enable()

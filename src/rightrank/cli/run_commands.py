@@ -52,8 +52,12 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, vllm, sglang, or merged.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
-@click.option("--rank", type=int, help="Another rank of the run (default: the adapter handed over, and its training).")
-@click.option("--push-to-hub", metavar="OWNER/NAME", help="peft: upload it with its card; a new repository is private.")
+@click.option(
+    "--rank", type=int, help="Another rank of the run (default: that of the exported adapter, and its training)."
+)
+@click.option(
+    "--push-to-hub", metavar="OWNER/NAME", help="peft: upload the adapter with its card; a new repository is private."
+)
 @click.option(
     "--check",
     multiple=True,
@@ -61,11 +65,15 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     help="merged: held-out rows (default: the run's test split).",
 )
 @click.option("--type", "kind", help="merged: f32 (default), bf16 or f16.")
-@click.option("--base", help="Of an adapter folder in place of RUN (default: the base that it names).")
+@click.option("--base", help="Base model, if RUN is an adapter folder (default: the one that it names).")
 @click.option(
-    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With an adapter folder: a setting of select."
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of select, if RUN is an adapter folder.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress and no notes.")
 def _export(
     run: Path,
@@ -101,7 +109,7 @@ def _export(
     "repair", short_help="Keep the intact records of a damaged journal.", epilog="Example: rightrank repair run"
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print what was kept as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def _repair(run: Path, as_json: bool) -> None:
     """Keep the intact records of RUN's damaged journal, and move the damaged lines to another file.
 
@@ -133,18 +141,20 @@ def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str
 
 @click.command(
     "decide",
-    short_help="Decide on finished trainings, whoever ran them.",
+    short_help="Decide on finished trainings of any origin.",
     epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005",
 )
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option("--metric", help="Column of the held-out metric, or the name of the column `value`.")
 @click.option(
-    "--higher-is-better/--lower-is-better", default=None, help="The metric's direction (default: that of a known name)."
+    "--higher-is-better/--lower-is-better",
+    default=None,
+    help="The metric's direction (default: known for common metrics).",
 )
 @click.option(
     "--margin",
     type=float,
-    help="How much worse than the best is still enough, in the metric's unit (default 0.005 nats a token, half a point of accuracy, else 1%).",
+    help="Accepted loss of quality, in the metric's unit (default 0.005 nats per token, 0.005 of accuracy, else 1%).",
 )
 @click.option(
     "--confidence",
@@ -155,15 +165,15 @@ def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str
     "--columns",
     callback=_parse_mapping,
     metavar="NAME=COLUMN",
-    help="Columns of other names, such as rank=lora_r,value=eval_loss; group=document: which examples belong together.",
+    help="Columns with other names, such as rank=lora_r,value=eval_loss; group=document names the groups of examples.",
 )
 @click.option(
     "--checkpoint",
     type=click.Choice(["last", "best"]),
-    help="Which evaluation of each training counts, where there are several; by default that of the run, else the last.",
+    help="The evaluation of each training to compare, if there are several (default: that of the run, else the last).",
 )
 @click.option(
-    "--report", type=click.Path(path_type=Path), help="Of a table: write the whole report to this .html file."
+    "--report", type=click.Path(path_type=Path), help="For a table: write the full report to this .html file."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 def _decide(results: Path, report: Path | None, as_json: bool, **arguments: Any) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Run folder; resumed by the same command, or without MODEL DATA."
 )
-@click.option("--dry-run", is_flag=True, help="Say what it will do, cost and be able to show; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what it will do, cost and be able to show; write nothing.")
 @add_setting_options(SelectSettings)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
 @click.option(
@@ -74,7 +74,7 @@ def _select(
     base = str(original.pop("model")) if model is None else model
     rows = Path(str(original.pop("data"))) if data is None else data
     settings = SelectSettings(**original | gather_settings(config_file, assignments, options))
-    if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line comes before the check
+    if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line was printed before
         from rightrank.runs.values import SelectionInputs, validate_inputs
 
         validate_inputs(SelectionInputs(base, None, rows, settings))  # before torch is imported
@@ -90,7 +90,7 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
     from rightrank.report.answer import format_labelled_rows
     from rightrank.runs.hook import wrap_hook_errors
 
-    with wrap_hook_errors("the text of the answer"):
+    with wrap_hook_errors("the text of the result"):
         assert selected.adapter is not None
         if not as_json:
             click.echo("\n".join(["", *format_labelled_rows(selected.view.build_rows(), 9)]))
@@ -112,7 +112,7 @@ def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> N
 
 @click.command(
     "demo",
-    short_help="Run a whole selection on a real model and real text.",
+    short_help="Run a full selection on a real model and real text.",
     epilog="Example: rightrank demo --out demo",
 )
 @click.option(
@@ -157,7 +157,7 @@ def _run_with_progress(
             return run([view, progress, signals])
         except InterruptedRun as interruption:
             kind = TerminatedRun if signals.terminated else InterruptedRun
-            command = shlex.join(click.get_current_context().find_root().obj or ["rightrank"])  # as it was typed
+            command = shlex.join(click.get_current_context().find_root().obj or ["rightrank"])  # as the user typed it
             raise kind(f"{interruption}; run the same command again to resume {out}: {command}") from None
 
 

@@ -12,7 +12,7 @@ from rightrank.report.format import format_duration, format_quantity
 from rightrank.report.terminal import describe_data_issues, format_preflight_lines, format_time_estimate
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.runs.local import LoadedSelection
-from rightrank.schema.events import Event, Notice, SelectionPlanned, DurationEstimated
+from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
 from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES
@@ -59,7 +59,7 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
         )
         basis = f"{steps} of rank {pace.rank} and {examples}"
         notes.append(format_time_estimate(expected, at_most, basis, settings.budget_hours))
-    has_margin = space.margin is not None or space.kind in WITH_MARGIN  # else it is a share of a value
+    has_margin = space.margin is not None or space.kind in WITH_MARGIN  # otherwise it is a fraction of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
     preflight = Preflight(
         metric=settings.metric_name,
@@ -98,7 +98,7 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
     return preflight.model_copy(update={"notes": notes})
 
 
-# Between examples, of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
+# Standard deviation between examples of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
 EXAMPLE_STD: dict[MetricKind, float] = {"token_loss": 0.08, "pair_loss": 0.5, "loss": 0.5, "accuracy": 0.4}
 RESOLUTION_COUNTS = (200, 500, DEFAULT_MAX_EVAL_EXAMPLES)  # examples
 
@@ -140,9 +140,9 @@ def _format_resolution(preflight: Preflight) -> Iterator[str]:
         seed = "" if cost.seconds is None else f" (about {format_duration(cost.seconds / preflight.seeds)} more)"
         suggestion = f"; {largest.examples:,} examples{minutes} make it ±{largest.expected_half_width:.2g}, another seed{seed} ±{current.expected_half_width_of_two_seeds:.2g}"
         if largest.examples > num_examples + preflight.not_evaluated:
-            suggestion += "; the data have fewer: give more rows or a larger validation_fraction"
+            suggestion += "; the data set has fewer: give more rows or a larger validation_fraction"
     yield (
-        f"{num_examples:,} validation examples are expected to tell ranks apart to ±{current.expected_half_width:.2g} with one seed ({other_counts}){suggestion}"
+        f"{num_examples:,} validation examples are expected to resolve differences of ±{current.expected_half_width:.2g} with one seed ({other_counts}){suggestion}"
     )
 
 
@@ -153,17 +153,17 @@ def _format_adapter_notes(prepared: LoadedSelection) -> Iterator[str]:
         yield targets.unshared_reason
     if skipped_parameters := ",".join(targets.left_out):
         yield (
-            f"all-linear adapts modules alone; PEFT's also adapts the parameters {skipped_parameters}: for adapters on them, which "
-            f"train alone, --set target_parameters={skipped_parameters}"
+            f"all-linear adapts only modules, while PEFT also adapts the parameters {skipped_parameters}. To adapt them, with one "
+            f"adapter per pass: --set target_parameters={skipped_parameters}"
         )
     if targets.untruncatable_reason is not None:
-        yield f"no adapter is truncated ({targets.untruncatable_reason}): the rank to train at is sought from trainings alone"
+        yield f"no adapter is truncated ({targets.untruncatable_reason}): the training rank is decided from trainings alone"
         return
     top = max(prepared.settings.ranks)
-    yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks for the adapter"
+    yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks to find the adapter"
 
 
-MIN_MEASURED_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
+MIN_MEASURED_STEPS = 30  # in shorter trainings, the measured steps would be a noticeable fraction of the time
 
 
 class PreflightHook(Hook):
@@ -180,7 +180,7 @@ class PreflightHook(Hook):
             return
         prepared, tell = self._start.selection, self._start.emit
         assert isinstance(prepared, LoadedSelection)
-        # A trial that has ended gives its time.
+        # A finished trial has a measured time.
         has_result = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
         pace = _measure_top_pace(prepared) if prepared.steps >= MIN_MEASURED_STEPS and not has_result else None
         preflight = _build_preflight(prepared, pace)
@@ -191,7 +191,7 @@ class PreflightHook(Hook):
             lines.append(
                 f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
                 f"{prepared.started.data.splits['validation'].examples} examples, at most {prepared.settings.max_new_tokens} new tokens "
-                "each where the model writes; the time is reported after the base"
+                "each if the model generates text; the time is reported after the base"
             )
         for line in lines:
             tell(Notice(text=line))

@@ -19,7 +19,7 @@ from rightrank.hooks.progress import Progress
 from rightrank.runs.folder import PROGRESS_FILE
 from rightrank.runs.hook import Hook
 from rightrank.schema.errors import TerminatedRun
-from rightrank.schema.events import EvaluationProgress, Event, Notice, SelectionPlanned, StepDone, DurationEstimated
+from rightrank.schema.events import DurationEstimated, EvaluationProgress, Event, Notice, SelectionPlanned, StepDone
 from rightrank.schema.trials import OUTCOMES, Record, TrialEvaluated, TrialStarted
 
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
@@ -63,9 +63,8 @@ class JsonLog(Hook):
 
 
 def _dump_logged_fields(event: Record) -> dict[str, Any]:
-    # In the journal, not in the log.
     """Return the fields of an event for the log, without per-example scores, which are in the journal."""
-    example_fields = (name for name in type(event).model_fields if name.startswith("item_"))
+    example_fields = (name for name in type(event).model_fields if name.startswith("example_"))
     excluded: Any = dict.fromkeys(("type", "schema_version", *example_fields), True)
     excluded["points"] = {"__all__": {"example_scores"}}
     return event.model_dump(mode="json", exclude=excluded)
@@ -91,7 +90,9 @@ class ProgressFile(Hook):
     def on_event(self, event: Event) -> None:
         self._progress.record_event(event)
         ends = isinstance(event, OUTCOMES)
-        if ends or (isinstance(event, StepDone | EvaluationProgress) and time.monotonic() - self._written > PROGRESS_SECONDS):
+        if ends or (
+            isinstance(event, StepDone | EvaluationProgress) and time.monotonic() - self._written > PROGRESS_SECONDS
+        ):
             self._written = time.monotonic()
             values = {
                 "pid": os.getpid(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rightrank.report.evidence_tables import format_trial_end
 from rightrank.report.figure import format_metric_label
 from rightrank.report.format import format_bytes, format_duration
-from rightrank.schema.events import EvaluationProgress, Event, SelectionPlanned, StepDone, DurationEstimated
+from rightrank.schema.events import DurationEstimated, EvaluationProgress, Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import (
     ArmFields,
     TrialCollapsed,
@@ -31,23 +31,23 @@ class _RunningTrial:
 
     arm: TrialStarted
     since: float  # by the monotonic clock
-    step: StepDone | None = None  # the last
-    look: TrialEvaluated | None = None  # the last of a custom trainer's
+    step: StepDone | None = None  # the last step
+    evaluation: TrialEvaluated | None = None  # the last report of a custom trainer
 
 
 class Progress:
     """Follows a selection by its events, and reports its progress as text and in seconds."""
 
     def __init__(self) -> None:
-        self._expected = 0.0  # whole trainings
-        self._first_pace: float | None = None  # seconds of a whole training, before any step of this process
-        self._full_steps = 0  # of a whole training; 0: a custom trainer's own number
-        self._spent = 0.0  # whole trainings that have ended
+        self._expected = 0.0  # trainings
+        self._first_pace: float | None = None  # expected seconds of a full training, used before the first step
+        self._full_steps = 0  # steps of a full training; 0: a custom trainer chooses the number
+        self._spent = 0.0  # ended trainings, where a stage counts as a fraction
         self._running: dict[str, _RunningTrial] = {}
-        # Last step, and seconds with those of the trial that it continued.
+        # By trial: the last step, and the seconds including those of the trial that it continued.
         self._ended: dict[str, tuple[int, float]] = {}
-        self._costs: list[float] = []  # seconds of each training alone
-        self._evaluation: EvaluationProgress | None = None  # besides trials
+        self._costs: list[float] = []  # seconds of each training
+        self._evaluation: EvaluationProgress | None = None  # an evaluation outside of trials
         self._metric, self._higher_is_better = "loss", False
         self._best: dict[int, float] = {}
         self._truncated: dict[int, float] = {}
@@ -68,7 +68,7 @@ class Progress:
             case StepDone() if event.trial_id in self._running:
                 self._running[event.trial_id].step = event
             case TrialEvaluated() if event.trial_id in self._running:
-                self._running[event.trial_id].look = event
+                self._running[event.trial_id].evaluation = event
             case TrialFinished() | TrialCollapsed() | TrialDiverged() | TrialFailed():
                 return self._format_outcome(event)
         return None
@@ -164,7 +164,7 @@ class Progress:
         if steps := [trial.step for trial in running if trial.step is not None]:
             slowest = min(steps, key=lambda step: step.step / step.steps)
             return [label, f"step {slowest.step}/{slowest.steps}, loss {slowest.loss:.3f}"]
-        if evaluations := [trial.look for trial in running if trial.look is not None]:
+        if evaluations := [trial.evaluation for trial in running if trial.evaluation is not None]:
             evaluation = min(evaluations, key=lambda evaluation: evaluation.step)
             return [label, f"step {evaluation.step}, held-out {evaluation.value:.4g}"]
         return [label]
@@ -192,7 +192,7 @@ class Progress:
         if isinstance(event, TrialFinished):
             text = f"held-out {event.value:.4f}" + (f" ({event.value_metric})" if event.value_metric else "")
             if event.rank == 0 and event.answer_seconds >= 1:
-                text += f"; generating answers took {format_duration(event.answer_seconds)}, and takes as long after each training"
+                text += f"; generating answers took {format_duration(event.answer_seconds)}, and will take as long after each training"
         else:
             text = format_trial_end(event)
         seconds = self._record_end(event)

@@ -9,22 +9,22 @@ from pathlib import Path
 from statistics import median
 
 from rightrank.data.files import replace_file, write_text
-from rightrank.decision.records import Answers, Records, decision_so_far
+from rightrank.decision.records import Answers, Records, decide_if_possible
 from rightrank.report.figure import Axis, Figure, Series, compute_log_ticks
 from rightrank.report.figures import build_adapter_figure, build_figures
 from rightrank.report.html import ADAPTERS_IMAGE, RANK_CURVE_IMAGE, render_model_card, render_report
 from rightrank.report.svg import write_figures
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, SelectionEnd, SelectionStart
-from rightrank.runs.values import build_answers
+from rightrank.runs.values import collect_answers
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
 from rightrank.schema.events import AdapterRecorded, Event, RunStopped
 from rightrank.schema.results import Inspection
 from rightrank.schema.trials import OUTCOMES, SCHEMA_VERSION
 
-MAX_SHARE = 0.05  # of the wall time, for writing the report while trials run
-MAX_TICKS = 12  # of the singular values, each of which is then a tick
+MAX_SHARE = 0.05  # the fraction of the wall time for writing the report while trials run
+MAX_TICKS = 12  # up to this number, each singular value has a tick
 
 
 class Report(Hook):
@@ -32,7 +32,7 @@ class Report(Hook):
 
     is_required = False
     _start: SelectionStart
-    _next_write = 0.0  # when it is written again, by the monotonic clock
+    _next_write = 0.0  # the earliest time of the next report, by the monotonic clock
 
     def on_start(self, start: SelectionStart) -> None:
         self._start = start
@@ -45,8 +45,8 @@ class Report(Hook):
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next_write):
             start, records = time.monotonic(), self._start.records()
             decides_training_rank = self._start.selection.settings.goal == "training-rank"
-            self._write_views(records, decision_so_far(records) if decides_training_rank else None)
-            end = time.monotonic()  # with many trials it takes longer, so the next one waits in proportion
+            self._write_views(records, decide_if_possible(records) if decides_training_rank else None)
+            end = time.monotonic()  # a report of many trials takes longer, so the next one waits in proportion
             self._next_write = end + (end - start) / MAX_SHARE
 
     def on_end(self, end: SelectionEnd) -> None:
@@ -58,7 +58,7 @@ class Report(Hook):
 
     def _write_views(self, records: Records, decision: Decision | None) -> list[Figure]:
         """Write decision.json, once a deployment rank or a training rank is known, and the report; see `write_report`."""
-        folder, answers = self._start.folder, build_answers(records, decision, self._start.selection.settings.goal)
+        folder, answers = self._start.folder, collect_answers(records, decision, self._start.selection.settings.goal)
         if decision is not None or records.adapters:
             write_text(
                 folder.decision,
@@ -100,7 +100,9 @@ def _build_adapter_figures(adapter: Path) -> list[Figure]:
     """
     if not (adapter / "adapter_config.json").exists():
         return []
-    from rightrank.adapters.spectra import inspect_adapter  # brings torch, which a report without it spares
+    from rightrank.adapters.spectra import (
+        inspect_adapter,  # imports torch, which a report without this figure does not need
+    )
 
     try:
         figure = _build_spectrum_figure(inspect_adapter(adapter))

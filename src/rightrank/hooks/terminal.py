@@ -47,8 +47,8 @@ class View(Hook):
                 self.print_line(event.text)
             case SelectionPlanned():
                 self.print_line(format_plan(event.started, event.steps))
-                if event.outcomes:  # each stage and truncation is one
-                    self.print_line(f"resuming the run: {format_quantity(len(event.outcomes), 'trial')} ended before")
+                if event.outcomes:  # each stage and each truncation is a trial
+                    self.print_line(f"resuming the run: {format_quantity(len(event.outcomes), 'trial')} ended earlier")
             case _ if line is not None:
                 self.print_line(line)
         if not isinstance(event, Notice | SelectionPlanned):

@@ -21,15 +21,15 @@ from typing import TypeAlias
 from rightrank.data.files import write_text
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import MissingExtraError, SettingsError, suggest_name, format_one_line
+from rightrank.schema.errors import MissingExtraError, SettingsError, format_one_line, suggest_name
 from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
 TrackedValue: TypeAlias = str | int | float | bool | None
 
-TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")  # each is the name of its package too
+TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")  # each is also the name of its package
 LOGGED_FILE = "tracked.json"
-MAX_BATCH, MAX_TEXT = 100, 6000  # of MLflow: parameters in a request, characters of one
+MAX_BATCH, MAX_TEXT = 100, 6000  # limits of MLflow: parameters per request, characters per parameter
 
 
 def resolve_trackers(names: Sequence[str]) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ def resolve_trackers(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in TRACKERS:
             raise SettingsError(
-                f"report_to {name!r} is not known{suggest_name(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}, all, none"
+                f"report_to {name!r} is unknown{suggest_name(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}, all, none"
             )
         if find_spec(name) is None:
             raise MissingExtraError(f"report_to {name!r} needs an extra: pip install 'rightrank[{name}]'")
@@ -77,7 +77,7 @@ class Trackers(Hook):
             return
         started = self._start.selection.started
         group = f"{self._folder.resolve().name}-{started.fingerprint[:6]}"
-        if isinstance(event, SelectionPlanned):  # what an interrupted run did not log
+        if isinstance(event, SelectionPlanned):  # trials that an interrupted run did not log
             for outcome in event.outcomes:
                 self._log(_convert_trial(started, outcome, group))
         elif isinstance(event, OUTCOMES):
@@ -91,7 +91,7 @@ class Trackers(Hook):
             if run.key in logged:
                 continue
             try:
-                with redirect_stdout(sys.stderr):  # stdout is reserved for the answer
+                with redirect_stdout(sys.stderr):  # stdout is reserved for the result
                     _WRITERS[name](run, self._folder)
             except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
                 reason = format_one_line(str(error))[:200]

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from pydantic import Field, ValidationError
 
 from rightrank.schema.errors import NotFiniteError, ReportError, RunError, quote_value
-from rightrank.schema.trials import EvalPoint, Record, BoundedInt
+from rightrank.schema.trials import BoundedInt, EvalPoint, Record
 
 
 class TrialTask(Record):
@@ -20,11 +20,11 @@ class TrialTask(Record):
     learning_rate: float
     lora_alpha: float
     seed: BoundedInt
-    steps: BoundedInt  # 0: the trainer's own number
-    folder: Path  # exists; an adapter saved here is the result if the trial is chosen
-    collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
+    steps: BoundedInt  # 0: the trainer chooses the number of steps
+    folder: Path  # exists; an adapter that is saved here is exported if the trial is chosen
+    collapse_drop: float | None = None  # a larger fall of the held-out value is a collapse; None: collapses are ignored
 
-    # What takes each report; None: nobody listens.
+    # Receives each report; None: reports are ignored.
     report_callback: Callable[[EvalPoint], None] | None = Field(default=None, exclude=True, repr=False)
 
     def report(self, step: int, value: float, example_scores: Sequence[float] | None = None) -> None:

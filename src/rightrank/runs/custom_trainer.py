@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Literal, TypeAlias, TypedDict
 
 from rightrank.decision.records import Records
-from rightrank.decision.table import DROP_IN_MARGINS, collapse_of
+from rightrank.decision.table import DROP_IN_MARGINS, detect_collapse
 from rightrank.runs.calls import EvaluateFunction, TrainFunction, TrialResult, TrialTask, call_function, parse_result
 from rightrank.runs.executor import Executor, PreparedSelection
 from rightrank.runs.folder import RunFolder
@@ -30,7 +30,7 @@ from rightrank.schema.errors import (
     suggest_name,
 )
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
-from rightrank.schema.metrics import infer_direction, format_unknown_direction
+from rightrank.schema.metrics import format_unknown_direction, infer_direction
 from rightrank.schema.settings import PROFILES, Goal, SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
     Arm,
@@ -156,7 +156,9 @@ def build_custom_request(
     """
     allowed = TrainerSettings.__annotations__
     if unknown := next((name for name in trainer_settings if name not in allowed), None):
-        raise SettingsError(f"{unknown} is no setting{suggest_name(unknown, allowed)}; there are: {', '.join(allowed)}")
+        raise SettingsError(
+            f"{unknown} is not a setting{suggest_name(unknown, allowed)}; allowed: {', '.join(allowed)}"
+        )
     if trainer_settings.get("profile") not in PROFILES:
         raise SettingsError(f"unknown profile {trainer_settings.get('profile')!r}; allowed: 'rl'")
     profile, ranks, evaluates_base = PROFILES[trainer_settings.get("profile")], values_to_compare["ranks"], False
@@ -257,9 +259,7 @@ class _FunctionExecutor:
                     if parallel == 1:
                         yield self._call_function(trial, self._listener.on_event)
                         continue
-                    threads.submit(self._call_function, trial, arrived.put).add_done_callback(
-                        arrived.put
-                    )
+                    threads.submit(self._call_function, trial, arrived.put).add_done_callback(arrived.put)
                     running += 1
                 if not running:
                     return
@@ -326,7 +326,7 @@ class _FunctionExecutor:
                 EvalPoint(step=step, value=end.value, example_scores=end.example_scores) for step, end in ends
             ]
             for points in (result.points, end_points):
-                if (collapse := collapse_of(points, drop, request.higher_is_better)) is not None:
+                if (collapse := detect_collapse(points, drop, request.higher_is_better)) is not None:
                     fields = {"points": result.points, "train_seconds": outcome.train_seconds}
                     return TrialCollapsed(**trial.fields, **collapse, **fields)
         return outcome

@@ -26,8 +26,8 @@ class Executor(Protocol):
       that no trial can run.
     - Training depends on the trial alone: the same trial gives the same values on any worker, together with any other trials.
     - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.get_trial_folder`.
-    - The caller may close the iterator early; the executor then stops what it started and can be used again.
-    - It writes neither to the journal nor to the decision.
+    - The caller may close the iterator early; the executor then stops its trials and can be used again.
+    - It writes neither the journal nor the decision.
 
     For example, an executor that evaluates a formula:
 
@@ -62,7 +62,9 @@ class PreparedSelection:
     notes: tuple[str, ...] = ()  # lines for a person
     # Whether only this run writes to `cache/` and `checkpoints/`; a custom trainer may keep its own files there.
     owns_working_folders: bool = True
-    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # shown if every trial fails
+    advice: str = (
+        "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # shown if every trial fails
+    )
 
     @property
     def base_identity(self) -> bytes | None:

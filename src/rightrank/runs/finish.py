@@ -10,13 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rightrank.data.files import UnreadableError, read_json_object, replace_folder
-from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
-from rightrank.decision.next_run import next_commands
-from rightrank.decision.records import Records, best_trial, compared, criterion_of, trainings
+from rightrank.decision.adapter import (
+    build_trained_answer,
+    choose_adapter,
+    compute_test_difference,
+    prefer_direct_training,
+)
+from rightrank.decision.next_run import build_next_commands
+from rightrank.decision.records import Records, build_criterion, compare_run_adapters, count_trainings, find_best_trial
 from rightrank.models.adapter_folders import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from rightrank.report.html import ADAPTERS_IMAGE, RANK_CURVE_IMAGE
 from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
-from rightrank.runs.values import Selected, SelectedRank, build_answers
+from rightrank.runs.values import Selected, SelectedRank, collect_answers
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import AllTrialsFailedError, ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
@@ -52,22 +57,22 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
     shown += [answer.trial_id, answer.reference_id]
     if decision is not None:
         ranks = (decision.best_available_rank, decision.reference_rank)
-        shown += [best_trial(records, decision, rank).trial_id for rank in ranks]
+        shown += [find_best_trial(records, decision, rank).trial_id for rank in ranks]
     _evaluate_test_split(run, shown)
     saved = export_adapter(run, answer)
     if decision is not None:
         decision = decision.model_copy(update={"adapter_sentence": answer.sentence if saved else None})
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     with wrap_hook_errors("the result"):
-        final_answers = build_answers(records, decision, run.selection.settings.goal)
+        final_answers = collect_answers(records, decision, run.selection.settings.goal)
         selected = Selected(
             folder.path,
             SelectedRank(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,
             _select_training_rank(run, decision),
             folder.report,
             final_answers,
-            next_commands(records.started, final_answers.next_runs, str(folder.path)),
-            compared(records),
+            build_next_commands(records.started, final_answers.next_runs, str(folder.path)),
+            compare_run_adapters(records),
         )
     run.hooks.on_end(SelectionEnd(selected, folder, records.copy()))
     for working in (folder.cache, folder.path / "checkpoints") if run.selection.owns_working_folders else ():
@@ -79,7 +84,7 @@ def _select_training_rank(run: Run, decision: Decision | None) -> SelectedRank |
     """Return the training rank with the folder of its best adapter; None without a decision."""
     if decision is None:
         return None
-    path = run.folder.get_trial_folder(best_trial(run.records, decision, decision.best_available_rank).trial_id)
+    path = run.folder.get_trial_folder(find_best_trial(run.records, decision, decision.best_available_rank).trial_id)
     has_files = path.is_dir() and any(path.iterdir())
     return SelectedRank(decision.rank, decision.sentence, path if has_files else None)
 
@@ -113,7 +118,7 @@ def export_adapter(run: Run, answer: AdapterAnswer) -> bool:
             if (identity := run.selection.base_identity) is not None:
                 (temporary / BASE_FILE).write_bytes(identity)
     if is_new:
-        cost = exports[0].trainings if exports else trainings(run.records)
+        cost = exports[0].trainings if exports else count_trainings(run.records)
         run.on_event(AdapterRecorded(answer=answer, handed_over=exported, trainings=cost))
     return True
 
@@ -147,7 +152,6 @@ def _move_user_files(run: Run) -> None:
         )
 
 
-
 def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
     """Choose the adapter that is exported at the end of a run.
 
@@ -155,27 +159,29 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
     adapter. A direct training at a lower rank replaces it if it is better.
     """
     records = run.records
-    criterion, plain = criterion_of(records), records.outcomes
+    criterion, plain = build_criterion(records), records.outcomes
     # A process without a base exports nothing early, so its recorded answer comes from an earlier call with other settings.
     is_recorded = bool(records.adapters) and run.selection.base_identity is not None
-    answer = records.adapters[-1].answer if is_recorded else adapter_answer(plain, criterion)
+    answer = records.adapters[-1].answer if is_recorded else choose_adapter(plain, criterion)
     if answer is not None:
-        return improved_by_training(answer, plain, criterion) or answer
+        return prefer_direct_training(answer, plain, criterion) or answer
     if decision is not None:
         ranks = (decision.best_available_rank, decision.reference_rank)
-        chosen, reference = (best_trial(records, decision, rank) for rank in ranks)
-        return trained_answer(chosen, criterion, reference)
+        chosen, reference = (find_best_trial(records, decision, rank) for rank in ranks)
+        return build_trained_answer(chosen, criterion, reference)
     direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
     if not direct:
-        raise AllTrialsFailedError("no training at the top rank finished: give a larger budget, or lower learning rates")
+        raise AllTrialsFailedError(
+            "no training at the top rank finished: give a larger budget, or lower learning rates"
+        )
     sign = -1 if criterion.higher_is_better else 1
-    return trained_answer(min(direct, key=lambda trial: (-trial.rank, sign * trial.value)), criterion)
+    return build_trained_answer(min(direct, key=lambda trial: (-trial.rank, sign * trial.value)), criterion)
 
 
 def _describe_exported_adapter(records: Records, answer: AdapterAnswer, saved: Path) -> ExportedAdapter:
     """Build the record of the exported adapter, with the ranks of its modules and its difference on the test split."""
     tests = {test.trial_id: test for test in records.tests}
-    test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), criterion_of(records))
+    test = compute_test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), build_criterion(records))
     try:
         config = read_json_object(saved / CONFIG_FILE)
     except UnreadableError:  # a custom trainer may write no configuration

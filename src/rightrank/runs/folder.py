@@ -72,9 +72,7 @@ class RunFolder:
         """
         adapter = self.get_trial_folder(trial_id)
         if not adapter.is_dir():
-            raise RunError(
-                f"{adapter}: the adapter of a finished trial is missing; restore it, or give another --out"
-            )
+            raise RunError(f"{adapter}: the adapter of a finished trial is missing; restore it, or give another --out")
         return adapter
 
     def _validate_trial_id(self, trial_id: str) -> str:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rightrank.schema.errors import RightrankError, RunError, describe_error
-from rightrank.schema.events import Event, AnyJournalRecord, JournalRecord, Listener, RunContinued, RunStarted
+from rightrank.schema.events import AnyJournalRecord, Event, JournalRecord, Listener, RunContinued, RunStarted
 
 if TYPE_CHECKING:
     from rightrank.decision.records import Records

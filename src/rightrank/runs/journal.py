@@ -167,7 +167,9 @@ class Journal:
     def _parse_records(self, body: bytes) -> list[JournalRecord]:
         records: list[JournalRecord] = []
         damaged: list[str] = []
-        for number, line in enumerate(BytesIO(body), start=1):  # line by line, since a list of all lines would double the memory
+        for number, line in enumerate(
+            BytesIO(body), start=1
+        ):  # line by line, since a list of all lines would double the memory
             record = parse_line(line[:-1])
             if isinstance(record, str):
                 damaged.append(f"{number}: {record}")

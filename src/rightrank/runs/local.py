@@ -33,7 +33,7 @@ class LoadedSelection(PreparedSelection):
 
     @property
     def base_identity(self) -> bytes:
-        return self.runtime.loaded.identity.content()
+        return self.runtime.loaded.identity.to_json()
 
     @contextmanager
     def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[Executor]:

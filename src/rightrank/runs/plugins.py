@@ -67,7 +67,9 @@ class MemoryPlan:
     needed_bytes: Mapping[int, int]  # by rank: peak memory including that of the process and the allocator
     memory_bytes: int | None  # available memory; None: unknown, and all ranks are tried
     ranks: tuple[int, ...]  # the ranks that fit, or all
-    max_adapters_per_pass: int | None  # adapters of the highest rank that fit; None: unknown, or the settings ask for one
+    max_adapters_per_pass: (
+        int | None
+    )  # adapters of the highest rank that fit; None: unknown, or the settings ask for one
     # Returns the peak memory of tensors, in bytes, of training these ranks in one pass; None: not planned.
     predict_peak_bytes: Callable[[Sequence[int]], int | None]
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.records import settled_start
+from rightrank.decision.records import get_effective_start
 from rightrank.models.base_models import (
     DTYPES,
     LoadedModel,
@@ -80,7 +80,9 @@ def prepare_selection(
     requested = request.settings.model_copy(update={"max_eval_examples": held_out})
     classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
     planned = find_first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, requested, notice))
-    settings = requested if planned is None else requested.model_copy(update={"ranks": planned.ranks})  # the ranks that fit
+    settings = (
+        requested if planned is None else requested.model_copy(update={"ranks": planned.ranks})
+    )  # the ranks that fit
     examples = len(sources.encoded.splits["train"])
     steps = settings.count_training_steps(examples)
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
@@ -152,9 +154,11 @@ def _restore_settings(request: SelectionInputs, journal: Sequence[JournalRecord]
     settings = request.settings
     if "dtype" not in request.settings.model_fields_set:
         settings = settings.model_copy(update={"dtype": first.select_settings.dtype})  # the type that `auto` selected
-    last = settled_start(journal).select_settings.max_eval_examples
+    last = get_effective_start(journal).select_settings.max_eval_examples
     if last is not None and last > (settings.max_eval_examples or 0):
-        settings = settings.model_copy(update={"max_eval_examples": last})  # a continued run may add examples, but not remove them
+        settings = settings.model_copy(
+            update={"max_eval_examples": last}
+        )  # a continued run may add examples, but not remove them
     return replace(request, settings=settings, original_settings=first.settings)
 
 

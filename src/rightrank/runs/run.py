@@ -13,7 +13,7 @@ from dataclasses import replace
 import yaml
 
 from rightrank.data.files import write_text
-from rightrank.decision.records import Records, decide_run, settled_start
+from rightrank.decision.records import Records, decide_run, get_effective_start
 from rightrank.report.format import format_bytes
 from rightrank.runs.executor import Executor, PreparedSelection, SelectionRequest
 from rightrank.runs.finish import export_provisional, finish_run, rescore_trials
@@ -240,12 +240,14 @@ def _add_predicted_memory(run: Run, outcome: TrialOutcome) -> TrialOutcome:
     predicted = run.selection.predict_peak_bytes([outcome.rank])
     if predicted is None or not isinstance(outcome, TrialFailed) or outcome.error != "out_of_memory":
         return outcome
-    return outcome.model_copy(update={"reason": f"{outcome.reason}; the memory plan predicted {format_bytes(predicted)}"})
+    return outcome.model_copy(
+        update={"reason": f"{outcome.reason}; the memory plan predicted {format_bytes(predicted)}"}
+    )
 
 
 def _find_changed_settings(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:
     """Return the settings with which a run continues; None if they are those that it had last."""
-    previous = settled_start(journal).settings
+    previous = get_effective_start(journal).settings
     names = [name for name in (*CONTINUABLE_SETTINGS, "goal") if name in started.settings and name in previous]
     changed = {name: started.settings[name] for name in names if started.settings[name] != previous[name]}
     if "max_eval_examples" in changed:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.rows import require_data_source
-from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
-from rightrank.decision.records import Answers, Records, answers_of, records_of, trials_frame
+from rightrank.decision.adapter import estimate_training_ranks, find_smallest_truncation
+from rightrank.decision.records import Answers, Records, build_answers, build_trials_frame, read_records
 from rightrank.models.model_sources import normalize_model_name, require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import collect_mapping
@@ -47,7 +47,9 @@ class SelectionInputs:
     def data_name(self) -> str:
         if not isinstance(self.data, str | Path):
             return f"in memory ({type(self.data).__name__})"
-        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file name may contain bytes that JSON can't hold
+        return (
+            str(self.data).encode("utf-8", "backslashreplace").decode()
+        )  # a file name may contain bytes that JSON can't hold
 
 
 def validate_inputs(request: SelectionInputs) -> None:
@@ -109,7 +111,7 @@ def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
     answer = records.adapters[-1].answer if records.adapters else None
     if answer is None or records.started.is_custom_trainer:
         return None
-    low, high = probable_ranks(answer)
+    low, high = estimate_training_ranks(answer)
     rank_range = f"{low}" if low == high else f"{low} to {high}"
     ranks = records.settings.ranks
     ranks_to_compare = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
@@ -124,15 +126,15 @@ def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
     option = "" if ranks_to_compare == ranks else f" --ranks {','.join(map(str, ranks_to_compare))}"
     sentence = (
         f"An estimate, not evidence: the training rank is probably {rank_range}, because the smallest truncation that loses at "
-        f"most the margin has rank {smallest_holding_truncation(answer)}. Measuring it takes {cost_text}: run the same command "
+        f"most the margin has rank {find_smallest_truncation(answer)}. Measuring it takes {cost_text}: run the same command "
         f"with --goal training-rank{option}."
     )
     return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
 
 
-def build_answers(records: Records, decision: Decision | None, goal: Goal) -> Answers:
+def collect_answers(records: Records, decision: Decision | None, goal: Goal) -> Answers:
     """Collect the deployment rank and the training rank; with goal "adapter", an estimate replaces the training rank."""
-    return answers_of(records, decision, goal, _estimate_training_rank(records) if goal == "adapter" else None)
+    return build_answers(records, decision, goal, _estimate_training_rank(records) if goal == "adapter" else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +143,8 @@ class SelectedRank:
 
     rank: int | None  # None: undecided, or no rank is better than the base
     sentence: str
-    path: (
-        Path | None
-    )  # of an adapter of that rank; where there is none, of `best_available_rank`. None: nothing was saved
+    # The folder of an adapter of that rank, or else of `best_available_rank`; None: no adapter was saved.
+    path: Path | None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -230,8 +231,8 @@ class Selected:
 
     def to_pandas(self, *, examples: bool = False) -> DataFrame:
         """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
-        records = records_of(RunFolder(self.run).journal.read_complete_lines(), str(self.run))
-        return trials_frame(records, examples)
+        records = read_records(RunFolder(self.run).journal.read_complete_lines(), str(self.run))
+        return build_trials_frame(records, examples)
 
     @property
     def view(self) -> AnswerView:
