@@ -266,7 +266,9 @@ def cut_adapter(in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optim
             write_resized_adapter(trained, truncated_path, cap_ranks(trained, rank, gathered.moments), gathered.moments)
         is_cut = rank < trained.rank
         parameters = (
-            _replace_factors(in_memory_adapter, optimizer, open_adapter(truncated_path)) if is_cut else trained.trained
+            _replace_factors(in_memory_adapter, optimizer, open_adapter(truncated_path))
+            if is_cut
+            else trained.trainable_parameters
         )
         return RankCut(trained.rank, rank, parameters, measured, notes)
 

@@ -1,4 +1,4 @@
-"""Parse the cells of a result table: each row becomes a `ResultRow` with checked numbers."""
+"""Parse the cells of result tables: every row becomes a `ResultRow` with checked numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rightrank.interop.columns import Columns, is_blank
 from rightrank.schema.errors import MAX_EXACT_INTEGER, ResultsError, quote_value
 
 FAILED_STATES = {"failed", "crashed", "killed", "error", "fail", "diverged", "collapsed", "oom", "out of memory"}
-NON_FINITE_TEXTS = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}  # of a training that diverged
+NON_FINITE_TEXTS = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}  # values of a training that diverged
 UNFINISHED_STATES = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}
-PRUNED_STATES = {"pruned"}  # stopped by a tuner because others were better: neither a result nor a failure
+PRUNED_STATES = {"pruned"}  # stopped by a tuner because other trainings were better: neither a result nor a failure
 MAX_RANK = 2**20
-MAX_NUMBER = 1e60  # above what any metric is; squares and sums of such numbers are still finite
+MAX_NUMBER = 1e60  # larger than any metric; squares and sums of such numbers are still finite
 WHOLE_NUMBER: tuple[str, Callable[[float], bool]] = (
     "a whole number from 0",
     lambda n: n.is_integer() and 0 <= n <= MAX_EXACT_INTEGER,
@@ -28,7 +28,7 @@ POSITIVE_NUMBER: tuple[str, Callable[[float], bool]] = (
     f"a number above 0 (from {1 / MAX_NUMBER:g} to {MAX_NUMBER:g})",
     lambda n: 1 / MAX_NUMBER <= n <= MAX_NUMBER,
 )
-ROLES: dict[str, tuple[str, Callable[[float], bool]]] = {  # what a cell may hold, in words, and whether a number is it
+ROLES: dict[str, tuple[str, Callable[[float], bool]]] = {  # the allowed values in words, and a check
     "rank": (f"a whole number up to {MAX_RANK:,}; 0 is the base", lambda n: n.is_integer() and 0 <= n <= MAX_RANK),
     **{"lr": POSITIVE_NUMBER, "weight": POSITIVE_NUMBER, "seed": WHOLE_NUMBER, "step": WHOLE_NUMBER},
     "std": (f"a standard deviation, from 0 to {MAX_NUMBER:g}", lambda n: 0 <= n <= MAX_NUMBER),
@@ -40,15 +40,15 @@ Outcome: TypeAlias = Literal["value", "blank", "failed", "unfinished", "pruned"]
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """A row of a training."""
+    """A parsed row: an evaluation of a training, or the score of one example."""
 
     row: Row
     trial: str
     key: TrainingKey
     outcome: Outcome
-    value: float | None  # None: every other outcome
-    example: str  # empty: of all examples
-    group: str  # of the example; empty: it stands for itself
+    value: float | None  # None for every other outcome
+    example: str  # empty if the row is about all examples
+    group: str  # group of the example; empty if it has none
     step: int
     weight: float
     details: dict[str, float]
@@ -59,11 +59,16 @@ class ResultRow:
 
 
 def parse_row(row: Row, columns: Columns, metric: str) -> ResultRow:
+    """Parse and check the cells of a row.
+
+    Raises:
+        ResultsError: a number that is not allowed.
+    """
     outcome = _classify_outcome(row, columns)
     value = _parse_value(row, columns.value) if outcome == "value" else None
     if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
         raise ResultsError(f"{row.origin}: a perplexity of {value:g} is not possible; perplexities are above 0")
-    example, group = (_get_cell(row, columns, name) for name in ("item", "group"))
+    example, group = (_get_cell(row, columns, name) for name in ("example", "group"))
     rank, seed, step = (int(_parse_role(row, columns, name) or 0) for name in ("rank", "seed", "step"))
     rate = _parse_role(row, columns, "lr") if rank else None
     # An example without a score may have no tokens.
@@ -99,7 +104,7 @@ def _get_cell(row: Row, columns: Columns, role: str) -> Any:
 
 
 def _parse_role(row: Row, columns: Columns, role: str) -> float | None:
-    """The number in the column of a role; None where there is none, or the cell is blank."""
+    """Return the number in the column of a role, or None if there is no column or the cell is blank."""
     value, (allowed, is_allowed) = _get_cell(row, columns, role), ROLES[role]
     if is_blank(value):
         return None
@@ -111,7 +116,7 @@ def _parse_role(row: Row, columns: Columns, role: str) -> float | None:
 
 
 def _parse_details(row: Row, columns: Columns) -> dict[str, float]:
-    """Return the row's further numbers, also those that are not finite: by role, and those of other metrics by column."""
+    """Return the row's additional numbers, including infinite ones: some by role, and those of other metrics by column."""
     numbers = {name: _parse_role(row, columns, name) for name in ("std", "std_seeds")}
     numbers["train_value"] = to_float(_get_cell(row, columns, "train_value"))
     numbers |= {column: to_float(row.fields.get(column)) for column in columns.other_metrics}
@@ -142,7 +147,7 @@ def _require_magnitude(row: Row, column: str, number: float) -> None:
 
 
 def _suggest_notation(text: str) -> str:
-    """Return how to write a number with a decimal comma or a percent sign, or a truth value."""
+    """Return advice for a number with a decimal comma or a percent sign, or for a truth value."""
     if re.fullmatch(r"[-+]?\d*,\d+", text):
         return f"; write it with a decimal point ({text.replace(',', '.')})"
     if re.fullmatch(r"[-+]?[\d.,]+\s*%", text):
@@ -153,6 +158,7 @@ def _suggest_notation(text: str) -> str:
 
 
 def to_float(value: Any) -> float | None:
+    """Convert a cell to a float, or return None if it is not a number."""
     if isinstance(value, bool | np.bool_):
         return None
     try:

@@ -25,17 +25,17 @@ COMPARED_STAGES = {"base", "whole"}
 
 
 def read_result_rows(source: Path) -> list[Row]:
-    """The rows of a file or folder of results; the name of a file in a folder may say `rank`, `lr` and `seed`.
+    """Read the rows of a result file or folder. The names of several files may state `rank`, `lr` and `seed`.
 
     Raises:
-        ResultsError: a path that is missing, too large or without rows.
+        ResultsError: a path that does not exist, is too large or has no rows.
     """
-    if (imported := read_trainer_rows(source)) is not None:
-        return imported
+    if (trainer_rows := read_trainer_rows(source)) is not None:
+        return trainer_rows
     if detect_path_kind(source) not in ("file", "folder"):
         raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
-    inside = sorted(source.iterdir()) if source.is_dir() else []
-    files = [path for path in inside if path.is_file() and path.suffix.lower() in FILE_TYPES] or [source]
+    paths_in_folder = sorted(source.iterdir()) if source.is_dir() else []
+    files = [path for path in paths_in_folder if path.is_file() and path.suffix.lower() in FILE_TYPES] or [source]
     rows = [row for path in files for row in _read_file(path, use_name=len(files) > 1)]
     if not rows:
         raise ResultsError(f"{source}: a header and no rows; give one row for each training")
@@ -43,7 +43,7 @@ def read_result_rows(source: Path) -> list[Row]:
 
 
 def _read_file(path: Path, use_name: bool) -> list[Row]:
-    """The rows of one file, with the settings in its name that no column has where `named`."""
+    """Read the rows of a file. With `use_name`, add the settings in its name for which there is no column."""
     if path.stat().st_size == 0:
         raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
     try:
@@ -62,7 +62,10 @@ def _read_file(path: Path, use_name: bool) -> list[Row]:
 
 
 def _replace_decimal_commas(rows: list[Row]) -> list[Row]:
-    """Return the rows of a table whose cells no comma separates, with decimal commas as points; of a column with both none is read."""
+    """Replace decimal commas by points in a table that is not separated by commas.
+
+    A column that contains both commas and points is left unchanged.
+    """
     cells = {name: [str(row.fields.get(name) or "").strip() for row in rows] for name in list_columns(rows)}
     has_points = any(map(DECIMAL_POINT.fullmatch, chain.from_iterable(cells.values())))
     comma_columns = set()
@@ -80,7 +83,7 @@ def _replace_decimal_commas(rows: list[Row]) -> list[Row]:
 
 
 def build_rows(mappings: Any) -> list[Row]:
-    """Rows of a table in memory: mappings, or a data frame, whose index is a column if it has a name, or names as entries.
+    """Return the rows of a table in memory: mappings or a data frame, whose index becomes a column if it has a name or text entries.
 
     Raises:
         ResultsError: an entry that is not a mapping, or no entries.
@@ -99,7 +102,7 @@ def build_rows(mappings: Any) -> list[Row]:
 
 
 def flatten_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows with nested mappings, and JSON objects in cells, as dotted names."""
+    """Replace nested mappings, and JSON objects in cells, by columns with dotted names."""
     return [Row(dict(_iterate_flat_fields(row.fields)), row.origin) for row in rows]
 
 
@@ -115,7 +118,9 @@ def _iterate_flat_fields(fields: Mapping[str, Any], prefix: str = "", depth: int
 
 
 def select_comparable_stages(rows: list[Row], table_name: str) -> tuple[list[Row], int]:
-    """Return the rows of complete trainings and of the base of an exported run, and the number of the others; another table as it is.
+    """Return the rows of complete trainings and of the base in an exported run, and the number of omitted rows.
+
+    Other tables are returned unchanged.
 
     Raises:
         ResultsError: a run whose complete trainings have fewer than two ranks.
@@ -138,7 +143,11 @@ def select_comparable_stages(rows: list[Row], table_name: str) -> tuple[list[Row
 
 
 def add_settings_from_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
-    """Rows whose rank is in their name alone (`lora-r16-seed0`), with what the names say as columns; others as they are."""
+    """Add the settings that names state (`lora-r16-seed0`) as columns if the table has no column for the rank.
+
+    Raises:
+        ResultsError: names that state several ranks, or columns of names that state different ranks.
+    """
     names = list_columns(rows)
     roles = set(map(normalize_column, names))
     if "rank" in mapping or roles & set(SYNONYMS["rank"]):

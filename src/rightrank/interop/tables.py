@@ -1,4 +1,4 @@
-"""Tables of results that others made: groups their rows by training and checks every cell."""
+"""Build the results of a table: group its rows by training, and check that the trainings can be compared."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from rightrank.schema.errors import ResultsError, quote_value
 from rightrank.schema.metrics import format_unknown_direction, has_percentages, infer_metric_kind
 from rightrank.schema.settings import TRAINER_FIELDS, PeftFields, SelectSettings
 
-# Columns that say that trainings can't be compared: the task, the kind of adapter, and a setting of all trainings by any of its names.
+# Trainings that differ in one of these columns cannot be compared: task, kind of adapter, and shared settings under any of their names.
 SHARED_SETTINGS = ("batch_size", "seq_len", "num_train_epochs")
 CONDITION_COLUMNS = {
     "model", "base_model", "model_name", "model_name_or_path", "model_id", "base_model_name_or_path", "dataset",
     "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim", "metric", "metric_name", "use_rslora",
     "train_samples", "num_train_samples", "max_train_samples", "train_size", *PeftFields.model_fields,
-    *TRAINER_FIELDS, *SHARED_SETTINGS, *(other for name in SHARED_SETTINGS for other in SelectSettings.model_fields[name].also),
+    *TRAINER_FIELDS, *SHARED_SETTINGS, *(synonym for name in SHARED_SETTINGS for synonym in SelectSettings.model_fields[name].also),
 }  # fmt: skip
 ALPHA_COLUMNS = {"lora_alpha", "alpha", "network_alpha"}
 
@@ -38,86 +38,93 @@ def build_results_table(
     rows: list[Row],
     table_name: str,
     metric: str | None,
-    higher: bool | None,
+    higher_is_better: bool | None,
     margin: float | None,
     mapping: Mapping[str, str],
 ) -> ResultsTable:
-    """The trainings in rows, and how each column was read. `where` is the table's name in error messages.
+    """Return the trainings in a table, and notes on how each column was read. `table_name` appears in error messages.
 
     Raises:
-        ResultsError: rows that can't be compared; the message names file and row.
+        ResultsError: trainings that cannot be compared; the message names file and row.
     """
-    flat, num_partial = select_comparable_stages(flatten_rows(rows), table_name)
-    named = add_settings_from_names(flat, mapping)
-    notes = ["rank from the names of the trainings"] if named is not flat else []
-    columns = identify_columns(named, metric, mapping, table_name)
-    _require_same_conditions(named, table_name, columns.by_role["rank"])
+    flat_rows, num_partial = select_comparable_stages(flatten_rows(rows), table_name)
+    named_rows = add_settings_from_names(flat_rows, mapping)
+    notes = ["rank read from the names of the trainings"] if named_rows is not flat_rows else []
+    columns = identify_columns(named_rows, metric, mapping, table_name)
+    _require_same_conditions(named_rows, table_name, columns.by_role["rank"])
     metric = columns.metric
-    with_rank = [row for row in named if not is_blank(row.fields.get(columns.by_role["rank"]))]
-    lines = [parse_row(row, columns, metric) for row in with_rank]
-    results, counts = _build_results(lines, columns)
-    groups = _number_groups(lines, mapping.get("group"), table_name)
+    ranked_rows = [row for row in named_rows if not is_blank(row.fields.get(columns.by_role["rank"]))]
+    result_rows = [parse_row(row, columns, metric) for row in ranked_rows]
+    results, value_notes = _build_results(result_rows, columns)
+    groups = _number_groups(result_rows, mapping.get("group"), table_name)
     results = [run.model_copy(update={"example_groups": groups}) if run.example_values else run for run in results]
     _require_comparable(results, table_name)
     if groups is None:
         columns = replace(columns, by_role={name: title for name, title in columns.by_role.items() if name != "group"})
-    higher, reason = _resolve_direction(metric, higher, table_name)
-    if infer_metric_kind(metric, higher) == "accuracy":
+    higher_is_better, reason = _resolve_direction(metric, higher_is_better, table_name)
+    if infer_metric_kind(metric, higher_is_better) == "accuracy":
         _require_one_unit(results, metric, table_name)
-    if margin is None and infer_metric_kind(metric, higher) == "other":
+    if margin is None and infer_metric_kind(metric, higher_is_better) == "other":
         notes.append(
-            f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"
+            f"margin: 1% of the best value, because the name {metric!r} states no unit (--metric NAME or --margin changes it)"
         )
     roles = [f"{name} from column {column}" for name, column in columns.by_role.items() if name != column]
-    roles.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({reason})")
+    roles.append(f"value from column {columns.value}: {'higher' if higher_is_better else 'lower'} is better ({reason})")
     used_columns = {*columns.by_role.values(), columns.value, *columns.other_metrics, ""}
-    unused = [name for name in list_columns(named) if name not in used_columns and _collect_texts(named, name)]
+    unused = [
+        name for name in list_columns(named_rows) if name not in used_columns and _collect_texts(named_rows, name)
+    ]
     omissions = [f"not used: {format_names(unused)}"] if unused else []
-    rankless = len(named) - len(with_rank)
-    omissions += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
+    num_without_rank = len(named_rows) - len(ranked_rows)
     omissions += (
-        [f"{num_partial} row{'s' * (num_partial != 1)} of truncated or stopped trainings left out"]
+        [f"{num_without_rank} row{'s' * (num_without_rank != 1)} without a rank omitted"] if num_without_rank else []
+    )
+    omissions += (
+        [f"{num_partial} row{'s' * (num_partial != 1)} of truncated or stopped trainings omitted"]
         if num_partial
         else []
     )
     return ResultsTable(
-        metric=metric, higher_is_better=higher, results=results, input_notes=[*roles, *notes, *omissions, *counts]
+        metric=metric,
+        higher_is_better=higher_is_better,
+        results=results,
+        input_notes=[*roles, *notes, *omissions, *value_notes],
     )
 
 
 def _collect_texts(rows: Iterable[Row], column: str) -> list[str]:
-    """The different texts of a column's cells that are not blank, sorted."""
+    """Return the distinct texts of a column without blank cells, sorted."""
     return sorted({str(row.fields.get(column)) for row in rows if not is_blank(row.fields.get(column))})
 
 
 def _is_consistent_scale(rows: Sequence[Row], column: str, rank: str) -> bool:
-    """Whether alpha is constant, or in proportion to the rank or to its root; also where either is no number."""
+    """Return whether alpha is constant or proportional to the rank or its square root. Rows without numbers are ignored."""
     pairs = [(to_float(row.fields.get(column)), to_float(row.fields.get(rank))) for row in rows]
     numeric_pairs = [(alpha, r) for alpha, r in pairs if alpha is not None and r is not None and r > 0]
     return any(len({round(alpha / r**power, 9) for alpha, r in numeric_pairs}) <= 1 for power in (0.0, 1.0, 0.5))
 
 
 def _require_same_conditions(rows: Sequence[Row], table_name: str, rank: str) -> None:
-    """Refuse trainings of several models, data sets, methods or settings that change what a rank is worth."""
+    """Raise if the trainings differ in model, data set, method or a setting that changes the effect of a rank."""
     for name in list_columns(rows):
         texts = _collect_texts(rows, name)
         if normalize_column(name) in ALPHA_COLUMNS and not _is_consistent_scale(rows, name, rank):
             raise ResultsError(
-                f"{table_name}: column {name} is neither the same at every rank nor in proportion to it ({', '.join(texts[:4])}), so the scale of "
-                "the adapters differs beside their rank; keep the rows of one rule, or leave the column out if it does not matter"
+                f"{table_name}: column {name} is neither constant nor proportional to the rank ({', '.join(texts[:4])}), so the adapters "
+                "differ in their scale as well as in their rank; keep the rows with one scaling rule, or remove the column if it does not matter"
             )
         if normalize_column(name) in CONDITION_COLUMNS and len(texts) > 1:
             first_text, other_text = [quote_value(text, 40) for text in texts[:2]]
             raise ResultsError(
-                f"{table_name}: the trainings differ in column {name} ({first_text}, {other_text}), which is not used; keep the rows of one, "
-                "or leave the column out if it does not matter"
+                f"{table_name}: the trainings differ in column {name} ({first_text}, {other_text}), so they cannot be compared; keep the rows with one value, "
+                "or remove the column if it does not matter"
             )
 
 
 def _resolve_direction(metric: str, stated_direction: bool | None, table_name: str) -> tuple[bool, str]:
-    """`(higher is better, why)`."""
+    """Return `(higher is better, reason)`."""
     if stated_direction is not None:
-        return stated_direction, "as given"
+        return stated_direction, "as stated"
     direction = infer_column_direction(metric)
     if direction is None:
         raise ResultsError(
@@ -126,13 +133,13 @@ def _resolve_direction(metric: str, stated_direction: bool | None, table_name: s
     return direction, f"from its name, {metric}"
 
 
-def _merge_details(lines: Sequence[ResultRow]) -> dict[str, float]:
-    """Return the further numbers of a training by its last evaluation; of rows of examples those that all of them share."""
+def _merge_details(result_rows: Sequence[ResultRow]) -> dict[str, float]:
+    """Return the additional numbers of a training: from its last evaluation, or those that all rows of its examples share."""
     details: dict[str, float] = {}
-    for line in sorted(lines, key=lambda line: line.step):
-        if not line.example:
-            details |= line.details
-    example_details = [line.details for line in lines if line.example]
+    for row in sorted(result_rows, key=lambda row: row.step):
+        if not row.example:
+            details |= row.details
+    example_details = [row.details for row in result_rows if row.example]
     for name in {name for row_details in example_details for name in row_details} - details.keys():
         numbers = {row_details.get(name) for row_details in example_details}
         if len(numbers) == 1 and (number := numbers.pop()) is not None:
@@ -140,23 +147,21 @@ def _merge_details(lines: Sequence[ResultRow]) -> dict[str, float]:
     return {name: number for name, number in details.items() if math.isfinite(number)}
 
 
-def _build_results(lines: Sequence[ResultRow], columns: Columns) -> tuple[list[Result], list[str]]:
-    """`(one result for each training, notes on what was left out)`."""
+def _build_results(result_rows: Sequence[ResultRow], columns: Columns) -> tuple[list[Result], list[str]]:
+    """Return `(a result for each training, notes on omitted rows)`."""
     trainings: dict[TrainingKey, dict[tuple[str, int], ResultRow]] = {}
     rows_without_value: dict[Outcome, dict[TrainingKey, list[ResultRow]]] = {
         name: {} for name in ("failed", "unfinished", "pruned")
     }
     num_repeated = 0
-    for line in lines:
-        if line.outcome != "value":
-            rows_without_value["failed" if line.outcome == "blank" else line.outcome].setdefault(line.key, []).append(
-                line
-            )
+    for row in result_rows:
+        if row.outcome != "value":
+            rows_without_value["failed" if row.outcome == "blank" else row.outcome].setdefault(row.key, []).append(row)
             continue
-        first = trainings.setdefault(line.key, {}).setdefault((line.example, line.step), line)
-        if first.value != line.value:
-            raise _build_conflict_error(line, first, columns)
-        num_repeated += first is not line
+        first_row = trainings.setdefault(row.key, {}).setdefault((row.example, row.step), row)
+        if first_row.value != row.value:
+            raise _build_conflict_error(row, first_row, columns)
+        num_repeated += first_row is not row
     steps = {step for training in trainings.values() for example, step in training if not example}
     missing_scores: dict[TrainingKey, dict[str, ResultRow]] = {}
     for key, failed_rows in rows_without_value["failed"].items():
@@ -172,34 +177,39 @@ def _build_results(lines: Sequence[ResultRow], columns: Columns) -> tuple[list[R
             trainings.pop(key, None)
     _require_same_examples(trainings, missing_scores)
     results = [_build_result(list(training.values()), columns) for training in trainings.values()]
-    failed = [failed_rows[0] for key, failed_rows in rows_without_value["failed"].items() if key not in trainings]
-    for line in failed:
-        rank, learning_rate, seed = line.key
-        results.append(Result(trial_id=line.origin, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
+    failed_trainings = [
+        failed_rows[0] for key, failed_rows in rows_without_value["failed"].items() if key not in trainings
+    ]
+    for row in failed_trainings:
+        rank, learning_rate, seed = row.key
+        results.append(Result(trial_id=row.origin, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
     examples = sorted({example for key in trainings for example in missing_scores.get(key, ())})
-    counts = (
-        (num_repeated, "repeated row", "left out"),
-        (len(examples), "example", f"without a score left out ({format_names(examples)})"),
-        (len(failed), "training", "without a result"),
-        (len(rows_without_value["unfinished"]), "unfinished training", "left out"),
-        (len(rows_without_value["pruned"].keys() - trainings.keys()), "pruned training", "left out"),
+    omitted_counts = (
+        (num_repeated, "repeated row", "omitted"),
+        (len(examples), "example", f"without a score omitted ({format_names(examples)})"),
+        (len(failed_trainings), "training", "without a result"),
+        (len(rows_without_value["unfinished"]), "unfinished training", "omitted"),
+        (len(rows_without_value["pruned"].keys() - trainings.keys()), "pruned training", "omitted"),
     )
-    return results, [f"{count} {noun}{'s' * (count != 1)} {ending}" for count, noun, ending in counts if count]
+    return results, [
+        f"{count} {noun}{'s' * (count != 1)} {description}" for count, noun, description in omitted_counts if count
+    ]
 
 
 def _lacks_final_value(
     failed_rows: Sequence[ResultRow], evaluations: Sequence[ResultRow], steps: Collection[int], has_trials: bool
 ) -> bool:
-    """Whether the last evaluation of a training has no value, so that an earlier one is not its result.
+    """Return whether the last evaluation of a training has no value, so that an earlier value is not its result.
 
-    A blank cell is an evaluation only at a step at which some training has a value: logs have rows of the training loss alone.
+    A blank cell counts as an evaluation only at steps at which some training has a value, because logs also have rows with only the
+    training loss.
     """
-    last_step = max((line.step for line in evaluations if not line.example), default=None)
-    trials = {line.trial for line in evaluations}
+    last_step = max((row.step for row in evaluations if not row.example), default=None)
+    trials = {row.trial for row in evaluations}
     return last_step is not None and any(
-        line.step > last_step and (line.outcome == "failed" or line.step in steps)
-        for line in failed_rows
-        if not line.example and (line.trial in trials or not has_trials)
+        row.step > last_step and (row.outcome == "failed" or row.step in steps)
+        for row in failed_rows
+        if not row.example and (row.trial in trials or not has_trials)
     )
 
 
@@ -210,49 +220,49 @@ def _find_unscored_examples(
     last_step: dict[str, int] = {}
     for example, step in training:
         last_step[example] = max(step, last_step.get(example, step))
-    return {line.example: line for line in failed_rows if line.example and line.step > last_step.get(line.example, -1)}
+    return {row.example: row for row in failed_rows if row.example and row.step > last_step.get(row.example, -1)}
 
 
-def _build_conflict_error(line: ResultRow, first: ResultRow, columns: Columns) -> ResultsError:
-    rank, learning_rate, seed = line.key
+def _build_conflict_error(row: ResultRow, first_row: ResultRow, columns: Columns) -> ResultsError:
+    rank, learning_rate, seed = row.key
     rate = f", lr {learning_rate:g}" if learning_rate else ""
     position = (
-        f", example {line.example}" if line.example else f", step {line.step}" if columns.by_role.get("step") else ""
+        f", example {row.example}" if row.example else f", step {row.step}" if columns.by_role.get("step") else ""
     )
     used_columns = {*columns.by_role.values(), columns.value, *columns.other_metrics}
-    fields, first_fields = line.row.fields, first.row.fields
+    fields, first_fields = row.row.fields, first_row.row.fields
     other_columns = [
         name
-        for name in list_columns([line.row, first.row])
+        for name in list_columns([row.row, first_row.row])
         if fields.get(name) != first_fields.get(name) and name not in used_columns
     ]
     advice = (
-        f"they differ in {format_names(other_columns)} too; keep the rows of one training for each rank, learning rate and seed"
+        f"they also differ in {format_names(other_columns)}; keep the rows of one training for each rank, learning rate and seed"
         if other_columns
-        else "add the column that distinguishes them (seed, lr or item), or remove one"
+        else "add the column that distinguishes them (seed, lr or example), or remove one"
     )
     return ResultsError(
-        f"{line.origin}: rank {rank}{rate}, seed {seed}{position} occurs twice with different values (also {first.origin}); {advice}"
+        f"{row.origin}: rank {rank}{rate}, seed {seed}{position} occurs twice with different values (also in {first_row.origin}); {advice}"
     )
 
 
-def _select_final_scores(lines: Iterable[ResultRow]) -> dict[str, ResultRow]:
-    """By example, the row of its last look."""
-    final_rows = {line.example: line for line in sorted(lines, key=lambda line: line.step) if line.example}
+def _select_final_scores(result_rows: Iterable[ResultRow]) -> dict[str, ResultRow]:
+    """Return the row of each example's last evaluation."""
+    final_rows = {row.example: row for row in sorted(result_rows, key=lambda row: row.step) if row.example}
     return dict(sorted(final_rows.items()))
 
 
-def _build_result(lines: Sequence[ResultRow], columns: Columns) -> Result:
-    """One training: the mean over its examples, or its last look."""
-    (rank, learning_rate, seed), examples = lines[0].key, _select_final_scores(lines).values()
-    points = sorted((line.step, line.value) for line in lines if not line.example and line.value is not None)
-    values = [line.value for line in examples if line.value is not None]
-    weights = [line.weight for line in examples]
+def _build_result(result_rows: Sequence[ResultRow], columns: Columns) -> Result:
+    """Return the result of a training: the mean over its examples, or its last evaluation."""
+    (rank, learning_rate, seed), examples = result_rows[0].key, _select_final_scores(result_rows).values()
+    points = sorted((row.step, row.value) for row in result_rows if not row.example and row.value is not None)
+    values = [row.value for row in examples if row.value is not None]
+    weights = [row.weight for row in examples]
     mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights) if values else points[-1][1]
     steps = max((step for step, _ in points), default=0)
-    details = _merge_details(lines)
+    details = _merge_details(result_rows)
     return Result(
-        trial_id=lines[0].trial,
+        trial_id=result_rows[0].trial,
         rank=rank,
         learning_rate=learning_rate,
         seed=seed,
@@ -268,12 +278,12 @@ def _build_result(lines: Sequence[ResultRow], columns: Columns) -> Result:
     )
 
 
-def _number_groups(lines: Iterable[ResultRow], stated_column: str | None, table_name: str) -> list[int] | None:
-    """The groups of the examples, numbered in their order; None where the table has none."""
+def _number_groups(result_rows: Iterable[ResultRow], stated_column: str | None, table_name: str) -> list[int] | None:
+    """Return the group number of each example in sorted order, or None if the table has no groups."""
     groups_by_example: dict[str, set[str]] = {}
-    for line in lines:
-        if line.example:
-            groups_by_example.setdefault(line.example, set()).add(line.group or f"example {line.example}")
+    for row in result_rows:
+        if row.example:
+            groups_by_example.setdefault(row.example, set()).add(row.group or f"example {row.example}")
     names = [min(groups) for _, groups in sorted(groups_by_example.items())]
     numbers_by_name = {name: number for number, name in enumerate(dict.fromkeys(names))}
     ambiguous_example = next((example for example, groups in groups_by_example.items() if len(groups) > 1), None)
@@ -281,12 +291,12 @@ def _number_groups(lines: Iterable[ResultRow], stated_column: str | None, table_
         return [numbers_by_name[name] for name in names]
     if stated_column is not None:
         fault = (
-            "there is no column of examples (item)" if not names else f"example {ambiguous_example} has two" if ambiguous_example is not None
+            "there is no column that identifies examples (example)" if not names else f"example {ambiguous_example} has two" if ambiguous_example is not None
             else "all examples share one" if len(numbers_by_name) == 1 else "no two examples share one"
         )  # fmt: skip
         raise ResultsError(
-            f"{table_name}: column {stated_column} gives the examples no groups: {fault}; name one with several values, each of several "
-            "examples, or leave it out: examples are then taken as independent"
+            f"{table_name}: column {stated_column} does not divide the examples into groups: {fault}; name a column in which several examples share "
+            "each value, or leave `group` out: examples are then treated as independent"
         )
     return None
 
@@ -298,54 +308,56 @@ def _require_same_examples(
     scored_examples = {example for training in trainings.values() for example, _ in training}
     expected_weights: dict[str, float] = {}
     for key, training in trainings.items():
-        for example, line in missing_scores.get(key, {}).items():
+        for example, row in missing_scores.get(key, {}).items():
             if example in scored_examples:
                 raise ResultsError(
-                    f"{line.origin}: rank {key[0]} has no score for example {example}, which other trainings have; score every training on the "
-                    "same examples, or leave this one out of all"
+                    f"{row.origin}: rank {key[0]} has no score for example {example}, which other trainings have; score every training on the "
+                    "same examples, or remove this example from all"
                 )
         final_scores = _select_final_scores(training.values())
-        weights = {example: line.weight for example, line in final_scores.items()}
+        weights = {example: row.weight for example, row in final_scores.items()}
         if not weights:
             continue
         expected_weights = expected_weights or weights
-        line, differing_examples = next(iter(final_scores.values())), sorted(weights.keys() ^ expected_weights.keys())
+        row, differing_examples = next(iter(final_scores.values())), sorted(weights.keys() ^ expected_weights.keys())
         if differing_examples:
             raise ResultsError(
-                f"{line.origin}: rank {line.key[0]} is scored on other examples than the rank before ({len(differing_examples)} differ, such as "
+                f"{row.origin}: rank {row.key[0]} is scored on other examples than the previous rank ({len(differing_examples)} differ, such as "
                 f"{differing_examples[0]}); score every training on the same examples"
             )
         if weights != expected_weights:
             raise ResultsError(
-                f"{line.origin}: rank {line.key[0]} has other token counts than the rank before for the same examples; give each "
+                f"{row.origin}: rank {row.key[0]} has other token counts than the previous rank for the same examples; give each "
                 "example the same count in every training"
             )
 
 
 def _require_comparable(results: list[Result], table_name: str) -> None:
-    trained = [result for result in results if result.rank > 0 and result.value is not None]
-    ranks = {result.rank for result in trained}
+    trainings = [result for result in results if result.rank > 0 and result.value is not None]
+    ranks = {result.rank for result in trainings}
     if not ranks:
         raise ResultsError(f"{table_name}: no row has both a rank and a held-out value; give one row for each training")
     if len(ranks) < 2:
-        raise ResultsError(f"{table_name}: one rank only ({ranks.pop()}); give two or more to compare")
+        raise ResultsError(
+            f"{table_name}: the trainings have only rank {ranks.pop()}; give two or more ranks to compare"
+        )
     if (
-        len({result.value for result in trained}) == 1
-        and len({tuple(result.example_values) for result in trained}) == 1
+        len({result.value for result in trainings}) == 1
+        and len({tuple(result.example_values) for result in trainings}) == 1
     ):
         raise ResultsError(
-            f"{table_name}: every training has the value {trained[0].value:g}, so there is nothing to compare; give the held-out metric"
+            f"{table_name}: every training has the value {trainings[0].value:g}, so there is nothing to compare; give the held-out metric"
         )
-    rates = {result.learning_rate > 0 for result in trained}
-    if len(rates) > 1:
-        result_without_rate = next(result for result in trained if result.learning_rate == 0)
+    has_rate_values = {result.learning_rate > 0 for result in trainings}
+    if len(has_rate_values) > 1:
+        result_without_rate = next(result for result in trainings if result.learning_rate == 0)
         raise ResultsError(
-            f"{result_without_rate.trial_id}: no learning rate, though other rows have one; give it, or leave the column out"
+            f"{result_without_rate.trial_id}: this row has no learning rate, but other rows have one; add it, or remove the column"
         )
 
 
 def _require_one_unit(results: list[Result], metric: str, table_name: str) -> None:
-    """Refuse accuracies of which some are fractions and some percentages."""
+    """Raise if some accuracies are fractions and others are percentages."""
     values = sorted(result.value for result in results if result.value)
     if values and (values[0] < 0 or values[-1] > 100 or (has_percentages(values) and values[0] <= 1)):
         raise ResultsError(

@@ -20,7 +20,7 @@ from rightrank.schema.errors import DataError, get_first_line
 from rightrank.train.covariances import MOMENT_TOKENS
 
 MIN_EXAMPLES = 30
-MAX_MOMENT_BATCHES = 64  # of a loop of the user's own
+MAX_MOMENT_BATCHES = 64  # batches that are read for second moments
 MOMENT_TOKEN_FRACTION = 0.02  # of the training's tokens; used for second moments
 # Columns that do not identify an example: masks and labels, which follow from its tokens, and row numbers.
 NON_INPUT_COLUMNS = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
