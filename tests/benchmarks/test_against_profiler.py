@@ -1,4 +1,4 @@
-"""Short form of `benchmarks/plan/cpu.py`: traced peaks against what torch's profiler counts in real steps."""
+"""Run `benchmarks/plan/cpu.py` in a short form: compare traced peaks with what torch's profiler counts in real steps."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_peaks_are_within_three_percent(name: str, options: dict[str, Any]) -> N
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_cheapest_changes_fit_in_a_measured_step_too() -> None:
-    """A budget that nothing fits: the list is followed, and the step then measured stays inside it."""
+    """Apply the suggested changes to a budget that nothing fits, and check that the measured step stays within it."""
     values = {"device": "cpu", "dtype": "float32", "ranks": (8,), "batch_size": 16, "seq_len": 64}
     settings = PlanSettings(**values | {"memory_bytes": CPU_PROCESS_BYTES + 12 * 2**20, "optim": "adamw_fused"})
     plan = plan_config(CONFIGS["llama"](), "llama", settings)

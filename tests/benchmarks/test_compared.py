@@ -1,4 +1,4 @@
-"""The stored errors of `compare`, and a short form of their simulation."""
+"""Test the stored errors of `compare`, and a short form of their simulation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def test_a_pair_at_the_margin_is_rarely_called_not_worse() -> None:
     def draw(generator: np.random.Generator) -> tuple[calibration.Floats, calibration.Floats, float]:
         return 0.01 + generator.normal(0, 0.1, 100), np.ones(100), 0.01
 
-    found = calibration.count_verdicts(draw, 0, 600)
-    assert found["not_worse"] <= 0.08
-    assert found["worse"] <= 0.08
-    assert found["cannot_tell"] >= 0.85
+    verdicts = calibration.count_verdicts(draw, 0, 600)
+    assert verdicts["not_worse"] <= 0.08
+    assert verdicts["worse"] <= 0.08
+    assert verdicts["cannot_tell"] >= 0.85
 
 
 def test_the_stored_error_of_zeros_and_ones_is_at_most_five_percent() -> None:

@@ -1,4 +1,4 @@
-"""The short forms of benchmarks/decide."""
+"""Run the short forms of benchmarks/decide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.decide import calibration, printed, published, seed_coverage
 from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, draw_true_losses
 
-from rightrank.decision.rule import decision_of
+from rightrank.decision.rule import decide_table
 
 pytestmark = pytest.mark.trains
 
@@ -37,11 +37,11 @@ def test_the_picks_do_not_depend_on_what_a_curve_is_called() -> None:
 @pytest.mark.parametrize("shape", ["power", "flat", "u_shaped", "rising"])
 def test_simulated_tables_are_covered_and_rarely_misjudged(shape: str) -> None:
     """Loose, for 40 tables; benchmarks/decide/calibration.json has the figures."""
-    found = calibration.judge_world(World(shape, 3, 200, "heavy"), 40, 1)  # type: ignore[arg-type]
-    assert found.covers >= 0.88
-    assert found.false <= 0.1
-    if found.decided >= 0.25:  # of fewer tables a share says little
-        assert found.within_octave >= 0.8
+    result = calibration.judge_world(World(shape, 3, 200, "heavy"), 40, 1)  # type: ignore[arg-type]
+    assert result.covers >= 0.88
+    assert result.false <= 0.1
+    if result.decided >= 0.25:  # of fewer tables a share says little
+        assert result.within_octave >= 0.8
 
 
 def test_stored_calibration_meets_what_is_claimed_of_it() -> None:
@@ -55,13 +55,13 @@ def test_stored_calibration_meets_what_is_claimed_of_it() -> None:
 def test_stored_printed_bounds_meet_what_is_claimed_of_them() -> None:
     groups = json.loads(printed.OUT.read_text(encoding="utf-8"))["summary"]
     for name, by_method in groups.items():
-        before, after = by_method["before"], by_method["after"]
-        assert 0.945 <= after["lower"] <= 0.97, name
-        assert after["upper"] == before["upper"] >= 0.98, name
-        assert before["lower"] < after["lower"] - 0.015, name
-        assert before["decided"] - 0.03 <= after["decided"] <= before["decided"], name
-        assert after["false"] <= before["false"], name
-        assert after["false_fallback"] <= 0.05, name
+        uncorrected, corrected = by_method["before"], by_method["after"]
+        assert 0.945 <= corrected["lower"] <= 0.97, name
+        assert corrected["upper"] == uncorrected["upper"] >= 0.98, name
+        assert uncorrected["lower"] < corrected["lower"] - 0.015, name
+        assert uncorrected["decided"] - 0.03 <= corrected["decided"] <= uncorrected["decided"], name
+        assert corrected["false"] <= uncorrected["false"], name
+        assert corrected["false_fallback"] <= 0.05, name
 
 
 def test_stored_coverage_of_a_further_seed_meets_what_is_claimed_of_it() -> None:
@@ -74,22 +74,24 @@ def test_stored_coverage_of_a_further_seed_meets_what_is_claimed_of_it() -> None
 
 
 def test_coverage_of_a_further_seed_is_the_stored_one_on_a_grid() -> None:
-    """One model and task of GLUE: 210 trainings of 50 to 5,000 examples."""
-    grids = {name: grid for name, grid in seed_coverage.read_stored_grids().items() if grid["task"] == "roberta-base rte"}
+    """Use one model and task of GLUE: 210 trainings of 50 to 5,000 examples."""
+    grids = {
+        name: grid for name, grid in seed_coverage.read_stored_grids().items() if grid["task"] == "roberta-base rte"
+    }
     checks = [
         check
         for name, grid in grids.items()
         for check in seed_coverage.iterate_checks(seed_coverage.build_source(name, grid), sizes=(2,))
     ]
-    found = seed_coverage.summarize(checks)["2"]["after"]
+    summary = seed_coverage.summarize(checks)["2"]["after"]
     assert len(grids) == 7
-    assert 0.85 <= found["share"] <= 1.0
-    assert found["grids"] == 1
-    assert found["interval"] is None  # one model and task is too few to resample
+    assert 0.85 <= summary["share"] <= 1.0
+    assert summary["grids"] == 1
+    assert summary["interval"] is None  # one model and task is too few to resample
 
 
 def test_an_interval_that_ignores_seeds_is_caught() -> None:
-    """The check itself: with seed noise alone, an interval over examples holds almost nothing."""
+    """Test the check itself: with only seed noise, an interval over examples covers almost nothing."""
     generator = np.random.default_rng(1)
     cells = []
     for rank in (4, 16, 64):
@@ -97,9 +99,9 @@ def test_an_interval_that_ignores_seeds_is_caught() -> None:
             noise = 0.05 * generator.standard_normal() + 0.001 * generator.standard_normal(200)
             cells.append([rank, 1e-3, seed, (2 + noise).tolist()])
     grid = {"family": "real", "task": "made up", "metric": "loss", "steps": 1, "tokens": [1] * 200, "cells": cells}
-    found = seed_coverage.summarize(list(seed_coverage.iterate_checks(seed_coverage.build_source("made up", grid))))
-    assert found["1"]["after"]["share"] < 0.2
-    assert found["3"]["own"]["share"] > 0.6
+    summary = seed_coverage.summarize(list(seed_coverage.iterate_checks(seed_coverage.build_source("made up", grid))))
+    assert summary["1"]["after"]["share"] < 0.2
+    assert summary["3"]["own"]["share"] > 0.6
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int
         world = World(shape, seeds, 200, "heavy", seed_rank=2 * MARGIN)  # type: ignore[arg-type]
         for _ in range(tables):
             losses = draw_true_losses(world, generator)
-            decision = decision_of(draw_table(world, losses, generator), MARGIN)
+            decision = decide_table(draw_table(world, losses, generator), MARGIN)
             worse = {rank: bool(loss - losses.min() > MARGIN) for rank, loss in zip(RANKS, losses, strict=True)}
             shown += decision.fallback_rank is not None and worse[decision.fallback_rank]
             best += worse[decision.best_available_rank]

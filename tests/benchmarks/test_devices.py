@@ -1,4 +1,4 @@
-"""The engine on a device that is not the CPU (`benchmarks/gpu/pretend.py`): nothing mixes devices, and the losses are the CPU's."""
+"""Test the engine on a device that is not the CPU (`benchmarks/gpu/pretend.py`): no operation mixes devices, and the losses equal the CPU's."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a process of its own: a device, once installed, stays."""
+    """Run in a separate process, because an installed device cannot be removed."""
     out = tmp_path_factory.mktemp("devices") / "out.json"
     command = [sys.executable, "-m", "benchmarks.gpu.devices", "--cases", ";".join(CASES), "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    content: dict[str, Any] = json.loads(out.read_text())
+    return content
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The engine's benchmarks in short, on a tiny model: that they run, and what must hold at any size."""
+"""Run the engine's benchmarks in a short form on a tiny model, and check what must hold at any size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def test_every_contender_trains_and_is_compared(model_folder: Path, completion_f
 
 
 def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(str(model_folder), completion_file, 2, tmp_path, max_eval_examples=2, ranks=(profile_step.RANK,))
+    runtime = make_runtime(
+        str(model_folder), completion_file, 2, tmp_path, max_eval_examples=2, ranks=(profile_step.RANK,)
+    )
     shares = profile_step.measure(runtime, 1, 2, tmp_path)["share"]
     assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(shares)
     assert sum(shares.values()) == pytest.approx(1, abs=0.01)
@@ -54,8 +56,8 @@ def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Pa
     folders = TrialFolders(tmp_path / "c", tmp_path / "adapter")
     trial = run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Listener())
     assert isinstance(trial, TrialFinished)
-    other = trial.model_copy(update={"train_losses": [*trial.train_losses[:2], trial.train_losses[2] * 1.01]})
-    certificate = certified.certify(runtime, other, folders.adapter, tmp_path / "scratch", Listener(), None)
+    changed_trial = trial.model_copy(update={"train_losses": [*trial.train_losses[:2], trial.train_losses[2] * 1.01]})
+    certificate = certified.certify(runtime, changed_trial, folders.adapter, tmp_path / "scratch", Listener(), None)
     assert certificate.passed is False
     assert certificate.loss_difference == pytest.approx(0.01, rel=1e-3)
     assert "NOT the same" in certificate.sentence()

@@ -1,4 +1,4 @@
-"""The short form of benchmarks/fuzz: every reader, some hundred damaged inputs each; and every case that was ever found."""
+"""Run benchmarks/fuzz in a short form: every reader with some hundred damaged inputs, and every stored finding."""
 
 from __future__ import annotations
 

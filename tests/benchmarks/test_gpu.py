@@ -1,4 +1,4 @@
-"""What waits for a GPU, rehearsed on a CPU through the same code."""
+"""Rehearse the GPU benchmarks on a CPU through the same code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_rehearsal_is_kept_and_shown(tmp_path: Path, capfd: pytest.CaptureFixt
     out, page = tmp_path / "out.json", tmp_path / "page.md"
     assert main(["--rehearse", "--parts", "memory", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert [part["state"] for part in result["parts"].values()] == ["done"]
+    assert [part_result["state"] for part_result in result["parts"].values()] == ["done"]
     assert "memory" in capfd.readouterr().out
     page.write_text(f"What is above stays.\n{MARK}\nold\n")
     write_page(result, page)

@@ -1,4 +1,4 @@
-"""The stored grids are whole, and the locked ones are as they were when they were locked."""
+"""Check that the stored grids are complete, and that the locked ones are unchanged."""
 
 from __future__ import annotations
 
@@ -40,12 +40,14 @@ def test_long_grids_are_whole() -> None:
         assert len(cells) <= 4 * len(curve.learning_rates)  # those that diverged are missing
         assert len(curve.items) == sum(len(seeds) for seeds in cells)
         assert not entry["partial"]
-        assert set(curve.checkpoints) == {0.125, 0.25, 0.5} == {float(part) for part in entry["checkpoint_items"]}
+        assert (
+            set(curve.checkpoints) == {0.125, 0.25, 0.5} == {float(fraction) for fraction in entry["checkpoint_items"]}
+        )
         assert set(curve.tests) <= {"trained", "truncated"} | {"recovered"} == set(entry["test_items"])
 
 
 def test_wide_grids_are_whole() -> None:
-    """Each has six seeds, and the values of 4,096 test examples under every adapter."""
+    """Check that each grid has six seeds, and the values of 4,096 test examples for every adapter."""
     files = sorted(FOLDER.glob("*.json.xz"))
     assert len(files) == 8
     for file in files:
@@ -77,7 +79,7 @@ def test_no_table_reads_a_locked_grid() -> None:
 
 
 def test_an_interval_over_grids_holds_the_mean_and_is_exact_where_all_agree() -> None:
-    low, high = compare.share_interval(np.array([0.0, 1.0, 0.5, 1.0]), np.array([3.0, 3.0, 6.0, 3.0]))
+    low, high = compare.compute_share_interval(np.array([0.0, 1.0, 0.5, 1.0]), np.array([3.0, 3.0, 6.0, 3.0]))
     assert low < 0.6 < high
-    assert compare.share_interval(np.ones(16), np.ones(16)) == [0.794, 1.0]
-    assert compare.share_interval(np.zeros(16), np.ones(16)) == [0.0, 0.206]
+    assert compare.compute_share_interval(np.ones(16), np.ones(16)) == [0.794, 1.0]
+    assert compare.compute_share_interval(np.zeros(16), np.ones(16)) == [0.0, 0.206]

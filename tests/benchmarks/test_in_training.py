@@ -1,4 +1,4 @@
-"""Tests of the picture of a training's end."""
+"""Test README's picture of the end of a training."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from benchmarks.in_training import picture
 
 
 def test_the_picture_is_that_of_the_stored_results() -> None:
-    """The picture is drawn from `results.jsonl` and nothing else."""
+    """Check that the picture is drawn only from `results.jsonl`."""
     assert picture.IMAGE.read_text(encoding="utf-8") == picture.render_figure()

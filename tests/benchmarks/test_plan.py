@@ -1,4 +1,4 @@
-"""The comparison on a GPU has not been run; every case of it can at least be planned here, on small models."""
+"""Plan every case of the GPU comparison, which has not been run, on small models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AXES = ("ranks", "batch_size", "seq_len", "gradient_checkpointing", "dtype", "lo
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_case_is_traced() -> None:
-    """One architecture of the small ones, at a short length; the step is the case's own."""
+    """Trace one of the small architectures at a short length, with each case's own step."""
     planned = dry_run({"llama": SMALL_CONFIGS["llama"]}, seq_len=32)
     assert len(planned) == len(CASES)
     for _, case, plan in planned:
@@ -38,7 +38,7 @@ def test_the_cases_cover_what_was_promised() -> None:
 
 
 def test_hours_follow_from_the_stored_operations() -> None:
-    """The page shows what the stored operations give; those of the small model are counted again."""
+    """Check that the page and the how-to show the stored operations, and count those of the small model again."""
     models = json.loads(hours.RESULT.read_text(encoding="utf-8"))["models"]
     assert hours.PAGE.read_text(encoding="utf-8") == "\n".join(hours.format_page(models)) + "\n"
     cost = hours.plan_selection_cost("SmolLM2-135M")

@@ -1,4 +1,4 @@
-"""The replay of finished grids: its contract, its counts, and what the strategies reach on the published grids."""
+"""Test the replay of finished grids: its contract, its counts, and the strategies' results on the published grids."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.selection.replay import judge, main, replay_all, summary
-from benchmarks.selection.tables import TableRunner, each_seed_first, read_grids, space_of_grid
+from benchmarks.selection.replay import judge, main, replay_all, summarize
+from benchmarks.selection.tables import TableRunner, build_space, list_seed_orders, read_grids
 
 from rightrank.search import STRATEGIES
 
@@ -44,16 +44,16 @@ def write(path: Path, *curves: object) -> Path:
 @pytest.mark.parametrize("strategy", ["bracket"])
 @pytest.mark.parametrize("margin", [0.002, 0.005])
 def test_published_grids_meet_the_goal(strategy: str, margin: float) -> None:
-    found = summary(replay_all(read_grids(PUBLISHED), STRATEGIES[strategy], margin))
-    assert found["exact_or_neighbour"] >= 0.95 * found["curves"]
-    assert found["under_picks"] <= 0.02 * found["curves"]
-    assert found["share_of_cells"] <= 0.5
+    summary = summarize(replay_all(read_grids(PUBLISHED), STRATEGIES[strategy], margin))
+    assert summary["exact_or_neighbour"] >= 0.95 * summary["curves"]
+    assert summary["under_picks"] <= 0.02 * summary["curves"]
+    assert summary["share_of_cells"] <= 0.5
 
 
 def test_the_whole_grid_is_always_exact() -> None:
-    found = summary(replay_all(read_grids(PUBLISHED), STRATEGIES["grid"], 0.005))
-    assert found["exact"] == found["curves"] == 16
-    assert found["share_of_cells"] == 1
+    summary = summarize(replay_all(read_grids(PUBLISHED), STRATEGIES["grid"], 0.005))
+    assert summary["exact"] == summary["curves"] == 16
+    assert summary["share_of_cells"] == 1
 
 
 def test_counts_under_and_over(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_counts_under_and_over(tmp_path: Path) -> None:
     assert handed_over.exact
     assert handed_over.regret == pytest.approx(0.04)  # of the cell, not of the rank at its best
     assert judge(curve, 0.01, 2, 0.001, 3.0).share == pytest.approx(0.5)
-    assert summary([judge(curve, 0.01, None, None, 1.0)])["abstentions"] == 1
+    assert summarize([judge(curve, 0.01, None, None, 1.0)])["abstentions"] == 1
 
 
 def test_higher_is_better_is_the_same_turned(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_seeds_are_averaged_for_the_truth(tmp_path: Path) -> None:
 def test_prints_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "grids.json", GRID, {"id": "no grid", "ranks": [1, 2], "values": [1, 2]})
     assert main(["--grids", str(path), "--strategy", "bracket", "--margin", "0.07", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found.keys() >= KEYS
-    assert found["curves"] == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.keys() >= KEYS
+    assert printed["curves"] == 1
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_bad_input_is_one_line(
 
 
 def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
-    """A clearly better loss at an eighth decides, whatever the accuracy there is; the answer compares accuracies."""
+    """Check that a clearly better loss at an eighth decides, whatever the accuracy there; the answer compares accuracies."""
     cells = {"1": {"0.001": {"0": 0.70}, "0.01": {"0": 0.60}}, "4": {"0.001": {"0": 0.80}, "0.01": {"0": 0.60}}}
     early = {rank: {"0.001": {"0": 0.40}, "0.01": {"0": 0.50}} for rank in cells}
     losses = {rank: {"0.001": {"0": 0.5}, "0.01": {"0": 1.0}} for rank in cells}
@@ -149,18 +149,20 @@ def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
         "averaged": {"0.125": losses},
     }
     curve = read_grids(write(tmp_path / "grids.json", grid))[0]
-    (found,) = replay_all([curve], STRATEGIES["bracket"], 0.02)
-    assert (found.pick, found.learning_rate) == (4, 0.001)
-    assert TableRunner(curve).run(space_of_grid(curve, 0.02).arm(0, 0.0)).metrics == {"accuracy": 0.3, "loss": 1.4}
-    assert found.trainings == 1 + 0.125 + 1  # the top, a look at the other learning rate, and rank 1
+    (judged,) = replay_all([curve], STRATEGIES["bracket"], 0.02)
+    assert (judged.pick, judged.learning_rate) == (4, 0.001)
+    assert TableRunner(curve).run(build_space(curve, 0.02).arm(0, 0.0)).metrics == {"accuracy": 0.3, "loss": 1.4}
+    assert judged.trainings == 1 + 0.125 + 1  # the top, a look at the other learning rate, and rank 1
 
 
 def test_each_seed_has_its_turn_to_be_the_first() -> None:
     (curve, *_) = read_grids(PUBLISHED.with_name("seeded_grids.json.xz"))
-    turned = each_seed_first(curve)
+    curves_by_seed = list_seed_orders(curve)
     top, learning_rate = curve.ranks[-1], curve.learning_rates[0]
     key = (top, learning_rate)
-    first = [one.cells[top][learning_rate][one.seeds[0]] for one in turned]
+    first = [seed_curve.cells[top][learning_rate][seed_curve.seeds[0]] for seed_curve in curves_by_seed]
     assert first == [curve.cells[top][learning_rate][seed] for seed in curve.seeds]
-    assert [one.items[(*key, 0)] for one in turned] == [curve.items[(*key, seed)] for seed in curve.seeds]
-    assert {one.truth(0.02) for one in turned} == {curve.truth(0.02)}
+    assert [seed_curve.items[(*key, 0)] for seed_curve in curves_by_seed] == [
+        curve.items[(*key, seed)] for seed in curve.seeds
+    ]
+    assert {seed_curve.truth(0.02) for seed_curve in curves_by_seed} == {curve.truth(0.02)}

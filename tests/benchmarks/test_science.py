@@ -1,18 +1,18 @@
-"""The science page says what the stored results say."""
+"""Check that the science page states the stored results."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from benchmarks.science import PAGE, TABLES, with_tables
+from benchmarks.science import PAGE, TABLES, replace_tables
 
 pytestmark = pytest.mark.trains
 
 
 def test_tables_are_those_of_the_results() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page == with_tables(page), "a result changed: run `python -m benchmarks.science`"
+    assert page == replace_tables(page), "a result changed: run `python -m benchmarks.science`"
 
 
 def test_every_table_has_its_place_and_rows() -> None:

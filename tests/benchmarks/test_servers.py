@@ -17,7 +17,7 @@ import torch
 from benchmarks.consumers.check import require_one_rank
 
 from rightrank.adapters.resize import resize_adapter
-from rightrank.decision.adapter import Making
+from rightrank.decision.adapter import Provenance
 from rightrank.interop.exports import write_export
 from rightrank.interop.recipe import Recipe, _select_adapter_fields
 from rightrank.models.adapter_reader import open_adapter
@@ -32,15 +32,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
-def patterned_adapter(base: Path, folder: Path, kind: str) -> Path:
-    """An adapter that was truncated to ranks from 1 to 4."""
+def make_patterned_adapter(base: Path, folder: Path, kind: str) -> Path:
+    """Make an adapter that was truncated to ranks from 1 to 4."""
     top = open_adapter(make_adapter(base, folder / "top", kind))
     resize_adapter(top, folder / "adapter", {module.name: 1 + index % 4 for index, module in enumerate(top.modules)})
     return folder / "adapter"
 
 
-def recipe_for(base: Path, adapter: Path) -> Recipe:
-    making = Making(rank=3, trained_rank=8, learning_rate=1e-3, steps=4, checkpoint_step=None, truncation="SVD")
+def make_recipe(base: Path, adapter: Path) -> Recipe:
+    making = Provenance(rank=3, trained_rank=8, learning_rate=1e-3, steps=4, checkpoint_step=None, truncation="SVD")
     fields = _select_adapter_fields(json.loads((adapter / "adapter_config.json").read_text()))
     return Recipe(
         model=str(base), data="data.jsonl", form="text", adapter=adapter, module_names=(), learning_rate=1e-3,
@@ -79,7 +79,7 @@ def assert_equal(updates: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 @pytest.mark.parametrize("kind", ["plain", "rslora", "alpha_pattern", "rank_pattern"])
 def test_vllm_scales_the_folder_as_peft_does(base: Path, tmp_path: Path, kind: str) -> None:
-    adapter = patterned_adapter(base, tmp_path, kind)
+    adapter = make_patterned_adapter(base, tmp_path, kind)
     assert_equal(load_as_vllm(adapter, SLOT), deltas(load_strictly(base, adapter)))
 
 
@@ -88,10 +88,10 @@ def test_vllm_scales_the_folder_as_peft_does(base: Path, tmp_path: Path, kind: s
 def test_an_export_for_a_server_has_one_rank_and_the_same_values(
     base: Path, tmp_path: Path, kind: str, server: str
 ) -> None:
-    adapter = patterned_adapter(base, tmp_path, kind)
+    adapter = make_patterned_adapter(base, tmp_path, kind)
     with pytest.raises(AssertionError, match="does not match the shape"):
         load_as_sglang(adapter)
-    exported = write_export(server, recipe_for(base, adapter), tmp_path / "exports")
+    exported = write_export(server, make_recipe(base, adapter), tmp_path / "exports")
     words = shlex.split((tmp_path / "exports" / f"{server}.sh").read_text(), comments=True)
     option = {"vllm": "--lora-modules", "sglang": "--lora-paths"}[server]
     folder = Path(words[words.index(option) + 1].partition("=")[2])
@@ -105,20 +105,20 @@ def test_an_export_for_a_server_has_one_rank_and_the_same_values(
     assert_equal(load_as_vllm(folder, SLOT), expected)
     assert_equal(deltas(load_strictly(base, folder)), deltas(load_strictly(base, adapter)))
     assert any("rank 3 (modules from 1 to 4)" in note and "padded with zeros" in note for note in exported.notes)
-    before, after = tensors_of(adapter), tensors_of(folder)  # no value has changed
-    for key, tensor in before.items():
+    adapter_tensors, exported_tensors = tensors_of(adapter), tensors_of(folder)  # no value has changed
+    for key, tensor in adapter_tensors.items():
         rows, columns = tensor.shape
-        assert torch.equal(after[key][:rows, :columns], tensor)
+        assert torch.equal(exported_tensors[key][:rows, :columns], tensor)
 
 
 def test_alphas_that_differ_are_folded_for_a_server(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", "alpha_pattern")
-    write_export("vllm", recipe_for(base, adapter), tmp_path / "exports")
+    write_export("vllm", make_recipe(base, adapter), tmp_path / "exports")
     assert_equal(load_as_vllm(tmp_path / "exports" / "adapter", SLOT), deltas(load_strictly(base, adapter)))
 
 
 def test_an_adapter_of_one_rank_is_served_as_it_is(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
-    exported = write_export("sglang", recipe_for(base, adapter), tmp_path / "exports")
+    exported = write_export("sglang", make_recipe(base, adapter), tmp_path / "exports")
     assert exported.files == ["sglang.sh"]
     assert f"rightrank={adapter.resolve()}" in (tmp_path / "exports" / "sglang.sh").read_text()

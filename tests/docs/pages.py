@@ -1,4 +1,4 @@
-"""What the pages hold: code blocks, commands and links."""
+"""Parse the pages: code blocks, commands and links."""
 
 from __future__ import annotations
 
@@ -26,34 +26,39 @@ class Block(NamedTuple):
     runs: bool
 
 
-def name_of(page: Path) -> str:
+def get_page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def blocks(page: Path) -> list[Block]:
+def iterate_blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(found["language"], found["text"], not found["above"].strip().startswith(NOT_RUN))
-        for found in _FENCE.finditer(text)
+        Block(match["language"], match["text"], not match["above"].strip().startswith(NOT_RUN))
+        for match in _FENCE.finditer(text)
     ]
 
 
-def shell_commands(page: Path) -> list[str]:
-    """Every command of a shell block; these run."""
-    return [line for block in blocks(page) if block.language in SHELL for line in lines_of(block.text)]
+def list_shell_commands(page: Path) -> list[str]:
+    """Return every command of a shell block; the tests run these."""
+    return [line for block in iterate_blocks(page) if block.language in SHELL for line in list_commands(block.text)]
 
 
-def shown_commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of every complete `rightrank` command on the page, those that do not run included."""
+def iterate_shown_commands(page: Path) -> Iterator[list[str]]:
+    """Yield the arguments of every complete `rightrank` command on the page, including those that are not run."""
     text = page.read_text(encoding="utf-8")
     indented = re.findall(r"(?m)^ {4,}(?:\$ )?(rightrank (?:\\\n|.)*)$", text)
-    others = [line for block in blocks(page) if block.language in ("text", *SHELL) for line in lines_of(block.text)]
-    for command in [*indented, *others, *_INLINE.findall(text)]:
+    lines = [
+        line
+        for block in iterate_blocks(page)
+        if block.language in ("text", *SHELL)
+        for line in list_commands(block.text)
+    ]
+    for command in [*indented, *lines, *_INLINE.findall(text)]:
         if command.startswith("rightrank ") and not re.search(r"…|\[|\.\.\.|COMMAND|SHELL", command):
             yield shlex.split(command.replace("\\\n", " "))[1:]
 
 
-def lines_of(text: str) -> list[str]:
-    """The commands of a block, without comments and prompts."""
+def list_commands(text: str) -> list[str]:
+    """Return the commands of a block, without comments and prompts."""
     lines = [line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines()]
     return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]

@@ -1,4 +1,4 @@
-"""Every command in a shell block and every Python block of the pages runs."""
+"""Run every command in a shell block and every Python block of the pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import run
-from tests.docs.pages import PAGES, SHELL, blocks, lines_of, name_of
+from tests.docs.pages import PAGES, SHELL, get_page_name, iterate_blocks, list_commands
 from tests.models.kind_cases import make_model
 from tests.tiny import make_tokenizer, write_completions, write_pairs
 
@@ -17,7 +17,9 @@ from tests.tiny import make_tokenizer, write_completions, write_pairs
 ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
 FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--max-eval-examples", "8", "--device", "cpu"]
 SMALL = {"--ranks": "1,4", "--learning-rates": "1e-2"}  # where a page does not say its own
-CODE = [page for page in PAGES if any(block.runs and block.language in (*SHELL, "python") for block in blocks(page))]
+CODE = [
+    page for page in PAGES if any(block.runs and block.language in (*SHELL, "python") for block in iterate_blocks(page))
+]
 
 pytestmark = [
     pytest.mark.trains,
@@ -26,8 +28,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def place(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the pages speak of: a model, a mixture of experts, data and preference pairs."""
+def page_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that the pages refer to: a model, a mixture of experts, data and preference pairs."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(model_folder, folder / "model")
     tokenizer = make_tokenizer()
@@ -39,9 +41,9 @@ def place(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a copy of that folder."""
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+def here(page_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change to a copy of that folder."""
+    shutil.copytree(page_folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
 
@@ -51,15 +53,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("page", CODE, ids=name_of)
+@pytest.mark.parametrize("page", CODE, ids=get_page_name)
 def test_code_runs(page: Path, here: None, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Block by block in one folder, Python in one namespace; selections made small by options that pages need not show."""
     namespace: dict[str, object] = {"__name__": "page"}
-    for block in blocks(page):
+    for block in iterate_blocks(page):
         if block.language == "python" and block.runs:
-            exec(compile(block.text, name_of(page), "exec", dont_inherit=True), namespace)
+            exec(compile(block.text, get_page_name(page), "exec", dont_inherit=True), namespace)
         elif block.language in SHELL and block.runs:
-            for command in lines_of(block.text):
+            for command in list_commands(block.text):
                 if not command.startswith(ELSEWHERE):
                     _run(command, runs, capsys)
 
@@ -74,17 +76,17 @@ def _run(command: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         _succeed([*arguments, *FAST], capsys)
         return
     out = Path(arguments[arguments.index("--out") + 1])
-    kept = runs / str(abs(hash(tuple(arguments))))
-    if kept.exists() and not out.exists():
-        shutil.copytree(kept, out)
+    run_folder = runs / str(abs(hash(tuple(arguments))))
+    if run_folder.exists() and not out.exists():
+        shutil.copytree(run_folder, out)
         return
     is_new = not out.exists()
     # the tiny model's matrices hold ranks up to 16
-    small = [part for name, value in SMALL.items() if name not in arguments for part in (name, value)]
+    small = [word for name, value in SMALL.items() if name not in arguments for word in (name, value)]
     fewer = ["--workers", "1"] if "--workers" in arguments else []  # `test_workers` has several
     _succeed([*arguments, *FAST, *small, *fewer], capsys)
     if is_new:
-        shutil.copytree(out, kept)
+        shutil.copytree(out, run_folder)
 
 
 def _succeed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every example runs, in small; one of them in a process of its own, as a user would run it."""
+"""Run every example in a small form, one of them in a separate process as a user would."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ def test_no_example_is_left_out() -> None:
 
 @pytest.fixture
 def pairs_file(tmp_path: Path) -> Path:
-    """Rows of prompt, chosen and rejected."""
+    """Write rows of prompt, chosen and rejected."""
     rows = [
         {"prompt": f"{text} : ", "chosen": text.split()[0], "rejected": text.split()[-1]} for text in sentences(80, 3)
     ]
     return write_jsonl(tmp_path / "pairs.jsonl", rows)
 
 
-def arguments(name: str, folder: Path, model: Path, data: Path) -> list[str]:
-    given = ["--out", str(folder / "run"), "--steps", "3"]
+def build_arguments(name: str, folder: Path, model: Path, data: Path) -> list[str]:
+    arguments = ["--out", str(folder / "run"), "--steps", "3"]
     if name in WITH_DATA:
-        given += ["--model", str(model), "--data", str(data), "--held-out", "20"]
-    return given
+        arguments += ["--model", str(model), "--data", str(data), "--held-out", "20"]
+    return arguments
 
 
-def check(run: Path, printed: str) -> None:
-    """A printed decision, an adapter, and the same held-out examples in every trial."""
+def check_run(run: Path, printed: str) -> None:
+    """Check for a printed decision, an adapter, and the same held-out examples in every trial."""
     decision = json.loads((run / "decision.json").read_text())
     assert decision["sentence"] in printed
     assert (run / "adapter" / "adapter_model.safetensors").exists()
@@ -82,14 +82,14 @@ def test_it_ends_with_a_decision(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process: what the examples import is there already."""
+    """Run the example in this process, which has already imported its libraries."""
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     data = class_file if name == "peft_classification.py" else completion_file
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", [name, *arguments(name, tmp_path, model_folder, data)])
+    monkeypatch.setattr(sys, "argv", [name, *build_arguments(name, tmp_path, model_folder, data)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    check(tmp_path / "run", capsys.readouterr().out)
+    check_run(tmp_path / "run", capsys.readouterr().out)
 
 
 def test_preference_pairs_end_with_a_decision(
@@ -99,9 +99,18 @@ def test_preference_pairs_end_with_a_decision(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ["--model", str(model_folder), "--data", str(pairs_file), "--out", str(tmp_path / "run"), "--steps", "3"]
+    arguments = [
+        "--model",
+        str(model_folder),
+        "--data",
+        str(pairs_file),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "3",
+    ]
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", ["preference_pairs.py", *given])
+    monkeypatch.setattr(sys, "argv", ["preference_pairs.py", *arguments])
     runpy.run_path(str(EXAMPLES / "preference_pairs.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "decision.json").read_text())["sentence"] in printed
@@ -111,16 +120,16 @@ def test_preference_pairs_end_with_a_decision(
 
 def test_it_runs_as_a_script(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     script = EXAMPLES / ALL[0]
-    command = [sys.executable, str(script), *arguments(script.name, tmp_path, model_folder, completion_file)]
+    command = [sys.executable, str(script), *build_arguments(script.name, tmp_path, model_folder, completion_file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    check(tmp_path / "run", done.stdout)
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    check_run(tmp_path / "run", completed.stdout)
 
 
 @pytest.mark.filterwarnings(OF_OTHERS)
 def test_the_notebook_runs(model_folder: Path, tmp_path: Path) -> None:
-    """All cells, in a folder with a model and data; no cell fails, the answer and the plot are shown."""
+    """Run all cells in a folder with a model and data; no cell fails, and the answer and the plot are shown."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     shutil.copytree(model_folder, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The example that brings many adapters to one rank."""
+"""Test the example that truncates many adapters to one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links resolve, shown commands parse, and what the reference pages list is what there is."""
+"""Check that links resolve, shown commands parse, and reference pages list what exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rightrank.schema.events import AnyJournalRecord
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from tests.commands import COMMANDS, of_every_plug_in
-from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, name_of, shell_commands, shown_commands
+from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, get_page_name, iterate_shown_commands, list_shell_commands
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 OF_OTHERS = {  # options of other programs that pages name
@@ -41,38 +41,38 @@ OF_OTHERS = {  # options of other programs that pages name
 }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=get_page_name)
 def test_links_resolve(page: Path) -> None:
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         if link.startswith(("http://", "https://", "mailto:")):
             continue
         target, _, anchor = link.partition("#")
-        place = (page.parent / target).resolve() if target else page
-        assert place.exists(), f"{page.name}: {link}"
-        if anchor and place.suffix == ".md":
-            assert anchor in _anchors(place), f"{page.name}: {link}"
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name}: {link}"
+        if anchor and path.suffix == ".md":
+            assert anchor in _list_anchors(path), f"{page.name}: {link}"
 
 
-def _anchors(page: Path) -> set[str]:
+def _list_anchors(page: Path) -> set[str]:
     headings = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 @of_every_plug_in
-@pytest.mark.parametrize("page", [page for page in PAGES if list(shown_commands(page))], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if list(iterate_shown_commands(page))], ids=get_page_name)
 def test_shown_commands_parse(page: Path) -> None:
-    """Each names a command, options and values that exist; nothing runs."""
-    for arguments in shown_commands(page):
-        name, *rest = arguments
+    """Check that each names an existing command, options and values; nothing runs."""
+    for arguments in iterate_shown_commands(page):
+        name, *options = arguments
         if name.startswith("-") or name == "chat-test":  # the plug-in that a page builds
             continue
         assert name in COMMANDS, arguments
         with click.Context(cli) as parent, suppress(click.MissingParameter):  # a command that is only named
-            COMMANDS[name].make_context(name, rest, parent=parent)
+            COMMANDS[name].make_context(name, options, parent=parent)
 
 
 @of_every_plug_in
-@pytest.mark.parametrize("page", [*FRONT, *GUIDES], ids=name_of)
+@pytest.mark.parametrize("page", [*FRONT, *GUIDES], ids=get_page_name)
 def test_options_and_settings_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8").partition("<!-- made by")[0]
     options = {
@@ -89,7 +89,7 @@ def test_options_and_settings_exist(page: Path) -> None:
 def test_make_targets_in_the_docs_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
-        for command in shell_commands(page):
+        for command in list_shell_commands(page):
             if command.startswith("make "):
                 assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
 

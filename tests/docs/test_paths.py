@@ -1,4 +1,4 @@
-"""Every path that a page for contributors or a comment names exists."""
+"""Check that every path in a contributors' page or a comment exists."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ OF_OTHERS = re.compile(
 )
 
 
-def lines() -> list[tuple[str, str]]:
-    """Each page for contributors, and each comment and docstring of the code, by where it is."""
+def list_texts() -> list[tuple[str, str]]:
+    """Return each page for contributors, and each comment and docstring of the code, with its file."""
     pages = [
         ROOT / name
         for name in (
@@ -37,23 +37,23 @@ def lines() -> list[tuple[str, str]]:
         )
     ]
     code = [path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
-    found = [(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")) for page in pages if page.exists()]
+    texts = [(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")) for page in pages if page.exists()]
     for path in code:
         text = path.read_text(encoding="utf-8")
-        said = [*re.findall(r'"""(.*?)"""', text, re.DOTALL), *re.findall(r"#(.*)", text)]
-        found.append((str(path.relative_to(ROOT)), "\n".join(said)))
-    return found
+        comments = [*re.findall(r'"""(.*?)"""', text, re.DOTALL), *re.findall(r"#(.*)", text)]
+        texts.append((str(path.relative_to(ROOT)), "\n".join(comments)))
+    return texts
 
 
 @of_every_plug_in
-@pytest.mark.parametrize(("where", "text"), lines(), ids=lambda value: value[:60] if "\n" not in value else "")
-def test_every_path_exists(where: str, text: str) -> None:
-    own = (ROOT / where).parent
+@pytest.mark.parametrize(("source", "text"), list_texts(), ids=lambda value: value[:60] if "\n" not in value else "")
+def test_every_path_exists(source: str, text: str) -> None:
+    source_folder = (ROOT / source).parent
     for name in [*NAMED.findall(text), *FOLDER.findall(text)]:
         if (
             OF_OTHERS.match(name)
             or name.startswith("rightrank/")
-            or (where.startswith("benchmarks") and name.endswith(".json"))
+            or (source.startswith("benchmarks") and name.endswith(".json"))
         ):  # which it writes
             continue
-        assert any((place / name).exists() for place in (*PLACES, own)), f"{where}: {name}"
+        assert any((folder / name).exists() for folder in (*PLACES, source_folder)), f"{source}: {name}"

@@ -1,4 +1,4 @@
-"""The documentation builds as a site, any warning an error, with every page reachable and every public name in it."""
+"""Build the documentation as a site without warnings, with every page reachable and every public name included."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.strip() == ""
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    assert completed.stderr.strip() == ""
     return folder
 
 
@@ -34,9 +34,9 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
     first = (site / "index.html").read_text(encoding="utf-8")
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs").with_suffix("").as_posix().removesuffix("index")
-        place = f"{name.rstrip('/')}/" if name else "."
-        assert (site / place / "index.html").is_file()
-        assert f'href="{place}"' in first, f"{name} is not in the navigation of mkdocs.yml"
+        address = f"{name.rstrip('/')}/" if name else "."
+        assert (site / address / "index.html").is_file()
+        assert f'href="{address}"' in first, f"{name} is not in the navigation of mkdocs.yml"
 
 
 def test_the_reference_has_the_public_names(site: Path) -> None:
@@ -46,11 +46,11 @@ def test_the_reference_has_the_public_names(site: Path) -> None:
 
 
 def test_the_site_asks_nothing_of_others(site: Path) -> None:
-    """No font, script or style from another host."""
+    """Check that no font, script or style comes from another host."""
     text = (site / "index.html").read_text(encoding="utf-8")
     assert 'src="http' not in text
     assert not [
-        part
-        for part in text.split("<link")[1:]
-        if "stylesheet" in part.split(">")[0] and 'href="http' in part.split(">")[0]
+        tag
+        for tag in text.split("<link")[1:]
+        if "stylesheet" in tag.split(">")[0] and 'href="http' in tag.split(">")[0]
     ]

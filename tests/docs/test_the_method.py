@@ -1,4 +1,4 @@
-"""The method on one page gives the rank of the command, on the same data."""
+"""Check that the method in one file gives the same rank as the command on the same data."""
 
 from __future__ import annotations
 

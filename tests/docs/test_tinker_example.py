@@ -1,4 +1,4 @@
-"""`examples/tinker_service.py` against the stand-in of `tests/docs/tinker_standin.py`, and its refusals."""
+"""Run `examples/tinker_service.py` with the stand-in of `tests/docs/tinker_standin.py`, and test its refusals."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def run(
 ) -> Callable[[], Path]:
     def example() -> Path:
         out = tmp_path / "run"
-        given = ["--model", str(model_folder), "--data", str(completion_file), "--out", str(out)]
+        arguments = ["--model", str(model_folder), "--data", str(completion_file), "--out", str(out)]
         monkeypatch.setitem(sys.modules, "tinker", tinker_standin)
         monkeypatch.syspath_prepend(str(EXAMPLES))
-        monkeypatch.setattr(sys, "argv", ["tinker_service.py", *given, "--steps", "4", "--held-out", "10"])
+        monkeypatch.setattr(sys, "argv", ["tinker_service.py", *arguments, "--steps", "4", "--held-out", "10"])
         runpy.run_path(str(EXAMPLES / "tinker_service.py"), run_name="__main__")
         return out
 
@@ -57,7 +57,7 @@ def test_it_probes_trains_in_threads_and_writes_the_modules(
     [
         ("alpha", lambda rank: 2 * rank, "refused: alpha differs by rank ({1: 2, 16: 32})"),
         ("seed", lambda _: next(NUMBERS), "the service ignores seeds"),
-        ("seed", lambda _: 7, "two seeds have the same A"),
+        ("seed", lambda _: 7, "two seeds give the same matrices A"),
     ],
 )
 def test_it_refuses_a_service_whose_trainings_can_not_be_compared(

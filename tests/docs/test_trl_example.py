@@ -1,4 +1,4 @@
-"""`GRPOTrain` of `examples/trl_grpo.py`: seeds, held-out scores, the best checkpoint, collapses, bad rewards."""
+"""Test `GRPOTrain` of `examples/trl_grpo.py`: seeds, held-out scores, the best checkpoint, collapses, bad rewards."""
 
 from __future__ import annotations
 
@@ -34,55 +34,62 @@ def beside_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
-def letters(completions: list[str], **_: Any) -> list[float]:
-    """The part of the letters that are an e."""
+def reward_letters(completions: list[str], **_: Any) -> list[float]:
+    """Return the fraction of letters that are an e."""
     return [text.count("e") / max(1, len(text)) for text in completions]
 
 
-def grpo(model: Path, reward: Any = letters, **more: Any) -> Any:
+def make_grpo(model: Path, reward: Any = reward_letters, **more: Any) -> Any:
     from trl import GRPOConfig
 
     train = runpy.run_path(str(EXAMPLES / "trl_grpo.py"))["GRPOTrain"]
     settings = GRPOConfig(per_device_train_batch_size=8, num_generations=4, max_completion_length=6, **QUIET)
-    given = {"num_evaluations": 2, "train_dataset": PROMPTS[8:], "validation": PROMPTS[:4], "test": PROMPTS[4:8]} | more
-    given["train_dataset"] = as_dataset(given["train_dataset"])
-    return train(model=str(model), args=settings, reward_funcs=reward, **given)
+    options = {
+        "num_evaluations": 2,
+        "train_dataset": PROMPTS[8:],
+        "validation": PROMPTS[:4],
+        "test": PROMPTS[4:8],
+    } | more
+    options["train_dataset"] = make_dataset(options["train_dataset"])
+    return train(model=str(model), args=settings, reward_funcs=reward, **options)
 
 
-def as_dataset(rows: list[dict[str, str]]) -> Any:
+def make_dataset(rows: list[dict[str, str]]) -> Any:
     from datasets import Dataset
 
     return Dataset.from_list(rows)
 
 
-def task(folder: Path, **more: Any) -> TrialTask:
+def make_task(folder: Path, **more: Any) -> TrialTask:
     folder.mkdir(exist_ok=True)
     values = {"rank": 2, "learning_rate": 1e-2, "lora_alpha": 32.0, "seed": 0, "steps": 4}
     return TrialTask(trial_id="trial", folder=folder, **values | more)
 
 
 def test_a_seed_repeats_a_training_and_another_does_not(model_folder: Path, tmp_path: Path) -> None:
-    train = grpo(model_folder)
-    first, again, other = (train(task(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
-    assert first == again
-    assert first.points[0] == other.points[0]  # before the first step
-    assert first.points[-1] != other.points[-1]
+    train = make_grpo(model_folder)
+    first, repeated, other_seed = (
+        train(make_task(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first == repeated
+    assert first.points[0] == other_seed.points[0]  # before the first step
+    assert first.points[-1] != other_seed.points[-1]
     assert [point.step for point in first.points] == [0, 2, 4]
     assert all(len(point.example_scores or []) == 4 for point in first.points)
     assert first.trainable_parameters > 0
 
 
 def test_the_best_look_is_what_is_saved_and_measured(model_folder: Path, tmp_path: Path) -> None:
-    """Every prompt is rewarded for the untrained adapter's answers alone, so that the look before the first step is the best."""
+    """Reward only the untrained adapter's answers, so that the evaluation before the first step is the best."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    train = grpo(model_folder)
-    untrained = train(task(tmp_path / "base", rank=0))
+    train = make_grpo(model_folder)
+    untrained = train(make_task(tmp_path / "base", rank=0))
     level = untrained.metrics["reward"]
-    best = grpo(model_folder, FirstAnswers())
-    found = best(task(tmp_path / "a", learning_rate=0.3))
-    assert [point.value for point in found.points] == [1.0, 0.0, 0.0]
+    best = make_grpo(model_folder, FirstAnswers())
+    result = best(make_task(tmp_path / "a", learning_rate=0.3))
+    assert [point.value for point in result.points] == [1.0, 0.0, 0.0]
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     ids = torch.arange(10)[None]
     with torch.no_grad():
@@ -106,7 +113,7 @@ class FirstAnswers:
 
 
 def test_a_run_that_collapses_ends_there_and_has_no_result(model_folder: Path, tmp_path: Path) -> None:
-    train = grpo(model_folder, FirstAnswers(), num_evaluations=4, validation=PROMPTS[:8], test=PROMPTS[:8])
+    train = make_grpo(model_folder, FirstAnswers(), num_evaluations=4, validation=PROMPTS[:8], test=PROMPTS[:8])
     with pytest.raises(AllTrialsFailedError, match="the held-out value fell from 1 at step 0 to"):
         select_rank_with(
             train, tmp_path / "run", profile="rl", ranks=(1, 2), learning_rates=(0.3,), max_steps=40, seeds=(0,)
@@ -136,54 +143,54 @@ def test_a_run_stops_early_after_two_looks_far_below(values: tuple[float, ...], 
     assert runpy.run_path(str(EXAMPLES / "trl_grpo.py"))["should_stop_early"](points, 0.05) is stops
 
 
-def short(completions: list[str], **_: Any) -> list[float]:
+def return_short(completions: list[str], **_: Any) -> list[float]:
     return [0.0] * (len(completions) - 1)
 
 
-def nan(completions: list[str], **_: Any) -> list[float]:
+def return_nan(completions: list[str], **_: Any) -> list[float]:
     return [math.nan] * len(completions)
 
 
-def broken(completions: list[str], **_: Any) -> list[float]:
+def raise_error(completions: list[str], **_: Any) -> list[float]:
     raise ZeroDivisionError("no judge")
 
 
 @pytest.mark.parametrize(
     ("reward", "error", "reason"),
     [
-        (short, ReportError, "got 3 rewards for 4 completions"),
-        (nan, NotFiniteError, "gave value = nan: Input should be a finite number"),
-        (broken, RunError, "raised ZeroDivisionError: no judge"),
+        (return_short, ReportError, "got 3 rewards for 4 completions"),
+        (return_nan, NotFiniteError, "gave value = nan: Input should be a finite number"),
+        (raise_error, RunError, "raised ZeroDivisionError: no judge"),
     ],
 )
 def test_a_bad_reward_is_one_clear_line(
     model_folder: Path, tmp_path: Path, reward: Any, error: type[Exception], reason: str
 ) -> None:
     with pytest.raises(error, match=reason) as raised:
-        call_function(grpo(model_folder, [reward]), task(tmp_path / "a"))
+        call_function(make_grpo(model_folder, [reward]), make_task(tmp_path / "a"))
     assert "\n" not in str(raised.value)
 
 
 def test_a_bad_reward_ends_the_selection_before_the_first_step_and_the_metric_is_named_by_the_function(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    train = grpo(model_folder, short)
-    given: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-2,), "max_steps": 2}
+    train = make_grpo(model_folder, return_short)
+    options: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-2,), "max_steps": 2}
     with pytest.raises(AllTrialsFailedError, match=r"train got 3 rewards .* what has finished is kept"):
-        select_rank_with(train, tmp_path / "run", **given)
+        select_rank_with(train, tmp_path / "run", **options)
     lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
     assert sum('"type":"trial_started"' in line for line in lines) == 1
-    found = select_rank_with(grpo(model_folder), tmp_path / "other", **given).decision
-    assert (found.metric, found.higher_is_better) == ("reward", True)
+    selected = select_rank_with(make_grpo(model_folder), tmp_path / "other", **options).decision
+    assert (selected.metric, selected.higher_is_better) == ("reward", True)
 
 
 def test_a_reward_that_does_not_apply_counts_nothing(model_folder: Path, tmp_path: Path) -> None:
     def sometimes(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
         return [None if len(right) > 3 else 1.0 for right in answer]
 
-    train = grpo(model_folder, [sometimes])
-    found = train(task(tmp_path / "a", rank=0))
-    assert found.example_scores == [float(len(row["answer"]) <= 3) for row in PROMPTS[4:8]]
+    train = make_grpo(model_folder, [sometimes])
+    result = train(make_task(tmp_path / "a", rank=0))
+    assert result.example_scores == [float(len(row["answer"]) <= 3) for row in PROMPTS[4:8]]
 
 
 def test_greedy_rewards_do_not_depend_on_the_batch(model_folder: Path) -> None:
@@ -191,21 +198,21 @@ def test_greedy_rewards_do_not_depend_on_the_batch(model_folder: Path) -> None:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     model.train()
-    both = []
+    rewards = []
     for size in (1, 6):
-        train = grpo(model_folder, [letters, letters], eval_batch_size=size)
+        train = make_grpo(model_folder, [reward_letters, reward_letters], eval_batch_size=size)
         train.args.reward_weights, train.args.max_completion_length = [1.0, 0.5], 8
-        both.append(train.rewards(model, tokenizer, PROMPTS[:6]))
-    assert both[0] == pytest.approx(both[1])
+        rewards.append(train.compute_rewards(model, tokenizer, PROMPTS[:6]))
+    assert rewards[0] == pytest.approx(rewards[1])
     assert model.training
     messages = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS[:3]]
-    seen: list[Any] = []
+    judged: list[Any] = []
 
     def judge(completions: list[Any], **_: Any) -> list[float]:
-        seen.extend(completions)
+        judged.extend(completions)
         return [1.0] * len(completions)
 
-    train = grpo(model_folder, judge, eval_batch_size=2)
+    train = make_grpo(model_folder, judge, eval_batch_size=2)
     train.args.reward_weights = [2.0]
-    assert train.rewards(model, tokenizer, messages) == [2.0] * 3
-    assert [one[0]["role"] for one in seen] == ["assistant"] * 3
+    assert train.compute_rewards(model, tokenizer, messages) == [2.0] * 3
+    assert [completion[0]["role"] for completion in judged] == ["assistant"] * 3

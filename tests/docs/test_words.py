@@ -1,4 +1,4 @@
-"""The pages, the code and its messages keep to the glossary."""
+"""Check that the pages, the code and its messages use the glossary's terms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import FRONT, GUIDES, ROOT, name_of
+from tests.docs.pages import FRONT, GUIDES, ROOT, get_page_name
 
 SOURCES = sorted((ROOT / "src" / "rightrank").rglob("*.py"))
 AVOIDED = re.compile(
@@ -17,7 +17,7 @@ AVOIDED = re.compile(
 )
 
 
-@pytest.mark.parametrize("path", [*FRONT, *GUIDES, *SOURCES], ids=name_of)
+@pytest.mark.parametrize("path", [*FRONT, *GUIDES, *SOURCES], ids=get_page_name)
 def test_terms_of_the_glossary_are_used(path: Path) -> None:
-    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if AVOIDED.search(line)]
-    assert found == []
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if AVOIDED.search(line)]
+    assert lines == []

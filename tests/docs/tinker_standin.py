@@ -64,10 +64,10 @@ class ServiceClient:
             return Path(path.removeprefix("tinker:/"))
 
         def archive(path: str) -> Future[SimpleNamespace]:
-            return done(SimpleNamespace(url=place(path).as_uri()))
+            return complete(SimpleNamespace(url=place(path).as_uri()))
 
         def files(path: str) -> Future[SimpleNamespace]:
-            return done(SimpleNamespace(urls={one.name: one.as_uri() for one in place(path).iterdir()}))
+            return complete(SimpleNamespace(urls={file.name: file.as_uri() for file in place(path).iterdir()}))
 
         if QUIRKS["archives"]:
             return SimpleNamespace(get_checkpoint_archive_url_from_tinker_path=archive)
@@ -77,16 +77,18 @@ class ServiceClient:
 class TrainingClient:
     """A base with one adapter and its optimizer."""
 
-    def __init__(self, base_model: str, rank: int, seed: int, place: Path) -> None:
+    def __init__(self, base_model: str, rank: int, seed: int, folder: Path) -> None:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        self.base_model, self.place = base_model, place
+        self.base_model, self.place = base_model, folder
         config = LoraConfig(r=rank, lora_alpha=QUIRKS["alpha"](rank), target_modules="all-linear")
         with _LOCK:
             torch.manual_seed(seed)
             self.model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model), config)
-        self.optimizer = torch.optim.AdamW([one for one in self.model.parameters() if one.requires_grad])
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        )
 
     def get_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -96,50 +98,54 @@ class TrainingClient:
     def forward(self, data: list[Datum], loss_fn: str) -> Future[SimpleNamespace]:
         assert loss_fn == "cross_entropy"
         with torch.no_grad():
-            return done(SimpleNamespace(loss_fn_outputs=[{"logprobs": self._logprobs(one).numpy()} for one in data]))
+            return complete(
+                SimpleNamespace(
+                    loss_fn_outputs=[{"logprobs": self._compute_log_probabilities(datum).numpy()} for datum in data]
+                )
+            )
 
     def forward_backward(self, data: list[Datum], loss_fn: str) -> Future[SimpleNamespace]:
-        """Each sequence is averaged over its tokens first, as open servers do."""
+        """Average each sequence over its tokens first, as open servers do."""
         assert loss_fn == "cross_entropy"
-        for one in data:
-            weights = torch.tensor(one.loss_fn_inputs["weights"])
-            (-(self._logprobs(one) * weights).sum() / weights.sum() / len(data)).backward()
-        return done(SimpleNamespace(loss_fn_outputs=[]))
+        for datum in data:
+            weights = torch.tensor(datum.loss_fn_inputs["weights"])
+            (-(self._compute_log_probabilities(datum) * weights).sum() / weights.sum() / len(data)).backward()
+        return complete(SimpleNamespace(loss_fn_outputs=[]))
 
     def optim_step(self, adam_params: AdamParams) -> Future[None]:
         for group in self.optimizer.param_groups:
             group["lr"] = adam_params.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return done(None)
+        return complete(None)
 
     def save_weights_external(self, name: str, ttl_seconds: int | None = None) -> Future[SimpleNamespace]:
-        """A folder of files."""
-        return done(SimpleNamespace(path=f"tinker:/{self._saved() / 'adapter'}"))
+        """Save the adapter as a folder of files."""
+        return complete(SimpleNamespace(path=f"tinker:/{self._saved() / 'adapter'}"))
 
     def save_weights_for_sampler(self, name: str, ttl_seconds: int | None = None) -> Future[SimpleNamespace]:
-        """A tar."""
+        """Save the adapter as a tar file."""
         folder = self._saved()
         with tarfile.open(folder / "adapter.tar", "w") as tar:
             for path in (folder / "adapter").iterdir():
                 tar.add(path, path.name)
-        return done(SimpleNamespace(path=f"tinker:/{folder / 'adapter.tar'}"))
+        return complete(SimpleNamespace(path=f"tinker:/{folder / 'adapter.tar'}"))
 
     def _saved(self) -> Path:
-        """A folder with `adapter/`, whose configuration names no modules."""
+        """Save a folder with `adapter/`, whose configuration does not name target modules."""
         folder = Path(tempfile.mkdtemp(dir=self.place))
         self.model.save_pretrained(folder / "adapter")
         file = folder / "adapter" / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": None}))
         return folder
 
-    def _logprobs(self, one: Datum) -> torch.Tensor:
-        logits = self.model(input_ids=torch.tensor([one.model_input.tokens])).logits[0].float()
-        targets = torch.tensor(one.loss_fn_inputs["target_tokens"], dtype=torch.long)
+    def _compute_log_probabilities(self, datum: Datum) -> torch.Tensor:
+        logits = self.model(input_ids=torch.tensor([datum.model_input.tokens])).logits[0].float()
+        targets = torch.tensor(datum.loss_fn_inputs["target_tokens"], dtype=torch.long)
         return torch.log_softmax(logits, -1)[torch.arange(len(targets)), targets]
 
 
-def done(value: Any) -> Future[Any]:
+def complete(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future

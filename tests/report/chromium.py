@@ -1,4 +1,4 @@
-"""The browser of the tests: which one, and the options that keep it from asking for anything."""
+"""Find the browser of the tests, with options that keep it from making requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The elements of a page."""
+"""Parse the elements of a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made-up runs for the views: records as a selection would have written them, from a seed."""
+"""Make runs for the views: records as a selection would write them, generated from a seed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rightrank.decision.adapter import adapter_answer
-from rightrank.decision.records import Records, criterion_of
+from rightrank.decision.adapter import choose_adapter
+from rightrank.decision.records import Records, build_criterion
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import ExportedAdapter
 from rightrank.schema.events import (
@@ -25,7 +25,7 @@ from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished
 STEPS, ITEMS, TOKENS = 40, 30, 20
 
 
-def made_up_run(
+def make_run(
     ranks: Sequence[int] = (1, 4, 16, 64),
     rates: Sequence[float] = (1e-3, 3e-3),
     seeds: Sequence[int] = (0,),
@@ -34,13 +34,13 @@ def made_up_run(
     diverged: Sequence[tuple[int, float]] = (),
     with_base: bool = True,
 ) -> Records:
-    """A run whose loss falls with rank as 3 + 0.2 / rank, and rises with the distance from the middle rate."""
-    started = _started(model, ranks, rates, seeds)
+    """Make a run whose loss is 3 + 0.2 / rank at the middle learning rate, and rises with the distance from it."""
+    started = _make_start(model, ranks, rates, seeds)
     records = Records.of(started, [])
     generator = random.Random(7)
     ease = [generator.gauss(0, 0.4) for _ in range(ITEMS)]
     if with_base:
-        records.outcomes.append(_finished(0, 0.0, 0, 3.6, ease, generator))
+        records.outcomes.append(_make_trial(0, 0.0, 0, 3.6, ease, generator))
     middle = sorted(rates)[len(rates) // 2]
     for seed in seeds:
         for rate in rates:
@@ -53,15 +53,17 @@ def made_up_run(
                     records.outcomes.append(outcome)
                     continue
                 loss = 3 + 0.2 / rank + (0.0 if rate == middle else 0.02)
-                records.outcomes.append(_finished(rank, rate, seed, loss, ease, generator))
+                records.outcomes.append(_make_trial(rank, rate, seed, loss, ease, generator))
     if ranks:
         trial = records.outcomes[-1]
-        test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=3.1, example_losses=[3.1], example_tokens=[1])
+        test = TestEvaluated(
+            trial_id=trial.trial_id, rank=trial.rank, value=3.1, example_losses=[3.1], example_tokens=[1]
+        )
         records.tests.append(test)
     return records
 
 
-def _started(model: str, ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> RunStarted:
+def _make_start(model: str, ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> RunStarted:
     settings = SelectSettings(ranks=ranks or (1,), learning_rates=rates, seeds=seeds, margin=0.02)
     split = SplitSummary(examples=ITEMS, tokens=ITEMS * TOKENS, label_tokens=ITEMS * TOKENS, truncated=0, dropped=0)
     return RunStarted(
@@ -79,7 +81,7 @@ def _started(model: str, ranks: Sequence[int], rates: Sequence[float], seeds: Se
     )
 
 
-def _finished(
+def _make_trial(
     rank: int, rate: float, seed: int, loss: float, ease: list[float], generator: random.Random
 ) -> TrialFinished:
     arm = Arm(rank=rank, learning_rate=rate, lora_alpha=32, seed=seed, steps=STEPS if rank else 0)
@@ -104,12 +106,13 @@ def _finished(
     )
 
 
-def answered_run(*, direct: Sequence[int] = ()) -> Records:
-    """A run whose first question is answered: rank 64 trained, and its truncations.
+def make_answered_run(*, direct: Sequence[int] = ()) -> Records:
+    """Make a run with an adapter answer: rank 64 was trained and truncated.
 
-    `direct` are the lower ranks that have been trained since.
+    Args:
+        direct: lower ranks that were trained afterwards.
     """
-    records = made_up_run((*direct, 64), (3e-3,))
+    records = make_run((*direct, 64), (3e-3,))
     records.tests = []
     settings = records.started.settings | {"ranks": [1, 4, 16, 64]}
     records.started = records.started.model_copy(update={"settings": settings})
@@ -117,8 +120,8 @@ def answered_run(*, direct: Sequence[int] = ()) -> Records:
     top = next(trial for trial in records.finished() if trial.rank == 64)
     losses = {32: 0.001, 16: 0.003, 8: 0.008, 4: 0.04}
     for rank, loss in losses.items():
-        records.outcomes.append(_truncated(top, rank, loss, generator))
-    answer = adapter_answer(records.outcomes, criterion_of(records))
+        records.outcomes.append(_make_truncation(top, rank, loss, generator))
+    answer = choose_adapter(records.outcomes, build_criterion(records))
     assert answer is not None
     handed_over = ExportedAdapter(
         rank=answer.rank,
@@ -135,9 +138,9 @@ def answered_run(*, direct: Sequence[int] = ()) -> Records:
     return records
 
 
-def _truncated(top: TrialFinished, rank: int, loss: float, generator: random.Random) -> TrialFinished:
+def _make_truncation(top: TrialFinished, rank: int, loss: float, generator: random.Random) -> TrialFinished:
     """`top` truncated: worse by `loss` nats a token, with noise by example."""
-    items = [one + TOKENS * (loss + generator.gauss(0, 0.002)) for one in top.example_losses]
+    items = [example_loss + TOKENS * (loss + generator.gauss(0, 0.002)) for example_loss in top.example_losses]
     changes = {"rank": rank, "steps": 0, "truncate_from": top.trial_id}
     value = sum(items) / (TOKENS * len(items))
     arm = top.arm.model_copy(update=changes)
@@ -153,20 +156,20 @@ STARTED = TrialStarted(
 )
 
 
-def journal_of(folder: Path, upto: int | None = None) -> Path:
-    """A run folder that holds a made-up journal alone."""
-    records = made_up_run()
-    return journal_with(folder, [records.started, *records.outcomes[:upto], STARTED])
+def write_journal(folder: Path, upto: int | None = None) -> Path:
+    """Write a run folder that contains only the journal of a made-up run."""
+    records = make_run()
+    return write_records(folder, [records.started, *records.outcomes[:upto], STARTED])
 
 
-def answered_folder(folder: Path, goal: str = "training-rank", **made: Any) -> Path:
-    """The run folder of `answered_run`: its journal alone."""
-    records = answered_run(**made)
+def write_answered_run(folder: Path, goal: str = "training-rank", **options: Any) -> Path:
+    """Write a run folder that contains only the journal of `make_answered_run`."""
+    records = make_answered_run(**options)
     started = records.started.model_copy(update={"settings": records.started.settings | {"goal": goal}})
-    return journal_with(folder, [started, *records.outcomes, *records.adapters])
+    return write_records(folder, [started, *records.outcomes, *records.adapters])
 
 
-def journal_with(folder: Path, records: Sequence[JournalRecord]) -> Path:
+def write_records(folder: Path, records: Sequence[JournalRecord]) -> Path:
     folder.mkdir(exist_ok=True)
     journal = Journal(folder / "journal.jsonl")
     for record in records:

@@ -25,11 +25,11 @@ DOCS = {"report-desktop": ("desktop", "light"), "report-dark": ("desktop", "dark
 
 
 @contextmanager
-def chromium() -> Iterator[Any]:
-    """A headless Chromium, closed at the end.
+def open_chromium() -> Iterator[Any]:
+    """Open a headless Chromium, and close it at the end.
 
     Raises:
-        RuntimeError: there is none on this machine.
+        RuntimeError: this machine has no Chromium.
     """
     from playwright.sync_api import sync_playwright
 
@@ -42,10 +42,10 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def screenshot(
+def take_screenshot(
     browser: Any, report: Path, screen: str, scheme: str, *, full_page: bool = True, printed: bool = False
 ) -> bytes:
-    """The report as PNG bytes on a `phone` or a `desktop`; `printed` emulates the style of print on the screen."""
+    """Return the report as PNG bytes on a `phone` or a `desktop`; `printed` emulates the print style on the screen."""
     context = browser.new_context(
         viewport={"width": WIDTHS[screen], "height": HEIGHT[screen]},
         color_scheme=scheme,
@@ -67,24 +67,24 @@ def print_pdf(browser: Any, report: Path, path: Path) -> None:
     page.close()
 
 
-def compressed(image: bytes) -> bytes:
-    """The PNG with a palette of 256 colours, which keeps those of thin lines too."""
+def compress(image: bytes) -> bytes:
+    """Reduce the PNG to a palette of 256 colours, which keeps the colours of thin lines."""
     from PIL import Image
 
     buffer = BytesIO()
-    whole = Image.open(BytesIO(image)).convert("RGB")
-    whole.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    picture = Image.open(BytesIO(image)).convert("RGB")
+    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def all_screenshots(browser: Any, report: Path, folder: Path) -> list[Path]:
-    """Every width and colour scheme, the printed style, the PDF, and its pages as images where `pdftoppm` is installed."""
+def take_all_screenshots(browser: Any, report: Path, folder: Path) -> list[Path]:
+    """Take every width and colour scheme, the printed style, the PDF, and its pages as images if `pdftoppm` is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for screen in WIDTHS:
         for scheme in SCHEMES:
             written.append(folder / f"{screen}-{scheme}.png")
-            written[-1].write_bytes(compressed(screenshot(browser, report, screen, scheme)))
+            written[-1].write_bytes(compress(take_screenshot(browser, report, screen, scheme)))
     written.append(folder / "printed.pdf")
     print_pdf(browser, report, written[-1])
     if shutil.which("pdftoppm"):
@@ -92,16 +92,16 @@ def all_screenshots(browser: Any, report: Path, folder: Path) -> list[Path]:
         written += sorted(folder.glob("printed-*.png"))
     else:
         written.append(folder / "printed.png")
-        written[-1].write_bytes(compressed(screenshot(browser, report, "desktop", "light", printed=True)))
+        written[-1].write_bytes(compress(take_screenshot(browser, report, "desktop", "light", printed=True)))
     return written
 
 
-def docs_screenshots(browser: Any, report: Path, folder: Path) -> list[Path]:
-    """The screenshots of the documentation: the first screen of the report."""
+def take_docs_screenshots(browser: Any, report: Path, folder: Path) -> list[Path]:
+    """Take the screenshots of the documentation: the first screen of the report."""
     written = []
     for name, (screen, scheme) in DOCS.items():
         written.append(folder / f"{name}.png")
-        written[-1].write_bytes(compressed(screenshot(browser, report, screen, scheme, full_page=False)))
+        written[-1].write_bytes(compress(take_screenshot(browser, report, screen, scheme, full_page=False)))
     return written
 
 
@@ -112,9 +112,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="folder for the screenshots of the documentation")
     options = parser.parse_args()
     report = options.run if options.run.is_file() else options.run / "report.html"
-    with chromium() as browser:
-        written = all_screenshots(browser, report, options.out) if options.out else []
-        written += docs_screenshots(browser, report, options.docs) if options.docs else []
+    with open_chromium() as browser:
+        written = take_all_screenshots(browser, report, options.out) if options.out else []
+        written += take_docs_screenshots(browser, report, options.docs) if options.docs else []
     for path in written:
         print(f"{path}: {path.stat().st_size // 1000} kB")
 

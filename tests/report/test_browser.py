@@ -1,4 +1,4 @@
-"""The report in headless Chromium: it works, it asks for nothing, and people can read it."""
+"""Test the report in headless Chromium: it works, makes no requests, and is readable."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from rightrank.decision.records import answers_of, decide_run, decision_so_far
+from rightrank.decision.records import build_answers, decide_if_possible, decide_run
 from rightrank.report.figure import build_metric_axis
 from rightrank.report.figures import build_figures
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS
-from tests.report.runs import answered_run, made_up_run
-from tests.report.screenshots import docs_screenshots
+from tests.report.runs import make_answered_run, make_run
+from tests.report.screenshots import take_docs_screenshots
 
 pytestmark = [
     pytest.mark.trains,
@@ -24,14 +24,14 @@ pytestmark = [
 ]
 
 RUNS = {
-    1: lambda: made_up_run(()),
-    9: lambda: made_up_run(diverged=[(64, 3e-3)]),
-    201: lambda: made_up_run((1, 2, 4, 8, 16, 32, 64, 128), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (0, 1, 2, 3, 4)),
+    1: lambda: make_run(()),
+    9: lambda: make_run(diverged=[(64, 3e-3)]),
+    201: lambda: make_run((1, 2, 4, 8, 16, 32, 64, 128), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (0, 1, 2, 3, 4)),
 }
 
 
 @dataclass
-class Seen:
+class PageEvents:
     """What a page did."""
 
     page: Any
@@ -51,23 +51,25 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("reports")
-    found = {}
+    files_by_count = {}
     for count, make in RUNS.items():
         records = make()
         assert len(records.outcomes) == count
-        found[count] = folder / f"{count}.html"
-        found[count].write_text(render_report(records, answers_of(records, decision_so_far(records))), encoding="utf-8")
-    return found
+        files_by_count[count] = folder / f"{count}.html"
+        files_by_count[count].write_text(
+            render_report(records, build_answers(records, decide_if_possible(records))), encoding="utf-8"
+        )
+    return files_by_count
 
 
-def opened(browser: Any, file: Path, **options: Any) -> Seen:
+def open_page(browser: Any, file: Path, **options: Any) -> PageEvents:
     page = browser.new_context(**options).new_page()
-    seen = Seen(page)
-    page.on("console", lambda message: seen.complaints.append(message.text))
-    page.on("pageerror", lambda error: seen.complaints.append(str(error)))
-    page.on("request", lambda request: seen.requests.append(request.url))
+    events = PageEvents(page)
+    page.on("console", lambda message: events.complaints.append(message.text))
+    page.on("pageerror", lambda error: events.complaints.append(str(error)))
+    page.on("request", lambda request: events.requests.append(request.url))
     page.goto(file.as_uri())
-    return seen
+    return events
 
 
 SCREENS: dict[str, dict[str, Any]] = {
@@ -82,20 +84,20 @@ def test_no_error_no_request_no_overflow_and_no_barrier(
     browser: Any, files: dict[int, Path], count: int, screen: str
 ) -> None:
     axe: Any = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
-    seen = opened(browser, files[count], **SCREENS[screen])
-    page = seen.page
+    events = open_page(browser, files[count], **SCREENS[screen])
+    page = events.page
     assert (page.locator(".drawing svg").count() > 0) == (count > 1)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     # axe runs by evaluating its source in the page, which this page's policy allows to the debugger alone
-    found = axe.Axe().run(page).response["violations"]
-    serious = [rule["id"] for rule in found if rule["impact"] in ("serious", "critical")]
+    violations = axe.Axe().run(page).response["violations"]
+    serious = [rule["id"] for rule in violations if rule["impact"] in ("serious", "critical")]
     assert serious == []
-    assert seen.complaints == []
-    assert [url for url in seen.requests if not url.startswith(("file:", "data:"))] == []
+    assert events.complaints == []
+    assert [url for url in events.requests if not url.startswith(("file:", "data:"))] == []
 
 
 def test_trials_are_sorted_by_their_heads_and_bands_are_in_the_legend(browser: Any, files: dict[int, Path]) -> None:
-    page = opened(browser, files[9]).page
+    page = open_page(browser, files[9]).page
     head = page.locator("table.sortable th button", has_text="held-out")
     for order in ("ascending", "descending"):
         head.click()
@@ -110,7 +112,7 @@ def test_trials_are_sorted_by_their_heads_and_bands_are_in_the_legend(browser: A
 
 @pytest.mark.parametrize("count", RUNS)
 def test_without_scripts_the_drawings_are_there(browser: Any, files: dict[int, Path], count: int) -> None:
-    page = opened(browser, files[count], java_script_enabled=False).page
+    page = open_page(browser, files[count], java_script_enabled=False).page
     stills = page.locator(".drawing > svg")
     for index in range(stills.count()):
         assert stills.nth(index).is_visible()
@@ -128,7 +130,7 @@ OVERFLOWING = """() => [...document.querySelectorAll("main, section, pre, table,
 
 @pytest.mark.parametrize("count", [9, 201])
 def test_it_prints_whole(browser: Any, files: dict[int, Path], count: int, tmp_path: Path) -> None:
-    page = opened(browser, files[count], viewport={"width": A4_WIDTH, "height": 1000}).page
+    page = open_page(browser, files[count], viewport={"width": A4_WIDTH, "height": 1000}).page
     page.emulate_media(media="print")
     assert page.evaluate(OVERFLOWING) == []
     for section in ("rank_curve", "learning_curves", "memory"):
@@ -141,7 +143,7 @@ def test_it_prints_whole(browser: Any, files: dict[int, Path], count: int, tmp_p
 
 @pytest.mark.parametrize("screen", SCREENS)
 def test_a_legend_wraps_and_hides_a_series(browser: Any, files: dict[int, Path], screen: str) -> None:
-    page = opened(browser, files[9], **SCREENS[screen]).page
+    page = open_page(browser, files[9], **SCREENS[screen]).page
     figure = page.locator("#figure-learning_curves")
     entries = figure.locator(".legend button")
     assert entries.all_inner_texts() == ["rank 1", "rank 4", "rank 16", "rank 64"]
@@ -149,18 +151,18 @@ def test_a_legend_wraps_and_hides_a_series(browser: Any, files: dict[int, Path],
         "[...document.querySelectorAll('.legend, .plot-title')].map((e) => e.scrollWidth - e.clientWidth)"
     )
     assert set(widths) == {0}
-    before = figure.locator(".drawing > svg").inner_html()
+    drawing = figure.locator(".drawing > svg").inner_html()
     entries.nth(1).click()
     assert entries.nth(1).get_attribute("aria-pressed") == "false"
-    assert figure.locator(".drawing > svg").inner_html() != before
+    assert figure.locator(".drawing > svg").inner_html() != drawing
     assert figure.locator(".series.off").count() == 2  # held-out and training
     entries.nth(1).click()
-    assert figure.locator(".drawing > svg").inner_html() == before
+    assert figure.locator(".drawing > svg").inner_html() == drawing
 
 
 @pytest.mark.parametrize("screen", SCREENS)
 def test_a_point_shows_its_numbers_inside_the_page(browser: Any, files: dict[int, Path], screen: str) -> None:
-    page = opened(browser, files[9], **SCREENS[screen]).page
+    page = open_page(browser, files[9], **SCREENS[screen]).page
     figure = page.locator("#figure-rank_curve")
     values = [float(text) for text in figure.locator(".series").first.get_attribute("data-y").split()]
     points = figure.locator(".series circle")
@@ -184,19 +186,21 @@ COVERED = """() => [...document.querySelectorAll(".drawing > svg")].flatMap((svg
 
 @pytest.mark.parametrize("width", [320, 390, 1200])
 def test_no_text_of_a_plot_covers_another(browser: Any, tmp_path: Path, width: int) -> None:
-    records = answered_run(direct=(4, 16))
-    made = decide_run(records)
-    narrow = build_metric_axis("exact_match_of_answers", True, (10.6118, 10.6142))  # its numbers have seven characters
-    figures = [replace(figure, name=f"{figure.name}_2", y=narrow) for figure in build_figures(records, made)]
+    records = make_answered_run(direct=(4, 16))
+    decision = decide_run(records)
+    narrow_axis = build_metric_axis(
+        "exact_match_of_answers", True, (10.6118, 10.6142)
+    )  # its numbers have seven characters
+    figures = [replace(figure, name=f"{figure.name}_2", y=narrow_axis) for figure in build_figures(records, decision)]
     file = tmp_path / "report.html"
-    file.write_text(render_report(records, answers_of(records, made), figures), encoding="utf-8")
-    page = opened(browser, file, viewport={"width": width, "height": 900}).page
+    file.write_text(render_report(records, build_answers(records, decision), figures), encoding="utf-8")
+    page = open_page(browser, file, viewport={"width": width, "height": 900}).page
     assert page.locator(".drawing > svg text", has_text="10.6125").count() == len(figures)
     assert page.evaluate(COVERED) == []
 
 
 def test_screenshots_of_the_documentation_are_small(browser: Any, files: dict[int, Path], tmp_path: Path) -> None:
-    written = docs_screenshots(browser, files[9], tmp_path)
+    written = take_docs_screenshots(browser, files[9], tmp_path)
     assert [path.name for path in written] == ["report-desktop.png", "report-dark.png", "report-phone.png"]
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -205,11 +209,11 @@ def test_screenshots_of_the_documentation_are_small(browser: Any, files: dict[in
 
 def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:
     nasty = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>\x00"
-    records = made_up_run(model=nasty)
+    records = make_run(model=nasty)
     file = tmp_path / "nasty.html"
-    made = decide_run(records).model_copy(update={"metric": nasty, "sentence": nasty})
-    file.write_text(render_report(records, answers_of(records, made)), encoding="utf-8")
-    seen = opened(browser, file)
-    seen.page.mouse.move(400, 500)
-    assert seen.page.evaluate("window.pwned") is None
-    assert seen.complaints == []
+    decision = decide_run(records).model_copy(update={"metric": nasty, "sentence": nasty})
+    file.write_text(render_report(records, build_answers(records, decision)), encoding="utf-8")
+    events = open_page(browser, file)
+    events.page.mouse.move(400, 500)
+    assert events.page.evaluate("window.pwned") is None
+    assert events.complaints == []

@@ -1,4 +1,4 @@
-"""The content of the report, and that data cannot change its structure."""
+"""Test the content of the report, and that data cannot change its structure."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from html import unescape
 
 import pytest
 
-from rightrank.decision.records import Records, answers_of, decide_run, decision_so_far
+from rightrank.decision.records import Records, build_answers, decide_if_possible, decide_run
 from rightrank.report.figures import build_rank_figure
 from rightrank.report.html import render_report
 from rightrank.schema.command import build_reproduce_command
 from tests.report.elements import Elements
-from tests.report.runs import answered_run, made_up_run
+from tests.report.runs import make_answered_run, make_run
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}\x00\x1b[31m\u202e\u2028end"
 
 
-def page_of(records: Records) -> str:
-    return render_report(records, answers_of(records, decision_so_far(records)))
+def render_page(records: Records) -> str:
+    return render_report(records, build_answers(records, decide_if_possible(records)))
 
 
 def test_the_answer_its_confidence_and_its_cost_come_first() -> None:
-    records = made_up_run()
-    made = decide_run(records)
-    text = Elements(page_of(records)).text
+    records = make_run()
+    decision = decide_run(records)
+    text = Elements(render_page(records)).text
     start = text[: text.index("Performance against rank")]
-    assert f"Rank {made.rank}" in start
-    assert made.sentence in start
+    assert f"Rank {decision.rank}" in start
+    assert decision.sentence in start
     assert "An indication, paired over 30 held-out examples and 1 seed per rank" in start
     assert "95%" not in start
     assert "Cost: 8 trainings" in start
 
 
 def test_every_part_is_there() -> None:
-    text = Elements(page_of(made_up_run(diverged=[(64, 3e-3)]))).text
-    for part in (
+    text = Elements(render_page(make_run(diverged=[(64, 3e-3)]))).text
+    for heading in (
         "Next run",
         "Evidence by rank",
         "What was not tested",
@@ -46,21 +46,21 @@ def test_every_part_is_there() -> None:
         "rightrank select models/small data.jsonl",
         "1 training without a result",
     ):
-        assert part in text
+        assert heading in text
 
 
 def test_what_comes_from_data_is_shown_as_text() -> None:
-    records = made_up_run(model=NASTY)
-    found = Elements(page_of(records))
+    records = make_run(model=NASTY)
+    elements = Elements(render_page(records))
     shown = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}␀␛[31m��end"
-    assert shown in found.text
-    assert [tag for tag, _ in found.tags].count("script") == 1
-    assert not [tag for tag, attributes in found.tags if tag == "img" or "onerror" in attributes]
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", page_of(records))
+    assert shown in elements.text
+    assert [tag for tag, _ in elements.tags].count("script") == 1
+    assert not [tag for tag, attributes in elements.tags if tag == "img" or "onerror" in attributes]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", render_page(records))
 
 
 def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
-    page = page_of(made_up_run())
+    page = render_page(make_run())
     policy = next(
         attributes["content"]
         for tag, attributes in Elements(page).tags
@@ -75,7 +75,7 @@ def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
 
 
 def test_before_two_ranks_the_report_has_no_answer() -> None:
-    text = Elements(page_of(made_up_run(()))).text
+    text = Elements(render_page(make_run(()))).text
     assert "Running: no answer yet" in text
     assert "0 trainings so far" in text
 
@@ -84,45 +84,46 @@ def test_before_two_ranks_the_report_has_no_answer() -> None:
     ("model", "data"), [("in memory (LlamaForCausalLM)", "rows.jsonl"), ("base", "in memory (Dataset)"), (None, None)]
 )
 def test_objects_in_memory_have_no_command(model: str | None, data: str | None) -> None:
-    assert build_reproduce_command(model, data, made_up_run().settings) is None
+    assert build_reproduce_command(model, data, make_run().settings) is None
 
 
 def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter() -> None:
-    records = answered_run()
-    found = Elements(page_of(records))
-    assert "models/small on data.jsonl: 30 train examples" in found.text
+    records = make_answered_run()
+    elements = Elements(render_page(records))
+    assert "models/small on data.jsonl: 30 train examples" in elements.text
     answer = records.adapters[-1]
-    assert f"r {answer.handed_over.rank}" in found.text
-    assert "model = AutoPeftModelForCausalLM.from_pretrained('adapter')" in found.text
-    assert "tokenizer = AutoTokenizer.from_pretrained('models/small')" in found.text
-    links = [attributes.get("href") for tag, attributes in found.tags if tag == "a"]
+    assert f"r {answer.handed_over.rank}" in elements.text
+    assert "model = AutoPeftModelForCausalLM.from_pretrained('adapter')" in elements.text
+    assert "tokenizer = AutoTokenizer.from_pretrained('models/small')" in elements.text
+    links = [attributes.get("href") for tag, attributes in elements.tags if tag == "a"]
     assert "adapter/" in links
     assert "figures/adapters.csv" in links
     assert not [link for link in links if link and ":" in link]  # nothing but files beside the report
 
 
 def test_the_box_links_the_exports_and_has_their_command() -> None:
-    records = answered_run()
-    found = Elements(render_report(records, answers_of(records, None), run="my run", exports=["trl", "vllm"]))
-    assert "rightrank export 'my run' --to trl" in found.text
-    links = [attributes.get("href") for tag, attributes in found.tags if tag == "a"]
+    records = make_answered_run()
+    elements = Elements(render_report(records, build_answers(records, None), run="my run", exports=["trl", "vllm"]))
+    assert "rightrank export 'my run' --to trl" in elements.text
+    links = [attributes.get("href") for tag, attributes in elements.tags if tag == "a"]
     assert {"exports/trl/", "exports/vllm/"} <= set(links)
 
 
 def test_the_box_is_code_whatever_the_model_s_name_is() -> None:
-    records = answered_run()
+    records = make_answered_run()
     settings = records.started.settings | {"model": NASTY}
     records.started = records.started.model_copy(update={"settings": settings})
-    code = re.search(r'<pre class="code">(.*?)</pre>', render_report(records, answers_of(records, None)), re.DOTALL)
+    code = re.search(r'<pre class="code">(.*?)</pre>', render_report(records, build_answers(records, None)), re.DOTALL)
     assert code is not None
     compile(unescape(code[1]), "box", "exec")
 
 
 def test_a_refused_rank_has_no_ring() -> None:
-    records = made_up_run()
+    records = make_run()
     decision = decide_run(records)
     ranks = [
-        one.model_copy(update={"non_inferior": False}) if one.rank == decision.rank else one for one in decision.ranks
+        evidence.model_copy(update={"non_inferior": False}) if evidence.rank == decision.rank else evidence
+        for evidence in decision.ranks
     ]
     refused = decision.model_copy(update={"ranks": ranks})
     assert any("chosen" in mark.label for mark in build_rank_figure(decision).marks)

@@ -1,4 +1,4 @@
-"""The time left, against selections whose true time is known: one at a time, several together, continued, resumed."""
+"""Test the estimated time left on selections with a given true time: one trial at a time, several together, continued, resumed."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from rightrank.hooks.progress import Progress
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted
-from tests.report.runs import made_up_run
+from tests.report.runs import make_run
 
 STEP_SECONDS, EVAL_SECONDS = 2.0, 6.0  # an equal share per arm, whatever shares the passes
 
 
-def arms(count: int, steps: int = 20) -> list[Trial]:
+def make_trials(count: int, steps: int = 20) -> list[Trial]:
     return [
         Trial(trial_id=f"t{index}", arm=Arm(rank=2**index, learning_rate=1e-3, lora_alpha=32, seed=0, steps=steps))
         for index in range(count)
     ]
 
 
-def started(trial: Trial) -> TrialStarted:
+def start_trial(trial: Trial) -> TrialStarted:
     return TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump())
 
 
-def ended(trial: Trial, seconds: float | None = None) -> TrialFinished:
+def finish_trial(trial: Trial, seconds: float | None = None) -> TrialFinished:
     last = trial.arm.stop_at or trial.arm.steps
-    template = made_up_run(with_base=True).outcomes[-1]
+    template = make_run(with_base=True).outcomes[-1]
     assert isinstance(template, TrialFinished)
     changes = trial.arm.model_dump() | {"trial_id": trial.trial_id, "eval_seconds": EVAL_SECONDS}
     changes["train_seconds"] = last * STEP_SECONDS if seconds is None else seconds
     return template.model_copy(update=changes)
 
 
-def events(trials: Sequence[Trial], adapters_per_pass: int) -> Iterator[tuple[float, Event]]:
-    """`(true seconds left, event)` of trials trained with several adapters per pass, evaluated once at their end."""
-    left = sum(trial.arm.steps * STEP_SECONDS + EVAL_SECONDS for trial in trials)
+def simulate_events(trials: Sequence[Trial], adapters_per_pass: int) -> Iterator[tuple[float, Event]]:
+    """Yield `(true seconds left, event)` of trials trained with several adapters per pass and evaluated once at their end."""
+    seconds_left = sum(trial.arm.steps * STEP_SECONDS + EVAL_SECONDS for trial in trials)
     for first in range(0, len(trials), adapters_per_pass):
         group = trials[first : first + adapters_per_pass]
         for trial in group:
-            yield left, started(trial)
+            yield seconds_left, start_trial(trial)
         for step in range(1, group[0].arm.steps + 1):
-            left -= STEP_SECONDS * len(group)
+            seconds_left -= STEP_SECONDS * len(group)
             for trial in group:
                 yield (
-                    left,
+                    seconds_left,
                     StepDone(
                         trial_id=trial.trial_id,
                         step=step,
@@ -56,28 +56,28 @@ def events(trials: Sequence[Trial], adapters_per_pass: int) -> Iterator[tuple[fl
                         seconds=step * STEP_SECONDS,
                     ),
                 )
-        left -= EVAL_SECONDS * len(group)
+        seconds_left -= EVAL_SECONDS * len(group)
         for trial in group:
-            yield left, ended(trial)
+            yield seconds_left, finish_trial(trial)
 
 
-def progress_of(count: int, outcomes: Sequence[TrialOutcome] = (), **settings: object) -> Progress:
+def make_progress(count: int, outcomes: Sequence[TrialOutcome] = (), **settings: object) -> Progress:
     progress = Progress()
-    progress.record_event(planned(count, 2.0 * count, outcomes, **settings))
+    progress.record_event(make_planned_progress(count, 2.0 * count, outcomes, **settings))
     return progress
 
 
-def planned(
-    expected: float, most: float, outcomes: Sequence[TrialOutcome] = (), **settings: object
+def make_planned_progress(
+    expected: float, most_seconds: float, outcomes: Sequence[TrialOutcome] = (), **settings: object
 ) -> SelectionPlanned:
-    started = made_up_run().started
+    started = make_run().started
     started = started.model_copy(update={"settings": started.settings | settings})
     return SelectionPlanned(
         started=started,
         expected_trials=9,
         steps=20,
         expected_trainings=expected,
-        trainings_at_most=most,
+        trainings_at_most=most_seconds,
         outcomes=list(outcomes),
     )
 
@@ -85,14 +85,14 @@ def planned(
 @pytest.mark.parametrize("adapters_per_pass", [1, 3, 8])
 def test_the_time_left_is_the_time_left(adapters_per_pass: int) -> None:
     """Within one evaluation an arm: until one has ended, nobody knows what that takes."""
-    progress, trials = progress_of(8), arms(8)
+    progress, trials = make_progress(8), make_trials(8)
     checked = 0
-    for left, event in events(trials, adapters_per_pass):
+    for seconds_left, event in simulate_events(trials, adapters_per_pass):
         progress.record_event(event)
         if (isinstance(event, StepDone) and event.trial_id == trials[-1].trial_id) or isinstance(event, TrialFinished):
             remaining = progress.estimate_remaining_seconds()
             assert remaining is not None
-            assert abs(remaining - left) <= EVAL_SECONDS * len(trials) + 1e-6
+            assert abs(remaining - seconds_left) <= EVAL_SECONDS * len(trials) + 1e-6
             checked += 1
     assert checked > 8
     assert progress.estimate_remaining_seconds() == pytest.approx(0)
@@ -100,11 +100,11 @@ def test_the_time_left_is_the_time_left(adapters_per_pass: int) -> None:
 
 def test_the_start_of_a_shared_pass_is_not_the_time_of_one_arm_times_all() -> None:
     """Eight adapters per pass, a quarter of the way: three quarters are left, not eight times that and not nothing."""
-    progress = progress_of(8)
-    for left, event in events(arms(8), 8):
+    progress = make_progress(8)
+    for seconds_left, event in simulate_events(make_trials(8), 8):
         progress.record_event(event)
         if isinstance(event, StepDone) and event.step == 5 and event.trial_id == "t7":
-            assert progress.estimate_remaining_seconds() == pytest.approx(left, abs=8 * EVAL_SECONDS)
+            assert progress.estimate_remaining_seconds() == pytest.approx(seconds_left, abs=8 * EVAL_SECONDS)
             assert "2.0 of about 8.0 trainings · ranks 1, 2, 4, 8, 16, 32, 64, 128 · step 5/20" in (
                 progress.format_progress()
             )
@@ -113,30 +113,32 @@ def test_the_start_of_a_shared_pass_is_not_the_time_of_one_arm_times_all() -> No
 
 
 def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
-    trials = arms(6)
-    progress = progress_of(6, [ended(trial) for trial in trials[:4]], ranks=[1, 8])
-    whole = 20 * STEP_SECONDS + EVAL_SECONDS
-    assert progress.estimate_remaining_seconds() == pytest.approx(2 * whole)
-    progress.record_event(started(trials[4]))
+    trials = make_trials(6)
+    progress = make_progress(6, [finish_trial(trial) for trial in trials[:4]], ranks=[1, 8])
+    full_seconds = 20 * STEP_SECONDS + EVAL_SECONDS
+    assert progress.estimate_remaining_seconds() == pytest.approx(2 * full_seconds)
+    progress.record_event(start_trial(trials[4]))
     # from its checkpoint at step 15: its seconds are those of all its steps, this process's and the last one's
     progress.record_event(StepDone(trial_id="t4", step=15, steps=20, loss=3.0, seconds=15 * STEP_SECONDS))
-    assert progress.estimate_remaining_seconds() == pytest.approx(5 * STEP_SECONDS + whole, abs=EVAL_SECONDS)
+    assert progress.estimate_remaining_seconds() == pytest.approx(5 * STEP_SECONDS + full_seconds, abs=EVAL_SECONDS)
     assert progress.format_progress().startswith("4.8 of about 6.0 trainings · rank 16, ")
     assert [rank for rank, _ in progress.curves()[0]] == [1, 2, 4, 8]
 
 
 def test_a_continued_training_counts_by_itself() -> None:
     """Stopped at step 5 of 20 and continued: the second arm costs 15 steps, its seconds cover 20."""
-    short = Trial(trial_id="short", arm=arms(1)[0].arm.model_copy(update={"stop_at": 5}))
-    rest = Trial(trial_id="rest", arm=arms(1)[0].arm.model_copy(update={"continue_from": "short"}))
-    progress = progress_of(2, [ended(short), ended(rest)], ranks=[1])
-    own = [5 * STEP_SECONDS + EVAL_SECONDS, 15 * STEP_SECONDS]
-    assert progress.estimate_remaining_seconds() == pytest.approx(sum(own))  # one training has ended, and one is to come
+    short = Trial(trial_id="short", arm=make_trials(1)[0].arm.model_copy(update={"stop_at": 5}))
+    continued = Trial(trial_id="rest", arm=make_trials(1)[0].arm.model_copy(update={"continue_from": "short"}))
+    progress = make_progress(2, [finish_trial(short), finish_trial(continued)], ranks=[1])
+    expected_seconds = [5 * STEP_SECONDS + EVAL_SECONDS, 15 * STEP_SECONDS]
+    assert progress.estimate_remaining_seconds() == pytest.approx(
+        sum(expected_seconds)
+    )  # one training has ended, and one is to come
 
 
 def test_what_diverged_counts_its_steps() -> None:
-    trial, progress = arms(1)[0], progress_of(2)
-    progress.record_event(started(trial))
+    trial, progress = make_trials(1)[0], make_progress(2)
+    progress.record_event(start_trial(trial))
     progress.record_event(StepDone(trial_id="t0", step=4, steps=20, loss=9.0, seconds=8.0))
     line = progress.record_event(TrialDiverged(trial_id="t0", **trial.arm.model_dump(), step=4, reason="loss is nan"))
     assert line is not None
@@ -145,8 +147,8 @@ def test_what_diverged_counts_its_steps() -> None:
 
 
 def test_more_than_expected_is_no_negative_time() -> None:
-    progress, trials = progress_of(2), arms(4)
-    for _, event in events(trials, 2):
+    progress, trials = make_progress(2), make_trials(4)
+    for _, event in simulate_events(trials, 2):
         progress.record_event(event)
         assert (progress.estimate_remaining_seconds() or 0.0) >= 0
     assert progress.format_progress().startswith("4.0 trainings, more than the 2.0 expected")
@@ -163,11 +165,13 @@ def test_a_time_is_read_in_hours() -> None:
 
 
 def test_a_higher_rank_in_a_continued_run_adds_its_trainings_to_those_that_ended() -> None:
-    trials = arms(4)  # ranks 1 to 8
+    trials = make_trials(4)  # ranks 1 to 8
 
     def position(ranks: list[int]) -> str:
         progress = Progress()
-        progress.record_event(planned(4.0, 6.0, [ended(trial) for trial in trials[:3]], ranks=ranks))
+        progress.record_event(
+            make_planned_progress(4.0, 6.0, [finish_trial(trial) for trial in trials[:3]], ranks=ranks)
+        )
         return progress.format_progress()
 
     assert position([1, 2, 4]).startswith("3.0 of about 4.0 trainings")

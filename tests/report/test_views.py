@@ -1,4 +1,4 @@
-"""The views of a run: progress lines, the JSON log, `status`, completion, and the length of `--help`."""
+"""Test the views of a run: progress lines, the JSON log, `status`, completion, and the length of `--help`."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ from rightrank.hooks.terminal import LiveView, View, make_view
 from rightrank.report.answer import build_answer_view, render_notebook_html
 from rightrank.report.figures import build_rank_figure
 from rightrank.report.svg import render_svg_file
-from rightrank.report.terminal import CURVE_ROWS, format_plan, draw_terminal_curve
+from rightrank.report.terminal import CURVE_ROWS, draw_terminal_curve, format_plan
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
-from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
+from tests.report.runs import STARTED, make_run, write_answered_run, write_journal
 
 PLANNED = SelectionPlanned(
-    started=made_up_run().started, expected_trials=9, steps=40, expected_trainings=6.0, trainings_at_most=9.0
+    started=make_run().started, expected_trials=9, steps=40, expected_trainings=6.0, trainings_at_most=9.0
 )
 
 
 def test_status_reports_the_run_and_changes_nothing(tmp_path: Path) -> None:
-    run = journal_of(tmp_path / "run", upto=7)
+    run = write_journal(tmp_path / "run", upto=7)
     with (run / "journal.jsonl").open("a") as file:
         file.write('{"type": "trial_fin')  # another process is writing this very line
-    before = (run / "journal.jsonl").read_bytes()
-    found = status(run)
-    assert (found.state, found.trials_ended) == ("stopped", 7)
-    assert found.rank is not None
-    assert [rank for rank, _ in found.curve] == [1, 4, 16, 64]
-    assert (run / "journal.jsonl").read_bytes() == before
+    journal_bytes = (run / "journal.jsonl").read_bytes()
+    run_status = status(run)
+    assert (run_status.state, run_status.trials_ended) == ("stopped", 7)
+    assert run_status.rank is not None
+    assert [rank for rank, _ in run_status.curve] == [1, 4, 16, 64]
+    assert (run / "journal.jsonl").read_bytes() == journal_bytes
     assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["journal.jsonl"]
 
 
 def test_while_a_process_works_status_shows_its_progress(tmp_path: Path) -> None:
-    run = journal_of(tmp_path / "run")
+    run = write_journal(tmp_path / "run")
     file = ProgressFile(run)
     file.on_event(PLANNED)
     file.on_event(STARTED)
     file.on_event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
     with FileLock(run / ".lock"):
-        found = status(run)
-    assert found.state == "running"
-    assert found.running == "r=4 lr=0.001 seed=0"
-    assert found.progress is not None
-    assert "step 10/40" in found.progress
+        run_status = status(run)
+    assert run_status.state == "running"
+    assert run_status.running == "r=4 lr=0.001 seed=0"
+    assert run_status.progress is not None
+    assert "step 10/40" in run_status.progress
     assert status(run).progress is None  # the process is gone, its last report does not count
     file.__exit__(None, None, None)
     assert not (run / "progress.json").exists()
 
 
 def test_status_on_the_command_line(tmp_path: Path) -> None:
-    run = journal_of(tmp_path / "run")
+    run = write_journal(tmp_path / "run")
     shown = CliRunner().invoke(cli, ["status", str(run)])
     assert shown.exit_code == 0
     assert "stopped, 8 trainings so far" in shown.output
@@ -79,18 +79,18 @@ def test_status_on_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path, command: str) -> None:
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "rightrank", command, str(tmp_path)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("rightrank: ")
-    assert done.stderr.count("\n") == 1
+    assert completed.returncode == 2
+    assert completed.stdout == ""
+    assert completed.stderr.startswith("rightrank: ")
+    assert completed.stderr.count("\n") == 1
 
 
 def test_the_log_is_one_json_object_a_line() -> None:
     stream = io.StringIO()
-    records = made_up_run()
+    records = make_run()
     log = JsonLog(stream)
     log.on_event(PLANNED)
     log.on_event(STARTED)
@@ -120,7 +120,7 @@ def test_a_live_view_needs_a_terminal_with_colours(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("quiet", [True, False])
 def test_plain_lines_contain_no_escape_and_quiet_prints_nothing(quiet: bool) -> None:
     stream = io.StringIO()
-    records = made_up_run()
+    records = make_run()
     with View(Console(file=stream), quiet) as view:
         view.on_event(PLANNED)
         for outcome in records.outcomes:
@@ -131,7 +131,7 @@ def test_plain_lines_contain_no_escape_and_quiet_prints_nothing(quiet: bool) -> 
 
 def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
     stream = io.StringIO()
-    records = made_up_run()
+    records = make_run()
     with LiveView(Console(file=stream, force_terminal=True, width=100, height=40)) as view:
         view.on_event(PLANNED)
         for outcome in records.outcomes[:4]:
@@ -140,7 +140,7 @@ def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
         view.on_event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
         view._live.refresh()
         shown = stream.getvalue()
-    for part in (
+    for text in (
         " of about 6.0 trainings",
         "rank 4, learning rate 0.001",
         "step 10/40",
@@ -148,11 +148,11 @@ def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
         "best so far: rank",
         "GiB",
     ):
-        assert part in shown
+        assert text in shown
 
 
 def test_the_validation_split_of_older_records_has_its_name() -> None:
-    started = made_up_run().started
+    started = make_run().started
     splits = {"train": started.data.splits["train"], "validation": started.data.splits["train"]}
     shown = format_plan(started.model_copy(update={"data": started.data.model_copy(update={"splits": splits})}), 40)
     assert shown.startswith("examples: 30 train, 30 validation; ")
@@ -169,19 +169,21 @@ def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
 
 
 def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:
-    run = answered_folder(tmp_path / "run")
+    run = write_answered_run(tmp_path / "run")
     (run / "adapter").mkdir()
     (run / "exports" / "trl").mkdir(parents=True)
     assert CliRunner().invoke(cli, ["report", str(run)]).exit_code == 0
-    found = Elements((run / "report.html").read_text(encoding="utf-8"))
-    links = {attributes.get("href") or "" for tag, attributes in found.tags if tag == "a"}
+    elements = Elements((run / "report.html").read_text(encoding="utf-8"))
+    links = {attributes.get("href") or "" for tag, attributes in elements.tags if tag == "a"}
     assert {"adapter/", "exports/trl/", "figures/learning_curves.csv", "figures/memory.svg"} <= links
     assert [link for link in links if not (run / link).exists()] == []
 
 
 def test_the_picture_of_a_notebook_fits_its_box() -> None:
-    made = decide_run(made_up_run())
-    picture = render_notebook_html(build_answer_view(Answers(made)), "", render_svg_file(build_rank_figure(made)))
+    decision = decide_run(make_run())
+    picture = render_notebook_html(
+        build_answer_view(Answers(decision)), "", render_svg_file(build_rank_figure(decision))
+    )
     svg = picture[picture.index("<svg") : picture.index(">", picture.index("<svg"))]
     assert "viewBox=" in svg
     assert 'style="display: block; width: 100%; height: auto"' in svg
@@ -210,10 +212,10 @@ def test_a_truncation_at_the_place_of_a_trained_adapter_is_seen() -> None:
 
 def test_every_terminal_curve_says_which_direction_is_better(tmp_path: Path) -> None:
     label = "held-out loss, nats (lower is better)\n"
-    run = journal_of(tmp_path / "run")
+    run = write_journal(tmp_path / "run")
     assert label in CliRunner().invoke(cli, ["status", str(run)]).output
     assert label in CliRunner().invoke(cli, ["decide", str(run)]).output
-    stream, records = io.StringIO(), made_up_run()
+    stream, records = io.StringIO(), make_run()
     higher = records.started.model_copy(update={"metric": "accuracy", "higher_is_better": True})
     with View(Console(file=stream)) as view:
         view.on_event(PLANNED.model_copy(update={"started": higher}))
@@ -225,8 +227,8 @@ def test_every_terminal_curve_says_which_direction_is_better(tmp_path: Path) -> 
 def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
     text = draw_terminal_curve([(1, 3.2), (4, 3.1), (64, 3.0)], 72, label="loss")
     line = next(line for line in text.splitlines() if line.split() == ["1", "4", "64"])
-    places = [line.index(rank) for rank in ("1", "4", "64")]
-    share = (places[1] - places[0]) / (places[2] - places[0])
+    columns = [line.index(rank) for rank in ("1", "4", "64")]
+    share = (columns[1] - columns[0]) / (columns[2] - columns[0])
     assert share == pytest.approx(2 / 6, abs=0.05)  # log2: 0, 2, 6
 
 
@@ -234,7 +236,9 @@ def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
 @pytest.mark.parametrize("values", [(3.2, 3.1, 3.0), (0.5, 0.5, 0.5), (-1e-7, 1e6, 4.0)])
 def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, values: tuple[float, ...]) -> None:
     points = list(zip((1, 8, 512), values, strict=True))
-    text = draw_terminal_curve(points, width, truncated=[(64, values[1])], label="held-out loss, nats (lower is better)")
+    text = draw_terminal_curve(
+        points, width, truncated=[(64, values[1])], label="held-out loss, nats (lower is better)"
+    )
     assert max(map(len, text.splitlines())) <= width
     assert len([line for line in text.splitlines() if "│" in line]) == CURVE_ROWS
     assert sum(line.count("●") for line in text.splitlines() if "│" in line) == 3
@@ -254,7 +258,7 @@ def test_scores_of_a_custom_trainer_stand_below_the_metric_that_they_are_of(tmp_
 
 
 def test_the_table_of_a_folder_and_of_what_select_returns(tmp_path: Path) -> None:
-    run = answered_folder(tmp_path / "run")
+    run = write_answered_run(tmp_path / "run")
     table = rightrank.to_pandas(run)
     assert list(table.columns[:7]) == ["trial_id", "stage", "rank", "learning_rate", "lora_alpha", "seed", "steps"]
     assert any(stage.startswith("truncated") for stage in table.stage)

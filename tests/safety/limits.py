@@ -1,4 +1,4 @@
-"""Limits on the processor time and the memory of a block of code."""
+"""Limit the processor time and the memory of a block of code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OutOfTimeError(BaseException):
 
 
 @contextmanager
-def limited() -> Iterator[None]:
+def limit_resources() -> Iterator[None]:
     """Raise `OutOfTimeError` or `MemoryError` in a block that exceeds a limit."""
     address_space = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""Built twice, in two places, at two times: the same bytes."""
+"""Build twice, in two folders and at two times, and compare the bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.safety.audit import summary
+from tests.safety.audit import summarize
 
 pytestmark = pytest.mark.trains
 
@@ -22,27 +22,27 @@ ROOT = Path(__file__).parents[2]
 PACKAGED = ("src", "pyproject.toml", "README.md", "LICENSE")
 
 
-def built(where: Path) -> dict[str, str]:
+def build_files(folder: Path) -> dict[str, str]:
     """Name → SHA-256 of wheel and sdist, from a copy of the sources with new times and an umask of its own."""
-    where.mkdir()
+    folder.mkdir()
     for name in PACKAGED:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(
-                source, where / name, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__")
+                source, folder / name, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__")
             )
         else:
-            shutil.copyfile(source, where / name)
+            shutil.copyfile(source, folder / name)
     environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build"], cwd=where, env=environment, check=True, capture_output=True
+        [sys.executable, "-m", "hatchling", "build"], cwd=folder, env=environment, check=True, capture_output=True
     )
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((where / "dist").iterdir())}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "dist").iterdir())}
 
 
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="the build backend is not installed: pip install hatchling")
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
-    first, second = built(tmp_path / "a"), built(tmp_path / "another place")
+    first, second = build_files(tmp_path / "a"), build_files(tmp_path / "another place")
     assert len(first) == 2
     assert first == second
     wheel = next((tmp_path / "a" / "dist").glob("*.whl"))
@@ -82,4 +82,4 @@ UNKNOWN = {"name": "odd", "skip_reason": "not found"}
 def test_a_package_that_was_not_looked_up_is_not_called_good(
     packages: list[dict[str, object]], line: str, status: int
 ) -> None:
-    assert summary({"dependencies": packages}) == (line, status)
+    assert summarize({"dependencies": packages}) == (line, status)

@@ -1,4 +1,4 @@
-"""What we write and print: no secrets, no escapes of a terminal, one line where something is wrong."""
+"""Test what we write and print: no secrets, no terminal escapes, and one line for errors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from rightrank.api.runs import export
 from rightrank.cli import main
-from rightrank.decision.records import answers_of
+from rightrank.decision.records import build_answers
 from rightrank.interop.exports import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, format_one_line
 from tests.commands import run, select_arguments
-from tests.report.runs import made_up_run
+from tests.report.runs import make_run
 from tests.tiny import write_jsonl
 
 SECRETS = {
@@ -33,14 +33,14 @@ ENVIRONMENT = {"python", "system", "torch", "transformers", "peft", "device", "t
 def small_run(
     model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, str]]:
-    """A selection by the command, in an environment full of secrets: its folder, and what it printed."""
-    out, printed, told = tmp_path_factory.mktemp("secrets") / "run", io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(told):
+    """Run a selection by the command in an environment full of secrets, and return its folder and its output."""
+    out, printed, stderr = tmp_path_factory.mktemp("secrets") / "run", io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(stderr):
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         with pytest.raises(SystemExit, match=r"^0$"):
             main([*select_arguments(model_folder, completion_file, out), "--log-json"])
-    return out, {"out": printed.getvalue(), "err": told.getvalue()}
+    return out, {"out": printed.getvalue(), "err": stderr.getvalue()}
 
 
 def test_no_secret_of_the_environment_is_written_or_printed(
@@ -60,8 +60,8 @@ def test_the_environment_in_the_journal_is_a_list_of_what_is_allowed(
 ) -> None:
     out, _ = small_run
     started = json.loads((out / "journal.jsonl").read_text().splitlines()[0])
-    found = started.get("environment") or started["record"]["environment"]
-    assert set(found) <= ENVIRONMENT
+    environment = started.get("environment") or started["record"]["environment"]
+    assert set(environment) <= ENVIRONMENT
 
 
 def test_a_server_s_script_listens_on_loopback(small_run: tuple[Path, dict[str, str]]) -> None:
@@ -71,10 +71,12 @@ def test_a_server_s_script_listens_on_loopback(small_run: tuple[Path, dict[str, 
 
 
 def test_foreign_code_is_shown_in_the_report() -> None:
-    records = made_up_run()
-    assert "The run executed code from the model's repository" not in render_report(records, answers_of(records, None))
+    records = make_run()
+    assert "The run executed code from the model's repository" not in render_report(
+        records, build_answers(records, None)
+    )
     records.started.settings["trust_remote_code"] = True
-    assert "The run executed code from the model's repository" in render_report(records, answers_of(records, None))
+    assert "The run executed code from the model's repository" in render_report(records, build_answers(records, None))
 
 
 # one line
@@ -136,7 +138,7 @@ def test_names_that_no_file_has(
 def test_data_with_a_name_that_is_no_text_is_journalled(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file's name may hold bytes that are no UTF-8; JSON may not."""
+    """Use a file name with bytes that are not UTF-8, which JSON cannot contain."""
     path = tmp_path / "data\udcff.jsonl"
     path.write_bytes(completion_file.read_bytes())
     status, _, err = run(select_arguments(model_folder, path, tmp_path / "run"), capsys)

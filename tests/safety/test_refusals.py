@@ -1,4 +1,4 @@
-"""Files made to harm: each is refused in one line, nothing in them is run, nothing outside is touched."""
+"""Test malicious files: each is refused in one line, nothing in it is executed, and no file outside is touched."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.train.optimizer import load_checkpoint
-from tests.report.runs import made_up_run
-from tests.safety.limits import limited
+from tests.report.runs import make_run
+from tests.safety.limits import limit_resources
 from tests.tiny import ON_CPU, sentences, small_settings, write_jsonl
 
 
@@ -43,15 +43,15 @@ class Bomb:
 def require_refused(
     read: Callable[[], object], message: str, kind: type[InputError] = InputError, longest: int = 1500
 ) -> None:
-    """One visible line of a sane length, in 5 seconds and 1 GiB."""
-    with limited(), pytest.raises(kind, match=message) as refusal:
+    """Require one visible line of reasonable length, within 5 seconds and 1 GiB."""
+    with limit_resources(), pytest.raises(kind, match=message) as refusal:
         read()
     text = str(refusal.value)
     assert text.isprintable()
     assert len(text) <= longest
 
 
-def adapter(folder: Path, config: dict[str, Any] | None = None, **tensors: list[int]) -> Path:
+def write_adapter(folder: Path, config: dict[str, Any] | None = None, **tensors: list[int]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model.q_proj.lora_"
     shapes = tensors or {f"{prefix}A.weight": [2, 4], f"{prefix}B.weight": [3, 2]}
@@ -63,14 +63,14 @@ def adapter(folder: Path, config: dict[str, Any] | None = None, **tensors: list[
     return folder
 
 
-def run_folder(folder: Path) -> RunFolder:
-    """A journal of a run that has not ended."""
-    records = made_up_run((1, 4), (1e-3,))
+def write_run_folder(folder: Path) -> RunFolder:
+    """Write the journal of a run that has not ended."""
+    records = make_run((1, 4), (1e-3,))
     folder.mkdir(parents=True, exist_ok=True)
-    found = RunFolder(folder)
+    run_folder = RunFolder(folder)
     for record in (records.started, *records.outcomes):
-        found.journal.append(record)
-    return found
+        run_folder.journal.append(record)
+    return run_folder
 
 
 # pickles
@@ -97,7 +97,7 @@ def test_a_pickle_is_never_loaded_as_an_adapter_a_model_a_journal_or_a_checkpoin
 ) -> None:
     mark = tmp_path / "mark"
     bomb = pickle.dumps(Bomb(mark))
-    folder = adapter(tmp_path / "adapter")
+    folder = write_adapter(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").write_bytes(bomb)
     require_refused(lambda: inspect(folder), "not a readable safetensors file", ModelError)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
@@ -141,7 +141,7 @@ def test_pickled_weights_beside_other_safetensors_are_not_read(tmp_path: Path, m
     ],
 )
 def test_safetensors_headers_that_lie(tmp_path: Path, length: int | None, header: bytes) -> None:
-    folder = adapter(tmp_path / "adapter")
+    folder = write_adapter(tmp_path / "adapter")
     size = (len(header) if length is None else length).to_bytes(8, "little")
     (folder / "adapter_model.safetensors").write_bytes(size + header + b"\0" * 16)
     require_refused(lambda: inspect(folder), "not a readable safetensors file", ModelError)
@@ -150,7 +150,8 @@ def test_safetensors_headers_that_lie(tmp_path: Path, length: int | None, header
 
 
 ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} [{','.join(['*' + previous] * 9)}]\n"
+    for previous, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 
@@ -262,7 +263,7 @@ def test_trial_ids_that_are_paths(tmp_path: Path, trial_id: str) -> None:
 
 
 def test_a_run_folder_may_itself_be_a_link_and_hold_links_inside(tmp_path: Path) -> None:
-    run = run_folder(tmp_path / "elsewhere")
+    run = write_run_folder(tmp_path / "elsewhere")
     (run.path / "last").symlink_to("figures")
     (tmp_path / "run").symlink_to(run.path)
     assert status(tmp_path / "run").trials_ended == 3
@@ -279,7 +280,7 @@ def test_a_saved_dataset_that_names_files_elsewhere(tmp_path: Path, filename: st
 
 
 def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row may name a file or an address for its image; reading rows must not go there."""
+    """Read rows that name a file or an address as their image, which must not be opened."""
     import datasets
 
     text, named = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
@@ -299,8 +300,8 @@ def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: 
 # code that comes with a model
 
 
-def foreign_model(model_folder: Path, target: Path, mark: Path) -> Path:
-    """A model whose configuration names code of its own, which leaves a mark when it is run."""
+def write_foreign_model(model_folder: Path, target: Path, mark: Path) -> Path:
+    """Write a model whose configuration names its own code, which leaves a mark when it runs."""
     shutil.copytree(model_folder, target)
     config = json.loads((target / "config.json").read_text())
     config |= {
@@ -315,7 +316,7 @@ def foreign_model(model_folder: Path, target: Path, mark: Path) -> Path:
 @pytest.mark.plug_in("plan")
 def test_code_of_a_model_s_own_is_not_run_unasked(tmp_path: Path, model_folder: Path) -> None:
     mark = tmp_path / "mark"
-    model = foreign_model(model_folder, tmp_path / "model", mark)
+    model = write_foreign_model(model_folder, tmp_path / "model", mark)
     require_refused(lambda: load_base(str(model), ON_CPU, None), "trust_remote_code|custom code", ModelError)
     require_refused(lambda: rightrank.plan(str(model)), "trust_remote_code|custom code", ModelError)
     assert not mark.exists()
@@ -323,14 +324,14 @@ def test_code_of_a_model_s_own_is_not_run_unasked(tmp_path: Path, model_folder: 
 
 @pytest.mark.plug_in("plan")
 @pytest.mark.parametrize(
-    "where", ["attn_implementation", "_attn_implementation", "experts_implementation", "text_config"]
+    "key", ["attn_implementation", "_attn_implementation", "experts_implementation", "text_config"]
 )
-def test_a_configuration_that_names_compiled_code_on_the_hub(tmp_path: Path, model_folder: Path, where: str) -> None:
+def test_a_configuration_that_names_compiled_code_on_the_hub(tmp_path: Path, model_folder: Path, key: str) -> None:
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     config = json.loads((model / "config.json").read_text())
-    value = {"attn_implementation": {"": "someone/kernel"}} if where == "text_config" else "someone/kernel"
-    (model / "config.json").write_text(json.dumps(config | {where: value}))
+    value = {"attn_implementation": {"": "someone/kernel"}} if key == "text_config" else "someone/kernel"
+    (model / "config.json").write_text(json.dumps(config | {key: value}))
     require_refused(lambda: load_base(str(model), ON_CPU, None), "code from the hub", ModelError)
     require_refused(lambda: rightrank.plan(str(model)), "code from the hub", ModelError)
 
@@ -353,7 +354,7 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
         require_refused(lambda path=path: load_data(path, small_settings()), "neither a regular file nor", DataError)  # type: ignore[misc]
         require_refused(lambda path=path: decide(path), "no such file or folder", ResultsError)  # type: ignore[misc]
     require_refused(lambda: read_config(Path("/dev/zero")), "not a regular file", SettingsError)
-    folder = adapter(tmp_path / "adapter")
+    folder = write_adapter(tmp_path / "adapter")
     (folder / "adapter_config.json").unlink()
     os.mkfifo(folder / "adapter_config.json")
     require_refused(lambda: inspect(folder), "not a regular file", ModelError)

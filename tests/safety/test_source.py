@@ -1,4 +1,4 @@
-"""What the package's own code never does, read from its syntax trees."""
+"""Test the package's syntax trees for what its code must never do."""
 
 from __future__ import annotations
 
@@ -21,43 +21,45 @@ SECRET_NAMES = ("_TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
 
 
 @cache
-def modules() -> tuple[tuple[str, ast.Module], ...]:
+def iterate_modules() -> tuple[tuple[str, ast.Module], ...]:
     paths = sorted(SOURCE.rglob("*.py"))
     return tuple((path.relative_to(SOURCE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
 
 
-def dotted(node: ast.expr) -> str:
+def get_dotted_name(node: ast.expr) -> str:
     if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
+        return f"{get_dotted_name(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def imported(tree: ast.Module) -> set[str]:
+def list_imports(tree: ast.Module) -> set[str]:
     plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     return plain | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
 
 
 def test_nothing_imports_a_pickle() -> None:
-    found = {name for name, tree in modules() if {module.split(".")[0] for module in imported(tree)} & PICKLES}
-    assert found <= MAY_PICKLE
+    importers = {
+        name for name, tree in iterate_modules() if {module.split(".")[0] for module in list_imports(tree)} & PICKLES
+    }
+    assert importers <= MAY_PICKLE
 
 
 def test_nothing_calls_what_runs_or_unpacks_a_file() -> None:
     calls = {
-        f"{name}:{node.lineno} {dotted(node.func)}"
-        for name, tree in modules()
+        f"{name}:{node.lineno} {get_dotted_name(node.func)}"
+        for name, tree in iterate_modules()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and dotted(node.func) in FORBIDDEN_CALLS
+        if isinstance(node, ast.Call) and get_dotted_name(node.func) in FORBIDDEN_CALLS
     }
     assert not calls
 
 
 def test_yaml_is_read_by_the_plain_loader_alone() -> None:
     calls = [
-        (name, dotted(node.func), dotted(node.args[-1]))
-        for name, tree in modules()
+        (name, get_dotted_name(node.func), get_dotted_name(node.args[-1]))
+        for name, tree in iterate_modules()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and dotted(node.func) in ("yaml.load", "yaml.safe_load", "yaml.load_all")
+        if isinstance(node, ast.Call) and get_dotted_name(node.func) in ("yaml.load", "yaml.safe_load", "yaml.load_all")
     ]
     assert set(calls) == {("data/files.py", "yaml.load", "_PlainLoader")}
 
@@ -65,7 +67,7 @@ def test_yaml_is_read_by_the_plain_loader_alone() -> None:
 def test_every_subprocess_is_a_list_of_words() -> None:
     shells = [
         f"{name}:{node.lineno}"
-        for name, tree in modules()
+        for name, tree in iterate_modules()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
@@ -75,11 +77,12 @@ def test_every_subprocess_is_a_list_of_words() -> None:
 
 
 def test_models_are_loaded_with_the_user_s_word_on_foreign_code() -> None:
-    """Every `from_pretrained` and `from_config` of a model or tokenizer sets `trust_remote_code`, or builds from a
-    configuration that transformers itself knows."""
+    """Require every `from_pretrained` and `from_config` of a model or tokenizer to set `trust_remote_code`, or to build from a
+    configuration class of transformers itself.
+    """
     literal = [
         f"{name}:{keyword.lineno}"
-        for name, tree in modules()
+        for name, tree in iterate_modules()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
@@ -96,7 +99,7 @@ def test_nothing_listens_on_every_interface(address: str) -> None:
 def test_no_secret_is_asked_of_the_environment() -> None:
     names = [
         (name, node.value)
-        for name, tree in modules()
+        for name, tree in iterate_modules()
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isupper()
         if any(word in node.value for word in SECRET_NAMES)

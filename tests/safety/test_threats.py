@@ -1,4 +1,4 @@
-"""The threat table of SECURITY.md: each row names tests that exist; a secret planted in every place that takes one is kept nowhere."""
+"""Test the threat table of SECURITY.md: each row names existing tests, and a secret in any input is stored nowhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import pytest
 
 from rightrank import select_rank_with
 from rightrank.hooks import trackers
-from rightrank.schema.errors import RunError, SettingsError, describe_error, get_first_line, format_one_line, redact_secrets
+from rightrank.schema.errors import (
+    RunError,
+    SettingsError,
+    describe_error,
+    format_one_line,
+    get_first_line,
+    redact_secrets,
+)
 from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS, run
 
@@ -47,15 +54,15 @@ def test_what_is_no_secret_is_shown(text: str) -> None:
     assert format_one_line(text) == text
 
 
-def texts() -> Iterator[str]:
-    """Settings that take text."""
+def iterate_text_settings() -> Iterator[str]:
+    """Yield the settings that accept text."""
     for name, hint in SelectSettings.model_types.items():
         if "str" in str(hint) and "Literal" not in str(hint):
             yield name
 
 
 @pytest.mark.parametrize("form", ["an address", "an option", "a token of the hub"])
-@pytest.mark.parametrize("name", list(texts()))
+@pytest.mark.parametrize("name", list(iterate_text_settings()))
 def test_a_setting_that_holds_a_secret_is_refused(name: str, form: str) -> None:
     """Settings are in the journal, the report, the card and the trackers."""
     with pytest.raises(SettingsError) as caught:
@@ -77,15 +84,15 @@ def test_an_address_with_a_secret_is_not_repeated(
     assert SECRET not in out + err
 
 
-@pytest.mark.parametrize("place", ["model", "data", "--out"])
+@pytest.mark.parametrize("argument", ["model", "data", "--out"])
 def test_a_selection_with_a_secret_in_a_name_is_refused(
-    place: str, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argument: str, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"model": str(model_folder), "data": str(completion_file), "--out": str(tmp_path / "run")}
-    given[place] = FORMS["a query"]
-    if place == "--out":
-        given["data"] = "nowhere.jsonl"
-    status, out, err = run(["select", given["model"], given["data"], "--out", given["--out"]], capsys)
+    arguments = {"model": str(model_folder), "data": str(completion_file), "--out": str(tmp_path / "run")}
+    arguments[argument] = FORMS["a query"]
+    if argument == "--out":
+        arguments["data"] = "nowhere.jsonl"
+    status, out, err = run(["select", arguments["model"], arguments["data"], "--out", arguments["--out"]], capsys)
     assert status == 2
     assert SECRET not in out + err
     assert not (tmp_path / "run").exists()
@@ -94,7 +101,7 @@ def test_a_selection_with_a_secret_in_a_name_is_refused(
 def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The callback, the tracker and the trainer of a user fail with a secret in their messages."""
+    """Let a user's callback, tracker and trainer fail with a secret in their messages."""
 
     def train(task: Any) -> dict[str, float]:
         if task.rank == 4:
@@ -124,7 +131,7 @@ def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
 
 
 def test_each_threat_has_tests_that_exist() -> None:
-    """A test of a plug-in is named with its file, which may go with the plug-in."""
+    """Check each named test. A plug-in's test is named with its file, which is removed together with the plug-in."""
     section = (ROOT / "SECURITY.md").read_text(encoding="utf-8").split("## Threats")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| **")]
     assert len(rows) >= 6

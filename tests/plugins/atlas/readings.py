@@ -43,16 +43,16 @@ class Cell:
         self.rank, self.value, self.rate, self.seed = int(float(rank)), float(value), str(rate), str(seed)
 
 
-def figures(read: Mapping[str, Any], better: str, fetch: Fetch) -> dict[str, Any]:
-    """Ranks, values at each rank's best rate, how many seeds, the standard error of a difference, whether a rate was chosen by rank.
+def read_figures(read: Mapping[str, Any], better: str, fetch: Fetch) -> dict[str, Any]:
+    """Return ranks, values at each rank's best rate, number of seeds, standard error of a difference, and whether rates were chosen by rank.
 
     Args:
         read: the reading of a row.
         better: "low" or "high".
-        fetch: the text of a path in the source's repository.
+        fetch: returns the text of a path in the source's repository.
     """
     table: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for cell in cells(read, fetch):
+    for cell in read_cells(read, fetch):
         table[cell.rank][cell.rate].append(cell.value)
     pick = min if better == "low" else max
     chosen = {rank: pick(rates.values(), key=fmean) for rank, rates in sorted(table.items())}
@@ -68,9 +68,9 @@ def figures(read: Mapping[str, Any], better: str, fetch: Fetch) -> dict[str, Any
     }
 
 
-def cells(read: Mapping[str, Any], fetch: Fetch) -> Iterator[Cell]:
-    """Those of one reading; a cell without a number is a training that has none."""
-    for rank, value, rate, seed in _raw(read, fetch):
+def read_cells(read: Mapping[str, Any], fetch: Fetch) -> Iterator[Cell]:
+    """Yield the cells of one reading. A cell without a number is a training without a result."""
+    for rank, value, rate, seed in _read_raw_cells(read, fetch):
         try:
             cell = Cell(rank, value, rate, seed)
         except (TypeError, ValueError):
@@ -80,21 +80,21 @@ def cells(read: Mapping[str, Any], fetch: Fetch) -> Iterator[Cell]:
             yield cell
 
 
-def _raw(read: Mapping[str, Any], fetch: Fetch) -> Iterator[tuple[Any, ...]]:
-    for rank, seed, path in _files(read):
+def _read_raw_cells(read: Mapping[str, Any], fetch: Fetch) -> Iterator[tuple[Any, ...]]:
+    for rank, seed, path in _list_files(read):
         text = fetch(path)
         if "pattern" in read:
-            yield from _matches(read, text)
+            yield from _match_lines(read, text)
             continue
-        for record in _records(read, path, text, one=rank != ""):
+        for record in _read_records(read, path, text, is_single=rank != ""):
             if "grid" in read:
-                yield from _grid(at(record, read["grid"]))
+                yield from _read_grid(get_path(record, read["grid"]))
             else:
-                of = {key: at(record, read[key]) for key in ("rank", "value", "rate", "seed") if key in read}
+                of = {key: get_path(record, read[key]) for key in ("rank", "value", "rate", "seed") if key in read}
                 yield rank or of["rank"], of["value"], of.get("rate", ""), seed or of.get("seed", "")
 
 
-def _files(read: Mapping[str, Any]) -> Iterator[tuple[Any, Any, str]]:
+def _list_files(read: Mapping[str, Any]) -> Iterator[tuple[Any, Any, str]]:
     """Rank and seed, where the file's name has them, and its path."""
     if "files" in read:
         yield from ((rank, seed, path) for rank, paths in read["files"].items() for seed, path in enumerate(paths))
@@ -105,36 +105,38 @@ def _files(read: Mapping[str, Any]) -> Iterator[tuple[Any, Any, str]]:
         yield "", "", read["file"]
 
 
-def _matches(read: Mapping[str, Any], text: str) -> Iterator[tuple[Any, ...]]:
+def _match_lines(read: Mapping[str, Any], text: str) -> Iterator[tuple[Any, ...]]:
     if "between" in read:
         text = text.split(read["between"][0], 1)[1].split(read["between"][1], 1)[0]
     for match in re.finditer(read["pattern"], text):
-        found = match.groupdict()
-        yield found["rank"], found["value"], found.get("rate", ""), ""
+        groups = match.groupdict()
+        yield groups["rank"], groups["value"], groups.get("rate", ""), ""
 
 
-def _grid(by_rank: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[Any, ...]]:
+def _read_grid(by_rank: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[Any, ...]]:
     for rank, rates in by_rank.items():
         for rate, seeds in rates.items():
             yield from ((rank, value, rate, seed) for seed, value in seeds.items())
 
 
-def _records(read: Mapping[str, Any], path: str, text: str, *, one: bool) -> list[Any]:
-    """Those that the reading asks for; of a file of one rank, the file itself."""
+def _read_records(read: Mapping[str, Any], path: str, text: str, *, is_single: bool) -> list[Any]:
+    """Return the records that the reading selects; for a file of a single rank, the file itself."""
     if path.endswith(".csv"):
-        found: Any = list(csv.DictReader(io.StringIO(text)))
+        content: Any = list(csv.DictReader(io.StringIO(text)))
     elif path.endswith(".jsonl"):
-        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = [json.loads(line) for line in text.splitlines() if line.strip()]
     else:
-        found = at(json.loads(text), read.get("at", ""))
-        if one:
-            return [found]
-    records = list(found.values()) if isinstance(found, dict) else list(found)
-    return [r for r in records if all(str(at(r, key)) == str(value) for key, value in read.get("where", {}).items())]
+        content = get_path(json.loads(text), read.get("at", ""))
+        if is_single:
+            return [content]
+    records = list(content.values()) if isinstance(content, dict) else list(content)
+    return [
+        r for r in records if all(str(get_path(r, key)) == str(value) for key, value in read.get("where", {}).items())
+    ]
 
 
-def at(record: Any, path: str) -> Any:
-    """What is at a dotted path of nested mappings and lists; the record itself for an empty path."""
+def get_path(record: Any, path: str) -> Any:
+    """Return the value at a dotted path of nested mappings and lists; the record itself for an empty path."""
     for key in path.split(".") if path else ():
         if isinstance(record, list):
             record = record[int(key)]
@@ -143,17 +145,17 @@ def at(record: Any, path: str) -> Any:
     return record
 
 
-def mirror(folder: Path, repo: str, commit: str) -> Fetch | None:
-    """Reads files of a local copy of a repository, `FOLDER/owner+name/repo` (git) or `/files` (plain); None where there is none."""
-    place = folder / repo.replace("/", "+")
-    if (place / "repo").exists():
+def open_mirror(folder: Path, repo: str, commit: str) -> Fetch | None:
+    """Return a reader of a local copy of a repository, `FOLDER/owner+name/repo` (git) or `/files` (plain); None without a copy."""
+    repository = folder / repo.replace("/", "+")
+    if (repository / "repo").exists():
         return lambda path: subprocess.run(
-            ["git", "-C", str(place / "repo"), "show", f"{commit}:{path}"], capture_output=True, check=True
+            ["git", "-C", str(repository / "repo"), "show", f"{commit}:{path}"], capture_output=True, check=True
         ).stdout.decode("utf-8", "replace")
-    return plain(place / "files") if (place / "files").exists() else None
+    return open_folder(repository / "files") if (repository / "files").exists() else None
 
 
-def plain(folder: Path) -> Fetch:
+def open_folder(folder: Path) -> Fetch:
     """Read files of a folder; those that end with `.xz` are compressed."""
 
     def fetch(path: str) -> str:
@@ -163,8 +165,8 @@ def plain(folder: Path) -> Fetch:
     return fetch
 
 
-def online(repo: str, commit: str) -> Fetch:
-    """Reads files of a public repository."""
+def open_online(repo: str, commit: str) -> Fetch:
+    """Return a reader of files in a public repository."""
 
     def fetch(path: str) -> str:
         with urlopen(f"https://raw.githubusercontent.com/{repo}/{commit}/{path}", timeout=GENEROUS_SECONDS) as answer:
@@ -178,36 +180,36 @@ READS = {"pattern", "rank", "ranks", "files", "grid"}  # a reading with one of t
 OUTCOMES = ("same", "differs", "unreachable", "printed in a paper", "not by a program")
 
 
-def check(atlas: Mapping[str, Any], folder: Path | None) -> dict[str, list[str]]:
-    """Rows by what became of them, one of `OUTCOMES`: a paper's table was read by a person and is not read again."""
+def check_rows(atlas: Mapping[str, Any], folder: Path | None) -> dict[str, list[str]]:
+    """Group rows by the outcome of reading them again, one of `OUTCOMES`. Tables of papers were read by a person and are not read again."""
     outcome: dict[str, list[str]] = {name: [] for name in OUTCOMES}
     for row in atlas["sweeps"]:
-        outcome[_checked(row, atlas["sources"][row["source"]], folder)].append(row["id"])
+        outcome[_check_row(row, atlas["sources"][row["source"]], folder)].append(row["id"])
     return outcome
 
 
-def _checked(row: Mapping[str, Any], source: Mapping[str, Any], folder: Path | None) -> str:
+def _check_row(row: Mapping[str, Any], source: Mapping[str, Any], folder: Path | None) -> str:
     read = row.get("read", {})
     if source["kind"] == "paper":
         return "printed in a paper"
     if not READS & read.keys():
         return "not by a program"
-    fetch = _fetch_of(source, folder)
+    fetch = _open_source(source, folder)
     if fetch is None:
         return "unreachable"
     try:
-        found = figures(read, row["better"], fetch)
+        figures = read_figures(read, row["better"], fetch)
     except (URLError, OSError, subprocess.CalledProcessError):
         return "unreachable"
-    return "same" if found["ranks"] == row["ranks"] and found["values"] == row["values"] else "differs"
+    return "same" if figures["ranks"] == row["ranks"] and figures["values"] == row["values"] else "differs"
 
 
-def _fetch_of(source: Mapping[str, Any], folder: Path | None) -> Fetch | None:
+def _open_source(source: Mapping[str, Any], folder: Path | None) -> Fetch | None:
     if "repo" not in source:
-        return plain(OURS)
+        return open_folder(OURS)
     if folder is None:
-        return online(source["repo"], source["commit"])
-    return mirror(folder, source["repo"], source["commit"])
+        return open_online(source["repo"], source["commit"])
+    return open_mirror(folder, source["repo"], source["commit"])
 
 
 def main() -> None:
@@ -215,7 +217,7 @@ def main() -> None:
     from rightrank.plugins.atlas.counts import ATLAS_FILE
 
     atlas = json.loads(ATLAS_FILE.read_text(encoding="utf-8"))
-    outcome = check(atlas, Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    outcome = check_rows(atlas, Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     print(json.dumps({name: len(rows) for name, rows in outcome.items()}))
     print(*(f"{name}: {row}" for name in ("differs", "unreachable") for row in outcome[name]), sep="\n")
     sys.exit(bool(outcome["differs"]))

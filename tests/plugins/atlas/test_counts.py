@@ -1,4 +1,4 @@
-"""`expect`: the sweeps like a question are counted, with their addresses, and nothing is made up."""
+"""Test `expect`: similar sweeps are counted, with their addresses, and nothing is invented."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_every_count_is_of_sweeps_that_agree_in_all_that_is_asked() -> None:
     assert answer.sweeps == len(like) == sum(answer.sources.values()) > 0
     assert [rank["rank"] for rank in answer.ranks] == list(RANKS)
     for count in answer.ranks:
-        said = [enough for sweep in like if (enough := sweep.is_enough(count["rank"], None)) is not None]
-        assert (count["enough_in"], count["of"]) == (sum(said), len(said))
+        verdicts = [is_enough for sweep in like if (is_enough := sweep.is_enough(count["rank"], None)) is not None]
+        assert (count["enough_in"], count["of"]) == (sum(verdicts), len(verdicts))
     addresses = {source["address"] for source in load_atlas().sources.values()}
     assert answer.sources.keys() <= addresses
 
@@ -53,13 +53,15 @@ def test_a_divergence_curve_is_never_counted() -> None:
 
 
 def test_where_nothing_is_like_it_less_is_asked_and_a_note_says_so() -> None:
-    narrow = rightrank.expect(task="vision", rows=10**12)
-    assert narrow.like == "vision"
-    assert narrow.sweeps == rightrank.expect(task="vision").sweeps
-    assert any("no sweep of the atlas is like this one (vision, about 1e+03B rows)" in note for note in narrow.notes)
+    expectation = rightrank.expect(task="vision", rows=10**12)
+    assert expectation.like == "vision"
+    assert expectation.sweeps == rightrank.expect(task="vision").sweeps
+    assert any(
+        "no sweep of the atlas matches the question (vision, about 1e+03B rows)" in note for note in expectation.notes
+    )
     unknown = rightrank.expect("my-own-net")
     assert unknown.sweeps == rightrank.expect().sweeps
-    assert any("my-own-net: its size is not known" in note for note in unknown.notes)
+    assert any("the size of my-own-net is unknown" in note for note in unknown.notes)
 
 
 def test_what_a_count_rests_on_is_said() -> None:
@@ -69,19 +71,19 @@ def test_what_a_count_rests_on_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "complaint"),
+    ("inputs", "complaint"),
     [
         ({"margin": -1}, "margin is -1"),
         ({"rows": 0}, "rows is 0"),
-        ({"ranks": (0, 4)}, "rank 0: give ranks from 1 on"),
-        ({"task": "poems"}, "'poems' is no task family of the atlas; allowed: language"),
+        ({"ranks": (0, 4)}, "rank 0 is not valid; give ranks of at least 1"),
+        ({"task": "poems"}, "'poems' is not a task family of the atlas; allowed families: language"),
         ({"data": "nowhere.jsonl"}, r"nowhere\.jsonl does not exist"),
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_cannot_be_is_refused_in_one_line(given: dict[str, object], complaint: str) -> None:
+def test_what_cannot_be_is_refused_in_one_line(inputs: dict[str, object], complaint: str) -> None:
     with pytest.raises(SettingsError, match=complaint) as refused:
-        rightrank.expect(**given)
+        rightrank.expect(**inputs)
     assert "\n" not in str(refused.value)
 
 
@@ -110,7 +112,7 @@ def test_a_file_that_is_no_rows_is_refused(content: bytes, tmp_path: Path) -> No
 def test_the_text_has_counts_and_addresses() -> None:
     text = CliRunner().invoke(cli, ["expect", "--task", "vision"]).output
     answer = rightrank.expect(task="vision")
-    assert f"{answer.sweeps} public sweeps like yours (vision)" in text
+    assert f"{answer.sweeps} public sweeps are similar to yours (vision)" in text
     assert f"{answer.ranks[0]['enough_in']} of {answer.ranks[0]['of']}" in text
     assert next(iter(answer.sources)) in text
 

@@ -1,4 +1,4 @@
-"""The atlas: its rows can be, no two are the same, and a larger margin never asks for a larger rank."""
+"""Test the atlas: rows are plausible and unique, and a larger margin never needs a larger rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from itertools import pairwise
 import pytest
 
 from rightrank.plugins.atlas.counts import ATLAS_FILE, FAMILIES, MARGINS, load_atlas
-from tests.plugins.atlas.made_up import sweep
-from tests.plugins.atlas.readings import READS, check, figures
+from tests.plugins.atlas.made_up import make_sweep
+from tests.plugins.atlas.readings import READS, check_rows, read_figures
 
 TRIED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 REFUSED = "vukrosic/qwen-lora-rank-selection"  # its licence grants nothing
@@ -36,7 +36,7 @@ def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
 def test_the_rows_of_our_own_grids_are_those_of_the_grids() -> None:
     content = json.loads(ATLAS_FILE.read_text(encoding="utf-8"))
     ours = {"sources": content["sources"], "sweeps": [r for r in content["sweeps"] if r["source"] == "rightrank"]}
-    outcome = check(ours, None)
+    outcome = check_rows(ours, None)
     assert len(outcome["same"]) == len(ours["sweeps"]) >= 6
 
 
@@ -54,23 +54,23 @@ def test_each_family_has_sweeps(family: str) -> None:
 
 def test_the_smallest_enough_rank_falls_as_the_margin_grows() -> None:
     for row in load_atlas().sweeps:
-        enough = [row.find_smallest_rank(margin) for margin in TRIED]
-        assert all(later <= earlier for earlier, later in pairwise(enough)), row.id
+        ranks = [row.find_smallest_rank(margin) for margin in TRIED]
+        assert all(later <= earlier for earlier, later in pairwise(ranks)), row.id
         assert row.find_smallest_rank(None) in row.ranks
 
 
 def test_a_sweep_says_nothing_between_and_beyond_its_ranks() -> None:
-    row = sweep()
+    row = make_sweep()
     assert [row.is_enough(rank, 0.005) for rank in (1, 2, 4, 8, 256)] == [False, None, True, True, True]
     assert [row.is_enough(rank, 0.001) for rank in (1, 4, 8, 16)] == [False, False, None, True]
-    rising = sweep(values=(2.1, 2.06, 2.04, 2.0))
+    rising = make_sweep(values=(2.1, 2.06, 2.04, 2.0))
     assert rising.is_rising(0.005)
     assert [rising.is_enough(rank, 0.005) for rank in (16, 64, 128)] == [False, None, None]
 
 
 def test_noise_and_direction() -> None:
-    assert sweep(noise=0.2).find_smallest_rank(0.005) == 1
-    higher = sweep(better="high", kind="accuracy", values=(0.7, 0.8, 0.81, 0.79))
+    assert make_sweep(noise=0.2).find_smallest_rank(0.005) == 1
+    higher = make_sweep(better="high", kind="accuracy", values=(0.7, 0.8, 0.81, 0.79))
     assert (higher.find_smallest_rank(0.01), higher.find_smallest_rank(0.001)) == (4, 16)
 
 
@@ -95,13 +95,13 @@ def test_figures_are_read_again_from_tables_records_and_logs() -> None:
         "r8.json": json.dumps({"test": {"acc": 0.6}}),
         "log.txt": "rank 4: 50.0%\nrank 8: 60.0%\n",
     }
-    table = figures(
+    table = read_figures(
         {"file": "a.csv", "rank": "r", "value": "loss", "rate": "lr", "seed": "seed"}, "low", texts.__getitem__
     )
     assert (table["ranks"], table["values"], table["seeds"], table["tuned"]) == ([4, 8], [2.0, 1.9], 2, False)
     assert table["noise"] == pytest.approx(0.14142, abs=1e-5)
-    files = figures({"file": "r{rank}.json", "ranks": [4, 8], "value": "test.acc"}, "high", texts.__getitem__)
-    log = figures(
+    files = read_figures({"file": "r{rank}.json", "ranks": [4, 8], "value": "test.acc"}, "high", texts.__getitem__)
+    log = read_figures(
         {"file": "log.txt", "pattern": r"rank (?P<rank>\d+): (?P<value>[\d.]+)%", "scale": 0.01},
         "high",
         texts.__getitem__,
@@ -121,9 +121,9 @@ def test_figures_are_read_again_from_seeds_in_files_and_from_grids() -> None:
         "value": "m.loss",
         "where": {"step": 2},
     }
-    found = figures(seeds, "low", texts.__getitem__)
-    assert (found["ranks"], found["values"], found["seeds"]) == ([4, 8], [2.1, 1.85], 2)
+    figures = read_figures(seeds, "low", texts.__getitem__)
+    assert (figures["ranks"], figures["values"], figures["seeds"]) == ([4, 8], [2.1, 1.85], 2)
     grid = {"file": "grids.json", "at": "curves", "where": {"id": "y"}, "grid": "grid"}
-    assert figures(grid, "low", texts.__getitem__)["values"] == [2.0]
+    assert read_figures(grid, "low", texts.__getitem__)["values"] == [2.0]
     last = {"file": "state{rank}.json", "ranks": [4], "value": "log.-1.loss"}
-    assert figures(last, "low", texts.__getitem__)["values"] == [2.5]
+    assert read_figures(last, "low", texts.__getitem__)["values"] == [2.5]

@@ -1,4 +1,4 @@
-"""The run in one process that runs with workers are compared with."""
+"""Provide the run in one process that runs with workers are compared with."""
 
 from __future__ import annotations
 

@@ -65,23 +65,23 @@ class Work:
 
     def command(self, out: str, *more: str) -> list[str]:
         model = "/tmp/shared/model" if self.name.startswith("tiny") else str(self.model)
-        where = [model, "/tmp/shared/data.jsonl", "--out", f"/tmp/shared/{out}"]
-        return [sys.executable, "-m", "rightrank", "select", *where, *self.options, *SHORT, *more]
+        arguments = [model, "/tmp/shared/data.jsonl", "--out", f"/tmp/shared/{out}"]
+        return [sys.executable, "-m", "rightrank", "select", *arguments, *self.options, *SHORT, *more]
 
 
 @dataclass
-class Hit:
-    """A fault that came, and what the run printed afterwards."""
+class AppliedFault:
+    """A fault that was injected, and what the run printed afterwards."""
 
     kind: str
     host: int  # of those with workers, if it hits one
-    after: int  # outcomes in the journal when it came
+    num_outcomes: int  # in the journal when the fault was injected
     seconds: float  # for which it lasted
     line: str = ""
 
 
 @dataclass
-class Field:
+class Cluster:
     """The hosts, and what runs on them."""
 
     network: Network
@@ -126,10 +126,10 @@ class Field:
 
     def _node_command(self, host: Host) -> list[str]:
         ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
-        own = [f"--node-ip-address={host.address}", f"--object-store-memory={80 * 2**20}"]
+        node_options = [f"--node-ip-address={host.address}", f"--object-store-memory={80 * 2**20}"]
         if host.number == 0:
-            return [*ray, *own, "--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false"]
-        return [*ray, *own, f"--address={self.hosts[0].address}:{PORT}", f"--num-cpus={CORES}", "--num-gpus=0"]
+            return [*ray, *node_options, "--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false"]
+        return [*ray, *node_options, f"--address={self.hosts[0].address}:{PORT}", f"--num-cpus={CORES}", "--num-gpus=0"]
 
     def _clear(self, host: Host) -> None:
         for process in host.matching("raylet", "gcs_server", "ray/dashboard", "ray::", "default_worker", "ray start"):
@@ -171,14 +171,14 @@ class Field:
 class Run:
     """One selection with faults, from its first command to its answer."""
 
-    field: Field
+    field: Cluster
     name: str
-    hits: list[Hit] = field(default_factory=list)
+    hits: list[AppliedFault] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)  # the last line of each driver that failed
     driver: subprocess.Popen[bytes] | None = None
     read: int = 0  # characters of the log that were read
     begun: int = 0  # progress when the driver was last started
-    seen: int = 0  # progress when something was last killed
+    progress_at_fault: int = 0  # when something was last killed
     over: threading.Event = field(default_factory=threading.Event)
     lasting: list[threading.Thread] = field(default_factory=list)
 
@@ -196,7 +196,7 @@ class Run:
         self.driver = self.field.start(self.field.hosts[0], self.command(), self.log.name, RAY_ADDRESS=head)
 
     def command(self) -> list[str]:
-        return self.field.work.command(self.name, *options_of(self.field))
+        return self.field.work.command(self.name, *list_options(self.field))
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         journal = self.folder / "journal.jsonl"
@@ -237,27 +237,27 @@ class Run:
         return waiting
 
     def can_take(self, kind: str, progress: int) -> bool:
-        """Whether the driver has begun a training, and after a fault that starts things anew whether one began since."""
+        """Return whether the driver has started a training and, after a fault that restarts components, whether one has started since."""
         if progress <= self.begun or not self.field.workers():
             return False
         if kind not in CHEAP:
-            if progress <= self.seen:
+            if progress <= self.progress_at_fault:
                 return False
-            self.seen = progress
+            self.progress_at_fault = progress
         return True
 
     def progress(self) -> int:
-        """How many trainings have begun or ended."""
+        """Return the number of trainings that have started or ended."""
         return len(self.records("trial_started")) + self.outcomes()
 
     def has_ended(self) -> bool:
-        """Whether the answer is there; a driver that failed is started again."""
+        """Return whether there is an answer. A driver that failed is started again."""
         assert self.driver is not None
         status = self.driver.poll()
         if status:
             lines = self.log.read_text(errors="replace").strip().splitlines()
-            own = [line for line in lines if line.startswith("rightrank:")]  # Ray's lines may come after it
-            self.ends.append(f"exit status {status}: {(own or lines or [''])[-1]}")
+            error_lines = [line for line in lines if line.startswith("rightrank:")]  # Ray's lines may come after it
+            self.ends.append(f"exit status {status}: {(error_lines or lines or [''])[-1]}")
             if len(self.ends) > STARTS:
                 raise RuntimeError(f"the driver failed {STARTS} times: {self.ends}")
             self.field.keep_nodes()
@@ -268,7 +268,7 @@ class Run:
         self.note_line()
         seconds = LONGEST ** self.field.random.random() if kind in LASTING else 0.0
         host = self.field.random.choice(self.field.with_workers)
-        self.hits.append(Hit(kind, host.number, self.outcomes(), round(seconds, 1)))
+        self.hits.append(AppliedFault(kind, host.number, self.outcomes(), round(seconds, 1)))
         print(f"  {self.name} {kind} at {host.number} for {seconds:.1f} s after {self.outcomes()}", flush=True)
         thread = threading.Thread(target=FAULTS[kind], args=(self, host, seconds))
         thread.start()
@@ -278,19 +278,19 @@ class Run:
             thread.join()
 
     def note_line(self) -> None:
-        """The last notice since the fault before."""
+        """Record the last notice since the previous fault."""
         text = self.log.read_text(errors="replace")[self.read :] if self.log.exists() else ""
         self.read += len(text)
-        told = [line for line in re.split(r"[\r\n]+", text) if TOLD.search(line)]
+        notices = [line for line in re.split(r"[\r\n]+", text) if TOLD.search(line)]
         if self.hits:
-            self.hits[-1].line = told[-1].strip()[:300] if told else "nothing: no training noticed"
+            self.hits[-1].line = notices[-1].strip()[:300] if notices else "nothing: no training noticed"
 
 
 TOLD = re.compile(r"was lost|no message|can.t |no Ray|resuming|stopped|refused|left it|space")
 
 
-def options_of(place: Field) -> list[str]:
-    return ["--executor", place.executor, "--workers", str(place.workers_wanted)]
+def list_options(cluster: Cluster) -> list[str]:
+    return ["--executor", cluster.executor, "--workers", str(cluster.workers_wanted)]
 
 
 def kill_worker(run: Run, _host: Host, _seconds: float) -> None:
@@ -360,7 +360,7 @@ FAULTS: dict[str, Callable[[Run, Host, float], None]] = {
 
 
 @dataclass(frozen=True)
-class Found:
+class RunResult:
     """What a run came to, and the files of its adapters."""
 
     decision: dict[str, Any]
@@ -369,22 +369,26 @@ class Found:
     adapter: str  # its checksum
     adapters: dict[str, str]  # trial → checksum of its adapter
 
-    def against(self, right: Found) -> dict[str, Any]:
-        stored = {trial: found for trial, found in right.adapters.items() if self.adapters.get(trial, found) != found}
+    def compare_with(self, reference: RunResult) -> dict[str, Any]:
+        stored = {
+            trial: checksum
+            for trial, checksum in reference.adapters.items()
+            if self.adapters.get(trial, checksum) != checksum
+        }
         return {
-            "right_decision": self.decision == right.decision and self.values == right.values,
-            "right_adapters": self.adapter == right.adapter and not stored,
-            "adapters_compared": len(set(self.adapters) & set(right.adapters)),
-            "lost": len(set(right.trials) - set(self.trials)),
+            "right_decision": self.decision == reference.decision and self.values == reference.values,
+            "right_adapters": self.adapter == reference.adapter and not stored,
+            "adapters_compared": len(set(self.adapters) & set(reference.adapters)),
+            "lost": len(set(reference.trials) - set(self.trials)),
             "twice": sum(count - 1 for count in self.trials.values()),
         }
 
 
-def found_in(folder: Path) -> Found:
+def read_result(folder: Path) -> RunResult:
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     ended = [line for line in lines if line["type"] in ("trial_finished", "trial_failed", "trial_diverged")]
     decision = json.loads((folder / "decision.json").read_text())
-    return Found(
+    return RunResult(
         {name: value for name, value in decision.items() if name not in ("next_run", "next_runs")},
         {line["trial_id"]: line["value"] for line in ended if line["type"] == "trial_finished"},
         Counter(line["trial_id"] for line in ended),
@@ -397,30 +401,32 @@ def checksum(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.exists() else "none"
 
 
-def reference_of(place: Field) -> Found:
-    """The selection in one process, without a fault; kept for the next time."""
-    folder = place.folder / f"reference-{place.work.name}"
+def make_reference(cluster: Cluster) -> RunResult:
+    """Run the selection in one process without a fault, and cache the result."""
+    folder = cluster.folder / f"reference-{cluster.work.name}"
     if not folder.exists():
-        log = place.folder / f"{folder.name}.log"
-        if place.start(place.hosts[0], place.work.command("reference"), log.name).wait():
+        log = cluster.folder / f"{folder.name}.log"
+        if cluster.start(cluster.hosts[0], cluster.work.command("reference"), log.name).wait():
             raise RuntimeError(log.read_text()[-2000:])
-        shutil.copytree(place.network.shared / "reference", folder)
-    return found_in(folder)
+        shutil.copytree(cluster.network.shared / "reference", folder)
+    return read_result(folder)
 
 
-def one_run(place: Field, name: str, kinds: Sequence[str], right: Found) -> tuple[dict[str, Any], list[str]]:
-    """A run, what came of it against the one without a fault, and the kinds of fault for which it was too short."""
-    run, begun, left = Run(place, name), time.monotonic(), list(kinds)
+def run_with_faults(
+    cluster: Cluster, name: str, kinds: Sequence[str], reference: RunResult
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a run's comparison with the run without a fault, and the kinds of fault that did not fit into it."""
+    run, begun, remaining_kinds = Run(cluster, name), time.monotonic(), list(kinds)
     try:
-        left = run.go(kinds)
-        found = found_in(run.folder).against(right)
+        remaining_kinds = run.go(kinds)
+        result = read_result(run.folder).compare_with(reference)
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
-        shutil.copytree(run.folder, place.folder / f"{name}-run", dirs_exist_ok=True, ignore_dangling_symlinks=True)
-        found = {"right_decision": False, "right_adapters": False, "lost": -1, "twice": -1, "error": str(error)}
+        shutil.copytree(run.folder, cluster.folder / f"{name}-run", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        result = {"right_decision": False, "right_adapters": False, "lost": -1, "twice": -1, "error": str(error)}
     faults = [vars(hit) for hit in run.hits]
     seconds = round(time.monotonic() - begun, 1)
-    row = {"model": place.work.name, "executor": place.executor, **found, "seconds": seconds, "ends": run.ends}
-    return row | {"faults": faults}, left
+    row = {"model": cluster.work.name, "executor": cluster.executor, **result, "seconds": seconds, "ends": run.ends}
+    return row | {"faults": faults}, remaining_kinds
 
 
 def is_right(row: dict[str, Any]) -> bool:

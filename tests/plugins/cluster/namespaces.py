@@ -1,9 +1,7 @@
-"""Hosts out of namespaces on this machine, and the network between them.
+"""Simulate hosts with namespaces on this machine, and the network between them.
 
-A host has an address, a name, processes, `/tmp`, `/dev/shm` and a clock of its own. All share a disk at `/tmp/shared`, as of a file server
-that no fault reaches; the rest of this machine's disk is there to be read only.
-The hosts' network cards are TAP devices. Their frames pass through a `Switch` in this process, which delays, limits and drops
-them: the kernel's `netem` is not needed. All of it needs root.
+A host has its own address, name, processes, `/tmp`, `/dev/shm` and clock. All share a disk at `/tmp/shared`, like a file server
+that no fault reaches; the rest of the file system is this machine's.
 """
 
 from __future__ import annotations
@@ -92,8 +90,8 @@ class Switch(threading.Thread):
                 if not self.links[device].is_cut:
                     with suppress(OSError):  # the host's queue is full
                         os.write(device, frame)
-            left = min(0.2, self._waiting[0][0] - now) if self._waiting else 0.2
-            for device in select.select(list(self.links), [], [], max(0.0, left))[0]:
+            timeout = min(0.2, self._waiting[0][0] - now) if self._waiting else 0.2
+            for device in select.select(list(self.links), [], [], max(0.0, timeout))[0]:
                 self._take(device, os.read(device, MTU + 64))
 
     def _take(self, source: int, frame: bytes) -> None:
@@ -147,7 +145,7 @@ class Host:
 
     @property
     def disk(self) -> Path:
-        """Its own disk, `/tmp/disk` for its processes."""
+        """Return the folder of the host's own disk, which is `/tmp/disk` for its processes."""
         return self.root / "tmp/disk"
 
     @property
@@ -158,7 +156,7 @@ class Host:
         """Make the network namespace and its card."""
         run(f"ip netns add {self.name}")
         try:
-            self.device = _tap_in(f"/run/netns/{self.name}")
+            self.device = _open_tap(f"/run/netns/{self.name}")
             run(f"ip -n {self.name} link set lo up")
             run(f"ip -n {self.name} addr add {self.address}/24 dev eth0")
             run(f"ip -n {self.name} link set eth0 mtu {MTU} up")
@@ -206,17 +204,17 @@ class Host:
         return process
 
     def environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "VIRTUAL_ENV")}
-        own = {"HOME": "/tmp/disk/home", "TMPDIR": "/tmp/disk/tmp", "HF_HOME": "/tmp/disk/home/hf"}
+        inherited = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "VIRTUAL_ENV")}
+        host_variables = {"HOME": "/tmp/disk/home", "TMPDIR": "/tmp/disk/tmp", "HF_HOME": "/tmp/disk/home/hf"}
         code = {
             "PYTHONPATH": f"/tmp/shim:{ROOT / 'src'}:{ROOT}",
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
         }
-        return kept | own | code | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | more
+        return inherited | host_variables | code | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | more
 
     def processes(self) -> Iterator[psutil.Process]:
-        """All processes of this host."""
+        """Yield all processes of this host."""
         mine = Path(f"/proc/{self.init}/ns/pid").readlink()
         for process in psutil.process_iter():
             with suppress(OSError):
@@ -224,14 +222,14 @@ class Host:
                     yield process
 
     def matching(self, *words: str) -> list[psutil.Process]:
-        """Its processes with one of the words in their command line."""
-        found = []
+        """Return the host's processes with one of the words in their command line."""
+        processes = []
         for process in self.processes():
             with suppress(psutil.Error):
                 line = " ".join(process.cmdline())
                 if process.pid != self.init and any(word in line for word in words):
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def fill_disk(self) -> Path:
         """Leave no byte free; what is returned is to be deleted."""
@@ -245,7 +243,7 @@ class Host:
         return shutil.disk_usage(self.disk).free / 2**20
 
     def kill(self) -> None:
-        """The power goes: no process says goodbye, and the disk is lost."""
+        """Simulate a power failure: processes end without a message, and the disk is lost."""
         self.link.is_cut = True
         if self.init:
             with suppress(ProcessLookupError):
@@ -296,7 +294,7 @@ class Network:
         shutil.rmtree(self.shared, ignore_errors=True)
 
 
-def why_impossible() -> str | None:
+def find_obstacle() -> str | None:
     """Why there can be no hosts here, in one line; None if there can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "hosts out of namespaces need Linux and root"
@@ -314,20 +312,20 @@ def run(command: str) -> None:
     subprocess.run(shlex.split(command), check=True, capture_output=True)
 
 
-def _tap_in(namespace: str) -> int:
-    """A TAP device `eth0` of a network namespace; it exists as long as the descriptor."""
-    found: list[int] = []
+def _open_tap(namespace: str) -> int:
+    """Open a TAP device `eth0` in a network namespace. It exists as long as the returned descriptor is open."""
+    descriptors: list[int] = []
 
     def enter_and_open() -> None:  # a namespace belongs to a thread
         with suppress(OSError), Path(namespace).open("rb") as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000) == 0:
                 device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
                 fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", b"eth0", IFF_TAP | IFF_NO_PI))
-                found.append(device)
+                descriptors.append(device)
 
     thread = threading.Thread(target=enter_and_open)
     thread.start()
     thread.join()
-    if not found:
+    if not descriptors:
         raise RuntimeError("no network card for a namespace (/dev/net/tun)")
-    return found[0]
+    return descriptors[0]

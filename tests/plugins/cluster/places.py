@@ -1,4 +1,4 @@
-"""Where the tries of `faults` run: workers that are processes, or actors on a Ray cluster that all tries share."""
+"""The sites where the attempts of `faults` run: processes, or actors on a Ray cluster that all attempts share."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from rightrank.plugins.cluster.processes import ProcessBackend
 from rightrank.plugins.cluster.worker import WorkerSetup, collect_versions
 from rightrank.runs.executor import PreparedSelection
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import SelectionEnd, Hooks
-from rightrank.runs.run import start_run, decide_training_rank, run_trials, open_run
-from rightrank.runs.values import SelectionInputs, Selected, build_answers
+from rightrank.runs.hook import Hooks, SelectionEnd
+from rightrank.runs.run import decide_training_rank, open_run, run_trials, start_run
+from rightrank.runs.values import Selected, SelectionInputs, collect_answers
 from rightrank.schema.events import DataSummary, Event, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
@@ -73,9 +73,9 @@ class Nodes:
                 self._nodes[cores] = self._cluster.add_node(num_cpus=cores, **STORE)
 
     def kill_one_at_work(self) -> None:
-        """A node that has workers, if any does."""
-        hosts = {worker.ppid() for worker in _workers_below("ray")}
-        at_work = [cores for cores, node in self._nodes.items() if hosts & _raylets_of(node)]
+        """Kill a node that has workers, if there is one."""
+        hosts = {worker.ppid() for worker in _list_workers("ray")}
+        at_work = [cores for cores, node in self._nodes.items() if hosts & _list_raylets(node)]
         self._cluster.remove_node(self._nodes.pop(random.choice(at_work or list(self._nodes))), allow_graceful=False)
 
     def shutdown(self) -> None:
@@ -83,7 +83,7 @@ class Nodes:
 
 
 @dataclass(slots=True)
-class Place:
+class Site:
     """One try's run folder, and where its workers are."""
 
     executor: str
@@ -95,60 +95,60 @@ class Place:
     is_hit: bool = False  # the fault has come
 
 
-def worker_at_work(place: Place) -> psutil.Process:
-    """A worker that has a trial under way, where that can be told; else any."""
+def find_busy_worker(site: Site) -> psutil.Process:
+    """Return a worker that is training a trial if that can be determined, otherwise any worker."""
     until = time.monotonic() + GENEROUS_SECONDS
     while time.monotonic() < until:
-        found = list(map(psutil.Process, place.busy())) if place.busy is not None else _workers_below(place.executor)
-        if found:
-            return random.choice(found)
+        workers = list(map(psutil.Process, site.busy())) if site.busy is not None else _list_workers(site.executor)
+        if workers:
+            return random.choice(workers)
         time.sleep(POLL_SECONDS)
     raise RuntimeError("no worker was there to be hit")
 
 
-def _raylets_of(node: Any) -> set[int]:
+def _list_raylets(node: Any) -> set[int]:
     """Process ids of what starts a Ray node's workers."""
-    return {one.process.pid for one in node.all_processes.get("raylet", [])}
+    return {raylet.process.pid for raylet in node.all_processes.get("raylet", [])}
 
 
-def _workers_below(executor: str) -> list[psutil.Process]:
-    found = []
+def _list_workers(executor: str) -> list[psutil.Process]:
+    workers = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             line = " ".join(process.cmdline())
             is_actor = line.startswith("ray::") and "RayWorker" in line
             if is_actor if executor == "ray" else "-m rightrank.plugins.cluster.worker" in line:
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers
 
 
-def kill_worker(place: Place) -> None:
-    worker_at_work(place).kill()
+def kill_worker(site: Site) -> None:
+    find_busy_worker(site).kill()
 
 
-def slow_worker(place: Place) -> None:
-    """Stopped for a while, then continued: not replaced, and nothing is counted twice."""
-    worker = worker_at_work(place)
+def pause_worker(site: Site) -> None:
+    """Stop a worker for a while, then continue it. It must not be replaced, and nothing may be counted twice."""
+    worker = find_busy_worker(site)
     worker.suspend()
     Timer(PAUSE_SECONDS, worker.resume).start()
 
 
-def kill_driver(_place: Place) -> None:
-    """The same command is then given again."""
+def kill_driver(_place: Site) -> None:
+    """Kill the driver; the same command is then run again."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-Fault = Callable[[Place], None]
+Fault = Callable[[Site], None]
 
 
-def _crew_at(place: Place) -> WorkerBackend:
-    (place.folder / "journal.jsonl").touch()  # which workers look for
+def _open_backend(site: Site) -> WorkerBackend:
+    (site.folder / "journal.jsonl").touch()  # which workers look for
     request = SelectionInputs("", None, "", SelectSettings())
-    setup = WorkerSetup(request, fingerprint="", folder=place.folder, working_folder=Path.cwd())
-    if place.executor == "ray":
-        os.environ["RAY_ADDRESS"] = place.address or ""
+    setup = WorkerSetup(request, fingerprint="", folder=site.folder, working_folder=Path.cwd())
+    if site.executor == "ray":
+        os.environ["RAY_ADDRESS"] = site.address or ""
         return RayBackend(setup, None, on_cuda=False, actor=StubRayWorker)
-    return ProcessBackend(setup, place.folder / "workers", kind=StubWorker)
+    return ProcessBackend(setup, site.folder / "workers", kind=StubWorker)
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,18 @@ class _Planned:
 
     planned: PreparedSelection
 
-    def prepare(self, _folder: RunFolder, _journal: Sequence[JournalRecord], _before: PreparedSelection | None) -> PreparedSelection:
+    def prepare(
+        self, _folder: RunFolder, _journal: Sequence[JournalRecord], _before: PreparedSelection | None
+    ) -> PreparedSelection:
         return self.planned
 
     def replace_settings(self, _settings: SelectSettings) -> _Planned:
         return self
 
 
-def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: float = 600.0) -> None:
-    """One selection over sleeping workers; the fault within a trial's time after so many outcomes of this drive."""
-    folder = place.folder
+def drive(site: Site, strike: Callable[[], None], num_outcomes: int, hang_seconds: float = 600.0) -> None:
+    """Run one selection over sleeping workers, and strike within a trial's time after so many outcomes of this drive."""
+    folder = site.folder
     settings = SelectSettings(strategy="grid", ranks=(1, 2, 4, 8), learning_rates=(1e-3, 3e-3, 1e-2))
     started = RunStarted(
         rightrank_version="benchmark",
@@ -179,53 +181,57 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
         higher_is_better=False,
         started_at="",
     )
-    seen = 0
+    num_finished = 0
 
     def listen(event: Event) -> None:
-        nonlocal seen
-        seen += isinstance(event, TrialFinished)
-        if isinstance(event, TrialFinished) and seen == after:
+        nonlocal num_finished
+        num_finished += isinstance(event, TrialFinished)
+        if isinstance(event, TrialFinished) and num_finished == num_outcomes:
             Timer(random.uniform(0, STEPS / 1000), strike).start()
 
     run_folder, until = RunFolder(folder), time.monotonic() + LIMIT_SECONDS
-    observer = Watch(on_event=listen, notice=place.notices.append, should_stop=lambda: time.monotonic() > until)
+    observer = Watch(on_event=listen, notice=site.notices.append, should_stop=lambda: time.monotonic() > until)
     with run_folder.lock():
         report, strategy = Report(), make_strategy(settings.strategy, build_space(settings, STEPS))
         hooks = Hooks([observer, report])
         plan = PreparedSelection(started=started, settings=settings, steps=STEPS, strategy=strategy)
         run = open_run(_Planned(plan), run_folder, hooks)
-        crew = _crew_at(place)
-        pool = WorkerPool(crew, WORKERS, collect_versions(), run, hang_seconds=hang_seconds)
-        if isinstance(crew, ProcessBackend):
-            place.busy = lambda: [crew._running[name].pid for name in pool.list_busy_workers()]
+        backend = _open_backend(site)
+        pool = WorkerPool(backend, WORKERS, collect_versions(), run, hang_seconds=hang_seconds)
+        if isinstance(backend, ProcessBackend):
+            site.busy = lambda: [backend._running[name].pid for name in pool.list_busy_workers()]
         try:
             start_run(run)
             run_trials(run, pool)
         finally:
             pool.close()
         selected = Selected(
-            folder, None, None, run_folder.report, build_answers(run.records, decide_training_rank(run), settings.goal)
+            folder,
+            None,
+            None,
+            run_folder.report,
+            collect_answers(run.records, decide_training_rank(run), settings.goal),
         )
         report.on_end(SelectionEnd(selected, run_folder, run.records))
 
 
-def killed_and_resumed(place: Place, after: int) -> list[int]:
-    """Exit statuses of two drives, forked from one process: the first kills itself after so many outcomes."""
-    address = [] if place.address is None else [place.address]
+def kill_and_resume(site: Site, num_outcomes: int) -> list[int]:
+    """Return the exit statuses of two forked drives, of which the first kills itself after so many outcomes."""
+    address = [] if site.address is None else [site.address]
     module = [sys.executable, "-m", "tests.plugins.cluster.faults"]
-    command = [*module, place.executor, str(place.folder), str(after), *address]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS).stdout
-    statuses: list[int] = json.loads(told.splitlines()[-1])
+    command = [*module, site.executor, str(site.folder), str(num_outcomes), *address]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS).stdout
+    statuses: list[int] = json.loads(output.splitlines()[-1])
     return statuses
 
 
-def drive_forked(place: Place, after: int) -> int:
-    """A drive in a process forked from this one, which kills itself after so many outcomes; 0 for never."""
+def drive_forked(site: Site, num_outcomes: int) -> int:
+    """Drive in a forked process that kills itself after so many outcomes; 0 for never."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            drive(place, lambda: kill_driver(place), after)
+            drive(site, lambda: kill_driver(site), num_outcomes)
             status = 0
         finally:
             os._exit(status)

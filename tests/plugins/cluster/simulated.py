@@ -1,4 +1,4 @@
-"""Workers in simulated time, under the very pool that real ones work for: only the seconds are not waited for."""
+"""Simulate workers in simulated time, under the same pool that real ones work for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from rightrank.plugins.cluster.worker import WorkerReady, StopTask, Task, TaskEnded, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import StopTask, Task, TaskEnded, WorkerLost, WorkerMessage, WorkerReady
 from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Trial, TrialFinished, TrialStarted
 from tests.tiny import UNMEASURED
@@ -25,7 +25,7 @@ class Pace:
     step: float = 30.0  # between two signs of progress
 
 
-class SimulatedCrew:
+class SimulatedBackend:
     """A crew whose clock jumps to what comes next.
 
     `ends_at` says when a worker dies by itself (None: never), `hangs_at` from when it says nothing more. A worker
@@ -77,12 +77,12 @@ class SimulatedCrew:
             seconds = self._pace.trial(worker, trial)
             self.trained.append(trial.trial_id)
             self.busy_seconds += seconds
-            done = self._pace.step
-            while done < seconds:
-                self._plan(at + done, worker, step_of(trial))
-                done += self._pace.step
+            elapsed = self._pace.step
+            while elapsed < seconds:
+                self._plan(at + elapsed, worker, make_step(trial))
+                elapsed += self._pace.step
             at += seconds
-            self._plan(at, worker, result_of(trial))
+            self._plan(at, worker, make_result(trial))
         self._plan(at, worker, TaskEnded())
 
     def end(self, worker: str) -> None:
@@ -112,12 +112,12 @@ class SimulatedCrew:
         return hang is not None and self.now >= self._begun[worker] + hang
 
 
-def step_of(trial: Trial) -> StepDone:
+def make_step(trial: Trial) -> StepDone:
     return StepDone(trial_id=trial.trial_id, step=1, steps=trial.arm.steps, loss=1.0, seconds=1.0)
 
 
-def result_of(trial: Trial) -> TrialFinished:
-    """The same for the same trial, wherever it was trained."""
+def make_result(trial: Trial) -> TrialFinished:
+    """Return the same result for the same trial, on any worker."""
     value = 1.0 + 1.0 / (1 + trial.arm.rank) + trial.arm.learning_rate
     return TrialFinished(
         trial_id=trial.trial_id,

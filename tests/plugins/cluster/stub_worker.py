@@ -1,4 +1,4 @@
-"""A worker that sleeps where a real one trains: `steps` milliseconds for each trial."""
+"""A worker that sleeps instead of training: `steps` milliseconds for each trial."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rightrank.plugins.cluster.on_ray import RayWorker
-from rightrank.plugins.cluster.worker import WorkerSetup, Worker, WorkerMessage
+from rightrank.plugins.cluster.worker import Worker, WorkerMessage, WorkerSetup
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
-from tests.plugins.cluster.simulated import result_of, step_of
+from tests.plugins.cluster.simulated import make_result, make_step
 
 if TYPE_CHECKING:
     from rightrank.runs.executor import Executor
@@ -32,11 +32,11 @@ class StubExecutor:
         for trial in trials:
             self._send(TrialStarted(trial_id=trial.trial_id, **trial.arm.model_dump()))
             until = time.monotonic() + trial.arm.steps / 1000
-            while (left := until - time.monotonic()) > 0:
-                time.sleep(min(left, SIGN_SECONDS))
-                if left > SIGN_SECONDS:
-                    self._send(step_of(trial))
-            yield result_of(trial)
+            while (seconds_left := until - time.monotonic()) > 0:
+                time.sleep(min(seconds_left, SIGN_SECONDS))
+                if seconds_left > SIGN_SECONDS:
+                    self._send(make_step(trial))
+            yield make_result(trial)
 
 
 class StubRayWorker(RayWorker):

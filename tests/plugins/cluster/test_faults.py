@@ -1,4 +1,4 @@
-"""The fault benchmark in short: each fault once; workers are processes or Ray actors that sleep where they would train."""
+"""Run the fault benchmark in a short form, each fault once; workers are processes or Ray actors that sleep instead of training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugins.cluster.faults import FAULTS, Work, one_try
-from tests.plugins.cluster.places import Nodes, Place
+from tests.plugins.cluster.faults import FAULTS, Work, try_fault
+from tests.plugins.cluster.places import Nodes, Site
 
 pytestmark = pytest.mark.trains
 
@@ -28,22 +28,22 @@ def nodes() -> Iterator[Nodes]:
     nodes.shutdown()
 
 
-def require_right(work: Work, place: Place, fault: str) -> None:
-    found = one_try(work, place, FAULTS[place.executor, fault], after=3)
-    assert found["right_decision"] == 1, found
-    assert (found["lost"], found["trained_twice"]) == (0, 0)
+def require_right(work: Work, site: Site, fault: str) -> None:
+    result = try_fault(work, site, FAULTS[site.executor, fault], num_outcomes=3)
+    assert result["right_decision"] == 1, result
+    assert (result["lost"], result["trained_twice"]) == (0, 0)
 
 
 @pytest.mark.parametrize("fault", ["worker killed", "worker stopped for 4 s"])
 def test_a_fault_of_a_process_changes_nothing(fault: str, work: Work, tmp_path: Path) -> None:
-    place = Place("processes", tmp_path / "run")
-    require_right(work, place, fault)
-    assert any("killed by signal 9" in notice for notice in place.notices) == (fault == "worker killed")
+    site = Site("processes", tmp_path / "run")
+    require_right(work, site, fault)
+    assert any("killed by signal 9" in notice for notice in site.notices) == (fault == "worker killed")
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_driver_on_ray_that_is_killed_and_resumed_changes_nothing(work: Work, nodes: Nodes, tmp_path: Path) -> None:
     """`test_ray` kills actors and takes a node."""
-    place = Place("ray", tmp_path / "run", nodes, nodes.address)
-    require_right(work, place, "driver killed, then resumed")
-    assert not place.notices
+    site = Site("ray", tmp_path / "run", nodes, nodes.address)
+    require_right(work, site, "driver killed, then resumed")
+    assert not site.notices

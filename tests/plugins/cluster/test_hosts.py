@@ -1,4 +1,4 @@
-"""Eight kinds of fault of several hosts, made of namespaces: a tiny model, a Ray cluster, and a disk that they share."""
+"""Test eight kinds of fault of several hosts, which are namespaces with a tiny model, a Ray cluster, and a shared disk."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.plugins.cluster.hosts import (
-    Field,
-    Found,
+    Cluster,
+    RunResult,
     Work,
     is_right,
-    one_run,
-    reference_of,
+    make_reference,
+    run_with_faults,
 )
-from tests.plugins.cluster.namespaces import Network, why_impossible
+from tests.plugins.cluster.namespaces import Network, find_obstacle
 
 pytestmark = pytest.mark.trains
 
@@ -38,35 +38,35 @@ KINDS = [  # the last three wait for a training that begins after the fault befo
 
 
 @pytest.fixture
-def field(model_folder: Path, completion_file: Path, tmp_path: Path) -> Iterator[Field]:
+def field(model_folder: Path, completion_file: Path, tmp_path: Path) -> Iterator[Cluster]:
     pytest.importorskip("ray")
-    if reason := why_impossible():
+    if reason := find_obstacle():
         pytest.skip(reason)
     work = Work("tiny", model_folder, completion_file, tuple(SHORT.split()))
     with Network(3) as network:
-        field = Field(network, random.Random(0), work, "ray", tmp_path, workers_wanted=1)
+        field = Cluster(network, random.Random(0), work, "ray", tmp_path, workers_wanted=1)
         work.put_on(network.shared)
         yield field
 
 
 @pytest.fixture
-def right(field: Field) -> Found:
-    """The selection in one process, while the cluster starts."""
+def right(field: Cluster) -> RunResult:
+    """Run the selection in one process, while the cluster starts."""
     with ThreadPoolExecutor() as threads:
         started = threads.submit(field.keep_nodes)
-        right = reference_of(field)
+        right = make_reference(field)
         started.result()
     return right
 
 
-def test_faults_of_eight_kinds_lose_nothing(field: Field, right: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_eight_kinds_lose_nothing(field: Cluster, right: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.plugins.cluster.hosts.PAUSE", (0.1, 0.3))
     monkeypatch.setattr("tests.plugins.cluster.hosts.LONGEST", 2.5)
-    left, rows = list(KINDS), []
-    while left and len(rows) < 10:  # a fast machine may end before the last fault
-        row, left = one_run(field, f"run-{len(rows)}", left, right)
+    remaining_kinds, rows = list(KINDS), []
+    while remaining_kinds and len(rows) < 10:  # a fast machine may end before the last fault
+        row, remaining_kinds = run_with_faults(field, f"run-{len(rows)}", remaining_kinds, right)
         rows.append(row)
         assert is_right(row), row
         assert row["adapters_compared"] >= 4
-    assert not left
+    assert not remaining_kinds
     assert sorted(fault["kind"] for row in rows for fault in row["faults"]) == sorted(KINDS)

@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes of different size on this machine: one of them leaves, the decision stays."""
+"""Test a real Ray cluster of two nodes of different size on this machine: if one leaves, the decision stays the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from rightrank import select_rank
 from rightrank.schema.events import Event
 from rightrank.schema.trials import TrialFinished
-from tests.plugins.cluster.runs import STEPS, decision_of, values_of
+from tests.plugins.cluster.runs import STEPS, read_decision, read_values
 from tests.tiny import small_settings
 from tests.watch import Watch
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the workers of this cluster keep their files: workers of other tests may run beside it."""
+    """Return the folder for the files of this cluster's workers, separate from workers of other tests."""
     return tmp_path_factory.mktemp("scratch")
 
 
@@ -64,6 +64,6 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
         str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Watch(on_event=take_a_node)]
     )
     assert removed
-    assert decision_of(tmp_path / "run") == decision_of(alone)
-    assert values_of(tmp_path / "run") == values_of(alone)
+    assert read_decision(tmp_path / "run") == read_decision(alone)
+    assert read_values(tmp_path / "run") == read_values(alone)
     assert len(list(scratch.glob("rightrank-worker-*"))) <= 1  # that of the node that was taken

@@ -1,4 +1,4 @@
-"""Real workers, one of which is killed: the same decision as in one process."""
+"""Test real workers, one of which is killed: the decision is the same as in one process."""
 
 from __future__ import annotations
 
@@ -21,19 +21,28 @@ from rightrank.plugins.cluster import on_ray
 from rightrank.plugins.cluster import worker as workers
 from rightrank.plugins.cluster.on_ray import RayWorker, connect
 from rightrank.plugins.cluster.processes import ProcessBackend
-from rightrank.plugins.cluster.worker import WorkerReady, SelectionRefused, WorkerSetup, StopTask, Task, TaskEnded, WorkerLost, collect_versions
+from rightrank.plugins.cluster.worker import (
+    SelectionRefused,
+    StopTask,
+    Task,
+    TaskEnded,
+    WorkerLost,
+    WorkerReady,
+    WorkerSetup,
+    collect_versions,
+)
 from rightrank.runs.values import SelectionInputs
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
-from tests.plugins.cluster.runs import STEPS, decision_of, trials, values_of
-from tests.plugins.cluster.simulated import result_of
+from tests.plugins.cluster.runs import STEPS, make_trials, read_decision, read_values
+from tests.plugins.cluster.simulated import make_result
 from tests.tiny import small_settings
 from tests.watch import Watch
 
 
-def setup_of(folder: Path) -> WorkerSetup:
+def make_setup(folder: Path) -> WorkerSetup:
     return WorkerSetup(SelectionInputs("m", None, "d", SelectSettings()), "f", folder, Path.cwd())
 
 
@@ -54,8 +63,8 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
     settings = small_settings(**STEPS, executor="processes", workers=2)
     watching = Watch(on_event=kill_once, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[watching])
-    assert decision_of(tmp_path / "run") == decision_of(alone)
-    assert values_of(tmp_path / "run") == values_of(alone)
+    assert read_decision(tmp_path / "run") == read_decision(alone)
+    assert read_values(tmp_path / "run") == read_values(alone)
     assert any("killed by signal 9" in notice for notice in notices)
     assert not [child for child in psutil.Process().children() if "rightrank.plugins.cluster.worker" in child.cmdline()]
 
@@ -94,31 +103,37 @@ def test_an_address_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyP
     with pytest.raises(RunError, match=f"no Ray cluster answers at {address} within"):
         connect()
     monkeypatch.setenv("RAY_ADDRESS", "head-node")
-    with pytest.raises(RunError, match="can't join the Ray cluster at RAY_ADDRESS=head-node: Invalid address format"):
+    with pytest.raises(
+        RunError, match="cannot connect to the Ray cluster at RAY_ADDRESS=head-node: Invalid address format"
+    ):
         connect()
 
 
 def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").touch()
-    for folder, seen in ((tmp_path, True), (tmp_path / "elsewhere", False)):
-        crew = ProcessBackend(setup_of(folder), tmp_path / "logs")
-        crew.start("worker-1")
+    for folder, sees_folder in ((tmp_path, True), (tmp_path / "elsewhere", False)):
+        backend = ProcessBackend(make_setup(folder), tmp_path / "logs")
+        backend.start("worker-1")
         try:
-            assert crew.messages(60.0) == [("worker-1", WorkerReady(versions=collect_versions(), sees_folder=seen))]
-            crew.send("worker-1", StopTask())
+            assert backend.messages(60.0) == [
+                ("worker-1", WorkerReady(versions=collect_versions(), sees_folder=sees_folder))
+            ]
+            backend.send("worker-1", StopTask())
         finally:
-            crew.close()
-        assert crew.messages(5.0) == [("worker-1", WorkerLost(f"exit status 0 (see {tmp_path / 'logs/worker-1.log'})"))]
+            backend.close()
+        assert backend.messages(5.0) == [
+            ("worker-1", WorkerLost(f"exit status 0 (see {tmp_path / 'logs/worker-1.log'})"))
+        ]
 
 
 def test_a_worker_that_finds_other_data_refuses(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     sent: list[Any] = []
     request = SelectionInputs(str(model_folder), None, completion_file, small_settings(ranks=(1, 4)))
     worker = workers.Worker(WorkerSetup(request, "of the driver", tmp_path, Path.cwd()), sent.append)
-    worker.run_task(Task(trials=trials(1), base_loss=None))
+    worker.run_task(Task(trials=make_trials(1), base_loss=None))
     worker.close()
     assert [type(message) for message in sent] == [SelectionRefused, TaskEnded]
-    assert f"found a different model or different data at {model_folder} and {completion_file}" in sent[0].reason
+    assert f"reads a different model or different data at {model_folder} and {completion_file}" in sent[0].reason
 
 
 @pytest.mark.parametrize(
@@ -150,7 +165,7 @@ class FullAtFirst:
         for trial in trials:
             if self._failures and trial.arm.rank > 1:
                 raise self._failures.pop()
-            yield result_of(trial)
+            yield make_result(trial)
 
 
 @pytest.mark.parametrize(("seconds", "ends"), [(60.0, [TaskEnded]), (-1.0, [SelectionRefused, TaskEnded])])
@@ -160,19 +175,19 @@ def test_a_worker_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, seconds
     monkeypatch.setattr(workers, "DISK_PAUSE", 0.01)
     monkeypatch.setattr(workers, "DISK_SECONDS", seconds)
     monkeypatch.setattr(workers.Worker, "make_executor", lambda *_: FullAtFirst(full))
-    worker = workers.Worker(setup_of(Path()), sent.append)
-    worker.run_task(Task(trials=trials(2), base_loss=None))
+    worker = workers.Worker(make_setup(Path()), sent.append)
+    worker.run_task(Task(trials=make_trials(2), base_loss=None))
     worker.close()
     finished = [message.trial_id for message in sent if isinstance(message, TrialFinished)]
-    assert finished == [trial.trial_id for trial in trials(2 if seconds > 0 else 1)]
-    told = [getattr(message, "text", getattr(message, "reason", "")) for message in sent]
-    assert sum("No space left on device" in text for text in told) == 1
+    assert finished == [trial.trial_id for trial in make_trials(2 if seconds > 0 else 1)]
+    texts = [getattr(message, "text", getattr(message, "reason", "")) for message in sent]
+    assert sum("No space left on device" in text for text in texts) == 1
     assert [type(message) for message in sent][-len(ends) :] == ends
 
 
 def test_an_actor_whose_worker_ends_ends_its_stream(tmp_path: Path) -> None:
     """Otherwise the driver would wait for it as for one that hangs."""
-    actor = RayWorker(setup_of(tmp_path))
+    actor = RayWorker(make_setup(tmp_path))
     actor.receive(StopTask())
     actor.receive(None)
     assert list(actor.messages()) == [WorkerReady(collect_versions(), sees_folder=False)]
@@ -208,23 +223,23 @@ def test_a_lost_head_ends_the_run_with_one_line(how: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(on_ray, "_require_reachable_head", answer)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.experimental.internal_kv", SimpleNamespace(_internal_kv_exists=ray.exists))
-    crew = on_ray.RayBackend(setup_of(Path()), None, on_cuda=False)
-    crew._actors["worker-1"] = object()
-    assert crew.messages(0.0) == []
-    crew._next_head_check = 0.0
+    backend = on_ray.RayBackend(make_setup(Path()), None, on_cuda=False)
+    backend._actors["worker-1"] = object()
+    assert backend.messages(0.0) == []
+    backend._next_head_check = 0.0
     if how == "another answers":
         ray.is_other = True
     else:
         silent.append(RunError("no Ray cluster answers"))
-        assert crew.messages(0.0) == []  # it may come back
-        crew._next_head_check, crew._last_head_answer = 0.0, crew._last_head_answer - on_ray.SILENT_SECONDS
+        assert backend.messages(0.0) == []  # it may come back
+        backend._next_head_check, backend._last_head_answer = 0.0, backend._last_head_answer - on_ray.SILENT_SECONDS
     lost = WorkerLost("the head of the Ray cluster was lost", is_machine_lost=True)
-    assert [crew.messages(0.0), crew.messages(0.0)] == [[("worker-1", lost)], []]
-    crew.send("worker-1", StopTask())  # before the pool has read that it is lost
+    assert [backend.messages(0.0), backend.messages(0.0)] == [[("worker-1", lost)], []]
+    backend.send("worker-1", StopTask())  # before the pool has read that it is lost
     with pytest.raises(
-        RunError, match="head of the Ray cluster was lost; start the cluster again, and the same command"
+        RunError, match="head of the Ray cluster was lost; restart the cluster and repeat the same command"
     ):
-        crew.start("worker-2")
+        backend.start("worker-2")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Seven architectures, small enough for a test."""
+"""Seven architectures that are small enough for a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of quantised weights and 8-bit optimizer states: the plan's against those of bitsandbytes, on the CPU."""
+"""Compare the plan's bytes of quantised weights and 8-bit optimizer states with those of bitsandbytes, on the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_stored_bytes_of_a_quantised_model_are_its_own(name: str, width: str, tm
 
 
 def _real_bytes(name: str, width: str, folder: Path) -> int:
-    """Of every storage that transformers' loading leaves, quantisation states included."""
+    """Return the bytes of every storage after transformers has loaded the model, including quantisation states."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).save_pretrained(folder)

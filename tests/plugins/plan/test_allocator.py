@@ -1,4 +1,4 @@
-"""The allocator's rules, one by one, and what must hold of any sequence of requests."""
+"""Test the allocator's rules, and its invariants for any sequence of requests."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def test_small_and_large_requests_do_not_share_segments() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60 * MIB)), max_size=80))
 def test_every_byte_is_accounted_for(requests: list[tuple[int, int]]) -> None:
-    """Names that come again are freed; at any time reserved ≥ allocated ≥ what is wanted, and all is given back."""
+    """Free repeated names. At any time reserved ≥ allocated ≥ requested, and everything is returned at the end."""
     allocator = CachingAllocator()
-    wanted: dict[int, int] = {}
+    requested: dict[int, int] = {}
     for name, size in requests:
-        if name in wanted:
+        if name in requested:
             allocator.free(name)
-            del wanted[name]
+            del requested[name]
         else:
             allocator.allocate(name, size)
-            wanted[name] = size
-        assert allocator.reserved >= allocator.allocated >= sum(wanted.values())
-        assert allocator.allocated <= sum(size + 512 + MIB for size in wanted.values())
-    for name in wanted:
+            requested[name] = size
+        assert allocator.reserved >= allocator.allocated >= sum(requested.values())
+        assert allocator.allocated <= sum(size + 512 + MIB for size in requested.values())
+    for name in requested:
         allocator.free(name)
     assert allocator.allocated == 0
 
@@ -82,8 +82,10 @@ def test_every_byte_is_accounted_for(requests: list[tuple[int, int]]) -> None:
     st.lists(st.integers(1, 30 * MIB), max_size=6),
     st.lists(st.tuples(st.integers(1, 30 * MIB), st.integers(0, 3)), min_size=1, max_size=20),
 )
-def test_a_step_that_reserves_nothing_new_repeats_itself(kept: list[int], requests: list[tuple[int, int]]) -> None:
-    """The plan ends there: what is allocated and reserved after each request is the same in every further step."""
+def test_a_step_that_reserves_nothing_new_repeats_itself(
+    resident_sizes: list[int], requests: list[tuple[int, int]]
+) -> None:
+    """Check that the plan may stop there: allocated and reserved bytes after each request are equal in every later step."""
     allocator = CachingAllocator()
 
     def step() -> list[tuple[int, int]]:
@@ -97,7 +99,7 @@ def test_a_step_that_reserves_nothing_new_repeats_itself(kept: list[int], reques
         return counts
 
     step()
-    for name, size in enumerate(kept, len(requests)):
+    for name, size in enumerate(resident_sizes, len(requests)):
         allocator.allocate(name, size)
     for _ in range(4):
         reserved, counts = allocator.reserved, step()

@@ -1,4 +1,4 @@
-"""Counts by formula, beside numbers worked out by hand and files that safetensors wrote."""
+"""Test counts by formula against numbers that were computed by hand and files that safetensors wrote."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_the_size_is_that_of_the_file(
     tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str] | None
 ) -> None:
     arrays = {name: np.zeros(shape, CODES[code]) for name, (code, shape) in tensors.items()}
-    told = [(name, code, shape, arrays[name].itemsize) for name, (code, shape) in tensors.items()]
-    assert compute_safetensors_bytes(told, metadata) == len(save(arrays, metadata or None))
+    entries = [(name, code, shape, arrays[name].itemsize) for name, (code, shape) in tensors.items()]
+    assert compute_safetensors_bytes(entries, metadata) == len(save(arrays, metadata or None))

@@ -1,4 +1,4 @@
-"""`rightrank plan` from the outside: the table, what fits, bad input in one line."""
+"""Test `rightrank plan` from the outside: the table, what fits, and one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK = ("--batch-size", "2", "--seq-len", "32", "--target-modules", "q_proj,v_p
 
 @pytest.fixture(scope="module")
 def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds nothing but config.json."""
+    """Return a folder that contains only config.json."""
     folder = tmp_path_factory.mktemp("plan") / "llama"
     config = CONFIGS["llama"]()
     config.architectures = ["LlamaForCausalLM"]
@@ -93,7 +93,7 @@ def test_a_plan_that_takes_seconds_says_what_it_traces(
 
 
 def assignments(values: dict[str, Any]) -> list[str]:
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
 
 
 def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,7 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
         (("--ranks", "two"), "ranks"),
         (("--ranks", "33"), "above the 32 that model.layers.0.self_attn.v_proj"),
         (("--target-modules", "q_proj,nothing"), "no module is named 'nothing'"),
-        (("--seq-len", "257"), "above the model's 256 positions"),
+        (("--seq-len", "257"), "larger than the model's 256 positions"),
         (("--dtype", "int3"), "dtype"),
         (("--load-in-4bit", "--set", "load_in_8bit=true"), "give one of them"),
         (("--set", "paddin=true"), "did you mean 'padding'"),

@@ -1,4 +1,4 @@
-"""`select --memory`: what can't fit is left out or refused before anything is trained, and peaks are recorded."""
+"""Test `select --memory`: what cannot fit is left out or refused before any training, and peaks are recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.planner import format_left_out_ranks, plan_selection, build_step_settings
+from rightrank.plugins.plan.planner import build_step_settings, format_left_out_ranks, plan_selection
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
@@ -21,12 +21,23 @@ from tests.tiny import make_tokenizer, sentences, small_settings, tiny_llama_con
 
 pytestmark = pytest.mark.trains
 
-SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--max-eval-examples", "6")
+SMALL = (
+    "--learning-rates",
+    "1e-2",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--seq-len",
+    "32",
+    "--max-eval-examples",
+    "6",
+)
 SETS = ("--set", "num_evaluations=1", "--strategy", "grid", "--quiet")
 
 
 def one_block() -> Any:
-    """A configuration whose step is traced in the least time."""
+    """Return a configuration whose step is traced in the least time."""
     config = tiny_llama_config(400)
     config.num_hidden_layers = 1
     return config
@@ -141,7 +152,7 @@ def test_fewer_adapters_per_pass_where_memory_is_short(
 
 
 def test_ranks_that_do_not_fit_are_left_out() -> None:
-    """A budget between the second and the third rank's need leaves two."""
+    """Keep two ranks with a budget between the needs of the second and the third rank."""
     settings = small_settings(ranks=(1, 8, 32))
     config = one_block()
     free = plan_selection(config, settings, 32, "cpu")
@@ -154,7 +165,7 @@ def test_ranks_that_do_not_fit_are_left_out() -> None:
 
 
 def test_default_ranks_are_those_that_the_matrices_can_have() -> None:
-    """The smallest adapted matrix has 16 rows."""
+    """Use a model whose smallest adapted matrix has 16 rows."""
     config, default = one_block(), SelectSettings(device="cpu", dtype="float32")
     assert plan_selection(config, default, 32, "cpu").ranks == (1, 4, 16)
 
@@ -186,8 +197,8 @@ def test_adapters_whose_pass_cannot_be_planned_train_alone(
     """Several adapters of the head: the plan falls back to one a pass, as its page says, and refuses nothing."""
     base = make_base(tmp_path / "base", "embedding")  # its head is not tied
     make_tokenizer().save_pretrained(base)
-    given = ["--memory", "8GiB", "--target-modules", "lm_head", "--set", "adapters_per_pass=2", "--json"]
-    status, out, err = run(select_arguments(base, completion_file, tmp_path / "run", *given), capsys)
+    arguments = ["--memory", "8GiB", "--target-modules", "lm_head", "--set", "adapters_per_pass=2", "--json"]
+    status, out, err = run(select_arguments(base, completion_file, tmp_path / "run", *arguments), capsys)
     assert status == 0, err
     assert "continuing with 1" in err
     assert json.loads(out)["handed_over"]["rank"] in (1, 2, 4)
@@ -198,7 +209,9 @@ def test_dora_over_quantised_matrices_is_planned(bits: int) -> None:
     config = one_block()
     settings = small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
     plain = settings.model_copy(update={"use_dora": False})
-    steps = (build_step_settings(config, one, 32, "cpu", None) for one in (settings, plain))
-    with_magnitudes, without = (Estimator(config, one).get_inventory(4).trainable_parameters for one in steps)
+    steps = (build_step_settings(config, step_setting, 32, "cpu", None) for step_setting in (settings, plain))
+    with_magnitudes, without = (
+        Estimator(config, step_setting).get_inventory(4).trainable_parameters for step_setting in steps
+    )
     assert with_magnitudes > without
     assert plan_selection(config, settings, 32, "cpu").ranks == settings.ranks

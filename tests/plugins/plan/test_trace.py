@@ -1,4 +1,4 @@
-"""The trace: two ranks stand for the ranks between, nothing of it is approximate, and counts are PEFT's own."""
+"""Test the trace: two ranks determine the ranks between exactly, and counts are equal to PEFT's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.plugins.plan import CONFIGS
 pytestmark = pytest.mark.trains
 
 
-def settings_of(**values: Any) -> PlanSettings:
+def make_settings(**values: Any) -> PlanSettings:
     return PlanSettings(**{"ranks": (4, 12), "batch_size": 2, "seq_len": 32} | values)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
 def test_two_ranks_give_the_ranks_between(name: str) -> None:
     """Rank 8 from traces of 4 and 12 is rank 8 traced."""
-    settings = settings_of(exclude_modules=["shared_expert_gate"] if name == "moe" else [])
+    settings = make_settings(exclude_modules=["shared_expert_gate"] if name == "moe" else [])
     between = Estimator(CONFIGS[name](), settings)
     direct = Estimator(CONFIGS[name](), settings.model_copy(update={"ranks": (8,)}))
     assert between.estimate(8) == direct.estimate(8)
@@ -37,7 +37,7 @@ def test_two_ranks_give_the_ranks_between(name: str) -> None:
 
 
 def test_components_add_up_to_the_peak() -> None:
-    highest = Estimator(CONFIGS["llama"](), settings_of(loss="chunked")).estimate(12)
+    highest = Estimator(CONFIGS["llama"](), make_settings(loss="chunked")).estimate(12)
     assert sum(highest.components.values()) == highest.peak_bytes
     assert min(highest.components.values()) >= 0
     assert highest.peak_reserved_bytes >= highest.peak_bytes
@@ -50,16 +50,21 @@ def test_a_step_that_cannot_be_traced_is_refused_in_one_line(monkeypatch: pytest
         raise NotImplementedError("aten::nonzero: attempted to run this operator with Meta tensors")
 
     monkeypatch.setattr("rightrank.plugins.plan.estimate.trace_step", fail)
-    with pytest.raises(ModelError, match=r"llama: its step cannot be traced \(NotImplementedError: aten::nonzero"):
-        plan_config(CONFIGS["llama"](), "llama", settings_of(memory_bytes=2**40, seq_len=23))  # no other test traces it
+    with pytest.raises(
+        ModelError,
+        match=r"llama cannot be planned, because its training step cannot be traced \(NotImplementedError: aten::nonzero",
+    ):
+        plan_config(
+            CONFIGS["llama"](), "llama", make_settings(memory_bytes=2**40, seq_len=23)
+        )  # no other test traces it
 
 
 def test_arms_add_evenly() -> None:
-    """The second, third and fourth arm of a pass add the same bytes, so two traces predict any number of arms."""
+    """Check that the second, third and fourth arm of a pass add the same bytes, so two traces predict any number of arms."""
     passes = {
-        arms: Estimator(CONFIGS["llama"](), settings_of(loss="chunked", adapters_per_pass=arms, device="cpu")).estimate(
-            4
-        )
+        arms: Estimator(
+            CONFIGS["llama"](), make_settings(loss="chunked", adapters_per_pass=arms, device="cpu")
+        ).estimate(4)
         for arms in (2, 3, 4)
     }
     peaks = {arms: estimate.peak_bytes for arms, estimate in passes.items()}
@@ -68,7 +73,7 @@ def test_arms_add_evenly() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_classifications_are_traced(name: str) -> None:
-    settings = settings_of(num_labels=3, padding=True, packed=True)
+    settings = make_settings(num_labels=3, padding=True, packed=True)
     estimator = Estimator(CONFIGS[name](), settings)
     assert estimator.estimate(8).peak_bytes > 0
     saved = str(estimator.get_inventory(8).saved)
@@ -92,7 +97,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_counts_are_those_of_peft(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Ranks 2, 4 and 8: the one between is computed from the two at the ends, so all three are compared."""
+    """Compare ranks 2, 4 and 8, of which the middle one is interpolated from the other two."""
     values = {"dtype": "float32", "ranks": (2, 4, 8), "batch_size": 1, "seq_len": 16, **options}
     rows = plan_config(CONFIGS[name](), name, PlanSettings(**values)).ranks
     for row in rows:
