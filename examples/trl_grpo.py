@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
-from rightrank.decision.table import find_best_point, detect_collapse
+from rightrank.decision.table import detect_collapse, find_best_point
 from rightrank.schema.errors import ReportError
 from rightrank.train.metrics import score_token_f1
 

@@ -30,7 +30,7 @@ from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence, compare_ranks, compute_covariance_to_best
 from rightrank.decision.seeds import estimate_selection_bias
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.decision.verdicts import find_shown_rank, determine_verdict
+from rightrank.decision.verdicts import determine_verdict, find_shown_rank
 
 OUT = Path(__file__).with_name("printed.json")
 RANKS = (1, 2, 4, 8, 16, 32, 64)

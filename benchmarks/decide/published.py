@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from rightrank.decision.rule import decide_table
-from rightrank.decision.table import build_results_table
+from rightrank.decision.table import build_table_from_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
 from rightrank.schema.metrics import get_published_deviation, infer_metric_kind
 
@@ -56,7 +56,7 @@ def decide_grid(curve: Curve) -> Decision:
 
 def _decide(curve: Curve, results: list[Result]) -> Decision:
     named = {"metric": curve["metric"], "higher_is_better": curve["higher_is_better"]}
-    return decide_table(build_results_table(ResultsTable(**named, results=results, input_notes=[])), curve["margin"])
+    return decide_table(build_table_from_results(ResultsTable(**named, results=results, input_notes=[])), curve["margin"])
 
 
 def orient_values(curve: Curve) -> dict[int, float]:

@@ -196,9 +196,9 @@ def build_observation(evidence: Evidence, contender: Contender) -> Observation:
 
 def _compute_ends(estimate: Estimate) -> Interval:
     two_sided, upper = (
-        float(stdtrit(estimate_mean.degrees, level)) * estimate_mean.standard_error for level in (0.975, 0.95)
+        float(stdtrit(estimate.degrees, level)) * estimate.standard_error for level in (0.975, 0.95)
     )
-    return estimate_mean.mean - two_sided, estimate_mean.mean + two_sided, estimate_mean.mean + upper
+    return estimate.mean - two_sided, estimate.mean + two_sided, estimate.mean + upper
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def identified(adapter: Path, base: Path) -> Path:
     """The adapter, with `base.json` beside it and a name that is nowhere."""
-    (adapter / "base.json").write_bytes(load_base(str(base), ON_CPU, None).identity.content())
+    (adapter / "base.json").write_bytes(load_base(str(base), ON_CPU, None).identity.to_json())
     edit_config(adapter, base_model_name_or_path="someone/gone")
     return adapter
 
@@ -106,7 +106,7 @@ def test_a_damaged_identity_is_one_line(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     for text in ("{", '{"name": 3}', '{"name": "x", "config": {}, "weights": {"w": [1]}}'):
         (adapter / "base.json").write_text(text)
-        with pytest.raises(ModelError, match="does not identify a base") as caught:
+        with pytest.raises(ModelError, match="does not identify a base model") as caught:
             require_matching_base(adapter, load_base(str(base), ON_CPU, None))
         assert "\n" not in str(caught.value)
 
@@ -124,5 +124,5 @@ def test_an_adapter_that_is_handed_over_keeps_what_its_base_is_known_by(
     for folder in (handed_over, tmp_path / "small"):
         assert read_identity(folder / "base.json").name == str(base.resolve())
         load_strictly(base, folder)  # PEFT has no remark
-        with pytest.raises(ModelError, match="trained on another base"):
+        with pytest.raises(ModelError, match="trained on a different base"):
             require_matching_base(folder, load_base(str(other), ON_CPU, None))

@@ -226,7 +226,7 @@ def test_every_module_has_one_scale(base: Path, tmp_path: Path, kind: str, rule:
 def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: Path, kind: str, max_rank: int) -> None:
     adapter = open_adapter(make_adapter(base, tmp_path / "adapter", kind))
     moments = random_moments(adapter)
-    parts = {m.name: decompose_update(*adapter.factors(m), m.scaling, moments[m.name]) for m in adapter.modules}
+    parts = {m.name: decompose_update(*adapter.load_factors(m), m.scaling, moments[m.name]) for m in adapter.modules}
     costs = [module.rows + module.columns for module in adapter.modules]
     ranks = allocate_ranks([found.costs for found in parts.values()], costs, 2 * sum(costs), max_rank)
     chosen = dict(zip(parts, ranks, strict=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rightrank import resize
-from rightrank.decision.adapter import SEARCH
+from rightrank.decision.adapter import SEARCH_OPTION
 from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import (
@@ -61,7 +61,7 @@ def test_advice_is_a_command_that_select_takes(base: Path, data: Path, tmp_path:
     assert found.answer is not None
     notes = [note for note in found.answer.notes if "direct training" in note]
     assert notes
-    assert SEARCH not in notes[0]
+    assert SEARCH_OPTION not in notes[0]
     words = shlex.split(notes[0].partition("(")[2].partition(")")[0])
     assert words[:2] == ["rightrank", "select"]
     known = {option for parameter in COMMANDS["select"].params for option in parameter.opts}
@@ -77,7 +77,7 @@ def test_a_base_that_is_not_found_from_here_is_one_line(
     capsys.readouterr()
     status, out, err = run(["resize", str(adapter), str(tmp_path / "out"), "--data", str(data), *SMALL], capsys)
     assert (status, out) == (2, "")
-    assert f"names the base 'models/base', which is not found from {Path.cwd()}; give it with --base MODEL" in err
+    assert f"names the base 'models/base', which cannot be found from {Path.cwd()}; give it with --base MODEL" in err
     given = ["--data", str(data), "--margin", "9", "--base", str(base), "--json", *SMALL]
     assert (
         run(["resize", str(adapter), str(tmp_path / "out"), *given], capsys)[0] == 0

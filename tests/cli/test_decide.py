@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from rightrank import decide
 from rightrank.cli import cli, main
 from rightrank.schema.errors import ResultsError
-from tests.report.runs import answered_folder
+from tests.report.runs import write_answered_run
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_json_holds_the_contract_and_nothing_else(table: Path) -> None:
 def test_the_table_says_what_was_understood_and_what_to_do(table: Path) -> None:
     answer = CliRunner().invoke(cli, ["decide", str(table), "--margin", "0.005"])
     assert answer.exit_code == 0
-    for part in ("read:", "verdict: saturated", "answer:  Rank 16", "margins:", "next:", "underpowered"):
-        assert part in answer.stdout
+    for text in ("read:", "verdict: saturated", "answer:  Rank 16", "margins:", "next:", "underpowered"):
+        assert text in answer.stdout
 
 
 def test_wins_against_a_fixed_reference_decide(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_scores_by_example_have_a_report_and_a_run_folder_its_own(tmp_path: Path
     rows = [{"rank": rank, "item": n, "value": 2 + n % 7 + 1 / rank} for rank in (1, 4, 16) for n in range(40)]
     decided = decide(rows, metric="eval_loss", margin=0.1)
     assert "40 examples" in decided.write_report(tmp_path / "page.html").read_text(encoding="utf-8")
-    of_run = decide(answered_folder(tmp_path / "run", direct=(1, 4)))
+    of_run = decide(write_answered_run(tmp_path / "run", direct=(1, 4)))
     with pytest.raises(ResultsError, match="rightrank report RUN"):
         of_run.write_report(tmp_path / "other.html")
 

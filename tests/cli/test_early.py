@@ -46,10 +46,10 @@ def files(tmp_path: Path) -> Path:
 )
 def test_what_does_not_exist_is_named_before_torch_is_imported(files: Path, arguments: list[str], message: str) -> None:
     given = json.dumps(["select", *arguments, "--out", "run"])
-    done = subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, cwd=files)
-    assert done.stdout.split() == ["2", "False"], done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert message in done.stderr
+    process = subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, cwd=files)
+    assert process.stdout.split() == ["2", "False"], process.stderr
+    assert len(process.stderr.splitlines()) == 1
+    assert message in process.stderr
     assert not (files / "run").exists()
 
 
@@ -59,22 +59,22 @@ def test_a_plan_names_what_does_not_exist_too(files: Path) -> None:
         (["plan", "./modle"], "no such folder (did you mean 'model'?);"),
         (["plan", "model", "--set", "optim=adam8"], "optim: got 'adam8'"),
     ):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", CODE, json.dumps(arguments)], capture_output=True, text=True, cwd=files
         )
-        assert done.stdout.split() == ["2", "False"], done.stderr
-        assert len(done.stderr.splitlines()) == 1
-        assert message in done.stderr
+        assert process.stdout.split() == ["2", "False"], process.stderr
+        assert len(process.stderr.splitlines()) == 1
+        assert message in process.stderr
 
 
 def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     ours, theirs = os.openpty()
-    given = json.dumps(["select", "./modle", "train.jsonl", "--out", "run"])
-    done = subprocess.run([sys.executable, "-c", CODE, given], stdout=subprocess.PIPE, stderr=theirs, cwd=files)
+    arguments = json.dumps(["select", "./modle", "train.jsonl", "--out", "run"])
+    process = subprocess.run([sys.executable, "-c", CODE, arguments], stdout=subprocess.PIPE, stderr=theirs, cwd=files)
     first, *_, last = os.read(ours, 4096).decode().splitlines()
     os.close(ours)
     os.close(theirs)
-    assert done.stdout.split() == [b"2", b"False"]
+    assert process.stdout.split() == [b"2", b"False"]
     assert first.endswith("checking the request, then loading model and data …")
     assert "did you mean 'model'?" in last
 
@@ -86,10 +86,10 @@ def test_a_pipe_gets_a_line_before_torch_is_imported(files: Path) -> None:
         "written = []\nwrite = sys.stderr.write\n"
         "sys.stderr.write = lambda text: (written.append('torch' in sys.modules), write(text))[1]\ntry:",
     ).replace('print(ended.code, "torch" in sys.modules)', "print(ended.code, written[0])")
-    given = json.dumps(["select", "model", "train.jsonl", "--out", "run"])
-    done = subprocess.run([sys.executable, "-c", watching, given], capture_output=True, text=True, cwd=files)
-    assert done.stdout.split() == ["2", "False"], done.stderr
-    assert done.stderr.splitlines()[0].endswith("loading model and data …")
+    arguments = json.dumps(["select", "model", "train.jsonl", "--out", "run"])
+    process = subprocess.run([sys.executable, "-c", watching, arguments], capture_output=True, text=True, cwd=files)
+    assert process.stdout.split() == ["2", "False"], process.stderr
+    assert process.stderr.splitlines()[0].endswith("loading model and data …")
 
 
 LIGHT = """\
@@ -105,16 +105,16 @@ print(sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
 
 def test_help_loads_neither_settings_nor_numbers() -> None:
     """All commands are listed, those of plug-ins with them."""
-    asked = LIGHT.replace('{"torch", "transformers"}', '{"torch", "transformers", "numpy", "pydantic", "rich"}')
-    done = subprocess.run([sys.executable, "-c", asked, "--help"], capture_output=True, text=True)
-    assert "decide" in done.stdout
-    assert done.stderr == "[]\n"
+    script = LIGHT.replace('{"torch", "transformers"}', '{"torch", "transformers", "numpy", "pydantic", "rich"}')
+    process = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
+    assert "decide" in process.stdout
+    assert process.stderr == "[]\n"
 
 
 def test_the_job_itself_loads_no_engine() -> None:
     """What asks, keeps and answers knows the base by a plan alone: a trainer of one's own may use no torch."""
-    asked = 'import rightrank.runs.run, rightrank.runs.custom_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
-    assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True).stdout == "[]\n"
+    script = 'import rightrank.runs.run, rightrank.runs.custom_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 
 
 REFUSED = LIGHT.replace("ended.code == 0", "ended.code == 2")
@@ -133,8 +133,8 @@ def test_the_adapter_of_a_run_folder_is_named_without_torch(run_folder: Path) ->
         ["resize", str(run_folder), "out", "--rank", "1"],
         ["compare", "base", str(run_folder), "--model", "model", "--data", "x.jsonl"],
     ):
-        done = subprocess.run([sys.executable, "-c", REFUSED, *command], capture_output=True, text=True)
-        message, modules = done.stderr.splitlines()
+        process = subprocess.run([sys.executable, "-c", REFUSED, *command], capture_output=True, text=True)
+        message, modules = process.stderr.splitlines()
         assert message.endswith(f"give {run_folder / 'adapter'}, the adapter in it")
         assert modules == "[]"
 
@@ -142,6 +142,6 @@ def test_the_adapter_of_a_run_folder_is_named_without_torch(run_folder: Path) ->
 @pytest.mark.parametrize("command", [["status"], ["decide"], ["export", "--to", "vllm"], ["repair"]])
 def test_a_command_on_a_run_folder_imports_no_torch(run_folder: Path, command: list[str]) -> None:
     arguments = [sys.executable, "-c", LIGHT, command[0], str(run_folder), *command[1:]]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
+    process = subprocess.run(arguments, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.splitlines()[-1] == "[]"

@@ -18,7 +18,7 @@ from rightrank.api import selecting
 from rightrank.schema.trials import SCHEMA_VERSION
 from tests.adapters.adapters import make_adapter, make_base
 from tests.commands import COMMANDS, of_its_plug_in, run
-from tests.report.runs import journal_of
+from tests.report.runs import write_journal
 from tests.tiny import small_settings, write_completions, write_jsonl
 
 pytestmark = pytest.mark.trains
@@ -52,7 +52,7 @@ def prepared(selected: Selected, model_folder: Path, tmp_path_factory: pytest.Te
     write_completions(folder / "data.jsonl")
     write_jsonl(folder / "table.jsonl", TABLE)
     shutil.copytree(selected.run, folder / "done")
-    journal_of(folder / "made_up")
+    write_journal(folder / "made_up")
     (folder / "empty").mkdir()
     (folder / "damaged").mkdir()
     (folder / "damaged" / "journal.jsonl").write_text("not json\n{}\n")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rightrank.api.runs import DecisionResult, decide
-from rightrank.data.splits import SPLITS, DataSplits, number_groups, load_data
+from rightrank.data.splits import SPLITS, DataSplits, load_data, number_groups
 from rightrank.schema.errors import DataError, ResultsError
 from tests.tiny import sentences, small_settings
 

@@ -13,13 +13,13 @@ import pyarrow.parquet
 import pytest
 
 from rightrank.data.splits import load_data
-from rightrank.decision.records import answers_of
+from rightrank.decision.records import build_answers
 from rightrank.report.html import render_report
 from rightrank.report.terminal import format_plan
 from rightrank.schema.errors import DataError
 from rightrank.train.tokens import EncodedData, encode_splits
 from tests.commands import run
-from tests.report.runs import made_up_run
+from tests.report.runs import make_run
 from tests.tiny import make_tokenizer, sentences, small_settings
 
 HALF = "\ud800"  # of a surrogate pair: no character, and nothing that UTF-8 can hold
@@ -105,18 +105,18 @@ def test_empty_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: An
 
 def test_nothing_but_empty_completions_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": f"say {number}", "completion": ""} for number in range(200)]
-    with pytest.raises(DataError, match=r"no label token left after tokenising"):
+    with pytest.raises(DataError, match=r"no labels left after tokenising"):
         encoded(tmp_path / "d.jsonl", rows, tokenizer)
 
 
 def test_the_counts_are_shown(tmp_path: Path) -> None:
-    made = made_up_run()
+    made = make_run()
     data = made.started.data.model_copy(update={"unreadable": 3})
     started = made.started.model_copy(update={"data": data})
-    assert "3 rows skipped: lone surrogates" in format_plan(started, 10)
+    assert "3 rows skipped because of lone surrogates" in format_plan(started, 10)
     made.started = started
-    page = render_report(made, answers_of(made, None))
-    assert "3 rows skipped, lone surrogates" in page
+    page = render_report(made, build_answers(made, None))
+    assert "3 rows skipped because of lone surrogates" in page
 
 
 def row_of(form: str, prompt: str, text: str) -> dict[str, Any]:

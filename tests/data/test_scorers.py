@@ -60,7 +60,7 @@ def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("wrong_count", "1 scores for 8 examples"),
         ("raises", "raised ValueError: not today"),
-        ("nothing", "it gave None"),
+        ("nothing", "the function returned None"),
         ("greedy", "missing 1 required positional argument: 'temperature'"),
     ],
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.decision.table import ScoreTable, build_table_from_results
 from rightrank.schema.decision import Result, ResultsTable
 
 
@@ -15,7 +15,9 @@ def build_value_table(
 ) -> ScoreTable:
     """One number a rank."""
     results = [Result(trial_id=str(rank), rank=rank, value=value, std=std) for rank, value in values.items()]
-    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[]))
+    return build_table_from_results(
+        ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[])
+    )
 
 
 def build_example_table(
@@ -46,4 +48,6 @@ def build_example_table(
                     train_value=None if train is None else train.get(rank),
                 )
             )
-    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))
+    return build_table_from_results(
+        ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
+    )

@@ -7,20 +7,20 @@ import pytest
 
 from rightrank.decision.adapter import (
     Criterion,
-    adapter_answer,
-    compared_adapters,
-    files_of,
-    improved_by_training,
-    making_of,
-    probable_ranks,
-    smallest_holding_truncation,
-    trained_answer,
+    build_adapter_files,
+    build_provenance,
+    build_trained_answer,
+    choose_adapter,
+    compare_adapters,
+    estimate_training_ranks,
+    find_smallest_truncation,
+    prefer_direct_training,
 )
 from rightrank.decision.adapter import (
-    test_difference as difference_on_test,
+    compute_test_difference as difference_on_test,
 )
-from rightrank.decision.comparison import INDEPENDENT, bounds_of, estimate
-from rightrank.decision.table import spread_sentence
+from rightrank.decision.comparison import INDEPENDENCE_NOTE, compute_bounds, estimate_mean
+from rightrank.decision.table import format_distribution
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
@@ -34,8 +34,8 @@ LEVELS = np.random.default_rng(7).normal(2.0, 0.5, EXAMPLES)  # of each example,
 
 def make_trial(name: str, rank: int, shift: float, *, parent: str | None = None, noise: float = 0.01) -> TrialFinished:
     """A trial whose examples lose `shift` nats a token more than the level, with paired noise."""
-    drawn = np.random.default_rng(rank * 7).normal(0.0, noise, EXAMPLES)
-    losses = (LEVELS + shift + drawn - drawn.mean()) * TOKENS
+    noise_values = np.random.default_rng(rank * 7).normal(0.0, noise, EXAMPLES)
+    losses = (LEVELS + shift + noise_values - noise_values.mean()) * TOKENS
     return TrialFinished(
         trial_id=name,
         rank=rank,
@@ -51,66 +51,68 @@ def make_trial(name: str, rank: int, shift: float, *, parent: str | None = None,
 
 
 def find_adapter(*trials: TrialFinished, criterion: Criterion = LOSS) -> AdapterAnswer:
-    found = adapter_answer(trials, criterion)
-    assert found is not None
-    return found
+    answer = choose_adapter(trials, criterion)
+    assert answer is not None
+    return answer
 
 
 TOP = make_trial("top", 64, 0.0, noise=0.0)
 
 
 def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
-    found = find_adapter(
+    answer = find_adapter(
         TOP,
         make_trial("a", 32, 0.0005, parent="top"),
         make_trial("b", 16, 0.002, parent="top"),
         make_trial("c", 8, 0.02, parent="top"),
     )
-    assert (found.rank, found.method, found.trial_id, found.reference_id) == (16, "truncated", "b", "top")
-    assert found.difference == pytest.approx(0.002)
-    assert found.difference_high is not None
-    assert 0.002 < found.difference_high < 0.005
-    assert [one.is_within_margin for one in found.candidates] == [True, True, True, False]
-    assert "rank 16" in found.sentence
-    top, *lower = found.candidates
+    assert (answer.rank, answer.method, answer.trial_id, answer.reference_id) == (16, "truncated", "b", "top")
+    assert answer.difference == pytest.approx(0.002)
+    assert answer.difference_high is not None
+    assert 0.002 < answer.difference_high < 0.005
+    assert [candidate.is_within_margin for candidate in answer.candidates] == [True, True, True, False]
+    assert "rank 16" in answer.sentence
+    top, *lower = answer.candidates
     assert (top.difference, top.difference_low, top.difference_high) == (0.0, 0.0, 0.0)
-    for one in lower:
-        assert one.difference_low is not None
-        assert one.difference_high is not None
-        assert one.difference_low < one.difference < one.difference_high
+    for candidate in lower:
+        assert candidate.difference_low is not None
+        assert candidate.difference_high is not None
+        assert candidate.difference_low < candidate.difference < candidate.difference_high
 
 
 def test_what_a_mean_hides_is_said() -> None:
-    hidden = make_trial("a", 16, 0.0, parent="top", noise=0.0)
-    rare = np.array(hidden.example_losses)
+    unchanged_mean = make_trial("a", 16, 0.0, parent="top", noise=0.0)
+    rare = np.array(unchanged_mean.example_losses)
     rare[::40] += 0.1 * TOKENS  # one example of forty gets worse by .1 a token, the mean by .0025
     rare[1::40] -= 0.1 * TOKENS
-    found = find_adapter(TOP, hidden.model_copy(update={"example_losses": rare.tolist()}))
-    assert (found.rank, found.difference) == (16, pytest.approx(0.0))
-    assert found.distribution is not None
-    assert (found.distribution.threshold, found.distribution.share_worse) == (0.05, 0.025)
-    assert found.distribution.worst_tenth_mean == pytest.approx(0.025)
-    assert found.distribution == found.candidates[-1].distribution
-    assert found.candidates[0].distribution is None  # the reference
-    assert found.sentence == (
+    answer = find_adapter(TOP, unchanged_mean.model_copy(update={"example_losses": rare.tolist()}))
+    assert (answer.rank, answer.difference) == (16, pytest.approx(0.0))
+    assert answer.distribution is not None
+    assert (answer.distribution.threshold, answer.distribution.share_worse) == (0.05, 0.025)
+    assert answer.distribution.worst_tenth_mean == pytest.approx(0.025)
+    assert answer.distribution == answer.candidates[-1].distribution
+    assert answer.candidates[0].distribution is None  # the reference
+    assert answer.sentence == (
         "The smallest adapter of this training within the margin has rank 16: it is no worse than the rank 64 adapter by more than the "
         "margin of 0.005, with 95% confidence, on average over held-out tokens (difference "
-        f"{found.difference:+.2g}, upper bound {found.difference_high:+.2g}). 2.5% of the examples get worse by more than 0.05, and the "
+        f"{answer.difference:+.2g}, upper bound {answer.difference_high:+.2g}). 2.5% of the examples get worse by more than 0.05, and the "
         "worst tenth by 0.025 on average."
     )
 
 
 def test_where_no_example_gets_much_worse_one_plain_sentence_says_so() -> None:
-    found = find_adapter(TOP, make_trial("a", 16, 0.001, parent="top"))
-    assert found.distribution is not None
-    assert (found.distribution.share_worse, found.distribution.worst_tenth_mean > 0) == (0, True)
-    assert found.sentence.endswith("). No held-out example gets worse by more than 0.05.")
+    answer = find_adapter(TOP, make_trial("a", 16, 0.001, parent="top"))
+    assert answer.distribution is not None
+    assert (answer.distribution.share_worse, answer.distribution.worst_tenth_mean > 0) == (0, True)
+    assert answer.sentence.endswith("). No held-out example gets worse by more than 0.05.")
 
 
 def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
     spread = DifferenceDistribution(threshold=0.05, share_worse=0.0004, worst_tenth_mean=0.02)
-    assert spread_sentence(spread).startswith("Fewer than 0.1% of the examples get worse by more than 0.05, ")
-    assert spread_sentence(spread.model_copy(update={"share_worse": 0.02})).startswith("2% of the examples get worse ")
+    assert format_distribution(spread).startswith("Fewer than 0.1% of the examples get worse by more than 0.05, ")
+    assert format_distribution(spread.model_copy(update={"share_worse": 0.02})).startswith(
+        "2% of the examples get worse "
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,19 +127,19 @@ def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
 def test_where_the_training_rank_probably_lies(
     shifts: dict[int, float], holding: int, probable: tuple[int, int]
 ) -> None:
-    found = find_adapter(TOP, *(make_trial(str(rank), rank, shift, parent="top") for rank, shift in shifts.items()))
-    assert smallest_holding_truncation(found) == holding
-    assert probable_ranks(found) == probable
-    assert all(isinstance(rank, int) for rank in probable_ranks(found))
-    top, *truncated = found.candidates
-    alone = found.model_copy(update={"candidates": truncated})  # the top's difference is then 0, as it is here
+    answer = find_adapter(TOP, *(make_trial(str(rank), rank, shift, parent="top") for rank, shift in shifts.items()))
+    assert find_smallest_truncation(answer) == holding
+    assert estimate_training_ranks(answer) == probable
+    assert all(isinstance(rank, int) for rank in estimate_training_ranks(answer))
+    top, *truncated = answer.candidates
+    alone = answer.model_copy(update={"candidates": truncated})  # the top's difference is then 0, as it is here
     assert top.difference == 0
-    assert smallest_holding_truncation(alone) == holding
+    assert find_smallest_truncation(alone) == holding
 
 
 def test_the_first_failure_ends_the_sequence() -> None:
-    found = find_adapter(TOP, make_trial("a", 32, 0.02, parent="top"), make_trial("b", 16, 0.001, parent="top"))
-    assert (found.rank, found.method) == (64, "trained")
+    answer = find_adapter(TOP, make_trial("a", 32, 0.02, parent="top"), make_trial("b", 16, 0.001, parent="top"))
+    assert (answer.rank, answer.method) == (64, "trained")
 
 
 def test_why_the_top_is_kept() -> None:
@@ -148,14 +150,16 @@ def test_why_the_top_is_kept() -> None:
 def test_candidates_are_those_of_the_highest_rank_and_of_the_best_training_there() -> None:
     low = make_trial("low", 32, -0.5)
     worse = make_trial("a worse top", 64, 0.3)
-    cuts = [make_trial(f"of {parent}", 16, shift, parent=parent) for parent, shift in (("low", -0.5), ("top", 0.0))]
-    cuts.append(make_trial("of a worse top", 16, 0.3, parent="a worse top"))
-    found = find_adapter(low, worse, TOP, *cuts)
-    assert (found.trained_id, found.trial_id) == ("top", "of top")
-    asked = adapter_answer([low, worse, TOP, *cuts], LOSS, "low")
-    assert asked is not None
-    assert (asked.trained_id, asked.trial_id) == ("low", "of low")
-    assert adapter_answer([low, worse, TOP, *cuts], LOSS, "of low") is None
+    truncations = [
+        make_trial(f"of {parent}", 16, shift, parent=parent) for parent, shift in (("low", -0.5), ("top", 0.0))
+    ]
+    truncations.append(make_trial("of a worse top", 16, 0.3, parent="a worse top"))
+    answer = find_adapter(low, worse, TOP, *truncations)
+    assert (answer.trained_id, answer.trial_id) == ("top", "of top")
+    requested_answer = choose_adapter([low, worse, TOP, *truncations], LOSS, "low")
+    assert requested_answer is not None
+    assert (requested_answer.trained_id, requested_answer.trial_id) == ("low", "of low")
+    assert choose_adapter([low, worse, TOP, *truncations], LOSS, "of low") is None
 
 
 def test_a_wide_interval_is_a_failure() -> None:
@@ -164,13 +168,13 @@ def test_a_wide_interval_is_a_failure() -> None:
 
 def test_without_scores_by_example_the_top_is_kept() -> None:
     bare = [
-        one.model_copy(update={"example_losses": [], "example_tokens": []})
-        for one in (TOP, make_trial("a", 32, 0.0, parent="top"))
+        trial.model_copy(update={"example_losses": [], "example_tokens": []})
+        for trial in (TOP, make_trial("a", 32, 0.0, parent="top"))
     ]
-    found = find_adapter(*bare)
-    assert found.rank == 64
-    assert found.candidates[1].difference_high is None
-    assert "without scores by example" in found.sentence
+    answer = find_adapter(*bare)
+    assert answer.rank == 64
+    assert answer.candidates[1].difference_high is None
+    assert "without scores by example" in answer.sentence
 
 
 def test_files_are_whole_trainings_and_truncations_with_the_metric() -> None:
@@ -179,21 +183,23 @@ def test_files_are_whole_trainings_and_truncations_with_the_metric() -> None:
         "look": {"stop_at": 10},
         "scored by another metric": {"metrics": {"accuracy": 0.5}},
     }
-    others = [TOP.model_copy(update={"trial_id": name} | update) for name, update in changed.items()]
+    excluded_trials = [TOP.model_copy(update={"trial_id": name} | update) for name, update in changed.items()]
     diverged = TrialDiverged(trial_id="diverged", **TOP.arm.model_dump(), step=3, reason="NaN")
     truncated = make_trial("a", 32, 0.0, parent="top")
-    assert list(files_of([*others, diverged, TOP, truncated], LOSS)) == ["top", "a"]
+    assert list(build_adapter_files([*excluded_trials, diverged, TOP, truncated], LOSS)) == ["top", "a"]
 
 
 def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_values() -> None:
-    few = make_trial("a", 32, 0.002, parent="top")
-    few = few.model_copy(update={"example_losses": few.example_losses[:50], "example_tokens": few.example_tokens[:50]})
-    assert [file.cell.examples for file in files_of([TOP, few], LOSS).values()] == [0, 0]
-    found = find_adapter(TOP, few).candidates[1]
-    assert found.difference == pytest.approx(0.002)
-    assert (found.difference_high, found.is_within_margin) == (None, False)
+    few_examples = make_trial("a", 32, 0.002, parent="top")
+    few_examples = few_examples.model_copy(
+        update={"example_losses": few_examples.example_losses[:50], "example_tokens": few_examples.example_tokens[:50]}
+    )
+    assert [file.cell.examples for file in build_adapter_files([TOP, few_examples], LOSS).values()] == [0, 0]
+    candidate = find_adapter(TOP, few_examples).candidates[1]
+    assert candidate.difference == pytest.approx(0.002)
+    assert (candidate.difference_high, candidate.is_within_margin) == (None, False)
     exact = Criterion("loss", False, 0.005, trusts_values=True)
-    trusted = find_adapter(TOP, few, criterion=exact)
+    trusted = find_adapter(TOP, few_examples, criterion=exact)
     assert trusted.candidates[1].is_within_margin
     assert trusted.sentence == (
         "The smallest adapter of this training within the margin has rank 32: its held-out difference from the "
@@ -215,74 +221,98 @@ def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_va
 def test_the_margin_and_the_unit_are_those_of_the_metric(
     metric: str, higher: bool, loss: LossKind, values: tuple[float, float], margin: float, difference: float
 ) -> None:
-    nothing = {"example_losses": [], "example_tokens": []}
-    top, other = (
-        one.model_copy(update=nothing | {"value": value, "metrics": {metric: value}})
-        for one, value in zip((TOP, make_trial("a", 32, 0.0, parent="top")), values, strict=True)
+    without_scores = {"example_losses": [], "example_tokens": []}
+    top, truncated = (
+        trial.model_copy(update=without_scores | {"value": value, "metrics": {metric: value}})
+        for trial, value in zip((TOP, make_trial("a", 32, 0.0, parent="top")), values, strict=True)
     )
-    found = find_adapter(top, other, criterion=Criterion(metric, higher, None, loss))
-    assert (found.reference_id, found.margin) == ("top", pytest.approx(margin))
-    assert found.candidates[1].difference == pytest.approx(difference)
+    answer = find_adapter(top, truncated, criterion=Criterion(metric, higher, None, loss))
+    assert (answer.reference_id, answer.margin) == ("top", pytest.approx(margin))
+    assert answer.candidates[1].difference == pytest.approx(difference)
 
 
 def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all_that_the_answer_names() -> None:
-    cut, small = make_trial("cut", 16, 0.002, parent="top"), make_trial("small", 4, 0.1, parent="top")
+    truncated, small = make_trial("cut", 16, 0.002, parent="top"), make_trial("small", 4, 0.1, parent="top")
     better, worse = make_trial("better", 16, -0.001), make_trial("worse", 16, 0.3)
     of_another = make_trial("of another", 32, 0.0, parent="worse")
-    found = find_adapter(TOP, cut, small)
-    assert found.trial_id == "cut"
-    shown = compared_adapters(found, [worse, better, small, cut, TOP, of_another], LOSS)
-    assert [(one.rank, one.trial_id) for one in shown] == [(64, "top"), (16, "better"), (16, "cut"), (4, "small")]
-    assert [one.difference for one in shown[:1]] == [0.0]
-    assert [one.is_within_margin for one in shown] == [True, True, True, False]
-    named = found.model_copy(update={"trial_id": "worse"})  # a better training of a rank may be handed over
-    assert {one.trial_id for one in compared_adapters(named, [worse, better, TOP, cut], LOSS)} >= {"worse", "top"}
+    answer = find_adapter(TOP, truncated, small)
+    assert answer.trial_id == "cut"
+    adapters = compare_adapters(answer, [worse, better, small, truncated, TOP, of_another], LOSS)
+    assert [(adapter.rank, adapter.trial_id) for adapter in adapters] == [
+        (64, "top"),
+        (16, "better"),
+        (16, "cut"),
+        (4, "small"),
+    ]
+    assert [adapter.difference for adapter in adapters[:1]] == [0.0]
+    assert [adapter.is_within_margin for adapter in adapters] == [True, True, True, False]
+    other_answer = answer.model_copy(update={"trial_id": "worse"})  # a better training of a rank may be handed over
+    assert {adapter.trial_id for adapter in compare_adapters(other_answer, [worse, better, TOP, truncated], LOSS)} >= {
+        "worse",
+        "top",
+    }
     wider = Criterion("loss", False, 0.5)  # the margin is the answer's
-    assert [one.is_within_margin for one in compared_adapters(found, [cut, small, TOP], wider)] == [True, True, False]
+    assert [adapter.is_within_margin for adapter in compare_adapters(answer, [truncated, small, TOP], wider)] == [
+        True,
+        True,
+        False,
+    ]
     unset = Criterion("loss", False, None)
-    assert [one.is_within_margin for one in compared_adapters(found, [cut, small, TOP], unset)] == [True, True, False]
-    other = make_trial("a second top", 64, 0.01)
-    both = compared_adapters(found.model_copy(update={"trial_id": "a second top"}), [other, cut, TOP], LOSS)
-    assert [one.trial_id for one in both] == ["top", "a second top", "cut"]  # the better one first
-    assert compared_adapters(found, [cut, small], LOSS) == found.candidates  # the reference is not in the journal
-    assert len(compared_adapters(found, [cut, TOP], LOSS)) == 2
+    assert [adapter.is_within_margin for adapter in compare_adapters(answer, [truncated, small, TOP], unset)] == [
+        True,
+        True,
+        False,
+    ]
+    second_top = make_trial("a second top", 64, 0.01)
+    two_tops = compare_adapters(
+        answer.model_copy(update={"trial_id": "a second top"}), [second_top, truncated, TOP], LOSS
+    )
+    assert [adapter.trial_id for adapter in two_tops] == ["top", "a second top", "cut"]  # the better one first
+    assert (
+        compare_adapters(answer, [truncated, small], LOSS) == answer.candidates
+    )  # the reference is not in the journal
+    assert len(compare_adapters(answer, [truncated, TOP], LOSS)) == 2
 
 
 def test_no_answer_before_a_training_is_truncated() -> None:
-    assert adapter_answer([TOP], LOSS) is None
+    assert choose_adapter([TOP], LOSS) is None
 
 
 def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
     low = find_adapter(TOP, make_trial("a", 8, 0.001, parent="top"), make_trial("b", 4, 0.05, parent="top"))
     search = "the search for the training rank (--goal training-rank, the default) tries it."
-    assert low.notes == [f"At rank 4 a direct training can beat a truncation; {search}", INDEPENDENT]
+    assert low.notes == [f"At rank 4 a direct training can beat a truncation; {search}", INDEPENDENCE_NOTE]
     better = find_adapter(TOP, make_trial("a", 32, -0.001, parent="top"), make_trial("b", 16, -0.03, parent="top"))
     assert better.notes == [
         "Rank 16 is better than rank 64 by 0.03: the top rank overfits; train again with --ranks up to 16, or fewer steps.",
-        INDEPENDENT,
+        INDEPENDENCE_NOTE,
     ]
     half = find_adapter(TOP, make_trial("a", 32, -0.03, parent="top"))  # within a factor of two of the top
-    assert half.notes == [INDEPENDENT]
-    alike = find_adapter(TOP, make_trial("a", 16, -1e-5, parent="top"))
-    assert alike.notes == [INDEPENDENT]
+    assert half.notes == [INDEPENDENCE_NOTE]
+    equal_answer = find_adapter(TOP, make_trial("a", 16, -1e-5, parent="top"))
+    assert equal_answer.notes == [INDEPENDENCE_NOTE]
 
 
 @pytest.mark.parametrize("metric_points", [True, False])
 def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: bool) -> None:
     """With f1 the points during training are losses: a falling loss is no sign that fewer steps are better."""
     points = [EvalPoint(step=step, value=value, train_value=None) for step, value in ((10, 2.0), (20, 1.5), (40, 1.0))]
-    criterion = Criterion("f1", True, 0.01, points_are_of_the_metric=metric_points)
+    criterion = Criterion("f1", True, 0.01, points_use_metric=metric_points)
     top, small = (
-        one.model_copy(update={"metrics": {"f1": 0.5}, "value": 0.5, "example_metrics": {"f1": [0.5] * 400}})
-        for one in (TOP.model_copy(update={"points": points}), make_trial("a", 16, 0.0, parent="top"))
+        trial.model_copy(update={"metrics": {"f1": 0.5}, "value": 0.5, "example_metrics": {"f1": [0.5] * 400}})
+        for trial in (TOP.model_copy(update={"points": points}), make_trial("a", 16, 0.0, parent="top"))
     )
     notes = find_adapter(top, small, criterion=criterion).notes
-    told = "The held-out value of rank 64 was best at step 10 of 100: train again with --max-steps 10, or with --checkpoint best."
-    assert (told in notes) is metric_points
+    best_step_note = "The held-out value of rank 64 was best at step 10 of 100: train again with --max-steps 10, or with --checkpoint best."
+    assert (best_step_note in notes) is metric_points
     steady = [*points[:2], EvalPoint(step=40, value=1.995, train_value=None)]
-    assert find_adapter(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == [INDEPENDENT]
-    kept = find_adapter(top.model_copy(update={"checkpoint_step": 10}), small, criterion=criterion).notes
-    assert kept == ["The best checkpoint of rank 64 is used: step 10 of 100.", INDEPENDENT]
+    assert find_adapter(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == [
+        INDEPENDENCE_NOTE
+    ]
+    best_checkpoint_notes = find_adapter(
+        top.model_copy(update={"checkpoint_step": 10}), small, criterion=criterion
+    ).notes
+    assert best_checkpoint_notes == ["The best checkpoint of rank 64 is used: step 10 of 100.", INDEPENDENCE_NOTE]
 
 
 TRUNCATED = make_trial("cut", 16, 0.002, parent="top")
@@ -302,41 +332,52 @@ TRUNCATED = make_trial("cut", 16, 0.002, parent="top")
 def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
     rank: int, shift: float, is_replaced: bool
 ) -> None:
-    before = find_adapter(TOP, TRUNCATED)
-    assert before.rank == 16
+    truncated_answer = find_adapter(TOP, TRUNCATED)
+    assert truncated_answer.rank == 16
     direct = make_trial("direct", rank, shift)
-    after = improved_by_training(before, [TOP, TRUNCATED, direct], LOSS)
+    improved_answer = prefer_direct_training(truncated_answer, [TOP, TRUNCATED, direct], LOSS)
     if not is_replaced:
-        assert after is None
+        assert improved_answer is None
         return
-    assert after is not None
-    assert (after.trial_id, after.rank, after.method) == ("direct", rank, "trained")
-    assert (after.reference_id, after.margin) == (before.reference_id, before.margin)
-    assert [one.trial_id for one in after.candidates] == [*(one.trial_id for one in before.candidates), "direct"]
-    assert AdapterAnswer.model_validate(after.model_dump()) == after
-    assert after.difference_high is not None
-    assert after.distribution is not None
-    assert after.sentence == (
+    assert improved_answer is not None
+    assert (improved_answer.trial_id, improved_answer.rank, improved_answer.method) == ("direct", rank, "trained")
+    assert (improved_answer.reference_id, improved_answer.margin) == (
+        truncated_answer.reference_id,
+        truncated_answer.margin,
+    )
+    assert [candidate.trial_id for candidate in improved_answer.candidates] == [
+        *(candidate.trial_id for candidate in truncated_answer.candidates),
+        "direct",
+    ]
+    assert AdapterAnswer.model_validate(improved_answer.model_dump()) == improved_answer
+    assert improved_answer.difference_high is not None
+    assert improved_answer.distribution is not None
+    assert improved_answer.sentence == (
         f"The smallest adapter within the margin has rank {rank}, trained at that rank: it is no worse than the reference by more than "
         "the margin of 0.005, with 95% confidence, on average over held-out tokens (difference "
-        f"{after.difference:+.2g}, upper bound {after.difference_high:+.2g}). {spread_sentence(after.distribution)}"
+        f"{improved_answer.difference:+.2g}, upper bound {improved_answer.difference_high:+.2g}). {format_distribution(improved_answer.distribution)}"
     )
 
 
 def test_of_several_direct_trainings_the_lowest_rank_and_then_the_best_is_taken() -> None:
-    before = find_adapter(TOP, TRUNCATED)
-    found = improved_by_training(
-        before, [TOP, TRUNCATED, make_trial("worse", 4, 0.003), make_trial("better", 4, 0.001), make_trial("higher", 8, -0.01)], LOSS
+    truncated_answer = find_adapter(TOP, TRUNCATED)
+    improved_answer = prefer_direct_training(
+        truncated_answer,
+        [TOP, TRUNCATED, make_trial("worse", 4, 0.003), make_trial("better", 4, 0.001), make_trial("higher", 8, -0.01)],
+        LOSS,
     )
-    assert found is not None
-    assert found.trial_id == "better"
+    assert improved_answer is not None
+    assert improved_answer.trial_id == "better"
     extra = make_trial("extra", 8, -0.01, parent="top")  # a truncation is no training of its own
-    assert improved_by_training(before, [TOP, TRUNCATED, extra], LOSS) is None
+    assert prefer_direct_training(truncated_answer, [TOP, TRUNCATED, extra], LOSS) is None
 
 
 @pytest.mark.parametrize("remaining_trials", [[TOP], [TRUNCATED]], ids=["no answer", "no reference"])
 def test_without_the_files_of_the_answer_nothing_improves_it(remaining_trials: list[TrialFinished]) -> None:
-    assert improved_by_training(find_adapter(TOP, TRUNCATED), [*remaining_trials, make_trial("direct", 8, -0.1)], LOSS) is None
+    assert (
+        prefer_direct_training(find_adapter(TOP, TRUNCATED), [*remaining_trials, make_trial("direct", 8, -0.1)], LOSS)
+        is None
+    )
 
 
 def make_test_evaluation(value: float, **scores: object) -> TestEvaluated:
@@ -374,96 +415,118 @@ def test_the_test_split_is_compared_by_example(
 
 
 def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -> None:
-    one, other = make_test_evaluation(0.7), make_test_evaluation(0.5)
-    assert difference_on_test(one, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
-    assert difference_on_test(one, other, Criterion("accuracy", True, None)) == (pytest.approx(-0.2), None)
-    assert difference_on_test(one, other, Criterion("cost", False, None)) == (pytest.approx(0.2), None)
+    reference, candidate = make_test_evaluation(0.7), make_test_evaluation(0.5)
+    assert difference_on_test(reference, candidate, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
+    assert difference_on_test(reference, candidate, Criterion("accuracy", True, None)) == (pytest.approx(-0.2), None)
+    assert difference_on_test(reference, candidate, Criterion("cost", False, None)) == (pytest.approx(0.2), None)
     half = make_test_evaluation(0.7, example_metrics={"bleu": [0.7]})
-    assert difference_on_test(half, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
-    assert difference_on_test(other, half, Criterion("bleu", True, None)) == (pytest.approx(0.2), None)
+    assert difference_on_test(half, candidate, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
+    assert difference_on_test(candidate, half, Criterion("bleu", True, None)) == (pytest.approx(0.2), None)
     one_example = [make_test_evaluation(0.7, example_metrics={"bleu": [value]}) for value in (0.7, 0.5)]
     assert difference_on_test(*one_example, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
-    assert difference_on_test(None, other, LOSS) is None
-    assert difference_on_test(one, None, LOSS) is None
+    assert difference_on_test(None, candidate, LOSS) is None
+    assert difference_on_test(reference, None, LOSS) is None
 
 
 @pytest.mark.parametrize(("metric", "scale"), [("accuracy", 1), ("f1", 1), ("f1", 100), ("score", 7)])
 def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
     ours, theirs = [scale] * 40, [*[scale] * 39, 0]
     sides = [
-        make_test_evaluation(0.5, **({"example_correct": one} if metric == "accuracy" else {"example_metrics": {metric: one}}))
-        for one in (ours, theirs)
+        make_test_evaluation(
+            0.5, **({"example_correct": scores} if metric == "accuracy" else {"example_metrics": {metric: scores}})
+        )
+        for scores in (ours, theirs)
     ]
-    found = difference_on_test(sides[1], sides[0], Criterion(metric, True, None))
-    assert found is not None
-    expected = estimate(np.subtract(ours, theirs, dtype=float)[None, :], np.ones(40), float(scale))
-    assert found == (pytest.approx(scale / 40), pytest.approx(bounds_of(expected).high))
-    assert found[1] is not None
-    assert found[1] > scale * (1 + 3) / 40
+    difference = difference_on_test(sides[1], sides[0], Criterion(metric, True, None))
+    assert difference is not None
+    expected = estimate_mean(np.subtract(ours, theirs, dtype=float)[None, :], np.ones(40), float(scale))
+    assert difference == (pytest.approx(scale / 40), pytest.approx(compute_bounds(expected).high))
+    assert difference[1] is not None
+    assert difference[1] > scale * (1 + 3) / 40
 
 
 def test_a_share_on_the_test_split_has_the_range_of_a_share() -> None:
     """Of which none reaches 1: the bound is still that of a score between 0 and 1."""
     ours, theirs = [0.5] * 40, [*[0.5] * 39, 0.0]
-    sides = [make_test_evaluation(0.5, example_metrics={"f1": one}) for one in (theirs, ours)]
-    found = difference_on_test(sides[0], sides[1], Criterion("f1", True, None))
-    expected = estimate(np.subtract(ours, theirs)[None, :], np.ones(40), 1.0)
-    assert found == (pytest.approx(0.5 / 40), pytest.approx(bounds_of(expected).high))
+    sides = [make_test_evaluation(0.5, example_metrics={"f1": scores}) for scores in (theirs, ours)]
+    difference = difference_on_test(sides[0], sides[1], Criterion("f1", True, None))
+    expected = estimate_mean(np.subtract(ours, theirs)[None, :], np.ones(40), 1.0)
+    assert difference == (pytest.approx(0.5 / 40), pytest.approx(compute_bounds(expected).high))
 
 
 def test_how_an_adapter_was_made() -> None:
-    cut = TRUNCATED.model_copy(update={"truncation": "kfac"})
+    truncated = TRUNCATED.model_copy(update={"truncation": "kfac"})
     plain = make_trial("plain", 8, 0.0, parent="top")
     finished = [TRUNCATED, TOP, plain]
     trained = "trained at rank 64 (learning rate 0.001, 100 steps)"
-    assert making_of(TOP, finished).sentence() == trained
-    assert making_of(cut, finished).sentence() == f"{trained}, truncated to rank 16 by K-FAC"
-    assert making_of(plain, finished).sentence() == f"{trained}, truncated to rank 8 by SVD"
-    kept = TOP.model_copy(update={"checkpoint_step": 40})
-    assert making_of(kept, [kept]).sentence() == "trained at rank 64 (learning rate 0.001, step 40 of 100 steps)"
-    own = TOP.model_copy(update={"steps": 0})
-    assert making_of(own, [own]).sentence() == "trained at rank 64 (learning rate 0.001)"
-    made = making_of(cut, finished)
-    assert (made.rank, made.trained_rank, made.steps, made.checkpoint_step) == (16, 64, 100, None)
+    assert build_provenance(TOP, finished).sentence() == trained
+    assert build_provenance(truncated, finished).sentence() == f"{trained}, truncated to rank 16 by K-FAC"
+    assert build_provenance(plain, finished).sentence() == f"{trained}, truncated to rank 8 by SVD"
+    at_checkpoint = TOP.model_copy(update={"checkpoint_step": 40})
+    assert (
+        build_provenance(at_checkpoint, [at_checkpoint]).sentence()
+        == "trained at rank 64 (learning rate 0.001, step 40 of 100 steps)"
+    )
+    custom_trained = TOP.model_copy(update={"steps": 0})
+    assert build_provenance(custom_trained, [custom_trained]).sentence() == "trained at rank 64 (learning rate 0.001)"
+    provenance = build_provenance(truncated, finished)
+    assert (provenance.rank, provenance.trained_rank, provenance.steps, provenance.checkpoint_step) == (
+        16,
+        64,
+        100,
+        None,
+    )
 
 
 def test_a_trained_adapter_is_measured_against_the_reference_that_is_given() -> None:
     small = make_trial("small", 8, 0.003)
-    alone, beside = trained_answer(small, LOSS), trained_answer(small, LOSS, TOP)
-    assert (alone.reference_id, alone.difference, alone.trained_id, alone.trained_rank) == ("small", 0.0, "small", 8)
-    assert (beside.reference_id, beside.trial_id, beside.trained_id) == ("top", "small", "small")
-    assert beside.difference == pytest.approx(0.003)
-    assert [one.trial_id for one in beside.candidates] == ["small"]
-    assert trained_answer(small, Criterion("loss", False, None), TOP).margin == 0.005
-    assert beside.sentence == "The adapter is the one trained at rank 8; no truncation was compared."
+    answer_without_reference, answer_with_reference = (
+        build_trained_answer(small, LOSS),
+        build_trained_answer(small, LOSS, TOP),
+    )
+    assert (
+        answer_without_reference.reference_id,
+        answer_without_reference.difference,
+        answer_without_reference.trained_id,
+        answer_without_reference.trained_rank,
+    ) == ("small", 0.0, "small", 8)
+    assert (answer_with_reference.reference_id, answer_with_reference.trial_id, answer_with_reference.trained_id) == (
+        "top",
+        "small",
+        "small",
+    )
+    assert answer_with_reference.difference == pytest.approx(0.003)
+    assert [candidate.trial_id for candidate in answer_with_reference.candidates] == ["small"]
+    assert build_trained_answer(small, Criterion("loss", False, None), TOP).margin == 0.005
+    assert answer_with_reference.sentence == "The adapter is the one trained at rank 8; no truncation was compared."
 
 
 def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
     """By example it is a ratio: half as much again of 4 is 2."""
     scores = {"top": [4.0] * 40, "cut": [4.0] * 36 + [6.0] * 4}
     trials = [
-        one.model_copy(
+        trial.model_copy(
             update={
                 "example_losses": [],
                 "example_tokens": [],
-                "example_scores": scores[one.trial_id],
+                "example_scores": scores[trial.trial_id],
                 "metrics": {"perplexity": 4.0},
                 "value": 4.0,
             }
         )
-        for one in (TOP, make_trial("cut", 32, 0.0, parent="top"))
+        for trial in (TOP, make_trial("cut", 32, 0.0, parent="top"))
     ]
-    found = find_adapter(*trials, criterion=Criterion("perplexity", False, 1.0))
-    cut = found.candidates[1]
-    assert cut.distribution is not None
-    assert cut.distribution.worst_tenth_mean == pytest.approx(2.0)
-    assert cut.difference == pytest.approx(4 * (1.5**0.1 - 1))
-    assert "on average over held-out examples (difference" in found.sentence
+    answer = find_adapter(*trials, criterion=Criterion("perplexity", False, 1.0))
+    candidate = answer.candidates[1]
+    assert candidate.distribution is not None
+    assert candidate.distribution.worst_tenth_mean == pytest.approx(2.0)
+    assert candidate.difference == pytest.approx(4 * (1.5**0.1 - 1))
+    assert "on average over held-out examples (difference" in answer.sentence
 
 
 def test_a_truncation_of_the_rank_of_the_top_is_no_lower_rank() -> None:
-    found = find_adapter(TOP, make_trial("as large", 64, 0.0, parent="top"))
-    assert (found.trial_id, found.sentence) == (
+    answer = find_adapter(TOP, make_trial("as large", 64, 0.0, parent="top"))
+    assert (answer.trial_id, answer.sentence) == (
         "top",
         "The adapter keeps rank 64: no lower rank is measured to be within the margin of 0.005.",
     )
@@ -475,7 +538,7 @@ def test_groups_of_the_test_split_widen_the_bound() -> None:
         make_test_evaluation(2.0, example_losses=values, example_tokens=[1] * 400, example_groups=groups)
         for values, groups in ((losses, None), (losses, np.repeat(range(40), 10).tolist()), ([2.0] * 400, None))
     ]
-    alone, grouped = (difference_on_test(side, sides[2], LOSS) for side in sides[:2])
+    alone, grouped = (difference_on_test(evaluation, sides[2], LOSS) for evaluation in sides[:2])
     assert alone is not None
     assert grouped is not None
     assert grouped[0] == alone[0]

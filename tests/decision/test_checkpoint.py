@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rightrank.decision.rule import decision_of
-from rightrank.decision.table import Cell, ScoreTable, at_checkpoint, table_of_results
+from rightrank.decision.rule import decide_table
+from rightrank.decision.table import Cell, ScoreTable, build_table_from_results, select_checkpoint
 from rightrank.report.evidence_tables import build_certainty_rows
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint
@@ -35,52 +35,57 @@ def build_imdb_table(higher: bool = False) -> ScoreTable:
         for rank in LAST
     ]
     metric = "eval_loss" if not higher else "negated"
-    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[]))
+    return build_table_from_results(
+        ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[])
+    )
 
 
 @pytest.mark.parametrize("higher", [False, True])
 def test_the_answer_of_a_public_table_depends_on_the_checkpoint(higher: bool) -> None:
-    last, best = decision_of(build_imdb_table(higher), 0.005), decision_of(build_imdb_table(higher), 0.005, checkpoint="best")
+    last, best = (
+        decide_table(build_imdb_table(higher), 0.005),
+        decide_table(build_imdb_table(higher), 0.005, checkpoint="best"),
+    )
     assert (last.rank, best.rank) == (4, 64)
-    for found, used in ((last, "last"), (best, "best")):
-        assert found.checkpoint is not None
-        assert (found.checkpoint.checkpoint, found.checkpoint.last, found.checkpoint.best) == (used, 4, 64)
-        assert "checkpoint_matters" in found.flags
-        text = dict(build_certainty_rows(found))["checkpoint"]
+    for decision, used in ((last, "last"), (best, "best")):
+        assert decision.checkpoint is not None
+        assert (decision.checkpoint.checkpoint, decision.checkpoint.last, decision.checkpoint.best) == (used, 4, 64)
+        assert "checkpoint_matters" in decision.flags
+        text = dict(build_certainty_rows(decision))["checkpoint"]
         assert text == (
-            f"Each training counts at its {used} evaluation. By values alone, the last evaluations pick rank 4, the best ones rank 64."
+            f"Each training is compared at its {used} evaluation. By values alone, the last evaluations select rank 4 and the best ones rank 64."
         )
 
 
 def test_trainings_that_end_at_their_best_are_left_as_they_are() -> None:
-    settled = ScoreTable("eval_loss", False, at_checkpoint(build_imdb_table(), "best").cells)
-    assert at_checkpoint(settled, "best") is settled
-    found = decision_of(settled, 0.005)
-    assert found.checkpoint is not None
-    assert (found.checkpoint.last, found.checkpoint.best) == (64, 64)
-    assert "checkpoint_matters" not in found.flags
-    bare = {key: replace(cell, points=()) for key, cell in settled.cells.items()}
-    assert decision_of(ScoreTable("eval_loss", False, bare), 0.005).checkpoint is None
+    best_table = ScoreTable("eval_loss", False, select_checkpoint(build_imdb_table(), "best").cells)
+    assert select_checkpoint(best_table, "best") is best_table
+    decision = decide_table(best_table, 0.005)
+    assert decision.checkpoint is not None
+    assert (decision.checkpoint.last, decision.checkpoint.best) == (64, 64)
+    assert "checkpoint_matters" not in decision.flags
+    bare = {key: replace(cell, points=()) for key, cell in best_table.cells.items()}
+    assert decide_table(ScoreTable("eval_loss", False, bare), 0.005).checkpoint is None
 
 
 @pytest.mark.parametrize("higher", [False, True])
 def test_a_run_that_kept_the_best_checkpoint_is_read_at_its_last_by_values_alone(higher: bool) -> None:
     sign = -1.0 if higher else 1.0
     table = build_imdb_table(higher)
-    kept = {
+    cells_at_best = {
         key: replace(
             cell, value=sign * BEST[key[0]], sums=np.full(20, BEST[key[0]]), weights=np.ones(20), checkpoint_step=100,
             train_value=1.0, other_metrics={"accuracy": 0.9},
         )
         for key, cell in table.cells.items()
     }  # fmt: skip
-    table = replace(table, cells=kept)
-    assert at_checkpoint(table, "best") is table
-    for (rank, _, _), cell in at_checkpoint(table, "last").cells.items():
+    table = replace(table, cells=cells_at_best)
+    assert select_checkpoint(table, "best") is table
+    for (rank, _, _), cell in select_checkpoint(table, "last").cells.items():
         assert (cell.value, cell.loss, cell.examples) == (sign * LAST[rank], LAST[rank], 0)
         assert (cell.checkpoint_step, cell.train_value, cell.other_metrics) == (None, None, {})
         assert cell.points == table.cells[rank, 0.0, 0].points
-    assert decision_of(table, 0.005, checkpoint="last").rank == 4
+    assert decide_table(table, 0.005, checkpoint="last").rank == 4
 
 
 def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
@@ -95,11 +100,13 @@ def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
         )
         for rank in (1, 4)
     ]
-    table = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))
-    assert decision_of(table).basis == "examples"
-    best = decision_of(table, checkpoint="best")
+    table = build_table_from_results(
+        ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
+    )
+    assert decide_table(table).basis == "examples"
+    best = decide_table(table, checkpoint="best")
     assert (best.basis, best.rank) == ("values", 4)
-    assert {one.rank: one.value for one in best.ranks} == {1: 2.0, 4: 1.9}
+    assert {evidence.rank: evidence.value for evidence in best.ranks} == {1: 2.0, 4: 1.9}
 
 
 def test_a_table_with_steps_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +117,7 @@ def test_a_table_with_steps_on_the_command_line(tmp_path: Path, capsys: pytest.C
         rows.writerows([rank, step, values[rank]] for step, values in ((100, BEST), (200, LAST)) for rank in LAST)
     status, out, _ = run(["decide", str(file), "--margin", "0.005"], capsys)
     assert status == 0
-    assert "Each training counts at its last evaluation" in out
+    assert "Each training is compared at its last evaluation" in out
     status, out, _ = run(["decide", str(file), "--margin", "0.005", "--checkpoint", "best", "--json"], capsys)
     assert (status, json.loads(out)["rank"], json.loads(out)["checkpoint"]["checkpoint"]) == (0, 64, "best")
 
@@ -124,21 +131,21 @@ def test_a_training_at_its_best_evaluation_has_what_was_known_there(higher: bool
     sums = np.array([2.0, 2.0])
     cell = Cell("one", sign * 2.0, sums, np.ones(2), 0.0, 1.5, 0.1, 1, 40, None, points, {"f1": 0.5})
     table = ScoreTable("other metric", higher, {(4, 1e-3, 0): cell}, {}, "other")
-    (best,) = at_checkpoint(table, "best").cells.values()
+    (best,) = select_checkpoint(table, "best").cells.values()
     assert (best.value, best.steps, best.points) == (sign * 1.0, 40, points[:2])
     assert (best.train_value, best.deviation, best.other_metrics) == (None, None, {})
     assert (best.sums.tolist(), best.weights.tolist()) == ([1.0], [1.0])
-    kept = replace(cell, value=sign * 1.0, checkpoint_step=20)
-    (last,) = at_checkpoint(replace(table, cells={(4, 1e-3, 0): kept}), "last").cells.values()
+    best_cell = replace(cell, value=sign * 1.0, checkpoint_step=20)
+    (last,) = select_checkpoint(replace(table, cells={(4, 1e-3, 0): best_cell}), "last").cells.values()
     assert (last.value, last.checkpoint_step, last.train_value, last.other_metrics) == (sign * 2.0, None, None, {})
-    settled = replace(table, cells={(4, 1e-3, 0): replace(cell, value=sign * 1.0)})
-    assert at_checkpoint(settled, "best") is settled
+    best_table = replace(table, cells={(4, 1e-3, 0): replace(cell, value=sign * 1.0)})
+    assert select_checkpoint(best_table, "best") is best_table
 
 
 def test_a_perplexity_at_its_best_evaluation_counts_by_its_logarithm() -> None:
     points = tuple(EvalPoint(step=step, value=value) for step, value in ((10, 8.0), (20, 4.0), (30, 5.0)))
     cell = Cell("one", 5.0, np.log([5.0]), np.ones(1), steps=30, points=points)
-    (best,) = at_checkpoint(
+    (best,) = select_checkpoint(
         ScoreTable("perplexity", False, {(4, 1e-3, 0): cell}, {}, "perplexity"), "best"
     ).cells.values()
     assert best.loss == pytest.approx(np.log(4.0))

@@ -10,19 +10,19 @@ import pytest
 
 from rightrank.adapters.compare import _compare_metric
 from rightrank.adapters.resize_by_data import find_smallest_adapter
-from rightrank.decision.records import Records, criterion_of, decide_run
+from rightrank.decision.records import Records, build_criterion, decide_run
 from rightrank.interop.truncation_run import DescendingStrategy
 from rightrank.schema.metrics import compute_default_margin, infer_metric_kind
 from rightrank.schema.settings import SelectSettings
 from rightrank.search.history import build_space
-from tests.report.runs import answered_run
+from tests.report.runs import make_answered_run
 
 FORMS = {"text": 0.005, "preference": 0.02, "classification": None}  # None: 1% of the reference
 
 
 @pytest.mark.parametrize(("form", "margin"), FORMS.items())
 def test_every_verb_has_the_margin_of_the_kind_of_loss(form: str, margin: float | None) -> None:
-    made = answered_run(direct=[1, 4, 16])
+    made = make_answered_run(direct=[1, 4, 16])
     started = made.started
     started = started.model_copy(
         update={
@@ -34,20 +34,22 @@ def test_every_verb_has_the_margin_of_the_kind_of_loss(form: str, margin: float 
     loss, settings = started.data.loss_kind, SelectSettings()
     top = max(records.finished(), key=lambda trial: trial.rank)
     decided, space = decide_run(records), build_space(settings, 40, loss)
-    reference = next(one.value for one in decided.ranks if one.rank == decided.reference_rank)
-    wanted = compute_default_margin(infer_metric_kind("loss", False, loss), reference, [reference])
-    assert wanted == (0.01 * reference if margin is None else margin)
-    assert decided.margin == pytest.approx(wanted, rel=0.01)
-    assert space.get_margin(reference) == wanted  # select
+    reference = next(evidence.value for evidence in decided.ranks if evidence.rank == decided.reference_rank)
+    expected_margin = compute_default_margin(infer_metric_kind("loss", False, loss), reference, [reference])
+    assert expected_margin == (0.01 * reference if margin is None else margin)
+    assert decided.margin == pytest.approx(expected_margin, rel=0.01)
+    assert space.get_margin(reference) == expected_margin  # select
     assert DescendingStrategy(space).space.criterion == space.criterion  # SmallestAdapter and Squeeze
     assert (space.criterion.loss, space.criterion.margin) == (loss, None)
-    of_files = find_smallest_adapter([top], criterion_of(records))  # resize, and what select hands over
-    assert of_files.margin == compute_default_margin(infer_metric_kind("loss", False, loss), top.value, [top.value])
-    further: dict[str, Any] = {"preference": {"example_metrics": {"reward_accuracy": [1.0] * len(top.example_losses)}}}
-    further["classification"] = {"example_correct": [1] * len(top.example_losses)}
-    file = top.model_copy(update=further.get(form, {}))
+    file_answer = find_smallest_adapter([top], build_criterion(records))  # resize, and what select hands over
+    assert file_answer.margin == compute_default_margin(infer_metric_kind("loss", False, loss), top.value, [top.value])
+    extra_fields: dict[str, Any] = {
+        "preference": {"example_metrics": {"reward_accuracy": [1.0] * len(top.example_losses)}}
+    }
+    extra_fields["classification"] = {"example_correct": [1] * len(top.example_losses)}
+    file = top.model_copy(update=extra_fields.get(form, {}))
     read = SimpleNamespace(splits={"validation": SimpleNamespace(dropped=0)})
     runtime = SimpleNamespace(data=SimpleNamespace(summary=read))
-    side: Any = SimpleNamespace(scores=file, runtime=runtime)
-    compared = _compare_metric((side, side), "loss", Path("rows.jsonl"), settings)
-    assert compared.margin == of_files.margin
+    adapter: Any = SimpleNamespace(scores=file, runtime=runtime)
+    compared = _compare_metric((adapter, adapter), "loss", Path("rows.jsonl"), settings)
+    assert compared.margin == file_answer.margin

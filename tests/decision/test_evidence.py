@@ -6,24 +6,26 @@ import numpy as np
 import pytest
 
 from rightrank.decision import table
-from rightrank.decision.evidence import measured_noise
-from rightrank.decision.rule import decision_of
+from rightrank.decision.evidence import measure_noise
+from rightrank.decision.rule import decide_table
 from rightrank.decision.table import (
     Cell,
     Contender,
     ScoreTable,
-    best_learning_rate,
-    contender_of,
-    on_common_seeds,
-    paired_cells,
-    table_of_results,
+    adjust_to_common_seeds,
+    build_table_from_results,
+    pair_cells,
+    select_best_learning_rate,
+    select_contender,
 )
 from rightrank.schema.decision import Result, ResultsTable
 
 
 def make_contender(rank: int, **losses: float) -> Contender:
     """Cells by seed, named s0, s1, …; one number each."""
-    cells = {int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.items()}
+    cells = {
+        int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.num_examples()
+    }
     return Contender(rank, 1e-3, cells, float(np.mean(list(losses.values()))))
 
 
@@ -33,7 +35,7 @@ def test_common_and_individual_seed_noise_are_separated_where_ranks_share_seeds(
     Residuals are ±(.5, 0, -.5)·… by hand: row means 3 and 5, column means 2, 3.5, 6.5, grand mean 4;
     residuals 0, -.5, .5 and their opposites: squares 1, over (2-1)·(3-1) degrees = .5. Columns vary by 5.25.
     """
-    noise = measured_noise([make_contender(1, s0=1, s1=2, s2=6), make_contender(4, s0=3, s1=5, s2=7)])
+    noise = measure_noise([make_contender(1, s0=1, s1=2, s2=6), make_contender(4, s0=3, s1=5, s2=7)])
     assert noise.individual == pytest.approx(0.5)
     assert noise.individual_degrees == 2
     assert noise.common == pytest.approx(5.25 - 0.5 / 2)
@@ -41,7 +43,7 @@ def test_common_and_individual_seed_noise_are_separated_where_ranks_share_seeds(
 
 
 def test_common_noise_is_never_below_nothing() -> None:
-    noise = measured_noise([make_contender(1, s0=1, s1=2), make_contender(4, s0=2, s1=1)])
+    noise = measure_noise([make_contender(1, s0=1, s1=2), make_contender(4, s0=2, s1=1)])
     assert noise.common == 0
     assert (noise.individual, noise.individual_degrees, noise.common_degrees) == (pytest.approx(1.0), 1, 1)
 
@@ -53,26 +55,32 @@ def test_common_noise_is_never_below_nothing() -> None:
 )
 def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(other_contenders: list[Contender]) -> None:
     """Rank 1: squares 2 over 1 degree; rank 4 with three seeds: squares 8 over 2."""
-    noise = measured_noise([make_contender(1, s0=1, s1=3), *other_contenders])
-    many = bool(other_contenders) and len(other_contenders[0].cells) == 3
-    assert noise.individual == pytest.approx(10 / 3 if many else 2.0)
-    assert noise.individual_degrees == (3 if many else 1)
+    noise = measure_noise([make_contender(1, s0=1, s1=3), *other_contenders])
+    has_three_seeds = bool(other_contenders) and len(other_contenders[0].cells) == 3
+    assert noise.individual == pytest.approx(10 / 3 if has_three_seeds else 2.0)
+    assert noise.individual_degrees == (3 if has_three_seeds else 1)
     assert (noise.common, noise.common_degrees) == (0.0, 0.0)
 
 
 def compute_pair_differences(left_contender: Contender, right_contender: Contender) -> list[tuple[str, float, float]]:
-    pairs = paired_cells(left_contender, right_contender)
-    sums = table.differences(pairs)[:, 0].tolist()
-    return [(left.trial_id, left.value - right.value, worse) for (left, right), worse in zip(pairs, sums, strict=True)]
+    pairs = pair_cells(left_contender, right_contender)
+    sums = table.compute_differences(pairs)[:, 0].tolist()
+    return [
+        (left_cell.trial_id, left_cell.value - right_cell.value, worse)
+        for (left_cell, right_cell), worse in zip(pairs, sums, strict=True)
+    ]
 
 
 def test_pairs_are_of_one_seed_where_seeds_are_shared() -> None:
-    found = compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s2=1, s0=2, s9=4))
-    assert found == [("1s0", 3, 3), ("1s2", 8, 8)]
+    differences = compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s2=1, s0=2, s9=4))
+    assert differences == [("1s0", 3, 3), ("1s2", 8, 8)]
 
 
 def test_pairs_are_in_order_where_none_is_shared() -> None:
-    assert compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s5=1, s6=2)) == [("1s0", 4, 4), ("1s1", 5, 5)]
+    assert compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s5=1, s6=2)) == [
+        ("1s0", 4, 4),
+        ("1s1", 5, 5),
+    ]
 
 
 def test_the_base_s_one_evaluation_pairs_with_every_seed() -> None:
@@ -84,11 +92,11 @@ def test_the_base_s_one_evaluation_pairs_with_every_seed() -> None:
 
 def test_weights_go_with_the_pair() -> None:
     weights = np.array([2.0, 3.0])
-    one = Contender(1, 0.0, {0: Cell("a", 1.0, np.array([2.0, 6.0]), weights)}, 1.0)
-    other = Contender(4, 0.0, {0: Cell("b", 0.5, np.array([1.0, 3.0]), weights)}, 0.5)
-    pairs = paired_cells(one, other)
-    assert table.differences(pairs).tolist() == [[1.0, 3.0]]
-    assert table.estimate_of_pairs(pairs).mean == pytest.approx(4 / 5)
+    contender = Contender(1, 0.0, {0: Cell("a", 1.0, np.array([2.0, 6.0]), weights)}, 1.0)
+    other_contender = Contender(4, 0.0, {0: Cell("b", 0.5, np.array([1.0, 3.0]), weights)}, 0.5)
+    pairs = pair_cells(contender, other_contender)
+    assert table.compute_differences(pairs).tolist() == [[1.0, 3.0]]
+    assert table.estimate_pairs(pairs).mean == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,7 @@ def test_another_metric_conflicts_beyond_its_own_margin_and_noise(
         return Cell("t", loss, np.array([loss]), np.ones(1), other_metrics={metric: value})
 
     table = ScoreTable("loss", False, {(4, 0.0, 0): make_cell(2.001, chosen), (64, 0.0, 0): make_cell(2.0, best)})
-    assert ("metric_conflict" in decision_of(table, 0.005).flags) is conflict
+    assert ("metric_conflict" in decide_table(table, 0.005).flags) is conflict
 
 
 @pytest.mark.parametrize(("lower", "noise", "is_chosen"), [(0.02, 0.05, True), (0.02, 0.3, False), (0.0, 0.0, False)])
@@ -138,24 +146,26 @@ def test_a_learning_rate_with_fewer_seeds_is_taken_where_it_is_surely_better(
         (4, lr, seed): Cell(f"{lr}-{seed}", float(values.mean()), values, np.ones(num_examples))
         for lr, seed, values in ((1e-3, 0, first), (1e-3, 1, second), (3e-3, 0, lucky))
     }
-    found = contender_of(ScoreTable("eval_loss", False, cells, {}, "token_loss"), 4)
-    assert found.learning_rate == (3e-3 if is_chosen else 1e-3)
-    assert set(found.cells) == ({0} if is_chosen else {0, 1})
+    contender = select_contender(ScoreTable("eval_loss", False, cells, {}, "token_loss"), 4)
+    assert contender.learning_rate == (3e-3 if is_chosen else 1e-3)
+    assert set(contender.cells) == ({0} if is_chosen else {0, 1})
 
 
 def test_a_rank_without_a_seed_is_moved_by_what_the_seed_does_to_the_others() -> None:
-    found = on_common_seeds([make_contender(1, s0=1, s1=2), make_contender(4, s1=2.5)])
-    assert [one.loss for one in found.values()] == [1.5, 2.5]
-    assert found[1].fair_loss == pytest.approx(1.5, abs=1e-3)
-    assert found[4].fair_loss == pytest.approx(2.0, abs=1e-3)
+    adjusted_contenders = adjust_to_common_seeds([make_contender(1, s0=1, s1=2), make_contender(4, s1=2.5)])
+    assert [contender.loss for contender in adjusted_contenders.values()] == [1.5, 2.5]
+    assert adjusted_contenders[1].fair_loss == pytest.approx(1.5, abs=1e-3)
+    assert adjusted_contenders[4].fair_loss == pytest.approx(2.0, abs=1e-3)
 
 
 def test_results_without_a_value_are_counted_by_rank() -> None:
     rows = [(4, 0, 1.0), (4, 1, None), (16, 0, None), (16, 1, None), (64, 0, 2.0)]
     results = [Result(trial_id=f"{rank}-{seed}", rank=rank, seed=seed, value=value) for rank, seed, value in rows]
-    found = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))
-    assert found.missing == {4: 1, 16: 2}
-    assert list(found.cells) == [(4, 0.0, 0), (64, 0.0, 0)]
+    table = build_table_from_results(
+        ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
+    )
+    assert table.missing == {4: 1, 16: 2}
+    assert list(table.cells) == [(4, 0.0, 0), (64, 0.0, 0)]
 
 
 def test_a_learning_rate_that_shares_no_seed_is_not_taken() -> None:
@@ -163,10 +173,10 @@ def test_a_learning_rate_that_shares_no_seed_is_not_taken() -> None:
         (1e-3, 0, 2.0), (1e-3, 1, 2.0), (3e-3, 2, 1.0),
     )}  # fmt: skip
     table = ScoreTable("eval_loss", False, cells, {}, "token_loss", {4: {1e-2}, 16: {1e-4}})
-    assert contender_of(table, 4).learning_rate == 1e-3
-    assert table.tried_learning_rates(4) == [1e-3, 3e-3, 1e-2]
-    assert table.tried_learning_rates(64) == []
-    assert table.by_learning_rate(64) == {}
+    assert select_contender(table, 4).learning_rate == 1e-3
+    assert table.list_tried_rates(4) == [1e-3, 3e-3, 1e-2]
+    assert table.list_tried_rates(64) == []
+    assert table.get_cells_by_rate(64) == {}
 
 
 Points = list[tuple[int, float]]
@@ -187,7 +197,9 @@ def build_table_with_points(chosen: list[Points], best: list[Points], higher: bo
         for seed, points in enumerate(seeds)
     ]
     metric = "negated" if higher else "eval_loss"
-    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[]))
+    return build_table_from_results(
+        ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[])
+    )
 
 
 LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
@@ -205,19 +217,23 @@ LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
 )
 def test_a_gap_that_grows_late_may_be_a_want_of_capacity(gaps: list[float], limited: bool, higher: bool) -> None:
     chosen = [(step, value + gap) for (step, value), gap in zip(LEVEL, gaps, strict=True)]
-    found = decision_of(build_table_with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
-    assert (found.rank, found.reference_rank) == (4, 16)
-    assert ("may_be_capacity_limited" in found.flags) is limited
+    decision = decide_table(build_table_with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
+    assert (decision.rank, decision.reference_rank) == (4, 16)
+    assert ("may_be_capacity_limited" in decision.flags) is limited
 
 
 def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_seeds() -> None:
     grows = [(10, 2.0), (20, 2.0), (25, 9.0), (40, 2.003)]
-    others = [(10, 2.0), (20, 2.0), (30, 9.0), (40, 2.0)]
-    assert "may_be_capacity_limited" in decision_of(build_table_with_points([grows], [others], False), 0.005).flags
-    two = decision_of(build_table_with_points([[(20, 2.0), (40, 2.003)]], [others], False), 0.005)
+    other_points = [(10, 2.0), (20, 2.0), (30, 9.0), (40, 2.0)]
+    assert (
+        "may_be_capacity_limited" in decide_table(build_table_with_points([grows], [other_points], False), 0.005).flags
+    )
+    two = decide_table(build_table_with_points([[(20, 2.0), (40, 2.003)]], [other_points], False), 0.005)
     assert "may_be_capacity_limited" not in two.flags
     slow = [[(10, 2.0), (20, 2.0), (40, 2.002)]] * 2
-    assert "may_be_capacity_limited" not in decision_of(build_table_with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
+    assert (
+        "may_be_capacity_limited" not in decide_table(build_table_with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,6 +251,6 @@ def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_se
 def test_learning_rates_with_fewer_seeds_are_compared_one_after_the_other(
     seeds: dict[float, tuple[int, ...]], best: float
 ) -> None:
-    losses = {rate: dict.fromkeys(of_rate, 2.0) for rate, of_rate in seeds.items()}
-    assert best_learning_rate(losses, lambda rate, other: True) == best
-    assert best_learning_rate(losses, lambda rate, other: False) == 1e-3
+    losses = {rate: dict.fromkeys(of_rate, 2.0) for rate, of_rate in seeds.num_examples()}
+    assert select_best_learning_rate(losses, lambda rate, other_rate: True) == best
+    assert select_best_learning_rate(losses, lambda rate, other_rate: False) == 1e-3

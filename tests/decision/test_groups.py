@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 
 from rightrank.decision.comparison import (
-    bounds_of,
-    bounds_of_files,
-    degrees_of_groups,
-    estimate,
-    estimate_of_files,
+    compute_bounds,
+    compute_file_bounds,
+    compute_group_degrees,
+    estimate_file_difference,
+    estimate_mean,
 )
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import decision_of
-from rightrank.decision.seeds import pair_noise
-from rightrank.decision.table import Cell, ScoreTable, groups_of, minus, table_of_results
+from rightrank.decision.rule import decide_table
+from rightrank.decision.seeds import measure_pair_noise
+from rightrank.decision.table import (
+    Cell,
+    ScoreTable,
+    build_table_from_results,
+    compute_paired_difference,
+    number_groups,
+)
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import Floats, Groups
 
@@ -35,24 +41,24 @@ def test_rows_that_repeat_their_group_say_no_more_than_one_of_them(seeds: int, s
     sums = draw_differences(1, seeds)
     rows, ones = np.repeat(sums, ROWS, axis=1), np.ones(40)
     groups, weights = np.repeat(np.arange(40), ROWS), np.repeat(ones, ROWS)
-    alone, grouped = estimate(sums, ones, span), estimate(rows, weights, span, groups)
+    alone, grouped = estimate_mean(sums, ones, span), estimate_mean(rows, weights, span, groups)
     for name in ("mean", "examples_variance", "interaction_variance", "examples", "examples_degrees", "skewness"):
         assert getattr(grouped, name) == pytest.approx(getattr(alone, name)), name
-    assert bounds_of(grouped).high == pytest.approx(bounds_of(alone).high)
-    files = bounds_of_files(rows[0], weights, 0.0, groups)
-    assert files.high == pytest.approx(bounds_of_files(sums[0], ones).high)
-    assert estimate(rows, weights, span).examples_variance < grouped.examples_variance / 9
+    assert compute_bounds(grouped).high == pytest.approx(compute_bounds(alone).high)
+    files = compute_file_bounds(rows[0], weights, 0.0, groups)
+    assert files.high == pytest.approx(compute_file_bounds(sums[0], ones).high)
+    assert estimate_mean(rows, weights, span).examples_variance < grouped.examples_variance / 9
 
 
 def test_groups_of_one_example_are_no_groups() -> None:
     sums, weights = draw_differences(2), np.arange(1.0, 41.0)
-    alone, grouped = estimate(sums, weights), estimate(sums, weights, 0.0, np.arange(40))
+    alone, grouped = estimate_mean(sums, weights), estimate_mean(sums, weights, 0.0, np.arange(40))
     assert grouped.mean == alone.mean
     assert grouped.standard_error == pytest.approx(alone.standard_error, rel=0.05)
-    assert groups_of(list(range(40)), 40) is None
-    assert groups_of([3] * 40, 40) is None
-    assert groups_of([0, 1], 40) is None
-    assert groups_of([7, 2, 7, 5], 4).tolist() == [2, 0, 2, 1]  # type: ignore[union-attr]
+    assert number_groups(list(range(40)), 40) is None
+    assert number_groups([3] * 40, 40) is None
+    assert number_groups([0, 1], 40) is None
+    assert number_groups([7, 2, 7, 5], 4).tolist() == [2, 0, 2, 1]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("sizes", [[5.0] * 12, [100.0, 100.0, *[10.0] * 10], [1.0, 2.0, 3.0]])
@@ -62,7 +68,7 @@ def test_degrees_are_those_of_the_quadratic_form(sizes: list[float]) -> None:
     residual = np.eye(len(h)) - np.outer(h, np.ones(len(h)))
     matrix = np.diag(1 / np.sqrt(1 - h)) @ residual @ np.diag(weights)
     form = matrix @ matrix.T
-    assert degrees_of_groups(weights) == pytest.approx(max(1.0, np.trace(form) ** 2 / np.trace(form @ form)))
+    assert compute_group_degrees(weights) == pytest.approx(max(1.0, np.trace(form) ** 2 / np.trace(form @ form)))
 
 
 def draw_grouped_differences(draw: np.random.Generator, sizes: list[int], likeness: float) -> tuple[Floats, Groups]:
@@ -78,9 +84,9 @@ def test_bounds_of_groups_err_in_five_of_a_hundred_draws(sizes: list[int]) -> No
     for _ in range(800):
         sums, groups = draw_grouped_differences(draw, sizes, 0.8)
         ones = np.ones(len(sums))
-        errors += bounds_of(estimate(sums[None], ones, 0.0, groups)).high < 0
-        errors += bounds_of_files(sums, ones, 0.0, groups).high < 0
-        alone += bounds_of(estimate(sums[None], ones)).high < 0
+        errors += compute_bounds(estimate_mean(sums[None], ones, 0.0, groups)).high < 0
+        errors += compute_file_bounds(sums, ones, 0.0, groups).high < 0
+        alone += compute_bounds(estimate_mean(sums[None], ones)).high < 0
     assert errors / 1600 < 0.065
     assert alone / 800 > 0.12  # rows taken as independent
 
@@ -112,12 +118,12 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
     )
     assert wide.reference_gap > narrow.reference_gap
     assert abs(wide.probability(worse, 0.0) - 0.5) < abs(narrow.probability(worse, 0.0) - 0.5)  # type: ignore[operator]
-    decided, plain = decision_of(grouped, 0.005), decision_of(alone, 0.005)
-    assert [one.value for one in decided.ranks] == [one.value for one in plain.ranks]
+    decided, plain = decide_table(grouped, 0.005), decide_table(alone, 0.005)
+    assert [evidence.value for evidence in decided.ranks] == [evidence.value for evidence in plain.ranks]
 
 
 def test_the_next_run_asks_for_groups() -> None:
-    (run,) = [one for one in decision_of(build_grouped_table(0.9), 0.003, confidence=None).next_runs if one.examples]
+    (run,) = [one for one in decide_table(build_grouped_table(0.9), 0.003, confidence=None).next_runs if one.examples]
     assert re.search(r"(Score|and score) about [\d,]+ groups of held-out examples \(now 80\)", run.sentence)
     needed = int(re.findall(r"about ([\d,]+) groups", run.sentence)[0].replace(",", ""))
     assert run.examples == 10 * needed
@@ -126,15 +132,15 @@ def test_the_next_run_asks_for_groups() -> None:
 def test_examples_that_are_alike_count_as_fewer() -> None:
     rows, groups = np.repeat(draw_differences(4), ROWS, axis=1), np.repeat(np.arange(40), ROWS)
     ones = np.ones(rows.shape[1])
-    assert pair_noise(rows, ones, groups).design_effect == pytest.approx(ROWS)
-    assert pair_noise(rows, ones).design_effect == 1.0
-    assert estimate_of_files(rows[0], ones, 0.0, groups).degrees <= 39
+    assert measure_pair_noise(rows, ones, groups).design_effect == pytest.approx(ROWS)
+    assert measure_pair_noise(rows, ones).design_effect == 1.0
+    assert estimate_file_difference(rows[0], ones, 0.0, groups).degrees <= 39
 
 
 def test_a_difference_keeps_the_groups_of_its_examples() -> None:
     groups = np.array([0, 0, 1])
     one, other = (Cell(name, 0.0, np.ones(3), np.ones(3), 0.0, groups=groups) for name in ("one", "other"))
-    assert minus(one, other).groups is groups
+    assert compute_paired_difference(one, other).groups is groups
 
 
 def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> None:
@@ -147,10 +153,10 @@ def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> 
             repeated[key] = Cell(f"{key}", float(sums.mean()), rows, np.ones(len(rows)), groups=groups)
     of_rows, of_groups = (Evidence(ScoreTable("loss", False, cells)) for cells in (alone, repeated))
     for examples in (80, 160, 800):
-        margin = of_rows.margins_at(0.95, examples=examples)[4]
+        margin = of_rows.compute_margins(0.95, examples=examples)[4]
         # not quite the same: the noise within a seed is estimated from 800 rows and not from 80
-        assert of_groups.margins_at(0.95, examples=ROWS * examples)[4] == pytest.approx(margin, rel=0.01)
-    assert margin < 0.9 * of_rows.margins_at(0.95)[4]
+        assert of_groups.compute_margins(0.95, examples=ROWS * examples)[4] == pytest.approx(margin, rel=0.01)
+    assert margin < 0.9 * of_rows.compute_margins(0.95)[4]
 
 
 def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> None:
@@ -166,7 +172,7 @@ def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> 
         for rank, groups in ((4, [5, 5, 1, 1]), (16, None))
     ]
     read = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
-    cells = table_of_results(read).cells
+    cells = build_table_from_results(read).cells
     assert cells[4, 0.0, 0].groups.tolist() == [1, 1, 0, 0]  # type: ignore[union-attr]
     assert cells[16, 0.0, 0].groups is None
     assert [cell.steps for cell in cells.values()] == [7, 7]

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from rightrank.decision.comparison import estimate
+from rightrank.decision.comparison import estimate_mean
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.records import Answers
-from rightrank.decision.rule import decision_of
-from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.decision.rule import decide_table
+from rightrank.decision.table import Cell, ScoreTable, build_table
 from rightrank.report.answer import build_answer_view
 from rightrank.report.evidence_tables import build_evidence_table
 from rightrank.schema.decision import Decision
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished
 from rightrank.search import STRATEGIES
-from tests.decision.tables import build_value_table, build_example_table
-from tests.report.runs import made_up_run
+from tests.decision.tables import build_example_table, build_value_table
+from tests.report.runs import make_run
 from tests.search import worlds
 from tests.search.worlds import make_space, run_all
 
@@ -32,7 +32,7 @@ OTHERS = {
 
 
 def decide_losses(losses: dict[int, float], seeds: Sequence[int] = (0,), **options: object) -> Decision:
-    return decision_of(build_example_table(losses, seeds=seeds, **options), 0.01)  # type: ignore[arg-type]
+    return decide_table(build_example_table(losses, seeds=seeds, **options), 0.01)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verdict", OTHERS)
@@ -53,16 +53,16 @@ def test_one_seed_gives_an_indication(verdict: str) -> None:
 
 def test_the_rank_of_one_seed_rests_on_the_bounds_over_examples() -> None:
     table = build_example_table(SATURATED, seeds=(0,))
-    decision = decision_of(table, 0.01)
+    decision = decide_table(table, 0.01)
     cells = [table.cells[rank, 1e-3, 0] for rank in (4, decision.reference_rank)]
-    over_examples = estimate((cells[0].sums - cells[1].sums)[None, :], cells[0].weights)
+    over_examples = estimate_mean((cells[0].sums - cells[1].sums)[None, :], cells[0].weights)
     evidence = next(evidence for evidence in decision.ranks if evidence.rank == 4)
     assert evidence.difference_high == pytest.approx(over_examples.bound(0.95))
     assert (decision.rank, evidence.non_inferior) == (16, False)
 
 
 def test_undecided_on_one_seed_asks_for_examples_or_seeds() -> None:
-    decision = decide_losses({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, items=60, noise=0.03)
+    decision = decide_losses({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, num_examples=60, noise=0.03)
     assert (decision.verdict, decision.confidence) == ("undecided", None)
     assert "95%" not in decision.sentence
     assert {run.action for run in decision.next_runs} == {"examples", "seeds"}
@@ -81,32 +81,34 @@ def test_two_seeds_give_a_decision_with_the_interval_of_a_further_seed() -> None
 
 
 def drop_cells(table: ScoreTable, *cells: tuple[int, int]) -> ScoreTable:
-    kept = {key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in cells}
-    return ScoreTable(table.metric, table.higher_is_better, kept, table.missing, table.kind)
+    remaining_cells = {key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in cells}
+    return ScoreTable(table.metric, table.higher_is_better, remaining_cells, table.missing, table.kind)
 
 
 def test_ranks_that_the_answer_does_not_rest_on_may_have_one_seed() -> None:
     table = build_example_table(SATURATED, seeds=(0, 1), noise=0.001)
-    assert decision_of(drop_cells(table, (1, 1)), 0.01).confidence == 0.95
+    assert decide_table(drop_cells(table, (1, 1)), 0.01).confidence == 0.95
     for rank in (4, 16, 64):  # the next lower rank, the answer, the reference
-        decision = decision_of(drop_cells(table, (rank, 1)), 0.01)
+        decision = decide_table(drop_cells(table, (rank, 1)), 0.01)
         assert (decision.rank, decision.confidence) == (16, None)
         assert "one_seed" in decision.flags
 
 
 def test_one_number_a_rank_claims_no_level() -> None:
-    decision = decision_of(build_value_table(SATURATED), 0.005)
+    decision = decide_table(build_value_table(SATURATED), 0.005)
     assert (decision.rank, decision.confidence) == (16, None)
     assert "underpowered" in decision.flags
     assert {evidence.non_inferior for evidence in decision.ranks if evidence.rank < 64} == {None}
     assert "95%" not in decision.sentence + decision.basis_note
-    assert decision_of(build_value_table(SATURATED, std=0.0003), 0.005).confidence == 0.95
-    two = decision_of(build_value_table({4: 2.1, 16: 2.0}), 0.005)
+    assert decide_table(build_value_table(SATURATED, std=0.0003), 0.005).confidence == 0.95
+    two = decide_table(build_value_table({4: 2.1, 16: 2.0}), 0.005)
     assert "noise of a training is unknown" in two.basis_note
     assert two.ranks[0].difference_high is None
 
 
-def build_table(differences: dict[int, list[float]], spread: dict[int, float], examples: int = 300) -> ScoreTable:
+def build_measured_table(
+    differences: dict[int, list[float]], spread: dict[int, float], examples: int = 300
+) -> ScoreTable:
     """Rank 64 at 2, the others with these differences by seed and this deviation between examples."""
     generator = np.random.default_rng(5)
     level = 2 + 0.5 * generator.standard_normal(examples)
@@ -122,7 +124,7 @@ def build_table(differences: dict[int, list[float]], spread: dict[int, float], e
 def test_a_noisy_rank_does_not_widen_the_bound_of_a_quiet_one() -> None:
     """A difference of .0006 ± .0011 got a bound of .012 and a request for 28 seeds."""
     noisy = {1: [0.7166, 0.1066, 0.2276], 16: [0.0006, 0.0017, -0.0005]}
-    decision = decision_of(build_table(noisy, {1: 0.75, 16: 0.019}), 0.01)
+    decision = decide_table(build_measured_table(noisy, {1: 0.75, 16: 0.019}), 0.01)
     quiet = next(evidence for evidence in decision.ranks if evidence.rank == 16)
     assert quiet.difference_high is not None
     assert quiet.difference_high < 0.006
@@ -146,7 +148,7 @@ def test_a_best_learning_rate_is_chosen_on_shared_seeds() -> None:
     evidence = Evidence(ScoreTable("loss", False, cells))
     assert evidence.contenders[16].learning_rate == 1e-3
     assert len(evidence.contenders[16].cells) == 3
-    decision = decision_of(ScoreTable("loss", False, cells), 0.02)
+    decision = decide_table(ScoreTable("loss", False, cells), 0.02)
     assert (decision.rank, decision.confidence) == (16, 0.95)
 
 
@@ -174,12 +176,12 @@ class FlatWorld(worlds.World):
 
 
 def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
-    records = made_up_run((4, 64), (1e-3,))
-    whole = [outcome for outcome in records.finished() if outcome.rank]
-    top = whole[-1]
+    records = make_run((4, 64), (1e-3,))
+    complete_trials = [outcome for outcome in records.finished() if outcome.rank]
+    top = complete_trials[-1]
     around = [make_stopped_trial(top, 3e-4), make_stopped_trial(top, 3e-3)]
-    assert "lr_edge" not in decision_of(table_of(whole, "loss", False, looks=around), 0.02).flags
-    below = decision_of(table_of(whole, "loss", False, looks=[make_stopped_trial(top, 3e-4)]), 0.02)
+    assert "lr_edge" not in decide_table(build_table(complete_trials, "loss", False, looks=around), 0.02).flags
+    below = decide_table(build_table(complete_trials, "loss", False, looks=[make_stopped_trial(top, 3e-4)]), 0.02)
     assert "lr_edge" in below.flags  # the best is the highest that was tried
     run = next(run for run in below.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(3e-3)]
@@ -187,7 +189,10 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
         trial_id="x", **top.arm.model_copy(update={"learning_rate": 3e-3}).model_dump(), step=3, reason="NaN"
     )
     assert (
-        "lr_edge" not in decision_of(table_of([*whole, diverged], "loss", False, looks=[make_stopped_trial(top, 3e-4)]), 0.02).flags
+        "lr_edge"
+        not in decide_table(
+            build_table([*complete_trials, diverged], "loss", False, looks=[make_stopped_trial(top, 3e-4)]), 0.02
+        ).flags
     )
 
 
@@ -203,11 +208,11 @@ def test_a_search_that_ends_at_its_highest_or_lowest_learning_rate_is_flagged(
     rates: tuple[float, ...], best: float, is_flagged: bool, suggested: float
 ) -> None:
     """The lower ranks get one learning rate each, so it is compared with all of the run."""
-    made = run_all(STRATEGIES["bracket"](make_space(learning_rates=rates)), FlatWorld(best_learning_rate=best))
-    whole = [outcome for outcome in made if outcome.is_direct]
-    table = table_of(whole, "loss", False, looks=made)
-    decision = decision_of(table, 0.01)
-    assert (decision.rank, decision.reference_rank, table.tried_learning_rates(1)) == (1, 1, [decision.learning_rate])
+    trials = run_all(STRATEGIES["bracket"](make_space(learning_rates=rates)), FlatWorld(best_learning_rate=best))
+    complete_trials = [outcome for outcome in trials if outcome.is_direct]
+    table = build_table(complete_trials, "loss", False, looks=trials)
+    decision = decide_table(table, 0.01)
+    assert (decision.rank, decision.reference_rank, table.list_tried_rates(1)) == (1, 1, [decision.learning_rate])
     assert ("lr_edge" in decision.flags) == is_flagged
     runs = [run for run in decision.next_runs if run.action == "rates"]
     assert [run.learning_rates for run in runs] == ([[pytest.approx(suggested)]] if is_flagged else [])
@@ -216,20 +221,20 @@ def test_a_search_that_ends_at_its_highest_or_lowest_learning_rate_is_flagged(
 def test_one_learning_rate_at_each_rank_has_no_edge() -> None:
     values = {(4, 3e-3): 2.05, (16, 1e-3): 2.001, (64, 3e-4): 2.0}
     cells = {(rank, lr, 0): Cell(f"{rank}", v, np.array([v]), np.ones(1)) for (rank, lr), v in values.items()}
-    assert "lr_edge" not in decision_of(ScoreTable("loss", False, cells), 0.02).flags
+    assert "lr_edge" not in decide_table(ScoreTable("loss", False, cells), 0.02).flags
 
 
 def test_still_rising_is_not_said_of_means() -> None:
     """Rank 1 is worse by .07 in the mean, with bounds from below 0 to .15: it is not shown to be worse by more than .02."""
-    table = build_table({1: [0.03, 0.11], 4: [0.2, 0.21], 16: [0.1, 0.11]}, {1: 0.3, 4: 0.02, 16: 0.02})
-    decision = decision_of(table, 0.02, confidence=None)
-    wide = next(evidence for evidence in decision.ranks if evidence.rank == 1)
-    assert wide.non_inferior is None
-    assert (wide.difference or 0.0) > 0.02
+    table = build_measured_table({1: [0.03, 0.11], 4: [0.2, 0.21], 16: [0.1, 0.11]}, {1: 0.3, 4: 0.02, 16: 0.02})
+    decision = decide_table(table, 0.02, confidence=None)
+    uncertain_rank = next(evidence for evidence in decision.ranks if evidence.rank == 1)
+    assert uncertain_rank.non_inferior is None
+    assert (uncertain_rank.difference or 0.0) > 0.02
     assert decision.verdict != "rising"
     assert "every smaller" not in decision.sentence
     assert decision.next_runs[0].ranks == [128]  # a larger rank is worth a training all the same
-    steady = decision_of(build_table({1: [0.3, 0.31], 16: [0.1, 0.11]}, {1: 0.02, 16: 0.02}), 0.02)
+    steady = decide_table(build_measured_table({1: [0.3, 0.31], 16: [0.1, 0.11]}, {1: 0.02, 16: 0.02}), 0.02)
     assert steady.verdict == "rising"
 
 
@@ -241,38 +246,44 @@ def test_trainings_of_unequal_length_are_flagged() -> None:
         }
         return ScoreTable("loss", False, cells)
 
-    assert "unequal_length" not in decision_of(build_table_with_steps({4: 400, 16: 400, 64: 400}), 0.005).flags
-    decision = decision_of(build_table_with_steps({4: 400, 16: 250, 64: 400}), 0.005)
+    assert "unequal_length" not in decide_table(build_table_with_steps({4: 400, 16: 400, 64: 400}), 0.005).flags
+    decision = decide_table(build_table_with_steps({4: 400, 16: 250, 64: 400}), 0.005)
     assert "unequal_length" in decision.flags
     assert "the trainings have 250 to 400 steps" in decision.sentence
     run = next(run for run in decision.next_runs if run.action == "steps")
     assert (run.ranks, run.steps, run.trials) == ([16], 400, 1)
-    assert "unequal_length" not in decision_of(build_value_table({1: 3.0, 4: 2.25, 16: 2.06})).flags  # no length is stated
+    assert (
+        "unequal_length" not in decide_table(build_value_table({1: 3.0, 4: 2.25, 16: 2.06})).flags
+    )  # no length is stated
 
 
 def test_what_came_out_best_is_not_called_enough() -> None:
     """Nothing passed, or a higher rank may be better: `fallback_rank` is None, and `best_so_far` stands beside it."""
-    open_below = decision_of(build_example_table({1: 2.3, 4: 2.006, 64: 2.0}, num_examples=60, noise=0.03), 0.01)
-    lucky = decision_of(build_example_table({1: 2.0, 4: 2.002, 16: 2.001}, num_examples=30, noise=0.1, seeds=(0, 1)), 0.005)
-    rising = decision_of(build_example_table({1: 2.4, 4: 2.2, 16: 2.0}), 0.01)
-    for found in (open_below, lucky, rising):
-        assert (found.fallback_rank, found.best_so_far) == (None, found.reference_rank)
+    open_below = decide_table(build_example_table({1: 2.3, 4: 2.006, 64: 2.0}, num_examples=60, noise=0.03), 0.01)
+    lucky = decide_table(
+        build_example_table({1: 2.0, 4: 2.002, 16: 2.001}, num_examples=30, noise=0.1, seeds=(0, 1)), 0.005
+    )
+    rising = decide_table(build_example_table({1: 2.4, 4: 2.2, 16: 2.0}), 0.01)
+    for decision in (open_below, lucky, rising):
+        assert (decision.fallback_rank, decision.best_so_far) == (None, decision.reference_rank)
     assert (rising.rank, rising.best_available_rank) == (16, 16)
-    passed = decision_of(build_example_table({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01, confidence=None)
+    passed = decide_table(build_example_table({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01, confidence=None)
     assert (passed.rank, passed.fallback_rank, passed.best_so_far) == (None, 16, None)
-    stated = decision_of(build_value_table(SATURATED, std=0.0003), 0.005)
-    assert (stated.rank, stated.fallback_rank) == (16, 16)
-    assert decision_of(build_value_table(SATURATED), 0.005).fallback_rank is None  # a reading shows nothing
+    decision_with_deviation = decide_table(build_value_table(SATURATED, std=0.0003), 0.005)
+    assert (decision_with_deviation.rank, decision_with_deviation.fallback_rank) == (16, 16)
+    assert decide_table(build_value_table(SATURATED), 0.005).fallback_rank is None  # a reading shows nothing
 
 
 @pytest.mark.parametrize("losses", [{1: 2.3, 4: 2.006, 64: 2.0}, {1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}])
 def test_every_page_says_whether_a_rank_is_shown(losses: dict[int, float]) -> None:
-    found = decision_of(build_example_table(losses, num_examples=60 if len(losses) == 3 else 400, noise=0.03), 0.01, confidence=None)
-    page = " ".join(text for _, text in build_answer_view(Answers(found)).build_rows())
-    rows = {row[0]: row[5] for row in build_evidence_table(found)}
-    if found.fallback_rank is None:
-        assert f"No rank is shown to be enough; rank {found.best_so_far} came out best so far" in page
+    decision = decide_table(
+        build_example_table(losses, num_examples=60 if len(losses) == 3 else 400, noise=0.03), 0.01, confidence=None
+    )
+    page = " ".join(text for _, text in build_answer_view(Answers(decision)).build_rows())
+    rows = {row[0]: row[5] for row in build_evidence_table(decision)}
+    if decision.fallback_rank is None:
+        assert f"No rank is proven to be enough yet; rank {decision.best_so_far} has the best value so far" in page
         assert "safe choice" not in page
     else:
-        assert f"rank {found.fallback_rank} is the safe choice" in page
-    assert rows[str(found.reference_rank)] == ("best so far" if found.fallback_rank is None else "yes")
+        assert f"rank {decision.fallback_rank} is the safe choice" in page
+    assert rows[str(decision.reference_rank)] == ("best so far" if decision.fallback_rank is None else "yes")

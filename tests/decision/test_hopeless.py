@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rightrank.decision.evidence import Evidence, compare
-from rightrank.decision.rule import decision_of
+from rightrank.decision.evidence import Evidence, compare_ranks
+from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable
 
 MARGIN, ROWS = 0.02, 100
@@ -24,10 +24,12 @@ def draw_table(seed: int) -> ScoreTable:
     easy = generator.normal(2, 0.5, rows)
     cells = {}
     for rank in level:
-        own = generator.normal(0, 0.05, rows) * (1 if rank > 1 else 20)
+        rank_noise = generator.normal(0, 0.05, rows) * (1 if rank > 1 else 20)
         for rate in rates:
             for run in range(seeds):
-                sums = easy + level[rank] + generator.normal(0, noise[rank]) + own * generator.normal(1, 0.3, rows)
+                sums = (
+                    easy + level[rank] + generator.normal(0, noise[rank]) + rank_noise * generator.normal(1, 0.3, rows)
+                )
                 cells[rank, rate, run] = Cell(f"{rank} {rate} {run}", float(sums.mean()), sums, np.ones(rows))
     base = {(0, 0.0, 0): Cell("base", 9.0, easy + 0.5, np.ones(rows))} if generator.random() < 0.5 else {}
     return ScoreTable("loss", False, base | cells, kind="loss")
@@ -37,15 +39,17 @@ def draw_table(seed: int) -> ScoreTable:
 def test_a_hopeless_rank_changes_no_bound_and_no_answer(seed: int) -> None:
     table = draw_table(seed)
     without = replace(table, cells={key: cell for key, cell in table.cells.items() if key[0] != 1})
-    ours, theirs = decision_of(table, MARGIN), decision_of(without, MARGIN)
+    ours, theirs = decide_table(table, MARGIN), decide_table(without, MARGIN)
     assert (ours.rank, ours.fallback_rank, ours.reference_rank) == (
         theirs.rank,
         theirs.fallback_rank,
         theirs.reference_rank,
     )
     assert (ours.verdict == "undecided") == (theirs.verdict == "undecided")
-    kept = [evidence for evidence in ours.ranks if evidence.rank != 1]
-    assert [one.model_dump() for one in kept] == [one.model_dump() for one in theirs.ranks]
+    remaining_ranks = [evidence for evidence in ours.ranks if evidence.rank != 1]
+    assert [evidence.model_dump() for evidence in remaining_ranks] == [
+        evidence.model_dump() for evidence in theirs.ranks
+    ]
 
 
 def test_values_of_other_orders_of_magnitude_do_not_widen_a_bound() -> None:
@@ -56,6 +60,6 @@ def test_values_of_other_orders_of_magnitude_do_not_widen_a_bound() -> None:
         for rank, of_seeds in values.items()
         for seed, value in enumerate(of_seeds)
     }
-    found = compare(Evidence(ScoreTable("mse", False, cells, kind="loss")), 3e-5)
-    assert all(found.by_rank[rank].high < 1e-5 for rank in (3, 4, 8))
-    assert all(found.by_rank[rank].low > -1e-5 for rank in (3, 4, 8))
+    comparison = compare_ranks(Evidence(ScoreTable("mse", False, cells, kind="loss")), 3e-5)
+    assert all(comparison.by_rank[rank].high < 1e-5 for rank in (3, 4, 8))
+    assert all(comparison.by_rank[rank].low > -1e-5 for rank in (3, 4, 8))

@@ -7,21 +7,28 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rightrank.decision.records import Records, comparable, decide_on, decide_run, metrics_of, run_table
-from rightrank.decision.rule import decision_of
-from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.decision.records import (
+    Records,
+    build_run_table,
+    decide_by_metric,
+    decide_run,
+    list_comparable_outcomes,
+    list_metrics,
+)
+from rightrank.decision.rule import decide_table
+from rightrank.decision.table import Cell, ScoreTable, build_table
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import LossKind, infer_metric_kind
 from rightrank.schema.trials import TrialFailed
 from tests.decision.tables import build_value_table
-from tests.report.runs import ITEMS, made_up_run
+from tests.report.runs import ITEMS, make_run
 
 COLOURS = {0: 1.0, 1: 1.0, 4: 5.0, 16: 9.0}  # a number whose name does not say which way is better
 
 
 def make_measured_run(form: str = "prompt_completion", **started: object) -> Records:
     """Ranks 1, 4 and 16; the accuracy grows to rank 16, and the loss is as good at 4."""
-    records = made_up_run((1, 4, 16), (1e-3,))
+    records = make_run((1, 4, 16), (1e-3,))
     right = {0: 0, 1: ITEMS // 3, 4: ITEMS // 2, 16: ITEMS - 1}
     outcomes = [
         trial.model_copy(
@@ -47,9 +54,9 @@ def change_settings(records: Records, **settings: object) -> Records:
 
 
 def test_the_metric_that_decides_comes_first() -> None:
-    assert metrics_of(make_measured_run()) == ["loss", "exact_match", "colour"]
-    assert metrics_of(make_measured_run(metric="exact_match")) == ["exact_match", "loss", "colour"]
-    assert metrics_of(make_measured_run(metric="f1")) == ["f1", "loss", "exact_match", "colour"]
+    assert list_metrics(make_measured_run()) == ["loss", "exact_match", "colour"]
+    assert list_metrics(make_measured_run(metric="exact_match")) == ["exact_match", "loss", "colour"]
+    assert list_metrics(make_measured_run(metric="f1")) == ["f1", "loss", "exact_match", "colour"]
 
 
 def test_each_other_metric_is_judged_beside_the_one_that_decides() -> None:
@@ -57,61 +64,66 @@ def test_each_other_metric_is_judged_beside_the_one_that_decides() -> None:
     assert (decision.metric, decision.rank) == ("loss", 4)
     exact, colour = decision.other_metrics
     assert (exact.metric, exact.higher_is_better, exact.margin) == ("exact_match", True, 0.005)
-    assert {one.rank: one.value for one in exact.ranks}[16] == pytest.approx((ITEMS - 1) / ITEMS)
+    assert {evidence.rank: evidence.value for evidence in exact.ranks}[16] == pytest.approx((ITEMS - 1) / ITEMS)
     assert (colour.metric, colour.higher_is_better, colour.reference_rank) == ("colour", True, 16)
-    assert {one.rank: one.value for one in colour.ranks}[4] == 5.0
+    assert {evidence.rank: evidence.value for evidence in colour.ranks}[4] == 5.0
     assert exact.conflict
     assert "metric_conflict" in decision.flags
 
 
 def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
     records = make_measured_run()
-    decision = decide_on(records, comparable(records), "exact_match", 0.1)
+    decision = decide_by_metric(records, list_comparable_outcomes(records), "exact_match", 0.1)
     assert (decision.metric, decision.higher_is_better, decision.margin) == ("exact_match", True, 0.1)
     assert (decision.reference_rank, decision.basis) == (16, "examples")
-    assert [other.metric for other in decision.other_metrics] == ["loss", "colour"]
-    few = [outcome for outcome in records.outcomes if outcome.rank < 16]
-    fewer = decide_on(records, few, "exact_match", 0.1)
+    assert [other_metric.metric for other_metric in decision.other_metrics] == ["loss", "colour"]
+    lower_outcomes = [outcome for outcome in records.outcomes if outcome.rank < 16]
+    fewer = decide_by_metric(records, lower_outcomes, "exact_match", 0.1)
     assert [evidence.rank for evidence in fewer.ranks] == [0, 1, 4]
     assert [evidence.rank for evidence in fewer.other_metrics[1].ranks] == [0, 1, 4]
 
 
 def test_the_direction_of_a_metric_can_be_given() -> None:
-    higher = run_table(make_measured_run(), metric="colour")
+    higher = build_run_table(make_measured_run(), metric="colour")
     assert (higher.higher_is_better, higher.cells[16, 1e-3, 0].loss) == (True, -9.0)
-    told = change_settings(make_measured_run(), metrics=["min:colour=mine:colour"])
-    lower = run_table(told, metric="colour")
+    records_with_direction = change_settings(make_measured_run(), metrics=["min:colour=mine:colour"])
+    lower = build_run_table(records_with_direction, metric="colour")
     assert (lower.higher_is_better, lower.cells[16, 1e-3, 0].loss) == (False, 9.0)
-    assert decide_on(told, comparable(told), "colour", 1.0).reference_rank == 1
-    assert run_table(told, metric="colour", higher=True).higher_is_better is True
+    assert (
+        decide_by_metric(
+            records_with_direction, list_comparable_outcomes(records_with_direction), "colour", 1.0
+        ).reference_rank
+        == 1
+    )
+    assert build_run_table(records_with_direction, metric="colour", higher=True).higher_is_better is True
 
 
 def test_a_metric_without_a_known_direction_decides_nothing_and_is_not_judged_beside() -> None:
     silent = change_settings(make_measured_run(), metrics=[], margin=0.05)
     assert [other.metric for other in decide_run(silent).other_metrics] == ["exact_match"]
     with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
-        decide_on(silent, comparable(silent), "colour")
-    assert decide_on(silent, comparable(silent), "colour", 1.0, higher=False).reference_rank == 1
+        decide_by_metric(silent, list_comparable_outcomes(silent), "colour")
+    assert decide_by_metric(silent, list_comparable_outcomes(silent), "colour", 1.0, higher=False).reference_rank == 1
 
 
 def test_evaluations_along_a_training_belong_to_one_metric() -> None:
     by_loss = make_measured_run()
-    assert len(run_table(by_loss).cells[4, 1e-3, 0].points) == 3
-    assert run_table(by_loss, metric="exact_match").cells[4, 1e-3, 0].points == ()
+    assert len(build_run_table(by_loss).cells[4, 1e-3, 0].points) == 3
+    assert build_run_table(by_loss, metric="exact_match").cells[4, 1e-3, 0].points == ()
     by_answers = make_measured_run(points_metric="exact_match")
-    assert run_table(by_answers).cells[4, 1e-3, 0].points == ()
-    table = run_table(by_answers, metric="exact_match")
+    assert build_run_table(by_answers).cells[4, 1e-3, 0].points == ()
+    table = build_run_table(by_answers, metric="exact_match")
     assert len(table.cells[4, 1e-3, 0].points) == 3
     assert table.cells[4, 1e-3, 0].other_metrics == {"loss": pytest.approx(3.05, abs=0.2), "colour": 5.0}
 
 
 def test_other_numbers_of_a_custom_trainer_are_no_metrics_with_examples() -> None:
-    own = make_measured_run(form="own", metric="colour", higher_is_better=False)
-    decision = decide_run(own)
+    custom_records = make_measured_run(form="own", metric="colour", higher_is_better=False)
+    decision = decide_run(custom_records)
     assert (decision.metric, decision.higher_is_better, decision.reference_rank) == ("colour", False, 1)
     assert decision.other_metrics == []
-    few = [outcome for outcome in own.outcomes if outcome.rank in (4, 16)]
-    assert decide_on(own, few, "colour").reference_rank == 4
+    two_ranks = [outcome for outcome in custom_records.outcomes if outcome.rank in (4, 16)]
+    assert decide_by_metric(custom_records, two_ranks, "colour").reference_rank == 4
 
 
 @pytest.mark.parametrize(
@@ -120,23 +132,23 @@ def test_other_numbers_of_a_custom_trainer_are_no_metrics_with_examples() -> Non
 def test_a_perplexity_that_is_none_is_any_number(values: tuple[float, float], kind: str) -> None:
     trials = [
         trial.model_copy(update={"metrics": {"perplexity": value}})
-        for trial, value in zip(made_up_run((1, 4), (1e-3,)).finished()[1:], values, strict=True)
+        for trial, value in zip(make_run((1, 4), (1e-3,)).finished()[1:], values, strict=True)
     ]
-    table = table_of(trials, "perplexity", False)
+    table = build_table(trials, "perplexity", False)
     assert table.kind == kind
-    make_cell = table.cells[4, 1e-3, 0]
-    assert make_cell.loss == pytest.approx(np.log(values[1]) if kind == "perplexity" else values[1])
-    assert (make_cell.value, make_cell.weights.tolist(), make_cell.examples) == (values[1], [1.0], 0)
-    assert table_of(trials, "perplexity", higher_is_better=True).cells[4, 1e-3, 0].loss == -values[1]
+    cell = table.cells[4, 1e-3, 0]
+    assert cell.loss == pytest.approx(np.log(values[1]) if kind == "perplexity" else values[1])
+    assert (cell.value, cell.weights.tolist(), cell.examples) == (values[1], [1.0], 0)
+    assert build_table(trials, "perplexity", higher_is_better=True).cells[4, 1e-3, 0].loss == -values[1]
 
 
 def test_every_trial_without_the_metric_is_missing() -> None:
-    one, four = made_up_run((1, 4), (1e-3,)).finished()[1:]
+    rank_1, rank_4 = make_run((1, 4), (1e-3,)).finished()[1:]
     failed = [
-        TrialFailed(trial_id=name, **four.arm.model_dump(), error="error", reason="x") for name in ("a", "b", "c")
+        TrialFailed(trial_id=name, **rank_4.arm.model_dump(), error="error", reason="x") for name in ("a", "b", "c")
     ]
-    silent = four.model_copy(update={"trial_id": "silent", "metrics": {"f1": 0.5}})
-    assert table_of([one, four, *failed, silent], "loss", False).missing == {4: 4}
+    silent = rank_4.model_copy(update={"trial_id": "silent", "metrics": {"f1": 0.5}})
+    assert build_table([rank_1, rank_4, *failed, silent], "loss", False).missing == {4: 4}
 
 
 def make_cell(loss: float) -> Cell:
@@ -163,14 +175,16 @@ def build_loss_table(losses: dict[int, float], metric: str = "loss", std: float 
 def test_metrics_conflict_on_ranks_that_both_judge(
     deciding_losses: dict[int, float], other_losses: dict[int, float], has_conflict: bool
 ) -> None:
-    decision = decision_of(build_loss_table(deciding_losses), 0.005, others=[build_loss_table(other_losses, "nll")])
-    assert [other.conflict for other in decision.other_metrics] == [has_conflict]
+    decision = decide_table(build_loss_table(deciding_losses), 0.005, others=[build_loss_table(other_losses, "nll")])
+    assert [other_metric.conflict for other_metric in decision.other_metrics] == [has_conflict]
     assert ("metric_conflict" in decision.flags) is has_conflict
 
 
 def test_a_metric_with_one_rank_is_left_out() -> None:
-    decision = decision_of(
-        build_loss_table({1: 2.1, 4: 2.0}), 0.005, others=[build_loss_table({4: 2.0}, "nll"), build_loss_table({0: 3.0, 4: 2.0}, "nll")]
+    decision = decide_table(
+        build_loss_table({1: 2.1, 4: 2.0}),
+        0.005,
+        others=[build_loss_table({4: 2.0}, "nll"), build_loss_table({0: 3.0, 4: 2.0}, "nll")],
     )
     assert decision.other_metrics == []
 
@@ -178,26 +192,29 @@ def test_a_metric_with_one_rank_is_left_out() -> None:
 @pytest.mark.parametrize(("loss", "margin"), [("token_loss", 0.005), ("pair_loss", 0.02), ("loss", 0.02)])
 def test_another_loss_is_of_the_same_kind(loss: LossKind, margin: float) -> None:
     """Nats a token have a margin of their own; of a loss that is none, it is 1% of the best."""
-    tables = [replace(build_loss_table({1: 2.1, 4: 2.0}, name), kind=infer_metric_kind(name, False, loss)) for name in ("loss", "nll")]
-    decision = decision_of(tables[0], others=tables[1:])
+    tables = [
+        replace(build_loss_table({1: 2.1, 4: 2.0}, name), kind=infer_metric_kind(name, False, loss))
+        for name in ("loss", "nll")
+    ]
+    decision = decide_table(tables[0], others=tables[1:])
     assert decision.margin == pytest.approx(margin)
     assert decision.other_metrics[0].margin == pytest.approx(margin)
 
 
 def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
     losses = {0: 2.0001, 1: 2.0, 4: 2.0}
-    bare_run = decision_of(build_value_table(losses), 0.01).next_runs[0]
+    bare_run = decide_table(build_value_table(losses), 0.01).next_runs[0]
     assert bare_run.learning_rates == []
     assert "at a higher learning rate" in bare_run.sentence
     cells = {(rank, 1e-4 if rank else 0.0, 0): make_cell(loss) for rank, loss in losses.items()}
-    run = decision_of(ScoreTable("loss", False, cells), 0.01).next_runs[0]
+    run = decide_table(ScoreTable("loss", False, cells), 0.01).next_runs[0]
     assert run.learning_rates == [pytest.approx(3e-4)]
     assert "at learning rate 0.0003" in run.sentence
 
 
 def test_truncations_are_no_trainings_to_compare() -> None:
-    records = made_up_run((1, 4, 16), (1e-3,))
-    base, one, _, sixteen = records.finished()
-    cut = one.model_copy(update={"trial_id": "cut", "truncate_from": sixteen.trial_id, "steps": 1})
-    records.outcomes[:] = [base, cut, sixteen]
-    assert comparable(records) == [base, sixteen]
+    records = make_run((1, 4, 16), (1e-3,))
+    base, rank_1, _, rank_16 = records.finished()
+    truncated = rank_1.model_copy(update={"trial_id": "cut", "truncate_from": rank_16.trial_id, "steps": 1})
+    records.outcomes[:] = [base, truncated, rank_16]
+    assert list_comparable_outcomes(records) == [base, rank_16]

@@ -15,75 +15,77 @@ from rightrank.decision.comparison import (
     NORMAL,
     POWER,
     Estimate,
-    estimate,
-    examples_needed,
-    seeds_needed,
-    settles,
+    compute_required_examples,
+    compute_required_seeds,
+    estimate_mean,
+    is_conclusive,
 )
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.next_run import SIZES, next_commands, time_told
+from rightrank.decision.next_run import EXAMPLE_COUNTS, build_next_commands, format_time
 from rightrank.decision.records import decide_run
-from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
+from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
 from rightrank.decision.seeds import BOUND_DEGREES, NOISE
-from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.decision.table import ScoreTable, build_table_from_results
 from rightrank.schema.decision import Decision, NextRun, Result, ResultsTable
 from rightrank.schema.events import RunStarted
-from tests.decision.tables import build_value_table, build_example_table
-from tests.decision.worlds import World, table_in
-from tests.report.runs import made_up_run
+from tests.decision.tables import build_example_table, build_value_table
+from tests.decision.worlds import World, build_world_table
+from tests.report.runs import make_run
 
 
 def test_the_examples_needed_settle_it_in_four_of_five_runs() -> None:
     generator = np.random.default_rng(3)
     margin, true = 0.02, 0.012
-    pilot = estimate(generator.normal(true, 0.09, size=(1, 96)), np.ones(96))
+    pilot = estimate_mean(generator.normal(true, 0.09, size=(1, 96)), np.ones(96))
     pilot = type(pilot)(true, 0.09**2 / 96, 0.0, 0.0, 96, 1, 0.0, 0.0)
-    items = examples_needed(pilot, margin)
-    assert items is not None
-    settled = 0
+    num_examples = compute_required_examples(pilot, margin)
+    assert num_examples is not None
+    num_settled = 0
     for _ in range(400):
-        run = estimate(generator.normal(true, 0.09, size=(1, items)), np.ones(items))
-        settled += run.bound(CONFIDENCE) < margin
-    assert 0.74 <= settled / 400 <= 0.92
+        run = estimate_mean(generator.normal(true, 0.09, size=(1, num_examples)), np.ones(num_examples))
+        num_settled += run.bound(CONFIDENCE) < margin
+    assert 0.74 <= num_settled / 400 <= 0.92
 
 
 def test_so_many_seeds_settle_it_four_times_in_five() -> None:
     generator = np.random.default_rng(4)
     margin, true, noise = 0.005, 0.0015, 0.002
-    pilot = estimate(np.zeros((2, 1)), np.ones(1)).with_seeds(noise**2 / 2, 1.0)
+    pilot = estimate_mean(np.zeros((2, 1)), np.ones(1)).replace_seed_variance(noise**2 / 2, 1.0)
     pilot = type(pilot)(true, 0.0, noise**2 / 2, 0.0, 0, 2, 1.0, 0.0)
-    seeds = seeds_needed(pilot, margin)
+    seeds = compute_required_seeds(pilot, margin)
     assert seeds is not None
-    settled = 0
+    num_settled = 0
     for _ in range(600):
-        run = estimate(generator.normal(true, noise, size=(seeds, 1)), np.ones(1))
-        settled += run.bound(CONFIDENCE) < margin
-    assert settled / 600 >= 0.74
+        run = estimate_mean(generator.normal(true, noise, size=(seeds, 1)), np.ones(1))
+        num_settled += run.bound(CONFIDENCE) < margin
+    assert num_settled / 600 >= 0.74
 
 
 def test_a_difference_at_the_margin_is_never_settled() -> None:
-    pilot = estimate(np.random.default_rng(0).normal(0.005, 0.1, size=(1, 100)), np.ones(100))
+    pilot = estimate_mean(np.random.default_rng(0).normal(0.005, 0.1, size=(1, 100)), np.ones(100))
     pilot = type(pilot)(0.005, 1e-4, 0.0, 0.0, 100, 1, 0.0, 0.0)
-    assert not settles(pilot.at(6400, 1), 0.005)
-    assert examples_needed(pilot, 0.005) is None
+    assert not is_conclusive(pilot.at(6400, 1), 0.005)
+    assert compute_required_examples(pilot, 0.005) is None
 
 
 def make_run_start() -> RunStarted:
     """A run of two ranks, two learning rates and two seeds on 30 of 50 held-out examples."""
-    made = made_up_run((1, 4), (1e-3, 3e-3), (0, 2)).started
-    data = made.data.model_copy(update={"not_evaluated": 20})
-    return made.model_copy(update={"data": data})
+    started = make_run((1, 4), (1e-3, 3e-3), (0, 2)).started
+    data = started.data.model_copy(update={"not_evaluated": 20})
+    return started.model_copy(update={"data": data})
 
 
-def format_command(next_run_fields: dict[str, object], run: str = "out", margin: float | None = None, is_custom_trainer: bool = False) -> str | None:
+def format_command(
+    next_run_fields: dict[str, object], run: str = "out", margin: float | None = None, is_custom_trainer: bool = False
+) -> str | None:
     """The command of one next run."""
     started = make_run_start()
     if is_custom_trainer:
         started = started.model_copy(update={"settings": started.settings | {"trainer": "train"}})
     next_run = NextRun.model_validate({"sentence": "x"} | next_run_fields)
-    found = next_commands(started, [next_run], run, margin)
-    assert len(found) == 1
-    return found[0]
+    commands = build_next_commands(started, [next_run], run, margin)
+    assert len(commands) == 1
+    return commands[0]
 
 
 @pytest.mark.parametrize(
@@ -131,13 +133,18 @@ def test_a_custom_trainer_has_no_commands() -> None:
 
 
 def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
-    records = made_up_run((1, 4, 16), (1e-3,))
-    base, one, four, sixteen = records.finished()
-    records.outcomes[:] = [base, one.model_copy(update={"steps": 10}), four.model_copy(update={"steps": 20}), sixteen]
-    (found,) = [one for one in decide_run(records).next_runs if one.action == "steps"]
-    assert (found.ranks, found.steps, found.trials) == ([1, 4], sixteen.steps, 2)
-    assert found.sentence == (
-        f"Train ranks 1 and 4 for {sixteen.steps} steps too (2 trainings): trainings of unequal length are compared."
+    records = make_run((1, 4, 16), (1e-3,))
+    base, rank_1, rank_4, rank_16 = records.finished()
+    records.outcomes[:] = [
+        base,
+        rank_1.model_copy(update={"steps": 10}),
+        rank_4.model_copy(update={"steps": 20}),
+        rank_16,
+    ]
+    (next_run,) = [one for one in decide_run(records).next_runs if one.action == "steps"]
+    assert (next_run.ranks, next_run.steps, next_run.trials) == ([1, 4], rank_16.steps, 2)
+    assert next_run.sentence == (
+        f"Train ranks 1 and 4 for {rank_16.steps} steps too (2 trainings): trainings of unequal length are compared."
     )
 
 
@@ -154,8 +161,8 @@ def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
     ],
 )
 def test_a_time_is_told_in_the_unit_that_it_is_read_in(minutes: float | None, expected: str) -> None:
-    assert time_told(minutes) == expected
-    assert time_told(minutes, ", ") == expected.replace(" (", ", ").replace(")", "")
+    assert format_time(minutes) == expected
+    assert format_time(minutes, ", ") == expected.replace(" (", ", ").replace(")", "")
 
 
 TRAIN, EVALUATE = 601.0, 33.0  # seconds
@@ -164,14 +171,16 @@ TRAIN, EVALUATE = 601.0, 33.0  # seconds
 def add_times(table: ScoreTable) -> ScoreTable:
     cells = {
         key: replace(cell, train_seconds=TRAIN, eval_seconds=EVALUATE if key[0] else 0.0)
-        for key, cell in table.cells.items()
+        for key, cell in table.cells.num_examples()
     }
     return replace(table, cells=cells)
 
 
 def drop_trainings(table: ScoreTable, *dropped: tuple[int, int]) -> ScoreTable:
     """The table without trainings of a rank and a seed."""
-    return replace(table, cells={key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in dropped})
+    return replace(
+        table, cells={key: cell for key, cell in table.cells.num_examples() if (key[0], key[2]) not in dropped}
+    )
 
 
 def require_trial_counts(decision: Decision) -> list[NextRun]:
@@ -198,33 +207,35 @@ def require_trial_counts(decision: Decision) -> list[NextRun]:
 )
 def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[str]) -> None:
     table = add_times(build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03))
-    evidence, decision = Evidence(table), decision_of(table, margin)
-    sizes = (100, *SIZES)
+    evidence, decision = Evidence(table), decide_table(table, margin)
+    sizes = (100, *EXAMPLE_COUNTS)
 
     def is_reached(seeds: int, num_examples: int) -> bool:
-        return min(evidence.margins_at(ASKED_CONFIDENCE, seeds, num_examples).values()) <= margin
+        return min(evidence.compute_margins(DEFAULT_CONFIDENCE, seeds, num_examples).values()) <= margin
 
     assert [run.action for run in decision.next_runs] == actions
     for run in decision.next_runs:
-        seeds, items = run.seeds or 2, run.examples or 100
+        seeds, num_examples = run.seeds or 2, run.examples or 100
         assert run.ranks == [4, 64]
-        assert is_reached(seeds, items)
+        assert is_reached(seeds, num_examples)
         if run.action == "examples":
-            assert not is_reached(seeds, sizes[sizes.index(items) - 1])
+            assert not is_reached(seeds, sizes[sizes.index(num_examples) - 1])
             assert ("further seeds alone would not do it" in run.sentence) is (actions == ["examples"])
-            assert run.minutes == round(items * 4 * EVALUATE / 100 / 60, 1)
+            assert run.minutes == round(num_examples * 4 * EVALUATE / 100 / 60, 1)
         else:
-            assert not is_reached(seeds - 1, items if items == 100 else SIZES[-1])
+            assert not is_reached(seeds - 1, num_examples if num_examples == 100 else EXAMPLE_COUNTS[-1])
             assert run.minutes == round(run.trials * (TRAIN + EVALUATE) / 60, 1)
             assert ("examples" in run.sentence) is (run.examples is not None)
-        assert time_told(run.minutes, "") in run.sentence
+        assert format_time(run.minutes, "") in run.sentence
         assert re.fullmatch(
             r"To test the margin, score about [\d,]+ held-out examples \(now 100\) at ranks 4 and 64 \(about [^()]+\)(; [^()]+)?\."
             r"|Train ranks 4 and 64 with \d+ seeds \(now 2\)( and score about [\d,]+ held-out examples \(now 100\))? to test it "
             r"\(\d+ trainings?, about [^()]+\)\.",
             run.sentence,
         )
-        assert (f"score about {items:,} held-out examples (now 100)" in run.sentence) is (run.examples is not None)
+        assert (f"score about {num_examples:,} held-out examples (now 100)" in run.sentence) is (
+            run.examples is not None
+        )
     assert len(require_trial_counts(decision)) == ("seeds" in actions)
 
 
@@ -232,31 +243,37 @@ def test_where_nothing_that_can_be_bought_is_enough_the_smallest_rank_is_to_be_t
     table = build_example_table({4: 2.0}, seeds=(0, 1), num_examples=100)
     tilted = {
         (64, lr, seed): replace(cell, trial_id=f"64-{seed}", sums=cell.sums + np.resize([0.03, -0.03], 100))
-        for (_, lr, seed), cell in table.cells.items()
+        for (_, lr, seed), cell in table.cells.num_examples()
     }
-    (run,) = decision_of(replace(table, cells={**table.cells, **tilted}), 1e-9).next_runs
+    (run,) = decide_table(replace(table, cells={**table.cells, **tilted}), 1e-9).next_runs
     assert (run.action, run.ranks, run.trials) == ("none", [4], 0)
     assert re.search(r"Not even 32 seeds .* take rank 4, or choose another margin", run.sentence)
 
 
-@pytest.mark.parametrize("confidence", [ASKED_CONFIDENCE, None])
+@pytest.mark.parametrize("confidence", [DEFAULT_CONFIDENCE, None])
 @pytest.mark.parametrize("margin", [0.001, 0.005, 0.01, 0.05])
-@pytest.mark.parametrize("seeds_by_rank", [{4: (0, 1, 2, 3, 4), 64: (0, 1)}, {4: (0, 1, 2, 3), 64: (4,)}, {4: (0,), 64: (0, 1)}])
+@pytest.mark.parametrize(
+    "seeds_by_rank", [{4: (0, 1, 2, 3, 4), 64: (0, 1)}, {4: (0, 1, 2, 3), 64: (4,)}, {4: (0,), 64: (0, 1)}]
+)
 def test_seeds_that_a_rank_has_are_not_trained_again(
     seeds_by_rank: dict[int, tuple[int, ...]], margin: float, confidence: float | None
 ) -> None:
     table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1, 2, 3, 4), num_examples=100, noise=0.03)
-    table_with_fewer_seeds = drop_trainings(table, *((rank, seed) for rank in (4, 64) for seed in range(5) if seed not in seeds_by_rank[rank]))
-    require_trial_counts(decision_of(table_with_fewer_seeds, margin, confidence=confidence))
+    table_with_fewer_seeds = drop_trainings(
+        table, *((rank, seed) for rank in (4, 64) for seed in range(5) if seed not in seeds_by_rank[rank])
+    )
+    require_trial_counts(decide_table(table_with_fewer_seeds, margin, confidence=confidence))
 
 
 def build_rate_table(values: Mapping[tuple[int, float], float]) -> ScoreTable:
     """One number for each rank and learning rate."""
     results = [
         Result(trial_id=f"{rank} {rate}", rank=rank, learning_rate=rate, value=value)
-        for (rank, rate), value in values.items()
+        for (rank, rate), value in values.num_examples()
     ]
-    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[]))
+    return build_table_from_results(
+        ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,7 +297,7 @@ def build_rate_table(values: Mapping[tuple[int, float], float]) -> ScoreTable:
 def test_beyond_the_edge_is_one_step_further(
     values: dict[tuple[int, float], float], ranks: list[int], rate: float
 ) -> None:
-    decision = decision_of(build_rate_table(values), 0.01)
+    decision = decide_table(build_rate_table(values), 0.01)
     assert "lr_edge" in decision.flags
     (run,) = [run for run in decision.next_runs if run.action == "rates"]
     assert (run.ranks, run.trials) == (ranks, len(ranks))
@@ -290,40 +307,40 @@ def test_beyond_the_edge_is_one_step_further(
 
 def test_a_larger_rank_has_a_learning_rate_where_one_is_known() -> None:
     losses = {(1, 1e-3): 2.2, (4, 1e-3): 2.1, (16, 1e-3): 2.0}
-    rates = decision_of(build_rate_table(losses), 0.01).next_runs[0]
+    rates = decide_table(build_rate_table(losses), 0.01).next_runs[0]
     assert (rates.action, rates.ranks, rates.trials) == ("rank", [32], 2)
     assert rates.learning_rates == [pytest.approx(3e-4), 1e-3]  # lower too: larger ranks often want less
     assert rates.sentence.startswith("Train rank 32 at learning rates 0.0003 and 0.001 (2 trainings)")
-    none = decision_of(build_value_table({1: 2.2, 4: 2.1, 16: 2.0}), 0.01).next_runs[0]
+    none = decide_table(build_value_table({1: 2.2, 4: 2.1, 16: 2.0}), 0.01).next_runs[0]
     assert (none.action, none.ranks, none.learning_rates, none.trials) == ("rank", [32], [], 1)
     assert none.sentence.startswith("Train rank 32 (1 training)")
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 9])
 def test_so_many_seeds_are_expected_to_show_a_difference_at_the_noise_of_earlier_grids(seeds: int) -> None:
-    table = table_in(World("flat", examples=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02))
+    table = build_world_table(World("flat", examples=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02))
     evidence = Evidence(table)
-    worse = next(one for one in evidence.contenders.values() if one.rank != evidence.reference.rank)
+    worse = next(contender for contender in evidence.contenders.values() if contender.rank != evidence.reference.rank)
     now, then = evidence.difference(worse), evidence.expected(worse, seeds)
     each = [worse.cells[seed].sums - evidence.reference.cells[seed].sums for seed in (0, 1)]
     spread = float(np.mean([of_seed.var(ddof=1) for of_seed in each]))
     assert worse.gap != evidence.reference.gap
     assert (then.mean, then.examples_variance) == pytest.approx((now.mean, now.examples_variance))
-    assert (then.seeds, then.seeds_variance) == (seeds, pytest.approx(NOISE.over_seeds(80) * spread / seeds))
+    assert (then.seeds, then.seeds_variance) == (seeds, pytest.approx(NOISE.compute_seed_ratio(80) * spread / seeds))
     assert then.seeds_degrees == pytest.approx(BOUND_DEGREES + seeds - 1)
 
 
 @pytest.mark.parametrize("margin", [0.003, 0.005, 0.006, 0.007, 0.008, 0.01, 0.02])
 def test_further_seeds_make_a_decision_of_an_indication_and_one_less_does_not(margin: float) -> None:
     table = build_example_table({4: 2.003, 64: 2.0}, seeds=(0,), num_examples=400, noise=0.02)
-    evidence, decision = Evidence(table), decision_of(table, margin, confidence=None)
+    evidence, decision = Evidence(table), decide_table(table, margin, confidence=None)
     assert "one_seed" in decision.flags
     (run,) = require_trial_counts(decision)
     assert run.seeds is not None
     assert run.ranks == [4, 64]
 
     def is_enough(seeds: int) -> bool:
-        return settles(evidence.expected(evidence.contenders[4], seeds), margin)
+        return is_conclusive(evidence.expected(evidence.contenders[4], seeds), margin)
 
     if is_enough(MAX_SEEDS):
         assert is_enough(run.seeds)
@@ -343,32 +360,36 @@ NEAR = 1e-6
 
 
 def test_a_plan_ends_at_64_times_the_examples_and_at_32_seeds() -> None:
-    found = replace(estimate(np.random.default_rng(5).normal(size=(1, 100)), np.ones(100)), mean=0.0, skewness=0.0)
-    most = compute_smallest_margin(found.at(5800, 1))  # 58 times as many; the next step is 66 times
-    assert examples_needed(found, most * (1 + NEAR)) == 5800
-    assert examples_needed(found, most * (1 - NEAR)) is None
+    estimated = replace(
+        estimate_mean(np.random.default_rng(5).normal(size=(1, 100)), np.ones(100)), mean=0.0, skewness=0.0
+    )
+    limit = compute_smallest_margin(estimated.at(5800, 1))  # 58 times as many; the next step is 66 times
+    assert compute_required_examples(estimated, limit * (1 + NEAR)) == 5800
+    assert compute_required_examples(estimated, limit * (1 - NEAR)) is None
     noisy = Estimate(0.0, 0.0, 0.01, 0.0, 0, 2, 1.0, 0.0)
-    most = compute_smallest_margin(noisy.at(0, MAX_SEEDS))
-    assert seeds_needed(noisy, most * (1 + NEAR)) == MAX_SEEDS == 32
-    assert seeds_needed(noisy, most * (1 - NEAR)) is None
-    assert seeds_needed(noisy, 10.0) == 3  # at least one more
+    limit = compute_smallest_margin(noisy.at(0, MAX_SEEDS))
+    assert compute_required_seeds(noisy, limit * (1 + NEAR)) == MAX_SEEDS == 32
+    assert compute_required_seeds(noisy, limit * (1 - NEAR)) is None
+    assert compute_required_seeds(noisy, 10.0) == 3  # at least one more
 
 
 def test_no_more_than_32_seeds_are_bought_or_planned() -> None:
     table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03)
-    most = min(Evidence(table).margins_at(ASKED_CONFIDENCE, MAX_SEEDS).values())
-    bought = [[run.seeds for run in decision_of(table, most * near).next_runs] for near in (1 + NEAR, 1 - NEAR)]
+    limit = min(Evidence(table).compute_margins(DEFAULT_CONFIDENCE, MAX_SEEDS).values())
+    bought = [[run.seeds for run in decide_table(table, limit * near).next_runs] for near in (1 + NEAR, 1 - NEAR)]
     assert bought == [[None, MAX_SEEDS], [None]]
     one_seed = build_example_table({4: 2.003, 64: 2.0}, seeds=(0,), num_examples=400, noise=0.02)
     evidence = Evidence(one_seed)
-    most = compute_smallest_margin(evidence.expected(evidence.contenders[4], MAX_SEEDS))
-    planned = [decision_of(one_seed, most * near, confidence=None).next_runs[-1] for near in (1 + NEAR, 1 - NEAR)]
+    limit = compute_smallest_margin(evidence.expected(evidence.contenders[4], MAX_SEEDS))
+    planned = [decide_table(one_seed, limit * near, confidence=None).next_runs[-1] for near in (1 + NEAR, 1 - NEAR)]
     assert [run.seeds for run in planned] == [MAX_SEEDS, 2]
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, "at a higher learning rate"), (2e-3, "at learning rate 0.006")])
 def test_without_a_gain_the_data_are_checked_and_a_higher_rate_tried(rate: float, expected: str) -> None:
-    (run,) = decision_of(build_rate_table({(0, 0.0): 2.0, (4, 1e-3 if rate else 0.0): 2.0, (16, rate): 2.0}), 0.02).next_runs
+    (run,) = decide_table(
+        build_rate_table({(0, 0.0): 2.0, (4, 1e-3 if rate else 0.0): 2.0, (16, rate): 2.0}), 0.02
+    ).next_runs
     assert (run.action, run.ranks, run.trials) == ("data", [4], 1)
     assert run.learning_rates == ([pytest.approx(3 * rate)] if rate else [])
     assert f"then train once {expected}, or longer" in run.sentence

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from rightrank.decision.rule import decision_of
-from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.decision.rule import decide_table
+from rightrank.decision.table import ScoreTable, build_table_from_results
 from rightrank.schema.decision import Result, ResultsTable
 
 PROMPTS, SEEDS = 200, 3
@@ -26,7 +26,9 @@ def draw_table(levels: dict[int, float], noise: float) -> ScoreTable:
         for seed in range(SEEDS if rank else 1)
         for scores in [(level + generator.normal(0, noise if rank else 0) > EASE).astype(float)]
     ]
-    return table_of_results(ResultsTable(metric="reward", higher_is_better=True, results=results, input_notes=[]))
+    return build_table_from_results(
+        ResultsTable(metric="reward", higher_is_better=True, results=results, input_notes=[])
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,20 +45,20 @@ def draw_table(levels: dict[int, float], noise: float) -> ScoreTable:
 def test_it_takes_the_place_of_undecided(
     levels: dict[int, float], noise: float, verdict: str, rank: int | None
 ) -> None:
-    found = decision_of(draw_table(levels, noise), 0.02, smallest_if_alike=True)
-    assert (found.verdict, found.rank) == (verdict, rank)
-    plain = decision_of(draw_table(levels, noise), 0.02)
+    decision = decide_table(draw_table(levels, noise), 0.02, smallest_if_alike=True)
+    assert (decision.verdict, decision.rank) == (verdict, rank)
+    plain = decide_table(draw_table(levels, noise), 0.02)
     if verdict == "no_difference":
         assert (plain.verdict, plain.rank) == ("undecided", None)
-        assert found.model_dump(exclude={"verdict", "rank", "learning_rate", "sentence"}) == (
+        assert decision.model_dump(exclude={"verdict", "rank", "learning_rate", "sentence"}) == (
             plain.model_dump(exclude={"verdict", "rank", "learning_rate", "sentence"})
         )
     else:
-        assert found == plain
+        assert decision == plain
 
 
 def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
-    sentence = decision_of(draw_table({1: 0.3, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
+    sentence = decide_table(draw_table({1: 0.3, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
     assert sentence.startswith(
         "No difference between ranks 4 and 16 can be shown at this noise (seed standard deviation 0.0"
     )
@@ -65,16 +67,16 @@ def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
     assert sentence.endswith(" seeds a rank.")
 
 
-def sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") -> str:
+def write_sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") -> str:
     """Of trainings by rank, seed and scores, at a margin of 0.02."""
     results = [
         Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(np.mean(scores)), example_values=scores)
         for rank, seed, scores in rows
     ]
-    made = ResultsTable(metric=metric, higher_is_better=True, results=results, input_notes=[])
-    found = decision_of(table_of_results(made), 0.02, smallest_if_alike=True, confidence=None)
-    assert found.verdict == "no_difference"
-    return found.sentence
+    results_table = ResultsTable(metric=metric, higher_is_better=True, results=results, input_notes=[])
+    decision = decide_table(build_table_from_results(results_table), 0.02, smallest_if_alike=True, confidence=None)
+    assert decision.verdict == "no_difference"
+    return decision.sentence
 
 
 def test_one_seed_shows_no_noise_and_the_best_may_be_the_smallest() -> None:
@@ -82,25 +84,25 @@ def test_one_seed_shows_no_noise_and_the_best_may_be_the_smallest() -> None:
     ease = generator.normal(0.5, 0.1, 40)
     low, high = ease + 0.001, ease + generator.normal(0, 0.2, 40)
     high += low.mean() - high.mean()
-    best = sentence((1, 0, list(low + 0.001)), (4, 0, list(high)))
+    best = write_sentence((1, 0, list(low + 0.001)), (4, 0, list(high)))
     assert best == (
         "No difference between ranks 1 and 4 can be shown at this noise: take rank 1, the smallest. "
         "It is the best of them as measured."
     )
-    other = sentence((1, 0, list(low)), (4, 0, list(high + 0.01)))
-    assert other == (
+    other_sentence = write_sentence((1, 0, list(low)), (4, 0, list(high + 0.01)))
+    assert other_sentence == (
         "No difference between ranks 1 and 4 can be shown at this noise: take rank 1, the smallest. "
         "Rank 4 looks 0.01 better."
     )
 
 
 def test_three_ranks_are_listed_and_two_seeds_show_their_noise() -> None:
-    told = decision_of(draw_table({1: 0.6, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
+    sentence = decide_table(draw_table({1: 0.6, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
     assert re.fullmatch(
         r"No difference between ranks 1, 4 and 16 can be shown at this noise \(seed standard deviation 0\.0\d+\): take rank 1, "
         r"the smallest\. (It is the best of them as measured|Rank \d+ looks 0\.\d+ better); a difference of 0\.02 in reward would "
         r"take about \d+ seeds a rank\.",
-        told,
+        sentence,
     )
 
 
@@ -119,8 +121,8 @@ def test_the_seeds_of_a_difference_follow_the_noise_that_ranks_do_not_share(
     ease = generator.normal(0.5, 0.1, 40)
     scores = {1: ease + 0.001, 4: ease + generator.normal(0, 0.2, 40)}
     scores[4] += ease.mean() - scores[4].mean()
-    found = sentence(*((rank, seed, list(scores[rank] + shift)) for (rank, seed), shift in shifts.items()))
+    sentence = write_sentence(*((rank, seed, list(scores[rank] + shift)) for (rank, seed), shift in shifts.items()))
     start = r"No difference between ranks 1 and 4 can be shown at this noise \(seed standard deviation "
     assert re.fullmatch(
-        rf"{start}{deviation}\): .*; a difference of 0\.02 in reward would take about 1 seed a rank\.", found
+        rf"{start}{deviation}\): .*; a difference of 0\.02 in reward would take about 1 seed a rank\.", sentence
     )

@@ -5,20 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.rule import decision_of
-from rightrank.decision.table import other_tables, table_of
+from rightrank.decision.rule import decide_table
+from rightrank.decision.table import build_other_tables, build_table
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.tiny import UNMEASURED
 
-ITEMS = 800  # where none differs, the bound of 3 / 800 is below the margin
+NUM_EXAMPLES = 800  # where none differs, the bound of 3 / 800 is below the margin
 
 
-def trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
+def make_trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
     """A trial whose examples scatter about these means, the same way at every rank."""
     generator = np.random.default_rng(seed)
-    losses = loss + generator.normal(0, 0.5, ITEMS) + np.random.default_rng([seed, rank]).normal(0, 0.01, ITEMS)
-    scores = (np.argsort(np.argsort(np.random.default_rng(7).random(ITEMS))) < right * ITEMS).astype(float)
+    losses = (
+        loss
+        + generator.normal(0, 0.5, NUM_EXAMPLES)
+        + np.random.default_rng([seed, rank]).normal(0, 0.01, NUM_EXAMPLES)
+    )
+    scores = (np.argsort(np.argsort(np.random.default_rng(7).random(NUM_EXAMPLES))) < right * NUM_EXAMPLES).astype(
+        float
+    )
     return TrialFinished(
         trial_id=f"{rank}-{seed}",
         rank=rank,
@@ -29,18 +35,18 @@ def trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
         value=float(losses.mean()),
         metrics={"loss": float(losses.mean()), "exact_match": float(scores.mean()), "bleu": 20.0 + rank / 64},
         example_metrics={"exact_match": scores.tolist()},
-        **(UNMEASURED | {"example_losses": losses.tolist(), "example_tokens": [1] * ITEMS, "train_value": 1.0}),
+        **(UNMEASURED | {"example_losses": losses.tolist(), "example_tokens": [1] * NUM_EXAMPLES, "train_value": 1.0}),
     )
 
 
-def decided(losses: dict[int, float], right: dict[int, float]):  # type: ignore[no-untyped-def]
-    trials = [trial(rank, seed, losses[rank], right[rank]) for rank in losses for seed in (0, 1, 2)]
-    others = [table_of(trials, "exact_match", True), table_of(trials, "bleu", True)]
-    return decision_of(table_of(trials, "loss", False), 0.005, others=others)
+def decide_with_other_metrics(losses: dict[int, float], right: dict[int, float]):  # type: ignore[no-untyped-def]
+    trials = [make_trial(rank, seed, losses[rank], right[rank]) for rank in losses for seed in (0, 1, 2)]
+    other_tables = [build_table(trials, "exact_match", True), build_table(trials, "bleu", True)]
+    return decide_table(build_table(trials, "loss", False), 0.005, others=other_tables)
 
 
 def test_a_rank_that_the_other_metric_shows_to_be_too_small() -> None:
-    decision = decided({1: 2.2, 4: 2.0, 16: 2.0}, {1: 0.2, 4: 0.5, 16: 0.7})
+    decision = decide_with_other_metrics({1: 2.2, 4: 2.0, 16: 2.0}, {1: 0.2, 4: 0.5, 16: 0.7})
     assert decision.rank == 4
     assert "metric_conflict" in decision.flags
     exact, bleu = decision.other_metrics
@@ -48,60 +54,65 @@ def test_a_rank_that_the_other_metric_shows_to_be_too_small() -> None:
     assert exact.sentence == "exact_match disagrees: by it rank 4 is 0.2 worse, more than its margin of 0.005."
     assert (bleu.metric, bleu.conflict, bleu.higher_is_better) == ("bleu", False, True)
     assert [evidence.rank for evidence in exact.ranks] == [1, 4, 16]
-    assert {one.rank: one.value for one in exact.ranks}[16] == pytest.approx(0.7)
+    assert {evidence.rank: evidence.value for evidence in exact.ranks}[16] == pytest.approx(0.7)
 
 
 def test_a_rank_that_the_other_metric_shows_to_be_enough() -> None:
-    decision = decided({1: 2.2, 4: 2.1, 16: 2.0}, {1: 0.2, 4: 0.7, 16: 0.7})
+    decision = decide_with_other_metrics({1: 2.2, 4: 2.1, 16: 2.0}, {1: 0.2, 4: 0.7, 16: 0.7})
     assert decision.rank == 16
     assert "metric_conflict" in decision.flags
     assert "by it rank 4 is enough, within its margin" in decision.other_metrics[0].sentence
 
 
 def test_metrics_that_agree_raise_nothing() -> None:
-    decision = decided({1: 2.2, 4: 2.0, 16: 2.0}, {1: 0.2, 4: 0.7, 16: 0.7})
+    decision = decide_with_other_metrics({1: 2.2, 4: 2.0, 16: 2.0}, {1: 0.2, 4: 0.7, 16: 0.7})
     assert (decision.rank, decision.other_metrics[0].rank) == (4, 4)
     assert "metric_conflict" not in decision.flags
     assert not decision.other_metrics[0].conflict
 
 
 def test_trials_without_examples_of_a_metric_are_compared_by_value() -> None:
-    trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
+    trials = [make_trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     ragged = [trials[0].model_copy(update={"example_metrics": {}}), *trials[1:]]
-    assert all(cell.examples == 0 for cell in table_of(ragged, "exact_match", True).cells.values())
+    assert all(cell.examples == 0 for cell in build_table(ragged, "exact_match", True).cells.values())
     gone = trials[0].model_copy(update={"metrics": {"loss": 2.0}, "failed_metrics": {"exact_match": "away"}})
-    table = table_of([gone, *trials[1:]], "exact_match", True)
+    table = build_table([gone, *trials[1:]], "exact_match", True)
     assert table.missing == {1: 1}
-    assert all(cell.examples == ITEMS for cell in table.cells.values())
+    assert all(cell.examples == NUM_EXAMPLES for cell in table.cells.values())
 
 
 def test_a_metric_that_is_nothing_everywhere_still_has_a_margin() -> None:
-    trials = [trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
+    trials = [make_trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     none = [
-        t.model_copy(update={"metrics": {"rougeL": 0.0}, "example_metrics": {"rougeL": [0.0] * ITEMS}}) for t in trials
+        t.model_copy(update={"metrics": {"rougeL": 0.0}, "example_metrics": {"rougeL": [0.0] * NUM_EXAMPLES}})
+        for t in trials
     ]
-    decision = decision_of(table_of(none, "rougeL", True))
+    decision = decide_table(build_table(none, "rougeL", True))
     assert (decision.margin, decision.verdict) == (0.01, "flat")
 
 
 def test_the_other_metric_is_judged_as_the_one_that_decides() -> None:
     right = {1: 0.5, 4: 0.5025, 16: 0.505}
     points = [EvalPoint(step=5, value=0.9), EvalPoint(step=10, value=0.5)]
-    trials = [trial(rank, 0, 2.0, right[rank]).model_copy(update={"points": points}) for rank in right]
-    other = table_of(trials, "exact_match", True)
+    trials = [make_trial(rank, 0, 2.0, right[rank]).model_copy(update={"points": points}) for rank in right]
+    other_table = build_table(trials, "exact_match", True)
     answers = set()
     for confidence, checkpoint in ((None, "last"), (0.5, "last"), (0.9, "last"), (0.7, "best")):
-        alone = decision_of(other, confidence=confidence, checkpoint=checkpoint)
-        (beside,) = decision_of(
-            table_of(trials, "loss", False), 0.005, others=[other], confidence=confidence, checkpoint=checkpoint
+        alone = decide_table(other_table, confidence=confidence, checkpoint=checkpoint)
+        (other_metric,) = decide_table(
+            build_table(trials, "loss", False),
+            0.005,
+            others=[other_table],
+            confidence=confidence,
+            checkpoint=checkpoint,
         ).other_metrics
-        assert (beside.rank, beside.verdict, beside.ranks) == (alone.rank, alone.verdict, alone.ranks)
-        answers.add((beside.rank, beside.verdict, beside.ranks[0].value))
+        assert (other_metric.rank, other_metric.verdict, other_metric.ranks) == (alone.rank, alone.verdict, alone.ranks)
+        answers.add((other_metric.rank, other_metric.verdict, other_metric.ranks[0].value))
     assert len(answers) == 4
 
 
 def test_metrics_that_differ_on_the_base_alone_are_no_conflict() -> None:
-    decision = decided({0: 2.2, 4: 2.0, 16: 2.0}, {0: 0.7, 4: 0.7, 16: 0.7})
+    decision = decide_with_other_metrics({0: 2.2, 4: 2.0, 16: 2.0}, {0: 0.7, 4: 0.7, 16: 0.7})
     assert (decision.verdict, decision.other_metrics[0].verdict) == ("flat", "no_gain")
     assert not decision.other_metrics[0].conflict
 
@@ -118,7 +129,7 @@ def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
         for rank, right in ((4, 0.25), (16, 0.5))
     ]
     read = ResultsTable(metric="loss", higher_is_better=False, results=results, input_notes=[])
-    (table,) = other_tables(read)  # the direction of `vram` is not known
+    (table,) = build_other_tables(read)  # the direction of `vram` is not known
     assert (table.metric, table.higher_is_better) == ("f1", True)
     assert [(cell.value, cell.examples) for cell in table.cells.values()] == [
         (0.25, 0),
@@ -128,12 +139,12 @@ def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
 
 def test_the_other_columns_of_weighted_examples_are_one_number_a_training() -> None:
     """A logger's `eval/accuracy` has a direction, and the weights of examples are those of the loss."""
-    scored = {"example_values": [1.0, 3.0], "example_weights": [2.0, 5.0]}
+    example_scores = {"example_values": [1.0, 3.0], "example_weights": [2.0, 5.0]}
     results = [
-        Result(trial_id=f"{rank}", rank=rank, value=2.0, other_metrics={"eval/accuracy": right}, **scored)
+        Result(trial_id=f"{rank}", rank=rank, value=2.0, other_metrics={"eval/accuracy": right}, **example_scores)
         for rank, right in ((4, 0.25), (16, 0.5))
     ]
     read = ResultsTable(metric="loss", higher_is_better=False, results=results, input_notes=[])
-    (table,) = other_tables(read)
+    (table,) = build_other_tables(read)
     assert (table.metric, table.higher_is_better) == ("eval/accuracy", True)
     assert [cell.weights.tolist() for cell in table.cells.values()] == [[1.0], [1.0]]

@@ -9,8 +9,8 @@ from scipy.stats import t as student
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.posterior import sample_joint_means
-from rightrank.decision.rule import decision_of
-from rightrank.decision.seeds import NOISE, multivariate_noise
+from rightrank.decision.rule import decide_table
+from rightrank.decision.seeds import NOISE, sample_multivariate_noise
 from rightrank.decision.table import Cell, ScoreTable
 from tests.decision.tables import build_example_table
 
@@ -18,12 +18,12 @@ TABLES, SPREAD, MARGIN = 60, 0.12, 0.005
 ROUNDING = 0.015  # three standard errors of a probability by sampling
 
 
-def apart(ranks: int) -> np.ndarray:
+def compute_difference_variances(ranks: int) -> np.ndarray:
     """Variances of the differences of independent means with variance 1."""
     return 2.0 - 2.0 * np.eye(ranks)
 
 
-def equal_ranks(seed: int, ranks: tuple[int, ...], seeds: int, examples: int = 256) -> ScoreTable:
+def draw_equal_ranks(seed: int, ranks: tuple[int, ...], seeds: int, examples: int = 256) -> ScoreTable:
     """Ranks that are equally good, with the noise of the twelve long grids."""
     generator, each = np.random.default_rng(seed), SPREAD / 2**0.5
     sums = 2 + 0.6 * generator.standard_normal(examples)
@@ -41,68 +41,78 @@ def equal_ranks(seed: int, ranks: tuple[int, ...], seeds: int, examples: int = 2
 @pytest.mark.parametrize(("ranks", "seeds"), [((1, 4, 16, 64), 1), ((1, 4, 16, 64), 2), ((4, 8, 16, 32, 64), 3)])
 def test_equal_ranks_are_seldom_called_worse(ranks: tuple[int, ...], seeds: int) -> None:
     """By the difference from the best alone 63% of them are."""
-    decisions = [decision_of(equal_ranks(seed, ranks, seeds), MARGIN) for seed in range(TABLES)]
-    others = TABLES * (len(ranks) - 1)
-    assert sum(len(decision.probably_worse_ranks) for decision in decisions) / others < 0.1
+    decisions = [decide_table(draw_equal_ranks(seed, ranks, seeds), MARGIN) for seed in range(TABLES)]
+    num_other_ranks = TABLES * (len(ranks) - 1)
+    assert sum(len(decision.probably_worse_ranks) for decision in decisions) / num_other_ranks < 0.1
     undecided = [decision for decision in decisions if decision.verdict == "undecided"]
     assert len(undecided) > TABLES / 5
-    told = [decision for decision in undecided if "probably worse" in decision.sentence]
-    assert len(told) < 0.15 * len(undecided)  # tables, of several ranks each
+    warned = [decision for decision in undecided if "probably worse" in decision.sentence]
+    assert len(warned) < 0.15 * len(undecided)  # tables, of several ranks each
 
 
 def test_a_rank_that_is_worse_is_still_called_so() -> None:
     table = build_example_table({1: 2.3, 4: 2.1, 16: 2.0, 64: 2.0005}, num_examples=400, seeds=(0,), noise=0.03)
-    assert decision_of(table, 0.001).probably_worse_ranks == [1, 4]
+    assert decide_table(table, 0.001).probably_worse_ranks == [1, 4]
 
 
 def test_of_two_ranks_it_is_the_t_distribution_of_their_difference() -> None:
-    joint = sample_joint_means([4, 16], [2.0, 2.5], apart(2), 8.0)
+    joint = sample_joint_means([4, 16], [2.0, 2.5], compute_difference_variances(2), 8.0)
     for margin in (-1.0, 0.0, 0.7, 2.0):
-        worse = joint.worse_than_best()
+        worse = joint.compute_losses_to_best()
         expected = student.cdf((max(margin, 0) - 0.5) / 2**0.5, 8) if margin >= 0 else 0.0
         assert np.mean(worse[1] <= margin) == pytest.approx(expected, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("count", [2, 4, 6])
 def test_each_of_equal_ranks_is_as_likely_to_be_the_best(count: int) -> None:
-    joint = sample_joint_means(list(range(1, count + 1)), [2.0] * count, apart(count), 8.0)
-    assert np.mean(joint.worse_than_best() <= 0, axis=1) == pytest.approx(np.full(count, 1 / count), abs=ROUNDING)
-    assert joint.alike(CONFIDENCE) == list(range(1, count + 1))
+    joint = sample_joint_means(list(range(1, count + 1)), [2.0] * count, compute_difference_variances(count), 8.0)
+    assert np.mean(joint.compute_losses_to_best() <= 0, axis=1) == pytest.approx(
+        np.full(count, 1 / count), abs=ROUNDING
+    )
+    assert joint.find_indistinguishable_ranks(CONFIDENCE) == list(range(1, count + 1))
 
 
 def test_the_base_is_no_rival() -> None:
-    joint = sample_joint_means([0, 4, 16], [1.0, 2.0, 9.0], apart(3), 8.0)
-    assert np.mean(joint.worse_than_best()[1] <= 0) > 0.99
-    assert np.mean(joint.worse_than_best()[0]) < -0.9
-    assert joint.alike(CONFIDENCE) == [4]
+    joint = sample_joint_means([0, 4, 16], [1.0, 2.0, 9.0], compute_difference_variances(3), 8.0)
+    assert np.mean(joint.compute_losses_to_best()[1] <= 0) > 0.99
+    assert np.mean(joint.compute_losses_to_best()[0]) < -0.9
+    assert joint.find_indistinguishable_ranks(CONFIDENCE) == [4]
 
 
 def test_a_noisy_rank_that_is_far_behind_hides_no_other() -> None:
-    variances = apart(3)
+    variances = compute_difference_variances(3)
     variances[2] = variances[:, 2] = 1e4
     variances[2, 2] = 0.0
     joint = sample_joint_means([4, 16, 64], [2.0, 7.0, 9e3], variances, 8.0)
-    assert joint.alike(CONFIDENCE) == [4]
-    assert sample_joint_means([4, 16, 64], [2.0, 3.0, 9e3], variances, 8.0).alike(CONFIDENCE) == [4, 16]
+    assert joint.find_indistinguishable_ranks(CONFIDENCE) == [4]
+    assert sample_joint_means([4, 16, 64], [2.0, 3.0, 9e3], variances, 8.0).find_indistinguishable_ranks(
+        CONFIDENCE
+    ) == [4, 16]
 
 
 def test_the_noise_has_the_covariance_and_leaves_other_generators_alone() -> None:
     shape = np.array([[2.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
-    before = repr(np.random.get_state())
-    noise = multivariate_noise(shape, 1e9, 20_000)
-    assert repr(np.random.get_state()) == before
+    state_before = repr(np.random.get_state())
+    noise = sample_multivariate_noise(shape, 1e9, 20_000)
+    assert repr(np.random.get_state()) == state_before
     assert np.cov(noise) == pytest.approx(shape, abs=0.06)
-    assert np.array_equal(noise, multivariate_noise(shape, 1e9, 20_000))
-    assert np.array_equal(noise[:2], multivariate_noise(shape[:2, :2], 1e9, 20_000))
+    assert np.array_equal(noise, sample_multivariate_noise(shape, 1e9, 20_000))
+    assert np.array_equal(noise[:2], sample_multivariate_noise(shape[:2, :2], 1e9, 20_000))
     impossible = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, -1.0], [1.0, -1.0, 1.0]])
-    assert np.isfinite(multivariate_noise(impossible, 8.0, 100)).all()
+    assert np.isfinite(sample_multivariate_noise(impossible, 8.0, 100)).all()
 
 
 def test_a_probability_is_of_all_other_ranks_at_once() -> None:
     joint = Evidence(build_example_table({1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}, seeds=(0,), noise=0.06)).joint
-    means, together = (dict(zip(joint.ranks, rows, strict=True)) for rows in (joint.means, joint.worse_than_best()))
-    each = [student.cdf((0.02 - means[4] + means[other]) / joint.error(4, other), joint.degrees) for other in (16, 64)]
-    assert 1 - sum(1 - one for one in each) - ROUNDING < np.mean(together[4] <= 0.02) < min(each) - ROUNDING
+    means, losses_behind_best = (
+        dict(zip(joint.ranks, rows, strict=True)) for rows in (joint.means, joint.compute_losses_to_best())
+    )
+    each = [student.cdf((0.02 - means[4] + means[rank]) / joint.error(4, rank), joint.degrees) for rank in (16, 64)]
+    assert (
+        1 - sum(1 - probability for probability in each) - ROUNDING
+        < np.mean(losses_behind_best[4] <= 0.02)
+        < min(each) - ROUNDING
+    )
 
 
 def test_what_is_said_to_be_likely_is_so() -> None:
@@ -112,7 +122,9 @@ def test_what_is_said_to_be_likely_is_so() -> None:
         true = 2.0 * generator.standard_normal(5)
         measured = true + generator.standard_normal(5) / np.sqrt(generator.chisquare(8) / 8)
         order = np.argsort(measured)
-        worse = sample_joint_means([1, 4, 8, 16, 64], measured[order], apart(5), 8.0).worse_than_best()
+        worse = sample_joint_means(
+            [1, 4, 8, 16, 64], measured[order], compute_difference_variances(5), 8.0
+        ).compute_losses_to_best()
         events += zip(np.mean(worse <= 1.0, axis=1), true[order] - true.min() <= 1.0, strict=True)
-    said, held = np.mean([event for event in events if 0.65 < event[0] < 0.85], axis=0)
-    assert said - 0.03 < held < said + 0.08
+    predicted, observed = np.mean([event for event in events if 0.65 < event[0] < 0.85], axis=0)
+    assert predicted - 0.03 < observed < predicted + 0.08

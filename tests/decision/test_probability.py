@@ -14,24 +14,24 @@ from scipy.stats import t as student
 
 from rightrank.cli import cli
 from rightrank.decision.records import decide_run
-from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
-from rightrank.decision.seeds import NOISE, NOISE_DEGREES, NoiseParts
-from rightrank.decision.sentences import chance
+from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
+from rightrank.decision.seeds import NOISE, NOISE_DEGREES, NoiseComponents
+from rightrank.decision.sentences import format_probability
 from rightrank.decision.table import ScoreTable
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
-from tests.decision.tables import build_value_table, build_example_table
+from tests.decision.tables import build_example_table, build_value_table
 from tests.report import runs
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "selection" / "noise_model.json"
 LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
 
 
-def one_seed(items: int = 400, noise: float = 0.02) -> ScoreTable:
-    return build_example_table(LOSSES, num_examples=items, seeds=(0,), noise=noise)
+def build_one_seed_table(num_examples: int = 400, noise: float = 0.02) -> ScoreTable:
+    return build_example_table(LOSSES, num_examples=num_examples, seeds=(0,), noise=noise)
 
 
-def chances(decision: Decision) -> dict[int, float | None]:
+def get_probabilities(decision: Decision) -> dict[int, float | None]:
     return {evidence.rank: evidence.probability for evidence in decision.ranks}
 
 
@@ -40,49 +40,53 @@ def test_it_is_that_of_the_difference_where_there_is_one() -> None:
     worse = table.cells[4, 1e-3, 0].sums - table.cells[64, 1e-3, 0].sums
     deviation = NOISE.ratio(1, worse.size) ** 0.5 * worse.std(ddof=1)
     expected = student.cdf((margin - worse.mean()) / deviation, NOISE_DEGREES)
-    assert chances(decision_of(table, margin))[4] == pytest.approx(expected, abs=0.015)
+    assert get_probabilities(decide_table(table, margin))[4] == pytest.approx(expected, abs=0.015)
 
 
 def test_a_wider_margin_makes_every_rank_likelier_and_the_best_is_not_certain() -> None:
-    narrow, wide = (chances(decision_of(one_seed(), margin)) for margin in (0.002, 0.02))
-    assert all((narrow[rank] or 0) < (wide[rank] or 0) for rank in (4, 16))
-    assert (narrow[64] or 0) < 0.8 < (wide[64] or 0)
-    assert (wide[1] or 0) < 0.01 < (wide[4] or 0)
+    at_small_margin, at_large_margin = (
+        get_probabilities(decide_table(build_one_seed_table(), margin)) for margin in (0.002, 0.02)
+    )
+    assert all((at_small_margin[rank] or 0) < (at_large_margin[rank] or 0) for rank in (4, 16))
+    assert (at_small_margin[64] or 0) < 0.8 < (at_large_margin[64] or 0)
+    assert (at_large_margin[1] or 0) < 0.01 < (at_large_margin[4] or 0)
 
 
 def test_the_sentence_says_it_beside_a_larger_rank() -> None:
-    decision = decision_of(one_seed(noise=0.005), 0.02)
-    found = {rank: chance(likely) for rank, likely in chances(decision).items() if likely is not None}
+    decision = decide_table(build_one_seed_table(noise=0.005), 0.02)
+    probabilities = {
+        rank: format_probability(likely) for rank, likely in get_probabilities(decision).items() if likely is not None
+    }
     assert decision.rank == 4
-    assert f"Rank 4 looks enough ({found[4]} likely" in decision.sentence
-    assert found[1] == "under 10%"
+    assert f"Rank 4 looks enough ({probabilities[4]} likely" in decision.sentence
+    assert probabilities[1] == "under 10%"
     assert decision.probability_note.startswith("The probability is that the rank is within the margin")
 
 
 def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it() -> None:
     table = build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03)
-    decision = decision_of(table, 0.02)
+    decision = decide_table(table, 0.02)
     assert (decision.rank, decision.recommended_rank, decision.grade, decision.requested_confidence) == (
         4,
         4,
         "likely",
-        ASKED_CONFIDENCE,
+        DEFAULT_CONFIDENCE,
     )
-    assert decision.probability == chances(decision)[4]
-    assert f"Rank 4 looks enough ({chance(decision.probability or 0)} likely" in decision.sentence
-    assert (decision_of(table, 0.02, confidence=None).verdict, decision_of(table, 0.02, confidence=None).grade) == (
+    assert decision.probability == get_probabilities(decision)[4]
+    assert f"Rank 4 looks enough ({format_probability(decision.probability or 0)} likely" in decision.sentence
+    assert (decide_table(table, 0.02, confidence=None).verdict, decide_table(table, 0.02, confidence=None).grade) == (
         "undecided",
         "cannot tell",
     )
-    shown = decision_of(build_example_table(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
-    assert (shown.rank, shown.grade, shown.confidence) == (4, "shown", 0.95)
-    assert shown.sentence.startswith("Rank 4 is enough (")
-    assert decision_of(one_seed(noise=0.005), 0.02).grade == "likely"  # one seed shows nothing
-    assert decision_of(build_value_table(LOSSES), 0.02).grade is None
+    decision_of_seeds = decide_table(build_example_table(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
+    assert (decision_of_seeds.rank, decision_of_seeds.grade, decision_of_seeds.confidence) == (4, "shown", 0.95)
+    assert decision_of_seeds.sentence.startswith("Rank 4 is enough (")
+    assert decide_table(build_one_seed_table(noise=0.005), 0.02).grade == "likely"  # one seed shows nothing
+    assert decide_table(build_value_table(LOSSES), 0.02).grade is None
 
 
 def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
-    decision = decision_of(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), 0.002)
+    decision = decide_table(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), 0.002)
     assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
     assert (decision.indistinguishable_ranks, decision.probably_worse_ranks, decision.recommended_rank) == (
         [4, 16, 64],
@@ -98,19 +102,26 @@ def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
         assert words in decision.sentence
     assert decision.best_available_rank == 64
     assert 0 < (decision.resolvable_margin or 0) <= (decision.recommended_margin or 0)
-    wider = decision_of(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), decision.recommended_margin)
+    wider = decide_table(
+        build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), decision.recommended_margin
+    )
     assert wider.rank == 64
-    items, seeds = decision.next_runs
-    assert (items.action, items.examples, seeds.action, seeds.minutes) == ("examples", 500, "seeds", None)
-    enough = build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=20_000, noise=0.03)
-    assert decision_of(enough, 0.002).verdict != "undecided"
+    more_examples, more_seeds = decision.next_runs
+    assert (more_examples.action, more_examples.examples, more_seeds.action, more_seeds.minutes) == (
+        "examples",
+        500,
+        "seeds",
+        None,
+    )
+    precise_table = build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=20_000, noise=0.03)
+    assert decide_table(precise_table, 0.002).verdict != "undecided"
 
 
 def test_purchases_are_priced_by_the_trainings_and_evaluations_so_far() -> None:
     table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03)
     for train, evaluation, first in ((600.0, 1.0, "examples"), (1.0, 600.0, "seeds")):
         cells = {key: replace(cell, train_seconds=train, eval_seconds=evaluation) for key, cell in table.cells.items()}
-        runs = decision_of(replace(table, cells=cells), 0.002).next_runs
+        runs = decide_table(replace(table, cells=cells), 0.002).next_runs
         assert runs[0].action == first
         assert runs[0].minutes is not None
         assert runs[0].minutes < (runs[1].minutes or 0)
@@ -126,77 +137,83 @@ def test_noisy_seeds_at_hand_make_a_rank_less_likely_than_earlier_grids_do() -> 
         key: replace(cell, sums=cell.sums + (0.06 if key[0] == 4 else 0.0) * (1 if key[2] else -1))
         for key, cell in noisy.cells.items()
     }
-    assert (chances(decision_of(quiet, 0.02))[4] or 0) > (
-        chances(decision_of(replace(noisy, cells=moved), 0.02))[4] or 0
+    assert (get_probabilities(decide_table(quiet, 0.02))[4] or 0) > (
+        get_probabilities(decide_table(replace(noisy, cells=moved), 0.02))[4] or 0
     ) + 0.02
 
 
 def test_there_is_none_where_its_assumptions_fail() -> None:
-    table = one_seed()
+    table = build_one_seed_table()
     cells = dict(table.cells)
     uneven = {key: replace(cell, steps=400 if key[0] == 4 else 200) for key, cell in cells.items()}
-    alike = cells | {(16, 1e-3, 0): cells[64, 1e-3, 0]}
-    apart = {(rank, lr, 7 if rank == 4 else seed): cell for (rank, lr, seed), cell in cells.items()}
-    for given, reason in {
+    equal_cells = cells | {(16, 1e-3, 0): cells[64, 1e-3, 0]}
+    cells_of_other_seeds = {(rank, lr, 7 if rank == 4 else seed): cell for (rank, lr, seed), cell in cells.items()}
+    for cases, reason in {
         "values": (build_value_table(LOSSES), "one number a training shows no noise"),
-        "few": (one_seed(items=40), "40 examples are too few (at least 64)"),
+        "few": (build_one_seed_table(num_examples=40), "40 examples are too few (at least 64)"),
         "steps": (replace(table, cells=uneven), "the trainings have unequal numbers of steps"),
-        "alike": (replace(table, cells=alike), "two ranks have the same scores"),
-        "apart": (replace(table, cells=apart), "the ranks have no seed in common"),
+        "alike": (replace(table, cells=equal_cells), "two ranks have the same scores"),
+        "apart": (replace(table, cells=cells_of_other_seeds), "the ranks have no seed in common"),
         "own": (replace(table, metric="reward", kind="other"), "how reward varies between seeds is not known"),
     }.values():
-        decision = decision_of(given, 0.01, confidence=0.9)
+        decision = decide_table(cases, 0.01, confidence=0.9)
         assert decision.probability_note == f"No probability: {reason}."
-        assert set(chances(decision).values()) == {None}
-        assert decision.rank == decision_of(given, 0.01, confidence=None).rank == decision_of(given, 0.01).rank
+        assert set(get_probabilities(decision).values()) == {None}
+        assert decision.rank == decide_table(cases, 0.01, confidence=None).rank == decide_table(cases, 0.01).rank
 
 
 def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
-    table = one_seed(noise=0.005)
-    found = chances(decision_of(table, 0.02))
+    table = build_one_seed_table(noise=0.005)
+    probabilities = get_probabilities(decide_table(table, 0.02))
     for confidence in (0.5, 0.8, 0.9):
-        decision = decision_of(table, 0.02, confidence=confidence)
-        assert decision.rank == min(rank for rank in LOSSES if (found[rank] or 0) >= confidence)
+        decision = decide_table(table, 0.02, confidence=confidence)
+        assert decision.rank == min(rank for rank in LOSSES if (probabilities[rank] or 0) >= confidence)
         assert decision.verdict == "saturated"
 
 
 def test_the_staircase_is_that_of_the_probabilities() -> None:
-    alike = build_example_table({4: 2.002, 16: 2.001, 64: 2.0, 128: 2.0}, num_examples=100, seeds=(0,), noise=0.1)
+    equal_table = build_example_table({4: 2.002, 16: 2.001, 64: 2.0, 128: 2.0}, num_examples=100, seeds=(0,), noise=0.1)
     for table in (
-        one_seed(items=100, noise=0.03),
+        build_one_seed_table(num_examples=100, noise=0.03),
         build_example_table({0: 2.4, **LOSSES}, num_examples=100, seeds=(0,), noise=0.03),
-        alike,
+        equal_table,
     ):
-        steps = decision_of(table, 0.02).staircase
-        assert all(before.rank > after.rank for before, after in pairwise(steps))
-        assert len({step.rank for step in steps}) > (2 if table is not alike else 1)
+        steps = decide_table(table, 0.02).staircase
+        assert all(step.rank > next_step.rank for step, next_step in pairwise(steps))
+        assert len({step.rank for step in steps}) > (2 if table is not equal_table else 1)
         assert all(step.rank > 0 for step in steps)  # the base is no answer, and has no place on an axis of ranks
         for step in steps[1:]:
-            just, before = (decision_of(table, step.margin * factor) for factor in (1.0001, 0.9999))
-            assert just.rank == step.rank
-            assert before.rank is None or before.rank > step.rank
+            at_step, below_step = (decide_table(table, step.margin * factor) for factor in (1.0001, 0.9999))
+            assert at_step.rank == step.rank
+            assert below_step.rank is None or below_step.rank > step.rank
 
 
 def test_the_other_rows_of_the_verdict_stay() -> None:
     rising = build_example_table({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}, num_examples=400, seeds=(0,), noise=0.02)
     flat = build_example_table({1: 2.001, 4: 2.0005, 16: 2.0, 64: 2.0002}, num_examples=400, seeds=(0,), noise=0.01)
-    assert [(one.rank, one.verdict) for one in (decision_of(rising, 0.01), decision_of(flat, 0.01))] == [
+    assert [
+        (decision.rank, decision.verdict) for decision in (decide_table(rising, 0.01), decide_table(flat, 0.01))
+    ] == [
         (64, "rising"),
         (1, "flat"),
     ]
 
 
 def test_an_open_base_is_said_beside_the_answer() -> None:
-    decision = decision_of(build_example_table({0: 2.022, **LOSSES}, num_examples=100, seeds=(0,), noise=0.06), 0.02)
-    likely = chances(decision)[0]
+    decision = decide_table(build_example_table({0: 2.022, **LOSSES}, num_examples=100, seeds=(0,), noise=0.06), 0.02)
+    likely = get_probabilities(decision)[0]
     assert likely is not None
-    assert decision.sentence.endswith(f"The base itself is {chance(likely)} likely to be within the margin.")
-    surely = decision_of(build_example_table({0: 2.001, 4: 2.0, 64: 2.0}, num_examples=400, seeds=(0, 1), noise=0.01), 0.02)
+    assert decision.sentence.endswith(
+        f"The base itself is {format_probability(likely)} likely to be within the margin."
+    )
+    surely = decide_table(
+        build_example_table({0: 2.001, 4: 2.0, 64: 2.0}, num_examples=400, seeds=(0, 1), noise=0.01), 0.02
+    )
     assert (surely.verdict, surely.rank, surely.grade) == ("no_gain", None, "shown")
 
 
 def test_no_rank_at_the_confidence_is_undecided() -> None:
-    decision = decision_of(one_seed(noise=0.1), 0.005, confidence=0.99)
+    decision = decide_table(build_one_seed_table(noise=0.1), 0.005, confidence=0.99)
     assert (decision.rank, decision.verdict, decision.requested_confidence) == (None, "undecided", 0.99)
     assert "99% likely to be within" in decision.sentence
 
@@ -204,59 +221,59 @@ def test_no_rank_at_the_confidence_is_undecided() -> None:
 @pytest.mark.parametrize("confidence", [0.4, 1.0, float("nan")])
 def test_a_confidence_that_is_none_is_refused(confidence: float) -> None:
     with pytest.raises(ResultsError, match=r"give a probability from 0\.5 to below 1"):
-        decision_of(one_seed(), 0.01, confidence=confidence)
+        decide_table(build_one_seed_table(), 0.01, confidence=confidence)
 
 
 def test_the_command_prints_it(tmp_path: Path) -> None:
     generator = np.random.default_rng(3)
     level = generator.normal(size=100)
     rows = [
-        f"{rank},0,{item},{loss + level[item] + 0.005 * generator.normal():.6f}"
+        f"{rank},0,{example},{loss + level[example] + 0.005 * generator.normal():.6f}"
         for rank, loss in LOSSES.items()
-        for item in range(100)
+        for example in range(100)
     ]
     file = tmp_path / "runs.csv"
     file.write_text("\n".join(["rank,seed,item,eval_loss", *rows]))
-    said = CliRunner().invoke(cli, ["decide", str(file), "--margin", "0.02", "--confidence", "0.9", "--json"])
-    assert said.exit_code == 0, said.output
-    decision = json.loads(said.output)
+    result = CliRunner().invoke(cli, ["decide", str(file), "--margin", "0.02", "--confidence", "0.9", "--json"])
+    assert result.exit_code == 0, result.output
+    decision = json.loads(result.output)
     assert decision["rank"] == 4
-    assert next(one for one in decision["ranks"] if one["rank"] == 4)["probability"] >= 0.9
+    assert next(evidence for evidence in decision["ranks"] if evidence["rank"] == 4)["probability"] >= 0.9
 
 
 def test_a_run_is_decided_at_its_own_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "ITEMS", 200)
-    records = runs.made_up_run()
-    found = chances(decide_run(records))
-    likely = {rank: chance for rank, chance in found.items() if chance is not None}
+    records = runs.make_run()
+    probabilities = get_probabilities(decide_run(records))
+    likely = {rank: probability for rank, probability in probabilities.items() if probability is not None}
     assert set(likely) >= {1, 4, 16, 64}
     confidence = min(0.99, max(0.5, likely[16]))
     settings = records.started.settings | {"confidence": confidence}
-    asked = decide_run(replace(records, started=records.started.model_copy(update={"settings": settings})))
-    assert asked.rank == min((rank for rank in likely if rank and likely[rank] >= confidence), default=None)
+    decision = decide_run(replace(records, started=records.started.model_copy(update={"settings": settings})))
+    assert decision.rank == min((rank for rank in likely if rank and likely[rank] >= confidence), default=None)
     assert decide_run(records).rank == min(
-        (rank for rank in likely if rank and likely[rank] >= ASKED_CONFIDENCE), default=None
+        (rank for rank in likely if rank and likely[rank] >= DEFAULT_CONFIDENCE), default=None
     )
 
 
 def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> None:
     study = json.loads(STUDY.read_text(encoding="utf-8"))
     assert (
-        NoiseParts(*(pytest.approx(study["parts"][name], rel=0.03) for name in ("seeds", "crossed", "examples")))
+        NoiseComponents(*(pytest.approx(study["parts"][name], rel=0.03) for name in ("seeds", "crossed", "examples")))
         == NOISE
     )
-    assert study["confidence"] == ASKED_CONFIDENCE
-    assert study["trade_off"][f"2 seeds, {ASKED_CONFIDENCE:g}"]["answered"] >= 0.85
+    assert study["confidence"] == DEFAULT_CONFIDENCE
+    assert study["trade_off"][f"2 seeds, {DEFAULT_CONFIDENCE:g}"]["answered"] >= 0.85
     for rows in study["reliability"].values():  # the truth has noise of its own, which draws what held to the middle
         assert all(abs(row["forecast"] - row["held"]) < 0.21 for row in rows if row["events"] >= 100)
-        assert all(before["held"] < after["held"] + 0.05 for before, after in pairwise(rows))
+        assert all(row["held"] < next_row["held"] + 0.05 for row, next_row in pairwise(rows))
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_answers_beside_a_larger_rank_that_is_worse_were_mostly_too_small(seeds: int) -> None:
     counts = json.loads(STUDY.read_text(encoding="utf-8"))["larger rank worse"]
-    doubted, others = (counts[f"{seeds} seeds, {which}"] for which in ("doubted", "others"))
+    doubted, undoubted = (counts[f"{seeds} seeds, {which}"] for which in ("doubted", "others"))
     assert doubted["too small"] > doubted["answers"] / 2
-    assert others["too small"] < others["answers"] / 8
-    told = (STUDY.parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"{count['too small']} of {count['answers']}" in told for count in (doubted, others))
+    assert undoubted["too small"] < undoubted["answers"] / 8
+    readme = (STUDY.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"{count['too small']} of {count['answers']}" in readme for count in (doubted, undoubted))

@@ -6,18 +6,18 @@ from dataclasses import replace
 import pytest
 
 from rightrank.decision.comparison import walk_down
-from rightrank.decision.rule import decision_of
+from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.trials import EvalPoint
-from tests.decision.tables import build_value_table, build_example_table
+from tests.decision.tables import build_example_table, build_value_table
 
 RISING = {1: 2.4, 2: 2.3, 4: 2.2, 8: 2.1}
 SATURATED = {1: 2.3, 4: 2.05, 16: 2.001, 64: 2.0}
 
 
 def test_the_smallest_rank_within_the_margin_is_named_with_its_evidence() -> None:
-    decision = decision_of(build_example_table(SATURATED), 0.01)
+    decision = decide_table(build_example_table(SATURATED), 0.01)
     assert (decision.rank, decision.verdict, decision.reference_rank) == (16, "saturated", 64)
     assert {e.rank: e.non_inferior for e in decision.ranks} == {1: False, 4: False, 16: True, 64: True}
     assert decision.flags == []
@@ -26,7 +26,7 @@ def test_the_smallest_rank_within_the_margin_is_named_with_its_evidence() -> Non
 
 
 def test_a_single_number_a_rank_is_read_and_never_called_shown() -> None:
-    decision = decision_of(build_value_table(SATURATED), 0.005)
+    decision = decide_table(build_value_table(SATURATED), 0.005)
     assert decision.rank == 16
     assert "underpowered" in decision.flags
     assert decision.basis == "values"
@@ -35,7 +35,7 @@ def test_a_single_number_a_rank_is_read_and_never_called_shown() -> None:
 
 
 def test_a_stated_deviation_can_settle_what_bare_numbers_cannot() -> None:
-    decision = decision_of(build_value_table(SATURATED, std=0.0003), 0.005)
+    decision = decide_table(build_value_table(SATURATED, std=0.0003), 0.005)
     assert decision.rank == 16
     assert "underpowered" not in decision.flags
     assert decision.basis == "std"
@@ -43,20 +43,20 @@ def test_a_stated_deviation_can_settle_what_bare_numbers_cannot() -> None:
 
 def test_rising_where_the_top_beats_all_others() -> None:
     for table in (build_value_table(RISING), build_example_table(RISING)):
-        decision = decision_of(table, 0.01)
+        decision = decide_table(table, 0.01)
         assert (decision.rank, decision.verdict) == (8, "rising")
         run = decision.next_runs[0]
         assert (run.action, run.ranks) == ("rank", [16])
 
 
 def test_flat_takes_the_smallest() -> None:
-    decision = decision_of(build_example_table({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
+    decision = decide_table(build_example_table({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
     assert (decision.rank, decision.verdict) == (1, "flat")
 
 
 def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_settle_it() -> None:
     table = build_example_table({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, num_examples=60, noise=0.03)
-    decision = decision_of(table, 0.01)
+    decision = decide_table(table, 0.01)
     assert (decision.rank, decision.verdict) == (None, "undecided")
     assert "underpowered" in decision.flags
     assert (decision.fallback_rank, decision.best_so_far) in ((16, None), (None, 64))
@@ -66,18 +66,20 @@ def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_set
 
 
 def test_a_low_rank_that_came_out_best_by_luck_is_not_taken() -> None:
-    decision = decision_of(build_example_table({1: 2.0, 4: 2.002, 16: 2.001}, num_examples=30, noise=0.1, seeds=(0, 1)), 0.005)
+    decision = decide_table(
+        build_example_table({1: 2.0, 4: 2.002, 16: 2.001}, num_examples=30, noise=0.1, seeds=(0, 1)), 0.005
+    )
     assert (decision.rank, decision.verdict) == (None, "undecided")
 
 
 def test_no_gain_where_the_base_is_within_the_margin() -> None:
-    decision = decision_of(build_example_table({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
+    decision = decide_table(build_example_table({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
     assert (decision.rank, decision.verdict) == (None, "no_gain")
-    assert decision_of(build_value_table({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
+    assert decide_table(build_value_table({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
 
 
 def test_an_inconclusive_gain_is_undecided() -> None:
-    decision = decision_of(build_example_table({0: 2.008, 1: 2.0, 4: 2.0}, num_examples=40, noise=0.05), 0.01)
+    decision = decide_table(build_example_table({0: 2.008, 1: 2.0, 4: 2.0}, num_examples=40, noise=0.05), 0.01)
     assert (decision.rank, decision.verdict) == (None, "undecided")
     assert "base" in decision.sentence
 
@@ -86,18 +88,18 @@ def test_overfitting_takes_both_halves() -> None:
     losses = {1: 2.1, 4: 2.0, 16: 2.1, 64: 2.2}
     better = {1: 1.9, 4: 1.8, 16: 1.5, 64: 1.2}
     worse = {1: 1.9, 4: 1.8, 16: 1.9, 64: 2.1}
-    assert decision_of(build_example_table(losses, train=better), 0.01).verdict == "overfitting"
-    assert decision_of(build_example_table(losses, train=worse), 0.01).verdict == "saturated"
-    assert decision_of(build_example_table(losses), 0.01).verdict == "saturated"
+    assert decide_table(build_example_table(losses, train=better), 0.01).verdict == "overfitting"
+    assert decide_table(build_example_table(losses, train=worse), 0.01).verdict == "saturated"
+    assert decide_table(build_example_table(losses), 0.01).verdict == "saturated"
 
 
 def test_the_sequence_stops_at_the_first_failure() -> None:
-    decision = decision_of(build_value_table({1: 2.0, 4: 2.1, 16: 2.0, 64: 1.999}), 0.005)
+    decision = decide_table(build_value_table({1: 2.0, 4: 2.1, 16: 2.0, 64: 1.999}), 0.005)
     assert decision.rank == 16  # rank 1 is within the margin, but 4 is not
 
 
 @pytest.mark.parametrize(
-    ("ranks", "reference", "enough", "chosen"),
+    ("ranks", "reference", "non_inferior_ranks", "chosen"),
     [
         ([64, 1, 16, 4], 64, {16, 4}, 4),  # in any order
         ([1, 4, 16, 64], 64, {1, 4}, 64),  # the first below fails
@@ -107,33 +109,35 @@ def test_the_sequence_stops_at_the_first_failure() -> None:
     ],
 )
 def test_the_walk_down_ends_above_the_first_rank_that_fails(
-    ranks: list[int], reference: int, enough: set[int], chosen: int
+    ranks: list[int], reference: int, non_inferior_ranks: set[int], chosen: int
 ) -> None:
-    assert walk_down(ranks, reference, lambda rank: rank in enough) == chosen
+    assert walk_down(ranks, reference, lambda rank: rank in non_inferior_ranks) == chosen
 
 
 def test_ties_go_to_the_lower_rank() -> None:
-    assert decision_of(build_value_table({1: 2.5, 4: 2.0, 16: 2.0}), 0.005).reference_rank == 4
+    assert decide_table(build_value_table({1: 2.5, 4: 2.0, 16: 2.0}), 0.005).reference_rank == 4
 
 
 @pytest.mark.parametrize("margin", [0.0005, 0.003, 0.04, 0.2, 0.5])
 def test_the_staircase_says_what_the_rule_says_at_every_margin(margin: float) -> None:
     table = build_value_table(SATURATED)
-    stairs = decision_of(table, 0.005).staircase
+    stairs = decide_table(table, 0.005).staircase
     assert stairs[0].margin == 0
     assert [step.rank for step in stairs] == sorted((step.rank for step in stairs), reverse=True)
     reached = [step.rank for step in stairs if step.margin <= margin][-1]
-    assert decision_of(table, margin).rank == reached
+    assert decide_table(table, margin).rank == reached
 
 
 def test_higher_is_better_mirrors_lower() -> None:
-    mirrored = decision_of(build_value_table({rank: -value for rank, value in SATURATED.items()}, "reward", higher=True), 0.005)
-    assert mirrored.rank == decision_of(build_value_table(SATURATED), 0.005).rank
+    mirrored = decide_table(
+        build_value_table({rank: -value for rank, value in SATURATED.num_examples()}, "reward", higher=True), 0.005
+    )
+    assert mirrored.rank == decide_table(build_value_table(SATURATED), 0.005).rank
     assert all(e.low <= e.value <= e.high for e in mirrored.ranks)
 
 
 def test_perplexity_is_judged_through_its_logarithm() -> None:
-    decision = decision_of(build_value_table({1: 8.0, 4: 7.42, 16: 7.40, 64: 7.39}, "eval_perplexity"))
+    decision = decide_table(build_value_table({1: 8.0, 4: 7.42, 16: 7.40, 64: 7.39}, "eval_perplexity"))
     assert decision.margin == pytest.approx(7.39 * 0.005)
     assert decision.rank == 4
     evidence = next(e for e in decision.ranks if e.rank == 4)
@@ -147,7 +151,7 @@ def test_perplexity_is_judged_through_its_logarithm() -> None:
 )  # fmt: skip
 def test_default_margins(metric: str, higher: bool, best: float, margin: float) -> None:
     worse = best * (0.9 if higher else 1.1)
-    assert decision_of(build_value_table({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
+    assert decide_table(build_value_table({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
 
 
 def test_the_best_of_several_learning_rates_is_corrected_for_the_winner_s_curse() -> None:
@@ -156,10 +160,10 @@ def test_the_best_of_several_learning_rates_is_corrected_for_the_winner_s_curse(
     cells = {
         (rank, learning_rate, seed): Cell("t", 0.0, *_one(2.0 + 0.02 * (noise if rank == 1 else -noise)))
         for rank in (1, 4)
-        for learning_rate, contrast in contrasts.items()
+        for learning_rate, contrast in contrasts.num_examples()
         for seed, noise in enumerate(contrast)
     }
-    decision = decision_of(ScoreTable("loss", False, cells), 0.005)
+    decision = decide_table(ScoreTable("loss", False, cells), 0.005)
     # the difference of two learning rates has variance 8·.02²/3 over seeds, moderated toward the ranks' 16·.02²/3: between
     # a training's own deviation of .023 and 1.4 times that; of a mean of four half; E[min of 3 normals] = -0.846
     assert 0.846 * 0.023 / 2 < decision.selection_bias < 1.4 * 0.846 * 0.023 / 2
@@ -173,7 +177,7 @@ def test_learning_rates_that_move_together_from_seed_to_seed_leave_little_to_luc
         for learning_rate in (1e-4, 3e-4, 1e-3)
         for seed, noise in enumerate((-0.02, 0.02, 0.0))
     }
-    assert decision_of(ScoreTable("loss", False, cells), 0.005).selection_bias == 0
+    assert decide_table(ScoreTable("loss", False, cells), 0.005).selection_bias == 0
 
 
 def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() -> None:
@@ -182,7 +186,7 @@ def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() ->
         for rank in (1, 4)
         for learning_rate in (1e-3, 3e-3)
     }
-    decision = decision_of(ScoreTable("loss", False, cells), 0.005)
+    decision = decide_table(ScoreTable("loss", False, cells), 0.005)
     assert "lr_edge" in decision.flags
     run = next(run for run in decision.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(9e-3)]
@@ -199,7 +203,7 @@ def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() ->
 )
 def test_a_suggested_learning_rate_is_a_round_number(rates: Sequence[float], slope: int, suggested: float) -> None:
     cells = {(rank, rate, 0): Cell("t", 0.0, *_one(2.0 + slope * rate)) for rank in (1, 4) for rate in rates}
-    run = next(run for run in decision_of(ScoreTable("loss", False, cells), 1e-6).next_runs if run.action == "rates")
+    run = next(run for run in decide_table(ScoreTable("loss", False, cells), 1e-6).next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(suggested)]
 
 
@@ -207,16 +211,16 @@ def test_a_suggested_learning_rate_is_one_that_another_rank_has() -> None:
     rates = {1: (1e-3, 3e-3, 1e-2, 3.1e-2), 4: (1e-3, 3e-3, 1e-2)}
     cells = {
         (rank, rate, 0): Cell("t", 0.0, *_one(2.0 - rank * min(rate, 0.011)))
-        for rank, of_rank in rates.items()
+        for rank, of_rank in rates.num_examples()
         for rate in of_rank
     }
-    run = next(run for run in decision_of(ScoreTable("loss", False, cells), 1e-3).next_runs if run.action == "rates")
+    run = next(run for run in decide_table(ScoreTable("loss", False, cells), 1e-3).next_runs if run.action == "rates")
     assert (run.ranks, run.learning_rates) == ([4], [3.1e-2])
 
 
 def test_a_diverged_training_is_a_missing_cell() -> None:
     table = build_value_table(SATURATED)
-    decision = decision_of(ScoreTable(table.metric, False, table.cells, {64: 1}, table.kind), 0.005)
+    decision = decide_table(ScoreTable(table.metric, False, table.cells, {64: 1}, table.kind), 0.005)
     assert "unstable" in decision.flags
     assert decision.rank == 16
 
@@ -225,37 +229,41 @@ def test_trainings_of_unequal_length_and_collapsed_ones_are_flagged() -> None:
     table = build_value_table(SATURATED)
     for steps, unequal in ({"short": 100, "long": 200}, True), ({"short": 200, "long": 200}, False):
         cells = {
-            key: replace(cell, steps=steps["short" if key[0] < 64 else "long"]) for key, cell in table.cells.items()
+            key: replace(cell, steps=steps["short" if key[0] < 64 else "long"])
+            for key, cell in table.cells.num_examples()
         }
-        assert ("unequal_length" in decision_of(replace(table, cells=cells), 0.005).flags) is unequal
-    assert "collapsed" in decision_of(replace(table, collapsed=1), 0.005).flags
-    assert "collapsed" not in decision_of(table, 0.005).flags
+        assert ("unequal_length" in decide_table(replace(table, cells=cells), 0.005).flags) is unequal
+    assert "collapsed" in decide_table(replace(table, collapsed=1), 0.005).flags
+    assert "collapsed" not in decide_table(table, 0.005).flags
 
 
 def test_order_still_changing_is_flagged() -> None:
-    def cell(rank: int, gaps: tuple[float, ...]) -> Cell:
+    def make_cell(rank: int, gaps: tuple[float, ...]) -> Cell:
         points = tuple(EvalPoint(step=25 * (n + 1), value=2.0 + gap) for n, gap in enumerate(gaps))
         return Cell(str(rank), 2.0 + gaps[-1], *_one(2.0 + gaps[-1]), points=points, steps=100)
 
-    parting = {(4, 0.0, 0): cell(4, (0.0, 0.001, 0.002, 0.004)), (64, 0.0, 0): cell(64, (0.0, 0.0, 0.0, 0.0))}
-    steady = {(4, 0.0, 0): cell(4, (0.004, 0.002, 0.002, 0.002)), (64, 0.0, 0): cell(64, (0.0, 0.0, 0.0, 0.0))}
-    assert "may_be_capacity_limited" in decision_of(ScoreTable("loss", False, parting), 0.005).flags
-    assert "may_be_capacity_limited" not in decision_of(ScoreTable("loss", False, steady), 0.005).flags
+    parting = {(4, 0.0, 0): make_cell(4, (0.0, 0.001, 0.002, 0.004)), (64, 0.0, 0): make_cell(64, (0.0, 0.0, 0.0, 0.0))}
+    steady = {
+        (4, 0.0, 0): make_cell(4, (0.004, 0.002, 0.002, 0.002)),
+        (64, 0.0, 0): make_cell(64, (0.0, 0.0, 0.0, 0.0)),
+    }
+    assert "may_be_capacity_limited" in decide_table(ScoreTable("loss", False, parting), 0.005).flags
+    assert "may_be_capacity_limited" not in decide_table(ScoreTable("loss", False, steady), 0.005).flags
 
 
 def test_another_metric_that_wants_another_rank_is_flagged() -> None:
-    def cell(loss: float, accuracy: float) -> Cell:
+    def make_cell(loss: float, accuracy: float) -> Cell:
         return Cell("t", loss, *_one(loss), other_metrics={"accuracy": accuracy})
 
-    table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, 0.70), (64, 0.0, 0): cell(2.0, 0.80)})
-    assert "metric_conflict" in decision_of(table, 0.005).flags
+    table = ScoreTable("loss", False, {(4, 0.0, 0): make_cell(2.001, 0.70), (64, 0.0, 0): make_cell(2.0, 0.80)})
+    assert "metric_conflict" in decide_table(table, 0.005).flags
 
 
 def test_one_rank_or_a_margin_of_nothing_is_refused() -> None:
     with pytest.raises(ResultsError, match="two or more"):
-        decision_of(build_value_table({4: 2.0}))
+        decide_table(build_value_table({4: 2.0}))
     with pytest.raises(ResultsError, match="margin 0 is not allowed"):
-        decision_of(build_value_table(SATURATED), 0.0)
+        decide_table(build_value_table(SATURATED), 0.0)
 
 
 def _one(loss: float) -> tuple[object, object]:
@@ -265,7 +273,7 @@ def _one(loss: float) -> tuple[object, object]:
 
 
 @pytest.mark.parametrize(
-    ("losses", "std", "shown", "lower", "underpowered"),
+    ("losses", "std", "is_shown", "is_lower_refuted", "is_underpowered"),
     [
         ({1: 2.0, 4: 1.81, 16: 1.8}, 0.001, True, False, False),
         ({1: 2.0, 4: 1.81, 16: 1.8}, 0.01, None, False, True),  # the chosen rank is not shown to be enough
@@ -274,11 +282,11 @@ def _one(loss: float) -> tuple[object, object]:
     ],
 )
 def test_stated_deviations_may_be_too_wide_for_the_answer(
-    losses: dict[int, float], std: float, shown: bool | None, lower: bool | None, underpowered: bool
+    losses: dict[int, float], std: float, is_shown: bool | None, is_lower_refuted: bool | None, is_underpowered: bool
 ) -> None:
-    decision = decision_of(build_value_table(losses, std=std), 0.02)
+    decision = decide_table(build_value_table(losses, std=std), 0.02)
     judged = {1: None} | {evidence.rank: evidence.non_inferior for evidence in decision.ranks}
     assert decision.rank == 4
-    assert (judged[4], judged[1]) == (shown, lower)
-    assert ("underpowered" in decision.flags) is underpowered
-    assert decision_of(build_value_table(losses), 0.02).flags == ["underpowered", "one_seed"]
+    assert (judged[4], judged[1]) == (is_shown, is_lower_refuted)
+    assert ("underpowered" in decision.flags) is is_underpowered
+    assert decide_table(build_value_table(losses), 0.02).flags == ["underpowered", "one_seed"]

@@ -10,86 +10,86 @@ import pytest
 
 from rightrank.decision.comparison import is_within
 from rightrank.decision.records import Answers
-from rightrank.decision.rule import decision_of
+from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable
 from rightrank.report.answer import build_answer_view
 from rightrank.report.evidence_tables import build_evidence_table
 from rightrank.report.figures import build_margin_steps
 from rightrank.schema.decision import Decision, RankEvidence
-from tests.decision.tables import build_value_table, build_example_table
-from tests.decision.worlds import World, drawn, table_in, worlds
+from tests.decision.tables import build_example_table, build_value_table
+from tests.decision.worlds import World, build_world_table, build_worlds, draw_world
 
 RANDOM = 150
 
 
-def random_worlds() -> dict[str, World]:
+def draw_random_worlds() -> dict[str, World]:
     generator = np.random.default_rng(19)
-    return worlds() | {f"random {number}": drawn(generator, 1000 + number) for number in range(RANDOM)}
+    return build_worlds() | {f"random {number}": draw_world(generator, 1000 + number) for number in range(RANDOM)}
 
 
-def require_one_story(found: Decision) -> None:
+def require_consistent_screen(decision: Decision) -> None:
     """Each sentence and figure of the screen agrees with the column `enough` and with the differences."""
-    enough = {int(row[0]): row[5] for row in build_evidence_table(found)[1:] if row[0] != "base"}
-    by_rank = {one.rank: one for one in found.ranks if one.rank > 0}
-    _require_bounds_to_say_the_same(found, enough, by_rank)
-    _require_the_sentence_to_say_the_same(found, enough, by_rank)
-    _require_the_safe_choice_to_say_the_same(found, enough)
-    if found.verdict not in ("no_gain", "undecided", "no_difference"):
-        enough_from = build_margin_steps(found)
-        assert [rank for needed, rank in enough_from if needed <= found.margin * (1 + 1e-8)][-1] == found.rank
+    enough_column = {int(row[0]): row[5] for row in build_evidence_table(decision)[1:] if row[0] != "base"}
+    by_rank = {evidence.rank: evidence for evidence in decision.ranks if evidence.rank > 0}
+    _require_consistent_bounds(decision, enough_column, by_rank)
+    _require_consistent_sentence(decision, enough_column, by_rank)
+    _require_consistent_safe_choice(decision, enough_column)
+    if decision.verdict not in ("no_gain", "undecided", "no_difference"):
+        enough_from = build_margin_steps(decision)
+        assert [rank for needed, rank in enough_from if needed <= decision.margin * (1 + 1e-8)][-1] == decision.rank
 
 
-def _require_bounds_to_say_the_same(
-    found: Decision, enough: Mapping[int, str], by_rank: Mapping[int, RankEvidence]
+def _require_consistent_bounds(
+    decision: Decision, enough_column: Mapping[int, str], by_rank: Mapping[int, RankEvidence]
 ) -> None:
-    for rank, word in enough.items():
-        one = by_rank[rank]
-        if rank == found.reference_rank:
+    for rank, word in enough_column.num_examples():
+        evidence = by_rank[rank]
+        if rank == decision.reference_rank:
             assert word in ("yes", "best so far")
-        elif found.basis not in ("std", "values"):
-            assert one.difference_low is not None
-            assert one.difference_high is not None
-            assert (word == "no") == (not is_within(one.difference_low, found.margin * (1 + 1e-7)))
-            assert word != "yes" or is_within(one.difference_high, found.margin * (1 + 1e-7))
+        elif decision.basis not in ("std", "values"):
+            assert evidence.difference_low is not None
+            assert evidence.difference_high is not None
+            assert (word == "no") == (not is_within(evidence.difference_low, decision.margin * (1 + 1e-7)))
+            assert word != "yes" or is_within(evidence.difference_high, decision.margin * (1 + 1e-7))
         else:
-            assert (word == "perhaps") == is_within(one.difference or 0.0, found.margin * (1 + 1e-7))
+            assert (word == "perhaps") == is_within(evidence.difference or 0.0, decision.margin * (1 + 1e-7))
 
 
-def _require_the_sentence_to_say_the_same(
-    found: Decision, enough: Mapping[int, str], by_rank: Mapping[int, RankEvidence]
+def _require_consistent_sentence(
+    decision: Decision, enough_column: Mapping[int, str], by_rank: Mapping[int, RankEvidence]
 ) -> None:
-    sentence = found.sentence
-    if named := re.match(r"Rank (\d+) (is|looks) enough", sentence):
-        assert int(named[1]) == found.rank
-        assert enough[int(named[1])] in ("yes", "perhaps", "best so far")
+    sentence = decision.sentence
+    if match := re.match(r"Rank (\d+) (is|looks) enough", sentence):
+        assert int(match[1]) == decision.rank
+        assert enough_column[int(match[1])] in ("yes", "perhaps", "best so far")
     if lower := re.search(r"the next lower rank \((\d+)\) is (inconclusive at )?\S+ (worse|better)", sentence):
-        assert (enough[int(lower[1])] in ("no", "unlikely")) == (lower[2] is None)
+        assert (enough_column[int(lower[1])] in ("no", "unlikely")) == (lower[2] is None)
         assert lower[2] or lower[3] == "worse"
     if "hardly matters" in sentence:
-        assert all(abs(one.difference or 0.0) <= found.margin * (1 + 1e-7) for one in by_rank.values())
+        assert all(abs(evidence.difference or 0.0) <= decision.margin * (1 + 1e-7) for evidence in by_rank.values())
     if sentence.startswith("Still rising"):
-        assert {word for rank, word in enough.items() if rank != found.rank} <= {"no", "unlikely"}
+        assert {word for rank, word in enough_column.num_examples() if rank != decision.rank} <= {"no", "unlikely"}
     if within := re.match(r"Undecided: rank (\d+) is within", sentence):
-        assert enough[int(within[1])] == "yes"
+        assert enough_column[int(within[1])] == "yes"
 
 
-def _require_the_safe_choice_to_say_the_same(found: Decision, enough: Mapping[int, str]) -> None:
-    text = build_answer_view(Answers(found)).safe_choice
-    if text.startswith("No rank is shown"):
-        assert "yes" not in enough.values()
+def _require_consistent_safe_choice(decision: Decision, enough_column: Mapping[int, str]) -> None:
+    text = build_answer_view(Answers(decision)).safe_choice
+    if text.startswith("No rank is proven"):
+        assert "yes" not in enough_column.values()
     elif text:
         (named,) = map(int, re.findall(r"[Rr]ank (\d+) is the", text))
-        assert all(enough[rank] == "yes" for rank in enough if named <= rank <= found.reference_rank)
+        assert all(enough_column[rank] == "yes" for rank in enough_column if named <= rank <= decision.reference_rank)
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_no_two_lines_of_a_screen_contradict_each_other(part: int) -> None:
-    for name, world in list(random_worlds().items())[part::4]:
-        found = decision_of(table_in(world), world.margin)
+@pytest.mark.parametrize("shard", range(4))
+def test_no_two_lines_of_a_screen_contradict_each_other(shard: int) -> None:
+    for name, world in list(draw_random_worlds().num_examples())[shard::4]:
+        decision = decide_table(build_world_table(world), world.margin)
         try:
-            require_one_story(found)
+            require_consistent_screen(decision)
         except AssertionError as error:
-            raise AssertionError(f"{name}: {found.sentence}") from error
+            raise AssertionError(f"{name}: {decision.sentence}") from error
 
 
 TABLES: dict[str, ScoreTable] = {
@@ -104,7 +104,7 @@ TABLES: dict[str, ScoreTable] = {
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("margin", [0.002, 0.01, 0.05])
 def test_a_table_made_to_contradict_itself_does_not(name: str, margin: float) -> None:
-    require_one_story(decision_of(TABLES[name], margin))
+    require_consistent_screen(decide_table(TABLES[name], margin))
 
 
 def test_a_lower_bound_above_the_margin_refutes_with_its_skewness() -> None:
@@ -117,7 +117,7 @@ def test_a_lower_bound_above_the_margin_refutes_with_its_skewness() -> None:
         for seed in (0, 1):
             cell = cells[4, 1e-3, seed]
             cells[4, 1e-3, seed] = type(cell)(cell.trial_id, cell.value, cell.sums + worse, cell.weights)
-        found = decision_of(ScoreTable("eval_loss", False, cells), 0.02)
-        one = next(one for one in found.ranks if one.rank != found.reference_rank)
-        assert one.difference_low is not None
-        assert (one.non_inferior is False) == (one.difference_low > 0.02)
+        decision = decide_table(ScoreTable("eval_loss", False, cells), 0.02)
+        evidence = next(evidence for evidence in decision.ranks if evidence.rank != decision.reference_rank)
+        assert evidence.difference_low is not None
+        assert (evidence.non_inferior is False) == (evidence.difference_low > 0.02)

@@ -7,73 +7,73 @@ import math
 import numpy as np
 import pytest
 
-from rightrank.decision.evidence import Evidence, compare
-from rightrank.decision.seeds import NOISE, PairNoise, Prior, pair_noise, prior_of
-from rightrank.decision.table import Cell, ScoreTable, adjusted_means, best_learning_rate
+from rightrank.decision.evidence import Evidence, compare_ranks
+from rightrank.decision.seeds import NOISE, PairNoise, Prior, measure_pair_noise, pool_prior
+from rightrank.decision.table import Cell, ScoreTable, compute_adjusted_means, select_best_learning_rate
 
 
 def test_the_noise_of_a_difference_by_hand() -> None:
     """Seeds differ by 2 in the mean: variance 2; each seed's examples vary by 1 and 3 about it."""
-    found = pair_noise(np.array([[0.0, 2.0], [1.0, 5.0]]), np.ones(2))
-    assert (found.variance, found.degrees) == (2.0, 1.0)
-    assert found.example_variance == pytest.approx((2.0 + 8.0) / 2)
-    assert pair_noise(np.array([[1.0], [3.0], [5.0]]), np.ones(1)) == PairNoise(4.0, 2.0, 1.0)
+    noise = measure_pair_noise(np.array([[0.0, 2.0], [1.0, 5.0]]), np.ones(2))
+    assert (noise.variance, noise.degrees) == (2.0, 1.0)
+    assert noise.example_variance == pytest.approx((2.0 + 8.0) / 2)
+    assert measure_pair_noise(np.array([[1.0], [3.0], [5.0]]), np.ones(1)) == PairNoise(4.0, 2.0, 1.0)
 
 
 def test_longer_examples_weigh_more() -> None:
     weights = np.array([3.0, 1.0])
-    assert pair_noise(np.array([[3.0, 5.0]]), weights).example_variance == pytest.approx(2 * (1.5**2))
+    assert measure_pair_noise(np.array([[3.0, 5.0]]), weights).example_variance == pytest.approx(2 * (1.5**2))
 
 
 def test_a_variance_is_moderated_by_degrees_of_freedom() -> None:
     pair = PairNoise(variance=8.0, degrees=1.0, example_variance=100.0)
-    assert Prior(0.02, 3.0).moderated(pair) == ((3 * 2.0 + 8.0) / 4, 4.0)
+    assert Prior(0.02, 3.0).moderate(pair) == ((3 * 2.0 + 8.0) / 4, 4.0)
 
 
-START = Prior(NOISE.over_seeds(300), 0.5)
+START = Prior(NOISE.compute_seed_ratio(300), 0.5)
 
 
 def test_one_seed_measures_nothing() -> None:
-    nothing = [PairNoise(0.0, 0.0, 1.0)] * 3
-    assert prior_of(nothing, START, math.inf) == START
-    assert prior_of([], Prior(0.0, 0.0), 8.0).moderated(nothing[0]) == (0.0, 0.0)
+    noises = [PairNoise(0.0, 0.0, 1.0)] * 3
+    assert pool_prior(noises, START, math.inf) == START
+    assert pool_prior([], Prior(0.0, 0.0), 8.0).moderate(noises[0]) == (0.0, 0.0)
 
 
 def test_the_ratio_starts_at_that_of_earlier_grids_and_follows_the_ranks_at_hand() -> None:
     quiet = [PairNoise(0.0, 1.0, 1.0)] * 4
-    found = prior_of(quiet, START, 8.0)
-    assert found.ratio == pytest.approx(START.ratio * START.degrees / (START.degrees + 2))
-    assert found.degrees == pytest.approx(1 / (1 / 8 + 1 / (START.degrees + 2)))
-    assert prior_of(quiet * 100, START, 8.0).ratio < START.ratio / 20
-    assert prior_of([PairNoise(4.0, 1.0, 1.0), PairNoise(8.0, 1.0, 1.0)], Prior(0.0, 0.0), 3.0).ratio == 6.0
+    prior = pool_prior(quiet, START, 8.0)
+    assert prior.ratio == pytest.approx(START.ratio * START.degrees / (START.degrees + 2))
+    assert prior.degrees == pytest.approx(1 / (1 / 8 + 1 / (START.degrees + 2)))
+    assert pool_prior(quiet * 100, START, 8.0).ratio < START.ratio / 20
+    assert pool_prior([PairNoise(4.0, 1.0, 1.0), PairNoise(8.0, 1.0, 1.0)], Prior(0.0, 0.0), 3.0).ratio == 6.0
 
 
 def test_more_examples_and_more_seeds_each_leave_the_noise_of_the_other() -> None:
     assert NOISE.ratio(1, 10**9) == pytest.approx(NOISE.seeds, rel=1e-4)
     assert NOISE.ratio(10**9, 200) == pytest.approx(NOISE.examples / 200, rel=1e-4)
-    assert NOISE.ratio(1, 200) == NOISE.over_seeds(200) + NOISE.examples / 200
+    assert NOISE.ratio(1, 200) == NOISE.compute_seed_ratio(200) + NOISE.examples / 200
 
 
 def test_rows_with_all_seeds_keep_their_means() -> None:
-    assert adjusted_means([{0: 1.0, 1: 3.0}, {0: 2.0, 1: 2.5}]) == [2.0, 2.25]
+    assert compute_adjusted_means([{0: 1.0, 1: 3.0}, {0: 2.0, 1: 2.5}]) == [2.0, 2.25]
 
 
 def test_rows_are_compared_on_the_seeds_that_they_share() -> None:
     """Seed 1 is worse by 2 for every row: a row without it is not better for that."""
-    first, second, third = adjusted_means([{0: 1.0, 1: 3.0}, {0: 1.1}, {0: 0.9, 1: 2.9}])
+    first, second, third = compute_adjusted_means([{0: 1.0, 1: 3.0}, {0: 1.1}, {0: 0.9, 1: 2.9}])
     assert second - first == pytest.approx(0.1, abs=1e-6)
     assert third - first == pytest.approx(-0.1, abs=1e-6)
 
 
 def test_rows_without_a_common_seed_keep_their_means() -> None:
-    assert adjusted_means([{0: 1.0}, {1: 3.0}]) == pytest.approx([1.0, 3.0], abs=1e-6)
+    assert compute_adjusted_means([{0: 1.0}, {1: 3.0}]) == pytest.approx([1.0, 3.0], abs=1e-6)
 
 
 THREE = {0: 6.0598, 1: 6.0617, 2: 6.0624}
 
 
 @pytest.mark.parametrize(
-    ("other", "best"),
+    ("other_seeds", "best"),
     [
         ({0: 6.0608}, 1e-3),  # below the mean of three, and worse on the seed that both have
         ({1: 6.0608}, 3e-3),
@@ -83,30 +83,30 @@ THREE = {0: 6.0598, 1: 6.0617, 2: 6.0624}
         (dict(THREE), 1e-3),  # the lower one on ties
     ],
 )
-def test_learning_rates_are_compared_on_shared_seeds(other: dict[int, float], best: float) -> None:
-    losses = {1e-3: THREE, 3e-3: other}
+def test_learning_rates_are_compared_on_shared_seeds(other_seeds: dict[int, float], best: float) -> None:
+    losses = {1e-3: THREE, 3e-3: other_seeds}
 
-    def is_lower(one: float, against: float) -> bool:
-        shared = losses[one].keys() & losses[against].keys()
-        return sum(losses[one][seed] - losses[against][seed] for seed in shared) < 0
+    def is_lower(rate: float, other_rate: float) -> bool:
+        shared = losses[rate].keys() & losses[other_rate].keys()
+        return sum(losses[rate][seed] - losses[other_rate][seed] for seed in shared) < 0
 
-    assert best_learning_rate(losses, is_lower) == best
-    assert best_learning_rate(losses, lambda *_: False) == (1e-3 if len(other) < 3 else best)
+    assert select_best_learning_rate(losses, is_lower) == best
+    assert select_best_learning_rate(losses, lambda *_: False) == (1e-3 if len(other_seeds) < 3 else best)
 
 
 @pytest.mark.parametrize("deviation", [0.005, 0.01, 0.02])
 def test_two_noisy_seeds_seldom_name_a_rank_that_is_worse_by_the_margin(deviation: float) -> None:
     """The true difference is the margin itself, so at most 5% are allowed; 500 tables know that to about two points."""
-    generator, rows, margin, named = np.random.default_rng(1), 300, 0.02, 0
+    generator, rows, margin, num_named = np.random.default_rng(1), 300, 0.02, 0
     for _ in range(500):
         ease = generator.normal(2, 0.5, rows)
         cells = {}
         for rank, worse in ((4, margin), (16, 0.0)):
-            own = ease + generator.normal(worse, 0.02, rows)
+            rank_values = ease + generator.normal(worse, 0.02, rows)
             for seed in range(2):
-                sums = own + generator.normal(0, 0.02, rows) + generator.normal(0, deviation)
+                sums = rank_values + generator.normal(0, 0.02, rows) + generator.normal(0, deviation)
                 cells[rank, 1e-3, seed] = Cell(f"{rank} {seed}", float(sums.mean()), sums, np.ones(rows))
-        found = compare(Evidence(ScoreTable("loss", False, cells, kind="loss")), margin)
-        worst = found.by_rank[4].high if found.reference.rank == 16 else -found.by_rank[16].low
-        named += worst <= margin
-    assert named / 500 <= 0.07
+        comparison = compare_ranks(Evidence(ScoreTable("loss", False, cells, kind="loss")), margin)
+        worst = comparison.by_rank[4].high if comparison.reference.rank == 16 else -comparison.by_rank[16].low
+        num_named += worst <= margin
+    assert num_named / 500 <= 0.07

@@ -12,25 +12,25 @@ from typing import Any
 
 import pytest
 
-from tests.decision.worlds import World, decide_in, worlds
+from tests.decision.worlds import World, build_worlds, decide_world
 
 STORED = Path(__file__).parent / "decisions.json"
-WORLDS = worlds()
+WORLDS = build_worlds()
 
 
-def said(world: World) -> dict[str, Any]:
-    return decide_in(world).model_dump(mode="json")
+def summarize_decision(world: World) -> dict[str, Any]:
+    return decide_world(world).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
-    return found
+    decisions: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
+    return decisions
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_decision_is_the_stored_one(name: str, stored: dict[str, Any]) -> None:
-    require_same(said(WORLDS[name]), stored[name], name)
+    require_equal(summarize_decision(WORLDS[name]), stored[name], name)
 
 
 def test_the_stored_decisions_hold_every_verdict_flag_and_action(stored: dict[str, Any]) -> None:
@@ -49,31 +49,33 @@ def test_the_stored_decisions_hold_every_verdict_flag_and_action(stored: dict[st
     }  # fmt: skip
 
 
-def require_same(got: Any, stored: Any, where: str) -> None:
+def require_equal(actual: Any, expected: Any, path: str) -> None:
     """Equal but for rounding."""
-    if isinstance(stored, dict):
-        assert got.keys() == stored.keys(), where
-        for key in stored:
-            require_same(got[key], stored[key], f"{where}.{key}")
-    elif isinstance(stored, list):
-        assert len(got) == len(stored), where
-        for number, (ours, theirs) in enumerate(zip(got, stored, strict=True)):
-            require_same(ours, theirs, f"{where}.{number}")
-    elif isinstance(stored, float):
-        assert got == pytest.approx(stored, rel=1e-6, abs=1e-9), where
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in expected:
+            require_equal(actual[key], expected[key], f"{path}.{key}")
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected), path
+        for number, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+            require_equal(ours, theirs, f"{path}.{number}")
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=1e-6, abs=1e-9), path
     else:
-        assert got == stored, where
+        assert actual == expected, path
 
 
-def shortened(value: Any) -> Any:
+def round_numbers(value: Any) -> Any:
     """Numbers to nine digits: what is compared, and no more."""
     if isinstance(value, dict):
-        return {key: shortened(inner) for key, inner in value.items()}
+        return {key: round_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [shortened(inner) for inner in value]
+        return [round_numbers(inner) for inner in value]
     return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
-    lines = [f"{json.dumps(name)}: {json.dumps(shortened(said(world)))}" for name, world in WORLDS.items()]
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(round_numbers(summarize_decision(world)))}" for name, world in WORLDS.items()
+    ]
     STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 
 from rightrank.decision.evidence import Comparison
-from rightrank.decision.verdicts import inconclusive_rank
+from rightrank.decision.verdicts import find_inconclusive_rank
 
 ENOUGH, REFUTED, INCONCLUSIVE = True, False, None
 
 
-def comparison(chosen: int, *, point_reading: bool = False, **non_inferior: bool | None) -> Comparison:
+def make_comparison(chosen: int, *, point_reading: bool = False, **non_inferior: bool | None) -> Comparison:
     """Ranks r0, r1, … with their `non_inferior`; r0 is the base."""
-    judged: Any = {int(name[1:]): SimpleNamespace(non_inferior=shown) for name, shown in non_inferior.items()}
+    judged: Any = {int(name[1:]): SimpleNamespace(non_inferior=is_enough) for name, is_enough in non_inferior.items()}
     ranks = {rank: None for rank in judged if rank}
     evidence: Any = SimpleNamespace(contenders=ranks, is_point_reading=point_reading)
     return Comparison(evidence, judged, 0.005, chosen)
 
 
 @pytest.mark.parametrize(
-    ("chosen", "shown", "expected"),
+    ("chosen", "non_inferior", "expected"),
     [
         (1, {"r1": ENOUGH, "r4": ENOUGH}, None),  # no lower rank
         (4, {"r2": REFUTED, "r4": ENOUGH, "r8": ENOUGH}, None),
@@ -38,7 +38,7 @@ def comparison(chosen: int, *, point_reading: bool = False, **non_inferior: bool
     ],
 )
 def test_the_rank_that_leaves_the_answer_undecided(
-    chosen: int, shown: dict[str, bool | None], expected: int | None
+    chosen: int, non_inferior: dict[str, bool | None], expected: int | None
 ) -> None:
-    assert inconclusive_rank(comparison(chosen, **shown)) == expected
-    assert inconclusive_rank(comparison(chosen, point_reading=True, **shown)) is None
+    assert find_inconclusive_rank(make_comparison(chosen, **non_inferior)) == expected
+    assert find_inconclusive_rank(make_comparison(chosen, point_reading=True, **non_inferior)) is None

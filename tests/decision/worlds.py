@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.decision.rule import decision_of
-from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.decision.rule import decide_table
+from rightrank.decision.table import ScoreTable, build_table_from_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
 from rightrank.schema.metrics import infer_metric_kind
 
@@ -43,7 +43,7 @@ class World:
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
     learning_rates: tuple[float, ...] = (1e-3,)
     seeds: tuple[int, ...] = (0,)
-    items: int = 0  # 0: one number a training
+    num_examples: int = 0  # 0: one number a training
     noise: float = 0.004  # of an item's difference between ranks, or of a training's number
     base: float | None = None  # worse than the level by this much; None: not measured
     std: float | None = None
@@ -58,15 +58,15 @@ class World:
     seed: int = 0
 
 
-def decide_in(world: World) -> Decision:
-    return decision_of(table_in(world), world.margin)
+def decide_world(world: World) -> Decision:
+    return decide_table(build_world_table(world), world.margin)
 
 
-def table_in(world: World) -> ScoreTable:
+def build_world_table(world: World) -> ScoreTable:
     _, higher, level, scale = next(metric for metric in METRICS if metric[0] == world.metric)
     generator = np.random.default_rng(world.seed)
-    ease = 0.4 * generator.standard_normal(max(world.items, 1)) * (world.items > 0)
-    weights = generator.integers(1, 9, size=max(world.items, 1)).astype(float) if world.weighted else None
+    ease = 0.4 * generator.standard_normal(max(world.num_examples, 1)) * (world.num_examples > 0)
+    weights = generator.integers(1, 9, size=max(world.num_examples, 1)).astype(float) if world.weighted else None
     results: list[Result] = []
     for rank in ((0,) if world.base is not None else ()) + world.ranks:
         for learning_rate in world.learning_rates if rank else (0.0,):
@@ -77,15 +77,15 @@ def table_in(world: World) -> ScoreTable:
                 scores = level + scale * ((-1 if higher else 1) * (worse + noise) + ease)
                 if world.metric == "perplexity":
                     scores = np.exp(scores)
-                results.append(_result(world, rank, learning_rate, seed, scores, weights))
+                results.append(_make_result(world, rank, learning_rate, seed, scores, weights))
     results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
-    table = table_of_results(
+    table = build_table_from_results(
         ResultsTable(metric=world.metric, higher_is_better=higher, results=results, input_notes=[])
     )
     return table if world.token_loss else replace(table, kind=infer_metric_kind(world.metric, higher, "loss"))
 
 
-def _result(world: World, rank: int, learning_rate: float, seed: int, scores: Any, weights: Any) -> Result:
+def _make_result(world: World, rank: int, learning_rate: float, seed: int, scores: Any, weights: Any) -> Result:
     value = float(np.average(scores, weights=weights))
     octave = float(np.log2(rank)) if rank else 0.0
     points: Sequence[tuple[int, float]] = ()
@@ -98,8 +98,8 @@ def _result(world: World, rank: int, learning_rate: float, seed: int, scores: An
         learning_rate=learning_rate,
         seed=seed,
         value=value,
-        example_values=scores.tolist() if world.items else [],
-        example_weights=weights.tolist() if world.items and world.weighted else [],
+        example_values=scores.tolist() if world.num_examples else [],
+        example_weights=weights.tolist() if world.num_examples and world.weighted else [],
         std=world.std,
         std_seeds=3 if world.std is not None else 1,
         train_value=None if world.trained is None else 1.9 - world.trained * octave,
@@ -109,9 +109,9 @@ def _result(world: World, rank: int, learning_rate: float, seed: int, scores: An
     )
 
 
-def worlds() -> dict[str, World]:
+def build_worlds() -> dict[str, World]:
     """Every branch by name, then a draw of combinations."""
-    named = {
+    chosen_worlds = {
         "bare saturating": World("saturating"),
         "bare rising": World("rising"),
         "bare flat": World("flat", noise=0.0),
@@ -128,62 +128,72 @@ def worlds() -> dict[str, World]:
         "stated perplexity": World("saturating", "perplexity", std=0.02),
         "stated rising": World("rising", std=0.01),
         "stated wide": World("slow", std=0.2, margin=0.02),
-        "one seed of items": World("saturating", items=120),
-        "one seed of accuracy": World("saturating", "accuracy", items=120),
-        "one seed, no token loss": World("saturating", items=120, token_loss=False),
-        "items and seeds": World("saturating", items=100, seeds=(0, 1, 2), base=1.0),
-        "items and seeds, weighted": World("saturating", items=100, seeds=(0, 1), weighted=True),
-        "items of perplexity": World("slow", "perplexity", items=80, seeds=(0, 1)),
-        "noisy items": World("saturating", items=40, noise=0.05, margin=0.01),
-        "noisy items and seeds": World("slow", items=40, seeds=(0, 1, 2), noise=0.05, margin=0.01),
-        "hopeless": World("flat", items=12, seeds=(0, 1), noise=0.5, margin=1e-4),
-        "hopeless, no items": World("flat", seeds=(0, 1), noise=0.5, margin=1e-4),
-        "lucky low rank": World("lucky", items=30, seeds=(0, 1), noise=0.08, margin=0.005),
-        "base open": World("flat", items=40, noise=0.05, base=0.008, margin=0.01),
-        "base open, better": World("flat", items=40, noise=0.05, base=-0.001, margin=0.02),
-        "no gain by items": World("flat", items=100, seeds=(0, 1, 2), base=0.0, margin=0.02),
+        "one seed of examples": World("saturating", num_examples=120),
+        "one seed of accuracy": World("saturating", "accuracy", num_examples=120),
+        "one seed, no token loss": World("saturating", num_examples=120, token_loss=False),
+        "examples and seeds": World("saturating", num_examples=100, seeds=(0, 1, 2), base=1.0),
+        "examples and seeds, weighted": World("saturating", num_examples=100, seeds=(0, 1), weighted=True),
+        "examples of perplexity": World("slow", "perplexity", num_examples=80, seeds=(0, 1)),
+        "noisy examples": World("saturating", num_examples=40, noise=0.05, margin=0.01),
+        "noisy examples and seeds": World("slow", num_examples=40, seeds=(0, 1, 2), noise=0.05, margin=0.01),
+        "hopeless": World("flat", num_examples=12, seeds=(0, 1), noise=0.5, margin=1e-4),
+        "hopeless, no examples": World("flat", seeds=(0, 1), noise=0.5, margin=1e-4),
+        "lucky low rank": World("lucky", num_examples=30, seeds=(0, 1), noise=0.08, margin=0.005),
+        "base open": World("flat", num_examples=40, noise=0.05, base=0.008, margin=0.01),
+        "base open, better": World("flat", num_examples=40, noise=0.05, base=-0.001, margin=0.02),
+        "no gain by examples": World("flat", num_examples=100, seeds=(0, 1, 2), base=0.0, margin=0.02),
         "seeds only": World("saturating", seeds=(0, 1, 2)),
         "seeds only, noisy": World("slow", seeds=(0, 1, 2), noise=0.03),
-        "rates inside": World("saturating", learning_rates=(1e-3, 3e-4, 3e-3), seeds=(0, 1), items=60),
-        "rates at the upper edge": World("saturating", learning_rates=(3e-3, 1e-3, 3e-4), seeds=(0, 1), items=60),
-        "rates at the edge, rising": World("rising", learning_rates=(3e-3, 1e-3), items=60),
-        "rates at the edge, undecided": World("slow", learning_rates=(1e-4, 1e-3), items=20, noise=0.05, margin=0.01),
+        "rates inside": World("saturating", learning_rates=(1e-3, 3e-4, 3e-3), seeds=(0, 1), num_examples=60),
+        "rates at the upper edge": World(
+            "saturating", learning_rates=(3e-3, 1e-3, 3e-4), seeds=(0, 1), num_examples=60
+        ),
+        "rates at the edge, rising": World("rising", learning_rates=(3e-3, 1e-3), num_examples=60),
+        "rates at the edge, undecided": World(
+            "slow", learning_rates=(1e-4, 1e-3), num_examples=20, noise=0.05, margin=0.01
+        ),
         "winner of noise": World("flat", learning_rates=(1e-3, 9e-4, 8e-4), seeds=(0, 1), noise=0.02, margin=0.005),
-        "missing": World("saturating", missing=(16, 16, 8), items=60),
+        "missing": World("saturating", missing=(16, 16, 8), num_examples=60),
         "missing seeds of one rank": World("saturating", missing=(4,), seeds=(0, 1)),
-        "settled order": World("saturating", points=True, items=40),
-        "parting": World("slow", points=True, parting=0.2, items=40, seeds=(0, 1), margin=0.06, noise=0.001),
+        "settled order": World("saturating", points=True, num_examples=40),
+        "parting": World("slow", points=True, parting=0.2, num_examples=40, seeds=(0, 1), margin=0.06, noise=0.001),
         "parting, higher is better": World("slow", "accuracy", points=True, parting=-0.1, margin=0.03),
-        "one seed with points": World("saturating", points=True, items=40),
-        "conflict": World("step", other="eval_accuracy", items=60),
-        "conflict of perplexity": World("step", other="perplexity", items=60),
-        "no conflict in what is no metric": World("step", other="colour", items=60),
-        "overfitting by items": World("u_shaped", items=100, seeds=(0, 1, 2), trained=0.1),
-        "flat by items": World("flat", items=200, seeds=(0, 1, 2), margin=0.01),
-        "rising by items": World("rising", items=100, seeds=(0, 1, 2)),
-        "large margin": World("saturating", items=60, margin=1.0),
-        "rising but open": World("slow", items=60, seeds=(0, 1), noise=0.015, margin=0.006, seed=5),
-        "rising, above the margin alone": World("slow", items=60, seeds=(0, 1), noise=0.015, margin=0.008, seed=3),
-        "many ranks": World("slow", ranks=(1, 2, 4, 8, 16, 32, 64, 128, 256), items=60, seeds=(0, 1), margin=0.02),
+        "one seed with points": World("saturating", points=True, num_examples=40),
+        "conflict": World("step", other="eval_accuracy", num_examples=60),
+        "conflict of perplexity": World("step", other="perplexity", num_examples=60),
+        "no conflict in what is no metric": World("step", other="colour", num_examples=60),
+        "overfitting by examples": World("u_shaped", num_examples=100, seeds=(0, 1, 2), trained=0.1),
+        "flat by examples": World("flat", num_examples=200, seeds=(0, 1, 2), margin=0.01),
+        "rising by examples": World("rising", num_examples=100, seeds=(0, 1, 2)),
+        "large margin": World("saturating", num_examples=60, margin=1.0),
+        "rising but open": World("slow", num_examples=60, seeds=(0, 1), noise=0.015, margin=0.006, seed=5),
+        "rising, above the margin alone": World(
+            "slow", num_examples=60, seeds=(0, 1), noise=0.015, margin=0.008, seed=3
+        ),
+        "many ranks": World(
+            "slow", ranks=(1, 2, 4, 8, 16, 32, 64, 128, 256), num_examples=60, seeds=(0, 1), margin=0.02
+        ),
     }
     generator = np.random.default_rng(2024)
-    return named | {f"drawn {number}": drawn(generator, number) for number in range(48)}
+    return chosen_worlds | {f"drawn {number}": draw_world(generator, number) for number in range(48)}
 
 
-def drawn(generator: np.random.Generator, number: int) -> World:
+def draw_world(generator: np.random.Generator, number: int) -> World:
     names = list(CURVES)
     metric = METRICS[int(generator.integers(len(METRICS)))]
-    items = int(generator.choice([0, 0, 25, 60]))
+    num_examples = int(generator.choice([0, 0, 25, 60]))
     return World(
         curve=names[int(generator.integers(len(names)))],
         metric=metric[0],
         ranks=tuple(2**power for power in range(int(generator.integers(2)), int(generator.integers(3, 8)))),
         learning_rates=((1e-3,), (1e-3, 3e-3), (3e-4, 1e-4, 1e-3))[int(generator.integers(3))],
         seeds=((0,), (0, 1), (0, 1, 2))[int(generator.integers(3))],
-        items=items,
+        num_examples=num_examples,
         noise=float(generator.choice([0.001, 0.01, 0.04])),
         base=float(generator.choice([0.001, 0.5])) if generator.random() < 0.4 else None,
-        std=float(metric[3] * generator.choice([0.001, 0.02])) if items == 0 and generator.random() < 0.3 else None,
+        std=float(metric[3] * generator.choice([0.001, 0.02]))
+        if num_examples == 0 and generator.random() < 0.3
+        else None,
         margin=None if generator.random() < 0.5 else float(metric[3] * generator.choice([0.002, 0.02, 0.1])),
         weighted=bool(generator.random() < 0.3),
         points=bool(generator.random() < 0.3),

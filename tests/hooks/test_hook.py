@@ -53,8 +53,8 @@ class Seen(Hook):
 
 
 class Raising(Hook):
-    def __init__(self, after: int, error: Exception) -> None:
-        self._left, self._error = after, error
+    def __init__(self, num_events: int, error: Exception) -> None:
+        self._left, self._error = num_events, error
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, TrialFinished):
@@ -68,13 +68,13 @@ def finished(out: Path) -> list[int]:
 
 
 def test_events_come_in_the_order_of_the_run(tmp_path: Path) -> None:
-    seen = Seen()
-    select(tmp_path / "run", seen)
+    recorder = Seen()
+    select(tmp_path / "run", recorder)
     trials = ["TrialStarted", "TrialFinished"] * len(RANKS)
     end = ["adapter", "AdapterRecorded", "DecisionRecorded", "end"]
-    assert seen.calls == ["start", "RunStarted", "SelectionPlanned", *trials, *end]
+    assert recorder.calls == ["start", "RunStarted", "SelectionPlanned", *trials, *end]
     journal = Journal(tmp_path / "run" / "journal.jsonl").read()
-    assert journal == [event for event in seen.events if not isinstance(event, SelectionPlanned)]
+    assert journal == [event for event in recorder.events if not isinstance(event, SelectionPlanned)]
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), StopIteration(), ZeroDivisionError("division by zero")])
@@ -114,20 +114,20 @@ def test_it_stops_the_run_which_then_resumes_with_what_has_ended(tmp_path: Path)
         def should_stop(self) -> bool:
             return len(finished(run)) == 2
 
-    run, seen = tmp_path / "run", Seen()
+    run, recorder = tmp_path / "run", Seen()
     with pytest.raises(InterruptedRun, match="stopped after 2 trials"):
-        select(run, seen, Stopping())
-    assert seen.calls[-1] == "RunStopped"
+        select(run, recorder, Stopping())
+    assert recorder.calls[-1] == "RunStopped"
     ended = finished(run)
 
     class Resumed(Hook):
         def on_event(self, event: Event) -> None:
             if isinstance(event, SelectionPlanned):
-                found.extend(outcome.rank for outcome in event.outcomes)
+                trials.extend(outcome.rank for outcome in event.outcomes)
 
-    found: list[int] = []
+    trials: list[int] = []
     resumed: Any = select(run, Resumed())
-    assert found == ended
+    assert trials == ended
     assert resumed.decision == select(tmp_path / "whole").decision
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from rightrank.api.runs import decide
 from rightrank.api.selecting import select_rank_with
-from rightrank.decision.records import Records, decide_run, records_of
+from rightrank.decision.records import Records, decide_run, read_records
 from rightrank.hooks import trackers as registry
 from rightrank.hooks.trackers import Trackers, resolve_trackers
 from rightrank.runs.calls import TrialResult, TrialTask
@@ -23,7 +23,7 @@ from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import DecisionRecorded
 from rightrank.schema.trials import TrialFinished
 from tests.commands import run, select_arguments
-from tests.report.runs import journal_of
+from tests.report.runs import write_journal
 
 pytestmark = pytest.mark.trains
 
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.trains
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
     """A made-up run in `run`."""
     monkeypatch.chdir(tmp_path)
-    journal_of(tmp_path / "run")
-    return records_of(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
+    write_journal(tmp_path / "run")
+    return read_records(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
 
 
 def log_all(records: Records, name: str) -> list[str]:
@@ -48,7 +48,7 @@ def log_all(records: Records, name: str) -> list[str]:
     return notices
 
 
-def trained_of(records: Records) -> list[TrialFinished]:
+def list_trained(records: Records) -> list[TrialFinished]:
     return [trial for trial in records.finished() if trial.rank > 0]
 
 
@@ -79,7 +79,7 @@ def test_mlflow(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     mlflow.set_tracking_uri("sqlite:///mlflow.db")
     assert log_all(records, "mlflow") == []
-    values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in trained_of(records)]
+    values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in list_trained(records)]
     ours = decide(values, higher_is_better=False).decision
     assert decide(mlflow.search_runs(experiment_names=["rightrank"])).decision.reference_rank == ours.reference_rank
     client = mlflow.MlflowClient()
@@ -101,7 +101,7 @@ def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {run["group"] for run in runs} == {runs[0]["group"]}
     last = next(run for run in runs if run["name"] == "decision")
     assert last["summary"]["decision/verdict"] == decide_run(records).verdict
-    trained = trained_of(records)
+    trained = list_trained(records)
     by_name = {run["name"]: run for run in runs}
     for trial in trained:
         run = next(run for name, run in by_name.items() if name.endswith(trial.trial_id[:6]))

@@ -24,7 +24,7 @@ from rightrank import export
 from rightrank.api.runs import status
 from rightrank.cli import cli
 from rightrank.cli.options import gather_settings
-from rightrank.decision.adapter import Making
+from rightrank.decision.adapter import Provenance
 from rightrank.interop.exports import SERVERS, TARGETS
 from rightrank.interop.recipe import EVALUATION_SETTINGS, Recipe
 from rightrank.models.ranks import convert_scaling
@@ -32,7 +32,7 @@ from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.configs import convert_configs
 from rightrank.schema.errors import RunError
 from rightrank.schema.setting_table import Group
-from rightrank.schema.settings import PEFT_OPTIONS, BASE_DEPENDENT_INITIALIZATIONS, SelectSettings
+from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS, PEFT_OPTIONS, SelectSettings
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODULES = tuple(
@@ -113,7 +113,7 @@ def recipe_with(values: dict[str, Any], form: str) -> Recipe:
         target_modules=values.get("target_modules", LINEAR), target_parameters=settings.target_parameters,
         module_names=tuple(sorted(adapted(values))), learning_rate=0.003, max_steps=settings.max_steps or 0,
         warmup_steps=math.ceil(settings.warmup_ratio * (settings.max_steps or 0)), seed=7, settings=settings,
-        making=Making(8, 8, 0.003, 50, None, None), trained_alpha=alpha, use_rslora=use_rslora,
+        making=Provenance(8, 8, 0.003, 50, None, None), trained_alpha=alpha, use_rslora=use_rslora,
         lora_dropout=settings.lora_dropout, layers_to_transform=settings.layers_to_transform,
         modules_to_save=settings.modules_to_save, use_dora=settings.use_dora, exclude_modules=settings.exclude_modules,
         init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
@@ -245,7 +245,7 @@ def parsed(command: str) -> dict[str, Any]:
 @checks(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_the_command_that_makes_a_smaller_adapter_again_has_the_settings(values: dict[str, Any]) -> None:
     recipe = recipe_with(values | {"margin": 0.25, "validation_fraction": 0.2, "columns": ("prompt=ask",)}, "text")
-    making = Making(2, 8, 0.003, 50, None, "K-FAC")
+    making = Provenance(2, 8, 0.003, 50, None, "K-FAC")
     comment = replace(recipe, making=making).comments()[-1]
     read = parsed(comment.partition("then: ")[2])
     settings = gather_settings(None, read["assignments"], {})

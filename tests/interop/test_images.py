@@ -85,8 +85,8 @@ def test_convolutions_of_a_resnet_are_counted_inspected_and_truncated(resnet: Re
     trained = resnet(task(tmp_path / "r4", 4))
     assert resnet.evaluate(task(tmp_path / "r4", 4)).example_scores == pytest.approx(trained.example_scores, rel=2e-5)
     adapter = open_adapter(tmp_path / "r4")
-    stored = sum(v.numel() for k, v in load_file(adapter.weights).items() if "lora_" in k)
-    assert adapter.trained == stored
+    stored = sum(v.numel() for k, v in load_file(adapter.weights_file).items() if "lora_" in k)
+    assert adapter.trainable_parameters == stored
     assert {module.kind.name for module in adapter.modules} == {"convolution"}
     resized = resize(tmp_path / "r4", tmp_path / "r1", rank=1)
     before, after = (

@@ -31,14 +31,14 @@ from transformers import (
 )
 
 from rightrank import SelectSettings, SmallestAdapter, compare, export, write_report
-from rightrank.adapters.resize_by_data import measure_truncation_curve
-from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter
 from rightrank.adapters.batch_scores import HeldOutBatches, compute_batch_loss
+from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter
 from rightrank.adapters.resize import list_candidate_ranks
+from rightrank.adapters.resize_by_data import measure_truncation_curve
 from rightrank.api.runs import status
-from rightrank.decision.comparison import INDEPENDENT
-from rightrank.interop.truncation_run import measure_truncations, resume_measurement
+from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.interop.smallest import main
+from rightrank.interop.truncation_run import measure_truncations, resume_measurement
 from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.trials import SplitName
@@ -221,7 +221,7 @@ def test_rows_that_belong_together_are_compared_by_groups(model_folder: Path, ro
     assert [one.difference for one in grouped.candidates] == [one.difference for one in alone.candidates]
     assert grouped.candidates[-1].difference_high != alone.candidates[-1].difference_high
     assert "Bounds are over 10 groups of 60 examples." in grouped.notes
-    assert INDEPENDENT in alone.notes
+    assert INDEPENDENCE_NOTE in alone.notes
     assert "Bounds are over 20 groups of 60 examples." in prompted.notes
 
 
@@ -533,7 +533,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
     mlp.forward = fused
     found = measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     note = (
-        "3 of 21 modules truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
+        "3 of 21 modules are truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
         "so that no second moments arrive"
     )
     assert note in found.answer.notes
@@ -617,7 +617,7 @@ def class_losses(folder: Path, adapter: Path, rows: Sequence[Any], collator: Any
 def test_a_metric_without_examples_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="only a classifier's rows are right or wrong"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="accuracy")])
-    with pytest.raises(SettingsError, match="measured by loss or accuracy"):
+    with pytest.raises(SettingsError, match="measures adapters by loss or accuracy"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="rouge")])
 
 

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 
 from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.cli import cli
-from rightrank.decision.records import records_of
+from rightrank.decision.records import read_records
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, build_recipe
 from rightrank.models.adapter_reader import open_adapter
@@ -369,7 +369,7 @@ def test_the_card_names_a_base_of_the_hub(selected: Selected) -> None:
     file = selected.adapter.path / "README.md"
     values = ModelCard.load(file).data.to_dict()  # the hub's own reader
     assert (values["library_name"], "base_model" in values) == ("peft", False)
-    records = records_of(RunFolder(selected.run).journal.read(), "the run")
+    records = read_records(RunFolder(selected.run).journal.read(), "the run")
     settings = records.started.settings | {"model": "someone/a-model"}
     records.started = records.started.model_copy(update={"settings": settings})
     card = ModelCard(render_model_card(records, selected.decision_or_none))

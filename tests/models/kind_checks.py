@@ -63,8 +63,8 @@ class Suite:
     def is_counted(self) -> str:
         """The file holds the parameters that were trained, and its reading counts them."""
         adapter = open_adapter(self.trained.adapter)
-        stored = sum(value.numel() for value in load_file(adapter.weights).values())
-        assert stored == self.outcome.trainable_parameters == adapter.trained
+        stored = sum(value.numel() for value in load_file(adapter.weights_file).values())
+        assert stored == self.outcome.trainable_parameters == adapter.trainable_parameters
         return str(stored)
 
     def is_planned(self) -> str:

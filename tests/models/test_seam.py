@@ -22,10 +22,10 @@ class Biased(AdapterKind):
     label = "an adapter with a bias"
     unshared_reason = "only PEFT's own forward pass adds the bias"
 
-    def adapts(self, module: Any) -> bool:
+    def can_adapt(self, module: Any) -> bool:
         return any(module.lora_bias.values())
 
-    def stores(self, pair: StoredPair) -> bool:
+    def can_store(self, pair: StoredPair) -> bool:
         return bool(pair.config.get("lora_bias"))
 
 
@@ -50,7 +50,7 @@ def test_the_first_kind_that_claims_a_pair_describes_it() -> None:
     found = kinds.find_stored_kind(pair)
     assert found is not None
     assert found.name == "expert"
-    layout = found.layout(pair, 2)
+    layout = found.build_layout(pair, 2)
     assert layout is not None
     assert layout.names == tuple(f"model.layers.0.mlp.experts.down_proj.{expert}" for expert in range(4))
     plain = kinds.find_stored_kind(StoredPair("model.layers.0.mlp.down_proj", False, (8, 4), (6, 8), {}))

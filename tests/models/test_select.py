@@ -93,11 +93,11 @@ def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> Non
     suite = Suite.of(case_named("experts (Mixtral)"), tmp_path)
     adapter = open_adapter(suite.trained.adapter)
     first = next(module for module in adapter.modules if module.kind.name == "expert")
-    tensors = load_file(adapter.weights)
+    tensors = load_file(adapter.weights_file)
     b = tensors[first.b_key].reshape(first.rows, first.rank, 4)
     b[:, :, 2] = 0.0
     b[:, :, 1] *= 1e-6
-    save_file(tensors, adapter.weights, {"format": "pt"})
+    save_file(tensors, adapter.weights_file, {"format": "pt"})
     flags = [
         module.flags for module in inspect(suite.trained.adapter).modules if module.name.startswith(first.name[:-2])
     ]
@@ -114,7 +114,7 @@ def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> Non
     ("model", "given", "said"),
     [
         ("mixtral", ("target_parameters=mlp.experts.up",), "target_parameters: no parameter is named 'mlp.experts.up'"),
-        ("llama", ("target_parameters=experts.w1",), "parameters of experts there are: none"),
+        ("llama", ("target_parameters=experts.w1",), "the model's expert parameters are: none"),
         ("mixtral", ("use_dora=true", EXPERTS), "does not work with use_dora=True"),
         ("mixtral", ("lora_dropout=0.1", EXPERTS), "does not work with lora_dropout != 0"),
         ("llama", ("use_dora=true", "lora_bias=true"), "lora_bias=True is not supported for DoRA"),

@@ -80,21 +80,21 @@ class Case:
         return (self._root / "log").read_text()
 
 
-def end_of(child: int) -> int:
+def wait_for_end(child: int) -> int:
     """The exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def lines_of(out: Path, kind: str) -> dict[str, bytes]:
+def read_lines(out: Path, kind: str) -> dict[str, bytes]:
     """Whole journal lines of a kind by trial; a torn last line is none."""
     journal = out / "journal.jsonl"
-    whole = journal.read_bytes() if journal.exists() else b""
-    found: dict[str, bytes] = {}
-    for line in whole[: whole.rfind(b"\n") + 1].splitlines():
+    content = journal.read_bytes() if journal.exists() else b""
+    lines: dict[str, bytes] = {}
+    for line in content[: content.rfind(b"\n") + 1].splitlines():
         record = json.loads(line)
         if record["type"] == kind:
-            found[record["trial_id"]] = line
-    return found
+            lines[record["trial_id"]] = line
+    return lines
 
 
 def outcome(out: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def outcome(out: Path) -> dict[str, Any]:
 
 def one_kill(case: Case, seconds: float, target: str, generator: random.Random, out: Path) -> dict[str, Any]:
     """Start or resume, and kill; the run may have ended before."""
-    earlier = lines_of(out, "trial_finished")
+    earlier = read_lines(out, "trial_finished")
     if target == ANYWHERE:
         child = case.start(out)
         time.sleep(generator.uniform(0, seconds / 2))
@@ -126,8 +126,8 @@ def one_kill(case: Case, seconds: float, target: str, generator: random.Random, 
         case.moments.wait(child, 10 * seconds + 60)
         time.sleep(generator.uniform(0, each))
     os.kill(child, signal.SIGKILL)
-    status = end_of(child)
-    killed_in, later = case.moments.phase(), lines_of(out, "trial_finished")
+    status = wait_for_end(child)
+    killed_in, later = case.moments.phase(), read_lines(out, "trial_finished")
     return {
         "target": target,
         "status": status,
@@ -140,7 +140,7 @@ def one_kill(case: Case, seconds: float, target: str, generator: random.Random, 
 
 
 def one_run(
-    case: Case, whole: dict[str, Any], seconds: float, targets: list[str], generator: random.Random, out: Path
+    case: Case, reference: dict[str, Any], seconds: float, targets: list[str], generator: random.Random, out: Path
 ) -> dict[str, Any]:
     """Kill at each target, resume to the end, compare."""
     kills: list[dict[str, Any]] = []
@@ -148,17 +148,17 @@ def one_run(
         kills.append(one_kill(case, seconds, target, generator, out))
         if not kills[-1]["killed"]:
             break
-    before = lines_of(out, "trial_finished")
-    resumed = end_of(case.start(out))
+    lines_before = read_lines(out, "trial_finished")
+    resumed = wait_for_end(case.start(out))
     run = {"kills": [kill for kill in kills if kill["killed"]], "resumed": resumed}
     if resumed:
         return run | {"log": case.log()[-400:]}
-    ended, after = outcome(out), lines_of(out, "trial_finished")
-    lost = sum(kill["lost"] for kill in kills) + sum(after.get(trial) != line for trial, line in before.items())
+    ended, lines_after = outcome(out), read_lines(out, "trial_finished")
+    lost = sum(kill["lost"] for kill in kills) + sum(lines_after.get(trial) != line for trial, line in lines_before.items())
     return run | {
-        "same_decision": ended["decision"] == whole["decision"],
-        "same_trials": ended["trials"] == whole["trials"],
-        "same_adapter": ended["adapter"] == whole["adapter"],
+        "same_decision": ended["decision"] == reference["decision"],
+        "same_trials": ended["trials"] == reference["trials"],
+        "same_adapter": ended["adapter"] == reference["adapter"],
         "lost": lost,
         "trained_twice": len(started_again(out)) + sum(count - 1 for count in ended["finished"].values()),
         "tidy": ended["report"] and not ended["left_over"],
@@ -197,16 +197,16 @@ def measure(kills: int, seed: int, root: Path) -> dict[str, Any]:
     case = Case(root)
     case.warm_up(root / "warm")
     begun = time.monotonic()
-    if end_of(case.start(root / "whole")) != 0:
+    if wait_for_end(case.start(root / "whole")) != 0:
         raise SystemExit(f"the undisturbed run failed: {case.log()}")
     seconds = time.monotonic() - begun
     case.usual = case.moments.usual()
-    whole = outcome(root / "whole")
+    reference = outcome(root / "whole")
     turns = itertools.cycle([ANYWHERE, *PHASES])
     runs: list[dict[str, Any]] = []
-    while (left := kills - sum(len(run["kills"]) for run in runs)) > 0:
-        targets = [next(turns) for _ in range(min(left, KILLS_A_RUN))]
-        runs.append(one_run(case, whole, seconds, targets, generator, root / "run"))
+    while (kills_left := kills - sum(len(run["kills"]) for run in runs)) > 0:
+        targets = [next(turns) for _ in range(min(kills_left, KILLS_A_RUN))]
+        runs.append(one_run(case, reference, seconds, targets, generator, root / "run"))
         shutil.rmtree(root / "run")
     return sums(seed, seconds, case, runs)
 
@@ -222,8 +222,8 @@ def sums(seed: int, seconds: float, case: Case, runs: list[dict[str, Any]]) -> d
         "runs_ended_right": len(right),
         "kills": sum(len(run["kills"]) for run in runs),
         "kills_in_runs_that_ended_right": sum(len(run["kills"]) for run in right),
-        "kills_by_phase": phases_of(runs),
-        "ended_right_by_phase": phases_of(right),
+        "kills_by_phase": count_phases(runs),
+        "ended_right_by_phase": count_phases(right),
         "trials_lost": sum(run.get("lost", 0) for run in runs),
         "trials_trained_twice": sum(run.get("trained_twice", 0) for run in runs),
         "torn_lines": sum(run.get("torn_lines", 0) for run in runs),
@@ -231,6 +231,6 @@ def sums(seed: int, seconds: float, case: Case, runs: list[dict[str, Any]]) -> d
     }
 
 
-def phases_of(runs: list[dict[str, Any]]) -> dict[str, int]:
+def count_phases(runs: list[dict[str, Any]]) -> dict[str, int]:
     """What the process was at when it was killed."""
     return dict(sorted(Counter(kill["in"] for run in runs for kill in run["kills"]).items()))

@@ -27,13 +27,13 @@ def resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def trials_of(arms: int) -> list[Trial]:
+def build_trials(arms: int) -> list[Trial]:
     """So many arms of four ranks, each fourth with a new seed: its own batches, first A and order."""
-    made = [
+    arms_to_run = [
         Arm(rank=RANKS[number % 4], learning_rate=1e-3, lora_alpha=32.0, seed=number // 4, steps=3)
         for number in range(arms)
     ]
-    return [Trial(trial_id=trial_id("leak", arm), arm=arm) for arm in made]
+    return [Trial(trial_id=trial_id("leak", arm), arm=arm) for arm in arms_to_run]
 
 
 def measure(arms: int, root: Path) -> dict[str, Any]:
@@ -51,12 +51,12 @@ def measure(arms: int, root: Path) -> dict[str, Any]:
     executor = LocalExecutor(runtime, folder, Watch(on_event=journal_start))
     resident: list[int] = []
     ended = 0
-    for outcome in executor.run(trials_of(arms), base_loss=None):
+    for outcome in executor.run(build_trials(arms), base_loss=None):
         assert isinstance(outcome, TrialFinished)
         folder.journal.append(outcome)
         ended += 1
         resident.append(resident_bytes())
-    tenths = [resident[max(0, ended * part // 10 - 1)] for part in range(1, 11)]
+    tenths = [resident[max(0, ended * tenth // 10 - 1)] for tenth in range(1, 11)]
     begun, last = tenths[1], tenths[-1]
     return {
         "arms": ended,

@@ -51,11 +51,11 @@ class Moments:
 
     def usual(self) -> dict[str, tuple[int, float]]:
         """Entries of each phase in the last run, and their mean seconds."""
-        found = {}
+        durations = {}
         for number, name in enumerate(PHASES):
             entries, seconds = self._get(number)
-            found[name] = (entries, seconds / max(entries, 1))
-        return found
+            durations[name] = (entries, seconds / max(entries, 1))
+        return durations
 
     def wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         number = PHASES.index(name)

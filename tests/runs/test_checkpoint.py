@@ -43,14 +43,14 @@ def write_rows(folder: Path) -> Path:
     def names(of: Sequence[str] = NAMES) -> str:
         return " ".join(drawn.choices(of, k=4))
 
-    def rows(count: int, others: int) -> list[dict[str, Any]]:
+    def rows(count: int, num_others: int) -> list[dict[str, Any]]:
         return [
-            {"prompt": names(), "completion": f" {names(NAMES[4:]) if index < others else 'ada ben cleo dan'}"}
+            {"prompt": names(), "completion": f" {names(NAMES[4:]) if index < num_others else 'ada ben cleo dan'}"}
             for index in range(count)
         ]
 
-    write_jsonl(folder / "validation.jsonl", rows(60, others=40))
-    return write_jsonl(folder / "data.jsonl", rows(150, others=0))
+    write_jsonl(folder / "validation.jsonl", rows(60, num_others=40))
+    return write_jsonl(folder / "data.jsonl", rows(150, num_others=0))
 
 
 def select(
@@ -69,12 +69,12 @@ def select(
     return select_rank(str(model), data, out, settings=settings, callbacks=[] if watch is None else [watch])
 
 
-def trials_of(run: Path) -> list[TrialFinished]:
-    return [one for one in Journal(run / "journal.jsonl").read() if isinstance(one, TrialFinished)]
+def read_finished_trials(run: Path) -> list[TrialFinished]:
+    return [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
 def trained(run: Path) -> TrialFinished:
-    return next(one for one in trials_of(run) if one.rank == 8 and one.arm.is_direct)
+    return next(trial for trial in read_finished_trials(run) if trial.rank == 8 and trial.arm.is_direct)
 
 
 def loss_by_peft(model: Path, adapter: Path, data: Path, cache: Path) -> float:
@@ -83,10 +83,10 @@ def loss_by_peft(model: Path, adapter: Path, data: Path, cache: Path) -> float:
     examples = make_runtime(model, data, settings, cache).data.splits["validation"]
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
     total, count = 0.0, 0
-    for one in examples:
-        tokens = sum(label != -100 for label in one.labels[1:])
+    for example in examples:
+        tokens = sum(label != -100 for label in example.labels[1:])
         with torch.no_grad():
-            passed = {"input_ids": torch.tensor([list(one.input_ids)]), "labels": torch.tensor([list(one.labels)])}
+            passed = {"input_ids": torch.tensor([list(example.input_ids)]), "labels": torch.tensor([list(example.labels)])}
             total, count = total + float(loaded(**passed).loss) * tokens, count + tokens
     return total / count
 
@@ -94,10 +94,10 @@ def loss_by_peft(model: Path, adapter: Path, data: Path, cache: Path) -> float:
 @pytest.fixture(scope="module")
 def runs(model_folder: Path, overfitted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Checkpoint, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    found: dict[Checkpoint, Path] = {"last": folder / "last", "best": folder / "best"}
-    for checkpoint, run in found.items():
+    folders: dict[Checkpoint, Path] = {"last": folder / "last", "best": folder / "best"}
+    for checkpoint, run in folders.items():
         select(model_folder, overfitted, run, checkpoint)
-    return found
+    return folders
 
 
 def test_the_best_checkpoint_is_kept_and_handed_over(
@@ -123,15 +123,15 @@ def test_the_best_checkpoint_is_kept_and_handed_over(
 
 def test_the_test_split_is_read_of_the_kept_checkpoint_alone(runs: dict[Checkpoint, Path]) -> None:
     for run in runs.values():
-        read = [one.trial_id for one in Journal(run / "journal.jsonl").read() if isinstance(one, TestEvaluated)]
+        read = [record.trial_id for record in Journal(run / "journal.jsonl").read() if isinstance(record, TestEvaluated)]
         assert len(read) == len(set(read)) <= 3
 
 
 def test_an_interrupted_training_keeps_the_same_checkpoint(
     runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
 ) -> None:
-    whole = trained(runs["best"])
-    assert whole.checkpoint_step is not None
+    uninterrupted = trained(runs["best"])
+    assert uninterrupted.checkpoint_step is not None
     steps: list[int] = []
     watch = Watch(
         lambda event: steps.append(event.step) if isinstance(event, StepDone) else None,
@@ -139,10 +139,10 @@ def test_an_interrupted_training_keeps_the_same_checkpoint(
     )
     with pytest.raises(InterruptedRun):
         select(model_folder, overfitted, tmp_path / "run", "best", watch)
-    assert whole.checkpoint_step < 55
+    assert uninterrupted.checkpoint_step < 55
     select(model_folder, overfitted, tmp_path / "run", "best")
     again = trained(tmp_path / "run")
-    assert (again.checkpoint_step, again.example_losses) == (whole.checkpoint_step, whole.example_losses)
+    assert (again.checkpoint_step, again.example_losses) == (uninterrupted.checkpoint_step, uninterrupted.example_losses)
 
 
 def test_the_training_rank_is_decided_at_the_kept_checkpoint(
@@ -151,7 +151,7 @@ def test_the_training_rank_is_decided_at_the_kept_checkpoint(
     run = tmp_path / "run"
     shutil.copytree(runs["best"], run)
     selected = select(model_folder, overfitted, run, "best", goal="training-rank")
-    trials = {one.rank: one for one in trials_of(run) if one.rank and one.arm.is_direct}
+    trials = {trial.rank: trial for trial in read_finished_trials(run) if trial.rank and trial.arm.is_direct}
     assert selected.decision.checkpoint is not None
     assert selected.decision.checkpoint.used == "best"
     for evidence in selected.decision.ranks:

@@ -28,9 +28,9 @@ def journal(run: Path) -> list[object]:
 def trained(run: Path) -> dict[tuple[int, float, int], float]:
     """The value of each whole training by rank, learning rate and seed."""
     return {
-        (one.rank, one.learning_rate, one.seed): one.value
-        for one in journal(run)
-        if isinstance(one, TrialFinished) and one.rank > 0 and one.arm.is_direct
+        (record.rank, record.learning_rate, record.seed): record.value
+        for record in journal(run)
+        if isinstance(record, TrialFinished) and record.rank > 0 and record.arm.is_direct
     }
 
 
@@ -46,19 +46,19 @@ def test_a_run_continued_equals_one_made_at_once(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(begun, run)
-    before = [one for one in journal(run) if isinstance(one, TrialStarted)]
+    earlier_trials = [record for record in journal(run) if isinstance(record, TrialStarted)]
     more = small_settings(max_steps=4, ranks=(1, 2, 4), seeds=(0, 1), margin=0.5)
     continued = select_rank(str(model_folder), completion_file, run, settings=more)
-    again = [one for one in journal(run) if isinstance(one, TrialStarted)][len(before) :]
-    assert {one.trial_id for one in before}.isdisjoint(one.trial_id for one in again)  # nothing is trained twice
-    assert [one.settings.keys() for one in journal(run) if isinstance(one, RunContinued)] == [
+    again = [record for record in journal(run) if isinstance(record, TrialStarted)][len(earlier_trials) :]
+    assert {record.trial_id for record in earlier_trials}.isdisjoint(record.trial_id for record in again)  # nothing is trained twice
+    assert [record.settings.keys() for record in journal(run) if isinstance(record, RunContinued)] == [
         {"margin", "ranks", "seeds"}
     ]
-    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=more)
+    single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=more)
     assert trained(run) == trained(tmp_path / "whole")
     assert continued.decision.margin == 0.5
     same = {"next_runs", "ranks"}  # these name trials, whose identities are the run's own
-    assert continued.decision.model_dump(exclude=same) == whole.decision.model_dump(exclude=same)
+    assert continued.decision.model_dump(exclude=same) == single_run.decision.model_dump(exclude=same)
 
 
 def test_another_spelling_of_the_same_paths_is_the_same_run(
@@ -67,7 +67,7 @@ def test_another_spelling_of_the_same_paths_is_the_same_run(
     monkeypatch.chdir(model_folder.parent)
     started = len(journal(begun))
     select_rank(f"./{model_folder.name}", completion_file, begun, settings=small_settings(max_steps=4))
-    assert not [one for one in journal(begun)[started:] if isinstance(one, TrialStarted)]
+    assert not [record for record in journal(begun)[started:] if isinstance(record, TrialStarted)]
 
 
 def test_a_report_shows_the_settings_that_the_run_was_continued_with(
@@ -92,11 +92,11 @@ def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path:
     words = shlex.split(command)
     assert words[:4] == ["rightrank", "select", "--out", str(run)]
     assert len(words) == 6
-    before = trained(run)
+    earlier_trials = trained(run)
     with pytest.raises(SystemExit) as stop:
         main([*words[1:], "--quiet"])
     assert stop.value.code == 0
-    assert before.items() < trained(run).items()
+    assert earlier_trials.items() < trained(run).items()
 
 
 def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
@@ -106,13 +106,13 @@ def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
     run = tmp_path / "run"
     few, many = small_settings(max_steps=4, max_eval_examples=6), small_settings(max_steps=4, max_eval_examples=14)
     select_rank(str(model_folder), completion_file, run, settings=few)
-    before = [one for one in journal(run) if isinstance(one, TrialStarted)]
+    earlier_trials = [record for record in journal(run) if isinstance(record, TrialStarted)]
     continued = select_rank(str(model_folder), completion_file, run, settings=many)
-    assert [one for one in journal(run) if isinstance(one, TrialStarted)] == before
-    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=many)
-    ours, theirs = continued.decision, whole.decision
+    assert [record for record in journal(run) if isinstance(record, TrialStarted)] == earlier_trials
+    single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=many)
+    ours, theirs = continued.decision, single_run.decision
     assert (ours.rank, ours.verdict, ours.flags) == (theirs.rank, theirs.verdict, theirs.flags)
-    assert [one.value for one in ours.ranks] == pytest.approx([one.value for one in theirs.ranks], rel=1e-5)
+    assert [record.value for record in ours.ranks] == pytest.approx([record.value for record in theirs.ranks], rel=1e-5)
     assert decide(run).decision.ranks == ours.ranks
     again = select_rank(str(model_folder), completion_file, run, settings=few)  # examples are not taken away
     assert again.decision.ranks == ours.ranks
@@ -128,11 +128,11 @@ def test_a_run_continued_with_other_ranks_keeps_those_that_were_trained(tmp_path
     more: dict[str, Any] = {"learning_rates": 1e-3, "margin": 0.01, "strategy": "bracket"}
     select_rank_with(train, run, ranks=(1, 4), seeds=0, **more)
     select_rank_with(train, run, ranks=(1, 4), seeds=(0, 1), **more)
-    before = trained(run)
+    earlier_trials = trained(run)
     selected = select_rank_with(train, run, ranks=(1, 4, 16), seeds=(0, 1), **more)
-    assert before.items() < trained(run).items()
-    assert [one.rank for one in selected.decision.ranks if one.rank] == [1, 4, 16]
+    assert earlier_trials.items() < trained(run).items()
+    assert [record.rank for record in selected.decision.ranks if record.rank] == [1, 4, 16]
     assert decide(run).decision == selected.decision
     assert json.loads((run / "decision.json").read_text(encoding="utf-8"))["ranks"] == [
-        one.model_dump(mode="json") for one in selected.decision.ranks
+        record.model_dump(mode="json") for record in selected.decision.ranks
     ]

@@ -18,16 +18,16 @@ def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Pa
     announced: list[SelectionPlanned] = []
     watching = Watch(lambda event: announced.append(event) if isinstance(event, SelectionPlanned) else None)
     selected = select_rank(str(model_folder), completion_file, tmp_path / "run", callbacks=[watching], **SMALL)
-    before = preflight(str(model_folder), completion_file, **SMALL)
+    first_preflight = preflight(str(model_folder), completion_file, **SMALL)
 
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
     started = next(record for record in records if isinstance(record, RunStarted))
     finished = [record for record in records if isinstance(record, TrialFinished) and record.rank > 0]
-    assert started.settings["ranks"] == [row.rank for row in before.ranks]
-    assert announced[0].steps == before.cost.steps
-    assert before.longest <= started.settings["seq_len"]
-    assert announced[0].expected_trainings == before.cost.trainings
-    peaks = {row.rank: row.peak_bytes for row in before.ranks}
+    assert started.settings["ranks"] == [row.rank for row in first_preflight.ranks]
+    assert announced[0].steps == first_preflight.cost.steps
+    assert first_preflight.longest <= started.settings["seq_len"]
+    assert announced[0].expected_trainings == first_preflight.cost.trainings
+    peaks = {row.rank: row.peak_bytes for row in first_preflight.ranks}
     direct = [trial for trial in finished if trial.truncate_from is None and len(trial.pass_ranks or []) < 2]
     assert direct
     assert all(trial.predicted_peak_bytes == peaks[trial.rank] for trial in direct)

@@ -9,7 +9,7 @@ import pytest
 
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
-from rightrank.decision.records import Answers, records_of
+from rightrank.decision.records import Answers, read_records
 from rightrank.runs.journal import Journal
 from rightrank.runs.run import extend_settings
 from rightrank.runs.values import Selected
@@ -40,14 +40,14 @@ SEEDS = NextRun(action="seeds", ranks=[4, 16], seeds=3, sentence="Train with 3 s
 )
 def test_what_is_added(verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]) -> None:
     settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), extend=True)
-    further = extend_settings(settings, decided(verdict, flags, runs))
-    assert further == (settings.model_copy(update=changed) if changed else None)
+    extended = extend_settings(settings, decided(verdict, flags, runs))
+    assert extended == (settings.model_copy(update=changed) if changed else None)
 
 
 def adapter_answer(rank: int, difference: float) -> AdapterAnswer:
     """Of a top of 16, whose truncation to 8 differs from it by `difference`."""
-    one = AdapterCandidate.model_construct(rank=8, method="truncated", difference=difference)
-    return AdapterAnswer.model_construct(rank=rank, trained_rank=16, margin=0.01, candidates=[one])
+    candidate = AdapterCandidate.model_construct(rank=8, method="truncated", difference=difference)
+    return AdapterAnswer.model_construct(rank=rank, trained_rank=16, margin=0.01, candidates=[candidate])
 
 
 @pytest.mark.parametrize(("rank", "difference", "keeps"), [(16, 0.02, True), (16, 0.005, False), (8, 0.005, False)])
@@ -68,7 +68,7 @@ def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_fold
     assert answer.trained_rank == 16
     assert answer.is_top_rank_required
     assert any(notice.startswith("not extended: rank 32 is above the 16 that") for notice in notices)
-    assert any("--extend trains rank 32 too" in note for note in selected.view.adapter_notes)
+    assert any("--extend also trains rank 32" in note for note in selected.view.adapter_notes)
 
 
 def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:
@@ -90,10 +90,10 @@ def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path)
     added = [notice for notice in notices if notice.startswith("extending: ")]
     assert 1 <= len(added) <= 3
     assert added[0].endswith("Adding rank 8.")
-    records = records_of(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
+    records = read_records(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
     ranks = {trial.rank for trial in records.finished() if trial.arm.is_direct and trial.rank > 0}
     assert {1, 4, 8} <= ranks
-    assert {one.rank for one in selected.decision.ranks} == {0, *ranks}
+    assert {row.rank for row in selected.decision.ranks} == {0, *ranks}
     assert tuple(records.started.settings["ranks"]) == tuple(sorted(ranks))  # type: ignore[arg-type]
 
 

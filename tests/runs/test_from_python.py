@@ -20,18 +20,18 @@ from tests.watch import Watch
 def test_progress_and_a_result_on_one_screen(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[str] = []
+    events: list[str] = []
     selected = select_rank(
         str(model_folder),
         completion_file,
         tmp_path / "run",
         settings=small_settings(max_steps=2),
-        callbacks=[Watch(notice=seen.append)],
+        callbacks=[Watch(notice=events.append)],
         progress=True,
     )
     captured = capsys.readouterr()
     assert "base model" in captured.err
-    assert all(line in captured.err for line in seen)  # both the user's observer and the view receive the lines
+    assert all(line in captured.err for line in events)  # both the user's observer and the view receive the lines
     assert captured.out == ""
     lines = str(selected).splitlines()
     assert len(lines) <= 10
@@ -42,9 +42,9 @@ def test_progress_and_a_result_on_one_screen(
 @pytest.fixture
 def default_interrupt() -> Iterator[None]:
     """Python's own handler of Ctrl-C, which a process that was started in the background lacks."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.usefixtures("default_interrupt")
@@ -69,8 +69,8 @@ def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_call_resumes(
     watching = Watch(on_event=lambda event: later.append(event.step) if isinstance(event, StepDone) else None)
     select_rank(*arguments, settings=settings, callbacks=[watching])
     assert later[0] == 4  # not step 1
-    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=settings)
-    assert values(tmp_path / "run") == values(whole.run)
+    uninterrupted = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=settings)
+    assert values(tmp_path / "run") == values(uninterrupted.run)
 
 
 def values(run: Path) -> dict[int, float]:

@@ -27,13 +27,13 @@ def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_fi
     settings = small_settings(max_steps=3, num_evaluations=1)
     model, tokenizer = loaded(model_folder)
     rows = load_dataset("json", data_files=str(completion_file), split="train", cache_dir=str(tmp_path / "cache"))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
     mine = select_rank(model, rows, tmp_path / "mine", tokenizer=tokenizer, settings=settings)
     other = small_settings(num_evaluations=1)  # 8 steps, were it not for the keyword
     named = select_rank(str(model_folder), completion_file, tmp_path / "named", settings=other, max_steps=3)
     assert [e.value for e in mine.decision.ranks] == [e.value for e in named.decision.ranks]
-    assert all((model.state_dict()[name] == value).all() for name, value in before.items())
-    assert set(model.state_dict()) == set(before)
+    assert all((model.state_dict()[name] == value).all() for name, value in weights.items())
+    assert set(model.state_dict()) == set(weights)
     assert "objects in memory" in mine.report.read_text(encoding="utf-8")
 
 
@@ -68,7 +68,7 @@ def test_bad_objects_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("stated", "message"),
+    ("config_values", "message"),
     [
         ({"task_type": "SEQ_CLS"}, "task_type: got 'SEQ_CLS', and this is 'CAUSAL_LM'"),
         ({"task_type": "FEATURE_EXTRACTION"}, "task_type: got 'FEATURE_EXTRACTION', and this is 'CAUSAL_LM'"),
@@ -77,20 +77,20 @@ def test_bad_objects_are_one_line(
 )
 @pytest.mark.parametrize("by", ["config", "settings", "keyword", "in memory"])
 def test_what_lora_config_states_must_agree_with_the_run(
-    model_folder: Path, completion_file: Path, tmp_path: Path, stated: dict[str, Any], message: str, by: str
+    model_folder: Path, completion_file: Path, tmp_path: Path, config_values: dict[str, Any], message: str, by: str
 ) -> None:
     from peft import LoraConfig
 
     model, tokenizer = loaded(model_folder) if by == "in memory" else (str(model_folder), None)
-    given: dict[str, Any] = {"peft_config": LoraConfig(**stated), "settings": small_settings()}
+    keywords: dict[str, Any] = {"peft_config": LoraConfig(**config_values), "settings": small_settings()}
     if by in ("settings", "keyword"):
-        given = {"settings": small_settings(**stated)} if by == "settings" else stated
+        keywords = {"settings": small_settings(**config_values)} if by == "settings" else config_values
     with pytest.raises(ModelError, match=message):
-        select_rank(model, completion_file, tmp_path / "run", tokenizer=tokenizer, **given)
+        select_rank(model, completion_file, tmp_path / "run", tokenizer=tokenizer, **keywords)
 
 
 def test_what_lora_config_states_of_a_classifier(model_folder: Path, class_file: Path) -> None:
-    stated = {"task_type": "SEQ_CLS", "base_model_name_or_path": f"elsewhere/{model_folder.name}"}
-    assert preflight(str(model_folder), class_file, settings=small_settings(**stated)).metric == "loss"
+    config_values = {"task_type": "SEQ_CLS", "base_model_name_or_path": f"elsewhere/{model_folder.name}"}
+    assert preflight(str(model_folder), class_file, settings=small_settings(**config_values)).metric == "loss"
     with pytest.raises(ModelError, match="task_type: got 'CAUSAL_LM', and this is 'SEQ_CLS'"):
         preflight(str(model_folder), class_file, settings=small_settings(task_type="CAUSAL_LM"))

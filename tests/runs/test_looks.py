@@ -17,7 +17,7 @@ from rightrank.decision.records import Records
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialEvaluated, TrialStarted
+from rightrank.schema.trials import TrialDiverged, TrialEvaluated, TrialFailed, TrialFinished, TrialStarted
 from tests.watch import GENEROUS_SECONDS, Watch
 
 pytestmark = pytest.mark.trains
@@ -55,7 +55,7 @@ def records_in(out: Path) -> Records:
     return Records.of(journal[0], journal)
 
 
-def points_of(records: Records) -> dict[int, list[EvalPoint]]:
+def collect_points(records: Records) -> dict[int, list[EvalPoint]]:
     return {trial.rank: trial.points for trial in records.finished()}
 
 
@@ -66,27 +66,27 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Records:
 
 def test_reports_are_the_same_in_several_calls_at_a_time(here: Records, tmp_path: Path) -> None:
     there = run(reporting, tmp_path / "run", workers=2)
-    assert points_of(there) == points_of(here)
+    assert collect_points(there) == collect_points(here)
     assert there.looks == here.looks
     assert [point.step for point in next(iter(here.looks.values()))] == [0, 10, 20]
 
 
 def test_points_that_are_returned_count_as_reports(here: Records, tmp_path: Path) -> None:
-    assert points_of(run(returning, tmp_path / "run")) == points_of(here)
+    assert collect_points(run(returning, tmp_path / "run")) == collect_points(here)
 
 
 def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
-    seen: list[list[str]] = []
+    journal_types: list[list[str]] = []
 
     def train(task: TrialTask) -> TrialResult:
         task.report(5, 0.5)
-        seen.append(
+        journal_types.append(
             [json.loads(line)["type"] for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
         )
         return result(task)
 
     run(train, tmp_path / "run")
-    assert seen[0] == ["run_started", "trial_started", "trial_evaluated"]
+    assert journal_types[0] == ["run_started", "trial_started", "trial_evaluated"]
 
 
 def test_status_shows_the_last_look_of_the_trial_at_work(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_looks_of_a_trial_that_runs_again_are_dropped(tmp_path: Path) -> None:
         return result(task)
 
     select_rank_with(train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward")
-    (failed,) = [one for one in records_in(tmp_path / "run").outcomes if isinstance(one, TrialFailed)]
+    (failed,) = [outcome for outcome in records_in(tmp_path / "run").outcomes if isinstance(outcome, TrialFailed)]
     assert [point.step for point in records_in(tmp_path / "run").looks[failed.trial_id]] == [1]
     fails = False
     select_rank_with(train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward")
@@ -125,7 +125,7 @@ def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: 
         return result(task)
 
     records = run(train, tmp_path / "run")
-    assert [point.step for point in points_of(records)[1]] == [0, 10]
+    assert [point.step for point in collect_points(records)[1]] == [0, 10]
     assert {len(points) for points in records.looks.values()} == {2}
 
 
@@ -133,32 +133,32 @@ def test_an_observer_receives_every_look(tmp_path: Path) -> None:
     events: list[Any] = []
     run(reporting, tmp_path / "run", workers=2, callbacks=[Watch(on_event=events.append)])
     assert [type(event) for event in events].count(TrialEvaluated) == 6
-    first = next(place for place, event in enumerate(events) if isinstance(event, TrialEvaluated))
+    first = next(index for index, event in enumerate(events) if isinstance(event, TrialEvaluated))
     assert isinstance(events[2], TrialStarted)  # after RunStarted and SelectionPlanned
-    assert first < next(place for place, event in enumerate(events) if isinstance(event, TrialFinished))
+    assert first < next(index for index, event in enumerate(events) if isinstance(event, TrialFinished))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_threads_call_the_function_beside_each_other(tmp_path: Path, workers: int) -> None:
-    at_work, most, lock = set[int](), [0], threading.Lock()
+    active, max_parallel, lock = set[int](), [0], threading.Lock()
     full = threading.Event()
 
     def train(task: TrialTask) -> TrialResult:
         with lock:
-            at_work.add(task.rank)
-            most[0] = max(most[0], len(at_work))
-            if len(at_work) == 3:
+            active.add(task.rank)
+            max_parallel[0] = max(max_parallel[0], len(active))
+            if len(active) == 3:
                 full.set()
         if workers == 3:
             assert full.wait(timeout=GENEROUS_SECONDS)
         with lock:
-            at_work.remove(task.rank)
+            active.remove(task.rank)
         return result(task)
 
     select_rank_with(
         train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward", workers=workers
     )  # fmt: skip
-    assert most[0] == workers
+    assert max_parallel[0] == workers
 
 
 def bad_in_every_way(task: TrialTask) -> TrialResult:
@@ -177,7 +177,7 @@ def bad_in_every_way(task: TrialTask) -> TrialResult:
 def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     ranks = (1, 2, 4, 8, 16)
     select_rank_with(bad_in_every_way, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward")
-    outcomes = {one.rank: one for one in records_in(tmp_path / "run").outcomes}
+    outcomes = {outcome.rank: outcome for outcome in records_in(tmp_path / "run").outcomes}
     expected = {
         2: (TrialDiverged, "train gave value = nan"),
         4: (TrialDiverged, "train gave example_scores.0 = nan"),
@@ -196,7 +196,7 @@ def test_report_converts_numbers(tmp_path: Path) -> None:
         task.report(1, np.float32(0.5), np.array([0.25, 0.75]))  # type: ignore[arg-type]
         return result(task)
 
-    assert points_of(run(train, tmp_path / "run"))[1][0].example_scores == [0.25, 0.75]
+    assert collect_points(run(train, tmp_path / "run"))[1][0].example_scores == [0.25, 0.75]
 
 
 def test_all_failed_is_one_line(tmp_path: Path) -> None:

@@ -31,26 +31,26 @@ def test_it_says_what_the_selection_does_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before = files_under(tmp_path), files_under(model_folder), files_under(completion_file.parent)
-    given = ["select", str(model_folder), str(completion_file), "--dry-run", "--json", *SMALL]
-    status, out, _ = run(given, capsys)
+    files_before = files_under(tmp_path), files_under(model_folder), files_under(completion_file.parent)
+    arguments = ["select", str(model_folder), str(completion_file), "--dry-run", "--json", *SMALL]
+    status, out, _ = run(arguments, capsys)
     assert status == 0
-    found = json.loads(out)
-    assert (files_under(tmp_path), files_under(model_folder), files_under(completion_file.parent)) == before
-    assert found["splits"]["validation"]["examples"] == 12
-    assert found["splits"]["train"]["label_tokens"] > 0
-    assert [one["rank"] for one in found["ranks"]] == [1, 4]
-    assert all(one["peak_bytes"] > 0 for one in found["ranks"])
-    assert found["cost"]["trainings"] >= 2.0
-    assert found["cost"]["strategy"] == "grid"
-    assert found["margin"] == 0.005
+    result = json.loads(out)
+    assert (files_under(tmp_path), files_under(model_folder), files_under(completion_file.parent)) == files_before
+    assert result["splits"]["validation"]["examples"] == 12
+    assert result["splits"]["train"]["label_tokens"] > 0
+    assert [row["rank"] for row in result["ranks"]] == [1, 4]
+    assert all(row["peak_bytes"] > 0 for row in result["ranks"])
+    assert result["cost"]["trainings"] >= 2.0
+    assert result["cost"]["strategy"] == "grid"
+    assert result["margin"] == 0.005
 
 
 def test_a_run_folder_is_not_made(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    given = [
+    arguments = [
         "select",
         str(model_folder),
         str(completion_file),
@@ -61,7 +61,7 @@ def test_a_run_folder_is_not_made(
         "50",
         *SMALL,
     ]
-    status, text, _ = run(given, capsys)
+    status, text, _ = run(arguments, capsys)
     assert status == 0
     assert not out.exists()
     assert ", 12 validation, " in text
@@ -70,8 +70,8 @@ def test_a_run_folder_is_not_made(
 
 def test_a_preflight_takes_what_people_train_with(model_folder: Path, completion_file: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    told = preflight(str(model_folder), completion_file, peft_config=config, settings=small_settings(max_steps=3))
-    assert told.cost.steps == 3
+    result = preflight(str(model_folder), completion_file, peft_config=config, settings=small_settings(max_steps=3))
+    assert result.cost.steps == 3
     with pytest.raises(ModelError, match="task_type: got 'SEQ_CLS'"):
         preflight(str(model_folder), completion_file, peft_config=LoraConfig(task_type="SEQ_CLS"))
 
@@ -105,19 +105,19 @@ def test_bad_use_is_one_line(more: list[str], message: str, capsys: pytest.Captu
 
 
 def test_the_first_lines_say_where_the_top_rank_comes_from(model_folder: Path, completion_file: Path) -> None:
-    def found(model: Any, tokenizer: Any = None, **changes: Any) -> tuple[Preflight, str]:
+    def result(model: Any, tokenizer: Any = None, **changes: Any) -> tuple[Preflight, str]:
         settings = SelectSettings(**{"max_steps": 4, "max_eval_examples": 12, "seq_len": 32, "device": "cpu"} | changes)
-        before = preflight(model, completion_file, tokenizer=tokenizer, settings=settings)
-        return before, next(note for note in before.notes if note.startswith("top rank "))
+        files_before = preflight(model, completion_file, tokenizer=tokenizer, settings=settings)
+        return files_before, next(note for note in files_before.notes if note.startswith("top rank "))
 
-    every, line = found(str(model_folder), ranks=(1, 4, 16))
+    every, line = result(str(model_folder), ranks=(1, 4, 16))
     assert line.startswith("top rank 16 (the largest asked for): trained once")
-    (needed,) = [one.needed_bytes for one in every.ranks if one.rank == 4]
-    _, line = found(str(model_folder), ranks=(1, 4, 16), memory_bytes=needed)
+    (needed,) = [row.needed_bytes for row in every.ranks if row.rank == 4]
+    _, line = result(str(model_folder), ranks=(1, 4, 16), memory_bytes=needed)
     assert line.startswith("top rank 4 (the largest that fits the memory): ")
-    _, line = found(str(model_folder))
+    _, line = result(str(model_folder))
     assert line.startswith("top rank 16 (the largest default that every matrix can have): ")
     tokenizer = make_tokenizer()
-    wide = LlamaConfig(vocab_size=len(tokenizer), **(SIZES | {"hidden_size": 128, "intermediate_size": 128}))
-    _, line = found(LlamaForCausalLM(wide), tokenizer)
+    wide_config = LlamaConfig(vocab_size=len(tokenizer), **(SIZES | {"hidden_size": 128, "intermediate_size": 128}))
+    _, line = result(LlamaForCausalLM(wide_config), tokenizer)
     assert line.startswith("top rank 64 (the default for every data set): ")

@@ -18,7 +18,7 @@ from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
-EASE = [place / 200 for place in range(200)]  # of the test prompts
+PROMPT_EASE = [place / 200 for place in range(200)]  # of the test prompts
 LOW, HIGH = 1e-5, 1e-4
 
 
@@ -31,7 +31,7 @@ def reinforce(task: TrialTask, gain: float = 0.0, noise: float = 0.01) -> TrialR
         reached = min(1.0, step / (20 if task.learning_rate == HIGH else 80))
         fallen = task.learning_rate == HIGH and step > 60
         task.report(step, 0.0 if fallen else 0.2 + (level - 0.2) * reached)
-    scores = [float(ease < level) for ease in EASE]
+    scores = [float(ease < level) for ease in PROMPT_EASE]
     return TrialResult(metrics={"reward": sum(scores) / len(scores)}, example_scores=scores)
 
 
@@ -48,8 +48,8 @@ def outcomes(out: Path) -> list[Any]:
 
 def test_a_run_that_collapsed_is_an_outcome_and_never_handed_over(tmp_path: Path) -> None:
     selected, notices = run(tmp_path / "run")
-    collapsed = [one for one in outcomes(tmp_path / "run") if isinstance(one, TrialCollapsed)]
-    assert {(one.rank, one.learning_rate, one.seed) for one in collapsed} == {(1, HIGH, 0), (4, HIGH, 0)}
+    collapsed = [outcome for outcome in outcomes(tmp_path / "run") if isinstance(outcome, TrialCollapsed)]
+    assert {(outcome.rank, outcome.learning_rate, outcome.seed) for outcome in collapsed} == {(1, HIGH, 0), (4, HIGH, 0)}
     assert (collapsed[0].best_step, collapsed[0].step, collapsed[0].value) == (20, 100, 0.0)
     assert [point.step for point in collapsed[0].points] == [0, 20, 40, 60, 80, 100]
     assert selected.decision is not None
@@ -60,7 +60,7 @@ def test_a_run_that_collapsed_is_an_outcome_and_never_handed_over(tmp_path: Path
     report = selected.report.read_text(encoding="utf-8")
     assert report.count("collapsed: the held-out value fell from") == 2
     (noise,) = [line for line in notices if line.startswith("Seed noise at rank 1")]
-    assert "seeds a rank" in noise
+    assert "seeds per rank" in noise
 
 
 def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_pa
         "No difference between ranks 1 and 4 can be shown at this noise (seed standard "
     )
     assert "take rank 1, the smallest" in decision.sentence
-    assert any("the 3 given show differences from about" in line for line in notices)
+    assert any("the 3 given seeds detect differences from about" in line for line in notices)
     assert decide(selected.run).decision.verdict == "no_difference"
     assert selected.training.rank == 1
 
@@ -93,10 +93,10 @@ def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
     stored = {name: first["settings"][name] for name in ("profile", "metric", "seeds", "margin", "strategy")}
     assert stored == {"profile": "rl", "metric": "reward", "seeds": [5, 6], "margin": 0.1, "strategy": "grid"}
-    assert {one.seed for one in outcomes(tmp_path / "run")} == {5, 6}
+    assert {outcome.seed for outcome in outcomes(tmp_path / "run")} == {5, 6}
     with pytest.raises(SettingsError, match="unknown profile 'lr'"):
         run(tmp_path / "other", profile="lr")
-    with pytest.raises(SettingsError, match="'upward' climbs from the smallest"):
+    with pytest.raises(SettingsError, match="'upward' starts at the smallest rank"):
         run(tmp_path / "other", goal="adapter", evaluate=lambda _folder, _task: {"reward": 1.0})
     assert not (tmp_path / "other").exists()
 
@@ -104,11 +104,11 @@ def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:
 def test_an_end_below_the_base_is_a_collapse_too(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         level = 0.3 if task.rank == 0 else 0.05 if task.learning_rate == HIGH else 0.6
-        return TrialResult(metrics={"reward": level}, example_scores=[float(ease < level) for ease in EASE])
+        return TrialResult(metrics={"reward": level}, example_scores=[float(ease < level) for ease in PROMPT_EASE])
 
     selected, _ = run(tmp_path / "run", train, ranks=(0, 1, 4, 16))
-    collapsed = [one for one in outcomes(tmp_path / "run") if isinstance(one, TrialCollapsed)]
-    assert {one.learning_rate for one in collapsed} == {HIGH}
+    collapsed = [outcome for outcome in outcomes(tmp_path / "run") if isinstance(outcome, TrialCollapsed)]
+    assert {outcome.learning_rate for outcome in collapsed} == {HIGH}
     assert selected.decision is not None
     assert selected.decision.learning_rate == LOW
 
@@ -125,7 +125,7 @@ def test_a_reward_function_that_raises_fails_its_trial(tmp_path: Path) -> None:
         return reinforce(task)
 
     selected, _ = run(tmp_path / "run", train)
-    assert {one.rank for one in outcomes(tmp_path / "run") if isinstance(one, TrialFailed)} == {4}
+    assert {outcome.rank for outcome in outcomes(tmp_path / "run") if isinstance(outcome, TrialFailed)} == {4}
     assert selected.decision is not None
     assert selected.decision.rank == 1
 

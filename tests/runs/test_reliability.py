@@ -70,9 +70,9 @@ def half_done(small_run: Path, folder: Path) -> Path:
     shutil.copytree(small_run, folder)
     run_folder = folder / "run"
     lines = (run_folder / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if '"type":"trial_' in line or '"run_started"' in line]
-    last = next(number for number, line in enumerate(kept) if '"trial_started"' in line and '"rank":1,' in line)
-    (run_folder / "journal.jsonl").write_text("".join(kept[: last + 1]), encoding="utf-8")
+    kept_lines = [line for line in lines if '"type":"trial_' in line or '"run_started"' in line]
+    last = next(number for number, line in enumerate(kept_lines) if '"trial_started"' in line and '"rank":1,' in line)
+    (run_folder / "journal.jsonl").write_text("".join(kept_lines[: last + 1]), encoding="utf-8")
     for name in ("decision.json", "config.yaml"):
         (run_folder / name).unlink()
     return run_folder
@@ -97,25 +97,25 @@ def require_right(folder: Path, small_run: Path) -> None:
     trained = [record for record in records if isinstance(record, TrialFinished) and record.arm.is_direct]
     assert [record.rank for record in trained] == [0, 4, 1]
     assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4 and r.arm.is_direct]) == 1
-    known = json.loads((small_run / "run" / "decision.json").read_text())
+    expected = json.loads((small_run / "run" / "decision.json").read_text())
     decision = json.loads((folder / "decision.json").read_text())
     assert {name: decision[name] for name in ("rank", "fallback_rank", "best_so_far", "verdict")} == {
-        name: known[name] for name in ("rank", "fallback_rank", "best_so_far", "verdict")
+        name: expected[name] for name in ("rank", "fallback_rank", "best_so_far", "verdict")
     }
     assert [row["value"] for row in decision["ranks"]] == pytest.approx(
-        [row["value"] for row in known["ranks"]], rel=1e-3
+        [row["value"] for row in expected["ranks"]], rel=1e-3
     )
 
 
 def test_a_run_is_looked_at_and_goes_on(work: Path, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (work / "journal.jsonl").read_bytes()
+    journal_before = (work / "journal.jsonl").read_bytes()
     status, out, _ = run(["status", "run", "--json"], capsys)
     assert status == 0
     assert json.loads(out)["trials_ended"] == 2
-    assert (work / "journal.jsonl").read_bytes() == before
+    assert (work / "journal.jsonl").read_bytes() == journal_before
     assert selected(capsys)[0] == 0
     require_right(work, small_run)
-    assert (work / "journal.jsonl").read_bytes().startswith(before)
+    assert (work / "journal.jsonl").read_bytes().startswith(journal_before)
 
 
 def test_what_shows_decides_and_exports_a_run_leaves_its_journal(
@@ -123,12 +123,12 @@ def test_what_shows_decides_and_exports_a_run_leaves_its_journal(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(small_run / "run", folder)
-    before = (folder / "journal.jsonl").read_bytes()
+    journal_before = (folder / "journal.jsonl").read_bytes()
     for command in (["status"], ["report"], ["decide"], ["repair"], ["export", "--to", "trl"]):
         status, out, err = run([command[0], str(folder), *command[1:], "--json"], capsys)
         assert status == 0, err
         assert json.loads(out)
-    assert (folder / "journal.jsonl").read_bytes() == before
+    assert (folder / "journal.jsonl").read_bytes() == journal_before
 
 
 def test_other_settings_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,24 +140,24 @@ def test_other_settings_are_refused(work: Path, capsys: pytest.CaptureFixture[st
 class _Backwards(datetime):
     """A clock that stands a year before the run's start and goes back a minute whenever it is asked."""
 
-    asked = 0
+    calls = 0
 
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
-        cls.asked += 1
-        return datetime(2020, 1, 1, tzinfo=UTC) - timedelta(minutes=cls.asked)
+        cls.calls += 1
+        return datetime(2020, 1, 1, tzinfo=UTC) - timedelta(minutes=cls.calls)
 
 
 def test_a_clock_set_back_changes_nothing(
     work: Path, small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = time.time()
+    start = time.time()
     calls = iter(range(1, 10**9))
-    monkeypatch.setattr(time, "time", lambda: before - 3600 * next(calls))
+    monkeypatch.setattr(time, "time", lambda: start - 3600 * next(calls))
     monkeypatch.setattr(preparation, "datetime", _Backwards)
     monkeypatch.setattr(processes, "datetime", _Backwards)
     assert selected(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
-    assert _Backwards.asked > 0
+    assert _Backwards.calls > 0
     require_right(work, small_run)
     trials = [record for record in Journal(work / "journal.jsonl").read() if isinstance(record, TrialFinished)]
     trained = [trial for trial in trials if trial.arm.is_direct][-1]
@@ -212,28 +212,28 @@ def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
     require_right(work, small_run)
 
 
-def _hold(path: Path, gate: object, held: object, over: object) -> None:
+def _hold(path: Path, gate: object, results: object, over: object) -> None:
     gate.wait()  # type: ignore[attr-defined]
     try:
         with RunFolder(path).lock():
-            held.put("held")  # type: ignore[attr-defined]
+            results.put("held")  # type: ignore[attr-defined]
             over.wait(GENEROUS_SECONDS)  # type: ignore[attr-defined]
     except RunFolderError as error:
-        held.put(str(error))  # type: ignore[attr-defined]
+        results.put(str(error))  # type: ignore[attr-defined]
 
 
 def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    gate, held, over = context.Barrier(3), context.Queue(), context.Event()
-    processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, held, over)) for _ in range(3)]
-    for one in processes:
-        one.start()
-    told = sorted(held.get(timeout=GENEROUS_SECONDS) for _ in processes)
+    gate, results, over = context.Barrier(3), context.Queue(), context.Event()
+    processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, results, over)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    messages = sorted(results.get(timeout=GENEROUS_SECONDS) for _ in processes)
     over.set()
-    for one in processes:
-        one.join()
-    assert told.count("held") == 1
-    assert sum("another process is using this folder" in text for text in told) == 2
+    for process in processes:
+        process.join()
+    assert messages.count("held") == 1
+    assert sum("another process is using this folder" in text for text in messages) == 2
 
 
 def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
@@ -250,9 +250,9 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
     assert f"to resume {tmp_path / 'run'}: rightrank select {model_folder}" in last
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert len(checkpoints) == 1
-    found = load_checkpoint(checkpoints[0])
-    assert found is not None
-    assert found[1]["step"] > 0
+    checkpoint = load_checkpoint(checkpoints[0])
+    assert checkpoint is not None
+    assert checkpoint[1]["step"] > 0
 
 
 def _has_stepped(file: Path) -> bool:
@@ -269,10 +269,10 @@ def _work_on_and_on() -> None:
 
 def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.05)
-    before = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TerminatedRun, match="the run resumes from the last checkpoint"):
         _work_on_and_on()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
@@ -336,11 +336,11 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
     stopper = Watch(should_stop=lambda: next(steps) == 3)
     with pytest.raises(Exception, match="stopped at step 4"):
         training_loop.run_trial(runtime, trial, 20.0, folders, stopper)
-    whole = folders.checkpoint.read_bytes()
+    content = folders.checkpoint.read_bytes()
     assert load_checkpoint(folders.checkpoint) is not None
-    length = 8 + int.from_bytes(whole[:8], "little")
-    for position in (length, length + 997, (length + len(whole)) // 2, len(whole) - 1):
-        damaged = bytearray(whole)
+    length = 8 + int.from_bytes(content[:8], "little")
+    for position in (length, length + 997, (length + len(content)) // 2, len(content) - 1):
+        damaged = bytearray(content)
         damaged[position] ^= 2
         folders.checkpoint.write_bytes(bytes(damaged))
         assert load_checkpoint(folders.checkpoint) is None, position

@@ -152,8 +152,8 @@ def test_the_same_seed_gives_the_same_values(
 def test_other_settings_are_refused_with_the_difference(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--lora-alpha", "16", "--quiet"]
-    status, _, err = run(select_arguments(model_folder, completion_file, finished_run, *given), capsys)
+    options = ["--lora-alpha", "16", "--quiet"]
+    status, _, err = run(select_arguments(model_folder, completion_file, finished_run, *options), capsys)
     assert status == 2
     assert "lora_alpha: 32.0 → 16.0" in err
     assert err.count("\n") == 1
@@ -164,8 +164,8 @@ def test_a_torn_last_line_is_set_aside_and_said(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
-    whole = (folder / "journal.jsonl").read_bytes()
-    (folder / "journal.jsonl").write_bytes(whole[:-25])
+    content = (folder / "journal.jsonl").read_bytes()
+    (folder / "journal.jsonl").write_bytes(content[:-25])
     status, _, err = run(select_arguments(model_folder, completion_file, folder), capsys)
     assert status == 0
     assert "the last line was incomplete" in err

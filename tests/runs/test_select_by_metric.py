@@ -52,7 +52,7 @@ def test_one_metric_decides_and_the_others_are_kept(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(SHARE_OF_E)
     (tmp_path / "count.py").write_text(COUNT)
-    asked = [
+    arguments = [
         "f1",
         "exact_match",
         "rouge2",
@@ -60,14 +60,14 @@ def test_one_metric_decides_and_the_others_are_kept(
         "max:mine.py:total",
         "min:count.py:length",
     ]
-    more = [word for name in asked for word in ("--metrics", name)]
+    more = [word for name in arguments for word in ("--metrics", name)]
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", "rougeL", *more)
     assert status == 0, err
     answer = json.loads(out)
     assert answer["metric"] == "rougeL"
     assert answer["basis"] == "examples"
-    beside = {"loss", "f1", "exact_match", "rouge2", "share", "total", "length"}
-    assert {other["metric"] for other in answer["other_metrics"]} == beside
+    expected_metrics = {"loss", "f1", "exact_match", "rouge2", "share", "total", "length"}
+    assert {comparison["metric"] for comparison in answer["other_metrics"]} == expected_metrics
     assert {one["metric"] for one in answer["other_metrics"] if not one["higher_is_better"]} == {"loss", "length"}
     trials = finished(tmp_path / "run")
     assert {trial.rank for trial in trials if trial.arm.is_direct} == {0, 1, 4}
@@ -87,7 +87,7 @@ def test_one_metric_decides_and_the_others_are_kept(
 
 
 @pytest.mark.parametrize(
-    ("metric", "said"),
+    ("metric", "message"),
     [
         ("rouge", "did you mean 'rougeL'"),
         ("accuracy", "needs `text` and `label`"),
@@ -101,7 +101,7 @@ def test_one_metric_decides_and_the_others_are_kept(
 )
 def test_a_metric_that_is_not_there_is_told_before_anything_starts(
     metric: str,
-    said: str,
+    message: str,
     model_folder: Path,
     completion_file: Path,
     tmp_path: Path,
@@ -112,7 +112,7 @@ def test_a_metric_that_is_not_there_is_told_before_anything_starts(
     (tmp_path / "mine.py").write_text(SHARE_OF_E)
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", metric)
     assert (status, out, err.count("\n")) == (2, "", 1), err
-    assert said in err
+    assert message in err
 
 
 def test_a_function_that_fails_later_loses_nothing(
@@ -129,15 +129,15 @@ def test_a_function_that_fails_later_loses_nothing(
         "import pathlib\n\n\ndef length(completions):\n    seen = pathlib.Path('seen')\n    if seen.exists():\n"
         "        raise RuntimeError('the licence server is away')\n    seen.touch()\n    return [len(text) for text in completions]\n"
     )
-    asked = ["--metric", "min:count.py:length"]
-    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *asked)
+    options = ["--metric", "min:count.py:length"]
+    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *options)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert "the licence server is away" in err
     assert len(finished(tmp_path / "run")) == 1
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert len(checkpoints) == 1
     program.write_text(COUNT)
-    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *asked)
+    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *options)
     assert status == 0, err
     assert len([trial for trial in finished(tmp_path / "run") if trial.arm.is_direct]) == 3
 

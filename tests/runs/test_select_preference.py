@@ -76,16 +76,16 @@ def test_the_margin_is_that_of_pairs(selected: Selected) -> None:
 
 def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> None:
     assert selected.decision is not None
-    assert [other.metric for other in selected.decision.other_metrics] == ["reward_accuracy"]
+    assert [comparison.metric for comparison in selected.decision.other_metrics] == ["reward_accuracy"]
 
 
 def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: Path, model_folder: Path) -> None:
     assert selected.adapter is not None
     settings = small_settings(metrics=("reward_accuracy",))
-    found = compare(
+    comparison = compare(
         selected.adapter.path, selected.adapter.path, model=str(model_folder), data=pair_file, settings=settings
     )
-    by_metric = {one.metric: one for one in found.comparisons}
+    by_metric = {result.metric: result for result in comparison.comparisons}
     assert by_metric["loss"].difference == 0
     assert by_metric["loss"].margin == 0.02
     assert by_metric["reward_accuracy"].margin == 0.005
@@ -149,13 +149,13 @@ def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_fil
         for number in range(1000, 1030)
     ]
     settings = small_settings(max_steps=1, ranks=(1, 2), num_evaluations=1)
-    done = select_rank(
+    selected = select_rank(
         str(model_folder),
         write_jsonl(tmp_path / "pairs.jsonl", [*rows, *long, *same]),
         tmp_path / "run",
         settings=settings,
     )
-    started = next(record for record in RunFolder(done.run).journal.read() if isinstance(record, RunStarted))
+    started = next(record for record in RunFolder(selected.run).journal.read() if isinstance(record, RunStarted))
     splits = started.data.splits.values()
     assert sum(split.dropped for split in splits) >= 40
     assert sum(split.equal for split in splits) >= 15

@@ -55,8 +55,8 @@ def test_a_metric_without_a_known_direction_states_it(tmp_path: Path) -> None:
         return {"colour": 1 / task.rank}
 
     def select(metric: str) -> bool:
-        found = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric)
-        return found.decision.higher_is_better
+        selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric)
+        return selected.decision.higher_is_better
 
     with pytest.raises(SettingsError, match=r"metric 'colour': whether .* give metric='max:colour' or 'min:colour'"):
         select("colour")
@@ -79,8 +79,8 @@ def test_examples_that_belong_together_widen_the_bounds(tmp_path: Path) -> None:
             scores = [score for score in scores for _ in range(10)]
             return TrialResult(metrics={"loss": sum(scores) / 400}, example_scores=scores, example_groups=groups)
 
-        found = select_rank_with(train, tmp_path / name, ranks=RANKS, learning_rates=(1e-3,), margin=0.01).decision
-        return max((one.difference_high or 0.0) - one.difference for one in found.ranks), found.basis_note
+        selected = select_rank_with(train, tmp_path / name, ranks=RANKS, learning_rates=(1e-3,), margin=0.01).decision
+        return max((row.difference_high or 0.0) - row.difference for row in selected.ranks), selected.basis_note
 
     alone, grouped = decide("alone", None), decide("grouped", [number // 10 for number in range(400)])
     assert "independent" in alone[1]
@@ -206,8 +206,8 @@ def test_a_wrong_result_after_good_ones_fails_its_trial_alone(tmp_path: Path) ->
     def train(task: TrialTask) -> Any:
         return None if task.rank == 4 else by_number(task)
 
-    found = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
-    assert {one.rank for one in found.decision.ranks} == {1, 16}
+    selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    assert {row.rank for row in selected.decision.ranks} == {1, 16}
 
 
 def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
@@ -218,13 +218,13 @@ def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
         make_adapter(make_base(tmp_path / "base"), task.folder, rank=task.rank)
         return TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, 1.0])
 
-    given: dict[str, Any] = {"ranks": (1, 2, 4), "learning_rates": (1e-3,), "goal": "adapter", "strategy": "bracket"}
+    arguments: dict[str, Any] = {"ranks": (1, 2, 4), "learning_rates": (1e-3,), "goal": "adapter", "strategy": "bracket"}
     with pytest.raises(AllTrialsFailedError, match=r"evaluate returned float 1.0; .* what has finished is kept"):
-        select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: 1.0, **given)  # type: ignore[arg-type, return-value]
+        select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: 1.0, **arguments)  # type: ignore[arg-type, return-value]
     assert set(trained) == {4}
     trained.clear()
     right = TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, 1.0])
-    select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: right, **given)
+    select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: right, **arguments)
     assert trained == []
 
 
@@ -238,11 +238,11 @@ class Named:
 def test_a_function_that_names_its_metric_needs_no_other_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = select_rank_with(Named(), tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), progress=True).decision
-    assert (found.metric, found.higher_is_better, found.reference_rank) == ("win_share", True, 16)
+    selected = select_rank_with(Named(), tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), progress=True).decision
+    assert (selected.metric, selected.higher_is_better, selected.reference_rank) == ("win_share", True, 16)
     err = capsys.readouterr().err
     assert (
-        "trainer tests.runs.test_select_rank_with.Named, by win_share (higher is better); trainings of the trainer's own"
+        "trainer tests.runs.test_select_rank_with.Named, by win_share (higher is better); the trainer sets the"
         in err
     )
     assert "examples: ;" not in err
@@ -271,9 +271,9 @@ def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
 
 
 def test_several_calls_at_once_come_to_the_same_decision(tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
-    alone = select_rank_with(paired, tmp_path / "alone", **asked).decision
-    several = select_rank_with(paired, tmp_path / "several", workers=3, **asked).decision
+    arguments: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
+    alone = select_rank_with(paired, tmp_path / "alone", **arguments).decision
+    several = select_rank_with(paired, tmp_path / "several", workers=3, **arguments).decision
     measured = {"next_run", "next_runs"}  # they say what the next run would take
     assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
 
@@ -431,10 +431,10 @@ def test_an_answer_without_the_base_says_so(
 
     decision = select_rank_with(train, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), margin=0.1).decision
     assert {evidence.rank for evidence in decision.ranks} == set(RANKS)
-    said = f"The base was not measured, so no gain over it is shown ({reason}"
-    assert said in decision.sentence
-    assert said in decide(tmp_path / "run").decision.sentence
-    assert said in (tmp_path / "run" / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    sentence = f"The base was not measured, so no gain over it is shown ({reason}"
+    assert sentence in decision.sentence
+    assert sentence in decide(tmp_path / "run").decision.sentence
+    assert sentence in (tmp_path / "run" / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
 
 
 def test_a_function_that_is_wrong_for_every_rank_stops_although_the_base_has_a_value(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_a_strategy_trains_in_stages_and_resumes(
 ) -> None:
     settings = small_settings(strategy=strategy, **STAGED)
     notices: list[str] = []
-    whole = select_rank(
+    uninterrupted = select_rank(
         str(model_folder),
         completion_file,
         tmp_path / "whole",
@@ -37,7 +37,7 @@ def test_a_strategy_trains_in_stages_and_resumes(
     assert any(f"strategy {strategy}: about" in notice for notice in notices)
     assert any(trial.stop_at for trial in finished(tmp_path / "whole"))
     assert any(trial.truncate_from for trial in finished(tmp_path / "whole"))
-    assert (whole.adapter.path / "adapter_model.safetensors").exists()
+    assert (uninterrupted.adapter.path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "whole" / "checkpoints").exists()
 
     ended = 0
@@ -50,7 +50,7 @@ def test_a_strategy_trains_in_stages_and_resumes(
     with pytest.raises(InterruptedRun):
         select_rank(str(model_folder), completion_file, tmp_path / "cut", settings=settings, callbacks=[watching])
     resumed = select_rank(str(model_folder), completion_file, tmp_path / "cut", settings=settings)
-    assert resumed.decision == whole.decision
+    assert resumed.decision == uninterrupted.decision
     values = [{trial.trial_id: trial.value for trial in finished(tmp_path / name)} for name in ("whole", "cut")]
     assert values[0] == values[1]
 

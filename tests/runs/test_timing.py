@@ -15,12 +15,12 @@ from rightrank.report.format import format_duration
 from rightrank.report.terminal import format_preflight, format_time_estimate
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
-from rightrank.schema.events import Event, SelectionPlanned, DurationEstimated
+from rightrank.schema.events import DurationEstimated, Event, SelectionPlanned
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
 from rightrank.train.pace import TIMED_STEPS, Pace, measure_pace
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
-from tests.report.runs import made_up_run
+from tests.report.runs import make_run
 from tests.tiny import small_settings
 from tests.watch import Watch
 
@@ -29,17 +29,17 @@ class Log:
     """What a hook receives, in order."""
 
     def __init__(self) -> None:
-        self.seen: list[Any] = []
-        self.hook = Watch(on_event=self._event, notice=self.seen.append)
+        self.entries: list[Any] = []
+        self.hook = Watch(on_event=self._event, notice=self.entries.append)
 
     def _event(self, event: Event) -> None:
         if isinstance(event, TrialStarted):
-            self.seen.append(event.rank)
+            self.entries.append(event.rank)
         if isinstance(event, DurationEstimated):
-            self.seen.append(event.expected_seconds)
+            self.entries.append(event.expected_seconds)
 
     def position(self, text: str) -> int:
-        return next(index for index, one in enumerate(self.seen) if isinstance(one, str) and one.startswith(text))
+        return next(index for index, entry in enumerate(self.entries) if isinstance(entry, str) and entry.startswith(text))
 
 
 def outcomes(selected: Selected) -> list[dict[str, Any]]:
@@ -67,29 +67,29 @@ def test_measured_steps_change_no_result(
     with_time = select_rank(
         str(model_folder), completion_file, tmp_path / "with", settings=settings, callbacks=[log.hook]
     )
-    assert log.position("time: about") < log.seen.index(0) < log.seen.index(4)  # before the base and before rank 4
-    assert any(isinstance(one, float) and one > 0 for one in log.seen[: log.seen.index(0)])  # on_time
+    assert log.position("time: about") < log.entries.index(0) < log.entries.index(4)  # before the base and before rank 4
+    assert any(isinstance(entry, float) and entry > 0 for entry in log.entries[: log.entries.index(0)])  # on_time
     monkeypatch.setattr(planned, "_measure_top_pace", lambda *_, **__: None)
     without = select_rank(str(model_folder), completion_file, tmp_path / "without", settings=settings)
     assert outcomes(with_time) == outcomes(without)
-    for one in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):
-        other = tmp_path / "without" / one.relative_to(tmp_path / "with")
-        assert one.read_bytes() == other.read_bytes()
+    for entry in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):
+        twin = tmp_path / "without" / entry.relative_to(tmp_path / "with")
+        assert entry.read_bytes() == twin.read_bytes()
 
 
 def test_short_trainings_are_not_measured(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     log = Log()
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=small_settings(), callbacks=[log.hook])
-    assert not any(isinstance(one, str) and one.startswith("time: about") for one in log.seen)
+    assert not any(isinstance(entry, str) and entry.startswith("time: about") for entry in log.entries)
 
 
 def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> None:
-    found = preflight(str(model_folder), completion_file, settings=small_settings())
-    assert found.cost.seconds is not None
-    assert found.cost.seconds_at_most is not None
-    assert 0 < found.cost.seconds <= found.cost.seconds_at_most
-    assert f"time: about {format_duration(found.cost.seconds)}, at most " in format_preflight(found)
-    assert any(f"(measured before the start: {TIMED_STEPS} steps of rank 4" in note for note in found.notes)
+    result = preflight(str(model_folder), completion_file, settings=small_settings())
+    assert result.cost.seconds is not None
+    assert result.cost.seconds_at_most is not None
+    assert 0 < result.cost.seconds <= result.cost.seconds_at_most
+    assert f"time: about {format_duration(result.cost.seconds)}, at most " in format_preflight(result)
+    assert any(f"(measured before the start: {TIMED_STEPS} steps of rank 4" in note for note in result.notes)
 
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
@@ -100,9 +100,9 @@ def test_blocks_that_are_computed_once_have_their_own_pace(
 ) -> None:
     settings = small_settings(layers_to_transform=(2,))
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path)
-    found = measure_pace(runtime, ARM)
-    assert found is not None
-    assert found.cache_seconds > 0
+    result = measure_pace(runtime, ARM)
+    assert result is not None
+    assert result.cache_seconds > 0
     again = measure_pace(runtime, ARM)
     assert again is not None
     assert again.cache_seconds == 0  # kept for the trainings
@@ -120,40 +120,40 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
-    before = [name for name, _ in runtime.model.named_modules()]
-    found = measure_pace(runtime, ARM)
-    assert found is not None
-    assert found.batches == runtime.plan_batches(0)[1 : 1 + TIMED_STEPS]  # the first warms up
-    assert found.training_seconds > 0
-    assert found.evaluation_seconds > 0
-    assert found.cache_seconds == 0
+    modules_before = [name for name, _ in runtime.model.named_modules()]
+    result = measure_pace(runtime, ARM)
+    assert result is not None
+    assert result.batches == runtime.plan_batches(0)[1 : 1 + TIMED_STEPS]  # the first warms up
+    assert result.training_seconds > 0
+    assert result.evaluation_seconds > 0
+    assert result.cache_seconds == 0
 
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Runtime, "accumulate_gradients", fail)
     assert measure_pace(runtime, ARM) is None
-    assert [name for name, _ in runtime.model.named_modules()] == before
+    assert [name for name, _ in runtime.model.named_modules()] == modules_before
 
 
 @pytest.mark.parametrize(
-    ("hours", "said"),
+    ("hours", "message"),
     [
         (None, "time: about 20 min, at most 60 min ("),
         (2.0, "time: about 20 min, at most 60 min ("),
         (0.5, "time: about 20 min, at most 30 min ("),
-        (0.25, "time: about 15 min, at most 15 min; without the budget of time about 20 min ("),
+        (0.25, "time: about 15 min, at most 15 min; without the time budget about 20 min ("),
     ],
 )
-def test_a_budget_of_time_bounds_the_time(hours: float | None, said: str) -> None:
+def test_a_budget_of_time_bounds_the_time(hours: float | None, message: str) -> None:
     line = format_time_estimate(1200.0, 3600.0, "3 steps of rank 16 and 2 validation examples", hours)
-    assert line.startswith(said)
-    assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples, then discarded)")
+    assert line.startswith(message)
+    assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples; the measured training is discarded)")
 
 
 def test_progress_counts_down_from_the_start() -> None:
     progress = Progress()
-    started = made_up_run().started
+    started = make_run().started
     cost = {"expected_trainings": 4.0, "trainings_at_most": 8.0}
     progress.record_event(SelectionPlanned(started=started, expected_trials=9, steps=100, **cost))
     assert "left" not in progress.format_progress()

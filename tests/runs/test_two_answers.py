@@ -33,11 +33,11 @@ def settings_for(goal: str, **changes: Any) -> SelectSettings:
 
 
 def recorded(run: Path) -> list[AdapterRecorded]:
-    return [one for one in Journal(run / "journal.jsonl").read() if isinstance(one, AdapterRecorded)]
+    return [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, AdapterRecorded)]
 
 
 def trial_ids(run: Path) -> list[str]:
-    return [one.trial_id for one in Journal(run / "journal.jsonl").read() if isinstance(one, TrialFinished)]
+    return [record.trial_id for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_goal_adapter_ends_with_the_first_answer(answered: Path) -> None:
     assert document["training_rank_estimate"]["trainings"] > 0
     assert document["cost"]["trainings"] == document["cost"]["trainings_to_adapter"] < 2
     text = Elements((answered / "report.html").read_text(encoding="utf-8")).text
-    assert "not asked (--goal adapter)" in text
+    assert "not requested (--goal adapter)" in text
     assert document["training_rank_estimate"]["sentence"] in text
     assert write_report(answered).read_text(encoding="utf-8") == (answered / "report.html").read_text(encoding="utf-8")
     assert status(answered).state == "done"
@@ -85,7 +85,7 @@ def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
     assert alone.exported_adapter.trained_rank == 4
     sentence = alone.answers.estimate.sentence
     assert re.search(r"--goal training-rank --ranks [\d,]*4\.$", sentence)
-    with pytest.raises(SettingsError, match="ranks: got 4 alone; a comparison needs two or more"):
+    with pytest.raises(SettingsError, match="ranks: got 4 only; a comparison needs two or more"):
         select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank", ranks=(4,)))
     trained = trial_ids(run)
     selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank"))
@@ -99,13 +99,13 @@ def test_resize_gives_the_same_answer_from_the_same_adapter_and_data(
     (recorded_answer,) = recorded(answered)
     answer = recorded_answer.answer
     settings, trained = settings_for("adapter"), answered / "trials" / answer.trained_id
-    found = resize(trained, tmp_path / "small", data=completion_file, settings=settings)
-    assert found.answer is not None
-    assert (found.rank, found.answer.margin) == (answer.rank, answer.margin)
-    mine = [(one.rank, one.difference, one.difference_high) for one in found.answer.candidates]
+    resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings)
+    assert resized.answer is not None
+    assert (resized.rank, resized.answer.margin) == (answer.rank, answer.margin)
+    mine = [(candidate.rank, candidate.difference, candidate.difference_high) for candidate in resized.answer.candidates]
     assert mine == [
-        (one.rank, pytest.approx(one.difference, abs=1e-5), pytest.approx(one.difference_high, abs=1e-5))
-        for one in answer.candidates
+        (candidate.rank, pytest.approx(candidate.difference, abs=1e-5), pytest.approx(candidate.difference_high, abs=1e-5))
+        for candidate in answer.candidates
     ]
 
 
@@ -114,10 +114,10 @@ def test_the_same_folder_goes_on_to_the_training_rank(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(answered, run)
-    before = trial_ids(run)
+    earlier_ids = trial_ids(run)
     selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank"))
     assert selected.decision.metric == "loss"
-    assert trial_ids(run)[: len(before)] == before
+    assert trial_ids(run)[: len(earlier_ids)] == earlier_ids
     assert len(trial_ids(run)) == len(set(trial_ids(run)))
     document = json.loads((run / "decision.json").read_text())
     assert document["goal"] == "training-rank"
@@ -128,7 +128,7 @@ def test_the_same_folder_goes_on_to_the_training_rank(
     again = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter"))
     assert again.decision_or_none is None
     assert trial_ids(run) == trained
-    assert "not asked (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
+    assert "not requested (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_interrupted_between_the_answers_the_first_is_there_and_stays(
@@ -145,15 +145,15 @@ def test_interrupted_between_the_answers_the_first_is_there_and_stays(
     require_first_answer(run, answer)
     assert json.loads((run / "decision.json").read_text())["rank"] is None
     assert status(run).state == "stopped"
-    shown = f"Adapter: rank {answer.handed_over.rank} · Training rank: not known yet"
+    shown = f"Adapter: rank {answer.handed_over.rank} · Training rank: not available yet"
     assert shown in Elements((run / "report.html").read_text(encoding="utf-8")).text
     assert shown in Elements(write_report(run).read_text(encoding="utf-8")).text
     assert export(run, "peft").folder.is_dir()
 
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    before = trial_ids(run)
+    earlier_ids = trial_ids(run)
     select_rank(str(model_folder), completion_file, run, settings=settings)
-    assert trial_ids(run)[: len(before)] == before
+    assert trial_ids(run)[: len(earlier_ids)] == earlier_ids
     assert recorded(run)[0] == answer
     last = recorded(run)[-1]
     if last.answer.trial_id == answer.answer.trial_id:  # no training of the second question was better
@@ -164,7 +164,7 @@ def test_interrupted_between_the_answers_the_first_is_there_and_stays(
 def test_before_the_start_it_says_what_data_and_margin_allow(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    def notices_of(name: str, **changes: Any) -> list[str]:
+    def select_and_collect_notices(name: str, **changes: Any) -> list[str]:
         notices: list[str] = []
         settings = settings_for("adapter", **changes)
         select_rank(
@@ -177,9 +177,9 @@ def test_before_the_start_it_says_what_data_and_margin_allow(
         first = next(index for index, notice in enumerate(notices) if notice.startswith("adapter: "))
         return notices[:first]
 
-    fine = notices_of("fine")
+    fine = select_and_collect_notices("fine")
     assert any(line.startswith("top rank 4 (the largest asked for): trained once") for line in fine)
-    assert {one.method for one in recorded(tmp_path / "fine")[0].answer.candidates} == {"trained", "truncated"}
+    assert {record.method for record in recorded(tmp_path / "fine")[0].answer.candidates} == {"trained", "truncated"}
 
 
 def test_on_the_command_line_each_question_has_its_sentence(
@@ -201,7 +201,7 @@ def test_on_the_command_line_each_question_has_its_sentence(
     out = shown("adapter")
     assert f"Adapter: {recorded(run)[0].answer.sentence}" in out
     assert "It was trained at rank 4 (learning rate 0.01, 20 steps), truncated to rank " in out
-    assert "Training rank: not asked (--goal adapter). An estimate, not evidence: " in out
+    assert "Training rank: not requested (--goal adapter). An estimate, not evidence: " in out
     assert "verdict:" not in out
     out = shown("training-rank")
     assert f"Adapter: {recorded(run)[-1].answer.sentence}" in out

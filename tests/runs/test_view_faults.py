@@ -23,11 +23,11 @@ VIEWS = [
     "rightrank.hooks.report.render_model_card",
     "rightrank.hooks.report._build_adapter_figures",
     "rightrank.hooks.report.write_figures",
-    "rightrank.hooks.report.build_answers",
+    "rightrank.hooks.report.collect_answers",
     "rightrank.hooks.report.render_report",
-    "rightrank.runs.finish.build_answers",
-    "rightrank.runs.finish.compared",
-    "rightrank.runs.finish.next_commands",
+    "rightrank.runs.finish.collect_answers",
+    "rightrank.runs.finish.compare_run_adapters",
+    "rightrank.runs.finish.build_next_commands",
     "rightrank.report.answer.format_labelled_rows",
 ]
 FAULTS = [StopIteration(), KeyError("x"), ZeroDivisionError("division by zero"), AttributeError("no such field")]
@@ -65,7 +65,7 @@ def whole(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.Te
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_view_with_a_fault_leaves_adapter_and_journal_whole(
     view: str,
-    whole: Path,
+    complete_run: Path,
     model_folder: Path,
     completion_file: Path,
     tmp_path: Path,
@@ -73,21 +73,21 @@ def test_a_view_with_a_fault_leaves_adapter_and_journal_whole(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
-    shutil.copytree(whole, out)
+    shutil.copytree(complete_run, out)
     arguments = ["select", "--out", str(out), "--quiet"]
     error = FAULTS[VIEWS.index(view) % len(FAULTS)]
     with monkeypatch.context() as patched:
         break_view(patched, view, error)
-        status, printed, said = run(arguments, capsys)
+        status, printed, stderr = run(arguments, capsys)
     kinds = [type(record) for record in Journal(out / "journal.jsonl").read()]
     assert AdapterRecorded in kinds
     assert DecisionRecorded in kinds
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
-    assert (status, printed) == (1, ""), said
-    assert said.count("\n") == 1
-    assert f"failed ({type(error).__name__}" in said
-    status, printed, said = run(arguments, capsys)
-    assert (status, said) == (0, "")
+    assert (status, printed) == (1, ""), stderr
+    assert stderr.count("\n") == 1
+    assert f"failed ({type(error).__name__}" in stderr
+    status, printed, stderr = run(arguments, capsys)
+    assert (status, stderr) == (0, "")
     assert "Adapter:" in printed
 
 
@@ -96,14 +96,14 @@ def test_an_own_trainer_s_run_is_handed_over_too(tmp_path: Path, monkeypatch: py
         (task.folder / "weights.txt").write_text("saved")
         return TrialResult(metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * 4)
 
-    given: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-3,)}
+    arguments: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-3,)}
     for view in ("rightrank.hooks.report.build_adapter_figure", "rightrank.hooks.report.render_report"):
         with monkeypatch.context() as patched:
             break_view(patched, view, KeyError("x"))
             with pytest.raises(RunError, match=r"failed \(KeyError"):
-                select_rank_with(train, tmp_path / view, **given)
+                select_rank_with(train, tmp_path / view, **arguments)
         assert (tmp_path / view / "adapter" / "weights.txt").read_text() == "saved"
-        assert select_rank_with(train, tmp_path / view, **given).adapter.path == tmp_path / view / "adapter"
+        assert select_rank_with(train, tmp_path / view, **arguments).adapter.path == tmp_path / view / "adapter"
 
 
 def test_a_hook_that_raises_is_named_in_one_line() -> None:

@@ -18,11 +18,11 @@ from rightrank.schema.metrics import (
     MetricKind,
     MetricSpec,
     compute_default_margin,
-    infer_direction,
+    get_published_deviation,
     has_percentages,
+    infer_direction,
     infer_metric_kind,
     parse_metrics,
-    get_published_deviation,
 )
 
 # By where they are logged: transformers' Trainer and its example scripts, TRL, Lightning and torchmetrics, `evaluate`,

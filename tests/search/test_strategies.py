@@ -12,7 +12,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.bracket import order_outside_in
-from rightrank.search.history import Requests, Trials, make_base_arm, build_space
+from rightrank.search.history import Requests, Trials, build_space, make_base_arm
 from rightrank.search.learning_rates import find_learning_rate, try_rank
 from rightrank.search.protocol import Strategy
 from tests.search.worlds import STEPS, World, make_space, recommend, rounds, run_all

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from rightrank.decision.seeds import detectable_difference, needed_seeds
-from rightrank.decision.table import collapse_of, without_collapsing
+from rightrank.decision.seeds import compute_detectable_difference, compute_needed_seeds
+from rightrank.decision.table import detect_collapse, exclude_collapsed_rates
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import Space
 from rightrank.search.upward import Upward
@@ -71,9 +71,9 @@ def test_the_noise_decides_how_many_seeds_are_trained() -> None:
     assert {outcome.seed for outcome in many if outcome.rank == 4} == set(range(8))
     (note,) = quiet.replay_trials(few).notes
     assert note.startswith("Seed noise at rank 1: a standard deviation of ")
-    assert note.endswith("takes about 2 seeds a rank; 2 of the 8 are used.")
+    assert note.endswith("takes about 2 seeds per rank; 2 of the 8 are used.")
     (note,) = loud.replay_trials(many).notes
-    assert "; the 8 given show differences from about 0.0" in note
+    assert "; the 8 given seeds detect differences from about 0.0" in note
 
 
 def test_the_note_comes_before_any_other_rank() -> None:
@@ -88,7 +88,7 @@ def test_a_learning_rate_that_a_seed_does_not_survive_is_left() -> None:
     known = run_all(strategy, Collapsing(gain=0.0, noise=0.001))
     best = {rank: {one.learning_rate for one in known if one.rank == rank and one.seed > 0} for rank in (1, 4)}
     assert best == {1: {HIGH, MIDDLE}, 4: {HIGH, MIDDLE}}
-    evidence = without_collapsing(known)
+    evidence = exclude_collapsed_rates(known)
     assert {one.learning_rate for one in evidence if isinstance(one, TrialFinished) and one.rank > 0} == {LOW, MIDDLE}
     assert recommend(strategy, known).learning_rate == MIDDLE
 
@@ -97,7 +97,7 @@ def test_where_every_learning_rate_collapses_the_survivors_are_the_evidence() ->
     strategy = Upward(make_space(learning_rates=(HIGH,), seeds=(0, 1, 2)))
     known = run_all(strategy, Collapsing(gain=0.0))
     assert {type(one) for one in known if one.rank == 1} == {TrialFinished, TrialCollapsed}
-    assert without_collapsing(known) == known
+    assert exclude_collapsed_rates(known) == known
 
 
 def test_a_rank_without_a_result_does_not_end_the_climb() -> None:
@@ -124,8 +124,8 @@ def points(*values: float, scores: list[list[float]] | None = None) -> list[Eval
     ],
 )
 def test_a_collapse_is_a_last_value_far_below_the_best(values: tuple[float, ...], collapses: bool) -> None:
-    assert (collapse_of(points(*values), 0.05) is not None) is collapses
-    assert (collapse_of(points(*(-value for value in values)), 0.05, higher_is_better=False) is not None) is collapses
+    assert (detect_collapse(points(*values), 0.05) is not None) is collapses
+    assert (detect_collapse(points(*(-value for value in values)), 0.05, higher_is_better=False) is not None) is collapses
 
 
 def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
@@ -136,7 +136,7 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
 
     for count, collapses in ((20, False), (2000, True)):
         both = [scores(0.62, count), scores(0.5, count)]
-        found = collapse_of(points(0.62, 0.5, scores=both), 0.05)
+        found = detect_collapse(points(0.62, 0.5, scores=both), 0.05)
         assert (found is not None) is collapses
     assert found == {
         "step": 10,
@@ -157,7 +157,7 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
 )
 def test_a_collapse_is_more_than_three_standard_errors(scores: list[list[float]], collapses: bool) -> None:
     best, last = (sum(values) / len(values) for values in scores)
-    assert (collapse_of(points(best, last, scores=scores), 0.05) is not None) is collapses
+    assert (detect_collapse(points(best, last, scores=scores), 0.05) is not None) is collapses
 
 
 def test_seeds_that_agree_exactly_measure_no_noise() -> None:
@@ -165,14 +165,14 @@ def test_seeds_that_agree_exactly_measure_no_noise() -> None:
     known = run_all(strategy, World(gain=0.0))
     (note,) = strategy.replay_trials(known).notes
     assert note == (
-        "Seed noise: not measured at rank 1 (2 seeds with the same result); seeds=(0, 1, 2) or more measure it."
+        "Seed noise: not measured at rank 1 (2 seeds with the same result); give seeds=(0, 1, 2) or more to measure it."
     )
 
 
 def test_needed_seeds_show_the_difference() -> None:
-    assert needed_seeds(0.02, 0.02) == 13
-    assert needed_seeds(0.0, 0.02) == 1
+    assert compute_needed_seeds(0.02, 0.02) == 13
+    assert compute_needed_seeds(0.0, 0.02) == 1
     for deviation in (0.01, 0.02, 0.04):
-        needed = needed_seeds(deviation, 0.02)
-        assert detectable_difference(deviation, needed) <= 0.02 < detectable_difference(deviation, needed - 1)
-    assert math.isclose(detectable_difference(0.02, 8), 0.02 * 2.4865 * math.sqrt(2 / 8), rel_tol=1e-3)
+        needed = compute_needed_seeds(deviation, 0.02)
+        assert compute_detectable_difference(deviation, needed) <= 0.02 < compute_detectable_difference(deviation, needed - 1)
+    assert math.isclose(compute_detectable_difference(0.02, 8), 0.02 * 2.4865 * math.sqrt(2 / 8), rel_tol=1e-3)

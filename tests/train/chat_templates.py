@@ -119,7 +119,7 @@ REWRITING: dict[str, tuple[str, list[str] | str, list[str] | str]] = {
     "deepseek r1": (
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + '<|end of sentence|>' }}"
         "{% else %}{{ '<|User|>' + m.content }}{% endif %}{% endfor %}" + _CUE.replace("CUE", "{{ '<|Assistant|><think>\n' }}"),
-        "leaves a part of the last answer out, such as its reasoning",
+        "omits some text of the last answer, such as its reasoning",
         ["one<|end of sentence|>", "two<|end of sentence|>"],
     ),
     "gpt-oss": (
@@ -154,8 +154,8 @@ REWRITING: dict[str, tuple[str, list[str] | str, list[str] | str]] = {
     "parts of text alone": (
         "{% for m in messages %}{{ '<' + m.role + '>' }}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endfor %}"
         + _CUE.replace("CUE", "{{ '<assistant>' }}"),
-        "leaves a part of the last answer out",
-        "leaves a part of the last answer out",
+        "omits some text of the last answer",
+        "omits some text of the last answer",
     ),
 }  # fmt: skip
 PLAIN = [

@@ -141,7 +141,7 @@ def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path,
     tokenizer = make_tokenizer()
     short = made("GPT2LMHeadModel", "GPT2Config", tokenizer, **GPT2_SIZES | {"n_positions": 4})
     with pytest.raises(
-        ModelError, match=r"^GPT2LMHeadModel: the base itself fails, without any adapter, on texts of .*seq_len"
+        ModelError, match=r"^GPT2LMHeadModel: the base model fails without any adapter on texts of .*seq_len"
     ):
         runtime_of(short, tokenizer, completion_file, tmp_path)
     with pytest.raises(ModelError, match=r"in 8 bits on this device: leave load_in_8bit out, or give another device$"):
@@ -152,7 +152,7 @@ def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path,
         tokenizer,
         **SIZES | {"head_dim": 6, "hidden_size": 24, "partial_rotary_factor": 0.5},
     )
-    with pytest.raises(ModelError, match=r"^StableLmForCausalLM: the base itself fails.*RuntimeError: .*config\.json"):
+    with pytest.raises(ModelError, match=r"^StableLmForCausalLM: the base model fails.*RuntimeError: .*config\.json"):
         runtime_of(odd, tokenizer, completion_file, tmp_path)
 
 

@@ -97,7 +97,7 @@ def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None
     assert [(list(item.input_ids), list(item.labels)) for item in data.splits["train"]] == [row[1:] for row in expected]
     if refused:
         refusing = load_data(splits | {"train": [*rows, {"messages": refused[0]}]}, settings)
-        with pytest.raises(DataError, match="the chat template refuses the conversation"):
+        with pytest.raises(DataError, match="the chat template rejects the conversation"):
             encode_splits(refusing, base, settings)
 
 
@@ -186,13 +186,13 @@ def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) ->
 
 def test_all_labels_beyond_the_limit_is_an_error(loaded: Any, tmp_path: Path) -> None:
     rows = [{"prompt": text * 8, "completion": "x"} for text in sentences(80)]
-    with pytest.raises(DataError, match="no label token left after tokenising"):
+    with pytest.raises(DataError, match="no labels left after tokenising"):
         encode_rows(loaded, rows, tmp_path, seq_len=8)
 
 
 def test_all_rows_empty_is_an_error(loaded: Any, tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}", "completion": ""} for n in range(100)]
-    with pytest.raises(DataError, match="no label token left"):
+    with pytest.raises(DataError, match="no labels left"):
         encode_rows(loaded, rows, tmp_path)
 
 

@@ -119,7 +119,7 @@ def test_dropout_leaves_what_was_taken_from_the_base_alone(completion_file: Path
         (layer,) = find_lora_modules(multi_lora.peft_model).values()
         a, b, scale = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
         x = torch.randn(1, 3, layer.in_features)
-        multi_lora.routing = Routing.packed([ADAPTER], [7], [3])
+        multi_lora.routing = Routing.from_packed([ADAPTER], [7], [3])
         dropped = layer(x) - (x @ layer.base_layer.weight.T - scale * x @ a.T @ b.T)
         kept = torch.linalg.lstsq((scale * b @ a), dropped[0].T).solution.T  # the inputs that A saw
         assert torch.allclose(scale * kept @ a.T @ b.T, dropped[0], atol=1e-5)
@@ -130,7 +130,7 @@ def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
     """B·A = 0, entries as in PEFT (A: 0.1 / √2), and the rows of a lower rank lie within those of a higher one."""
     draw = InitialDraw(3, "model.layers.0.q_proj", "orthogonal")
     for rank in (2, 8, 32):
-        a, b = draw.orthogonal(rank, 400, 300)
+        a, b = draw.draw_orthogonal(rank, 400, 300)
         assert (tuple(a.shape), tuple(b.shape)) == ((rank, 400), (300, rank))
         assert float((b @ a).abs().max()) < 1e-12
         own = get_peft_model(
@@ -139,9 +139,9 @@ def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
         ).base_model.model[0]
         for mine, theirs in ((a, own.lora_A["default"].weight), (b, own.lora_B["default"].weight)):
             assert float(mine.norm()) == pytest.approx(float(theirs.detach().norm()), rel=0.15)
-    low, high = draw.orthogonal(4, 400, 300)[0], draw.orthogonal(16, 400, 300)[0]
+    low, high = draw.draw_orthogonal(4, 400, 300)[0], draw.draw_orthogonal(16, 400, 300)[0]
     assert float((low - low @ torch.linalg.pinv(high) @ high).abs().max()) < 1e-10
-    other = InitialDraw(3, "model.layers.1.q_proj", "orthogonal").orthogonal(4, 400, 300)[0]
+    other = InitialDraw(3, "model.layers.1.q_proj", "orthogonal").draw_orthogonal(4, 400, 300)[0]
     assert not torch.allclose(low, other)
 
 
@@ -149,7 +149,7 @@ def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_lora_weights": "pissa", "use_dora": True}, r"init_lora_weights pissa: .*q_proj is DoRA, and PEFT has it for"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, r"init_lora_weights pissa: .*q_proj is DoRA, and PEFT supports this initialization for"),
         ({"init_lora_weights": "olora", "target_modules": ("embed_tokens", "q_proj")}, "is an embedding, and PEFT has it"),
         ({"init_lora_weights": "orthogonal", "target_modules": ("embed_tokens",)}, "is an embedding, and PEFT has it"),
         ({"init_lora_weights": "orthogonal", "ranks": (2, 3)}, "at even ranks, got rank 3; give even ranks"),
@@ -167,7 +167,7 @@ def test_what_peft_does_not_start_so_is_refused_before_the_first_step(
 def test_olora_on_a_conv1d_is_refused(completion_file: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     with pytest.raises(
-        ModelError, match=r"is a Conv1D, of which PEFT's OLoRA takes the transposed matrix; leave it out"
+        ModelError, match=r"is a Conv1D, whose matrix PEFT's OLoRA would transpose; leave it out"
     ):
         runtime_of(make_model("gpt2", len(tokenizer)), tokenizer, completion_file, tmp_path, init_lora_weights="olora")
 

@@ -11,7 +11,7 @@ import torch
 from rightrank.schema.errors import DataError
 from rightrank.schema.trials import Arm
 from rightrank.train import generation
-from rightrank.train.generation import generate_answers, build_prompts
+from rightrank.train.generation import build_prompts, generate_answers
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import Chat

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rightrank.decision.comparison import bounds_of, bounds_of_files, estimate
+from rightrank.decision.comparison import compute_bounds, compute_file_bounds, estimate_mean
 from rightrank.train.metrics import score_exact_match, score_macro_f1, score_rouge_l, score_rouge_n, score_token_f1
 
 
@@ -104,7 +104,7 @@ def test_the_shares_of_macro_f1_have_its_mean_and_leave_one_out_values() -> None
 def test_the_bounds_of_macro_f1_are_those_of_a_paired_bootstrap_of_the_predictions(count: int) -> None:
     expected, ours, theirs = map(np.array, _classified(count, count))
     differences = np.array(score_macro_f1(theirs, expected)[1]) - np.array(score_macro_f1(ours, expected)[1])
-    found = bounds_of_files(differences, np.ones(count), 1.0)
+    found = compute_file_bounds(differences, np.ones(count), 1.0)
     generator = np.random.default_rng(0)
     drawn = []
     for _ in range(1000):
@@ -121,8 +121,8 @@ def test_one_other_prediction_has_the_bound_of_a_rare_difference() -> None:
     difference = np.array(score_macro_f1(expected, expected)[1]) - np.array(score_macro_f1(expected, ours)[1])
     assert np.count_nonzero(difference != np.median(difference)) > 30
     for found in (
-        bounds_of(estimate(difference[None, :], np.ones(102), 1.0)),
-        bounds_of_files(difference, np.ones(102), 1.0),
+        compute_bounds(estimate_mean(difference[None, :], np.ones(102), 1.0)),
+        compute_file_bounds(difference, np.ones(102), 1.0),
     ):
         assert found.mean == pytest.approx(1 - score_macro_f1(expected, ours)[0])
         assert found.high >= found.mean + 3 / 102

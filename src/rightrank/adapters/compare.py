@@ -18,8 +18,8 @@ from typing import Any
 from rightrank.adapters.conversion_faults import ComparedSide, describe_token_difference, diagnose_conversion
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
-from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
+from rightrank.decision.comparison import compute_file_bounds, compute_required_examples, estimate_file_difference
+from rightrank.decision.table import build_table, compute_distribution, compute_paired_difference, format_distribution
 from rightrank.models.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
 from rightrank.models.base_models import has_default_names, load_base
 from rightrank.models.mlx import ensure_torch_format
@@ -217,15 +217,15 @@ def _compare_metric(
     higher = settings.is_higher_better(metric)
     loss: LossKind = "token_loss" if a.example_correct is None else "loss"
     loss = "pair_loss" if "reward_accuracy" in a.example_metrics else loss
-    tables = [table_of([trial], metric, higher, loss=loss) for trial in (a, b)]
+    tables = [build_table([trial], metric, higher, loss=loss) for trial in (a, b)]
     cells = [next(iter(table.cells.values())) for table in tables]
     if not all(cell.examples for cell in cells):
         raise SettingsError(
             f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
         )
-    worse = minus(cells[1], cells[0])
+    worse = compute_paired_difference(cells[1], cells[0])
     difference = worse.sums, worse.weights, worse.span, worse.groups
-    bounds = bounds_of_files(*difference)
+    bounds = compute_file_bounds(*difference)
     margin = settings.margin
     if margin is None:
         margin = compute_default_margin(tables[0].kind, cells[0].value, [cells[0].value])
@@ -239,12 +239,14 @@ def _compare_metric(
         difference=bounds.mean,
         difference_low=bounds.low,
         difference_high=bounds.high,
-        distribution=spread_of(worse, margin),
+        distribution=compute_distribution(worse, margin),
         margin=margin,
         examples=cells[0].examples,
-        groups=cells[0].units if cells[0].groups is not None else None,
+        groups=cells[0].num_groups if cells[0].groups is not None else None,
         left_out=max(side.runtime.data.summary.splits["validation"].dropped for side in sides),
-        examples_needed=examples_needed(estimate_of_files(*difference), margin) if verdict == "cannot_tell" else None,
+        examples_needed=compute_required_examples(estimate_file_difference(*difference), margin)
+        if verdict == "cannot_tell"
+        else None,
     )
 
 
@@ -264,14 +266,14 @@ def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause:
         return f"{names}: BROKEN, {cause}; {figures}.{among}"
     if worst.verdict != "cannot_tell":
         told = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
-        return f"{names}: {told}; {figures}. {spread_sentence(worst.distribution)}{among}"
+        return f"{names}: {told}; {figures}. {format_distribution(worst.distribution)}{among}"
     noun = "examples" if worst.groups is None else "groups"
     cure = (
         f"about {worst.examples_needed:,} {noun} would show it"
         if worst.examples_needed is not None
         else f"more {noun} would show whether it is worse"
     )
-    return f"{names}: these examples cannot tell; {figures}; {cure}. {spread_sentence(worst.distribution)}{among}"
+    return f"{names}: these examples cannot tell; {figures}; {cure}. {format_distribution(worst.distribution)}{among}"
 
 
 def _find_shared_labels(sides: Sequence[str]) -> list[str] | None:

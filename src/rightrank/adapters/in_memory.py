@@ -125,7 +125,7 @@ def copy_factors(model: Any, name: str, adapter: AdapterFolder) -> None:
     layers = find_lora_modules(model)
     for module in adapter.modules:
         layer = layers[module.name]
-        b, a = (torch.from_numpy(part) for part in adapter.factors(module))
+        b, a = (torch.from_numpy(part) for part in adapter.load_factors(module))
         ratio = module.scaling / layer.scaling[name]
         for weight, part in ((layer.lora_B[name].weight, b * ratio), (layer.lora_A[name].weight, a)):
             whole = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)

@@ -72,8 +72,8 @@ def resize_adapter(
         out=str(out),
         parameters_before=sum(module.parameters for module in adapter.modules),
         parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
-        bytes_before=adapter.weights.stat().st_size,
-        bytes_after=(out / adapter.weights.name).stat().st_size,
+        bytes_before=adapter.weights_file.stat().st_size,
+        bytes_after=(out / adapter.weights_file.name).stat().st_size,
         chosen_by=chosen_by,
         notes=_build_notes(adapter, tensors),
     )
@@ -132,7 +132,7 @@ def write_resized_adapter(
     adapter: AdapterFolder, out: Path, chosen: Mapping[str, int], moments: Mapping[str, Moments] | None = None
 ) -> dict[str, torch.Tensor]:
     """As `resize_adapter`, without the error of what is written: most of the time of a large adapter."""
-    tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
+    tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
     config = _build_resized_config(adapter, chosen)
     for pair in adapter.pairs:
         ratio = pair[0].scaling / _compute_scaling(config)
@@ -166,8 +166,8 @@ def _measure_errors(
 ) -> Iterator[tuple[AdapterModule, int, float, float]]:
     """`(module, its new rank, ‖ΔW' − ΔW‖_F after rounding to the dtype of the file, ‖ΔW‖_F)` of each matrix of a pair."""
     first = pair[0]
-    written = first.kind.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
-    for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.pair_factors(first), strict=True):
+    written = first.kind.unpack_factors(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
+    for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.load_pair_factors(first), strict=True):
         before, after = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
         none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
         yield module, rank, compute_distance(*before, *after), compute_distance(*before, *none)
@@ -191,7 +191,7 @@ def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] 
     With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
     the rank that a server reserves.
     """
-    highest = find_server_rank(rank) if adapter.mlx is None else rank  # mlx-lm loads one rank for all modules
+    highest = find_server_rank(rank) if adapter.mlx_config is None else rank  # mlx-lm loads one rank for all modules
     shared = allocate_module_ranks(adapter, rank, highest, moments or {})
     return {module.name: min(rank, module.rank) for module in adapter.modules} if shared is None else shared
 
@@ -223,7 +223,7 @@ def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: boo
         raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
     ranks: dict[str, int] = {}
     for module in adapter.modules:
-        s = compute_singular_values(*adapter.factors(module))
+        s = compute_singular_values(*adapter.load_factors(module))
         ranks[module.name] = max(1, compute_energy_rank(s, fraction) or module.rank)
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
@@ -261,8 +261,8 @@ def write_same_format(
     Raises:
         RunFolderError: `out` exists, or can't be written.
     """
-    if adapter.mlx is not None:
-        _write_mlx_adapter(out, adapter.mlx, config, tensors)
+    if adapter.mlx_config is not None:
+        _write_mlx_adapter(out, adapter.mlx_config, config, tensors)
         return
     write_adapter(out, config, tensors, adapter.path, files)
 

@@ -26,9 +26,9 @@ from rightrank.adapters.resize import (
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
-from rightrank.decision.comparison import bounds_of_files
-from rightrank.decision.table import minus, table_of
+from rightrank.decision.adapter import SEARCH_OPTION, Criterion, build_trained_answer, choose_adapter
+from rightrank.decision.comparison import compute_file_bounds
+from rightrank.decision.table import build_table, compute_paired_difference
 from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments
@@ -172,8 +172,8 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: ResizeRequest) -> Re
         halves = scored.scores_training_examples
         curve = measure_truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
-        tensors = {key: chosen.tensor(key) for key in chosen.keys}
-        write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
+        tensors = {key: chosen.load_tensor(key) for key in chosen.keys}
+        write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.to_json()})
         resized = _build_result(curve, chosen, runtime, rule)
     further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count}
     return resized.model_copy(update=further)
@@ -199,11 +199,11 @@ def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtim
     stated, unsaid = convert_configs(config, **get_explicit_values(rule.settings) | {"ranks": ranks})
     search = build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings.stored(stated))
     notes += [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
-    named = {"notes": [note.replace(SEARCH, f"({search})") for note in answer.notes]}
+    named = {"notes": [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]}
     return written.model_copy(
         update={
             "rank": answer.rank,
-            "bytes_after": chosen.weights.stat().st_size,
+            "bytes_after": chosen.weights_file.stat().st_size,
             "chosen_by": f"data, margin {answer.margin:g}",
             "held_out": [HeldOutValue(rank=trial.rank, value=trial.value) for trial in curve.trials],
             "answer": answer.model_copy(update=gain | named),
@@ -217,10 +217,10 @@ def _describe_missing_gain(trials: Sequence[TrialFinished], answer: AdapterAnswe
     """The sentence of an answer whose reference is not better than the base by more than the margin; else empty."""
     metric = runtime.settings.metric_name
     reference = next(trial for trial in trials if trial.trial_id == answer.reference_id)
-    cells = table_of([trials[0], reference], metric, runtime.settings.is_higher_better(metric)).cells.values()
+    cells = build_table([trials[0], reference], metric, runtime.settings.is_higher_better(metric)).cells.values()
     base, best = sorted(cells, key=lambda cell: cell.trial_id != trials[0].trial_id)
-    worse = minus(base, best)
-    if not bounds_of_files(worse.sums, worse.weights, worse.span, worse.groups).is_enough(answer.margin):
+    worse = compute_paired_difference(base, best)
+    if not compute_file_bounds(worse.sums, worse.weights, worse.span, worse.groups).is_enough(answer.margin):
         return {}
     return {
         "sentence": f"No gain: the base alone has {base.value:.4f} and the adapter {best.value:.4f}, within the margin of "
@@ -273,7 +273,9 @@ def measure_truncation_curve(
 
 def find_smallest_adapter(trials: Sequence[TrialFinished], criterion: Criterion) -> AdapterAnswer:
     """The smallest adapter that holds."""
-    return adapter_answer(trials, criterion) or trained_answer(max(trials, key=lambda trial: trial.rank), criterion)
+    return choose_adapter(trials, criterion) or build_trained_answer(
+        max(trials, key=lambda trial: trial.rank), criterion
+    )
 
 
 _Fold: TypeAlias = tuple[list[int], Mapping[str, Moments]]  # half of the scored examples, moments over the other half

@@ -125,7 +125,7 @@ def inspect_adapter(path: Path) -> Inspection:
         kind="adapter",
         scaling_rule="alpha/sqrt(r)" if adapter.use_rslora else "alpha/r",
         base_model=adapter.base_model,
-        parameters=adapter.trained,
+        parameters=adapter.trainable_parameters,
         modules_to_save=[key.removeprefix(PEFT_PREFIX) for key in adapter.other_keys if not key.endswith(".alpha")],
         notes=_build_adapter_notes(adapter),
     )
@@ -162,7 +162,7 @@ def _compute_pair_spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule])
 
 
 def _compute_module_spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:
-    b, a = adapter.factors(module)
+    b, a = adapter.load_factors(module)
     values = abs(module.scaling) * compute_singular_values(b, a)
     # PEFT starts with B = 0 (with A = 0 for an embedding)
     flags = ["untrained"] * (not b.any() or not a.any())
@@ -310,7 +310,7 @@ def _iterate_differences(before: _Checkpoint, after: _Checkpoint) -> Iterator[tu
         ModelError: a value that is NaN or infinite.
     """
     for name in sorted(before.files, key=natural_sort_key):
-        old, new = before.tensor(name), after.tensor(name)
+        old, new = before.load_tensor(name), after.load_tensor(name)
         if not old.is_floating_point():
             continue
         if torch.equal(old, new.to(old.dtype)) and torch.equal(new, old.to(new.dtype)):
@@ -357,7 +357,7 @@ class _Checkpoint:
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def load_tensor(self, name: str) -> torch.Tensor:
         # Closing the file releases its mapped pages, so that memory holds one tensor at a time.
         with safe_open(self.files[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)

@@ -91,7 +91,7 @@ class Bounds:
 
 
 def compute_bounds(estimate: Estimate) -> Bounds:
-    return Bounds(estimate_mean.mean, estimate_mean.bound(1 - CONFIDENCE), estimate_mean.bound(CONFIDENCE))
+    return Bounds(estimate.mean, estimate.bound(1 - CONFIDENCE), estimate.bound(CONFIDENCE))
 
 
 def compute_file_bounds(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Bounds:
@@ -117,29 +117,29 @@ def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
 
     None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if examples were not scored one by one.
     """
-    if estimate_mean.examples < 2:
+    if estimate.examples < 2:
         return None
     factors = (1.15**power for power in count(1))
     for factor in takewhile(lambda factor: factor <= MAX_EXAMPLE_GROWTH, factors):
-        step = 10 ** max(0, math.floor(math.log10(estimate_mean.examples * factor)) - 1)
-        size = int(math.ceil(estimate_mean.examples * factor / step) * step)
-        if is_conclusive(estimate_mean.at(size, estimate_mean.seeds), margin):
+        step = 10 ** max(0, math.floor(math.log10(estimate.examples * factor)) - 1)
+        size = int(math.ceil(estimate.examples * factor / step) * step)
+        if is_conclusive(estimate.at(size, estimate.seeds), margin):
             return size
     return None
 
 
 def compute_required_seeds(estimate: Estimate, margin: float) -> int | None:
     """The fewest seeds that are expected to settle the difference; None if `MAX_SEEDS` are not enough."""
-    sizes = range(estimate_mean.seeds + 1, MAX_SEEDS + 1)
-    return next((size for size in sizes if is_conclusive(estimate_mean.at(estimate_mean.examples, size), margin)), None)
+    sizes = range(estimate.seeds + 1, MAX_SEEDS + 1)
+    return next((size for size in sizes if is_conclusive(estimate.at(estimate.examples, size), margin)), None)
 
 
 def is_conclusive(estimate: Estimate, margin: float) -> bool:
     """Whether such runs tell enough from not enough with a chance of `POWER`, if the true mean is the estimated one."""
-    error = NORMAL.inv_cdf(POWER) * estimate_mean.standard_error
-    if estimate_mean.mean < margin:
-        return is_within(estimate_mean.bound(CONFIDENCE) + error, margin)
-    return not is_within(estimate_mean.bound(1 - CONFIDENCE) - error, margin)
+    error = NORMAL.inv_cdf(POWER) * estimate.standard_error
+    if estimate.mean < margin:
+        return is_within(estimate.bound(CONFIDENCE) + error, margin)
+    return not is_within(estimate.bound(1 - CONFIDENCE) - error, margin)
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
@@ -333,7 +333,11 @@ def compute_score_range(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 
     if kind != "accuracy":
         return float(np.max(scores)) or 1.0
     # shares of a metric that is no mean of examples exceed 1 one by one, but not on average
-    return 100.0 if has_percentages([float(np.mean(scores))]) or (np.isin(scores, (0, 100)).all() and scores.any()) else 1.0
+    return (
+        100.0
+        if has_percentages([float(np.mean(scores))]) or (np.isin(scores, (0, 100)).all() and scores.any())
+        else 1.0
+    )
 
 
 def _is_rare(differing: int, influence: Floats) -> bool:
@@ -347,7 +351,9 @@ def _is_rare(differing: int, influence: Floats) -> bool:
     return float(squares.sum()) ** 2 <= MAX_RARE * float((squares**2).sum())
 
 
-def estimate_file_difference(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
+def estimate_file_difference(
+    sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None
+) -> Estimate:
     """The estimate of one paired difference of two files, [examples]; see `estimate`."""
     plain = estimate_mean(sums[None, :], weights, span, groups)
     influence = sum_by_group(sums - weights * plain.mean, groups)

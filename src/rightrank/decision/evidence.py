@@ -27,11 +27,11 @@ from rightrank.decision.comparison import (
     MAX_DEGREES,
     Bounds,
     Estimate,
-    by_group,
-    descending,
-    estimate,
+    compute_t_quantile,
+    estimate_mean,
     is_within,
-    t_quantile,
+    list_lower_ranks,
+    sum_by_group,
     walk_down,
 )
 from rightrank.decision.posterior import JointMeans, sample_joint_means
@@ -44,25 +44,25 @@ from rightrank.decision.seeds import (
     WITHIN_DEGREES,
     PairNoise,
     Prior,
-    noise_of_mean,
-    pair_noise,
-    prior_of,
-    seed_parts,
-    winners_gap,
+    compute_mean_noise,
+    estimate_selection_bias,
+    measure_pair_noise,
+    pool_prior,
+    split_seed_variance,
 )
 from rightrank.decision.table import (
     Cell,
     Contender,
     Pair,
     ScoreTable,
-    adjusted_means,
-    contender_of,
-    differences,
-    estimate_of_pairs,
-    losses_by_seed,
-    of_shared_seeds,
-    on_common_seeds,
-    paired_cells,
+    adjust_to_common_seeds,
+    compute_adjusted_means,
+    compute_differences,
+    estimate_pairs,
+    get_losses_by_seed,
+    pair_cells,
+    pair_shared_seeds,
+    select_contender,
 )
 from rightrank.schema.decision import Basis, StaircaseStep
 from rightrank.schema.metrics import MetricKind
@@ -71,8 +71,8 @@ from rightrank.schema.trials import Floats
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
 # The power law's exponent: 61 candidates, with a prior twice as wide as 26 published curves are (median .57, quartiles .38 and .64).
 EXPONENTS, TYPICAL_EXPONENT, EXPONENT_WIDTH = np.geomspace(0.1, 2.0, 61), 0.57, 0.8
-ALIKE = 2.0  # standard errors of its difference, up to which a rank is taken to be as good as the best
-ITSELF = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)  # of the reference from itself
+MAX_EQUAL_ERRORS = 2.0  # standard errors of its difference, up to which a rank is taken to be as good as the best
+ZERO_DIFFERENCE = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)  # of the reference from itself
 MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 
 
@@ -85,7 +85,7 @@ class _SeedNoise:
     individual: float  # of each rank; a paired difference has twice this
     individual_degrees: float  # 0: stated or published, not measured
 
-    def of_mean(self, seeds: int) -> tuple[float, float]:
+    def compute_mean_variance(self, seeds: int) -> tuple[float, float]:
         """The variance of a mean over so many seeds, and its degrees of freedom by Satterthwaite (0: not measured)."""
         parts = [(self.common, self.common_degrees), (self.individual, self.individual_degrees)]
         squares = sum(variance**2 / degrees for variance, degrees in parts if degrees > 0)
@@ -98,15 +98,17 @@ class Evidence:
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
-        self._bare = on_common_seeds([contender_of(table, rank) for rank in table.ranks()])
-        self.contenders = {rank: replace(bare, gap=self._gap(bare)) for rank, bare in self._bare.items()}
-        self.base = contender_of(table, 0) if table.by_learning_rate(0) else None
+        self._uncorrected = adjust_to_common_seeds([select_contender(table, rank) for rank in table.ranks()])
+        self.contenders = {
+            rank: replace(bare, gap=self._estimate_selection_bias(bare)) for rank, bare in self._uncorrected.items()
+        }
+        self.base = select_contender(table, 0) if table.get_cells_by_rate(0) else None
         self.reference = min(self.contenders.values(), key=lambda contender: (contender.fair_loss, contender.rank))
 
     @cached_property
     def basis(self) -> Basis:
-        seeds = max(len(contender.cells) for contender in self._bare.values())
-        cells = [cell for contender in self._bare.values() for cell in contender.cells.values()]
+        seeds = max(len(contender.cells) for contender in self._uncorrected.values())
+        cells = [cell for contender in self._uncorrected.values() for cell in contender.cells.values()]
         if all(cell.examples for cell in cells):
             return "examples and seeds" if seeds > 1 else "examples"
         if seeds > 1:
@@ -125,22 +127,22 @@ class Evidence:
     @cached_property
     def scatter(self) -> float:
         """The variance of a training about the curve, where bare values are all there is; else 0."""
-        return _curve_scatter(list(self._bare.values())) ** 2 if self.basis == "values" else 0.0
+        return _estimate_curve_scatter(list(self._uncorrected.values())) ** 2 if self.basis == "values" else 0.0
 
     def noise(self, rank: int) -> _SeedNoise:
         """Of the rank's own mean, and of its difference from the base, which has no seed: from the ranks at least as good as it."""
         if self.basis in ("examples and seeds", "seeds"):
-            return measured_noise(self._at_least_as_good(rank, lambda contender: len(contender.cells) > 1))
+            return measure_noise(self._list_better_ranks(rank, lambda contender: len(contender.cells) > 1))
         return _SeedNoise(0.0, 0.0, self.scatter, 0.0)
 
     @cached_property
     def _ordered(self) -> list[Contender]:
         """The best first."""
-        return sorted(self._bare.values(), key=lambda contender: (contender.fair_loss, contender.rank))
+        return sorted(self._uncorrected.values(), key=lambda contender: (contender.fair_loss, contender.rank))
 
-    def _at_least_as_good(self, rank: int, measures: Callable[[Contender], bool]) -> list[Contender]:
+    def _list_better_ranks(self, rank: int, measures: Callable[[Contender], bool]) -> list[Contender]:
         """The ranks up to this one, the best first; where none of them `measures` the noise over seeds, up to the first that does."""
-        place = self._ordered.index(self._bare[rank]) + 1
+        place = self._ordered.index(self._uncorrected[rank]) + 1
         up_to_first = next((number for number, contender in enumerate(self._ordered, 1) if measures(contender)), place)
         return self._ordered[: max(place, up_to_first)]
 
@@ -148,10 +150,10 @@ class Evidence:
     def _pairs(self) -> dict[int, PairNoise]:
         """The noise of each rank's difference from the best."""
         best = self._ordered[0]
-        return {contender.rank: _noise_of(paired_cells(contender, best)) for contender in self._ordered[1:]}
+        return {contender.rank: _measure_pair_noise(pair_cells(contender, best)) for contender in self._ordered[1:]}
 
     @cached_property
-    def measures_seeds(self) -> bool:
+    def has_seed_noise(self) -> bool:
         """Whether any two ranks were compared on two seeds."""
         return any(pair.degrees > 0 for pair in self._pairs.values())
 
@@ -161,17 +163,17 @@ class Evidence:
         That of its difference from the best is left out, unless `own`: the expectation is then of another difference.
         """
         within = WITHIN_DEGREES if self.has_examples else BARE_WITHIN_DEGREES
-        return self._expected(rank, BOUND_DEGREES, within, own=own) if self.measures_seeds else None
+        return self._build_noise_prior(rank, BOUND_DEGREES, within, own=own) if self.has_seed_noise else None
 
-    def _expected(
+    def _build_noise_prior(
         self, rank: int, degrees: float, within: float, *, own: bool = False, examples: float | None = None
     ) -> Prior:
         pairs = self._pairs
-        known = self._at_least_as_good(rank, lambda rival: rival.rank in pairs and pairs[rival.rank].degrees > 0)
+        known = self._list_better_ranks(rank, lambda rival: rival.rank in pairs and pairs[rival.rank].degrees > 0)
         others = [pairs[rival.rank] for rival in known if rival.rank in pairs and (own or rival.rank != rank)]
-        count = examples or next(iter(self._ordered[0].cells.values())).units
-        start = Prior(NOISE.over_seeds(count), degrees) if self.has_examples else Prior(0.0, 0.0)
-        return prior_of(others, start, within)
+        count = examples or next(iter(self._ordered[0].cells.values())).num_groups
+        start = Prior(NOISE.compute_seed_ratio(count), degrees) if self.has_examples else Prior(0.0, 0.0)
+        return pool_prior(others, start, within)
 
     @cached_property
     def reference_gap(self) -> float:
@@ -185,61 +187,63 @@ class Evidence:
         """
         error, rivals, degrees = math.inf, [0.0], [MAX_DEGREES]
         for contender in sorted(self.contenders.values(), key=lambda other: (other.fair_loss, other.rank)):
-            if not differences(paired_cells(contender, self.reference)).any():
+            if not compute_differences(pair_cells(contender, self.reference)).any():
                 continue  # itself, or one with the same scores
             difference = self.difference(contender)
             error = min(error, difference.standard_error)
-            if contender.fair_loss - self.reference.fair_loss <= ALIKE * error:
+            if contender.fair_loss - self.reference.fair_loss <= MAX_EQUAL_ERRORS * error:
                 rivals.append(error**2)
                 degrees.append(difference.degrees)
-        return winners_gap(np.zeros(len(rivals)), about_the_best(rivals), float(np.median(degrees[1:] or degrees)))
+        return estimate_selection_bias(
+            np.zeros(len(rivals)), compute_covariance_to_best(rivals), float(np.median(degrees[1:] or degrees))
+        )
 
     def is_at_edge(self, rank: int) -> bool:
         """Whether the rank's best learning rate is the lowest or the highest of several that were tried."""
-        return bool(self.table.rates_ending_at(self.contenders[rank].learning_rate, rank))
+        return bool(self.table.list_edge_rates(self.contenders[rank].learning_rate, rank))
 
     def value(self, contender: Contender) -> Estimate:
         """The contender's own mean."""
         cells = list(contender.cells.values())
         sums, span = np.stack([cell.sums for cell in cells]), max(cell.span for cell in cells)
-        mean = estimate(sums, cells[0].weights, span, cells[0].groups)
+        mean = estimate_mean(sums, cells[0].weights, span, cells[0].groups)
         if contender.rank == 0:
             return mean
-        stated = self._stated(contender)
+        stated = self._get_stated_variance(contender)
         if stated is not None:
-            return mean.with_seeds(stated, 0.0)
-        variance, degrees = self.noise(contender.rank).of_mean(len(contender.cells))
-        return mean.with_seeds(max(variance, mean.interaction_variance), degrees)
+            return mean.replace_seed_variance(stated, 0.0)
+        variance, degrees = self.noise(contender.rank).compute_mean_variance(len(contender.cells))
+        return mean.replace_seed_variance(max(variance, mean.interaction_variance), degrees)
 
     def difference(self, contender: Contender, reference: Contender | None = None) -> Estimate:
         """How much worse the contender is than the reference, paired over examples, and over seeds that both have."""
         against = reference or self.reference
-        pairs = paired_cells(contender, against)
-        paired = estimate_of_pairs(pairs, shift=contender.gap - against.gap)
-        stated = [self._stated(contender), self._stated(against)]
+        pairs = pair_cells(contender, against)
+        paired = estimate_pairs(pairs, shift=contender.gap - against.gap)
+        stated = [self._get_stated_variance(contender), self._get_stated_variance(against)]
         if all(variance is not None for variance in stated):
-            return paired.with_seeds(sum(variance for variance in stated if variance is not None), 0.0)
+            return paired.replace_seed_variance(sum(variance for variance in stated if variance is not None), 0.0)
         if contender.rank == 0 or against.rank == 0:
-            variance, degrees = self.noise(max(contender.rank, against.rank)).of_mean(len(pairs))
+            variance, degrees = self.noise(max(contender.rank, against.rank)).compute_mean_variance(len(pairs))
         elif self.lacks_uncertainty:
             variance, degrees = 2 * self.scatter, 0.0
         else:
-            variance, degrees = _seeds_part(pairs, self.prior(contender.rank))
-        return paired.with_seeds(max(variance, paired.interaction_variance), degrees)
+            variance, degrees = _estimate_seed_variance(pairs, self.prior(contender.rank))
+        return paired.replace_seed_variance(max(variance, paired.interaction_variance), degrees)
 
     def expected(self, contender: Contender, seeds: int) -> Estimate:
         """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
-        pairs = paired_cells(contender, self.reference)
-        paired = estimate_of_pairs(pairs, shift=contender.gap - self.reference.gap)
-        variance = NOISE.over_seeds(paired.examples) * _noise_of(pairs).example_variance / seeds
-        return replace(paired, seeds=seeds).with_seeds(variance, BOUND_DEGREES + seeds - 1)
+        pairs = pair_cells(contender, self.reference)
+        paired = estimate_pairs(pairs, shift=contender.gap - self.reference.gap)
+        variance = NOISE.compute_seed_ratio(paired.examples) * _measure_pair_noise(pairs).example_variance / seeds
+        return replace(paired, seeds=seeds).replace_seed_variance(variance, BOUND_DEGREES + seeds - 1)
 
     @property
     def has_several_seeds(self) -> bool:
         return any(len(contender.cells) > 1 for contender in self.contenders.values())
 
     @cached_property
-    def no_probability(self) -> str:
+    def probability_obstacle(self) -> str:
         """Why the ranks have no probability, as a clause; empty where each has one."""
         contenders = list(self.contenders.values())
         cells = [cell for contender in contenders for cell in contender.cells.values()]
@@ -251,37 +255,39 @@ class Evidence:
             return "the ranks have no seed in common"
         if len({cell.steps for cell in cells}) > 1:
             return "the trainings have unequal numbers of steps"
-        if cells[0].units < MIN_EXAMPLES:
+        if cells[0].num_groups < MIN_EXAMPLES:
             noun = "examples" if cells[0].groups is None else "groups of examples"
-            return f"{cells[0].units} {noun} are too few (at least {MIN_EXAMPLES})"
-        variances, _ = self._apart
+            return f"{cells[0].num_groups} {noun} are too few (at least {MIN_EXAMPLES})"
+        variances, _ = self._pairwise_posteriors
         return "two ranks have the same scores" if (variances + np.eye(len(variances)) <= 0).any() else ""
 
     def probability(self, rank: int, margin: float) -> float | None:
-        """That the rank is within the margin of every other rank at once, over seeds and examples; None where there is none (`no_probability`)."""
-        if self.no_probability:
+        """That the rank is within the margin of every other rank at once, over seeds and examples; None where there is none (`probability_obstacle`)."""
+        if self.probability_obstacle:
             return None
         return float(np.mean(self._worse_than_best[self.joint.ranks.index(rank)] <= margin))
 
-    def margins_at(self, probability: float, seeds: int = 0, examples: int = 0) -> dict[int, float]:
+    def compute_margins(self, probability: float, seeds: int = 0, examples: int = 0) -> dict[int, float]:
         """The margin from which each rank has the probability, which there must be; with so many seeds and examples, where they are given."""
         worse = self._worse_than_best
         if seeds or examples:
             seeds_now, examples_now = self.size
-            now = NOISE.ratio(seeds_now, examples_now / self._likeness)
-            planned = NOISE.ratio(seeds or seeds_now, (examples or examples_now) / self._likeness)
-            worse = self.joint.worse_than_best(math.sqrt(planned / now))
+            now = NOISE.ratio(seeds_now, examples_now / self._design_effect)
+            planned = NOISE.ratio(seeds or seeds_now, (examples or examples_now) / self._design_effect)
+            worse = self.joint.compute_losses_to_best(math.sqrt(planned / now))
         margins = np.quantile(worse, probability, axis=1, method="inverted_cdf")
         return {rank: margin for rank, margin in zip(self.joint.ranks, margins.tolist(), strict=True) if rank > 0}
 
     @cached_property
     def _worse_than_best(self) -> Floats:
-        return self.joint.worse_than_best()
+        return self.joint.compute_losses_to_best()
 
     @cached_property
-    def _likeness(self) -> float:
+    def _design_effect(self) -> float:
         """How many examples of a group count as one."""
-        return max(_noise_of(paired_cells(rival, self.reference)).design_effect for rival in self.contenders.values())
+        return max(
+            _measure_pair_noise(pair_cells(rival, self.reference)).design_effect for rival in self.contenders.values()
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -289,69 +295,71 @@ class Evidence:
         cells = [contender.cells for contender in self.contenders.values()]
         return min(map(len, cells)), next(iter(cells[0].values())).examples
 
-    def alike(self, confidence: float) -> list[int]:
+    def find_indistinguishable_ranks(self, confidence: float) -> list[int]:
         """The ranks that are not shown to be worse than the best with this confidence, or `CONFIDENCE` if that is higher, ascending."""
-        return self.joint.alike(max(CONFIDENCE, confidence))
+        return self.joint.find_indistinguishable_ranks(max(CONFIDENCE, confidence))
 
-    def half_width(self, confidence: float) -> float:
+    def compute_half_width(self, confidence: float) -> float:
         """How far the differences of `alike` ranks from the best are known, either way; 0 where there is one."""
-        errors = [self.joint.error(rank, self.reference.rank) for rank in self.alike(confidence)]
-        return max(errors) * t_quantile(self.joint.degrees, (1 + confidence) / 2)
+        errors = [self.joint.error(rank, self.reference.rank) for rank in self.find_indistinguishable_ranks(confidence)]
+        return max(errors) * compute_t_quantile(self.joint.degrees, (1 + confidence) / 2)
 
     @cached_property
     def joint(self) -> JointMeans:
-        """The joint distribution of the true means of ranks and base, which there must be (`no_probability`)."""
-        ranks, losses = zip(*((contender.rank, contender.fair_loss) for contender in self._everyone), strict=True)
-        return sample_joint_means(ranks, losses, *self._apart)
+        """The joint distribution of the true means of ranks and base, which there must be (`probability_obstacle`)."""
+        ranks, losses = zip(*((contender.rank, contender.fair_loss) for contender in self._all_contenders), strict=True)
+        return sample_joint_means(ranks, losses, *self._pairwise_posteriors)
 
     @property
-    def _everyone(self) -> list[Contender]:
+    def _all_contenders(self) -> list[Contender]:
         """Ranks and base, the best first."""
         everyone = [*self.contenders.values(), *([self.base] if self.base else [])]
         return sorted(everyone, key=lambda contender: (contender.fair_loss, contender.rank))
 
     @cached_property
-    def _apart(self) -> tuple[Floats, float]:
+    def _pairwise_posteriors(self) -> tuple[Floats, float]:
         """[ranks, ranks] variance of each measured difference about the true one, of `_everyone`; and the degrees of freedom, of the best two ranks."""
         place = {contender.rank: number for number, contender in enumerate(self._ordered)}
-        variances, degrees = np.zeros((len(self._everyone), len(self._everyone))), 0.0
+        variances, degrees = np.zeros((len(self._all_contenders), len(self._all_contenders))), 0.0
         best = {contender.rank for contender in self._ordered[:2]}
-        for (row, first), (column, other) in combinations(enumerate(self._everyone), 2):
-            pairs = paired_cells(first, other)
-            noise = _noise_of(pairs)
+        for (row, first), (column, other) in combinations(enumerate(self._all_contenders), 2):
+            pairs = pair_cells(first, other)
+            noise = _measure_pair_noise(pairs)
             worse = max((first.rank, other.rank), key=lambda rank: place.get(rank, -1))
             examples = pairs[0][0].examples / noise.design_effect
-            prior = self._expected(worse, NOISE_DEGREES, math.inf, examples=examples)
-            variance, of_pair = noise_of_mean(noise, prior, len(pairs), examples)
+            prior = self._build_noise_prior(worse, NOISE_DEGREES, math.inf, examples=examples)
+            variance, of_pair = compute_mean_noise(noise, prior, len(pairs), examples)
             variances[row, column] = variances[column, row] = variance
             degrees = of_pair if {first.rank, other.rank} == best else degrees
         return variances, degrees
 
-    def _stated(self, contender: Contender) -> float | None:
+    def _get_stated_variance(self, contender: Contender) -> float | None:
         """The variance of the contender's mean that the table states, if the evidence rests on stated deviations."""
         if self.basis != "std":
             return None
         cell = next(iter(contender.cells.values()))
         return None if cell.deviation is None else cell.deviation**2 / cell.deviation_seeds
 
-    def _gap(self, contender: Contender) -> float:
+    def _estimate_selection_bias(self, contender: Contender) -> float:
         """The winner's curse of the best of the rank's learning rates."""
         rank, best = contender.rank, contender.learning_rate
-        by_seed = self.table.by_learning_rate(rank)
+        by_seed = self.table.get_cells_by_rate(rank)
         if len(by_seed) < 2:
             return 0.0
         columns = {lr: list(cells.values()) for lr, cells in by_seed.items()}
-        means = np.array(adjusted_means([losses_by_seed(cells) for cells in by_seed.values()]))
+        means = np.array(compute_adjusted_means([get_losses_by_seed(cells) for cells in by_seed.values()]))
         if self.lacks_uncertainty:
             seeds = np.diag([self.scatter] * len(columns))
         else:
             prior = self.prior(rank, own=True)
-            pairs = {lr: of_shared_seeds(by_seed[lr], contender.cells) for lr in columns if lr != best}
-            seeds = about_the_best([_seeds_part(pairs[lr], prior)[0] if pairs.get(lr) else 0.0 for lr in columns])
-        return winners_gap(means, seeds + _examples_part(list(columns.values())))
+            pairs = {lr: pair_shared_seeds(by_seed[lr], contender.cells) for lr in columns if lr != best}
+            seeds = compute_covariance_to_best(
+                [_estimate_seed_variance(pairs[lr], prior)[0] if pairs.get(lr) else 0.0 for lr in columns]
+            )
+        return estimate_selection_bias(means, seeds + _compute_example_covariance(list(columns.values())))
 
 
-def measured_noise(contenders: list[Contender]) -> _SeedNoise:
+def measure_noise(contenders: list[Contender]) -> _SeedNoise:
     """Seed noise from the ranks with two seeds or more, pooled over ranks.
 
     Where two of these ranks or more share two seeds or more, the common part is separated from the individual one.
@@ -360,7 +368,7 @@ def measured_noise(contenders: list[Contender]) -> _SeedNoise:
     shared = sorted(set.intersection(*(set(contender.cells) for contender in several)))
     if len(several) > 1 and len(shared) > 1:
         means = np.array([[contender.cells[seed].loss for seed in shared] for contender in several])
-        common, individual = seed_parts(means)
+        common, individual = split_seed_variance(means)
         pure = max(0.0, common - individual / len(several))
         return _SeedNoise(pure, len(shared) - 1.0, individual, (len(several) - 1.0) * (len(shared) - 1.0))
     squares = sum(float(np.var([cell.loss for cell in c.cells.values()], ddof=1)) * (len(c.cells) - 1) for c in several)
@@ -368,7 +376,7 @@ def measured_noise(contenders: list[Contender]) -> _SeedNoise:
     return _SeedNoise(0.0, 0.0, squares / degrees, degrees)
 
 
-def _curve_scatter(contenders: list[Contender]) -> float:
+def _estimate_curve_scatter(contenders: list[Contender]) -> float:
     """The standard deviation of bare values about the power law a + b·r^-c, b ≥ 0; 0 below `MIN_CURVE_RANKS` ranks."""
     if len(contenders) < MIN_CURVE_RANKS:
         return 0.0
@@ -383,20 +391,20 @@ def _curve_scatter(contenders: list[Contender]) -> float:
     return float(np.sqrt(squares[best] / (len(losses) - 3)))
 
 
-def _noise_of(pairs: list[Pair]) -> PairNoise:
-    return pair_noise(differences(pairs), pairs[0][0].weights, pairs[0][0].groups)
+def _measure_pair_noise(pairs: list[Pair]) -> PairNoise:
+    return measure_pair_noise(compute_differences(pairs), pairs[0][0].weights, pairs[0][0].groups)
 
 
-def _seeds_part(pairs: list[Pair], prior: Prior | None) -> tuple[float, float]:
+def _estimate_seed_variance(pairs: list[Pair], prior: Prior | None) -> tuple[float, float]:
     """The seed variance of the mean of paired differences, and its degrees of freedom; 0 where nothing was measured."""
-    noise = _noise_of(pairs)
+    noise = _measure_pair_noise(pairs)
     if prior is None:
         return noise.variance / len(pairs), noise.degrees
-    variance, degrees = prior.moderated(noise)
+    variance, degrees = prior.moderate(noise)
     return variance / len(pairs), degrees
 
 
-def about_the_best(differences: list[float]) -> Floats:
+def compute_covariance_to_best(differences: list[float]) -> Floats:
     """[columns, columns] covariance of the columns' noise less that of the best column, from the differences' variances.
 
     Two differences share the noise of the best column: half of the smaller variance.
@@ -407,13 +415,13 @@ def about_the_best(differences: list[float]) -> Floats:
     return covariance
 
 
-def _examples_part(columns: list[list[Cell]]) -> Floats:
+def _compute_example_covariance(columns: list[list[Cell]]) -> Floats:
     """[columns, columns] covariance of the columns' means over examples, without the shared part; 0 without examples."""
     if not all(cell.examples for column in columns for cell in column):
         return np.zeros((len(columns), len(columns)))
     groups = columns[0][0].groups
-    weights = by_group(columns[0][0].weights, groups)
-    sums = by_group(np.stack([np.mean([cell.sums for cell in column], axis=0) for column in columns]), groups)
+    weights = sum_by_group(columns[0][0].weights, groups)
+    sums = sum_by_group(np.stack([np.mean([cell.sums for cell in column], axis=0) for column in columns]), groups)
     influence = (sums - np.outer(sums.sum(axis=1) / weights.sum(), weights)) / weights.mean()
     influence = influence - influence.mean(axis=0)
     examples = influence.shape[1]
@@ -422,7 +430,7 @@ def _examples_part(columns: list[list[Cell]]) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class MetricUnit:
     """Conversion from the oriented unit (lower is better, nats for a perplexity) to the metric's unit."""
 
     kind: MetricKind
@@ -438,12 +446,12 @@ class Unit:
         """How much worse than the reference, in the metric's unit."""
         return self.reference * math.expm1(min(oriented, MAX_EXPONENT)) if self.kind == "perplexity" else oriented
 
-    def oriented_margin(self, margin: float) -> float:
+    def convert_margin(self, margin: float) -> float:
         return math.log1p(margin / self.reference) if self.kind == "perplexity" else margin
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class RankComparison:
     """One rank against the reference, in the oriented unit."""
 
     contender: Contender
@@ -451,8 +459,8 @@ class Compared:
     difference: Estimate
     low: float  # one-sided 95% bounds of the difference; the lower one is corrected for the reference's winner's curse
     high: float
-    further: Estimate | None  # the difference that a further seed would show; None where seed noise was not measured
-    within: bool  # taken as enough: shown by the upper bound, or by the mean alone in a point reading
+    predictive: Estimate | None  # the difference that a further seed would show; None where seed noise was not measured
+    is_enough: bool  # taken as enough: shown by the upper bound, or by the mean alone in a point reading
     non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
     threshold: float  # the smallest margin at which the rank is taken as enough
 
@@ -462,7 +470,7 @@ class Comparison:
     """All ranks against the reference at one margin, and the rank that the rule chooses."""
 
     evidence: Evidence
-    by_rank: dict[int, Compared]  # by rank; the base is rank 0
+    by_rank: dict[int, RankComparison]  # by rank; the base is rank 0
     margin: float  # oriented unit
     chosen: int
     confidence: float | None = None  # the probability that was asked for, where it chose the rank
@@ -480,25 +488,25 @@ class Comparison:
         """That the rank is enough; None where the evidence gives none."""
         return self.evidence.probability(rank, self.margin)
 
-    def likely(self, rank: int) -> float:
+    def require_probability(self, rank: int) -> float:
         """`probability` where the evidence gives one."""
         probability = self.probability(rank)
         assert probability is not None
         return probability
 
-    def at_confidence(self, confidence: float) -> Comparison:
+    def apply_confidence(self, confidence: float) -> Comparison:
         """With the smallest rank whose probability is at least `confidence`, else the likeliest; as it is without probabilities, where bounds decide."""
-        if self.evidence.no_probability:
+        if self.evidence.probability_obstacle:
             return self
-        enough = [rank for rank in self.ranks if self.likely(rank) >= confidence]
-        chosen = min(enough, default=max(self.ranks, key=lambda rank: (self.likely(rank), -rank)))
+        enough = [rank for rank in self.ranks if self.require_probability(rank) >= confidence]
+        chosen = min(enough, default=max(self.ranks, key=lambda rank: (self.require_probability(rank), -rank)))
         return replace(self, chosen=chosen, confidence=confidence)
 
     @property
-    def base_is_enough(self) -> bool:
+    def is_base_enough(self) -> bool:
         if 0 not in self.by_rank:
             return False
-        return self.by_rank[0].within if self.confidence is None else self.likely(0) >= self.confidence
+        return self.by_rank[0].is_enough if self.confidence is None else self.require_probability(0) >= self.confidence
 
     @property
     def is_indication(self) -> bool:
@@ -511,7 +519,7 @@ class Comparison:
         return any(self.by_rank[rank].difference.seeds < 2 for rank in answer)
 
     @property
-    def rests_on_examples(self) -> bool:
+    def needs_extra_seeds(self) -> bool:
         """Whether examples alone speak for the answer, so that further seeds make it a decision."""
         return self.is_indication and self.evidence.has_examples
 
@@ -523,33 +531,33 @@ class Comparison:
     def is_worse(self, rank: int) -> bool:
         """Whether the rank is shown to be worse than the margin allows, or probably is, or is read to be in a point reading."""
         compared = self.by_rank[rank]
-        if self.confidence is not None and self.likely(rank) <= 1 - self.confidence:
+        if self.confidence is not None and self.require_probability(rank) <= 1 - self.confidence:
             return True
-        return not compared.within if self.evidence.lacks_uncertainty else compared.non_inferior is False
+        return not compared.is_enough if self.evidence.lacks_uncertainty else compared.non_inferior is False
 
     def is_clearly_worse(self, rank: int) -> bool:
         """Whether the rank is `is_worse` with a probability of `CONFIDENCE`, where it has any."""
-        is_likely = self.confidence is not None and self.likely(rank) > 1 - CONFIDENCE
+        is_likely = self.confidence is not None and self.require_probability(rank) > 1 - CONFIDENCE
         return self.is_worse(rank) and not (is_likely and self.by_rank[rank].non_inferior is not False)
 
 
-def compare(evidence: Evidence, margin: float) -> Comparison:
+def compare_ranks(evidence: Evidence, margin: float) -> Comparison:
     """Compare every rank, and the base if the table has it, and walk down from the reference."""
     everyone = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
-    by_rank = {contender.rank: _compared(contender, evidence, margin) for contender in everyone}
-    chosen = walk_down(by_rank, evidence.reference.rank, lambda rank: by_rank[rank].within)
+    by_rank = {contender.rank: _compare_rank(contender, evidence, margin) for contender in everyone}
+    chosen = walk_down(by_rank, evidence.reference.rank, lambda rank: by_rank[rank].is_enough)
     return Comparison(evidence, by_rank, margin, chosen)
 
 
-def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compared:
+def _compare_rank(contender: Contender, evidence: Evidence, margin: float) -> RankComparison:
     mean = evidence.value(contender)
     if contender.rank == evidence.reference.rank:
-        return Compared(contender, mean, ITSELF, 0.0, 0.0, None, True, True, 0.0)
+        return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, None, True, True, 0.0)
     difference, gap = evidence.difference(contender), evidence.reference_gap
     bounds = Bounds(difference.mean, difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE))
     decides = bounds.mean if evidence.lacks_uncertainty else bounds.high
-    further = difference.of_a_further_seed() if evidence.measures_seeds and contender.rank > 0 else None
-    return Compared(
+    further = difference.predict_extra_seed() if evidence.has_seed_noise and contender.rank > 0 else None
+    return RankComparison(
         contender,
         mean,
         difference,
@@ -562,11 +570,11 @@ def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compar
     )
 
 
-def staircase(tested: Comparison, unit: Unit) -> list[StaircaseStep]:
+def build_staircase(tested: Comparison, unit: MetricUnit) -> list[StaircaseStep]:
     """The chosen rank as a step function of the margin: a step at each margin from which a smaller rank is enough."""
     by_bounds = tested.confidence is None
     steps = [StaircaseStep(margin=0.0, rank=tested.reference.rank if by_bounds else tested.ranks[-1])]
-    for threshold, rank in _walked(tested) if by_bounds else _likely(tested):
+    for threshold, rank in _iterate_thresholds(tested) if by_bounds else _list_margins(tested):
         margin = unit.difference(threshold)
         if rank >= steps[-1].rank:
             continue
@@ -576,15 +584,15 @@ def staircase(tested: Comparison, unit: Unit) -> list[StaircaseStep]:
     return steps
 
 
-def _walked(tested: Comparison) -> Iterator[tuple[float, int]]:
+def _iterate_thresholds(tested: Comparison) -> Iterator[tuple[float, int]]:
     """Margin and rank: where the walk down reaches it."""
     threshold = 0.0
-    for rank in descending(tested.by_rank, tested.reference.rank):
+    for rank in list_lower_ranks(tested.by_rank, tested.reference.rank):
         threshold = max(threshold, tested.by_rank[rank].threshold)
         yield threshold, rank
 
 
-def _likely(tested: Comparison) -> list[tuple[float, int]]:
+def _list_margins(tested: Comparison) -> list[tuple[float, int]]:
     """Margin and rank by ascending margin: where it has the confidence. The base is no rank to answer with."""
     assert tested.confidence is not None
-    return sorted((margin, rank) for rank, margin in tested.evidence.margins_at(tested.confidence).items())
+    return sorted((margin, rank) for rank, margin in tested.evidence.compute_margins(tested.confidence).items())

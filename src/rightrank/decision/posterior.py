@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.seeds import multivariate_noise
+from rightrank.decision.seeds import sample_multivariate_noise
 from rightrank.schema.trials import Floats
 
 DRAWS = 10_000  # a probability is known to .005
@@ -32,13 +32,13 @@ class JointMeans:
         """The places of the ranks that can be the best."""
         return [place for place, rank in enumerate(self.ranks) if rank > 0]
 
-    def worse_than_best(self, noise: float = 1.0) -> Floats:
+    def compute_losses_to_best(self, noise: float = 1.0) -> Floats:
         """[ranks, draws] how much worse each rank truly is than the best, with the noise scaled by `noise`."""
         true = self.means[:, None] + noise * self.noise
         worse: Floats = true - true[self._rivals].min(axis=0)
         return worse
 
-    def alike(self, confidence: float) -> list[int]:
+    def find_indistinguishable_ranks(self, confidence: float) -> list[int]:
         """The ranks that are not shown to be worse than the best, ascending.
 
         A rank that is as good as the best is left out with the remaining probability, although the best is the best of several: how much worse it
@@ -70,5 +70,5 @@ def sample_joint_means(ranks: Sequence[int], means: Sequence[float], variances: 
         degrees: of freedom, with which the variances are known.
     """
     covariance = (variances[0] + variances[:, :1] - variances) / 2
-    noise = multivariate_noise(covariance, degrees, DRAWS)
+    noise = sample_multivariate_noise(covariance, degrees, DRAWS)
     return JointMeans(tuple(ranks), np.array(means), noise, np.sqrt(variances), degrees)

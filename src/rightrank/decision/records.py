@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rightrank.decision.adapter import Criterion, compared_adapters, making_of
-from rightrank.decision.next_run import run_beyond_the_edge
-from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
-from rightrank.decision.table import ScoreTable, table_of, without_collapsing
+from rightrank.decision.adapter import Criterion, build_provenance, compare_adapters
+from rightrank.decision.next_run import plan_rate_run
+from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
+from rightrank.decision.table import ScoreTable, build_table, exclude_collapsed_rates
 from rightrank.schema.decision import AdapterCandidate, Decision, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
@@ -19,8 +19,8 @@ from rightrank.schema.trials import (
     OUTCOMES,
     EvalPoint,
     Record,
-    TrialFinished,
     TrialEvaluated,
+    TrialFinished,
     TrialOutcome,
     TrialStarted,
     count_added_steps,
@@ -85,7 +85,7 @@ class Records:
         return {trial.trial_id: trial for trial in self.finished()}
 
 
-def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
+def read_records(journal: Sequence[JournalRecord], where: str) -> Records:
     """The records of a journal. `where` names it in error messages.
 
     Raises:
@@ -93,10 +93,10 @@ def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
     """
     if not journal or not isinstance(journal[0], RunStarted):
         raise RunFolderError(f"{where}: no run has started here; give a folder that `rightrank select --out` made")
-    return Records.of(settled_start(journal), journal)
+    return Records.of(get_effective_start(journal), journal)
 
 
-def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
+def get_effective_start(journal: Sequence[JournalRecord]) -> RunStarted:
     """The start of the run, with the settings that it was last continued with."""
     started = journal[0]
     assert isinstance(started, RunStarted)
@@ -115,10 +115,10 @@ def decide_run(records: Records) -> Decision:
     Raises:
         ResultsError: fewer than two ranks have a finished trial.
     """
-    return decide_on(records, comparable(records), records.started.metric, records.settings.margin)
+    return decide_by_metric(records, list_comparable_outcomes(records), records.started.metric, records.settings.margin)
 
 
-def decide_on(
+def decide_by_metric(
     records: Records,
     outcomes: Sequence[TrialOutcome],
     metric: str,
@@ -135,27 +135,29 @@ def decide_on(
     """
     started, settings = records.started, records.settings
     asked = [started.metric, *settings.metrics]
-    known = metrics_of(records) if started.data.form != "own" else ()
+    known = list_metrics(records) if started.data.form != "own" else ()
     beside = [name for name in known if name != metric and (name in asked or name not in DIAGNOSTIC_METRICS)]
-    others = [run_table(records, outcomes, name) for name in beside if metric_direction(started, name) is not None]
+    others = [
+        build_run_table(records, outcomes, name) for name in beside if get_metric_direction(started, name) is not None
+    ]
     wanted = settings.confidence if confidence is None else confidence
-    return decision_of(
-        run_table(records, outcomes, metric, higher),
+    return decide_table(
+        build_run_table(records, outcomes, metric, higher),
         margin,
         checkpoint=checkpoint or settings.checkpoint,
         others=others,
         smallest_if_alike=started.is_rl,
-        confidence=None if wanted is None and started.is_rl else wanted or ASKED_CONFIDENCE,
+        confidence=None if wanted is None and started.is_rl else wanted or DEFAULT_CONFIDENCE,
     )
 
 
-def metrics_of(records: Records) -> list[str]:
+def list_metrics(records: Records) -> list[str]:
     """The metrics of the run's trials; the metric that decides comes first."""
     names = dict.fromkeys(name for trial in records.finished() for name in trial.metrics)
     return list(dict.fromkeys([records.started.metric, *names]))
 
 
-def run_table(
+def build_run_table(
     records: Records,
     outcomes: Sequence[TrialOutcome] | None = None,
     metric: str | None = None,
@@ -167,31 +169,31 @@ def run_table(
         ResultsError: neither the caller, nor the run, nor the metric's name has the direction.
     """
     started = records.started
-    outcomes = comparable(records) if outcomes is None else outcomes
+    outcomes = list_comparable_outcomes(records) if outcomes is None else outcomes
     if started.data.form == "own":  # the example scores of a custom trainer are those of the metric that decides
-        return table_of(outcomes, started.metric, started.higher_is_better if higher is None else higher)
+        return build_table(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
     if higher is None:
-        higher = metric_direction(started, metric)
+        higher = get_metric_direction(started, metric)
     if higher is None:
         raise ResultsError(f"{format_unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
     along = started.points_metric or started.metric
-    return table_of(outcomes, metric, higher, along, looks=records.outcomes, loss=started.data.loss_kind)
+    return build_table(outcomes, metric, higher, along, looks=records.outcomes, loss=started.data.loss_kind)
 
 
-def metric_direction(started: RunStarted, metric: str) -> bool | None:
+def get_metric_direction(started: RunStarted, metric: str) -> bool | None:
     """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
     if metric == started.metric:
         return started.higher_is_better
     return started.select_settings.get_direction(metric)
 
 
-def comparable(records: Records) -> list[TrialOutcome]:
+def list_comparable_outcomes(records: Records) -> list[TrialOutcome]:
     """The outcomes that may be compared: whole trainings."""
-    return without_collapsing([outcome for outcome in records.outcomes if outcome.is_direct])
+    return exclude_collapsed_rates([outcome for outcome in records.outcomes if outcome.is_direct])
 
 
-def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
+def find_best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
     """The seed of a rank with the best held-out value, at the rank's best learning rate."""
     evidence = next(evidence for evidence in decision.ranks if evidence.rank == rank)
     trials = [trial for trial in records.finished() if trial.trial_id in evidence.trial_ids]
@@ -199,7 +201,7 @@ def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished
     return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
 
 
-def decision_so_far(records: Records) -> Decision | None:
+def decide_if_possible(records: Records) -> Decision | None:
     """The decision, or None while fewer than two ranks have a result."""
     try:
         return decide_run(records)
@@ -207,7 +209,7 @@ def decision_so_far(records: Records) -> Decision | None:
         return None
 
 
-def criterion_of(records: Records) -> Criterion:
+def build_criterion(records: Records) -> Criterion:
     """The metric and the margin of the run."""
     started = records.started
     return Criterion(
@@ -215,18 +217,18 @@ def criterion_of(records: Records) -> Criterion:
         started.higher_is_better,
         records.settings.margin,
         started.data.loss_kind,
-        points_are_of_the_metric=(started.points_metric or started.metric) == started.metric,
+        points_use_metric=(started.points_metric or started.metric) == started.metric,
     )
 
 
-def compared(records: Records) -> list[AdapterCandidate]:
+def compare_run_adapters(records: Records) -> list[AdapterCandidate]:
     """Every adapter of the run against the reference of its answer; empty before the first answer."""
     if not records.adapters:
         return []
-    return compared_adapters(records.adapters[-1].answer, records.outcomes, criterion_of(records))
+    return compare_adapters(records.adapters[-1].answer, records.outcomes, build_criterion(records))
 
 
-def trainings(records: Records) -> float:
+def count_trainings(records: Records) -> float:
     """Optimizer steps of all outcomes over those of a whole training; an arm that resumes pays for the rest."""
     by_id = records.by_id
     finished = [trial for trial in by_id.values() if trial.rank > 0]
@@ -266,7 +268,7 @@ class Answers:
         """The object of `decision.json`, and of `select --json`."""
         started, adapter = self.started, self.adapter
         fields: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
-        fields |= _fields(self.decision) or {}
+        fields |= _dump_record(self.decision) or {}
         of_run = {} if started is None else started.model_dump(include={"metric", "higher_is_better"})
         return (
             {**of_run, "goal": self.goal}
@@ -276,14 +278,14 @@ class Answers:
                 "cost": self.cost,
                 "adapter_making": self.making,
                 "adapter_flags": [] if self.adapter_run is None else ["lr_edge"],
-                "handed_over": _fields(adapter and adapter.handed_over),
-                "adapter_answer": _fields(adapter and adapter.answer),
-                "training_rank_estimate": _fields(self.estimate),
+                "handed_over": _dump_record(adapter and adapter.handed_over),
+                "adapter_answer": _dump_record(adapter and adapter.answer),
+                "training_rank_estimate": _dump_record(self.estimate),
             }
         )
 
 
-def answers_of(
+def build_answers(
     records: Records,
     decision: Decision | None,
     goal: Goal = "training-rank",
@@ -291,51 +293,51 @@ def answers_of(
 ) -> Answers:
     adapter = records.adapters[-1] if records.adapters else None
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
-    making = None if chosen is None else making_of(chosen, records.finished())
+    making = None if chosen is None else build_provenance(chosen, records.finished())
     sentence = run = None
     if making is not None:
         sentence, rank = making.sentence(), making.trained_rank
-        run = run_beyond_the_edge(run_table(records), rank, making.learning_rate, [rank])
-    return Answers(decision, goal, adapter, sentence, trainings(records), estimate, records.started, run)
+        run = plan_rate_run(build_run_table(records), rank, making.learning_rate, [rank])
+    return Answers(decision, goal, adapter, sentence, count_trainings(records), estimate, records.started, run)
 
 
-def _fields(record: Record | None) -> Any:
+def _dump_record(record: Record | None) -> Any:
     return record and record.model_dump()
 
 
-_OF_TRIAL = (
+_TRIAL_FIELDS = (
     "train_value", "trainable_parameters", "train_seconds", "train_tokens", "eval_seconds", "peak_bytes", "reason",
 )  # fmt: skip
 
 
-def trials_frame(records: Records, examples: bool) -> DataFrame:
+def build_trials_frame(records: Records, examples: bool) -> DataFrame:
     """A row for each trial with its metrics, or for each held-out example of each finished one with its scores."""
     from pandas import DataFrame, concat
 
     if not examples:
-        return DataFrame(map(_trial_row, records.outcomes))
+        return DataFrame(map(_build_trial_row, records.outcomes))
     started = records.started  # the scores of a custom trainer are of the metric that decides
     columns = [
-        _example_columns(trial, (started.metric,) if started.is_custom_trainer else trial.metrics)
+        _build_example_columns(trial, (started.metric,) if started.is_custom_trainer else trial.metrics)
         for trial in records.finished()
     ]
     parts = [DataFrame(of_trial) for of_trial in columns if of_trial]
     return concat(parts, ignore_index=True) if parts else DataFrame()
 
 
-def _identity(trial: TrialOutcome) -> dict[str, Any]:
+def _get_identity(trial: TrialOutcome) -> dict[str, Any]:
     stage = "base" if trial.rank == 0 else trial.arm.stage() or "whole"
     arm = {name: getattr(trial, name) for name in ("rank", "learning_rate", "lora_alpha", "seed", "steps")}
     return {"trial_id": trial.trial_id, "stage": stage, **arm}
 
 
-def _trial_row(trial: TrialOutcome) -> dict[str, Any]:
+def _build_trial_row(trial: TrialOutcome) -> dict[str, Any]:
     measured = dict(trial.metrics) if isinstance(trial, TrialFinished) else {}
-    known = {name: getattr(trial, name) for name in _OF_TRIAL if hasattr(trial, name)}
-    return {**_identity(trial), "status": trial.type.removeprefix("trial_"), **measured, **known}
+    known = {name: getattr(trial, name) for name in _TRIAL_FIELDS if hasattr(trial, name)}
+    return {**_get_identity(trial), "status": trial.type.removeprefix("trial_"), **measured, **known}
 
 
-def _example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, Any]:
+def _build_example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, Any]:
     """Columns of one length: the score of each metric, a loss by token, and its weight; empty without scores by example."""
     scores = {metric: items for metric in metrics if (items := trial.get_weighted_scores(metric)) is not None}
     if not scores:
@@ -345,4 +347,4 @@ def _example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, 
         columns[metric] = [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
     if trial.example_groups is not None:
         columns["group"] = trial.example_groups
-    return {**_identity(trial), **columns, "tokens": next(iter(scores.values()))[1]}
+    return {**_get_identity(trial), **columns, "tokens": next(iter(scores.values()))[1]}

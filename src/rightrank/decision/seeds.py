@@ -7,7 +7,7 @@ example alike also differ little from seed to seed. The ratio of the two starts 
 (`NOISE`) and follows the other ranks that came out at least as good: how bad a worse rank is, and how noisy, changes no other bound.
 
 With one seed nothing is measured, and no value takes the place of a measurement in an interval. What earlier grids say of the noise (`NOISE`) gives
-every rank a probability beside it (`probability_within`), with one seed and with several.
+every rank a probability beside it (`compute_probability_within`), with one seed and with several.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, by_group, t_tail
+from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, compute_t_tail, sum_by_group
 from rightrank.schema.trials import Floats, Groups
 
 BOOTSTRAP_DRAWS = 2000
 
 
-def needed_seeds(deviation: float, difference: float) -> int:
+def compute_needed_seeds(deviation: float, difference: float) -> int:
     """Seeds of each rank with which a true difference is shown in four of five cases.
 
     n = 2 (z_.95 + z_.8)² (deviation / difference)², with `deviation` the standard deviation of one training over seeds, in
     the unit of `difference`. It counts no pairing over seeds, and measured on three seeds it is itself known to within a
     factor of two or so.
     """
-    return max(1, math.ceil(2 * (_reach() * deviation / difference) ** 2 - 1e-9))
+    return max(1, math.ceil(2 * (_compute_power_quantile() * deviation / difference) ** 2 - 1e-9))
 
 
-def detectable_difference(deviation: float, seeds: int) -> float:
+def compute_detectable_difference(deviation: float, seeds: int) -> float:
     """The smallest difference that so many seeds of each rank show in four of five cases."""
-    return _reach() * deviation * math.sqrt(2 / seeds)
+    return _compute_power_quantile() * deviation * math.sqrt(2 / seeds)
 
 
-def _reach() -> float:
+def _compute_power_quantile() -> float:
     """Standard errors of the test, and of a true difference to pass it."""
     return NORMAL.inv_cdf(CONFIDENCE) + NORMAL.inv_cdf(POWER)
 
@@ -67,7 +67,7 @@ class Prior:
     ratio: float
     degrees: float
 
-    def moderated(self, pair: PairNoise) -> tuple[float, float]:
+    def moderate(self, pair: PairNoise) -> tuple[float, float]:
         """The variance over seeds of the difference of one seed, and its degrees of freedom."""
         degrees = self.degrees + pair.degrees
         if degrees == 0:
@@ -77,23 +77,23 @@ class Prior:
 
 
 @dataclass(frozen=True, slots=True)
-class NoiseParts:
+class NoiseComponents:
     """The variance of a paired difference about that of all seeds and examples, in units of its spread between examples."""
 
     seeds: float  # of the trained models themselves: shrinks with seeds alone
     crossed: float  # seeds × examples: shrinks with either
     examples: float  # shrinks with examples alone
 
-    def over_seeds(self, examples: float) -> float:
+    def compute_seed_ratio(self, examples: float) -> float:
         """Of one seed, about the mean over seeds on the same examples."""
         return self.seeds + self.crossed / examples
 
     def ratio(self, seeds: int, examples: float) -> float:
-        return self.over_seeds(examples) / seeds + self.examples / examples
+        return self.compute_seed_ratio(examples) / seeds + self.examples / examples
 
 
 # Of twelve grids of 400 and 1,500 steps, three seeds each: `benchmarks/selection/noise_model.py`. Trainings of 20 to 80 steps are noisier.
-NOISE = NoiseParts(seeds=0.0022, crossed=0.83, examples=0.17)
+NOISE = NoiseComponents(seeds=0.0022, crossed=0.83, examples=0.17)
 NOISE_DEGREES = 8.0  # of that expectation for a probability; those grids alone would allow more, and seeds at hand then change it less
 BOUND_DEGREES = 0.1  # for a bound, where the seeds at hand are to decide: half a degree let two noisy seeds err in 12%
 MIN_EXAMPLES = 64  # for a probability: the grids have 133 or more
@@ -102,20 +102,20 @@ BARE_WITHIN_DEGREES = 3.0  # the same for variances that no spread between examp
 SHARED_REFERENCE = 0.5  # weight of a pair in the ratio at hand: all pairs share the reference's noise
 
 
-def probability_within(difference: float, variance: float, degrees: float, margin: float) -> float:
+def compute_probability_within(difference: float, variance: float, degrees: float, margin: float) -> float:
     """The probability that the true difference is at most `margin`, from a measured one; every difference is as likely before."""
     deviations = (margin - difference) / math.sqrt(variance)
-    beyond, _ = t_tail(degrees, abs(deviations))
+    beyond, _ = compute_t_tail(degrees, abs(deviations))
     return 1 - beyond if deviations > 0 else beyond
 
 
-def noise_of_mean(pair: PairNoise, prior: Prior, seeds: int, examples: float) -> tuple[float, float]:
+def compute_mean_noise(pair: PairNoise, prior: Prior, seeds: int, examples: float) -> tuple[float, float]:
     """The variance of a mean difference about the true one, and its degrees of freedom."""
-    variance, degrees = prior.moderated(pair)
+    variance, degrees = prior.moderate(pair)
     return variance / seeds + NOISE.examples * pair.example_variance / examples, degrees
 
 
-def prior_of(others: Sequence[PairNoise], start: Prior, within: float) -> Prior:
+def pool_prior(others: Sequence[PairNoise], start: Prior, within: float) -> Prior:
     """The expectation for a difference, from earlier grids (`start`) and from the differences of other ranks.
 
     Args:
@@ -129,7 +129,7 @@ def prior_of(others: Sequence[PairNoise], start: Prior, within: float) -> Prior:
     return Prior((start.degrees * start.ratio + known) / degrees, 1 / (1 / within + 1 / degrees))
 
 
-def pair_noise(sums: Floats, weights: Floats, groups: Groups | None = None) -> PairNoise:
+def measure_pair_noise(sums: Floats, weights: Floats, groups: Groups | None = None) -> PairNoise:
     """The noise of a difference, from its scores [seeds, examples] times their weights [examples]; groups as in `estimate`."""
     seeds, examples = sums.shape
     by_seed = sums.sum(axis=1) / weights.sum()
@@ -138,11 +138,13 @@ def pair_noise(sums: Floats, weights: Floats, groups: Groups | None = None) -> P
         return PairNoise(variance, seeds - 1.0, 1.0)
     influence = (sums - np.outer(by_seed, weights)) / weights.mean()
     squares = float((influence**2).sum())
-    likeness = float((by_group(influence, groups) ** 2).sum()) / squares if groups is not None and squares > 0 else 1.0
+    likeness = (
+        float((sum_by_group(influence, groups) ** 2).sum()) / squares if groups is not None and squares > 0 else 1.0
+    )
     return PairNoise(variance, seeds - 1.0, squares / (seeds * (examples - 1)), likeness)
 
 
-def seed_parts(means: Floats) -> tuple[float, float]:
+def split_seed_variance(means: Floats) -> tuple[float, float]:
     """`(common, individual)` variances over seeds of a [ranks, seeds] matrix of means, with two seeds or more.
 
     `common` is the variance of the seeds' level, which all ranks share. `individual` is the variance of the residuals,
@@ -157,7 +159,7 @@ def seed_parts(means: Floats) -> tuple[float, float]:
     return common, float((rest**2).sum()) / ((ranks - 1) * (seeds - 1))
 
 
-def winners_gap(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES) -> float:
+def estimate_selection_bias(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES) -> float:
     """The winner's curse: how much better, on average, the best of several noisy means looks than it is.
 
     With shown means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
@@ -177,12 +179,12 @@ def winners_gap(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES)
     """
     if len(means) < 2:
         return 0.0
-    noise = multivariate_noise(covariance, degrees, BOOTSTRAP_DRAWS)
+    noise = sample_multivariate_noise(covariance, degrees, BOOTSTRAP_DRAWS)
     picks = np.argmin(means[:, None] + noise, axis=0)
     return max(0.0, -float(noise[picks, np.arange(BOOTSTRAP_DRAWS)].mean()))
 
 
-def multivariate_noise(covariance: Floats, degrees: float, draws: int) -> Floats:
+def sample_multivariate_noise(covariance: Floats, degrees: float, draws: int) -> Floats:
     """[n, draws] of a multivariate t with mean 0, from a fixed seed; normal from `MAX_DEGREES` on.
 
     The root of the covariance is Cholesky's. A further row changes none before it, and unlike eigenvectors, which equal variances leave open, it is

@@ -16,7 +16,14 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rightrank.decision.comparison import INDEPENDENT, TIE, Estimate, bounds_of, estimate, span_of
+from rightrank.decision.comparison import (
+    INDEPENDENCE_NOTE,
+    RELATIVE_TOLERANCE,
+    Estimate,
+    compute_bounds,
+    compute_score_range,
+    estimate_mean,
+)
 from rightrank.schema.decision import DifferenceDistribution, Result, ResultsTable
 from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, infer_direction, infer_metric_kind
 from rightrank.schema.trials import (
@@ -30,7 +37,9 @@ from rightrank.schema.trials import (
     TrialOutcome,
 )
 
-SPREAD_MARGINS = 10.0  # a difference of one example that is named: the mean of a rare one is within the margin
+LARGE_DIFFERENCE_MARGINS = (
+    10.0  # a difference of one example that is named: the mean of a rare one is within the margin
+)
 DROP_IN_MARGINS = 2.5  # the fall that counts as a collapse: five points at a margin of two
 SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several looks is optimistic by about two
 RIDGE = 1e-4  # keeps seed effects at 0 where the seeds that rows share do not determine them
@@ -64,7 +73,7 @@ class Cell:
         return len(self.sums) if len(self.sums) > 1 else 0
 
     @property
-    def units(self) -> int:
+    def num_groups(self) -> int:
         """The number of independent examples: of groups, where there are any."""
         return self.examples if self.groups is None else int(self.groups.max()) + 1
 
@@ -72,9 +81,9 @@ class Cell:
     def assumption(self) -> str:
         """What bounds over the examples rest on; empty without examples."""
         over = (
-            INDEPENDENT
+            INDEPENDENCE_NOTE
             if self.groups is None
-            else f"Bounds are over {self.units:,} groups of {self.examples:,} examples."
+            else f"Bounds are over {self.num_groups:,} groups of {self.examples:,} examples."
         )
         return over if self.examples else ""
 
@@ -111,22 +120,22 @@ class ScoreTable:
         """The ranks with a finished trial, ascending, without the base."""
         return [rank for rank in self._by_rank if rank > 0]
 
-    def tried_learning_rates(self, rank: int) -> list[float]:
+    def list_tried_rates(self, rank: int) -> list[float]:
         """Those with a finished trial, and those that were stopped early or diverged."""
-        return sorted({*self.by_learning_rate(rank), *self.tried.get(rank, ())})
+        return sorted({*self.get_cells_by_rate(rank), *self.tried.get(rank, ())})
 
-    def rates_ending_at(self, learning_rate: float, rank: int) -> list[float]:
+    def list_edge_rates(self, learning_rate: float, rank: int) -> list[float]:
         """Return several tried learning rates whose lowest or highest is this best one of the rank; empty if there are none.
 
         They are those of the rank, or else those of every rank at which several were tried: most ranks of a search get one
         learning rate, the best of another rank.
         """
         ranks = sorted({*self._by_rank, *self.tried})
-        tried = {rank: self.tried_learning_rates(rank) for rank in ranks}
+        tried = {rank: self.list_tried_rates(rank) for rank in ranks}
         of_all = sorted({rate for rates in tried.values() if len(rates) > 1 for rate in rates})
         return next((r for r in (tried[rank], of_all) if len(r) > 1 and learning_rate in (r[0], r[-1])), [])
 
-    def by_learning_rate(self, rank: int) -> Mapping[float, Mapping[int, Cell]]:
+    def get_cells_by_rate(self, rank: int) -> Mapping[float, Mapping[int, Cell]]:
         """The rank's cells by learning rate and seed, both ascending."""
         return self._by_rank.get(rank, {})
 
@@ -134,7 +143,7 @@ class ScoreTable:
         return [cell.value for cell in self.cells.values()]
 
 
-def table_of(
+def build_table(
     outcomes: Iterable[TrialOutcome],
     metric: MetricName,
     higher_is_better: bool,
@@ -159,13 +168,13 @@ def table_of(
         examples = [([trial.metrics[metric]], [1.0]) for trial in scored]
     if kind == "perplexity" and not all(trial.metrics[metric] > 0 for trial in scored):
         kind = "other"  # a perplexity is above 0
-    scores, weights = map(_rows, zip(*examples, strict=True)) if scored else np.ones((2, 0, 1))
+    scores, weights = map(_stack_rows, zip(*examples, strict=True)) if scored else np.ones((2, 0, 1))
     scale = weights if kind == "perplexity" else np.ones(1)  # the logarithm is of the score without its weight
-    sums = _oriented(scores / scale, kind, higher_is_better) * scale
+    sums = _orient_scores(scores / scale, kind, higher_is_better) * scale
     losses = (sums.sum(axis=1) / weights.sum(axis=1)).tolist()
     cells: dict[tuple[int, float, int], Cell] = {}
     for trial, values, oriented, weight, loss in zip(scored, scores, sums, weights, losses, strict=True):
-        cell = _cell(trial, metric, oriented, weight, span_of(kind, values, weight))
+        cell = _build_cell(trial, metric, oriented, weight, compute_score_range(kind, values, weight))
         vars(cell)["loss"] = loss  # as it computes it; of all trials at once it takes a hundredth of the time
         cells[trial.rank, trial.learning_rate, trial.seed] = cell
     if points_metric not in (None, metric):
@@ -179,34 +188,34 @@ def table_of(
     return ScoreTable(metric, higher_is_better, cells, missing, kind, tried, collapsed)
 
 
-def groups_of(numbers: Sequence[int] | None, examples: int) -> Groups | None:
+def number_groups(numbers: Sequence[int] | None, examples: int) -> Groups | None:
     """Group numbers without gaps; None where each of the examples stands for itself."""
     if numbers is None or len(numbers) != examples or len(set(numbers)) in (1, examples):
         return None
     return np.unique(np.asarray(numbers, np.int64), return_inverse=True)[1]
 
 
-def _rows(lists: Sequence[Sequence[float]]) -> Floats:
+def _stack_rows(lists: Sequence[Sequence[float]]) -> Floats:
     """Lists of one length as a matrix; those that are all equal, such as the tokens of the examples, share a row."""
     if all(values == lists[0] for values in lists):
         return np.broadcast_to(np.asarray(lists[0], dtype=np.float64), (len(lists), len(lists[0])))
     return np.fromiter(chain.from_iterable(lists), dtype=np.float64).reshape(len(lists), -1)
 
 
-def _oriented(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
+def _orient_scores(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
     """Scores with lower as better, and perplexities as logarithms."""
     values = np.asarray(scores)
     return np.log(values) if kind == "perplexity" else -values if higher else values
 
 
-def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Floats, span: float) -> Cell:
+def _build_cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Floats, span: float) -> Cell:
     return Cell(
         trial_id=trial.trial_id,
         value=trial.metrics[metric],
         sums=sums,
         weights=weights,
         span=span,
-        groups=groups_of(trial.example_groups, len(weights)),
+        groups=number_groups(trial.example_groups, len(weights)),
         train_value=trial.train_value,
         steps=trial.steps,
         train_seconds=trial.train_seconds,
@@ -217,7 +226,7 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
     )
 
 
-def table_of_results(results: ResultsTable) -> ScoreTable:
+def build_table_from_results(results: ResultsTable) -> ScoreTable:
     kind = infer_metric_kind(results.metric, results.higher_is_better)
     cells: dict[tuple[int, float, int], Cell] = {}
     missing: dict[int, int] = {}
@@ -225,13 +234,13 @@ def table_of_results(results: ResultsTable) -> ScoreTable:
         if result.value is None:
             missing[result.rank] = missing.get(result.rank, 0) + 1
         else:
-            cells[result.rank, result.learning_rate, result.seed] = _cell_of_result(
+            cells[result.rank, result.learning_rate, result.seed] = _build_result_cell(
                 result, result.value, kind, results.higher_is_better
             )
     return ScoreTable(results.metric, results.higher_is_better, cells, missing, kind)
 
 
-def other_tables(results: ResultsTable) -> list[ScoreTable]:
+def build_other_tables(results: ResultsTable) -> list[ScoreTable]:
     """The same trainings by each other metric of the table whose direction is known, one number a training."""
     tables = []
     for name in dict.fromkeys(name for result in results.results for name in result.other_metrics):
@@ -251,12 +260,14 @@ def other_tables(results: ResultsTable) -> list[ScoreTable]:
             for result in results.results
         ]
         tables.append(
-            table_of_results(results.model_copy(update={"metric": name, "higher_is_better": higher, "results": rows}))
+            build_table_from_results(
+                results.model_copy(update={"metric": name, "higher_is_better": higher, "results": rows})
+            )
         )
     return tables
 
 
-def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
+def _build_result_cell(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
     scores = result.example_values or [value]
     weights = np.asarray(result.example_weights or np.ones(len(scores)))
     deviation = result.std
@@ -265,10 +276,10 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
     return Cell(
         trial_id=result.trial_id,
         value=value,
-        sums=_oriented(scores, kind, higher_is_better) * weights,
+        sums=_orient_scores(scores, kind, higher_is_better) * weights,
         weights=weights,
-        span=span_of(kind, scores),
-        groups=groups_of(result.example_groups, len(weights)),
+        span=compute_score_range(kind, scores),
+        groups=number_groups(result.example_groups, len(weights)),
         train_value=result.train_value,
         deviation=deviation,
         deviation_seeds=result.std_seeds,
@@ -278,29 +289,29 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
     )
 
 
-def at_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
+def select_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
     """The table with each training at its last evaluation or at its best, the earliest of equal ones.
 
     Scores by example are of the evaluation whose weights were kept: where another one counts, every training counts by its value.
     """
-    at = {key: _at(cell, checkpoint, table.higher_is_better) for key, cell in table.cells.items()}
+    at = {key: _select_cell_checkpoint(cell, checkpoint, table.higher_is_better) for key, cell in table.cells.items()}
     if all(at[key] is cell for key, cell in table.cells.items()):
         return table
     bare = {
         key: replace(
-            cell, sums=_oriented([cell.value], table.kind, table.higher_is_better), weights=np.ones(1), groups=None
+            cell, sums=_orient_scores([cell.value], table.kind, table.higher_is_better), weights=np.ones(1), groups=None
         )
         for key, cell in at.items()
     }
     return replace(table, cells=bare)
 
 
-def _at(cell: Cell, checkpoint: Checkpoint, higher_is_better: bool) -> Cell:
+def _select_cell_checkpoint(cell: Cell, checkpoint: Checkpoint, higher_is_better: bool) -> Cell:
     if not cell.points or (cell.checkpoint_step is None) == (checkpoint == "last"):
         return cell
     if checkpoint == "last":
         return replace(cell, value=cell.points[-1].value, checkpoint_step=None, train_value=None, other_metrics={})
-    best, sign = best_point(cell.points, higher_is_better), -1.0 if higher_is_better else 1.0
+    best, sign = find_best_point(cell.points, higher_is_better), -1.0 if higher_is_better else 1.0
     if sign * best.value >= sign * cell.value:
         return cell
     earlier = tuple(point for point in cell.points if point.step <= best.step)
@@ -324,31 +335,31 @@ class Contender:
         return self.loss + self.seed_shift + self.gap
 
 
-def losses_by_seed(cells: Mapping[int, Cell]) -> dict[int, float]:
+def get_losses_by_seed(cells: Mapping[int, Cell]) -> dict[int, float]:
     return {seed: cell.loss for seed, cell in cells.items()}
 
 
-def contender_of(table: ScoreTable, rank: int) -> Contender:
-    columns = table.by_learning_rate(rank)
+def select_contender(table: ScoreTable, rank: int) -> Contender:
+    columns = table.get_cells_by_rate(rank)
 
     def is_surely_lower(rate: float, other: float) -> bool:
         """On the seeds that both have. One number a training shows no noise: there the means decide."""
-        return bounds_of(estimate_of_pairs(of_shared_seeds(columns[rate], columns[other]))).high < 0
+        return compute_bounds(estimate_pairs(pair_shared_seeds(columns[rate], columns[other]))).high < 0
 
-    best = best_learning_rate({lr: losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
+    best = select_best_learning_rate({lr: get_losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
     cells = columns[best]
     return Contender(rank, best, cells, float(np.mean([cell.loss for cell in cells.values()])))
 
 
-def on_common_seeds(contenders: list[Contender]) -> dict[int, Contender]:
-    adjusted = adjusted_means([losses_by_seed(contender.cells) for contender in contenders])
+def adjust_to_common_seeds(contenders: list[Contender]) -> dict[int, Contender]:
+    adjusted = compute_adjusted_means([get_losses_by_seed(contender.cells) for contender in contenders])
     return {
         contender.rank: replace(contender, seed_shift=mean - contender.loss)
         for contender, mean in zip(contenders, adjusted, strict=True)
     }
 
 
-def adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]:
+def compute_adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]:
     """The mean of each row (seed → loss), as if all rows had all seeds.
 
     Rows are compared on the seeds that they share: the least-squares fit of loss = row + seed, with seed effects that sum
@@ -369,7 +380,7 @@ def adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]:
     return [float(row) + level for row in solution[: len(losses)]]
 
 
-def best_learning_rate(
+def select_best_learning_rate(
     losses: Mapping[float, Mapping[int, float]], is_surely_lower: Callable[[float, float], bool]
 ) -> float:
     """The learning rate with the lowest mean (losses by seed), compared on shared seeds; the lower one on ties.
@@ -379,7 +390,7 @@ def best_learning_rate(
     """
     most = max(len(by_seed) for by_seed in losses.values())
     leaders = [lr for lr in sorted(losses) if len(losses[lr]) == most]
-    means = dict(zip(leaders, adjusted_means([losses[lr] for lr in leaders]), strict=True))
+    means = dict(zip(leaders, compute_adjusted_means([losses[lr] for lr in leaders]), strict=True))
     best = min(leaders, key=lambda lr: (means[lr], lr))
     for lr in sorted(losses.keys() - means.keys(), key=lambda lr: (-len(losses[lr]), lr)):
         if losses[lr].keys() & losses[best].keys() and is_surely_lower(lr, best):
@@ -388,54 +399,58 @@ def best_learning_rate(
 
 
 Pair: TypeAlias = tuple[Cell, Cell]
-OfSeed = TypeVar("OfSeed")
+SeedValue = TypeVar("OfSeed")
 
 
-def estimate_of_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
+def estimate_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
     """How much worse the first of each pair is than the second."""
     span = max(cell.span for pair in pairs for cell in pair)
-    paired = estimate(differences(pairs), pairs[0][0].weights, span, pairs[0][0].groups)
+    paired = estimate_mean(compute_differences(pairs), pairs[0][0].weights, span, pairs[0][0].groups)
     return replace(paired, mean=paired.mean + shift)
 
 
-def differences(pairs: list[Pair]) -> Floats:
+def compute_differences(pairs: list[Pair]) -> Floats:
     """[pairs, examples] how much worse the first of each pair is on each example, times the example's weight."""
     worse: Floats = np.stack([first.sums for first, _ in pairs]) - np.stack([second.sums for _, second in pairs])
     return worse
 
 
-def paired_cells(contender: Contender, against: Contender) -> list[Pair]:
+def pair_cells(contender: Contender, against: Contender) -> list[Pair]:
     """Cells by shared seed; in order where no seed is shared. The single evaluation of the base pairs with every seed."""
     left, right = contender.cells, against.cells
     if contender.rank == 0 and len(left) == 1:
         return [(next(iter(left.values())), cell) for cell in right.values()]
     if against.rank == 0 and len(right) == 1:
         return [(cell, next(iter(right.values()))) for cell in left.values()]
-    return of_shared_seeds(left, right) or list(zip(left.values(), right.values(), strict=False))
+    return pair_shared_seeds(left, right) or list(zip(left.values(), right.values(), strict=False))
 
 
-def of_shared_seeds(left: Mapping[int, OfSeed], right: Mapping[int, OfSeed]) -> list[tuple[OfSeed, OfSeed]]:
+def pair_shared_seeds(
+    left: Mapping[int, SeedValue], right: Mapping[int, SeedValue]
+) -> list[tuple[SeedValue, SeedValue]]:
     """What both have, by seed."""
     return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
-def minus(cell: Cell, other: Cell) -> Cell:
+def compute_paired_difference(cell: Cell, other: Cell) -> Cell:
     """How much worse one cell is than the other, on each example."""
     span, sums = max(cell.span, other.span), cell.sums - other.sums
     return Cell(cell.trial_id, cell.value - other.value, sums, cell.weights, span, groups=cell.groups)
 
 
-def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = float) -> DifferenceDistribution:
+def compute_distribution(
+    worse: Cell, margin: float, in_unit: Callable[[float], float] = float
+) -> DifferenceDistribution:
     """How a difference (`minus`) spreads over the examples; `in_unit` turns it into the metric's unit."""
     each = np.sort([in_unit(worse_by) for worse_by in (worse.sums / worse.weights).tolist()])
-    amount = SPREAD_MARGINS * margin
-    share = float(np.mean(each > amount * (1 + TIE)))
+    amount = LARGE_DIFFERENCE_MARGINS * margin
+    share = float(np.mean(each > amount * (1 + RELATIVE_TOLERANCE)))
     return DifferenceDistribution(
         threshold=amount, share_worse=share, worst_tenth_mean=float(each[-math.ceil(len(each) / 10) :].mean())
     )
 
 
-def spread_sentence(spread: DifferenceDistribution) -> str:
+def format_distribution(spread: DifferenceDistribution) -> str:
     """Say how many examples get much worse; the tenth that gets worst only where some do."""
     if spread.share_worse == 0:
         return f"No held-out example gets worse by more than {spread.threshold:.2g}."
@@ -447,13 +462,13 @@ def spread_sentence(spread: DifferenceDistribution) -> str:
     )
 
 
-def best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> EvalPoint:
+def find_best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> EvalPoint:
     """The look with the best value; the earliest of equal ones."""
     sign = -1.0 if higher_is_better else 1.0
     return min(points, key=lambda point: (sign * point.value, point.step))
 
 
-def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> dict[str, Any] | None:
+def detect_collapse(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> dict[str, Any] | None:
     """The collapse that the looks of a training show at their end, as fields of `TrialCollapsed`; None if there is none.
 
     The last value is worse than the best one by more than `drop` and, where both looks have scores of the same examples, by
@@ -462,7 +477,7 @@ def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool
     if len(points) < 2:
         return None
     ordered = sorted(points, key=lambda point: point.step)
-    best, last = best_point(ordered, higher_is_better), ordered[-1]
+    best, last = find_best_point(ordered, higher_is_better), ordered[-1]
     fall = (best.value - last.value) * (1.0 if higher_is_better else -1.0)
     left, right = best.example_scores or [], last.example_scores or []
     noise = 0.0  # the standard error of the mean paired difference
@@ -475,7 +490,7 @@ def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool
     return {**at, "reason": told}
 
 
-def collapsing_cells(outcomes: Collection[TrialOutcome]) -> set[tuple[int, float]]:
+def find_collapsed_rates(outcomes: Collection[TrialOutcome]) -> set[tuple[int, float]]:
     """The (rank, learning rate) at which a training collapsed, where another learning rate of the rank has none and a result.
 
     A learning rate that some seeds do not survive is no learning rate to recommend, however well the others did.
@@ -488,9 +503,9 @@ def collapsing_cells(outcomes: Collection[TrialOutcome]) -> set[tuple[int, float
     return {cell for cell in collapsed if any(rank == cell[0] for rank, _ in stable)}
 
 
-def without_collapsing(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
-    """The outcomes without the results at learning rates of `collapsing_cells`. Collapsed trials stay: they are missing values."""
-    if not (cells := collapsing_cells(outcomes)):
+def exclude_collapsed_rates(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
+    """The outcomes without the results at learning rates of `find_collapsed_rates`. Collapsed trials stay: they are missing values."""
+    if not (cells := find_collapsed_rates(outcomes)):
         return list(outcomes)
     return [
         trial

@@ -4,18 +4,18 @@ The verdict is the first row that applies, from the most sobering to the plaines
 
     ===========  =====================================================================================
     no_gain      the base itself is within the margin of the best adapter
-    undecided    a rank that could change the answer is inconclusive (`inconclusive_rank`), or a larger
-                 rank may be better than the reference by more than the margin (`possible_rival`), or
-                 is worse than it without a reason (`unexplained_rank`)
+    undecided    a rank that could change the answer is inconclusive (`find_inconclusive_rank`), or a larger
+                 rank may be better than the reference by more than the margin (`find_possible_rival`), or
+                 is worse than it without a reason (`find_unexplained_rank`)
     overfitting  the largest rank is worse than the margin allows on held-out data and better in training
     flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
     rising       the largest rank is chosen, and every smaller one is shown to be worse than the margin allows
     saturated    otherwise
     ===========  =====================================================================================
 
-`no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`alike_ranks`).
+`no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`find_indistinguishable_ranks`).
 
-Where a confidence chose the rank (`Comparison.at_confidence`), the answer is `undecided` if no rank is as probable, and "shown" in the other rows
+Where a confidence chose the rank (`Comparison.apply_confidence`), the answer is `undecided` if no rank is as probable, and "shown" in the other rows
 is "as probable".
 
 In a point reading (`Evidence.lacks_uncertainty`) nothing is inconclusive: ranks are compared by their values.
@@ -30,30 +30,36 @@ import numpy as np
 
 from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
-from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
+from rightrank.decision.table import Contender, ScoreTable, select_checkpoint
 from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdict
-from rightrank.schema.metrics import Checkpoint, compute_default_margin, infer_direction, infer_metric_kind, get_published_deviation
+from rightrank.schema.metrics import (
+    Checkpoint,
+    compute_default_margin,
+    get_published_deviation,
+    infer_direction,
+    infer_metric_kind,
+)
 
 FALL_IN_MARGINS = 20.0  # below the best; without a further fall at the next rank no published curve has more than 16 (benchmarks/decide)
 RISE = 1 / 8  # of a rank's distance from the best, that its neighbour has where results get worse rank by rank
 
 
-def verdict_of(tested: Comparison) -> Verdict:
+def determine_verdict(tested: Comparison) -> Verdict:
     """The first row of the table above that applies."""
-    if tested.base_is_enough:
+    if tested.is_base_enough:
         return "no_gain"
-    if is_open(tested) or unexplained_rank(tested) is not None:
+    if is_open(tested) or find_unexplained_rank(tested) is not None:
         return "undecided"
-    if overfits(tested):
+    if is_overfitting(tested):
         return "overfitting"
     if tested.chosen == tested.ranks[0] and not any(tested.is_worse(rank) for rank in tested.ranks):
         return "flat"
-    if rises(tested) and all(tested.is_worse(rank) for rank in tested.ranks[:-1]):
+    if is_rising(tested) and all(tested.is_worse(rank) for rank in tested.ranks[:-1]):
         return "rising"
     return "saturated"
 
 
-def inconclusive_rank(tested: Comparison) -> int | None:
+def find_inconclusive_rank(tested: Comparison) -> int | None:
     """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
 
     None where a confidence chose the rank. The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
@@ -91,29 +97,29 @@ def is_open(tested: Comparison) -> bool:
     """Whether the trainings as they are leave the answer undecided."""
     if tested.confidence is not None:
         return is_unlikely(tested)
-    return inconclusive_rank(tested) is not None or possible_rival(tested) is not None
+    return find_inconclusive_rank(tested) is not None or find_possible_rival(tested) is not None
 
 
 def is_unlikely(tested: Comparison) -> bool:
     """Whether no rank has the probability that was asked for."""
-    return tested.confidence is not None and tested.likely(tested.chosen) < tested.confidence
+    return tested.confidence is not None and tested.require_probability(tested.chosen) < tested.confidence
 
 
-def grade_of(tested: Comparison, verdict: Verdict) -> Grade | None:
+def determine_grade(tested: Comparison, verdict: Verdict) -> Grade | None:
     """How far the answer is known: shown by its 95% bounds, likely, or not; None where one number a rank is all there is."""
     if verdict in ("undecided", "no_difference"):
         return "cannot tell"
     if tested.evidence.lacks_uncertainty:
         return None
-    smallest = tested.reference.rank if shown_rank(tested) is None else shown_rank(tested)
+    smallest = tested.reference.rank if find_shown_rank(tested) is None else find_shown_rank(tested)
     if verdict == "no_gain":
         is_shown = tested.by_rank[0].non_inferior is True
     else:
-        is_shown = smallest is not None and smallest <= tested.chosen and _better_above(tested) is None
+        is_shown = smallest is not None and smallest <= tested.chosen and _find_better_above(tested) is None
     return "shown" if is_shown and not tested.is_indication else "likely"
 
 
-def alike_ranks(tested: Comparison) -> list[int]:
+def find_indistinguishable_ranks(tested: Comparison) -> list[int]:
     """The ranks that their own difference from the best does not show to be worse, ascending; none where the base may be as good.
 
     The bound is the plain one, which says "worse" a little too soon after the choice of the best: an answer that takes the smallest of
@@ -124,19 +130,19 @@ def alike_ranks(tested: Comparison) -> list[int]:
     return [rank for rank in tested.ranks if tested.by_rank[rank].difference.bound(1 - CONFIDENCE) <= 0]
 
 
-def possible_rival(tested: Comparison) -> int | None:
-    """The rank that leaves the answer undecided since it may be better (`_better_above`); None in a point reading."""
-    return None if tested.evidence.lacks_uncertainty else _better_above(tested)
+def find_possible_rival(tested: Comparison) -> int | None:
+    """The rank that leaves the answer undecided since it may be better (`_find_better_above`); None in a point reading."""
+    return None if tested.evidence.lacks_uncertainty else _find_better_above(tested)
 
 
-def shown_rank(tested: Comparison) -> int | None:
+def find_shown_rank(tested: Comparison) -> int | None:
     """The smallest rank whose comparison with the reference passed; None without one, or if a higher rank may be better."""
     reference = tested.reference.rank
     smallest = walk_down(tested.by_rank, reference, lambda rank: tested.by_rank[rank].non_inferior is True)
-    return None if smallest == reference or _better_above(tested) is not None else smallest
+    return None if smallest == reference or _find_better_above(tested) is not None else smallest
 
 
-def _better_above(tested: Comparison) -> int | None:
+def _find_better_above(tested: Comparison) -> int | None:
     """The rank above the reference that may be better than it by more than the margin; None if there is none.
 
     It guards against a low rank that came out best by luck.
@@ -146,7 +152,7 @@ def _better_above(tested: Comparison) -> int | None:
     return min(better, key=lambda rank: lows[rank], default=None)
 
 
-def unexplained_rank(tested: Comparison) -> int | None:
+def find_unexplained_rank(tested: Comparison) -> int | None:
     """The smallest rank above the reference that is clearly worse without a reason; None if there is none.
 
     A larger rank is expected to be about as good. Where one is not, its training went wrong (a learning rate that is too high, an unlucky seed), and it may
@@ -162,7 +168,7 @@ def unexplained_rank(tested: Comparison) -> int | None:
         )
         is_shown = compared.non_inferior is False and compared.difference.seeds > 1
         is_settled = (tested.evidence.lacks_uncertainty or is_shown) and not has_failed
-        is_explained = _learns_more(tested, rank) or _continues_a_rise(tested, larger, rank)
+        is_explained = _has_better_training(tested, rank) or _is_gradual_rise(tested, larger, rank)
         if tested.is_clearly_worse(rank) and not is_settled and not is_explained:
             return rank
     return None
@@ -170,10 +176,10 @@ def unexplained_rank(tested: Comparison) -> int | None:
 
 def has_lower_rate(tested: Comparison, rank: int) -> bool:
     """Whether a lower learning rate than the rank's best was tried too."""
-    return tested.evidence.table.tried_learning_rates(rank)[0] < tested.evidence.contenders[rank].learning_rate
+    return tested.evidence.table.list_tried_rates(rank)[0] < tested.evidence.contenders[rank].learning_rate
 
 
-def _continues_a_rise(tested: Comparison, larger: Sequence[int], rank: int) -> bool:
+def _is_gradual_rise(tested: Comparison, larger: Sequence[int], rank: int) -> bool:
     """Whether the larger rank next to this one is worse too, as where ranks overfit: by a share of it below, by more above; not where the base is better."""
     worse = {other: tested.by_rank[other].difference.mean for other in tested.by_rank}
     if 0 in worse and worse[rank] > worse[0]:
@@ -185,7 +191,7 @@ def _continues_a_rise(tested: Comparison, larger: Sequence[int], rank: int) -> b
     )
 
 
-def rises(tested: Comparison) -> bool:
+def is_rising(tested: Comparison) -> bool:
     """Whether the top rank's mean is better than every smaller one's by more than the margin and its stated deviation."""
     *smaller, top = tested.ranks
     if tested.reference.rank != top:
@@ -195,25 +201,25 @@ def rises(tested: Comparison) -> bool:
     return all(not is_within(tested.by_rank[rank].difference.mean, threshold) for rank in smaller)
 
 
-def overfits(tested: Comparison) -> bool:
+def is_overfitting(tested: Comparison) -> bool:
     """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
     top = tested.ranks[-1]
-    return top != tested.reference.rank and tested.is_worse(top) and _learns_more(tested, top)
+    return top != tested.reference.rank and tested.is_worse(top) and _has_better_training(tested, top)
 
 
-def _learns_more(tested: Comparison, rank: int) -> bool:
+def _has_better_training(tested: Comparison, rank: int) -> bool:
     """Whether the rank is better than the reference in training."""
-    ours, theirs = _train_value(tested.evidence.contenders[rank]), _train_value(tested.reference)
+    ours, theirs = _compute_train_value(tested.evidence.contenders[rank]), _compute_train_value(tested.reference)
     return ours is not None and theirs is not None and ours < theirs
 
 
-def _train_value(contender: Contender) -> float | None:
+def _compute_train_value(contender: Contender) -> float | None:
     """The mean training loss. Lower is better, whatever the metric."""
     values = [cell.train_value for cell in contender.cells.values() if cell.train_value is not None]
     return float(np.mean(values)) if values else None
 
 
-def flags_of(
+def collect_flags(
     tested: Comparison,
     verdict: Verdict,
     beside: Sequence[MetricAnswer] = (),
@@ -226,7 +232,7 @@ def flags_of(
     """
     evidence, top = tested.evidence, tested.ranks[-1]
     answer = {tested.chosen, tested.reference.rank}
-    growth = _late_growth(tested) or 0.0
+    growth = _compute_late_growth(tested) or 0.0
     named = [set(cell.other_metrics) for contender in evidence.contenders.values() for cell in contender.cells.values()]
     others = set.intersection(*named) - {
         answer.metric
@@ -234,19 +240,19 @@ def flags_of(
         if any(row.non_inferior is not None for row in answer.ranks if row.rank != answer.reference_rank)
     }
     raised = {
-        "underpowered": underpowered(tested, verdict),
+        "underpowered": is_underpowered(tested, verdict),
         "rising": verdict == "undecided"
-        and rises(tested)
+        and is_rising(tested)
         and all(tested.by_rank[rank].low > 0 for rank in tested.ranks if rank < top),
         "lr_edge": any(evidence.is_at_edge(rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
-        "larger_rank_worse": unexplained_rank(tested) is not None,
-        "unequal_length": len(lengths(evidence)) > 1,
+        "larger_rank_worse": find_unexplained_rank(tested) is not None,
+        "unequal_length": len(list_lengths(evidence)) > 1,
         "collapsed": evidence.table.collapsed > 0,
         "one_seed": tested.is_indication,
         "selection_bias": max(evidence.contenders[rank].gap for rank in answer) > tested.margin / 2,
         "metric_conflict": any(answer.conflict for answer in beside)
-        or any(_conflicts_in(evidence, tested.chosen, name) for name in sorted(others)),
+        or any(_has_metric_conflict(evidence, tested.chosen, name) for name in sorted(others)),
         # the chosen rank's gap exceeds the margin if it grows by as much again
         "may_be_capacity_limited": growth > 0
         and not is_within(tested.by_rank[tested.chosen].difference.mean + growth, tested.margin),
@@ -255,7 +261,7 @@ def flags_of(
     return [flag for flag, raise_it in raised.items() if raise_it]
 
 
-def underpowered(tested: Comparison, verdict: Verdict) -> bool:
+def is_underpowered(tested: Comparison, verdict: Verdict) -> bool:
     """Whether the data can't show the answer at 95% confidence."""
     if not tested.evidence.lacks_uncertainty:
         return verdict == "undecided"
@@ -264,12 +270,12 @@ def underpowered(tested: Comparison, verdict: Verdict) -> bool:
     return tested.evidence.basis == "values" or not settled
 
 
-def lengths(evidence: Evidence) -> set[int]:
+def list_lengths(evidence: Evidence) -> set[int]:
     """The different numbers of steps of the trainings that are compared, where the table states them."""
     return {cell.steps for contender in evidence.contenders.values() for cell in contender.cells.values() if cell.steps}
 
 
-def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
+def _has_metric_conflict(evidence: Evidence, chosen: int, name: str) -> bool:
     """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
     higher = infer_direction(name)
     if higher is None:
@@ -283,7 +289,9 @@ def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
     values = list(means.values())
     best = min(sign * value for value in values)
     if kind == "perplexity":
-        return math.log(means[chosen] / best) > compute_default_margin("token_loss", best, values) if best > 0 else False
+        return (
+            math.log(means[chosen] / best) > compute_default_margin("token_loss", best, values) if best > 0 else False
+        )
     noise = 2 * math.sqrt(2) * get_published_deviation(kind, best, values)
     return sign * means[chosen] - best > max(compute_default_margin(kind, best, values), noise)
 
@@ -291,14 +299,14 @@ def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
 MIN_POINTS = 3
 
 
-def _late_growth(tested: Comparison) -> float | None:
+def _compute_late_growth(tested: Comparison) -> float | None:
     """The change of the chosen rank's gap to the reference over the second half of its training, in the metric's unit.
 
     None for the reference, and where the two share fewer than `MIN_POINTS` evaluations.
     """
     if tested.chosen >= tested.reference.rank:
         return None
-    curves = [_curve(contender) for contender in (tested.evidence.contenders[tested.chosen], tested.reference)]
+    curves = [_average_curve(contender) for contender in (tested.evidence.contenders[tested.chosen], tested.reference)]
     steps = sorted(curves[0].keys() & curves[1].keys())
     if len(steps) < MIN_POINTS:
         return None
@@ -307,7 +315,9 @@ def _late_growth(tested: Comparison) -> float | None:
     return gaps[-1] - gaps[len(gaps) // 2 - 1]
 
 
-def checkpoint_note(table: ScoreTable, evidence: Evidence, used: Checkpoint, margin: float) -> CheckpointNote | None:
+def compare_checkpoints(
+    table: ScoreTable, evidence: Evidence, used: Checkpoint, margin: float
+) -> CheckpointNote | None:
     """The ranks that the values pick at the last and at the best evaluation; None without evaluations during the training.
 
     Args:
@@ -317,25 +327,25 @@ def checkpoint_note(table: ScoreTable, evidence: Evidence, used: Checkpoint, mar
     if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
         return None
     other: Checkpoint = "best" if used == "last" else "last"
-    picks = {used: _pick(evidence, margin), other: _pick(Evidence(at_checkpoint(table, other)), margin)}
+    picks = {used: _pick_rank(evidence, margin), other: _pick_rank(Evidence(select_checkpoint(table, other)), margin)}
     return CheckpointNote(checkpoint=used, last=picks["last"], best=picks["best"])
 
 
-def _pick(evidence: Evidence, margin: float) -> int:
+def _pick_rank(evidence: Evidence, margin: float) -> int:
     """The rule on bare values."""
     losses = {rank: contender.fair_loss for rank, contender in evidence.contenders.items()}
     reference = min(losses, key=lambda rank: (losses[rank], rank))
     return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 
 
-def _curve(contender: Contender) -> dict[int, float]:
+def _average_curve(contender: Contender) -> dict[int, float]:
     """Step → mean over seeds, at the steps that all seeds have."""
     by_seed = [{point.step: point.value for point in cell.points} for cell in contender.cells.values()]
     shared = set.intersection(*(set(points) for points in by_seed))
     return {step: sum(points[step] for points in by_seed) / len(by_seed) for step in shared}
 
 
-def names(ranks: Sequence[int]) -> str:
+def format_rank_names(ranks: Sequence[int]) -> str:
     """`rank 4`, `ranks 4, 16 and 64`."""
     *first, last = map(str, ranks)
     return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"

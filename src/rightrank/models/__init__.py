@@ -1,1 +1,1 @@
-"""Base models and adapters: how they are loaded, stored, counted and truncated."""
+"""Base models and adapters: loading, storage, parameter counts and truncation."""

@@ -21,10 +21,10 @@ RESULTS_FOLDER = "rightrank"  # in a trainer's output: what was measured at its 
 
 
 def require_adapter_folder(path: Path) -> None:
-    """Refuse a path that holds no adapter, or pickled weights, before torch is imported.
+    """Raise if a path holds no adapter or only pickled weights, before torch is imported.
 
     Raises:
-        ModelError: the message names the adapter of a run folder, and the way to compare whole models.
+        ModelError: The message names the adapter of a run folder, or says how to compare two full models.
     """
     if not path.exists():
         raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
@@ -41,10 +41,10 @@ def require_adapter_folder(path: Path) -> None:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The configuration of an adapter folder.
+    """Read the configuration of an adapter folder.
 
     Raises:
-        ModelError: not one JSON object.
+        ModelError: The file is not one JSON object.
     """
     try:
         return read_json_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
@@ -64,7 +64,7 @@ def _require_weights(folder: Path) -> None:
 
 
 def suggest_adapter_folder(folder: Path) -> str:
-    """What to give in place of a run folder, or of a folder of PEFT's named adapters; empty for another folder."""
+    """Return a hint that names the adapters below a run folder or a folder of PEFT's named adapters, or an empty string."""
     inner = sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
     if folder / "adapter" in inner:
         inner = [folder / "adapter"]
@@ -74,9 +74,11 @@ def suggest_adapter_folder(folder: Path) -> str:
 
 
 def find_adapter(path: Path) -> tuple[Path, str]:
-    """`(the adapter in a trainer's output folder, how it was found)`; what is an adapter itself comes back with an empty line.
+    """Return the adapter in the output folder of a trainer, and a sentence that says how it was chosen.
 
-    | trainer | below its output folder |
+    A path that is an adapter itself is returned with an empty sentence.
+
+    | trainer | path below the output folder |
     |---|---|
     | transformers, TRL, axolotl, LLaMA-Factory, Unsloth | `checkpoint-40` |
     | ms-swift | `v0-20260101-120000/checkpoint-40` |
@@ -84,33 +86,36 @@ def find_adapter(path: Path) -> tuple[Path, str]:
     | OpenRLHF | `global_step40_hf` |
     | NeMo AutoModel | `epoch_0_step_40/model` |
 
-    The best by `trainer_state.json` or NeMo's `LOWEST_VAL`, else the newest: the one of the highest numbers, or without any.
+    The adapter is the best one by `trainer_state.json` or NeMo's `LOWEST_VAL`. If neither names one, it is the newest: the one without a
+    number in its path, or the one with the highest numbers.
     """
     if not path.is_dir() or (path / CONFIG_FILE).exists() or (path / "journal.jsonl").exists():
         return path, ""
     folders = [file.parent for file in path.rglob(CONFIG_FILE) if RESULTS_FOLDER not in file.relative_to(path).parts]
     adapters = sorted(
-        folders, key=lambda place: (_parse_numbers(place.relative_to(path)), -len(place.parts), place.name)
+        folders, key=lambda location: (_parse_numbers(location.relative_to(path)), -len(location.parts), location.name)
     )
     if not adapters:
         return path, ""
     newest = adapters[-1]
     if len(adapters) == 1:
         return newest, f"{newest}: the only adapter in {path}"
-    best, by = _find_best_checkpoint(path, newest)
-    chosen = next((place for place in adapters if best is not None and best in (place, *place.parents)), None)
+    best, source = _find_best_checkpoint(path, newest)
+    chosen = next(
+        (location for location in adapters if best is not None and best in (location, *location.parents)), None
+    )
     if chosen is None:
         return newest, f"{newest}: the newest of {len(adapters)} adapters in {path}, where nothing names the best"
-    return chosen, f"{chosen}: the best of {len(adapters)} adapters in {path} by {by}"
+    return chosen, f"{chosen}: the best of {len(adapters)} adapters in {path} by {source}"
 
 
-def _parse_numbers(place: Path) -> list[float]:
-    """The numbers in a place's name, by which checkpoints are ordered; infinity for one without, which is a training's last."""
-    return [float(number) for number in re.findall(r"\d+", str(place))] or [math.inf]
+def _parse_numbers(path: Path) -> list[float]:
+    """Return the numbers in a path, by which checkpoints are ordered; infinity for a path without numbers, which is the end of a training."""
+    return [float(number) for number in re.findall(r"\d+", str(path))] or [math.inf]
 
 
 def _find_best_checkpoint(output: Path, newest: Path) -> tuple[Path | None, str]:
-    """The checkpoint that the training itself names the best, and the file that names it."""
+    """Return the checkpoint that the training recorded as its best, and the name of the file that records it."""
     lowest = output / "LOWEST_VAL"  # NeMo's: a link, or a text file
     if lowest.is_symlink() or lowest.with_suffix(".txt").is_file():
         target = lowest.readlink() if lowest.is_symlink() else Path(lowest.with_suffix(".txt").read_text().strip())

@@ -1,6 +1,6 @@
-"""An adapter's files in PEFT's format: read with safetensors alone, checked before anything is computed, and written.
+"""Read an adapter with safetensors alone, and check it before anything is computed.
 
-Neither PEFT nor the base model is needed to read one: tensor names, shapes and `adapter_config.json` define the adapter. A folder of mlx-lm
+Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_config.json` define the adapter. A folder that mlx-lm wrote
 (`adapters.safetensors`) is read as the same adapter: its keys are `model.layers.0.self_attn.q_proj.lora_a` [in, r] and `….lora_b` [r, out], and
 `lora_parameters` has one rank and one scale for all modules.
 """
@@ -53,7 +53,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     """Read and check the configuration and the header of an adapter folder of PEFT or mlx-lm.
 
     Raises:
-        ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
+        ModelError: The folder holds no LoRA adapter, pickled weights, too few tensors, or shapes that contradict the configuration.
     """
     stored = None
     if (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
@@ -70,17 +70,17 @@ def open_adapter(path: Path) -> AdapterFolder:
         for name in sorted(pairs, key=natural_sort_key)
         for module in _read_modules(path, config, name, pairs[name], shapes)
     )
-    optional = {f"{name}.{part}" for name in pairs for part in ("lora_B.bias", *MAGNITUDE_KEYS)}
-    other = shapes.keys() - optional - {key for keys in pairs.values() for key in keys.values()}
+    optional = {f"{name}.{suffix}" for name in pairs for suffix in ("lora_B.bias", *MAGNITUDE_KEYS)}
+    other_keys = shapes.keys() - optional - {key for keys in pairs.values() for key in keys.values()}
     patterns = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
     addresses = dict.fromkeys(module.address for module in modules)
     unused = tuple(key for key in patterns if not any(matches_pattern(key, address) for address in addresses))
-    return AdapterFolder(path, config, modules, tuple(sorted(other)), unused, stored)
+    return AdapterFolder(path, config, modules, tuple(sorted(other_keys)), unused, stored)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """One adapted matrix: its tensors, their shapes and its scale. The experts of one parameter share their tensors."""
+    """An adapted matrix: its tensors, their shapes and its scale. The experts of one parameter share their tensors."""
 
     name: str  # in the base model
     kind: AdapterKind
@@ -94,7 +94,7 @@ class AdapterModule:
     magnitude_key: str | None  # DoRA
     bias_key: str | None  # lora_bias
     address: str  # the name by which PEFT's patterns address it
-    part: int = 0  # its place among the matrices of the pair
+    index_in_pair: int = 0  # its place among the matrices of the pair
 
     @property
     def parameters(self) -> int:
@@ -103,27 +103,29 @@ class AdapterModule:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A checked adapter; tensors are read on access."""
+    """A checked adapter, whose tensors are read on access."""
 
     path: Path
     config: Mapping[str, Any]
     modules: tuple[AdapterModule, ...]
     other_keys: tuple[str, ...]  # modules_to_save, trained biases, saved embeddings
     unused_patterns: tuple[str, ...]  # keys of rank_pattern or alpha_pattern that no module matches
-    mlx: Mapping[str, Any] | None = None  # mlx-lm's configuration, if it wrote the folder
+    mlx_config: Mapping[str, Any] | None = None  # mlx-lm's configuration, if it wrote the folder
 
     @property
-    def weights(self) -> Path:
-        return self.path / (WEIGHTS_FILE if self.mlx is None else MLX_FILE)
+    def weights_file(self) -> Path:
+        return self.path / (WEIGHTS_FILE if self.mlx_config is None else MLX_FILE)
 
     @property
     def keys(self) -> list[str]:
-        own = [(module.a_key, module.b_key, module.magnitude_key, module.bias_key) for (module, *_) in self.pairs]
-        return [*(key for keys in own for key in keys if key), *self.other_keys]
+        factor_keys = [
+            (module.a_key, module.b_key, module.magnitude_key, module.bias_key) for (module, *_) in self.pairs
+        ]
+        return [*(key for keys in factor_keys for key in keys if key), *self.other_keys]
 
     @property
     def pairs(self) -> list[list[AdapterModule]]:
-        """The modules grouped by the tensors that hold them: one module in each, or the experts of a parameter."""
+        """Group the modules by the tensors that hold them: one module in each group, or the experts of a parameter."""
         grouped: dict[str, list[AdapterModule]] = {}
         for module in self.modules:
             grouped.setdefault(module.a_key, []).append(module)
@@ -131,23 +133,23 @@ class AdapterFolder:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module."""
+        """Return the largest rank of any module."""
         return max(module.rank for module in self.modules)
 
     @property
     def rank_text(self) -> str:
-        """The rank in words: that of all modules, or of as many parameters, with the range of the modules."""
+        """Describe the rank in words, with the range of the modules if they differ."""
         ranks = [module.rank for module in self.modules]
         sizes = [module.rows + module.columns for module in self.modules]
         return format_rank(compute_equivalent_rank(ranks, sizes), min(ranks), max(ranks))
 
     @property
-    def trained(self) -> int:
-        """Trainable parameters of the adapted modules: those of the factors, DoRA's magnitudes and the biases."""
-        beside = sum(
+    def trainable_parameters(self) -> int:
+        """Count the trainable parameters of the adapted modules: factors, DoRA's magnitudes and biases."""
+        magnitudes_and_biases = sum(
             module.rows * bool(key) for (module, *_) in self.pairs for key in (module.magnitude_key, module.bias_key)
         )
-        return beside + sum(module.parameters for module in self.modules)
+        return magnitudes_and_biases + sum(module.parameters for module in self.modules)
 
     @property
     def use_rslora(self) -> bool:
@@ -164,35 +166,37 @@ class AdapterFolder:
 
     @property
     def base_changing_init(self) -> str | None:
-        """The initialisation if it changes the base on loading, else None."""
+        """Return the name of the initialization if it changes the base model on loading, else None."""
         init = str(self.config.get("init_lora_weights", ""))
         return init if init.startswith(BASE_CHANGING_INITS) else None
 
-    def tensor(self, key: str) -> torch.Tensor:
-        with safe_open(self.weights, framework="pt") as file:
+    def load_tensor(self, key: str) -> torch.Tensor:
+        with safe_open(self.weights_file, framework="pt") as file:
             tensor: torch.Tensor = (
-                file.get_tensor(key) if self.mlx is None else file.get_tensor(convert_to_mlx_key(key)).T
+                file.get_tensor(key) if self.mlx_config is None else file.get_tensor(convert_to_mlx_key(key)).T
             )
             return tensor
 
-    def factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
-        """`(B [rows, r], A [r, columns])` in float64, without the scale.
+    def load_factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
+        """Load `(B [rows, r], A [r, columns])` of a module in float64, without the scale.
 
         Raises:
-            ModelError: a value is NaN or infinite.
+            ModelError: A value is NaN or infinite.
         """
-        return self.pair_factors(module)[module.part]
+        return self.load_pair_factors(module)[module.index_in_pair]
 
-    def pair_factors(self, module: AdapterModule) -> list[tuple[Floats, Floats]]:
-        """The factors of every matrix that is stored in the tensors of the module."""
-        a, b = (torch.from_numpy(self._values(key)) for key in (module.a_key, module.b_key))
-        return [(of_b.numpy(), of_a.numpy()) for of_b, of_a in module.kind.matrices(a, b, module.rank)]
+    def load_pair_factors(self, module: AdapterModule) -> list[tuple[Floats, Floats]]:
+        """Load the factors of every matrix that is stored in the tensors of the module."""
+        a, b = (torch.from_numpy(self._load_values(key)) for key in (module.a_key, module.b_key))
+        return [
+            (matrix_b.numpy(), matrix_a.numpy()) for matrix_b, matrix_a in module.kind.unpack_factors(a, b, module.rank)
+        ]
 
-    def _values(self, key: str) -> Floats:
-        values: Floats = self.tensor(key).double().numpy()
+    def _load_values(self, key: str) -> Floats:
+        values: Floats = self.load_tensor(key).double().numpy()
         if not (np.abs(values) <= MAX_VALUE).all():
             raise ModelError(
-                f"{self.weights}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
+                f"{self.weights_file}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
             )
         values[np.abs(values) < MIN_VALUE] = 0.0
         return values
@@ -228,7 +232,7 @@ def _is_valid_alpha(value: object) -> bool:
 
 
 def _group_factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
-    """By module, the keys of its `A` and its `B`."""
+    """Return the keys of `A` and `B` for each module."""
     pairs: dict[str, dict[str, str]] = {}
     for key in shapes:
         match = FACTOR_KEY.match(key)
@@ -237,10 +241,10 @@ def _group_factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dic
     if not pairs:
         raise ModelError(f"{path}: the weights hold no LoRA factors (…lora_A.weight); save the adapter again")
     for module, keys in pairs.items():
-        for side in ("A", "B"):
-            if side not in keys:
+        for factor in ("A", "B"):
+            if factor not in keys:
                 raise ModelError(
-                    f"{path}: {module} has no lora_{side}: a tensor is missing; save or copy the adapter again"
+                    f"{path}: {module} has no lora_{factor}: a tensor is missing; save or copy the adapter again"
                 )
     return pairs
 
@@ -261,10 +265,10 @@ def _read_modules(
     kind = find_stored_kind(pair)
     if kind is None:
         raise ModelError(f"{path}: {pair.module} is of a kind that rightrank can't read; load it with PEFT")
-    address = kind.address(pair)
+    address = kind.get_address(pair)
     layout = _read_layout(path, kind, pair, get_pattern_value(config["rank_pattern"], address, config["r"]))
     alpha = float(get_pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
-    for part, name in enumerate(layout.names):
+    for index, name in enumerate(layout.names):
         yield AdapterModule(
             name=name,
             kind=kind,
@@ -278,13 +282,13 @@ def _read_modules(
             magnitude_key=next((stored for name in MAGNITUDE_KEYS if (stored := f"{key}.{name}") in shapes), None),
             bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
             address=address,
-            part=part,
+            index_in_pair=index,
         )
 
 
 def _read_layout(path: Path, kind: AdapterKind, pair: StoredPair, rank: int) -> Layout:
-    """The checked layout of a pair whose rank is `rank` by the configuration."""
-    layout = kind.layout(pair, rank)
+    """Return the layout of a pair, after a check that the weights and the configuration agree on `rank`."""
+    layout = kind.build_layout(pair, rank)
     if layout is None:
         groups = " (adapters on convolutions in groups are not supported)" if len(pair.a) > 2 else ""
         raise ModelError(
@@ -300,16 +304,22 @@ def _read_layout(path: Path, kind: AdapterKind, pair: StoredPair, rank: int) -> 
 
 
 def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
-    """A sort key that puts layer 2 before layer 10."""
-    parts = name.split(".")
-    return [(0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part) for part in parts]
+    """Return a sort key that puts layer 2 before layer 10."""
+    components = name.split(".")
+    return [
+        (0, int(component), "") if component.isdecimal() and len(component) < 10 else (1, 0, component)
+        for component in components
+    ]
 
 
 def _read_mlx_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Any]]:
-    """`(PEFT's configuration, shapes by PEFT's keys, the configuration as it is stored)` of a folder that mlx-lm wrote.
+    """Read the configuration and the shapes of a folder that mlx-lm wrote.
+
+    Returns:
+        PEFT's configuration, the shapes by PEFT's keys, and mlx-lm's configuration as it is stored.
 
     Raises:
-        ModelError: no LoRA of linear layers, or a configuration without rank and scale.
+        ModelError: The folder holds no LoRA of linear layers, or its configuration has no rank or no scale.
     """
     file = folder / CONFIG_FILE
     try:
@@ -323,11 +333,13 @@ def _read_mlx_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int,
             f"{file}: fine_tune_type {kind!r}, rank {rank!r}, scale {scale!r}; only mlx-lm's lora with both is read"
         )
     shapes = read_header(folder / MLX_FILE)[0]
-    odd = next(
+    unsupported_key = next(
         (key for key, shape in shapes.items() if not key.endswith((".lora_a", ".lora_b")) or len(shape) != 2), None
     )
-    if odd is not None or not shapes:
-        raise ModelError(f"{folder / MLX_FILE}: holds {odd or 'nothing'}; only LoRA of linear layers is read")
+    if unsupported_key is not None or not shapes:
+        raise ModelError(
+            f"{folder / MLX_FILE}: holds {unsupported_key or 'nothing'}; only LoRA of linear layers is read"
+        )
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -338,13 +350,13 @@ def _read_mlx_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int,
         "alpha_pattern": {},
         "target_modules": sorted({key.rpartition(".")[0] for key in shapes}),
     }
-    named: dict[str, tuple[int, ...]] = {
+    peft_shapes: dict[str, tuple[int, ...]] = {
         f"{PEFT_PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": shape[::-1] for key, shape in shapes.items()
     }
-    return config, named, stored
+    return config, peft_shapes, stored
 
 
 def convert_to_mlx_key(key: str) -> str:
-    """`model.….q_proj.lora_a` for PEFT's `base_model.model.model.….q_proj.lora_A.weight`. The matrix is transposed."""
-    module, _, side = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-    return f"{module}.{side.lower()}"
+    """Return `model.….q_proj.lora_a` for PEFT's `base_model.model.model.….q_proj.lora_A.weight`. The matrix is transposed."""
+    module, _, factor = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+    return f"{module}.{factor.lower()}"

@@ -1,4 +1,4 @@
-"""Write adapters in the format of PEFT: those of a model in memory, resized ones, and conversions from mlx-lm."""
+"""Write adapters in PEFT's format: from a model in memory, after a resize, and from mlx-lm's format."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def write_adapter(
     source: Path | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a new adapter folder that PEFT loads, whole or not at all.
+    """Write a new adapter folder that PEFT loads. An error leaves no folder behind.
 
     Args:
-        source: the adapter that it comes from, of which it keeps what lies beside the weights (`BESIDE`).
-        files: further ones, by name.
+        source: The original adapter, whose tokenizer, labels and base identity (`COPIED_FILES`) are copied.
+        files: Additional files by name.
 
     Raises:
-        ModelError: PEFT can't load it.
-        RunFolderError: `out` exists, or can't be written.
+        ModelError: PEFT can't load the adapter.
+        RunFolderError: `out` exists or can't be written.
     """
 
     with create_output(out), replace_folder(out) as temporary:
@@ -63,10 +63,10 @@ def write_adapter(
 
 
 def _write_classifier_labels(folder: Path, config: Any) -> None:
-    """Write the labels of a classifier's adapter: their number, names and order.
+    """Write the number, names and order of a classifier's labels.
 
-    PEFT's configuration has no room for them, and a base without them gets a head of two labels. The file holds the arguments of
-    `from_pretrained` with which the base gets the head that was trained: `num_labels`, `id2label`, `label2id` and `pad_token_id`.
+    PEFT's configuration has no field for them, and a base model that is loaded without them gets a head of two labels. The file holds the
+    arguments of `from_pretrained` that create the trained head: `num_labels`, `id2label`, `label2id` and `pad_token_id`.
     """
     names = {int(number): str(label) for number, label in config.id2label.items()}
     arguments = {
@@ -81,34 +81,40 @@ def _write_classifier_labels(folder: Path, config: Any) -> None:
 
 @contextmanager
 def ensure_peft_format(folder: Path) -> Iterator[Path]:
-    """The folder itself, or in the block a copy in PEFT's format of one that mlx-lm wrote."""
+    """Yield the folder itself, or a temporary copy in PEFT's format if mlx-lm wrote it."""
     if not (folder / MLX_FILE).is_file() or (folder / WEIGHTS_FILE).exists():
         yield folder
         return
     adapter = open_adapter(folder)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        place = Path(name) / folder.name
-        write_adapter(place, adapter.config, {key: adapter.tensor(key) for key in adapter.keys})
-        yield place
+        converted = Path(name) / folder.name
+        write_adapter(converted, adapter.config, {key: adapter.load_tensor(key) for key in adapter.keys})
+        yield converted
 
 
 def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "default") -> None:
-    """Write configuration and weights, and a classifier's labels; `base_name` is an absolute path or a hub name."""
+    """Save the configuration and weights of an adapter, and the labels of a classifier.
+
+    Args:
+        base_name: An absolute path or a hub name, which the adapter's configuration refers to.
+    """
     config = peft_model.peft_config[adapter]
-    sharded = {
+    sharded_parameters = {
         name: parameter
         for name, parameter in peft_model.named_parameters()
         if isinstance(parameter, DTensor) and ("lora_" in name or parameter.requires_grad)
     }
-    whole = {name: parameter.full_tensor().detach().cpu() for name, parameter in sharded.items()} or None
-    saved = peft_model.peft_config[adapter] = copy.deepcopy(config)  # PEFT writes into the one that it saves
-    saved.base_model_name_or_path = base_name
-    if not str(saved.init_lora_weights).startswith(BASE_CHANGING_INITS):
+    state_dict = {
+        name: parameter.full_tensor().detach().cpu() for name, parameter in sharded_parameters.items()
+    } or None
+    saved_config = peft_model.peft_config[adapter] = copy.deepcopy(config)  # PEFT writes into the one that it saves
+    saved_config.base_model_name_or_path = base_name
+    if not str(saved_config.init_lora_weights).startswith(BASE_CHANGING_INITS):
         # Loading replaces the first values, and other names of PEFT do not take every rank.
-        saved.init_lora_weights, saved.eva_config = True, None
+        saved_config.init_lora_weights, saved_config.eva_config = True, None
     if factors := collect_combined_factors(peft_model, adapter):
-        whole = {**peft_model.state_dict(), **factors}
-        saved.r, saved.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+        state_dict = {**peft_model.state_dict(), **factors}
+        saved_config.r, saved_config.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     with replace_folder(folder) as temporary, warnings.catch_warnings():
         # PEFT takes the biases of lora_bias for factors of a wrong shape.
         warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias")
@@ -118,7 +124,7 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
                 safe_serialization=True,
                 selected_adapters=[adapter],
                 save_embedding_layers=False,
-                state_dict=whole,
+                state_dict=state_dict,
             )
         finally:
             peft_model.peft_config[adapter] = config

@@ -1,4 +1,4 @@
-"""Loads a base model and its tokenizer from a local folder, a hub name, or a GGUF file."""
+"""Load a base model and its tokenizer from a local folder, a hub name, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ _FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
 
 
 class BaseIdentity(Record):
-    """What tells a base from another of the same shapes, whatever its folder is called: `base.json` beside an adapter."""
+    """Values that identify a base model among others of the same shapes: the content of `base.json` beside an adapter."""
 
     name: str
     config: dict[str, JsonValue]  # what changes its output and no shape
     weights: dict[str, tuple[float, float]]  # values at a quarter and at three quarters of some matrices
 
-    def content(self) -> bytes:
-        """Of `base.json`."""
+    def to_json(self) -> bytes:
+        """Return the content of `base.json`."""
         return self.model_dump_json(indent=1).encode()
 
-    def difference(self, other: BaseIdentity) -> str | None:
-        """The first configuration value or weight in which two bases differ, in words; None where they are one.
+    def find_difference(self, other: BaseIdentity) -> str | None:
+        """Describe the first configuration value or weight in which two base models differ; return None if they are the same.
 
-        Weights of one precision are equal; of a copy in 16 bits they may differ by its rounding.
+        Weights of one precision must be equal. If one model is a copy in 16 bits, they may differ by its rounding.
         """
         for key in CONFIG_KEYS:
             values = [base.config.get(key) for base in (self, other)]
@@ -83,15 +83,17 @@ class BaseIdentity(Record):
             _find_coarsest_dtype([value for name in common for value in base.weights[name]]) for base in (self, other)
         }
         relative, absolute = (2.0**-7, 1e-6) if len(precisions) > 1 else (0.0, 0.0)
-        odd = [
+        differing_names = [
             name
             for name in common
-            for mine, theirs in zip(self.weights[name], other.weights[name], strict=True)
-            if not math.isclose(mine, theirs, rel_tol=relative, abs_tol=absolute)
+            for ours, theirs in zip(self.weights[name], other.weights[name], strict=True)
+            if not math.isclose(ours, theirs, rel_tol=relative, abs_tol=absolute)
         ]
-        others = len(dict.fromkeys(odd))
+        num_differing = len(dict.fromkeys(differing_names))
         return (
-            f"{odd[0]} has other values, as have {others} of {len(common)} weights that were looked at" if odd else None
+            f"{differing_names[0]} has other values, as have {num_differing} of {len(common)} weights that were looked at"
+            if differing_names
+            else None
         )
 
 
@@ -108,28 +110,28 @@ class LoadedModel:
 
 
 def resolve_dtype(name: AutoDtype, device: str) -> DtypeName:
-    """The type that `auto` means on this device: bfloat16 where a CUDA device computes in it, else float32.
+    """Return the dtype that `auto` means on a device: bfloat16 if it is a CUDA device that computes in it, else float32.
 
     Raises:
-        SettingsError: the device does not exist.
+        SettingsError: The device does not exist.
     """
     if name != "auto":
         return name
-    place = find_device(device)
-    with_bfloat16 = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
-    return "bfloat16" if with_bfloat16 else "float32"
+    torch_device = find_device(device)
+    has_bfloat16 = torch_device.type == "cuda" and torch.cuda.get_device_capability(torch_device) >= (8, 0)
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] | None) -> LoadedModel:
-    """Load for causal language modelling, or with a classification head when `classes` are given, as the settings say.
+    """Load a causal language model, or a model with a classification head if `classes` are given.
 
-    In 4 or 8 bits the matrices are quantised on loading, with bitsandbytes.
+    With 4 or 8 bits, bitsandbytes quantizes the matrices on loading.
 
     Raises:
-        ModelError: no weights, no tokenizer, or a model that transformers can't load.
-        DeviceMemoryError: out of memory while loading.
-        SettingsError: the device does not exist, or does not support quantised matrices.
-        MissingExtraError: quantised weights without bitsandbytes.
+        ModelError: There are no weights or no tokenizer, or transformers can't load the model.
+        DeviceMemoryError: The device is out of memory.
+        SettingsError: The device does not exist, or does not support quantized matrices.
+        MissingExtraError: Quantized weights need bitsandbytes.
     """
     trust_remote_code, weight_bits = settings.trust_remote_code, settings.weight_bits
     device, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
@@ -137,12 +139,15 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     if source.gguf_file is None and Path(source.name).is_dir():
         find_shards(Path(source.name))
     config = load_model_config(reference, trust_remote_code, classes is not None)
-    quantised: dict[str, Any] = {}
+    quantization: dict[str, Any] = {}
     if weight_bits is not None:
         skeleton = build_meta_model(config, trust_remote_code, None if classes is None else len(classes))
-        trained = [*settings.modules_to_save, *(SEQ_CLS_HEAD_NAMES if classes is not None else ())]  # whole, by PEFT
-        quantised = _build_quantisation_arguments(
-            weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained]
+        trained_modules = [
+            *settings.modules_to_save,
+            *(SEQ_CLS_HEAD_NAMES if classes is not None else ()),
+        ]  # whole, by PEFT
+        quantization = _build_quantisation_arguments(
+            weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained_modules]
         )
     arguments = source.build_loading_arguments(trust_remote_code)
     try:
@@ -150,24 +155,24 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     except LOADING_ERRORS as error:
         reason = get_first_line(error)
         raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from None
-    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantised
+    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantization
     try:
         model = _load_weights(source.name, classes, config, arguments)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({get_first_line(error)})") from None
-        fault = settings.load_error_hint("give a model that it loads")
-        raise ModelError(f"{reference}: transformers can't load it ({get_first_line(error)}); {fault}") from None
+        hint = settings.load_error_hint("give a model that it loads")
+        raise ModelError(f"{reference}: transformers can't load it ({get_first_line(error)}); {hint}") from None
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, device, _hash_files(source))
 
 
 def load_model_config(reference: str, trust_remote_code: bool, classification: bool) -> Any:
-    """The configuration of a model that can be trained, before any weight is read.
+    """Load the configuration of a trainable model, before any weight is read.
 
     Raises:
-        ModelError: no configuration, an unknown architecture, an encoder-decoder, or one that needs its own code.
+        ModelError: There is no configuration, or the architecture is unknown, an encoder-decoder, or needs its own code.
     """
     source = find_model(reference)
     logging: Any = transformers_logging
@@ -184,29 +189,29 @@ def load_model_config(reference: str, trust_remote_code: bool, classification: b
         )
     if not is_supported(config, classification) and not trust_remote_code:
         kind = "sequence classification" if classification else "causal language"
-        other = (
+        hint = (
             ""
             if not is_supported(config, True)
             else "; `text` and `label` train a classifier, which is planned with num_labels"
         )
-        raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{other}")
+        raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{hint}")
     return config
 
 
 def is_supported(config: Any, classification: bool) -> bool:
-    """Whether transformers has a causal language (or classification) model for this configuration."""
+    """Return whether transformers has a causal language (or classification) model for this configuration."""
     auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
     return type(config) in auto._model_mapping
 
 
 def build_meta_model(config: Any, trust_remote_code: bool, num_labels: int | None, **options: Any) -> Any:
-    """The model's modules on the meta device, without weights; with a classification head for `num_labels`.
+    """Build the modules of a model on the meta device, without weights; with a classification head if `num_labels` is given.
 
     Args:
-        options: of transformers' `from_config`.
+        options: Additional arguments of transformers' `from_config`.
 
     Raises:
-        ModelError: a configuration that transformers can't build from.
+        ModelError: transformers can't build a model from the configuration.
     """
     config = copy.deepcopy(config)
     auto: Any = AutoModelForCausalLM
@@ -254,11 +259,11 @@ def prepare_model(
 
 
 def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
-    """Use a model and tokenizer from memory. The model is frozen, put in evaluation mode and moved to the device.
+    """Freeze a model in memory, put it in evaluation mode, and move it to the device.
 
     Raises:
-        ModelError: not a transformers model, no tokenizer, or a head that does not match the data's classes.
-        SettingsError: the device does not exist.
+        ModelError: It is no transformers model, has no tokenizer, or its head does not match the classes of the data.
+        SettingsError: The device does not exist.
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"model: got a {type(model).__name__}; give a transformers model, a folder, or a hub name")
@@ -274,10 +279,12 @@ def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | No
 
 
 def align_labels(config: Any, classes: Sequence[str]) -> list[str]:
-    """The labels in the order of the head of a model in memory: its own names, else the data's, which it then gets.
+    """Return the labels in the order of the head of a model in memory.
+
+    A head without label names gets those of the data.
 
     Raises:
-        ModelError: the model names other labels than the data.
+        ModelError: The model has other labels than the data.
     """
     names = [str(config.id2label[number]) for number in sorted(config.id2label)]
     if len(names) != len(classes) and not set(classes) <= set(names):
@@ -301,15 +308,18 @@ def has_default_names(names: Sequence[str]) -> bool:
 
 
 def _build_quantisation_arguments(
-    bits: int, dtype: DtypeName, device: torch.device, whole: Sequence[str]
+    bits: int, dtype: DtypeName, device: torch.device, unquantised: Sequence[str]
 ) -> dict[str, Any]:
-    """transformers' arguments. 4 bits: NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). 8 bits: LLM.int8().
+    """Return the arguments with which transformers quantizes a model on loading.
 
-    Modules whose names end with one of `whole` stay as they are.
+    With 4 bits the matrices are NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). With 8 bits they are LLM.int8().
+
+    Args:
+        unquantised: Ends of the names of modules that are not quantized.
 
     Raises:
-        SettingsError: the device does not support quantised matrices.
-        MissingExtraError: without bitsandbytes.
+        SettingsError: The device does not support quantized matrices.
+        MissingExtraError: bitsandbytes is not installed.
     """
     if device.type not in ("cuda", "cpu"):
         raise SettingsError(
@@ -319,17 +329,17 @@ def _build_quantisation_arguments(
         raise MissingExtraError(f"load_in_{bits}bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
 
     make: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig  # untyped in transformers
-    options: dict[str, Any] = {"llm_int8_skip_modules": [*whole], f"load_in_{bits}bit": True}
+    options: dict[str, Any] = {"llm_int8_skip_modules": [*unquantised], f"load_in_{bits}bit": True}
     if bits == 4:
         options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
     return {"quantization_config": make(**options), "device_map": {"": device}}
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA, else MPS, else the CPU.
+    """Return the device with a name; `auto` is CUDA if there is one, else MPS, else the CPU.
 
     Raises:
-        SettingsError: unknown or not there.
+        SettingsError: The device is unknown or does not exist.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -349,12 +359,12 @@ def find_device(name: str) -> torch.device:
 
 
 def read_device_memory() -> int | None:
-    """Memory of the first CUDA device in bytes; None without CUDA."""
+    """Return the memory of the first CUDA device in bytes, or None without CUDA."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def _hash_parameters(model: Any) -> str:
-    """A hash of the names, shapes and first values of a model's parameters."""
+    """Return a hash of the names, shapes and first values of a model's parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().reshape(-1)[:64].float().cpu()
@@ -364,7 +374,10 @@ def _hash_parameters(model: Any) -> str:
 
 
 def compute_base_identity(model: Any, name: str) -> BaseIdentity:
-    """Of a model in memory, with or without an adapter around it. Quantised matrices and a head of classes are left out."""
+    """Compute the identity of a base model in memory, with or without an adapter.
+
+    Quantized matrices and classification heads are left out.
+    """
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     prefix = f"{model.base_model_prefix}." if is_classifier else ""
     matrices = {
@@ -373,33 +386,33 @@ def compute_base_identity(model: Any, name: str) -> BaseIdentity:
         if (clean := path.replace(".base_layer.", ".")).startswith(prefix) and ".lora_" not in path
     }
     embedding = getattr(model.get_input_embeddings(), "weight", None)
-    first = [key for key, parameter in matrices.items() if parameter is embedding]
+    embedding_names = [key for key, parameter in matrices.items() if parameter is embedding]
     # the same of a model with and without a head: the embedding, and those whose names have the lowest hashes
-    order = sorted(
+    sorted_names = sorted(
         (name for name, parameter in matrices.items() if parameter.dtype in DTYPES.values() and parameter.dim() > 1),
-        key=lambda key: (key not in first, hashlib.sha256(key.encode()).digest()),
+        key=lambda key: (key not in embedding_names, hashlib.sha256(key.encode()).digest()),
     )
     weights: dict[str, tuple[float, float]] = {}
-    for key in order[:IDENTITY_MATRICES]:
-        whole: Any = getattr(matrices[key], "full_tensor", None)  # of a sharded one
-        flat = (matrices[key] if whole is None else whole()).detach().reshape(-1)
-        pair = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
-        if all(map(math.isfinite, pair)):
-            weights[key] = pair
+    for key in sorted_names[:IDENTITY_MATRICES]:
+        gather_parameter: Any = getattr(matrices[key], "full_tensor", None)  # of a sharded one
+        flat = (matrices[key] if gather_parameter is None else gather_parameter()).detach().reshape(-1)
+        sample = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
+        if all(map(math.isfinite, sample)):
+            weights[key] = sample
     config = model.config.to_dict()
-    known = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
-    return BaseIdentity(name=name, config=known, weights=weights)
+    config_values = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
+    return BaseIdentity(name=name, config=config_values, weights=weights)
 
 
 def _find_coarsest_dtype(values: Sequence[float]) -> torch.dtype:
-    """The coarsest type that holds all values."""
+    """Return the coarsest dtype that represents all values exactly."""
     exact = torch.tensor(values, dtype=torch.float64)
     types = (torch.bfloat16, torch.float16)
     return next((dtype for dtype in types if torch.equal(exact.to(dtype).double(), exact)), torch.float32)
 
 
 def _hash_files(source: ModelSource) -> str | None:
-    """A hash of the configuration and of each weight file's size, beginning and end; None for a hub name."""
+    """Return a hash of the configuration and of the size, beginning and end of each weight file, or None for a hub name."""
     folder = Path(source.name)
     if not folder.is_dir():
         return None

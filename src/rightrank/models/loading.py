@@ -1,7 +1,7 @@
-"""Load an adapter folder by PEFT without its base: on a skeleton of the adapted modules, without memory for weights.
+"""Check that PEFT loads an adapter folder, on a skeleton of the adapted modules and without memory for weights.
 
-PEFT's own code reads the configuration, makes the layers and assigns the tensors, so that what it refuses there it refuses on the base too:
-an initialisation that does not take the rank, a pattern or a shape that the tensors contradict, a module that the targets do not name.
+PEFT's own code reads the configuration, creates the layers and assigns the tensors. What it refuses here, it would refuse on the base model too:
+an initialization that does not support the rank, a pattern or a shape that contradicts the tensors, or a module that the targets do not name.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ IGNORED_OPTIONS = (
 
 
 def require_loadable(adapter: AdapterFolder) -> None:
-    """Load the factors of an adapter by PEFT on a skeleton of the modules that they adapt.
+    """Raise if PEFT does not load the factors of an adapter on a skeleton of the modules that they adapt.
 
     Raises:
         ModelError: PEFT refuses the configuration or the tensors.
     """
-    if adapter.mlx is not None or any(WRAPPER_SUFFIX in module.a_key for module in adapter.modules):
+    if adapter.mlx_config is not None or any(WRAPPER_SUFFIX in module.a_key for module in adapter.modules):
         return  # mlx-lm's format, or layers inside layers, of which the file does not say what holds them
-    shapes, _ = read_header(adapter.weights)
-    beside = {*adapter.other_keys}
+    shapes, _ = read_header(adapter.weights_file)
+    other_keys = {*adapter.other_keys}
     tensors = {
         key.removeprefix(PEFT_PREFIX): torch.empty(shape, device="meta")
         for key, shape in shapes.items()
-        if key not in beside
+        if key not in other_keys
     }
     try:
         # The load on the base shows the warnings; the random state of a training that continues is kept.
@@ -75,7 +75,7 @@ def require_loadable(adapter: AdapterFolder) -> None:
 
 
 def _build_lora_config(adapter: AdapterFolder) -> LoraConfig:
-    """The configuration of the factors; an initialisation that would read the base's weights is left out."""
+    """Return the configuration of the factors, without an initialization that would read the weights of the base model."""
     fields = LoraConfig.__dataclass_fields__
     config = {name: value for name, value in adapter.config.items() if name in fields and name not in IGNORED_OPTIONS}
     if adapter.base_changing_init is not None:
@@ -107,7 +107,7 @@ def _build_expert_parameter(pair: list[AdapterModule]) -> nn.Parameter:
 
 
 def _build_layer(module: AdapterModule, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
-    """The layer that the factors adapt."""
+    """Build the layer that the factors adapt."""
     a, b = shapes[module.a_key], shapes[module.b_key]
     if module.kind.name == "embedding":
         return nn.Embedding(a[1], b[0])

@@ -8,7 +8,10 @@ from rightrank.models.adapter_folders import CLASSIFIER_FILE
 
 
 def format_loading_code(folder: str, base: str | None, is_classifier: bool) -> list[str]:
-    """Python that loads a model with the adapter in `folder`: PEFT finds the base, but for one in a GGUF file."""
+    """Return lines of Python that load a model with the adapter in `folder`.
+
+    PEFT finds the base model by itself, unless it is in a GGUF file.
+    """
     kind, more = "AutoPeftModelFor" + ("SequenceClassification" if is_classifier else "CausalLM"), ""
     head: list[str] = []
     if is_classifier:
@@ -27,6 +30,6 @@ def format_loading_code(folder: str, base: str | None, is_classifier: bool) -> l
 
 
 def format_base_arguments(base: str) -> str:
-    """What `from_pretrained` takes for a base: its name, or the folder and the name of a GGUF file."""
+    """Return the arguments of `from_pretrained` for a base model: its name, or the folder and the name of a GGUF file."""
     path = PurePath(base)
     return f"{str(path.parent)!r}, gguf_file={path.name!r}" if path.suffix.lower() == ".gguf" else repr(base)

@@ -1,6 +1,6 @@
-"""A model folder that MLX quantised, read as PyTorch reads: w = scale · q + bias in groups of values of a row.
+"""Convert a model folder that MLX quantized into weights that PyTorch reads: w = scale · q + bias in groups of values of a row.
 
-q has a few bits, and is packed into words of 32 bits, the lowest bits first.
+Each q has a few bits. The values are packed into words of 32 bits, the lowest bits first.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SUPPORTED_BITS = (2, 4, 8)  # bits of a value; of another number, values cross t
 
 
 @contextmanager
-def ensure_torch_format(place: str) -> Iterator[str]:
-    """The model's place itself; of a folder that MLX quantised, in the block a copy whose matrices are those that MLX computes with."""
-    if not is_mlx_quantized(Path(place)):
-        yield place
+def ensure_torch_format(model: str) -> Iterator[str]:
+    """Yield the location of a model that PyTorch reads: the given one, or a temporary copy with dequantized matrices if MLX quantized the folder."""
+    if not is_mlx_quantized(Path(model)):
+        yield model
         return
-    folder = Path(place)
+    folder = Path(model)
     config = read_json_object(folder / "config.json")
     settings = config.pop("quantization")
     config.pop("quantization_config", None)
@@ -49,17 +49,19 @@ def ensure_torch_format(place: str) -> Iterator[str]:
 def _dequantize(
     folder: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """The tensors with every quantised matrix as the product of its scales.
+    """Return the tensors with every quantized matrix multiplied out.
 
     Raises:
-        ModelError: another way of quantising than `affine`, bits that cross the words, or matrices with settings of their own.
+        ModelError: The mode is not `affine`, values cross the words, or some matrices have their own settings.
     """
     mode, bits, size = settings.get("mode", "affine"), int(settings["bits"]), int(settings["group_size"])
-    unread = [f"matrices with bits of their own ({name}, …)" for name, own in settings.items() if isinstance(own, dict)]
-    unread += [f"mode {mode!r}"] * (mode != "affine") + [f"{bits} bits"] * (bits not in SUPPORTED_BITS)
-    if unread:
+    unsupported = [
+        f"matrices with bits of their own ({name}, …)" for name, own in settings.items() if isinstance(own, dict)
+    ]
+    unsupported += [f"mode {mode!r}"] * (mode != "affine") + [f"{bits} bits"] * (bits not in SUPPORTED_BITS)
+    if unsupported:
         raise ModelError(
-            f"{folder}: quantised by MLX with {unread[0]}, which is not read here; give one of mlx_lm.convert's defaults"
+            f"{folder}: quantised by MLX with {unsupported[0]}, which is not read here; give one of mlx_lm.convert's defaults"
         )
     unpacked: dict[str, torch.Tensor] = {}
     for key, value in tensors.items():

@@ -21,7 +21,7 @@ BASE_SIDE = "base"  # the side of a comparison that is the base model alone
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model is: a folder or hub name, and the name of a GGUF file in the folder."""
+    """The location of a model: a folder or hub name, and the name of a GGUF file in the folder."""
 
     name: str
     gguf_file: str | None
@@ -37,8 +37,8 @@ def find_model(reference: str) -> ModelSource:
     """Locate a model without loading it.
 
     Raises:
-        ModelError: a local folder without config, a file that is not GGUF, or a path that does not exist.
-        MissingExtraError: a GGUF file without the `gguf` package.
+        ModelError: The folder has no configuration, the file is not GGUF, or the path does not exist.
+        MissingExtraError: The file is GGUF and the `gguf` package is not installed.
     """
     path = Path(reference).expanduser()
     kind = detect_path_kind(path)
@@ -67,10 +67,10 @@ def find_model(reference: str) -> ModelSource:
 
 
 def require_model(reference: str) -> ModelSource:
-    """As `find_model`, and refuse a name that the hub does not answer for.
+    """Locate a model as `find_model` does, and raise if a name is neither a folder nor a model on the hub.
 
     Raises:
-        ModelError: as `find_model`, or no such model on the hub, or a hub that can't be reached.
+        ModelError: As for `find_model`, or the hub has no such model or can't be reached.
     """
     source = find_model(reference)
     if source.gguf_file is None and detect_path_kind(Path(source.name)) == "missing":
@@ -80,12 +80,12 @@ def require_model(reference: str) -> ModelSource:
 
 @cache
 def normalize_model_name(name: str) -> str:
-    """Of a path or a hub name: whoever holds a copy."""
+    """Return the last component of a path or hub name in lower case, which is the same for every copy of a model."""
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def _require_on_hub(name: str, path: Path) -> None:
-    """Refuse a name that is no model of the hub, at the first answer: loading would try again for a minute."""
+    """Raise if a name is no model on the hub. The first answer decides, where loading would retry for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -105,14 +105,14 @@ def _require_on_hub(name: str, path: Path) -> None:
 
 
 def list_hub_errors() -> tuple[type[BaseException], ...]:
-    """What a call of the hub raises: the client's errors derive from those of an HTTP library that differs between versions."""
+    """Return the errors that a request to the hub can raise: the client's errors derive from an HTTP library that differs between versions."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     return (OSError, HFValidationError, *HfHubHTTPError.__bases__)
 
 
 def _suggest_folder(path: Path) -> str:
-    """` (did you mean 'x'?)` for a model folder of a similar name beside it."""
+    """Return ` (did you mean 'x'?)` for a model folder with a similar name in the same parent folder."""
     parent = path.parent
     folders = (
         [folder.name for folder in parent.iterdir() if (folder / "config.json").is_file()] if parent.is_dir() else []
@@ -121,7 +121,10 @@ def _suggest_folder(path: Path) -> str:
 
 
 def _reject_unsupported_config(file: Path) -> None:
-    """Reject a configuration that names compiled code on the hub, which transformers runs even without trust, and weights of MLX."""
+    """Raise if a model folder holds weights that MLX quantized, or a configuration that names compiled code on the hub.
+
+    transformers runs such code even without trust.
+    """
     try:
         config = read_json_object(file)
     except UnreadableError as error:
@@ -138,7 +141,7 @@ def _reject_unsupported_config(file: Path) -> None:
 
 
 def is_mlx_quantized(folder: Path) -> bool:
-    """Whether a model folder holds weights that MLX quantised."""
+    """Return whether a model folder holds weights that MLX quantized."""
     try:
         config = read_json_object(folder / "config.json")
     except UnreadableError:

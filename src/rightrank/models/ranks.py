@@ -1,5 +1,7 @@
-"""Ranks, scales and sizes of adapters, from numbers alone: PEFT's patterns, what a server reserves, bytes, and what becomes of alpha and
-the learning rate when the rank changes."""
+"""Compute ranks, scales and sizes of adapters from numbers alone.
+
+This covers PEFT's patterns, the rank that a server reserves, bytes, and the alpha and learning rate for another rank.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ LARGE_RANK, LARGE_RATE = 256, 2e-4
 
 
 def find_server_rank(rank: int) -> int:
-    """The rank that a server reserves for an adapter of `rank`: modules up to it cost no memory. `rank` above all of them."""
+    """Return the rank that a server reserves for an adapter of `rank`, or `rank` itself above the largest one.
+
+    Modules up to the reserved rank cost no additional memory.
+    """
     return next((served for served in SERVER_RANKS if served >= rank), rank)
 
 
 def matches_pattern(key: str, name: str) -> bool:
-    """Whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`; a wrong expression matches none.
+    """Return whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`.
 
-    Keys are regular expressions on the ends of names.
+    Keys are regular expressions on the ends of names. An invalid expression matches no module.
     """
     try:
         return re.match(rf"(.*\.)?({key})$", name) is not None
@@ -34,12 +39,12 @@ def matches_pattern(key: str, name: str) -> bool:
 
 
 def get_pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first matching key, as in PEFT."""
+    """Return the value of the first matching key, as PEFT does."""
     return next((value for key, value in pattern.items() if matches_pattern(key, name)), default)
 
 
 def build_exact_pattern(values: Mapping[str, Any], default: Any, names: Iterable[str]) -> dict[str, Any]:
-    """A pattern of module names for the values that differ from `default`.
+    """Build a pattern of module names for the values that differ from `default`.
 
     A name that PEFT would also match to another module, whose name ends in it, is anchored with ^.
     """
@@ -48,22 +53,22 @@ def build_exact_pattern(values: Mapping[str, Any], default: Any, names: Iterable
     for name, value in values.items():
         if value == default:
             continue
-        ambiguous = sum(matches_pattern(name, other) for other in names) > 1
+        ambiguous = sum(matches_pattern(name, module_name) for module_name in names) > 1
         pattern[f"^{re.escape(name)}" if ambiguous else name] = value
     return pattern
 
 
 def compute_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
-    """PEFT's scale of a module's update: α/r, or α/√r with rsLoRA."""
+    """Return PEFT's scale of a module's update: α/r, or α/√r with rsLoRA."""
     return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
 
 
 def compute_equal_scale_alphas(
     ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool
 ) -> dict[str, float]:
-    """The alpha of each module with which its scale is that of `lora_alpha` at rank `r`, whatever its own rank.
+    """Return the alpha of each module that gives it the scale of `lora_alpha` at rank `r`, whatever its own rank.
 
-    Servers scale every module by the configuration's `lora_alpha` and `r`. With these as `alpha_pattern`, PEFT does the same.
+    Servers scale every module by the configuration's `lora_alpha` and `r`. With these values as `alpha_pattern`, PEFT does the same.
     """
     shares = {name: math.sqrt(rank / r) if use_rslora else rank / r for name, rank in ranks.items()}
     alphas = {name: lora_alpha * share for name, share in shares.items()}
@@ -71,23 +76,23 @@ def compute_equal_scale_alphas(
 
 
 def compute_equivalent_rank(ranks: Iterable[int], sizes: Iterable[int]) -> int:
-    """The smallest rank that has at least these parameters in every module.
+    """Return the smallest uniform rank with at least as many parameters as these ranks.
 
     Args:
-        ranks: of the modules.
-        sizes: the parameters of one rank of each module.
+        ranks: The rank of each module.
+        sizes: The parameters of one rank of each module.
     """
     ranks, sizes = list(ranks), list(sizes)
     return math.ceil(sum(rank * size for rank, size in zip(ranks, sizes, strict=True)) / sum(sizes))
 
 
 def format_rank(rank: int, lowest: int, highest: int) -> str:
-    """`2 (modules from 1 to 4)`, or `2` where every module has this rank."""
+    """Return `2 (modules from 1 to 4)`, or `2` if every module has this rank."""
     return f"{rank}" if lowest == highest else f"{rank} (modules from {lowest} to {highest})"
 
 
 def convert_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float, bool]:
-    """`(lora_alpha, use_rslora)` of PEFT's configuration.
+    """Return `(lora_alpha, use_rslora)` of PEFT's configuration.
 
     `alpha/r` is LoRA (Hu et al. 2021), `alpha/sqrt(r)` is rsLoRA (Kalajdzievski 2023), and `constant` is alpha/16 at every
     rank.
@@ -98,9 +103,12 @@ def convert_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[flo
 
 
 def format_rank_change(rank: int, to: int, alpha: float = 32, scaling: Scaling = "alpha/r") -> str:
-    """What becomes of alpha and the learning rate when the rank changes; the figures are of benchmarks/README.md, archive.
+    """Return a sentence on the alpha and learning rate to use when the rank changes.
 
-    `alpha` is PEFT's at `rank`.
+    The figures come from docs/explanation/science.md, archive.
+
+    Args:
+        alpha: PEFT's `lora_alpha` at `rank`.
     """
     if scaling == "constant":
         return f"from rank {rank} to {to}: lora_alpha {alpha / rank * to:g}, which keeps the scale at {alpha / rank:g}"
@@ -117,7 +125,7 @@ def format_rank_change(rank: int, to: int, alpha: float = 32, scaling: Scaling =
 
 
 def format_rate_warning(rank: int = LARGE_RANK, alpha: float = 2 * LARGE_RANK, rate: float = LARGE_RATE) -> str:
-    """A warning where a combination is known to diverge; empty elsewhere."""
+    """Return a warning for a combination that is known to diverge, or an empty string."""
     if rank < LARGE_RANK or alpha < 2 * rank or rate < LARGE_RATE:
         return ""
     return f"rank {LARGE_RANK} at {LARGE_RATE:g} with alpha = 2r diverged in a public trace: take alpha 32, or a lower rate"
@@ -131,5 +139,5 @@ SERVING_COSTS = (
 
 
 def compute_slot_bytes(shapes: Iterable[tuple[int, int]], max_rank: int) -> int:
-    """Of an adapter's slot on a server: every slot has the factors of `max_rank` for each adapted matrix, in 16 bits."""
+    """Return the bytes of an adapter's slot on a server, which holds factors of `max_rank` in 16 bits for each adapted matrix."""
     return sum(2 * max_rank * (rows + columns) for rows, columns in shapes)

@@ -13,10 +13,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes of a file's tensors, and its metadata.
+    """Read the names and shapes of a file's tensors, and its metadata.
 
     Raises:
-        ModelError: no readable safetensors file.
+        ModelError: The file is not a readable safetensors file.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -27,10 +27,10 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The safetensors files of a model folder: those in its index if it has one, else all.
+    """Return the safetensors files of a model folder: those in its index if it has one, else all.
 
     Raises:
-        ModelError: no safetensors, a damaged index, an index with files outside the folder, or a missing shard.
+        ModelError: There are no safetensors files, the index is damaged or names files outside the folder, or a shard is missing.
     """
     index = path / INDEX_FILE
     if index.exists():

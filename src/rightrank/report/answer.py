@@ -8,7 +8,7 @@ from html import escape
 from itertools import zip_longest
 
 from rightrank.decision.records import Answers
-from rightrank.decision.sentences import number
+from rightrank.decision.sentences import format_number
 from rightrank.report.format import format_quantity, make_visible
 from rightrank.schema.decision import Decision, ExportedAdapter, MetricAnswer
 
@@ -127,7 +127,7 @@ def _format_metric_answer(metric_answer: MetricAnswer) -> str:
 
 def format_brief(value: float | None) -> str:
     """Format a number with two significant digits; return "" for None."""
-    return "" if value is None else "0" if abs(value) < 1e-12 else number(value)
+    return "" if value is None else "0" if abs(value) < 1e-12 else format_number(value)
 
 
 def render_notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:

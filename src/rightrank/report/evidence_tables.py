@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from rightrank.decision.comparison import is_within
-from rightrank.decision.records import Records, trainings
-from rightrank.decision.sentences import chance
+from rightrank.decision.records import Records, count_trainings
+from rightrank.decision.sentences import format_probability
 from rightrank.report.answer import format_brief
 from rightrank.report.format import format_duration, format_quantity, make_visible
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
@@ -72,7 +72,7 @@ def _build_evidence_row(evidence: RankEvidence, decision: Decision, with_learnin
         "best" if is_reference else format_brief(evidence.difference),
         "" if low is None or is_reference else f"{format_brief(low)} to {format_brief(high)}",
         _format_enough(evidence, decision),
-        *["" if evidence.probability is None else chance(evidence.probability)] * _has_probabilities(decision),
+        *["" if evidence.probability is None else format_probability(evidence.probability)] * _has_probabilities(decision),
     ]
     rate = f"{evidence.learning_rate:.2g}" if evidence.learning_rate else ""
     return [*row, *[rate] * with_learning_rate, str(evidence.seeds)]
@@ -160,7 +160,7 @@ def format_cost(records: Records) -> str:
     finished = by_id.values()
     truncations = sum(trial.truncate_from is not None for trial in finished)
     num_without_result = len(records.outcomes) - len(finished)
-    texts = [format_quantity(trainings(records), "training")]
+    texts = [format_quantity(count_trainings(records), "training")]
     texts += [format_quantity(truncations, "truncation")] if truncations else []
     texts += [f"{format_quantity(num_without_result, 'trial')} without a result"] if num_without_result else []
     seconds = sum(compute_added_seconds(trial, by_id) for trial in finished)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import log2
 from statistics import fmean
 
-from rightrank.decision.records import Records, compared, metric_direction
+from rightrank.decision.records import Records, compare_run_adapters, get_metric_direction
 from rightrank.report.evidence_tables import ENOUGH, format_interval_label, get_metric_unit
 from rightrank.report.figure import (
     Axis,
@@ -191,7 +191,7 @@ def _build_memory_figure(records: Records) -> Figure | None:
     if planned and not on_cpu:
         series.append(Series("planned", tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
     columns = {"measured MiB": peaks, "planned, tensors only, MiB" if on_cpu else "planned MiB": planned}
-    title = "Peak memory of a training" + (", whole process" if on_cpu else "")
+    title = "Peak memory of a training" + (", entire process" if on_cpu else "")
     alt = f"Peak memory by rank: {_format_rank_values(peaks, 'MiB')}."
     return _build_cost_figure("memory", title, alt, "peak memory, MiB", series, columns)
 
@@ -294,7 +294,7 @@ def _build_learning_figure(records: Records, decision: Decision | None) -> Figur
         title=f"Learning curves{' (training dashed)' if any(curve.dashed for curve in series) else ''}",
         alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {end_values}.",
         x=Axis("step"),
-        y=build_metric_axis(metric, metric_direction(records.started, metric), (min(late) - room, max(late) + room)),
+        y=build_metric_axis(metric, get_metric_direction(records.started, metric), (min(late) - room, max(late) + room)),
         series=tuple(series),
         columns=("rank", "step", "held-out", "training"),
         rows=tuple(rows),
@@ -328,7 +328,7 @@ def build_adapter_figure(records: Records) -> Figure | None:
         return None
     answer = records.adapters[-1].answer
     started = records.started
-    return build_comparison_figure(answer, compared(records), started.metric, started.higher_is_better)
+    return build_comparison_figure(answer, compare_run_adapters(records), started.metric, started.higher_is_better)
 
 
 def build_comparison_figure(

@@ -20,7 +20,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rightrank.decision.adapter import making_of
+from rightrank.decision.adapter import build_provenance
 from rightrank.decision.records import Answers, Records
 from rightrank.models.loading_code import format_base_arguments, format_loading_code
 from rightrank.models.ranks import convert_scaling
@@ -230,7 +230,7 @@ def render_model_card(records: Records, decision: Decision | None) -> str:
         decision=decision,
         evidence=build_evidence_table(decision) if decision is not None else [],
         adapter_record=adapter_record,
-        provenance=making_of(trial, records.finished()),
+        provenance=build_provenance(trial, records.finished()),
         candidates=build_candidate_table(answer, started.metric),
         tests=_build_test_rows(records),
         classification=started.data.form == "classification",

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 from pydantic import Field
 
-from rightrank.decision.next_run import next_commands
-from rightrank.decision.records import Records, answers_of, decision_so_far, trainings
+from rightrank.decision.next_run import build_next_commands
+from rightrank.decision.records import Records, build_answers, count_trainings, decide_if_possible
 from rightrank.report.answer import build_answer_view, format_labelled_rows
 from rightrank.report.evidence_tables import format_cost
 from rightrank.report.figure import format_metric_label
@@ -69,12 +69,12 @@ def build_run_status(
     """
     recorded_decision, at = find_last_decision(journal), progress.get("at")
     is_fresh = isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
-    decision = decision_so_far(records) if recorded_decision is None else recorded_decision.decision
+    decision = decide_if_possible(records) if recorded_decision is None else recorded_decision.decision
     adapter = records.adapters[-1].answer if records.adapters else None
     if goal == "adapter":
         decision = None
-    answers = answers_of(records, decision, goal)
-    commands = next_commands(records.started, answers.next_runs, run)
+    answers = build_answers(records, decision, goal)
+    commands = build_next_commands(records.started, answers.next_runs, run)
     view = build_answer_view(answers, commands)
     is_done = recorded_decision is not None or (goal == "adapter" and adapter is not None)
     state = "running" if is_locked else "done" if is_done else "stopped"
@@ -82,7 +82,7 @@ def build_run_status(
         run=run,
         state=state,
         goal=goal,
-        trainings=trainings(records),
+        trainings=count_trainings(records),
         trials_ended=len(records.outcomes),
         trials_without_result=len(records.outcomes) - len(records.finished()),
         running=_format_active_trial(journal, records) if is_locked else None,

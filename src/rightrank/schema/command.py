@@ -45,7 +45,10 @@ def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
     if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(value, row)):
         return ["--set", f"{name}={json.dumps(value)}"]
     if not row.option:
-        return ["--set", f"{name}={','.join(map(_format_value, value)) if isinstance(value, tuple) else _format_value(value)}"]
+        return [
+            "--set",
+            f"{name}={','.join(map(_format_value, value)) if isinstance(value, tuple) else _format_value(value)}",
+        ]
     if isinstance(value, bool):
         return [row.option if value else row.option.replace("--", "--no-", 1)]
     if isinstance(value, tuple) and not row.split:
@@ -54,7 +57,9 @@ def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
         return _format_option(row.option, f"{Decimal(repr(value)):f}h")
     if name == "memory_bytes":
         return _format_option(row.option, f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value}B")
-    return _format_option(row.option, ",".join(map(_format_value, value)) if isinstance(value, tuple) else _format_value(value))
+    return _format_option(
+        row.option, ",".join(map(_format_value, value)) if isinstance(value, tuple) else _format_value(value)
+    )
 
 
 def _can_be_joined(values: tuple[Any, ...], row: Setting) -> bool:

@@ -12,11 +12,20 @@ from typing import Any, get_args
 
 from rightrank.schema.errors import SettingsError, quote_value
 from rightrank.schema.setting_table import is_list_type
-from rightrank.schema.settings import PEFT_OPTIONS, PEFT_REPLACED_FIELDS, PEFT_CHECKED_FIELDS, SelectSettings
+from rightrank.schema.settings import PEFT_CHECKED_FIELDS, PEFT_OPTIONS, PEFT_REPLACED_FIELDS, SelectSettings
 
 REPLACED_FIELDS = PEFT_REPLACED_FIELDS | {"r"}  # by the ranks
 CHECKED_FIELDS = (*PEFT_CHECKED_FIELDS, "peft_type", "inference_mode")  # against the run
-SPECIAL_ARGUMENTS = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs", "optim"}
+SPECIAL_ARGUMENTS = {
+    "warmup_steps",
+    "bf16",
+    "fp16",
+    "use_cpu",
+    "dataset_text_field",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+}
 IGNORED_PREFIXES = (  # beginnings of names
     *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),
     *("do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory"),
@@ -124,7 +133,9 @@ def _convert_special_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal
         yield "num_train_epochs", args.num_train_epochs
     warmup = args.warmup_steps
     if warmup >= 1 and args.max_steps <= 0:
-        yield _build_refusal("args", "warmup_steps", warmup, "needs max_steps; give both, or a share of the steps below 1")
+        yield _build_refusal(
+            "args", "warmup_steps", warmup, "needs max_steps; give both, or a share of the steps below 1"
+        )
     else:
         yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
     if args.optim not in ("adamw_torch", "adamw_torch_fused"):
@@ -154,5 +165,9 @@ def _convert_value(name: str, value: Any) -> Any:
 
 def _build_refusal(where: str, name: str, value: Any, why: str = "") -> _Refusal:
     value = getattr(value, "value", value)  # of an enumeration
-    text = f"{name} {quote_value(value)} {why}" if why else f"a selection cannot honour {name}={quote_value(value)}; leave it out"
+    text = (
+        f"{name} {quote_value(value)} {why}"
+        if why
+        else f"a selection cannot honour {name}={quote_value(value)}; leave it out"
+    )
     return _Refusal(f"{name}={quote_value(value)}", f"{where}: {text}")

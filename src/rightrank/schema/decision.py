@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from pydantic import Field
 
 from rightrank.schema.metrics import Checkpoint
-from rightrank.schema.trials import Record, BoundedInt
+from rightrank.schema.trials import BoundedInt, Record
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -63,7 +63,7 @@ class RankEvidence(Record):
     predictive_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
     predictive_high: float | None = None  # None: the seed noise was not measured
     non_inferior: bool | None = None  # within the margin; None: inconclusive
-    # that it is within the margin of the best, over seeds and examples; None: `probability_note`
+    # that it is within the margin of the best, over seeds and examples; None: `format_probability_note`
     probability: float | None = None
     learning_rate: float | None = None
     seeds: BoundedInt = 1

@@ -12,16 +12,16 @@ from rightrank.schema.metrics import LossKind
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     SCHEMA_VERSION,
+    BoundedInt,
     Record,
     RedactedText,
     TrialCollapsed,
     TrialDiverged,
+    TrialEvaluated,
     TrialFailed,
     TrialFinished,
-    TrialEvaluated,
     TrialOutcome,
     TrialStarted,
-    BoundedInt,
 )
 
 
@@ -252,7 +252,9 @@ class EvaluationProgress(Record):
     seconds: float  # since it began
 
 
-Event: TypeAlias = AnyJournalRecord | SelectionPlanned | DurationEstimated | RunStopped | Notice | StepDone | EvaluationProgress
+Event: TypeAlias = (
+    AnyJournalRecord | SelectionPlanned | DurationEstimated | RunStopped | Notice | StepDone | EvaluationProgress
+)
 
 
 class Listener:

@@ -135,7 +135,9 @@ def _parse_metric(text: str) -> MetricSpec:
         raise ValueError(f"metric {text!r}: {name!r} is a built-in metric; give yours another name")
     target = rest.strip()
     if not _FUNCTION.fullmatch(target):
-        raise ValueError(f"metric {text!r} is not known{suggest_name(rest, BUILT_IN_METRICS)}; there are: {METRIC_FORMS}")
+        raise ValueError(
+            f"metric {text!r} is not known{suggest_name(rest, BUILT_IN_METRICS)}; there are: {METRIC_FORMS}"
+        )
     return MetricSpec(name or target.rpartition(":")[2], "function", target)
 
 
@@ -158,9 +160,7 @@ MetricKind: TypeAlias = LossKind | Literal["perplexity", "accuracy", "other"]
 
 LOSS_KINDS: tuple[LossKind, ...] = ("token_loss", "pair_loss", "loss")
 TOKEN_LOSS_MARGIN = 0.005  # nats per token
-PAIR_MARGIN = (
-    0.02  # nats per preference pair: about the noise over seeds between ranks (benchmarks/README.md, archive)
-)
+PAIR_MARGIN = 0.02  # nats per preference pair: about the noise over seeds between ranks (benchmarks/README.md, archive)
 ACCURACY_MARGIN = 0.005  # half a point, as a fraction
 PERCENT_MARGIN = 0.5  # half a point, as a percentage
 RELATIVE_MARGIN = 0.01  # of the reference, for every other metric

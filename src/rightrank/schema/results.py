@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import SplitSummary
-from rightrank.schema.trials import Record, BoundedInt
+from rightrank.schema.trials import BoundedInt, Record
 
 Components: TypeAlias = dict[str, int]
 

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
-from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError, suggest_name, redact_secrets
+from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError, redact_secrets, suggest_name
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -238,7 +238,9 @@ def _build_model(kind: type[Settings]) -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (hint, Field(default=None, **kind.model_fields[name].bounds)) for name, hint in kind.model_types.items()
     }
-    kind.pydantic_model = create_model(kind.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+    kind.pydantic_model = create_model(
+        kind.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
+    )
     return kind.pydantic_model
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError
-from rightrank.schema.metrics import Checkpoint, MetricSpec, infer_direction, parse_metrics, format_unknown_direction
+from rightrank.schema.metrics import Checkpoint, MetricSpec, format_unknown_direction, infer_direction, parse_metrics
 from rightrank.schema.setting_table import Group, Settings, option, parse_json_value, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
@@ -49,7 +49,9 @@ def _parse_bytes(text: object) -> object:
     if not isinstance(text, str):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    unit = {name.lower(): size for name, size in BYTE_UNITS.items()}.get(match[2].lower(), 0) if match is not None else 0
+    unit = (
+        {name.lower(): size for name, size in BYTE_UNITS.items()}.get(match[2].lower(), 0) if match is not None else 0
+    )
     size = round(min(float(match[1]) * unit, 2.0 * MAX_BYTES)) if match is not None else 0
     if not 0 < size <= MAX_BYTES:
         raise SettingsError(

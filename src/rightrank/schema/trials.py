@@ -146,7 +146,9 @@ class TrialFinished(ArmFields):
     example_correct: list[BoundedInt] | None = None  # classification: 1 if the prediction is right
     example_scores: list[float] | None = None  # custom trainers: the metric of each example
     example_weights: list[float] | None = None  # of example_scores; None: equal weights
-    example_groups: list[BoundedInt] | None = None  # the number of the example's group; None: each example stands for itself
+    example_groups: list[BoundedInt] | None = (
+        None  # the number of the example's group; None: each example stands for itself
+    )
     # by metric of written answers or task: one value per example
     example_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value

@@ -29,7 +29,7 @@ def make_strategy(name: str, space: Space) -> Strategy:
         raise SettingsError(f"unknown strategy {name!r}{suggestion}; there are: {', '.join(STRATEGIES)}")
     if space.goal == "adapter" and name == Upward.name:
         raise SettingsError(
-            f"goal 'adapter' needs an adapter of the largest rank, and strategy {name!r} climbs from the smallest; give "
+            f"goal 'adapter' needs an adapter of the largest rank, but strategy {name!r} starts at the smallest rank; give "
             "goal 'training-rank', or another strategy"
         )
     strategy = factory(space)

@@ -11,16 +11,30 @@ from typing import TypeAlias
 import numpy as np
 
 from rightrank.decision.adapter import Criterion
-from rightrank.decision.comparison import Bounds, Estimate, bounds_of, estimate, is_within, span_of, walk_down
-from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, probability_within
-from rightrank.decision.table import adjusted_means, best_learning_rate, collapsing_cells, groups_of, of_shared_seeds
+from rightrank.decision.comparison import (
+    Bounds,
+    Estimate,
+    compute_bounds,
+    compute_score_range,
+    estimate_mean,
+    is_within,
+    walk_down,
+)
+from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, compute_probability_within
+from rightrank.decision.table import (
+    compute_adjusted_means,
+    find_collapsed_rates,
+    number_groups,
+    pair_shared_seeds,
+    select_best_learning_rate,
+)
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 
-Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
+Requests: TypeAlias = Iterator[Sequence[Arm]]  # yielded by a script: arms that may run at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +45,19 @@ class Space:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     lora_alpha: float
-    steps: int  # of a whole training
-    margin: float | None  # None: by the kind of metric
+    steps: int  # optimizer steps of a full training
+    margin: float | None  # None: depends on the kind of metric
     metric: str = "loss"
     kind: MetricKind = "loss"
     higher_is_better: bool = False
     points_are_losses: bool = False  # whether evaluations during training measure the loss instead of the metric
-    evaluates_base: bool = True  # False: no trial of rank 0, and nothing is compared with the base
+    evaluates_base: bool = True  # False: there is no trial of rank 0 and no comparison with the base
     goal: Goal = "training-rank"
     can_stop_early: bool = True  # whether trainings can stop early and resume; False for custom trainers
     can_truncate: bool = True  # whether adapters can be truncated and evaluated
-    trusts_values: bool = False  # whether values without scores by example can show that a truncation holds (tables)
+    trusts_values: bool = False  # whether values without scores by example suffice to accept a truncation (tables)
     budget_steps: float | None = None  # optimizer steps over all arms
-    budget_seconds: float | None = None  # of training and evaluation, over all arms
+    budget_seconds: float | None = None  # time of training and evaluation, over all arms
 
     @property
     def criterion(self) -> Criterion:
@@ -100,7 +114,7 @@ def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "tok
     """
     if len(settings.ranks) < 2 and settings.goal == "training-rank":
         raise SettingsError(
-            f"ranks: got {settings.ranks[0]} alone; a comparison needs two or more, such as {settings.ranks[0]},"
+            f"ranks: got {settings.ranks[0]} only; a comparison needs two or more ranks, such as {settings.ranks[0]},"
             f"{4 * settings.ranks[0]}"
         )
     name = settings.metric_name
@@ -128,11 +142,11 @@ class Trials:
 
     space: Space
     outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
-    adapter: AdapterAnswer | None = None  # the answer to the first question, once the script has it
-    # Lines for a person that the script wrote. Later outcomes only append; each is printed once.
+    adapter: AdapterAnswer | None = None  # the deployment rank, once the script has found it
+    # Notes of the script for the user. Later outcomes only append notes; each is printed once.
     notes: list[str] = field(default_factory=list)
     _trainings: dict[int, dict[float, dict[int, TrialFinished]]] = field(default_factory=dict)  # rank → rate → seed
-    _indexed: int = 0  # outcomes that `_whole` knows; more only append
+    _indexed: int = 0  # number of outcomes in `_trainings`; outcomes are only appended
 
     def get_finished(self, arm: Arm) -> TrialFinished | None:
         outcome = self.outcomes.get(arm)
@@ -172,7 +186,7 @@ class Trials:
 
         Learning rates at which some seed collapsed are left out.
         """
-        collapsing = {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
+        collapsing = {lr for r, lr in find_collapsed_rates(self.outcomes.values()) if r == rank}
         trials = {
             lr: self.get_trials_by_seed(rank, lr)
             for lr in sorted(self._index_trainings().get(rank, {}).keys() - collapsing)
@@ -181,12 +195,12 @@ class Trials:
             return None
 
         def is_surely_lower(rate: float, other_rate: float) -> bool:
-            return _compute_excess(of_shared_seeds(trials[rate], trials[other_rate]), self.space).high < 0
+            return _compute_excess(pair_shared_seeds(trials[rate], trials[other_rate]), self.space).high < 0
 
         losses = {
             lr: {seed: orient_value(t, self.space) for seed, t in by_seed.items()} for lr, by_seed in trials.items()
         }
-        return best_learning_rate(losses, is_surely_lower)
+        return select_best_learning_rate(losses, is_surely_lower)
 
     def get_trials_by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
         """Return the full trainings of the rank at the learning rate."""
@@ -210,7 +224,7 @@ class Trials:
             {seed: orient_value(trial, self.space) for seed, trial in self.get_trials_by_seed(rank, lr).items()}
             for rank, lr in rates.items()
         ]
-        by_rank = dict(zip(rates, adjusted_means(losses) if losses else [], strict=True))
+        by_rank = dict(zip(rates, compute_adjusted_means(losses) if losses else [], strict=True))
         return min(by_rank, key=lambda rank: (by_rank[rank], rank), default=None)
 
     def compute_excess(self, rank: int, reference: int) -> Bounds:
@@ -219,7 +233,7 @@ class Trials:
         rank_trials, reference_trials = (
             {} if lr is None else self.get_trials_by_seed(compared_rank, lr) for compared_rank, lr in rates
         )
-        pairs = of_shared_seeds(rank_trials, reference_trials)
+        pairs = pair_shared_seeds(rank_trials, reference_trials)
         return _compute_excess(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
     def is_within_margin(self, rank: int) -> bool:
@@ -253,7 +267,7 @@ def _compute_excess(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space:
     """
     pairs = list(pairs)
     mean, difference = _compute_mean_difference(pairs, space), _estimate_difference(pairs, space)
-    return Bounds(mean, mean, mean) if difference is None else bounds_of(replace(difference, mean=mean))
+    return Bounds(mean, mean, mean) if difference is None else compute_bounds(replace(difference, mean=mean))
 
 
 def is_likely_within(
@@ -268,7 +282,7 @@ def is_likely_within(
         return is_within(mean, margin)
     examples = len((pair[0].get_weighted_scores(space.metric) or [()])[0])
     variance = NOISE.ratio(1, examples) * difference.examples_variance * examples
-    return probability_within(mean, variance, NOISE_DEGREES, margin) >= probability
+    return compute_probability_within(mean, variance, NOISE_DEGREES, margin) >= probability
 
 
 def _compute_mean_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> float:
@@ -292,6 +306,6 @@ def _estimate_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], s
         [np.subtract(trial_scores[0], reference_scores[0]) for trial_scores, reference_scores in complete_pairs]
     )
     weights = np.asarray(complete_pairs[0][0][1], dtype=np.float64)
-    score_range = span_of(space.kind, [scores for pair in complete_pairs for scores, _ in pair], weights)
-    groups = groups_of(pairs[0][0].example_groups, len(weights))
-    return estimate(-differences if space.higher_is_better else differences, weights, score_range, groups)
+    score_range = compute_score_range(space.kind, [scores for pair in complete_pairs for scores, _ in pair], weights)
+    groups = number_groups(pairs[0][0].example_groups, len(weights))
+    return estimate_mean(-differences if space.higher_is_better else differences, weights, score_range, groups)

@@ -22,9 +22,9 @@ class CostEstimate:
 
     expected: float
     maximum: float
-    expected_until_adapter: float  # expected, until the first question is answered
+    expected_until_adapter: float  # expected cost until the deployment rank is found
     minimum: float  # the smallest budget within which the strategy compares two ranks
-    max_arms: int  # an upper bound of the number of arms, the base included
+    max_arms: int  # an upper bound of the number of arms, including the base
 
 
 class Strategy(ABC):

@@ -10,13 +10,13 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from rightrank.decision.seeds import detectable_difference, needed_seeds
+from rightrank.decision.seeds import compute_detectable_difference, compute_needed_seeds
 from rightrank.schema.trials import Arm
 from rightrank.search.history import Requests, Space, Trials, orient_value
 from rightrank.search.protocol import CostEstimate, Strategy
 
-NOISE_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained
-NEIGHBOUR_COUNT = 1  # learning rates to either side of the previous rank's best one
+NOISE_SEEDS = 3  # seeds of the smallest rank that measure the noise before any other rank is trained
+NEIGHBOUR_COUNT = 1  # learning rates to try on either side of the previous rank's best one
 
 
 class Upward(Strategy):
@@ -73,11 +73,11 @@ class Upward(Strategy):
             outcome = "with the same result" if len(values) > 1 else "with a result"
             trials.notes.append(
                 f"Seed noise: not measured at rank {rank} ({len(values)} seed{'s' * (len(values) != 1)} {outcome}); "
-                "seeds=(0, 1, 2) or more measure it."
+                "give seeds=(0, 1, 2) or more to measure it."
             )
             return space.seeds
         margin = space.get_margin(float(np.mean(values)))
-        needed = max(2, needed_seeds(deviation, margin))
+        needed = max(2, compute_needed_seeds(deviation, margin))
         trials.notes.append(_format_noise_note(space, rank, len(values), deviation, margin, needed))
         return space.seeds[:needed]
 
@@ -97,10 +97,10 @@ class Upward(Strategy):
 
 def _format_noise_note(space: Space, rank: int, num_measured: int, deviation: float, margin: float, needed: int) -> str:
     opening = (
-        f"Seed noise at rank {rank}: a standard deviation of {deviation:.2g} over {num_measured} seeds. To show a difference of "
-        f"{margin:.2g} between two ranks takes about {needed} seed{'s' * (needed != 1)} a rank"
+        f"Seed noise at rank {rank}: a standard deviation of {deviation:.2g} over {num_measured} seeds. Detecting a difference of "
+        f"{margin:.2g} between two ranks takes about {needed} seed{'s' * (needed != 1)} per rank"
     )
     num_seeds = len(space.seeds)
     if needed <= num_seeds:
         return f"{opening}; {needed} of the {num_seeds} are used."
-    return f"{opening}; the {num_seeds} given show differences from about {detectable_difference(deviation, num_seeds):.2g}."
+    return f"{opening}; the {num_seeds} given seeds detect differences from about {compute_detectable_difference(deviation, num_seeds):.2g}."

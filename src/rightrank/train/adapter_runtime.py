@@ -29,9 +29,9 @@ class RuntimeInputs:
     data: Path
     settings: SelectSettings
     cache: Path
-    steps: int = 0  # of training each adapter
-    splits: DataSplits | None = None  # of the data, where they are not those of a selection
-    loaded: LoadedModel | None = None  # the base, where it is loaded and checked already
+    steps: int = 0  # optimizer steps to train each adapter
+    splits: DataSplits | None = None  # None: split the data as a selection does
+    loaded: LoadedModel | None = None  # the base, if it is already loaded and checked
 
 
 def make_runtime(
@@ -51,7 +51,7 @@ def make_runtime(
     settings = inputs.settings.model_copy(update={"ranks": (1,)})
     if not settings.metric_specs[0].is_eval_metric or settings.metrics:
         raise SettingsError(
-            f"metric {settings.metric_name!r}: adapters are measured by loss or accuracy here; give one of them, and leave out metrics"
+            f"metric {settings.metric_name!r}: this command measures adapters by loss or accuracy; give one of them, and leave metrics out"
         )
     if modules is not None:
         settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
@@ -72,10 +72,10 @@ def make_adapter_runtime(adapter: AdapterFolder, base: str | None, inputs: Runti
     """
     name = base or adapter.base_model
     if name is None:
-        raise ModelError(f"{adapter.path}: names no base model; give one with --base MODEL")
+        raise ModelError(f"{adapter.path}: the configuration names no base model; give one with --base MODEL")
     if base is None and inputs.loaded is None:
         _require_named_base(adapter, name)
-    # A module that is trained whole may lie below the first adapter, where a cached prefix would be stale.
+    # A fully trained module may lie below the first adapter, where a cached prefix would be stale.
     is_cached = inputs.settings.cache_prefix and not adapter.other_keys
     parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind.name == "expert")
     updates = {"cache_prefix": is_cached, "target_parameters": tuple(parameters)}
@@ -90,7 +90,7 @@ def _require_named_base(adapter: AdapterFolder, name: str) -> None:
         require_model(name)
     except ModelError as error:
         raise ModelError(
-            f"{adapter.path}: its {CONFIG_FILE} names the base {name!r}, which is not found from {Path.cwd()}; give it with "
+            f"{adapter.path}: its {CONFIG_FILE} names the base {name!r}, which cannot be found from {Path.cwd()}; give it with "
             f"--base MODEL ({error})"
         ) from None
 
@@ -119,9 +119,9 @@ def require_matching_base(adapter: Path, base: LoadedModel) -> None:
     identity_file, configured_name = adapter / BASE_FILE, _read_string(adapter / CONFIG_FILE, "base_model_name_or_path")
     if identity_file.is_file():
         stored_identity = read_identity(identity_file)
-        if (difference := stored_identity.difference(base.identity)) is not None:
+        if (difference := stored_identity.find_difference(base.identity)) is not None:
             raise ModelError(
-                f"{adapter}: it was trained on another base, {stored_identity.name}, than {base.name} ({difference}); give the base that it "
+                f"{adapter}: it was trained on a different base, {stored_identity.name}, than {base.name} ({difference}); give the base that it "
                 "was trained on"
             )
         return
@@ -144,7 +144,7 @@ def read_identity(file: Path) -> BaseIdentity:
         return BaseIdentity.model_validate(read_json_object(file))
     except (UnreadableError, ValidationError) as error:
         raise ModelError(
-            f"{file}: does not identify a base ({get_first_line(error)}); copy the adapter again, or remove the file"
+            f"{file}: this file does not identify a base model ({get_first_line(error)}); copy the adapter again, or remove the file"
         ) from None
 
 

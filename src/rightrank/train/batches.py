@@ -37,10 +37,10 @@ class Batch:
 
     input_ids: torch.Tensor  # [s, n]
     attention_mask: torch.Tensor  # [s, n], 1 on real tokens
-    labels: torch.Tensor  # [s, n], -100 where no loss is taken; [b] for classification
-    indices: tuple[int, ...]  # of the b examples in the split
+    labels: torch.Tensor  # [s, n], -100 where no loss is computed; [b] for classification
+    indices: tuple[int, ...]  # positions of the b examples in the split
     tokens: int  # without padding
-    lengths: tuple[int, ...] | None = None  # of packed sequences: tensors are [1, tokens]
+    lengths: tuple[int, ...] | None = None  # lengths of packed sequences; tensors are then [1, tokens]
     reference: torch.Tensor | None = None  # [s], log-probabilities of each sequence's labels under the base; pairs only
 
     @property
@@ -62,7 +62,10 @@ class Batch:
         numbers = torch.arange(self.sequences, device=device)
         if self.lengths is None:
             return numbers[:, None].expand_as(self.input_ids)
-        repeats, size = torch.tensor(self.lengths, device=device), sum(self.lengths)  # no device waits for the size
+        repeats, size = (
+            torch.tensor(self.lengths, device=device),
+            sum(self.lengths),
+        )  # giving the size avoids a device synchronisation
         return numbers.repeat_interleave(repeats, output_size=size)[None]
 
 
@@ -85,7 +88,7 @@ def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: 
     longest = max(len(ids) for ids, _ in sequences)
     input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)
-    is_classification = len(selected[0].labels) == 1  # a text to learn has two tokens at least
+    is_classification = len(selected[0].labels) == 1  # a text for a language model has at least two tokens
     labels = torch.full((len(sequences), 1 if is_classification else longest), IGNORED, dtype=torch.long)
     for row, (ids, sequence_labels) in enumerate(sequences):
         input_ids[row, : len(ids)] = torch.as_tensor(ids)
@@ -123,7 +126,7 @@ class CacheBatches:
         self._lengths = examples.lengths
         self._size = size
         self._batch_numbers: dict[int, int] = {}
-        self._computed: set[int] = set()  # numbers of groups
+        self._computed: set[int] = set()  # numbers of batches
         self.expect(expected)
 
     def expect(self, indices: Iterable[int]) -> None:
@@ -149,7 +152,7 @@ class CacheBatches:
 
 
 FUSED_ATTENTION = "sdpa"  # transformers' name for torch's scaled_dot_product_attention
-PER_EXAMPLE_DEVICES = ("cpu",)  # devices on which a call for each example costs little
+PER_EXAMPLE_DEVICES = ("cpu",)  # devices on which one call per example is cheap
 
 
 @contextmanager
@@ -237,7 +240,7 @@ def _attend_padded(
     The row's T tokens have the indices `positions` among the padded positions.
     """
     padded: list[torch.Tensor] = []
-    for row in rows[:3]:  # the fourth is the mask
+    for row in rows[:3]:  # the fourth tensor is the mask
         heads, width = row.shape[1], row.shape[3]
         padded_row = row.new_zeros(heads, math.prod(shape), width).index_copy(1, positions, row[0])
         padded.append(padded_row.view(heads, *shape, width).transpose(0, 1))  # [b, heads, n, d]

@@ -29,9 +29,9 @@ from rightrank.train.multi_lora import ADAPTER, find_lora_modules
 from rightrank.train.runtime import Runtime, attach_adapter
 
 MOMENT_TOKENS = 4096  # see benchmarks/README.md, archive
-MAX_TOKEN_FRACTION = 0.1  # of the tokens of a training
-LENGTH_SAMPLE_SIZE = 256  # by which the mean length of a training's rows is estimated
-ZERO_GRADIENT_TOLERANCE = 1e-6  # of a batch's largest gradient: below it a position has none
+MAX_TOKEN_FRACTION = 0.1  # largest fraction of a training's tokens to read
+LENGTH_SAMPLE_SIZE = 256  # examples from which the mean length is estimated
+ZERO_GRADIENT_TOLERANCE = 1e-6  # relative to a batch's largest gradient; a smaller gradient counts as none
 
 GradientCallback = Callable[[str, torch.Tensor, torch.Tensor], None]
 
@@ -43,7 +43,7 @@ class GatheredMoments:
     moments: Mapping[str, Moments]
     examples: int
     tokens: int
-    notices: tuple[str, ...] = ()  # what is truncated by the plain SVD instead, and why
+    notices: tuple[str, ...] = ()  # modules that are truncated by the plain SVD instead, and why
 
 
 def gather_moments(
@@ -60,16 +60,19 @@ def gather_moments(
         tokens: the number of tokens to read. Complete micro-batches of `batch_size` are read until it is reached.
     """
     adapters = find_lora_modules(peft_model)
-    # Modules that add s·B·(A·x) to their output.
+    # These modules add s·B·(A·x) to their output.
     linear_names = [name for name, module in adapters.items() if isinstance(find_kind(module), Linear)]
     num_excluded = len(adapters) - len(linear_names)
-    note = f"{num_excluded} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there"
+    note = f"{num_excluded} modules (DoRA, embeddings or experts) have no second moments and are truncated by the plain SVD"
     notices = (note,) if num_excluded else ()
     head = runtime.model.get_output_embeddings()
     if linear_names and all(
         adapters[name] is head for name in linear_names
     ):  # the loss computes the head itself, on frozen inputs
-        notices, linear_names = (*notices, "the head alone is adapted and has no moments: the plain SVD is used"), []
+        notices, linear_names = (
+            (*notices, "only the output head is adapted; it has no second moments and is truncated by the plain SVD"),
+            [],
+        )
     if not linear_names:
         return GatheredMoments({}, 0, 0, notices)
     batches = list(_make_micro_batches(runtime, examples, tokens))
@@ -97,7 +100,7 @@ def accumulate_moments(
     Args:
         passes: each item runs a forward and a backward pass and yields the numbers of examples, tokens and labels read.
     """
-    # By module, in float32 on the device: the outer products of inputs and of gradients, and the rows behind the inputs'.
+    # By module, in float32 on the device: the sums of outer products of inputs and of gradients, and the number of rows.
     sums: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def accumulate(name: str, hidden: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -106,7 +109,7 @@ def accumulate_moments(
         size = gradients.abs().amax(dim=1, keepdim=True)
         is_active = (
             size > ZERO_GRADIENT_TOLERANCE * size.max()
-        )  # multiplied, not indexed: NaN and infinity stay, and no device waits
+        )  # a product keeps NaN and infinity and needs no device synchronisation, unlike an index
         hidden, gradients = hidden * is_active, gradients * is_active
         moment_sums = hidden.T @ hidden, gradients.T @ gradients, is_active.sum()
         sums[name] = moment_sums if name not in sums else tuple(map(torch.add, moment_sums, sums[name]))
@@ -118,10 +121,13 @@ def accumulate_moments(
     examples, tokens, labels = counts.tolist()
     if not labels:
         return GatheredMoments(
-            {}, 0, 0, ("truncated by singular values: the training examples that were read have no labels",)
+            {},
+            0,
+            0,
+            ("truncated by singular values: the training examples have no labels within the tokens that were read",),
         )
     if not all(bool(torch.isfinite(tensor).all()) for module_sums in sums.values() for tensor in module_sums):
-        notice = "no moments for truncation: a gradient is not finite; the plain SVD is used"
+        notice = "a gradient is not finite, so there are no second moments for truncation; the plain SVD is used"
         return GatheredMoments({}, examples, tokens, (notice,))
     moments = {
         name: Moments(
@@ -131,8 +137,8 @@ def accumulate_moments(
     }
     missing = len(names) - len(sums)
     notice = (
-        f"{missing} of {len(names)} modules truncated by singular values: the model computes their layers without calling PEFT's modules "
-        "(fused kernels), so that no second moments arrive"
+        f"{missing} of {len(names)} modules are truncated by singular values: the model computes their layers without calling PEFT's modules "
+        "(fused kernels), so second moments cannot be measured"
     )
     return GatheredMoments(moments, examples, tokens, (notice,) if missing else ())
 
@@ -215,7 +221,7 @@ def _observe_module(
 ) -> torch.Tensor:
     if not torch.is_grad_enabled():
         return output
-    if not output.requires_grad:  # nothing below the first adapted module asks for a gradient
+    if not output.requires_grad:  # no module below the first adapted one requires a gradient
         output.requires_grad_()
     a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
     hidden = inputs[0].detach().flatten(0, -2).to(a.dtype) @ a.T

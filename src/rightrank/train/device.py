@@ -50,7 +50,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS_FILE.exists():
-        with suppress(PermissionError):  # a hardened container
+        with suppress(PermissionError):  # a hardened container forbids it
             _CLEAR_REFS_FILE.write_text(_RESET_PEAK_COMMAND)
 
 

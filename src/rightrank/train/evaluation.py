@@ -26,7 +26,7 @@ class MetricResults:
         """
         reason = next((self.failures[name] for name in names if name in self.failures), None)
         if reason is not None:
-            raise MetricError(f"{reason}; trained adapters are kept: fix the cause and run the same command again")
+            raise MetricError(f"{reason}; the trained adapters are saved: fix the cause and run the same command again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class Scores:
     """Scores of a split's examples, in the order of the split."""
 
     losses: list[float]  # nats, summed over the example's label tokens
-    tokens: list[int]  # label tokens of the example; 1 where the loss is one of the whole example
+    tokens: list[int]  # label tokens of the example; 1 if the loss is one of the complete example
     example_metrics: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
-    groups: list[int] | None = None  # which examples belong together; None: each stands for itself
+    groups: list[int] | None = None  # the group of each example; None: no groups
 
     def to_record_fields(self, metric_results: MetricResults) -> dict[str, Any]:
         """Return the fields of a trial record that contain scores by example, including those of `metric_results`."""
         by_example = dict(self.example_metrics)
-        accuracy = by_example.pop("accuracy", None)  # classification only, with a field of its own
+        accuracy = by_example.pop("accuracy", None)  # accuracy exists for classification only and has its own field
         return {
             "example_losses": self.losses,
             "example_tokens": self.tokens,

@@ -24,14 +24,14 @@ from rightrank.train.batches import FUSED_ATTENTION, Batch, pack_batch, use_floa
 from rightrank.train.loss import Objective, head_loss
 from rightrank.train.prefix import FrozenPrefix, find_blocks
 
-MAX_LABEL_FRACTION = 0.75  # above this share of positions with a label, gathering rows costs more than it saves
+MAX_LABEL_FRACTION = 0.75  # with more label positions, gathering rows costs more than it saves
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_WISE = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, between losses
 
 
-RestrictLastBlock: TypeAlias = Callable[[Any, Batch, Routing | None], AbstractContextManager[None]]  # of the last block
+RestrictLastBlock: TypeAlias = Callable[[Any, Batch, Routing | None], AbstractContextManager[None]]
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class FastPaths:
     last_block: Any = None  # None: the last block runs at every position
     prefix: FrozenPrefix | None = None
     restrict_last_block: RestrictLastBlock | None = (
-        None  # how the last block runs at some rows; None: where a label follows
+        None  # restricts the last block to some positions; None: to positions before a label
     )
 
     @contextmanager
@@ -88,7 +88,7 @@ def restrict_to_positions(modules: Sequence[Any], mask: torch.Tensor, routing: R
     for module in modules:
         module.forward = partial(_forward_at_rows, module.forward, rows, mask.shape)
     try:
-        with nullcontext() if routing is None else routing.only_rows(mask.reshape(-1)):
+        with nullcontext() if routing is None else routing.restrict_rows(mask.reshape(-1)):
             yield
     finally:
         for module, forward in zip(modules, original_forwards, strict=True):

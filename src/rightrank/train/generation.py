@@ -35,7 +35,7 @@ class Prompt:
     text: str
     expected: str
     add_special_tokens: bool  # False for a chat template, which writes them itself
-    end: str = ""  # what the chat template writes after an answer
+    end: str = ""  # the text that the chat template writes after an answer
 
 
 def build_prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
@@ -45,7 +45,7 @@ def build_prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
         DataError: the data is plain text, which has no prompts.
     """
     if runtime.data.summary.form == "text":
-        raise DataError("the data has no prompt: metrics of what the model writes need `prompt` and `completion`")
+        raise DataError("the data has no prompts: metrics of generated answers need `prompt` and `completion`")
     encoded_ids = {example.example_id for example in runtime.data.splits[split]}
     return [
         _build_prompt(runtime, example) for example in runtime.data.texts[split] if example.example_id in encoded_ids
@@ -63,7 +63,9 @@ def generate_answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
 
 def _build_prompt(runtime: Runtime, example: Example) -> Prompt:
     prompt = example.content.get("prompt")
-    completion = example.content.get("completion", example.content.get("chosen"))  # or the chosen one of a pair
+    completion = example.content.get(
+        "completion", example.content.get("chosen")
+    )  # preference pairs have a chosen answer instead
     if isinstance(prompt, str):
         return Prompt(example.example_id, prompt, str(completion), add_special_tokens=True)
     messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
@@ -104,7 +106,7 @@ def _encode_prompt(runtime: Runtime, prompt: Prompt) -> list[int]:
     tokenizer: Any = runtime.loaded.tokenizer
     ids: list[int] = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens, verbose=False)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and prompt.add_special_tokens:
-        ids = ids[:-1]  # added by a tokenizer that ends every text
+        ids = ids[:-1]  # some tokenizers add an end token to every text
     positions = getattr(runtime.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int):
         ids = ids[-max(1, positions - runtime.settings.max_new_tokens) :]

@@ -111,14 +111,14 @@ class _TrainingLoop:
     _base_loss: float | None
     _folders: FolderFactory
     _listener: Listener
-    _limit: int  # of the adapters in a pass
+    _limit: int  # the largest number of adapters in a pass
     _waiting: deque[Trial] = field(default_factory=deque)
     _running: list[ArmTraining] = field(default_factory=list)
     _started: set[str] = field(default_factory=set)
 
     def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
-        # Arms of one seed share batches, and so need no padding together.
+        # Arms of one seed share batches, so they need no additional padding in one pass.
         self._waiting.extend(sorted(trials, key=lambda trial: seeds.index(trial.arm.seed)))
         try:
             while self._waiting or self._running:
@@ -126,7 +126,7 @@ class _TrainingLoop:
                 yield from self._start_waiting()
                 if len(self._running) > previous_count:
                     reset_peak_memory(self._runtime.loaded.device)
-                yield from self._remove_ended()  # arms resumed at their last step
+                yield from self._remove_ended()  # arms that resumed at their last step
                 if self._running:
                     self._step()
                     yield from self._remove_ended()
@@ -154,7 +154,9 @@ class _TrainingLoop:
                     self._reduce_limit(len(self._running), len(self._running) + 1)
                 else:
                     yield self._build_memory_failure(trial, *reasons)
-        self._running.sort(key=lambda training: training.trial.arm.rank)  # neighbours of one rank share a product
+        self._running.sort(
+            key=lambda training: training.trial.arm.rank
+        )  # adjacent arms of one rank share a matrix product
         for training in self._running:
             if len(self._running) > len(training.pass_ranks):  # the fullest pass of this arm so far
                 other_ranks = [neighbour.trial.arm.rank for neighbour in self._running if neighbour is not training]
@@ -239,7 +241,7 @@ class _TrainingLoop:
         for training in [training for training in self._running if training.is_done]:
             try:
                 outcome = training.finish(read_peak_bytes(self._runtime.loaded.device))
-            except MetricError:  # keep what has been trained
+            except MetricError:  # save what has been trained
                 self._save_all()
                 raise
             self._running.remove(training)

@@ -39,12 +39,12 @@ from rightrank.train.batches import Batch, CacheBatches
 
 MAX_CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
-CAUSALITY_TOKENS = 16  # of an example, on which later tokens are shown to be invisible
-# Relative, between the changes of logits at earlier tokens and at the changed one.
+CAUSALITY_TOKENS = 16  # tokens of an example on which causality is checked
+# The largest change of logits at earlier tokens, relative to the change at the changed token.
 CAUSALITY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-Scale: TypeAlias = float | torch.Tensor  # of every loss; or [b], one per example
+Scale: TypeAlias = float | torch.Tensor  # factor of every loss; or [b], one factor per example
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class BatchLoss:
 
     total: torch.Tensor  # scalar with a graph: the sum of losses times the scale
     example_losses: torch.Tensor  # [b], nats, summed over each example's labels; no graph, on the CPU
-    example_tokens: torch.Tensor  # [b], labels of each example; 1 where the loss is one of the whole example
+    example_tokens: torch.Tensor  # [b], labels of each example; 1 if the loss is one of the complete example
     example_metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # metric → [b], by example
 
 
@@ -77,7 +77,7 @@ class LabelledBatch(Protocol):
     def split_pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-Objective: TypeAlias = Callable[[Any, Any, Scale], BatchLoss]  # of a model and a `LabelledBatch`
+Objective: TypeAlias = Callable[[Any, Any, Scale], BatchLoss]  # its arguments: a model, a `LabelledBatch`, a scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class _LabelLosses:
 
     scaled: torch.Tensor  # [m] with a graph: the losses times the scale
     losses: torch.Tensor  # [m], nats; no graph
-    sequences: torch.Tensor  # [m], the number in the batch of each label's sequence
+    sequences: torch.Tensor  # [m], the index of each label's sequence in the batch
 
 
 LabelLoss: TypeAlias = Callable[[Any, Any, Scale], _LabelLosses]
@@ -100,7 +100,7 @@ class Likelihood:
 
     def __call__(self, model: Any, batch: LabelledBatch, scale: Scale) -> BatchLoss:
         labels = self.labels(model, batch, scale)
-        sequences = labels.sequences.cpu()  # float64 sums, which not every device supports
+        sequences = labels.sequences.cpu()  # not every device supports float64
         sums = torch.zeros(batch.sequences, dtype=torch.float64)
         sums.index_add_(0, sequences, labels.losses.cpu().double())
         return BatchLoss(labels.scaled.sum(), sums, torch.bincount(sequences, minlength=batch.sequences))
@@ -332,9 +332,7 @@ def can_see_later_tokens(model: Any, token_ids: torch.Tensor) -> bool:
     return bool(changes[:-1].max() > CAUSALITY_TOLERANCE[next(model.parameters()).dtype] * changes[-1])
 
 
-TIE_MARGIN = (
-    1e-5  # a reward margin below which a pair counts half, as every pair of the base does: rounding is no preference
-)
+TIE_MARGIN = 1e-5  # smaller reward margins are rounding errors and count as half a correct pair
 
 LogProbabilities = Callable[[SplitName, Sequence[int]], torch.Tensor]
 
@@ -343,15 +341,15 @@ LogProbabilities = Callable[[SplitName, Sequence[int]], torch.Tensor]
 class PreferenceLoss:
     """The objective of preference pairs."""
 
-    labels: LabelLoss  # gives the cross-entropies of the model's labels
-    beta: float  # how strongly a step away from the base counts
+    labels: LabelLoss  # computes the cross-entropies of the labels
+    beta: float  # weight of the deviation from the base
 
     def __call__(self, model: Any, batch: LabelledBatch, scale: Scale) -> BatchLoss:
         """Compute the loss of each of b pairs; `batch` holds 2b sequences and their reference log-probabilities [2b]."""
         assert batch.reference is not None
         labels = self.labels(model, batch, 1.0)
         counts = torch.bincount(labels.sequences, minlength=batch.sequences).tolist()
-        # Summed one by one, because a sum over padded rows depends on the longest sequence of the batch.
+        # Each sequence is summed alone, because a sum over padded rows depends on the longest sequence of the batch.
         sums = torch.stack([sequence_losses.sum() for sequence_losses in torch.split(labels.scaled, counts)])
         chosen, rejected = batch.split_pairs(-sums - batch.reference.to(sums))
         margins = self.beta * (chosen - rejected)

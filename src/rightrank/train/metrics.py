@@ -131,7 +131,7 @@ def _compute_common_length(first: Sequence[str], second: Sequence[str]) -> int:
     return row[-1]
 
 
-TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and the generated text
+TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # functions of the expected and the generated text
     "exact_match": score_exact_match,
     "f1": score_token_f1,
     "rouge1": partial(score_rouge_n, n=1),
@@ -193,11 +193,13 @@ def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> MetricSco
     scores = [returned] if is_single_value else list(returned)
     if not is_single_value and len(scores) != len(answers):
         raise MetricError(
-            f"metric {spec.name!r}: it gave {len(scores)} scores for {len(answers)} examples; one per example is expected"
+            f"metric {spec.name!r}: the function returned {len(scores)} scores for {len(answers)} examples; return one score per example"
         )
     for value in scores:
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise MetricError(f"metric {spec.name!r}: it gave {_shorten(repr(value))}; finite numbers are expected")
+            raise MetricError(
+                f"metric {spec.name!r}: the function returned {_shorten(repr(value))}; return finite numbers"
+            )
     values = [float(value) for value in scores]
     return MetricScore(values[0], None) if is_single_value else MetricScore(sum(values) / len(values), values)
 
@@ -247,7 +249,7 @@ def _load_function(spec: MetricSpec) -> Callable[..., Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = _import_file(location) if location.endswith(".py") else importlib.import_module(location)
-    except Exception as error:  # noqa: BLE001 - user code: whatever its import raises
+    except Exception as error:  # noqa: BLE001 - user code may raise anything on import
         raise SettingsError(
             f"metric {spec.name!r}: can't import {location!r} ({type(error).__name__}: {_shorten(str(error))})"
         ) from None
@@ -257,7 +259,7 @@ def _load_function(spec: MetricSpec) -> Callable[..., Any]:
             key for key, value in vars(module).example_scores() if inspect.isfunction(value) and key[0] != "_"
         ]
         raise SettingsError(
-            f"metric {spec.name!r}: {location!r} has no function {name!r}; it has: {', '.join(function_names) or 'none'}"
+            f"metric {spec.name!r}: {location!r} has no function {name!r}; its functions are: {', '.join(function_names) or 'none'}"
         )
     typed: Callable[..., Any] = function
     return typed

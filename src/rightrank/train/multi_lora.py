@@ -39,7 +39,7 @@ def install_forward(name: str, module: Any, current_routing: CurrentRouting) -> 
     if isinstance(module, ModulesToSaveWrapper):
         vars(module)["forward"] = partial(_forward_saved_module, module, current_routing)
         return
-    # A number that differs between layers, so that each draws its own dropout.
+    # The number differs between layers, so that each layer draws its own dropout.
     vars(module)["rightrank_salt"] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
     vars(module)["forward"] = partial(find_kind(module).forward, module, current_routing)
 
@@ -95,7 +95,7 @@ class ArmBatch:
 
     adapter: str
     batch: Batch
-    scale: float  # of every label loss
+    scale: float  # factor of every label loss
     dropout_seed: int | None  # None: no dropout
 
 
@@ -105,8 +105,8 @@ class MultiLora:
     def __init__(self, model: Any, settings: SelectSettings, first_factors: dict[str, Factors] | None = None) -> None:
         self._model = model
         self._settings = settings
-        self._first_factors: dict[str, Factors] = {} if first_factors is None else first_factors  # for `Draw`
-        self.peft_model: Any = None  # without an adapter
+        self._first_factors: dict[str, Factors] = {} if first_factors is None else first_factors
+        self.peft_model: Any = None  # None without an adapter
         self._names: list[str] = []
         self.routing: Routing | None = None
 
@@ -119,13 +119,13 @@ class MultiLora:
     def add(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
         """Add an adapter with initial values; return its trainable tensors under the names that they have with a single PEFT adapter."""
         with torch.random.fork_rng(), suppress_peft_warnings():
-            torch.manual_seed(arm.seed)  # the start of what PEFT alone initialises
+            torch.manual_seed(arm.seed)  # for modules that only PEFT initialises
             if self.peft_model is None:
                 self.peft_model = self._wrap_model(config, adapter)
             else:
                 self.peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        # A truncation replaces the first values.
+        # A truncation replaces the initial values.
         init_method = self._settings.init_lora_weights if arm.truncate_from is None else "default"
         with torch.no_grad():
             for name, module in find_lora_modules(self.peft_model).items():
@@ -161,7 +161,9 @@ class MultiLora:
             self._close()
             return
         if adapter == self.peft_model.active_adapter:  # PEFT fails if it is deleted
-            self.peft_model.set_adapter(self._names[-1])  # the last, since arms end in the order in which they began
+            self.peft_model.set_adapter(
+                self._names[-1]
+            )  # the newest, because arms usually end in the order in which they began
             self._activate_adapters()
         self.peft_model.delete_adapter(adapter)
 

@@ -23,9 +23,9 @@ from rightrank.schema.trials import EvalPoint
 from rightrank.train.batches import Batch
 from rightrank.train.runtime import Runtime
 
-BEST_PREFIX = "best."  # of a checkpoint's tensors
-Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
-# As in transformers' Trainer.
+BEST_PREFIX = "best."  # prefix of the best parameters among a checkpoint's tensors
+Schedule: TypeAlias = Callable[[int], float]  # step (from 0) → factor of the learning rate
+# The same patterns as in transformers' Trainer.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 RunPass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
 
@@ -39,7 +39,7 @@ class Progress(BaseModel):
     train_seconds: float = 0.0
     train_tokens: int = 0
     eval_seconds: float = 0.0
-    answer_seconds: float = 0.0  # part of eval_seconds: the metrics at the end
+    answer_seconds: float = 0.0  # the fraction of eval_seconds for the final metrics
 
 
 def take_step(optimizers: Sequence[ArmOptimizer], run_pass: RunPass) -> None:
@@ -61,8 +61,8 @@ class ArmOptimizer:
     """The optimizer of one adapter, with everything that a checkpoint of its training contains."""
 
     _runtime: Runtime
-    named_parameters: Mapping[str, torch.nn.Parameter]  # what is trained, by PEFT's names
-    _learning_rate: float  # what the schedule's factor multiplies
+    named_parameters: Mapping[str, torch.nn.Parameter]  # trainable tensors by PEFT's names
+    _learning_rate: float  # multiplied by the schedule's factor
     _plan: Sequence[Sequence[int]]  # example indices of each step
     _schedule: Schedule
 
@@ -71,9 +71,9 @@ class ArmOptimizer:
         self._optimizer = _make_optimizer(self._parameters, self._learning_rate, self._runtime)
         self.progress = Progress()
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
-        # Of the step under way:
+        # These belong to the current step.
         self.loss_sum = 0.0
-        self.labels = 0  # what the losses are divided by (`loss_weight`)
+        self.labels = 0  # sum of the examples' loss weights, which divides the losses
         self._tokens = 0  # without padding
 
     def begin_step(self) -> list[Batch]:
@@ -87,7 +87,7 @@ class ArmOptimizer:
         self._tokens = sum(example.length for example in examples)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * self._schedule(self.progress.step)
-        self._optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
+        self._optimizer.zero_grad(set_to_none=True)  # a step that ran out of memory may have left gradients
         return batches
 
     def apply_gradients(self) -> None:

@@ -26,11 +26,11 @@ from rightrank.train.optimizer import ArmOptimizer, make_schedule, take_step
 from rightrank.train.runtime import Runtime
 
 MAX_ADAPTERS_PER_PASS = 16
-MAX_TIME_RATIO = 0.95  # a doubling pays if the time of an arm's step falls below this share of the time before it
+MAX_TIME_RATIO = 0.95  # doubling pays if the time per arm falls below this fraction of the previous time
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of example losses
 WARM_UP_STEPS, TIMED_STEPS = 1, 3
-SCRATCH = "scratch"  # an adapter's name
-RUN_EVALUATIONS = 4  # of the base, and three of the test split, which is about as large
+SCRATCH = "scratch"  # name of the temporary adapter
+RUN_EVALUATIONS = 4  # one of the base, and three of the test split, which is about as large
 Result = TypeVar("Result")
 
 
@@ -41,12 +41,12 @@ class Pace:
     rank: int
     batches: list[list[int]]  # training examples of each timed step
     evaluated: list[int]  # validation examples of the timed batch
-    training_seconds: float  # of all steps of a whole training
-    evaluation_seconds: float  # of a pass over the validation examples
-    subset_fraction: float  # of the validation examples that a look during a training scores
-    cache_seconds: float  # of all that is computed once for an example: frozen blocks, or the reference
+    training_seconds: float  # all steps of a full training
+    evaluation_seconds: float  # one pass over the validation examples
+    subset_fraction: float  # fraction of the validation examples that an evaluation during training scores
+    cache_seconds: float  # everything that is computed once per example: frozen blocks, or reference log-probabilities
     matrix_elements: int  # elements of the adapted matrices
-    parameters_per_rank: int  # parameters of the adapter, by rank
+    parameters_per_rank: int  # parameters of the adapter per unit of rank
 
     def seconds(self, rank: float, trainings: float, arms: int, num_evaluations: int) -> float:
         """Predict the seconds of a selection.
@@ -63,9 +63,7 @@ class Pace:
         training_cost, measured_cost = (
             2 * self.matrix_elements + 3 * self.parameters_per_rank * count for count in (rank, self.rank)
         )
-        num_end_evaluations = max(
-            0.0, arms - 1 - trainings
-        )  # evaluations of arms that are stopped early, or truncated from another
+        num_end_evaluations = max(0.0, arms - 1 - trainings)  # evaluations of arms that stop early or are truncations
         evaluations = (
             training_cost
             / measured_cost
@@ -157,7 +155,7 @@ def choose_adapters_per_pass(
     if requested is None:
         return _find_fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
     if limit is not None and limit < requested:
-        notice(f"adapters_per_pass {requested} is more than the plan can show to fit: continuing with {limit}")
+        notice(f"adapters_per_pass {requested} may not fit in memory according to the plan: continuing with {limit}")
         return limit
     return requested
 
@@ -173,7 +171,7 @@ def find_multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | Non
     except MultiLoraError as error:
         return str(error)
     if reasons:
-        return f"two don't fit on {runtime.loaded.device}"
+        return f"two adapters don't fit on {runtime.loaded.device}"
     tolerance = CHECK_TOLERANCE[next(runtime.model.parameters()).dtype]
     if not torch.allclose(shared, alone, rtol=tolerance, atol=tolerance):
         return "this model's losses differ when two arms share a pass"

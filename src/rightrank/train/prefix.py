@@ -24,10 +24,10 @@ from rightrank.data.token_store import EncodedExample
 from rightrank.schema.trials import SplitName
 from rightrank.train.batches import Batch, CacheBatches, collate
 
-MAX_IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
+MAX_IN_MEMORY_BYTES = 2**30  # larger states go to a memory-mapped file
 
 
-class _ReachedBlock(Exception):  # noqa: N818 - not an error: it stops a forward pass early, with a block's output
+class _ReachedBlock(Exception):  # noqa: N818 - not an error: it stops a forward pass early and carries a block's output
     pass
 
 
@@ -40,8 +40,8 @@ class _StoredStates:
     """Hidden states of one split: a flat [tokens, d] tensor of the expected examples, and single tensors of other examples."""
 
     examples: Sequence[EncodedExample]
-    offsets: dict[int, int]  # of the expected examples, in tokens
-    tokens: int  # of the expected examples
+    offsets: dict[int, int]  # first token of each expected example
+    tokens: int  # number of tokens of the expected examples
     hidden: torch.Tensor | None = None
     extra_states: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -163,7 +163,7 @@ def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList)
         and len(module) > 1
-        and not any(component.isdigit() for component in name.split("."))  # no list inside a stack
+        and not any(component.isdigit() for component in name.split("."))  # no list inside a block
     ]
     return stacks[0] if len(stacks) == 1 else None
 

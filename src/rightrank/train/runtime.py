@@ -44,7 +44,7 @@ from rightrank.train.prefix import FrozenPrefix, find_frozen_blocks
 from rightrank.train.targets import Targets, find_targets, make_lora_config, suppress_peft_warnings
 from rightrank.train.tokens import EXAMPLE_METRICS, EncodedData
 
-MOMENT_STEPS_FRACTION = 0.1  # of a training's steps: the examples that follow it, for the moments of a truncation
+MOMENT_STEPS_FRACTION = 0.1  # additional steps whose examples give the moments of a truncation
 
 
 class Runtime:
@@ -73,14 +73,14 @@ class Runtime:
         self.steps = steps
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self._collate("validation", batch_by_length(data.splits["validation"], settings.batch_size)[0])
-        if data.is_classification:  # transformers finds an example's last token by its configuration
+        if data.is_classification:  # transformers uses it to find an example's last token
             self.model.config.get_text_config().pad_token_id = self._pad_id
         if self._can_see_later_tokens(probe):
             raise build_causality_error(loaded.name)
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
         self.objective: Objective = self._likelihood
-        # Examples of an evaluation so far, of all.
+        # Receives the number of evaluated examples and the number of all examples.
         self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: None
         self.first_factors: dict[str, Factors] = {}  # for `MultiLora`
         self._reference: Reference | None = None
@@ -258,11 +258,9 @@ class Runtime:
         except LIBRARY_ERRORS as error:
             if is_out_of_memory(error):
                 raise
-            hint = self.settings.load_error_hint(
-                "its config.json or its own code is at fault, or seq_len is longer than it takes"
-            )
+            hint = self.settings.load_error_hint("check its config.json and its code, or give a smaller seq_len")
             raise ModelError(
-                f"{self.loaded.name}: the base itself fails, without any adapter, on texts of up to {longest.input_ids.shape[1]} tokens "
+                f"{self.loaded.name}: the base model fails without any adapter on texts of up to {longest.input_ids.shape[1]} tokens "
                 f"({type(error).__name__}: {get_first_line(error)}); {hint}"
             ) from error
 
@@ -357,8 +355,10 @@ def _require_task(runtime: Runtime, folder: Path) -> None:
     task = read_json_object(file).get("task_type") if file.is_file() else None
     if task == "CAUSAL_LM" and runtime.data.is_classification:
         raise ModelError(
-            f"{folder}: an adapter of a language model (task_type {task}), and the data have `text` and `label`, which need a "
+            f"{folder}: this is an adapter of a language model (task_type {task}), but data with `text` and `label` need a "
             "classifier; give data with `prompt` and `completion`, or with `text` alone"
         )
     if task == "SEQ_CLS" and not runtime.data.is_classification:
-        raise ModelError(f"{folder}: an adapter of a classifier (task_type {task}); give data with `text` and `label`")
+        raise ModelError(
+            f"{folder}: this is an adapter of a classifier (task_type {task}); give data with `text` and `label`"
+        )

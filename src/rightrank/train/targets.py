@@ -26,7 +26,7 @@ from rightrank.schema.trials import Arm
 
 ALL_LINEAR = "all-linear"
 
-# Models whose kernels read the weights of these modules themselves: PEFT refuses adapters there.
+# The kernels of these models read the weights of some modules directly, so PEFT rejects adapters there.
 MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_KERNEL_MODULES = ("out_proj", "conv1d")
 
@@ -49,10 +49,10 @@ class TargetModule:
 class Targets:
     """The target modules: the names for PEFT, and each matrix."""
 
-    names: tuple[str, ...]  # `all-linear` resolved to names of modules, whole or by their last parts
+    names: tuple[str, ...]  # `all-linear` is resolved to full names or last components of names
     modules: tuple[TargetModule, ...]
-    parameters: tuple[str, ...] = ()  # bare parameters, such as those of fused experts
-    left_out: tuple[str, ...] = ()  # parameters that PEFT's `all-linear` adapts beside the modules
+    parameters: tuple[str, ...] = ()  # parameters outside of modules, such as those of fused experts
+    left_out: tuple[str, ...] = ()  # parameters that PEFT's `all-linear` would adapt too
     init: str = "default"  # of the adapters
 
     @property
@@ -161,7 +161,7 @@ def require_targets(model: Any, settings: PeftFields, is_classification: bool) -
     for target in targets:
         if target in names and "." in target and not _is_in_layers(target, settings):
             raise ModelError(
-                f"target_modules: {target!r} is in none of layers_to_transform; leave it out, or add its layer"
+                f"target_modules: {target!r} is in none of the layers of layers_to_transform; leave it out, or add its layer"
             )
     count = max((layer for name in names if (layer := _parse_layer(name)) is not None), default=-1) + 1
     for layer in settings.layers_to_transform or ():
@@ -171,7 +171,7 @@ def require_targets(model: Any, settings: PeftFields, is_classification: bool) -
     for target in settings.target_parameters:
         if not any(_has_name(target, name) for name in parameters):
             stacked = {".".join(name.rsplit(".", 3)[-3:]) for name, value in parameters.items() if value.dim() == 3}
-            available = f"; parameters of experts there are: {', '.join(sorted(stacked)) or 'none'}"
+            available = f"; the model's expert parameters are: {', '.join(sorted(stacked)) or 'none'}"
             suggestion = suggest_name(target, stacked)
             raise ModelError(f"target_parameters: no parameter is named {target!r}{suggestion or available}")
 
@@ -209,7 +209,7 @@ def resolve_target_names(
     with suppress_peft_warnings():
         inject_adapter_in_model(config, skeleton)
     linear = sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in excluded_names)
-    # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
+    # PEFT checks the layer of a module whose name ends with a target, but not if the name equals the target.
     names = tuple(name for name in linear if name not in module_names or _is_in_layers(name, settings))
     return names, tuple(sorted(config.target_parameters or ()))
 
@@ -276,15 +276,19 @@ def _require_initial_values(module: TargetModule, skeleton: Any, init_method: st
     """Raise if PEFT does not support these initial values for the module, or if they need weights that are stored in few bits."""
     if init_method in ("default", "gaussian"):
         return
-    problem = "" if isinstance(module.kind, Linear) else f"is {module.kind.label}, and PEFT has it for linear layers"
+    problem = (
+        ""
+        if isinstance(module.kind, Linear)
+        else f"is {module.kind.label}, and PEFT supports this initialization for linear layers only"
+    )
     layer = None if problem else skeleton.get_submodule(module.name).get_base_layer()
     if init_method == "olora" and type(layer).__name__ == "Conv1D":
-        problem = "is a Conv1D, of which PEFT's OLoRA takes the transposed matrix"
+        problem = "is a Conv1D, whose matrix PEFT's OLoRA would transpose"
     if (
         init_method in BASE_DEPENDENT_INITIALIZATIONS
         and getattr(skeleton.config, "quantization_config", None) is not None
     ):
-        problem = "is stored in fewer bits, and it takes its first values out of whole weights"
+        problem = "is quantised, and this initialization needs full-precision weights"
     if problem:
         raise ModelError(
             f"init_lora_weights {init_method}: {module.name} {problem}; leave it out with exclude_modules, or give init_lora_weights default"
@@ -312,7 +316,7 @@ def _describe_linear_modules(model: Any) -> str:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
     }
-    return f"linear modules there are: {', '.join(sorted(linear)) or 'none'}"
+    return f"the model's linear modules are: {', '.join(sorted(linear)) or 'none'}"
 
 
 def _has_name(target: str, name: str) -> bool:
@@ -336,7 +340,7 @@ def make_lora_config(
         target_parameters=list(parameters) or None,
         init_lora_weights="gaussian"
         if settings.init_lora_weights == "gaussian"
-        else True,  # for kinds that PEFT starts; other names are of `models.kinds.linear`
+        else True,  # PEFT initialises these kinds; `models.kinds.linear` handles other names
         **build_common_fields(settings, is_classification),
     )
 
@@ -361,7 +365,7 @@ def suppress_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers 5 deprecates.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # PEFT detects which layers are transposed, as GPT-2's are, and warns for each.
+        # PEFT detects transposed layers, such as GPT-2's, and warns for each.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to (False|True) but")
         # PEFT adds patterns for fused experts, which may have no adapter.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")

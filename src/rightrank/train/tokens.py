@@ -26,10 +26,8 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 
 EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
-MAX_CHARACTERS_PER_CALL = (
-    2**13
-)  # characters tokenised in one call: few enough that the collector of cycles seldom visits their offsets
-CHARACTERS_PER_TEXT = 64  # characters that a text counts for beside its own
+MAX_CHARACTERS_PER_CALL = 2**13  # small enough that the garbage collector rarely visits the offsets
+CHARACTERS_PER_TEXT = 64  # overhead of a text, in characters
 
 
 def _count_example_labels(example: EncodedExample) -> int:
@@ -46,9 +44,9 @@ class _Text:
     """A text to tokenise, with labels on the tokens that end within one of `spans`."""
 
     text: str
-    spans: Sequence[tuple[int, int]] | None = None  # of characters; None: every token is a label
-    adds_special_tokens: bool = True  # with the tokenizer's special tokens
-    adds_eos: bool = False  # with the end-of-sequence token, which is a label too
+    spans: Sequence[tuple[int, int]] | None = None  # character ranges; None: every token is a label
+    adds_special_tokens: bool = True  # adds the tokenizer's special tokens
+    adds_eos: bool = False  # adds the end-of-sequence token, which is also a label
 
     def labels(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
         """Return the label of each token, from its characters."""
@@ -63,7 +61,7 @@ class _Text:
         return labels
 
 
-PLACEHOLDER = "~rightrank~"  # in the place of a message's content, to see where that is
+PLACEHOLDER = "~rightrank~"  # replaces a message's content to find its position
 
 
 class _UnlocatedAnswerError(DataError):
@@ -179,7 +177,7 @@ class Chat:
 
 
 def _find_common_start(*texts: str) -> str:
-    return commonprefix(texts)  # noqa: RUF071 - of characters, as wanted here
+    return commonprefix(texts)  # noqa: RUF071 - it compares characters, as intended here
 
 
 class _Encoder:
@@ -238,17 +236,17 @@ class _Encoder:
         """Render a conversation with labels on every assistant turn from message `first` on, without headers and with the ends of turns."""
         if not self._tokenizer.chat_template:
             raise DataError(
-                f"{location}: the row has messages but the tokenizer has no chat template; give `prompt` and `completion` of text"
+                f"{location}: the row has messages, but the tokenizer has no chat template; give `prompt` and `completion` as strings"
             )
         try:
             return self._label_conversation(messages, first)
         except TemplateError as error:
             raise DataError(
-                f"{location}: the chat template refuses the conversation ({error}); leave the row out, or give `prompt` and `completion`"
+                f"{location}: the chat template rejects the conversation ({error}); leave the row out, or give `prompt` and `completion`"
             ) from None
         except _UnlocatedAnswerError as error:
             raise DataError(
-                f"{location}: the chat template {error}; give `prompt` and `completion`, one row a turn"
+                f"{location}: the chat template {error}; give `prompt` and `completion`, with one row per turn"
             ) from None
 
     def _label_conversation(self, messages: Sequence[Mapping[str, str]], first: int) -> _Text:
@@ -262,7 +260,7 @@ class _Encoder:
             answer = message["content"]
         turn = text[spans[-2][1] if spans[1:] else 0 : spans[-1][1]] if spans else ""
         if "".join(answer.split()) not in "".join(turn.split()):
-            raise _UnlocatedAnswerError("leaves a part of the last answer out, such as its reasoning")
+            raise _UnlocatedAnswerError("omits some text of the last answer, such as its reasoning")
         return _Text(text, spans, adds_special_tokens=False)
 
     def _tokenise(self, texts: Iterable[_Text]) -> Iterator[EncodedSequence]:
@@ -272,7 +270,7 @@ class _Encoder:
             similar_texts = list(group)
             if has_spans and not self._tokenizer.is_fast:
                 raise DataError(
-                    "completions are located by character offsets, which this slow tokenizer lacks; give `text`, or a fast tokenizer"
+                    "completions are located by character offsets, which this slow tokenizer does not support; give `text`, or a fast tokenizer"
                 )
             encoded = self._tokenizer(
                 [text.text for text in similar_texts],
@@ -290,7 +288,7 @@ class _Encoder:
                     ended_ids = self._append_eos(ids)
                     yield ended_ids, labels + ended_ids[len(ids) :]
                 else:
-                    yield [], []  # nothing is learned from an empty text
+                    yield [], []  # an empty text has no labels
 
     def _append_eos(self, ids: list[int]) -> list[int]:
         """Return `ids` with the end-of-sequence token, unless the tokenizer has none or has already added it."""
@@ -315,7 +313,9 @@ def _align_label_starts(sequences: list[EncodedSequence]) -> list[EncodedSequenc
     return sequences
 
 
-EXAMPLE_METRICS: dict[str, tuple[str, ...]] = {  # that every evaluation gives for each example, beside the loss
+EXAMPLE_METRICS: dict[
+    str, tuple[str, ...]
+] = {  # metrics that every evaluation measures per example, in addition to the loss
     "classification": ("accuracy",),
     "preference": ("reward_accuracy", "reward_margin", "chosen_log_ratio"),
 }
@@ -328,7 +328,7 @@ class EncodedData:
     splits: Mapping[SplitName, TokenStore]
     texts: Mapping[SplitName, Sequence[Example]]  # the held-out examples, for generation
     summary: DataSummary
-    # Of the held-out examples; None: ungrouped.
+    # The group of each held-out example; None: no groups.
     groups: Mapping[SplitName, list[int] | None] = field(default_factory=dict)
 
     @property
@@ -362,11 +362,11 @@ def encode_splits(
         encoded_examples = _encode_split(encoder, data.examples[split], limit, counts)
         encoded = TokenStore(encoded_examples, folder)
         if not encoded and data.examples[split]:
-            equal_note = f", {counts.equal} whose answers are the same there" if counts.equal else ""
+            equal_note = f", {counts.equal} whose answers are identical within this limit" if counts.equal else ""
             location_note = f", the first at {counts.first_excluded}" if counts.first_excluded else ""
             raise DataError(
-                f"the {split} split has no label token left after tokenising ({len(data.examples[split])} examples, "
-                f"{counts.dropped} without a label within {limit} tokens{equal_note}{location_note}); give examples with text to learn, or a larger seq_len"
+                f"the {split} split has no labels left after tokenising ({len(data.examples[split])} examples, "
+                f"{counts.dropped} without a label within {limit} tokens{equal_note}{location_note}); give examples with longer answers, or a larger seq_len"
             )
         splits[split] = encoded
         summaries[split] = SplitSummary(
@@ -395,7 +395,7 @@ class _SplitCounts:
     truncated: int = 0
     dropped: int = 0  # examples without a label within the limit
     equal: int = 0  # pairs whose sequences are the same within the limit
-    first_excluded: str = ""  # file and row
+    first_excluded: str = ""  # file and row of the first excluded example
 
 
 def _encode_split(

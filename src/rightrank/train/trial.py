@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
 
-from rightrank.decision.table import best_point
+from rightrank.decision.table import find_best_point
 from rightrank.models.adapter_writer import save_adapter
 from rightrank.models.truncation import load_moments, truncate_tensors
 from rightrank.schema.events import Listener, StepDone
@@ -29,8 +29,8 @@ from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.optimizer import ArmOptimizer, Progress, load_checkpoint, make_schedule, save_checkpoint
 from rightrank.train.runtime import Runtime
 
-MAX_CHECKPOINT_FRACTION = 0.015  # the largest share of the time that writing checkpoints may take
-DIVERGENCE_FACTOR = 2.0  # a training whose loss is above this times the base's has diverged
+MAX_CHECKPOINT_FRACTION = 0.015  # the largest fraction of the time for writing checkpoints
+DIVERGENCE_FACTOR = 2.0  # a training with a loss above this multiple of the base's has diverged
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is compared with the base's
 
 
@@ -38,11 +38,11 @@ DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before i
 class TrialFolders:
     """The paths of a trial's files."""
 
-    checkpoint: Path  # file, while the trial runs
-    adapter: Path  # folder, when it has finished
+    checkpoint: Path  # a file that exists while the trial runs
+    adapter: Path  # the folder of the finished trial's adapter
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
     truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
-    moments: Path | None = None  # file of the moments of that adapter (`covariances.py`)
+    moments: Path | None = None  # file with the moments of that adapter (`covariances.py`)
     answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
 
 
@@ -79,10 +79,10 @@ class ArmTraining:
         points = runtime.settings.num_evaluations
         self._evaluate_at = {max(1, round(arm.steps * number / points)) for number in range(1, points + 1)}
         self._saved = time.perf_counter()
-        self._save_seconds = 0.0  # that writing the last checkpoint took
-        self.pass_ranks = [arm.rank]  # of the adapters in the fullest pass so far, its own first
-        self._scores: Scores | None = None  # of the last evaluation
-        self._measured: tuple[int, MetricResults] | None = None  # the step, and the metrics after it
+        self._save_seconds = 0.0  # duration of writing the last checkpoint
+        self.pass_ranks = [arm.rank]  # ranks of the adapters in the fullest pass so far, its own rank first
+        self._scores: Scores | None = None  # scores of the last evaluation
+        self._measured: tuple[int, MetricResults] | None = None  # a step, and the metrics after it
         self.failure: TrialDiverged | TrialFailed | None = None
         checkpoint = self._load_checkpoint()
         if checkpoint is not None:
@@ -165,7 +165,7 @@ class ArmTraining:
         self._scores = scores
         subset_scores = scores.take_first(EVAL_SUBSET_SIZE)
         self._compare_with_base(subset_scores.loss, "held-out")
-        # Not where it stops early: all have the same points.
+        # The step at which a training stops early adds no point, so that all trainings have the same points.
         if self.failure is None and progress.step in self._evaluate_at:
             recent = progress.train_losses[progress.points[-1].step if progress.points else 0 :]
             value, train_value = self._compute_point_value(subset_scores), sum(recent) / len(recent)
@@ -177,7 +177,7 @@ class ArmTraining:
 
     def _find_best_point(self) -> EvalPoint:
         """Return the evaluation with the best value, the earliest of equal ones."""
-        return best_point(self.progress.points, self._settings.is_higher_better(self._settings.points_metric))
+        return find_best_point(self.progress.points, self._settings.is_higher_better(self._settings.points_metric))
 
     def _compare_with_base(self, loss: float, description: str) -> None:
         base = self._base_loss
@@ -217,7 +217,7 @@ class ArmTraining:
             MetricError: the deciding metric gave no score; the adapter is still on the base.
         """
         arm, metric_results = self.trial.arm, MetricResults()
-        scores = self._evaluate() if self._scores is None else self._scores  # None: resumed at its last step
+        scores = self._evaluate() if self._scores is None else self._scores  # None: the trial resumed at its last step
         best_evaluation = self._restore_best() if arm.is_direct and self.optimizer.best else None
         if arm.stop_at is None:
             scores = scores if best_evaluation is None else self._evaluate()

@@ -63,7 +63,7 @@ class StopTask:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    collect_versions: dict[str, str]
+    versions: dict[str, str]
     sees_folder: bool  # whether it can read the driver's run folder
 
 

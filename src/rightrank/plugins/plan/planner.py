@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rightrank.models.base_models import LoadedModel, read_device_memory, is_supported
+from rightrank.models.base_models import LoadedModel, is_supported, read_device_memory
 from rightrank.plugins.plan.estimate import Estimator, SharedPassError, UntraceableError, estimate_context_bytes
 from rightrank.report.format import format_bytes
 from rightrank.runs.plugins import MemoryPlan

@@ -258,7 +258,7 @@ def _install_multi_lora(skeleton: Skeleton, settings: PlanSettings, rows: int) -
         return
     count = len(skeleton.arms)
     seed = 0 if settings.lora_dropout else None
-    routing = Routing.padded(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
+    routing = Routing.from_padded(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
     adapted: list[tuple[str, Any]] = [
         (name, module)
         for name, module in skeleton.base.named_modules()
