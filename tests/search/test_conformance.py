@@ -113,7 +113,7 @@ def test_stops_at_the_budget_in_seconds(name: str) -> None:
 
 
 def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
-    """With the top rank at its best learning rate and no lower rank trained, the answer is the top rank."""
+    """Check that the answer is the top rank if only the top rank was trained, at its best learning rate."""
     space = make_space(budget_steps=2.3 * STEPS)
     if name in ("grid", "upward"):
         pytest.skip("goes through the ranks in another order")
@@ -148,7 +148,7 @@ def test_resumes_identically_from_every_prefix(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_failed_arm_is_not_fatal(name: str, seed: int) -> None:
-    """A third of all arms fail or diverge, by a hash of the arm."""
+    """Let a third of all arms fail or diverge, by a hash of the arm."""
 
     def lost(arm: Arm, which: int) -> bool:
         return arm.rank > 0 and random.Random(f"{arm}{seed}{which}").random() < 1 / 6
@@ -180,7 +180,7 @@ def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
 
 
 def spent(known: list[TrialOutcome]) -> int:
-    """Optimizer steps, without failed arms."""
+    """Return the number of optimizer steps, without failed arms."""
     finished = {outcome.trial_id: outcome for outcome in known if isinstance(outcome, TrialFinished)}
     return sum(count_added_steps(outcome, finished) for outcome in finished.values() if outcome.rank > 0)
 

@@ -1,4 +1,4 @@
-"""What each strategy makes of worlds whose answer is known."""
+"""Answers of each strategy in simulated worlds with a known answer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _parent_steps(known: list[Any], outcome: TrialFinished) -> int:
 
 
 def stages(known: list[Any], rank: int, learning_rate: float) -> set[int]:
-    """The steps at which trainings of the rank at the learning rate stopped or ended."""
+    """Return the steps at which trainings of the rank at the learning rate stopped or ended."""
     return {
         outcome.stop_at or outcome.steps
         for outcome in known
@@ -82,7 +82,7 @@ def test_a_look_far_behind_needs_no_annealed_copy() -> None:
 
 
 def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
-    """On few examples a high learning rate is ahead early and overfits."""
+    """Simulate a high learning rate that is ahead early and overfits on few examples."""
 
     class Overfits(World):
         def loss(self, arm: Any) -> float:
@@ -106,7 +106,7 @@ def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
 
 @pytest.mark.parametrize("can_stop_early", [True, False])
 def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> None:
-    """The loss of broken trainings is flat: the highest learning rate is the better of two that are worse than the base."""
+    """Simulate broken trainings with a flat loss: the highest learning rate is the better of two that are worse than the base."""
 
     class Broken(World):
         def loss(self, arm: Any) -> float:
@@ -130,7 +130,7 @@ def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_
 
 @pytest.mark.parametrize("lost", [1e-3, 3e-3, 3e-4])
 def test_a_missing_cell_hides_no_better_learning_rate(lost: float) -> None:
-    """The climb steps over a missing cell of a table."""
+    """Check that the climb skips a missing cell of a table."""
     world = World(
         best_learning_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
     )
@@ -148,7 +148,7 @@ def test_a_climb_whose_start_diverges_goes_downward_with_early_stopping() -> Non
 
 
 def test_ranks_between_the_best_and_a_worse_top_are_tried() -> None:
-    """The best rank lies between the one that beat the top and the top, and becomes the reference."""
+    """Simulate a best rank between the one that beat the top and the top; it becomes the reference."""
 
     class Between(World):
         def loss(self, arm: Any) -> float:
@@ -173,7 +173,10 @@ def test_a_learning_rate_at_which_the_top_is_far_worse_is_not_tried_at_lower_ran
 
 
 def test_the_walk_begins_where_a_further_seed_would_find_the_truncation_enough() -> None:
-    """The truncation to rank 4 is .0099 behind, within the margin of .01; where examples differ by .01, a further seed may find more."""
+    """Simulate a truncation to rank 4 that is .0099 worse, within the margin of .01.
+
+    If examples differ by .01, another seed may measure more than the margin.
+    """
 
     class Scattered(World):
         def run(self, arm: Any) -> Any:
@@ -192,7 +195,7 @@ def test_the_walk_begins_where_a_further_seed_would_find_the_truncation_enough()
 
 
 def test_an_undertrained_rank_gets_a_higher_learning_rate() -> None:
-    """Its truncation holds, and its training at the top's learning rate was still improving."""
+    """Simulate a rank whose truncation is within the margin and whose training at the top's learning rate was still improving."""
 
     class Slow(World):
         def loss(self, arm: Any) -> float:
@@ -207,7 +210,7 @@ def test_an_undertrained_rank_gets_a_higher_learning_rate() -> None:
 
 def test_an_undertrained_rank_does_not_get_a_learning_rate_that_broke_the_top_rank() -> None:
     class Late(World):
-        """3e-3 leads until a quarter, and stands above the base from half on."""
+        """A world in which 3e-3 leads until a quarter, and is worse than the base from half on."""
 
         def loss(self, arm: Any) -> float:
             done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
@@ -223,7 +226,7 @@ def test_an_undertrained_rank_does_not_get_a_learning_rate_that_broke_the_top_ra
 
 def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_learning_rate() -> None:
     class Slow(World):
-        """Nothing is learned before a quarter, and the lowest learning rate does the least harm there."""
+        """A world in which nothing is learned before a quarter, and the lowest learning rate does the least harm there."""
 
         def loss(self, arm: Any) -> float:
             done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
@@ -254,7 +257,9 @@ def test_example_losses_give_a_bound_above_the_mean() -> None:
     bare = Trials(space, {small: left, large: right}).excess(4, 64)
     assert bare.high == bare.mean
     tokens = [2, 3, 5, 4]
-    left = left.model_copy(update={"example_losses": [2.1, 3.3, 5.2, 4.6], "example_tokens": tokens, "value": 15.2 / 14})
+    left = left.model_copy(
+        update={"example_losses": [2.1, 3.3, 5.2, 4.6], "example_tokens": tokens, "value": 15.2 / 14}
+    )
     right = right.model_copy(update={"example_losses": [2.0, 3.0, 5.0, 4.0], "example_tokens": tokens, "value": 1.0})
     known = Trials(space, {small: left, large: right}).excess(4, 64)
     assert known.mean == pytest.approx(1.2 / 14)
@@ -304,7 +309,7 @@ def test_the_least_budget_compares_two_ranks() -> None:
 
 
 class Itemed(World):
-    """Example losses whose differences between ranks scatter widely about the value."""
+    """A world of example losses whose differences between ranks vary widely around the value."""
 
     def run(self, arm: Any) -> Any:
         outcome = super().run(arm)

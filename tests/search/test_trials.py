@@ -34,14 +34,14 @@ def finished(arm: Arm, loss: float) -> TrialFinished:
 
 @pytest.mark.parametrize(("other", "best"), [({0: 6.0608}, 1e-3), ({1: 6.0608}, 3e-3), ({}, 1e-3)])
 def test_a_learning_rate_of_one_seed_is_compared_on_that_seed(other: dict[int, float], best: float) -> None:
-    """6.0608 is below the mean of three seeds, and above the value of the first."""
+    """Check 6.0608, which is below the mean of three seeds and above the value of the first."""
     trials = trials_of({(16, 1e-3): THREE, (16, 3e-3): other})
     assert trials.find_best_learning_rate(16) == best
     assert trials.find_best_learning_rate(4) is None
 
 
 def test_the_reference_is_the_best_on_shared_seeds() -> None:
-    """Rank 4 has the lower mean because it lacks the seed that is worse for all."""
+    """Check that rank 4 is not the reference: its mean is lower because it lacks the seed that is worse for all ranks."""
     trials = trials_of({(4, 1e-3): {0: 2.0}, (16, 1e-3): {0: 1.99, 1: 2.19}})
     assert trials.compute_best_loss(4) < trials.compute_best_loss(16)
     assert trials.find_reference() == 16

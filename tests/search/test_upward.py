@@ -1,4 +1,4 @@
-"""`upward`: from the smallest rank, in whole trainings, with the seed noise first."""
+"""The `upward` strategy: from the smallest rank, with full trainings, and with the seed noise first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def space(**changes: object) -> Space:
 
 
 class Collapsing(World):
-    """Trainings at the highest learning rate collapse with every other seed, and are the best where they do not."""
+    """A world in which every other seed collapses at the highest learning rate, and the remaining seeds are the best."""
 
     def run(self, arm: Arm) -> TrialOutcome:
         found = super().run(arm)
@@ -125,7 +125,9 @@ def points(*values: float, scores: list[list[float]] | None = None) -> list[Eval
 )
 def test_a_collapse_is_a_last_value_far_below_the_best(values: tuple[float, ...], collapses: bool) -> None:
     assert (detect_collapse(points(*values), 0.05) is not None) is collapses
-    assert (detect_collapse(points(*(-value for value in values)), 0.05, higher_is_better=False) is not None) is collapses
+    assert (
+        detect_collapse(points(*(-value for value in values)), 0.05, higher_is_better=False) is not None
+    ) is collapses
 
 
 def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
@@ -174,5 +176,9 @@ def test_needed_seeds_show_the_difference() -> None:
     assert compute_needed_seeds(0.0, 0.02) == 1
     for deviation in (0.01, 0.02, 0.04):
         needed = compute_needed_seeds(deviation, 0.02)
-        assert compute_detectable_difference(deviation, needed) <= 0.02 < compute_detectable_difference(deviation, needed - 1)
+        assert (
+            compute_detectable_difference(deviation, needed)
+            <= 0.02
+            < compute_detectable_difference(deviation, needed - 1)
+        )
     assert math.isclose(compute_detectable_difference(0.02, 8), 0.02 * 2.4865 * math.sqrt(2 / 8), rel_tol=1e-3)

@@ -1,4 +1,4 @@
-"""Made-up worlds that answer arms at once: a law of ranks, a valley of learning rates, and whatever is to go wrong."""
+"""Simulated worlds that answer arms immediately: a law of ranks, a valley of learning rates, and faults."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_space(**changes: object) -> Space:
 
 @dataclass
 class World:
-    """Loss 1 + gain·r^-0.57 + curvature·(log3 lr/best)², a little noise for each seed."""
+    """A world with the loss 1 + gain·r^-0.57 + curvature·(log3 lr/best)², and a little noise for each seed."""
 
     gain: float = 0.1
     best_learning_rate: float = 1e-3
@@ -89,7 +89,7 @@ Order = Callable[[list[Arm]], list[Arm]]
 
 
 def rounds(strategy: Strategy, world: World, known: list[TrialOutcome], order: Order) -> Iterator[Arm]:
-    """Run to the end; `known` grows. `order` picks the requested arms that run before the next request."""
+    """Run to the end and append outcomes to the list. `order` picks the requested arms that run before the next request."""
     for _ in range(2000):
         arms = list(strategy.ask(known))
         if not arms:
@@ -117,7 +117,7 @@ class Recommendation:
 
 
 def recommend(strategy: Strategy, outcomes: Sequence[TrialOutcome]) -> Recommendation:
-    """The rank that the outcomes support best. The decision, which has intervals, may differ."""
+    """Return the rank that the outcomes support best. The decision, which has intervals, may differ."""
     trials = strategy.replay_trials(outcomes)
     rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.find_smallest_rank()
     learning_rate = None if rank is None else trials.find_best_learning_rate(rank)
@@ -125,9 +125,11 @@ def recommend(strategy: Strategy, outcomes: Sequence[TrialOutcome]) -> Recommend
 
 
 def _smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
-    """The smallest rank that no higher one is shown to beat by more than the margin."""
+    """Return the smallest rank that no higher rank is shown to beat by more than the margin."""
     chosen: int | None = None
     for rank in sorted(trials.list_ranks()):
-        if chosen is None or (strategy.has_gain(trials, rank, [chosen]) and trials.compute_excess(rank, chosen).high < 0):
+        if chosen is None or (
+            strategy.has_gain(trials, rank, [chosen]) and trials.compute_excess(rank, chosen).high < 0
+        ):
             chosen = rank
     return chosen

@@ -30,7 +30,7 @@ def _nothing(_chosen: random.Random, _shared: Fields) -> Fields:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """How the configurations of one architecture are drawn."""
+    """The way to draw configurations of one architecture."""
 
     model_type: str
     draw: Draw = _nothing
@@ -41,7 +41,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One configuration, and how it is trained."""
+    """One configuration, and the settings to train it with."""
 
     architecture: str
     seed: int
@@ -54,7 +54,7 @@ class Case:
 
 
 def shared_fields(chosen: random.Random, vocabulary: int) -> Fields:
-    """What most configurations have, by their usual names."""
+    """Draw the fields that most configurations have, under their usual names."""
     heads = chosen.choice((2, 4))
     head = chosen.choice((4, 6, 8, 8, 10, 12, 16))
     return {
@@ -75,7 +75,7 @@ def shared_fields(chosen: random.Random, vocabulary: int) -> Fields:
 
 
 def make_case(name: str, seed: int, vocabulary: int) -> Case:
-    """Configuration number `seed` of an architecture, for a tokenizer of `vocabulary` tokens."""
+    """Draw configuration number `seed` of an architecture, for a tokenizer of `vocabulary` tokens."""
     architecture = ARCHITECTURES[name]
     chosen = random.Random(f"{name} {seed}")
     shared = shared_fields(chosen, vocabulary)
@@ -103,7 +103,7 @@ def make_case(name: str, seed: int, vocabulary: int) -> Case:
 
 
 def make_config(kind: Any, shared: Fields, own: Fields) -> Any:
-    """A configuration with the shared fields that it has and the fields of its own; dropout is off."""
+    """Make a configuration with the shared fields that its class accepts and with fields of its own; dropout is off."""
     known = {one.name for one in dataclasses.fields(kind)} | set(kind.attribute_map)
     aliases = {alias: value for name, value in shared.items() for alias in ALIASES.get(name, ())}
     taken = {*own, *(name for name, real in kind.attribute_map.items() if real in own)}
@@ -133,7 +133,7 @@ def _count_of_layers(config: Any) -> int:
 
 
 def _traits(config: Any, shared: Fields, vocabulary: int, pads: bool, settings: Fields) -> tuple[str, ...]:
-    """What is unusual about a configuration, in the words of the table."""
+    """Return the unusual properties of a configuration, in the words of the table."""
     window = getattr(config, "sliding_window", None)
     head = getattr(config, "head_dim", None) or shared["hidden_size"] // shared["num_attention_heads"]
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
@@ -155,7 +155,7 @@ def _traits(config: Any, shared: Fields, vocabulary: int, pads: bool, settings: 
 
 
 def model_of(case: Case, classes: int) -> Any:
-    """The random model of a case, the same on every call; for an architecture of neither task, whatever transformers has."""
+    """Make the random model of a case, the same on every call; for an architecture of neither task, any model class of transformers."""
     import torch
 
     torch.manual_seed(case.seed)
@@ -169,7 +169,7 @@ def model_of(case: Case, classes: int) -> Any:
 
 
 def _experts(**names: str) -> Draw:
-    """Four experts, two of them a token, in the names of an architecture."""
+    """Draw four experts, two of them active per token, under the names of an architecture."""
 
     def draw(chosen: random.Random, _: Fields) -> Fields:
         values = {"count": 4, "per_token": chosen.choice((1, 2)), "width": chosen.choice((12, 24))}
@@ -197,7 +197,7 @@ def _no_window(chosen: random.Random, shared: Fields) -> Fields:
 
 
 def _caps(chosen: random.Random, shared: Fields) -> Fields:
-    """Gemma 2 and 3: caps of logits, and the scalar of queries."""
+    """Draw the fields of Gemma 2 and 3: caps of logits, and the scalar of queries."""
     return {
         "query_pre_attn_scalar": chosen.choice((8, shared["head_dim"])),
         "final_logit_softcapping": chosen.choice((None, 5.0, 30.0)),
@@ -215,7 +215,7 @@ def _granite(chosen: random.Random, _: Fields) -> Fields:
 
 
 def _latent(chosen: random.Random, shared: Fields) -> Fields:
-    """Attention through a latent space, and experts after a first dense block (DeepSeek)."""
+    """Draw attention through a latent space, and experts after a first dense block (DeepSeek)."""
     return {
         "q_lora_rank": chosen.choice((None, 12)),
         "kv_lora_rank": 8,
@@ -235,7 +235,7 @@ def _latent(chosen: random.Random, shared: Fields) -> Fields:
 
 
 def _wide(chosen: random.Random, shared: Fields) -> Fields:
-    """Heads of which half or a quarter is rotated."""
+    """Draw heads of which a half or a quarter is rotated."""
     return {
         "hidden_size": shared["num_attention_heads"] * chosen.choice((8, 16)),
         "qk_layernorm": chosen.random() < 0.5,

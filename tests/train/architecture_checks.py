@@ -62,7 +62,7 @@ TOLERANCE = 2e-5  # relative, of losses
 
 @dataclass(slots=True)
 class Row:
-    """What was found for one configuration; a figure is a relative difference."""
+    """The results for one configuration; each figure is a relative difference."""
 
     architecture: str
     seed: int
@@ -78,7 +78,7 @@ class Row:
 
 
 def check(name: str, seed: int, folder: Path) -> Row:
-    """All checks of one configuration, in an empty folder."""
+    """Run all checks of one configuration in an empty folder."""
     torch.set_num_threads(1)
     begun = time.perf_counter()
     tokenizer = make_tokenizer()
@@ -175,7 +175,7 @@ def _trained(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list
 
 
 def fresh_base(runtime: Runtime, base: Path) -> Any:
-    """The saved model as transformers loads it."""
+    """Load the saved model with transformers."""
     if not runtime.data.is_classification:
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -190,7 +190,7 @@ def _padding(runtime: Runtime) -> int:
 
 
 def batch_of(runtime: Runtime, split: Any, indices: list[int], wider: int = 0) -> dict[str, torch.Tensor]:
-    """Examples padded on the right, as any collator does; with `wider` further columns of padding."""
+    """Pad examples on the right, as any collator does; with `wider`, add that many columns of padding."""
     items = [runtime.data.splits[split][index] for index in indices]
     longest = max(len(item.input_ids) for item in items) + wider
     ids = torch.full((len(items), longest), _padding(runtime))
@@ -204,10 +204,10 @@ def batch_of(runtime: Runtime, split: Any, indices: list[int], wider: int = 0) -
 
 
 def _require_as_plain(row: Row, losses: list[float], loop: tuple[Runtime, Arm, Path, Path]) -> None:
-    """The losses of a plain loop; where rounding decides them, no farther from it than the same loop with more padding is.
+    """Check that the losses equal those of a plain loop, or that rounding explains the difference.
 
-    The first step of Adam moves a value by its gradient's sign: where a gradient is nearly 0, two plain loops whose batches differ in
-    padding alone end apart too.
+    The same plain loop with more padding measures the effect of rounding. The first step of Adam moves a value by its gradient's sign:
+    where a gradient is nearly 0, two plain loops whose batches differ in padding alone end differently too.
     """
     plain = plain_losses(*loop)
     far = _far(losses, plain)
@@ -218,7 +218,7 @@ def _require_as_plain(row: Row, losses: list[float], loop: tuple[Runtime, Arm, P
 
 
 def plain_losses(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: int = 0) -> list[float]:
-    """The losses of a plain loop with the adapter's own configuration."""
+    """Train a plain loop with the adapter's own configuration and return its losses."""
     config = LoraConfig.from_pretrained(str(adapter))
     config.inference_mode = False
     model: Any = get_peft_model(fresh_base(runtime, base), config).eval()
@@ -245,7 +245,7 @@ def plain_losses(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: i
 
 @torch.no_grad()
 def loaded_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
-    """The summed losses of each validation example with the saved adapter, one at a time."""
+    """Return the summed losses of each validation example with the saved adapter, one at a time."""
     model = PeftModel.from_pretrained(fresh_base(runtime, base), str(adapter)).eval()
     found = []
     for index in range(len(runtime.data.splits["validation"])):
@@ -256,7 +256,7 @@ def loaded_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
 
 
 def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters: Path) -> None:
-    """The plan of the selection has the parameters and the bytes of its adapters; `plan` alone those of PEFT's `all-linear`."""
+    """Check the numbers of parameters and bytes in the selection's plan, and those of `plan` for PEFT's `all-linear`."""
     if find_spec("rightrank.plugins.plan") is None:
         return
     from rightrank.plugins.plan.estimate import Estimator
@@ -299,7 +299,7 @@ def _require_counted(what: str, estimator: Any, rank: int, wanted: tuple[int, in
 
 
 def truncation_error(adapter: Path, out: Path) -> float:
-    """The largest difference of `resize` to rank 1 from the best rank-1 matrix of each update, relative to the update."""
+    """Return the largest difference of `resize` to rank 1 from the best rank-1 matrix of each update, relative to the update."""
     resize(adapter, out, rank=1)
     before, after = (_updates(folder) for folder in (adapter, out))
     assert before.keys() == after.keys()
@@ -312,7 +312,7 @@ def truncation_error(adapter: Path, out: Path) -> float:
 
 
 def _updates(folder: Path) -> dict[str, torch.Tensor]:
-    """s·B·A of every module, in float64, from the files alone."""
+    """Compute s·B·A of every module in float64, from the files alone."""
     tensors = load_file(folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
     found = {}
@@ -332,12 +332,12 @@ def _require(row: Row, name: str, limit: float) -> None:
 
 
 def _far(found: list[float], wanted: list[float]) -> float:
-    """The largest relative difference."""
+    """Return the largest relative difference."""
     return max(abs(one / other - 1) for one, other in zip(found, wanted, strict=True))
 
 
 def _require_early(case: Case, folder: Path, row: Row) -> None:
-    """A refusal is one line, and the same where the weights can't be read."""
+    """Check that a refusal is one line, and that it is the same if the weights cannot be read."""
     for file in (folder / "base").glob("*.safetensors"):
         file.write_bytes(b"\xff" * 64)
     try:

@@ -1,9 +1,7 @@
-"""Many random configurations of every architecture, each checked once; and the table of architectures that the stored rows give.
+"""Check many random configurations of every architecture once each, and build the table of architectures from the stored rows.
 
-    python -m tests.train.architecture_table [--seeds 0:20] [--architectures NAME;NAME] [--minutes 60] [--out FILE]
-    python -m tests.train.architecture_table --page      # the table of docs/reference/architectures.md from the stored rows
-
-Ends with status 1 where a configuration is unequal or crashes.
+python -m tests.train.architecture_table [--seeds 0:20] [--only NAME …]    # appends rows to the stored ones
+python -m tests.train.architecture_table --page      # the table of docs/reference/architectures.md from the stored rows
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ def kept(path: Path) -> list[Row]:
 
 
 def keep(row: Row, path: Path) -> None:
-    """Append it, without what is empty; figures to two digits."""
+    """Append a row to the file, without empty fields and with figures of two digits."""
     figures = {name: float(f"{value:.1e}") for name, value in row["figures"].items()}
     short = {name: value for name, value in (dict(row) | {"figures": figures}).items() if value not in ("", 0, (), {})}
     with path.open("a", encoding="utf-8") as file:
@@ -87,12 +85,12 @@ def _largest(rows: Iterable[Row], figure: str) -> str:
 
 
 def _words(reason: str) -> str:
-    """A line without the place of the model."""
+    """Return the reason without the path of the model."""
     return reason.removeprefix("…/base: ").replace("|", "\\|")
 
 
 def write_page() -> None:
-    """Everything below the mark of the page is made anew."""
+    """Replace everything below the mark of the page."""
     above, _, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
     PAGE.write_text(f"{above}{MARK}\n\n{tables(kept(RESULTS))}", encoding="utf-8")
 

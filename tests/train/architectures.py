@@ -1,4 +1,4 @@
-"""Small random models of the classes that transformers has, and a plain PEFT loop over them."""
+"""Small random models of transformers' classes, and a plain PEFT loop over them."""
 
 from __future__ import annotations
 

@@ -176,7 +176,10 @@ OTHERWISE = (
 
 
 def trl_templates(names: Sequence[str] = SAME) -> dict[str, tuple[str, str]]:
-    """Those of TRL, plain and with its markers. `SAME` render the same text in both; `OTHERWISE` write earlier turns otherwise."""
+    """Return the templates of TRL, plain and with its markers.
+
+    Those in `SAME` render the same text in both; those in `OTHERWISE` render earlier turns differently.
+    """
     if find_spec("trl") is None:
         return {}
     import trl

@@ -1,4 +1,4 @@
-"""Small random models of the real classes: planned, trained, loaded and truncated as by PEFT, or refused in one line."""
+"""Small random models of the real classes are planned, trained, loaded and truncated as with PEFT, or refused in one line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_architecture_is_planned_trained_loaded_and_truncated_as_by_peft(name
 
 
 def test_a_module_that_reads_its_neighbours_runs_at_every_position(tmp_path: Path) -> None:
-    """Also where nearly every position of the batch that is checked has a label, as in plain text."""
+    """Check a batch in which nearly every position has a label, as in plain text."""
     texts = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in sentences(80)])
     tokenizer = make_tokenizer()
     model = make_model("llama", len(tokenizer))
@@ -73,7 +73,7 @@ def test_the_page_has_the_table_of_what_is_stored() -> None:
 
 
 def test_a_layer_that_mixes_arms_is_an_obstacle(completion_file: Path, tmp_path: Path) -> None:
-    """An adapted layer that sees a choice of tokens, as an expert of a mixture does."""
+    """Check an adapted layer that sees a selection of tokens, as an expert of a mixture does."""
     runtime = make_runtime("llama", completion_file, tmp_path / "cache")
     mlp = runtime.model.model.layers[0].mlp
     whole = mlp.forward
@@ -110,7 +110,7 @@ def test_a_decoder_of_the_same_class_trains(completion_file: Path, tmp_path: Pat
 
 
 def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -> None:
-    """The model has another token for padding than the tokenizer: batches do not matter."""
+    """Check that batches do not change the losses if the model and the tokenizer have different padding tokens."""
     tokenizer = make_tokenizer()
     classifier = made("LlamaForSequenceClassification", "LlamaConfig", tokenizer, **SIZES | {"pad_token_id": 5})
     runtime = runtime_of(classifier, tokenizer, class_file, tmp_path / "cache")
@@ -137,7 +137,7 @@ def test_a_batch_of_texts_of_one_token_is_classified(tmp_path: Path) -> None:
 
 
 def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path, tmp_path: Path) -> None:
-    """Here its texts are longer than it has positions, and its rotary size is odd."""
+    """Check texts that are longer than the model's positions, and an odd rotary size."""
     tokenizer = make_tokenizer()
     short = made("GPT2LMHeadModel", "GPT2Config", tokenizer, **GPT2_SIZES | {"n_positions": 4})
     with pytest.raises(

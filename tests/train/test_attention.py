@@ -1,4 +1,4 @@
-"""Attention in float32 inside a 16-bit model on a CPU: nearer to float32, and restored when the block ends."""
+"""Attention in float32 inside a 16-bit model on a CPU is closer to float32, and is restored when the block ends."""
 
 from __future__ import annotations
 

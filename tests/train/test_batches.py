@@ -1,4 +1,4 @@
-"""The batch order: fair, seeded, and without favour for any length."""
+"""The batch order is fair, seeded, and independent of length."""
 
 from __future__ import annotations
 
@@ -36,20 +36,23 @@ def test_a_shorter_training_is_a_prefix_of_a_longer_one() -> None:
 
 
 def lengths_by_batch(seeds: int, steps: int) -> np.ndarray:
-    """[seeds, steps, 8]"""
+    """Return the lengths of the examples as [seeds, steps, 8]."""
     return np.array([LENGTHS[plan_batches(500, 8, steps, seed)] for seed in range(seeds)])
 
 
 def test_length_does_not_decide_when_an_example_is_seen() -> None:
-    """Over many seeds the mean length at each step is that of the data: no curriculum by length."""
+    """Check that over many seeds the mean length at each step is that of the data: there is no curriculum by length."""
     by_step = lengths_by_batch(300, 32).mean(axis=2)
     standard_error = by_step.std(axis=0) / np.sqrt(len(by_step))
     assert np.all(np.abs(by_step.mean(axis=0) - LENGTHS.mean()) < SIGMAS * standard_error)
 
 
 def test_length_does_not_decide_the_other_examples_of_a_batch() -> None:
-    """A step's loss is a mean over its labels. With batches of like length a label of a short example would weigh more
-    than with batches drawn at random, for which the variance of a batch's mean length is known."""
+    """Check that batches do not group examples by length.
+
+    A step's loss is a mean over its labels. With batches of similar length, a label of a short example would weigh more
+    than with batches drawn at random.
+    """
     means = lengths_by_batch(60, 62).mean(axis=2).reshape(-1)
     expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)  # of a sample without replacement
     assert abs(means.var() / expected - 1) < SIGMAS * np.sqrt(2 / len(means))

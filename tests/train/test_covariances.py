@@ -1,4 +1,4 @@
-"""Moments of an adapter's modules against covariances that are formed whole."""
+"""Moments of an adapter's modules equal those of explicitly computed covariances."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def runtime(model_folder: Path, completion_file: Path, tmp_path: Path) -> Runtim
 
 
 def adapted(runtime: Runtime, **options: Any) -> Any:
-    """A random frozen adapter on the base."""
+    """Add a random frozen adapter to the base."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], **options)
     peft_model: Any = get_peft_model(runtime.model, config)
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +41,7 @@ def adapted(runtime: Runtime, **options: Any) -> Any:
 
 
 def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) -> None:
-    """A·C·Aᵀ and s²·Bᵀ·G·B with C and G from hooks on the adapted module itself."""
+    """Compare with A·C·Aᵀ and s²·Bᵀ·G·B, with C and G from hooks on the adapted module itself."""
     peft_model = adapted(runtime)
     name = "model.layers.1.mlp.down_proj"
     module = peft_model.base_model.model.get_submodule(name)
@@ -84,7 +84,7 @@ def test_the_base_and_its_losses_are_as_before(runtime: Runtime) -> None:
 def test_frozen_layers_are_computed_in_groups_and_change_nothing(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of examples that no training asks for too."""
+    """Check this also for examples that no training requests."""
     sizes: list[int] = []
     output_of = prefix.capture_output
 

@@ -1,4 +1,4 @@
-"""What carries a label and what does not."""
+"""Labels of encoded examples."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def conversations() -> list[list[dict[str, str]]]:
 
 
 def marked_by_the_template(tokenizer: Any, messages: Any) -> tuple[list[int], list[int]]:
-    """`(token ids, labels)` from the markers of a template, as TRL's `assistant_only_loss` has them."""
+    """Return `(token ids, labels)` from the markers of a template, as TRL's `assistant_only_loss` computes them."""
     tokens = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids = list(tokens["input_ids"])
     return ids, [token if mask else IGNORED for token, mask in zip(ids, tokens["assistant_masks"], strict=True)]
@@ -102,7 +102,7 @@ def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None
 
 
 def runs_of(tokenizer: Any, labels: list[int]) -> list[str]:
-    """The texts of neighbouring labels."""
+    """Return the texts of consecutive labels."""
     groups = groupby(labels, key=lambda label: label != IGNORED)
     return [tokenizer.decode(list(group)) for is_label, group in groups if is_label]
 
@@ -142,7 +142,7 @@ def test_labels_where_the_template_writes_earlier_turns_otherwise(name: str, loa
 
 @pytest.mark.parametrize("name", trl_templates(OTHERWISE))
 def test_labels_lie_within_those_of_trl(name: str, loaded: Any) -> None:
-    """TRL's own begin at the header, or at a `<think>` that the prompt for an answer holds; they end alike."""
+    """Compare with TRL, whose labels begin at the header or at a `<think>` of the prompt for an answer; both end at the same token."""
     plain, marked = trl_templates(OTHERWISE)[name]
     begins = (["user", "assistant"], ["system", "user"])
     rows = [messages for messages in conversations() if [message["role"] for message in messages[:2]] in begins]

@@ -1,4 +1,4 @@
-"""An arm is what a plain loop over `peft.get_peft_model` gives, and its adapter is what PEFT loads."""
+"""An arm equals a plain loop over `peft.get_peft_model`, and PEFT loads its adapter with the same losses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
 
 
 def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[float], Any]:
-    """The loop anyone would write: PEFT's model, transformers' own loss and schedule, torch's AdamW."""
+    """Train a plain loop: PEFT's model, transformers' own loss and schedule, torch's AdamW."""
     settings = runtime.settings
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     config = make_lora_config(settings, arm, False, runtime.targets.names)
@@ -126,7 +126,7 @@ def test_initial_a_is_nested(
 
 
 def test_what_decays_is_what_decays_in_trainer(completion_file: Path, tmp_path: Path) -> None:
-    """Neither the biases of adapters and of modules that are saved, nor norms, whether they are named so or not."""
+    """Check that neither biases of adapters and of saved modules decay, nor norms, whatever their names."""
     from transformers import Trainer, TrainingArguments
 
     changes = {

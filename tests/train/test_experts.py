@@ -14,7 +14,7 @@ from tests.tiny import small_settings
 
 
 class Mixture(torch.nn.Module):
-    """Two layers with fused experts."""
+    """A model of two layers with fused experts."""
 
     def __init__(self) -> None:
         super().__init__()

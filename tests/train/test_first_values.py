@@ -1,4 +1,4 @@
-"""PEFT's first values besides the default: `orthogonal`, and `pissa` and `olora`, which PEFT takes out of the base."""
+"""Initial values other than PEFT's default: `orthogonal`, and `pissa` and `olora`, which PEFT computes from the base."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=8.0, seed=0, steps=STEPS)
 
 
 def peft_s_own(runtime: Runtime, folder: Path, init: str) -> tuple[list[float], Path]:
-    """The losses of a training by PEFT, and the adapter as PEFT converts it to plain LoRA."""
+    """Train with PEFT alone; return the losses, and the adapter that PEFT converts to plain LoRA."""
     settings = runtime.settings
     config = LoraConfig(
         r=ARM.rank, lora_alpha=8, init_lora_weights=init, use_rslora=settings.scaling == "alpha/sqrt(r)",  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def peft_s_own(runtime: Runtime, folder: Path, init: str) -> tuple[list[float], 
 def test_losses_and_adapter_are_pefts(
     completion_file: Path, tmp_path: Path, name: str, init: str, scaling: str
 ) -> None:
-    """The adapter is what PEFT hands over with `path_initial_model_for_weight_conversion`: a plain LoRA of rank 2r."""
+    """Compare with the adapter that PEFT saves with `path_initial_model_for_weight_conversion`: a plain LoRA of rank 2r."""
     tokenizer = make_tokenizer()
     model = make_model(name, len(tokenizer))
     runtime = runtime_of(model, tokenizer, completion_file, tmp_path / "cache", init_lora_weights=init, scaling=scaling)
@@ -109,7 +109,7 @@ def test_ranks_share_a_pass_and_each_starts_from_the_base(completion_file: Path,
 
 
 def test_dropout_leaves_what_was_taken_from_the_base_alone(completion_file: Path, tmp_path: Path) -> None:
-    """PEFT drops inputs of A and B out, and none of the base's."""
+    """Check that dropout applies to the inputs of A and B, as in PEFT, and not to the base's."""
     tokenizer = make_tokenizer()
     model = make_model("llama", len(tokenizer))
     changes = {"init_lora_weights": "pissa", "lora_dropout": 0.5, "layers_to_transform": (1,)}
@@ -127,7 +127,7 @@ def test_dropout_leaves_what_was_taken_from_the_base_alone(completion_file: Path
 
 
 def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
-    """B·A = 0, entries as in PEFT (A: 0.1 / √2), and the rows of a lower rank lie within those of a higher one."""
+    """Check B·A = 0, entries as in PEFT (A: 0.1 / √2), and that a higher rank contains the rows of a lower one."""
     draw = InitialDraw(3, "model.layers.0.q_proj", "orthogonal")
     for rank in (2, 8, 32):
         a, b = draw.draw_orthogonal(rank, 400, 300)
@@ -166,9 +166,7 @@ def test_what_peft_does_not_start_so_is_refused_before_the_first_step(
 
 def test_olora_on_a_conv1d_is_refused(completion_file: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    with pytest.raises(
-        ModelError, match=r"is a Conv1D, whose matrix PEFT's OLoRA would transpose; leave it out"
-    ):
+    with pytest.raises(ModelError, match=r"is a Conv1D, whose matrix PEFT's OLoRA would transpose; leave it out"):
         runtime_of(make_model("gpt2", len(tokenizer)), tokenizer, completion_file, tmp_path, init_lora_weights="olora")
 
 
@@ -233,7 +231,7 @@ def test_a_selection_says_at_which_rank_its_adapter_loads(
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_truncation_is_one_of_the_whole_update(completion_file: Path, tmp_path: Path, init: str) -> None:
-    """Of s·(B·A - B0·A0), the best at the rank of each module; what was measured is what PEFT loads."""
+    """Check the best approximation of s·(B·A - B0·A0) at the rank of each module; PEFT loads the adapter that was measured."""
     tokenizer = make_tokenizer()
     model = make_model("llama", len(tokenizer))
     runtime = runtime_of(model, tokenizer, completion_file, tmp_path / "cache", init_lora_weights=init)

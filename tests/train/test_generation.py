@@ -1,4 +1,4 @@
-"""Generation: batches with left padding and a key-value cache give what one prompt at a time gives without a cache."""
+"""Generation in batches with left padding and a key-value cache equals generation of single prompts without a cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def runtime(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.
 
 
 def greedy_alone(runtime: Runtime, prompt: str) -> str:
-    """Token by token over the whole text so far: no batch, no padding, no cache."""
+    """Generate token by token over the complete text: no batch, no padding, no cache."""
     tokenizer: Any = runtime.loaded.tokenizer
     ids: list[int] = tokenizer(prompt)["input_ids"]
     begin = len(ids)
@@ -145,7 +145,7 @@ def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_
 )
 @pytest.mark.parametrize("answer", ["two", "e"])
 def test_a_prompt_is_what_precedes_the_answer_in_training(name: str, header: str, end: str, answer: str) -> None:
-    """With what the template writes before every answer, so that the model writes the answer alone."""
+    """Check that the prompt includes the text that the template writes before every answer, so that the model writes the answer alone."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = REWRITING[name][0]
     prompt, after = Chat(tokenizer).split_around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])

@@ -1,4 +1,4 @@
-"""Preference pairs: the loss is that of DPO, whatever fast path computes it, and the base is the reference."""
+"""The loss of preference pairs is that of DPO on every fast path, with the base as the reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dpo(model: Any, batch: Any, reference: torch.Tensor, beta: float) -> torch.Tensor:
-    """[b] by the formula, from all logits of the padded batch."""
+    """Compute the loss [b] by the formula, from all logits of the padded batch."""
     return -F.logsigmoid(beta * (log_probabilities(model, batch) - reference).view(-1, 2).diff(dim=1)[:, 0] * -1)
 
 
@@ -80,12 +80,12 @@ def test_a_training_is_a_plain_loop_over_the_formula(
 
 
 def factor(step: int) -> float:
-    """Linear decay with a warm-up of 5% of 8 steps, as transformers has it."""
+    """Return the factor of a linear decay with a warm-up of 5% of 8 steps, as in transformers."""
     return step if step < 1 else (8 - step) / 7
 
 
 def test_a_resumed_training_has_the_same_bits(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
-    """The reference is computed anew in another process, in the same groups."""
+    """Compute the reference again in another process, in the same batches."""
     settings = small_settings(layers_to_transform=(2,), seeds=(3,))
     whole, _, _ = train_ours(make_runtime(model_folder, pair_file, settings, tmp_path / "a"), ARM, tmp_path / "whole")
     folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: refused in one line without CUDA or bitsandbytes; otherwise arms in one pass equal each alone."""
+"""A base in 4 or 8 bits is refused in one line without CUDA or bitsandbytes; otherwise arms in one pass equal each arm alone."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def test_arms_over_four_bits_in_one_pass_equal_each_alone(completion_file: Path,
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: Path) -> None:
-    """LLM.int8 searches outliers over all rows of a batch, so another arm's rows change an arm's output: one arm per pass."""
+    """Check that 8-bit bases train one arm per pass.
+
+    LLM.int8 searches outliers over all rows of a batch, so another arm's rows would change an arm's output.
+    """
     runtime = quantised_runtime(completion_file, tmp_path, 8)
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
     assert find_multi_lora_obstacle(runtime, ARMS) == "this model's losses differ when two arms share a pass"
@@ -85,7 +88,7 @@ def test_dora_over_four_bits_is_pefts(completion_file: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 def test_dora_over_eight_bits_on_a_cpu_is_refused(completion_file: Path, tmp_path: Path) -> None:
-    """PEFT's own second pass fails there."""
+    """Check the refusal of a case in which PEFT's own second pass fails."""
     with pytest.raises(ModelError, match="use_dora with load_in_8bit: PEFT loses the scales"):
         quantised_runtime(completion_file, tmp_path, 8, use_dora=True)
 
@@ -93,7 +96,7 @@ def test_dora_over_eight_bits_on_a_cpu_is_refused(completion_file: Path, tmp_pat
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_is_trained_whole_keeps_its_bits(class_file: Path, tmp_path: Path, bits: int) -> None:
-    """An encoder's head, which has a bias as its last parameter and is no output embedding, and a module in modules_to_save."""
+    """Check an encoder's head, whose last parameter is a bias and which is no output embedding, and a module in modules_to_save."""
     tokenizer = make_tokenizer()
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Scores of text: worked by hand, and what must hold for any text."""
+"""Scores of text: computed by hand, and properties that hold for any text."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ TEXTS = [
 
 
 def _classified(count: int, seed: int, share: float = 0.6) -> tuple[list[str], list[str], list[str]]:
-    """Imbalanced labels, and two classifiers that agree on about half of their errors."""
+    """Draw imbalanced labels, and two classifiers that agree on about half of their errors."""
     generator = random.Random(seed)
     expected = generator.choices("abcdef", weights=[40, 25, 15, 10, 6, 4], k=count)
     ours, theirs = [], []
@@ -115,7 +115,7 @@ def test_the_bounds_of_macro_f1_are_those_of_a_paired_bootstrap_of_the_predictio
 
 
 def test_one_other_prediction_has_the_bound_of_a_rare_difference() -> None:
-    """It moves the shares of nearly all examples a little; the bound is still that of one example of many."""
+    """Check that one changed prediction, which moves the scores of nearly all examples a little, has the bound of one example of many."""
     expected = list("abc") * 34
     ours = [*expected[:-1], "a"]
     difference = np.array(score_macro_f1(expected, expected)[1]) - np.array(score_macro_f1(expected, ours)[1])

@@ -1,4 +1,4 @@
-"""Sequence packing: the losses and gradients of padded batches, and nothing passes between examples."""
+"""Sequence packing gives the losses and gradients of padded batches, and examples do not affect each other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARMS = [
 
 @contextmanager
 def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, dict[str, dict[str, Any]]]]:
-    """Arms with B's that are not zero, so that every tensor has a gradient."""
+    """Add arms with nonzero B, so that every tensor has a gradient."""
     generator = torch.Generator().manual_seed(1)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         named = {
@@ -43,7 +43,7 @@ def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, d
 def step(
     runtime: Runtime, multi_lora: MultiLora, arm_batches: list[ArmBatch], parameters: dict[str, Any]
 ) -> tuple[Any, list[torch.Tensor]]:
-    """Example losses of every arm, and the gradients of one."""
+    """Return the example losses of every arm, and the gradients of one."""
     losses = runtime.accumulate_gradients(multi_lora, arm_batches)
     gradients = [parameter.grad.clone() for parameter in parameters.values()]
     multi_lora.peft_model.zero_grad(set_to_none=True)
@@ -75,7 +75,7 @@ def test_packed_sequences_have_the_losses_and_gradients_of_padded_ones(
 def test_attention_of_all_examples_in_one_call_is_that_of_each_alone(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The variant for devices on which calls are expensive."""
+    """Check the variant for devices on which calls are expensive."""
     runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
     with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named):
         arm_batches = [ArmBatch("a0", runtime.make_batch("train", range(7)), 0.1, None)]
@@ -105,8 +105,7 @@ def test_nothing_passes_from_example_to_example(model_folder: Path, completion_f
 def test_an_arm_in_a_shared_pass_computes_what_it_computes_alone(
     model_folder: Path, completion_file: Path, tmp_path: Path, dtype: str
 ) -> None:
-    """With arms of other ranks on other examples. No bit differs on the CPUs that were tried; a CPU whose matrix products
-    depend on the number of rows may round differently, by up to one bit of bfloat16."""
+    """Share the pass with arms of other ranks on other examples, and compare bits."""
     bound = 1e-6 if dtype == "float32" else 1e-3
     runtime = make_runtime(
         model_folder, completion_file, small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
@@ -138,5 +137,7 @@ def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
     model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **sizes, **heads))
     settings = small_settings()
     loaded = prepare_model(model, tokenizer, "mistral", torch.device("cpu"))
-    runtime = Runtime(loaded, encode_splits(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path)
+    runtime = Runtime(
+        loaded, encode_splits(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path
+    )
     assert runtime.fast_paths.sequence_packing is joins

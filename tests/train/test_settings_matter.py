@@ -1,4 +1,4 @@
-"""Every setting, changed from its default, changes the training; or it is named here as one that does not, with the reason."""
+"""Every setting, changed from its default, changes the training, or is listed here with the reason why it does not."""
 
 from __future__ import annotations
 

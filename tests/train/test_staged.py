@@ -110,7 +110,7 @@ def test_a_truncation_gathers_moments_once_and_uses_them(runtime: object, tmp_pa
 
 
 def test_a_low_rank_is_shared_out_over_the_modules(runtime: object, tmp_path: Path) -> None:
-    """Up to the rank that a server reserves, at no more parameters; PEFT reads them."""
+    """Check ranks per module up to the rank that a server reserves, with no more parameters; PEFT reads them."""
     arm = ARM.model_copy(update={"rank": 16, "learning_rate": 3e-2})
     run(runtime, "whole", arm, tmp_path)
     parents = {"truncate_from": tmp_path / "whole", "moments": tmp_path / "whole.moments.safetensors"}

@@ -68,7 +68,7 @@ def by_peft(model: Any, **options: Any) -> set[str]:
 
 
 def ours(model: Any, **options: Any) -> set[str]:
-    """The modules that a training adapts, which are those that its `Targets` list."""
+    """Return the modules that a training adapts, which are those in its `Targets`."""
     settings = small_settings(ranks=(1, 2), **options)
     targets = find_targets(model, settings, is_classifier(model))
     config = make_lora_config(settings, ARM, is_classifier(model), targets.names, targets.parameters)
@@ -82,7 +82,7 @@ def ours(model: Any, **options: Any) -> set[str]:
 
 @cache
 def linear_names(model: Any) -> frozenset[str]:
-    """What `all-linear` adapts, by PEFT; without the parameters of fused experts."""
+    """Return the modules that PEFT's `all-linear` adapts, without the parameters of fused experts."""
     names = by_peft(model, target_modules="all-linear")
     return frozenset(name for name in names if ".experts" not in name and name[-4:] != "gate")
 
@@ -103,7 +103,7 @@ def test_all_linear_in_a_layer_adapts_that_layer(model: Any, layer: int) -> None
 
 
 def options_of(model: Any) -> dict[str, dict[str, Any]]:
-    """Options that select modules, by what they are, with names that the model has."""
+    """Return options that select modules, by what they select, with names that the model has."""
     names = sorted(linear_names(model))
     ends = sorted({name.rpartition(".")[2] for name in names})
     layers = names[0].split(".")[[part.isdigit() for part in names[0].split(".")].index(True) - 1]
@@ -150,7 +150,7 @@ def test_options_adapt_what_peft_adapts(option: str, model: Any) -> None:
 
 
 def planned(model: Any, **options: Any) -> set[str]:
-    """The modules that a plan counts."""
+    """Return the modules that a plan counts."""
     from rightrank.plugins.plan.skeleton import build_skeleton
 
     labels = model.config.num_labels if is_classifier(model) else None
@@ -161,15 +161,17 @@ def planned(model: Any, **options: Any) -> set[str]:
 
 @pytest.mark.parametrize("option", ["exclude_modules", "modules_to_save", "target_modules"])
 def test_a_name_that_matches_nothing_is_refused(option: str) -> None:
-    """PEFT accepts it."""
+    """Check a case that PEFT accepts."""
     with pytest.raises(ModelError, match="no module is named 'q_porj'"):
         ours(architecture("llama"), **{option: ["q_porj"]})
 
 
 def test_a_whole_name_of_another_layer_is_refused() -> None:
-    """PEFT adapts it, whatever the layers."""
+    """Check a case that PEFT adapts in any layer."""
     names = ["model.layers.0.self_attn.q_proj", "v_proj"]
-    with pytest.raises(ModelError, match=r"'model.layers.0.self_attn.q_proj' is in none of layers_to_transform"):
+    with pytest.raises(
+        ModelError, match=r"'model.layers.0.self_attn.q_proj' is in none of the layers of layers_to_transform"
+    ):
         ours(architecture("llama"), target_modules=names, layers_to_transform=[1])
 
 

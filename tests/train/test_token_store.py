@@ -1,4 +1,4 @@
-"""Encoded examples on disk are what was encoded, and use memory only when they are read."""
+"""Encoded examples on disk equal the encoded ones, and use memory only while they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our training on preference pairs is that of TRL's `DPOTrainer`: same batches, same first A, step by step."""
+"""Training on preference pairs equals TRL's `DPOTrainer` step by step, with the same batches and the same initial A."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOUND = 2e-5
 
 
 def rows_of(path: Path, form: str) -> Path:
-    """The pairs of `write_pairs`, also as conversations or with an implicit prompt."""
+    """Write the pairs of `write_pairs`, optionally as conversations or with an implicit prompt."""
     rows = [json.loads(line) for line in write_pairs(path).read_text(encoding="utf-8").splitlines()]
     if form == "messages":
         rows = [
@@ -44,7 +44,7 @@ def rows_of(path: Path, form: str) -> Path:
 
 
 def ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], TrialFinished]:
-    """Losses of the first arm's steps, and its outcome; all arms in one pass."""
+    """Train all arms in one pass; return the step losses of the first arm, and its outcome."""
     losses: list[float] = []
 
     def note(event: Any) -> None:
@@ -66,7 +66,7 @@ def ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], Tria
 
 
 def theirs(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[list[float], float]:
-    """Losses of TRL's steps over our batches in our order, and its held-out loss."""
+    """Train with TRL over the same batches in the same order; return its step losses and its held-out loss."""
     from tests.train.trl_trainer import trainer_over
 
     trainer = trainer_over(runtime, ARM, model_folder, data, folder)

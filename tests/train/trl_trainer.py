@@ -18,7 +18,7 @@ from rightrank.train.targets import make_lora_config
 
 
 class Recording(trl.DPOTrainer):  # type: ignore[misc] # untyped
-    """Appends the loss of each training step to `losses`."""
+    """A callback that appends the loss of each training step to `losses`."""
 
     losses: list[float]
 
@@ -36,7 +36,7 @@ def trainer_over(
     data: Path,
     folder: Path,
 ) -> Recording:
-    """A trainer of `arm` on the pairs in `data`; it can evaluate the validation split."""
+    """Make a trainer of `arm` on the pairs in `data`; it can evaluate the validation split."""
     settings = runtime.settings
     splits = load_data(data, settings)
     content = {one.example_id: dict(one.content) for split in ("train", "validation") for one in splits.examples[split]}

@@ -45,7 +45,7 @@ def free_memory(device: torch.device) -> None:
 def reset_peak_memory(device: torch.device) -> None:
     """Restart the measurement of `read_peak_bytes`.
 
-    On a CPU only Linux supports this; on other systems the peak is that of the whole process.
+    On a CPU only Linux supports this; on other systems the peak is that of the entire process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

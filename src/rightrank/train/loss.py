@@ -374,7 +374,7 @@ class Reference:
         """Prepare the storage without computing anything.
 
         Args:
-            groups: the pairs that are computed together.
+            batches: the pairs that are computed together, by split.
             compute: a function that returns the log-probabilities [2b] of pairs of a split.
         """
         self.batches = groups

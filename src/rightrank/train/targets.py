@@ -57,7 +57,7 @@ class Targets:
 
     @property
     def unshared_reason(self) -> str | None:
-        """Why no two adapters of the run share a pass, by their kind; None where kinds allow it."""
+        """Return the reason why adapters of this kind cannot share a pass; None if they can."""
         kind = next((module.kind for module in self.modules if module.kind.unshared_reason is not None), None)
         if kind is None:
             return None
@@ -84,7 +84,7 @@ class Targets:
 
     @property
     def untruncatable_reason(self) -> str | None:
-        """Why no adapter of the run can be truncated, by their kind; None where all can."""
+        """Return the reason why adapters of this kind cannot be truncated; None if they can."""
         kinds = (module.kind for module in self.modules)
         return next((f"{kind.label}: {kind.untruncatable_reason}" for kind in kinds if kind.untruncatable_reason), None)
 
