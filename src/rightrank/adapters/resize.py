@@ -1,6 +1,6 @@
 """An adapter folder at other ranks: new factors, new configuration, and the error of the written tensors.
 
-`resize` chooses one rank for all modules, ranks by energy, or a rank by held-out data (`held_out`).
+`resize` chooses one rank for all modules, ranks by energy, or a rank by held-out data (`num_held_out`).
 """
 
 from __future__ import annotations

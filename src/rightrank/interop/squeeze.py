@@ -1,11 +1,11 @@
-"""`Squeeze`: train at the top, cut inside the training, with the Trainer of transformers or TRL.
+"""Cut the adapter to a lower rank during the training, with the Trainer of transformers or TRL.
 
-    trainer.add_callback(Squeeze(margin=0.005))        # the rank whose truncation holds, measured half-way
-    trainer.add_callback(Squeeze(rank=4, at=0.5))      # this rank
+    trainer.add_callback(Squeeze(margin=0.005))        # the smallest rank within the margin, measured half-way
+    trainer.add_callback(Squeeze(rank=4, at=0.5))      # a given rank
 
-From the cut on the trainer trains the lower rank, with the schedule and the batches that it has and a fresh state of the optimizer: its checkpoints and
-its result are adapters of that rank. To resume after the cut, load the model from the checkpoint: `PeftModel.from_pretrained(base, checkpoint, is_trainable=True)`.
-What cannot work is refused before the first step.
+After the cut the trainer continues at the lower rank, with the same schedule and batches and a new optimizer state. Its checkpoints and its
+result are adapters of that rank. To resume after the cut, load the model from the checkpoint:
+`PeftModel.from_pretrained(base, checkpoint, is_trainable=True)`. Problems that can be detected early raise before the first step.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ from rightrank.train.multi_lora import find_lora_modules
 
 log = logging.getLogger("rightrank")
 
-# Against a training at the lower rank, at that rank's own best learning rate (benchmarks/README.md, archive).
-STUDY_RESULT = "In a study, 35 of 45 such cuts ended no worse than a training at the low rank by half a margin; differences were -28% to +5% of what training gains"
+# Compared with a training at the lower rank and that rank's best learning rate (benchmarks/README.md, archive).
+STUDY_RESULT = "In a study, 35 of 45 such cuts ended at most half a margin worse than a training at the low rank; differences were -28% to +5% of what training gains"
 RESUME_ADVICE = "give the trainer the model PeftModel.from_pretrained(base, {path}, is_trainable=True)"
-LAYERWISE_OPTIMIZERS = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
+LAYERWISE_OPTIMIZERS = ("layerwise", "lomo")  # fragments of the names of optimizers that step inside the backward pass
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Squeeze(SmallestAdapter):
-    """Cuts the adapter to a lower rank at a part of the training, which continues at that rank to its end.
+    """Cut the adapter to a lower rank at a fraction of the training, which continues at that rank.
 
     Args:
-        eval_dataset, margin, ranks, metric, max_examples: of the measurement at the cut, as for `SmallestAdapter`.
-        rank: The rank to cut to; None for the smallest whose truncation is worse by no more than the margin at the cut.
-        at: Where, as a part of the training's steps.
+        eval_dataset, margin, ranks, metric, max_examples: for the measurement at the cut, as for `SmallestAdapter`.
+        rank: The rank to cut to; None for the smallest rank whose truncation loses no more than the margin at the cut.
+        at: When to cut, as a fraction of the training's steps.
 
     Attributes:
-        cut: What was done; None before.
+        cut: The result of the cut; None before it.
 
-    Raises at the training's begin:
+    Raises at the beginning of the training:
         ModelError: an adapter that cannot be truncated, several processes, or a compiled model.
-        SettingsError: a value that is not allowed, or an optimizer that steps inside the backward pass.
-        DataError: no held-out rows to measure on, where no rank is given.
+        SettingsError: an invalid value, or an optimizer that steps inside the backward pass.
+        DataError: no held-out rows to measure on, if no rank is given.
     """
 
     _writes_run: ClassVar[bool] = False
@@ -76,31 +76,31 @@ class Squeeze(SmallestAdapter):
     _step: int = field(default=0, init=False)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Explain in one line why the model cannot load a checkpoint after the cut, until the training begins."""
+        """Replace `load_adapter` until the training begins, to explain why a checkpoint after the cut cannot be loaded."""
         if hasattr(kwargs["model"], "load_adapter"):
             kwargs["model"].load_adapter = MethodType(load_or_explain, kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        vars(kwargs["model"]).pop("load_adapter", None)  # a checkpoint has been loaded by now
+        vars(kwargs["model"]).pop("load_adapter", None)  # If the training resumes, the checkpoint is loaded by now.
         model, self._is_training, self.cut = kwargs["model"], False, None
         self._step = compute_cut_step(self.at, state.max_steps)
         if state.global_step >= self._step:
-            return  # resumed after the cut
+            return  # The training resumes after the cut.
         require_cuttable(model, self.rank)
         optim = str(getattr(args.optim, "value", args.optim)).lower()
         if args.torch_compile or any(name in optim for name in LAYERWISE_OPTIMIZERS):
             option = "torch_compile" if args.torch_compile else f"optim {optim}"
             raise SettingsError(
-                f"Squeeze: {option} holds the adapter's first shapes; leave it out, or use SmallestAdapter"
+                f"Squeeze: {option} does not allow the adapter's shapes to change; leave it out, or use SmallestAdapter"
             )
         super().on_train_begin(args, state, control, **kwargs)
 
-    def _select_held_out_rows(self, rows: Any, is_own: bool, reader: RowReader) -> Subset[Any]:
-        """Return the held-out rows; some of the training where the rank is given and nothing is measured, or none of a stream."""
+    def _select_held_out_rows(self, rows: Any, is_separate: bool, reader: RowReader) -> Subset[Any]:
+        """Return the held-out rows. If the rank is given, return a few training rows instead, or none for a stream."""
         if self.rank is None:
-            return super()._select_held_out_rows(rows, is_own, reader)
+            return super()._select_held_out_rows(rows, is_separate, reader)
         return Subset(reader.rows, sample_indices(len(reader.rows), MIN_EXAMPLES))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -109,12 +109,14 @@ class Squeeze(SmallestAdapter):
         optimizer = kwargs["optimizer"]
         in_memory_adapter = self._build_in_memory_adapter(kwargs["model"], args, state)
         self.cut = cut_adapter(in_memory_adapter, getattr(optimizer, "optimizer", optimizer), self.rank)
-        if self.cut.rank < self.cut.from_rank:  # an adapter of another rank can't be loaded at the end
+        if (
+            self.cut.rank < self.cut.top_rank
+        ):  # Checkpoints before the cut have another rank and cannot be loaded later.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         if state.is_world_process_zero:
             for line in [*self.cut.notes, format_cut(self.cut, self._step)]:
                 log.warning("rightrank: %s", line)
-            if self.cut.rank < self.cut.from_rank:
+            if self.cut.rank < self.cut.top_rank:
                 log.warning(
                     "rightrank: to resume from a checkpoint after this step: %s",
                     RESUME_ADVICE.format(path="checkpoint"),
@@ -125,19 +127,19 @@ class Squeeze(SmallestAdapter):
     ) -> None:
         self._is_training = False
         if self.cut is not None and state.is_world_process_zero:
-            top = self.cut.from_rank
+            top = self.cut.top_rank
             log.warning(
-                "rank %d to step %d, then rank %d to step %d. %s. No top was trained to its end, so nothing certifies this result; SmallestAdapter in a "
-                "training at rank %d certifies its truncations",
+                "rank %d to step %d, then rank %d to step %d. %s. No adapter was trained at the higher rank to the end, so this result is not certified; "
+                "SmallestAdapter in a training at rank %d certifies its truncations",
                 top, self._step, self.cut.rank, state.global_step, STUDY_RESULT, top,
             )  # fmt: skip
 
 
 def load_or_explain(model: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-    """Load a checkpoint's adapter as PEFT does.
+    """Load a checkpoint's adapter as PEFT does, and explain a difference in rank.
 
     Raises:
-        ModelError: its factors have another shape than the model's.
+        ModelError: the checkpoint's factors have another shape than the model's.
     """
     try:
         return type(model).load_adapter(model, path, *args, **kwargs)
@@ -145,7 +147,7 @@ def load_or_explain(model: Any, path: str, *args: Any, **kwargs: Any) -> Any:
         if "size mismatch" not in str(error):
             raise
         raise ModelError(
-            f"{path}: its adapter has another rank than the model, as after a cut; to resume there: {RESUME_ADVICE.format(path=repr(str(path)))}"
+            f"{path}: this adapter has another rank than the model, which happens after a cut; to resume from it: {RESUME_ADVICE.format(path=repr(str(path)))}"
         ) from None
 
 
@@ -159,21 +161,22 @@ def squeeze(
     margin: float | None = None,
     metric: str = "loss",
 ) -> RankCut:
-    """Cut the adapter between two steps of a loop of your own, which then continues with the same model and optimizer.
+    """Cut the adapter between two steps of a custom training loop, which then continues with the same model and optimizer.
 
     Args:
-        model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
-        optimizer: That of the adapter; of accelerate, its `optimizer`.
-        train: Batches of the training for second moments, dictionaries of tensors with `labels`: of a list a random sample is read, of a loader the
-            first ones.
-        held_out: Batches that the training did not see, to measure truncations on where no rank is given.
-        rank: The rank to cut to; None for the smallest whose truncation is worse by no more than the margin.
-        margin: As for `SmallestAdapter`; `metric` too.
+        model: PEFT's model in memory. With accelerate, `accelerator.unwrap_model(model)`.
+        optimizer: The adapter's optimizer. With accelerate, its attribute `optimizer`.
+        train: Training batches for second moments, dictionaries of tensors with `labels`. A random sample of a list is read, or the first batches
+            of a loader.
+        held_out: Batches that were not used for training. Truncations are measured on them if no rank is given.
+        rank: The rank to cut to; None for the smallest rank whose truncation loses no more than the margin.
+        margin: As for `SmallestAdapter`.
+        metric: As for `SmallestAdapter`.
 
     Raises:
         DataError: neither a rank nor held-out batches.
         ModelError: an adapter that cannot be truncated, several processes, or a compiled model.
-        SettingsError: a value that is not allowed.
+        SettingsError: an invalid value.
     """
     margin, name = build_settings(margin, None, metric).margin, require_cuttable(model, rank)
     with preserve_state(model, name, held_out, train):
@@ -185,25 +188,25 @@ def squeeze(
 
 
 def compute_cut_step(at: float, steps: int) -> int:
-    """The step after which a training of so many steps is cut.
+    """Return the step after which a training of `steps` steps is cut.
 
     Raises:
-        SettingsError: no step is left on one side.
+        SettingsError: no step would remain before or after the cut.
     """
     if not 0 < at < 1 or not 0 < round(at * steps) < steps:
         raise SettingsError(
-            f"Squeeze(at={at!r}) of {steps} steps: give a part between 0 and 1, and a training with steps on both sides of it"
+            f"Squeeze(at={at!r}) of {steps} steps: give a fraction between 0 and 1, and a training with steps before and after the cut"
         )
     return round(at * steps)
 
 
 def format_cut(cut: RankCut, step: int) -> str:
-    """What was done at the cut, and what was measured there."""
-    if cut.rank == cut.from_rank:
-        return f"step {step}: no truncation holds, so the training continues at rank {cut.rank}"
-    change = f"rank {cut.from_rank} to step {step}, then rank {cut.rank} ({cut.num_parameters:,} parameters)"
+    """Return a sentence on the cut and the measurement there."""
+    if cut.rank == cut.top_rank:
+        return f"step {step}: no truncation is within the margin, so the training continues at rank {cut.rank}"
+    change = f"rank {cut.top_rank} to step {step}, then rank {cut.rank} ({cut.num_parameters:,} parameters)"
     if cut.measurement is None:
-        return f"{change}; the rank was given, and nothing was measured"
+        return f"{change}; the rank was given, so nothing was measured"
     answer = cut.measurement.answer
     upper_bound = "" if answer.difference_high is None else f", at most {answer.difference_high:+.4f}"
     return (
@@ -214,26 +217,26 @@ def format_cut(cut: RankCut, step: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RankCut:
-    """What a cut did."""
+    """The result of a cut."""
 
-    from_rank: int
-    rank: int  # `from_rank` where no truncation holds: nothing was cut
-    num_parameters: int  # of the factors afterwards
-    measurement: TruncationResult | None  # None where the rank was given
+    top_rank: int
+    rank: int  # equal to `top_rank` if no truncation is within the margin and nothing was cut
+    num_parameters: int  # number of elements of the factors after the cut
+    measurement: TruncationResult | None  # None if the rank was given
     notes: tuple[str, ...] = ()
 
 
 def require_cuttable(model: Any, rank: int | None) -> str:
-    """The name of the adapter that trains and can be cut to a rank; None: to one that is measured.
+    """Return the name of the trained adapter, and raise if it cannot be cut to `rank`. None stands for a rank that is measured.
 
     Raises:
-        ModelError: no truncation can be made of it, or several processes, or a sharded or compiled model, hold its shapes.
-        SettingsError: not a whole number from 1 and below the adapter's rank.
+        ModelError: the adapter cannot be truncated, or there are several processes, or the model is sharded or compiled.
+        SettingsError: the rank is not a whole number of at least 1 and below the adapter's rank.
     """
     if get_world_size() > 1 or is_sharded(model) or isinstance(model, torch._dynamo.OptimizedModule):
         raise ModelError(
-            "several processes (DDP, FSDP, DeepSpeed) or a compiled model hold the adapter's first shapes: cut it in a training of one "
-            "process that compiles none, or use SmallestAdapter"
+            "with several processes (DDP, FSDP, DeepSpeed) or a compiled model the adapter's shapes cannot change: train in one process "
+            "without compilation, or use SmallestAdapter"
         )
     name = validate_trained_adapter(model)
     top = model.peft_config[name].r
@@ -243,7 +246,7 @@ def require_cuttable(model: Any, rank: int | None) -> str:
 
 
 def cut_adapter(in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> RankCut:
-    """Cut a live adapter between two steps, to `rank`, or to the smallest rank whose truncation holds by the held-out batches.
+    """Cut an adapter in memory to `rank`, or to the smallest rank whose truncation loses no more than the margin.
 
     Raises:
         ModelError: the adapter cannot be truncated.
@@ -277,20 +280,20 @@ def cut_adapter(in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optim
 def _replace_factors(
     in_memory_adapter: InMemoryAdapter, optimizer: torch.optim.Optimizer, truncated: AdapterFolder
 ) -> int:
-    """Put the factors of `after` in the place of those that train; returns their number of elements.
+    """Replace the trained factors by those of `truncated`, and return their number of elements.
 
-    lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
-    projected on the new factors (benchmarks/README.md, archive).
+    lora_alpha stays, so every module has the scale of the new rank. The optimizer's state of the factors starts new, which ends better than
+    projecting the old state on the new factors (benchmarks/README.md, archive).
     """
     adapter, layers = in_memory_adapter.name, find_lora_modules(in_memory_adapter.model)
     new_factors, config = load_file(truncated.weights_file), in_memory_adapter.model.peft_config[adapter]
-    swap_tensors: Any = torch.utils.swap_tensors  # untyped in torch
+    swap_tensors: Any = torch.utils.swap_tensors  # has no type annotations in torch
     parameters = 0
     for module in truncated.modules:
         layer = layers[module.name]
         for factor_name, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
             parameter = factors[adapter].weight
-            # Gradients have the old shape, as has the graph of a loss that the loop still holds.
+            # Gradients have the old shape. So does the graph of a loss that the loop still references.
             parameter.grad = None
             optimizer.state.pop(parameter, None)
             swap_tensors(
