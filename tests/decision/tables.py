@@ -1,4 +1,4 @@
-"""Tables for tests, in the metric's own direction."""
+"""Build tables of results for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rightrank.schema.decision import Result, ResultsTable
 def build_value_table(
     values: Mapping[int, float], metric: str = "eval_loss", higher: bool = False, std: float | None = None
 ) -> ScoreTable:
-    """One number a rank."""
+    """Return a table with one number per rank."""
     results = [Result(trial_id=str(rank), rank=rank, value=value, std=std) for rank, value in values.items()]
     return build_table_from_results(
         ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[])
@@ -29,7 +29,10 @@ def build_example_table(
     train: Mapping[int, float] | None = None,
     seed: int = 0,
 ) -> ScoreTable:
-    """Examples × seeds with a true mean for each rank: examples differ by `level`, ranks on an example by `noise`."""
+    """Draw a table of examples × seeds with these true means.
+
+    Examples differ by `level`, and ranks differ on an example by `noise`.
+    """
     generator = np.random.default_rng(seed)
     shared = level * generator.standard_normal(num_examples)
     results = []

@@ -1,4 +1,4 @@
-"""The first criterion: which truncation of one training is enough."""
+"""Test which truncation of a training is the smallest adapter within the margin."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from tests.tiny import UNMEASURED
 
 EXAMPLES, TOKENS = 400, 10
 LOSS = Criterion(metric="loss", higher_is_better=False, margin=0.005)
-LEVELS = np.random.default_rng(7).normal(2.0, 0.5, EXAMPLES)  # of each example, shared by all adapters
+LEVELS = np.random.default_rng(7).normal(2.0, 0.5, EXAMPLES)  # the loss of each example, shared by all adapters
 
 
 def make_trial(name: str, rank: int, shift: float, *, parent: str | None = None, noise: float = 0.01) -> TrialFinished:
-    """A trial whose examples lose `shift` nats a token more than the level, with paired noise."""
+    """Make a trial whose examples lose `shift` nats per token more than the shared levels, with paired noise."""
     noise_values = np.random.default_rng(rank * 7).normal(0.0, noise, EXAMPLES)
     losses = (LEVELS + shift + noise_values - noise_values.mean()) * TOKENS
     return TrialFinished(
@@ -80,7 +80,7 @@ def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
         assert candidate.difference_low < candidate.difference < candidate.difference_high
 
 
-def test_what_a_mean_hides_is_said() -> None:
+def test_the_sentence_reports_examples_that_get_much_worse() -> None:
     unchanged_mean = make_trial("a", 16, 0.0, parent="top", noise=0.0)
     rare = np.array(unchanged_mean.example_losses)
     rare[::40] += 0.1 * TOKENS  # one example of forty gets worse by .1 a token, the mean by .0025
@@ -100,7 +100,7 @@ def test_what_a_mean_hides_is_said() -> None:
     )
 
 
-def test_where_no_example_gets_much_worse_one_plain_sentence_says_so() -> None:
+def test_the_sentence_says_if_no_example_gets_much_worse() -> None:
     answer = find_adapter(TOP, make_trial("a", 16, 0.001, parent="top"))
     assert answer.distribution is not None
     assert (answer.distribution.share_worse, answer.distribution.worst_tenth_mean > 0) == (0, True)
@@ -118,21 +118,19 @@ def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
 @pytest.mark.parametrize(
     ("shifts", "holding", "probable"),
     [
-        ({32: 0.001, 16: 0.002, 8: 0.02, 4: 0.001}, 16, (16, 32)),  # nothing is tested below a failure
+        ({32: 0.001, 16: 0.002, 8: 0.02, 4: 0.001}, 16, (16, 32)),  # No truncation below a failure is tested.
         ({32: 0.001, 4: 0.002, 2: 0.02}, 4, (2, 8)),
         ({32: 0.001, 8: 0.002, 1: 0.003}, 1, (1, 2)),
         ({32: 0.02, 16: 0.001}, 64, (64, 64)),
     ],
 )
-def test_where_the_training_rank_probably_lies(
-    shifts: dict[int, float], holding: int, probable: tuple[int, int]
-) -> None:
+def test_probable_training_ranks(shifts: dict[int, float], holding: int, probable: tuple[int, int]) -> None:
     answer = find_adapter(TOP, *(make_trial(str(rank), rank, shift, parent="top") for rank, shift in shifts.items()))
     assert find_smallest_truncation(answer) == holding
     assert estimate_training_ranks(answer) == probable
     assert all(isinstance(rank, int) for rank in estimate_training_ranks(answer))
     top, *truncated = answer.candidates
-    alone = answer.model_copy(update={"candidates": truncated})  # the top's difference is then 0, as it is here
+    alone = answer.model_copy(update={"candidates": truncated})  # The difference of the top is 0 in both cases.
     assert top.difference == 0
     assert find_smallest_truncation(alone) == holding
 
@@ -142,7 +140,7 @@ def test_the_first_failure_ends_the_sequence() -> None:
     assert (answer.rank, answer.method) == (64, "trained")
 
 
-def test_why_the_top_is_kept() -> None:
+def test_the_sentence_says_why_the_top_rank_is_kept() -> None:
     failed = find_adapter(TOP, make_trial("a", 32, 0.02, parent="top"), make_trial("b", 16, 0.02, parent="top"))
     assert failed.sentence == "The adapter keeps rank 64: rank 32 is not shown to be within the margin of 0.005."
 
@@ -177,7 +175,7 @@ def test_without_scores_by_example_the_top_is_kept() -> None:
     assert "without scores by example" in answer.sentence
 
 
-def test_files_are_whole_trainings_and_truncations_with_the_metric() -> None:
+def test_adapters_are_complete_trainings_and_truncations_with_the_metric() -> None:
     changed = {
         "base": {"rank": 0},
         "look": {"stop_at": 10},
@@ -214,7 +212,7 @@ def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_va
         ("loss", False, "loss", (1.0, 1.1), 0.01, 0.1),
         ("loss", False, "pair_loss", (1.0, 1.1), 0.02, 0.1),
         ("accuracy", True, "token_loss", (0.9, 0.8), 0.005, 0.1),
-        ("accuracy", True, "token_loss", (0.9, 80.0), 0.5, -79.1),  # the scale of all of them
+        ("accuracy", True, "token_loss", (0.9, 80.0), 0.5, -79.1),  # one scale for all values
         ("perplexity", False, "token_loss", (8.0, 8.4), 0.04, 0.4),
     ],
 )
@@ -231,7 +229,7 @@ def test_the_margin_and_the_unit_are_those_of_the_metric(
     assert answer.candidates[1].difference == pytest.approx(difference)
 
 
-def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all_that_the_answer_names() -> None:
+def test_the_best_adapter_of_each_rank_and_all_in_the_answer_are_compared() -> None:
     truncated, small = make_trial("cut", 16, 0.002, parent="top"), make_trial("small", 4, 0.1, parent="top")
     better, worse = make_trial("better", 16, -0.001), make_trial("worse", 16, 0.3)
     of_another = make_trial("of another", 32, 0.0, parent="worse")
@@ -246,12 +244,14 @@ def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all
     ]
     assert [adapter.difference for adapter in adapters[:1]] == [0.0]
     assert [adapter.is_within_margin for adapter in adapters] == [True, True, True, False]
-    other_answer = answer.model_copy(update={"trial_id": "worse"})  # a better training of a rank may be handed over
+    other_answer = answer.model_copy(
+        update={"trial_id": "worse"}
+    )  # a better training of the same rank may be handed over
     assert {adapter.trial_id for adapter in compare_adapters(other_answer, [worse, better, TOP, truncated], LOSS)} >= {
         "worse",
         "top",
     }
-    wider = Criterion("loss", False, 0.5)  # the margin is the answer's
+    wider = Criterion("loss", False, 0.5)  # the margin of the answer is used
     assert [adapter.is_within_margin for adapter in compare_adapters(answer, [truncated, small, TOP], wider)] == [
         True,
         True,
@@ -267,7 +267,11 @@ def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all
     two_tops = compare_adapters(
         answer.model_copy(update={"trial_id": "a second top"}), [second_top, truncated, TOP], LOSS
     )
-    assert [adapter.trial_id for adapter in two_tops] == ["top", "a second top", "cut"]  # the better one first
+    assert [adapter.trial_id for adapter in two_tops] == [
+        "top",
+        "a second top",
+        "cut",
+    ]  # the better adapter comes first
     assert (
         compare_adapters(answer, [truncated, small], LOSS) == answer.candidates
     )  # the reference is not in the journal
@@ -295,7 +299,7 @@ def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
 
 @pytest.mark.parametrize("metric_points", [True, False])
 def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: bool) -> None:
-    """With f1 the points during training are losses: a falling loss is no sign that fewer steps are better."""
+    """Ignore points of another metric: with f1, a falling loss does not mean that fewer steps are better."""
     points = [EvalPoint(step=step, value=value, train_value=None) for step, value in ((10, 2.0), (20, 1.5), (40, 1.0))]
     criterion = Criterion("f1", True, 0.01, points_use_metric=metric_points)
     top, small = (
@@ -323,15 +327,13 @@ TRUNCATED = make_trial("cut", 16, 0.002, parent="top")
     [
         (8, 0.003, True),  # within the margin of the reference
         (8, 0.008, False),
-        (16, -0.01, True),  # of the same rank it must be better than the truncation
-        (16, 0.0, True),  # which the reference is too
+        (16, -0.01, True),  # at the same rank it must be better than the truncation
+        (16, 0.0, True),  # the reference is better too
         (16, 0.002, False),
-        (32, -0.01, False),  # a larger adapter is no improvement
+        (32, -0.01, False),  # a larger adapter is not an improvement
     ],
 )
-def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
-    rank: int, shift: float, is_replaced: bool
-) -> None:
+def test_a_better_direct_training_replaces_the_truncation(rank: int, shift: float, is_replaced: bool) -> None:
     truncated_answer = find_adapter(TOP, TRUNCATED)
     assert truncated_answer.rank == 16
     direct = make_trial("direct", rank, shift)
@@ -359,7 +361,7 @@ def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
     )
 
 
-def test_of_several_direct_trainings_the_lowest_rank_and_then_the_best_is_taken() -> None:
+def test_the_best_direct_training_of_the_lowest_rank_is_chosen() -> None:
     truncated_answer = find_adapter(TOP, TRUNCATED)
     improved_answer = prefer_direct_training(
         truncated_answer,
@@ -368,12 +370,12 @@ def test_of_several_direct_trainings_the_lowest_rank_and_then_the_best_is_taken(
     )
     assert improved_answer is not None
     assert improved_answer.trial_id == "better"
-    extra = make_trial("extra", 8, -0.01, parent="top")  # a truncation is no training of its own
+    extra = make_trial("extra", 8, -0.01, parent="top")  # a truncation is not a direct training
     assert prefer_direct_training(truncated_answer, [TOP, TRUNCATED, extra], LOSS) is None
 
 
 @pytest.mark.parametrize("remaining_trials", [[TOP], [TRUNCATED]], ids=["no answer", "no reference"])
-def test_without_the_files_of_the_answer_nothing_improves_it(remaining_trials: list[TrialFinished]) -> None:
+def test_an_answer_without_its_trials_is_not_improved(remaining_trials: list[TrialFinished]) -> None:
     assert (
         prefer_direct_training(find_adapter(TOP, TRUNCATED), [*remaining_trials, make_trial("direct", 8, -0.1)], LOSS)
         is None
@@ -389,7 +391,7 @@ def make_test_evaluation(value: float, **scores: object) -> TestEvaluated:
 @pytest.mark.parametrize(
     ("metric", "higher", "ours", "theirs", "difference"),
     [
-        # The mean over tokens, in which the second example has three times the weight of the first.
+        # The mean is over tokens, so the second example has three times the weight of the first.
         ("loss", False, ([3.0, 9.0], [1, 3]), ([1.0, 6.0], [1, 3]), 1.25),
         ("accuracy", True, [1, 0, 0, 0], [1, 1, 1, 0], 0.5),
         ("f1", True, [0.5, 0.0], [0.75, 1.0], 0.625),
@@ -407,14 +409,14 @@ def test_the_test_split_is_compared_by_example(
             7.0, **({"example_correct": scores} if metric == "accuracy" else {"example_metrics": {metric: scores}})
         )
 
-    found = difference_on_test(evaluate(ours), evaluate(theirs), Criterion(metric, higher, None))
-    assert found is not None
-    assert found[0] == pytest.approx(difference)
-    assert found[1] is not None
-    assert found[1] > found[0]
+    test_difference = difference_on_test(evaluate(ours), evaluate(theirs), Criterion(metric, higher, None))
+    assert test_difference is not None
+    assert test_difference[0] == pytest.approx(difference)
+    assert test_difference[1] is not None
+    assert test_difference[1] > test_difference[0]
 
 
-def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -> None:
+def test_test_values_are_compared_without_scores_per_example() -> None:
     reference, candidate = make_test_evaluation(0.7), make_test_evaluation(0.5)
     assert difference_on_test(reference, candidate, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(reference, candidate, Criterion("accuracy", True, None)) == (pytest.approx(-0.2), None)
@@ -429,7 +431,7 @@ def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -
 
 
 @pytest.mark.parametrize(("metric", "scale"), [("accuracy", 1), ("f1", 1), ("f1", 100), ("score", 7)])
-def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
+def test_one_differing_test_example_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
     ours, theirs = [scale] * 40, [*[scale] * 39, 0]
     sides = [
         make_test_evaluation(
@@ -445,8 +447,8 @@ def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_diffe
     assert difference[1] > scale * (1 + 3) / 40
 
 
-def test_a_share_on_the_test_split_has_the_range_of_a_share() -> None:
-    """Of which none reaches 1: the bound is still that of a score between 0 and 1."""
+def test_a_fraction_on_the_test_split_has_the_range_0_to_1() -> None:
+    """Bound a score between 0 and 1 by its range, even if no example reaches 1."""
     ours, theirs = [0.5] * 40, [*[0.5] * 39, 0.0]
     sides = [make_test_evaluation(0.5, example_metrics={"f1": scores}) for scores in (theirs, ours)]
     difference = difference_on_test(sides[0], sides[1], Criterion("f1", True, None))
@@ -454,7 +456,7 @@ def test_a_share_on_the_test_split_has_the_range_of_a_share() -> None:
     assert difference == (pytest.approx(0.5 / 40), pytest.approx(compute_bounds(expected).high))
 
 
-def test_how_an_adapter_was_made() -> None:
+def test_the_provenance_describes_training_and_truncation() -> None:
     truncated = TRUNCATED.model_copy(update={"truncation": "kfac"})
     plain = make_trial("plain", 8, 0.0, parent="top")
     finished = [TRUNCATED, TOP, plain]
@@ -478,7 +480,7 @@ def test_how_an_adapter_was_made() -> None:
     )
 
 
-def test_a_trained_adapter_is_measured_against_the_reference_that_is_given() -> None:
+def test_a_trained_adapter_is_compared_with_the_given_reference() -> None:
     small = make_trial("small", 8, 0.003)
     answer_without_reference, answer_with_reference = (
         build_trained_answer(small, LOSS),
@@ -502,7 +504,7 @@ def test_a_trained_adapter_is_measured_against_the_reference_that_is_given() -> 
 
 
 def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
-    """By example it is a ratio: half as much again of 4 is 2."""
+    """Report differences of examples as perplexities: a ratio of 1.5 at a perplexity of 4 is a difference of 2."""
     scores = {"top": [4.0] * 40, "cut": [4.0] * 36 + [6.0] * 4}
     trials = [
         trial.model_copy(
@@ -524,7 +526,7 @@ def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
     assert "on average over held-out examples (difference" in answer.sentence
 
 
-def test_a_truncation_of_the_rank_of_the_top_is_no_lower_rank() -> None:
+def test_a_truncation_to_the_top_rank_is_not_a_lower_rank() -> None:
     answer = find_adapter(TOP, make_trial("as large", 64, 0.0, parent="top"))
     assert (answer.trial_id, answer.sentence) == (
         "top",

@@ -1,4 +1,4 @@
-"""Which evaluation of a training counts, its last or its best, and whether the other would change the answer."""
+"""Test which evaluation of a training counts, the last or the best, and whether the other one would change the answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint
 from tests.commands import run
 
-# DistilBERT on IMDB, a public table: the evaluation loss at the last look and at the best, of which the step is not published
+# The loss of DistilBERT on IMDB at the last and at the best evaluation, from a public table without the best step.
 LAST = {4: 0.331, 8: 0.361, 16: 0.396, 64: 0.499, 128: 0.541}
 BEST = {4: 0.309, 8: 0.307, 16: 0.304, 64: 0.297, 128: 0.295}
 
@@ -57,7 +57,7 @@ def test_the_answer_of_a_public_table_depends_on_the_checkpoint(higher: bool) ->
         )
 
 
-def test_trainings_that_end_at_their_best_are_left_as_they_are() -> None:
+def test_trainings_that_end_at_their_best_are_unchanged() -> None:
     best_table = ScoreTable("eval_loss", False, select_checkpoint(build_imdb_table(), "best").cells)
     assert select_checkpoint(best_table, "best") is best_table
     decision = decide_table(best_table, 0.005)
@@ -69,7 +69,7 @@ def test_trainings_that_end_at_their_best_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("higher", [False, True])
-def test_a_run_that_kept_the_best_checkpoint_is_read_at_its_last_by_values_alone(higher: bool) -> None:
+def test_a_run_with_the_best_checkpoint_has_only_values_at_its_last(higher: bool) -> None:
     sign = -1.0 if higher else 1.0
     table = build_imdb_table(higher)
     cells_at_best = {
@@ -89,7 +89,7 @@ def test_a_run_that_kept_the_best_checkpoint_is_read_at_its_last_by_values_alone
 
 
 def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
-    """With scores by example, a best evaluation that is not the last leaves values alone."""
+    """Compare trainings by their values if the best evaluation is not the last, whose scores per example are stored."""
     results = [
         Result(
             trial_id=f"{rank}",
@@ -123,7 +123,7 @@ def test_a_table_with_steps_on_the_command_line(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("higher", [False, True])
-def test_a_training_at_its_best_evaluation_has_what_was_known_there(higher: bool) -> None:
+def test_a_training_at_its_best_evaluation_has_the_values_of_that_step(higher: bool) -> None:
     sign = -1.0 if higher else 1.0
     points = tuple(
         EvalPoint(step=step, value=sign * value) for step, value in ((10, 3.0), (20, 1.0), (30, 1.0), (40, 2.0))

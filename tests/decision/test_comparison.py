@@ -1,4 +1,4 @@
-"""The one comparison: enough, not enough or cannot tell; one rule at the margin, and no bound of zero width."""
+"""Test the comparison of two adapters: within the margin, worse than the margin, or undecided."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_a_bound_at_the_margin_is_within_it(low: float, high: float, expected: b
     assert Bounds(0.0, low, high).is_enough(0.5) is expected
 
 
-def test_the_tolerance_is_of_the_margin_and_not_of_one() -> None:
-    assert is_within(0.1 + 0.2 - 0.3 + 0.05, 0.05)  # rounding
+def test_the_tolerance_is_relative_to_the_margin() -> None:
+    assert is_within(0.1 + 0.2 - 0.3 + 0.05, 0.05)  # only rounding errors
     assert not is_within(0.9e-12, 1e-14)
     decision = decide_table(build_value_table({4: 1.9e-12, 16: 1.0e-12}, metric="mse"), 1e-14)
     assert decision.rank == 16
 
 
-def test_a_difference_at_the_margin_has_one_word_on_a_page() -> None:
+def test_a_difference_at_the_margin_has_the_same_verdict_on_the_page() -> None:
     decision = decide_table(build_value_table({4: 0.745, 8: 0.75, 16: 0.75}, metric="accuracy", higher=True), 0.005)
     assert decision.rank == 4
     (row,) = [row for row in build_evidence_table(decision) if row[0] == "4"]
@@ -55,7 +55,7 @@ def test_a_difference_at_the_margin_has_one_word_on_a_page() -> None:
 
 
 @pytest.mark.parametrize("examples", [13, 30, 200])
-def test_where_no_example_differs_the_bound_is_about_three_over_their_number(examples: int) -> None:
+def test_the_bound_is_about_three_over_n_if_no_example_differs(examples: int) -> None:
     weights = np.ones(examples)
     for bounds in (
         compute_file_bounds(0 * weights, weights, 1.0),
@@ -64,11 +64,11 @@ def test_where_no_example_differs_the_bound_is_about_three_over_their_number(exa
         assert bounds.high == pytest.approx(3 / examples, rel=0.12)
         assert bounds.low == pytest.approx(-bounds.high, rel=1e-9)
         assert bounds.is_enough(0.01) is (True if examples > 300 else None)
-    assert compute_file_bounds(0 * weights, weights).high == 0.0  # losses that are equal to the bit are of one function
+    assert compute_file_bounds(0 * weights, weights).high == 0.0  # identical losses mean identical functions
 
 
 @pytest.mark.parametrize("span", [1.0, 100.0])
-def test_right_and_wrong_answers_of_two_files_have_the_bounds_of_two_shares(span: float) -> None:
+def test_correct_answers_have_the_bounds_of_two_proportions(span: float) -> None:
     sums, weights = span * np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 33), np.ones(44)
     bounds = compute_file_bounds(sums, weights, span)
     assert bounds.mean == pytest.approx(span * 7 / 44)
@@ -77,7 +77,7 @@ def test_right_and_wrong_answers_of_two_files_have_the_bounds_of_two_shares(span
 
 
 @pytest.mark.parametrize("other_scores", ["a share", "weights", "losses", "another span"])
-def test_other_scores_of_two_files_have_those_of_a_mean(other_scores: str) -> None:
+def test_other_scores_have_the_bounds_of_a_mean(other_scores: str) -> None:
     sums, weights, span = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 33), np.ones(44), 1.0
     if other_scores == "a share":
         sums[0] = 0.5
@@ -91,7 +91,7 @@ def test_other_scores_of_two_files_have_those_of_a_mean(other_scores: str) -> No
     assert expected.high != pytest.approx(compute_binary_bound(9, 2, 44, 0.95))
 
 
-def test_few_examples_that_differ_widen_the_bounds_of_two_files_of_bounded_scores() -> None:
+def test_few_differing_examples_widen_the_bounds_of_bounded_scores() -> None:
     scores = np.array([0.5] + [0.0] * 99)
     bounded, losses = compute_file_bounds(scores, np.ones(100), 1.0), compute_file_bounds(scores, np.ones(100))
     assert bounded.high >= 0.005 + 3 / 100
@@ -99,7 +99,7 @@ def test_few_examples_that_differ_widen_the_bounds_of_two_files_of_bounded_score
 
 
 @pytest.mark.parametrize("degrees", [1.0, 1.3, 2.0, 4.7, 19.0, 200.5, 1e6])
-def test_student_s_t_is_that_of_scipy(degrees: float) -> None:
+def test_student_t_agrees_with_scipy(degrees: float) -> None:
     for probability in (0.001, 0.05, 0.3, 0.5, 0.7, 0.95, 0.975, 0.999999):
         expected = stats.t.ppf(probability, degrees)
         assert compute_t_quantile(degrees, probability) == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -107,7 +107,7 @@ def test_student_s_t_is_that_of_scipy(degrees: float) -> None:
         assert compute_t_tail(degrees, x)[0] == pytest.approx(stats.t.sf(x, degrees), abs=1e-10)
 
 
-def test_select_by_a_score_of_thirty_zeros_shows_nothing() -> None:
+def test_thirty_scores_of_zero_give_no_evidence() -> None:
     trials = [
         TrialFinished(
             trial_id=f"{rank}", rank=rank, learning_rate=1e-3, lora_alpha=32, seed=0, steps=10, value=0.0,
@@ -122,10 +122,15 @@ def test_select_by_a_score_of_thirty_zeros_shows_nothing() -> None:
 
 @pytest.mark.parametrize(("worse", "better"), [(9, 1), (1, 9), (3, 0), (0, 4)])
 def test_the_binary_bound_inverts_the_score_test(worse: int, better: int) -> None:
-    """At the bound, the observed difference is z standard errors away, which are those of the likeliest shares with that difference."""
+    """Check that the observed difference is z standard errors from the bound.
+
+    The standard errors are those of the most likely shares that have this difference.
+    """
     examples = 44
     bound = compute_binary_bound(worse, better, examples, 0.95)
-    shares = np.linspace(max(0.0, -bound) + 1e-9, (1 - bound) / 2 - 1e-9, 200_001)  # of pairs that differ downward
+    shares = np.linspace(
+        max(0.0, -bound) + 1e-9, (1 - bound) / 2 - 1e-9, 200_001
+    )  # fractions of examples that get worse
     likelihood = (
         worse * np.log(shares + bound)
         + better * np.log(shares)
@@ -143,12 +148,12 @@ def test_bounds_of_files_follow_the_kurtosis_and_widen_with_skewness_alone() -> 
     reach = stats.t.ppf(0.95, estimated.degrees) * estimated.standard_error
     assert compute_bounds(estimated).low == pytest.approx(
         estimated.mean - reach
-    )  # skewed upward: the lower bound is plain
+    )  # positive skewness does not change the lower bound
     assert compute_bounds(estimated).high > estimated.mean + reach
     assert estimated.degrees < 79
     mild = estimate_file_difference(np.random.default_rng(0).gamma(20, 1, 80), np.ones(80))
     assert compute_bounds(mild).high > mild.mean + 1.001 * stats.t.ppf(0.95, mild.degrees) * mild.standard_error
-    small = estimate_file_difference(scores / 100, np.ones(80))  # in another unit
+    small = estimate_file_difference(scores / 100, np.ones(80))  # the same in another unit
     assert (small.kurtosis, small.degrees) == pytest.approx((estimated.kurtosis, estimated.degrees))
     assert (
         estimate_file_difference(np.zeros(80), np.ones(80)).kurtosis
@@ -183,7 +188,7 @@ def test_zeros_and_ones_have_the_binomial_error() -> None:
     assert estimate_mean(hits[None, :], np.ones(100)).standard_error == pytest.approx(np.sqrt(0.3 * 0.7 / 99))
 
 
-def test_seed_noise_is_split_into_what_ranks_share_and_what_they_do_not() -> None:
+def test_seed_noise_is_split_into_shared_and_individual_noise() -> None:
     generator = np.random.default_rng(1)
     means = 0.5 * generator.standard_normal(4000)[None, :] + 0.1 * generator.standard_normal((6, 4000))
     common, individual = split_seed_variance(means)
@@ -195,7 +200,7 @@ def test_seed_noise_is_split_into_what_ranks_share_and_what_they_do_not() -> Non
     ("seeds", "num_examples", "heavy"), [(1, 200, False), (1, 200, True), (3, 100, False), (5, 300, True)]
 )
 def test_intervals_cover(seeds: int, num_examples: int, heavy: bool) -> None:
-    """Two crossed factors, true mean 0: the 95% interval covers at its rate."""
+    """Cover the true mean of 0 at the nominal rate of 95% with two crossed factors."""
     generator = np.random.default_rng(7)
     covered = 0
     tables = 600
@@ -212,21 +217,21 @@ def test_intervals_cover(seeds: int, num_examples: int, heavy: bool) -> None:
     assert 0.925 <= covered / tables <= 0.985
 
 
-def test_more_of_either_narrows_the_interval() -> None:
+def test_more_seeds_or_examples_narrow_the_interval() -> None:
     estimated = estimate_mean(np.random.default_rng(0).standard_normal((3, 50)), np.ones(50))
     assert estimated.at(200, 3).standard_error < estimated.standard_error
     assert estimated.at(50, 12).standard_error < estimated.standard_error
     assert estimated.at(50, 3).variance == pytest.approx(estimated.variance)
 
 
-def test_the_winner_of_equals_is_optimistic_by_the_expected_minimum() -> None:
+def test_the_best_of_equal_candidates_is_optimistic_by_the_expected_minimum() -> None:
     assert estimate_selection_bias(np.zeros(2), np.eye(2)) == pytest.approx(np.pi**-0.5, rel=0.05)
     assert estimate_selection_bias(np.zeros(3), np.eye(3)) == pytest.approx(0.846, rel=0.05)
     assert estimate_selection_bias(np.array([0.0, 100.0]), np.eye(2)) == pytest.approx(0.0, abs=0.06)
     assert estimate_selection_bias(np.zeros(1), np.eye(1)) == 0.0
 
 
-def test_the_difference_of_two_cells_is_how_much_worse_one_is_on_each_example() -> None:
+def test_the_difference_of_two_cells_is_paired_by_example() -> None:
     weights = np.array([1.0, 3.0])
     cell = Cell("one", 0.7, np.array([3.0, 1.0]), weights, 1.0)
     difference = compute_paired_difference(cell, Cell("other", 0.5, np.array([1.0, 2.0]), weights, 2.0))
@@ -248,14 +253,14 @@ def test_the_difference_of_two_cells_is_how_much_worse_one_is_on_each_example() 
         ("accuracy", [0.0, -100.0], 1.0, 100.0),
         ("accuracy", [40.0, 55.0], 1.0, 100.0),
         ("accuracy", [0.0] * 199 + [100.0], 1.0, 100.0),  # a mean of half a percent
-        ("accuracy", [1.5, 0.1], 1.0, 1.0),  # shares exceed 1 one by one
+        ("accuracy", [1.5, 0.1], 1.0, 1.0),  # single values exceed 1
     ],
 )
 def test_the_range_of_a_score(kind: MetricKind, sums: list[float], weights: object, span: float) -> None:
     assert compute_score_range(kind, sums, np.asarray(weights)) == span
 
 
-def test_each_part_of_the_variance_scales_with_what_it_is_of() -> None:
+def test_variances_scale_with_their_number_of_seeds_and_examples() -> None:
     estimated = Estimate(0.1, 0.04, 0.09, 0.01, 100, 3, 2.0, 0.5, 4.0)
     larger = estimated.at(200, 6)
     assert (larger.mean, larger.skewness, larger.kurtosis) == (0.1, 0.5, 4.0)
@@ -318,15 +323,13 @@ SMALL = np.linspace(1e-7, 2e-6, 60).tolist()
         ([0.0] * 100, True),
         ([0.01] * 3 + [0.0] * 97, True),
         ([0.01] * 4 + [0.0] * 96, False),
-        # shares, of which one other prediction moves most a little: what counts is how many carry the variance
+        # Fractions change a little for most examples if one prediction changes, so count the examples that carry the variance.
         ([0.01] * 2 + SMALL[:60] + [0.0] * 38, True),
         ([0.01] * 6 + SMALL[:60] + [0.0] * 34, False),
         ([-0.01] + [-small for small in SMALL[:24]] + [0.0] * 50 + SMALL[:24] + [0.01], False),  # half of them differ
     ],
 )
-def test_where_three_examples_or_fewer_carry_a_difference_the_rule_of_three_is_its_error(
-    scores: list[float], is_rare: bool
-) -> None:
+def test_a_difference_of_three_examples_or_fewer_uses_the_rule_of_three(scores: list[float], is_rare: bool) -> None:
     estimated = estimate_mean(np.array([scores]), np.ones(100), 1.0)
     assert (estimated.examples_variance == pytest.approx((3 / 1.645 / 100) ** 2)) is is_rare
     assert estimate_mean(np.array([scores]), np.ones(100)).examples_variance < 1e-6  # a loss has no such bound

@@ -1,4 +1,4 @@
-"""Every verb takes the default margin from the kind of metric."""
+"""Test that every command takes the default margin from the kind of metric."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ FORMS = {"text": 0.005, "preference": 0.02, "classification": None}  # None: 1% 
 
 
 @pytest.mark.parametrize(("form", "margin"), FORMS.items())
-def test_every_verb_has_the_margin_of_the_kind_of_loss(form: str, margin: float | None) -> None:
-    made = make_answered_run(direct=[1, 4, 16])
-    started = made.started
+def test_every_command_has_the_margin_of_the_kind_of_loss(form: str, margin: float | None) -> None:
+    run = make_answered_run(direct=[1, 4, 16])
+    started = run.started
     started = started.model_copy(
         update={
             "data": started.data.model_copy(update={"form": form}),
             "settings": started.settings | {"margin": None},
         }
     )
-    records = Records.of(started, made.outcomes)
+    records = Records.of(started, run.outcomes)
     loss, settings = started.data.loss_kind, SelectSettings()
     top = max(records.finished(), key=lambda trial: trial.rank)
     decided, space = decide_run(records), build_space(settings, 40, loss)

@@ -1,4 +1,4 @@
-"""The parts of the evidence by hand: seed noise, pairs, and metrics that disagree."""
+"""Check seed noise, pairs of trainings and conflicting metrics against values computed by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rightrank.schema.decision import Result, ResultsTable
 
 
 def make_contender(rank: int, **losses: float) -> Contender:
-    """Cells by seed, named s0, s1, …; one number each."""
+    """Make cells by seed, named s0, s1, …, with one number each."""
     cells = {
         int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.num_examples()
     }
@@ -30,10 +30,10 @@ def make_contender(rank: int, **losses: float) -> Contender:
 
 
 def test_common_and_individual_seed_noise_are_separated_where_ranks_share_seeds() -> None:
-    """Two ways without replication: rows 1, 2, 6 and 3, 5, 7 over three seeds.
+    """Analyze two ways without replication: rows 1, 2, 6 and 3, 5, 7 over three seeds.
 
-    Residuals are ±(.5, 0, -.5)·… by hand: row means 3 and 5, column means 2, 3.5, 6.5, grand mean 4;
-    residuals 0, -.5, .5 and their opposites: squares 1, over (2-1)·(3-1) degrees = .5. Columns vary by 5.25.
+    The row means are 3 and 5, the column means 2, 3.5 and 6.5, and the grand mean is 4. The residuals are 0, -.5, .5
+    and their opposites. Their squares sum to 1, over (2-1)·(3-1) degrees = .5. The variance of the columns is 5.25.
     """
     noise = measure_noise([make_contender(1, s0=1, s1=2, s2=6), make_contender(4, s0=3, s1=5, s2=7)])
     assert noise.individual == pytest.approx(0.5)
@@ -42,7 +42,7 @@ def test_common_and_individual_seed_noise_are_separated_where_ranks_share_seeds(
     assert noise.common_degrees == 2
 
 
-def test_common_noise_is_never_below_nothing() -> None:
+def test_common_noise_is_never_negative() -> None:
     noise = measure_noise([make_contender(1, s0=1, s1=2), make_contender(4, s0=2, s1=1)])
     assert noise.common == 0
     assert (noise.individual, noise.individual_degrees, noise.common_degrees) == (pytest.approx(1.0), 1, 1)
@@ -54,7 +54,7 @@ def test_common_noise_is_never_below_nothing() -> None:
     ids=["one rank", "one rank of two seeds", "one seed shared"],
 )
 def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(other_contenders: list[Contender]) -> None:
-    """Rank 1: squares 2 over 1 degree; rank 4 with three seeds: squares 8 over 2."""
+    """Pool a sum of squares of 2 over 1 degree at rank 1 with one of 8 over 2 degrees at rank 4, which has three seeds."""
     noise = measure_noise([make_contender(1, s0=1, s1=3), *other_contenders])
     has_three_seeds = bool(other_contenders) and len(other_contenders[0].cells) == 3
     assert noise.individual == pytest.approx(10 / 3 if has_three_seeds else 2.0)
@@ -71,12 +71,12 @@ def compute_pair_differences(left_contender: Contender, right_contender: Contend
     ]
 
 
-def test_pairs_are_of_one_seed_where_seeds_are_shared() -> None:
+def test_pairs_share_a_seed_if_possible() -> None:
     differences = compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s2=1, s0=2, s9=4))
     assert differences == [("1s0", 3, 3), ("1s2", 8, 8)]
 
 
-def test_pairs_are_in_order_where_none_is_shared() -> None:
+def test_pairs_are_in_order_if_no_seed_is_shared() -> None:
     assert compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s5=1, s6=2)) == [
         ("1s0", 4, 4),
         ("1s1", 5, 5),
@@ -90,7 +90,7 @@ def test_the_base_s_one_evaluation_pairs_with_every_seed() -> None:
     assert compute_pair_differences(make_contender(0, s1=5, s2=6), trained) == [("0s1", 4, 4), ("0s2", 4, 4)]
 
 
-def test_weights_go_with_the_pair() -> None:
+def test_weights_follow_the_pair() -> None:
     weights = np.array([2.0, 3.0])
     contender = Contender(1, 0.0, {0: Cell("a", 1.0, np.array([2.0, 6.0]), weights)}, 1.0)
     other_contender = Contender(4, 0.0, {0: Cell("b", 0.5, np.array([1.0, 3.0]), weights)}, 0.5)
@@ -133,10 +133,8 @@ def test_another_metric_conflicts_beyond_its_own_margin_and_noise(
 
 
 @pytest.mark.parametrize(("lower", "noise", "is_chosen"), [(0.02, 0.05, True), (0.02, 0.3, False), (0.0, 0.0, False)])
-def test_a_learning_rate_with_fewer_seeds_is_taken_where_it_is_surely_better(
-    lower: float, noise: float, is_chosen: bool
-) -> None:
-    """On the seed that both have: a lucky seed of one learning rate is no reason."""
+def test_a_learning_rate_with_fewer_seeds_needs_clear_evidence(lower: float, noise: float, is_chosen: bool) -> None:
+    """Compare the learning rates on the seed that both have: a lucky seed of one of them is no reason."""
     generator = np.random.default_rng(1)
     num_examples = 100
     first, second = 2.0 + generator.normal(0, 0.5, (2, num_examples))
@@ -151,7 +149,7 @@ def test_a_learning_rate_with_fewer_seeds_is_taken_where_it_is_surely_better(
     assert set(contender.cells) == ({0} if is_chosen else {0, 1})
 
 
-def test_a_rank_without_a_seed_is_moved_by_what_the_seed_does_to_the_others() -> None:
+def test_a_rank_without_a_seed_is_adjusted_for_its_effect() -> None:
     adjusted_contenders = adjust_to_common_seeds([make_contender(1, s0=1, s1=2), make_contender(4, s1=2.5)])
     assert [contender.loss for contender in adjusted_contenders.values()] == [1.5, 2.5]
     assert adjusted_contenders[1].fair_loss == pytest.approx(1.5, abs=1e-3)
@@ -183,7 +181,7 @@ Points = list[tuple[int, float]]
 
 
 def build_table_with_points(chosen: list[Points], best: list[Points], higher: bool) -> ScoreTable:
-    """Ranks 4 and 16 by seed, each with its values during the training; the last is what counts."""
+    """Build a table of ranks 4 and 16 by seed, each with its values during the training; the last value counts."""
     sign = -1.0 if higher else 1.0
     results = [
         Result(
@@ -210,12 +208,12 @@ LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
     ("gaps", "limited"),
     [
         ([0.003, 0.0, 0.001, 0.003], True),  # it grew by .003 over the second half, and is .003 behind
-        ([0.001, 0.0, 0.0, 0.002], False),  # .002 and as much again are within the margin of .005
+        ([0.001, 0.0, 0.0, 0.002], False),  # twice .002 is within the margin of .005
         ([0.0, 0.003, 0.004, 0.003], False),
         ([0.0, 0.004, 0.004, 0.002], False),
     ],
 )
-def test_a_gap_that_grows_late_may_be_a_want_of_capacity(gaps: list[float], limited: bool, higher: bool) -> None:
+def test_a_gap_that_grows_late_may_show_limited_capacity(gaps: list[float], limited: bool, higher: bool) -> None:
     chosen = [(step, value + gap) for (step, value), gap in zip(LEVEL, gaps, strict=True)]
     decision = decide_table(build_table_with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
     assert (decision.rank, decision.reference_rank) == (4, 16)
@@ -239,12 +237,12 @@ def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_se
 @pytest.mark.parametrize(
     ("seeds", "best"),
     [
-        ({1e-3: (0, 1), 3e-3: (0, 1)}, 1e-3),  # of equal ones the lower
+        ({1e-3: (0, 1), 3e-3: (0, 1)}, 1e-3),  # the lower rate on ties
         ({3e-3: (0, 1), 1e-3: (0, 1)}, 1e-3),
-        ({1e-3: (0, 1, 2), 3e-3: (0, 1), 1e-2: (0,)}, 1e-2),  # each takes the place of the one before
-        ({1e-3: (0, 1, 2), 3e-3: (0,), 1e-4: (0, 1)}, 3e-3),  # those with more seeds first
-        ({1e-3: (0, 1, 2), 3e-3: (1,), 1e-2: (1,)}, 1e-2),  # then the lower ones
-        ({1e-3: (0, 1, 2), 3e-3: (1,), 1e-2: (2,)}, 3e-3),  # without a seed in common there is nothing to compare
+        ({1e-3: (0, 1, 2), 3e-3: (0, 1), 1e-2: (0,)}, 1e-2),  # each replaces the previous one
+        ({1e-3: (0, 1, 2), 3e-3: (0,), 1e-4: (0, 1)}, 3e-3),  # more seeds come first
+        ({1e-3: (0, 1, 2), 3e-3: (1,), 1e-2: (1,)}, 1e-2),  # then lower rates
+        ({1e-3: (0, 1, 2), 3e-3: (1,), 1e-2: (2,)}, 3e-3),  # no common seed, no comparison
         ({1e-3: (0, 1), 3e-3: (5,), 1e-2: (1,)}, 1e-2),
     ],
 )

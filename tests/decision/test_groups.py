@@ -1,4 +1,4 @@
-"""Bounds where rows belong together: of groups and not of their rows, at the nominal rate with few and unequal groups."""
+"""Test that bounds follow groups of rows, and cover at the nominal rate with few and unequal groups."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def draw_differences(seed: int, seeds: int = 2, groups: int = 40) -> Floats:
 
 @pytest.mark.parametrize("span", [0.0, 1.0])
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_rows_that_repeat_their_group_say_no_more_than_one_of_them(seeds: int, span: float) -> None:
+def test_repeated_rows_of_a_group_add_no_information(seeds: int, span: float) -> None:
     sums = draw_differences(1, seeds)
     rows, ones = np.repeat(sums, ROWS, axis=1), np.ones(40)
     groups, weights = np.repeat(np.arange(40), ROWS), np.repeat(ones, ROWS)
@@ -50,7 +50,7 @@ def test_rows_that_repeat_their_group_say_no_more_than_one_of_them(seeds: int, s
     assert estimate_mean(rows, weights, span).examples_variance < grouped.examples_variance / 9
 
 
-def test_groups_of_one_example_are_no_groups() -> None:
+def test_groups_of_one_example_are_ignored() -> None:
     sums, weights = draw_differences(2), np.arange(1.0, 41.0)
     alone, grouped = estimate_mean(sums, weights), estimate_mean(sums, weights, 0.0, np.arange(40))
     assert grouped.mean == alone.mean
@@ -72,7 +72,7 @@ def test_degrees_are_those_of_the_quadratic_form(sizes: list[float]) -> None:
 
 
 def draw_grouped_differences(draw: np.random.Generator, sizes: list[int], likeness: float) -> tuple[Floats, Groups]:
-    """Differences whose true mean is 0, with this intraclass correlation."""
+    """Draw differences with a true mean of 0 and this intraclass correlation."""
     groups = np.repeat(np.arange(len(sizes)), sizes)
     shared = draw.standard_normal(len(sizes))[groups]
     return np.sqrt(likeness) * shared + np.sqrt(1 - likeness) * draw.standard_normal(len(groups)), groups
@@ -83,12 +83,12 @@ def test_bounds_of_groups_err_in_five_of_a_hundred_draws(sizes: list[int]) -> No
     draw, errors, alone = np.random.default_rng(3), 0, 0
     for _ in range(800):
         sums, groups = draw_grouped_differences(draw, sizes, 0.8)
-        ones = np.ones(len(sums))
-        errors += compute_bounds(estimate_mean(sums[None], ones, 0.0, groups)).high < 0
-        errors += compute_file_bounds(sums, ones, 0.0, groups).high < 0
-        alone += compute_bounds(estimate_mean(sums[None], ones)).high < 0
+        weights = np.ones(len(sums))
+        errors += compute_bounds(estimate_mean(sums[None], weights, 0.0, groups)).high < 0
+        errors += compute_file_bounds(sums, weights, 0.0, groups).high < 0
+        alone += compute_bounds(estimate_mean(sums[None], weights)).high < 0
     assert errors / 1600 < 0.065
-    assert alone / 800 > 0.12  # rows taken as independent
+    assert alone / 800 > 0.12  # if rows are treated as independent
 
 
 def build_grouped_table(likeness: float) -> ScoreTable:
@@ -106,44 +106,49 @@ def build_grouped_table(likeness: float) -> ScoreTable:
 def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
     grouped = build_grouped_table(0.9)
     alone = replace(grouped, cells={key: replace(cell, groups=None) for key, cell in grouped.cells.items()})
-    wide, narrow = Evidence(grouped), Evidence(alone)
+    grouped_evidence, ungrouped_evidence = Evidence(grouped), Evidence(alone)
     for rank in (4, 16):
         assert (
-            wide.value(wide.contenders[rank]).standard_error > 2 * narrow.value(narrow.contenders[rank]).standard_error
+            grouped_evidence.value(grouped_evidence.contenders[rank]).standard_error
+            > 2 * ungrouped_evidence.value(ungrouped_evidence.contenders[rank]).standard_error
         )
-    worse = max((4, 16), key=lambda rank: wide.contenders[rank].loss)
+    worse = max((4, 16), key=lambda rank: grouped_evidence.contenders[rank].loss)
     assert (
-        wide.difference(wide.contenders[worse]).standard_error
-        > 2 * narrow.difference(narrow.contenders[worse]).standard_error
+        grouped_evidence.difference(grouped_evidence.contenders[worse]).standard_error
+        > 2 * ungrouped_evidence.difference(ungrouped_evidence.contenders[worse]).standard_error
     )
-    assert wide.reference_gap > narrow.reference_gap
-    assert abs(wide.probability(worse, 0.0) - 0.5) < abs(narrow.probability(worse, 0.0) - 0.5)  # type: ignore[operator]
+    assert grouped_evidence.reference_gap > ungrouped_evidence.reference_gap
+    assert abs(grouped_evidence.probability(worse, 0.0) - 0.5) < abs(ungrouped_evidence.probability(worse, 0.0) - 0.5)  # type: ignore[operator]
     decided, plain = decide_table(grouped, 0.005), decide_table(alone, 0.005)
     assert [evidence.value for evidence in decided.ranks] == [evidence.value for evidence in plain.ranks]
 
 
 def test_the_next_run_asks_for_groups() -> None:
-    (run,) = [one for one in decide_table(build_grouped_table(0.9), 0.003, confidence=None).next_runs if one.examples]
+    (run,) = [
+        next_run
+        for next_run in decide_table(build_grouped_table(0.9), 0.003, confidence=None).next_runs
+        if next_run.examples
+    ]
     assert re.search(r"(Score|and score) about [\d,]+ groups of held-out examples \(now 80\)", run.sentence)
     needed = int(re.findall(r"about ([\d,]+) groups", run.sentence)[0].replace(",", ""))
     assert run.examples == 10 * needed
 
 
-def test_examples_that_are_alike_count_as_fewer() -> None:
+def test_correlated_examples_count_as_fewer() -> None:
     rows, groups = np.repeat(draw_differences(4), ROWS, axis=1), np.repeat(np.arange(40), ROWS)
-    ones = np.ones(rows.shape[1])
-    assert measure_pair_noise(rows, ones, groups).design_effect == pytest.approx(ROWS)
-    assert measure_pair_noise(rows, ones).design_effect == 1.0
-    assert estimate_file_difference(rows[0], ones, 0.0, groups).degrees <= 39
+    weights = np.ones(rows.shape[1])
+    assert measure_pair_noise(rows, weights, groups).design_effect == pytest.approx(ROWS)
+    assert measure_pair_noise(rows, weights).design_effect == 1.0
+    assert estimate_file_difference(rows[0], weights, 0.0, groups).degrees <= 39
 
 
 def test_a_difference_keeps_the_groups_of_its_examples() -> None:
     groups = np.array([0, 0, 1])
-    one, other = (Cell(name, 0.0, np.ones(3), np.ones(3), 0.0, groups=groups) for name in ("one", "other"))
-    assert compute_paired_difference(one, other).groups is groups
+    cell, other_cell = (Cell(name, 0.0, np.ones(3), np.ones(3), 0.0, groups=groups) for name in ("one", "other"))
+    assert compute_paired_difference(cell, other_cell).groups is groups
 
 
-def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> None:
+def test_identical_examples_count_as_their_number_of_groups() -> None:
     draw, alone, repeated = np.random.default_rng(6), {}, {}
     for rank in (4, 16):
         for seed in (0, 1, 2):
@@ -154,7 +159,7 @@ def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> 
     of_rows, of_groups = (Evidence(ScoreTable("loss", False, cells)) for cells in (alone, repeated))
     for examples in (80, 160, 800):
         margin = of_rows.compute_margins(0.95, examples=examples)[4]
-        # not quite the same: the noise within a seed is estimated from 800 rows and not from 80
+        # The values differ slightly, since the noise within a seed is estimated from 800 rows instead of 80.
         assert of_groups.compute_margins(0.95, examples=ROWS * examples)[4] == pytest.approx(margin, rel=0.01)
     assert margin < 0.9 * of_rows.compute_margins(0.95)[4]
 
@@ -178,13 +183,13 @@ def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> 
     assert [cell.steps for cell in cells.values()] == [7, 7]
 
 
-def test_the_winner_s_curse_of_a_learning_rate_follows_the_groups() -> None:
+def test_selection_bias_of_a_learning_rate_follows_the_groups() -> None:
     draw, cells = np.random.default_rng(8), {}
     for rank, rate in ((4, 1e-3), (4, 2e-3), (16, 1e-3)):
         sums, groups = draw_grouped_differences(draw, [10] * 80, 0.9)
         cells[rank, rate, 0] = Cell(f"{rank} {rate}", 2.0, 2 + 0.1 * sums, np.ones(len(sums)), groups=groups)
     grouped = ScoreTable("loss", False, cells)
     alone = replace(grouped, cells={key: replace(cell, groups=None) for key, cell in cells.items()})
-    wide, narrow = (Evidence(table).contenders for table in (grouped, alone))
-    assert wide[4].gap > 1.5 * narrow[4].gap > 0
-    assert wide[16].gap == narrow[16].gap == 0
+    grouped_contenders, ungrouped_contenders = (Evidence(table).contenders for table in (grouped, alone))
+    assert grouped_contenders[4].gap > 1.5 * ungrouped_contenders[4].gap > 0
+    assert grouped_contenders[16].gap == ungrouped_contenders[16].gap == 0

@@ -1,4 +1,7 @@
-"""What a decision may claim: one seed, seeds that ranks do not share, learning rates that were tried, curves and lengths."""
+"""Test the limits of what a decision claims.
+
+The limits come from one seed, unshared seeds, untried learning rates, rising curves and unequal lengths.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ def test_undecided_on_one_seed_asks_for_examples_or_seeds() -> None:
     assert {run.action for run in decision.next_runs} == {"examples", "seeds"}
 
 
-def test_two_seeds_give_a_decision_with_the_interval_of_a_further_seed() -> None:
+def test_two_seeds_give_a_decision_with_a_predictive_interval() -> None:
     decision = decide_losses(SATURATED, (0, 1), noise=0.004)
     assert (decision.rank, decision.confidence) == (16, 0.95)
     assert "one_seed" not in decision.flags
@@ -85,7 +88,7 @@ def drop_cells(table: ScoreTable, *cells: tuple[int, int]) -> ScoreTable:
     return ScoreTable(table.metric, table.higher_is_better, remaining_cells, table.missing, table.kind)
 
 
-def test_ranks_that_the_answer_does_not_rest_on_may_have_one_seed() -> None:
+def test_ranks_that_do_not_affect_the_answer_may_have_one_seed() -> None:
     table = build_example_table(SATURATED, seeds=(0, 1), noise=0.001)
     assert decide_table(drop_cells(table, (1, 1)), 0.01).confidence == 0.95
     for rank in (4, 16, 64):  # the next lower rank, the answer, the reference
@@ -94,7 +97,7 @@ def test_ranks_that_the_answer_does_not_rest_on_may_have_one_seed() -> None:
         assert "one_seed" in decision.flags
 
 
-def test_one_number_a_rank_claims_no_level() -> None:
+def test_one_number_per_rank_claims_no_confidence_level() -> None:
     decision = decide_table(build_value_table(SATURATED), 0.005)
     assert (decision.rank, decision.confidence) == (16, None)
     assert "underpowered" in decision.flags
@@ -109,7 +112,7 @@ def test_one_number_a_rank_claims_no_level() -> None:
 def build_measured_table(
     differences: dict[int, list[float]], spread: dict[int, float], examples: int = 300
 ) -> ScoreTable:
-    """Rank 64 at 2, the others with these differences by seed and this deviation between examples."""
+    """Build a table with rank 64 at 2 and the others at these differences by seed, with this deviation between examples."""
     generator = np.random.default_rng(5)
     level = 2 + 0.5 * generator.standard_normal(examples)
     cells = {}
@@ -122,7 +125,7 @@ def build_measured_table(
 
 
 def test_a_noisy_rank_does_not_widen_the_bound_of_a_quiet_one() -> None:
-    """A difference of .0006 ± .0011 got a bound of .012 and a request for 28 seeds."""
+    """Keep the bound narrow: a difference of .0006 ± .0011 once got a bound of .012 and a request for 28 seeds."""
     noisy = {1: [0.7166, 0.1066, 0.2276], 16: [0.0006, 0.0017, -0.0005]}
     decision = decide_table(build_measured_table(noisy, {1: 0.75, 16: 0.019}), 0.01)
     quiet = next(evidence for evidence in decision.ranks if evidence.rank == 16)
@@ -153,7 +156,10 @@ def test_a_best_learning_rate_is_chosen_on_shared_seeds() -> None:
 
 
 def test_the_reference_is_chosen_on_shared_seeds() -> None:
-    """Seed 1 is worse for all: rank 4 without it has the lower mean, and rank 16 is better on the seed that both have."""
+    """Choose rank 16, which is better on the seed that both have.
+
+    Seed 1 is worse for all ranks, so rank 4 without it has the lower mean.
+    """
     losses = {(4, 0): 2.0, (16, 0): 1.99, (16, 1): 2.19}
     cells = {
         (rank, 1e-3, seed): Cell(f"{rank} {seed}", loss, np.array([loss]), np.ones(1))
@@ -169,7 +175,7 @@ def make_stopped_trial(trial: TrialFinished, learning_rate: float) -> TrialFinis
 
 
 class FlatWorld(worlds.World):
-    """The smallest rank is the best one."""
+    """A world in which the smallest rank is the best."""
 
     def loss(self, arm: Arm) -> float:
         return super().loss(arm.model_copy(update={"rank": 1})) + 1e-5 * arm.rank if arm.rank else super().loss(arm)
@@ -182,7 +188,7 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     around = [make_stopped_trial(top, 3e-4), make_stopped_trial(top, 3e-3)]
     assert "lr_edge" not in decide_table(build_table(complete_trials, "loss", False, looks=around), 0.02).flags
     below = decide_table(build_table(complete_trials, "loss", False, looks=[make_stopped_trial(top, 3e-4)]), 0.02)
-    assert "lr_edge" in below.flags  # the best is the highest that was tried
+    assert "lr_edge" in below.flags  # the best rate is the highest that was tried
     run = next(run for run in below.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(3e-3)]
     diverged = TrialDiverged(
@@ -207,7 +213,7 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
 def test_a_search_that_ends_at_its_highest_or_lowest_learning_rate_is_flagged(
     rates: tuple[float, ...], best: float, is_flagged: bool, suggested: float
 ) -> None:
-    """The lower ranks get one learning rate each, so it is compared with all of the run."""
+    """Compare with all learning rates of the run, since the lower ranks get one learning rate each."""
     trials = run_all(STRATEGIES["bracket"](make_space(learning_rates=rates)), FlatWorld(best_learning_rate=best))
     complete_trials = [outcome for outcome in trials if outcome.is_direct]
     table = build_table(complete_trials, "loss", False, looks=trials)
@@ -224,8 +230,8 @@ def test_one_learning_rate_at_each_rank_has_no_edge() -> None:
     assert "lr_edge" not in decide_table(ScoreTable("loss", False, cells), 0.02).flags
 
 
-def test_still_rising_is_not_said_of_means() -> None:
-    """Rank 1 is worse by .07 in the mean, with bounds from below 0 to .15: it is not shown to be worse by more than .02."""
+def test_means_alone_do_not_show_that_the_curve_rises() -> None:
+    """Require bounds: the mean of rank 1 is worse by .07, but its bounds reach from below 0 to .15."""
     table = build_measured_table({1: [0.03, 0.11], 4: [0.2, 0.21], 16: [0.1, 0.11]}, {1: 0.3, 4: 0.02, 16: 0.02})
     decision = decide_table(table, 0.02, confidence=None)
     uncertain_rank = next(evidence for evidence in decision.ranks if evidence.rank == 1)
@@ -233,7 +239,7 @@ def test_still_rising_is_not_said_of_means() -> None:
     assert (uncertain_rank.difference or 0.0) > 0.02
     assert decision.verdict != "rising"
     assert "every smaller" not in decision.sentence
-    assert decision.next_runs[0].ranks == [128]  # a larger rank is worth a training all the same
+    assert decision.next_runs[0].ranks == [128]  # a larger rank is still worth a training
     steady = decide_table(build_measured_table({1: [0.3, 0.31], 16: [0.1, 0.11]}, {1: 0.02, 16: 0.02}), 0.02)
     assert steady.verdict == "rising"
 
@@ -257,8 +263,8 @@ def test_trainings_of_unequal_length_are_flagged() -> None:
     )  # no length is stated
 
 
-def test_what_came_out_best_is_not_called_enough() -> None:
-    """Nothing passed, or a higher rank may be better: `fallback_rank` is None, and `best_so_far` stands beside it."""
+def test_the_best_rank_so_far_is_not_called_enough() -> None:
+    """Leave `fallback_rank` empty if no rank passed or a higher rank may be better, and give `best_so_far`."""
     open_below = decide_table(build_example_table({1: 2.3, 4: 2.006, 64: 2.0}, num_examples=60, noise=0.03), 0.01)
     lucky = decide_table(
         build_example_table({1: 2.0, 4: 2.002, 16: 2.001}, num_examples=30, noise=0.1, seeds=(0, 1)), 0.005
@@ -271,7 +277,7 @@ def test_what_came_out_best_is_not_called_enough() -> None:
     assert (passed.rank, passed.fallback_rank, passed.best_so_far) == (None, 16, None)
     decision_with_deviation = decide_table(build_value_table(SATURATED, std=0.0003), 0.005)
     assert (decision_with_deviation.rank, decision_with_deviation.fallback_rank) == (16, 16)
-    assert decide_table(build_value_table(SATURATED), 0.005).fallback_rank is None  # a reading shows nothing
+    assert decide_table(build_value_table(SATURATED), 0.005).fallback_rank is None  # one number per rank is no evidence
 
 
 @pytest.mark.parametrize("losses", [{1: 2.3, 4: 2.006, 64: 2.0}, {1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}])

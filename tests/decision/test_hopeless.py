@@ -1,4 +1,4 @@
-"""A rank that is far worse than the others changes nothing that is said of them."""
+"""Test that a rank that is far worse than the others does not change what is reported about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARGIN, ROWS = 0.02, 100
 
 
 def draw_table(seed: int) -> ScoreTable:
-    """Ranks 4 to 64 about a margin apart, and rank 1 far behind, with up to ten thousand times their noise."""
+    """Draw ranks 4 to 64 about a margin apart, and rank 1 far behind with up to ten thousand times their noise."""
     generator = np.random.default_rng(seed)
     seeds, rates = int(generator.integers(1, 4)), (1e-3, 3e-3)[: int(generator.integers(1, 3))]
     rows = ROWS if seeds == 1 or generator.random() < 0.6 else 1
@@ -53,7 +53,7 @@ def test_a_hopeless_rank_changes_no_bound_and_no_answer(seed: int) -> None:
 
 
 def test_values_of_other_orders_of_magnitude_do_not_widen_a_bound() -> None:
-    """Errors of a regression: ranks 1 and 2 can't hold it, and 3, 4 and 8 end alike."""
+    """Compare regression errors where ranks 1 and 2 lack capacity, and ranks 3, 4 and 8 reach the same error."""
     values = {1: (0.21, 0.35), 2: (0.05, 0.02), 3: (3.1e-4, 3.0e-4), 4: (3.102e-4, 3.001e-4), 8: (3.1e-4, 3.002e-4)}
     cells = {
         (rank, 0.0, seed): Cell(f"{rank} {seed}", value, np.array([value]), np.ones(1))

@@ -1,4 +1,4 @@
-"""A run that measured several metrics: which one decides, which way it goes, and what the others say beside it."""
+"""Test runs with several metrics: which one decides, in which direction, and what is reported about the others."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from rightrank.schema.trials import TrialFailed
 from tests.decision.tables import build_value_table
 from tests.report.runs import ITEMS, make_run
 
-COLOURS = {0: 1.0, 1: 1.0, 4: 5.0, 16: 9.0}  # a number whose name does not say which way is better
+COLOURS = {0: 1.0, 1: 1.0, 4: 5.0, 16: 9.0}  # the name of this metric does not imply a direction
 
 
 def make_measured_run(form: str = "prompt_completion", **started: object) -> Records:
-    """Ranks 1, 4 and 16; the accuracy grows to rank 16, and the loss is as good at 4."""
+    """Make a run of ranks 1, 4 and 16: the accuracy grows up to rank 16, but the loss of rank 4 is as good."""
     records = make_run((1, 4, 16), (1e-3,))
     right = {0: 0, 1: ITEMS // 3, 4: ITEMS // 2, 16: ITEMS - 1}
     outcomes = [
@@ -59,7 +59,7 @@ def test_the_metric_that_decides_comes_first() -> None:
     assert list_metrics(make_measured_run(metric="f1")) == ["f1", "loss", "exact_match", "colour"]
 
 
-def test_each_other_metric_is_judged_beside_the_one_that_decides() -> None:
+def test_each_other_metric_is_judged_too() -> None:
     decision = decide_run(change_settings(make_measured_run(), margin=0.05))
     assert (decision.metric, decision.rank) == ("loss", 4)
     exact, colour = decision.other_metrics
@@ -71,7 +71,7 @@ def test_each_other_metric_is_judged_beside_the_one_that_decides() -> None:
     assert "metric_conflict" in decision.flags
 
 
-def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
+def test_another_metric_may_decide_and_the_loss_is_reported() -> None:
     records = make_measured_run()
     decision = decide_by_metric(records, list_comparable_outcomes(records), "exact_match", 0.1)
     assert (decision.metric, decision.higher_is_better, decision.margin) == ("exact_match", True, 0.1)
@@ -98,7 +98,7 @@ def test_the_direction_of_a_metric_can_be_given() -> None:
     assert build_run_table(records_with_direction, metric="colour", higher=True).higher_is_better is True
 
 
-def test_a_metric_without_a_known_direction_decides_nothing_and_is_not_judged_beside() -> None:
+def test_a_metric_without_a_known_direction_is_not_used() -> None:
     silent = change_settings(make_measured_run(), metrics=[], margin=0.05)
     assert [other.metric for other in decide_run(silent).other_metrics] == ["exact_match"]
     with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
@@ -117,7 +117,7 @@ def test_evaluations_along_a_training_belong_to_one_metric() -> None:
     assert table.cells[4, 1e-3, 0].other_metrics == {"loss": pytest.approx(3.05, abs=0.2), "colour": 5.0}
 
 
-def test_other_numbers_of_a_custom_trainer_are_no_metrics_with_examples() -> None:
+def test_other_numbers_of_a_custom_trainer_have_no_examples() -> None:
     custom_records = make_measured_run(form="own", metric="colour", higher_is_better=False)
     decision = decide_run(custom_records)
     assert (decision.metric, decision.higher_is_better, decision.reference_rank) == ("colour", False, 1)
@@ -129,7 +129,7 @@ def test_other_numbers_of_a_custom_trainer_are_no_metrics_with_examples() -> Non
 @pytest.mark.parametrize(
     ("values", "kind"), [((3.0, 2.0), "perplexity"), ((0.5, 0.25), "perplexity"), ((0.0, 2.0), "other"), ((-1.0, 2.0), "other")]
 )  # fmt: skip
-def test_a_perplexity_that_is_none_is_any_number(values: tuple[float, float], kind: str) -> None:
+def test_an_impossible_perplexity_is_treated_as_an_ordinary_number(values: tuple[float, float], kind: str) -> None:
     trials = [
         trial.model_copy(update={"metrics": {"perplexity": value}})
         for trial, value in zip(make_run((1, 4), (1e-3,)).finished()[1:], values, strict=True)
@@ -156,7 +156,7 @@ def make_cell(loss: float) -> Cell:
 
 
 def build_loss_table(losses: dict[int, float], metric: str = "loss", std: float | None = 1e-4) -> ScoreTable:
-    """Values with a stated deviation, so that differences are shown and not only read."""
+    """Build a table of values with a stated deviation, so that differences can be shown."""
     return build_value_table(losses, metric, std=std)
 
 
@@ -168,7 +168,7 @@ def build_loss_table(losses: dict[int, float], metric: str = "loss", std: float 
         ({1: 2.1, 4: 2.0}, {1: 9.0, 4: 2.0}, False),
         # the base is not a rank on which metrics can differ
         ({0: 2.0001, 4: 2.0, 8: 2.0}, {0: 9.0, 4: 2.0, 8: 2.0}, False),
-        # ranks that only one of them has say nothing
+        # ranks that only one metric has are ignored
         ({4: 2.0, 8: 2.0, 16: 2.0}, {1: 9.0, 8: 2.0, 16: 2.0}, False),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_metric_with_one_rank_is_left_out() -> None:
 
 @pytest.mark.parametrize(("loss", "margin"), [("token_loss", 0.005), ("pair_loss", 0.02), ("loss", 0.02)])
 def test_another_loss_is_of_the_same_kind(loss: LossKind, margin: float) -> None:
-    """Nats a token have a margin of their own; of a loss that is none, it is 1% of the best."""
+    """Give nats per token their own margin, and any other loss 1% of the best value."""
     tables = [
         replace(build_loss_table({1: 2.1, 4: 2.0}, name), kind=infer_metric_kind(name, False, loss))
         for name in ("loss", "nll")
@@ -212,7 +212,7 @@ def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
     assert "at learning rate 0.0003" in run.sentence
 
 
-def test_truncations_are_no_trainings_to_compare() -> None:
+def test_truncations_are_not_compared_as_trainings() -> None:
     records = make_run((1, 4, 16), (1e-3,))
     base, rank_1, _, rank_16 = records.finished()
     truncated = rank_1.model_copy(update={"trial_id": "cut", "truncate_from": rank_16.trial_id, "steps": 1})

@@ -1,4 +1,4 @@
-"""The power calculation does what it says, checked by simulation; what a next run buys and costs; and the next runs as commands."""
+"""Test the planned next runs: their size against simulations, their price, and their commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.decision.worlds import World, build_world_table
 from tests.report.runs import make_run
 
 
-def test_the_examples_needed_settle_it_in_four_of_five_runs() -> None:
+def test_the_required_examples_decide_four_of_five_runs() -> None:
     generator = np.random.default_rng(3)
     margin, true = 0.02, 0.012
     pilot = estimate_mean(generator.normal(true, 0.09, size=(1, 96)), np.ones(96))
@@ -47,7 +47,7 @@ def test_the_examples_needed_settle_it_in_four_of_five_runs() -> None:
     assert 0.74 <= num_settled / 400 <= 0.92
 
 
-def test_so_many_seeds_settle_it_four_times_in_five() -> None:
+def test_the_required_seeds_decide_four_of_five_runs() -> None:
     generator = np.random.default_rng(4)
     margin, true, noise = 0.005, 0.0015, 0.002
     pilot = estimate_mean(np.zeros((2, 1)), np.ones(1)).replace_seed_variance(noise**2 / 2, 1.0)
@@ -61,7 +61,7 @@ def test_so_many_seeds_settle_it_four_times_in_five() -> None:
     assert num_settled / 600 >= 0.74
 
 
-def test_a_difference_at_the_margin_is_never_settled() -> None:
+def test_a_difference_at_the_margin_is_never_decided() -> None:
     pilot = estimate_mean(np.random.default_rng(0).normal(0.005, 0.1, size=(1, 100)), np.ones(100))
     pilot = type(pilot)(0.005, 1e-4, 0.0, 0.0, 100, 1, 0.0, 0.0)
     assert not is_conclusive(pilot.at(6400, 1), 0.005)
@@ -69,7 +69,7 @@ def test_a_difference_at_the_margin_is_never_settled() -> None:
 
 
 def make_run_start() -> RunStarted:
-    """A run of two ranks, two learning rates and two seeds on 30 of 50 held-out examples."""
+    """Make the start of a run of two ranks, two learning rates and two seeds on 30 of 50 held-out examples."""
     started = make_run((1, 4), (1e-3, 3e-3), (0, 2)).started
     data = started.data.model_copy(update={"not_evaluated": 20})
     return started.model_copy(update={"data": data})
@@ -78,7 +78,7 @@ def make_run_start() -> RunStarted:
 def format_command(
     next_run_fields: dict[str, object], run: str = "out", margin: float | None = None, is_custom_trainer: bool = False
 ) -> str | None:
-    """The command of one next run."""
+    """Return the command of a next run, or None if `select` cannot do it."""
     started = make_run_start()
     if is_custom_trainer:
         started = started.model_copy(update={"settings": started.settings | {"trainer": "train"}})
@@ -91,7 +91,7 @@ def format_command(
 @pytest.mark.parametrize(
     ("next_run_fields", "options"),
     [
-        ({"action": "seeds", "seeds": 4}, "--seeds 0,1,2,3"),  # the smallest that the run does not have
+        ({"action": "seeds", "seeds": 4}, "--seeds 0,1,2,3"),  # the smallest unused seed numbers
         ({"action": "seeds", "seeds": 2}, None),
         ({"action": "seeds"}, None),
         ({"action": "rank", "ranks": [8]}, "--ranks 1,4,8"),
@@ -103,8 +103,8 @@ def format_command(
         ({"action": "rates", "ranks": [8], "learning_rates": [0.0123]}, "--learning-rates 0.001,0.003,0.0123"),
         ({"action": "rates", "learning_rates": [1e-3]}, None),
         ({"action": "examples", "examples": 50}, "--max-eval-examples 50"),
-        ({"action": "examples", "examples": 51}, None),  # more than there are
-        ({"action": "examples", "examples": 30}, None),  # no more than now
+        ({"action": "examples", "examples": 51}, None),  # more than there are examples
+        ({"action": "examples", "examples": 30}, None),  # no more than are used now
         ({"action": "seeds", "seeds": 3, "examples": 31}, "--max-eval-examples 31 --seeds 0,1,2"),
         ({"action": "rank", "ranks": [8], "examples": 31}, "--max-eval-examples 31 --ranks 1,4,8"),
         (
@@ -120,7 +120,7 @@ def test_a_next_run_that_select_can_do_is_a_command(next_run_fields: dict[str, o
     assert format_command(next_run_fields) == (None if options is None else f"rightrank select --out out {options}")
 
 
-def test_the_command_can_be_pasted_and_has_another_margin_where_one_is_given() -> None:
+def test_the_command_is_quoted_and_repeats_a_given_margin() -> None:
     assert format_command({"action": "seeds", "seeds": 3}, "a run") == "rightrank select --out 'a run' --seeds 0,1,2"
     assert format_command({"action": "rank", "ranks": [8]}, margin=0.0125) == (
         "rightrank select --out out --ranks 1,4,8 --margin 0.0125"
@@ -160,7 +160,7 @@ def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
         (60_000.0, " (about 1,000.0 hours)"),
     ],
 )
-def test_a_time_is_told_in_the_unit_that_it_is_read_in(minutes: float | None, expected: str) -> None:
+def test_durations_have_readable_units(minutes: float | None, expected: str) -> None:
     assert format_time(minutes) == expected
     assert format_time(minutes, ", ") == expected.replace(" (", ", ").replace(")", "")
 
@@ -177,14 +177,14 @@ def add_times(table: ScoreTable) -> ScoreTable:
 
 
 def drop_trainings(table: ScoreTable, *dropped: tuple[int, int]) -> ScoreTable:
-    """The table without trainings of a rank and a seed."""
+    """Return the table without these trainings, given by rank and seed."""
     return replace(
         table, cells={key: cell for key, cell in table.cells.num_examples() if (key[0], key[2]) not in dropped}
     )
 
 
 def require_trial_counts(decision: Decision) -> list[NextRun]:
-    """The runs that train further seeds; each counts the trainings that are missing, in its field and in its sentence."""
+    """Return the next runs that train more seeds, and require each to count the missing trainings in its field and sentence."""
     at_hand = {evidence.rank: evidence.seeds for evidence in decision.ranks}
     runs = [run for run in decision.next_runs if run.action == "seeds"]
     for run in runs:
@@ -205,7 +205,7 @@ def require_trial_counts(decision: Decision) -> list[NextRun]:
         (0.002, ["examples", "seeds"]),
     ],
 )
-def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[str]) -> None:
+def test_a_planned_run_is_the_smallest_that_is_enough(margin: float, actions: list[str]) -> None:
     table = add_times(build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03))
     evidence, decision = Evidence(table), decide_table(table, margin)
     sizes = (100, *EXAMPLE_COUNTS)
@@ -239,7 +239,7 @@ def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[s
     assert len(require_trial_counts(decision)) == ("seeds" in actions)
 
 
-def test_where_nothing_that_can_be_bought_is_enough_the_smallest_rank_is_to_be_taken() -> None:
+def test_the_smallest_rank_is_recommended_if_no_run_is_enough() -> None:
     table = build_example_table({4: 2.0}, seeds=(0, 1), num_examples=100)
     tilted = {
         (64, lr, seed): replace(cell, trial_id=f"64-{seed}", sums=cell.sums + np.resize([0.03, -0.03], 100))
@@ -255,7 +255,7 @@ def test_where_nothing_that_can_be_bought_is_enough_the_smallest_rank_is_to_be_t
 @pytest.mark.parametrize(
     "seeds_by_rank", [{4: (0, 1, 2, 3, 4), 64: (0, 1)}, {4: (0, 1, 2, 3), 64: (4,)}, {4: (0,), 64: (0, 1)}]
 )
-def test_seeds_that_a_rank_has_are_not_trained_again(
+def test_existing_seeds_are_not_trained_again(
     seeds_by_rank: dict[int, tuple[int, ...]], margin: float, confidence: float | None
 ) -> None:
     table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1, 2, 3, 4), num_examples=100, noise=0.03)
@@ -266,7 +266,7 @@ def test_seeds_that_a_rank_has_are_not_trained_again(
 
 
 def build_rate_table(values: Mapping[tuple[int, float], float]) -> ScoreTable:
-    """One number for each rank and learning rate."""
+    """Build a table with one number for each rank and learning rate."""
     results = [
         Result(trial_id=f"{rank} {rate}", rank=rank, learning_rate=rate, value=value)
         for (rank, rate), value in values.num_examples()
@@ -279,22 +279,22 @@ def build_rate_table(values: Mapping[tuple[int, float], float]) -> ScoreTable:
 @pytest.mark.parametrize(
     ("values", "ranks", "rate"),
     [
-        # the last step outward once more, on the side of the best, rounded to a digit
+        # Repeat the last step beyond the best rate, rounded to one digit.
         ({(4, 1e-3): 2.0, (4, 3e-3): 2.1, (16, 1e-3): 2.0}, [4], 3e-4),
         ({(4, 1e-3): 2.1, (4, 3e-3): 2.0, (16, 3e-3): 2.0}, [4], 0.009),
         ({(4, 1e-4): 2.2, (4, 1e-3): 2.1, (4, 2.5e-3): 2.0, (16, 3e-3): 2.001}, [4], 0.006),
-        ({(4, 1e-3): 2.1, (4, 1.2e-3): 2.0, (16, 3e-3): 2.001}, [4], 0.00144),  # no round number is as near as a step
-        # a rate of another rank where one is near
+        ({(4, 1e-3): 2.1, (4, 1.2e-3): 2.0, (16, 3e-3): 2.001}, [4], 0.00144),  # the step is smaller than any rounding
+        # Use a nearby rate of another rank.
         ({(4, 1e-3): 2.1, (4, 3e-3): 2.0, (16, 3e-3): 2.0, (16, 8e-3): 2.2}, [4], 8e-3),
         ({(4, 1e-3): 2.1, (4, 3e-3): 2.0, (16, 3e-3): 2.0, (16, 5e-3): 2.2}, [4], 0.009),
-        # of the answer and of the reference
+        # The ranks are the answer and the reference.
         ({(4, 1e-3): 2.0, (4, 3e-3): 2.1, (16, 1e-3): 1.999}, [4, 16], 3e-4),
-        # a rate of 0 has no factor
+        # A rate of 0 has no ratio.
         ({(4, 0.0): 2.1, (4, 3e-3): 2.0, (16, 3e-3): 2.0}, [4], 9e-3),
         ({(4, 0.0): 2.0, (4, 3e-3): 2.1, (16, 3e-3): 2.0}, [4], 1e-3),
     ],
 )
-def test_beyond_the_edge_is_one_step_further(
+def test_a_best_rate_at_the_edge_extends_the_rates_by_one_step(
     values: dict[tuple[int, float], float], ranks: list[int], rate: float
 ) -> None:
     decision = decide_table(build_rate_table(values), 0.01)
@@ -305,11 +305,11 @@ def test_beyond_the_edge_is_one_step_further(
     assert f" at {rate:.2g} too" in run.sentence
 
 
-def test_a_larger_rank_has_a_learning_rate_where_one_is_known() -> None:
+def test_a_larger_rank_starts_from_the_stated_learning_rates() -> None:
     losses = {(1, 1e-3): 2.2, (4, 1e-3): 2.1, (16, 1e-3): 2.0}
     rates = decide_table(build_rate_table(losses), 0.01).next_runs[0]
     assert (rates.action, rates.ranks, rates.trials) == ("rank", [32], 2)
-    assert rates.learning_rates == [pytest.approx(3e-4), 1e-3]  # lower too: larger ranks often want less
+    assert rates.learning_rates == [pytest.approx(3e-4), 1e-3]  # larger ranks often need a lower rate
     assert rates.sentence.startswith("Train rank 32 at learning rates 0.0003 and 0.001 (2 trainings)")
     none = decide_table(build_value_table({1: 2.2, 4: 2.1, 16: 2.0}), 0.01).next_runs[0]
     assert (none.action, none.ranks, none.learning_rates, none.trials) == ("rank", [32], [], 1)
@@ -317,7 +317,7 @@ def test_a_larger_rank_has_a_learning_rate_where_one_is_known() -> None:
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 9])
-def test_so_many_seeds_are_expected_to_show_a_difference_at_the_noise_of_earlier_grids(seeds: int) -> None:
+def test_expected_seed_noise_comes_from_earlier_grids(seeds: int) -> None:
     table = build_world_table(World("flat", examples=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02))
     evidence = Evidence(table)
     worse = next(contender for contender in evidence.contenders.values() if contender.rank != evidence.reference.rank)
@@ -331,7 +331,7 @@ def test_so_many_seeds_are_expected_to_show_a_difference_at_the_noise_of_earlier
 
 
 @pytest.mark.parametrize("margin", [0.003, 0.005, 0.006, 0.007, 0.008, 0.01, 0.02])
-def test_further_seeds_make_a_decision_of_an_indication_and_one_less_does_not(margin: float) -> None:
+def test_the_fewest_seeds_that_decide_are_planned(margin: float) -> None:
     table = build_example_table({4: 2.003, 64: 2.0}, seeds=(0,), num_examples=400, noise=0.02)
     evidence, decision = Evidence(table), decide_table(table, margin, confidence=None)
     assert "one_seed" in decision.flags
@@ -352,7 +352,7 @@ def test_further_seeds_make_a_decision_of_an_indication_and_one_less_does_not(ma
 
 
 def compute_smallest_margin(planned: Estimate) -> float:
-    """From which a run of this size is expected to settle the difference."""
+    """Return the smallest margin at which a run of this size is expected to decide."""
     return planned.bound(CONFIDENCE) + NORMAL.inv_cdf(POWER) * planned.standard_error
 
 
@@ -363,7 +363,7 @@ def test_a_plan_ends_at_64_times_the_examples_and_at_32_seeds() -> None:
     estimated = replace(
         estimate_mean(np.random.default_rng(5).normal(size=(1, 100)), np.ones(100)), mean=0.0, skewness=0.0
     )
-    limit = compute_smallest_margin(estimated.at(5800, 1))  # 58 times as many; the next step is 66 times
+    limit = compute_smallest_margin(estimated.at(5800, 1))  # 58 times as many examples; the next step is 66 times
     assert compute_required_examples(estimated, limit * (1 + NEAR)) == 5800
     assert compute_required_examples(estimated, limit * (1 - NEAR)) is None
     noisy = Estimate(0.0, 0.0, 0.01, 0.0, 0, 2, 1.0, 0.0)
@@ -373,7 +373,7 @@ def test_a_plan_ends_at_64_times_the_examples_and_at_32_seeds() -> None:
     assert compute_required_seeds(noisy, 10.0) == 3  # at least one more
 
 
-def test_no_more_than_32_seeds_are_bought_or_planned() -> None:
+def test_no_more_than_32_seeds_are_planned() -> None:
     table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03)
     limit = min(Evidence(table).compute_margins(DEFAULT_CONFIDENCE, MAX_SEEDS).values())
     bought = [[run.seeds for run in decide_table(table, limit * near).next_runs] for near in (1 + NEAR, 1 - NEAR)]
@@ -386,7 +386,7 @@ def test_no_more_than_32_seeds_are_bought_or_planned() -> None:
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, "at a higher learning rate"), (2e-3, "at learning rate 0.006")])
-def test_without_a_gain_the_data_are_checked_and_a_higher_rate_tried(rate: float, expected: str) -> None:
+def test_no_gain_suggests_checking_the_data_and_a_higher_rate(rate: float, expected: str) -> None:
     (run,) = decide_table(
         build_rate_table({(0, 0.0): 2.0, (4, 1e-3 if rate else 0.0): 2.0, (16, rate): 2.0}), 0.02
     ).next_runs

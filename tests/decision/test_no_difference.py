@@ -1,4 +1,4 @@
-"""The verdict `no_difference`: the smallest rank that is not shown to be worse, where the caller wants one."""
+"""Test the verdict `no_difference`: on request, choose the smallest rank that is not shown to be worse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EASE = (np.arange(PROMPTS) + 0.5) / PROMPTS
 
 
 def draw_table(levels: dict[int, float], noise: float) -> ScoreTable:
-    """Each rank answers the prompts below its level, which varies by seed."""
+    """Draw a table in which each rank answers the prompts below its level correctly; the level varies by seed."""
     generator = np.random.default_rng(3)
     results = [
         Result(
@@ -42,7 +42,7 @@ def draw_table(levels: dict[int, float], noise: float) -> ScoreTable:
         ({0: 0.58, 1: 0.6, 4: 0.6}, 0.06, "undecided", None),
     ],
 )
-def test_it_takes_the_place_of_undecided(
+def test_no_difference_replaces_undecided(
     levels: dict[int, float], noise: float, verdict: str, rank: int | None
 ) -> None:
     decision = decide_table(draw_table(levels, noise), 0.02, smallest_if_alike=True)
@@ -68,7 +68,7 @@ def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
 
 
 def write_sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") -> str:
-    """Of trainings by rank, seed and scores, at a margin of 0.02."""
+    """Return the sentence of a decision on trainings by rank, seed and scores, at a margin of 0.02."""
     results = [
         Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(np.mean(scores)), example_values=scores)
         for rank, seed, scores in rows
@@ -79,7 +79,7 @@ def write_sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") 
     return decision.sentence
 
 
-def test_one_seed_shows_no_noise_and_the_best_may_be_the_smallest() -> None:
+def test_one_seed_shows_no_noise() -> None:
     generator = np.random.default_rng(5)
     ease = generator.normal(0.5, 0.1, 40)
     low, high = ease + 0.001, ease + generator.normal(0, 0.2, 40)
@@ -109,7 +109,7 @@ def test_three_ranks_are_listed_and_two_seeds_show_their_noise() -> None:
 @pytest.mark.parametrize(
     ("shifts", "deviation"),
     [
-        # what the ranks share is part of the noise, and no part of the seeds that a difference takes
+        # Shared noise counts as noise, but it does not change the seeds that a difference needs.
         ({(1, 0): 0.0, (1, 1): 0.03, (4, 0): 0.0, (4, 1): 0.03}, r"0\.021"),
         ({(1, 0): 0.0, (1, 1): 0.0, (4, 0): 0.0, (4, 1): -0.004}, r"0\.00\d+"),
     ],

@@ -1,4 +1,4 @@
-"""Several metrics of the same trials: one decides, and a rank on which another disagrees is reported."""
+"""Test several metrics of the same trials: one decides, and ranks on which another one disagrees are reported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.tiny import UNMEASURED
 
-NUM_EXAMPLES = 800  # where none differs, the bound of 3 / 800 is below the margin
+NUM_EXAMPLES = 800  # if no example differs, the bound of 3 / 800 is below the margin
 
 
 def make_trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
-    """A trial whose examples scatter about these means, the same way at every rank."""
+    """Make a trial whose examples scatter around these means in the same way at every rank."""
     generator = np.random.default_rng(seed)
     losses = (
         loss
@@ -64,7 +64,7 @@ def test_a_rank_that_the_other_metric_shows_to_be_enough() -> None:
     assert "by it rank 4 is enough, within its margin" in decision.other_metrics[0].sentence
 
 
-def test_metrics_that_agree_raise_nothing() -> None:
+def test_metrics_that_agree_raise_no_flag() -> None:
     decision = decide_with_other_metrics({1: 2.2, 4: 2.0, 16: 2.0}, {1: 0.2, 4: 0.7, 16: 0.7})
     assert (decision.rank, decision.other_metrics[0].rank) == (4, 4)
     assert "metric_conflict" not in decision.flags
@@ -81,7 +81,7 @@ def test_trials_without_examples_of_a_metric_are_compared_by_value() -> None:
     assert all(cell.examples == NUM_EXAMPLES for cell in table.cells.values())
 
 
-def test_a_metric_that_is_nothing_everywhere_still_has_a_margin() -> None:
+def test_a_metric_that_is_zero_everywhere_has_a_margin() -> None:
     trials = [make_trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     none = [
         t.model_copy(update={"metrics": {"rougeL": 0.0}, "example_metrics": {"rougeL": [0.0] * NUM_EXAMPLES}})
@@ -134,11 +134,11 @@ def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
     assert [(cell.value, cell.examples) for cell in table.cells.values()] == [
         (0.25, 0),
         (0.5, 0),
-    ]  # no examples: those of the loss say nothing of it
+    ]  # no examples, since those of the loss measure another metric
 
 
-def test_the_other_columns_of_weighted_examples_are_one_number_a_training() -> None:
-    """A logger's `eval/accuracy` has a direction, and the weights of examples are those of the loss."""
+def test_other_columns_of_weighted_examples_have_one_number_per_training() -> None:
+    """Use only the values of `eval/accuracy`, since the weights of the examples belong to the loss."""
     example_scores = {"example_values": [1.0, 3.0], "example_weights": [2.0, 5.0]}
     results = [
         Result(trial_id=f"{rank}", rank=rank, value=2.0, other_metrics={"eval/accuracy": right}, **example_scores)

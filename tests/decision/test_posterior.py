@@ -1,4 +1,4 @@
-"""The joint distribution of the ranks' means: its probabilities, and how rarely equal ranks are called worse."""
+"""Test the joint distribution of the means of all ranks, and how rarely it calls equal ranks worse."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ROUNDING = 0.015  # three standard errors of a probability by sampling
 
 
 def compute_difference_variances(ranks: int) -> np.ndarray:
-    """Variances of the differences of independent means with variance 1."""
+    """Return the variances of the differences between independent means of variance 1."""
     return 2.0 - 2.0 * np.eye(ranks)
 
 
 def draw_equal_ranks(seed: int, ranks: tuple[int, ...], seeds: int, examples: int = 256) -> ScoreTable:
-    """Ranks that are equally good, with the noise of the twelve long grids."""
+    """Draw a table of equally good ranks with the noise of the twelve long grids."""
     generator, each = np.random.default_rng(seed), SPREAD / 2**0.5
     sums = 2 + 0.6 * generator.standard_normal(examples)
     sums = sums + each * NOISE.examples**0.5 * generator.standard_normal((len(ranks), 1, examples))
@@ -40,22 +40,22 @@ def draw_equal_ranks(seed: int, ranks: tuple[int, ...], seeds: int, examples: in
 
 @pytest.mark.parametrize(("ranks", "seeds"), [((1, 4, 16, 64), 1), ((1, 4, 16, 64), 2), ((4, 8, 16, 32, 64), 3)])
 def test_equal_ranks_are_seldom_called_worse(ranks: tuple[int, ...], seeds: int) -> None:
-    """By the difference from the best alone 63% of them are."""
+    """Compare all ranks jointly: by the difference from the best alone, 63% of them are called worse."""
     decisions = [decide_table(draw_equal_ranks(seed, ranks, seeds), MARGIN) for seed in range(TABLES)]
     num_other_ranks = TABLES * (len(ranks) - 1)
     assert sum(len(decision.probably_worse_ranks) for decision in decisions) / num_other_ranks < 0.1
     undecided = [decision for decision in decisions if decision.verdict == "undecided"]
     assert len(undecided) > TABLES / 5
     warned = [decision for decision in undecided if "probably worse" in decision.sentence]
-    assert len(warned) < 0.15 * len(undecided)  # tables, of several ranks each
+    assert len(warned) < 0.15 * len(undecided)  # tables of several ranks
 
 
-def test_a_rank_that_is_worse_is_still_called_so() -> None:
+def test_a_worse_rank_is_called_worse() -> None:
     table = build_example_table({1: 2.3, 4: 2.1, 16: 2.0, 64: 2.0005}, num_examples=400, seeds=(0,), noise=0.03)
     assert decide_table(table, 0.001).probably_worse_ranks == [1, 4]
 
 
-def test_of_two_ranks_it_is_the_t_distribution_of_their_difference() -> None:
+def test_two_ranks_have_the_t_distribution_of_their_difference() -> None:
     joint = sample_joint_means([4, 16], [2.0, 2.5], compute_difference_variances(2), 8.0)
     for margin in (-1.0, 0.0, 0.7, 2.0):
         worse = joint.compute_losses_to_best()
@@ -72,7 +72,7 @@ def test_each_of_equal_ranks_is_as_likely_to_be_the_best(count: int) -> None:
     assert joint.find_indistinguishable_ranks(CONFIDENCE) == list(range(1, count + 1))
 
 
-def test_the_base_is_no_rival() -> None:
+def test_the_base_is_not_compared_with_the_ranks() -> None:
     joint = sample_joint_means([0, 4, 16], [1.0, 2.0, 9.0], compute_difference_variances(3), 8.0)
     assert np.mean(joint.compute_losses_to_best()[1] <= 0) > 0.99
     assert np.mean(joint.compute_losses_to_best()[0]) < -0.9
@@ -102,7 +102,7 @@ def test_the_noise_has_the_covariance_and_leaves_other_generators_alone() -> Non
     assert np.isfinite(sample_multivariate_noise(impossible, 8.0, 100)).all()
 
 
-def test_a_probability_is_of_all_other_ranks_at_once() -> None:
+def test_a_probability_covers_all_other_ranks_jointly() -> None:
     joint = Evidence(build_example_table({1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}, seeds=(0,), noise=0.06)).joint
     means, losses_behind_best = (
         dict(zip(joint.ranks, rows, strict=True)) for rows in (joint.means, joint.compute_losses_to_best())
@@ -115,8 +115,8 @@ def test_a_probability_is_of_all_other_ranks_at_once() -> None:
     )
 
 
-def test_what_is_said_to_be_likely_is_so() -> None:
-    """Said .76, so the smallest probability over the other ranks came true in .72 here."""
+def test_probabilities_are_calibrated() -> None:
+    """Check the calibration: a predicted .76, the smallest probability over the other ranks, came true in .72 here."""
     generator, events = np.random.default_rng(3), []
     for _ in range(400):
         true = 2.0 * generator.standard_normal(5)

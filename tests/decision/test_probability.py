@@ -1,4 +1,4 @@
-"""The probability that a rank is enough: what it is, when there is none, what a confidence picks, and the words where none has it."""
+"""Test the probability that a rank is within the margin: its value, when there is none, and how a confidence uses it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def get_probabilities(decision: Decision) -> dict[int, float | None]:
     return {evidence.rank: evidence.probability for evidence in decision.ranks}
 
 
-def test_it_is_that_of_the_difference_where_there_is_one() -> None:
+def test_the_probability_is_that_of_the_difference() -> None:
     table, margin = build_example_table({4: 2.012, 64: 2.0}, seeds=(0,)), 0.01
     worse = table.cells[4, 1e-3, 0].sums - table.cells[64, 1e-3, 0].sums
     deviation = NOISE.ratio(1, worse.size) ** 0.5 * worse.std(ddof=1)
@@ -52,7 +52,7 @@ def test_a_wider_margin_makes_every_rank_likelier_and_the_best_is_not_certain() 
     assert (at_large_margin[1] or 0) < 0.01 < (at_large_margin[4] or 0)
 
 
-def test_the_sentence_says_it_beside_a_larger_rank() -> None:
+def test_the_sentence_gives_the_probability_and_a_larger_rank() -> None:
     decision = decide_table(build_one_seed_table(noise=0.005), 0.02)
     probabilities = {
         rank: format_probability(likely) for rank, likely in get_probabilities(decision).items() if likely is not None
@@ -63,7 +63,7 @@ def test_the_sentence_says_it_beside_a_larger_rank() -> None:
     assert decision.probability_note.startswith("The probability is that the rank is within the margin")
 
 
-def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it() -> None:
+def test_several_seeds_are_decided_like_one_and_have_a_grade() -> None:
     table = build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03)
     decision = decide_table(table, 0.02)
     assert (decision.rank, decision.recommended_rank, decision.grade, decision.requested_confidence) == (
@@ -81,11 +81,11 @@ def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it()
     decision_of_seeds = decide_table(build_example_table(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
     assert (decision_of_seeds.rank, decision_of_seeds.grade, decision_of_seeds.confidence) == (4, "shown", 0.95)
     assert decision_of_seeds.sentence.startswith("Rank 4 is enough (")
-    assert decide_table(build_one_seed_table(noise=0.005), 0.02).grade == "likely"  # one seed shows nothing
+    assert decide_table(build_one_seed_table(noise=0.005), 0.02).grade == "likely"  # one seed is no evidence
     assert decide_table(build_value_table(LOSSES), 0.02).grade is None
 
 
-def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
+def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
     decision = decide_table(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), 0.002)
     assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
     assert (decision.indistinguishable_ranks, decision.probably_worse_ranks, decision.recommended_rank) == (
@@ -117,7 +117,7 @@ def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
     assert decide_table(precise_table, 0.002).verdict != "undecided"
 
 
-def test_purchases_are_priced_by_the_trainings_and_evaluations_so_far() -> None:
+def test_next_runs_are_priced_by_earlier_trainings_and_evaluations() -> None:
     table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03)
     for train, evaluation, first in ((600.0, 1.0, "examples"), (1.0, 600.0, "seeds")):
         cells = {key: replace(cell, train_seconds=train, eval_seconds=evaluation) for key, cell in table.cells.items()}
@@ -128,7 +128,7 @@ def test_purchases_are_priced_by_the_trainings_and_evaluations_so_far() -> None:
         assert "about" in runs[1].sentence.rpartition("(")[2]
 
 
-def test_noisy_seeds_at_hand_make_a_rank_less_likely_than_earlier_grids_do() -> None:
+def test_noisy_seeds_of_the_run_lower_the_probability() -> None:
     quiet, noisy = (
         build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03),
         build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03),
@@ -142,7 +142,7 @@ def test_noisy_seeds_at_hand_make_a_rank_less_likely_than_earlier_grids_do() -> 
     ) + 0.02
 
 
-def test_there_is_none_where_its_assumptions_fail() -> None:
+def test_there_is_no_probability_if_its_assumptions_fail() -> None:
     table = build_one_seed_table()
     cells = dict(table.cells)
     uneven = {key: replace(cell, steps=400 if key[0] == 4 else 200) for key, cell in cells.items()}
@@ -171,7 +171,7 @@ def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
         assert decision.verdict == "saturated"
 
 
-def test_the_staircase_is_that_of_the_probabilities() -> None:
+def test_the_staircase_follows_the_probabilities() -> None:
     equal_table = build_example_table({4: 2.002, 16: 2.001, 64: 2.0, 128: 2.0}, num_examples=100, seeds=(0,), noise=0.1)
     for table in (
         build_one_seed_table(num_examples=100, noise=0.03),
@@ -181,14 +181,14 @@ def test_the_staircase_is_that_of_the_probabilities() -> None:
         steps = decide_table(table, 0.02).staircase
         assert all(step.rank > next_step.rank for step, next_step in pairwise(steps))
         assert len({step.rank for step in steps}) > (2 if table is not equal_table else 1)
-        assert all(step.rank > 0 for step in steps)  # the base is no answer, and has no place on an axis of ranks
+        assert all(step.rank > 0 for step in steps)  # the base is not an answer and is not on the axis of ranks
         for step in steps[1:]:
             at_step, below_step = (decide_table(table, step.margin * factor) for factor in (1.0001, 0.9999))
             assert at_step.rank == step.rank
             assert below_step.rank is None or below_step.rank > step.rank
 
 
-def test_the_other_rows_of_the_verdict_stay() -> None:
+def test_rising_and_flat_curves_keep_their_verdicts() -> None:
     rising = build_example_table({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}, num_examples=400, seeds=(0,), noise=0.02)
     flat = build_example_table({1: 2.001, 4: 2.0005, 16: 2.0, 64: 2.0002}, num_examples=400, seeds=(0,), noise=0.01)
     assert [
@@ -199,7 +199,7 @@ def test_the_other_rows_of_the_verdict_stay() -> None:
     ]
 
 
-def test_an_open_base_is_said_beside_the_answer() -> None:
+def test_an_undecided_base_is_reported() -> None:
     decision = decide_table(build_example_table({0: 2.022, **LOSSES}, num_examples=100, seeds=(0,), noise=0.06), 0.02)
     likely = get_probabilities(decision)[0]
     assert likely is not None
@@ -219,12 +219,12 @@ def test_no_rank_at_the_confidence_is_undecided() -> None:
 
 
 @pytest.mark.parametrize("confidence", [0.4, 1.0, float("nan")])
-def test_a_confidence_that_is_none_is_refused(confidence: float) -> None:
+def test_an_invalid_confidence_is_refused(confidence: float) -> None:
     with pytest.raises(ResultsError, match=r"give a probability from 0\.5 to below 1"):
         decide_table(build_one_seed_table(), 0.01, confidence=confidence)
 
 
-def test_the_command_prints_it(tmp_path: Path) -> None:
+def test_the_command_prints_the_probability(tmp_path: Path) -> None:
     generator = np.random.default_rng(3)
     level = generator.normal(size=100)
     rows = [
@@ -256,7 +256,7 @@ def test_a_run_is_decided_at_its_own_confidence(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> None:
+def test_the_constants_agree_with_the_study() -> None:
     study = json.loads(STUDY.read_text(encoding="utf-8"))
     assert (
         NoiseComponents(*(pytest.approx(study["parts"][name], rel=0.03) for name in ("seeds", "crossed", "examples")))
@@ -264,13 +264,13 @@ def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> No
     )
     assert study["confidence"] == DEFAULT_CONFIDENCE
     assert study["trade_off"][f"2 seeds, {DEFAULT_CONFIDENCE:g}"]["answered"] >= 0.85
-    for rows in study["reliability"].values():  # the truth has noise of its own, which draws what held to the middle
+    for rows in study["reliability"].values():  # The true values are noisy, so observed frequencies tend to the middle.
         assert all(abs(row["forecast"] - row["held"]) < 0.21 for row in rows if row["events"] >= 100)
         assert all(row["held"] < next_row["held"] + 0.05 for row, next_row in pairwise(rows))
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_answers_beside_a_larger_rank_that_is_worse_were_mostly_too_small(seeds: int) -> None:
+def test_answers_below_a_worse_larger_rank_were_mostly_too_small(seeds: int) -> None:
     counts = json.loads(STUDY.read_text(encoding="utf-8"))["larger rank worse"]
     doubted, undoubted = (counts[f"{seeds} seeds, {which}"] for which in ("doubted", "others"))
     assert doubted["too small"] > doubted["answers"] / 2

@@ -41,7 +41,7 @@ def test_a_stated_deviation_can_settle_what_bare_numbers_cannot() -> None:
     assert decision.basis == "std"
 
 
-def test_rising_where_the_top_beats_all_others() -> None:
+def test_the_verdict_is_rising_if_the_top_beats_all_others() -> None:
     for table in (build_value_table(RISING), build_example_table(RISING)):
         decision = decide_table(table, 0.01)
         assert (decision.rank, decision.verdict) == (8, "rising")
@@ -49,7 +49,7 @@ def test_rising_where_the_top_beats_all_others() -> None:
         assert (run.action, run.ranks) == ("rank", [16])
 
 
-def test_flat_takes_the_smallest() -> None:
+def test_a_flat_curve_gives_the_smallest_rank() -> None:
     decision = decide_table(build_example_table({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
     assert (decision.rank, decision.verdict) == (1, "flat")
 
@@ -84,7 +84,7 @@ def test_an_inconclusive_gain_is_undecided() -> None:
     assert "base" in decision.sentence
 
 
-def test_overfitting_takes_both_halves() -> None:
+def test_overfitting_needs_both_conditions() -> None:
     losses = {1: 2.1, 4: 2.0, 16: 2.1, 64: 2.2}
     better = {1: 1.9, 4: 1.8, 16: 1.5, 64: 1.2}
     worse = {1: 1.9, 4: 1.8, 16: 1.9, 64: 2.1}
@@ -101,8 +101,8 @@ def test_the_sequence_stops_at_the_first_failure() -> None:
 @pytest.mark.parametrize(
     ("ranks", "reference", "non_inferior_ranks", "chosen"),
     [
-        ([64, 1, 16, 4], 64, {16, 4}, 4),  # in any order
-        ([1, 4, 16, 64], 64, {1, 4}, 64),  # the first below fails
+        ([64, 1, 16, 4], 64, {16, 4}, 4),  # any order
+        ([1, 4, 16, 64], 64, {1, 4}, 64),  # the next lower rank fails
         ([1, 4, 16, 64], 64, {1, 16}, 16),  # 1 is not reached past 4
         ([0, 1, 4, 16, 64], 16, {0, 1, 4, 64}, 1),  # neither the base nor a rank above the reference
         ([4], 4, set(), 4),
@@ -119,7 +119,7 @@ def test_ties_go_to_the_lower_rank() -> None:
 
 
 @pytest.mark.parametrize("margin", [0.0005, 0.003, 0.04, 0.2, 0.5])
-def test_the_staircase_says_what_the_rule_says_at_every_margin(margin: float) -> None:
+def test_the_staircase_agrees_with_the_rule_at_every_margin(margin: float) -> None:
     table = build_value_table(SATURATED)
     stairs = decide_table(table, 0.005).staircase
     assert stairs[0].margin == 0
@@ -154,8 +154,8 @@ def test_default_margins(metric: str, higher: bool, best: float, margin: float) 
     assert decide_table(build_value_table({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
 
 
-def test_the_best_of_several_learning_rates_is_corrected_for_the_winner_s_curse() -> None:
-    """Of equal learning rates with noise, the best looks better than it is by the expected minimum of the noise."""
+def test_the_best_of_several_learning_rates_is_corrected_for_selection_bias() -> None:
+    """Add the expected minimum of the noise, since the best of equal learning rates looks better than it is."""
     contrasts = {1e-4: (1, 1, -1, -1), 3e-4: (1, -1, 1, -1), 1e-3: (1, -1, -1, 1)}
     cells = {
         (rank, learning_rate, seed): Cell("t", 0.0, *_one(2.0 + 0.02 * (noise if rank == 1 else -noise)))
@@ -195,10 +195,10 @@ def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() ->
 @pytest.mark.parametrize(
     ("rates", "slope", "suggested"),
     [
-        ((1e-3, 3e-3, 1e-2), -1, 3e-2),  # and not 0.0333…
+        ((1e-3, 3e-3, 1e-2), -1, 3e-2),  # instead of 0.0333…
         ((1e-3, 3e-3, 1e-2), 1, 3e-4),
         ((2e-4, 4e-4), -1, 8e-4),
-        ((1e-4, 1.2e-4), -1, 1.44e-4),  # a round number would be no step
+        ((1e-4, 1.2e-4), -1, 1.44e-4),  # a round number would be the same rate
     ],
 )
 def test_a_suggested_learning_rate_is_a_round_number(rates: Sequence[float], slope: int, suggested: float) -> None:
@@ -259,7 +259,7 @@ def test_another_metric_that_wants_another_rank_is_flagged() -> None:
     assert "metric_conflict" in decide_table(table, 0.005).flags
 
 
-def test_one_rank_or_a_margin_of_nothing_is_refused() -> None:
+def test_one_rank_or_a_margin_of_zero_is_refused() -> None:
     with pytest.raises(ResultsError, match="two or more"):
         decide_table(build_value_table({4: 2.0}))
     with pytest.raises(ResultsError, match="margin 0 is not allowed"):
@@ -277,8 +277,8 @@ def _one(loss: float) -> tuple[object, object]:
     [
         ({1: 2.0, 4: 1.81, 16: 1.8}, 0.001, True, False, False),
         ({1: 2.0, 4: 1.81, 16: 1.8}, 0.01, None, False, True),  # the chosen rank is not shown to be enough
-        ({1: 1.825, 4: 1.81, 16: 1.8}, 0.003, True, None, True),  # the next lower one not to be too small
-        ({4: 1.81, 16: 1.8}, 0.001, True, None, False),  # there is none
+        ({1: 1.825, 4: 1.81, 16: 1.8}, 0.003, True, None, True),  # the next lower rank is not shown to be too small
+        ({4: 1.81, 16: 1.8}, 0.001, True, None, False),  # there is no lower rank
     ],
 )
 def test_stated_deviations_may_be_too_wide_for_the_answer(

@@ -1,4 +1,4 @@
-"""A journal's records as evidence: what is compared with what, and which training is handed over."""
+"""Test how the records of a journal become evidence, and which training is handed over."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_journal_without_a_start_is_no_run(headless: list[JournalRecord]) -> N
         read_records(headless, "here")
 
 
-def test_the_last_word_on_a_trial_counts() -> None:
+def test_the_last_record_of_a_trial_counts() -> None:
     first = make_run().finished()[1]
     again = change_trial(first, value=1.5)
     failed = TrialFailed(trial_id="other", **first.arm.model_dump(), error="error", reason="x")
@@ -96,7 +96,7 @@ def test_every_kind_of_record_is_kept_apart() -> None:
     )
 
 
-def test_a_look_that_is_reported_again_replaces_all_later_ones_and_a_new_start_drops_them() -> None:
+def test_a_repeated_evaluation_replaces_all_later_ones_and_a_new_start_drops_them() -> None:
     first = make_trial_start(make_run().finished()[1])
     evaluations = [
         TrialEvaluated(trial_id=first.trial_id, step=step, value=value)
@@ -227,7 +227,7 @@ def test_a_cell_has_the_groups_of_its_examples() -> None:
     assert (alone.groups, alone.num_groups) == (None, ITEMS)
 
 
-def test_like_is_compared_with_like() -> None:
+def test_only_complete_trainings_are_compared() -> None:
     records = make_run((1, 4, 16), (1e-3,))
     base, rank_1, rank_4, rank_16 = records.finished()
     records.outcomes[:] = [base, rank_1, rank_4, change_trial(rank_16, stop_at=10)]
@@ -304,7 +304,7 @@ def test_a_continued_run_has_the_settings_and_the_examples_that_it_was_last_cont
     assert read_records([*build_journal(records), *continued[:2]], "run").started.data == extended_data
     untouched = {"settings", "evaluation_examples", "data"}
     assert started.model_dump(exclude=untouched) == records.started.model_dump(exclude=untouched)
-    # Examples without settings, and settings without examples.
+    # A run may be continued with examples alone or with settings alone.
     only = read_records([records.started, RunContinued(settings={}, evaluation_examples=["a"])], "run").started
     assert (only.settings, only.evaluation_examples) == (records.started.settings, ["a"])
     assert read_records([records.started, RunContinued(settings={})], "run").started == records.started
@@ -316,7 +316,7 @@ def change_settings(records: Records, **settings: object) -> Records:
 
 
 def test_the_confidence_is_that_of_the_run_unless_another_is_asked() -> None:
-    """A probability that is none is refused by its value: the one that was asked."""
+    """Name the requested confidence in the message that refuses it."""
     records = make_run()
 
     def find_refused_confidence(settings: dict[str, object], confidence: float | None = None) -> str:
@@ -404,7 +404,7 @@ def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
     assert count_trainings(records) == pytest.approx(2 + 0.25 + 0.5)
     third = change_trial(rank_1, trial_id="third", stop_at=None, steps=13)
     assert count_trainings(Records.of(records.started, [change_trial(rank_4, steps=30), third])) == 1.433
-    # A custom trainer may not tell its steps; then each training counts as one.
+    # If a custom trainer does not report its steps, each training counts as one.
     custom_records = Records.of(records.started, [change_trial(trial, steps=0) for trial in (rank_1, rank_4)])
     assert count_trainings(custom_records) == 2.0
     assert count_trainings(Records.of(records.started, [])) == 0.0
@@ -435,7 +435,7 @@ def test_both_answers_are_one_document() -> None:
     assert document["training_rank_estimate"] is None
 
 
-def test_a_question_that_was_not_asked_is_none_in_the_document() -> None:
+def test_an_answer_that_was_not_requested_is_none_in_the_document() -> None:
     estimate = TrainingRankEstimate(low=8, high=16, trainings=3.0, sentence="Between 8 and 16.")
     first = build_answers(make_answered_run(), None, "adapter", estimate).document()
     assert [first[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
@@ -450,29 +450,29 @@ def test_a_question_that_was_not_asked_is_none_in_the_document() -> None:
 
 
 def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> None:
-    made = make_run((1, 4), (1e-3,))
+    run = make_run((1, 4), (1e-3,))
     outcomes = [
-        change_trial(trial, metrics=trial.metrics | {"reward_margin": 0.5 + trial.rank}) for trial in made.finished()
+        change_trial(trial, metrics=trial.metrics | {"reward_margin": 0.5 + trial.rank}) for trial in run.finished()
     ]
-    records = Records.of(made.started, outcomes)
+    records = Records.of(run.started, outcomes)
     assert decide_run(records).other_metrics == []
     (reward_margin,) = decide_run(change_settings(records, metrics=["reward_margin"])).other_metrics
     assert (reward_margin.metric, reward_margin.higher_is_better) == ("reward_margin", True)
-    assert decide_run(change_settings(records, metrics="reward_margin")).other_metrics == []  # no list
+    assert decide_run(change_settings(records, metrics="reward_margin")).other_metrics == []  # a string is not a list
     deciding = Records.of(
-        made.started.model_copy(update={"metric": "reward_margin", "higher_is_better": True}), outcomes
+        run.started.model_copy(update={"metric": "reward_margin", "higher_is_better": True}), outcomes
     )
     assert [one.metric for one in decide_run(deciding).other_metrics] == ["loss"]
     by_loss = decide_by_metric(deciding, list_comparable_outcomes(deciding), "loss", 0.02).other_metrics
     assert [other_metric.metric for other_metric in by_loss] == ["reward_margin"]
 
 
-def test_of_rewards_an_undecided_comparison_takes_the_smallest_rank_that_is_not_worse() -> None:
+def test_undecided_rewards_give_the_smallest_rank_that_is_not_worse() -> None:
     records = make_run((16, 64), (3e-3,), (0, 1), with_base=False)
     rewards, *other_runs = (
         change_settings(records, margin=0.009, **settings) for settings in ({"profile": "rl"}, {"profile": "x"}, {})
     )
-    assert (decide_run(rewards).verdict, decide_run(rewards).rank) == ("saturated", 64)  # all others are worse
+    assert (decide_run(rewards).verdict, decide_run(rewards).rank) == ("saturated", 64)  # all other ranks are worse
     assert (
         "it is the best of the ranks tried, and the next lower rank (16) is inconclusive"
         in decide_run(rewards).sentence
@@ -481,7 +481,7 @@ def test_of_rewards_an_undecided_comparison_takes_the_smallest_rank_that_is_not_
         assert (decide_run(other_records).verdict, decide_run(other_records).rank) == ("undecided", None)
 
 
-def test_one_seed_of_rewards_is_answered_by_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_of_one_seed_are_decided_by_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "ITEMS", 200)
     records = make_run((16, 64), (3e-3,), with_base=False)
     rewards, plain = (
@@ -493,18 +493,18 @@ def test_one_seed_of_rewards_is_answered_by_its_bounds(monkeypatch: pytest.Monke
 
 
 def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> None:
-    made = make_run((1, 4), (1e-3,))
-    started = made.started.model_copy(
-        update={"metric": "score", "data": made.started.data.model_copy(update={"form": "own"})}
+    run = make_run((1, 4), (1e-3,))
+    started = run.started.model_copy(
+        update={"metric": "score", "data": run.started.data.model_copy(update={"form": "own"})}
     )
-    records = Records.of(started, [change_trial(trial, metrics={"score": 1.0}) for trial in made.finished()[1:]])
+    records = Records.of(started, [change_trial(trial, metrics={"score": 1.0}) for trial in run.finished()[1:]])
     assert not build_run_table(records).higher_is_better
     assert build_run_table(records, higher=True).higher_is_better
 
 
 def test_a_metric_without_a_direction_is_named() -> None:
-    made = make_run((1, 4), (1e-3,))
-    records = Records.of(made.started, [change_trial(trial, metrics={"colour": 1.0}) for trial in made.finished()])
+    run = make_run((1, 4), (1e-3,))
+    records = Records.of(run.started, [change_trial(trial, metrics={"colour": 1.0}) for trial in run.finished()])
     line = "metric 'colour': whether higher or lower is better is not known from its name; give --higher-is-better or"
     with pytest.raises(ResultsError, match=line):
         build_run_table(records, metric="colour")
@@ -572,7 +572,7 @@ def test_an_undecided_sentence_says_how_likely_the_open_rank_is_enough(monkeypat
     assert decision.sentence.endswith(f", {format_probability(decision.ranks[0].probability or 0.0)} likely enough).")
 
 
-def test_an_adapter_of_which_only_the_rank_is_known_is_said_so() -> None:
+def test_the_provenance_may_be_the_rank_alone() -> None:
     assert Provenance(4, 4, 0.0, 0, None, None).sentence() == "trained at rank 4"
     assert (
         Provenance(2, 8, 0.0, 50, None, "SVD").sentence() == "trained at rank 8 (50 steps), truncated to rank 2 by SVD"

@@ -1,4 +1,4 @@
-"""What one screen says of a table: one rule for "enough", and no two lines that contradict each other."""
+"""Test that the lines of a screen follow one rule and do not contradict each other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw_random_worlds() -> dict[str, World]:
 
 
 def require_consistent_screen(decision: Decision) -> None:
-    """Each sentence and figure of the screen agrees with the column `enough` and with the differences."""
+    """Require each sentence and figure of the screen to agree with the column `enough` and with the differences."""
     enough_column = {int(row[0]): row[5] for row in build_evidence_table(decision)[1:] if row[0] != "base"}
     by_rank = {evidence.rank: evidence for evidence in decision.ranks if evidence.rank > 0}
     _require_consistent_bounds(decision, enough_column, by_rank)
@@ -69,8 +69,8 @@ def _require_consistent_sentence(
         assert all(abs(evidence.difference or 0.0) <= decision.margin * (1 + 1e-7) for evidence in by_rank.values())
     if sentence.startswith("Still rising"):
         assert {word for rank, word in enough_column.num_examples() if rank != decision.rank} <= {"no", "unlikely"}
-    if within := re.match(r"Undecided: rank (\d+) is within", sentence):
-        assert enough_column[int(within[1])] == "yes"
+    if within_match := re.match(r"Undecided: rank (\d+) is within", sentence):
+        assert enough_column[int(within_match[1])] == "yes"
 
 
 def _require_consistent_safe_choice(decision: Decision, enough_column: Mapping[int, str]) -> None:
@@ -78,8 +78,10 @@ def _require_consistent_safe_choice(decision: Decision, enough_column: Mapping[i
     if text.startswith("No rank is proven"):
         assert "yes" not in enough_column.values()
     elif text:
-        (named,) = map(int, re.findall(r"[Rr]ank (\d+) is the", text))
-        assert all(enough_column[rank] == "yes" for rank in enough_column if named <= rank <= decision.reference_rank)
+        (safe_rank,) = map(int, re.findall(r"[Rr]ank (\d+) is the", text))
+        assert all(
+            enough_column[rank] == "yes" for rank in enough_column if safe_rank <= rank <= decision.reference_rank
+        )
 
 
 @pytest.mark.parametrize("shard", range(4))
@@ -103,12 +105,12 @@ TABLES: dict[str, ScoreTable] = {
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("margin", [0.002, 0.01, 0.05])
-def test_a_table_made_to_contradict_itself_does_not(name: str, margin: float) -> None:
+def test_a_difficult_table_does_not_contradict_itself(name: str, margin: float) -> None:
     require_consistent_screen(decide_table(TABLES[name], margin))
 
 
 def test_a_lower_bound_above_the_margin_refutes_with_its_skewness() -> None:
-    """Few examples that are much better pull the bound down: it is the printed one that decides, not one without skewness."""
+    """Decide by the printed bound, which includes skewness: a few examples that are much better lower it."""
     generator = np.random.default_rng(4)
     for shift in np.linspace(0.02, 0.08, 7):
         table = build_example_table({4: 2.0, 16: 2.0}, num_examples=60, noise=0.001, seeds=(0, 1))

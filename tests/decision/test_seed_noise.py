@@ -1,4 +1,4 @@
-"""Seed noise of paired differences, and comparisons on shared seeds."""
+"""Test the seed noise of paired differences, and comparisons on shared seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rightrank.decision.table import Cell, ScoreTable, compute_adjusted_means, s
 
 
 def test_the_noise_of_a_difference_by_hand() -> None:
-    """Seeds differ by 2 in the mean: variance 2; each seed's examples vary by 1 and 3 about it."""
+    """Compute by hand: the seed means differ by 2, so their variance is 2; the examples of the seeds vary by 1 and 3."""
     noise = measure_pair_noise(np.array([[0.0, 2.0], [1.0, 5.0]]), np.ones(2))
     assert (noise.variance, noise.degrees) == (2.0, 1.0)
     assert noise.example_variance == pytest.approx((2.0 + 8.0) / 2)
@@ -33,7 +33,7 @@ def test_a_variance_is_moderated_by_degrees_of_freedom() -> None:
 START = Prior(NOISE.compute_seed_ratio(300), 0.5)
 
 
-def test_one_seed_measures_nothing() -> None:
+def test_one_seed_does_not_measure_noise() -> None:
     noises = [PairNoise(0.0, 0.0, 1.0)] * 3
     assert pool_prior(noises, START, math.inf) == START
     assert pool_prior([], Prior(0.0, 0.0), 8.0).moderate(noises[0]) == (0.0, 0.0)
@@ -48,7 +48,7 @@ def test_the_ratio_starts_at_that_of_earlier_grids_and_follows_the_ranks_at_hand
     assert pool_prior([PairNoise(4.0, 1.0, 1.0), PairNoise(8.0, 1.0, 1.0)], Prior(0.0, 0.0), 3.0).ratio == 6.0
 
 
-def test_more_examples_and_more_seeds_each_leave_the_noise_of_the_other() -> None:
+def test_more_examples_or_seeds_reduce_only_their_own_noise() -> None:
     assert NOISE.ratio(1, 10**9) == pytest.approx(NOISE.seeds, rel=1e-4)
     assert NOISE.ratio(10**9, 200) == pytest.approx(NOISE.examples / 200, rel=1e-4)
     assert NOISE.ratio(1, 200) == NOISE.compute_seed_ratio(200) + NOISE.examples / 200
@@ -59,7 +59,7 @@ def test_rows_with_all_seeds_keep_their_means() -> None:
 
 
 def test_rows_are_compared_on_the_seeds_that_they_share() -> None:
-    """Seed 1 is worse by 2 for every row: a row without it is not better for that."""
+    """Adjust for the shared seeds: seed 1 is worse by 2 for every row, and a row without it is not better for that."""
     first, second, third = compute_adjusted_means([{0: 1.0, 1: 3.0}, {0: 1.1}, {0: 0.9, 1: 2.9}])
     assert second - first == pytest.approx(0.1, abs=1e-6)
     assert third - first == pytest.approx(-0.1, abs=1e-6)
@@ -75,12 +75,12 @@ THREE = {0: 6.0598, 1: 6.0617, 2: 6.0624}
 @pytest.mark.parametrize(
     ("other_seeds", "best"),
     [
-        ({0: 6.0608}, 1e-3),  # below the mean of three, and worse on the seed that both have
+        ({0: 6.0608}, 1e-3),  # below the mean of three, but worse on the common seed
         ({1: 6.0608}, 3e-3),
         ({0: 6.0599, 1: 6.0617, 2: 6.0625}, 1e-3),
         ({0: 6.0597, 1: 6.0617, 2: 6.0623}, 3e-3),
-        ({7: 5.0}, 1e-3),  # no seed in common
-        (dict(THREE), 1e-3),  # the lower one on ties
+        ({7: 5.0}, 1e-3),  # no common seed
+        (dict(THREE), 1e-3),  # the lower rate on ties
     ],
 )
 def test_learning_rates_are_compared_on_shared_seeds(other_seeds: dict[int, float], best: float) -> None:
@@ -96,7 +96,7 @@ def test_learning_rates_are_compared_on_shared_seeds(other_seeds: dict[int, floa
 
 @pytest.mark.parametrize("deviation", [0.005, 0.01, 0.02])
 def test_two_noisy_seeds_seldom_name_a_rank_that_is_worse_by_the_margin(deviation: float) -> None:
-    """The true difference is the margin itself, so at most 5% are allowed; 500 tables know that to about two points."""
+    """Allow at most 5% errors, since the true difference is the margin; 500 tables measure that within about two points."""
     generator, rows, margin, num_named = np.random.default_rng(1), 300, 0.02, 0
     for _ in range(500):
         ease = generator.normal(2, 0.5, rows)

@@ -1,4 +1,4 @@
-"""The answer in words: which ranks, probabilities and bounds a sentence names."""
+"""Test the sentence of a decision: which ranks, probabilities and bounds it names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_an_open_answer_names_what_is_shown_and_the_rank_that_leaves_it_open(
     assert decision.fallback_rank == (8 if "rank 8 is within" in expected else None)
 
 
-def test_what_the_noise_over_seeds_was_measured_on() -> None:
+def test_the_note_says_how_seed_noise_was_measured() -> None:
     table = build_example_table({4: 2.01, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2))
 
     def get_basis_note(dropped: set[tuple[int, int]]) -> str:
@@ -116,13 +116,13 @@ def test_certainty_is_not_claimed() -> None:
     ]  # fmt: skip
 
 
-def test_numbers_have_two_digits_and_large_ones_none_behind_the_point() -> None:
+def test_numbers_have_two_digits_and_large_ones_no_decimals() -> None:
     assert [format_number(value) for value in (0.01234, -1.26, 99.4, 100.0, 100.5, 12345.6)] == [
         "0.012", "-1.3", "99", "100", "100", "12346",
     ]  # fmt: skip
 
 
-def test_one_number_a_rank_may_rise_and_a_stated_deviation_is_part_of_the_threshold() -> None:
+def test_one_number_per_rank_may_rise_and_a_stated_deviation_counts() -> None:
     losses = {1: 2.0, 4: 1.9, 16: 1.8}
     assert decide_table(build_value_table(losses), 0.02).verdict == "rising"
     assert decide_table(build_value_table(losses, std=0.05), 0.02).verdict == "rising"

@@ -1,7 +1,7 @@
-"""The rule on a hundred tables of every kind, beside what it said when they were stored.
+"""Compare the decisions on a hundred tables of every kind with the stored decisions.
 
-Stored again, on purpose, with `python -m tests.decision.test_stored`. Look at the difference: it is what changed
-for users. Figures are compared to the rounding of sums.
+Store them again with `python -m tests.decision.test_stored` if a change is intended, and read the diff: it shows what
+changes for users. Numbers are compared up to rounding errors of sums.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_the_stored_decisions_hold_every_verdict_flag_and_action(stored: dict[st
 
 
 def require_equal(actual: Any, expected: Any, path: str) -> None:
-    """Equal but for rounding."""
+    """Require equal values, up to rounding errors."""
     if isinstance(expected, dict):
         assert actual.keys() == expected.keys(), path
         for key in expected:
@@ -66,7 +66,7 @@ def require_equal(actual: Any, expected: Any, path: str) -> None:
 
 
 def round_numbers(value: Any) -> Any:
-    """Numbers to nine digits: what is compared, and no more."""
+    """Round all numbers to nine digits, the precision of the comparison."""
     if isinstance(value, dict):
         return {key: round_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):

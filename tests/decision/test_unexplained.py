@@ -1,4 +1,4 @@
-"""A larger rank that is clearly worse than the best: its training failed, or the ranks overfit."""
+"""Test a larger rank that is clearly worse than the best: either its training failed or the ranks overfit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rightrank.schema.decision import Decision, Result, ResultsTable
 from tests.decision.tables import build_example_table, build_value_table
 
 DIVERGED = {1: 2.1, 4: 2.0, 16: 1.995, 64: 11.3}
-RAISED = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.6}  # rank 64 at 2.0 with .6 more
+RAISED = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.6}  # rank 64 is at 2.0 plus .6
 FLAG = "larger_rank_worse"
 
 
 def build_seed_table(
     losses: Mapping[int, float], seeds: Sequence[int] = (0, 1), rates: Sequence[float] = (1e-3,), worse: float = 0.01
 ) -> ScoreTable:
-    """One number a training; a lower rate is worse by `worse`."""
+    """Build a table with one number per training, where the lower learning rates are worse by `worse`."""
     results = [
         Result(
             trial_id=f"{rank}-{rate}-{seed}",
@@ -72,13 +72,13 @@ def test_a_larger_rank_that_failed_leaves_the_answer_undecided(
         assert "Without it rank 4 looks enough" in decision.sentence
 
 
-def test_of_two_that_failed_alike_the_first_is_repeated() -> None:
+def test_the_first_of_two_failed_ranks_is_repeated() -> None:
     require_repeat(decide_table(build_value_table({1: 2.1, 4: 2.0, 16: 11.0, 64: 11.3}), 0.02), 16)
     rise_over_the_base = {0: 3.0, 1: 2.1, 4: 2.0, 16: 5.0, 64: 11.3}
     require_repeat(decide_table(build_value_table(rise_over_the_base), 0.02), 16)
 
 
-def test_it_is_repeated_at_a_lower_rate_or_with_another_seed_where_that_was_tried() -> None:
+def test_a_failed_rank_is_repeated_at_a_lower_rate_or_with_another_seed() -> None:
     lower, seed = (
         decide_table(table, 0.02).next_runs[0]
         for table in (build_seed_table(DIVERGED), build_two_rate_table(RAISED, seeds=(0,)))
@@ -99,7 +99,7 @@ def build_two_rate_table(losses: Mapping[int, float], seeds: Sequence[int]) -> S
     return replace(best, cells={**best.cells, **lower})
 
 
-def test_two_seeds_and_a_lower_rate_show_that_it_is_worse() -> None:
+def test_two_seeds_and_a_lower_rate_show_that_a_rank_is_worse() -> None:
     for table in (build_two_rate_table(RAISED, seeds=(0, 1)), build_seed_table(DIVERGED, rates=(3e-4, 1e-3))):
         decision = decide_table(table, 0.02)
         assert (decision.rank, decision.verdict) == (4, "saturated")
@@ -136,7 +136,7 @@ def test_a_rank_that_learns_more_overfits_however_much_worse_it_is() -> None:
         require_repeat(decide_table(build_example_table(RAISED, seeds=seeds, train=diverged), 0.02), 64)
 
 
-def test_a_little_worse_is_no_failure() -> None:
+def test_a_slightly_worse_rank_is_not_a_failure() -> None:
     for table in (
         build_example_table({1: 2.3, 4: 2.0, 16: 2.002, 64: 2.015}, seeds=(0, 1)),
         build_value_table({4: 2.0, 16: 1.9, 64: 2.0}),
@@ -146,7 +146,7 @@ def test_a_little_worse_is_no_failure() -> None:
         assert decision.rank is not None
 
 
-def test_where_an_answer_is_wanted_all_the_same_it_is_that_of_the_other_ranks() -> None:
+def test_a_forced_answer_is_that_of_the_other_ranks() -> None:
     for losses in (DIVERGED, {rank: loss for rank, loss in DIVERGED.items() if rank < 64}):
         decision = decide_table(build_seed_table(losses), 0.02, smallest_if_alike=True, confidence=None)
         assert (decision.rank, decision.verdict) == (4, "saturated")

@@ -1,4 +1,4 @@
-"""The truth table of the rank that leaves an answer undecided."""
+"""Test which rank leaves an answer undecided."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENOUGH, REFUTED, INCONCLUSIVE = True, False, None
 
 
 def make_comparison(chosen: int, *, point_reading: bool = False, **non_inferior: bool | None) -> Comparison:
-    """Ranks r0, r1, … with their `non_inferior`; r0 is the base."""
+    """Make a comparison of ranks r0, r1, … with these values of `non_inferior`; r0 is the base."""
     judged: Any = {int(name[1:]): SimpleNamespace(non_inferior=is_enough) for name, is_enough in non_inferior.items()}
     ranks = {rank: None for rank in judged if rank}
     evidence: Any = SimpleNamespace(contenders=ranks, is_point_reading=point_reading)
@@ -27,7 +27,7 @@ def make_comparison(chosen: int, *, point_reading: bool = False, **non_inferior:
         (1, {"r1": ENOUGH, "r4": ENOUGH}, None),  # no lower rank
         (4, {"r2": REFUTED, "r4": ENOUGH, "r8": ENOUGH}, None),
         (8, {"r2": ENOUGH, "r4": REFUTED, "r8": ENOUGH}, None),
-        (8, {"r2": REFUTED, "r4": INCONCLUSIVE, "r8": ENOUGH}, 4),  # below the largest tried
+        (8, {"r2": REFUTED, "r4": INCONCLUSIVE, "r8": ENOUGH}, 4),  # below the largest rank
         (8, {"r4": INCONCLUSIVE, "r8": ENOUGH, "r16": ENOUGH}, None),  # within a factor of two
         (8, {"r2": REFUTED, "r4": INCONCLUSIVE, "r8": ENOUGH, "r16": ENOUGH}, None),
         (8, {"r2": INCONCLUSIVE, "r4": INCONCLUSIVE, "r8": ENOUGH, "r16": ENOUGH}, 2),

@@ -1,4 +1,4 @@
-"""Tables of every kind, from a seed: what the stored decisions in `decisions.json` were made from."""
+"""Draw tables of every kind from seeds, for the stored decisions in `decisions.json`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CURVES: dict[str, Curve] = {
 }
 METRICS: tuple[tuple[str, bool, float, float], ...] = (  # name, higher is better, level, scale
     ("eval_loss", False, 2.0, 1.0),
-    ("perplexity", False, 2.0, 1.0),  # the level and scale are of its logarithm
+    ("perplexity", False, 2.0, 1.0),  # the level and scale refer to the logarithm
     ("accuracy", True, 0.7, 0.5),
     ("gsm8k", True, 60.0, 40.0),
     ("BLEU", True, 65.0, 10.0),
@@ -36,24 +36,24 @@ METRICS: tuple[tuple[str, bool, float, float], ...] = (  # name, higher is bette
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What a table is drawn from."""
+    """The parameters from which a table is drawn."""
 
     curve: str
     metric: str = "eval_loss"
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
     learning_rates: tuple[float, ...] = (1e-3,)
     seeds: tuple[int, ...] = (0,)
-    num_examples: int = 0  # 0: one number a training
-    noise: float = 0.004  # of an item's difference between ranks, or of a training's number
-    base: float | None = None  # worse than the level by this much; None: not measured
+    num_examples: int = 0  # 0: one number per training
+    noise: float = 0.004  # deviation of an example's difference between ranks, or of one number per training
+    base: float | None = None  # this much worse than the level; None: not measured
     std: float | None = None
     margin: float | None = None
     weighted: bool = False
     missing: tuple[int, ...] = ()
     points: bool = False
-    parting: float = 0.0  # how much lower ranks fall off along the training
-    trained: float | None = None  # training values fall by this much an octave
-    other: str | None = None  # a further metric, which wants the top rank
+    parting: float = 0.0  # how much lower ranks fall behind during the training
+    trained: float | None = None  # decrease of the training value per doubling of the rank
+    other: str | None = None  # an additional metric that prefers the top rank
     token_loss: bool = True
     seed: int = 0
 
@@ -110,7 +110,7 @@ def _make_result(world: World, rank: int, learning_rate: float, seed: int, score
 
 
 def build_worlds() -> dict[str, World]:
-    """Every branch by name, then a draw of combinations."""
+    """Return a world for each branch of the rule by name, and random combinations."""
     chosen_worlds = {
         "bare saturating": World("saturating"),
         "bare rising": World("rising"),
