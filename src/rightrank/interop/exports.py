@@ -1,5 +1,7 @@
-"""The export of a run: a target is a pure function from a recipe to files, the command that uses them, and notes on what it
-lacks; `write_export` writes them."""
+"""Export a run: each target is a pure function from a recipe to files, a command that uses them, and notes on missing features.
+
+`write_export` writes them.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +35,29 @@ from rightrank.schema.errors import ResultsError, SettingsError, suggest_name
 from rightrank.schema.settings import TRAINER_FIELDS
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
-LAYER_SELECTORS = ("layers_to_transform", "exclude_modules", "layers_pattern")  # said by the full names of the modules
+LAYER_SELECTORS = (
+    "layers_to_transform",
+    "exclude_modules",
+    "layers_pattern",
+)  # replaced by the full names of the modules
 BASE_LOADING_SETTINGS = ("load_in_4bit", "load_in_8bit", "trust_remote_code")
-SERVERS = ("vllm", "sglang")  # they load an adapter of one rank and one scale
-ADAPTER_TARGETS = ("peft", *SERVERS)  # targets for the adapter itself; the others train
+SERVERS = ("vllm", "sglang")  # They require the same rank and scale in all modules.
+ADAPTER_TARGETS = ("peft", *SERVERS)  # targets that use the adapter; the others train a new one
 SERVED_FOLDER = "adapter"
-MERGED = "merged"  # a model without an adapter: `interop.merge`
-MAX_PARENT_FOLDERS = 4  # folders around an adapter: trials, the run, and two around the run
-LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
+MERGED = "merged"  # a model without an adapter, written by `interop.merge`
+MAX_PARENT_FOLDERS = 4  # parents of an adapter: the trials folder, the run, and two above the run
+LOOPBACK = "127.0.0.1"  # vLLM listens on every interface by default, other servers only on this one
 SERVED_NAME = "rightrank"
-# A trainer's words for what is not as by default; for what is not here it has none.
+# A trainer's names for settings without default values. It lacks settings that are not listed here.
 TRL_NAMES = {name: f"lora_{name}" for name in ("modules_to_save", "use_dora", "target_parameters")}
 TRL_NAMES |= {name: name for name in ("use_dora", "load_in_4bit", "load_in_8bit")}
 AXOLOTL_NAMES = {"layers_to_transform": "peft_layers_to_transform"}
 AXOLOTL_NAMES |= {name: f"lora_{name}" for name in ("modules_to_save", *PATTERNS)}
 AXOLOTL_NAMES |= {name: f"peft_{name}" for name in ("use_dora", "init_lora_weights")}
 AXOLOTL_NAMES |= {"target_parameters": "lora_target_parameters", **{name: name for name in BASE_LOADING_SETTINGS}}
-STRING_COLUMNS_NOTE = "the file is for a `prompt`, `chosen` and `rejected` of text"
+STRING_COLUMNS_NOTE = "the file expects `prompt`, `chosen` and `rejected` to be text"
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
-# The entry of the data set by the shape of its rows, where a trainer knows it, else by their form.
+# Entries of the data set by the shape of its rows if a trainer supports it, else by their form.
 AXOLOTL_DATA: dict[str, dict[str, Any]] = {
     "alpaca": {"type": "alpaca"},
     "sharegpt": {
@@ -78,37 +84,37 @@ LLAMAFACTORY_DATA: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class TargetFiles:
-    """The files of a target by name, the command that uses them, and what the target cannot express."""
+    """The files of a target by name, the command that uses them, and notes on what the target cannot express."""
 
     files: dict[str, str]
     command: str
     notes: list[str] = field(default_factory=list)
-    with_adapter: bool = False  # copy the files of the adapter too
+    with_adapter: bool = False  # whether the adapter's files are copied too
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """The written files, the command that uses them from inside the folder, and what the target cannot express."""
+    """The written files, the command to run inside the folder, and notes on what the target cannot express."""
 
     target: str
     folder: Path
     files: list[str]
     command: str
     notes: list[str]
-    check: dict[str, Any] | None = None  # of a merged model: the comparison with the adapter
-    address: str | None = None  # of a repository of the hub that it was pushed to
+    check: dict[str, Any] | None = None  # for a merged model, the comparison with the adapter
+    address: str | None = None  # of the hub repository that it was pushed to
 
 
 def require_target(name: str) -> None:
-    """Refuse an unknown target, before anything is read.
+    """Raise if an export target is unknown, before anything is read.
 
     Raises:
-        SettingsError: such a target, with the nearest known one.
+        SettingsError: an unknown target; the message suggests the nearest one.
     """
     target_names = [*TARGETS, MERGED]
     if name not in target_names:
         raise SettingsError(
-            f"export target {name!r} is not known{suggest_name(name, target_names)}; allowed: {', '.join(target_names)}"
+            f"unknown export target {name!r}{suggest_name(name, target_names)}; allowed: {', '.join(target_names)}"
         )
 
 
@@ -116,28 +122,30 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> ExportResult:
     """Write a target's files into `folder`, which is replaced.
 
     Raises:
-        ResultsError: a rank that the server does not serve.
+        ResultsError: a rank that the server does not support.
     """
-    if name != "peft":  # its folder may be published, and needs neither the model nor the data
+    if name != "peft":  # This folder may be published, so it contains no local paths.
         model, data = (resolve_path(name, recipe.adapter) for name in (recipe.model, recipe.data))
         recipe = replace(recipe, model=model, data=data)
     if name in SERVERS and recipe.has_patterns:
-        recipe = replace(recipe, served=folder.resolve() / SERVED_FOLDER)
+        recipe = replace(recipe, served_folder=folder.resolve() / SERVED_FOLDER)
     recipe_to_export = (
-        recipe if name in ADAPTER_TARGETS else replace(recipe.training(), data=_find_train_file(recipe.data))
+        recipe
+        if name in ADAPTER_TARGETS
+        else replace(recipe.build_training_recipe(), data=_find_train_file(recipe.data))
     )
-    target_files, comments = TARGETS[name](recipe_to_export), recipe.comments()
+    target_files, comments = TARGETS[name](recipe_to_export), recipe.format_rebuild_comments()
     with replace_folder(folder) as temporary:
         if target_files.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)
-        if recipe.served is not None:
+        if recipe.served_folder is not None:
             _write_served_adapter(recipe.adapter, temporary / SERVED_FOLDER)
         for file, text in target_files.files.items():
             (temporary / file).write_text(_add_comments(file, text, comments), encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
-    held_out_note = f"the run held out {recipe.held_out:,} rows of {recipe.data}; this file trains on them too"
-    held_out_notes = [held_out_note] if recipe.held_out and name not in ADAPTER_TARGETS else []
+    held_out_note = f"the run held out {recipe.num_held_out:,} rows of {recipe.data}; this file trains on them too"
+    held_out_notes = [held_out_note] if recipe.num_held_out and name not in ADAPTER_TARGETS else []
     rate_notes = [format_rate_warning(recipe_to_export.r, recipe_to_export.lora_alpha, recipe_to_export.learning_rate)]
     if name not in ADAPTER_TARGETS:
         rate_notes.append(
@@ -153,17 +161,17 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> ExportResult:
 
 
 def _write_served_adapter(adapter: Path, out: Path) -> None:
-    """Write the adapter with one rank and one scale for all modules."""
-    from rightrank.adapters.resize import write_uniform_adapter  # these bring torch, which other exports do not need
+    """Write the adapter with the same rank and scale for all modules."""
+    from rightrank.adapters.resize import write_uniform_adapter  # imports torch, which other exports do not need
     from rightrank.models.adapter_reader import open_adapter
 
     write_uniform_adapter(open_adapter(adapter), out)
 
 
 def resolve_path(name: str, adapter: Path) -> str:
-    """The absolute path of a file or folder; a name on the hub as it is.
+    """Return the absolute path of a file or folder. Names on the hub are returned unchanged.
 
-    A relative path starts at the current folder, or else at one around the run: the selection may have run there.
+    A relative path is looked up in the current folder, and then in the folders that contain the run, because the selection may have run there.
     """
     path = Path(name).expanduser()
     candidates = [path, *(folder / path for folder in list(adapter.resolve().parents)[:MAX_PARENT_FOLDERS])]
@@ -171,22 +179,22 @@ def resolve_path(name: str, adapter: Path) -> str:
 
 
 def _find_train_file(data: str) -> str:
-    """The file of the train split in a folder of files; else what was given."""
+    """Return the file of the train split if `data` is a folder of files, else `data`."""
     files = [path for path in sorted(Path(data).iterdir()) if path.is_file()] if Path(data).is_dir() else []
     return next((str(path) for path in files if parse_split_name(path.stem) == "train"), data)
 
 
 def _add_comments(file: str, text: str, comments: Sequence[str]) -> str:
-    """The text of a file with comments at its start, below the interpreter's line; JSON has none."""
+    """Add comments at the beginning of a file's text, below a `#!` line. JSON has no comments and is returned unchanged."""
     if file.endswith(".json") or not comments:
         return text
-    lines = "".join(f"# {' '.join(comment.splitlines())}\n" for comment in comments)  # a name may hold a line's end
+    lines = "".join(f"# {' '.join(comment.splitlines())}\n" for comment in comments)  # A name may contain a line break.
     first, newline, remainder = text.partition("\n")
     return f"{first}{newline}{lines}{remainder}" if first.startswith("#!") else lines + text
 
 
 def _build_peft_files(recipe: Recipe) -> TargetFiles:
-    """The adapter folder, and the `LoraConfig` that creates an adapter like it."""
+    """Return the adapter folder, and the `LoraConfig` that creates such an adapter."""
     arguments: dict[str, Any] = {"task_type": recipe.task_type, **_build_lora_settings(recipe, "r")}
     arguments |= {"use_rslora": recipe.use_rslora, "target_modules": list(recipe.target_modules)}
     extra_arguments = {
@@ -201,7 +209,7 @@ def _build_peft_files(recipe: Recipe) -> TargetFiles:
 
 
 def _build_trl_files(recipe: Recipe) -> TargetFiles:
-    """A config of TRL's command line: `trl sft --config trl_sft.yaml`, or `trl dpo` for preference pairs."""
+    """Return a config for TRL's command line: `trl sft --config trl_sft.yaml`, or `trl dpo` for preference pairs."""
     job = "dpo" if recipe.form == "preference" else "sft"
     values: dict[str, Any] = {
         "model_name_or_path": recipe.model,
@@ -230,7 +238,7 @@ def _build_trl_files(recipe: Recipe) -> TargetFiles:
 
 
 def _build_axolotl_files(recipe: Recipe) -> TargetFiles:
-    """A config of axolotl: `axolotl train axolotl.yaml`."""
+    """Return a config for axolotl: `axolotl train axolotl.yaml`."""
     prompt_entry = {
         "type": {
             "field_instruction": recipe.columns.get("prompt", "prompt"),
@@ -267,18 +275,18 @@ def _build_axolotl_files(recipe: Recipe) -> TargetFiles:
     values |= _translate_settings(recipe, names)
     if "lora_alpha_pattern" in values:
         values["lora_alpha_pattern"] = {name: int(alpha) for name, alpha in recipe.alpha_pattern.items()}
-    if recipe.exclude_modules:  # the names of the modules say it
+    if recipe.exclude_modules:  # The module names already select the layers.
         values.pop("peft_layers_to_transform", None)
     if recipe.form == "preference":
         values |= {"rl": "dpo", "rl_beta": recipe.settings.beta}
         notes.append(
-            f"axolotl: {STRING_COLUMNS_NOTE}; for messages, set the data set's type to `chat_template.default`"
+            f"axolotl: {STRING_COLUMNS_NOTE}; for messages, set the type of the data set to `chat_template.default`"
         )
     return TargetFiles({"axolotl.yaml": _dump_yaml(values)}, "axolotl train axolotl.yaml", notes)
 
 
 def _build_llamafactory_files(recipe: Recipe) -> TargetFiles:
-    """A config of LLaMA-Factory with the data set's entry: `llamafactory-cli train llamafactory.yaml`."""
+    """Return a config for LLaMA-Factory with an entry for the data set: `llamafactory-cli train llamafactory.yaml`."""
     values = {
         "model_name_or_path": recipe.model,
         "stage": {"text": "pt", "preference": "dpo"}.get(recipe.form, "sft"),
@@ -327,11 +335,11 @@ def _build_llamafactory_files(recipe: Recipe) -> TargetFiles:
 
 
 def _build_unsloth_files(recipe: Recipe) -> TargetFiles:
-    """A snippet for Unsloth."""
+    """Return a code snippet for Unsloth."""
     layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
-    module_suffixes = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth matches these alone
+    module_suffixes = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth only matches these.
     dtype = "None" if recipe.settings.dtype == "float32" else f"torch.{recipe.settings.dtype}"
-    is_init_supported = recipe.init_lora_weights in (True, "gaussian")  # Unsloth refuses other names
+    is_init_supported = recipe.init_lora_weights in (True, "gaussian")  # Unsloth rejects other names.
     supported_names = (
         "layers_to_transform",
         "modules_to_save",
@@ -367,12 +375,12 @@ model = FastLanguageModel.get_peft_model(
 
 
 def _build_vllm_files(recipe: Recipe) -> TargetFiles:
-    """`vllm serve` with the adapter; vLLM reserves the next of its own ranks."""
+    """Return a script that runs `vllm serve` with the adapter. vLLM rounds the rank up to one that it supports."""
     shapes, ranks = _read_served_shapes(recipe)
     rank = max(ranks)
     if rank > SERVER_RANKS[-1]:
         raise ResultsError(
-            f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {rank}: resize the adapter, or merge it into the base"
+            f"vLLM supports ranks up to {SERVER_RANKS[-1]}, and this adapter has {rank}: resize it, or merge it into the base"
         )
     max_lora_rank = find_server_rank(rank)
     slot_note = (
@@ -385,7 +393,7 @@ def _build_vllm_files(recipe: Recipe) -> TargetFiles:
 
 
 def _build_sglang_files(recipe: Recipe) -> TargetFiles:
-    """SGLang's server with the adapter; its default address is this machine."""
+    """Return a script that runs SGLang's server with the adapter. Its default address is the local machine."""
     _, ranks = _read_served_shapes(recipe)
     arguments = ["python", "-m", "sglang.launch_server", "--model-path", recipe.model, "--enable-lora"]
     arguments += ["--max-lora-rank", str(max(ranks)), "--lora-paths", _format_served_adapter(recipe)]
@@ -397,11 +405,11 @@ def _build_server_files(server: str, arguments: Sequence[str], notes: list[str])
 
 
 def _format_served_adapter(recipe: Recipe) -> str:
-    return f"{SERVED_NAME}={recipe.served or recipe.adapter.resolve()}"
+    return f"{SERVED_NAME}={recipe.served_folder or recipe.adapter.resolve()}"
 
 
 def _read_served_shapes(recipe: Recipe) -> tuple[list[tuple[int, int]], list[int]]:
-    """`(rows and columns, ranks)` of the adapted matrices: only the header is read, and no torch is loaded for it."""
+    """Return `(rows and columns, ranks)` of the adapted matrices from the file's header, without loading torch."""
     header = read_header(recipe.adapter / WEIGHTS_FILE)[0]
     factors = {name: shape for name, shape in header.items() if ".lora_" in name and len(shape) == 2}
     sides = [(factors[name.replace("lora_A", "lora_B")], a) for name, a in factors.items() if "lora_A" in name]
@@ -420,19 +428,19 @@ TARGETS: dict[str, Callable[[Recipe], TargetFiles]] = {
 
 
 def _build_lora_settings(recipe: Recipe, rank: str) -> dict[str, Any]:
-    """What every trainer asks, by names that differ in that of the rank alone."""
+    """Return the settings that every trainer has. Only the name of the rank differs."""
     return {rank: recipe.r, "lora_alpha": recipe.alpha, "lora_dropout": recipe.lora_dropout}
 
 
 def _translate_settings(recipe: Recipe, translations: Mapping[str, str]) -> dict[str, Any]:
-    """What is not as by default, in a trainer's words."""
+    """Return the settings without default values, in a trainer's names."""
     return {
         word: _to_plain(recipe.non_default[name]) for name, word in translations.items() if name in recipe.non_default
     }
 
 
 def _get_loader_name(path: str) -> str:
-    """The `datasets` loader of a file."""
+    """Return the name of the `datasets` loader for a file."""
     ending = path.rsplit(".", 1)[-1].lower()
     return {"csv": "csv", "tsv": "csv", "parquet": "parquet"}.get(ending, "json")
 
@@ -444,7 +452,7 @@ def _dump_yaml(values: dict[str, Any]) -> str:
 def _select_data_entry(
     recipe: Recipe, entries: Mapping[str, dict[str, Any]], prompt_entry: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a trainer reads of the data, `prompted` for prompts and completions."""
+    """Return the entry that describes the data to a trainer; `prompt_entry` is used for prompts and completions."""
     if recipe.shape is not None and recipe.shape in entries:
         return entries[recipe.shape]
     return prompt_entry if recipe.form == "prompt_completion" else entries.get(recipe.form, entries["text"])
@@ -455,12 +463,12 @@ def _to_plain(value: Any) -> Any:
 
 
 def _describe_fractional_alpha(recipe: Recipe, program: str) -> list[str]:
-    note = f"{program} takes a whole number for lora_alpha, and this adapter has {recipe.alpha}; train with TRL or PEFT"
+    note = f"{program} requires an integer lora_alpha, but this adapter has {recipe.alpha}; train with TRL or PEFT"
     return [] if isinstance(recipe.alpha, int) else [note]
 
 
 def _format_arguments(recipe: Recipe) -> str:
-    """The training as keywords of transformers' `TrainingArguments`, in Python."""
+    """Format the training as keywords of transformers' `TrainingArguments`, in Python."""
     lines = "".join(f"    {name}={value!r},\n" for name, value in _build_training_arguments(recipe).items())
     extra_lines = f"max_length = {recipe.settings.seq_len}\n"
     extra_lines += f"beta = {recipe.settings.beta!r}\n" if recipe.form == "preference" else ""
@@ -470,7 +478,7 @@ def _format_arguments(recipe: Recipe) -> str:
 def _build_training_arguments(
     recipe: Recipe, batch_size: str = "per_device_train_batch_size", scheduler: str = "lr_scheduler_type"
 ) -> dict[str, Any]:
-    """The arguments of the training, in the names of transformers' TrainingArguments but for two."""
+    """Return the training's arguments in the names of transformers' TrainingArguments, except for two."""
     settings, translations = recipe.settings, {"lr_scheduler_type": scheduler, "warmup_ratio": "warmup_steps"}
     trainer_settings = settings.model_dump(include=TRAINER_FIELDS) | {"warmup_ratio": recipe.warmup_steps}
     return {
@@ -487,16 +495,16 @@ def _build_training_arguments(
 def _describe_missing_features(
     recipe: Recipe, program: str, supported_names: Sequence[str] = (), reader: str = ""
 ) -> list[str]:
-    """Notes on what the target lacks: a classifier's head, and each setting that is not as by default and not among `has`.
+    """Return notes on features that the target lacks: a classification head, and non-default settings not in `supported_names`.
 
-    Where `reader` knows the columns of a form alone, a note says what to do with others.
+    If `reader` only supports the columns of a form, a note explains how to convert other columns.
     """
     missing_names = [name for name in recipe.non_default if name not in supported_names]
     consequences = {
-        "; training it needs a script of your own": ["classification head"] * (recipe.form == "classification"),
+        "; training one needs a custom script": ["classification head"] * (recipe.form == "classification"),
         "; the file has one rank for all modules": [name for name in missing_names if name in PATTERNS],
         ": give it when you load the base": [name for name in missing_names if name in BASE_LOADING_SETTINGS],
-        ": it trains another adapter than the run did": [
+        ", so it trains another adapter than the run did": [
             name for name in missing_names if name not in (*PATTERNS, *BASE_LOADING_SETTINGS)
         ],
     }
@@ -506,26 +514,28 @@ def _describe_missing_features(
         if names
     ]
     columns = (
-        f"reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
+        f"reads the columns of the form {recipe.form}; convert those of {recipe.data} as select did ({recipe.shape})"
     )
     return [*notes, f"{reader} {columns}"] if reader and recipe.shape is not None else notes
 
 
 def _describe_serving_limits(recipe: Recipe, ranks: Sequence[int]) -> list[str]:
-    """What servers do not load, and what was made of it."""
+    """Return notes on what servers cannot load, and on how the adapter was changed for them."""
     notes = []
-    if recipe.served is not None:
+    if recipe.served_folder is not None:
         text = format_rank(recipe.r, min(ranks), max(ranks))
         notes.append(
-            f"the adapter has rank {text}, and servers load one rank and one scale for all modules: {SERVED_FOLDER}/ here is the same function "
+            f"the adapter has rank {text}, and servers require the same rank and scale in all modules: {SERVED_FOLDER}/ contains the same function "
             f"at rank {max(ranks)}, padded with zeros"
         )
     if recipe.modules_to_save:
         notes.append(
             f"servers do not load modules_to_save ({', '.join(recipe.modules_to_save)}): merge the adapter instead"
         )
-    if recipe.kind:
-        notes.append(f"servers load plain LoRA; this adapter has {' and '.join(recipe.kind)}: merge it instead")
+    if recipe.non_plain_options:
+        notes.append(
+            f"servers load plain LoRA; this adapter has {' and '.join(recipe.non_plain_options)}: merge it instead"
+        )
     if recipe.task_type != "CAUSAL_LM":
         notes.append(f"servers load adapters of causal language models; the task of this one is {recipe.task_type}")
     return notes

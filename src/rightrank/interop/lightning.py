@@ -28,7 +28,7 @@ log = logging.getLogger("rightrank")
 class SmallestAdapter(Callback):
     """Find the smallest adapter within the margin at the end of `fit`, and write it to `<default_root_dir>/rightrank/`.
 
-    `held_out` has batches that are not used for training: dictionaries of tensors with `labels`. Margin and metric are the same as for
+    `num_held_out` has batches that are not used for training: dictionaries of tensors with `labels`. Margin and metric are the same as for
     `rightrank.SmallestAdapter`. At the beginning it raises `DataError` if there are no batches, and `ModelError` if the adapter cannot be truncated.
     """
 
@@ -81,7 +81,9 @@ class Squeeze(Callback):
         with preserve_state(model, require_cuttable(model, self._rank), self._held_out):
             has_batches = bool(list(islice(copy_batches(self._held_out), 1)))
         if len(trainer.optimizers) != 1 or (self._rank is None and not has_batches):
-            raise SettingsError("Squeeze: give one optimizer, and a rank or held-out batches to measure truncations on")
+            raise SettingsError(
+                "Squeeze needs one optimizer, and a rank or held-out batches to measure truncations on; give them"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.cut is not None or trainer.global_step != self._step:

@@ -1,6 +1,4 @@
-"""`export --to merged`: the base with an adapter's update in its weights, loaded back, and compared with the adapter over its base on
-held-out examples.
-"""
+"""Merge an adapter into its base model (`export --to merged`) and compare the result with the adapter on held-out examples."""
 
 from __future__ import annotations
 
@@ -33,64 +31,69 @@ TEST_SPLIT = "the run's test split"
 
 @dataclass(frozen=True, slots=True)
 class MergeRequest:
-    """What to merge, and what to compare the merged model on."""
+    """An adapter to merge, and the held-out rows on which the merged model is compared."""
 
     adapter: Path
     base: str
-    settings: SelectSettings  # with which base and rows are read, the metric and the margin
-    data: str | None  # of the adapter's run
-    kind: str  # of the values, of `TYPES`
-    check: Sequence[Path]  # held-out rows; empty: the test split of `data`
+    settings: SelectSettings  # for loading the base and the rows, with the metric and the margin
+    data: str | None  # data of the adapter's run
+    value_type: str  # a key of `VALUE_TYPES`
+    check_files: Sequence[Path]  # held-out rows; if empty, the test split of `data` is used
     on_event: Callable[[EvaluationProgress], None]
 
 
-def write_merged_model(merge: MergeRequest, folder: Path) -> ExportResult:
-    """Write the model into `folder`, which is replaced, and compare it with the adapter.
+def write_merged_model(request: MergeRequest, folder: Path) -> ExportResult:
+    """Write the merged model into `folder`, which is replaced, and compare it with the adapter.
 
     Raises:
-        SettingsError: another type.
-        ModelError: the base or the adapter can't be loaded.
-        DataError: rows that can't be used.
-        RunError: the disk is full; what was there before stays.
+        SettingsError: an unknown type of values.
+        ModelError: the base or the adapter cannot be loaded.
+        DataError: rows that cannot be used.
+        RunError: the disk is full; the previous folder stays in place.
     """
-    if merge.kind not in VALUE_TYPES:
-        raise SettingsError(f"--type {merge.kind!r}: {MERGED} is written as {', '.join(VALUE_TYPES)}")
-    check_files, splits = merge.check, None
+    if request.value_type not in VALUE_TYPES:
+        raise SettingsError(f"--type {request.value_type!r}: {MERGED} can be written as {', '.join(VALUE_TYPES)}")
+    check_files, splits = request.check_files, None
     if not check_files:
-        splits, check_files = _load_test_split(merge), [Path(TEST_SPLIT)]
+        splits, check_files = _load_test_split(request), [Path(TEST_SPLIT)]
     with replace_folder(folder) as temporary:
-        _write_model(merge, VALUE_TYPES[merge.kind], temporary)
+        _write_model(request, VALUE_TYPES[request.value_type], temporary)
     comparison = compare_adapters(
-        (str(merge.adapter), str(folder)), merge.base, check_files, merge.settings, merge.on_event, of_run=splits
+        (str(request.adapter), str(folder)),
+        request.base,
+        check_files,
+        request.settings,
+        request.on_event,
+        of_run=splits,
     )
     files = sorted(path.name for path in folder.iterdir())
-    check = comparison.model_dump(mode="json")
-    exported = ExportResult(MERGED, folder, files, "vllm serve .", [comparison.sentence], check)
-    write_text(folder / "export.json", json.dumps(asdict(exported) | {"folder": str(folder)}, indent=1) + "\n")
-    write_text(folder / "README.md", _format_card(merge, comparison.sentence))
-    return exported
+    comparison_values = comparison.model_dump(mode="json")
+    result = ExportResult(MERGED, folder, files, "vllm serve .", [comparison.sentence], comparison_values)
+    write_text(folder / "export.json", json.dumps(asdict(result) | {"folder": str(folder)}, indent=1) + "\n")
+    write_text(folder / "README.md", _format_card(request, comparison.sentence))
+    return result
 
 
-def _write_model(merge: MergeRequest, dtype: torch.dtype, folder: Path) -> None:
-    """Merge in 32 bits, and round once."""
-    settings = merge.settings.model_copy(update={"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False})
-    loaded = load_base(merge.base, settings, read_labels(str(merge.adapter)))
-    require_matching_base(merge.adapter, loaded)
-    needed = sum(parameter.numel() for parameter in loaded.model.parameters()) * dtype.itemsize
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+def _write_model(request: MergeRequest, dtype: torch.dtype, folder: Path) -> None:
+    """Merge in 32 bits and round the result once."""
+    settings = request.settings.model_copy(update={"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False})
+    loaded_base = load_base(request.base, settings, read_labels(str(request.adapter)))
+    require_matching_base(request.adapter, loaded_base)
+    needed_bytes = sum(parameter.numel() for parameter in loaded_base.model.parameters()) * dtype.itemsize
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
         raise RunError(
-            f"{folder.parent}: the model needs {format_bytes(needed)}, and {format_bytes(free)} are free; make room, or give another --out"
+            f"{folder.parent}: the model needs {format_bytes(needed_bytes)}, but only {format_bytes(free_bytes)} are free; make room, or give another --out"
         )
-    merge_adapter(loaded.model, merge.adapter).to(dtype).save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+    merge_adapter(loaded_base.model, request.adapter).to(dtype).save_pretrained(folder)
+    loaded_base.tokenizer.save_pretrained(folder)
 
 
 def merge_adapter(model: Any, adapter: Path) -> Any:
-    """The base with the adapter's update in its weights, by PEFT.
+    """Return the base model with the adapter's update in its weights, merged by PEFT.
 
     Raises:
-        ModelError: PEFT can't attach or merge it.
+        ModelError: PEFT cannot attach or merge the adapter.
     """
     try:
         with suppress_peft_warnings(), ensure_peft_format(adapter) as peft_path:
@@ -105,18 +108,18 @@ def merge_adapter(model: Any, adapter: Path) -> Any:
     return merged_model
 
 
-def _load_test_split(merge: MergeRequest) -> DataSplits:
-    if merge.data is None or not Path(merge.data).exists():
+def _load_test_split(request: MergeRequest) -> DataSplits:
+    if request.data is None or not Path(request.data).exists():
         raise DataError(
-            f"no held-out rows to compare on ({merge.data or 'the adapter is of no run'}); give them with --check DATA"
+            f"there are no held-out rows to compare on ({request.data or 'the adapter belongs to no run'}); give them with --check DATA"
         )
-    splits = load_data(Path(merge.data), merge.settings, classes=read_labels(str(merge.adapter)))
+    splits = load_data(Path(request.data), request.settings, classes=read_labels(str(request.adapter)))
     rows = splits.examples["test"] or splits.examples["validation"]
     return replace(splits, examples={"train": rows, "validation": rows, "test": rows})
 
 
-def _format_card(merge: MergeRequest, sentence: str) -> str:
+def _format_card(request: MergeRequest, sentence: str) -> str:
     return (
-        f"---\nbase_model: {merge.base}\ntags: [rightrank, {MERGED}]\n---\n\n# {Path(merge.base).name} with an adapter, {MERGED} in {merge.kind}\n\n"
-        f"Compared with the adapter over its base, on {', '.join(map(str, merge.check)) or TEST_SPLIT}:\n\n> {sentence}\n"
+        f"---\nbase_model: {request.base}\ntags: [rightrank, {MERGED}]\n---\n\n# {Path(request.base).name} with an adapter, {MERGED} in {request.value_type}\n\n"
+        f"Compared with the adapter over its base, on {', '.join(map(str, request.check_files)) or TEST_SPLIT}:\n\n> {sentence}\n"
     )
