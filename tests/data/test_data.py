@@ -15,9 +15,9 @@ from rightrank.data.splits import SPLITS, load_data, sample_indices
 from rightrank.report.terminal import describe_data_issues
 from rightrank.schema.errors import DataError
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
-from tests.tiny import sentences, small_settings, write_jsonl
+from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 
-TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sentences(120)]
+TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in generate_sentences(120)]
 
 
 def ids(splits: Any, split: Any) -> set[str]:
@@ -38,13 +38,13 @@ def ids(splits: Any, split: Any) -> set[str]:
 )
 def test_the_form_is_told_by_the_columns(tmp_path: Path, row: dict[str, Any], form: str) -> None:
     rows = [json.loads(json.dumps(row).replace('"a"', json.dumps(f"text {n}"))) for n in range(100)]
-    splits = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings())
+    splits = load_data(write_jsonl(tmp_path / "d.jsonl", rows), build_small_settings())
     assert splits.form == form
     assert all(splits.examples[split] for split in SPLITS)
 
 
 def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
-    settings = small_settings(max_eval_examples=1000)
+    settings = build_small_settings(max_eval_examples=1000)
     small = load_data(write_jsonl(tmp_path / "small.jsonl", TEXT_ROWS[:80]), settings)
     large = load_data(write_jsonl(tmp_path / "large.jsonl", TEXT_ROWS[::-1]), settings)
     for split in SPLITS:
@@ -52,7 +52,7 @@ def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
 
 
 def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
-    splits = load_data(write_jsonl(tmp_path / "d.jsonl", TEXT_ROWS * 3), small_settings(max_eval_examples=1000))
+    splits = load_data(write_jsonl(tmp_path / "d.jsonl", TEXT_ROWS * 3), build_small_settings(max_eval_examples=1000))
     assert splits.summary.duplicates_across_splits == 0
     assert not ids(splits, "train") & (ids(splits, "validation") | ids(splits, "test"))
 
@@ -61,10 +61,10 @@ def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
 def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, given: str) -> None:
     rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
     others = [{"text": f"other {number}"} for number in range(20)]
-    settings, source = small_settings(max_eval_examples=1000), tmp_path / "train.jsonl"
+    settings, source = build_small_settings(max_eval_examples=1000), tmp_path / "train.jsonl"
     write_jsonl(source, rows)
     if given == "validation":
-        settings = small_settings(max_eval_examples=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", others)))
+        settings = build_small_settings(max_eval_examples=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", others)))
     if given == "test":
         write_jsonl(tmp_path / "test.jsonl", others)
     splits = load_data(
@@ -75,7 +75,7 @@ def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, given: s
     taken = [split for split in SPLITS if groups[split] != {"other"}]
     assert len(taken) == (2 if given in ("validation", "test") else 3)
     assert sum(len(groups[split]) for split in taken) == 60  # each group is in one split
-    one_file = load_data(source, small_settings(max_eval_examples=1000))
+    one_file = load_data(source, build_small_settings(max_eval_examples=1000))
     if len(taken) == 3:
         assert splits.fingerprint == one_file.fingerprint
 
@@ -87,20 +87,20 @@ def test_rows_that_differ_in_any_value_are_not_the_same() -> None:
         note[2500] = number
         user = {"role": "user", "content": "look", "note": note if number % 2 else torch.tensor(note)}
         rows.append({"messages": [user, {"role": "assistant", "content": "yes"}]})
-    splits = load_data({"train": rows[:20], "validation": rows[20:30], "test": rows[30:]}, small_settings())
+    splits = load_data({"train": rows[:20], "validation": rows[20:30], "test": rows[30:]}, build_small_settings())
     assert splits.summary.duplicates_across_splits == splits.summary.repeated == 0
 
 
 def test_content_of_text_parts_is_its_text(tmp_path: Path) -> None:
     def rows(content: Any) -> list[dict[str, Any]]:
         answer = {"role": "assistant", "content": "b"}
-        return [{"messages": [{"role": "user", "content": content(text)}, answer]} for text in sentences(80)]
+        return [{"messages": [{"role": "user", "content": content(text)}, answer]} for text in generate_sentences(80)]
 
-    plain = load_data(rows(lambda text: text), small_settings())
+    plain = load_data(rows(lambda text: text), build_small_settings())
     parts = rows(lambda text: [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}])
-    assert load_data(write_jsonl(tmp_path / "d.jsonl", parts), small_settings()).fingerprint == plain.fingerprint
+    assert load_data(write_jsonl(tmp_path / "d.jsonl", parts), build_small_settings()).fingerprint == plain.fingerprint
     with pytest.raises(DataError, match=r"row 1: `messages`: .* list of text fragments"):
-        load_data(rows(lambda text: [{"type": "image"}, {"type": "text", "text": text}]), small_settings())
+        load_data(rows(lambda text: [{"type": "image"}, {"type": "text", "text": text}]), build_small_settings())
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -113,15 +113,15 @@ def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_count
         write_jsonl(tmp_path / "train.jsonl", rows[:150])
         write_jsonl(tmp_path / "validation.jsonl", [*alike[:7], *rows[7:10], *rows[150:180]])
         write_jsonl(tmp_path / "test.jsonl", rows[180:])
-        summary = load_data(tmp_path, small_settings(max_eval_examples=1000)).summary
+        summary = load_data(tmp_path, build_small_settings(max_eval_examples=1000)).summary
         assert (summary.duplicates_across_splits, summary.near_duplicates_across_splits) == (3, 7)
         assert any(line.startswith("7 held-out examples differ") for line in describe_data_issues(summary))
     else:
         whole = load_data(
-            write_jsonl(tmp_path / "d.jsonl", [*rows, *alike]), small_settings(max_eval_examples=1000)
+            write_jsonl(tmp_path / "d.jsonl", [*rows, *alike]), build_small_settings(max_eval_examples=1000)
         ).summary
         assert whole.near_duplicates_across_splits > 0
-        alone = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings(max_eval_examples=1000)).summary
+        alone = load_data(write_jsonl(tmp_path / "d.jsonl", rows), build_small_settings(max_eval_examples=1000)).summary
         assert alone.near_duplicates_across_splits == 0
 
 
@@ -129,7 +129,7 @@ def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path
     write_jsonl(tmp_path / "train.jsonl", TEXT_ROWS[:80])
     write_jsonl(tmp_path / "validation.jsonl", TEXT_ROWS[78:100])
     write_jsonl(tmp_path / "test-00.jsonl", TEXT_ROWS[100:])
-    splits = load_data(tmp_path, small_settings(max_eval_examples=1000))
+    splits = load_data(tmp_path, build_small_settings(max_eval_examples=1000))
     assert splits.summary.splits_given
     assert splits.summary.duplicates_across_splits == 2
     assert len(splits.examples["validation"]) == 22
@@ -147,8 +147,8 @@ def test_other_file_types_give_the_same_items(tmp_path: Path, suffix: str) -> No
         path.write_text(json.dumps(TEXT_ROWS))
     else:
         path.write_text("text\n" + "".join(f"{row['text']}\n" for row in TEXT_ROWS))
-    reference = load_data(write_jsonl(tmp_path / "r.jsonl", TEXT_ROWS), small_settings())
-    splits = load_data(path, small_settings())
+    reference = load_data(write_jsonl(tmp_path / "r.jsonl", TEXT_ROWS), build_small_settings())
+    splits = load_data(path, build_small_settings())
     assert splits.fingerprint == reference.fingerprint
 
 
@@ -157,10 +157,10 @@ def test_saved_and_in_memory_datasets(tmp_path: Path) -> None:
 
     dataset = datasets.Dataset.from_list(TEXT_ROWS)
     dataset.save_to_disk(str(tmp_path / "saved"))
-    reference = load_data(write_jsonl(tmp_path / "r.jsonl", TEXT_ROWS), small_settings()).fingerprint
-    assert load_data(tmp_path / "saved", small_settings()).fingerprint == reference
-    assert load_data(dataset, small_settings()).fingerprint == reference
-    assert load_data(TEXT_ROWS, small_settings()).fingerprint == reference
+    reference = load_data(write_jsonl(tmp_path / "r.jsonl", TEXT_ROWS), build_small_settings()).fingerprint
+    assert load_data(tmp_path / "saved", build_small_settings()).fingerprint == reference
+    assert load_data(dataset, build_small_settings()).fingerprint == reference
+    assert load_data(TEXT_ROWS, build_small_settings()).fingerprint == reference
 
 
 def test_all_broken_lines_are_named_at_once(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_all_broken_lines_are_named_at_once(tmp_path: Path) -> None:
     lines[3], lines[10], lines[50] = '{"text": ', "[1]", "nonsense"
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"d\.jsonl:4: not JSON \(.*\) \(2 more: 11, 51\); give one JSON object"):
-        load_data(tmp_path / "d.jsonl", small_settings())
+        load_data(tmp_path / "d.jsonl", build_small_settings())
 
 
 BAD_FILES: list[tuple[str, bytes, str]] = [
@@ -198,32 +198,32 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes,
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        load_data(path, small_settings())
+        load_data(path, build_small_settings())
     assert "\n" not in str(caught.value)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
-        load_data(tmp_path / "nothing.jsonl", small_settings())
+        load_data(tmp_path / "nothing.jsonl", build_small_settings())
 
 
 def test_folder_without_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="contains no data file"):
-        load_data(tmp_path, small_settings())
+        load_data(tmp_path, build_small_settings())
 
 
 def test_folder_with_an_unnamed_file_beside_splits(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", TEXT_ROWS)
     write_jsonl(tmp_path / "more.jsonl", TEXT_ROWS)
     with pytest.raises(DataError, match=r"more\.jsonl belongs to no split"):
-        load_data(tmp_path, small_settings())
+        load_data(tmp_path, build_small_settings())
 
 
 def test_a_label_that_train_lacks(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(sentences(60))])
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(generate_sentences(60))])
     write_jsonl(tmp_path / "validation.jsonl", [{"text": f"v {n}", "label": 7} for n in range(10)])
     with pytest.raises(DataError, match="label 7 of the validation split does not occur in train"):
-        load_data(tmp_path, small_settings())
+        load_data(tmp_path, build_small_settings())
 
 
 def test_a_sample_has_every_row_at_most_once() -> None:
@@ -274,7 +274,7 @@ def test_held_out_examples_are_of_every_source(tmp_path: Path, order: str) -> No
             source.rename(tmp_path / "data" / "validation.jsonl")
             write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": f"three {number}"} for number in range(100)])
             source = tmp_path / "data"
-        settings = small_settings(max_eval_examples=250, validation_fraction=0.2)
+        settings = build_small_settings(max_eval_examples=250, validation_fraction=0.2)
         scored = load_data(source, settings).examples["validation"]
         for examples in (scored, scored[:EVAL_SUBSET_SIZE]):
             share = sum(str(example.content["text"]).startswith("one") for example in examples) / len(examples)

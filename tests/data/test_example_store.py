@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.data.forms import Example
 from rightrank.data.splits import ExampleStore, load_data
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 
 def some_items(count: int) -> Iterator[Example]:
@@ -34,7 +34,7 @@ def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
 
 
 def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path) -> None:
-    settings = small_settings(max_eval_examples=20)
+    settings = build_small_settings(max_eval_examples=20)
 
     def held_bytes(letters: int) -> int:
         rows = ({"text": f"row {number} {'y' * letters}"} for number in range(4000))

@@ -10,9 +10,9 @@ import pytest
 from rightrank.api.runs import DecisionResult, decide
 from rightrank.data.splits import SPLITS, DataSplits, load_data, number_groups
 from rightrank.schema.errors import DataError, ResultsError
-from tests.tiny import sentences, small_settings
+from tests.tiny import build_small_settings, generate_sentences
 
-TEXTS = sentences(160)
+TEXTS = generate_sentences(160)
 LARGE: dict[str, Any] = {"max_eval_examples": 1000, "validation_fraction": 0.3, "test_fraction": 0.2}
 
 
@@ -46,22 +46,22 @@ def test_a_column_says_which_rows_belong_together(kind: str) -> None:
         "array": lambda doc: np.arange(4000) == int(doc[1:]),
     }
     rows = [row | {"doc": cell[kind](row["doc"])} for row in rows_of(40)]
-    splits = load_data(rows, small_settings(columns=["group=doc"], **LARGE))
+    splits = load_data(rows, build_small_settings(columns=["group=doc"], **LARGE))
     require_whole(splits, 40)
     assert splits.summary.grouped_by == "doc"
-    assert load_data(rows, small_settings(**LARGE)).summary.grouped_by is None
+    assert load_data(rows, build_small_settings(**LARGE)).summary.grouped_by is None
 
 
 @pytest.mark.parametrize("row", [asked, said])
 def test_rows_with_one_prompt_belong_together(row: Any) -> None:
     rows = [row(f"question {number % 40}", text) for number, text in enumerate(TEXTS)]
-    splits = load_data(rows, small_settings(**LARGE))
+    splits = load_data(rows, build_small_settings(**LARGE))
     require_whole(splits, 40)
     assert splits.summary.grouped_by == "prompt"
     alike = [row("Write a sentence.", text) for text in TEXTS]  # an instruction that all share
-    assert load_data(alike, small_settings()).summary.grouped_by is None
+    assert load_data(alike, build_small_settings()).summary.grouped_by is None
     other = [row(text, text) for text in TEXTS]
-    assert load_data(other, small_settings()).summary.grouped_by is None
+    assert load_data(other, build_small_settings()).summary.grouped_by is None
 
 
 def test_a_conversation_that_grows_by_turns_stays_in_one_split() -> None:
@@ -71,19 +71,19 @@ def test_a_conversation_that_grows_by_turns_stays_in_one_split() -> None:
         for turn in range(4):
             turns = [*turns, {"role": "user", "content": f"{number} {turn}"}, {"role": "assistant", "content": "yes"}]
             rows.append({"messages": turns})
-    require_whole(load_data(rows, small_settings(**LARGE)), 40)
+    require_whole(load_data(rows, build_small_settings(**LARGE)), 40)
     opened = [{"messages": row["messages"][:1] + row["messages"][2:3] + row["messages"][1:]} for row in rows]
-    assert load_data(opened, small_settings(**LARGE)).summary.grouped_by is None  # nobody asks before the answer
+    assert load_data(opened, build_small_settings(**LARGE)).summary.grouped_by is None  # nobody asks before the answer
 
 
 def test_groups_that_are_in_given_splits_too_are_counted() -> None:
     rows = rows_of(40)
     splits = load_data(
         {"train": rows[:80], "validation": rows[80:100], "test": rows[100:]},
-        small_settings(columns=["group=doc"], **LARGE),
+        build_small_settings(columns=["group=doc"], **LARGE),
     )
     assert splits.summary.groups_across_splits == 40
-    whole = load_data(rows, small_settings(columns=["group=doc"], **LARGE))
+    whole = load_data(rows, build_small_settings(columns=["group=doc"], **LARGE))
     assert whole.summary.groups_across_splits == 0
 
 
@@ -105,13 +105,13 @@ def test_groups_that_are_in_given_splits_too_are_counted() -> None:
 )
 def test_a_column_that_groups_nothing_gets_one_line(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(DataError, match=message) as refused:
-        load_data(rows, small_settings(columns=["group=doc"]))
+        load_data(rows, build_small_settings(columns=["group=doc"]))
     assert "\n" not in str(refused.value)
 
 
 def test_too_few_groups_for_the_splits_are_named() -> None:
     with pytest.raises(DataError, match=r"0 distinct examples for the .* split.* from 160 rows in 3 groups; give more"):
-        load_data(rows_of(3), small_settings(columns=["group=doc"]))
+        load_data(rows_of(3), build_small_settings(columns=["group=doc"]))
 
 
 def table(documents: int) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def test_decide_reads_the_groups_of_a_table() -> None:
         (table(1), "all examples share one"),
         (table(40), "no two examples share one"),
         ([row | {"doc": row["rank"]} for row in table(8)], "example 00 has two"),
-        ([{"rank": rank, "value": 1.0 + rank / 100, "doc": 1} for rank in (4, 16)], "there is no column of examples"),
+        ([{"rank": rank, "value": 1.0 + rank / 100, "doc": 1} for rank in (4, 16)], "there is no column that identifies examples"),
         ([{key: value for key, value in row.items() if key != "doc"} for row in table(8)], "has no column 'doc'"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_database_and_mlflows_folders_are_refused_as_any_other_unknown_place(t
         decide(tmp_path / "study.db")
     (tmp_path / "mlruns" / "0").mkdir(parents=True)
     (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("name: lora\n")
-    with pytest.raises(ResultsError, match=r"mlruns: the folder holds no known results"):
+    with pytest.raises(ResultsError, match=r"mlruns: the folder contains no results in a known format"):
         decide(tmp_path / "mlruns")
 
 
@@ -138,13 +138,13 @@ def test_the_rank_is_not_read_from_the_model_s_name(tmp_path: Path, names: list[
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["model-r1-r4", "model-r1-r8"], "the name says rank 1 and 4; name the training so that it says one"),
-        (["lora-r1-qwen-r4", "lora-r1-qwen-r8"], "the name says rank 1 and 4"),
-        (["r4/r1", "r8/r1"], "the name says rank 4 and 1"),
-        (["rank4-rank16", "rank8-rank16"], "the name says rank 4 and 16"),
-        (["r4-lr1e-5-lr1e-3", "r8-lr1e-5-lr1e-3"], "the name says learning rate 1e-5 and 1e-3"),
-        (["r4-seed1-seed2", "r8-seed1-seed2"], "the name says seed 1 and 2"),
-        (["r4-s1-s200", "r8-s1-s200"], "the name says seed 1 and 200"),
+        (["model-r1-r4", "model-r1-r8"], "the name states rank 1 and 4; name the training so that it states one"),
+        (["lora-r1-qwen-r4", "lora-r1-qwen-r8"], "the name states rank 1 and 4"),
+        (["r4/r1", "r8/r1"], "the name states rank 4 and 1"),
+        (["rank4-rank16", "rank8-rank16"], "the name states rank 4 and 16"),
+        (["r4-lr1e-5-lr1e-3", "r8-lr1e-5-lr1e-3"], "the name states learning rate 1e-5 and 1e-3"),
+        (["r4-seed1-seed2", "r8-seed1-seed2"], "the name states seed 1 and 2"),
+        (["r4-s1-s200", "r8-s1-s200"], "the name states seed 1 and 200"),
     ],
 )
 def test_names_with_several_numbers_of_which_none_is_certain_are_refused(

@@ -136,14 +136,14 @@ def test_a_damaged_start_is_refused_and_nothing_is_touched(tmp_path: Path) -> No
 
 def test_a_line_that_lost_its_seal_is_damaged(tmp_path: Path) -> None:
     bare = records()[1].model_dump_json().encode()
-    assert parse_line(bare) == "damaged: it has no length and checksum at its end"
+    assert parse_line(bare) == "damaged: the length and the checksum at its end are missing"
 
 
 @pytest.mark.parametrize("schema", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
 def test_another_schema_is_refused_with_both_numbers(schema: int, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(records()[1].model_copy(update={"schema_version": schema}))
-    with pytest.raises(RunFolderError, match=f"1: schema {schema}, and this version reads {SCHEMA_VERSION}"):
+    with pytest.raises(RunFolderError, match=f"1: schema {schema}, but this version reads {SCHEMA_VERSION}"):
         journal.read()
 
 
@@ -154,17 +154,17 @@ WHOLE = seal(BODY + b"}")
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (WHOLE[:5] + WHOLE[6:], f"damaged: {len(BODY) - 1} bytes where {len(BODY)} were written"),
-        (b" " + WHOLE, f"damaged: {len(BODY) + 1} bytes where {len(BODY)} were written"),
+        (WHOLE[:5] + WHOLE[6:], f"damaged: it has {len(BODY) - 1} bytes, but {len(BODY)} were written"),
+        (b" " + WHOLE, f"damaged: it has {len(BODY) + 1} bytes, but {len(BODY)} were written"),
         (WHOLE.replace(b"0000", b"0010", 1), "damaged: its checksum does not match"),
-        (WHOLE + b" ", "damaged: it has no length and checksum at its end"),
-        (WHOLE.replace(b',"len":', b',"len":0'), "damaged: it has no length and checksum at its end"),
-        (b"", "damaged: it has no length and checksum at its end"),
-        (b'{"schema_version":5}', "damaged: it has no length and checksum at its end"),
+        (WHOLE + b" ", "damaged: the length and the checksum at its end are missing"),
+        (WHOLE.replace(b',"len":', b',"len":0'), "damaged: the length and the checksum at its end are missing"),
+        (b"", "damaged: the length and the checksum at its end are missing"),
+        (b'{"schema_version":5}', "damaged: the length and the checksum at its end are missing"),
         (seal(b'{"schema_version":5}'), "not a record of schema 5 (Unable to extract tag"),
         (seal(b'{"type":"nonsense"}'), "not a record of schema 5 (Input tag 'nonsense' found"),
         (seal(b'{"type":"trial_started"}'), "not a record of schema 5 (Field required)"),
-        (seal(BODY.replace(b'sion":4', b'sion":12') + b"}"), "schema 12, and this version reads 4: use the version"),
+        (seal(BODY.replace(b'sion":5', b'sion":12') + b"}"), "schema 12, but this version reads 5: use the version"),
     ],
 )
 def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:

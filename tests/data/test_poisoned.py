@@ -20,7 +20,7 @@ from rightrank.schema.errors import DataError
 from rightrank.train.tokens import EncodedData, encode_splits
 from tests.commands import run
 from tests.report.runs import make_run
-from tests.tiny import make_tokenizer, sentences, small_settings
+from tests.tiny import build_small_settings, generate_sentences, make_tokenizer
 
 HALF = "\ud800"  # of a surrogate pair: no character, and nothing that UTF-8 can hold
 
@@ -32,7 +32,7 @@ def tokenizer() -> Any:
 
 def encoded(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> EncodedData:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = small_settings(max_eval_examples=1000, **settings)
+    chosen = build_small_settings(max_eval_examples=1000, **settings)
     embeddings = SimpleNamespace(num_embeddings=len(tokenizer))
     model = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(get_input_embeddings=lambda: embeddings))
     return encode_splits(load_data(path, chosen), model, chosen)  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def counted(data: EncodedData, name: str) -> int:
 
 
 def texts(count: int = 120) -> list[dict[str, Any]]:
-    return [{"text": f"{number} {text}"} for number, text in enumerate(sentences(count))]
+    return [{"text": f"{number} {text}"} for number, text in enumerate(generate_sentences(count))]
 
 
 def test_a_line_of_a_megabyte_is_cut_and_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -132,7 +132,7 @@ def row_of(form: str, prompt: str, text: str) -> dict[str, Any]:
 
 def poisoned(form: str, with_halves: bool) -> list[dict[str, Any]]:
     """90 good rows, a megabyte, three with bells, four that are empty, and two with half characters."""
-    rows = [row_of(form, f"q{number}", text) for number, text in enumerate(sentences(90))]
+    rows = [row_of(form, f"q{number}", text) for number, text in enumerate(generate_sentences(90))]
     rows += [row_of(form, "long", "the cat " * 2**17)]
     rows += [row_of(form, f"bell {number}", "a\x07b") for number in range(3)]
     rows += [row_of(form, f"empty {number}", "") for number in range(4)]
@@ -184,4 +184,4 @@ def test_half_a_character_in_a_csv_file_is_refused(tmp_path: Path, tokenizer: An
     path = tmp_path / "data.csv"
     path.write_bytes(b"text\nthe \xed\xa0\x80 cat\n")
     with pytest.raises(DataError, match=r"data\.csv.*: not UTF-8 text"):
-        load_data(path, small_settings())
+        load_data(path, build_small_settings())

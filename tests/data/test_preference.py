@@ -12,13 +12,13 @@ from rightrank.data.forms import build_example
 from rightrank.data.rows import Row
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.schema.errors import DataError
-from tests.tiny import sentences, small_settings, write_jsonl
+from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 
-ROWS = [{"prompt": f"{text}: ", "chosen": "yes", "rejected": "no"} for text in sorted(set(sentences(80)))]
+ROWS = [{"prompt": f"{text}: ", "chosen": "yes", "rejected": "no"} for text in sorted(set(generate_sentences(80)))]
 
 
 def loaded(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> DataSplits:
-    return load_data(write_jsonl(tmp_path / "pairs.jsonl", rows), small_settings(**changes))
+    return load_data(write_jsonl(tmp_path / "pairs.jsonl", rows), build_small_settings(**changes))
 
 
 def talk(*contents: str) -> list[dict[str, str]]:

@@ -80,7 +80,7 @@ def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: 
 @pytest.mark.parametrize("beside", ["train_loss", "metrics.train_loss", "train/loss", "train_runtime", "grad_norm"])
 def test_a_loss_that_may_be_of_the_training_is_asked_for(loss: str, beside: str) -> None:
     rows = [{"rank": rank, loss: 1.0 / rank, beside: 2.0 / rank} for rank in (1, 4, 16)]
-    with pytest.raises(ResultsError, match=f"{loss} may be the loss of the training.*--metric {loss}"):
+    with pytest.raises(ResultsError, match=f"{loss} may be the training loss.*--metric {loss}"):
         decide(rows)
     assert decide(rows, metric=loss, margin=0.01).decision.reference_rank == 16
     held_out = [{**row, "eval_loss": 1.0 + 0.1 * row["rank"]} for row in rows]
@@ -133,8 +133,8 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
     [
         ("", "the file is empty"),
         ("rank,value\n", "a header and no rows"),
-        ("size,value\n1,2\n2,3\n", "no column for the rank among size, value"),
-        ("rank,other\n1,2\n2,3\n", "no column for the held-out value"),
+        ("size,value\n1,2\n2,3\n", r"none of the columns \(size, value\) is recognized as the rank"),
+        ("rank,other\n1,2\n2,3\n", "is recognized as the held-out value"),
         ("rank,train_loss\n1,2\n2,3\n", "a training loss does not measure held-out data"),
         ("rank,value\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
         ("rank,value\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
@@ -171,7 +171,7 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,epochs,value\n1,3,2\n2,1,3\n", "differ in column epochs"),
         (
             "rank,seed,lora_alpha,value\n1,0,16,2\n1,1,32,2.1\n2,0,16,3\n2,1,32,3.1\n",
-            "column lora_alpha is neither the same",
+            "column lora_alpha is neither constant",
         ),
         ("rank,value\n1,2\n2,two\n", "runs.csv:3: value is 'two', not a number"),
         ("rank,value\n1,2\n2,2\n4,2\n", "every training has the value 2"),
@@ -181,7 +181,7 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,item,tokens,value\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "other token counts"),
         ("rank,std,value\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std '-0.1' is not allowed"),
         ("rank,lr,value\n1,0,2\n2,1e-3,3\n", "runs.csv:2: learning rate '0' is not allowed"),
-        ("rank,lr,value\n1,,2\n2,1e-3,3\n", "no learning rate, though other rows have one"),
+        ("rank,lr,value\n1,,2\n2,1e-3,3\n", "no learning rate, but other rows have one"),
         ("rank,seed,value\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),
         ("rank,perplexity\n1,-3\n2,3\n", "perplexity of -3 is not possible"),
         ("rank,accuracy\n1,0.81\n4,86\n", "accuracy is 0.81 in one training and 86 in another; write all as fractions"),
@@ -199,7 +199,7 @@ def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, mes
 def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005, higher_is_better=False)
     assert decided.decision.rank == 16
-    assert "1 repeated row left out" in decided.input_notes
+    assert "1 repeated row omitted" in decided.input_notes
 
 
 def test_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_another_encoding_is_refused(tmp_path: Path) -> None:
 def test_nothing_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="no such file"):
         decide(tmp_path / "none.csv")
-    with pytest.raises(ResultsError, match="holds no known results"):
+    with pytest.raises(ResultsError, match="contains no results in a known format"):
         decide(tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -
     text = f"Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,{status},64,2.9\n"
     decided = decide(write(tmp_path, text), margin=0.005)
     assert [evidence.rank for evidence in decided.decision.ranks] == [1, 4, 16]
-    assert "1 unfinished training left out" in decided.input_notes
+    assert "1 unfinished training omitted" in decided.input_notes
     assert "unstable" not in decided.decision.flags
 
 
@@ -242,9 +242,9 @@ def test_a_wandb_table_with_unfinished_and_crashed_runs(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, text))
     assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
     assert decided.input_notes[-3:] == [
-        "1 row without a rank left out",
+        "1 row without a rank omitted",
         "1 training without a result",
-        "2 unfinished trainings left out",
+        "2 unfinished trainings omitted",
     ]
 
 
@@ -257,7 +257,7 @@ def test_optuna_s_dataframe(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, text), higher_is_better=False)
     assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
     assert "rank from column params_lora_r" in decided.input_notes
-    assert "1 unfinished training left out" in decided.input_notes
+    assert "1 unfinished training omitted" in decided.input_notes
 
 
 def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
@@ -314,9 +314,9 @@ def test_names_alone_say_the_ranks(tmp_path: Path) -> None:
         tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nlora-r16-seed0,2.001\nlora-r64-seed0,2.0\nlora-r128-seed0,n/a\n"
     )
     assert by_rank(path) == LOSSES
-    assert "rank from the names of the trainings" in decide(path).input_notes
+    assert "rank read from the names of the trainings" in decide(path).input_notes
     assert by_rank(pandas.DataFrame({"eval_loss": LOSSES.values()}, index=[f"r{rank}" for rank in LOSSES])) == LOSSES
-    with pytest.raises(ResultsError, match="no column for the rank among run, eval_loss"):
+    with pytest.raises(ResultsError, match=r"none of the columns \(run, eval_loss\) is recognized as the rank"):
         decide(write(tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nbaseline,2.0\n"))
 
 
@@ -343,7 +343,7 @@ def test_a_word_of_failure_is_a_training_without_a_result(tmp_path: Path, word: 
 def test_a_pruned_training_is_not_unstable(tmp_path: Path) -> None:
     decided = decide(write(tmp_path, "rank,eval_loss,state\n4,2.05,COMPLETE\n16,2.001,COMPLETE\n64,3,PRUNED\n"))
     assert "unstable" not in decided.decision.flags
-    assert "1 pruned training left out" in decided.input_notes
+    assert "1 pruned training omitted" in decided.input_notes
 
 
 def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
     ],
 )
 def test_trainings_of_two_kinds_are_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ResultsError, match=r"the trainings differ in column model \(.*, which is not used; keep the"):
+    with pytest.raises(ResultsError, match=r"the trainings differ in column model \(.*, so they cannot be compared; keep the"):
         decide(write(tmp_path, text))
 
 
@@ -380,7 +380,7 @@ def test_the_learning_rate_is_the_one_that_was_set(tmp_path: Path) -> None:
 
 def test_a_default_margin_of_one_percent_is_said_with_its_reason(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    said = "margin: 1% of the best, as the name 'value' says no unit (--metric NAME or --margin changes it)"
+    said = "margin: 1% of the best value, because the name 'value' states no unit (--metric NAME or --margin changes it)"
     assert said in decide(path, higher_is_better=False).input_notes
     assert said not in decide(path, higher_is_better=False, margin=0.01).input_notes
     assert said not in decide(path, metric="eval_loss").input_notes
@@ -510,7 +510,7 @@ def scored_rows(scores: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("missing", [math.nan, None])
 def test_an_example_without_a_score_in_any_training_is_named(missing: float | None) -> None:
     decided = decide(scored_rows(lambda rank, item: missing if item == 7 else 2 + item / 80 + 1 / rank))
-    assert "1 example without a score left out (q7)" in decided.input_notes
+    assert "1 example without a score omitted (q7)" in decided.input_notes
     assert decided.decision.basis == "examples"
     decided = decide(scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank))
     assert not any("without a score" in line for line in decided.input_notes)
@@ -572,7 +572,7 @@ def test_decimal_commas_are_read_where_no_comma_stands_between_cells(tmp_path: P
 def test_rows_that_occur_twice_name_the_columns_in_which_they_differ() -> None:
     rows = [{"rank": 4, "warmup": "a", "eval_loss": 2.0}, {"rank": 4, "warmup": "b", "eval_loss": 2.1}]
     with pytest.raises(
-        ResultsError, match=r"occurs twice with different values .*; they differ in warmup too; keep the rows of one"
+        ResultsError, match=r"occurs twice with different values .*; they also differ in warmup; keep the rows of one"
     ):
         decide([*rows, {"rank": 16, "warmup": "a", "eval_loss": 1.9}])
 
@@ -583,4 +583,4 @@ def test_an_example_without_tokens_has_no_weight() -> None:
         row | {"tokens": 0, "eval_loss": None} if row["item"] == "q3" else row | {"tokens": 5}
         for row in scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank)
     ]
-    assert "1 example without a score left out (q3)" in decide(rows).input_notes
+    assert "1 example without a score omitted (q3)" in decide(rows).input_notes

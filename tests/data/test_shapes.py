@@ -12,13 +12,13 @@ import pytest
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.schema.errors import DataError
 from rightrank.schema.settings import SelectSettings, select_identity_settings
-from tests.tiny import sentences, small_settings, write_jsonl
+from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 
-TEXTS = sentences(100)
+TEXTS = generate_sentences(100)
 
 
 def loaded(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> DataSplits:
-    return load_data(write_jsonl(folder / "data.jsonl", rows), small_settings(**settings))
+    return load_data(write_jsonl(folder / "data.jsonl", rows), build_small_settings(**settings))
 
 
 def contents(splits: DataSplits) -> list[Any]:
@@ -72,7 +72,7 @@ def test_alpaca_gets_its_prompt(tmp_path: Path) -> None:
 
 
 def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
-    held_out = write_jsonl(tmp_path / "mine.jsonl", [{"text": text} for text in sentences(30, seed=9)])
+    held_out = write_jsonl(tmp_path / "mine.jsonl", [{"text": text} for text in generate_sentences(30, seed=9)])
     splits = loaded(tmp_path, [{"text": text} for text in TEXTS], validation=str(held_out), max_eval_examples=100)
     expected = {json.loads(line)["text"] for line in held_out.read_text().splitlines()}
     assert {example.content["text"] for example in splits.examples["validation"]} == expected
@@ -84,14 +84,14 @@ def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
     for name in ("train", "validation"):
         write_jsonl(folder / f"{name}.jsonl", [{"text": text} for text in TEXTS])
     with pytest.raises(DataError, match="has a validation split, and validation names"):
-        load_data(folder, small_settings(validation=str(held_out)))
+        load_data(folder, build_small_settings(validation=str(held_out)))
 
 
 @pytest.mark.parametrize("given", ["test", "validation"])
 def test_a_folder_with_some_splits_takes_the_other_from_train(tmp_path: Path, given: str) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in TEXTS])
-    write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in sentences(20, seed=5)])
-    splits = load_data(tmp_path, small_settings(max_eval_examples=1000))
+    write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in generate_sentences(20, seed=5)])
+    splits = load_data(tmp_path, build_small_settings(max_eval_examples=1000))
     assert all(len(examples) >= 2 for examples in splits.examples.values())
     assert not {one.example_id for one in splits.examples["train"]} & {
         one.example_id for one in splits.examples["test"]
@@ -153,7 +153,7 @@ def test_labels_of_other_types_are_classes(tmp_path: Path, first: object) -> Non
 
 def test_a_data_frame_is_read_as_its_rows() -> None:
     rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
-    settings = small_settings()
+    settings = build_small_settings()
     assert load_data(pandas.DataFrame(rows), settings).fingerprint == load_data(rows, settings).fingerprint
     missing = pandas.DataFrame([*rows, {"prompt": "a", "completion": None}])
     with pytest.raises(DataError, match=r"row 101: `completion`: got nothing"):
@@ -164,7 +164,7 @@ def test_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
     lines = [f"{text};answer {text}, truly" for text in TEXTS]
     (tmp_path / "semi.csv").write_text("\n".join(["prompt;completion", *lines]), encoding="utf-8")
     rows = [{"prompt": text, "completion": f"answer {text}, truly"} for text in TEXTS]
-    assert load_data(tmp_path / "semi.csv", small_settings()).fingerprint == loaded(tmp_path, rows).fingerprint
+    assert load_data(tmp_path / "semi.csv", build_small_settings()).fingerprint == loaded(tmp_path, rows).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
 def test_unknown_columns_are_answered_with_the_option_that_names_them(
     tmp_path: Path, row: dict[str, Any], option: str
 ) -> None:
-    with pytest.raises(DataError, match=r"or name yours, such as --columns text=review,label=stars$"):
+    with pytest.raises(DataError, match=r"or name your columns, such as --columns text=review,label=stars$"):
         loaded(tmp_path, [row])
     assert (
         loaded(

@@ -612,7 +612,7 @@ def test_an_exported_run_decides_without_its_truncated_and_stopped_trainings(tmp
         evidence.rank: pytest.approx(evidence.value) for evidence in run_decision.ranks
     }
     rows = 7 * (ITEMS if "examples" in kind else 1)
-    assert f"{rows} rows of truncated or stopped trainings left out" in read.input_notes
+    assert f"{rows} rows of truncated or stopped trainings omitted" in read.input_notes
 
 
 def test_an_exported_run_with_one_rank_is_told_what_to_do() -> None:

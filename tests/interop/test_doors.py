@@ -209,7 +209,7 @@ def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, 
 @pytest.mark.parametrize(
     ("make", "count", "error", "message"),
     [
-        (lambda _: torch.nn.Linear(2, 2), 60, ModelError, "holds no PEFT model"),
+        (lambda _: torch.nn.Linear(2, 2), 60, ModelError, "contains no PEFT model"),
         (peft_model, 0, DataError, "no held-out batches"),
     ],
 )

@@ -46,7 +46,7 @@ def test_another_kind_of_run_is_refused_and_stays_as_it_is(
     shutil.copytree(small_run / "run", run)
     (run / "notes.txt").write_text("mine")
     before = read_files(run)
-    with pytest.raises(RunFolderError, match="not the result of a training's end, and it stays as it is"):
+    with pytest.raises(RunFolderError, match="a run of another kind, which is left unchanged"):
         keep_smallest(peft_model(model_folder), batches(rows[140:170]), out=run, margin=1.0)
     assert read_files(run) == before
 
@@ -56,7 +56,7 @@ def test_a_training_with_another_kind_of_run_in_its_folder_is_refused_before_the
 ) -> None:
     shutil.copytree(small_run / "run", tmp_path / "rightrank")
     before = read_files(tmp_path / "rightrank")
-    with pytest.raises(RunFolderError, match="not the result of a training's end"):
+    with pytest.raises(RunFolderError, match="a run of another kind"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(rows[140:])], max_steps=1)
     assert read_files(tmp_path / "rightrank") == before
 
@@ -161,6 +161,6 @@ def test_an_encoder_without_a_head_is_refused_in_one_line(tmp_path: Path) -> Non
     )
     model = get_peft_model(transformers.BertModel(config), LoraConfig(r=4, target_modules=["query", "value"]))
     rows = [{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}]
-    with pytest.raises(ModelError, match=r"BertModel gives no logits: .*; give a model with one"):
+    with pytest.raises(ModelError, match=r"BertModel returns no logits: .*; give a model with one"):
         keep_smallest(model, rows, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ def recipe_with(values: dict[str, Any], form: str) -> Recipe:
         target_modules=values.get("target_modules", LINEAR), target_parameters=settings.target_parameters,
         module_names=tuple(sorted(adapted(values))), learning_rate=0.003, max_steps=settings.max_steps or 0,
         warmup_steps=math.ceil(settings.warmup_ratio * (settings.max_steps or 0)), seed=7, settings=settings,
-        making=Provenance(8, 8, 0.003, 50, None, None), trained_alpha=alpha, use_rslora=use_rslora,
+        provenance=Provenance(8, 8, 0.003, 50, None, None), trained_alpha=alpha, use_rslora=use_rslora,
         lora_dropout=settings.lora_dropout, layers_to_transform=settings.layers_to_transform,
         modules_to_save=settings.modules_to_save, use_dora=settings.use_dora, exclude_modules=settings.exclude_modules,
         init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
@@ -246,7 +246,7 @@ def parsed(command: str) -> dict[str, Any]:
 def test_the_command_that_makes_a_smaller_adapter_again_has_the_settings(values: dict[str, Any]) -> None:
     recipe = recipe_with(values | {"margin": 0.25, "validation_fraction": 0.2, "columns": ("prompt=ask",)}, "text")
     making = Provenance(2, 8, 0.003, 50, None, "K-FAC")
-    comment = replace(recipe, making=making).comments()[-1]
+    comment = replace(recipe, provenance=making).comments()[-1]
     read = parsed(comment.partition("then: ")[2])
     settings = gather_settings(None, read["assignments"], {})
     found, wanted = SelectSettings(**settings), recipe.settings
@@ -321,7 +321,7 @@ def test_an_export_with_own_files_is_moved_aside_and_not_replaced(small_run: Pat
     (first.folder / "outputs" / "weights.bin").write_text("mine")
     again = export(run, "trl")
     assert again.files == first.files
-    assert "held files that this one does not write (outputs)" in again.notes[-1]
+    assert "contained files that this one does not write (outputs)" in again.notes[-1]
     assert (run / "earlier-1" / "trl" / "outputs" / "weights.bin").read_text() == "mine"
     assert status(run).state == "done"
 

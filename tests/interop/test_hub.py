@@ -21,7 +21,7 @@ import rightrank
 from rightrank.cli import cli
 from rightrank.interop.exports import TARGETS
 from rightrank.schema.errors import RunError, SettingsError
-from tests.tiny import save_tiny_llama, small_settings, write_completions
+from tests.tiny import build_small_settings, save_tiny_llama, write_completions
 
 pytestmark = pytest.mark.trains
 
@@ -85,7 +85,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub")
-    settings = small_settings(ranks=(1, 4), max_steps=4, goal="adapter")
+    settings = build_small_settings(ranks=(1, 4), max_steps=4, goal="adapter")
     data = write_completions(folder / "data.jsonl")
     selected = rightrank.select_rank(str(save_tiny_llama(folder / "model")), data, folder / "run", settings=settings)
     assert list(selected.to_pandas().trial_id) == list(rightrank.to_pandas(selected.run).trial_id)
@@ -115,7 +115,7 @@ def test_the_command_uploads_and_says_where(hub: type[Hub], run: Path) -> None:
 @pytest.mark.parametrize("target", ["merged", *(target for target in TARGETS if target != "peft")])
 def test_settings_of_a_trainer_are_not_uploaded(run: Path, target: str) -> None:
     done = CliRunner().invoke(cli, ["export", str(run), "--to", target, "--push-to-hub", "me/small"])
-    assert (done.exit_code, "goes with peft" in str(done.exception)) == (1, True)  # main() turns it into status 2
+    assert (done.exit_code, "works with peft" in str(done.exception)) == (1, True)  # main() turns it into status 2
     assert isinstance(done.exception, SettingsError)
     assert not (run / "exports" / target).exists()
 

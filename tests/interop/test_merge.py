@@ -24,7 +24,7 @@ from rightrank.schema.results import AdapterComparison
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import edit_config, make_adapter
 from tests.interop.converted import write_gguf, write_mlx
-from tests.tiny import make_tokenizer, sentences, tiny_llama_config, write_jsonl
+from tests.tiny import build_tiny_llama_config, generate_sentences, make_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.trains
 
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "base"
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    config = tiny_llama_config(len(tokenizer))
+    config = build_tiny_llama_config(len(tokenizer))
     config.hidden_size, config.intermediate_size, config.head_dim, config.initializer_range = 64, 128, 16, 0.05
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -52,7 +52,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Conversations, so that the template is part of every example."""
     turns = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": " ".join(text.split()[:3])}]
-        for text in sentences(ROWS, seed=5)
+        for text in generate_sentences(ROWS, seed=5)
     ]
     return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"messages": turn} for turn in turns])
 

@@ -19,8 +19,8 @@ from rightrank.interop.recipe import Recipe, build_recipe
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
-from tests.commands import forked
-from tests.tiny import small_settings
+from tests.commands import run_forked
+from tests.tiny import build_small_settings
 
 pytestmark = pytest.mark.trains
 
@@ -33,7 +33,7 @@ def home(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.Tem
     (folder / "data.jsonl").symlink_to(completion_file)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        settings = small_settings(max_steps=2, goal="adapter", target_modules=("q_proj", "v_proj"))
+        settings = build_small_settings(max_steps=2, goal="adapter", target_modules=("q_proj", "v_proj"))
         select_rank("./model", "data.jsonl", "run", settings=settings)
         for target in TARGETS:
             export("run", target)
@@ -80,7 +80,7 @@ def sft(folder: Path) -> None:
 
 def test_trl_runs_from_the_exported_folder(home: Path, tmp_path: Path) -> None:
     folder = home / "run" / "exports" / "trl"
-    status, err = forked(partial(sft, folder), tmp_path / "log").end()
+    status, err = run_forked(partial(sft, folder), tmp_path / "log").end()
     assert status == 0, err[-3000:]
     config = json.loads((folder / "trl-output" / "adapter_config.json").read_text())
     assert config["r"] == yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"]

@@ -47,7 +47,7 @@ from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import attach_adapter
 from tests.helpers import make_runtime
 from tests.interop.trainings import Listed, Rows, peft_model, trained
-from tests.tiny import small_settings, write_completions, write_pairs
+from tests.tiny import build_small_settings, write_completions, write_pairs
 
 pytestmark = pytest.mark.trains
 
@@ -87,7 +87,7 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert trainer.state.log_history[-1]["rightrank/rank"] == answer.rank
     card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
     assert f"trained at rank 16 (learning rate 0.01, 60 steps), truncated to rank {answer.rank} by K-FAC" in card
-    assert "Measured from the last (step 60) weights on 60 held-out examples" in caplog.text
+    assert "Measured on the last (step 60) weights with 60 held-out examples" in caplog.text
     assert "of the training's time; peak memory" in caplog.text
     command = next(note for note in answer.notes if note.startswith("An estimate")).partition("prove it: ")[2]
     words = shlex.split(command)
@@ -133,7 +133,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     _, model = trained(model_folder, rows, tmp_path / "out", [])
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
-    runtime = make_runtime(model_folder, completion_file, small_settings(margin=0.1), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(margin=0.1), tmp_path / "cache")
     curve = measure_truncation_curve(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
     steps = runtime.settings.count_training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
@@ -279,7 +279,7 @@ def test_what_fails_at_the_end_is_one_line(
     assert trainer.state.global_step == 2
     last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
     assert last.startswith(
-        "rightrank: no smaller adapter was looked for: [Errno 28] No space left on device; to measure again: python"
+        "rightrank: the search for a smaller adapter failed: [Errno 28] No space left on device; to measure again: python"
     )
     assert "\n" not in last
 
@@ -298,7 +298,7 @@ def test_an_end_that_has_not_begun_names_no_measurement_of_an_earlier_training(
     with caplog.at_level(logging.WARNING, "rightrank"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
     last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
-    assert last == "rightrank: no smaller adapter was looked for: [Errno 28] No space left on device"
+    assert last == "rightrank: the search for a smaller adapter failed: [Errno 28] No space left on device"
 
 
 class Recorded(TrainerCallback):
@@ -334,7 +334,7 @@ def test_a_tracker_that_fails_at_the_end_is_one_line(
 
     with caplog.at_level(logging.WARNING, "rightrank"):
         trained(model_folder, rows, tmp_path, [Broken(), SmallestAdapter(Listed(rows[140:]), margin=0.1)], max_steps=2)
-    assert "a tracker did not take the values: no route to the tracker" in caplog.text
+    assert "a tracker did not accept the values: no route to the tracker" in caplog.text
     assert (tmp_path / "rightrank" / "adapter").is_dir()
 
 
@@ -389,7 +389,7 @@ def test_another_base_is_refused_in_a_fresh_process(
     else:
         model.resize_token_embeddings(model.config.vocab_size + 8)
     model.save_pretrained(base)
-    with pytest.raises(ModelError, match=r"not the base that was trained on \(.* has other values|cannot be loaded"):
+    with pytest.raises(ModelError, match=r"not the base model of the training \(.* has other values|cannot be loaded"):
         resume_measurement(out)
     shutil.copytree(model_folder, base, dirs_exist_ok=True)
     assert "rank" in resume_measurement(out)  # the base that was trained on
@@ -405,7 +405,7 @@ def test_a_full_disk_is_one_line(
     with caplog.at_level(logging.WARNING, "rightrank"):
         trainer, _ = trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
     lines = [record.getMessage() for record in caplog.records if record.name == "rightrank"]
-    assert lines == ["rightrank: no smaller adapter was looked for: [Errno 28] No space left on device"]
+    assert lines == ["rightrank: the search for a smaller adapter failed: [Errno 28] No space left on device"]
     assert trainer.state.global_step == 2
 
 
@@ -416,7 +416,7 @@ def test_rows_of_the_training_set_are_counted_and_left_out(
     with caplog.at_level(logging.WARNING, "rightrank"):
         trained(model_folder, rows, tmp_path, [callback], max_steps=2)
     assert "10 of 35 held-out rows are in the training set; they are left out" in caplog.text
-    assert "25 held-out examples can show little" in caplog.text
+    assert "25 held-out examples are too few" in caplog.text
     assert callback.result is not None
     assert callback.result.examples == 25
     assert "10 of 35" in (tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8")
@@ -439,7 +439,7 @@ def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
         lr_scheduler_type="constant",
     )
     document = json.loads((tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8"))
-    assert any("Measured from the best (step " in note for note in document["adapter_answer"]["notes"])
+    assert any("Measured on the best (step " in note for note in document["adapter_answer"]["notes"])
     assert callback.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
     assert callback.result.top.value == pytest.approx(scored(model.eval(), batches).loss, rel=1e-4)
@@ -600,7 +600,7 @@ def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_p
     values = [class_losses(model_folder, one, encoded[200:], collator) for one in (tmp_path / "trained", folder)]
     assert values[1] - values[0] == pytest.approx(callback.result.answer.difference, abs=1e-4)
     trainer.add_callback(SmallestAdapter(encoded[200:]))
-    with pytest.raises(SettingsError, match="the trainer has two, and both write to"):
+    with pytest.raises(SettingsError, match="the trainer has two of these callbacks, which would both write to"):
         trainer.train()
 
 
@@ -615,7 +615,7 @@ def class_losses(folder: Path, adapter: Path, rows: Sequence[Any], collator: Any
 
 
 def test_a_metric_without_examples_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="only a classifier's rows are right or wrong"):
+    with pytest.raises(SettingsError, match="accuracy is defined only for classifiers"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="accuracy")])
     with pytest.raises(SettingsError, match="measures adapters by loss or accuracy"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="rouge")])
@@ -653,7 +653,7 @@ def test_a_loss_of_pairs_that_is_not_plain_is_refused(
 ) -> None:
     trainer, held_out = dpo_trainer(model_folder, tmp_path, max_steps=1, **changes)
     trainer.add_callback(SmallestAdapter(held_out))
-    with pytest.raises(SettingsError, match=rf"{named}: pairs are measured by the loss sigmoid"):
+    with pytest.raises(SettingsError, match=rf"{named}: preference pairs are measured only by the loss sigmoid"):
         trainer.train()
 
 

@@ -265,8 +265,8 @@ def test_what_cannot_be_copied_is_not_read_before_the_end(
     collator.lazy.file = train.file  # type: ignore[attr-defined]
     trainer.train()
     assert len(collator.rows[:32]) == 32
-    assert "the training set is not read before its end: LazyRows cannot be copied (" in caplog.text
-    assert "whether held-out rows are in it was not checked" in caplog.text
+    assert "the training set is not read before the training ends: LazyRows cannot be copied (" in caplog.text
+    assert "held-out rows were not looked for in it" in caplog.text
     assert "no example was scored before the first step" in caplog.text
     assert callback.result is not None
     assert "truncated by singular values" not in " ".join(callback.result.notes)
@@ -315,11 +315,11 @@ def test_a_stream_loses_no_row(
         left.append(list(drawn) if kind == "datasets" else list(train.left))
         weights.append(dict(model.named_parameters()))
     assert left[0] == left[1] != []
-    assert "a stream, which is not read; whether held-out rows are in it was not checked" in caplog.text
+    assert "a stream and is not read; held-out rows were not looked for in it" in caplog.text
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert callbacks[0].result is not None
     assert "truncated by singular values" in callbacks[0].result.notes[0]
-    assert any("was not checked" in note for note in callbacks[0].result.answer.notes)
+    assert any("were not looked for" in note for note in callbacks[0].result.answer.notes)
 
 
 def test_a_stream_of_held_out_rows_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_stream_of_held_out_rows_is_refused(model_folder: Path, rows: Rows, tm
     held_out = Stream(rows[140:])
     for callback in (SmallestAdapter(), SmallestAdapter(held_out), SmallestAdapter(iter(rows[140:]))):
         trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:40]), held_out, callback)
-        assert "SmallestAdapter a list of some hundred rows" in refused(trainer, DataError)
+        assert "SmallestAdapter a list of a few hundred rows" in refused(trainer, DataError)
     assert len(list(held_out.left)) == len(rows[140:])
 
 
@@ -379,7 +379,7 @@ def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
     trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback).train()
     assert callback.result is not None
     assert callback.result.examples == len(rows) - 100
-    assert any(note.startswith("0 of 140 training rows, a random sample,") for note in callback.result.answer.notes)
+    assert any(note.startswith("0 of 140 training rows (a random sample)") for note in callback.result.answer.notes)
 
 
 def images(count: int) -> list[dict[str, Any]]:

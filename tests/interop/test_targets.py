@@ -30,7 +30,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 pytestmark = pytest.mark.trains
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.trains
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
     """A run of two ranks over the last two layers, with the scale alpha/sqrt(r)."""
-    settings = small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, num_evaluations=1)
+    settings = build_small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, num_evaluations=1)
     return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
 
 
@@ -56,7 +56,7 @@ def recipe(selected: Selected) -> Recipe:
 @pytest.fixture(scope="module")
 def truncated(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
     """A run with the goal adapter: rank 4 trained, and so wide a margin that rank 1 is handed over."""
-    settings = small_settings(
+    settings = build_small_settings(
         strategy="bracket", goal="adapter", margin=5.0, max_steps=20, num_evaluations=1, scaling="alpha/sqrt(r)"
     )
     return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
@@ -173,7 +173,7 @@ def test_vllm_serves_the_next_rank_that_it_has(recipe: Recipe) -> None:
         assert served in SERVER_RANKS
         assert served >= rank
         assert not [other for other in SERVER_RANKS if rank <= other < served]
-    with pytest.raises(ResultsError, match="vLLM serves ranks up to 512, got 513"):
+    with pytest.raises(ResultsError, match="vLLM supports ranks up to 512, and this adapter has 513"):
         TARGETS["vllm"](replace(recipe, r=513))
 
 
@@ -290,15 +290,15 @@ def test_files_say_how_to_make_a_smaller_adapter_again(truncated: Selected, comp
 
 
 def test_a_trained_adapter_has_no_such_line(recipe: Recipe, tmp_path: Path) -> None:
-    making = replace(recipe.making, rank=recipe.r, trained_rank=recipe.r, truncation=None)
-    trained = replace(recipe, making=making)
+    making = replace(recipe.provenance, rank=recipe.r, trained_rank=recipe.r, truncation=None)
+    trained = replace(recipe, provenance=making)
     assert trained.comments() == []
     assert trained.training() == trained
 
 
 def test_a_name_with_a_line_break_stays_in_its_comment(recipe: Recipe, tmp_path: Path) -> None:
-    making = replace(recipe.making, rank=1, trained_rank=4, truncation="K-FAC")
-    exported = write_export("trl", replace(recipe, making=making, data="a\nevil: 1\u2028b"), tmp_path / "out")
+    making = replace(recipe.provenance, rank=1, trained_rank=4, truncation="K-FAC")
+    exported = write_export("trl", replace(recipe, provenance=making, data="a\nevil: 1\u2028b"), tmp_path / "out")
     assert "evil" not in yaml.safe_load((exported.folder / "trl_sft.yaml").read_text(encoding="utf-8"))
 
 
