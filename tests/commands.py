@@ -44,7 +44,7 @@ def select_arguments(model: Path, data: Path, out: Path, *more: str) -> list[str
     return ["select", str(model), str(data), "--out", str(out), *SMALL, *more]
 
 
-def values_of(folder: Path) -> dict[str, float]:
+def read_trial_values(folder: Path) -> dict[str, float]:
     return {
         record.trial_id: record.value
         for record in Journal(folder / "journal.jsonl").read()
@@ -70,17 +70,17 @@ class Started:
 
 
 def start(model: Path, data: Path, out: Path, *more: str) -> Started:
-    return forked(partial(main, select_arguments(model, data, out, *more)), out.with_suffix(".log"))
+    return run_forked(partial(main, select_arguments(model, data, out, *more)), out.with_suffix(".log"))
 
 
-def forked(work: Callable[[], object], log: Path) -> Started:
+def run_forked(work: Callable[[], object], log: Path) -> Started:
     """Work in a process that is forked from this one, so that nothing is imported again."""
-    process = multiprocessing.get_context("fork").Process(target=_worked, args=(work, log))
+    process = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(work, log))
     process.start()
     return Started(process, log)
 
 
-def _worked(work: Callable[[], object], log: Path) -> None:
+def _run_in_child(work: Callable[[], object], log: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, "utf-8") for number in (1, 2))
@@ -102,14 +102,14 @@ def wait_for_trial(out: Path, started: Started) -> None:
 PLUG_INS = {"expect": "atlas", "plan": "plan"}
 
 
-def of_every_plug_in(test: Any) -> Any:
-    """A test of what the plug-ins say together; it is skipped where one was deleted."""
+def mark_for_every_plug_in(test: Any) -> Any:
+    """Mark a test of all plug-ins together; it is skipped if one was deleted."""
     for name in {*PLUG_INS.values(), "cluster"}:
         test = pytest.mark.plug_in(name)(test)
     return test
 
 
-def of_its_plug_in(command: str, *further: object) -> Any:
-    """The values of a test's parameters; it is skipped where the plug-in of the command was deleted."""
+def mark_for_plug_in(command: str, *values: object) -> Any:
+    """Mark the values of a test's parameters; they are skipped if the command's plug-in was deleted."""
     name = PLUG_INS.get(command.split()[0])
-    return pytest.param(command, *further, marks=[] if name is None else pytest.mark.plug_in(name))
+    return pytest.param(command, *values, marks=[] if name is None else pytest.mark.plug_in(name))

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of a test run share
 import pytest
 from hypothesis import settings
 
-from tests.tiny import save_tiny_llama, sentences, write_completions, write_jsonl
+from tests.tiny import generate_sentences, save_tiny_llama, write_completions, write_jsonl
 
 gc.disable()  # until the tests are collected: what imports make stays, and to look through it takes a third of their time
 settings.register_profile("no limit of time", deadline=None)  # an example may take long on a busy machine
@@ -63,14 +63,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("plug_in"):
             if find_spec(f"rightrank.plugins.{mark.args[0]}") is None:
                 item.add_marker(pytest.mark.skip(f"the plug-in {mark.args[0]} is not there"))
-    place: Counter[str] = Counter()
+    positions: Counter[str] = Counter()
     for item in items:
         file = item.nodeid.partition("::")[0]
         every = next((count for name, count in SAMPLED.items() if file.startswith(name)), EVERY)
         if item.get_closest_marker("trains") is not None:
-            if every == 0 or place[file] % every:
+            if every == 0 or positions[file] % every:
                 item.add_marker(pytest.mark.full)
-            place[file] += 1
+            positions[file] += 1
     gc.freeze()
     gc.enable()
 
@@ -85,7 +85,7 @@ def no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def done_once() -> Iterator[None]:
-    """What many small selections do alike and throw away, as each plug-in's tests have it; and PEFT writes no card."""
+    """Cache work that many small selections repeat and discard, for each plug-in's tests; PEFT writes no card."""
     from peft import PeftModel
 
     with pytest.MonkeyPatch.context() as patch:
@@ -97,19 +97,19 @@ def done_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model_folder(done_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random 3-layer Llama with a byte-level tokenizer."""
+    """Save a random 3-layer Llama with a byte-level tokenizer."""
     return save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def completion_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 rows of prompt and completion."""
+    """Write 200 rows of prompt and completion."""
     return write_completions(tmp_path_factory.mktemp("data") / "completions.jsonl")
 
 
 @pytest.fixture(scope="session")
 def small_run(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model`, `data.jsonl` and the finished selection `run`, made in it by relative paths."""
+    """Create a folder with `model`, `data.jsonl` and the finished selection `run`, made in it with relative paths."""
     from rightrank.cli import main
     from tests.commands import SELECT
 
@@ -125,6 +125,6 @@ def small_run(model_folder: Path, completion_file: Path, tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def class_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of text and label: whether the sentence holds a cat."""
-    rows = [{"text": text, "label": "cat" if "cat" in text else "none"} for text in sentences(300, seed=2)]
+    """Write rows of text and label; the label says whether the sentence contains a cat."""
+    rows = [{"text": text, "label": "cat" if "cat" in text else "none"} for text in generate_sentences(300, seed=2)]
     return write_jsonl(tmp_path_factory.mktemp("data") / "classes.jsonl", rows)

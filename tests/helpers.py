@@ -21,7 +21,7 @@ from rightrank.train.tokens import encode_splits
 
 
 def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
-    """What `select_rank` builds before the first trial."""
+    """Build the runtime that `select_rank` builds before the first trial."""
     splits = load_data(data, settings)
     loaded = load_base(str(model), settings, splits.summary.classes)
     encoded = encode_splits(splits, loaded, settings)
@@ -29,8 +29,8 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path)
 
 
 @contextmanager
-def fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
-    """The PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
+def attach_fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
+    """Yield the PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         multi_lora.add(ADAPTER, arm, runtime.make_config(arm))
         for module in multi_lora.peft_model.modules():
@@ -43,12 +43,12 @@ def fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
             yield multi_lora.peft_model
 
 
-def trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
+def list_trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
 
 
-def made_trainable(peft_model: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters of an attached adapter, which require a gradient from then on."""
+def make_trainable(peft_model: Any) -> dict[str, torch.nn.Parameter]:
+    """Make the parameters of an attached adapter require gradients, and return them."""
     for name, parameter in peft_model.named_parameters():
         parameter.requires_grad_("default" in name.split("."))
-    return trainable_parameters(peft_model)
+    return list_trainable_parameters(peft_model)

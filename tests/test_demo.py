@@ -47,7 +47,7 @@ def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text of the library's single files; transformers reads a GGUF file once, and not for each of its questions."""
+    """Limit the text to the library's single files, and let transformers read the GGUF file only once."""
     monkeypatch.setattr(demo, "DEMO_SETTINGS", SHORT)
     library = tmp_path / "library"
     library.mkdir()

@@ -6,12 +6,10 @@ import ast
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "rightrank"
 SOURCES = sorted(SOURCE.rglob("*.py"))
-# Tests of what is no folder of the package: the pages and examples, the benchmarks in short, what holds for all of it.
+# Folders of tests without a folder in the package: pages and examples, benchmarks, and safety.
 ELSEWHERE = {"docs", "benchmarks", "safety"}
 
 
@@ -39,7 +37,7 @@ def imported_by(path: Path) -> set[str]:
 
 
 def test_tests_and_benchmarks_do_not_import_each_other() -> None:
-    """`tests/benchmarks` apart, which tests the benchmarks."""
+    """Allow `tests/benchmarks` to import the benchmarks, which it tests."""
     root = TESTS.parent
     benchmarks, examples = sorted((root / "benchmarks").rglob("*.py")), sorted((root / "examples").glob("*.py"))
     assert benchmarks
@@ -54,17 +52,6 @@ def test_what_is_sampled_is_there() -> None:
     root = Path(__file__).parent.parent
     assert all((root / name).exists() for name in SAMPLED if not name.startswith("tests/plugins/"))
     assert "make test-all" in (root / ".ci" / "run").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_a_variable_is_a_noun_of_the_field(path: Path) -> None:
-    """Nothing is called `found` or `one`."""
-    bound = {
-        node.id if isinstance(node, ast.Name) else node.arg
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
-    }
-    assert not bound & {"found", "one"}
 
 
 def test_a_file_name_says_where_one_is() -> None:

@@ -40,7 +40,7 @@ if __name__ == "__main__":
 """
 
 
-def python(source: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_python(source: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(source), *([] if folder is None else [str(folder)])]),
@@ -49,8 +49,8 @@ def python(source: Path, *arguments: str, folder: Path | None = None) -> subproc
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=source.parent)
 
 
-def source_without(names: Sequence[str], folder: Path) -> Path:
-    """A copy of the source without the folders of these plug-ins."""
+def copy_source_without(names: Sequence[str], folder: Path) -> Path:
+    """Copy the source without the folders of these plug-ins."""
     shutil.copytree(SOURCE, folder / "src")  # with the compiled files, whose times are kept
     for name in names:
         shutil.rmtree(folder / "src" / "rightrank" / "plugins" / name)
@@ -65,38 +65,38 @@ def test_the_entry_points_are_the_folders() -> None:
 
 @pytest.mark.trains
 def test_a_plug_in_can_be_deleted(tmp_path: Path) -> None:
-    """The others load without it; that none imports another is a contract of `.importlinter`."""
-    source = source_without([], tmp_path)
+    """Check that the others load without it. A contract of `.importlinter` says that none imports another."""
+    source = copy_source_without([], tmp_path)
     for name in FOLDERS:
         folder = source / "rightrank" / "plugins" / name
         folder.rename(tmp_path / name)
-        done = python(source, "-c", "import rightrank.cli as cli; print(*cli.cli.list_commands(None))")
-        assert (done.returncode, done.stderr) == (0, "")
+        process = run_python(source, "-c", "import rightrank.cli as cli; print(*cli.cli.list_commands(None))")
+        assert (process.returncode, process.stderr) == (0, "")
         (tmp_path / name).rename(folder)
 
 
 @pytest.mark.trains
 def test_a_selection_needs_no_plug_in(model_folder: Path, tmp_path: Path) -> None:
-    source = source_without(FOLDERS, tmp_path)
+    source = copy_source_without(FOLDERS, tmp_path)
     data = write_completions(tmp_path / "data.jsonl", 40)
-    done = python(source, "-c", SELECTION, str(model_folder), str(data), str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] in ("1", "4")
-    assert "plug-in" not in done.stderr
+    process = run_python(source, "-c", SELECTION, str(model_folder), str(data), str(tmp_path / "run"))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split()[-1] in ("1", "4")
+    assert "plug-in" not in process.stderr
 
 
 @pytest.mark.trains
 def test_a_plug_in_that_cannot_be_imported_costs_one_notice_and_its_commands(tmp_path: Path) -> None:
-    source = source_without([], tmp_path)
+    source = copy_source_without([], tmp_path)
     broken = source / "rightrank" / "plugins" / "plan" / "__init__.py"
     broken.write_text("import no_such_package\n", encoding="utf-8")
-    done = python(source, "-m", "rightrank", "--help")
-    assert done.returncode == 0
-    assert [line for line in done.stderr.splitlines() if line] == [
+    process = run_python(source, "-m", "rightrank", "--help")
+    assert process.returncode == 0
+    assert [line for line in process.stderr.splitlines() if line] == [
         "rightrank: the plug-in 'plan' can't be imported (ModuleNotFoundError: No module named 'no_such_package') and is left out"
     ]
-    assert not re.search(r"^  plan\b", done.stdout, re.MULTILINE)
-    assert re.search(r"^  expect\b", done.stdout, re.MULTILINE)
+    assert not re.search(r"^  plan\b", process.stdout, re.MULTILINE)
+    assert re.search(r"^  expect\b", process.stdout, re.MULTILINE)
 
 
 @pytest.mark.trains
@@ -112,7 +112,7 @@ def test_the_plug_in_of_the_docs_works(tmp_path: Path) -> None:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: rightrank-chat\nVersion: 1\n", encoding="utf-8")
     lines = [f"[{plugins.GROUP}]", *(f"{name} = {value}" for name, value in entry.items())]
     (metadata / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
-    assert "chat-test" in python(SOURCE, "-m", "rightrank", "--help", folder=tmp_path).stdout
+    assert "chat-test" in run_python(SOURCE, "-m", "rightrank", "--help", folder=tmp_path).stdout
     script = textwrap.dedent("""
         import json, http.server, os, threading
         import rightrank
@@ -136,11 +136,11 @@ def test_the_plug_in_of_the_docs_works(tmp_path: Path) -> None:
     """)
     (tmp_path / "work").mkdir()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), str(tmp_path)])}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path / "work"
     )
-    assert done.returncode == 0, done.stderr
-    posted = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    posted = json.loads(process.stdout)
     assert posted[-1] == "done"
     assert any("rank 4" in text for text in posted)
 
@@ -161,10 +161,10 @@ def test_only_its_own_tests_import_a_plug_in(name: str) -> None:
 
 
 def copy_without(names: Sequence[str], folder: Path) -> Path:
-    """The project without these plug-ins and their tests."""
-    source = source_without(names, folder)
-    for part in ("tests", "benchmarks", "examples", "docs"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    """Copy the project without these plug-ins and their tests."""
+    source = copy_source_without(names, folder)
+    for tree in ("tests", "benchmarks", "examples", "docs"):
+        shutil.copytree(ROOT / tree, folder / tree, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     for file in filter(Path.is_file, ROOT.iterdir()):
         shutil.copy(file, folder / file.name)
     for name in names:
@@ -174,17 +174,17 @@ def copy_without(names: Sequence[str], folder: Path) -> Path:
 
 @pytest.mark.trains
 def test_the_remaining_tests_pass_without_plug_ins(tmp_path: Path) -> None:
-    """All are collected; those that train nothing and ask for the plug-ins' commands, pages and settings are run.
+    """Collect all tests, and run those without training that use the commands, pages and settings of plug-ins.
 
-    That a test of one plug-in needs no other is what `test_only_its_own_tests_import_a_plug_in` asks.
+    `test_only_its_own_tests_import_a_plug_in` checks that a test of one plug-in needs no other.
     """
-    source = source_without(FOLDERS, tmp_path)
-    for part in ("tests", "benchmarks", "examples", "docs"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    source = copy_source_without(FOLDERS, tmp_path)
+    for folder in ("tests", "benchmarks", "examples", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     for file in filter(Path.is_file, ROOT.iterdir()):
         shutil.copy(file, tmp_path / file.name)
     shutil.rmtree(tmp_path / "tests" / "plugins")
     asking = "cli or schema or test_threats or test_refusals or test_views or test_pages"
     options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not trains", "-k", asking)
-    done = python(source, "-m", "pytest", *options, "tests", folder=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:]
+    process = run_python(source, "-m", "pytest", *options, "tests", folder=tmp_path)
+    assert process.returncode == 0, process.stdout[-2000:]

@@ -67,8 +67,8 @@ def test_there_are_at_most_twenty_public_names_beside_those_of_plug_ins_and_all_
         getattr(rightrank, "nonsense")  # noqa: B009
 
 
-def type_checked(folder: Path, *scripts: str) -> str:
-    """What mypy says, with the project's own settings (strict), so that its cache serves."""
+def run_mypy(folder: Path, *scripts: str) -> str:
+    """Run mypy with the project's own strict settings, so that its cache is used, and return its output."""
     files = [folder / f"script_{number}.py" for number in range(len(scripts))]
     for file, script in zip(files, scripts, strict=True):
         file.write_text(script, encoding="utf-8")
@@ -78,11 +78,11 @@ def type_checked(folder: Path, *scripts: str) -> str:
 
 @pytest.mark.trains
 def test_a_typed_script_has_no_any_and_a_wrong_one_is_told(tmp_path: Path) -> None:
-    said = type_checked(tmp_path, SCRIPT, WRONG).splitlines()
-    revealed = [line for line in said if "Revealed type" in line]
+    output = run_mypy(tmp_path, SCRIPT, WRONG).splitlines()
+    revealed = [line for line in output if "Revealed type" in line]
     assert len(revealed) == 6
     assert [line for line in revealed if "Any" in line] == []
-    errors = [line for line in said if ": error:" in line]
+    errors = [line for line in output if ": error:" in line]
     assert len(errors) == 2, errors
     assert 'script_1.py:3: error: Unexpected keyword argument "rank"' in errors[0]
     assert 'script_1.py:4: error: Argument "margin"' in errors[1]
@@ -94,5 +94,5 @@ def test_every_public_name_has_a_page_and_every_name_of_a_page_exists() -> None:
     assert {f"rightrank.{name}" for name in rightrank.__all__ if name != "__version__"} <= described
     assert {f"rightrank.plugins.{name}.{function}" for name, function in PLUGIN_FUNCTIONS.items()} <= described
     for name in described:
-        place, _, last = name.rpartition(".")
-        assert hasattr(importlib.import_module(place), last), name
+        module, _, last = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), last), name

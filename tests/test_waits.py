@@ -21,49 +21,49 @@ IN_TEXT = re.compile(
 )  # programs that a test writes
 
 
-def _number(node: ast.AST) -> float | None:
-    found = node.value if isinstance(node, ast.Constant) else None
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+def read_number(node: ast.AST) -> float | None:
+    value = node.value if isinstance(node, ast.Constant) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _name(call: ast.Call) -> str:
+def read_name(call: ast.Call) -> str:
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
 
-def _asks_the_time(node: ast.AST) -> bool:
-    return any(isinstance(part, ast.Call) and _name(part) in CLOCKS for part in ast.walk(node))
+def reads_clock(node: ast.AST) -> bool:
+    return any(isinstance(child, ast.Call) and read_name(child) in CLOCKS for child in ast.walk(node))
 
 
-def _seconds(tree: ast.AST) -> Iterator[tuple[int, float]]:
+def find_seconds(tree: ast.AST) -> Iterator[tuple[int, float]]:
     """(line, seconds) of every wait, limit and comparison with a clock that is a number."""
     for node in ast.walk(tree):
-        found: list[ast.AST] = []
+        nodes: list[ast.AST] = []
         if isinstance(node, ast.Call):
-            found += [given.value for given in node.keywords if given.arg in LIMITS]
-            found += node.args[:1] if _name(node) in WAITS and isinstance(node.func, ast.Attribute) else []
-        elif isinstance(node, ast.Compare | ast.BinOp) and _asks_the_time(node):
-            found += [*node.comparators, node.left] if isinstance(node, ast.Compare) else [node.left, node.right]
+            nodes += [keyword.value for keyword in node.keywords if keyword.arg in LIMITS]
+            nodes += node.args[:1] if read_name(node) in WAITS and isinstance(node.func, ast.Attribute) else []
+        elif isinstance(node, ast.Compare | ast.BinOp) and reads_clock(node):
+            nodes += [*node.comparators, node.left] if isinstance(node, ast.Compare) else [node.left, node.right]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            texts = (one or other for one, other in IN_TEXT.findall(node.value))
+            texts = (quantity or fallback for quantity, fallback in IN_TEXT.findall(node.value))
             yield from ((node.lineno, float(text)) for text in texts)
-        for each in found:
-            number = _number(each)
+        for each in nodes:
+            number = read_number(each)
             if number is not None:
                 yield each.lineno, number  # type: ignore[attr-defined]
 
 
-def short_waits(text: str) -> list[tuple[int, float]]:
-    return [(line, number) for line, number in _seconds(ast.parse(text)) if 0 < number < GENEROUS_SECONDS]
+def find_short_waits(text: str) -> list[tuple[int, float]]:
+    return [(line, number) for line, number in find_seconds(ast.parse(text)) if 0 < number < GENEROUS_SECONDS]
 
 
 def test_no_test_waits_for_a_small_number_of_seconds() -> None:
-    found = {
+    waits = {
         f"{path.relative_to(TESTS)}:{line}: {number:g} s"
         for path in sorted(TESTS.rglob("*.py"))
         if path not in APART
-        for line, number in short_waits(path.read_text(encoding="utf-8"))
+        for line, number in find_short_waits(path.read_text(encoding="utf-8"))
     }
-    assert not found, f"wait for an event (`tests.watch.wait_until`), or for GENEROUS_SECONDS: {sorted(found)}"
+    assert not waits, f"wait for an event (`tests.watch.wait_until`), or for GENEROUS_SECONDS: {sorted(waits)}"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_no_test_waits_for_a_small_number_of_seconds() -> None:
     ],
 )
 def test_a_small_number_of_seconds_is_found(line: str) -> None:
-    assert len(short_waits(line)) == 1
+    assert len(find_short_waits(line)) == 1
 
 
 def test_an_event_and_a_generous_end_pass() -> None:
@@ -89,4 +89,4 @@ def test_an_event_and_a_generous_end_pass() -> None:
         "event.wait(timeout=GENEROUS_SECONDS)",
         "time.sleep(600)",
     ]
-    assert short_waits("\n".join([*lines, "', '.join(names)", "values.get('a')", "process.join()"])) == []
+    assert find_short_waits("\n".join([*lines, "', '.join(names)", "values.get('a')", "process.join()"])) == []

@@ -45,7 +45,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def sentences(count: int, seed: int = 0) -> list[str]:
+def generate_sentences(count: int, seed: int = 0) -> list[str]:
     generator = random.Random(seed)
     return [" ".join(generator.choices(WORDS, k=generator.randint(4, 14))) for _ in range(count)]
 
@@ -64,7 +64,7 @@ def make_tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sentences(200), trainer)
+    tokenizer.train_from_iterator(generate_sentences(200), trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>"
     )
@@ -89,27 +89,29 @@ GPT2_SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tiny_llama_config(vocabulary: int) -> Any:
+def build_tiny_llama_config(vocabulary: int) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **(SIZES | {"num_hidden_layers": 3}))
 
 
 def save_tiny_llama(folder: Path) -> Path:
-    """A random 3-layer Llama with a byte-level tokenizer, saved as users have theirs."""
+    """Save a random 3-layer Llama with a byte-level tokenizer, in the way that users do."""
     import torch
     from transformers import LlamaForCausalLM
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    LlamaForCausalLM(tiny_llama_config(len(tokenizer))).save_pretrained(folder)
+    LlamaForCausalLM(build_tiny_llama_config(len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def write_completions(path: Path, count: int = 200, seed: int = 1) -> Path:
     """Prompt and completion: the completion repeats the prompt's first words, which can be learned."""
-    rows = [{"prompt": f"{text} : ", "completion": " ".join(text.split()[:3])} for text in sentences(count, seed)]
+    rows = [
+        {"prompt": f"{text} : ", "completion": " ".join(text.split()[:3])} for text in generate_sentences(count, seed)
+    ]
     return write_jsonl(path, rows)
 
 
@@ -129,8 +131,8 @@ UNMEASURED: dict[str, Any] = {  # fields of a `TrialFinished` that its test does
 ON_CPU = SelectSettings(dtype="float32", device="cpu")
 
 
-def small_settings(**changes: Any) -> SelectSettings:
-    """A selection of two ranks that takes a second or two."""
+def build_small_settings(**changes: Any) -> SelectSettings:
+    """Return the settings of a selection of two ranks that takes a second or two."""
     values: dict[str, Any] = {
         "strategy": "grid",
         "ranks": (1, 4),
@@ -153,6 +155,6 @@ def write_pairs(path: Path, count: int = 200) -> Path:
             "chosen": " ".join(text.split()[:3]),
             "rejected": " ".join(text.split()[-2:]),
         }
-        for text in sentences(count, seed=4)
+        for text in generate_sentences(count, seed=4)
     ]
     return write_jsonl(path, rows)

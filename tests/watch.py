@@ -12,11 +12,11 @@ from rightrank.schema.events import Event, Notice
 GENEROUS_SECONDS = 600.0  # of every wait in a test: it ends a test that hangs, and never one on a busy machine
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], description: str) -> None:
     """Wait until the condition holds."""
     end = time.monotonic() + GENEROUS_SECONDS
     while not condition():
-        assert time.monotonic() < end, f"waited {GENEROUS_SECONDS:g} s until {what}"
+        assert time.monotonic() < end, f"waited {GENEROUS_SECONDS:g} s until {description}"
         time.sleep(0.05)
 
 

@@ -60,7 +60,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--set", "inference_mode=True"], r"inference_mode: got true, .* leave it out$"),
     (
         ["--set", "base_model_name_or_path=org/other"],
-        r"base_model_name_or_path: got 'org/other', and the model is '.*tiny-llama'; give",
+        r"base_model_name_or_path: got 'org/other', but the model is '.*tiny-llama'; give",
     ),
 ]
 
@@ -227,5 +227,5 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
     failed = [record for record in records if isinstance(record, TrialFailed)]
     assert [record.rank for record in failed] == [4]
     assert "r=4 lr=0.01 seed=0 ran out of memory" in failed[0].reason
-    assert "; the plan said " in failed[0].reason
+    assert "; the memory plan predicted " in failed[0].reason
     assert {record.rank for record in records if isinstance(record, TrialFinished)} == {0, 1, 2}

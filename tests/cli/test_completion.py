@@ -29,11 +29,11 @@ def test_an_unknown_setting_is_answered_with_the_nearest_names() -> None:
 
 
 def test_help_lists_the_commands_in_the_order_of_use_and_no_line_is_shortened() -> None:
-    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
-    assert shown.endswith("\n")
-    listed = [line.split()[0] for line in shown.partition("Commands:\n")[2].splitlines()]
+    help_text = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
+    assert help_text.endswith("\n")
+    listed = [line.split()[0] for line in help_text.partition("Commands:\n")[2].splitlines()]
     assert listed[:2] == ["demo", "select"]
-    assert "..." not in shown.partition("Commands:\n")[2]
+    assert "..." not in help_text.partition("Commands:\n")[2]
 
 
 def test_names_of_other_tools_mean_one_setting_each() -> None:

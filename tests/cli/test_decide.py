@@ -72,8 +72,8 @@ def test_a_table_has_a_report(table: Path) -> None:
     command = ["decide", str(table), "--margin", "0.01", "--report", str(page), "--lower-is-better"]
     assert CliRunner().invoke(cli, command).exit_code == 0
     text = page.read_text(encoding="utf-8")
-    for part in ("Rank 16", "runs.csv", "2.0500", "the table has no result", "Ranks other than 1, 4, 16, 64"):
-        assert part in text, part
+    for snippet in ("Rank 16", "runs.csv", "2.0500", "the table has no result", "Ranks other than 1, 4, 16, 64"):
+        assert snippet in text, snippet
     assert f"rightrank decide {table} --margin 0.01 --lower-is-better" in text
     assert 'href="figures' not in text  # nothing is beside it
     assert "test split" not in text.lower().split("what was not tested")[1].split("</section>")[0]
@@ -83,9 +83,9 @@ def test_scores_by_example_have_a_report_and_a_run_folder_its_own(tmp_path: Path
     rows = [{"rank": rank, "item": n, "value": 2 + n % 7 + 1 / rank} for rank in (1, 4, 16) for n in range(40)]
     decided = decide(rows, metric="eval_loss", margin=0.1)
     assert "40 examples" in decided.write_report(tmp_path / "page.html").read_text(encoding="utf-8")
-    of_run = decide(write_answered_run(tmp_path / "run", direct=(1, 4)))
+    run_result = decide(write_answered_run(tmp_path / "run", direct=(1, 4)))
     with pytest.raises(ResultsError, match="rightrank report RUN"):
-        of_run.write_report(tmp_path / "other.html")
+        run_result.write_report(tmp_path / "other.html")
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def files(tmp_path: Path) -> Path:
     ],
 )
 def test_what_does_not_exist_is_named_before_torch_is_imported(files: Path, arguments: list[str], message: str) -> None:
-    given = json.dumps(["select", *arguments, "--out", "run"])
-    process = subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, cwd=files)
+    command = json.dumps(["select", *arguments, "--out", "run"])
+    process = subprocess.run([sys.executable, "-c", CODE, command], capture_output=True, text=True, cwd=files)
     assert process.stdout.split() == ["2", "False"], process.stderr
     assert len(process.stderr.splitlines()) == 1
     assert message in process.stderr
@@ -80,7 +80,7 @@ def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
 
 
 def test_a_pipe_gets_a_line_before_torch_is_imported(files: Path) -> None:
-    """The model is damaged, so that the run ends early; the first write comes before anything heavy."""
+    """Use a damaged model, so that the run ends early; the first write comes before any heavy import."""
     watching = CODE.replace(
         "try:",
         "written = []\nwrite = sys.stderr.write\n"
@@ -104,7 +104,7 @@ print(sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
 
 
 def test_help_loads_neither_settings_nor_numbers() -> None:
-    """All commands are listed, those of plug-ins with them."""
+    """List all commands, including those of plug-ins."""
     script = LIGHT.replace('{"torch", "transformers"}', '{"torch", "transformers", "numpy", "pydantic", "rich"}')
     process = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
     assert "decide" in process.stdout
@@ -112,7 +112,7 @@ def test_help_loads_neither_settings_nor_numbers() -> None:
 
 
 def test_the_job_itself_loads_no_engine() -> None:
-    """What asks, keeps and answers knows the base by a plan alone: a trainer of one's own may use no torch."""
+    """Check that the core imports no engine, since a custom trainer may use no torch."""
     script = 'import rightrank.runs.run, rightrank.runs.custom_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 

@@ -17,9 +17,9 @@ from rightrank import Selected, demo, select_rank
 from rightrank.api import selecting
 from rightrank.schema.trials import SCHEMA_VERSION
 from tests.adapters.adapters import make_adapter, make_base
-from tests.commands import COMMANDS, of_its_plug_in, run
+from tests.commands import COMMANDS, mark_for_plug_in, run
 from tests.report.runs import write_journal
-from tests.tiny import small_settings, write_completions, write_jsonl
+from tests.tiny import build_small_settings, write_completions, write_jsonl
 
 pytestmark = pytest.mark.trains
 
@@ -31,15 +31,15 @@ SMALL = "--ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-le
 
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
-    """A finished run."""
+    """Run a selection."""
     folder = tmp_path_factory.mktemp("run")
-    settings = small_settings(max_steps=2, num_evaluations=1, max_eval_examples=8)
+    settings = build_small_settings(max_steps=2, num_evaluations=1, max_eval_examples=8)
     return select_rank(str(model_folder), write_completions(folder / "data.jsonl"), folder / "run", settings=settings)
 
 
 @pytest.fixture(scope="module")
 def prepared(selected: Selected, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models, an adapter, data, a table, runs in every state, an empty folder and a damaged journal."""
+    """Create a folder with models, an adapter, data, a table, runs in every state, an empty folder and a damaged journal."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "model").symlink_to(model_folder)
     shutil.copytree(make_base(folder / "base"), folder / "finetuned")
@@ -61,7 +61,7 @@ def prepared(selected: Selected, model_folder: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of its own, since commands write beside what they read."""
+    """Copy the folder, since commands write next to the files that they read."""
     shutil.copytree(prepared, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
@@ -138,8 +138,8 @@ UNFINISHED = [  # began and could not finish
 ]
 
 
-def one_object(text: str) -> dict[str, object]:
-    """The object on stdout, where nothing else is."""
+def parse_only_object(text: str) -> dict[str, object]:
+    """Parse the only object on stdout."""
     assert text.endswith("\n")
     assert text.count("\n") == 1
     answer = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
@@ -147,16 +147,16 @@ def one_object(text: str) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize("command", list(map(of_its_plug_in, FINE)))
+@pytest.mark.parametrize("command", list(map(mark_for_plug_in, FINE)))
 def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run([*command.split(), "--json"], capsys)
     assert status == 0, err
-    assert one_object(out)["schema_version"] == SCHEMA_VERSION
+    assert parse_only_object(out)["schema_version"] == SCHEMA_VERSION
 
 
 @pytest.mark.parametrize(
     ("command", "expected"),
-    [of_its_plug_in(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED],
+    [mark_for_plug_in(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED],
 )
 def test_a_failure_is_one_line_on_stderr(
     folder: Path, command: str, expected: int, capsys: pytest.CaptureFixture[str]
@@ -181,14 +181,14 @@ def test_the_demo_s_answer_is_one_object(
     monkeypatch.setattr(selecting, "select_rank", lambda *_, **__: selected)
     status, out, err = run(["demo", "--out", str(tmp_path), "--json"], capsys)
     assert status == 0
-    assert one_object(out)["run"] == str(selected.run)
+    assert parse_only_object(out)["run"] == str(selected.run)
     assert "going" in err
 
 
 def test_events_are_objects_while_the_answer_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(f"select model data.jsonl --out run --log-json --json {SMALL}".split(), capsys)
     assert status == 0
-    assert one_object(out)
+    assert parse_only_object(out)
     assert all("event" in json.loads(line) for line in err.splitlines())
 
 

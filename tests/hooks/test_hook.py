@@ -29,7 +29,7 @@ def select(out: Path, *hooks: Hook) -> Selected:
     return select_rank_with(train, out, ranks=RANKS, learning_rates=(1e-3,), callbacks=hooks)
 
 
-class Seen(Hook):
+class RecordingHook(Hook):
     """Notes every call."""
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ class Seen(Hook):
     def on_adapter(self, answered: AdapterProposal) -> None:
         self.calls.append("adapter")
 
-    def on_end(self, finished: SelectionEnd) -> None:
-        assert (finished.folder.adapter / "weights.txt").exists()
+    def on_end(self, end: SelectionEnd) -> None:
+        assert (end.folder.adapter / "weights.txt").exists()
         self.calls.append("end")
 
 
-class Raising(Hook):
+class RaisingHook(Hook):
     def __init__(self, num_events: int, error: Exception) -> None:
         self._left, self._error = num_events, error
 
@@ -63,12 +63,12 @@ class Raising(Hook):
                 raise self._error
 
 
-def finished(out: Path) -> list[int]:
+def read_finished(out: Path) -> list[int]:
     return [record.rank for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
 def test_events_come_in_the_order_of_the_run(tmp_path: Path) -> None:
-    recorder = Seen()
+    recorder = RecordingHook()
     select(tmp_path / "run", recorder)
     trials = ["TrialStarted", "TrialFinished"] * len(RANKS)
     end = ["adapter", "AdapterRecorded", "DecisionRecorded", "end"]
@@ -81,20 +81,20 @@ def test_events_come_in_the_order_of_the_run(tmp_path: Path) -> None:
 def test_a_hook_that_raises_ends_the_run_and_loses_nothing(tmp_path: Path, error: Exception) -> None:
     run = tmp_path / "run"
     with pytest.raises(
-        RunError, match=r"^Raising failed \(.*\); what has finished is kept, and the same call resumes$"
+        RunError, match=r"^RaisingHook failed \(.*\); finished trials are kept, and the same call resumes$"
     ):
-        select(run, Raising(2, error))
-    assert len(finished(run)) == 2
+        select(run, RaisingHook(2, error))
+    assert len(read_finished(run)) == 2
     select(run)
-    assert sorted(finished(run)) == [1, 4, 16]
+    assert sorted(read_finished(run)) == [1, 4, 16]
 
 
 def test_a_hook_that_a_run_can_do_without_is_left_out_until_the_end(tmp_path: Path) -> None:
-    run, hook = tmp_path / "run", Raising(1, KeyError("x"))
+    run, hook = tmp_path / "run", RaisingHook(1, KeyError("x"))
     hook.is_required = False
-    with pytest.raises(RunError, match=r"^Raising failed \(KeyError: 'x'\)"):
+    with pytest.raises(RunError, match=r"^RaisingHook failed \(KeyError: 'x'\)"):
         select(run, hook)
-    assert sorted(finished(run)) == [1, 4, 16]
+    assert sorted(read_finished(run)) == [1, 4, 16]
     assert (run / "adapter" / "weights.txt").exists()
     assert json.loads((run / "decision.json").read_text())["rank"] == 16
 
@@ -112,13 +112,13 @@ def test_an_error_of_input_passes_as_it_is(tmp_path: Path) -> None:
 def test_it_stops_the_run_which_then_resumes_with_what_has_ended(tmp_path: Path) -> None:
     class Stopping(Hook):
         def should_stop(self) -> bool:
-            return len(finished(run)) == 2
+            return len(read_finished(run)) == 2
 
-    run, recorder = tmp_path / "run", Seen()
+    run, recorder = tmp_path / "run", RecordingHook()
     with pytest.raises(InterruptedRun, match="stopped after 2 trials"):
         select(run, recorder, Stopping())
     assert recorder.calls[-1] == "RunStopped"
-    ended = finished(run)
+    ended = read_finished(run)
 
     class Resumed(Hook):
         def on_event(self, event: Event) -> None:
@@ -139,7 +139,7 @@ def test_a_hook_returns_another_answer_which_the_next_one_gets(tmp_path: Path) -
         def on_adapter(self, answered: AdapterProposal) -> AdapterAnswer:
             return answered.answer.model_copy(update={"notes": [*answered.answer.notes, self._note]})
 
-    select(tmp_path / "run", Noting("first"), Seen(), Noting("second"))
+    select(tmp_path / "run", Noting("first"), RecordingHook(), Noting("second"))
     recorded = [
         record for record in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(record, AdapterRecorded)
     ]
@@ -147,7 +147,7 @@ def test_a_hook_returns_another_answer_which_the_next_one_gets(tmp_path: Path) -
 
 
 def test_a_hook_gets_nothing_that_it_could_change(tmp_path: Path) -> None:
-    """The records are frozen, and what they hold of the journal is a copy."""
+    """Check that the records are frozen and hold a copy of the journal."""
 
     class Clearing(Hook):
         def on_start(self, started: SelectionStart) -> None:
@@ -161,7 +161,7 @@ def test_a_hook_gets_nothing_that_it_could_change(tmp_path: Path) -> None:
         def on_adapter(self, answered: AdapterProposal) -> None:
             answered.records.outcomes.clear()
 
-        def on_end(self, finished: SelectionEnd) -> None:
-            finished.records.outcomes.clear()
+        def on_end(self, end: SelectionEnd) -> None:
+            end.records.outcomes.clear()
 
     assert select(tmp_path / "run", Clearing()).decision == select(tmp_path / "plain").decision

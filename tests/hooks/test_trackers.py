@@ -30,7 +30,7 @@ pytestmark = pytest.mark.trains
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
-    """A made-up run in `run`."""
+    """Write an artificial run to `run`."""
     monkeypatch.chdir(tmp_path)
     write_journal(tmp_path / "run")
     return read_records(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
@@ -41,7 +41,9 @@ def log_all(records: Records, name: str) -> list[str]:
     notices: list[str] = []
     trackers = Trackers([name], Path("run"))
     plan: Any = SimpleNamespace(started=records.started)
-    trackers.on_start(SelectionStart(plan, RunFolder(Path("run")), records.copy, lambda event: notices.append(event.text)))  # type: ignore[union-attr]
+    trackers.on_start(
+        SelectionStart(plan, RunFolder(Path("run")), records.copy, lambda event: notices.append(event.text))
+    )  # type: ignore[union-attr]
     for outcome in records.outcomes:
         trackers.on_event(outcome)
     trackers.on_event(DecisionRecorded(decision=decide_run(records), adapter_trial_id=None))
@@ -49,28 +51,28 @@ def log_all(records: Records, name: str) -> list[str]:
 
 
 def list_trained(records: Records) -> list[TrialFinished]:
-    return [trial for trial in records.finished() if trial.rank > 0]
+    return [trial for trial in records.list_finished() if trial.rank > 0]
 
 
-def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def read_tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Tag → step and number, by TensorBoard's own reader."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: [(scalar.step, scalar.value) for scalar in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_tensorboard(records: Records) -> None:
     pytest.importorskip("tensorboard")
     assert log_all(records, "tensorboard") == []
     assert len(list(Path("run/tensorboard").iterdir())) == len(records.outcomes) + 1
-    trial = next(one for one in records.finished() if one.rank > 0 and one.arm.is_direct)
+    trial = next(outcome for outcome in records.list_finished() if outcome.rank > 0 and outcome.arm.is_direct)
     (folder,) = Path("run/tensorboard").glob(f"*{trial.trial_id[:6]}")
-    found = tensorboard_scalars(folder)
-    assert [value for _, value in found["train/loss"]] == pytest.approx(trial.train_losses)
-    assert found["eval/loss"][-1] == (trial.steps, pytest.approx(trial.metrics["loss"]))
+    scalars = read_tensorboard_scalars(folder)
+    assert [value for _, value in scalars["train/loss"]] == pytest.approx(trial.train_losses)
+    assert scalars["eval/loss"][-1] == (trial.steps, pytest.approx(trial.metrics["loss"]))
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
@@ -91,12 +93,12 @@ def test_mlflow(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # W&B's own
 def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own reader of an offline run gives what was logged; a table of it, as W&B exports one, gives the same rank."""
+    """Check that W&B's reader of an offline run returns the logged values, and that an exported table gives the same rank."""
     pytest.importorskip("wandb")
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", "."), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     assert log_all(records, "wandb") == []
-    runs = [_wandb_run(path) for path in sorted(Path("wandb").glob("offline-run-*/*.wandb"))]
+    runs = [_read_wandb_run(path) for path in sorted(Path("wandb").glob("offline-run-*/*.wandb"))]
     assert len(runs) == len(records.outcomes) + 1
     assert {run["group"] for run in runs} == {runs[0]["group"]}
     last = next(run for run in runs if run["name"] == "decision")
@@ -114,44 +116,44 @@ def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> Non
     assert decide(Path("export.json")).decision.reference_rank == decide(values).decision.reference_rank
 
 
-def _wandb_run(path: Path) -> dict[str, Any]:
-    """A run file of W&B: its own records, in the framing of LevelDB's log."""
+def _read_wandb_run(path: Path) -> dict[str, Any]:
+    """Read the records of a W&B run file, which are framed like LevelDB's log."""
     from wandb.proto import wandb_internal_pb2
 
-    found: dict[str, Any] = {"config": {}, "summary": {}, "history": []}
-    for data in _framed(path.read_bytes()):
+    run_fields: dict[str, Any] = {"config": {}, "summary": {}, "history": []}
+    for data in _read_frames(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            found |= {"name": record.run.display_name, "group": record.run.run_group}
-            found["config"] |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+            run_fields |= {"name": record.run.display_name, "group": record.run.run_group}
+            run_fields["config"] |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
         elif kind == "config":
-            found["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
+            run_fields["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
         elif kind == "history":
-            found["history"].append({_key(i): json.loads(i.value_json) for i in record.history.item})
+            run_fields["history"].append({_key(i): json.loads(i.value_json) for i in record.history.item})
         elif kind == "summary":
-            found["summary"] |= {_key(i): json.loads(i.value_json) for i in record.summary.update}
-    return found
+            run_fields["summary"] |= {_key(i): json.loads(i.value_json) for i in record.summary.update}
+    return run_fields
 
 
-def _framed(content: bytes) -> Iterator[bytes]:
+def _read_frames(content: bytes) -> Iterator[bytes]:
     """After 7 bytes of header: chunks of checksum (4), length (2), kind (1: whole, 2 to 4: first to last part)."""
-    place, parts = 7, b""
-    while place + 7 <= len(content):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768  # the rest of a block that holds no chunk's head
+    offset, chunks = 7, b""
+    while offset + 7 <= len(content):
+        if 32768 - offset % 32768 < 7:
+            offset += 32768 - offset % 32768  # the rest of a block that holds no chunk's head
             continue
-        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
+        length, kind = int.from_bytes(content[offset + 4 : offset + 6], "little"), content[offset + 6]
+        chunks += content[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):
-            yield parts
-            parts = b""
+            yield chunks
+            chunks = b""
 
 
-def _key(item: Any) -> str:
-    return item.key or ".".join(item.nested_key)
+def _key(example: Any) -> str:
+    return example.key or ".".join(example.nested_key)
 
 
 @pytest.mark.filterwarnings("ignore")  # Trackio's own
@@ -161,7 +163,7 @@ def test_trackio(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     from trackio.sqlite_storage import SQLiteStorage
 
     assert log_all(records, "trackio") == []
-    for trial in records.finished():
+    for trial in records.list_finished():
         runs = [name for name in SQLiteStorage.get_runs("rightrank") if name.endswith(trial.trial_id[:6])]
         logged = SQLiteStorage.get_logs("rightrank", runs[0])
         assert [row["train/loss"] for row in logged if "train/loss" in row] == trial.train_losses
@@ -203,14 +205,14 @@ def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
 
     def train(task: TrialTask) -> TrialResult:
-        scores = [task.rank / (task.rank + 1 + item % 3) for item in range(50)]
+        scores = [task.rank / (task.rank + 1 + example % 3) for example in range(50)]
         return TrialResult(metrics={"reward": sum(scores) / 50}, example_scores=scores)
 
     out = tmp_path / "own"
     settings = {"ranks": (1, 4, 16), "learning_rates": (1e-3,), "metric": "reward", "margin": 0.01}
     selected = select_rank_with(train, out, **settings, callbacks=[Trackers(["tensorboard"], out)])  # type: ignore[arg-type]
     assert len(selected.decision.ranks) == 3
-    rewards = [tensorboard_scalars(folder)["eval/reward"] for folder in (out / "tensorboard").glob("r*")]
+    rewards = [read_tensorboard_scalars(folder)["eval/reward"] for folder in (out / "tensorboard").glob("r*")]
     assert len(rewards) >= 3
 
 
@@ -226,7 +228,7 @@ def test_a_resumed_selection_reports_nothing_twice(
     command = select_arguments(model_folder, completion_file, tmp_path / "out", "--report-to", "tensorboard")
     status, _, err = run([*command, "--json", "--quiet"], capsys)
     assert status == 0, err
-    before = sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*"))
+    files_before = sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*"))
     status, _, err = run([*command, "--json", "--quiet"], capsys)
     assert status == 0, err
-    assert sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*")) == before
+    assert sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*")) == files_before

@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.runs.moments import PHASES, Moments, watch_phases
+from tests.runs.phases import PHASES, Moments, watch_phases
 from tests.tiny import save_tiny_llama, write_completions
 
 ARGUMENTS = [
@@ -45,7 +45,7 @@ class Case:
         self.usual: dict[str, tuple[int, float]] = {}  # of the undisturbed run: entries and mean seconds by phase
 
     def warm_up(self, out: Path) -> None:
-        """One whole run in this process: fonts, templates and modules are then there for every fork."""
+        """Run once in this process, so that fonts, templates and modules are loaded for every fork."""
         from rightrank.api.selecting import select_rank
         from rightrank.schema.settings import SelectSettings
 
@@ -61,7 +61,7 @@ class Case:
         return child
 
     def _run(self, out: Path) -> None:
-        """In the child: the command, and never back into the parent's code."""
+        """Run the command in the child process, and never return to the parent's code."""
         from rightrank.cli import main
 
         log = os.open(self._root / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -81,7 +81,7 @@ class Case:
 
 
 def wait_for_end(child: int) -> int:
-    """The exit status, negative for a signal."""
+    """Return the exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -97,8 +97,8 @@ def read_lines(out: Path, kind: str) -> dict[str, bytes]:
     return lines
 
 
-def outcome(out: Path) -> dict[str, Any]:
-    """All that must not depend on a kill."""
+def read_outcome(out: Path) -> dict[str, Any]:
+    """Return everything that must not depend on a kill."""
     journal = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     finished = [line for line in journal if line["type"] == "trial_finished"]
     names = ("trial_id", "value", "example_losses", "train_losses", "points")
@@ -114,7 +114,7 @@ def outcome(out: Path) -> dict[str, Any]:
     }
 
 
-def one_kill(case: Case, seconds: float, target: str, generator: random.Random, out: Path) -> dict[str, Any]:
+def kill_once(case: Case, seconds: float, target: str, generator: random.Random, out: Path) -> dict[str, Any]:
     """Start or resume, and kill; the run may have ended before."""
     earlier = read_lines(out, "trial_finished")
     if target == ANYWHERE:
@@ -139,13 +139,13 @@ def one_kill(case: Case, seconds: float, target: str, generator: random.Random, 
     }
 
 
-def one_run(
+def run_until_done(
     case: Case, reference: dict[str, Any], seconds: float, targets: list[str], generator: random.Random, out: Path
 ) -> dict[str, Any]:
     """Kill at each target, resume to the end, compare."""
     kills: list[dict[str, Any]] = []
     for target in targets:
-        kills.append(one_kill(case, seconds, target, generator, out))
+        kills.append(kill_once(case, seconds, target, generator, out))
         if not kills[-1]["killed"]:
             break
     lines_before = read_lines(out, "trial_finished")
@@ -153,20 +153,22 @@ def one_run(
     run = {"kills": [kill for kill in kills if kill["killed"]], "resumed": resumed}
     if resumed:
         return run | {"log": case.log()[-400:]}
-    ended, lines_after = outcome(out), read_lines(out, "trial_finished")
-    lost = sum(kill["lost"] for kill in kills) + sum(lines_after.get(trial) != line for trial, line in lines_before.items())
+    ended, lines_after = read_outcome(out), read_lines(out, "trial_finished")
+    lost = sum(kill["lost"] for kill in kills) + sum(
+        lines_after.get(trial) != line for trial, line in lines_before.items()
+    )
     return run | {
         "same_decision": ended["decision"] == reference["decision"],
         "same_trials": ended["trials"] == reference["trials"],
         "same_adapter": ended["adapter"] == reference["adapter"],
         "lost": lost,
-        "trained_twice": len(started_again(out)) + sum(count - 1 for count in ended["finished"].values()),
+        "trained_twice": len(count_restarts(out)) + sum(count - 1 for count in ended["finished"].values()),
         "tidy": ended["report"] and not ended["left_over"],
         "torn_lines": len(list(out.glob("journal.jsonl.torn-*"))),
     }
 
 
-def started_again(out: Path) -> set[str]:
+def count_restarts(out: Path) -> set[str]:
     """Trials that had finished and were begun once more."""
     finished: set[str] = set()
     again: set[str] = set()
@@ -179,7 +181,7 @@ def started_again(out: Path) -> set[str]:
     return again
 
 
-def is_right(entry: dict[str, Any]) -> bool:
+def is_correct(entry: dict[str, Any]) -> bool:
     return bool(
         entry["resumed"] == 0
         and entry["same_decision"]
@@ -201,19 +203,19 @@ def measure(kills: int, seed: int, root: Path) -> dict[str, Any]:
         raise SystemExit(f"the undisturbed run failed: {case.log()}")
     seconds = time.monotonic() - begun
     case.usual = case.moments.usual()
-    reference = outcome(root / "whole")
+    reference = read_outcome(root / "whole")
     turns = itertools.cycle([ANYWHERE, *PHASES])
     runs: list[dict[str, Any]] = []
     while (kills_left := kills - sum(len(run["kills"]) for run in runs)) > 0:
         targets = [next(turns) for _ in range(min(kills_left, KILLS_A_RUN))]
-        runs.append(one_run(case, reference, seconds, targets, generator, root / "run"))
+        runs.append(run_until_done(case, reference, seconds, targets, generator, root / "run"))
         shutil.rmtree(root / "run")
-    return sums(seed, seconds, case, runs)
+    return summarize(seed, seconds, case, runs)
 
 
-def sums(seed: int, seconds: float, case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is stored."""
-    right = [run for run in runs if is_right(run)]
+def summarize(seed: int, seconds: float, case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the result to store."""
+    right = [run for run in runs if is_correct(run)]
     return {
         "seed": seed,
         "undisturbed_seconds": round(seconds, 2),
@@ -227,10 +229,10 @@ def sums(seed: int, seconds: float, case: Case, runs: list[dict[str, Any]]) -> d
         "trials_lost": sum(run.get("lost", 0) for run in runs),
         "trials_trained_twice": sum(run.get("trained_twice", 0) for run in runs),
         "torn_lines": sum(run.get("torn_lines", 0) for run in runs),
-        "not_right": [run for run in runs if not is_right(run)],
+        "not_right": [run for run in runs if not is_correct(run)],
     }
 
 
 def count_phases(runs: list[dict[str, Any]]) -> dict[str, int]:
-    """What the process was at when it was killed."""
+    """Count in which phase the process was killed."""
     return dict(sorted(Counter(kill["in"] for run in runs for kill in run["kills"]).items()))

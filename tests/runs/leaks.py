@@ -13,16 +13,16 @@ from typing import Any
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.local import LocalExecutor
 from rightrank.schema.events import Event
-from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted, trial_id
+from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted, compute_trial_id
 from tests.helpers import make_runtime
-from tests.tiny import save_tiny_llama, small_settings, write_completions
+from tests.tiny import build_small_settings, save_tiny_llama, write_completions
 from tests.watch import Watch
 
 RANKS = (1, 2, 4, 8)
 STATUS = Path("/proc/self/status")
 
 
-def resident_bytes() -> int:
+def read_resident_bytes() -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
 
@@ -33,13 +33,13 @@ def build_trials(arms: int) -> list[Trial]:
         Arm(rank=RANKS[number % 4], learning_rate=1e-3, lora_alpha=32.0, seed=number // 4, steps=3)
         for number in range(arms)
     ]
-    return [Trial(trial_id=trial_id("leak", arm), arm=arm) for arm in arms_to_run]
+    return [Trial(trial_id=compute_trial_id("leak", arm), arm=arm) for arm in arms_to_run]
 
 
 def measure(arms: int, root: Path) -> dict[str, Any]:
     """Train them all, one after the other."""
     model, data = save_tiny_llama(root / "model"), write_completions(root / "data.jsonl")
-    settings = small_settings(ranks=RANKS, max_steps=3, num_evaluations=1, checkpoint_seconds=0.01)
+    settings = build_small_settings(ranks=RANKS, max_steps=3, num_evaluations=1, checkpoint_seconds=0.01)
     runtime = make_runtime(model, data, settings, root / "cache")
     folder = RunFolder(root / "run")
     folder.path.mkdir()
@@ -55,7 +55,7 @@ def measure(arms: int, root: Path) -> dict[str, Any]:
         assert isinstance(outcome, TrialFinished)
         folder.journal.append(outcome)
         ended += 1
-        resident.append(resident_bytes())
+        resident.append(read_resident_bytes())
     tenths = [resident[max(0, ended * tenth // 10 - 1)] for tenth in range(1, 11)]
     begun, last = tenths[1], tenths[-1]
     return {

@@ -10,7 +10,7 @@ from rightrank.runs.calls import TrialResult, TrialTask
 ITEMS = [random.Random(0).gauss(0, 1) for _ in range(40)]
 
 
-def paired(task: TrialTask) -> TrialResult:
+def score_pair(task: TrialTask) -> TrialResult:
     """Scores that rise to rank 4 and then stay; the items' own spread is 100 times the ranks'."""
     gain = min(task.rank, 4) * 0.01 - (0.02 if task.learning_rate > 2e-3 else 0)
     noise = random.Random(task.rank)

@@ -22,7 +22,7 @@ from rightrank.schema.events import StepDone, TestEvaluated
 from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.trials import TrialFinished
 from tests.helpers import make_runtime
-from tests.tiny import small_settings, write_jsonl
+from tests.tiny import build_small_settings, write_jsonl
 from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
@@ -32,7 +32,7 @@ NAMES = ("ada", "ben", "cleo", "dan", "eve", "finn", "gus", "hal")
 
 @pytest.fixture(scope="module")
 def overfitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows with one completion, and validation rows with any: what is learned is first the names, and then too much."""
+    """Return rows with one completion, and validation rows with any: a training first learns the names and then overfits."""
     return write_rows(tmp_path_factory.mktemp("rows"))
 
 
@@ -65,7 +65,7 @@ def select(
         "validation": str(data.with_name("validation.jsonl")),
     }
     values |= {"strategy": "bracket", "goal": "adapter", "checkpoint": checkpoint}
-    settings = small_settings(**(values | changes))
+    settings = build_small_settings(**(values | changes))
     return select_rank(str(model), data, out, settings=settings, callbacks=[] if watch is None else [watch])
 
 
@@ -73,20 +73,23 @@ def read_finished_trials(run: Path) -> list[TrialFinished]:
     return [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
-def trained(run: Path) -> TrialFinished:
+def find_trained(run: Path) -> TrialFinished:
     return next(trial for trial in read_finished_trials(run) if trial.rank == 8 and trial.arm.is_direct)
 
 
-def loss_by_peft(model: Path, adapter: Path, data: Path, cache: Path) -> float:
-    """On the validation split, by a plain forward pass with the adapter as PEFT loads it."""
-    settings = small_settings(validation=str(data.with_name("validation.jsonl")))
+def compute_peft_loss(model: Path, adapter: Path, data: Path, cache: Path) -> float:
+    """Compute the loss on the validation split by a plain forward pass with the adapter as PEFT loads it."""
+    settings = build_small_settings(validation=str(data.with_name("validation.jsonl")))
     examples = make_runtime(model, data, settings, cache).data.splits["validation"]
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
     total, count = 0.0, 0
     for example in examples:
         tokens = sum(label != -100 for label in example.labels[1:])
         with torch.no_grad():
-            passed = {"input_ids": torch.tensor([list(example.input_ids)]), "labels": torch.tensor([list(example.labels)])}
+            passed = {
+                "input_ids": torch.tensor([list(example.input_ids)]),
+                "labels": torch.tensor([list(example.labels)]),
+            }
             total, count = total + float(loaded(**passed).loss) * tokens, count + tokens
     return total / count
 
@@ -103,17 +106,17 @@ def runs(model_folder: Path, overfitted: Path, tmp_path_factory: pytest.TempPath
 def test_the_best_checkpoint_is_kept_and_handed_over(
     runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
 ) -> None:
-    last, best = trained(runs["last"]), trained(runs["best"])
+    last, best = find_trained(runs["last"]), find_trained(runs["best"])
     assert last.points == best.points  # one training
-    point = min(best.points, key=lambda one: one.value)
+    point = min(best.points, key=lambda evaluation: evaluation.value)
     assert last.checkpoint_step is None
     assert point.step == best.checkpoint_step < 60
     assert best.value == pytest.approx(point.value, abs=1e-5)
     assert last.value == pytest.approx(last.points[-1].value, abs=1e-5)
     adapter = runs["best"] / "trials" / best.trial_id
-    assert loss_by_peft(model_folder, adapter, overfitted, tmp_path) == pytest.approx(point.value, abs=1e-4)
+    assert compute_peft_loss(model_folder, adapter, overfitted, tmp_path) == pytest.approx(point.value, abs=1e-4)
     document = json.loads((runs["best"] / "decision.json").read_text(encoding="utf-8"))
-    assert f"step {point.step} of 60 steps" in document["adapter_making"]
+    assert f"step {point.step} of 60 steps" in document["adapter_provenance"]
     assert any(
         f"The best checkpoint of rank 8 is used: step {point.step} of 60." in note
         for note in document["adapter_answer"]["notes"]
@@ -123,14 +126,16 @@ def test_the_best_checkpoint_is_kept_and_handed_over(
 
 def test_the_test_split_is_read_of_the_kept_checkpoint_alone(runs: dict[Checkpoint, Path]) -> None:
     for run in runs.values():
-        read = [record.trial_id for record in Journal(run / "journal.jsonl").read() if isinstance(record, TestEvaluated)]
+        read = [
+            record.trial_id for record in Journal(run / "journal.jsonl").read() if isinstance(record, TestEvaluated)
+        ]
         assert len(read) == len(set(read)) <= 3
 
 
 def test_an_interrupted_training_keeps_the_same_checkpoint(
     runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
 ) -> None:
-    uninterrupted = trained(runs["best"])
+    uninterrupted = find_trained(runs["best"])
     assert uninterrupted.checkpoint_step is not None
     steps: list[int] = []
     watch = Watch(
@@ -141,8 +146,11 @@ def test_an_interrupted_training_keeps_the_same_checkpoint(
         select(model_folder, overfitted, tmp_path / "run", "best", watch)
     assert uninterrupted.checkpoint_step < 55
     select(model_folder, overfitted, tmp_path / "run", "best")
-    again = trained(tmp_path / "run")
-    assert (again.checkpoint_step, again.example_losses) == (uninterrupted.checkpoint_step, uninterrupted.example_losses)
+    again = find_trained(tmp_path / "run")
+    assert (again.checkpoint_step, again.example_losses) == (
+        uninterrupted.checkpoint_step,
+        uninterrupted.example_losses,
+    )
 
 
 def test_the_training_rank_is_decided_at_the_kept_checkpoint(

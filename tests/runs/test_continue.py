@@ -18,18 +18,18 @@ from rightrank.runs.journal import Journal
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunContinued
 from rightrank.schema.trials import TrialFinished, TrialStarted
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 
-def journal(run: Path) -> list[object]:
+def read_journal(run: Path) -> list[object]:
     return list(Journal(run / "journal.jsonl").read())
 
 
-def trained(run: Path) -> dict[tuple[int, float, int], float]:
-    """The value of each whole training by rank, learning rate and seed."""
+def collect_values(run: Path) -> dict[tuple[int, float, int], float]:
+    """Return the value of each full training by rank, learning rate and seed."""
     return {
         (record.rank, record.learning_rate, record.seed): record.value
-        for record in journal(run)
+        for record in read_journal(run)
         if isinstance(record, TrialFinished) and record.rank > 0 and record.arm.is_direct
     }
 
@@ -37,7 +37,7 @@ def trained(run: Path) -> dict[tuple[int, float, int], float]:
 @pytest.fixture(scope="module")
 def begun(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("begun") / "run"
-    select_rank(str(model_folder), completion_file, run, settings=small_settings(max_steps=4))
+    select_rank(str(model_folder), completion_file, run, settings=build_small_settings(max_steps=4))
     return run
 
 
@@ -46,16 +46,18 @@ def test_a_run_continued_equals_one_made_at_once(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(begun, run)
-    earlier_trials = [record for record in journal(run) if isinstance(record, TrialStarted)]
-    more = small_settings(max_steps=4, ranks=(1, 2, 4), seeds=(0, 1), margin=0.5)
+    earlier_trials = [record for record in read_journal(run) if isinstance(record, TrialStarted)]
+    more = build_small_settings(max_steps=4, ranks=(1, 2, 4), seeds=(0, 1), margin=0.5)
     continued = select_rank(str(model_folder), completion_file, run, settings=more)
-    again = [record for record in journal(run) if isinstance(record, TrialStarted)][len(earlier_trials) :]
-    assert {record.trial_id for record in earlier_trials}.isdisjoint(record.trial_id for record in again)  # nothing is trained twice
-    assert [record.settings.keys() for record in journal(run) if isinstance(record, RunContinued)] == [
+    again = [record for record in read_journal(run) if isinstance(record, TrialStarted)][len(earlier_trials) :]
+    assert {record.trial_id for record in earlier_trials}.isdisjoint(
+        record.trial_id for record in again
+    )  # nothing is trained twice
+    assert [record.settings.keys() for record in read_journal(run) if isinstance(record, RunContinued)] == [
         {"margin", "ranks", "seeds"}
     ]
     single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=more)
-    assert trained(run) == trained(tmp_path / "whole")
+    assert collect_values(run) == collect_values(tmp_path / "whole")
     assert continued.decision.margin == 0.5
     same = {"next_runs", "ranks"}  # these name trials, whose identities are the run's own
     assert continued.decision.model_dump(exclude=same) == single_run.decision.model_dump(exclude=same)
@@ -65,15 +67,15 @@ def test_another_spelling_of_the_same_paths_is_the_same_run(
     begun: Path, model_folder: Path, completion_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model_folder.parent)
-    started = len(journal(begun))
-    select_rank(f"./{model_folder.name}", completion_file, begun, settings=small_settings(max_steps=4))
-    assert not [record for record in journal(begun)[started:] if isinstance(record, TrialStarted)]
+    started = len(read_journal(begun))
+    select_rank(f"./{model_folder.name}", completion_file, begun, settings=build_small_settings(max_steps=4))
+    assert not [record for record in read_journal(begun)[started:] if isinstance(record, TrialStarted)]
 
 
 def test_a_report_shows_the_settings_that_the_run_was_continued_with(
     begun: Path, model_folder: Path, completion_file: Path
 ) -> None:
-    settings = small_settings(max_steps=4, margin=0.25)
+    settings = build_small_settings(max_steps=4, margin=0.25)
     selected = select_rank(str(model_folder), completion_file, begun, settings=settings)
     assert selected.decision.margin == 0.25
     write_report(begun)
@@ -82,7 +84,7 @@ def test_a_report_shows_the_settings_that_the_run_was_continued_with(
 
 def test_what_changes_trials_is_still_refused(begun: Path, model_folder: Path, completion_file: Path) -> None:
     with pytest.raises(RunFolderError, match="max_steps"):
-        select_rank(str(model_folder), completion_file, begun, settings=small_settings(max_steps=5, margin=0.1))
+        select_rank(str(model_folder), completion_file, begun, settings=build_small_settings(max_steps=5, margin=0.1))
 
 
 def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path: Path) -> None:
@@ -92,23 +94,26 @@ def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path:
     words = shlex.split(command)
     assert words[:4] == ["rightrank", "select", "--out", str(run)]
     assert len(words) == 6
-    earlier_trials = trained(run)
+    earlier_trials = collect_values(run)
     with pytest.raises(SystemExit) as stop:
         main([*words[1:], "--quiet"])
     assert stop.value.code == 0
-    assert earlier_trials.items() < trained(run).items()
+    assert earlier_trials.items() < collect_values(run).items()
 
 
 def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
     begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    """The run equals one that had all the examples from the start."""
+    """Check that the run equals one that had all the examples from the start."""
     run = tmp_path / "run"
-    few, many = small_settings(max_steps=4, max_eval_examples=6), small_settings(max_steps=4, max_eval_examples=14)
+    few, many = (
+        build_small_settings(max_steps=4, max_eval_examples=6),
+        build_small_settings(max_steps=4, max_eval_examples=14),
+    )
     select_rank(str(model_folder), completion_file, run, settings=few)
-    earlier_trials = [record for record in journal(run) if isinstance(record, TrialStarted)]
+    earlier_trials = [record for record in read_journal(run) if isinstance(record, TrialStarted)]
     continued = select_rank(str(model_folder), completion_file, run, settings=many)
-    assert [record for record in journal(run) if isinstance(record, TrialStarted)] == earlier_trials
+    assert [record for record in read_journal(run) if isinstance(record, TrialStarted)] == earlier_trials
     single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=many)
     ours, theirs = continued.decision, single_run.decision
     assert (ours.rank, ours.verdict, ours.flags) == (theirs.rank, theirs.verdict, theirs.flags)
@@ -128,9 +133,9 @@ def test_a_run_continued_with_other_ranks_keeps_those_that_were_trained(tmp_path
     more: dict[str, Any] = {"learning_rates": 1e-3, "margin": 0.01, "strategy": "bracket"}
     select_rank_with(train, run, ranks=(1, 4), seeds=0, **more)
     select_rank_with(train, run, ranks=(1, 4), seeds=(0, 1), **more)
-    earlier_trials = trained(run)
+    earlier_trials = collect_values(run)
     selected = select_rank_with(train, run, ranks=(1, 4, 16), seeds=(0, 1), **more)
-    assert earlier_trials.items() < trained(run).items()
+    assert earlier_trials.items() < collect_values(run).items()
     assert [record.rank for record in selected.decision.ranks if record.rank] == [1, 4, 16]
     assert decide(run).decision == selected.decision
     assert json.loads((run / "decision.json").read_text(encoding="utf-8"))["ranks"] == [

@@ -15,11 +15,11 @@ from rightrank.runs.run import extend_settings
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, NextRun
 from rightrank.schema.settings import SelectSettings
-from tests.tiny import sentences, small_settings, write_jsonl
+from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 from tests.watch import Watch
 
 
-def decided(verdict: str, flags: list[str], runs: list[NextRun]) -> Selected:
+def build_decision(verdict: str, flags: list[str], runs: list[NextRun]) -> Selected:
     decision = Decision.model_construct(verdict=verdict, flags=flags, next_runs=runs)
     return Selected(Path("run"), None, None, Path("report.html"), Answers(decision))
 
@@ -40,26 +40,30 @@ SEEDS = NextRun(action="seeds", ranks=[4, 16], seeds=3, sentence="Train with 3 s
 )
 def test_what_is_added(verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]) -> None:
     settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), extend=True)
-    extended = extend_settings(settings, decided(verdict, flags, runs))
+    extended = extend_settings(settings, build_decision(verdict, flags, runs))
     assert extended == (settings.model_copy(update=changed) if changed else None)
 
 
-def adapter_answer(rank: int, difference: float) -> AdapterAnswer:
-    """Of a top of 16, whose truncation to 8 differs from it by `difference`."""
+def build_adapter_answer(rank: int, difference: float) -> AdapterAnswer:
+    """Build the answer for a top rank of 16 whose truncation to 8 differs from it by `difference`."""
     candidate = AdapterCandidate.model_construct(rank=8, method="truncated", difference=difference)
     return AdapterAnswer.model_construct(rank=rank, trained_rank=16, margin=0.01, candidates=[candidate])
 
 
 @pytest.mark.parametrize(("rank", "difference", "keeps"), [(16, 0.02, True), (16, 0.005, False), (8, 0.005, False)])
 def test_a_top_is_suspect_where_its_largest_truncation_loses(rank: int, difference: float, keeps: bool) -> None:
-    """A truncation within the margin that is not shown to hold asks for examples, not for a larger top."""
-    assert adapter_answer(rank, difference).is_top_rank_required is keeps
+    """Check that a truncation within the margin without statistical support asks for examples, not for a larger top rank."""
+    assert build_adapter_answer(rank, difference).is_top_rank_required is keeps
 
 
 def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_folder: Path, tmp_path: Path) -> None:
-    """A margin of nearly 0 lets no truncation hold. It ends at the largest rank that every matrix can have."""
-    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in sentences(150)])
-    settings = small_settings(max_steps=3, test_fraction=0.0, extend=True, goal="adapter", margin=1e-9, ranks=(1, 8))
+    """Use a margin of nearly 0, which no truncation meets. The run ends at the largest rank that every matrix supports."""
+    data = write_jsonl(
+        tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in generate_sentences(150)]
+    )
+    settings = build_small_settings(
+        max_steps=3, test_fraction=0.0, extend=True, goal="adapter", margin=1e-9, ranks=(1, 8)
+    )
     notices: list[str] = []
     watch = Watch(notice=notices.append)
     selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings, callbacks=[watch])
@@ -72,7 +76,7 @@ def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_fold
 
 
 def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:
-    rising = decided("rising", [], [UP])
+    rising = build_decision("rising", [], [UP])
     assert extend_settings(SelectSettings(), rising) is None
     assert extend_settings(SelectSettings(budget_hours=1.0), rising) is not None
     assert extend_settings(SelectSettings(budget_hours=1.0, extend=False), rising) is None
@@ -80,9 +84,11 @@ def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:
 
 
 def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path) -> None:
-    """The folder is the one of a run that had the higher ranks from the start."""
-    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in sentences(150)])
-    settings = small_settings(max_steps=3, test_fraction=0.0, extend=True)  # of ranks 1 and 4
+    """Check that the folder equals that of a run that had the higher ranks from the start."""
+    data = write_jsonl(
+        tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in generate_sentences(150)]
+    )
+    settings = build_small_settings(max_steps=3, test_fraction=0.0, extend=True)  # of ranks 1 and 4
     notices: list[str] = []
     selected = select_rank(
         str(model_folder), data, tmp_path / "run", settings=settings, callbacks=[Watch(notice=notices.append)]
@@ -91,7 +97,7 @@ def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path)
     assert 1 <= len(added) <= 3
     assert added[0].endswith("Adding rank 8.")
     records = read_records(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
-    ranks = {trial.rank for trial in records.finished() if trial.arm.is_direct and trial.rank > 0}
+    ranks = {trial.rank for trial in records.list_finished() if trial.arm.is_direct and trial.rank > 0}
     assert {1, 4, 8} <= ranks
     assert {row.rank for row in selected.decision.ranks} == {0, *ranks}
     assert tuple(records.started.settings["ranks"]) == tuple(sorted(ranks))  # type: ignore[arg-type]

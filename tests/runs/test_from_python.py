@@ -13,7 +13,7 @@ from rightrank.api.selecting import select_rank
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import TrialFinished, TrialStarted
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 from tests.watch import Watch
 
 
@@ -25,7 +25,7 @@ def test_progress_and_a_result_on_one_screen(
         str(model_folder),
         completion_file,
         tmp_path / "run",
-        settings=small_settings(max_steps=2),
+        settings=build_small_settings(max_steps=2),
         callbacks=[Watch(notice=events.append)],
         progress=True,
     )
@@ -59,7 +59,7 @@ def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_call_resumes(
             if len(steps) == 3:
                 signal.raise_signal(signal.SIGINT)
 
-    settings = small_settings(max_steps=6, ranks=(1, 2), adapters_per_pass=1)
+    settings = build_small_settings(max_steps=6, ranks=(1, 2), adapters_per_pass=1)
     arguments: Any = (str(model_folder), completion_file, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt, match="the same call resumes the run"):
         select_rank(*arguments, settings=settings, callbacks=[Watch(on_event=interrupt)])
@@ -76,4 +76,8 @@ def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_call_resumes(
 def values(run: Path) -> dict[int, float]:
     records = Journal(run / "journal.jsonl").read()
     assert any(isinstance(record, TrialStarted) for record in records)
-    return {one.rank: one.value for one in records if isinstance(one, TrialFinished) and one.arm.is_direct}
+    return {
+        outcome.rank: outcome.value
+        for outcome in records
+        if isinstance(outcome, TrialFinished) and outcome.arm.is_direct
+    }

@@ -9,10 +9,10 @@ import pytest
 
 from rightrank import preflight, select_rank
 from rightrank.schema.errors import ModelError, SettingsError
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 
-def loaded(folder: Path, classes: int | None = None) -> tuple[Any, Any]:
+def load_model(folder: Path, classes: int | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -24,13 +24,13 @@ def loaded(folder: Path, classes: int | None = None) -> tuple[Any, Any]:
 def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    settings = small_settings(max_steps=3, num_evaluations=1)
-    model, tokenizer = loaded(model_folder)
+    settings = build_small_settings(max_steps=3, num_evaluations=1)
+    model, tokenizer = load_model(model_folder)
     rows = load_dataset("json", data_files=str(completion_file), split="train", cache_dir=str(tmp_path / "cache"))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     mine = select_rank(model, rows, tmp_path / "mine", tokenizer=tokenizer, settings=settings)
-    other = small_settings(num_evaluations=1)  # 8 steps, were it not for the keyword
-    named = select_rank(str(model_folder), completion_file, tmp_path / "named", settings=other, max_steps=3)
+    base_settings = build_small_settings(num_evaluations=1)  # 8 steps, were it not for the keyword
+    named = select_rank(str(model_folder), completion_file, tmp_path / "named", settings=base_settings, max_steps=3)
     assert [e.value for e in mine.decision.ranks] == [e.value for e in named.decision.ranks]
     assert all((model.state_dict()[name] == value).all() for name, value in weights.items())
     assert set(model.state_dict()) == set(weights)
@@ -38,11 +38,11 @@ def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_fi
 
 
 @pytest.mark.parametrize(
-    ("what", "error", "message"),
+    ("argument", "error", "message"),
     [
         ("no tokenizer", ModelError, "it is in memory and has no tokenizer"),
         ("not a model", ModelError, "got a dict; give a transformers model"),
-        ("named", SettingsError, "a model given by name brings its own"),
+        ("named", SettingsError, "a model that is given by name has its own"),
         ("wrong head", ModelError, "a head of 5 labels for data of 2 classes"),
     ],
 )
@@ -51,20 +51,20 @@ def test_bad_objects_are_one_line(
     completion_file: Path,
     class_file: Path,
     tmp_path: Path,
-    what: str,
+    argument: str,
     error: type[Exception],
     message: str,
 ) -> None:
-    model, tokenizer = loaded(model_folder, 5 if what == "wrong head" else None)
+    model, tokenizer = load_model(model_folder, 5 if argument == "wrong head" else None)
     arguments: dict[str, Any] = {"model": model, "data": completion_file, "tokenizer": tokenizer}
     arguments |= {
         "no tokenizer": {"tokenizer": None},
         "not a model": {"model": {}},
         "named": {"model": str(model_folder)},
         "wrong head": {"data": class_file},
-    }[what]
+    }[argument]
     with pytest.raises(error, match=message):
-        select_rank(out=tmp_path / "run", settings=small_settings(), **arguments)
+        select_rank(out=tmp_path / "run", settings=build_small_settings(), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_bad_objects_are_one_line(
     [
         ({"task_type": "SEQ_CLS"}, "task_type: got 'SEQ_CLS', and this is 'CAUSAL_LM'"),
         ({"task_type": "FEATURE_EXTRACTION"}, "task_type: got 'FEATURE_EXTRACTION', and this is 'CAUSAL_LM'"),
-        ({"base_model_name_or_path": "org/other"}, "base_model_name_or_path: got 'org/other', and the model is"),
+        ({"base_model_name_or_path": "org/other"}, "base_model_name_or_path: got 'org/other', but the model is"),
     ],
 )
 @pytest.mark.parametrize("by", ["config", "settings", "keyword", "in memory"])
@@ -81,16 +81,16 @@ def test_what_lora_config_states_must_agree_with_the_run(
 ) -> None:
     from peft import LoraConfig
 
-    model, tokenizer = loaded(model_folder) if by == "in memory" else (str(model_folder), None)
-    keywords: dict[str, Any] = {"peft_config": LoraConfig(**config_values), "settings": small_settings()}
+    model, tokenizer = load_model(model_folder) if by == "in memory" else (str(model_folder), None)
+    keywords: dict[str, Any] = {"peft_config": LoraConfig(**config_values), "settings": build_small_settings()}
     if by in ("settings", "keyword"):
-        keywords = {"settings": small_settings(**config_values)} if by == "settings" else config_values
+        keywords = {"settings": build_small_settings(**config_values)} if by == "settings" else config_values
     with pytest.raises(ModelError, match=message):
         select_rank(model, completion_file, tmp_path / "run", tokenizer=tokenizer, **keywords)
 
 
 def test_what_lora_config_states_of_a_classifier(model_folder: Path, class_file: Path) -> None:
     config_values = {"task_type": "SEQ_CLS", "base_model_name_or_path": f"elsewhere/{model_folder.name}"}
-    assert preflight(str(model_folder), class_file, settings=small_settings(**config_values)).metric == "loss"
+    assert preflight(str(model_folder), class_file, settings=build_small_settings(**config_values)).metric == "loss"
     with pytest.raises(ModelError, match="task_type: got 'CAUSAL_LM', and this is 'SEQ_CLS'"):
-        preflight(str(model_folder), class_file, settings=small_settings(task_type="CAUSAL_LM"))
+        preflight(str(model_folder), class_file, settings=build_small_settings(task_type="CAUSAL_LM"))

@@ -15,11 +15,11 @@ from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Preflight
 from rightrank.schema.settings import SelectSettings
 from tests.commands import SMALL, run
-from tests.tiny import SIZES, make_tokenizer, small_settings
+from tests.tiny import SIZES, build_small_settings, make_tokenizer
 from tests.watch import Watch
 
 
-def files_under(folder: Path) -> set[Path]:
+def list_files(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
@@ -31,12 +31,12 @@ def test_it_says_what_the_selection_does_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    files_before = files_under(tmp_path), files_under(model_folder), files_under(completion_file.parent)
+    files_before = list_files(tmp_path), list_files(model_folder), list_files(completion_file.parent)
     arguments = ["select", str(model_folder), str(completion_file), "--dry-run", "--json", *SMALL]
     status, out, _ = run(arguments, capsys)
     assert status == 0
     result = json.loads(out)
-    assert (files_under(tmp_path), files_under(model_folder), files_under(completion_file.parent)) == files_before
+    assert (list_files(tmp_path), list_files(model_folder), list_files(completion_file.parent)) == files_before
     assert result["splits"]["validation"]["examples"] == 12
     assert result["splits"]["train"]["label_tokens"] > 0
     assert [row["rank"] for row in result["ranks"]] == [1, 4]
@@ -70,7 +70,9 @@ def test_a_run_folder_is_not_made(
 
 def test_a_preflight_takes_what_people_train_with(model_folder: Path, completion_file: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    result = preflight(str(model_folder), completion_file, peft_config=config, settings=small_settings(max_steps=3))
+    result = preflight(
+        str(model_folder), completion_file, peft_config=config, settings=build_small_settings(max_steps=3)
+    )
     assert result.cost.steps == 3
     with pytest.raises(ModelError, match="task_type: got 'SEQ_CLS'"):
         preflight(str(model_folder), completion_file, peft_config=LoraConfig(task_type="SEQ_CLS"))
@@ -79,11 +81,15 @@ def test_a_preflight_takes_what_people_train_with(model_folder: Path, completion
 def test_the_first_lines_of_a_selection_hold_the_same_facts(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    expected = preflight(str(model_folder), completion_file, settings=small_settings(max_steps=2))
+    expected = preflight(str(model_folder), completion_file, settings=build_small_settings(max_steps=2))
     lines: list[str] = []
     watching = Watch(notice=lines.append)
     select_rank(
-        str(model_folder), completion_file, tmp_path / "run", settings=small_settings(max_steps=2), callbacks=[watching]
+        str(model_folder),
+        completion_file,
+        tmp_path / "run",
+        settings=build_small_settings(max_steps=2),
+        callbacks=[watching],
     )
     assert any(f": {expected.cost.trainings:.3g} trainings of 2 steps" in line for line in lines)
     assert any(line.startswith("label tokens: ") for line in lines)
@@ -111,12 +117,12 @@ def test_the_first_lines_say_where_the_top_rank_comes_from(model_folder: Path, c
         return files_before, next(note for note in files_before.notes if note.startswith("top rank "))
 
     every, line = result(str(model_folder), ranks=(1, 4, 16))
-    assert line.startswith("top rank 16 (the largest asked for): trained once")
+    assert line.startswith("top rank 16 (the largest that you gave): trained once")
     (needed,) = [row.needed_bytes for row in every.ranks if row.rank == 4]
     _, line = result(str(model_folder), ranks=(1, 4, 16), memory_bytes=needed)
     assert line.startswith("top rank 4 (the largest that fits the memory): ")
     _, line = result(str(model_folder))
-    assert line.startswith("top rank 16 (the largest default that every matrix can have): ")
+    assert line.startswith("top rank 16 (the largest default that every matrix supports): ")
     tokenizer = make_tokenizer()
     wide_config = LlamaConfig(vocab_size=len(tokenizer), **(SIZES | {"hidden_size": 128, "intermediate_size": 128}))
     _, line = result(LlamaForCausalLM(wide_config), tokenizer)

@@ -18,7 +18,7 @@ from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
-PROMPT_EASE = [place / 200 for place in range(200)]  # of the test prompts
+PROMPT_EASE = [index / 200 for index in range(200)]  # of the test prompts
 LOW, HIGH = 1e-5, 1e-4
 
 
@@ -41,15 +41,18 @@ def run(out: Path, train: Callable[[TrialTask], Any] = reinforce, **more: Any) -
     return select_rank_with(train, out, callbacks=[Watch(notice=notices.append)], **arguments), notices
 
 
-def outcomes(out: Path) -> list[Any]:
+def read_outcomes(out: Path) -> list[Any]:
     kinds = (TrialFinished, TrialCollapsed, TrialFailed)
     return [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, kinds)]
 
 
 def test_a_run_that_collapsed_is_an_outcome_and_never_handed_over(tmp_path: Path) -> None:
     selected, notices = run(tmp_path / "run")
-    collapsed = [outcome for outcome in outcomes(tmp_path / "run") if isinstance(outcome, TrialCollapsed)]
-    assert {(outcome.rank, outcome.learning_rate, outcome.seed) for outcome in collapsed} == {(1, HIGH, 0), (4, HIGH, 0)}
+    collapsed = [outcome for outcome in read_outcomes(tmp_path / "run") if isinstance(outcome, TrialCollapsed)]
+    assert {(outcome.rank, outcome.learning_rate, outcome.seed) for outcome in collapsed} == {
+        (1, HIGH, 0),
+        (4, HIGH, 0),
+    }
     assert (collapsed[0].best_step, collapsed[0].step, collapsed[0].value) == (20, 100, 0.0)
     assert [point.step for point in collapsed[0].points] == [0, 20, 40, 60, 80, 100]
     assert selected.decision is not None
@@ -93,7 +96,7 @@ def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
     stored = {name: first["settings"][name] for name in ("profile", "metric", "seeds", "margin", "strategy")}
     assert stored == {"profile": "rl", "metric": "reward", "seeds": [5, 6], "margin": 0.1, "strategy": "grid"}
-    assert {outcome.seed for outcome in outcomes(tmp_path / "run")} == {5, 6}
+    assert {outcome.seed for outcome in read_outcomes(tmp_path / "run")} == {5, 6}
     with pytest.raises(SettingsError, match="unknown profile 'lr'"):
         run(tmp_path / "other", profile="lr")
     with pytest.raises(SettingsError, match="'upward' starts at the smallest rank"):
@@ -107,7 +110,7 @@ def test_an_end_below_the_base_is_a_collapse_too(tmp_path: Path) -> None:
         return TrialResult(metrics={"reward": level}, example_scores=[float(ease < level) for ease in PROMPT_EASE])
 
     selected, _ = run(tmp_path / "run", train, ranks=(0, 1, 4, 16))
-    collapsed = [outcome for outcome in outcomes(tmp_path / "run") if isinstance(outcome, TrialCollapsed)]
+    collapsed = [outcome for outcome in read_outcomes(tmp_path / "run") if isinstance(outcome, TrialCollapsed)]
     assert {outcome.learning_rate for outcome in collapsed} == {HIGH}
     assert selected.decision is not None
     assert selected.decision.learning_rate == LOW
@@ -125,7 +128,7 @@ def test_a_reward_function_that_raises_fails_its_trial(tmp_path: Path) -> None:
         return reinforce(task)
 
     selected, _ = run(tmp_path / "run", train)
-    assert {outcome.rank for outcome in outcomes(tmp_path / "run") if isinstance(outcome, TrialFailed)} == {4}
+    assert {outcome.rank for outcome in read_outcomes(tmp_path / "run") if isinstance(outcome, TrialFailed)} == {4}
     assert selected.decision is not None
     assert selected.decision.rank == 1
 

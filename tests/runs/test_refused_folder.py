@@ -8,7 +8,7 @@ import pytest
 
 from rightrank import SelectSettings, select_rank
 from rightrank.schema.errors import InputError, RunFolderError
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 pytestmark = pytest.mark.trains
 
@@ -26,7 +26,7 @@ def test_a_metric_that_the_data_cannot_have_leaves_the_folder_as_it_was(
     if exists:
         out.mkdir()
     with pytest.raises(InputError, match="give metric 'loss'"):
-        select(model_folder, completion_file, out, small_settings(metric=metric))
+        select(model_folder, completion_file, out, build_small_settings(metric=metric))
     assert out.exists() == exists
     assert not exists or {path.name for path in out.iterdir()} <= {".lock"}
 
@@ -34,12 +34,14 @@ def test_a_metric_that_the_data_cannot_have_leaves_the_folder_as_it_was(
 def test_a_refused_selection_does_not_block_its_folder(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    """Ranks that no matrix of the model has are refused once the data has been encoded in the folder."""
+    """Use ranks that no matrix of the model supports; they are refused after the data has been encoded in the folder."""
     out = tmp_path / "run"
     with pytest.raises(InputError):
-        select(model_folder, completion_file, out, small_settings(ranks=(1, 4096)))
+        select(model_folder, completion_file, out, build_small_settings(ranks=(1, 4096)))
     assert not out.exists()
-    select(model_folder, completion_file, out, small_settings(max_steps=2, num_evaluations=1, max_eval_examples=8))
+    select(
+        model_folder, completion_file, out, build_small_settings(max_steps=2, num_evaluations=1, max_eval_examples=8)
+    )
     assert (out / "report.html").is_file()
 
 
@@ -49,5 +51,5 @@ def test_a_folder_with_other_files_is_refused_and_gets_none(
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "mine").write_text("mine")
     with pytest.raises(RunFolderError, match="holds files but no journal"):
-        select(model_folder, completion_file, tmp_path, small_settings())
+        select(model_folder, completion_file, tmp_path, build_small_settings())
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["cache", "cache/mine"]

@@ -36,7 +36,7 @@ from rightrank.train.trial import TrialFolders
 from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.runs import kills, leaks
-from tests.tiny import make_tokenizer, small_settings
+from tests.tiny import build_small_settings, make_tokenizer
 from tests.watch import GENEROUS_SECONDS, Watch, wait_until
 
 pytestmark = pytest.mark.trains
@@ -65,8 +65,8 @@ def save_wide_llama(folder: Path) -> Path:
     return folder
 
 
-def half_done(small_run: Path, folder: Path) -> Path:
-    """A run whose first arm has finished; the model and the data stand beside it."""
+def make_half_finished_run(small_run: Path, folder: Path) -> Path:
+    """Create a run whose first arm has finished, next to the model and the data."""
     shutil.copytree(small_run, folder)
     run_folder = folder / "run"
     lines = (run_folder / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -80,19 +80,19 @@ def half_done(small_run: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def work(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The half-done run, in the folder that its settings are relative to."""
-    folder = half_done(small_run, tmp_path / "work")
+    """Return the half-finished run, in the folder to which its settings are relative."""
+    folder = make_half_finished_run(small_run, tmp_path / "work")
     monkeypatch.chdir(folder.parent)
     return folder
 
 
-def selected(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+def run_selection(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
     status, _, err = run([*SELECT[:-1], *more, "--quiet"], capsys)
     return status, err
 
 
-def require_right(folder: Path, small_run: Path) -> None:
-    """The first arm was trained once, before the stop; the second after it; and the answer is there."""
+def require_correct(folder: Path, small_run: Path) -> None:
+    """Require that the first arm was trained once before the stop, the second after it, and that the answer is right."""
     records = Journal(folder / "journal.jsonl").read()
     trained = [record for record in records if isinstance(record, TrialFinished) and record.arm.is_direct]
     assert [record.rank for record in trained] == [0, 4, 1]
@@ -113,8 +113,8 @@ def test_a_run_is_looked_at_and_goes_on(work: Path, small_run: Path, capsys: pyt
     assert status == 0
     assert json.loads(out)["trials_ended"] == 2
     assert (work / "journal.jsonl").read_bytes() == journal_before
-    assert selected(capsys)[0] == 0
-    require_right(work, small_run)
+    assert run_selection(capsys)[0] == 0
+    require_correct(work, small_run)
     assert (work / "journal.jsonl").read_bytes().startswith(journal_before)
 
 
@@ -132,7 +132,7 @@ def test_what_shows_decides_and_exports_a_run_leaves_its_journal(
 
 
 def test_other_settings_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, err = selected(capsys, "--lora-alpha", "16")
+    status, err = run_selection(capsys, "--lora-alpha", "16")
     assert status == 2
     assert "made with other settings (lora_alpha: 32.0 → 16.0)" in err
 
@@ -156,9 +156,9 @@ def test_a_clock_set_back_changes_nothing(
     monkeypatch.setattr(time, "time", lambda: start - 3600 * next(calls))
     monkeypatch.setattr(preparation, "datetime", _Backwards)
     monkeypatch.setattr(processes, "datetime", _Backwards)
-    assert selected(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
+    assert run_selection(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
     assert _Backwards.calls > 0
-    require_right(work, small_run)
+    require_correct(work, small_run)
     trials = [record for record in Journal(work / "journal.jsonl").read() if isinstance(record, TrialFinished)]
     trained = [trial for trial in trials if trial.arm.is_direct][-1]
     assert trained.train_seconds > 0
@@ -174,17 +174,17 @@ def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writ
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("no disk can be mounted here")
     try:
-        folder = half_done(small_run, disk / "work")
+        folder = make_half_finished_run(small_run, disk / "work")
         monkeypatch.chdir(folder.parent)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        status, err = selected(capsys)
+        status, err = run_selection(capsys)
         assert status == 2
         assert err.count("\n") == 1
         assert "can't write there (Read-only file system); give a writable --out" in err
         assert run(["status", "run"], capsys)[0] == 0
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        assert selected(capsys)[0] == 0
-        require_right(folder, small_run)
+        assert run_selection(capsys)[0] == 0
+        require_correct(folder, small_run)
     finally:
         monkeypatch.chdir(tmp_path)
         subprocess.run(["umount", "-l", str(disk)], check=True)  # the model may be mapped still
@@ -193,14 +193,14 @@ def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writ
 def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
     work: Path, small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert selected(capsys)[0] == 0
+    assert run_selection(capsys)[0] == 0
     journal = work / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     number = next(n for n, line in enumerate(lines) if b'"trial_finished"' in line and b'"rank":1,' in line)
     damaged = bytearray(lines[number])
     damaged[len(damaged) // 2] ^= 1
     journal.write_bytes(b"".join([*lines[:number], bytes(damaged), *lines[number + 1 :]]))
-    status, err = selected(capsys)
+    status, err = run_selection(capsys)
     assert status == 2
     assert f"journal.jsonl:{number + 1}: damaged" in err
     assert "`rightrank repair run`" in err
@@ -208,8 +208,8 @@ def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
     assert status == 0
     assert json.loads(out) == {"kept": len(lines) - 1, "set_aside": 1, "file": "run/journal.jsonl.torn-1"}
     assert (work / "journal.jsonl.torn-1").read_bytes() == bytes(damaged)
-    assert selected(capsys)[0] == 0
-    require_right(work, small_run)
+    assert run_selection(capsys)[0] == 0
+    require_correct(work, small_run)
 
 
 def _hold(path: Path, gate: object, results: object, over: object) -> None:
@@ -256,11 +256,11 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
 
 
 def _has_stepped(file: Path) -> bool:
-    """Whether a training has taken steps, by the file that `status` reads."""
+    """Check whether a training has taken steps, in the file that `status` reads."""
     return file.exists() and re.search(r"step [1-9]", json.loads(file.read_text())["progress"]) is not None
 
 
-def _work_on_and_on() -> None:
+def _run_forever() -> None:
     with processes.SignalHandler(lambda _: None, owns_process=True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
@@ -271,14 +271,14 @@ def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.Mo
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.05)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TerminatedRun, match="the run resumes from the last checkpoint"):
-        _work_on_and_on()
+        _run_forever()
     assert signal.getsignal(signal.SIGTERM) == handler
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
 def test_out_of_memory_on_a_cpu_is_recorded_and_the_rest_goes_on(completion_file: Path, tmp_path: Path) -> None:
-    """A real limit on the process: rank 2,048 takes over 1.1 GB for its factors, their gradients and AdamW's moments."""
+    """Set a real limit on the process: rank 2,048 takes over 1.1 GB for its factors, their gradients and AdamW's moments."""
     model = save_wide_llama(tmp_path / "model")
     arguments = [*SELECT, "--ranks", "1,4,2048", "--max-steps", "2"]
     arguments[1:3] = [str(model), str(completion_file)]
@@ -290,7 +290,7 @@ def test_out_of_memory_on_a_cpu_is_recorded_and_the_rest_goes_on(completion_file
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
     failed = [record for record in records if isinstance(record, TrialFailed)]
     assert [(record.rank, record.error) for record in failed] == [(2048, "out_of_memory")]
-    assert "; the plan said " in failed[0].reason
+    assert "; the memory plan predicted " in failed[0].reason
     assert {record.rank for record in records if isinstance(record, TrialFinished)} == {0, 1, 4}
 
 
@@ -328,7 +328,7 @@ def test_what_the_system_says_when_memory_is_gone_is_understood() -> None:
 def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
     trial = Trial(trial_id="a" * 12, arm=arm)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
@@ -357,7 +357,7 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
 
 
 def test_a_process_that_trains_arm_after_arm_does_not_grow(tmp_path: Path) -> None:
-    """A leak of a model's copy or of an arm's tensors shows."""
+    """Detect a leak of a model's copy or of an arm's tensors."""
     result = leaks.measure(40, tmp_path)
     assert result["arms"] == 40
     assert result["growth_kib_an_arm"] < 400, (
@@ -368,7 +368,7 @@ def test_a_process_that_trains_arm_after_arm_does_not_grow(tmp_path: Path) -> No
 def test_checkpoints_never_take_more_than_their_share(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock that stands still but in a save, which takes three seconds, and between steps, which take one."""
+    """Use a clock that advances only by three seconds in a save and by one second between steps."""
     clock = [1000.0]
     saved: list[float] = []
     monkeypatch.setattr(arm_training.time, "perf_counter", lambda: clock[0])
@@ -378,7 +378,7 @@ def test_checkpoints_never_take_more_than_their_share(
         clock[0] += 3.0
 
     monkeypatch.setattr(arm_training, "save_checkpoint", save)
-    settings = small_settings(max_steps=500, num_evaluations=1, checkpoint_seconds=10)
+    settings = build_small_settings(max_steps=500, num_evaluations=1, checkpoint_seconds=10)
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     monkeypatch.setattr(training_loop._TrainingLoop, "_step", lambda _: clock.__setitem__(0, clock[0] + 1.0))
     stop = Watch(should_stop=lambda: clock[0] > 2000)

@@ -13,15 +13,15 @@ from rightrank.runs.executor import Executor
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 
 
-def example(of: type, name: str, **names: Any) -> Any:
-    """The class `name` in the docstring of a protocol."""
+def load_example(of: type, name: str, **names: Any) -> Any:
+    """Return the class `name` in the docstring of a protocol."""
     code = re.search(rf"^    class {name}.*", inspect.getdoc(of) or "", re.DOTALL | re.MULTILINE)
     assert code is not None
     exec(textwrap.dedent(code[0]), names)
     return names[name]
 
 
-def trials() -> list[Trial]:
+def build_trials() -> list[Trial]:
     return [
         Trial(trial_id=f"t{rank}", arm=Arm(rank=rank, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=2))
         for rank in (1, 4, 16)
@@ -29,7 +29,9 @@ def trials() -> list[Trial]:
 
 
 def test_the_executor_of_the_docstring_yields_one_outcome_per_trial() -> None:
-    executor: Executor = example(Executor, "FormulaExecutor", **vars(rightrank.runs.executor) | vars(custom_trainer))()
-    outcomes = list(executor.run(trials(), None))
-    assert [outcome.arm for outcome in outcomes] == [trial.arm for trial in trials()]
+    executor: Executor = load_example(
+        Executor, "FormulaExecutor", **vars(rightrank.runs.executor) | vars(custom_trainer)
+    )()
+    outcomes = list(executor.run(build_trials(), None))
+    assert [outcome.arm for outcome in outcomes] == [trial.arm for trial in build_trials()]
     assert all(isinstance(outcome, TrialFinished) for outcome in outcomes)

@@ -16,13 +16,13 @@ from rightrank.cli import main
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
-from tests.commands import run, select_arguments, start, values_of, wait_for_trial
+from tests.commands import read_trial_values, run, select_arguments, start, wait_for_trial
 from tests.tiny import write_jsonl
 
 
 @pytest.fixture(scope="module")
 def finished_run(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run, done once, that tests copy or only look at."""
+    """Run a selection once; tests copy or only read it."""
     out = tmp_path_factory.mktemp("select") / "run"
     with pytest.raises(SystemExit) as ended:
         main([*select_arguments(model_folder, completion_file, out), "--json", "--quiet"])
@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_values(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run(select_arguments(model_folder, completion_file, tmp_path / "again"), capsys)
-    assert values_of(tmp_path / "again") == values_of(finished_run)
+    assert read_trial_values(tmp_path / "again") == read_trial_values(finished_run)
 
 
 def test_other_settings_are_refused_with_the_difference(
@@ -170,7 +170,7 @@ def test_a_torn_last_line_is_set_aside_and_said(
     assert status == 0
     assert "the last line was incomplete" in err
     assert (folder / "journal.jsonl.torn-1").exists()
-    assert values_of(folder) == values_of(finished_run)
+    assert read_trial_values(folder) == read_trial_values(finished_run)
 
 
 def test_a_second_process_is_refused(
@@ -187,7 +187,7 @@ LONG = ("--max-steps", "60", "--set", "checkpoint_seconds=0.05")  # so long that
 
 @pytest.fixture(scope="module")
 def undisturbed(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that interrupted ones are compared with."""
+    """Run the selection with which interrupted ones are compared."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.raises(SystemExit) as ended:
         main([*select_arguments(model_folder, completion_file, out, *LONG), "--quiet"])
@@ -198,7 +198,7 @@ def undisturbed(model_folder: Path, completion_file: Path, tmp_path_factory: pyt
 def test_stopped_and_resumed_it_ends_the_same(
     undisturbed: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By Ctrl-C; `test_reliability` kills runs at random moments."""
+    """Stop by Ctrl-C; `test_reliability` kills runs at random moments."""
     process = start(model_folder, completion_file, tmp_path / "run", *LONG)
     wait_for_trial(tmp_path / "run", process)
     process.signal(signal.SIGINT)
@@ -206,7 +206,7 @@ def test_stopped_and_resumed_it_ends_the_same(
     assert status == 130
     assert "run the same command again to resume" in err
     assert run(select_arguments(model_folder, completion_file, tmp_path / "run", *LONG), capsys)[0] == 0
-    assert values_of(tmp_path / "run") == values_of(undisturbed)
+    assert read_trial_values(tmp_path / "run") == read_trial_values(undisturbed)
     ended = [
         [record.trial_id for record in Journal(path / "journal.jsonl").read() if isinstance(record, TrialFinished)]
         for path in (tmp_path / "run", undisturbed)

@@ -34,7 +34,7 @@ def length(completions):
 """
 
 
-def finished(folder: Path) -> list[TrialFinished]:
+def read_finished(folder: Path) -> list[TrialFinished]:
     return [record for record in Journal(folder / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
@@ -68,8 +68,11 @@ def test_one_metric_decides_and_the_others_are_kept(
     assert answer["basis"] == "examples"
     expected_metrics = {"loss", "f1", "exact_match", "rouge2", "share", "total", "length"}
     assert {comparison["metric"] for comparison in answer["other_metrics"]} == expected_metrics
-    assert {one["metric"] for one in answer["other_metrics"] if not one["higher_is_better"]} == {"loss", "length"}
-    trials = finished(tmp_path / "run")
+    assert {result["metric"] for result in answer["other_metrics"] if not result["higher_is_better"]} == {
+        "loss",
+        "length",
+    }
+    trials = read_finished(tmp_path / "run")
     assert {trial.rank for trial in trials if trial.arm.is_direct} == {0, 1, 4}
     for trial in trials:
         assert set(trial.example_metrics) == {"rougeL", "f1", "exact_match", "rouge2", "share", "length"}
@@ -122,7 +125,7 @@ def test_a_function_that_fails_later_loses_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It works on the base and fails after the first training; fixed, the run resumes from the end of that training."""
+    """Use a function that fails after the first training. Once corrected, the run resumes from the end of that training."""
     monkeypatch.chdir(tmp_path)
     program = tmp_path / "count.py"
     program.write_text(
@@ -133,13 +136,13 @@ def test_a_function_that_fails_later_loses_nothing(
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *options)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert "the licence server is away" in err
-    assert len(finished(tmp_path / "run")) == 1
+    assert len(read_finished(tmp_path / "run")) == 1
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert len(checkpoints) == 1
     program.write_text(COUNT)
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *options)
     assert status == 0, err
-    assert len([trial for trial in finished(tmp_path / "run") if trial.arm.is_direct]) == 3
+    assert len([trial for trial in read_finished(tmp_path / "run") if trial.arm.is_direct]) == 3
 
 
 def test_metrics_of_classes(
@@ -150,7 +153,7 @@ def test_metrics_of_classes(
     assert status == 0, err
     answer = json.loads(out)
     assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "examples", 0.005)
-    for trial in finished(tmp_path / "run"):
+    for trial in read_finished(tmp_path / "run"):
         lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
         right = [json.loads(line)["completion"] == json.loads(line)["expected"] for line in lines]
         assert trial.metrics["accuracy"] == sum(right) / len(right)

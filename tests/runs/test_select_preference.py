@@ -16,7 +16,7 @@ from rightrank.schema.errors import DataError, SettingsError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
 from tests.commands import run
-from tests.tiny import small_settings, write_jsonl, write_pairs
+from tests.tiny import build_small_settings, write_jsonl, write_pairs
 
 pytestmark = pytest.mark.trains
 PAIR_METRICS = {"reward_accuracy", "reward_margin", "chosen_log_ratio"}
@@ -29,8 +29,8 @@ def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, pair_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
-    """A bracket of two ranks, two adapters per pass, over the last layer."""
-    settings = small_settings(
+    """Run a bracket of two ranks, two adapters per pass, on the last layer."""
+    settings = build_small_settings(
         strategy="bracket",
         layers_to_transform=(2,),
         max_steps=16,
@@ -81,7 +81,7 @@ def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> Non
 
 def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: Path, model_folder: Path) -> None:
     assert selected.adapter is not None
-    settings = small_settings(metrics=("reward_accuracy",))
+    settings = build_small_settings(metrics=("reward_accuracy",))
     comparison = compare(
         selected.adapter.path, selected.adapter.path, model=str(model_folder), data=pair_file, settings=settings
     )
@@ -117,7 +117,7 @@ def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path)
 
 def test_settings_that_pairs_cannot_have_are_refused(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="metric 'accuracy' needs `text` and `label`"):
-        select_rank(str(model_folder), pair_file, tmp_path / "run", settings=small_settings(metric="accuracy"))
+        select_rank(str(model_folder), pair_file, tmp_path / "run", settings=build_small_settings(metric="accuracy"))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_fil
         {"prompt": f"{number} :", "chosen": "the " * 60, "rejected": "the " * 60 + "end"}
         for number in range(1000, 1030)
     ]
-    settings = small_settings(max_steps=1, ranks=(1, 2), num_evaluations=1)
+    settings = build_small_settings(max_steps=1, ranks=(1, 2), num_evaluations=1)
     selected = select_rank(
         str(model_folder),
         write_jsonl(tmp_path / "pairs.jsonl", [*rows, *long, *same]),

@@ -14,7 +14,7 @@ import pytest
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 from tests.adapters.adapters import make_adapter, make_base
-from tests.runs.own_functions import ITEMS, by_number, paired
+from tests.runs.own_functions import ITEMS, by_number, score_pair
 from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
@@ -24,7 +24,7 @@ RANKS, RATES = (1, 4, 16), (1e-3, 3e-3)
 
 def test_item_scores_are_compared_in_pairs(tmp_path: Path) -> None:
     selected = select_rank_with(
-        paired, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward", margin=0.005
+        score_pair, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward", margin=0.005
     )
     assert selected.decision.rank == 4
     assert selected.decision.higher_is_better
@@ -144,23 +144,29 @@ def test_the_base_is_asked_for_when_wanted(tmp_path: Path) -> None:
     assert decision.ranks[0].rank == 0
 
 
-def gives(value: Any) -> Any:
+def make_trainer(value: Any) -> Any:
     return lambda task: value
 
 
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        (gives(None), "train returned NoneType None; return a mapping such as {'loss': 1.23}"),
-        (gives([1.0]), "train returned list"),
-        (gives({}), "train returned no 'loss' (it returned nothing)"),
-        (gives({"eval_loss": 1.0}), "train returned no 'loss' (it returned 'eval_loss')"),
-        (gives({"loss": "low"}), "train gave metrics.loss = 'low': Input should be a valid number"),
-        (gives({"loss": math.nan}), "train gave metrics.loss = nan: Input should be a finite number"),
-        (lambda _: TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, math.inf]), "train gave example_scores.1 = inf"),
-        (gives(TrialResult(metrics={"loss": 1.0}, example_scores=[])), "train returned 0 example_scores"),
-        (gives(TrialResult(metrics={"loss": 1.0}, example_weights=[1.0])), "example_weights that do not match"),
-        (gives(TrialResult(metrics={"loss": 1.0}, example_scores=[1.0], example_groups=[0, 1])), "example_groups that do not"),
+        (make_trainer(None), "train returned NoneType None; return a mapping such as {'loss': 1.23}"),
+        (make_trainer([1.0]), "train returned list"),
+        (make_trainer({}), "train returned no 'loss' (it returned nothing)"),
+        (make_trainer({"eval_loss": 1.0}), "train returned no 'loss' (it returned 'eval_loss')"),
+        (make_trainer({"loss": "low"}), "train gave metrics.loss = 'low': Input should be a valid number"),
+        (make_trainer({"loss": math.nan}), "train gave metrics.loss = nan: Input should be a finite number"),
+        (
+            lambda _: TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, math.inf]),
+            "train gave example_scores.1 = inf",
+        ),
+        (make_trainer(TrialResult(metrics={"loss": 1.0}, example_scores=[])), "train returned 0 example_scores"),
+        (make_trainer(TrialResult(metrics={"loss": 1.0}, example_weights=[1.0])), "example_weights that do not match"),
+        (
+            make_trainer(TrialResult(metrics={"loss": 1.0}, example_scores=[1.0], example_groups=[0, 1])),
+            "example_groups that do not",
+        ),
     ],
 )
 def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> None:
@@ -173,7 +179,7 @@ def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> 
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        (gives(0.5), "train returned float 0.5; return a mapping such as {'loss': 1.23}, or a TrialResult"),
+        (make_trainer(0.5), "train returned float 0.5; return a mapping such as {'loss': 1.23}, or a TrialResult"),
         (lambda task: TrialResult(metrics={"loss": "low"}), "train gave metrics.loss = 'low': Input"),  # type: ignore[dict-item]
         (lambda task: TrialResult(metrics={"loss": 1.0}, scores=[1.0]), "the fields: metrics, example_scores,"),  # type: ignore[call-arg]
         (
@@ -193,7 +199,7 @@ def test_a_wrong_result_ends_the_selection_after_the_first_training(tmp_path: Pa
         calls.append(task.rank)
         return train(task)
 
-    with pytest.raises(AllTrialsFailedError, match="what has finished is kept: correct the function") as caught:
+    with pytest.raises(AllTrialsFailedError, match="finished trials are kept: correct the function") as caught:
         select_rank_with(counted, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
     assert reason in str(caught.value)
     assert len(calls) == 1
@@ -218,8 +224,13 @@ def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
         make_adapter(make_base(tmp_path / "base"), task.folder, rank=task.rank)
         return TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, 1.0])
 
-    arguments: dict[str, Any] = {"ranks": (1, 2, 4), "learning_rates": (1e-3,), "goal": "adapter", "strategy": "bracket"}
-    with pytest.raises(AllTrialsFailedError, match=r"evaluate returned float 1.0; .* what has finished is kept"):
+    arguments: dict[str, Any] = {
+        "ranks": (1, 2, 4),
+        "learning_rates": (1e-3,),
+        "goal": "adapter",
+        "strategy": "bracket",
+    }
+    with pytest.raises(AllTrialsFailedError, match=r"evaluate returned float 1.0; .* finished trials are kept"):
         select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: 1.0, **arguments)  # type: ignore[arg-type, return-value]
     assert set(trained) == {4}
     trained.clear()
@@ -242,8 +253,7 @@ def test_a_function_that_names_its_metric_needs_no_other_name(
     assert (selected.metric, selected.higher_is_better, selected.reference_rank) == ("win_share", True, 16)
     err = capsys.readouterr().err
     assert (
-        "trainer tests.runs.test_select_rank_with.Named, by win_share (higher is better); the trainer sets the"
-        in err
+        "trainer tests.runs.test_select_rank_with.Named, by win_share (higher is better); the trainer sets the" in err
     )
     assert "examples: ;" not in err
     with pytest.raises(SettingsError, match="'loss': Named scores the examples by 'win_share'; leave metric out"):
@@ -264,16 +274,18 @@ def test_a_function_that_is_wrong_is_not_called_for_every_arm(tmp_path: Path) ->
 
 def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
-        return TrialResult(metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * (3 if task.rank == 4 else 2))
+        return TrialResult(
+            metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * (3 if task.rank == 4 else 2)
+        )
 
     report = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,)).report
-    assert "earlier trials 2; score the same examples" in report.read_text(encoding="utf-8")
+    assert "but earlier trials returned 2; score the same examples" in report.read_text(encoding="utf-8")
 
 
 def test_several_calls_at_once_come_to_the_same_decision(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
-    alone = select_rank_with(paired, tmp_path / "alone", **arguments).decision
-    several = select_rank_with(paired, tmp_path / "several", workers=3, **arguments).decision
+    alone = select_rank_with(score_pair, tmp_path / "alone", **arguments).decision
+    several = select_rank_with(score_pair, tmp_path / "several", workers=3, **arguments).decision
     measured = {"next_run", "next_runs"}  # they say what the next run would take
     assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
 
@@ -284,7 +296,7 @@ def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, st
 
     def train(task: TrialTask) -> TrialResult:
         calls.append(task)
-        return paired(task)
+        return score_pair(task)
 
     selected = select_rank_with(
         train, tmp_path / "run", ranks=(1, 2, 4, 8, 16), learning_rates=RATES, metric="reward", margin=0.005,
@@ -300,7 +312,7 @@ def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, st
     [
         ({"ranks": (0,)}, "rank 0 is not allowed"),
         ({"strategy": "gird"}, "did you mean 'grid'"),
-        ({"executor": "moon"}, "executor is no setting"),
+        ({"executor": "moon"}, "executor is not a setting"),
         ({"train": 3}, "train: got a int"),
         ({"workers": 0}, "workers: got 0"),
         ({"workers": "2"}, "workers: got '2'"),
@@ -318,12 +330,12 @@ def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], me
 def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
     select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
     with pytest.raises(RunFolderError, match=r"trainer: .*by_number' → .*paired'"):
-        select_rank_with(paired, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
+        select_rank_with(score_pair, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
     assert issubclass(RunFolderError, RightrankError)
 
 
 def test_answers_show_a_plot_in_a_notebook_and_convert_to_pandas(tmp_path: Path) -> None:
-    selected = select_rank_with(paired, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward")
+    selected = select_rank_with(score_pair, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward")
     for html in (selected._repr_html_(), decide(selected.run)._repr_html_()):
         assert f"Verdict: {selected.decision.verdict}" in html
         assert "<svg" in html
@@ -402,7 +414,7 @@ def test_one_value_stands_for_a_list_and_progress_is_shown(tmp_path: Path, capsy
 
 
 def test_the_base_is_measured_by_default(tmp_path: Path) -> None:
-    """A function whose adapters are worse than the base, which no comparison of the ranks alone can show."""
+    """Use a function whose adapters are worse than the base, which a comparison of the ranks alone can't show."""
 
     def train(task: TrialTask) -> TrialResult:
         loss = 1.0 if task.rank == 0 else 1.2 - 0.01 * min(task.rank, 4)

@@ -21,7 +21,7 @@ from rightrank.train.pace import TIMED_STEPS, Pace, measure_pace
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.report.runs import make_run
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 from tests.watch import Watch
 
 
@@ -39,11 +39,13 @@ class Log:
             self.entries.append(event.expected_seconds)
 
     def position(self, text: str) -> int:
-        return next(index for index, entry in enumerate(self.entries) if isinstance(entry, str) and entry.startswith(text))
+        return next(
+            index for index, entry in enumerate(self.entries) if isinstance(entry, str) and entry.startswith(text)
+        )
 
 
-def outcomes(selected: Selected) -> list[dict[str, Any]]:
-    """All of every finished trial but its times and its memory."""
+def read_outcomes(selected: Selected) -> list[dict[str, Any]]:
+    """Return all fields of every finished trial except its times and its memory."""
     records = [r for r in Journal(selected.run / "journal.jsonl").read() if isinstance(r, TrialFinished)]
     changing = {"train_seconds", "eval_seconds", "answer_seconds", "peak_bytes", "ended_at"}
     return [record.model_dump(exclude=changing) for record in records]
@@ -61,17 +63,19 @@ def test_measured_steps_change_no_result(
     monkeypatch: pytest.MonkeyPatch,
     measured_always: None,
 ) -> None:
-    """With the cached prefix, and with dropout: every loss, value and adapter is the same to the last bit."""
-    settings = small_settings(layers_to_transform=(2,), lora_dropout=0.2, gradient_accumulation_steps=2)
+    """Check with the cached prefix and with dropout that every loss, value and adapter is the same to the last bit."""
+    settings = build_small_settings(layers_to_transform=(2,), lora_dropout=0.2, gradient_accumulation_steps=2)
     log = Log()
     with_time = select_rank(
         str(model_folder), completion_file, tmp_path / "with", settings=settings, callbacks=[log.hook]
     )
-    assert log.position("time: about") < log.entries.index(0) < log.entries.index(4)  # before the base and before rank 4
+    assert (
+        log.position("time: about") < log.entries.index(0) < log.entries.index(4)
+    )  # before the base and before rank 4
     assert any(isinstance(entry, float) and entry > 0 for entry in log.entries[: log.entries.index(0)])  # on_time
     monkeypatch.setattr(planned, "_measure_top_pace", lambda *_, **__: None)
     without = select_rank(str(model_folder), completion_file, tmp_path / "without", settings=settings)
-    assert outcomes(with_time) == outcomes(without)
+    assert read_outcomes(with_time) == read_outcomes(without)
     for entry in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):
         twin = tmp_path / "without" / entry.relative_to(tmp_path / "with")
         assert entry.read_bytes() == twin.read_bytes()
@@ -79,12 +83,14 @@ def test_measured_steps_change_no_result(
 
 def test_short_trainings_are_not_measured(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     log = Log()
-    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=small_settings(), callbacks=[log.hook])
+    select_rank(
+        str(model_folder), completion_file, tmp_path / "run", settings=build_small_settings(), callbacks=[log.hook]
+    )
     assert not any(isinstance(entry, str) and entry.startswith("time: about") for entry in log.entries)
 
 
 def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> None:
-    result = preflight(str(model_folder), completion_file, settings=small_settings())
+    result = preflight(str(model_folder), completion_file, settings=build_small_settings())
     assert result.cost.seconds is not None
     assert result.cost.seconds_at_most is not None
     assert 0 < result.cost.seconds <= result.cost.seconds_at_most
@@ -98,7 +104,7 @@ ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 def test_blocks_that_are_computed_once_have_their_own_pace(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    settings = small_settings(layers_to_transform=(2,))
+    settings = build_small_settings(layers_to_transform=(2,))
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path)
     result = measure_pace(runtime, ARM)
     assert result is not None
@@ -119,7 +125,7 @@ def test_a_pace_gives_the_time_of_a_selection() -> None:
 def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path)
     modules_before = [name for name, _ in runtime.model.named_modules()]
     result = measure_pace(runtime, ARM)
     assert result is not None
@@ -148,7 +154,9 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
 def test_a_budget_of_time_bounds_the_time(hours: float | None, message: str) -> None:
     line = format_time_estimate(1200.0, 3600.0, "3 steps of rank 16 and 2 validation examples", hours)
     assert line.startswith(message)
-    assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples; the measured training is discarded)")
+    assert line.endswith(
+        "(measured before the start: 3 steps of rank 16 and 2 validation examples; the measured training is discarded)"
+    )
 
 
 def test_progress_counts_down_from_the_start() -> None:

@@ -21,30 +21,30 @@ from rightrank.schema.events import AdapterRecorded
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from tests.report.elements import Elements
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 from tests.watch import Watch
 
 WIDE = 0.3  # a margin that a truncation of the tiny model holds
 
 
-def settings_for(goal: str, **changes: Any) -> SelectSettings:
+def build_settings(goal: str, **changes: Any) -> SelectSettings:
     values = {"ranks": (1, 2, 4), "max_steps": 20, "margin": WIDE, "learning_rates": (1e-2,)}
-    return small_settings(strategy="bracket", goal=goal, **(values | changes))
+    return build_small_settings(strategy="bracket", goal=goal, **(values | changes))
 
 
-def recorded(run: Path) -> list[AdapterRecorded]:
+def read_recorded_adapters(run: Path) -> list[AdapterRecorded]:
     return [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, AdapterRecorded)]
 
 
-def trial_ids(run: Path) -> list[str]:
+def read_trial_ids(run: Path) -> list[str]:
     return [record.trial_id for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
 @pytest.fixture(scope="module")
 def answered(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the goal adapter."""
+    """Run a selection with the goal adapter."""
     run = tmp_path_factory.mktemp("answered") / "run"
-    selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter"))
+    selected = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter"))
     assert selected.decision_or_none is None
     return run
 
@@ -61,7 +61,7 @@ def require_first_answer(run: Path, answer: AdapterRecorded) -> None:
 
 
 def test_goal_adapter_ends_with_the_first_answer(answered: Path) -> None:
-    (answer,) = recorded(answered)
+    (answer,) = read_recorded_adapters(answered)
     assert answer.handed_over.rank < 4
     require_first_answer(answered, answer)
     document = json.loads((answered / "decision.json").read_text())
@@ -80,31 +80,37 @@ def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    alone = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter", ranks=(4,)))
+    alone = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter", ranks=(4,)))
     assert alone.exported_adapter is not None
     assert alone.exported_adapter.trained_rank == 4
     sentence = alone.answers.estimate.sentence
     assert re.search(r"--goal training-rank --ranks [\d,]*4\.$", sentence)
     with pytest.raises(SettingsError, match="ranks: got 4 only; a comparison needs two or more"):
-        select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank", ranks=(4,)))
-    trained = trial_ids(run)
-    selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank"))
+        select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank", ranks=(4,)))
+    trained = read_trial_ids(run)
+    selected = select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank"))
     assert selected.decision.reference_rank in (1, 2, 4)
-    assert trial_ids(run)[: len(trained)] == trained
+    assert read_trial_ids(run)[: len(trained)] == trained
 
 
 def test_resize_gives_the_same_answer_from_the_same_adapter_and_data(
     answered: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    (recorded_answer,) = recorded(answered)
+    (recorded_answer,) = read_recorded_adapters(answered)
     answer = recorded_answer.answer
-    settings, trained = settings_for("adapter"), answered / "trials" / answer.trained_id
+    settings, trained = build_settings("adapter"), answered / "trials" / answer.trained_id
     resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings)
     assert resized.answer is not None
     assert (resized.rank, resized.answer.margin) == (answer.rank, answer.margin)
-    mine = [(candidate.rank, candidate.difference, candidate.difference_high) for candidate in resized.answer.candidates]
+    mine = [
+        (candidate.rank, candidate.difference, candidate.difference_high) for candidate in resized.answer.candidates
+    ]
     assert mine == [
-        (candidate.rank, pytest.approx(candidate.difference, abs=1e-5), pytest.approx(candidate.difference_high, abs=1e-5))
+        (
+            candidate.rank,
+            pytest.approx(candidate.difference, abs=1e-5),
+            pytest.approx(candidate.difference_high, abs=1e-5),
+        )
         for candidate in answer.candidates
     ]
 
@@ -114,20 +120,24 @@ def test_the_same_folder_goes_on_to_the_training_rank(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(answered, run)
-    earlier_ids = trial_ids(run)
-    selected = select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank"))
+    earlier_ids = read_trial_ids(run)
+    selected = select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank"))
     assert selected.decision.metric == "loss"
-    assert trial_ids(run)[: len(earlier_ids)] == earlier_ids
-    assert len(trial_ids(run)) == len(set(trial_ids(run)))
+    assert read_trial_ids(run)[: len(earlier_ids)] == earlier_ids
+    assert len(read_trial_ids(run)) == len(set(read_trial_ids(run)))
     document = json.loads((run / "decision.json").read_text())
     assert document["goal"] == "training-rank"
     assert document["verdict"] == selected.decision.verdict
     assert document["training_rank_estimate"] is None
-    assert document["cost"]["trainings"] > document["cost"]["trainings_to_adapter"] == recorded(answered)[0].trainings
-    trained = trial_ids(run)
-    again = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter"))
+    assert (
+        document["cost"]["trainings"]
+        > document["cost"]["trainings_to_adapter"]
+        == read_recorded_adapters(answered)[0].trainings
+    )
+    trained = read_trial_ids(run)
+    again = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter"))
     assert again.decision_or_none is None
-    assert trial_ids(run) == trained
+    assert read_trial_ids(run) == trained
     assert "not requested (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
 
 
@@ -138,10 +148,10 @@ def test_interrupted_between_the_answers_the_first_is_there_and_stays(
     observer = Watch(
         notice=notices.append, should_stop=lambda: any(notice.startswith("adapter: ") for notice in notices)
     )
-    run, settings = tmp_path / "run", settings_for("training-rank")
+    run, settings = tmp_path / "run", build_settings("training-rank")
     with pytest.raises(InterruptedRun):
         select_rank(str(model_folder), completion_file, run, settings=settings, callbacks=[observer])
-    (answer,) = recorded(run)
+    (answer,) = read_recorded_adapters(run)
     require_first_answer(run, answer)
     assert json.loads((run / "decision.json").read_text())["rank"] is None
     assert status(run).state == "stopped"
@@ -151,11 +161,11 @@ def test_interrupted_between_the_answers_the_first_is_there_and_stays(
     assert export(run, "peft").folder.is_dir()
 
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    earlier_ids = trial_ids(run)
+    earlier_ids = read_trial_ids(run)
     select_rank(str(model_folder), completion_file, run, settings=settings)
-    assert trial_ids(run)[: len(earlier_ids)] == earlier_ids
-    assert recorded(run)[0] == answer
-    last = recorded(run)[-1]
+    assert read_trial_ids(run)[: len(earlier_ids)] == earlier_ids
+    assert read_recorded_adapters(run)[0] == answer
+    last = read_recorded_adapters(run)[-1]
     if last.answer.trial_id == answer.answer.trial_id:  # no training of the second question was better
         assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     require_first_answer(run, last)
@@ -166,7 +176,7 @@ def test_before_the_start_it_says_what_data_and_margin_allow(
 ) -> None:
     def select_and_collect_notices(name: str, **changes: Any) -> list[str]:
         notices: list[str] = []
-        settings = settings_for("adapter", **changes)
+        settings = build_settings("adapter", **changes)
         select_rank(
             str(model_folder),
             completion_file,
@@ -178,8 +188,11 @@ def test_before_the_start_it_says_what_data_and_margin_allow(
         return notices[:first]
 
     fine = select_and_collect_notices("fine")
-    assert any(line.startswith("top rank 4 (the largest asked for): trained once") for line in fine)
-    assert {record.method for record in recorded(tmp_path / "fine")[0].answer.candidates} == {"trained", "truncated"}
+    assert any(line.startswith("top rank 4 (the largest that you gave): trained once") for line in fine)
+    assert {record.method for record in read_recorded_adapters(tmp_path / "fine")[0].answer.candidates} == {
+        "trained",
+        "truncated",
+    }
 
 
 def test_on_the_command_line_each_question_has_its_sentence(
@@ -199,12 +212,12 @@ def test_on_the_command_line_each_question_has_its_sentence(
         return capsys.readouterr().out
 
     out = shown("adapter")
-    assert f"Adapter: {recorded(run)[0].answer.sentence}" in out
+    assert f"Adapter: {read_recorded_adapters(run)[0].answer.sentence}" in out
     assert "It was trained at rank 4 (learning rate 0.01, 20 steps), truncated to rank " in out
     assert "Training rank: not requested (--goal adapter). An estimate, not evidence: " in out
     assert "verdict:" not in out
     out = shown("training-rank")
-    assert f"Adapter: {recorded(run)[-1].answer.sentence}" in out
+    assert f"Adapter: {read_recorded_adapters(run)[-1].answer.sentence}" in out
     document = json.loads((run / "decision.json").read_text())
     assert f"Training rank: {document['sentence']}" in out
     assert f"verdict: {document['verdict']}" in out

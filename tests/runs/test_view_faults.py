@@ -33,7 +33,7 @@ VIEWS = [
 FAULTS = [StopIteration(), KeyError("x"), ZeroDivisionError("division by zero"), AttributeError("no such field")]
 
 
-def failing(error: Exception) -> Callable[..., Any]:
+def make_failing(error: Exception) -> Callable[..., Any]:
     def fail(*_args: Any, **_named: Any) -> Any:
         raise error
 
@@ -42,17 +42,17 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 def break_view(monkeypatch: pytest.MonkeyPatch, view: str, error: Exception) -> None:
     module, _, name = view.rpartition(".")
-    monkeypatch.setattr(importlib.import_module(module), name, failing(error))
+    monkeypatch.setattr(importlib.import_module(module), name, make_failing(error))
 
 
 @pytest.fixture(scope="module")
 def whole(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose trainings are done, and that has handed nothing over."""
+    """Create a run whose trainings are finished and that has exported nothing."""
     from rightrank.api.selecting import select_rank
-    from tests.tiny import small_settings
+    from tests.tiny import build_small_settings
 
     out = tmp_path_factory.mktemp("whole") / "run"
-    select_rank(str(model_folder), completion_file, out, settings=small_settings(device="cpu"))
+    select_rank(str(model_folder), completion_file, out, settings=build_small_settings(device="cpu"))
     shutil.rmtree(out / "adapter")
     journal = out / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
@@ -112,6 +112,6 @@ def test_a_hook_that_raises_is_named_in_one_line() -> None:
             raise KeyError("mine")
 
     with pytest.raises(
-        RunError, match=r"^Broken failed \(KeyError: 'mine'\); what has finished is kept, and the same call resumes$"
+        RunError, match=r"^Broken failed \(KeyError: 'mine'\); finished trials are kept, and the same call resumes$"
     ):
         Hooks([Broken()]).send_notice("going")

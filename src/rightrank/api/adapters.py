@@ -111,7 +111,7 @@ def resize(
             else choose_ranks_by_energy(opened, energy or 0.0, uniform)
         )
         chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
-        resized = resize_adapter(opened, Path(out), chosen_ranks, chosen_by=chosen_by)
+        resized = resize_adapter(opened, Path(out), chosen_ranks, rule=chosen_by)
     return resized.model_copy(update={"notes": [choice, *resized.notes]}) if choice else resized
 
 

@@ -179,7 +179,7 @@ def export(
         else:
             trial = _find_best_trial(records, rank, to in (*ADAPTER_TARGETS, MERGED))
             adapter = folder.require_trial_adapter(trial.trial_id)
-        recipe = build_recipe(records.started, trial, adapter, records.finished())
+        recipe = build_recipe(records.started, trial, adapter, records.list_finished())
         target = folder.path / "exports" / to if out is None else Path(out)
         model, data = (resolve_path(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
         source = recipe.adapter, model, recipe.settings, data
@@ -257,7 +257,7 @@ def _find_exported_trial(folder: RunFolder, journal: Sequence[JournalRecord], re
 
 def _find_best_trial(records: Records, rank: int, includes_truncations: bool) -> TrialFinished:
     """Return the full training at a rank with the best held-out value, optionally also among truncations."""
-    finished = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.stop_at is None]
+    finished = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.stop_at is None]
     trials = [trial for trial in finished if includes_truncations or trial.arm.is_direct]
     candidates = [trial for trial in trials if trial.rank == rank]
     if not candidates:
@@ -399,7 +399,7 @@ def decide(
     table = build_results_table(rows, source, metric, higher_is_better, margin, columns or {})
     other_metrics = build_other_tables(table)
     decision = rule.decide_table(
-        build_table_from_results(table), margin, checkpoint=checkpoint or "last", others=other_metrics, **options
+        build_table_from_results(table), margin, checkpoint=checkpoint or "last", other_tables=other_metrics, **options
     )
     return DecisionResult(decision, table.input_notes, table=table)
 
@@ -417,7 +417,7 @@ def _decide_run_folder(
     metrics = list_metrics(records)
     if metric not in metrics or (started.data.form == "own" and metric != started.metric):
         raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(metrics)}")
-    ranks = {outcome.rank for outcome in records.finished() if outcome.rank > 0 and outcome.arm.is_direct}
+    ranks = {outcome.rank for outcome in records.list_finished() if outcome.rank > 0 and outcome.arm.is_direct}
     if records.adapters and len(ranks) < 2:
         raise ResultsError(
             f"{folder.path}: only one rank was trained, so there is no decision on the training rank (rightrank select with "

@@ -98,7 +98,7 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
             return
         paths = {"run": selected.run, "adapter": selected.adapter.path, "report": selected.report}
         extra_fields = {"next_command": selected.next_command} | {name: str(path) for name, path in paths.items()}
-        click.echo(format_json(selected.answers.document() | extra_fields))
+        click.echo(format_json(selected.answers.build_document() | extra_fields))
 
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> None:

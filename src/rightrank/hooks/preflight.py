@@ -69,7 +69,7 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
         splits=dict(data.splits),
         splits_given=data.splits_given,
         left_out=describe_data_issues(data),
-        longest=prepared.runtime.data.longest,
+        longest=prepared.runtime.data.max_sequence_length,
         seq_len=settings.seq_len,
         ranks=[
             PreflightRank(
@@ -116,8 +116,8 @@ def estimate_resolutions(kind: MetricKind, num_examples: int, seconds_per_exampl
     return [
         Resolution(
             examples=examples,
-            expected_half_width=half_width_factor * math.sqrt(NOISE.ratio(1, examples)),
-            expected_half_width_of_two_seeds=half_width_factor * math.sqrt(NOISE.ratio(2, examples)),
+            expected_half_width=half_width_factor * math.sqrt(NOISE.compute_ratio(1, examples)),
+            expected_half_width_of_two_seeds=half_width_factor * math.sqrt(NOISE.compute_ratio(2, examples)),
             seconds=None if seconds_per_example is None else max(0.0, (examples - num_examples) * seconds_per_example),
         )
         for examples in sorted({*RESOLUTION_COUNTS, num_examples})

@@ -199,7 +199,7 @@ class Progress:
         name = (
             "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
         )
-        stage = event.arm.stage()
+        stage = event.arm.format_stage()
         return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{format_duration(seconds)})"
 
 

@@ -215,7 +215,7 @@ def _convert_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> _T
         "seed": arm.seed,
         "lora_alpha": arm.lora_alpha,
         "steps": arm.steps,
-        "stage": arm.stage() or "whole",
+        "stage": arm.format_stage() or "whole",
     }
     config |= {f"settings/{name}": _convert_value(value) for name, value in started.settings.items()}
     name = f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}"

@@ -293,8 +293,8 @@ class _FunctionExecutor:
         """Build the outcome of a call. With a profile that detects collapses, a fall of the held-out value is a collapse."""
         arm, request, records = trial.arm, self._request, self._records
         evaluations, finished, name = (
-            records.looks.get(trial.trial_id, []),
-            records.finished(),
+            records.evaluations.get(trial.trial_id, []),
+            records.list_finished(),
             _choose_function(trial.arm),
         )
         examples = next((len(earlier.example_scores) for earlier in finished if earlier.example_scores), None)

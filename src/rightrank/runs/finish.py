@@ -53,7 +53,7 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
     """
     records, folder = run.records, run.folder
     answer = run.hooks.apply_hooks(_choose_final_adapter(run, decision), run.records.copy)
-    shown = [trial.trial_id for trial in records.finished() if trial.rank == 0]
+    shown = [trial.trial_id for trial in records.list_finished() if trial.rank == 0]
     shown += [answer.trial_id, answer.reference_id]
     if decision is not None:
         ranks = (decision.best_available_rank, decision.reference_rank)
@@ -169,7 +169,7 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
         ranks = (decision.best_available_rank, decision.reference_rank)
         chosen, reference = (find_best_trial(records, decision, rank) for rank in ranks)
         return build_trained_answer(chosen, criterion, reference)
-    direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
+    direct = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct]
     if not direct:
         raise AllTrialsFailedError(
             "no training at the top rank finished: give a larger budget, or lower learning rates"
@@ -206,7 +206,7 @@ def rescore_trials(run: Run) -> None:
     """
     records, folder = run.records, run.folder
     count = len(records.started.evaluation_examples)
-    stale = [trial for trial in records.finished() if trial.example_losses and len(trial.example_losses) < count]
+    stale = [trial for trial in records.list_finished() if trial.example_losses and len(trial.example_losses) < count]
     stale = [trial for trial in stale if trial.rank == 0 or folder.get_trial_folder(trial.trial_id).is_dir()]
     if not stale:
         return

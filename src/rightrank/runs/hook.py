@@ -145,7 +145,7 @@ class Run(Listener):
     def record(self, record: JournalRecord) -> None:
         """Append a record to the journal."""
         self.folder.journal.append(record)
-        self.records.keep(record)
+        self.records.add(record)
 
     def should_stop(self) -> bool:
         return self.hooks.should_stop()

@@ -32,7 +32,7 @@ from rightrank.schema.errors import (
 )
 from rightrank.schema.events import JournalRecord, RunContinued, RunStarted, RunStopped, SelectionPlanned
 from rightrank.schema.settings import CONTINUABLE_SETTINGS, SelectSettings, select_identity_settings
-from rightrank.schema.trials import OUTCOMES, Trial, TrialEvaluated, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.schema.trials import OUTCOMES, Trial, TrialEvaluated, TrialFailed, TrialFinished, TrialOutcome, compute_trial_id
 
 MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # if these fail and none finishes, the cause is not a single arm
@@ -99,7 +99,7 @@ def open_run(
         selection,
         folder,
         hooks,
-        Records.of(selection.started, valid_records),
+        Records.from_journal(selection.started, valid_records),
         _find_changed_settings(journal, selection.started) if journal else selection.started,
     )
 
@@ -178,7 +178,7 @@ def run_trials(run: Run, executor: Executor) -> None:
         export_provisional(run)
         fingerprint = run.selection.started.fingerprint
         trials = [
-            Trial(trial_id=trial_id(fingerprint, arm), arm=arm)
+            Trial(trial_id=compute_trial_id(fingerprint, arm), arm=arm)
             for arm in run.selection.strategy.ask(run.records.outcomes)
         ]
         notes = run.selection.strategy.replay_trials(run.records.outcomes).notes
@@ -187,13 +187,13 @@ def run_trials(run: Run, executor: Executor) -> None:
         num_reported = max(num_reported, len(notes))
         if not trials:
             return
-        base = next((trial for trial in run.records.finished() if trial.rank == 0), None)
+        base = next((trial for trial in run.records.list_finished() if trial.rank == 0), None)
         for outcome in executor.run(trials, None if base is None else base.metrics.get("loss")):
             run.on_event(_add_predicted_memory(run, outcome))
             failed = [trial for trial in run.records.outcomes if isinstance(trial, TrialFailed) and trial.rank > 0]
             # The base of a custom trainer may have a value although no training works.
             is_custom = run.selection.started.is_custom_trainer
-            has_result = any(trial.rank > 0 or not is_custom for trial in run.records.finished())
+            has_result = any(trial.rank > 0 or not is_custom for trial in run.records.list_finished())
             if len(failed) >= MAX_FAILED_AT_START and not has_result:
                 raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
             if outcome.rank == 0:
@@ -221,7 +221,7 @@ def decide_training_rank(run: Run) -> Decision:
 
 def add_base_note(decision: Decision, records: Records) -> Decision:
     """Say in the decision of a custom trainer's run that the base was not measured."""
-    if not records.started.is_custom_trainer or any(trial.rank == 0 for trial in records.finished()):
+    if not records.started.is_custom_trainer or any(trial.rank == 0 for trial in records.list_finished()):
         return decision
     failed = next((trial for trial in records.outcomes if trial.rank == 0), None)
     reason = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason

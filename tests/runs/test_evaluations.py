@@ -25,54 +25,54 @@ pytestmark = pytest.mark.trains
 VALUES = {0: 0.2, 10: 0.5, 20: 0.6}
 
 
-def reporting(task: TrialTask) -> TrialResult:
+def make_reporting_trainer(task: TrialTask) -> TrialResult:
     for step, value in VALUES.items():
         task.report(step, value + task.rank / 1000, [value, value + task.rank / 500])
-    return result(task)
+    return build_result(task)
 
 
-def returning(task: TrialTask) -> TrialResult:
+def make_returning_trainer(task: TrialTask) -> TrialResult:
     points = [
         EvalPoint(step=step, value=value + task.rank / 1000, example_scores=[value, value + task.rank / 500])
         for step, value in VALUES.items()
     ]
-    return result(task).model_copy(update={"points": points})
+    return build_result(task).model_copy(update={"points": points})
 
 
-def result(task: TrialTask) -> TrialResult:
+def build_result(task: TrialTask) -> TrialResult:
     scores = [0.5 + task.rank / 100, 0.7, 0.6]
     return TrialResult(metrics={"reward": sum(scores) / 3}, example_scores=scores)
 
 
 def run(train: Callable[[TrialTask], Any], out: Path, **more: Any) -> Records:
     select_rank_with(train, out, ranks=(1, 4), learning_rates=(1e-3,), metric="reward", **more)
-    return records_in(out)
+    return read_run_records(out)
 
 
-def records_in(out: Path) -> Records:
+def read_run_records(out: Path) -> Records:
     journal = Journal(out / "journal.jsonl").read()
     assert isinstance(journal[0], RunStarted)
-    return Records.of(journal[0], journal)
+    return Records.from_journal(journal[0], journal)
 
 
 def collect_points(records: Records) -> dict[int, list[EvalPoint]]:
-    return {trial.rank: trial.points for trial in records.finished()}
+    return {trial.rank: trial.points for trial in records.list_finished()}
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    return run(reporting, tmp_path_factory.mktemp("here") / "run")
+    return run(make_reporting_trainer, tmp_path_factory.mktemp("here") / "run")
 
 
 def test_reports_are_the_same_in_several_calls_at_a_time(here: Records, tmp_path: Path) -> None:
-    there = run(reporting, tmp_path / "run", workers=2)
+    there = run(make_reporting_trainer, tmp_path / "run", workers=2)
     assert collect_points(there) == collect_points(here)
-    assert there.looks == here.looks
-    assert [point.step for point in next(iter(here.looks.values()))] == [0, 10, 20]
+    assert there.evaluations == here.evaluations
+    assert [point.step for point in next(iter(here.evaluations.values()))] == [0, 10, 20]
 
 
 def test_points_that_are_returned_count_as_reports(here: Records, tmp_path: Path) -> None:
-    assert collect_points(run(returning, tmp_path / "run")) == collect_points(here)
+    assert collect_points(run(make_returning_trainer, tmp_path / "run")) == collect_points(here)
 
 
 def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
         journal_types.append(
             [json.loads(line)["type"] for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
         )
-        return result(task)
+        return build_result(task)
 
     run(train, tmp_path / "run")
     assert journal_types[0] == ["run_started", "trial_started", "trial_evaluated"]
@@ -95,7 +95,7 @@ def test_status_shows_the_last_look_of_the_trial_at_work(tmp_path: Path) -> None
     def train(task: TrialTask) -> TrialResult:
         task.report(5, 0.5)
         shown.append(status(tmp_path / "run").running)
-        return result(task)
+        return build_result(task)
 
     run(train, tmp_path / "run")
     assert shown[0] == "r=4 lr=0.001 seed=0, step 5: held-out 0.5"
@@ -108,30 +108,30 @@ def test_looks_of_a_trial_that_runs_again_are_dropped(tmp_path: Path) -> None:
         task.report(1 if fails else 2, 0.5)
         if fails and task.rank == 4:
             raise OSError("the service is away")
-        return result(task)
+        return build_result(task)
 
     select_rank_with(train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward")
-    (failed,) = [outcome for outcome in records_in(tmp_path / "run").outcomes if isinstance(outcome, TrialFailed)]
-    assert [point.step for point in records_in(tmp_path / "run").looks[failed.trial_id]] == [1]
+    (failed,) = [outcome for outcome in read_run_records(tmp_path / "run").outcomes if isinstance(outcome, TrialFailed)]
+    assert [point.step for point in read_run_records(tmp_path / "run").evaluations[failed.trial_id]] == [1]
     fails = False
     select_rank_with(train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward")
-    assert [point.step for point in records_in(tmp_path / "run").looks[failed.trial_id]] == [2]
+    assert [point.step for point in read_run_records(tmp_path / "run").evaluations[failed.trial_id]] == [2]
 
 
 def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         for step in (0, 10, 20, 10):
             task.report(step, step / 100)
-        return result(task)
+        return build_result(task)
 
     records = run(train, tmp_path / "run")
     assert [point.step for point in collect_points(records)[1]] == [0, 10]
-    assert {len(points) for points in records.looks.values()} == {2}
+    assert {len(points) for points in records.evaluations.values()} == {2}
 
 
 def test_an_observer_receives_every_look(tmp_path: Path) -> None:
     events: list[Any] = []
-    run(reporting, tmp_path / "run", workers=2, callbacks=[Watch(on_event=events.append)])
+    run(make_reporting_trainer, tmp_path / "run", workers=2, callbacks=[Watch(on_event=events.append)])
     assert [type(event) for event in events].count(TrialEvaluated) == 6
     first = next(index for index, event in enumerate(events) if isinstance(event, TrialEvaluated))
     assert isinstance(events[2], TrialStarted)  # after RunStarted and SelectionPlanned
@@ -153,7 +153,7 @@ def test_threads_call_the_function_beside_each_other(tmp_path: Path, workers: in
             assert full.wait(timeout=GENEROUS_SECONDS)
         with lock:
             active.remove(task.rank)
-        return result(task)
+        return build_result(task)
 
     select_rank_with(
         train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward", workers=workers
@@ -168,16 +168,16 @@ def bad_in_every_way(task: TrialTask) -> TrialResult:
             task.report(2, math.nan)
         case 4:
             points = [EvalPoint(step=1, value=0.5, example_scores=[math.nan, 0.5])]
-            return result(task).model_copy(update={"points": points})
+            return build_result(task).model_copy(update={"points": points})
         case 8:
             raise ZeroDivisionError("a reward of 1 / 0")
-    return result(task)
+    return build_result(task)
 
 
 def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     ranks = (1, 2, 4, 8, 16)
     select_rank_with(bad_in_every_way, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward")
-    outcomes = {outcome.rank: outcome for outcome in records_in(tmp_path / "run").outcomes}
+    outcomes = {outcome.rank: outcome for outcome in read_run_records(tmp_path / "run").outcomes}
     expected = {
         2: (TrialDiverged, "train gave value = nan"),
         4: (TrialDiverged, "train gave example_scores.0 = nan"),
@@ -194,7 +194,7 @@ def test_report_converts_numbers(tmp_path: Path) -> None:
 
     def train(task: TrialTask) -> TrialResult:
         task.report(1, np.float32(0.5), np.array([0.25, 0.75]))  # type: ignore[arg-type]
-        return result(task)
+        return build_result(task)
 
     assert collect_points(run(train, tmp_path / "run"))[1][0].example_scores == [0.25, 0.75]
 
@@ -202,7 +202,7 @@ def test_report_converts_numbers(tmp_path: Path) -> None:
 def test_all_failed_is_one_line(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         task.report(3, math.inf)
-        return result(task)
+        return build_result(task)
 
     with pytest.raises(AllTrialsFailedError, match="train gave value = inf: Input should be a finite number"):
         run(train, tmp_path / "run")
