@@ -79,13 +79,13 @@ def judge_world(world: World, tables: int, seed: int) -> WorldResult:
         evidence = Evidence(table)
         top = evidence.contenders[RANKS[-1]]
         for index, rank in enumerate(RANKS):
-            value_estimate = evidence.value(evidence.contenders[rank])
-            values.append(value_estimate.bound(0.025) <= losses[index] <= value_estimate.bound(0.975))
+            value_estimate = evidence.estimate_value(evidence.contenders[rank])
+            values.append(value_estimate.compute_bound(0.025) <= losses[index] <= value_estimate.compute_bound(0.975))
             if rank != top.rank:
-                difference = evidence.difference(evidence.contenders[rank], top)
+                difference = evidence.estimate_difference(evidence.contenders[rank], top)
                 true = losses[index] - losses[-1]
-                covers.append(difference.bound(0.025) <= true <= difference.bound(0.975))
-                bounds.append(true <= difference.bound(CONFIDENCE))
+                covers.append(difference.compute_bound(0.025) <= true <= difference.compute_bound(0.975))
+                bounds.append(true <= difference.compute_bound(CONFIDENCE))
         decision = decide_table(table, world.margin, confidence=None)
         bad = {rank: bool(losses[index] - losses.min() >= world.margin) for index, rank in enumerate(RANKS)}
         shown.append(decision.fallback_rank is not None and bad[decision.fallback_rank])

@@ -72,11 +72,11 @@ class UncorrectedEvidence(Evidence):
     """Evidence that estimates the selection bias of the best rank at the observed means."""
 
     @cached_property
-    def reference_gap(self) -> float:
+    def reference_bias(self) -> float:
         contenders = list(self.contenders.values())
-        means = np.array([contender.fair_loss for contender in contenders])
+        means = np.array([contender.adjusted_loss for contender in contenders])
         variances = [
-            0.0 if contender is self.reference else self.difference(contender).variance for contender in contenders
+            0.0 if contender is self.reference else self.estimate_difference(contender).variance for contender in contenders
         ]
         return estimate_selection_bias(means, compute_covariance_to_best(variances))
 

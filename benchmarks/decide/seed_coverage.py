@@ -170,7 +170,7 @@ def compute_expected_interval(observation: Observation) -> Interval:
 
 
 def compute_decision_interval(observation: Observation) -> Interval:
-    difference = observation.evidence.difference(observation.contender)
+    difference = observation.evidence.estimate_difference(observation.contender)
     return _compute_ends(difference if difference.seeds == 1 else difference.predict_extra_seed())
 
 
@@ -316,9 +316,9 @@ def judge_answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> di
                 decision = decide_table(source.table(chosen), confidence=None)
                 if decision.rank is not None:
                     unseen_evidence = Evidence(source.table(unseen_seeds))
-                    loss = unseen_evidence.contenders[decision.rank].fair_loss
+                    loss = unseen_evidence.contenders[decision.rank].adjusted_loss
                     named += 1
-                    worse += loss - unseen_evidence.reference.fair_loss > decision.margin
+                    worse += loss - unseen_evidence.reference.adjusted_loss > decision.margin
         if choices:
             results[str(size)] = {"choices": choices, "named": named, "worse": worse}
     return results

@@ -86,7 +86,7 @@ def certify(
     folders = TrialFolders(scratch / f"{trial.trial_id}.safetensors", scratch / trial.trial_id)
     again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, listener)
     if not isinstance(again, TrialFinished):
-        raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
+        raise RunError(f"{arm.format_label()} ended without a result when trained again alone: {again.reason}")
     losses = zip(trial.train_losses, again.train_losses, strict=True)
     differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in losses] or [0.0]
     step, run = differences[0], max(differences)

@@ -101,7 +101,7 @@ class WideGrid:
                 mean = float(sums.sum() / weights.sum())
                 value = -mean if self.metric != "loss" else mean
                 cells[rank, rate, seed] = Cell(
-                    f"{rank}-{rate:g}-{seed}", value, sums, weights, span=0.0 if self.metric == "loss" else 1.0
+                    f"{rank}-{rate:g}-{seed}", value, sums, weights, score_range=0.0 if self.metric == "loss" else 1.0
                 )
         return ScoreTable(self.metric, self.metric != "loss", cells, kind=self.kind)
 

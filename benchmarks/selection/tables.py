@@ -25,8 +25,8 @@ from rightrank.schema.trials import (
     TrialFailed,
     TrialFinished,
     TrialOutcome,
+    compute_trial_id,
     count_added_steps,
-    trial_id,
 )
 from rightrank.search.history import Space, Trials
 from rightrank.search.protocol import Strategy
@@ -267,7 +267,7 @@ class TableRunner:
         self._arms: dict[str, Arm] = {}
 
     def run(self, arm: Arm) -> TrialOutcome:
-        identity = trial_id("replay", arm)
+        identity = compute_trial_id("replay", arm)
         self._arms[identity] = arm
         value = self._get_value(arm)
         if value is None:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from tests.tiny import tiny_llama_config
+from tests.tiny import build_tiny_llama_config
 
 VOCABULARY = 400
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -45,7 +45,7 @@ def make_base(folder: Path, kind: str = "plain", shard: str = "50GB") -> Path:
             config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64)
             model = GPT2LMHeadModel(config)
         else:
-            llama = tiny_llama_config(VOCABULARY)
+            llama = build_tiny_llama_config(VOCABULARY)
             llama.attention_bias = kind == "lora_bias"
             llama.tie_word_embeddings = kind != "embedding"  # PEFT warns of adapters on tied embeddings as such
             model = LlamaForCausalLM(llama)

@@ -141,7 +141,7 @@ def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapte
         (["--rank", 64], "can have"),
         (["--energy", 1.5], "up to 1"),
         (["--energy", "nan"], "up to 1"),
-        (["--rank", 2, "--margin", 0.1], "goes with --data"),
+        (["--rank", 2, "--margin", 0.1], "works only with --data"),
         (["--data", "none.jsonl", "--ranks", "4,x"], "whole numbers"),
         (["--data", "none.jsonl", "--ranks", "64"], "1 to 8"),
         (["--data", "none.jsonl"], "no such file"),

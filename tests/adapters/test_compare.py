@@ -21,7 +21,7 @@ from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
 from tests.adapters.adapters import edit_config
 from tests.helpers import make_runtime
-from tests.tiny import small_settings, write_jsonl
+from tests.tiny import build_small_settings, write_jsonl
 
 SETTINGS = {"seq_len": 32, "device": "cpu"}
 OPTIONS = ["--seq-len", "32", "--device", "cpu"]
@@ -31,7 +31,7 @@ OPTIONS = ["--seq-len", "32", "--device", "cpu"]
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that learned something."""
     root = tmp_path_factory.mktemp("compared")
-    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=60), root / "cache")
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(max_steps=60), root / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=60)
     run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Listener())
     return root / "adapter"
@@ -55,7 +55,7 @@ def test_an_adapter_is_not_worse_than_itself(trained: Path, model_folder: Path, 
 
 
 def test_rows_that_a_run_trained_on_are_left_out(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    settings = small_settings(max_steps=2, goal="adapter")
+    settings = build_small_settings(max_steps=2, goal="adapter")
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
     train = [example.example_id for example in load_data(completion_file, settings).examples["train"]]
     rows = len({line for line in completion_file.read_text().splitlines() if line})

@@ -29,7 +29,7 @@ from rightrank.train.runtime import attach_adapter
 from rightrank.train.trial import TrialFolders
 from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base, tensors_of
 from tests.helpers import make_runtime
-from tests.tiny import small_settings, write_completions
+from tests.tiny import build_small_settings, write_completions
 
 pytestmark = pytest.mark.trains
 
@@ -40,7 +40,7 @@ SETTINGS = ["--set", "seq_len=32", "--set", "max_eval_examples=12", "--set", "ba
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rank-8 adapter that learned something, in few directions."""
     root = tmp_path_factory.mktemp("trained")
-    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=150), root / "cache")
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(max_steps=150), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
     run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Listener())
     return root / "adapter"
@@ -152,7 +152,7 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
 def test_a_run_folder_tells_what_its_adapter_was_trained_on(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    settings = small_settings(max_steps=2, goal="adapter")
+    settings = build_small_settings(max_steps=2, goal="adapter")
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
     trained_on = {one.example_id for one in load_data(completion_file, settings).examples["train"]}
     found = load_evaluation_data(open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32))
@@ -173,7 +173,7 @@ def test_rank_1_leaves_nothing_to_measure(
 
 
 def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    settings = small_settings(max_steps=2, modules_to_save=("norm",))
+    settings = build_small_settings(max_steps=2, modules_to_save=("norm",))
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=2)

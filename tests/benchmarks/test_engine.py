@@ -15,7 +15,7 @@ from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
 from tests import helpers
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 pytestmark = pytest.mark.trains
 
@@ -51,7 +51,7 @@ def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_fi
 
 
 def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = helpers.make_runtime(model_folder, completion_file, small_settings(max_steps=3), tmp_path / "cache")
+    runtime = helpers.make_runtime(model_folder, completion_file, build_small_settings(max_steps=3), tmp_path / "cache")
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=3)
     folders = TrialFolders(tmp_path / "c", tmp_path / "adapter")
     trial = run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Listener())

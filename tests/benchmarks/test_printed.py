@@ -36,17 +36,17 @@ def test_printed_bounds_hold_after_a_search_at_every_noise_of_seeds() -> None:
 def test_ranks_that_cannot_be_told_from_the_best_are_taken_to_be_as_good() -> None:
     """Check that the selection bias is at least the bias at the observed means, and zero if the best rank is clear."""
     three = Evidence(build_value_table({4: 2.1, 16: 2.05, 64: 2.0}, std=0.05))
-    means = np.array([three.contenders[rank].fair_loss for rank in sorted(three.contenders)])
+    means = np.array([three.contenders[rank].adjusted_loss for rank in sorted(three.contenders)])
     covariance = compute_covariance_to_best([0.0, 2 * 0.05**2, 2 * 0.05**2])
-    assert three.reference_gap > 1.3 * estimate_selection_bias(means[::-1], covariance)
-    assert three.reference_gap == pytest.approx(estimate_selection_bias(np.zeros(3), covariance))
+    assert three.reference_bias > 1.3 * estimate_selection_bias(means[::-1], covariance)
+    assert three.reference_bias == pytest.approx(estimate_selection_bias(np.zeros(3), covariance))
     clear = Evidence(build_example_table({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}))
-    assert clear.reference_gap < 1e-4
+    assert clear.reference_bias < 1e-4
     distinct, indistinguishable = (
         Evidence(build_value_table({4: 2.1, 16: 2.0}, std=0.1 / (MAX_EQUAL_ERRORS * far * 2**0.5)))
         for far in (1.01, 0.99)
     )
-    assert indistinguishable.reference_gap > 2 * distinct.reference_gap
+    assert indistinguishable.reference_bias > 2 * distinct.reference_bias
 
 
 def test_the_noise_of_few_seeds_is_a_t_and_its_gap_larger() -> None:

@@ -151,7 +151,7 @@ def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
     curve = read_grids(write(tmp_path / "grids.json", grid))[0]
     (judged,) = replay_all([curve], STRATEGIES["bracket"], 0.02)
     assert (judged.pick, judged.learning_rate) == (4, 0.001)
-    assert TableRunner(curve).run(build_space(curve, 0.02).arm(0, 0.0)).metrics == {"accuracy": 0.3, "loss": 1.4}
+    assert TableRunner(curve).run(build_space(curve, 0.02).make_arm(0, 0.0)).metrics == {"accuracy": 0.3, "loss": 1.4}
     assert judged.trainings == 1 + 0.125 + 1  # the top, a look at the other learning rate, and rank 1
 
 

@@ -21,7 +21,7 @@ TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in generate_sentences
 
 
 def ids(splits: Any, split: Any) -> set[str]:
-    return {item.example_id for item in splits.examples[split]}
+    return {example.example_id for example in splits.examples[split]}
 
 
 @pytest.mark.parametrize(
@@ -60,23 +60,23 @@ def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", ["file", "folder", "validation", "test", "memory"])
 def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, given: str) -> None:
     rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
-    others = [{"text": f"other {number}"} for number in range(20)]
+    other_rows = [{"text": f"other {number}"} for number in range(20)]
     settings, source = build_small_settings(max_eval_examples=1000), tmp_path / "train.jsonl"
     write_jsonl(source, rows)
     if given == "validation":
-        settings = build_small_settings(max_eval_examples=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", others)))
+        settings = build_small_settings(max_eval_examples=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", other_rows)))
     if given == "test":
-        write_jsonl(tmp_path / "test.jsonl", others)
+        write_jsonl(tmp_path / "test.jsonl", other_rows)
     splits = load_data(
         {"train": rows} if given == "memory" else source if given in ("file", "validation") else tmp_path, settings
     )
-    where = {row["text"]: row.get("group", "other") for row in [*rows, *others]}
-    groups = {split: {where[item.content["text"]] for item in splits.examples[split]} for split in SPLITS}
-    taken = [split for split in SPLITS if groups[split] != {"other"}]
-    assert len(taken) == (2 if given in ("validation", "test") else 3)
-    assert sum(len(groups[split]) for split in taken) == 60  # each group is in one split
+    group_by_text = {row["text"]: row.get("group", "other") for row in [*rows, *other_rows]}
+    groups = {split: {group_by_text[example.content["text"]] for example in splits.examples[split]} for split in SPLITS}
+    splits_with_groups = [split for split in SPLITS if groups[split] != {"other"}]
+    assert len(splits_with_groups) == (2 if given in ("validation", "test") else 3)
+    assert sum(len(groups[split]) for split in splits_with_groups) == 60  # each group is in one split
     one_file = load_data(source, build_small_settings(max_eval_examples=1000))
-    if len(taken) == 3:
+    if len(splits_with_groups) == 3:
         assert splits.fingerprint == one_file.fingerprint
 
 
@@ -97,8 +97,8 @@ def test_content_of_text_parts_is_its_text(tmp_path: Path) -> None:
         return [{"messages": [{"role": "user", "content": content(text)}, answer]} for text in generate_sentences(80)]
 
     plain = load_data(rows(lambda text: text), build_small_settings())
-    parts = rows(lambda text: [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}])
-    assert load_data(write_jsonl(tmp_path / "d.jsonl", parts), build_small_settings()).fingerprint == plain.fingerprint
+    rows_with_parts = rows(lambda text: [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}])
+    assert load_data(write_jsonl(tmp_path / "d.jsonl", rows_with_parts), build_small_settings()).fingerprint == plain.fingerprint
     with pytest.raises(DataError, match=r"row 1: `messages`: .* list of text fragments"):
         load_data(rows(lambda text: [{"type": "image"}, {"type": "text", "text": text}]), build_small_settings())
 
@@ -106,21 +106,21 @@ def test_content_of_text_parts_is_its_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [True, False])
 def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_counted(tmp_path: Path, given: bool) -> None:
     rows = [{"prompt": f"Frage {number}:\nÄpfel", "completion": f"yes {number}"} for number in range(200)]
-    alike = [
+    similar_rows = [
         {"prompt": row["prompt"].upper().replace("\n", " \u00a0 "), "completion": row["completion"]} for row in rows
     ]
     if given:
         write_jsonl(tmp_path / "train.jsonl", rows[:150])
-        write_jsonl(tmp_path / "validation.jsonl", [*alike[:7], *rows[7:10], *rows[150:180]])
+        write_jsonl(tmp_path / "validation.jsonl", [*similar_rows[:7], *rows[7:10], *rows[150:180]])
         write_jsonl(tmp_path / "test.jsonl", rows[180:])
         summary = load_data(tmp_path, build_small_settings(max_eval_examples=1000)).summary
         assert (summary.duplicates_across_splits, summary.near_duplicates_across_splits) == (3, 7)
         assert any(line.startswith("7 held-out examples differ") for line in describe_data_issues(summary))
     else:
-        whole = load_data(
-            write_jsonl(tmp_path / "d.jsonl", [*rows, *alike]), build_small_settings(max_eval_examples=1000)
+        prepared = load_data(
+            write_jsonl(tmp_path / "d.jsonl", [*rows, *similar_rows]), build_small_settings(max_eval_examples=1000)
         ).summary
-        assert whole.near_duplicates_across_splits > 0
+        assert prepared.near_duplicates_across_splits > 0
         alone = load_data(write_jsonl(tmp_path / "d.jsonl", rows), build_small_settings(max_eval_examples=1000)).summary
         assert alone.near_duplicates_across_splits == 0
 
@@ -265,8 +265,8 @@ def test_a_sample_has_rows_of_every_source(order: str) -> None:
 @pytest.mark.parametrize("order", ["alternating", "sorted"])
 def test_held_out_examples_are_of_every_source(tmp_path: Path, order: str) -> None:
     """The examples that a selection scores, and the first of them that it scores during a training."""
-    one, two = ([f"{source} {number}" for number in range(2000)] for source in ("one", "two"))
-    texts = [text for pair in zip(one, two, strict=True) for text in pair] if order == "alternating" else [*one, *two]
+    first_texts, two = ([f"{source} {number}" for number in range(2000)] for source in ("one", "two"))
+    texts = [text for pair in zip(first_texts, two, strict=True) for text in pair] if order == "alternating" else [*first_texts, *two]
     for given in ("splits", "none"):
         source = write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in texts])
         if given == "splits":
@@ -275,7 +275,7 @@ def test_held_out_examples_are_of_every_source(tmp_path: Path, order: str) -> No
             write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": f"three {number}"} for number in range(100)])
             source = tmp_path / "data"
         settings = build_small_settings(max_eval_examples=250, validation_fraction=0.2)
-        scored = load_data(source, settings).examples["validation"]
-        for examples in (scored, scored[:EVAL_SUBSET_SIZE]):
+        validation_examples = load_data(source, settings).examples["validation"]
+        for examples in (validation_examples, validation_examples[:EVAL_SUBSET_SIZE]):
             share = sum(str(example.content["text"]).startswith("one") for example in examples) / len(examples)
             assert 0.35 < share < 0.65

@@ -23,11 +23,11 @@ def some_items(count: int) -> Iterator[Example]:
 
 
 def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
-    items = list(some_items(600))  # of which a file's batches hold 256 each
-    store = ExampleStore(items, tmp_path / "work")
-    assert list(store) == items
-    assert [store[number] for number in (599, 0, -1)] == [items[599], items[0], items[599]]
-    assert store[10:13] == items[10:13]
+    examples = list(some_items(600))  # of which a file's batches hold 256 each
+    store = ExampleStore(examples, tmp_path / "work")
+    assert list(store) == examples
+    assert [store[number] for number in (599, 0, -1)] == [examples[599], examples[0], examples[599]]
+    assert store[10:13] == examples[10:13]
     assert list((tmp_path / "work").iterdir()) == []
     with pytest.raises(IndexError):
         store[600]
@@ -40,10 +40,10 @@ def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path
         rows = ({"text": f"row {number} {'y' * letters}"} for number in range(4000))
         tracemalloc.start()
         splits = load_data(rows, settings, tmp_path)
-        held = tracemalloc.get_traced_memory()[1]  # the peak on the way
+        peak_bytes = tracemalloc.get_traced_memory()[1]  # the peak on the way
         tracemalloc.stop()
         assert len(splits.examples["train"]) > 2000
-        return held
+        return peak_bytes
 
     short, long = held_bytes(10), held_bytes(2000)
     assert (

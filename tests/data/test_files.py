@@ -130,8 +130,8 @@ def test_what_a_killed_process_left_is_swept_and_a_folder_moved_aside_comes_back
     (tmp_path / ".adapter.77.rightrank-old").mkdir()
     (tmp_path / ".adapter.77.rightrank-old" / "weights").write_text("whole")
     (tmp_path / ".lock").write_text("")
-    for own in (".notes.tmp", ".weights.1234.tmp", ".weights.5.old"):
-        (tmp_path / own).write_text("the user's own")
+    for user_file in (".notes.tmp", ".weights.1234.tmp", ".weights.5.old"):
+        (tmp_path / user_file).write_text("the user's own")
     sweep_leftovers(tmp_path)
     names = [".lock", ".notes.tmp", ".weights.1234.tmp", ".weights.5.old", "adapter", "trials"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -150,13 +150,13 @@ def test_nothing_else_in_the_source_opens_a_final_file_for_writing() -> None:
         ("adapters/conversion_faults.py", "(copy / CONFIG_FILE)"),  # a copy in a temporary folder
         ("models/mlx.py", '(copy / "config.json")'),  # the same
     }
-    found: set[tuple[str, str]] = set()
+    writes: set[tuple[str, str]] = set()
     for source in SOURCE.rglob("*.py"):
         for match in writing.finditer(source.read_text(encoding="utf-8")):
             target = match[1]
             if "temporary" not in target:
-                found.add((str(source.relative_to(SOURCE)), target))
-    assert found == allowed
+                writes.add((str(source.relative_to(SOURCE)), target))
+    assert writes == allowed
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ TEXTS = generate_sentences(160)
 LARGE: dict[str, Any] = {"max_eval_examples": 1000, "validation_fraction": 0.3, "test_fraction": 0.2}
 
 
-def rows_of(documents: int, **further: Any) -> list[dict[str, Any]]:
-    return [{"text": text, "doc": f"d{number % documents}", **further} for number, text in enumerate(TEXTS)]
+def rows_of(documents: int, **extra_columns: Any) -> list[dict[str, Any]]:
+    return [{"text": text, "doc": f"d{number % documents}", **extra_columns} for number, text in enumerate(TEXTS)]
 
 
 def asked(prompt: str, answer: str) -> dict[str, Any]:
@@ -30,12 +30,12 @@ def said(prompt: str, answer: str) -> dict[str, Any]:
 
 def require_whole(splits: DataSplits, groups: int) -> None:
     """Each group is in one split, and the numbers of the held-out ones are without gaps."""
-    found = {split: {example.group for example in splits.examples[split]} for split in SPLITS}
-    assert sum(map(len, found.values())) == len(set.union(*found.values())) == groups
+    groups_by_split = {split: {example.group for example in splits.examples[split]} for split in SPLITS}
+    assert sum(map(len, groups_by_split.values())) == len(set.union(*groups_by_split.values())) == groups
     numbers = number_groups(splits.examples["validation"])
     assert numbers is not None
     assert numbers[0] == 0
-    assert sorted(set(numbers)) == list(range(len(found["validation"])))
+    assert sorted(set(numbers)) == list(range(len(groups_by_split["validation"])))
 
 
 @pytest.mark.parametrize("kind", ["text", "day", "array"])
@@ -58,10 +58,10 @@ def test_rows_with_one_prompt_belong_together(row: Any) -> None:
     splits = load_data(rows, build_small_settings(**LARGE))
     require_whole(splits, 40)
     assert splits.summary.grouped_by == "prompt"
-    alike = [row("Write a sentence.", text) for text in TEXTS]  # an instruction that all share
-    assert load_data(alike, build_small_settings()).summary.grouped_by is None
-    other = [row(text, text) for text in TEXTS]
-    assert load_data(other, build_small_settings()).summary.grouped_by is None
+    same_prompt = [row("Write a sentence.", text) for text in TEXTS]  # an instruction that all share
+    assert load_data(same_prompt, build_small_settings()).summary.grouped_by is None
+    unique_prompts = [row(text, text) for text in TEXTS]
+    assert load_data(unique_prompts, build_small_settings()).summary.grouped_by is None
 
 
 def test_a_conversation_that_grows_by_turns_stays_in_one_split() -> None:
@@ -83,8 +83,8 @@ def test_groups_that_are_in_given_splits_too_are_counted() -> None:
         build_small_settings(columns=["group=doc"], **LARGE),
     )
     assert splits.summary.groups_across_splits == 40
-    whole = load_data(rows, build_small_settings(columns=["group=doc"], **LARGE))
-    assert whole.summary.groups_across_splits == 0
+    single_file = load_data(rows, build_small_settings(columns=["group=doc"], **LARGE))
+    assert single_file.summary.groups_across_splits == 0
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,11 @@ def test_too_few_groups_for_the_splits_are_named() -> None:
 def table(documents: int) -> list[dict[str, Any]]:
     """Two ranks on 40 examples; the smaller one is worse on half of the documents."""
     return [
-        {"rank": rank, "seed": seed, "item": f"{item:02}", "doc": item % documents, "value": 1 + seed / 100 + worse}
+        {"rank": rank, "seed": seed, "item": f"{example:02}", "doc": example % documents, "value": 1 + seed / 100 + worse}
         for rank in (4, 16)
         for seed in (0, 1)
-        for item in range(40)
-        if (worse := 0.01 * (rank == 4) * (item % documents % 2) * (1 + seed / 10)) >= 0
+        for example in range(40)
+        if (worse := 0.01 * (rank == 4) * (example % documents % 2) * (1 + seed / 10)) >= 0
     ]
 
 
@@ -131,11 +131,11 @@ def read(rows: list[dict[str, Any]], group: str | None = None) -> DecisionResult
 
 def test_decide_reads_the_groups_of_a_table() -> None:
     alone, grouped = read(table(8)), read(table(8), "doc")
-    width = [one.decision.ranks[0].difference_high - one.decision.ranks[0].difference for one in (alone, grouped)]  # type: ignore[operator]
+    width = [result.decision.ranks[0].difference_high - result.decision.ranks[0].difference for result in (alone, grouped)]  # type: ignore[operator]
     assert width[1] > 1.9 * width[0]
     assert "group from column doc" in grouped.input_notes
-    named = [row | {"group": row["doc"]} for row in table(8)]
-    assert read(named).decision == grouped.decision
+    rows_with_group = [row | {"group": row["doc"]} for row in table(8)]
+    assert read(rows_with_group).decision == grouped.decision
     by_training = [row | {"group": f"sweep {row['rank']}"} for row in table(8)]  # as of W&B: not of examples
     assert read(by_training).decision == alone.decision
 

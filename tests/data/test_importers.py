@@ -72,12 +72,12 @@ def test_the_runs_of_mlflow_are_a_data_frame(tmp_path: Path) -> None:
         client.log_param(run, "lora_r", rank)
         client.log_metric(run, "eval_loss", loss)
         client.set_terminated(run)
-    before = mlflow.get_tracking_uri()
+    previous_uri = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     try:
         assert decide(mlflow.search_runs([experiment]), margin=0.005).decision.rank == 4
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(previous_uri)
 
 
 def test_a_database_and_mlflows_folders_are_refused_as_any_other_unknown_place(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_trainer_state_that_ends_in_nan_has_no_result(tmp_path: Path) -> None:
     nan = float("nan")
     write_states(tmp_path, {"r4": [2.2, 2.1, 2.05], "r16": [2.1, 2.02, 2.001], "r64": [1.9, nan, nan]})
     decided = decide(tmp_path, margin=0.005)
-    assert {one.rank: one.value for one in decided.decision.ranks} == {4: 2.05, 16: 2.001}
+    assert {evidence.rank: evidence.value for evidence in decided.decision.ranks} == {4: 2.05, 16: 2.001}
     assert "1 training without a result" in decided.input_notes
 
 
@@ -132,7 +132,7 @@ def test_the_rank_is_not_read_from_the_model_s_name(tmp_path: Path, names: list[
     else:
         (tmp_path / "runs.csv").write_text("run,eval_loss\n" + "".join(f"{n},{v}\n" for n, v in losses.items()))
     decision = decide(tmp_path if kind != "column" else tmp_path / "runs.csv", margin=0.005).decision
-    assert {one.rank: one.value for one in decision.ranks} == {4: 2.05, 8: 2.0}
+    assert {evidence.rank: evidence.value for evidence in decision.ranks} == {4: 2.05, 8: 2.0}
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_names_with_several_numbers_of_which_none_is_certain_are_refused(
 
 def test_a_recorded_rank_counts_before_names_that_say_several(tmp_path: Path) -> None:
     write_states(tmp_path, {"r1-r4": [2.05], "r1-r8": [2.0]}, ranks={"r1-r4": 4, "r1-r8": 8})
-    assert [one.rank for one in decide(tmp_path, margin=0.005).decision.ranks] == [4, 8]
+    assert [evidence.rank for evidence in decide(tmp_path, margin=0.005).decision.ranks] == [4, 8]
 
 
 def test_columns_that_name_other_ranks_are_refused(tmp_path: Path) -> None:

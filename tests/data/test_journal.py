@@ -68,23 +68,23 @@ def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand waits for the disk show nothing here
-    whole = b"".join(sealed(record) for record in records())
-    ends = [position for position, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in range(len(whole) + 1):
-        journal = Journal(tmp_path / f"{cut}.jsonl")
-        journal.path.write_bytes(whole[:cut])
+    content = b"".join(sealed(record) for record in records())
+    ends = [position for position, byte in enumerate(content) if byte == ord("\n")]
+    for length in range(len(content) + 1):
+        journal = Journal(tmp_path / f"{length}.jsonl")
+        journal.path.write_bytes(content[:length])
         notices: list[str] = []
-        kept = journal.read(notices.append)
-        complete = sum(end <= cut for end in ends)  # a record that lacks only its line end is whole
-        assert kept == records()[:complete], cut
-        aside = journal.path.with_name(f"{cut}.jsonl.torn-1")
+        kept_records = journal.read(notices.append)
+        complete = sum(end <= length for end in ends)  # a record that lacks only its line end is whole
+        assert kept_records == records()[:complete], length
+        aside = journal.path.with_name(f"{length}.jsonl.torn-1")
         remaining = journal.path.read_bytes()
         if aside.exists():
-            assert remaining + aside.read_bytes() == whole[:cut]
+            assert remaining + aside.read_bytes() == content[:length]
             assert len(notices) == 1
             assert "the last line was incomplete" in notices[0]
         else:
-            assert remaining == whole[: ends[complete - 1] + 1 if complete else 0]
+            assert remaining == content[: ends[complete - 1] + 1 if complete else 0]
             assert notices == []
         journal.append(records()[-1])
         assert len(journal.read()) == complete + 1
@@ -98,18 +98,18 @@ def test_each_flipped_bit_of_a_line_is_found(tmp_path: Path) -> None:
             for bit in range(8):
                 flipped = bytearray(line)
                 flipped[position] ^= 1 << bit
-                parts = bytes(flipped).split(b"\n")
-                found = [parse_line(part) for part in parts if part]
-                assert any(isinstance(one, str) for one in found), (position, bit)
-                assert not any(one == record for one in found), (position, bit)
+                lines = bytes(flipped).split(b"\n")
+                parsed = [parse_line(chunk) for chunk in lines if chunk]
+                assert any(isinstance(result, str) for result in parsed), (position, bit)
+                assert not any(result == record for result in parsed), (position, bit)
 
 
 def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(tmp_path: Path) -> None:
     journal = write_all(tmp_path / "journal.jsonl")
-    whole = journal.path.read_bytes().splitlines(keepends=True)
-    damaged = bytearray(whole[1])
+    content = journal.path.read_bytes().splitlines(keepends=True)
+    damaged = bytearray(content[1])
     damaged[40] ^= 4
-    journal.path.write_bytes(whole[0] + bytes(damaged) + whole[2])
+    journal.path.write_bytes(content[0] + bytes(damaged) + content[2])
     with pytest.raises(RunFolderError) as caught:
         journal.read()
     message = str(caught.value)
@@ -168,9 +168,9 @@ WHOLE = seal(BODY + b"}")
     ],
 )
 def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:
-    found = parse_line(line)
-    assert isinstance(found, str)
-    assert found.startswith(reason)
+    parsed = parse_line(line)
+    assert isinstance(parsed, str)
+    assert parsed.startswith(reason)
 
 
 def test_a_line_is_closed_by_its_length_and_the_checksum_that_zlib_gives() -> None:
@@ -200,13 +200,13 @@ def test_each_torn_end_has_a_file_of_its_own(tmp_path: Path) -> None:
 
 def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) -> None:
     journal = write_all(tmp_path / "journal.jsonl")
-    for more in (b'{"type":"tri', WHOLE):  # a writer is in the middle of a line, or before its end
-        whole = journal.path.read_bytes() + more
-        journal.path.write_bytes(whole)
+    for unfinished_line in (b'{"type":"tri', WHOLE):  # a writer is in the middle of a line, or before its end
+        content = journal.path.read_bytes() + unfinished_line
+        journal.path.write_bytes(content)
         assert journal.read_complete_lines() == records()
-        assert journal.path.read_bytes() == whole
+        assert journal.path.read_bytes() == content
         assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
-        journal.path.write_bytes(whole[: -len(more)])
+        journal.path.write_bytes(content[: -len(unfinished_line)])
     journal.path.write_bytes(b"nothing of ours\n" + journal.path.read_bytes())
     with pytest.raises(
         RunFolderError, match=r"journal\.jsonl:1: damaged: it has no length.*; 3 of 4 records are undamaged"
@@ -230,12 +230,12 @@ def test_the_first_of_several_damaged_lines_is_reported_and_all_are_moved(tmp_pa
 
 def test_a_last_record_that_lacks_its_line_end_is_kept_by_a_repair_too(tmp_path: Path) -> None:
     journal = write_all(tmp_path / "journal.jsonl")
-    whole = journal.path.read_bytes()
-    first, rest = whole.split(b"\n", 1)
-    journal.path.write_bytes(first + b"\nx\n" + rest[:-1])
+    content = journal.path.read_bytes()
+    first, later_lines = content.split(b"\n", 1)
+    journal.path.write_bytes(first + b"\nx\n" + later_lines[:-1])
     repaired = journal.repair()
     assert (repaired.num_intact, repaired.num_damaged) == (3, 1)
-    assert journal.path.read_bytes() == whole
+    assert journal.path.read_bytes() == content
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
@@ -244,20 +244,20 @@ def test_an_append_that_fails_leaves_the_journal_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, fault: int
 ) -> None:
     journal = write_all(tmp_path / "journal.jsonl")
-    whole, real = journal.path.read_bytes(), os.write
+    content, real = journal.path.read_bytes(), os.write
     calls: list[int] = []
 
-    def failing(descriptor: int, part: bytes | memoryview = b"") -> int:
+    def failing(descriptor: int, chunk: bytes | memoryview = b"") -> int:
         calls.append(descriptor)
         if call == "write" and len(calls) == 1:
-            return real(descriptor, part[:7])  # the last room on the disk
+            return real(descriptor, chunk[:7])  # the last room on the disk
         raise OSError(fault, os.strerror(fault))
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, failing)
         with pytest.raises(OSError, match=re.escape(os.strerror(fault))):
             journal.append(records()[2])
-    assert journal.path.read_bytes() == whole
+    assert journal.path.read_bytes() == content
     journal.append(records()[2])
     assert journal.read() == [*records(), records()[2]]
 
@@ -266,7 +266,7 @@ def test_a_line_is_whole_however_little_the_system_takes_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, part: real(descriptor, part[:5]))
+    monkeypatch.setattr(os, "write", lambda descriptor, chunk: real(descriptor, chunk[:5]))
     assert write_all(tmp_path / "journal.jsonl").read() == records()
 
 
@@ -291,12 +291,12 @@ def test_an_append_that_finds_the_disk_full_leaves_whole_lines(small_disk: Path)
     journal = Journal(small_disk / "journal.jsonl")
     with pytest.raises(OSError, match="No space left"):
         fill(journal)
-    kept = len(journal.read())
-    assert kept > 3
+    kept_records = len(journal.read())
+    assert kept_records > 3
     assert journal.path.read_bytes().endswith(b"\n")
     subprocess.run(["mount", "-o", "remount,size=64k", str(small_disk)], check=True)
     journal.append(records()[2])
-    assert len(journal.read()) == kept + 1
+    assert len(journal.read()) == kept_records + 1
     assert sorted(path.name for path in small_disk.iterdir()) == ["journal.jsonl"]
 
 

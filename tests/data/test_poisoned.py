@@ -51,7 +51,7 @@ def test_a_line_of_a_megabyte_is_cut_and_counted(tmp_path: Path, tokenizer: Any)
         data = encoded(tmp_path / "d.jsonl", [*texts(), {"text": long}], tokenizer, seq_len=64)
         assert counted(data, "examples") == 121
         assert counted(data, "truncated") == 1
-        assert max(item.length for items in data.splits.values() for item in items) == 64
+        assert max(example.length for examples in data.splits.values() for example in examples) == 64
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +73,9 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("row", [row for _, row in FORMS], ids=[name for name, _ in FORMS])
 def test_half_characters_are_left_out_and_counted(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
-    whole = json.dumps(row).replace("\\ud800", "x")
+    repaired = json.dumps(row).replace("\\ud800", "x")
     good = [
-        json.loads(whole.replace('"q', f'"{number} q').replace('"b', f'"{number} b').replace('"x"', f'"x{number % 2}"'))
+        json.loads(repaired.replace('"q', f'"{number} q').replace('"b', f'"{number} b').replace('"x"', f'"x{number % 2}"'))
         for number in range(120)
     ]
     data = encoded(tmp_path / "d.jsonl", [row, *good, row], tokenizer, seq_len=100)
@@ -110,12 +110,12 @@ def test_nothing_but_empty_completions_is_refused(tmp_path: Path, tokenizer: Any
 
 
 def test_the_counts_are_shown(tmp_path: Path) -> None:
-    made = make_run()
-    data = made.started.data.model_copy(update={"unreadable": 3})
-    started = made.started.model_copy(update={"data": data})
+    records = make_run()
+    data = records.started.data.model_copy(update={"unreadable": 3})
+    started = records.started.model_copy(update={"data": data})
     assert "3 rows skipped because of lone surrogates" in format_plan(started, 10)
-    made.started = started
-    page = render_report(made, build_answers(made, None))
+    records.started = started
+    page = render_report(records, build_answers(records, None))
     assert "3 rows skipped because of lone surrogates" in page
 
 

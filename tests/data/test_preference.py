@@ -28,8 +28,8 @@ def talk(*contents: str) -> list[dict[str, str]]:
 def test_both_forms_are_read(tmp_path: Path) -> None:
     explicit = loaded(tmp_path, ROWS)
     assert explicit.form == "preference"
-    whole = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in ROWS]
-    first = next(iter(loaded(tmp_path, whole).examples["train"])).content
+    rows_with_prompt = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in ROWS]
+    first = next(iter(loaded(tmp_path, rows_with_prompt).examples["train"])).content
     assert (first["chosen"], first["rejected"]) == (" yes", " no")  # the space belongs to the answers, as in TRL
     chats = [{"chosen": talk(row["prompt"], "yes"), "rejected": talk(row["prompt"], "no")} for row in ROWS]
     for rows in (chats, [chat | {"prompt": row["prompt"]} for chat, row in zip(chats, ROWS, strict=True)]):
@@ -56,7 +56,7 @@ def test_the_implicit_prompt_is_trl_s(chosen: Any, rejected: Any) -> None:
 def test_pairs_of_one_prompt_share_a_split(tmp_path: Path) -> None:
     rows = [row | {"rejected": wrong} for row in ROWS for wrong in ("no", "never", "not")]
     data = loaded(tmp_path, rows, max_eval_examples=1000)
-    prompts = {split: {example.content["prompt"] for example in found} for split, found in data.examples.items()}
+    prompts = {split: {example.content["prompt"] for example in examples} for split, examples in data.examples.items()}
     assert all(prompts.values())
     assert not prompts["train"] & (prompts["validation"] | prompts["test"])
     assert not prompts["validation"] & prompts["test"]
@@ -97,8 +97,8 @@ def test_a_prompt_of_another_name_is_found(tmp_path: Path) -> None:
     assert data.summary.renamed == {"prompt": "question"}
     assert next(iter(data.examples["train"])).content["prompt"] in {row["prompt"] for row in ROWS}
     renamed = [{"ask": row["prompt"], "good": "yes", "bad": "no"} for row in ROWS]
-    named = loaded(tmp_path, renamed, columns=("prompt=ask", "chosen=good", "rejected=bad"))
-    assert named.fingerprint == loaded(tmp_path, ROWS).fingerprint
+    splits = loaded(tmp_path, renamed, columns=("prompt=ask", "chosen=good", "rejected=bad"))
+    assert splits.fingerprint == loaded(tmp_path, ROWS).fingerprint
 
 
 def test_answers_without_a_prompt_are_refused(tmp_path: Path) -> None:

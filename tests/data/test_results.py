@@ -77,9 +77,9 @@ def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: 
 
 
 @pytest.mark.parametrize("loss", ["metrics.loss", "metrics/loss", "summary.loss", "loss"])
-@pytest.mark.parametrize("beside", ["train_loss", "metrics.train_loss", "train/loss", "train_runtime", "grad_norm"])
-def test_a_loss_that_may_be_of_the_training_is_asked_for(loss: str, beside: str) -> None:
-    rows = [{"rank": rank, loss: 1.0 / rank, beside: 2.0 / rank} for rank in (1, 4, 16)]
+@pytest.mark.parametrize("other_column", ["train_loss", "metrics.train_loss", "train/loss", "train_runtime", "grad_norm"])
+def test_a_loss_that_may_be_of_the_training_is_asked_for(loss: str, other_column: str) -> None:
+    rows = [{"rank": rank, loss: 1.0 / rank, other_column: 2.0 / rank} for rank in (1, 4, 16)]
     with pytest.raises(ResultsError, match=f"{loss} may be the training loss.*--metric {loss}"):
         decide(rows)
     assert decide(rows, metric=loss, margin=0.01).decision.reference_rank == 16
@@ -94,7 +94,7 @@ def test_a_column_is_named_by_hand(tmp_path: Path) -> None:
         decide(path, columns={"rank": "groesse", "value": "guete"}, margin=0.005, higher_is_better=False).decision.rank
         == 4
     )
-    with pytest.raises(ResultsError, match="no column for the rank"):
+    with pytest.raises(ResultsError, match="is recognized as the rank"):
         decide(path, higher_is_better=False)
     with pytest.raises(ResultsError, match="has no column 'x'"):
         decide(path, columns={"rank": "x"}, higher_is_better=False)
@@ -104,14 +104,14 @@ def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
     lines = ["rank,seed,item,tokens,value"]
     for rank, shift in ((1, 0.2), (4, 0.0)):
         for seed in (0, 1):
-            for item in range(20):
-                lines.append(f"{rank},{seed},{item},{1 + item % 3},{2 + 0.1 * item + shift + 0.001 * seed}")
+            for example in range(20):
+                lines.append(f"{rank},{seed},{example},{1 + example % 3},{2 + 0.1 * example + shift + 0.001 * seed}")
     decision = decide(write(tmp_path, "\n".join(lines) + "\n"), margin=0.01, higher_is_better=False).decision
     assert decision.basis == "examples and seeds"
     evidence = decision.ranks[0]
     assert evidence.difference == pytest.approx(0.2)
-    tokens = [1 + item % 3 for item in range(20)]
-    mean = sum((2 + 0.1 * item) * count for item, count in enumerate(tokens)) / sum(tokens)
+    tokens = [1 + example % 3 for example in range(20)]
+    mean = sum((2 + 0.1 * example) * count for example, count in enumerate(tokens)) / sum(tokens)
     assert decision.ranks[1].value == pytest.approx(mean + 0.0005)
 
 
@@ -240,7 +240,7 @@ def test_a_wandb_table_with_unfinished_and_crashed_runs(tmp_path: Path) -> None:
         "d,running,32,0.0003,2.30,40\ne,running,64,0.0003,,\nf,crashed,4,0.001,NaN,3\ng,finished,,,,\n"
     )
     decided = decide(write(tmp_path, text))
-    assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
+    assert [evidence.rank for evidence in decided.decision.ranks] == [4, 8, 16]
     assert decided.input_notes[-3:] == [
         "1 row without a rank omitted",
         "1 training without a result",
@@ -255,7 +255,7 @@ def test_optuna_s_dataframe(tmp_path: Path) -> None:
         "2,2,2.04,0 days 00:01:02,16,0.0003,0,COMPLETE\n3,3,,,32,0.0003,0,RUNNING\n4,4,2.5,,32,0.001,0,PRUNED\n"
     )
     decided = decide(write(tmp_path, text), higher_is_better=False)
-    assert [one.rank for one in decided.decision.ranks] == [4, 8, 16]
+    assert [evidence.rank for evidence in decided.decision.ranks] == [4, 8, 16]
     assert "rank from column params_lora_r" in decided.input_notes
     assert "1 unfinished training omitted" in decided.input_notes
 
@@ -297,8 +297,8 @@ def test_the_direction_is_that_of_the_metric_and_not_of_the_column_that_holds_it
         decide(path, metric="energy_score", columns={"value": "accuracy"})
 
 
-def by_rank(table: object, **asked: object) -> dict[int, float]:
-    return {one.rank: one.value for one in decide(table, **asked).decision.ranks}  # type: ignore[arg-type]
+def by_rank(table: object, **options: object) -> dict[int, float]:
+    return {evidence.rank: evidence.value for evidence in decide(table, **options).decision.ranks}  # type: ignore[arg-type]
 
 
 LOSSES = {4: 2.05, 16: 2.001, 64: 2.0}
@@ -380,10 +380,10 @@ def test_the_learning_rate_is_the_one_that_was_set(tmp_path: Path) -> None:
 
 def test_a_default_margin_of_one_percent_is_said_with_its_reason(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    said = "margin: 1% of the best value, because the name 'value' states no unit (--metric NAME or --margin changes it)"
-    assert said in decide(path, higher_is_better=False).input_notes
-    assert said not in decide(path, higher_is_better=False, margin=0.01).input_notes
-    assert said not in decide(path, metric="eval_loss").input_notes
+    note = "margin: 1% of the best value, because the name 'value' states no unit (--metric NAME or --margin changes it)"
+    assert note in decide(path, higher_is_better=False).input_notes
+    assert note not in decide(path, higher_is_better=False, margin=0.01).input_notes
+    assert note not in decide(path, metric="eval_loss").input_notes
 
 
 def test_a_metric_is_named_without_its_split() -> None:
@@ -402,7 +402,7 @@ def test_the_answers_by_the_other_metrics_stand_beside() -> None:
     rows = [{"rank": rank, "eval_loss": 2 + 0.1 * rank, "eval_accuracy": 0.5 + rank / 100} for rank in (1, 4, 16)]
     decided = decide(rows)
     assert decided.decision.rank == 1
-    assert [(one.metric, one.rank) for one in decided.decision.other_metrics] == [("eval_accuracy", 16)]
+    assert [(evidence.metric, evidence.rank) for evidence in decided.decision.other_metrics] == [("eval_accuracy", 16)]
     assert "metric_conflict" in decided.decision.flags
 
 
@@ -410,7 +410,7 @@ def test_names_with_a_short_seed_say_it(tmp_path: Path) -> None:
     for rank, seed in product((2, 8), (0, 1)):
         write(tmp_path, f"step,eval_loss\n10,{2 - rank / 100 + seed / 1000}\n", f"run_r{rank}_s{seed}.csv")
     decided = decide(tmp_path, margin=0.01).decision
-    assert [(one.rank, one.seeds) for one in decided.ranks] == [(2, 2), (8, 2)]
+    assert [(evidence.rank, evidence.seeds) for evidence in decided.ranks] == [(2, 2), (8, 2)]
 
 
 def test_a_study_is_decided_as_its_data_frame() -> None:
@@ -459,7 +459,7 @@ def test_a_training_that_ends_in_nan_has_no_result(tmp_path: Path, kind: str, mi
         source = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
     for checkpoint in ("last", "best"):
         decided = decide(source, margin=0.005, checkpoint=checkpoint)  # type: ignore[arg-type]
-        assert [one.rank for one in decided.decision.ranks] == [4, 16]
+        assert [evidence.rank for evidence in decided.decision.ranks] == [4, 16]
         assert "1 training without a result" in decided.input_notes
         assert "unstable" in decided.decision.flags
 
@@ -470,13 +470,13 @@ def test_a_status_of_failure_at_the_last_evaluation_counts_too(tmp_path: Path) -
         for run, rank in (("a", 4), ("b", 16), ("c", 64))
         for step in (100, 200)
     )
-    assert [one.rank for one in decide(write(tmp_path, text), margin=0.005).decision.ranks] == [4, 16]
+    assert [evidence.rank for evidence in decide(write(tmp_path, text), margin=0.005).decision.ranks] == [4, 16]
 
 
 def test_a_training_that_was_run_again_counts(tmp_path: Path) -> None:
     text = "run,rank,step,eval_loss\na,4,100,2.1\nb,16,200,nan\nc,16,100,2.0\nd,64,50,nan\nd,64,100,1.99\n"
     decided = decide(write(tmp_path, text), margin=0.005)
-    assert [one.rank for one in decided.decision.ranks] == [4, 16, 64]
+    assert [evidence.rank for evidence in decided.decision.ranks] == [4, 16, 64]
     assert "unstable" not in decided.decision.flags
 
 
@@ -487,7 +487,7 @@ def test_rows_of_the_training_loss_alone_are_no_evaluations() -> None:
         for step in range(10, 120, 10)
     ]
     decided = decide(rows, margin=0.005)
-    assert [one.rank for one in decided.decision.ranks] == list(LOSSES)
+    assert [evidence.rank for evidence in decided.decision.ranks] == list(LOSSES)
     assert "unstable" not in decided.decision.flags
 
 
@@ -497,30 +497,30 @@ def test_another_metric_is_that_of_the_last_evaluation_too() -> None:
         for rank, accuracies in ((4, (0.5, 0.6)), (16, (0.6, 0.7)), (64, (0.9, math.nan)))
         for step, accuracy in reversed(list(zip((100, 200), accuracies, strict=True)))
     ]
-    other = decide(rows).decision.other_metrics[0]
-    assert {one.rank: one.value for one in other.ranks} == {4: 0.6, 16: 0.7}
+    other_metric = decide(rows).decision.other_metrics[0]
+    assert {evidence.rank: evidence.value for evidence in other_metric.ranks} == {4: 0.6, 16: 0.7}
 
 
 def scored_rows(scores: Any) -> list[dict[str, Any]]:
     return [
-        {"rank": rank, "item": f"q{item}", "eval_loss": scores(rank, item)} for rank in (4, 16) for item in range(80)
+        {"rank": rank, "item": f"q{example}", "eval_loss": scores(rank, example)} for rank in (4, 16) for example in range(80)
     ]
 
 
 @pytest.mark.parametrize("missing", [math.nan, None])
 def test_an_example_without_a_score_in_any_training_is_named(missing: float | None) -> None:
-    decided = decide(scored_rows(lambda rank, item: missing if item == 7 else 2 + item / 80 + 1 / rank))
+    decided = decide(scored_rows(lambda rank, example: missing if example == 7 else 2 + example / 80 + 1 / rank))
     assert "1 example without a score omitted (q7)" in decided.input_notes
     assert decided.decision.basis == "examples"
-    decided = decide(scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank))
+    decided = decide(scored_rows(lambda rank, example: 2 + example / 80 + 1 / rank))
     assert not any("without a score" in line for line in decided.input_notes)
 
 
 def test_a_training_without_any_score_has_no_result() -> None:
-    rows = [*scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank)]
+    rows = [*scored_rows(lambda rank, example: 2 + example / 80 + 1 / rank)]
     rows += [{**row, "rank": 64, "eval_loss": math.nan} for row in rows[:80]]
     decided = decide(rows)
-    assert [one.rank for one in decided.decision.ranks] == [4, 16]
+    assert [evidence.rank for evidence in decided.decision.ranks] == [4, 16]
     assert "1 training without a result" in decided.input_notes
     assert not any("without a score" in line for line in decided.input_notes)
 
@@ -532,7 +532,7 @@ def test_a_score_that_became_nan_is_not_the_earlier_one() -> None:
             "step": step,
             "eval_loss": math.nan if (row["rank"], row["item"], step) == (16, "q7", 20) else row["eval_loss"],
         }
-        for row in scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank)
+        for row in scored_rows(lambda rank, example: 2 + example / 80 + 1 / rank)
         for step in (10, 20)
     ]
     with pytest.raises(ResultsError, match="rank 16 has no score for example q7"):
@@ -542,11 +542,11 @@ def test_a_score_that_became_nan_is_not_the_earlier_one() -> None:
 def test_another_metric_of_examples_is_not_that_of_the_last_one() -> None:
     rows = [
         row | {"eval_accuracy": float(int(row["item"][1:]) < 79)}
-        for row in scored_rows(lambda rank, item: item + 1 / rank)
+        for row in scored_rows(lambda rank, example: example + 1 / rank)
     ]
     assert decide(rows, metric="eval_loss").decision.other_metrics == []
     shared = [row | {"eval_accuracy": 0.5 + row["rank"] / 100} for row in rows]
-    assert [one.metric for one in decide(shared, metric="eval_loss").decision.other_metrics] == ["eval_accuracy"]
+    assert [evidence.metric for evidence in decide(shared, metric="eval_loss").decision.other_metrics] == ["eval_accuracy"]
 
 
 @pytest.mark.parametrize("truth", [bool, np.bool_])
@@ -564,7 +564,7 @@ def test_decimal_commas_are_read_where_no_comma_stands_between_cells(tmp_path: P
     lines += ["64,1|0E-4,1|2,finished,2", "64,1e-3,d,crashed,NaN"]
     path = write(tmp_path, "\n".join(lines).replace(",", cell).replace("|", ",") + "\n", name)
     decision = decide(path, margin=0.005).decision
-    assert {one.rank: (one.value, one.learning_rate) for one in decision.ranks} == {
+    assert {evidence.rank: (evidence.value, evidence.learning_rate) for evidence in decision.ranks} == {
         rank: (loss, 1e-4) for rank, loss in LOSSES.items()
     }
 
@@ -581,6 +581,6 @@ def test_an_example_without_tokens_has_no_weight() -> None:
     """As `to_pandas(run, examples=True)` writes an example whose answer was cut away."""
     rows = [
         row | {"tokens": 0, "eval_loss": None} if row["item"] == "q3" else row | {"tokens": 5}
-        for row in scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank)
+        for row in scored_rows(lambda rank, example: 2 + example / 80 + 1 / rank)
     ]
     assert "1 example without a score omitted (q3)" in decide(rows).input_notes

@@ -56,7 +56,7 @@ def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         ("wrong_count", "1 scores for 8 examples"),
         ("raises", "raised ValueError: not today"),
@@ -64,22 +64,22 @@ def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
         ("greedy", "missing 1 required positional argument: 'temperature'"),
     ],
 )
-def test_a_bad_function_is_one_line(function: str, said: str) -> None:
+def test_a_bad_function_is_one_line(function: str, message: str) -> None:
     Path("mine.py").write_text(FUNCTIONS)
     with pytest.raises(MetricError) as caught:
         score_answers(*parse_metrics(f"mine.py:{function}"), ANSWERS)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_function_is_told_before_the_start() -> None:
     Path("mine.py").write_text(FUNCTIONS)
     Path("broken.py").write_text("import json\n1 / 0\n")
-    for asked, said in (
+    for reference, message in (
         ("mine.py:A_NUMBER", "no function"),
         ("absent.py:f", "No such file"),
         ("broken.py:f", "ZeroDivisionError"),
         ("nowhere_at_all:f", "No module named"),
     ):
-        with pytest.raises(SettingsError, match=said):
-            require_metric_functions(SelectSettings(metrics=(f"max:{asked}",)))
+        with pytest.raises(SettingsError, match=message):
+            require_metric_functions(SelectSettings(metrics=(f"max:{reference}",)))

@@ -36,27 +36,27 @@ def contents(splits: DataSplits) -> list[Any]:
 )
 def test_other_columns_give_the_same_examples(tmp_path: Path, make: Any, columns: tuple[str, ...]) -> None:
     pairs = [(text, f"answer {text}") for text in TEXTS]
-    named = loaded(tmp_path, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
-    other = loaded(tmp_path, [make(*pair) for pair in pairs], columns=columns)
-    assert other.fingerprint == named.fingerprint
-    assert named.summary.shape is None
-    assert other.summary.shape is not None
-    assert "→" in other.summary.shape
+    splits = loaded(tmp_path, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+    renamed = loaded(tmp_path, [make(*pair) for pair in pairs], columns=columns)
+    assert renamed.fingerprint == splits.fingerprint
+    assert splits.summary.shape is None
+    assert renamed.summary.shape is not None
+    assert "→" in renamed.summary.shape
 
 
 def test_sharegpt_becomes_messages(tmp_path: Path) -> None:
     turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}] for text in TEXTS]
     messages = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in TEXTS]
-    reference = loaded(tmp_path, [{"messages": one} for one in messages])
-    roles = [[{"role": turn["from"], "content": turn["value"]} for turn in one] for one in turns]
+    reference = loaded(tmp_path, [{"messages": message} for message in messages])
+    roles = [[{"role": turn["from"], "content": turn["value"]} for turn in message] for message in turns]
     for rows in (
-        [{"conversations": one} for one in turns],
-        [{"messages": one} for one in turns],
-        [{"messages": one} for one in roles],
+        [{"conversations": message} for message in turns],
+        [{"messages": message} for message in turns],
+        [{"messages": message} for message in roles],
     ):
         assert loaded(tmp_path, rows).fingerprint == reference.fingerprint
-    other = loaded(tmp_path, [{"chat": one} for one in turns], columns=("messages=chat",))
-    assert other.fingerprint == reference.fingerprint
+    renamed = loaded(tmp_path, [{"chat": message} for message in turns], columns=("messages=chat",))
+    assert renamed.fingerprint == reference.fingerprint
     with pytest.raises(DataError, match="a turn is from 'robot'; allowed: human"):
         loaded(tmp_path, [{"conversations": [{"from": "robot", "value": "hm"}]}])
 
@@ -87,14 +87,14 @@ def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
         load_data(folder, build_small_settings(validation=str(held_out)))
 
 
-@pytest.mark.parametrize("given", ["test", "validation"])
-def test_a_folder_with_some_splits_takes_the_other_from_train(tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize("file_names", ["test", "validation"])
+def test_a_folder_with_some_splits_takes_the_other_from_train(tmp_path: Path, file_names: str) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in TEXTS])
-    write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in generate_sentences(20, seed=5)])
+    write_jsonl(tmp_path / f"{file_names}.jsonl", [{"text": text} for text in generate_sentences(20, seed=5)])
     splits = load_data(tmp_path, build_small_settings(max_eval_examples=1000))
     assert all(len(examples) >= 2 for examples in splits.examples.values())
-    assert not {one.example_id for one in splits.examples["train"]} & {
-        one.example_id for one in splits.examples["test"]
+    assert not {message.example_id for message in splits.examples["train"]} & {
+        message.example_id for message in splits.examples["test"]
     }
 
 
@@ -107,10 +107,10 @@ def test_no_test_split(tmp_path: Path) -> None:
 def test_every_row_is_counted(tmp_path: Path) -> None:
     rows = [{"text": text} for text in TEXTS * 2] + [{"text": "\ud800"}]
     splits = loaded(tmp_path, rows, max_eval_examples=5)
-    kept = sum(len(examples) for examples in splits.examples.values())
+    num_examples = sum(len(examples) for examples in splits.examples.values())
     assert splits.summary.rows == 201
     assert (
-        splits.summary.rows == kept + splits.summary.unreadable + splits.summary.repeated + splits.summary.not_evaluated
+        splits.summary.rows == num_examples + splits.summary.unreadable + splits.summary.repeated + splits.summary.not_evaluated
     )
     assert splits.summary.repeated > 0
     assert splits.summary.not_evaluated > 0
@@ -144,8 +144,8 @@ def test_another_spelling_of_the_validation_file_is_the_same(tmp_path: Path, mon
 
 @pytest.mark.parametrize("first", [True, 1.0])
 def test_labels_of_other_types_are_classes(tmp_path: Path, first: object) -> None:
-    other = False if first is True else 0.0
-    splits = loaded(tmp_path, [{"text": text, "label": (first, other)[n % 2]} for n, text in enumerate(TEXTS)])
+    renamed = False if first is True else 0.0
+    splits = loaded(tmp_path, [{"text": text, "label": (first, renamed)[n % 2]} for n, text in enumerate(TEXTS)])
     assert splits.summary.classes == (["False", "True"] if first is True else ["0", "1"])
     with pytest.raises(DataError, match=r"`label`: got a float; give an integer or a name"):
         loaded(tmp_path, [{"text": "a", "label": 0.5}])

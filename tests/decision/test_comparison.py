@@ -173,7 +173,7 @@ def test_one_seed_is_the_textbook_t_interval_but_for_skewness() -> None:
     scores = np.concatenate([scores, -scores])  # symmetric: no shift
     estimated = estimate_mean(scores[None, :], np.ones(80))
     expected = stats.t.interval(0.95, 79, loc=scores.mean(), scale=stats.sem(scores))
-    assert (estimated.bound(0.025), estimated.bound(0.975)) == pytest.approx(expected)
+    assert (estimated.compute_bound(0.025), estimated.compute_bound(0.975)) == pytest.approx(expected)
 
 
 def test_token_weights_give_the_token_mean_and_equal_weights_the_example_mean() -> None:
@@ -213,15 +213,15 @@ def test_intervals_cover(seeds: int, num_examples: int, heavy: bool) -> None:
         seed = 0.05 * generator.standard_normal(seeds) if seeds > 1 else np.zeros(1)
         residuals = 0.5 * generator.standard_normal((seeds, num_examples))
         estimated = estimate_mean(example_effects[None, :] + seed[:, None] + residuals, np.ones(num_examples))
-        covered += estimated.bound(0.025) <= 0 <= estimated.bound(0.975)
+        covered += estimated.compute_bound(0.025) <= 0 <= estimated.compute_bound(0.975)
     assert 0.925 <= covered / tables <= 0.985
 
 
 def test_more_seeds_or_examples_narrow_the_interval() -> None:
     estimated = estimate_mean(np.random.default_rng(0).standard_normal((3, 50)), np.ones(50))
-    assert estimated.at(200, 3).standard_error < estimated.standard_error
-    assert estimated.at(50, 12).standard_error < estimated.standard_error
-    assert estimated.at(50, 3).variance == pytest.approx(estimated.variance)
+    assert estimated.scale_to(200, 3).standard_error < estimated.standard_error
+    assert estimated.scale_to(50, 12).standard_error < estimated.standard_error
+    assert estimated.scale_to(50, 3).variance == pytest.approx(estimated.variance)
 
 
 def test_the_best_of_equal_candidates_is_optimistic_by_the_expected_minimum() -> None:
@@ -235,7 +235,7 @@ def test_the_difference_of_two_cells_is_paired_by_example() -> None:
     weights = np.array([1.0, 3.0])
     cell = Cell("one", 0.7, np.array([3.0, 1.0]), weights, 1.0)
     difference = compute_paired_difference(cell, Cell("other", 0.5, np.array([1.0, 2.0]), weights, 2.0))
-    assert (difference.trial_id, difference.value, difference.span) == ("one", pytest.approx(0.2), 2.0)
+    assert (difference.trial_id, difference.value, difference.score_range) == ("one", pytest.approx(0.2), 2.0)
     assert (difference.sums.tolist(), difference.weights.tolist()) == ([2.0, -1.0], [1.0, 3.0])
 
 
@@ -262,21 +262,21 @@ def test_the_range_of_a_score(kind: MetricKind, sums: list[float], weights: obje
 
 def test_variances_scale_with_their_number_of_seeds_and_examples() -> None:
     estimated = Estimate(0.1, 0.04, 0.09, 0.01, 100, 3, 2.0, 0.5, 4.0)
-    larger = estimated.at(200, 6)
+    larger = estimated.scale_to(200, 6)
     assert (larger.mean, larger.skewness, larger.kurtosis) == (0.1, 0.5, 4.0)
     assert (larger.examples, larger.seeds, larger.seeds_degrees) == (200, 6, 5.0)
     variances = (larger.examples_variance, larger.seeds_variance, larger.interaction_variance)
     assert variances == pytest.approx((0.015 + 0.0025, 0.04 + 0.0025, 0.0025))
-    assert estimated.at(1, 3).examples_variance == pytest.approx(4.0)
-    assert estimated.at(0, 3).examples_variance == pytest.approx(0.04)
+    assert estimated.scale_to(1, 3).examples_variance == pytest.approx(4.0)
+    assert estimated.scale_to(0, 3).examples_variance == pytest.approx(0.04)
     for examples, expected in ((0, 0.04), (1, 0.04), (2, 0.02)):
-        assert replace(estimated, examples=examples).at(4, 3).examples_variance == pytest.approx(expected)
-    assert replace(estimated, seeds_degrees=0.0).at(100, 9).seeds_degrees == 0.0
-    assert replace(estimated, seeds_degrees=1.0, seeds=2).at(100, 4).seeds_degrees == 3.0
-    assert estimated.at(100, 1).seeds_degrees == 1.0
-    assert estimated.at(200, 3).grouped_degrees is None
+        assert replace(estimated, examples=examples).scale_to(4, 3).examples_variance == pytest.approx(expected)
+    assert replace(estimated, seeds_degrees=0.0).scale_to(100, 9).seeds_degrees == 0.0
+    assert replace(estimated, seeds_degrees=1.0, seeds=2).scale_to(100, 4).seeds_degrees == 3.0
+    assert estimated.scale_to(100, 1).seeds_degrees == 1.0
+    assert estimated.scale_to(200, 3).grouped_degrees is None
     grouped = replace(estimated, grouped_degrees=9.0)
-    assert [grouped.at(examples, 3).grouped_degrees for examples in (100, 200, 5)] == [9.0, 18.0, 1.0]
+    assert [grouped.scale_to(examples, 3).grouped_degrees for examples in (100, 200, 5)] == [9.0, 18.0, 1.0]
 
 
 def test_a_settled_difference_needs_the_next_larger_set_of_examples() -> None:
@@ -310,7 +310,7 @@ def test_the_degrees_of_an_estimate_are_those_of_its_seeds() -> None:
 def test_a_rare_difference_in_percent_is_that_of_a_fraction_in_another_unit() -> None:
     sums = np.array([[1.0] + [0.0] * 99])
     fraction, percent = estimate_mean(sums, np.ones(100), 1.0), estimate_mean(100 * sums, np.ones(100), 100.0)
-    assert percent.bound(0.95) == pytest.approx(100 * fraction.bound(0.95))
+    assert percent.compute_bound(0.95) == pytest.approx(100 * fraction.compute_bound(0.95))
     assert percent.examples_variance == pytest.approx(100**2 * fraction.examples_variance)
 
 

@@ -30,9 +30,9 @@ def test_every_command_has_the_margin_of_the_kind_of_loss(form: str, margin: flo
             "settings": started.settings | {"margin": None},
         }
     )
-    records = Records.of(started, run.outcomes)
+    records = Records.from_journal(started, run.outcomes)
     loss, settings = started.data.loss_kind, SelectSettings()
-    top = max(records.finished(), key=lambda trial: trial.rank)
+    top = max(records.list_finished(), key=lambda trial: trial.rank)
     decided, space = decide_run(records), build_space(settings, 40, loss)
     reference = next(evidence.value for evidence in decided.ranks if evidence.rank == decided.reference_rank)
     expected_margin = compute_default_margin(infer_metric_kind("loss", False, loss), reference, [reference])

@@ -152,8 +152,8 @@ def test_a_learning_rate_with_fewer_seeds_needs_clear_evidence(lower: float, noi
 def test_a_rank_without_a_seed_is_adjusted_for_its_effect() -> None:
     adjusted_contenders = adjust_to_common_seeds([make_contender(1, s0=1, s1=2), make_contender(4, s1=2.5)])
     assert [contender.loss for contender in adjusted_contenders.values()] == [1.5, 2.5]
-    assert adjusted_contenders[1].fair_loss == pytest.approx(1.5, abs=1e-3)
-    assert adjusted_contenders[4].fair_loss == pytest.approx(2.0, abs=1e-3)
+    assert adjusted_contenders[1].adjusted_loss == pytest.approx(1.5, abs=1e-3)
+    assert adjusted_contenders[4].adjusted_loss == pytest.approx(2.0, abs=1e-3)
 
 
 def test_results_without_a_value_are_counted_by_rank() -> None:

@@ -109,16 +109,16 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
     grouped_evidence, ungrouped_evidence = Evidence(grouped), Evidence(alone)
     for rank in (4, 16):
         assert (
-            grouped_evidence.value(grouped_evidence.contenders[rank]).standard_error
-            > 2 * ungrouped_evidence.value(ungrouped_evidence.contenders[rank]).standard_error
+            grouped_evidence.estimate_value(grouped_evidence.contenders[rank]).standard_error
+            > 2 * ungrouped_evidence.estimate_value(ungrouped_evidence.contenders[rank]).standard_error
         )
     worse = max((4, 16), key=lambda rank: grouped_evidence.contenders[rank].loss)
     assert (
-        grouped_evidence.difference(grouped_evidence.contenders[worse]).standard_error
-        > 2 * ungrouped_evidence.difference(ungrouped_evidence.contenders[worse]).standard_error
+        grouped_evidence.estimate_difference(grouped_evidence.contenders[worse]).standard_error
+        > 2 * ungrouped_evidence.estimate_difference(ungrouped_evidence.contenders[worse]).standard_error
     )
-    assert grouped_evidence.reference_gap > ungrouped_evidence.reference_gap
-    assert abs(grouped_evidence.probability(worse, 0.0) - 0.5) < abs(ungrouped_evidence.probability(worse, 0.0) - 0.5)  # type: ignore[operator]
+    assert grouped_evidence.reference_bias > ungrouped_evidence.reference_bias
+    assert abs(grouped_evidence.compute_probability(worse, 0.0) - 0.5) < abs(ungrouped_evidence.compute_probability(worse, 0.0) - 0.5)  # type: ignore[operator]
     decided, plain = decide_table(grouped, 0.005), decide_table(alone, 0.005)
     assert [evidence.value for evidence in decided.ranks] == [evidence.value for evidence in plain.ranks]
 
@@ -191,5 +191,5 @@ def test_selection_bias_of_a_learning_rate_follows_the_groups() -> None:
     grouped = ScoreTable("loss", False, cells)
     alone = replace(grouped, cells={key: replace(cell, groups=None) for key, cell in cells.items()})
     grouped_contenders, ungrouped_contenders = (Evidence(table).contenders for table in (grouped, alone))
-    assert grouped_contenders[4].gap > 1.5 * ungrouped_contenders[4].gap > 0
-    assert grouped_contenders[16].gap == ungrouped_contenders[16].gap == 0
+    assert grouped_contenders[4].selection_bias > 1.5 * ungrouped_contenders[4].selection_bias > 0
+    assert grouped_contenders[16].selection_bias == ungrouped_contenders[16].selection_bias == 0

@@ -60,7 +60,7 @@ def test_the_rank_of_one_seed_rests_on_the_bounds_over_examples() -> None:
     cells = [table.cells[rank, 1e-3, 0] for rank in (4, decision.reference_rank)]
     over_examples = estimate_mean((cells[0].sums - cells[1].sums)[None, :], cells[0].weights)
     evidence = next(evidence for evidence in decision.ranks if evidence.rank == 4)
-    assert evidence.difference_high == pytest.approx(over_examples.bound(0.95))
+    assert evidence.difference_high == pytest.approx(over_examples.compute_bound(0.95))
     assert (decision.rank, evidence.non_inferior) == (16, False)
 
 
@@ -183,11 +183,11 @@ class FlatWorld(worlds.World):
 
 def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     records = make_run((4, 64), (1e-3,))
-    complete_trials = [outcome for outcome in records.finished() if outcome.rank]
+    complete_trials = [outcome for outcome in records.list_finished() if outcome.rank]
     top = complete_trials[-1]
     around = [make_stopped_trial(top, 3e-4), make_stopped_trial(top, 3e-3)]
-    assert "lr_edge" not in decide_table(build_table(complete_trials, "loss", False, looks=around), 0.02).flags
-    below = decide_table(build_table(complete_trials, "loss", False, looks=[make_stopped_trial(top, 3e-4)]), 0.02)
+    assert "lr_edge" not in decide_table(build_table(complete_trials, "loss", False, partial_outcomes=around), 0.02).flags
+    below = decide_table(build_table(complete_trials, "loss", False, partial_outcomes=[make_stopped_trial(top, 3e-4)]), 0.02)
     assert "lr_edge" in below.flags  # the best rate is the highest that was tried
     run = next(run for run in below.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(3e-3)]
@@ -197,7 +197,7 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     assert (
         "lr_edge"
         not in decide_table(
-            build_table([*complete_trials, diverged], "loss", False, looks=[make_stopped_trial(top, 3e-4)]), 0.02
+            build_table([*complete_trials, diverged], "loss", False, partial_outcomes=[make_stopped_trial(top, 3e-4)]), 0.02
         ).flags
     )
 
@@ -216,7 +216,7 @@ def test_a_search_that_ends_at_its_highest_or_lowest_learning_rate_is_flagged(
     """Compare with all learning rates of the run, since the lower ranks get one learning rate each."""
     trials = run_all(STRATEGIES["bracket"](make_space(learning_rates=rates)), FlatWorld(best_learning_rate=best))
     complete_trials = [outcome for outcome in trials if outcome.is_direct]
-    table = build_table(complete_trials, "loss", False, looks=trials)
+    table = build_table(complete_trials, "loss", False, partial_outcomes=trials)
     decision = decide_table(table, 0.01)
     assert (decision.rank, decision.reference_rank, table.list_tried_rates(1)) == (1, 1, [decision.learning_rate])
     assert ("lr_edge" in decision.flags) == is_flagged

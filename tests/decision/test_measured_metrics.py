@@ -41,16 +41,16 @@ def make_measured_run(form: str = "prompt_completion", **started: object) -> Rec
                 "example_metrics": {"exact_match": [1.0] * right[trial.rank] + [0.0] * (ITEMS - right[trial.rank])},
             }
         )
-        for trial in records.finished()
+        for trial in records.list_finished()
     ]
     data = records.started.data.model_copy(update={"form": form})
     settings = records.started.settings | {"metrics": ["max:colour=mine:colour"]}
-    return Records.of(records.started.model_copy(update={"data": data, "settings": settings, **started}), outcomes)
+    return Records.from_journal(records.started.model_copy(update={"data": data, "settings": settings, **started}), outcomes)
 
 
 def change_settings(records: Records, **settings: object) -> Records:
     started = records.started.model_copy(update={"settings": records.started.settings | settings})
-    return Records.of(started, records.outcomes)
+    return Records.from_journal(started, records.outcomes)
 
 
 def test_the_metric_that_decides_comes_first() -> None:
@@ -132,7 +132,7 @@ def test_other_numbers_of_a_custom_trainer_have_no_examples() -> None:
 def test_an_impossible_perplexity_is_treated_as_an_ordinary_number(values: tuple[float, float], kind: str) -> None:
     trials = [
         trial.model_copy(update={"metrics": {"perplexity": value}})
-        for trial, value in zip(make_run((1, 4), (1e-3,)).finished()[1:], values, strict=True)
+        for trial, value in zip(make_run((1, 4), (1e-3,)).list_finished()[1:], values, strict=True)
     ]
     table = build_table(trials, "perplexity", False)
     assert table.kind == kind
@@ -143,7 +143,7 @@ def test_an_impossible_perplexity_is_treated_as_an_ordinary_number(values: tuple
 
 
 def test_every_trial_without_the_metric_is_missing() -> None:
-    rank_1, rank_4 = make_run((1, 4), (1e-3,)).finished()[1:]
+    rank_1, rank_4 = make_run((1, 4), (1e-3,)).list_finished()[1:]
     failed = [
         TrialFailed(trial_id=name, **rank_4.arm.model_dump(), error="error", reason="x") for name in ("a", "b", "c")
     ]
@@ -175,7 +175,7 @@ def build_loss_table(losses: dict[int, float], metric: str = "loss", std: float 
 def test_metrics_conflict_on_ranks_that_both_judge(
     deciding_losses: dict[int, float], other_losses: dict[int, float], has_conflict: bool
 ) -> None:
-    decision = decide_table(build_loss_table(deciding_losses), 0.005, others=[build_loss_table(other_losses, "nll")])
+    decision = decide_table(build_loss_table(deciding_losses), 0.005, other_tables=[build_loss_table(other_losses, "nll")])
     assert [other_metric.conflict for other_metric in decision.other_metrics] == [has_conflict]
     assert ("metric_conflict" in decision.flags) is has_conflict
 
@@ -184,7 +184,7 @@ def test_a_metric_with_one_rank_is_left_out() -> None:
     decision = decide_table(
         build_loss_table({1: 2.1, 4: 2.0}),
         0.005,
-        others=[build_loss_table({4: 2.0}, "nll"), build_loss_table({0: 3.0, 4: 2.0}, "nll")],
+        other_tables=[build_loss_table({4: 2.0}, "nll"), build_loss_table({0: 3.0, 4: 2.0}, "nll")],
     )
     assert decision.other_metrics == []
 
@@ -196,7 +196,7 @@ def test_another_loss_is_of_the_same_kind(loss: LossKind, margin: float) -> None
         replace(build_loss_table({1: 2.1, 4: 2.0}, name), kind=infer_metric_kind(name, False, loss))
         for name in ("loss", "nll")
     ]
-    decision = decide_table(tables[0], others=tables[1:])
+    decision = decide_table(tables[0], other_tables=tables[1:])
     assert decision.margin == pytest.approx(margin)
     assert decision.other_metrics[0].margin == pytest.approx(margin)
 
@@ -214,7 +214,7 @@ def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
 
 def test_truncations_are_not_compared_as_trainings() -> None:
     records = make_run((1, 4, 16), (1e-3,))
-    base, rank_1, _, rank_16 = records.finished()
+    base, rank_1, _, rank_16 = records.list_finished()
     truncated = rank_1.model_copy(update={"trial_id": "cut", "truncate_from": rank_16.trial_id, "steps": 1})
     records.outcomes[:] = [base, truncated, rank_16]
     assert list_comparable_outcomes(records) == [base, rank_16]

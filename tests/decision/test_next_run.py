@@ -43,7 +43,7 @@ def test_the_required_examples_decide_four_of_five_runs() -> None:
     num_settled = 0
     for _ in range(400):
         run = estimate_mean(generator.normal(true, 0.09, size=(1, num_examples)), np.ones(num_examples))
-        num_settled += run.bound(CONFIDENCE) < margin
+        num_settled += run.compute_bound(CONFIDENCE) < margin
     assert 0.74 <= num_settled / 400 <= 0.92
 
 
@@ -57,14 +57,14 @@ def test_the_required_seeds_decide_four_of_five_runs() -> None:
     num_settled = 0
     for _ in range(600):
         run = estimate_mean(generator.normal(true, noise, size=(seeds, 1)), np.ones(1))
-        num_settled += run.bound(CONFIDENCE) < margin
+        num_settled += run.compute_bound(CONFIDENCE) < margin
     assert num_settled / 600 >= 0.74
 
 
 def test_a_difference_at_the_margin_is_never_decided() -> None:
     pilot = estimate_mean(np.random.default_rng(0).normal(0.005, 0.1, size=(1, 100)), np.ones(100))
     pilot = type(pilot)(0.005, 1e-4, 0.0, 0.0, 100, 1, 0.0, 0.0)
-    assert not is_conclusive(pilot.at(6400, 1), 0.005)
+    assert not is_conclusive(pilot.scale_to(6400, 1), 0.005)
     assert compute_required_examples(pilot, 0.005) is None
 
 
@@ -134,7 +134,7 @@ def test_a_custom_trainer_has_no_commands() -> None:
 
 def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
     records = make_run((1, 4, 16), (1e-3,))
-    base, rank_1, rank_4, rank_16 = records.finished()
+    base, rank_1, rank_4, rank_16 = records.list_finished()
     records.outcomes[:] = [
         base,
         rank_1.model_copy(update={"steps": 10}),
@@ -321,10 +321,10 @@ def test_expected_seed_noise_comes_from_earlier_grids(seeds: int) -> None:
     table = build_world_table(World("flat", examples=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02))
     evidence = Evidence(table)
     worse = next(contender for contender in evidence.contenders.values() if contender.rank != evidence.reference.rank)
-    now, then = evidence.difference(worse), evidence.expected(worse, seeds)
+    now, then = evidence.estimate_difference(worse), evidence.predict_difference(worse, seeds)
     each = [worse.cells[seed].sums - evidence.reference.cells[seed].sums for seed in (0, 1)]
     spread = float(np.mean([of_seed.var(ddof=1) for of_seed in each]))
-    assert worse.gap != evidence.reference.gap
+    assert worse.selection_bias != evidence.reference.selection_bias
     assert (then.mean, then.examples_variance) == pytest.approx((now.mean, now.examples_variance))
     assert (then.seeds, then.seeds_variance) == (seeds, pytest.approx(NOISE.compute_seed_ratio(80) * spread / seeds))
     assert then.seeds_degrees == pytest.approx(BOUND_DEGREES + seeds - 1)
@@ -340,7 +340,7 @@ def test_the_fewest_seeds_that_decide_are_planned(margin: float) -> None:
     assert run.ranks == [4, 64]
 
     def is_enough(seeds: int) -> bool:
-        return is_conclusive(evidence.expected(evidence.contenders[4], seeds), margin)
+        return is_conclusive(evidence.predict_difference(evidence.contenders[4], seeds), margin)
 
     if is_enough(MAX_SEEDS):
         assert is_enough(run.seeds)
@@ -353,7 +353,7 @@ def test_the_fewest_seeds_that_decide_are_planned(margin: float) -> None:
 
 def compute_smallest_margin(planned: Estimate) -> float:
     """Return the smallest margin at which a run of this size is expected to decide."""
-    return planned.bound(CONFIDENCE) + NORMAL.inv_cdf(POWER) * planned.standard_error
+    return planned.compute_bound(CONFIDENCE) + NORMAL.inv_cdf(POWER) * planned.standard_error
 
 
 NEAR = 1e-6
@@ -363,11 +363,11 @@ def test_a_plan_ends_at_64_times_the_examples_and_at_32_seeds() -> None:
     estimated = replace(
         estimate_mean(np.random.default_rng(5).normal(size=(1, 100)), np.ones(100)), mean=0.0, skewness=0.0
     )
-    limit = compute_smallest_margin(estimated.at(5800, 1))  # 58 times as many examples; the next step is 66 times
+    limit = compute_smallest_margin(estimated.scale_to(5800, 1))  # 58 times as many examples; the next step is 66 times
     assert compute_required_examples(estimated, limit * (1 + NEAR)) == 5800
     assert compute_required_examples(estimated, limit * (1 - NEAR)) is None
     noisy = Estimate(0.0, 0.0, 0.01, 0.0, 0, 2, 1.0, 0.0)
-    limit = compute_smallest_margin(noisy.at(0, MAX_SEEDS))
+    limit = compute_smallest_margin(noisy.scale_to(0, MAX_SEEDS))
     assert compute_required_seeds(noisy, limit * (1 + NEAR)) == MAX_SEEDS == 32
     assert compute_required_seeds(noisy, limit * (1 - NEAR)) is None
     assert compute_required_seeds(noisy, 10.0) == 3  # at least one more
@@ -380,7 +380,7 @@ def test_no_more_than_32_seeds_are_planned() -> None:
     assert bought == [[None, MAX_SEEDS], [None]]
     one_seed = build_example_table({4: 2.003, 64: 2.0}, seeds=(0,), num_examples=400, noise=0.02)
     evidence = Evidence(one_seed)
-    limit = compute_smallest_margin(evidence.expected(evidence.contenders[4], MAX_SEEDS))
+    limit = compute_smallest_margin(evidence.predict_difference(evidence.contenders[4], MAX_SEEDS))
     planned = [decide_table(one_seed, limit * near, confidence=None).next_runs[-1] for near in (1 + NEAR, 1 - NEAR)]
     assert [run.seeds for run in planned] == [MAX_SEEDS, 2]
 

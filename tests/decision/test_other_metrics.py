@@ -42,7 +42,7 @@ def make_trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished
 def decide_with_other_metrics(losses: dict[int, float], right: dict[int, float]):  # type: ignore[no-untyped-def]
     trials = [make_trial(rank, seed, losses[rank], right[rank]) for rank in losses for seed in (0, 1, 2)]
     other_tables = [build_table(trials, "exact_match", True), build_table(trials, "bleu", True)]
-    return decide_table(build_table(trials, "loss", False), 0.005, others=other_tables)
+    return decide_table(build_table(trials, "loss", False), 0.005, other_tables=other_tables)
 
 
 def test_a_rank_that_the_other_metric_shows_to_be_too_small() -> None:
@@ -102,7 +102,7 @@ def test_the_other_metric_is_judged_as_the_one_that_decides() -> None:
         (other_metric,) = decide_table(
             build_table(trials, "loss", False),
             0.005,
-            others=[other_table],
+            other_tables=[other_table],
             confidence=confidence,
             checkpoint=checkpoint,
         ).other_metrics

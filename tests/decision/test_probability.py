@@ -38,7 +38,7 @@ def get_probabilities(decision: Decision) -> dict[int, float | None]:
 def test_the_probability_is_that_of_the_difference() -> None:
     table, margin = build_example_table({4: 2.012, 64: 2.0}, seeds=(0,)), 0.01
     worse = table.cells[4, 1e-3, 0].sums - table.cells[64, 1e-3, 0].sums
-    deviation = NOISE.ratio(1, worse.size) ** 0.5 * worse.std(ddof=1)
+    deviation = NOISE.compute_ratio(1, worse.size) ** 0.5 * worse.std(ddof=1)
     expected = student.cdf((margin - worse.mean()) / deviation, NOISE_DEGREES)
     assert get_probabilities(decide_table(table, margin))[4] == pytest.approx(expected, abs=0.015)
 

@@ -61,23 +61,23 @@ def test_records_are_sorted_by_kind() -> None:
     records = make_run(diverged=[(4, 1e-3)])
     records_read = read_records(build_journal(records), "run")
     assert records_read == records
-    assert len(records_read.finished()) == len(records_read.outcomes) - 1
-    assert all(isinstance(trial, TrialFinished) for trial in records_read.finished())
+    assert len(records_read.list_finished()) == len(records_read.outcomes) - 1
+    assert all(isinstance(trial, TrialFinished) for trial in records_read.list_finished())
 
 
-@pytest.mark.parametrize("headless", [[], [make_trial_start(make_run().finished()[0])]], ids=["empty", "no start"])
+@pytest.mark.parametrize("headless", [[], [make_trial_start(make_run().list_finished()[0])]], ids=["empty", "no start"])
 def test_a_journal_without_a_start_is_no_run(headless: list[JournalRecord]) -> None:
     with pytest.raises(RunFolderError, match=r"here: no run has started here; give a folder"):
         read_records(headless, "here")
 
 
 def test_the_last_record_of_a_trial_counts() -> None:
-    first = make_run().finished()[1]
+    first = make_run().list_finished()[1]
     again = change_trial(first, value=1.5)
     failed = TrialFailed(trial_id="other", **first.arm.model_dump(), error="error", reason="x")
     third = failed.model_copy(update={"trial_id": "third"})
     started = make_run().started
-    assert Records.of(started, [make_trial_start(first), first, failed, third, again]).outcomes == [
+    assert Records.from_journal(started, [make_trial_start(first), first, failed, third, again]).outcomes == [
         again,
         failed,
         third,
@@ -87,8 +87,8 @@ def test_the_last_record_of_a_trial_counts() -> None:
 def test_every_kind_of_record_is_kept_apart() -> None:
     records = make_run()
     answered = make_answered_run().adapters
-    records_read = Records.of(records.started, [*answered, *records.tests])
-    assert (records_read.adapters, records_read.tests, records_read.outcomes, records_read.looks) == (
+    records_read = Records.from_journal(records.started, [*answered, *records.tests])
+    assert (records_read.adapters, records_read.tests, records_read.outcomes, records_read.evaluations) == (
         answered,
         records.tests,
         [],
@@ -97,7 +97,7 @@ def test_every_kind_of_record_is_kept_apart() -> None:
 
 
 def test_a_repeated_evaluation_replaces_all_later_ones_and_a_new_start_drops_them() -> None:
-    first = make_trial_start(make_run().finished()[1])
+    first = make_trial_start(make_run().list_finished()[1])
     evaluations = [
         TrialEvaluated(trial_id=first.trial_id, step=step, value=value)
         for step, value in ((0, 1.0), (10, 2.0), (20, 3.0))
@@ -105,14 +105,14 @@ def test_a_repeated_evaluation_replaces_all_later_ones_and_a_new_start_drops_the
     again = TrialEvaluated(trial_id=first.trial_id, step=10, value=4.0)
     other_evaluation = TrialEvaluated(trial_id="other", step=5, value=5.0)
     started = make_run().started
-    records = Records.of(started, [first, *evaluations, other_evaluation, again])
-    assert records.looks == {first.trial_id: [evaluations[0].point, again.point], "other": [other_evaluation.point]}
-    records.keep(first)
-    assert records.looks == {"other": [other_evaluation.point]}
+    records = Records.from_journal(started, [first, *evaluations, other_evaluation, again])
+    assert records.evaluations == {first.trial_id: [evaluations[0].point, again.point], "other": [other_evaluation.point]}
+    records.add(first)
+    assert records.evaluations == {"other": [other_evaluation.point]}
 
 
 def test_a_rate_counts_as_tried_where_a_training_of_its_own_start_stopped_or_diverged() -> None:
-    trial, base = make_run().finished()[1], make_run().finished()[0]
+    trial, base = make_run().list_finished()[1], make_run().list_finished()[0]
     fields = trial.arm.model_dump()
     outcomes = [
         base,
@@ -122,23 +122,23 @@ def test_a_rate_counts_as_tried_where_a_training_of_its_own_start_stopped_or_div
         TrialFailed(trial_id="failed", **(fields | {"learning_rate": 0.4}), error="error", reason="x"),
         change_trial(trial, trial_id="higher", rank=2 * trial.rank, learning_rate=0.5),
     ]
-    table = build_table([trial], "loss", False, looks=outcomes)
+    table = build_table([trial], "loss", False, partial_outcomes=outcomes)
     assert base.rank == 0
     assert table.tried == {trial.rank: {trial.learning_rate, 0.1, 0.3}, 2 * trial.rank: {0.5}}
 
 
 def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
-    first, second, third = make_run().finished()[:3]
+    first, second, third = make_run().list_finished()[:3]
 
     def find_running_arm(*journal: JournalRecord) -> str | None:
         return build_run_status("run", journal, make_run(), "training-rank", True, {}).running
 
     assert find_running_arm() is None
     assert find_running_arm(make_trial_start(first), first) is None
-    assert find_running_arm(make_trial_start(first), make_trial_start(second), first) == second.arm.label()
+    assert find_running_arm(make_trial_start(first), make_trial_start(second), first) == second.arm.format_label()
     assert (
         find_running_arm(make_trial_start(first), make_trial_start(second), make_trial_start(third), second)
-        == third.arm.label()
+        == third.arm.format_label()
     )
     for ended in (
         TrialDiverged(trial_id=first.trial_id, **first.arm.model_dump(), step=1, reason="x"),
@@ -163,9 +163,9 @@ def test_a_run_is_decided_at_its_own_margin_and_kind_of_loss() -> None:
     records.started.settings["margin"] = 1
     assert decide_run(records).margin == 1.0
     records.started.settings["margin"] = None
-    relative = 0.01 * min(t.value for t in records.finished())
+    relative = 0.01 * min(t.value for t in records.list_finished())
     for form, margin in (("classification", relative), ("own", 0.005)):
-        other_records = Records.of(
+        other_records = Records.from_journal(
             records.started.model_copy(update={"data": records.started.data.model_copy(update={"form": form})}),
             records.outcomes,
         )
@@ -188,10 +188,10 @@ def test_accuracy_is_read_from_the_correct_examples() -> None:
         change_trial(
             trial, example_correct=right[trial.rank], metrics={"accuracy": sum(right[trial.rank]) / ITEMS, "loss": 1}
         )
-        for trial in records.finished()
+        for trial in records.list_finished()
     ]
     started = records.started.model_copy(update={"metric": "accuracy", "higher_is_better": True})
-    table = build_run_table(Records.of(started, outcomes))
+    table = build_run_table(Records.from_journal(started, outcomes))
     assert (table.metric, table.higher_is_better, table.kind) == ("accuracy", True, "accuracy")
     assert {rank: table.cells[rank, 1e-3, 0].loss for rank in (1, 4)} == {1: -0.5, 4: -1.0}
     assert table.cells[4, 1e-3, 0].other_metrics == {"loss": 1}
@@ -199,7 +199,7 @@ def test_accuracy_is_read_from_the_correct_examples() -> None:
 
 def test_a_cell_holds_what_its_trial_measured() -> None:
     records = make_run((1, 4), (1e-3,), diverged=[(4, 1e-3)])
-    trial = records.finished()[1]
+    trial = records.list_finished()[1]
     cell = build_run_table(records).cells[1, 1e-3, 0]
     assert cell.trial_id == trial.trial_id
     assert cell.value == trial.value
@@ -211,7 +211,7 @@ def test_a_cell_holds_what_its_trial_measured() -> None:
 
 
 def test_a_cell_has_the_seconds_of_its_training_and_of_one_evaluation() -> None:
-    trial = change_trial(make_run().finished()[1], train_seconds=12.0, eval_seconds=6.0)
+    trial = change_trial(make_run().list_finished()[1], train_seconds=12.0, eval_seconds=6.0)
     points = [EvalPoint(step=step, value=2.0, train_value=None) for step in (10, 20, 30)]
     for shown_points, seconds in (([], 6.0), (points[:1], 6.0), (points, 2.0)):
         (cell,) = build_table([change_trial(trial, points=shown_points)], "loss", False).cells.values()
@@ -219,7 +219,7 @@ def test_a_cell_has_the_seconds_of_its_training_and_of_one_evaluation() -> None:
 
 
 def test_a_cell_has_the_groups_of_its_examples() -> None:
-    trial = make_run().finished()[1]
+    trial = make_run().list_finished()[1]
     grouped = change_trial(trial, example_groups=[number // 2 for number in range(ITEMS)])
     (cell,) = build_table([grouped], "loss", False).cells.values()
     assert (cell.num_groups, cell.examples) == (ITEMS // 2, ITEMS)
@@ -229,14 +229,14 @@ def test_a_cell_has_the_groups_of_its_examples() -> None:
 
 def test_only_complete_trainings_are_compared() -> None:
     records = make_run((1, 4, 16), (1e-3,))
-    base, rank_1, rank_4, rank_16 = records.finished()
+    base, rank_1, rank_4, rank_16 = records.list_finished()
     records.outcomes[:] = [base, rank_1, rank_4, change_trial(rank_16, stop_at=10)]
     assert list_comparable_outcomes(records) == [base, rank_1, rank_4]
 
 
 def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
     records = make_run((1, 4), (1e-3,))
-    rank_1, rank_4 = records.finished()[1:]
+    rank_1, rank_4 = records.list_finished()[1:]
     started = records.started.model_copy(
         update={
             "metric": "score",
@@ -245,7 +245,7 @@ def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
         }
     )
     failed = TrialFailed(trial_id="gone", **rank_4.arm.model_dump(), error="error", reason="x")
-    custom_records = Records.of(
+    custom_records = Records.from_journal(
         started,
         [
             change_trial(
@@ -269,13 +269,13 @@ def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
 def test_the_best_seed_of_the_best_learning_rate_is_handed_over() -> None:
     records = make_run((1, 4), (1e-3, 3e-3), (0, 1, 2))
     decision = decide_run(records)
-    of_four = [trial for trial in records.finished() if trial.rank == 4]
+    of_four = [trial for trial in records.list_finished() if trial.rank == 4]
     learning_rate = next(evidence.learning_rate for evidence in decision.ranks if evidence.rank == 4)
     at_rate = [trial for trial in of_four if trial.learning_rate == learning_rate]
     assert find_best_trial(records, decision, 4) == min(at_rate, key=lambda trial: trial.value)
     mirrored = decision.model_copy(update={"higher_is_better": True})
     assert find_best_trial(records, mirrored, 4) == max(at_rate, key=lambda trial: trial.value)
-    tied = Records.of(records.started, [change_trial(trial, value=2.0) for trial in records.finished()[::-1]])
+    tied = Records.from_journal(records.started, [change_trial(trial, value=2.0) for trial in records.list_finished()[::-1]])
     assert find_best_trial(tied, decision, 4).seed == 0
 
 
@@ -283,7 +283,7 @@ def test_a_perplexity_of_weighted_examples_is_the_weighted_mean_of_logarithms() 
     records = make_run((1, 4), (1e-3,))
     trials = [
         change_trial(trial, metrics={"perplexity": 4.0}, example_scores=[2.0, 8.0], example_weights=[3.0, 1.0])
-        for trial in records.finished()[1:]
+        for trial in records.list_finished()[1:]
     ]
     cell = build_table(trials, "perplexity", False).cells[4, 1e-3, 0]
     assert cell.loss == pytest.approx((3 * np.log(2.0) + np.log(8.0)) / 4)
@@ -312,7 +312,7 @@ def test_a_continued_run_has_the_settings_and_the_examples_that_it_was_last_cont
 
 def change_settings(records: Records, **settings: object) -> Records:
     started = records.started.model_copy(update={"settings": records.started.settings | settings})
-    return Records.of(started, [*records.outcomes, *records.adapters])
+    return Records.from_journal(started, [*records.outcomes, *records.adapters])
 
 
 def test_the_confidence_is_that_of_the_run_unless_another_is_asked() -> None:
@@ -374,11 +374,11 @@ def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:
             "data": records.started.data.model_copy(update={"form": "preference"}),
         }
     )
-    f1_criterion = build_criterion(Records.of(started, []))
+    f1_criterion = build_criterion(Records.from_journal(started, []))
     assert (f1_criterion.metric, f1_criterion.higher_is_better, f1_criterion.loss) == ("f1", True, "pair_loss")
     assert not f1_criterion.points_use_metric
     same = records.started.model_copy(update={"points_metric": "loss"})
-    assert build_criterion(Records.of(same, [])).points_use_metric
+    assert build_criterion(Records.from_journal(same, [])).points_use_metric
 
 
 def test_every_adapter_of_a_run_is_compared_with_the_reference_of_its_last_answer() -> None:
@@ -396,24 +396,24 @@ def test_every_adapter_of_a_run_is_compared_with_the_reference_of_its_last_answe
 def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
     records = make_run((1, 4), (1e-3,))
     assert count_trainings(records) == 2.0  # the base is evaluated, not trained
-    rank_1, rank_4 = records.finished()[1:]
+    rank_1, rank_4 = records.list_finished()[1:]
     stopped = change_trial(rank_1, trial_id="stopped", stop_at=10)
     resumed = change_trial(rank_1, trial_id="resumed", stop_at=30, continue_from="stopped")
     truncated = change_trial(rank_4, trial_id="truncated", truncate_from=rank_4.trial_id, steps=0)
     records.outcomes += [stopped, resumed, truncated]
     assert count_trainings(records) == pytest.approx(2 + 0.25 + 0.5)
     third = change_trial(rank_1, trial_id="third", stop_at=None, steps=13)
-    assert count_trainings(Records.of(records.started, [change_trial(rank_4, steps=30), third])) == 1.433
+    assert count_trainings(Records.from_journal(records.started, [change_trial(rank_4, steps=30), third])) == 1.433
     # If a custom trainer does not report its steps, each training counts as one.
-    custom_records = Records.of(records.started, [change_trial(trial, steps=0) for trial in (rank_1, rank_4)])
+    custom_records = Records.from_journal(records.started, [change_trial(trial, steps=0) for trial in (rank_1, rank_4)])
     assert count_trainings(custom_records) == 2.0
-    assert count_trainings(Records.of(records.started, [])) == 0.0
+    assert count_trainings(Records.from_journal(records.started, [])) == 0.0
 
 
 def test_both_answers_are_one_document() -> None:
     records = make_answered_run(direct=[1, 4, 16])
     decision, adapter = decide_run(records), records.adapters[-1]
-    document = build_answers(records, decision, "training-rank").document()
+    document = build_answers(records, decision, "training-rank").build_document()
     assert {name: document[name] for name in ("metric", "higher_is_better", "goal")} == {
         "metric": "loss",
         "higher_is_better": False,
@@ -427,7 +427,7 @@ def test_both_answers_are_one_document() -> None:
     assert document["flags"] == list(decision.flags)
     assert document["adapter_sentence"] == adapter.answer.sentence
     assert document["cost"] == {"trainings": count_trainings(records), "trainings_to_adapter": 1.2}
-    assert document["adapter_making"].startswith(
+    assert document["adapter_provenance"].startswith(
         "trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank "
     )
     assert document["handed_over"] == adapter.handed_over.model_dump(mode="json")
@@ -437,14 +437,14 @@ def test_both_answers_are_one_document() -> None:
 
 def test_an_answer_that_was_not_requested_is_none_in_the_document() -> None:
     estimate = TrainingRankEstimate(low=8, high=16, trainings=3.0, sentence="Between 8 and 16.")
-    first = build_answers(make_answered_run(), None, "adapter", estimate).document()
+    first = build_answers(make_answered_run(), None, "adapter", estimate).build_document()
     assert [first[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
     assert first["training_rank_estimate"] == estimate.model_dump(mode="json")
     assert "flags" not in first
     assert (first["metric"], first["higher_is_better"], first["goal"]) == ("loss", False, "adapter")
     records = make_run()
-    second = build_answers(records, decide_run(records), "training-rank").document()
-    of_the_adapter = ("adapter_sentence", "adapter_making", "handed_over", "adapter_answer")
+    second = build_answers(records, decide_run(records), "training-rank").build_document()
+    of_the_adapter = ("adapter_sentence", "adapter_provenance", "handed_over", "adapter_answer")
     assert {name: second[name] for name in of_the_adapter} == dict.fromkeys(of_the_adapter)
     assert second["cost"] == {"trainings": 8.0, "trainings_to_adapter": None}
 
@@ -452,14 +452,14 @@ def test_an_answer_that_was_not_requested_is_none_in_the_document() -> None:
 def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> None:
     run = make_run((1, 4), (1e-3,))
     outcomes = [
-        change_trial(trial, metrics=trial.metrics | {"reward_margin": 0.5 + trial.rank}) for trial in run.finished()
+        change_trial(trial, metrics=trial.metrics | {"reward_margin": 0.5 + trial.rank}) for trial in run.list_finished()
     ]
-    records = Records.of(run.started, outcomes)
+    records = Records.from_journal(run.started, outcomes)
     assert decide_run(records).other_metrics == []
     (reward_margin,) = decide_run(change_settings(records, metrics=["reward_margin"])).other_metrics
     assert (reward_margin.metric, reward_margin.higher_is_better) == ("reward_margin", True)
     assert decide_run(change_settings(records, metrics="reward_margin")).other_metrics == []  # a string is not a list
-    deciding = Records.of(
+    deciding = Records.from_journal(
         run.started.model_copy(update={"metric": "reward_margin", "higher_is_better": True}), outcomes
     )
     assert [one.metric for one in decide_run(deciding).other_metrics] == ["loss"]
@@ -497,14 +497,14 @@ def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> N
     started = run.started.model_copy(
         update={"metric": "score", "data": run.started.data.model_copy(update={"form": "own"})}
     )
-    records = Records.of(started, [change_trial(trial, metrics={"score": 1.0}) for trial in run.finished()[1:]])
+    records = Records.from_journal(started, [change_trial(trial, metrics={"score": 1.0}) for trial in run.list_finished()[1:]])
     assert not build_run_table(records).higher_is_better
     assert build_run_table(records, higher=True).higher_is_better
 
 
 def test_a_metric_without_a_direction_is_named() -> None:
     run = make_run((1, 4), (1e-3,))
-    records = Records.of(run.started, [change_trial(trial, metrics={"colour": 1.0}) for trial in run.finished()])
+    records = Records.from_journal(run.started, [change_trial(trial, metrics={"colour": 1.0}) for trial in run.list_finished()])
     line = "metric 'colour': whether higher or lower is better is not known from its name; give --higher-is-better or"
     with pytest.raises(ResultsError, match=line):
         build_run_table(records, metric="colour")
@@ -512,13 +512,13 @@ def test_a_metric_without_a_direction_is_named() -> None:
 
 def test_learning_rates_of_stopped_trainings_count_as_tried_in_a_run() -> None:
     records = make_run((1, 4), (1e-3,))
-    stopped = change_trial(records.finished()[1], trial_id="stopped", learning_rate=0.1, stop_at=5)
+    stopped = change_trial(records.list_finished()[1], trial_id="stopped", learning_rate=0.1, stop_at=5)
     records.outcomes.append(stopped)
     assert build_run_table(records).tried[1] == {1e-3, 0.1}
 
 
 def test_collapses_and_the_kept_step_are_in_the_table() -> None:
-    rank_1, rank_4 = make_run((1, 4), (1e-3,)).finished()[1:]
+    rank_1, rank_4 = make_run((1, 4), (1e-3,)).list_finished()[1:]
     collapsed = TrialCollapsed(
         trial_id="x", **rank_4.arm.model_dump(), step=7, reason="x", value=9.0, best_step=3, best_value=1.0
     )
@@ -528,28 +528,28 @@ def test_collapses_and_the_kept_step_are_in_the_table() -> None:
 
 
 def test_trainings_scored_on_other_examples_are_compared_by_their_values() -> None:
-    rank_1, rank_4 = make_run((1, 4), (1e-3,)).finished()[1:]
+    rank_1, rank_4 = make_run((1, 4), (1e-3,)).list_finished()[1:]
     fewer = change_trial(rank_4, example_losses=rank_4.example_losses[:20], example_tokens=rank_4.example_tokens[:20])
     assert [cell.examples for cell in build_table([rank_1, fewer], "loss", False).cells.values()] == [0, 0]
     table = build_table([rank_1, rank_4], "loss", False)
-    assert [(cell.examples, cell.span) for cell in table.cells.values()] == [(ITEMS, 0.0)] * 2
+    assert [(cell.examples, cell.score_range) for cell in table.cells.values()] == [(ITEMS, 0.0)] * 2
 
 
 def test_the_range_of_a_weighted_score_is_that_of_the_score() -> None:
-    trial = make_run((1, 4), (1e-3,)).finished()[1]
+    trial = make_run((1, 4), (1e-3,)).list_finished()[1]
     weighted_trial = change_trial(trial, metrics={"score": 4.0}, example_scores=[5.0, 2.0], example_weights=[2.0, 1.0])
     (cell,) = build_table([weighted_trial], "score", True).cells.values()
-    assert (cell.sums.tolist(), cell.span) == ([-10.0, -2.0], 5.0)
+    assert (cell.sums.tolist(), cell.score_range) == ([-10.0, -2.0], 5.0)
 
 
 def test_a_copy_has_the_same_records_and_changes_alone() -> None:
-    records, trial = make_answered_run(), make_run().finished()[1]
+    records, trial = make_answered_run(), make_run().list_finished()[1]
     evaluation = TrialEvaluated(trial_id="other", step=5, value=5.0)
     on_test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=1.0, example_losses=[], example_tokens=[])
-    records = Records.of(records.started, [*records.outcomes, *records.adapters, on_test, evaluation])
+    records = Records.from_journal(records.started, [*records.outcomes, *records.adapters, on_test, evaluation])
     copied, unchanged = records.copy(), records.copy()
     assert copied == records
-    again = change_trial(records.finished()[-1], value=9.0)
+    again = change_trial(records.list_finished()[-1], value=9.0)
     for record in (
         again,
         trial,
@@ -557,7 +557,7 @@ def test_a_copy_has_the_same_records_and_changes_alone() -> None:
         *records.adapters,
         evaluation.model_copy(update={"trial_id": "third"}),
     ):
-        copied.keep(record)
+        copied.add(record)
     assert records == unchanged
     assert copied.by_id[again.trial_id] == again
     assert len(copied.outcomes) == len(records.outcomes) + (trial.trial_id not in records.by_id)
@@ -588,14 +588,14 @@ def test_trials_are_a_table() -> None:
     finished = [outcome for outcome in records.outcomes if isinstance(outcome, TrialFinished)]
     assert list(table[table.status == "finished"].loss) == [outcome.metrics["loss"] for outcome in finished]
     assert list(table[table.status == "diverged"].reason) == ["training loss is nan"] * 2
-    assert build_trials_frame(Records.of(records.started, []), examples=False).empty
-    assert build_trials_frame(Records.of(records.started, []), examples=True).empty
+    assert build_trials_frame(Records.from_journal(records.started, []), examples=False).empty
+    assert build_trials_frame(Records.from_journal(records.started, []), examples=True).empty
 
 
 @pytest.mark.parametrize("kind", ["trials", "examples", "csv", "csv of examples", "csv with the index"])
 def test_an_exported_run_decides_without_its_truncated_and_stopped_trainings(tmp_path: Path, kind: str) -> None:
     records = make_answered_run(direct=(1, 4, 16))
-    complete_trial = next(trial for trial in records.finished() if trial.rank == 16 and trial.is_direct)
+    complete_trial = next(trial for trial in records.list_finished() if trial.rank == 16 and trial.is_direct)
     for number, changes in enumerate(({"stop_at": 10}, {"stop_at": 20}, {"stop_at": 20, "anneal_from": 10})):
         records.outcomes.append(
             change_trial(complete_trial, trial_id=f"stage-{number}", metrics={"loss": 2.0 + number}, **changes)

@@ -49,9 +49,9 @@ def test_the_ratio_starts_at_that_of_earlier_grids_and_follows_the_ranks_at_hand
 
 
 def test_more_examples_or_seeds_reduce_only_their_own_noise() -> None:
-    assert NOISE.ratio(1, 10**9) == pytest.approx(NOISE.seeds, rel=1e-4)
-    assert NOISE.ratio(10**9, 200) == pytest.approx(NOISE.examples / 200, rel=1e-4)
-    assert NOISE.ratio(1, 200) == NOISE.compute_seed_ratio(200) + NOISE.examples / 200
+    assert NOISE.compute_ratio(1, 10**9) == pytest.approx(NOISE.seeds, rel=1e-4)
+    assert NOISE.compute_ratio(10**9, 200) == pytest.approx(NOISE.examples / 200, rel=1e-4)
+    assert NOISE.compute_ratio(1, 200) == NOISE.compute_seed_ratio(200) + NOISE.examples / 200
 
 
 def test_rows_with_all_seeds_keep_their_means() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import sentences, write_completions, write_jsonl
+from tests.tiny import generate_sentences, write_completions, write_jsonl
 from tests.watch import GENEROUS_SECONDS
 
 pytestmark = pytest.mark.trains
@@ -48,7 +48,7 @@ def test_no_example_is_left_out() -> None:
 def pairs_file(tmp_path: Path) -> Path:
     """Write rows of prompt, chosen and rejected."""
     rows = [
-        {"prompt": f"{text} : ", "chosen": text.split()[0], "rejected": text.split()[-1]} for text in sentences(80, 3)
+        {"prompt": f"{text} : ", "chosen": text.split()[0], "rejected": text.split()[-1]} for text in generate_sentences(80, 3)
     ]
     return write_jsonl(tmp_path / "pairs.jsonl", rows)
 

@@ -12,7 +12,7 @@ from examples.fleet import truncate_fleet
 from peft import PeftModel
 
 from tests.adapters.adapters import load_base, make_adapter, make_base
-from tests.tiny import make_tokenizer, small_settings, write_completions
+from tests.tiny import build_small_settings, make_tokenizer, write_completions
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_wide_margin_brings_all_to_rank_1(base: Path, data: Path, tmp_path: Pa
         make_adapter(base, tmp_path / "low", "rslora", rank=2),
         make_adapter(base, tmp_path / "single", rank=1),
     ]
-    out, settings = tmp_path / "out", small_settings(max_steps=4, device="cpu")
+    out, settings = tmp_path / "out", build_small_settings(max_steps=4, device="cpu")
     assert truncate_fleet(adapters, out, str(base), [data], margin=50, settings=settings) == 1
     for adapter in adapters:
         assert json.loads((out / adapter.name / "adapter_config.json").read_text())["r"] == 1
@@ -52,7 +52,7 @@ def test_a_wide_margin_brings_all_to_rank_1(base: Path, data: Path, tmp_path: Pa
 @pytest.mark.trains
 def test_a_margin_of_nothing_keeps_every_rank(base: Path, data: Path, tmp_path: Path) -> None:
     adapters = [make_adapter(base, tmp_path / "a", rank=4), make_adapter(base, tmp_path / "b", rank=2)]
-    out, settings = tmp_path / "out", small_settings(max_steps=4, device="cpu")
+    out, settings = tmp_path / "out", build_small_settings(max_steps=4, device="cpu")
     assert truncate_fleet(adapters, out, str(base), [data, data], margin=1e-9, settings=settings) == 4
     for adapter in adapters:
         assert torch.allclose(logits(base, adapter), logits(base, out / adapter.name), atol=1e-4)

@@ -15,7 +15,7 @@ from rightrank.schema.decision import Basis, Decision, Verdict
 from rightrank.schema.events import AnyJournalRecord
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
-from tests.commands import COMMANDS, of_every_plug_in
+from tests.commands import COMMANDS, mark_for_every_plug_in
 from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, get_page_name, iterate_shown_commands, list_shell_commands
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -58,7 +58,7 @@ def _list_anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@of_every_plug_in
+@mark_for_every_plug_in
 @pytest.mark.parametrize("page", [page for page in PAGES if list(iterate_shown_commands(page))], ids=get_page_name)
 def test_shown_commands_parse(page: Path) -> None:
     """Check that each names an existing command, options and values; nothing runs."""
@@ -71,7 +71,7 @@ def test_shown_commands_parse(page: Path) -> None:
             COMMANDS[name].make_context(name, options, parent=parent)
 
 
-@of_every_plug_in
+@mark_for_every_plug_in
 @pytest.mark.parametrize("page", [*FRONT, *GUIDES], ids=get_page_name)
 def test_options_and_settings_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8").partition("<!-- made by")[0]

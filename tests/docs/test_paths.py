@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import of_every_plug_in
+from tests.commands import mark_for_every_plug_in
 
 ROOT = Path(__file__).parents[2]
 PLACES = (ROOT, ROOT / "src" / "rightrank", ROOT / "tests", ROOT / "docs")
@@ -45,7 +45,7 @@ def list_texts() -> list[tuple[str, str]]:
     return texts
 
 
-@of_every_plug_in
+@mark_for_every_plug_in
 @pytest.mark.parametrize(("source", "text"), list_texts(), ids=lambda value: value[:60] if "\n" not in value else "")
 def test_every_path_exists(source: str, text: str) -> None:
     source_folder = (ROOT / source).parent

@@ -16,7 +16,7 @@ from rightrank.runs.calls import call_function
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError, NotFiniteError, ReportError, RunError
 from rightrank.schema.trials import TrialCollapsed
-from tests.tiny import sentences
+from tests.tiny import generate_sentences
 
 pytestmark = [
     pytest.mark.trains,
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PROMPTS = [{"prompt": f"{text} ", "answer": text.split()[0]} for text in sentences(24, 5)]
+PROMPTS = [{"prompt": f"{text} ", "answer": text.split()[0]} for text in generate_sentences(24, 5)]
 QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False, "logging_steps": 100}
 
 
@@ -176,7 +176,7 @@ def test_a_bad_reward_ends_the_selection_before_the_first_step_and_the_metric_is
 ) -> None:
     train = make_grpo(model_folder, return_short)
     options: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-2,), "max_steps": 2}
-    with pytest.raises(AllTrialsFailedError, match=r"train got 3 rewards .* what has finished is kept"):
+    with pytest.raises(AllTrialsFailedError, match=r"train got 3 rewards .* finished trials are kept"):
         select_rank_with(train, tmp_path / "run", **options)
     lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
     assert sum('"type":"trial_started"' in line for line in lines) == 1

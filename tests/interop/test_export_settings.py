@@ -282,7 +282,7 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
         use_dora=recipe.use_dora, init_lora_weights=recipe.init_lora_weights, loftq_config={}, rank_pattern={"q_proj": 2},
     )  # fmt: skip
     stated, unsaid = convert_configs(config, arguments, seq_len=recipe.settings.seq_len)
-    command = build_reproduce_command("model", "data.jsonl", SelectSettings.stored(stated))
+    command = build_reproduce_command("model", "data.jsonl", SelectSettings.from_stored(stated))
     assert command is not None
     assert unsaid == ["rank_pattern={'q_proj': 2}"]
     read = SelectSettings(**{**_settings_of(parsed(command))})

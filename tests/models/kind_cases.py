@@ -16,7 +16,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode_splits
-from tests.tiny import GPT2_SIZES, SIZES, make_tokenizer, small_settings, write_completions
+from tests.tiny import GPT2_SIZES, SIZES, build_small_settings, make_tokenizer, write_completions
 
 STEPS, RANK = 3, 4
 ARM = Arm(rank=RANK, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)
@@ -72,7 +72,7 @@ def make_model(name: str, vocabulary: int) -> Any:
 
 
 def settings_of(case: Case) -> SelectSettings:
-    return small_settings(max_steps=STEPS, num_evaluations=1, ranks=(2, RANK), dtype="float32", **case.settings)
+    return build_small_settings(max_steps=STEPS, num_evaluations=1, ranks=(2, RANK), dtype="float32", **case.settings)
 
 
 def make_runtime(case: Case, folder: Path) -> Runtime:

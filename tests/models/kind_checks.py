@@ -26,7 +26,7 @@ from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import suppress_peft_warnings
 from rightrank.train.trial import TrialFolders
-from tests.helpers import fresh_adapter, trainable_parameters
+from tests.helpers import attach_fresh_adapter, list_trainable_parameters
 from tests.models.kind_cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
 from tests.watch import Watch
 
@@ -179,8 +179,8 @@ CHECKS: dict[str, Callable[[Suite], str]] = {
 
 def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters of another PEFT model by name, set to the values that a training of `arm` starts from."""
-    with fresh_adapter(runtime, arm) as ours:
-        initial = {name: value.detach().clone() for name, value in trainable_parameters(ours).items()}
+    with attach_fresh_adapter(runtime, arm) as ours:
+        initial = {name: value.detach().clone() for name, value in list_trainable_parameters(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
     assert named.keys() == initial.keys()
     with torch.no_grad():

@@ -21,7 +21,7 @@ from rightrank.models.loading_code import format_loading_code
 from rightrank.runs.values import Selected
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.settings import SelectSettings
-from tests.tiny import save_tiny_llama, small_settings, write_jsonl
+from tests.tiny import build_small_settings, save_tiny_llama, write_jsonl
 
 LABELS = ["news", "art", "sport", "law"]  # not in the order of the alphabet
 WORDS = {"news": "the cat sat", "art": "red house", "sport": "run far", "law": "blue sea"}
@@ -40,7 +40,7 @@ def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Se
     (folder / "data").mkdir()
     write_jsonl(folder / "data" / "train.jsonl", _rows(160, 0))
     write_jsonl(folder / "data" / "validation.jsonl", _rows(48, 1))
-    settings = small_settings(
+    settings = build_small_settings(
         goal="adapter",
         strategy="bracket",
         metric="accuracy",
@@ -133,7 +133,7 @@ def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: 
 
 def test_numbers_are_classes_in_the_order_of_numbers() -> None:
     rows = [{"text": f"row {number} {copy}", "label": number} for number in range(12) for copy in range(20)]
-    assert load_data(rows, small_settings()).summary.classes == [str(number) for number in range(12)]
+    assert load_data(rows, build_small_settings()).summary.classes == [str(number) for number in range(12)]
 
 
 def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_pat
     BertForMaskedLM(BertConfig(vocab_size=400, max_position_embeddings=64, **sizes)).save_pretrained(folder)
     rows = [{"id": number, "text": f"some text {number}", "sentiment": number % 3} for number in range(120)]
     with pytest.raises(ModelError, match="or `text` and `label` to train a classifier"):
-        select_rank(str(folder), rows, tmp_path / "run", settings=small_settings())
+        select_rank(str(folder), rows, tmp_path / "run", settings=build_small_settings())
 
 
 def test_a_model_in_memory_keeps_the_order_of_its_labels() -> None:

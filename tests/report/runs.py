@@ -20,7 +20,7 @@ from rightrank.schema.events import (
     TestEvaluated,
 )
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished, TrialStarted, trial_id
+from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished, TrialStarted, compute_trial_id
 
 STEPS, ITEMS, TOKENS = 40, 30, 20
 
@@ -36,7 +36,7 @@ def make_run(
 ) -> Records:
     """Make a run whose loss is 3 + 0.2 / rank at the middle learning rate, and rises with the distance from it."""
     started = _make_start(model, ranks, rates, seeds)
-    records = Records.of(started, [])
+    records = Records.from_journal(started, [])
     generator = random.Random(7)
     ease = [generator.gauss(0, 0.4) for _ in range(ITEMS)]
     if with_base:
@@ -48,7 +48,7 @@ def make_run(
                 if (rank, rate) in diverged:
                     arm = Arm(rank=rank, learning_rate=rate, lora_alpha=32, seed=seed, steps=STEPS)
                     outcome = TrialDiverged(
-                        trial_id=trial_id("x", arm), **arm.model_dump(), step=7, reason="training loss is nan"
+                        trial_id=compute_trial_id("x", arm), **arm.model_dump(), step=7, reason="training loss is nan"
                     )
                     records.outcomes.append(outcome)
                     continue
@@ -89,7 +89,7 @@ def _make_trial(
     value = sum(items) / (TOKENS * len(items))
     points = [EvalPoint(step=step, value=value + (STEPS - step) / 100, train_value=value) for step in (10, 20, 40)]
     return TrialFinished(
-        trial_id=trial_id("x", arm),
+        trial_id=compute_trial_id("x", arm),
         **arm.model_dump(),
         value=value,
         metrics={"loss": value},
@@ -117,7 +117,7 @@ def make_answered_run(*, direct: Sequence[int] = ()) -> Records:
     settings = records.started.settings | {"ranks": [1, 4, 16, 64]}
     records.started = records.started.model_copy(update={"settings": settings})
     generator = random.Random(11)
-    top = next(trial for trial in records.finished() if trial.rank == 64)
+    top = next(trial for trial in records.list_finished() if trial.rank == 64)
     losses = {32: 0.001, 16: 0.003, 8: 0.008, 4: 0.04}
     for rank, loss in losses.items():
         records.outcomes.append(_make_truncation(top, rank, loss, generator))
@@ -146,7 +146,7 @@ def _make_truncation(top: TrialFinished, rank: int, loss: float, generator: rand
     arm = top.arm.model_copy(update=changes)
     return top.model_copy(
         update=changes
-        | {"trial_id": trial_id("x", arm), "example_losses": items, "value": value, "metrics": {"loss": value}}
+        | {"trial_id": compute_trial_id("x", arm), "example_losses": items, "value": value, "metrics": {"loss": value}}
         | {"points": [], "train_seconds": 0.0, "truncation": "kfac"}
     )
 

@@ -74,7 +74,7 @@ def test_whiskers_are_the_paired_bounds_of_the_difference() -> None:
 
 def test_an_adapter_far_behind_is_off_the_scale_and_named() -> None:
     records = make_answered_run()
-    far = next(trial for trial in records.finished() if trial.rank == 4)
+    far = next(trial for trial in records.list_finished() if trial.rank == 4)
     items = [loss + 20 * MAX_MARGINS * 0.02 for loss in far.example_losses]
     worse = far.model_copy(update={"example_losses": items, "metrics": {"loss": far.value + MAX_MARGINS * 0.02}})
     records.outcomes = [worse if outcome is far else outcome for outcome in records.outcomes]
@@ -99,12 +99,12 @@ def test_the_table_has_each_candidate_with_its_bound() -> None:
 
 def test_how_the_adapter_was_made() -> None:
     records = make_answered_run()
-    trial = next(t for t in records.finished() if t.trial_id == records.adapters[-1].answer.trial_id)
-    assert build_provenance(trial, records.finished()).sentence() == (
+    trial = next(t for t in records.list_finished() if t.trial_id == records.adapters[-1].answer.trial_id)
+    assert build_provenance(trial, records.list_finished()).sentence() == (
         "trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank 8 by K-FAC"
     )
-    top = next(t for t in records.finished() if t.rank == 64)
-    assert build_provenance(top, records.finished()).sentence() == "trained at rank 64 (learning rate 0.003, 40 steps)"
+    top = next(t for t in records.list_finished() if t.rank == 64)
+    assert build_provenance(top, records.list_finished()).sentence() == "trained at rank 64 (learning rate 0.003, 40 steps)"
 
 
 def test_a_truncation_costs_no_training() -> None:
@@ -137,7 +137,7 @@ def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() ->
     assert estimate is not None
     assert (estimate.low, estimate.high) == (8, 16)
     assert estimate.trainings == 2.0  # two lower ranks, one seed
-    assert [answers.document()[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
+    assert [answers.build_document()[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
     assert estimate.sentence.startswith("An estimate, not evidence: ")
     text = Elements(render_report(records, answers)).text
     assert "Training rank: not requested (--goal adapter)." in text
@@ -147,7 +147,7 @@ def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() ->
 
 def add_learning_rates(records: Records, rates: tuple[float, ...]) -> Records:
     """Return the run with trainings of the top rank at further learning rates that stopped early."""
-    top = next(trial for trial in records.finished() if trial.rank == 64)
+    top = next(trial for trial in records.list_finished() if trial.rank == 64)
     records.outcomes += [
         top.model_copy(update={"trial_id": f"{rate}", "learning_rate": rate, "stop_at": 5}) for rate in rates
     ]
@@ -163,7 +163,7 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
 ) -> None:
     records = add_learning_rates(make_answered_run(), rates)
     answers = collect_answers(records, None, "adapter")
-    assert answers.document()["adapter_flags"] == (["lr_edge"] if is_flagged else [])
+    assert answers.build_document()["adapter_flags"] == (["lr_edge"] if is_flagged else [])
     run = write_records(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
     command = f"rightrank select --out {run} --learning-rates 0.0003,0.001,0.003,0.009"
     state = status(run)

@@ -70,7 +70,7 @@ def test_memory_draws_like_beside_like() -> None:
         for outcome in records.outcomes
     ]
     figure = find_figure("memory", records)
-    assert figure.title == "Peak memory of a training, whole process"
+    assert figure.title == "Peak memory of a training, entire process"
     assert [series.label for series in figure.series] == ["measured"]
     assert figure.y.limits is not None
     assert figure.y.limits[0] == 0
@@ -85,7 +85,7 @@ def test_memory_draws_like_beside_like() -> None:
 
 def test_a_truncation_and_a_stopped_training_are_not_among_the_trainings() -> None:
     records = make_run((4, 16), (1e-3,))
-    parent = records.finished()[-1]
+    parent = records.list_finished()[-1]
     truncated = parent.model_copy(
         update={"trial_id": "truncated", "rank": 1, "steps": 0, "truncate_from": parent.trial_id, "value": 9.0}
     )
@@ -106,7 +106,7 @@ def test_learning_curves_have_the_training_loss_between_evaluations() -> None:
 
 def test_a_training_loss_of_one_evaluation_is_in_the_table_of_the_learning_curves_alone() -> None:
     records = make_run((4,), (1e-3,))
-    trial = records.finished()[-1]
+    trial = records.list_finished()[-1]
     records.outcomes[-1] = trial.model_copy(update={"points": trial.points[-1:]})
     figure = find_figure("learning_curves", records)
     assert [series.dashed for series in figure.series] == [False]
@@ -116,7 +116,7 @@ def test_a_training_loss_of_one_evaluation_is_in_the_table_of_the_learning_curve
 
 def test_learning_curves_have_the_values_at_which_a_training_was_stopped() -> None:
     records = make_run((4,), (1e-3,))
-    trial = records.finished()[-1]
+    trial = records.list_finished()[-1]
     first = trial.model_copy(update={"trial_id": "first", "stop_at": 3, "metrics": {"loss": 4.0}, "points": []})
     second = first.model_copy(
         update={"trial_id": "second", "stop_at": 5, "continue_from": "first", "metrics": {"loss": 3.9}}

@@ -122,7 +122,7 @@ def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
     progress.record_event(StepDone(trial_id="t4", step=15, steps=20, loss=3.0, seconds=15 * STEP_SECONDS))
     assert progress.estimate_remaining_seconds() == pytest.approx(5 * STEP_SECONDS + full_seconds, abs=EVAL_SECONDS)
     assert progress.format_progress().startswith("4.8 of about 6.0 trainings · rank 16, ")
-    assert [rank for rank, _ in progress.curves()[0]] == [1, 2, 4, 8]
+    assert [rank for rank, _ in progress.get_curves()[0]] == [1, 2, 4, 8]
 
 
 def test_a_continued_training_counts_by_itself() -> None:
@@ -160,7 +160,7 @@ def test_a_time_is_read_in_hours() -> None:
 
     assert [read(text) for text in ("3h", "90min", "1h30m", "1.5 h", "1d")] == [3.0, 1.5, 1.5, 1.5, 24.0]
     for wrong in ("3", "h", "3 weeks", "0h", "3h later"):
-        with pytest.raises(SettingsError, match="is no time: give a number and a unit"):
+        with pytest.raises(SettingsError, match="is not a time: give a number and a unit"):
             read(wrong)
 
 

@@ -27,7 +27,7 @@ from rightrank.schema.plan_settings import PlanSettings
 from rightrank.train.optimizer import load_checkpoint
 from tests.report.runs import make_run
 from tests.safety.limits import limit_resources
-from tests.tiny import ON_CPU, sentences, small_settings, write_jsonl
+from tests.tiny import ON_CPU, build_small_settings, generate_sentences, write_jsonl
 
 
 class Bomb:
@@ -84,7 +84,7 @@ def test_a_pickle_is_never_loaded_as_data_or_results(tmp_path: Path, suffix: str
     path = tmp_path / f"data{suffix}"
     path.write_bytes(pickle.dumps(Bomb(mark)))
     require_refused(
-        lambda: load_data(path, small_settings()),
+        lambda: load_data(path, build_small_settings()),
         "not read|not UTF-8|not a readable|not JSON|not CSV|no known|are not",
         DataError,
     )
@@ -201,7 +201,7 @@ def test_configs_that_are_more_than_plain_values(tmp_path: Path, text: str, mess
 def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"\x1f\x8b" + b"\0" * 64)
-    require_refused(lambda: load_data(path, small_settings()), "are not supported; give", DataError)
+    require_refused(lambda: load_data(path, build_small_settings()), "are not supported; give", DataError)
 
 
 @pytest.mark.plug_in("plan")
@@ -273,10 +273,10 @@ def test_a_run_folder_may_itself_be_a_link_and_hold_links_inside(tmp_path: Path)
 def test_a_saved_dataset_that_names_files_elsewhere(tmp_path: Path, filename: str) -> None:
     import datasets
 
-    datasets.Dataset.from_list([{"text": text} for text in sentences(30)]).save_to_disk(tmp_path / "d")
+    datasets.Dataset.from_list([{"text": text} for text in generate_sentences(30)]).save_to_disk(tmp_path / "d")
     state = json.loads((tmp_path / "d" / "state.json").read_text())
     (tmp_path / "d" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": filename}]}))
-    require_refused(lambda: load_data(tmp_path / "d", small_settings()), "which is outside its folder", DataError)
+    require_refused(lambda: load_data(tmp_path / "d", build_small_settings()), "which is outside its folder", DataError)
 
 
 def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: 
     import datasets
 
     text, named = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    rows = [{"text": words, "image": {"bytes": None, "path": "https://example.org/x.png"}} for words in sentences(60)]
+    rows = [{"text": words, "image": {"bytes": None, "path": "https://example.org/x.png"}} for words in generate_sentences(60)]
     datasets.Dataset.from_list(rows, datasets.Features({"text": text, "image": named})).save_to_disk(tmp_path / "d")
     info = json.loads((tmp_path / "d" / "dataset_info.json").read_text())
     info["features"]["image"] = {"_type": "Image"}
@@ -294,7 +294,7 @@ def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: 
         raise AssertionError("the image was opened")
 
     monkeypatch.setattr(datasets.Image, "decode_example", never)
-    assert load_data(tmp_path / "d", small_settings()).form == "text"
+    assert load_data(tmp_path / "d", build_small_settings()).form == "text"
 
 
 # code that comes with a model
@@ -351,7 +351,7 @@ def test_an_adapter_in_a_model_s_folder_does_not_name_another_base(tmp_path: Pat
 def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data.jsonl")
     for path in (tmp_path / "data.jsonl", Path("/dev/zero")):
-        require_refused(lambda path=path: load_data(path, small_settings()), "neither a regular file nor", DataError)  # type: ignore[misc]
+        require_refused(lambda path=path: load_data(path, build_small_settings()), "neither a regular file nor", DataError)  # type: ignore[misc]
         require_refused(lambda path=path: decide(path), "no such file or folder", ResultsError)  # type: ignore[misc]
     require_refused(lambda: read_config(Path("/dev/zero")), "not a regular file", SettingsError)
     folder = write_adapter(tmp_path / "adapter")
@@ -361,7 +361,7 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "data.jsonl", [{"text": text} for text in sentences(80)])
+    write_jsonl(tmp_path / "data.jsonl", [{"text": text} for text in generate_sentences(80)])
     (tmp_path / "more.csv").mkdir()
-    assert load_data(tmp_path, small_settings()).form == "text"
+    assert load_data(tmp_path, build_small_settings()).form == "text"
     require_refused(lambda: read_config(tmp_path), "a folder", SettingsError)

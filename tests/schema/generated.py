@@ -99,5 +99,5 @@ GENERATED: dict[Path, Callable[[], str]] = {
 }
 
 if __name__ == "__main__":
-    for file, made in GENERATED.items():
-        file.write_text(made(), encoding="utf-8")
+    for file, write_text in GENERATED.items():
+        file.write_text(write_text(), encoding="utf-8")

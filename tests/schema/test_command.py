@@ -51,7 +51,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
     if is_list_type(hint):
-        inner = next(part for part in (hint, *kinds) if get_origin(part) is tuple)
+        inner = next(kind_option for kind_option in (hint, *kinds) if get_origin(kind_option) is tuple)
         return st.lists(_of(get_args(inner)[0], {"gt": 0}), min_size=1, max_size=4, unique=True)
     return _of(kinds[0], bounds)
 
@@ -77,8 +77,8 @@ def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> 
     _, verb, *arguments = shlex.split(command)
     with click.Context(cli) as parent:
         parameters = COMMANDS[verb].make_context(verb, arguments, parent=parent).params
-    others = ("model", "data", "out", "dry_run", "as_json", "quiet", "log_json")
-    options = {option: value for option, value in parameters.items() if option not in others}
+    command_arguments = ("model", "data", "out", "dry_run", "as_json", "quiet", "log_json")
+    options = {option: value for option, value in parameters.items() if option not in command_arguments}
     again = SelectSettings(**gather_settings(options.pop("config_file"), options.pop("assignments"), options))
     assert again == chosen
 

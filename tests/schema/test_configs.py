@@ -46,7 +46,7 @@ def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
@@ -55,13 +55,13 @@ def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
         ({"inference_mode": True}, "inference_mode: got true"),
     ],
 )
-def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
+def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
         SelectSettings(**read_configs(peft.LoraConfig(**values)))
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"packing": True}, "packing=True"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
@@ -71,14 +71,14 @@ def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dic
     ],
 )
 def test_a_training_that_a_selection_cannot_run_is_refused_by_name(
-    values: dict[str, Any], said: str, tmp_path: Path
+    values: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=message):
         SelectSettings(**read_configs(None, sft(tmp_path, **values)))
 
 
 @pytest.mark.parametrize(
-    ("given", "settings"),
+    ("config_values", "settings"),
     [
         ({"use_rslora": "true"}, {"scaling": "alpha/sqrt(r)"}),
         ({"use_rslora": False}, {"scaling": "alpha/r"}),
@@ -93,12 +93,12 @@ def test_a_training_that_a_selection_cannot_run_is_refused_by_name(
         ({"lora_bias": "true"}, {"peft_options": {"lora_bias": True}}),
     ],
 )
-def test_fields_of_lora_config_by_their_own_names(given: dict[str, Any], settings: dict[str, Any]) -> None:
-    assert SelectSettings(**given) == SelectSettings(**settings)
+def test_fields_of_lora_config_by_their_own_names(config_values: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert SelectSettings(**config_values) == SelectSettings(**settings)
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("config_values", "words"),
     [
         ({"use_rslora": True, "scaling": "constant"}, "scaling: given twice, as 'constant' and by PEFT's name as"),
         ({"r": 8, "ranks": "4"}, "ranks: given twice"),
@@ -116,14 +116,14 @@ def test_fields_of_lora_config_by_their_own_names(given: dict[str, Any], setting
         ),
     ],
 )
-def test_what_contradicts_or_cannot_be_honoured_is_refused(given: dict[str, Any], words: str) -> None:
+def test_what_contradicts_or_cannot_be_honoured_is_refused(config_values: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        SelectSettings(**given)
+        SelectSettings(**config_values)
 
 
-@pytest.mark.parametrize("given", [{"max_steps": 10**15}, {"num_train_epochs": 1e15}])
-def test_more_steps_than_an_order_is_drawn_for_are_refused(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("config_values", [{"max_steps": 10**15}, {"num_train_epochs": 1e15}])
+def test_more_steps_than_an_order_is_drawn_for_are_refused(config_values: dict[str, Any]) -> None:
     with pytest.raises(
-        SettingsError, match=rf"{next(iter(given))}: [\d,]+ steps of 8 examples; give at most 1,000,000"
+        SettingsError, match=rf"{next(iter(config_values))}: [\d,]+ steps of 8 examples; give at most 1,000,000"
     ):
-        SelectSettings(**given).count_training_steps(80)
+        SelectSettings(**config_values).count_training_steps(80)

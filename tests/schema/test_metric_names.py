@@ -314,9 +314,9 @@ LOGGED_BY_TRL = [
 @pytest.mark.parametrize("library", STATED)
 @pytest.mark.parametrize("prefix", ["", "eval_", "test/", "val_"])
 def test_no_direction_that_a_library_states_is_read_wrongly(library: str, prefix: str) -> None:
-    stated = STATED[library]["names"]
-    read = {name: infer_direction(prefix + name) for name in stated}
-    assert {name: higher for name, higher in read.items() if higher not in (None, stated[name])} == {}
+    stated_directions = STATED[library]["names"]
+    read = {name: infer_direction(prefix + name) for name in stated_directions}
+    assert {name: higher for name, higher in read.items() if higher not in (None, stated_directions[name])} == {}
     assert sum(higher is not None for higher in read.values()) >= 10
 
 
@@ -417,7 +417,7 @@ def test_a_metric_that_is_none_is_refused_with_a_line(text: str, line: str) -> N
 
 
 def test_the_metric_that_decides_comes_before_the_others_and_each_has_its_own_name() -> None:
-    assert [one.name for one in parse_metrics("f1", "loss", "x=m:f")] == ["f1", "loss", "x"]
+    assert [spec.name for spec in parse_metrics("f1", "loss", "x=m:f")] == ["f1", "loss", "x"]
     assert parse_metrics("loss") == (MetricSpec("loss", "loss"),)
     twice = "metrics: 'f' is given twice; give each once, under names that differ (NAME=…)"
     with pytest.raises(ValueError, match=re.escape(twice)):
@@ -425,8 +425,8 @@ def test_the_metric_that_decides_comes_before_the_others_and_each_has_its_own_na
 
 
 def test_which_metrics_every_evaluation_measures() -> None:
-    along = [spec.name for spec in parse_metrics(*BUILT_IN_METRICS) if spec.is_eval_metric]
-    assert along == ["loss", "accuracy", "reward_accuracy", "reward_margin"]
+    eval_metrics = [spec.name for spec in parse_metrics(*BUILT_IN_METRICS) if spec.is_eval_metric]
+    assert eval_metrics == ["loss", "accuracy", "reward_accuracy", "reward_margin"]
     assert not parse_metrics("m:f")[0].is_eval_metric
 
 

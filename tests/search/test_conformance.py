@@ -9,7 +9,7 @@ import pytest
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, count_added_steps
 from rightrank.search import STRATEGIES
 from rightrank.search.history import Space
-from tests.search.worlds import STEPS, World, make_space, recommend, rounds, run_all
+from tests.search.worlds import STEPS, World, make_space, recommend, run_all, run_rounds
 
 WORLDS = {
     "law": World,
@@ -61,10 +61,10 @@ def space(case: tuple[World, Space]) -> Space:
 
 
 def test_arms_lie_in_the_space_and_are_asked_for_once(name: str, world: World, space: Space) -> None:
-    known = run_all(STRATEGIES[name](space), world)
-    arms = [outcome.arm for outcome in known]
+    outcomes = run_all(STRATEGIES[name](space), world)
+    arms = [outcome.arm for outcome in outcomes]
     assert len(set(arms)) == len(arms)
-    finished = {outcome.trial_id for outcome in known if isinstance(outcome, TrialFinished)}
+    finished = {outcome.trial_id for outcome in outcomes if isinstance(outcome, TrialFinished)}
     for arm in arms:
         assert arm.rank in (0, *space.ranks) or (arm.truncate_from and arm.rank in space.truncated_ranks)
         assert arm.seed in (0, *space.seeds)
@@ -77,20 +77,20 @@ def test_arms_lie_in_the_space_and_are_asked_for_once(name: str, world: World, s
 
 def test_cost_and_arms_stay_within_their_bounds(name: str, world: World, space: Space) -> None:
     strategy = STRATEGIES[name](space)
-    known = run_all(strategy, world)
+    outcomes = run_all(strategy, world)
     cost = strategy.estimate_cost()
     assert cost.expected <= cost.maximum
-    assert spent(known) <= cost.maximum * space.steps
-    assert len(known) <= cost.max_arms
+    assert count_steps(outcomes) <= cost.maximum * space.steps
+    assert len(outcomes) <= cost.max_arms
 
 
 def test_recommends_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
     strategy = STRATEGIES[name](space)
-    known = run_all(strategy, world)
-    answer = recommend(strategy, known)
-    assert not strategy.ask(known)
+    outcomes = run_all(strategy, world)
+    answer = recommend(strategy, outcomes)
+    assert not strategy.ask(outcomes)
     assert answer.rank in space.ranks
-    assert answer.rank in {outcome.rank for outcome in known if outcome.is_direct}
+    assert answer.rank in {outcome.rank for outcome in outcomes if outcome.is_direct}
 
 
 @pytest.mark.parametrize("trainings", [2.0, 3.3, 4.0, 5.5])
@@ -99,17 +99,17 @@ def test_stops_at_the_budget(name: str, kind: str, trainings: float) -> None:
     world = WORLDS[kind]()
     space = make_space(budget_steps=trainings * STEPS, seeds=(0, 1))
     strategy = STRATEGIES[name](space)
-    known = run_all(strategy, world)
-    assert spent(known) <= trainings * STEPS
+    outcomes = run_all(strategy, world)
+    assert count_steps(outcomes) <= trainings * STEPS
     assert strategy.estimate_cost().maximum <= trainings
-    whole = run_all(STRATEGIES[name](make_space(seeds=(0, 1))), world)
-    assert [outcome.arm for outcome in known] == [outcome.arm for outcome in whole][: len(known)]
+    unlimited = run_all(STRATEGIES[name](make_space(seeds=(0, 1))), world)
+    assert [outcome.arm for outcome in outcomes] == [outcome.arm for outcome in unlimited][: len(outcomes)]
 
 
 def test_stops_at_the_budget_in_seconds(name: str) -> None:
     strategy = STRATEGIES[name](make_space(budget_seconds=450.0))
-    known = run_all(strategy, World(), order=lambda arms: arms[:1])
-    assert spent(known) <= 450
+    outcomes = run_all(strategy, World(), order=lambda arms: arms[:1])
+    assert count_steps(outcomes) <= 450
 
 
 def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
@@ -118,8 +118,8 @@ def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
     if name in ("grid", "upward"):
         pytest.skip("goes through the ranks in another order")
     strategy = STRATEGIES[name](space)
-    known = run_all(strategy, World())
-    assert recommend(strategy, known).rank in (space.top, None)
+    outcomes = run_all(strategy, World())
+    assert recommend(strategy, outcomes).rank in (space.top, None)
 
 
 def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Space) -> None:
@@ -127,23 +127,23 @@ def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Sp
     generator = random.Random(1)
     strategy = STRATEGIES[name](space)
     for order in (lambda arms: arms[::-1], lambda arms: [generator.choice(arms)]):
-        known = run_all(strategy, world, order)
-        assert {outcome.arm for outcome in known} == {outcome.arm for outcome in expected}
-        generator.shuffle(known)
-        assert recommend(strategy, known) == recommend(strategy, expected)
-        assert not strategy.ask(known)
+        outcomes = run_all(strategy, world, order)
+        assert {outcome.arm for outcome in outcomes} == {outcome.arm for outcome in expected}
+        generator.shuffle(outcomes)
+        assert recommend(strategy, outcomes) == recommend(strategy, expected)
+        assert not strategy.ask(outcomes)
 
 
 @pytest.mark.parametrize("kind", ["law", "a table", "noisy"])
 def test_resumes_identically_from_every_prefix(name: str, kind: str) -> None:
     world = WORLDS[kind]()
     space = make_space(seeds=(0, 1))
-    whole = run_all(STRATEGIES[name](space), world)
-    for length in range(len(whole)):
-        known = whole[:length]
-        for _ in rounds(STRATEGIES[name](space), world, known, list):
+    all_outcomes = run_all(STRATEGIES[name](space), world)
+    for length in range(len(all_outcomes)):
+        outcomes = all_outcomes[:length]
+        for _ in run_rounds(STRATEGIES[name](space), world, outcomes, list):
             pass
-        assert {outcome.arm for outcome in known} == {outcome.arm for outcome in whole}
+        assert {outcome.arm for outcome in outcomes} == {outcome.arm for outcome in all_outcomes}
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -156,32 +156,32 @@ def test_a_failed_arm_is_not_fatal(name: str, seed: int) -> None:
     space = make_space(seeds=(0, 1))
     strategy = STRATEGIES[name](space)
     world = World(breaks=lambda arm: lost(arm, 0), diverges=lambda arm: lost(arm, 1))
-    known = run_all(strategy, world)
-    answer = recommend(strategy, known)
-    finished = [outcome for outcome in known if isinstance(outcome, TrialFinished) and outcome.is_direct]
+    outcomes = run_all(strategy, world)
+    answer = recommend(strategy, outcomes)
+    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished) and outcome.is_direct]
     trained = {outcome.rank for outcome in finished if outcome.rank > 0}
     assert answer.rank is None or answer.rank in trained
-    assert spent(known) <= strategy.estimate_cost().maximum * space.steps
+    assert count_steps(outcomes) <= strategy.estimate_cost().maximum * space.steps
 
 
 def test_ends_without_an_answer_where_everything_fails(name: str) -> None:
     strategy = STRATEGIES[name](make_space())
-    known = run_all(strategy, World(breaks=lambda arm: arm.rank > 0))
-    assert recommend(strategy, known).rank is None
+    outcomes = run_all(strategy, World(breaks=lambda arm: arm.rank > 0))
+    assert recommend(strategy, outcomes).rank is None
 
 
 def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
     space, world = make_space(), World()
     strategy = STRATEGIES[name](space)
-    known = run_all(strategy, world)
+    outcomes = run_all(strategy, world)
     foreign = world.run(space.make_arm(space.top, 1e-3).model_copy(update={"steps": STEPS - 1}))
-    assert recommend(strategy, [foreign, *known]) == recommend(strategy, known)
-    assert foreign.arm not in strategy.replay_trials([foreign, *known]).outcomes
+    assert recommend(strategy, [foreign, *outcomes]) == recommend(strategy, outcomes)
+    assert foreign.arm not in strategy.replay_trials([foreign, *outcomes]).outcomes
 
 
-def spent(known: list[TrialOutcome]) -> int:
+def count_steps(outcomes: list[TrialOutcome]) -> int:
     """Return the number of optimizer steps, without failed arms."""
-    finished = {outcome.trial_id: outcome for outcome in known if isinstance(outcome, TrialFinished)}
+    finished = {outcome.trial_id: outcome for outcome in outcomes if isinstance(outcome, TrialFinished)}
     return sum(count_added_steps(outcome, finished) for outcome in finished.values() if outcome.rank > 0)
 
 

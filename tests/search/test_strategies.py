@@ -15,10 +15,10 @@ from rightrank.search.bracket import order_outside_in
 from rightrank.search.history import Requests, Trials, build_space, make_base_arm
 from rightrank.search.learning_rates import find_learning_rate, try_rank
 from rightrank.search.protocol import Strategy
-from tests.search.worlds import STEPS, World, make_space, recommend, rounds, run_all
+from tests.search.worlds import STEPS, World, make_space, recommend, run_all, run_rounds
 
 
-def made(**values: Any) -> Strategy:
+def make_named_strategy(**values: Any) -> Strategy:
     settings = SelectSettings(**values)
     return make_strategy(settings.strategy, build_space(settings, 100))
 
@@ -43,33 +43,33 @@ def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ..
 def test_costs_far_less_than_the_grid() -> None:
     space, world = make_space(), World()
     strategy = STRATEGIES["bracket"](space)
-    known = run_all(strategy, world)
+    outcomes = run_all(strategy, world)
     steps = sum(
-        (outcome.stop_at or outcome.steps) - (_parent_steps(known, outcome))
-        for outcome in known
+        (outcome.stop_at or outcome.steps) - (_parent_steps(outcomes, outcome))
+        for outcome in outcomes
         if isinstance(outcome, TrialFinished)
     )
     assert steps <= 6 * STEPS < 16 * STEPS
 
 
-def _parent_steps(known: list[Any], outcome: TrialFinished) -> int:
-    return next((other.stop_at or 0 for other in known if other.trial_id == outcome.continue_from), 0)
+def _parent_steps(outcomes: list[Any], outcome: TrialFinished) -> int:
+    return next((parent.stop_at or 0 for parent in outcomes if parent.trial_id == outcome.continue_from), 0)
 
 
-def stages(known: list[Any], rank: int, learning_rate: float) -> set[int]:
+def find_stages(outcomes: list[Any], rank: int, learning_rate: float) -> set[int]:
     """Return the steps at which trainings of the rank at the learning rate stopped or ended."""
     return {
         outcome.stop_at or outcome.steps
-        for outcome in known
+        for outcome in outcomes
         if (outcome.rank, outcome.learning_rate, outcome.truncate_from) == (rank, learning_rate, None)
     }
 
 
 def test_only_the_winner_of_the_looks_is_trained_on() -> None:
-    known = run_all(STRATEGIES["bracket"](make_space()), World(best_learning_rate=1e-3))
-    assert stages(known, 64, 1e-3) == {12, 17, 25, 50, 100}  # a look, its annealed copy, the stages, the end
-    assert stages(known, 64, 3e-4) <= {12, 17}
-    assert stages(known, 64, 3e-3) <= {12, 17}
+    outcomes = run_all(STRATEGIES["bracket"](make_space()), World(best_learning_rate=1e-3))
+    assert find_stages(outcomes, 64, 1e-3) == {12, 17, 25, 50, 100}  # a look, its annealed copy, the stages, the end
+    assert find_stages(outcomes, 64, 3e-4) <= {12, 17}
+    assert find_stages(outcomes, 64, 3e-3) <= {12, 17}
 
 
 def test_a_look_far_behind_needs_no_annealed_copy() -> None:
@@ -77,8 +77,8 @@ def test_a_look_far_behind_needs_no_annealed_copy() -> None:
         def loss(self, arm: Any) -> float:
             return super().loss(arm) + (0.2 if arm.learning_rate > 2e-3 and arm.rank else 0.0)
 
-    known = run_all(STRATEGIES["bracket"](make_space()), Steep(best_learning_rate=1e-3))
-    assert stages(known, 64, 3e-3) == {12}
+    outcomes = run_all(STRATEGIES["bracket"](make_space()), Steep(best_learning_rate=1e-3))
+    assert find_stages(outcomes, 64, 3e-3) == {12}
 
 
 def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
@@ -86,22 +86,22 @@ def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
 
     class Overfits(World):
         def loss(self, arm: Any) -> float:
-            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
-            late = 0.9 * max(done - 0.25, 0.0) if arm.learning_rate > 5e-4 else 0.0
+            fraction = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            late = 0.9 * max(fraction - 0.25, 0.0) if arm.learning_rate > 5e-4 else 0.0
             return super().loss(arm) + late
 
     strategy = STRATEGIES["bracket"](make_space())
-    known = run_all(strategy, Overfits(best_learning_rate=1e-3))
-    assert recommend(strategy, known).learning_rate == 3e-4
+    outcomes = run_all(strategy, Overfits(best_learning_rate=1e-3))
+    assert recommend(strategy, outcomes).learning_rate == 3e-4
 
 
 def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
     world = World(best_learning_rate=1e-3, breaks=lambda arm: arm.anneal_from is not None)
     strategy = STRATEGIES["bracket"](make_space())
-    known = run_all(strategy, world)
-    assert {100} < stages(known, 64, 1e-3)
-    assert {100} < stages(known, 64, 3e-3)
-    assert recommend(strategy, known).learning_rate == 1e-3
+    outcomes = run_all(strategy, world)
+    assert {100} < find_stages(outcomes, 64, 1e-3)
+    assert {100} < find_stages(outcomes, 64, 3e-3)
+    assert recommend(strategy, outcomes).learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("can_stop_early", [True, False])
@@ -114,8 +114,8 @@ def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> No
             return super().loss(arm) + broken
 
     strategy = STRATEGIES["bracket"](make_space())
-    known = run_all(strategy, Broken(best_learning_rate=3e-4, can_stop_early=can_stop_early))
-    assert recommend(strategy, known).learning_rate == 3e-4
+    outcomes = run_all(strategy, Broken(best_learning_rate=3e-4, can_stop_early=can_stop_early))
+    assert recommend(strategy, outcomes).learning_rate == 3e-4
 
 
 def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_unknown() -> None:
@@ -141,10 +141,10 @@ def test_a_missing_cell_hides_no_better_learning_rate(lost: float) -> None:
 def test_a_climb_whose_start_diverges_goes_downward_with_early_stopping() -> None:
     world = World(best_learning_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
     strategy = STRATEGIES["bracket"](make_space())
-    known = run_all(strategy, world)
-    assert recommend(strategy, known).learning_rate == 3e-4
-    assert stages(known, 64, 1e-3) == {12}
-    assert not stages(known, 64, 3e-3)
+    outcomes = run_all(strategy, world)
+    assert recommend(strategy, outcomes).learning_rate == 3e-4
+    assert find_stages(outcomes, 64, 1e-3) == {12}
+    assert not find_stages(outcomes, 64, 3e-3)
 
 
 def test_ranks_between_the_best_and_a_worse_top_are_tried() -> None:
@@ -166,10 +166,10 @@ def test_a_learning_rate_at_which_the_top_is_far_worse_is_not_tried_at_lower_ran
         def loss(self, arm: Any) -> float:
             return super().loss(arm) + (0.5 if arm.rank > 0 and arm.learning_rate > 2e-3 else 0.0)
 
-    known = run_all(STRATEGIES["bracket"](make_space()), Steep(gain=0.04, best_learning_rate=6e-4))
-    failed = {outcome.rank for outcome in known if outcome.rank < 64 and outcome.learning_rate == 3e-4}
+    outcomes = run_all(STRATEGIES["bracket"](make_space()), Steep(gain=0.04, best_learning_rate=6e-4))
+    failed = {outcome.rank for outcome in outcomes if outcome.rank < 64 and outcome.learning_rate == 3e-4}
     assert failed  # a rank came short of the margin and was tried at the next lower learning rate
-    assert not [outcome for outcome in known if 0 < outcome.rank < 64 and outcome.learning_rate == 3e-3]
+    assert not [outcome for outcome in outcomes if 0 < outcome.rank < 64 and outcome.learning_rate == 3e-3]
 
 
 def test_the_walk_begins_where_a_further_seed_would_find_the_truncation_enough() -> None:
@@ -184,12 +184,12 @@ def test_the_walk_begins_where_a_further_seed_would_find_the_truncation_enough()
             if not isinstance(outcome, TrialFinished) or arm.rank == 0:
                 return outcome
             off = 0.01 if arm.truncate_from is not None else 0.0
-            losses = [outcome.value + off * (-1) ** item for item in range(100)]
+            losses = [outcome.value + off * (-1) ** example for example in range(100)]
             return outcome.model_copy(update={"example_losses": losses, "example_tokens": [1] * 100})
 
     def first_lower_rank(world: World) -> int:
-        known = run_all(STRATEGIES["bracket"](make_space()), world)
-        return next(outcome.rank for outcome in known if 0 < outcome.rank < 64 and outcome.arm.is_direct)
+        outcomes = run_all(STRATEGIES["bracket"](make_space()), world)
+        return next(outcome.rank for outcome in outcomes if 0 < outcome.rank < 64 and outcome.arm.is_direct)
 
     assert (first_lower_rank(World(gain=0.02)), first_lower_rank(Scattered(gain=0.02))) == (4, 16)
 
@@ -200,12 +200,12 @@ def test_an_undertrained_rank_gets_a_higher_learning_rate() -> None:
     class Slow(World):
         def loss(self, arm: Any) -> float:
             is_slow = arm.rank == 4 and arm.learning_rate < 2e-3 and arm.truncate_from is None
-            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
-            return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
+            fraction = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            return super().loss(arm) + (0.8 * (1.05 - fraction) if is_slow else 0.0)
 
     strategy = STRATEGIES["bracket"](make_space())
-    known = run_all(strategy, Slow(gain=0.015, best_learning_rate=1e-3))
-    assert [outcome for outcome in known if outcome.rank == 4 and outcome.learning_rate == 3e-3]
+    outcomes = run_all(strategy, Slow(gain=0.015, best_learning_rate=1e-3))
+    assert [outcome for outcome in outcomes if outcome.rank == 4 and outcome.learning_rate == 3e-3]
 
 
 def test_an_undertrained_rank_does_not_get_a_learning_rate_that_broke_the_top_rank() -> None:
@@ -213,15 +213,15 @@ def test_an_undertrained_rank_does_not_get_a_learning_rate_that_broke_the_top_ra
         """A world in which 3e-3 leads until a quarter, and is worse than the base from half on."""
 
         def loss(self, arm: Any) -> float:
-            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            fraction = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
             if arm.rank > 0 and arm.learning_rate == 3e-3 and arm.truncate_from is None:
-                return 0.9 if done < 0.5 else 2.0
+                return 0.9 if fraction < 0.5 else 2.0
             is_slow = arm.rank == 4 and arm.learning_rate < 2e-3 and arm.truncate_from is None
-            return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
+            return super().loss(arm) + (0.8 * (1.05 - fraction) if is_slow else 0.0)
 
-    known = run_all(STRATEGIES["bracket"](make_space()), Late(gain=0.015, best_learning_rate=1e-3))
-    assert {outcome.rank for outcome in known if outcome.learning_rate == 3e-3} == {64}
-    assert [outcome for outcome in known if outcome.rank == 4 and outcome.arm.is_direct]
+    outcomes = run_all(STRATEGIES["bracket"](make_space()), Late(gain=0.015, best_learning_rate=1e-3))
+    assert {outcome.rank for outcome in outcomes if outcome.learning_rate == 3e-3} == {64}
+    assert [outcome for outcome in outcomes if outcome.rank == 4 and outcome.arm.is_direct]
 
 
 def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_learning_rate() -> None:
@@ -229,41 +229,43 @@ def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_
         """A world in which nothing is learned before a quarter, and the lowest learning rate does the least harm there."""
 
         def loss(self, arm: Any) -> float:
-            done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
-            if arm.rank > 0 and arm.truncate_from is None and (done <= 0.25 or arm.learning_rate == 1e-4):
+            fraction = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
+            if arm.rank > 0 and arm.truncate_from is None and (fraction <= 0.25 or arm.learning_rate == 1e-4):
                 return super().loss(make_base_arm(32.0)) + 10 * arm.learning_rate
             return super().loss(arm)
 
-    known = run_all(STRATEGIES["bracket"](make_space()), Slow(best_learning_rate=3e-4))
-    whole = {outcome.learning_rate for outcome in known if outcome.rank == 64 and outcome.arm.is_direct}
-    assert whole == {3e-4}
+    outcomes = run_all(STRATEGIES["bracket"](make_space()), Slow(best_learning_rate=3e-4))
+    full_rates = {outcome.learning_rate for outcome in outcomes if outcome.rank == 64 and outcome.arm.is_direct}
+    assert full_rates == {3e-4}
 
 
 def test_confirms_with_further_seeds() -> None:
     strategy = STRATEGIES["bracket"](make_space(seeds=(0, 1, 2)))
-    known = run_all(strategy, World())
-    answer = recommend(strategy, known)
+    outcomes = run_all(strategy, World())
+    answer = recommend(strategy, outcomes)
     for rank in (answer.rank, answer.reference_rank):
-        assert {outcome.seed for outcome in known if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
+        assert {outcome.seed for outcome in outcomes if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
 
 
 def test_example_losses_give_a_bound_above_the_mean() -> None:
     space = make_space()
     world = World()
     small, large = (space.make_arm(rank, 1e-3) for rank in (4, 64))
-    left, right = world.run(small), world.run(large)
-    assert isinstance(left, TrialFinished)
-    assert isinstance(right, TrialFinished)
-    bare = Trials(space, {small: left, large: right}).excess(4, 64)
+    small_trial, large_trial = world.run(small), world.run(large)
+    assert isinstance(small_trial, TrialFinished)
+    assert isinstance(large_trial, TrialFinished)
+    bare = Trials(space, {small: small_trial, large: large_trial}).excess(4, 64)
     assert bare.high == bare.mean
     tokens = [2, 3, 5, 4]
-    left = left.model_copy(
+    small_trial = small_trial.model_copy(
         update={"example_losses": [2.1, 3.3, 5.2, 4.6], "example_tokens": tokens, "value": 15.2 / 14}
     )
-    right = right.model_copy(update={"example_losses": [2.0, 3.0, 5.0, 4.0], "example_tokens": tokens, "value": 1.0})
-    known = Trials(space, {small: left, large: right}).excess(4, 64)
-    assert known.mean == pytest.approx(1.2 / 14)
-    assert known.high > known.mean
+    large_trial = large_trial.model_copy(
+        update={"example_losses": [2.0, 3.0, 5.0, 4.0], "example_tokens": tokens, "value": 1.0}
+    )
+    outcomes = Trials(space, {small: small_trial, large: large_trial}).excess(4, 64)
+    assert outcomes.mean == pytest.approx(1.2 / 14)
+    assert outcomes.high > outcomes.mean
 
 
 def test_higher_is_better_is_oriented() -> None:
@@ -295,37 +297,37 @@ def test_outside_in() -> None:
 )
 def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        made(**values)
+        make_named_strategy(**values)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_least_budget_compares_two_ranks() -> None:
     for name in ("grid", "bracket"):
-        strategy = made(strategy=name)
-        tight = made(strategy=name, budget_trainings=strategy.estimate_cost().minimum)
-        known = run_all(tight, World(can_truncate=False))
-        assert len({outcome.rank for outcome in known if outcome.is_direct and outcome.rank}) >= 2
+        strategy = make_named_strategy(strategy=name)
+        tight = make_named_strategy(strategy=name, budget_trainings=strategy.estimate_cost().minimum)
+        outcomes = run_all(tight, World(can_truncate=False))
+        assert len({outcome.rank for outcome in outcomes if outcome.is_direct and outcome.rank}) >= 2
 
 
-class Itemed(World):
+class ExampleWorld(World):
     """A world of example losses whose differences between ranks vary widely around the value."""
 
     def run(self, arm: Any) -> Any:
         outcome = super().run(arm)
         if not isinstance(outcome, TrialFinished) or arm.rank == 0:
             return outcome
-        swing = [0.2 * (1 if (item * arm.rank + arm.rank) % 3 else -1) for item in range(60)]
+        swing = [0.2 * (1 if (example * arm.rank + arm.rank) % 3 else -1) for example in range(60)]
         mean = sum(swing) / len(swing)
-        losses = [outcome.value + part - mean for part in swing]
+        losses = [outcome.value + noise - mean for noise in swing]
         return outcome.model_copy(update={"example_losses": losses, "example_tokens": [1] * 60})
 
 
 def test_values_alone_guide_the_search() -> None:
     strategy = STRATEGIES["bracket"](make_space(ranks=(1, 2, 4, 8, 16, 32, 64)))
-    bare, known = run_all(strategy, World()), run_all(strategy, Itemed())
-    assert {outcome.arm for outcome in known} == {outcome.arm for outcome in bare}
-    assert recommend(strategy, known).rank == recommend(strategy, bare).rank
+    bare, outcomes = run_all(strategy, World()), run_all(strategy, ExampleWorld())
+    assert {outcome.arm for outcome in outcomes} == {outcome.arm for outcome in bare}
+    assert recommend(strategy, outcomes).rank == recommend(strategy, bare).rank
 
 
 def test_the_example_in_the_protocol_keeps_the_rules() -> None:
@@ -337,22 +339,22 @@ def test_the_example_in_the_protocol_keeps_the_rules() -> None:
     exec(source, names)
     space = make_space(seeds=(0, 1))
     strategy: Strategy = names["TopAndBottom"](space)
-    known = run_all(strategy, World())
-    assert {outcome.rank for outcome in known} == {0, space.ranks[0], space.top}
-    assert not strategy.ask(known)
-    assert len(known) <= strategy.estimate_cost().max_arms
-    assert sum(outcome.steps for outcome in known if outcome.is_direct) <= strategy.estimate_cost().maximum * STEPS
+    outcomes = run_all(strategy, World())
+    assert {outcome.rank for outcome in outcomes} == {0, space.ranks[0], space.top}
+    assert not strategy.ask(outcomes)
+    assert len(outcomes) <= strategy.estimate_cost().max_arms
+    assert sum(outcome.steps for outcome in outcomes if outcome.is_direct) <= strategy.estimate_cost().maximum * STEPS
 
 
 def test_the_first_question_is_answered_before_the_second() -> None:
     space = make_space(trusts_values=True)
     strategy, world = STRATEGIES["bracket"](space), World(gain=0.02)
-    known: list[Any] = []
+    outcomes: list[Any] = []
     answered_after = None
-    for arm in rounds(strategy, world, known, lambda arms: arms[:1]):
-        if answered_after is None and strategy.replay_trials(known).adapter is not None:
+    for arm in run_rounds(strategy, world, outcomes, lambda arms: arms[:1]):
+        if answered_after is None and strategy.replay_trials(outcomes).adapter is not None:
             answered_after = arm
-    answer = strategy.replay_trials(known).adapter
+    answer = strategy.replay_trials(outcomes).adapter
     assert answer is not None
     assert answered_after is not None
     assert answered_after.truncate_from is not None
@@ -360,7 +362,7 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     assert (answer.rank, answer.method, answer.trained_rank) == (4, "truncated", 64)
     alone = STRATEGIES["bracket"](make_space(trusts_values=True, goal="adapter"))
     first = run_all(alone, world)
-    assert [outcome.arm for outcome in first] == [outcome.arm for outcome in known][: len(first)]
+    assert [outcome.arm for outcome in first] == [outcome.arm for outcome in outcomes][: len(first)]
     assert alone.replay_trials(first).adapter == answer
 
 

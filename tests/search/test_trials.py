@@ -12,7 +12,7 @@ from tests.tiny import UNMEASURED
 THREE = {0: 6.0598, 1: 6.0617, 2: 6.0624}
 
 
-def trials_of(losses: dict[tuple[int, float], dict[int, float]]) -> Trials:
+def make_trials(losses: dict[tuple[int, float], dict[int, float]]) -> Trials:
     space = make_space(seeds=(0, 1, 2))
     trials = Trials(space)
     for (rank, learning_rate), by_seed in losses.items():
@@ -32,17 +32,17 @@ def finished(arm: Arm, loss: float) -> TrialFinished:
     )
 
 
-@pytest.mark.parametrize(("other", "best"), [({0: 6.0608}, 1e-3), ({1: 6.0608}, 3e-3), ({}, 1e-3)])
-def test_a_learning_rate_of_one_seed_is_compared_on_that_seed(other: dict[int, float], best: float) -> None:
+@pytest.mark.parametrize(("other_losses", "best"), [({0: 6.0608}, 1e-3), ({1: 6.0608}, 3e-3), ({}, 1e-3)])
+def test_a_learning_rate_of_one_seed_is_compared_on_that_seed(other_losses: dict[int, float], best: float) -> None:
     """Check 6.0608, which is below the mean of three seeds and above the value of the first."""
-    trials = trials_of({(16, 1e-3): THREE, (16, 3e-3): other})
+    trials = make_trials({(16, 1e-3): THREE, (16, 3e-3): other_losses})
     assert trials.find_best_learning_rate(16) == best
     assert trials.find_best_learning_rate(4) is None
 
 
 def test_the_reference_is_the_best_on_shared_seeds() -> None:
     """Check that rank 4 is not the reference: its mean is lower because it lacks the seed that is worse for all ranks."""
-    trials = trials_of({(4, 1e-3): {0: 2.0}, (16, 1e-3): {0: 1.99, 1: 2.19}})
+    trials = make_trials({(4, 1e-3): {0: 2.0}, (16, 1e-3): {0: 1.99, 1: 2.19}})
     assert trials.compute_best_loss(4) < trials.compute_best_loss(16)
     assert trials.find_reference() == 16
     assert trials.compute_excess(4, 16).mean == pytest.approx(0.01)

@@ -17,7 +17,7 @@ from tests.search.worlds import World, make_space, recommend, run_all
 LOW, MIDDLE, HIGH = 1e-4, 3e-4, 1e-3
 
 
-def space(**changes: object) -> Space:
+def make_upward_space(**changes: object) -> Space:
     return make_space(learning_rates=(LOW, MIDDLE, HIGH), seeds=tuple(range(8)), **changes)
 
 
@@ -25,25 +25,25 @@ class Collapsing(World):
     """A world in which every other seed collapses at the highest learning rate, and the remaining seeds are the best."""
 
     def run(self, arm: Arm) -> TrialOutcome:
-        found = super().run(arm)
+        outcome = super().run(arm)
         if arm.learning_rate != HIGH or arm.seed % 2 == 0:
-            return found
+            return outcome
         return TrialCollapsed(
-            trial_id=found.trial_id, **arm.model_dump(), step=100, value=3.0, best_step=20, best_value=1.0, reason="fell"
+            trial_id=outcome.trial_id, **arm.model_dump(), step=100, value=3.0, best_step=20, best_value=1.0, reason="fell"
         )  # fmt: skip
 
 
-def ranks_of(outcomes: list[TrialOutcome]) -> list[int]:
+def list_ranks(outcomes: list[TrialOutcome]) -> list[int]:
     return [outcome.rank for outcome in outcomes if outcome.rank > 0]
 
 
 def test_every_learning_rate_at_the_smallest_rank_comes_first_then_its_seeds() -> None:
-    strategy, world = Upward(space()), World(gain=0.0, noise=0.001)
-    known: list[TrialOutcome] = [world.run(arm) for arm in strategy.ask([])]
-    first = strategy.ask(known)
+    strategy, world = Upward(make_upward_space()), World(gain=0.0, noise=0.001)
+    outcomes: list[TrialOutcome] = [world.run(arm) for arm in strategy.ask([])]
+    first = strategy.ask(outcomes)
     assert [(arm.rank, arm.learning_rate, arm.seed) for arm in first] == [(1, LOW, 0), (1, MIDDLE, 0), (1, HIGH, 0)]
-    known += [world.run(arm) for arm in first]
-    assert {(arm.rank, arm.learning_rate, arm.seed) for arm in strategy.ask(known)} == {
+    outcomes += [world.run(arm) for arm in first]
+    assert {(arm.rank, arm.learning_rate, arm.seed) for arm in strategy.ask(outcomes)} == {
         (1, HIGH, 1),
         (1, HIGH, 2),
     }
@@ -51,64 +51,69 @@ def test_every_learning_rate_at_the_smallest_rank_comes_first_then_its_seeds() -
 
 @pytest.mark.parametrize(("gain", "ranks"), [(0.0, {1, 4}), (0.012, {1, 4}), (0.04, {1, 4, 16}), (1.0, {1, 4, 16, 64})])
 def test_it_climbs_while_a_rank_gains_more_than_the_margin(gain: float, ranks: set[int]) -> None:
-    strategy = Upward(space())
-    known = run_all(strategy, World(gain=gain))
-    assert set(ranks_of(known)) == ranks
-    assert ranks_of(known) == sorted(ranks_of(known))
-    assert all(outcome.stop_at is None and outcome.truncate_from is None for outcome in known)
+    strategy = Upward(make_upward_space())
+    outcomes = run_all(strategy, World(gain=gain))
+    assert set(list_ranks(outcomes)) == ranks
+    assert list_ranks(outcomes) == sorted(list_ranks(outcomes))
+    assert all(outcome.stop_at is None and outcome.truncate_from is None for outcome in outcomes)
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.0, 1), (1.0, 64)])
 def test_it_recommends_the_smallest_rank_that_none_beats(gain: float, chosen: int) -> None:
-    strategy = Upward(space())
+    strategy = Upward(make_upward_space())
     assert recommend(strategy, run_all(strategy, World(gain=gain))).rank == chosen
 
 
 def test_the_noise_decides_how_many_seeds_are_trained() -> None:
-    quiet, loud = Upward(space()), Upward(space())
-    few, many = run_all(quiet, World(gain=0.0, noise=0.001)), run_all(loud, World(gain=0.0, noise=0.05))
-    assert {outcome.seed for outcome in few if outcome.rank == 4} == {0, 1}
-    assert {outcome.seed for outcome in many if outcome.rank == 4} == set(range(8))
-    (note,) = quiet.replay_trials(few).notes
+    quiet, loud = Upward(make_upward_space()), Upward(make_upward_space())
+    quiet_outcomes, loud_outcomes = run_all(quiet, World(gain=0.0, noise=0.001)), run_all(loud, World(gain=0.0, noise=0.05))
+    assert {outcome.seed for outcome in quiet_outcomes if outcome.rank == 4} == {0, 1}
+    assert {outcome.seed for outcome in loud_outcomes if outcome.rank == 4} == set(range(8))
+    (note,) = quiet.replay_trials(quiet_outcomes).notes
     assert note.startswith("Seed noise at rank 1: a standard deviation of ")
     assert note.endswith("takes about 2 seeds per rank; 2 of the 8 are used.")
-    (note,) = loud.replay_trials(many).notes
+    (note,) = loud.replay_trials(loud_outcomes).notes
     assert "; the 8 given seeds detect differences from about 0.0" in note
 
 
 def test_the_note_comes_before_any_other_rank() -> None:
-    strategy, world, known = Upward(space()), World(gain=0.0, noise=0.001), list[TrialOutcome]()
-    while not strategy.replay_trials(known).notes:
-        known += [world.run(arm) for arm in strategy.ask(known)]
-    assert {outcome.rank for outcome in known} == {0, 1}
+    strategy, world, outcomes = Upward(make_upward_space()), World(gain=0.0, noise=0.001), list[TrialOutcome]()
+    while not strategy.replay_trials(outcomes).notes:
+        outcomes += [world.run(arm) for arm in strategy.ask(outcomes)]
+    assert {outcome.rank for outcome in outcomes} == {0, 1}
 
 
 def test_a_learning_rate_that_a_seed_does_not_survive_is_left() -> None:
-    strategy = Upward(space())
-    known = run_all(strategy, Collapsing(gain=0.0, noise=0.001))
-    best = {rank: {one.learning_rate for one in known if one.rank == rank and one.seed > 0} for rank in (1, 4)}
+    strategy = Upward(make_upward_space())
+    outcomes = run_all(strategy, Collapsing(gain=0.0, noise=0.001))
+    best = {
+        rank: {outcome.learning_rate for outcome in outcomes if outcome.rank == rank and outcome.seed > 0}
+        for rank in (1, 4)
+    }
     assert best == {1: {HIGH, MIDDLE}, 4: {HIGH, MIDDLE}}
-    evidence = exclude_collapsed_rates(known)
-    assert {one.learning_rate for one in evidence if isinstance(one, TrialFinished) and one.rank > 0} == {LOW, MIDDLE}
-    assert recommend(strategy, known).learning_rate == MIDDLE
+    evidence = exclude_collapsed_rates(outcomes)
+    assert {
+        outcome.learning_rate for outcome in evidence if isinstance(outcome, TrialFinished) and outcome.rank > 0
+    } == {LOW, MIDDLE}
+    assert recommend(strategy, outcomes).learning_rate == MIDDLE
 
 
 def test_where_every_learning_rate_collapses_the_survivors_are_the_evidence() -> None:
     strategy = Upward(make_space(learning_rates=(HIGH,), seeds=(0, 1, 2)))
-    known = run_all(strategy, Collapsing(gain=0.0))
-    assert {type(one) for one in known if one.rank == 1} == {TrialFinished, TrialCollapsed}
-    assert exclude_collapsed_rates(known) == known
+    outcomes = run_all(strategy, Collapsing(gain=0.0))
+    assert {type(outcome) for outcome in outcomes if outcome.rank == 1} == {TrialFinished, TrialCollapsed}
+    assert exclude_collapsed_rates(outcomes) == outcomes
 
 
 def test_a_rank_without_a_result_does_not_end_the_climb() -> None:
-    known = run_all(Upward(space()), World(gain=0.0, breaks=lambda arm: arm.rank == 4))
-    assert set(ranks_of(known)) == {1, 4, 16}
+    outcomes = run_all(Upward(make_upward_space()), World(gain=0.0, breaks=lambda arm: arm.rank == 4))
+    assert set(list_ranks(outcomes)) == {1, 4, 16}
 
 
-def points(*values: float, scores: list[list[float]] | None = None) -> list[EvalPoint]:
+def make_points(*values: float, scores: list[list[float]] | None = None) -> list[EvalPoint]:
     return [
-        EvalPoint(step=10 * place, value=value, example_scores=None if scores is None else scores[place])
-        for place, value in enumerate(values)
+        EvalPoint(step=10 * index, value=value, example_scores=None if scores is None else scores[index])
+        for index, value in enumerate(values)
     ]
 
 
@@ -124,9 +129,9 @@ def points(*values: float, scores: list[list[float]] | None = None) -> list[Eval
     ],
 )
 def test_a_collapse_is_a_last_value_far_below_the_best(values: tuple[float, ...], collapses: bool) -> None:
-    assert (detect_collapse(points(*values), 0.05) is not None) is collapses
+    assert (detect_collapse(make_points(*values), 0.05) is not None) is collapses
     assert (
-        detect_collapse(points(*(-value for value in values)), 0.05, higher_is_better=False) is not None
+        detect_collapse(make_points(*(-value for value in values)), 0.05, higher_is_better=False) is not None
     ) is collapses
 
 
@@ -137,10 +142,10 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
         return [float(generator.random() < mean) for _ in range(count)]
 
     for count, collapses in ((20, False), (2000, True)):
-        both = [scores(0.62, count), scores(0.5, count)]
-        found = detect_collapse(points(0.62, 0.5, scores=both), 0.05)
-        assert (found is not None) is collapses
-    assert found == {
+        prompt_scores = [scores(0.62, count), scores(0.5, count)]
+        collapse = detect_collapse(make_points(0.62, 0.5, scores=prompt_scores), 0.05)
+        assert (collapse is not None) is collapses
+    assert collapse == {
         "step": 10,
         "value": 0.5,
         "best_step": 0,
@@ -159,13 +164,13 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
 )
 def test_a_collapse_is_more_than_three_standard_errors(scores: list[list[float]], collapses: bool) -> None:
     best, last = (sum(values) / len(values) for values in scores)
-    assert (detect_collapse(points(best, last, scores=scores), 0.05) is not None) is collapses
+    assert (detect_collapse(make_points(best, last, scores=scores), 0.05) is not None) is collapses
 
 
 def test_seeds_that_agree_exactly_measure_no_noise() -> None:
     strategy = Upward(make_space(learning_rates=(LOW,), seeds=(0, 1)))
-    known = run_all(strategy, World(gain=0.0))
-    (note,) = strategy.replay_trials(known).notes
+    outcomes = run_all(strategy, World(gain=0.0))
+    (note,) = strategy.replay_trials(outcomes).notes
     assert note == (
         "Seed noise: not measured at rank 1 (2 seeds with the same result); give seeds=(0, 1, 2) or more to measure it."
     )

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.schema.trials import (
+    Arm,
+    EvalPoint,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    compute_trial_id,
+)
 from rightrank.search.history import Space, Trials
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
@@ -55,7 +63,7 @@ class World:
         return value + self.noise * (_uniform(arm) - 0.5)
 
     def run(self, arm: Arm) -> TrialOutcome:
-        identity = trial_id("world", arm)
+        identity = compute_trial_id("world", arm)
         self.arms[identity] = arm
         if self.breaks(arm) or self._cannot(arm):
             return TrialFailed(trial_id=identity, **arm.model_dump(), error="error", reason="broken")
@@ -88,23 +96,23 @@ def _uniform(arm: Arm) -> float:
 Order = Callable[[list[Arm]], list[Arm]]
 
 
-def rounds(strategy: Strategy, world: World, known: list[TrialOutcome], order: Order) -> Iterator[Arm]:
+def run_rounds(strategy: Strategy, world: World, outcomes: list[TrialOutcome], order: Order) -> Iterator[Arm]:
     """Run to the end and append outcomes to the list. `order` picks the requested arms that run before the next request."""
     for _ in range(2000):
-        arms = list(strategy.ask(known))
+        arms = list(strategy.ask(outcomes))
         if not arms:
             return
         for arm in order(arms):
-            known.append(world.run(arm))
+            outcomes.append(world.run(arm))
             yield arm
     pytest.fail(f"{strategy.name} does not end")
 
 
 def run_all(strategy: Strategy, world: World, order: Order = list) -> list[TrialOutcome]:
-    known: list[TrialOutcome] = []
-    for _ in rounds(strategy, world, known, order):
+    outcomes: list[TrialOutcome] = []
+    for _ in run_rounds(strategy, world, outcomes, order):
         pass
-    return known
+    return outcomes
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Case:
     traits: tuple[str, ...]  # for the table
 
 
-def shared_fields(chosen: random.Random, vocabulary: int) -> Fields:
+def draw_shared_fields(chosen: random.Random, vocabulary: int) -> Fields:
     """Draw the fields that most configurations have, under their usual names."""
     heads = chosen.choice((2, 4))
     head = chosen.choice((4, 6, 8, 8, 10, 12, 16))
@@ -78,7 +78,7 @@ def make_case(name: str, seed: int, vocabulary: int) -> Case:
     """Draw configuration number `seed` of an architecture, for a tokenizer of `vocabulary` tokens."""
     architecture = ARCHITECTURES[name]
     chosen = random.Random(f"{name} {seed}")
-    shared = shared_fields(chosen, vocabulary)
+    shared = draw_shared_fields(chosen, vocabulary)
     pads = chosen.random() < 0.7 or architecture.model_type in PADS
     special = dict(
         zip(("pad_token_id", "bos_token_id", "eos_token_id"), (TOKENS[0] if pads else None, *TOKENS[1:]), strict=True)
@@ -86,7 +86,7 @@ def make_case(name: str, seed: int, vocabulary: int) -> Case:
     kind = CONFIG_MAPPING[architecture.model_type]
     config = make_config(kind, shared | special, architecture.draw(chosen, shared))
     settings = dict(architecture.settings)
-    layers = _count_of_layers(config)
+    layers = _count_layers(config)
     if not architecture.refused and layers > 1 and chosen.random() < 0.3 and "layers_to_transform" not in settings:
         settings["layers_to_transform"] = (layers - 1,)
     first, second = chosen.sample((1, 2, 3), 2)
@@ -98,20 +98,20 @@ def make_case(name: str, seed: int, vocabulary: int) -> Case:
         settings,
         (first, second),
         pads,
-        _traits(config, shared, vocabulary, pads, settings),
+        _find_traits(config, shared, vocabulary, pads, settings),
     )
 
 
-def make_config(kind: Any, shared: Fields, own: Fields) -> Any:
+def make_config(kind: Any, shared: Fields, extra_fields: Fields) -> Any:
     """Make a configuration with the shared fields that its class accepts and with fields of its own; dropout is off."""
-    known = {one.name for one in dataclasses.fields(kind)} | set(kind.attribute_map)
+    field_names = {config_field.name for config_field in dataclasses.fields(kind)} | set(kind.attribute_map)
     aliases = {alias: value for name, value in shared.items() for alias in ALIASES.get(name, ())}
-    taken = {*own, *(name for name, real in kind.attribute_map.items() if real in own)}
-    given = {name: value for name, value in (shared | aliases).items() if name in known - taken}
+    overridden = {*extra_fields, *(name for name, real in kind.attribute_map.items() if real in extra_fields)}
+    accepted = {name: value for name, value in (shared | aliases).items() if name in field_names - overridden}
     for name in ("type_vocab_size",):
-        if name in known and name not in own:
-            given[name] = 2
-    return kind(**given, **own)
+        if name in field_names and name not in extra_fields:
+            accepted[name] = 2
+    return kind(**accepted, **extra_fields)
 
 
 # Other names of shared fields, beside those that a configuration maps itself.
@@ -127,17 +127,17 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _count_of_layers(config: Any) -> int:
-    found = getattr(config, "num_hidden_layers", 1)
-    return found if isinstance(found, int) else 1
+def _count_layers(config: Any) -> int:
+    num_layers = getattr(config, "num_hidden_layers", 1)
+    return num_layers if isinstance(num_layers, int) else 1
 
 
-def _traits(config: Any, shared: Fields, vocabulary: int, pads: bool, settings: Fields) -> tuple[str, ...]:
+def _find_traits(config: Any, shared: Fields, vocabulary: int, pads: bool, settings: Fields) -> tuple[str, ...]:
     """Return the unusual properties of a configuration, in the words of the table."""
     window = getattr(config, "sliding_window", None)
     head = getattr(config, "head_dim", None) or shared["hidden_size"] // shared["num_attention_heads"]
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    said = {
+    traits = {
         "tied": bool(getattr(config, "tie_word_embeddings", False)),
         "untied": not getattr(config, "tie_word_embeddings", False),
         "window": isinstance(window, int) and window < 32,
@@ -151,10 +151,10 @@ def _traits(config: Any, shared: Fields, vocabulary: int, pads: bool, settings: 
         "experts": experts,
         "last layer": bool(settings.get("layers_to_transform")),
     }
-    return tuple(name for name, holds in said.items() if holds)
+    return tuple(name for name, holds in traits.items() if holds)
 
 
-def model_of(case: Case, classes: int) -> Any:
+def make_model(case: Case, classes: int) -> Any:
     """Make the random model of a case, the same on every call; for an architecture of neither task, any model class of transformers."""
     import torch
 
@@ -168,7 +168,7 @@ def model_of(case: Case, classes: int) -> Any:
     return AutoModel.from_config(config)
 
 
-def _experts(**names: str) -> Draw:
+def _draw_experts(**names: str) -> Draw:
     """Draw four experts, two of them active per token, under the names of an architecture."""
 
     def draw(chosen: random.Random, _: Fields) -> Fields:
@@ -178,12 +178,12 @@ def _experts(**names: str) -> Draw:
     return draw
 
 
-def _both(*draws: Draw) -> Draw:
+def _combine_draws(*draws: Draw) -> Draw:
     def draw(chosen: random.Random, shared: Fields) -> Fields:
-        found: Fields = {}
-        for one in draws:
-            found |= one(chosen, shared)
-        return found
+        fields: Fields = {}
+        for draw_fields in draws:
+            fields |= draw_fields(chosen, shared)
+        return fields
 
     return draw
 
@@ -196,7 +196,7 @@ def _no_window(chosen: random.Random, shared: Fields) -> Fields:
     return {"sliding_window": chosen.choice((None, shared["sliding_window"]))}
 
 
-def _caps(chosen: random.Random, shared: Fields) -> Fields:
+def _draw_logit_caps(chosen: random.Random, shared: Fields) -> Fields:
     """Draw the fields of Gemma 2 and 3: caps of logits, and the scalar of queries."""
     return {
         "query_pre_attn_scalar": chosen.choice((8, shared["head_dim"])),
@@ -214,7 +214,7 @@ def _granite(chosen: random.Random, _: Fields) -> Fields:
     }
 
 
-def _latent(chosen: random.Random, shared: Fields) -> Fields:
+def _draw_latent_attention(chosen: random.Random, shared: Fields) -> Fields:
     """Draw attention through a latent space, and experts after a first dense block (DeepSeek)."""
     return {
         "q_lora_rank": chosen.choice((None, 12)),
@@ -234,7 +234,7 @@ def _latent(chosen: random.Random, shared: Fields) -> Fields:
     }
 
 
-def _wide(chosen: random.Random, shared: Fields) -> Fields:
+def _draw_partial_rotary(chosen: random.Random, shared: Fields) -> Fields:
     """Draw heads of which a half or a quarter is rotated."""
     return {
         "hidden_size": shared["num_attention_heads"] * chosen.choice((8, 16)),
@@ -262,18 +262,18 @@ MAMBA = {"state_size": 4, "time_step_rank": 4, "conv_kernel": 4}
 _ALL = (
     Architecture("llama"),
     Architecture("mistral", _no_window),
-    Architecture("mixtral", _experts(**MIXTRAL)),
+    Architecture("mixtral", _draw_experts(**MIXTRAL)),
     Architecture("ministral"),
     Architecture("qwen2", lambda chosen, _: {"use_sliding_window": chosen.random() < 0.5, "max_window_layers": 1}),
     Architecture("qwen3"),
-    Architecture("qwen2_moe", _both(_experts(**QWEN_MOE), _fixed(shared_expert_intermediate_size=24)), settings={"exclude_modules": ("shared_expert_gate",)}),
-    Architecture("qwen3_moe", _both(_experts(**QWEN_MOE), lambda chosen, _: {"norm_topk_prob": chosen.random() < 0.5})),
+    Architecture("qwen2_moe", _combine_draws(_draw_experts(**QWEN_MOE), _fixed(shared_expert_intermediate_size=24)), settings={"exclude_modules": ("shared_expert_gate",)}),
+    Architecture("qwen3_moe", _combine_draws(_draw_experts(**QWEN_MOE), lambda chosen, _: {"norm_topk_prob": chosen.random() < 0.5})),
     Architecture("gemma"),
-    Architecture("gemma2", _caps),
-    Architecture("gemma3_text", _caps),
-    Architecture("phi", _wide),
+    Architecture("gemma2", _draw_logit_caps),
+    Architecture("gemma3_text", _draw_logit_caps),
+    Architecture("phi", _draw_partial_rotary),
     Architecture("phi3"),
-    Architecture("phimoe", _experts(**MIXTRAL), settings={"exclude_modules": ("router",)}),
+    Architecture("phimoe", _draw_experts(**MIXTRAL), settings={"exclude_modules": ("router",)}),
     Architecture("gpt2", lambda chosen, _: {"scale_attn_by_inverse_layer_idx": chosen.random() < 0.5}),
     Architecture("gpt_neo", lambda _chosen, shared: {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": shared["sliding_window"]}),
     Architecture("gpt_neox", lambda chosen, _: {"use_parallel_residual": chosen.random() < 0.5}),
@@ -284,18 +284,18 @@ _ALL = (
     Architecture("bloom", lambda chosen, _: {"apply_residual_connection_post_layernorm": chosen.random() < 0.5}),
     Architecture("falcon", lambda chosen, _: {"new_decoder_architecture": chosen.random() < 0.5, "alibi": chosen.random() < 0.3, "parallel_attn": chosen.random() < 0.5}),
     Architecture("mpt", lambda _chosen, shared: {"d_model": shared["hidden_size"]}),
-    Architecture("stablelm", _both(_wide, lambda chosen, _: {"use_parallel_residual": chosen.random() < 0.5})),
+    Architecture("stablelm", _combine_draws(_draw_partial_rotary, lambda chosen, _: {"use_parallel_residual": chosen.random() < 0.5})),
     Architecture("olmo", lambda chosen, _: {"clip_qkv": chosen.choice((None, 1.0))}),
     Architecture("olmo2"),
     Architecture("olmo3"),
-    Architecture("olmoe", _experts(num_experts="count", num_experts_per_tok="per_token")),
+    Architecture("olmoe", _draw_experts(num_experts="count", num_experts_per_tok="per_token")),
     Architecture("granite", _granite),
-    Architecture("granitemoe", _both(_granite, _experts(**MIXTRAL))),
+    Architecture("granitemoe", _combine_draws(_granite, _draw_experts(**MIXTRAL))),
     Architecture("cohere", lambda chosen, _: {"logit_scale": chosen.choice((0.0625, 1.0)), "use_qk_norm": chosen.random() < 0.5}),
     Architecture("cohere2", lambda chosen, _: {"logit_scale": chosen.choice((0.0625, 1.0))}),
-    Architecture("deepseek_v2", _latent),
-    Architecture("deepseek_v3", _latent),
-    Architecture("gpt_oss", _experts(**MIXTRAL)),
+    Architecture("deepseek_v2", _draw_latent_attention),
+    Architecture("deepseek_v3", _draw_latent_attention),
+    Architecture("gpt_oss", _draw_experts(**MIXTRAL)),
     Architecture("smollm3", lambda chosen, _: {"no_rope_layer_interval": chosen.choice((2, 4))}),
     Architecture("starcoder2", _no_window),
     Architecture("nemotron"),
@@ -307,11 +307,11 @@ _ALL = (
     Architecture("arcee"),
     Architecture("seed_oss"),
     Architecture("apertus"),
-    Architecture("persimmon", _wide),
+    Architecture("persimmon", _draw_partial_rotary),
     Architecture("xglm"),
     Architecture("biogpt"),
     Architecture("lfm2", lambda _chosen, _shared: {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}),
-    Architecture("jamba", _both(_experts(num_experts="count", num_experts_per_tok="per_token"), _fixed(use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2))),
+    Architecture("jamba", _combine_draws(_draw_experts(num_experts="count", num_experts_per_tok="per_token"), _fixed(use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2))),
     Architecture("recurrent_gemma", lambda _chosen, shared: {"lru_width": shared["hidden_size"], "num_hidden_layers": 3}),
     Architecture("mamba", _fixed(**MAMBA)),
     Architecture("falcon_mamba", _fixed(**MAMBA)),

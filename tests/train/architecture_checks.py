@@ -32,9 +32,9 @@ from rightrank.train.loop import train_trials
 from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
-from tests.helpers import fresh_adapter, trainable_parameters
-from tests.tiny import make_tokenizer, sentences, small_settings, write_completions, write_jsonl
-from tests.train.architecture_cases import Case, make_case, model_of
+from tests.helpers import attach_fresh_adapter, list_trainable_parameters
+from tests.tiny import build_small_settings, generate_sentences, make_tokenizer, write_completions, write_jsonl
+from tests.train.architecture_cases import Case, make_case, make_model
 
 STEPS, RATE, CLASSES = 2, 1e-2, ("far", "near", "sea")
 SETTINGS: dict[str, Any] = {
@@ -77,7 +77,7 @@ class Row:
     shortcuts: tuple[str, ...] = ()
 
 
-def check(name: str, seed: int, folder: Path) -> Row:
+def check_configuration(name: str, seed: int, folder: Path) -> Row:
     """Run all checks of one configuration in an empty folder."""
     torch.set_num_threads(1)
     begun = time.perf_counter()
@@ -103,36 +103,40 @@ def _check(case: Case, tokenizer: Any, folder: Path, row: Row) -> None:
     prepared = prepare_selection(request, folder / "cache")
     runtime = prepared.runtime
     paths = runtime.fast_paths
-    taken = {
+    seconds_by_check = {
         "joined": paths.sequence_packing,
         "label rows": paths.last_block is not None,
         "prefix": paths.prefix is not None,
     }
-    row.shortcuts = tuple(name for name, holds in taken.items() if holds)
+    row.shortcuts = tuple(name for name, holds in seconds_by_check.items() if holds)
     arms = [
         Arm(rank=rank, learning_rate=RATE, lora_alpha=16.0, seed=number, steps=STEPS)
         for number, rank in enumerate(case.ranks)
     ]
-    alone = _trained(runtime, arms, folder / "alone", 1)
+    alone = _train(runtime, arms, folder / "alone", 1)
     row.parameters = alone[-1].trainable_parameters
-    for number, (one, arm) in enumerate(zip(alone, arms, strict=True)):
-        _require_as_plain(row, one.train_losses, (runtime, arm, base, folder / "alone" / f"t{number}"))
+    for number, (trial, arm) in enumerate(zip(alone, arms, strict=True)):
+        _require_as_plain(row, trial.train_losses, (runtime, arm, base, folder / "alone" / f"t{number}"))
     row.alone = find_multi_lora_obstacle(runtime, arms) or ""
     if not row.alone:
-        together = _trained(runtime, arms, folder / "together", 2)
-        assert all(one.adapters_per_pass == 2 for one in together)
+        shared_trials = _train(runtime, arms, folder / "together", 2)
+        assert all(trial.adapters_per_pass == 2 for trial in shared_trials)
         row.figures["together"] = max(
-            _far(one.train_losses + one.example_losses, other.train_losses + other.example_losses)
-            for one, other in zip(together, alone, strict=True)
+            _compute_largest_difference(
+                trial.train_losses + trial.example_losses, reference.train_losses + reference.example_losses
+            )
+            for trial, reference in zip(shared_trials, alone, strict=True)
         )
         _require(row, "together", 1e-4)
     row.figures["loaded"] = max(
-        _far(one.example_losses, loaded_losses(runtime, base, folder / "alone" / f"t{number}"))
-        for number, one in enumerate(alone)
+        _compute_largest_difference(
+            trial.example_losses, measure_losses(runtime, base, folder / "alone" / f"t{number}")
+        )
+        for number, trial in enumerate(alone)
     )
     _require(row, "loaded", TOLERANCE)
     _require_counts(case, prepared, base, folder / "alone")
-    row.figures["truncated"] = truncation_error(folder / "alone" / "t1", folder / "cut")
+    row.figures["truncated"] = compute_truncation_error(folder / "alone" / "t1", folder / "cut")
     _require(row, "truncated", 1e-5)
 
 
@@ -140,16 +144,20 @@ def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, SelectionInp
     if not case.pads:
         tokenizer.pad_token = None
     base = folder / "base"
-    model = model_of(case, len(CLASSES))
+    model = make_model(case, len(CLASSES))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     data = folder / "data.jsonl"
     if case.task == "classes":
         write_jsonl(
-            data, [{"text": text, "label": CLASSES[number % 3]} for number, text in enumerate(sentences(60, seed=2))]
+            data,
+            [
+                {"text": text, "label": CLASSES[number % 3]}
+                for number, text in enumerate(generate_sentences(60, seed=2))
+            ],
         )
     elif case.task == "text":  # every token is a label; batches of training pad much, batches of evaluation little
-        words = " ".join(sentences(200, seed=2)).split()
+        words = " ".join(generate_sentences(200, seed=2)).split()
         texts = [" ".join(words[number : number + (8 if number % 3 else 24)]) for number in range(60)]
         write_jsonl(data, [{"text": text} for text in texts])
     else:
@@ -158,23 +166,23 @@ def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, SelectionInp
 
 
 def _request(case: Case, folder: Path) -> SelectionInputs:
-    settings = small_settings(ranks=tuple(sorted(case.ranks)), **SETTINGS, **case.settings)
+    settings = build_small_settings(ranks=tuple(sorted(case.ranks)), **SETTINGS, **case.settings)
     return SelectionInputs(str(folder / "base"), None, folder / "data.jsonl", settings)
 
 
-def _trained(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
+def _train(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
     trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
 
-    def places(trial: Trial) -> TrialFolders:
+    def folders(trial: Trial) -> TrialFolders:
         return TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)
 
-    ended = sorted(train_trials(runtime, trials, None, places, Listener(), size), key=lambda one: one.trial_id)
-    for one in ended:
+    outcomes = sorted(train_trials(runtime, trials, None, folders, Listener(), size), key=lambda one: one.trial_id)
+    for one in outcomes:
         assert isinstance(one, TrialFinished), one
-    return ended  # type: ignore[return-value]  # shown above
+    return outcomes  # type: ignore[return-value]  # shown above
 
 
-def fresh_base(runtime: Runtime, base: Path) -> Any:
+def load_base(runtime: Runtime, base: Path) -> Any:
     """Load the saved model with transformers."""
     if not runtime.data.is_classification:
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -189,7 +197,7 @@ def _padding(runtime: Runtime) -> int:
     return int(runtime.loaded.tokenizer.pad_token_id)
 
 
-def batch_of(runtime: Runtime, split: Any, indices: list[int], wider: int = 0) -> dict[str, torch.Tensor]:
+def collate_plainly(runtime: Runtime, split: Any, indices: list[int], wider: int = 0) -> dict[str, torch.Tensor]:
     """Pad examples on the right, as any collator does; with `wider`, add that many columns of padding."""
     items = [runtime.data.splits[split][index] for index in indices]
     longest = max(len(item.input_ids) for item in items) + wider
@@ -209,21 +217,24 @@ def _require_as_plain(row: Row, losses: list[float], loop: tuple[Runtime, Arm, P
     The same plain loop with more padding measures the effect of rounding. The first step of Adam moves a value by its gradient's sign:
     where a gradient is nearly 0, two plain loops whose batches differ in padding alone end differently too.
     """
-    plain = plain_losses(*loop)
-    far = _far(losses, plain)
-    if far > TOLERANCE and (apart := _far(plain_losses(*loop, wider=5), plain)) > TOLERANCE:
-        row.rounding, far = max(row.rounding, apart), max(0.0, far - apart)
-    row.figures["to PEFT"] = max(far, row.figures.get("to PEFT", 0.0))
+    plain = train_plainly(*loop)
+    difference = _compute_largest_difference(losses, plain)
+    if (
+        difference > TOLERANCE
+        and (padding_difference := _compute_largest_difference(train_plainly(*loop, wider=5), plain)) > TOLERANCE
+    ):
+        row.rounding, difference = max(row.rounding, padding_difference), max(0.0, difference - padding_difference)
+    row.figures["to PEFT"] = max(difference, row.figures.get("to PEFT", 0.0))
     _require(row, "to PEFT", TOLERANCE)
 
 
-def plain_losses(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: int = 0) -> list[float]:
+def train_plainly(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: int = 0) -> list[float]:
     """Train a plain loop with the adapter's own configuration and return its losses."""
     config = LoraConfig.from_pretrained(str(adapter))
     config.inference_mode = False
-    model: Any = get_peft_model(fresh_base(runtime, base), config).eval()
-    with fresh_adapter(runtime, arm) as ours:
-        first = {name: value.detach().clone() for name, value in trainable_parameters(ours).items()}
+    model: Any = get_peft_model(load_base(runtime, base), config).eval()
+    with attach_fresh_adapter(runtime, arm) as ours:
+        first = {name: value.detach().clone() for name, value in list_trainable_parameters(ours).items()}
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert named.keys() == first.keys(), sorted(named.keys() ^ first.keys())[:4]
     with torch.no_grad():
@@ -234,7 +245,7 @@ def plain_losses(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: i
     for step, indices in enumerate(runtime.plan_batches(arm.seed)):
         for group in optimizer.param_groups:
             group["lr"] = arm.learning_rate * (1 - step / arm.steps)  # linear, without a warm-up
-        loss = model(**batch_of(runtime, "train", indices, wider)).loss
+        loss = model(**collate_plainly(runtime, "train", indices, wider)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
         optimizer.step()
@@ -244,15 +255,15 @@ def plain_losses(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: i
 
 
 @torch.no_grad()
-def loaded_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
+def measure_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
     """Return the summed losses of each validation example with the saved adapter, one at a time."""
-    model = PeftModel.from_pretrained(fresh_base(runtime, base), str(adapter)).eval()
-    found = []
+    model = PeftModel.from_pretrained(load_base(runtime, base), str(adapter)).eval()
+    losses = []
     for index in range(len(runtime.data.splits["validation"])):
-        batch = batch_of(runtime, "validation", [index])
+        batch = collate_plainly(runtime, "validation", [index])
         labels = 1 if runtime.data.is_classification else int((batch["labels"][:, 1:] != -100).sum())
-        found.append(float(model(**batch).loss) * labels)
-    return found
+        losses.append(float(model(**batch).loss) * labels)
+    return losses
 
 
 def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters: Path) -> None:
@@ -263,7 +274,7 @@ def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters:
     from rightrank.plugins.plan.planner import build_step_settings
     from rightrank.plugins.plan.skeleton import read_config
 
-    runtime, whole = prepared.runtime, fresh_base(prepared.runtime, base)
+    runtime, full_base = prepared.runtime, load_base(prepared.runtime, base)
     classes, config = len(CLASSES) if runtime.data.is_classification else None, runtime.model.config
     each = 2 if runtime.data.summary.form == "preference" else 1
     step = build_step_settings(config, prepared.settings, runtime.data.max_sequence_length, "cpu", classes, each)
@@ -275,15 +286,15 @@ def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters:
     rank = case.ranks[0]
     settings = PlanSettings(ranks=(rank,), num_labels=classes, dtype="float32")
     estimator = Estimator(read_config(str(base), False, classes is not None), settings)
-    parameters = sum(parameter.numel() for parameter in whole.parameters())
+    parameters = sum(parameter.numel() for parameter in full_base.parameters())
     assert estimator.skeleton.base_parameters == parameters, (
         f"plan: {estimator.skeleton.base_parameters} parameters of the base for {parameters}"
     )
     task = "CAUSAL_LM" if classes is None else "SEQ_CLS"
     lora = LoraConfig(
-        r=rank, target_modules="all-linear", task_type=task, exclude_modules=LEFT_OUT.get(whole.config.model_type)
+        r=rank, target_modules="all-linear", task_type=task, exclude_modules=LEFT_OUT.get(full_base.config.model_type)
     )
-    model = get_peft_model(whole, lora)
+    model = get_peft_model(full_base, lora)
     model.save_pretrained(adapters / "by PEFT")
     counted = (
         model.get_nb_trainable_parameters()[0],
@@ -292,30 +303,30 @@ def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters:
     _require_counted("plan", estimator, rank, counted)
 
 
-def _require_counted(what: str, estimator: Any, rank: int, wanted: tuple[int, int]) -> None:
-    parts = estimator.get_inventory(rank)
-    found = parts.trainable_parameters, parts.adapter_bytes
-    assert found == wanted, f"{what}: parameters and bytes {found} for {wanted}"
+def _require_counted(description: str, estimator: Any, rank: int, expected: tuple[int, int]) -> None:
+    inventory = estimator.get_inventory(rank)
+    counts = inventory.trainable_parameters, inventory.adapter_bytes
+    assert counts == expected, f"{description}: parameters and bytes {counts} for {expected}"
 
 
-def truncation_error(adapter: Path, out: Path) -> float:
+def compute_truncation_error(adapter: Path, out: Path) -> float:
     """Return the largest difference of `resize` to rank 1 from the best rank-1 matrix of each update, relative to the update."""
     resize(adapter, out, rank=1)
-    before, after = (_updates(folder) for folder in (adapter, out))
-    assert before.keys() == after.keys()
+    original, truncated = (_load_updates(folder) for folder in (adapter, out))
+    assert original.keys() == truncated.keys()
     worst = 0.0
-    for name, update in before.items():
+    for name, update in original.items():
         u, s, v = torch.linalg.svd(update)
         best = u[:, :1] * s[0] @ v[:1]
-        worst = max(worst, float(torch.linalg.norm(after[name] - best) / (torch.linalg.norm(update) or 1.0)))
+        worst = max(worst, float(torch.linalg.norm(truncated[name] - best) / (torch.linalg.norm(update) or 1.0)))
     return worst
 
 
-def _updates(folder: Path) -> dict[str, torch.Tensor]:
+def _load_updates(folder: Path) -> dict[str, torch.Tensor]:
     """Compute s·B·A of every module in float64, from the files alone."""
     tensors = load_file(folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
-    found = {}
+    updates = {}
     for key, a in tensors.items():
         if key.endswith("lora_A.weight"):
             b, rank = tensors[key.replace("lora_A", "lora_B")], a.shape[0]
@@ -323,17 +334,17 @@ def _updates(folder: Path) -> dict[str, torch.Tensor]:
                 key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"), config["lora_alpha"]
             )
             scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-            found[key] = scale * b.double() @ a.double()
-    return found
+            updates[key] = scale * b.double() @ a.double()
+    return updates
 
 
 def _require(row: Row, name: str, limit: float) -> None:
     assert row.figures[name] <= limit, f"{name}: {row.figures[name]:.1e}"
 
 
-def _far(found: list[float], wanted: list[float]) -> float:
+def _compute_largest_difference(values: list[float], references: list[float]) -> float:
     """Return the largest relative difference."""
-    return max(abs(one / other - 1) for one, other in zip(found, wanted, strict=True))
+    return max(abs(value / reference - 1) for value, reference in zip(values, references, strict=True))
 
 
 def _require_early(case: Case, folder: Path, row: Row) -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from transformers.utils import logging
 
 from tests.train.architecture_cases import ARCHITECTURES
-from tests.train.architecture_checks import check
+from tests.train.architecture_checks import check_configuration
 
 RESULTS = Path(__file__).parent / "architectures.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
@@ -27,13 +27,13 @@ MARK = "<!-- made by tests.train.architecture_table -->"
 Row: TypeAlias = Mapping[str, Any]
 
 
-def kept(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def keep(row: Row, path: Path) -> None:
+def append_row(row: Row, path: Path) -> None:
     """Append a row to the file, without empty fields and with figures of two digits."""
     figures = {name: float(f"{value:.1e}") for name, value in row["figures"].items()}
     short = {name: value for name, value in (dict(row) | {"figures": figures}).items() if value not in ("", 0, (), {})}
@@ -41,7 +41,7 @@ def keep(row: Row, path: Path) -> None:
         file.write(json.dumps(short | {"seed": row["seed"]}) + "\n")
 
 
-def tables(rows: Sequence[Row]) -> str:
+def format_tables(rows: Sequence[Row]) -> str:
     """Return the tables of architectures that train, by the fast paths that they use, and of those that are refused, by reason."""
     architectures: dict[str, list[Row]] = {}
     for row in rows:
@@ -50,7 +50,7 @@ def tables(rows: Sequence[Row]) -> str:
     refused: dict[str, list[str]] = {}
     for name, group in architectures.items():
         if all(row["outcome"] == "refused" for row in group):
-            refused.setdefault(_words(group[0]["reason"]).replace(f"'{name}' is", "this is"), []).append(
+            refused.setdefault(_shorten_reason(group[0]["reason"]).replace(f"'{name}' is", "this is"), []).append(
                 name.removesuffix(", refused")
             )
         else:
@@ -65,7 +65,7 @@ def tables(rows: Sequence[Row]) -> str:
     for fast_paths, names in trained.items():
         group = [row for name in names for row in architectures[name]]
         equal = [row for row in group if row["outcome"] == "equal"]
-        largest = [_largest(equal, figure) for figure in ("to PEFT", "together", "loaded")]
+        largest = [_format_largest(equal, figure) for figure in ("to PEFT", "together", "loaded")]
         listed = ", ".join(names).replace(", classes", " (classifier)")
         lines.append(f"| {listed} | {len(equal)} of {len(group)} | {' | '.join(largest)} | {fast_paths} |")
     lines += ["", "| refused | reason |", "|---|---|"]
@@ -79,12 +79,12 @@ def _name_fast_paths(rows: Sequence[Row]) -> str:
     return ", ".join(sorted(fast_paths)) or "none"
 
 
-def _largest(rows: Iterable[Row], figure: str) -> str:
-    found = [row["figures"][figure] for row in rows if figure in row.get("figures", {})]
-    return f"{max(found):.0e}".replace("e-0", "e-").replace("0e+00", "0") if found else "–"
+def _format_largest(rows: Iterable[Row], figure: str) -> str:
+    figures = [row["figures"][figure] for row in rows if figure in row.get("figures", {})]
+    return f"{max(figures):.0e}".replace("e-0", "e-").replace("0e+00", "0") if figures else "–"
 
 
-def _words(reason: str) -> str:
+def _shorten_reason(reason: str) -> str:
     """Return the reason without the path of the model."""
     return reason.removeprefix("…/base: ").replace("|", "\\|")
 
@@ -92,24 +92,24 @@ def _words(reason: str) -> str:
 def write_page() -> None:
     """Replace everything below the mark of the page."""
     above, _, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
-    PAGE.write_text(f"{above}{MARK}\n\n{tables(kept(RESULTS))}", encoding="utf-8")
+    PAGE.write_text(f"{above}{MARK}\n\n{format_tables(read_rows(RESULTS))}", encoding="utf-8")
 
 
 def main(words: list[str] | None = None) -> int:
-    given = _parse(words)
-    if given.page:
+    options = _parse(words)
+    if options.page:
         write_page()
         return 0
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
     begun, bad = time.monotonic(), 0
-    done = {(row["architecture"], row["seed"]) for row in kept(given.out)}
-    for seed in range(*given.seeds):
-        for name in given.architectures:
-            if (name, seed) in done or time.monotonic() - begun > 60 * given.minutes:
+    finished = {(row["architecture"], row["seed"]) for row in read_rows(options.out)}
+    for seed in range(*options.seeds):
+        for name in options.architectures:
+            if (name, seed) in finished or time.monotonic() - begun > 60 * options.minutes:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                row = check(name, seed, Path(folder))
-            keep(asdict(row), given.out)
+                row = check_configuration(name, seed, Path(folder))
+            append_row(asdict(row), options.out)
             if row.outcome in ("unequal", "crashed"):
                 bad += 1
                 print(f"{name} {seed}: {row.outcome}: {row.reason}", flush=True)

@@ -16,7 +16,7 @@ from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode_splits
 from rightrank.train.trial import TrialFolders
-from tests.tiny import GPT2_SIZES, make_tokenizer, small_settings
+from tests.tiny import GPT2_SIZES, build_small_settings, make_tokenizer
 from tests.tiny import SIZES as BARE_SIZES
 
 STEPS = 3
@@ -53,11 +53,11 @@ def make_model(name: str, vocabulary: int) -> Any:
 def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
     changes = {"layers_to_transform": (1,)} if name == "qwen3" else {}  # one of them with a frozen prefix
     tokenizer = make_tokenizer()
-    return runtime_of(make_model(name, len(tokenizer)), tokenizer, data, cache, **changes)
+    return make_model_runtime(make_model(name, len(tokenizer)), tokenizer, data, cache, **changes)
 
 
-def runtime_of(model: Any, tokenizer: Any, data: Path, cache: Path, **changes: Any) -> Runtime:
-    settings = small_settings(max_steps=STEPS, num_evaluations=1, **changes)
+def make_model_runtime(model: Any, tokenizer: Any, data: Path, cache: Path, **changes: Any) -> Runtime:
+    settings = build_small_settings(max_steps=STEPS, num_evaluations=1, **changes)
     loaded = prepare_model(model, tokenizer, type(model).__name__, torch.device("cpu"))
     return Runtime(loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, cache)
 

@@ -15,11 +15,11 @@ from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Arm
 from rightrank.train.pace import find_multi_lora_obstacle
 from tests import commands
-from tests.tiny import GPT2_SIZES, make_tokenizer, sentences, write_jsonl
+from tests.tiny import GPT2_SIZES, generate_sentences, make_tokenizer, write_jsonl
 from tests.train.architecture_cases import ARCHITECTURES
-from tests.train.architecture_checks import check
-from tests.train.architecture_table import MARK, PAGE, RESULTS, kept, tables
-from tests.train.architectures import BERT, SIZES, STEPS, make_model, make_runtime, run, runtime_of
+from tests.train.architecture_checks import check_configuration
+from tests.train.architecture_table import MARK, PAGE, RESULTS, format_tables, read_rows
+from tests.train.architectures import BERT, SIZES, STEPS, make_model, make_model_runtime, make_runtime, run
 
 pytestmark = pytest.mark.trains
 
@@ -41,7 +41,7 @@ SEEDS = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_an_architecture_is_planned_trained_loaded_and_truncated_as_by_peft(name: str, tmp_path: Path) -> None:
-    row = check(name, SEEDS.get(name, 0), tmp_path)
+    row = check_configuration(name, SEEDS.get(name, 0), tmp_path)
     assert row.outcome == "equal", row.reason
     if name.startswith("bloom"):
         assert "label rows" in row.shortcuts  # the residual, which its MLP takes, has the same rows
@@ -50,40 +50,40 @@ def test_an_architecture_is_planned_trained_loaded_and_truncated_as_by_peft(name
 
 def test_a_module_that_reads_its_neighbours_runs_at_every_position(tmp_path: Path) -> None:
     """Check a batch in which nearly every position has a label, as in plain text."""
-    texts = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in sentences(80)])
+    texts = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in generate_sentences(80)])
     tokenizer = make_tokenizer()
     model = make_model("llama", len(tokenizer))
     mlp = model.model.layers[-1].mlp
     alone = mlp.forward
     mlp.forward = lambda x: alone(x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
-    assert runtime_of(model, tokenizer, texts, tmp_path / "cache").fast_paths.last_block is None
+    assert make_model_runtime(model, tokenizer, texts, tmp_path / "cache").fast_paths.last_block is None
     mlp.forward = alone
-    assert runtime_of(model, tokenizer, texts, tmp_path / "other").fast_paths.last_block is not None
+    assert make_model_runtime(model, tokenizer, texts, tmp_path / "other").fast_paths.last_block is not None
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_trained_is_refused_in_one_line_before_a_weight_is_read(name: str, tmp_path: Path) -> None:
-    row = check(name, 0, tmp_path)
+    row = check_configuration(name, 0, tmp_path)
     assert row.outcome == "refused", row.reason
     assert ARCHITECTURES[name].refused in row.reason
 
 
 def test_the_page_has_the_table_of_what_is_stored() -> None:
-    assert PAGE.read_text(encoding="utf-8").partition(MARK)[2].strip() == tables(kept(RESULTS)).strip()
+    assert PAGE.read_text(encoding="utf-8").partition(MARK)[2].strip() == format_tables(read_rows(RESULTS)).strip()
 
 
 def test_a_layer_that_mixes_arms_is_an_obstacle(completion_file: Path, tmp_path: Path) -> None:
     """Check an adapted layer that sees a selection of tokens, as an expert of a mixture does."""
     runtime = make_runtime("llama", completion_file, tmp_path / "cache")
     mlp = runtime.model.model.layers[0].mlp
-    whole = mlp.forward
+    original_forward = mlp.forward
 
-    def first_half_of_the_tokens(x: torch.Tensor) -> torch.Tensor:
+    def keep_first_tokens(x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         half = len(rows) // 2
-        return torch.cat([whole(rows[:half]), rows[half:]]).view_as(x)
+        return torch.cat([original_forward(rows[:half]), rows[half:]]).view_as(x)
 
-    mlp.forward = first_half_of_the_tokens
+    mlp.forward = keep_first_tokens
     arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS) for rank in (2, 4)]
     obstacle = find_multi_lora_obstacle(runtime, arms)
     assert obstacle is not None
@@ -100,25 +100,25 @@ def test_an_encoder_that_only_a_batch_shows_is_refused(completion_file: Path, tm
     tokenizer = make_tokenizer()
     model = made("XLNetLMHeadModel", "XLNetConfig", tokenizer, d_model=32, n_layer=2, n_head=4, d_inner=48)
     with pytest.raises(ModelError, match="it sees the tokens that follow, so a label is visible"):
-        runtime_of(model, tokenizer, completion_file, tmp_path)
+        make_model_runtime(model, tokenizer, completion_file, tmp_path)
 
 
 def test_a_decoder_of_the_same_class_trains(completion_file: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     model = made("BertLMHeadModel", "BertConfig", tokenizer, **BERT, is_decoder=True)
-    assert runtime_of(model, tokenizer, completion_file, tmp_path).evaluate("validation").loss > 0
+    assert make_model_runtime(model, tokenizer, completion_file, tmp_path).evaluate("validation").loss > 0
 
 
 def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -> None:
     """Check that batches do not change the losses if the model and the tokenizer have different padding tokens."""
     tokenizer = make_tokenizer()
     classifier = made("LlamaForSequenceClassification", "LlamaConfig", tokenizer, **SIZES | {"pad_token_id": 5})
-    runtime = runtime_of(classifier, tokenizer, class_file, tmp_path / "cache")
-    together = runtime.evaluate("validation").losses
+    runtime = make_model_runtime(classifier, tokenizer, class_file, tmp_path / "cache")
+    batch_losses = runtime.evaluate("validation").losses
     for index in range(3):
         with torch.no_grad():
             alone = runtime.compute_losses("validation", runtime.make_batch("validation", [index]), 1.0).example_losses
-        assert float(alone[0]) == pytest.approx(together[index], rel=1e-4)
+        assert float(alone[0]) == pytest.approx(batch_losses[index], rel=1e-4)
 
 
 def test_a_batch_of_texts_of_one_token_is_classified(tmp_path: Path) -> None:
@@ -126,13 +126,13 @@ def test_a_batch_of_texts_of_one_token_is_classified(tmp_path: Path) -> None:
     rows = [{"text": chr(33 + number), "label": number % 2} for number in range(90)]
     classifier = made("LlamaForSequenceClassification", "LlamaConfig", tokenizer, **SIZES)
     data = write_jsonl(tmp_path / "d.jsonl", rows)
-    runtime = runtime_of(classifier, tokenizer, data, tmp_path / "cache", batch_size=2, eval_batch_size=2)
+    runtime = make_model_runtime(classifier, tokenizer, data, tmp_path / "cache", batch_size=2, eval_batch_size=2)
     assert runtime.data.max_sequence_length == 1
     batch = runtime.make_batch("train", [0, 1])
     with torch.no_grad():
         logits = classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        wanted = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-    assert runtime.compute_losses("train", batch, 1.0).example_losses.tolist() == pytest.approx(wanted.tolist())
+        expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    assert runtime.compute_losses("train", batch, 1.0).example_losses.tolist() == pytest.approx(expected.tolist())
     assert run(runtime, [Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)], tmp_path, 1)
 
 
@@ -143,9 +143,9 @@ def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path,
     with pytest.raises(
         ModelError, match=r"^GPT2LMHeadModel: the base model fails without any adapter on texts of .*seq_len"
     ):
-        runtime_of(short, tokenizer, completion_file, tmp_path)
+        make_model_runtime(short, tokenizer, completion_file, tmp_path)
     with pytest.raises(ModelError, match=r"in 8 bits on this device: leave load_in_8bit out, or give another device$"):
-        runtime_of(short, tokenizer, completion_file, tmp_path, load_in_8bit=True)
+        make_model_runtime(short, tokenizer, completion_file, tmp_path, load_in_8bit=True)
     odd = made(
         "StableLmForCausalLM",
         "StableLmConfig",
@@ -153,7 +153,7 @@ def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path,
         **SIZES | {"head_dim": 6, "hidden_size": 24, "partial_rotary_factor": 0.5},
     )
     with pytest.raises(ModelError, match=r"^StableLmForCausalLM: the base model fails.*RuntimeError: .*config\.json"):
-        runtime_of(odd, tokenizer, completion_file, tmp_path)
+        make_model_runtime(odd, tokenizer, completion_file, tmp_path)
 
 
 def test_an_encoder_decoder_is_refused_by_the_command(
@@ -164,7 +164,7 @@ def test_an_encoder_decoder_is_refused_by_the_command(
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     capsys.readouterr()
-    given = commands.select_arguments(tmp_path / "t5", completion_file, tmp_path / "run", "--quiet", "--json")
-    status, out, err = commands.run(given, capsys)
+    arguments = commands.select_arguments(tmp_path / "t5", completion_file, tmp_path / "run", "--quiet", "--json")
+    status, out, err = commands.run(arguments, capsys)
     assert (status, out) == (2, "")
     assert "an encoder-decoder, as T5, which select does not train; give a causal model" in err

@@ -16,17 +16,17 @@ from rightrank.train import prefix
 from rightrank.train.covariances import gather_moments, gather_unseen_moments
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 EXAMPLES = list(range(12))
 
 
 @pytest.fixture
 def runtime(model_folder: Path, completion_file: Path, tmp_path: Path) -> Runtime:
-    return make_runtime(model_folder, completion_file, small_settings(batch_size=4), tmp_path / "cache")
+    return make_runtime(model_folder, completion_file, build_small_settings(batch_size=4), tmp_path / "cache")
 
 
-def adapted(runtime: Runtime, **options: Any) -> Any:
+def add_adapter(runtime: Runtime, **options: Any) -> Any:
     """Add a random frozen adapter to the base."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], **options)
     peft_model: Any = get_peft_model(runtime.model, config)
@@ -42,7 +42,7 @@ def adapted(runtime: Runtime, **options: Any) -> Any:
 
 def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) -> None:
     """Compare with A·C·Aᵀ and s²·Bᵀ·G·B, with C and G from hooks on the adapted module itself."""
-    peft_model = adapted(runtime)
+    peft_model = add_adapter(runtime)
     name = "model.layers.1.mlp.down_proj"
     module = peft_model.base_model.model.get_submodule(name)
     inputs: list[torch.Tensor] = []
@@ -57,28 +57,28 @@ def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) ->
         output.register_hook(lambda gradient: keep(x, gradient))
 
     handle = module.register_forward_hook(hook)
-    found = gather_moments(runtime, peft_model, EXAMPLES, 10**6)
+    gathered = gather_moments(runtime, peft_model, EXAMPLES, 10**6)
     handle.remove()
     x, g = torch.cat(inputs).double(), torch.cat(gradients).double()
-    seen = g.abs().amax(dim=1) > 1e-6 * g.abs().max()
-    rows = int(seen.sum())
+    is_active = g.abs().amax(dim=1) > 1e-6 * g.abs().max()
+    rows = int(is_active.sum())
     labels = sum(sum(label != -100 for label in runtime.data.splits["train"][index].labels[1:]) for index in EXAMPLES)
     a, b = (factor["default"].weight.detach().double() for factor in (module.lora_A, module.lora_B))
-    hidden, delta = x[seen] @ a.T, module.scaling["default"] * g[seen] @ b
-    ours = found.moments[name]
+    hidden, delta = x[is_active] @ a.T, module.scaling["default"] * g[is_active] @ b
+    ours = gathered.moments[name]
     assert np.allclose(ours.inputs, (hidden.T @ hidden / rows).numpy(), rtol=1e-3, atol=1e-9)
     assert np.allclose(ours.gradients, (delta.T @ delta / labels).numpy(), rtol=1e-3, atol=1e-12)
-    assert found.examples == len(EXAMPLES)
-    assert found.tokens == sum(runtime.data.splits["train"][index].length for index in EXAMPLES)
-    assert set(found.moments) == {m for m, _ in runtime.model.named_modules() if m.endswith(("q_proj", "down_proj"))}
-    assert found.notices == ()
+    assert gathered.examples == len(EXAMPLES)
+    assert gathered.tokens == sum(runtime.data.splits["train"][index].length for index in EXAMPLES)
+    assert set(gathered.moments) == {m for m, _ in runtime.model.named_modules() if m.endswith(("q_proj", "down_proj"))}
+    assert gathered.notices == ()
 
 
 def test_the_base_and_its_losses_are_as_before(runtime: Runtime) -> None:
-    peft_model = adapted(runtime)
-    before = runtime.evaluate("validation").losses
+    peft_model = add_adapter(runtime)
+    original_losses = runtime.evaluate("validation").losses
     gather_moments(runtime, peft_model, EXAMPLES)
-    assert runtime.evaluate("validation").losses == before
+    assert runtime.evaluate("validation").losses == original_losses
 
 
 def test_frozen_layers_are_computed_in_groups_and_change_nothing(
@@ -93,36 +93,36 @@ def test_frozen_layers_are_computed_in_groups_and_change_nothing(
         return output_of(model, blocks, inputs)
 
     monkeypatch.setattr(prefix, "capture_output", counted)
-    found = []
+    results = []
     for caching in (True, False):
-        settings = small_settings(
+        settings = build_small_settings(
             batch_size=4, eval_batch_size=4, max_steps=1, layers_to_transform=(2,), cache_prefix=caching
         )
         runtime = make_runtime(model_folder, completion_file, settings, tmp_path / str(caching))
         sizes.clear()
-        found.append(gather_moments(runtime, adapted(runtime, layers_to_transform=[2]), EXAMPLES).moments)
+        results.append(gather_moments(runtime, add_adapter(runtime, layers_to_transform=[2]), EXAMPLES).moments)
         assert sum(sizes) >= len(EXAMPLES) - 4 if caching else not sizes
         assert sizes.count(1) <= 3
-    for name, plain in found[1].items():
-        assert np.allclose(found[0][name].inputs, plain.inputs, rtol=1e-3)
-        assert np.allclose(found[0][name].gradients, plain.gradients, rtol=1e-3, atol=1e-9)
+    for name, plain in results[1].items():
+        assert np.allclose(results[0][name].inputs, plain.inputs, rtol=1e-3)
+        assert np.allclose(results[0][name].gradients, plain.gradients, rtol=1e-3, atol=1e-9)
 
 
 def test_recomputed_blocks_are_counted_once(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    found = []
+    results = []
     for checkpointing in (False, True):
-        settings = small_settings(batch_size=4, gradient_checkpointing=checkpointing)
+        settings = build_small_settings(batch_size=4, gradient_checkpointing=checkpointing)
         runtime = make_runtime(model_folder, completion_file, settings, tmp_path / str(checkpointing))
-        found.append(gather_moments(runtime, adapted(runtime), EXAMPLES).moments)
-    for name, plain in found[0].items():
-        assert np.allclose(found[1][name].inputs, plain.inputs, rtol=1e-3)
-        assert np.allclose(found[1][name].gradients, plain.gradients, rtol=1e-3, atol=1e-12)
+        results.append(gather_moments(runtime, add_adapter(runtime), EXAMPLES).moments)
+    for name, plain in results[0].items():
+        assert np.allclose(results[1][name].inputs, plain.inputs, rtol=1e-3)
+        assert np.allclose(results[1][name].gradients, plain.gradients, rtol=1e-3, atol=1e-12)
 
 
 def test_tokens_are_read_until_there_are_enough(runtime: Runtime) -> None:
-    peft_model = adapted(runtime)
-    found = gather_moments(runtime, peft_model, EXAMPLES, 1)
-    assert (found.examples, runtime.settings.batch_size) == (4, 4)
+    peft_model = add_adapter(runtime)
+    gathered = gather_moments(runtime, peft_model, EXAMPLES, 1)
+    assert (gathered.examples, runtime.settings.batch_size) == (4, 4)
     training = (
         runtime.steps * runtime.settings.examples_per_step * max(item.length for item in runtime.data.splits["train"])
     )
@@ -131,51 +131,51 @@ def test_tokens_are_read_until_there_are_enough(runtime: Runtime) -> None:
 
 
 def test_modules_of_another_kind_get_none_and_a_notice(runtime: Runtime) -> None:
-    found = gather_moments(runtime, adapted(runtime, use_dora=True), EXAMPLES)
-    assert found.moments == {}
-    assert "plain SVD" in found.notices[0]
+    gathered = gather_moments(runtime, add_adapter(runtime, use_dora=True), EXAMPLES)
+    assert gathered.moments == {}
+    assert "plain SVD" in gathered.notices[0]
 
 
 def test_memory_that_runs_out_is_a_notice(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    peft_model = adapted(runtime)
+    peft_model = add_adapter(runtime)
     monkeypatch.setattr(Runtime, "losses", fails)
-    found = gather_moments(runtime, peft_model, EXAMPLES)
-    assert found.moments == {}
-    assert "out of memory" in found.notices[0]
-    assert "plain SVD" in found.notices[0]
+    gathered = gather_moments(runtime, peft_model, EXAMPLES)
+    assert gathered.moments == {}
+    assert "out of memory" in gathered.notices[0]
+    assert "plain SVD" in gathered.notices[0]
 
 
 def test_other_errors_are_not_hidden(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("a shape is wrong")
 
-    peft_model = adapted(runtime)
+    peft_model = add_adapter(runtime)
     monkeypatch.setattr(Runtime, "losses", fails)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         gather_moments(runtime, peft_model, EXAMPLES)
 
 
 def test_a_gradient_that_is_not_finite_is_a_notice(runtime: Runtime) -> None:
-    peft_model = adapted(runtime)
+    peft_model = add_adapter(runtime)
     with torch.no_grad():
         runtime.model.get_submodule("model.layers.1.mlp.down_proj").lora_B["default"].weight.fill_(float("inf"))
-    found = gather_moments(runtime, peft_model, EXAMPLES)
-    assert found.moments == {}
-    assert "not finite" in found.notices[0]
+    gathered = gather_moments(runtime, peft_model, EXAMPLES)
+    assert gathered.moments == {}
+    assert "not finite" in gathered.notices[0]
 
 
 def test_a_file_holds_them(runtime: Runtime, tmp_path: Path) -> None:
-    gathered = gather_moments(runtime, adapted(runtime), EXAMPLES)
+    gathered = gather_moments(runtime, add_adapter(runtime), EXAMPLES)
     path = tmp_path / "moments.safetensors"
     save_moments(path, gathered.moments)
-    kept = load_moments(path)
-    assert set(kept) == set(gathered.moments)
+    loaded = load_moments(path)
+    assert set(loaded) == set(gathered.moments)
     for name, moments in gathered.moments.items():
-        assert np.allclose(kept[name].inputs, moments.inputs, rtol=1e-6)
-        assert np.allclose(kept[name].gradients, moments.gradients, rtol=1e-6)
+        assert np.allclose(loaded[name].inputs, moments.inputs, rtol=1e-6)
+        assert np.allclose(loaded[name].gradients, moments.gradients, rtol=1e-6)
     assert load_moments(tmp_path / "none.safetensors") == {}
     save_moments(path, {})
     assert load_moments(path) == {}

@@ -15,7 +15,7 @@ from rightrank.data.token_store import IGNORED
 from rightrank.models.base_models import load_base
 from rightrank.schema.errors import DataError
 from rightrank.train.tokens import encode_splits
-from tests.tiny import ON_CPU, make_tokenizer, sentences, small_settings, write_jsonl
+from tests.tiny import ON_CPU, build_small_settings, generate_sentences, make_tokenizer, write_jsonl
 from tests.train.chat_templates import MARKED, OTHERWISE, PLAIN, REASONED, REWRITING, trl_templates
 
 
@@ -30,12 +30,12 @@ def labelled_text(loaded: Any, item: Any) -> str:
 
 
 def encode_rows(loaded: Any, rows: list[dict[str, Any]], path: Path, **changes: Any) -> Any:
-    settings = small_settings(**({"seq_len": 100} | changes))
+    settings = build_small_settings(**({"seq_len": 100} | changes))
     return encode_splits(load_data(write_jsonl(path / "d.jsonl", rows), settings), loaded, settings)
 
 
 def test_only_the_completion_is_labelled(loaded: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{text} -> ", "completion": f"{text[::-1]}"} for text in sentences(80)]
+    rows = [{"prompt": f"{text} -> ", "completion": f"{text[::-1]}"} for text in generate_sentences(80)]
     data = encode_rows(loaded, rows, tmp_path)
     completions = {row["completion"] for row in rows}
     for item in data.splits["train"]:
@@ -54,7 +54,7 @@ def test_every_assistant_turn_and_nothing_else_is_labelled(loaded: Any, tmp_path
                 {"role": "assistant", "content": "second"},
             ]
         }
-        for text in sentences(80)
+        for text in generate_sentences(80)
     ]
     data = encode_rows(loaded, rows, tmp_path)
     for item in data.splits["train"]:
@@ -66,11 +66,11 @@ ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
 
 def conversations() -> list[list[dict[str, str]]]:
-    words = iter(sentences(1000))
+    words = iter(generate_sentences(1000))
     return [[{"role": ROLES[turn], "content": next(words)} for turn in turns] for turns in TURNS * 8]
 
 
-def marked_by_the_template(tokenizer: Any, messages: Any) -> tuple[list[int], list[int]]:
+def mask_by_template(tokenizer: Any, messages: Any) -> tuple[list[int], list[int]]:
     """Return `(token ids, labels)` from the markers of a template, as TRL's `assistant_only_loss` computes them."""
     tokens = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids = list(tokens["input_ids"])
@@ -85,14 +85,14 @@ def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None
     expected, refused = [], []
     for messages in conversations():
         try:
-            expected.append((messages, *marked_by_the_template(tokenizer, messages)))
+            expected.append((messages, *mask_by_template(tokenizer, messages)))
         except TemplateError:
             refused.append(messages)
     tokenizer.chat_template = plain
     base = replace(loaded, tokenizer=tokenizer)
     rows = [{"messages": messages} for messages, *_ in expected]
     splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
-    settings = small_settings(seq_len=1000)
+    settings = build_small_settings(seq_len=1000)
     data = encode_splits(load_data(splits, settings), base, settings)
     assert [(list(item.input_ids), list(item.labels)) for item in data.splits["train"]] == [row[1:] for row in expected]
     if refused:
@@ -101,7 +101,7 @@ def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None
             encode_splits(refusing, base, settings)
 
 
-def runs_of(tokenizer: Any, labels: list[int]) -> list[str]:
+def collect_labelled_texts(tokenizer: Any, labels: list[int]) -> list[str]:
     """Return the texts of consecutive labels."""
     groups = groupby(labels, key=lambda label: label != IGNORED)
     return [tokenizer.decode(list(group)) for is_label, group in groups if is_label]
@@ -112,12 +112,12 @@ def encoded_conversations(loaded: Any, template: str, rows: list[list[dict[str, 
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>", "<|return|>"]})
     tokenizer.bos_token, tokenizer.chat_template = "<unk>", template
     splits = {name: [{"messages": messages} for messages in rows] for name in ("train", "validation", "test")}
-    settings = small_settings(seq_len=1000)
+    settings = build_small_settings(seq_len=1000)
     data = encode_splits(load_data(splits, settings), replace(loaded, tokenizer=tokenizer), settings)
     items = list(data.splits["train"])
     for item, messages in zip(items, rows, strict=True):
         assert tokenizer.decode(item.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
-    return tokenizer, [runs_of(tokenizer, item.labels) for item in items]
+    return tokenizer, [collect_labelled_texts(tokenizer, item.labels) for item in items]
 
 
 @pytest.mark.parametrize("name", REWRITING)
@@ -153,9 +153,9 @@ def test_labels_lie_within_those_of_trl(name: str, loaded: Any) -> None:
     for messages, text, answers in zip(rows, texts, ours, strict=True):
         if text != tokenizer.apply_chat_template(messages, tokenize=False):
             continue  # in TRL's templates of some families earlier turns keep their reasoning
-        theirs = runs_of(tokenizer, marked_by_the_template(tokenizer, messages)[1])
-        before = {their.removesuffix(our) for our, their in zip(answers, theirs, strict=True)}
-        assert before <= {"", "<｜Assistant｜>", "<|start|>assistant", "<think></think>", "<think>\n"}, before
+        theirs = collect_labelled_texts(tokenizer, mask_by_template(tokenizer, messages)[1])
+        prefixes = {their.removesuffix(our) for our, their in zip(answers, theirs, strict=True)}
+        assert prefixes <= {"", "<｜Assistant｜>", "<|start|>assistant", "<think></think>", "<think>\n"}, prefixes
         compared += 1
     assert compared >= 8
 
@@ -170,14 +170,14 @@ def test_conversational_completion_is_labelled_alone(loaded: Any, tmp_path: Path
             ],
             "completion": [{"role": "assistant", "content": "new"}],
         }
-        for text in sentences(80)
+        for text in generate_sentences(80)
     ]
     data = encode_rows(loaded, rows, tmp_path)
     assert {labelled_text(loaded, item) for item in data.splits["train"]} == {"new<|im_end|>\n"}
 
 
 def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) -> None:
-    rows = [{"text": text * 4} for text in sentences(80)]
+    rows = [{"text": text * 4} for text in generate_sentences(80)]
     data = encode_rows(loaded, rows, tmp_path, seq_len=16)
     summary = data.summary.splits["train"]
     assert summary.truncated > 0
@@ -185,7 +185,7 @@ def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) ->
 
 
 def test_all_labels_beyond_the_limit_is_an_error(loaded: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": text * 8, "completion": "x"} for text in sentences(80)]
+    rows = [{"prompt": text * 8, "completion": "x"} for text in generate_sentences(80)]
     with pytest.raises(DataError, match="no labels left after tokenising"):
         encode_rows(loaded, rows, tmp_path, seq_len=8)
 
@@ -197,7 +197,7 @@ def test_all_rows_empty_is_an_error(loaded: Any, tmp_path: Path) -> None:
 
 
 def test_messages_without_a_chat_template(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in sentences(80)]
+    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in generate_sentences(80)]
     monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
     with pytest.raises(DataError, match="no chat template"):
         encode_rows(loaded, rows, tmp_path)
@@ -211,7 +211,7 @@ def test_a_template_that_rewrites_earlier_turns(loaded: Any, tmp_path: Path, mon
     )
     rows = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] * 2}
-        for text in sentences(80)
+        for text in generate_sentences(80)
     ]
     with pytest.raises(DataError, match="rewrites earlier turns"):
         encode_rows(loaded, rows, tmp_path)

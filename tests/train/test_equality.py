@@ -15,10 +15,10 @@ from rightrank.schema.trials import Arm
 from rightrank.train.optimizer import ArmOptimizer
 from rightrank.train.targets import make_lora_config
 from tests.adapters.adapters import make_base
-from tests.helpers import fresh_adapter, make_runtime, trainable_parameters
+from tests.helpers import attach_fresh_adapter, list_trainable_parameters, make_runtime
 from tests.models.kind_checks import with_first_values
-from tests.tiny import make_tokenizer, small_settings
-from tests.train.architectures import make_model, runtime_of
+from tests.tiny import build_small_settings, make_tokenizer
+from tests.train.architectures import make_model, make_model_runtime
 from tests.train.trials import train_ours
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
@@ -60,7 +60,7 @@ def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[floa
 def test_losses_agree_with_a_plain_peft_loop(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(**changes), tmp_path / "cache")
     assert (runtime.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
     _, ours, adapter = train_ours(runtime, ARM, tmp_path)
     plain, peft_model = train_plainly(runtime, ARM, model_folder)
@@ -77,7 +77,7 @@ def test_losses_agree_with_a_plain_peft_loop(
 
 
 def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path)
     batch = runtime.make_batch("validation", range(6))
     with torch.no_grad():
         theirs = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
@@ -87,7 +87,7 @@ def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp
 
 
 def test_same_seed_same_values(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(lora_dropout=0.1), tmp_path)
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(lora_dropout=0.1), tmp_path)
     first, losses, _ = train_ours(runtime, ARM, tmp_path / "a")
     second, again, _ = train_ours(runtime, ARM, tmp_path / "b")
     assert losses == again
@@ -95,12 +95,12 @@ def test_same_seed_same_values(model_folder: Path, completion_file: Path, tmp_pa
 
 
 def test_the_base_is_as_before_after_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
-    before = copy.deepcopy(runtime.model.state_dict())
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path)
+    original_state = copy.deepcopy(runtime.model.state_dict())
     train_ours(runtime, ARM, tmp_path)
-    after = runtime.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    restored_state = runtime.model.state_dict()
+    assert restored_state.keys() == original_state.keys()
+    assert all(torch.equal(restored_state[name], original_state[name]) for name in original_state)
     assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
 
 
@@ -113,11 +113,11 @@ def test_initial_a_is_nested(
     if peft_options:  # PEFT asks for a base with biases
         folder = make_base(tmp_path / "base", "conv1d")
         make_tokenizer().save_pretrained(folder)
-    runtime = make_runtime(folder, completion_file, small_settings(peft_options=peft_options), tmp_path)
-    with fresh_adapter(runtime, ARM.model_copy(update={"rank": 8})) as model:
-        high = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
-    with fresh_adapter(runtime, ARM) as model:
-        low = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
+    runtime = make_runtime(folder, completion_file, build_small_settings(peft_options=peft_options), tmp_path)
+    with attach_fresh_adapter(runtime, ARM.model_copy(update={"rank": 8})) as model:
+        high = {name: value.detach().clone() for name, value in list_trainable_parameters(model).items()}
+    with attach_fresh_adapter(runtime, ARM) as model:
+        low = {name: value.detach().clone() for name, value in list_trainable_parameters(model).items()}
     for name, value in low.items():
         if "lora_A" in name:
             assert torch.equal(value, high[name][:4])
@@ -136,9 +136,11 @@ def test_what_decays_is_what_decays_in_trainer(completion_file: Path, tmp_path: 
         "lora_bias": True,
     }
     tokenizer = make_tokenizer()
-    runtime = runtime_of(make_model("gpt2", len(tokenizer)), tokenizer, completion_file, tmp_path / "cache", **changes)
-    with fresh_adapter(runtime, ARM) as peft_model:
-        named = trainable_parameters(peft_model)
+    runtime = make_model_runtime(
+        make_model("gpt2", len(tokenizer)), tokenizer, completion_file, tmp_path / "cache", **changes
+    )
+    with attach_fresh_adapter(runtime, ARM) as peft_model:
+        named = list_trainable_parameters(peft_model)
         arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.5, use_cpu=True, report_to="none")
         theirs: Any = Trainer(peft_model, arguments).create_optimizer()
         ours = ArmOptimizer(runtime, named, ARM.learning_rate, [], lambda _: 1.0)._optimizer

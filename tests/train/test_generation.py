@@ -16,7 +16,7 @@ from rightrank.train.multi_lora import MultiLora
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import Chat
 from tests.helpers import make_runtime
-from tests.tiny import make_tokenizer, sentences, small_settings, write_jsonl
+from tests.tiny import build_small_settings, generate_sentences, make_tokenizer, write_jsonl
 from tests.train.chat_templates import PLAIN, REWRITING
 
 NEW = 12
@@ -24,11 +24,11 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def runtime(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    settings = small_settings(metric="f1", max_new_tokens=NEW, eval_batch_size=5, max_eval_examples=16)
+    settings = build_small_settings(metric="f1", max_new_tokens=NEW, eval_batch_size=5, max_eval_examples=16)
     return make_runtime(model_folder, completion_file, settings, tmp_path_factory.mktemp("answers"))
 
 
-def greedy_alone(runtime: Runtime, prompt: str) -> str:
+def generate_greedily(runtime: Runtime, prompt: str) -> str:
     """Generate token by token over the complete text: no batch, no padding, no cache."""
     tokenizer: Any = runtime.loaded.tokenizer
     ids: list[int] = tokenizer(prompt)["input_ids"]
@@ -51,12 +51,12 @@ def perturb(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 
 
 def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None:
-    found = generate_answers(runtime, "validation")
-    assert len(found) == len(runtime.data.splits["validation"])
-    assert len({len(answer.prompt) for answer in found}) > 3
-    assert len({answer.completion for answer in found}) > 1
-    for answer in found:
-        assert answer.completion == greedy_alone(runtime, answer.prompt)
+    answers = generate_answers(runtime, "validation")
+    assert len(answers) == len(runtime.data.splits["validation"])
+    assert len({len(answer.prompt) for answer in answers}) > 3
+    assert len({answer.completion for answer in answers}) > 1
+    for answer in answers:
+        assert answer.completion == generate_greedily(runtime, answer.prompt)
 
 
 def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> None:
@@ -65,17 +65,17 @@ def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> 
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, arm in enumerate(arms):
             perturb(multi_lora.add(f"arm{number}", arm, runtime.make_config(arm)), number)
-        together = []
+        batched = []
         for number in range(2):
             with multi_lora.route_alone(f"arm{number}"):
-                together.append([answer.completion for answer in generate_answers(runtime, "validation")])
-    assert together[0] != together[1]
-    assert plain not in together
+                batched.append([answer.completion for answer in generate_answers(runtime, "validation")])
+    assert batched[0] != batched[1]
+    assert plain not in batched
     for number, arm in enumerate(arms):
         with MultiLora(runtime.model, runtime.settings) as multi_lora:
             perturb(multi_lora.add("only", arm, runtime.make_config(arm)), number)
             with multi_lora.route_alone("only"):
-                assert [answer.completion for answer in generate_answers(runtime, "validation")] == together[number]
+                assert [answer.completion for answer in generate_answers(runtime, "validation")] == batched[number]
     assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
 
 
@@ -93,13 +93,13 @@ def test_checkpointing_does_not_keep_the_cache_away(runtime: Runtime) -> None:
 def test_out_of_memory_halves_the_batch_of_prompts(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = generate_answers(runtime, "validation")
     sizes: list[int] = []
-    whole = generation._generate_batch
+    generate_batch = generation._generate_batch
 
     def small(runtime: Runtime, token_ids: list[list[int]], config: Any) -> list[str]:
         sizes.append(len(token_ids))
         if len(token_ids) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return whole(runtime, token_ids, config)
+        return generate_batch(runtime, token_ids, config)
 
     monkeypatch.setattr(generation, "_generate_batch", small)
     assert generate_answers(runtime, "validation") == plain
@@ -115,11 +115,11 @@ def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_
             {"role": "user", "content": "and"},
             {"role": "assistant", "content": f"two {number}"},
         ]
-        for number, text in enumerate(sentences(80))
+        for number, text in enumerate(generate_sentences(80))
     ]
     talks += [[{"role": "assistant", "content": f"first {number}"}] for number in range(40)]
     data = write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
-    settings = small_settings(metric="f1", seq_len=120, max_new_tokens=2)
+    settings = build_small_settings(metric="f1", seq_len=120, max_new_tokens=2)
     runtime = make_runtime(model_folder, data, settings, tmp_path / "cache")
     assert build_prompts(runtime, "validation")
     for prompt in build_prompts(runtime, "validation"):
@@ -148,13 +148,13 @@ def test_a_prompt_is_what_precedes_the_answer_in_training(name: str, header: str
     """Check that the prompt includes the text that the template writes before every answer, so that the model writes the answer alone."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = REWRITING[name][0]
-    prompt, after = Chat(tokenizer).split_around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])
+    prompt, suffix = Chat(tokenizer).split_around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])
     assert prompt.endswith(header)
-    assert after == end
+    assert suffix == end
 
 
 def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(120)])
-    runtime = make_runtime(model_folder, data, small_settings(), tmp_path / "cache")
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in generate_sentences(120)])
+    runtime = make_runtime(model_folder, data, build_small_settings(), tmp_path / "cache")
     with pytest.raises(DataError, match=r"has no prompt"):
         build_prompts(runtime, "validation")

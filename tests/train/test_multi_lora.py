@@ -21,7 +21,7 @@ from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 from tests.watch import Watch
 
 STEP_TOLERANCE = 1e-5  # relative, of a step's loss
@@ -32,7 +32,7 @@ def arm(rank: int = 4, rate: float = 1e-2, seed: int = 0, steps: int = 6, alpha:
     return Arm(rank=rank, learning_rate=rate, lora_alpha=alpha, seed=seed, steps=steps)
 
 
-def trials_of(arms: Sequence[Arm]) -> list[Trial]:
+def make_trials(arms: Sequence[Arm]) -> list[Trial]:
     return [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
 
 
@@ -49,7 +49,7 @@ def run(
         listener = Watch(notice=([] if notices is None else notices).append)
     outcomes = train_trials(
         runtime,
-        trials_of(arms),
+        make_trials(arms),
         base_loss,
         lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id),
         listener,
@@ -62,16 +62,16 @@ def run_alone(runtime: Runtime, arms: Sequence[Arm], folder: Path) -> dict[str, 
     return run(runtime, arms, folder, 1)
 
 
-def assert_same(one: TrialOutcome, other: TrialOutcome, folder: Path, another: Path) -> None:
-    assert isinstance(one, TrialFinished)
-    assert isinstance(other, TrialFinished)
-    assert one.train_losses == pytest.approx(other.train_losses, rel=STEP_TOLERANCE * 10)
-    assert one.train_losses[0] == pytest.approx(other.train_losses[0], rel=STEP_TOLERANCE)
-    assert one.example_losses == pytest.approx(other.example_losses, rel=1e-4)
-    assert one.example_tokens == other.example_tokens
-    assert one.train_tokens == other.train_tokens
-    ours = load_file(folder / one.trial_id / "adapter_model.safetensors")
-    theirs = load_file(another / other.trial_id / "adapter_model.safetensors")
+def assert_same(trial: TrialOutcome, reference: TrialOutcome, folder: Path, reference_folder: Path) -> None:
+    assert isinstance(trial, TrialFinished)
+    assert isinstance(reference, TrialFinished)
+    assert trial.train_losses == pytest.approx(reference.train_losses, rel=STEP_TOLERANCE * 10)
+    assert trial.train_losses[0] == pytest.approx(reference.train_losses[0], rel=STEP_TOLERANCE)
+    assert trial.example_losses == pytest.approx(reference.example_losses, rel=1e-4)
+    assert trial.example_tokens == reference.example_tokens
+    assert trial.train_tokens == reference.train_tokens
+    ours = load_file(folder / trial.trial_id / "adapter_model.safetensors")
+    theirs = load_file(reference_folder / reference.trial_id / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert float((value - theirs[name]).norm()) <= RUN_TOLERANCE * float(theirs[name].norm()), name
@@ -79,7 +79,9 @@ def assert_same(one: TrialOutcome, other: TrialOutcome, folder: Path, another: P
 
 @pytest.fixture(scope="module")
 def runtime(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    return make_runtime(model_folder, completion_file, small_settings(max_steps=6), tmp_path_factory.mktemp("cache"))
+    return make_runtime(
+        model_folder, completion_file, build_small_settings(max_steps=6), tmp_path_factory.mktemp("cache")
+    )
 
 
 ARMS = st.lists(
@@ -102,12 +104,12 @@ ARMS = st.lists(
 def test_random_arms_in_one_pass_equal_each_alone(
     runtime: Runtime, tmp_path_factory: pytest.TempPathFactory, arms: list[Arm], size: int
 ) -> None:
-    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
+    alone, shared_folder = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     theirs = run_alone(runtime, arms, alone)
-    ours = run(runtime, arms, together, size)
+    ours = run(runtime, arms, shared_folder, size)
     assert ours.keys() == theirs.keys()
     for trial_id, outcome in ours.items():
-        assert_same(outcome, theirs[trial_id], together, alone)
+        assert_same(outcome, theirs[trial_id], shared_folder, alone)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -125,7 +127,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_arms_in_one_pass_equal_each_alone_under_every_setting(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
+    runtime = make_runtime(
+        model_folder, completion_file, build_small_settings(max_steps=6, **changes), tmp_path / "cache"
+    )
     arms = [arm(1), arm(4), arm(4, rate=3e-3), arm(8, seed=1)]
     assert find_multi_lora_obstacle(runtime, arms) is None
     theirs = run_alone(runtime, arms, tmp_path / "alone")
@@ -139,17 +143,17 @@ def test_arms_in_one_pass_equal_each_alone_under_every_setting(
 
 
 def test_classification_heads_are_each_arms_own(model_folder: Path, class_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, class_file, small_settings(max_steps=6), tmp_path / "cache")
-    before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
+    runtime = make_runtime(model_folder, class_file, build_small_settings(max_steps=6), tmp_path / "cache")
+    original_state = {name: value.clone() for name, value in runtime.model.state_dict().items()}
     arms = [arm(1), arm(4), arm(4, seed=1)]
     assert find_multi_lora_obstacle(runtime, arms) is None
     theirs = run_alone(runtime, arms, tmp_path / "alone")
     ours = run(runtime, arms, tmp_path / "together", 3)
     for trial_id, outcome in ours.items():
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
-    after = runtime.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    restored_state = runtime.model.state_dict()
+    assert restored_state.keys() == original_state.keys()
+    assert all(torch.equal(restored_state[name], original_state[name]) for name in original_state)
     assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
 
 
@@ -224,7 +228,7 @@ def test_closing_early_keeps_checkpoints(runtime: Runtime, tmp_path: Path) -> No
     arms = [arm(2, steps=2), arm(4)]
     outcomes = train_trials(
         runtime,
-        trials_of(arms),
+        make_trials(arms),
         None,
         lambda trial: TrialFolders(tmp_path / f"{trial.trial_id}.safetensors", tmp_path / trial.trial_id),
         Listener(),

@@ -17,7 +17,7 @@ from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.models.kind_checks import plain_losses
-from tests.tiny import ON_CPU, make_tokenizer, small_settings
+from tests.tiny import ON_CPU, build_small_settings, make_tokenizer
 from tests.train.architectures import SIZES, run
 
 
@@ -37,16 +37,16 @@ def test_a_device_without_quantised_matrices_is_named(model_folder: Path, monkey
 
 def test_both_widths_at_once_are_refused() -> None:
     with pytest.raises(SettingsError, match="both given: give one of them"):
-        small_settings(load_in_4bit=True, load_in_8bit=True)
+        build_small_settings(load_in_4bit=True, load_in_8bit=True)
 
 
-def quantised_runtime(completion_file: Path, folder: Path, bits: int, **changes: Any) -> Runtime:
+def make_quantised_runtime(completion_file: Path, folder: Path, bits: int, **changes: Any) -> Runtime:
     tokenizer = make_tokenizer()
-    wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # blocks of 64 weights share a scale
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # blocks of 64 weights share a scale
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(SIZES | wide))).save_pretrained(folder / "model")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(SIZES | sizes))).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    settings = small_settings(**{f"load_in_{bits}bit": True, "max_steps": 4, **changes})
+    settings = build_small_settings(**{f"load_in_{bits}bit": True, "max_steps": 4, **changes})
     return make_runtime(folder / "model", completion_file, settings, folder / "cache")
 
 
@@ -55,14 +55,14 @@ ARMS = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=seed, steps=4) 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 def test_arms_over_four_bits_in_one_pass_equal_each_alone(completion_file: Path, tmp_path: Path) -> None:
-    runtime = quantised_runtime(completion_file, tmp_path, 4)
+    runtime = make_quantised_runtime(completion_file, tmp_path, 4)
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert find_multi_lora_obstacle(runtime, ARMS) is None
-    alone, together = run(runtime, ARMS, tmp_path / "alone", 1), run(runtime, ARMS, tmp_path / "together", 2)
+    alone, shared_trials = run(runtime, ARMS, tmp_path / "alone", 1), run(runtime, ARMS, tmp_path / "together", 2)
     assert alone[0].train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-4)
-    for one, other in zip(together, alone, strict=True):
-        assert one.adapters_per_pass == 2
-        assert one.train_losses == pytest.approx(other.train_losses, rel=1e-5)
+    for trial, reference in zip(shared_trials, alone, strict=True):
+        assert trial.adapters_per_pass == 2
+        assert trial.train_losses == pytest.approx(reference.train_losses, rel=1e-5)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
@@ -71,7 +71,7 @@ def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: P
 
     LLM.int8 searches outliers over all rows of a batch, so another arm's rows would change an arm's output.
     """
-    runtime = quantised_runtime(completion_file, tmp_path, 8)
+    runtime = make_quantised_runtime(completion_file, tmp_path, 8)
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
     assert find_multi_lora_obstacle(runtime, ARMS) == "this model's losses differ when two arms share a pass"
     (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)
@@ -81,7 +81,7 @@ def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: P
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
 def test_dora_over_four_bits_is_pefts(completion_file: Path, tmp_path: Path) -> None:
-    runtime = quantised_runtime(completion_file, tmp_path, 4, use_dora=True)
+    runtime = make_quantised_runtime(completion_file, tmp_path, 4, use_dora=True)
     (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)
     assert alone.train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-4)
 
@@ -90,7 +90,7 @@ def test_dora_over_four_bits_is_pefts(completion_file: Path, tmp_path: Path) -> 
 def test_dora_over_eight_bits_on_a_cpu_is_refused(completion_file: Path, tmp_path: Path) -> None:
     """Check the refusal of a case in which PEFT's own second pass fails."""
     with pytest.raises(ModelError, match="use_dora with load_in_8bit: PEFT loses the scales"):
-        quantised_runtime(completion_file, tmp_path, 8, use_dora=True)
+        make_quantised_runtime(completion_file, tmp_path, 8, use_dora=True)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
@@ -102,7 +102,9 @@ def test_what_is_trained_whole_keeps_its_bits(class_file: Path, tmp_path: Path, 
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    settings = small_settings(**{f"load_in_{bits}bit": True, "modules_to_save": ("pooler.dense",), "max_steps": 4})
+    settings = build_small_settings(
+        **{f"load_in_{bits}bit": True, "modules_to_save": ("pooler.dense",), "max_steps": 4}
+    )
     runtime = make_runtime(tmp_path / "model", class_file, settings, tmp_path / "cache")
     assert type(runtime.model.classifier) is type(runtime.model.bert.pooler.dense) is torch.nn.Linear
     assert type(runtime.model.bert.encoder.layer[0].output.dense) is not torch.nn.Linear

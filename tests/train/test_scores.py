@@ -78,7 +78,7 @@ TEXTS = [
 ]
 
 
-def _classified(count: int, seed: int, share: float = 0.6) -> tuple[list[str], list[str], list[str]]:
+def _draw_predictions(count: int, seed: int, share: float = 0.6) -> tuple[list[str], list[str], list[str]]:
     """Draw imbalanced labels, and two classifiers that agree on about half of their errors."""
     generator = random.Random(seed)
     expected = generator.choices("abcdef", weights=[40, 25, 15, 10, 6, 4], k=count)
@@ -92,26 +92,26 @@ def _classified(count: int, seed: int, share: float = 0.6) -> tuple[list[str], l
 
 
 def test_the_shares_of_macro_f1_have_its_mean_and_leave_one_out_values() -> None:
-    expected, ours, _ = _classified(60, 0)
-    whole, found = score_macro_f1(expected, ours)
-    assert np.mean(found) == pytest.approx(whole)
+    expected, ours, _ = _draw_predictions(60, 0)
+    value, example_scores = score_macro_f1(expected, ours)
+    assert np.mean(example_scores) == pytest.approx(value)
     without = [score_macro_f1(expected[:i] + expected[i + 1 :], ours[:i] + ours[i + 1 :])[0] for i in range(60)]
-    assert np.diff(found) == pytest.approx(-59 * np.diff(without))
+    assert np.diff(example_scores) == pytest.approx(-59 * np.diff(without))
     assert score_macro_f1(["a"], ["a"]) == (1.0, [1.0])
 
 
 @pytest.mark.parametrize("count", [102, 300])
 def test_the_bounds_of_macro_f1_are_those_of_a_paired_bootstrap_of_the_predictions(count: int) -> None:
-    expected, ours, theirs = map(np.array, _classified(count, count))
+    expected, ours, theirs = map(np.array, _draw_predictions(count, count))
     differences = np.array(score_macro_f1(theirs, expected)[1]) - np.array(score_macro_f1(ours, expected)[1])
-    found = compute_file_bounds(differences, np.ones(count), 1.0)
+    bounds = compute_file_bounds(differences, np.ones(count), 1.0)
     generator = np.random.default_rng(0)
     drawn = []
     for _ in range(1000):
         rows = generator.integers(0, count, count)
         drawn.append(score_macro_f1(expected[rows], theirs[rows])[0] - score_macro_f1(expected[rows], ours[rows])[0])
-    low, high = found.mean - 1.645 * np.std(drawn), found.mean + 1.645 * np.std(drawn)
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - found.mean))
+    low, high = bounds.mean - 1.645 * np.std(drawn), bounds.mean + 1.645 * np.std(drawn)
+    assert (bounds.low, bounds.high) == pytest.approx((low, high), abs=0.15 * (high - bounds.mean))
 
 
 def test_one_other_prediction_has_the_bound_of_a_rare_difference() -> None:
@@ -120,10 +120,10 @@ def test_one_other_prediction_has_the_bound_of_a_rare_difference() -> None:
     ours = [*expected[:-1], "a"]
     difference = np.array(score_macro_f1(expected, expected)[1]) - np.array(score_macro_f1(expected, ours)[1])
     assert np.count_nonzero(difference != np.median(difference)) > 30
-    for found in (
+    for bounds in (
         compute_bounds(estimate_mean(difference[None, :], np.ones(102), 1.0)),
         compute_file_bounds(difference, np.ones(102), 1.0),
     ):
-        assert found.mean == pytest.approx(1 - score_macro_f1(expected, ours)[0])
-        assert found.high >= found.mean + 3 / 102
-        assert found.low < 0
+        assert bounds.mean == pytest.approx(1 - score_macro_f1(expected, ours)[0])
+        assert bounds.high >= bounds.mean + 3 / 102
+        assert bounds.low < 0

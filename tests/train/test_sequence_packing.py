@@ -19,7 +19,7 @@ from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode_splits
 from tests.helpers import make_runtime
-from tests.tiny import make_tokenizer, small_settings
+from tests.tiny import build_small_settings, make_tokenizer
 
 ARMS = [
     Arm(rank=rank, learning_rate=1e-2, lora_alpha=8.0, seed=seed, steps=4) for rank, seed in ((1, 0), (4, 1), (4, 2))
@@ -27,7 +27,7 @@ ARMS = [
 
 
 @contextmanager
-def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, dict[str, dict[str, Any]]]]:
+def add_random_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, dict[str, dict[str, Any]]]]:
     """Add arms with nonzero B, so that every tensor has a gradient."""
     generator = torch.Generator().manual_seed(1)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
@@ -40,7 +40,7 @@ def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, d
         yield multi_lora, named
 
 
-def step(
+def compute_gradients(
     runtime: Runtime, multi_lora: MultiLora, arm_batches: list[ArmBatch], parameters: dict[str, Any]
 ) -> tuple[Any, list[torch.Tensor]]:
     """Return the example losses of every arm, and the gradients of one."""
@@ -58,47 +58,49 @@ def step(
 def test_packed_sequences_have_the_losses_and_gradients_of_padded_ones(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(**changes), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(**changes), tmp_path / "cache")
     assert runtime.fast_paths.sequence_packing
-    with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.use_gradient_checkpointing():
+    with add_random_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.use_gradient_checkpointing():
         batch = runtime.make_batch("train", range(7))
         assert len(set(batch.attention_mask.sum(1).tolist())) > 1
         arm_batches = [ArmBatch("a0", batch, 0.1, None)]
-        ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
+        ours, gradients = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
         runtime.fast_paths.sequence_packing = False
-        theirs, expected = step(runtime, multi_lora, arm_batches, named["a0"])
+        theirs, expected = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
-    for one, other in zip(gradients, expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
 
 
 def test_attention_of_all_examples_in_one_call_is_that_of_each_alone(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check the variant for devices on which calls are expensive."""
-    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
-    with drawn_arms(runtime, ARMS[1:2]) as (multi_lora, named):
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path / "cache")
+    with add_random_arms(runtime, ARMS[1:2]) as (multi_lora, named):
         arm_batches = [ArmBatch("a0", runtime.make_batch("train", range(7)), 0.1, None)]
-        theirs, expected = step(runtime, multi_lora, arm_batches, named["a0"])
+        theirs, expected = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
         monkeypatch.setattr(sequence_packing, "PER_EXAMPLE_DEVICES", ())
-        ours, gradients = step(runtime, multi_lora, arm_batches, named["a0"])
+        ours, gradients = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
     assert not torch.equal(ours[0], theirs[0])  # another order of sums
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
-    for one, other in zip(gradients, expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
 
 
 def test_nothing_passes_from_example_to_example(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path / "cache")
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path / "cache")
     first = runtime.make_batch("train", [0, 1, 2])
     with torch.no_grad():
-        together = runtime.compute_losses("train", first, 1.0).example_losses
-        for other in (3, 4):  # another example of another length, another position
-            changed = runtime.compute_losses("train", runtime.make_batch("train", [other, 1, 2]), 1.0).example_losses
-            assert torch.equal(changed[1:], together[1:])
-            assert changed[0] != together[0]
+        packed_losses = runtime.compute_losses("train", first, 1.0).example_losses
+        for neighbour in (3, 4):  # another example of another length, another position
+            changed = runtime.compute_losses(
+                "train", runtime.make_batch("train", [neighbour, 1, 2]), 1.0
+            ).example_losses
+            assert torch.equal(changed[1:], packed_losses[1:])
+            assert changed[0] != packed_losses[0]
         moved = runtime.compute_losses("train", runtime.make_batch("train", [2, 0, 1]), 1.0).example_losses
-    assert torch.equal(moved, together[[2, 0, 1]])
+    assert torch.equal(moved, packed_losses[[2, 0, 1]])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -108,17 +110,19 @@ def test_an_arm_in_a_shared_pass_computes_what_it_computes_alone(
     """Share the pass with arms of other ranks on other examples, and compare bits."""
     bound = 1e-6 if dtype == "float32" else 1e-3
     runtime = make_runtime(
-        model_folder, completion_file, small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
+        model_folder, completion_file, build_small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
     )
-    with drawn_arms(runtime, ARMS) as (multi_lora, named):
+    with add_random_arms(runtime, ARMS) as (multi_lora, named):
         batches = [runtime.make_batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
         arm_batches = [ArmBatch(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
         for number, arm_batch in enumerate(arm_batches):
-            together, shared_gradients = step(runtime, multi_lora, arm_batches, named[arm_batch.adapter])
-            alone, expected = step(runtime, multi_lora, [arm_batch], named[arm_batch.adapter])
-            assert torch.allclose(together[number], alone[0], rtol=bound)
-            for one, other in zip(shared_gradients, expected, strict=True):
-                assert float((one - other).norm()) <= bound * float(other.norm())
+            shared_losses, shared_gradients = compute_gradients(
+                runtime, multi_lora, arm_batches, named[arm_batch.adapter]
+            )
+            alone, expected = compute_gradients(runtime, multi_lora, [arm_batch], named[arm_batch.adapter])
+            assert torch.allclose(shared_losses[number], alone[0], rtol=bound)
+            for gradient, reference in zip(shared_gradients, expected, strict=True):
+                assert float((gradient - reference).norm()) <= bound * float(reference.norm())
 
 
 @pytest.mark.parametrize(("window", "joins"), [(None, True), (64, True), (8, False)])
@@ -135,7 +139,7 @@ def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
     }
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
     model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **sizes, **heads))
-    settings = small_settings()
+    settings = build_small_settings()
     loaded = prepare_model(model, tokenizer, "mistral", torch.device("cpu"))
     runtime = Runtime(
         loaded, encode_splits(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path

@@ -16,7 +16,7 @@ from rightrank.schema.trials import Arm
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode_splits
 from tests.models.kind_cases import make_model
-from tests.tiny import make_tokenizer, small_settings, write_completions
+from tests.tiny import build_small_settings, make_tokenizer, write_completions
 from tests.train.trials import train_ours
 
 pytestmark = [pytest.mark.trains, pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")]
@@ -89,7 +89,7 @@ CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show 
 
 
 def losses(model: str, folder: Path, **changes: Any) -> tuple[list[float], list[float]]:
-    settings = small_settings(**({"max_steps": STEPS, "num_evaluations": 1, "ranks": (4,)} | changes))
+    settings = build_small_settings(**({"max_steps": STEPS, "num_evaluations": 1, "ranks": (4,)} | changes))
     tokenizer = make_tokenizer()
     loaded = prepare_model(
         make_model(model, len(tokenizer)).to(getattr(torch, settings.dtype)), tokenizer, model, torch.device("cpu")
@@ -117,12 +117,12 @@ def test_a_setting_of_the_adapter_changes_every_kind(
     if kind.endswith("embedding") and name == "layers_to_transform":
         pytest.skip("an embedding is in no layer")
     try:
-        found = losses(model, tmp_path, **settings, **{name: ADAPTER[name]})
+        changed_losses = losses(model, tmp_path, **settings, **{name: ADAPTER[name]})
     except ModelError:
         assert (kind, name) in REFUSED
         return
     assert (kind, name) not in REFUSED
-    assert (found == default_losses[kind]) == ((kind, name) in SAME_BY_KIND)
+    assert (changed_losses == default_losses[kind]) == ((kind, name) in SAME_BY_KIND)
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -14,7 +14,7 @@ from rightrank.train.loop import run_trial
 from rightrank.train.runtime import attach_adapter
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
@@ -28,43 +28,45 @@ def run(runtime: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> Tri
 
 @pytest.fixture
 def runtime(model_folder: Path, completion_file: Path, tmp_path: Path) -> object:
-    return make_runtime(model_folder, completion_file, small_settings(num_evaluations=4), tmp_path / "cache")
+    return make_runtime(model_folder, completion_file, build_small_settings(num_evaluations=4), tmp_path / "cache")
 
 
 def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
-    whole = run(runtime, "whole", ARM, tmp_path)
+    full_training = run(runtime, "whole", ARM, tmp_path)
     first = run(runtime, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
     assert not (tmp_path / "first").exists()  # a part of a training leaves no adapter
     second_arm = ARM.model_copy(update={"continue_from": "first"})
     second = run(runtime, "second", second_arm, tmp_path, continue_from=tmp_path / "first.safetensors")
-    assert second.value == pytest.approx(whole.value, rel=1e-6)
-    assert [point.step for point in second.points] == [point.step for point in whole.points]
-    assert first.value != pytest.approx(whole.value, rel=1e-4)
+    assert second.value == pytest.approx(full_training.value, rel=1e-6)
+    assert [point.step for point in second.points] == [point.step for point in full_training.points]
+    assert first.value != pytest.approx(full_training.value, rel=1e-4)
 
 
 def test_looks_score_the_first_examples_and_the_end_scores_all(
     runtime: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rightrank.train.trial.EVAL_SUBSET_SIZE", 5)
-    whole = run(runtime, "whole", ARM, tmp_path)
-    assert len(whole.example_losses) == 12
-    assert whole.value == pytest.approx(sum(whole.example_losses) / sum(whole.example_tokens))
-    first = sum(whole.example_losses[:5]) / sum(whole.example_tokens[:5])
-    assert whole.points[-1].value == pytest.approx(first)  # the last point is of the same examples as those before
+    full_training = run(runtime, "whole", ARM, tmp_path)
+    assert len(full_training.example_losses) == 12
+    assert full_training.value == pytest.approx(sum(full_training.example_losses) / sum(full_training.example_tokens))
+    first = sum(full_training.example_losses[:5]) / sum(full_training.example_tokens[:5])
+    assert full_training.points[-1].value == pytest.approx(
+        first
+    )  # the last point is of the same examples as those before
     look = run(runtime, "look", ARM.model_copy(update={"stop_at": 4}), tmp_path)
-    assert look.example_tokens == whole.example_tokens[:5]
-    assert look.value == pytest.approx(whole.points[1].value, rel=1e-6)
+    assert look.example_tokens == full_training.example_tokens[:5]
+    assert look.value == pytest.approx(full_training.points[1].value, rel=1e-6)
 
 
 def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
-    whole = run(runtime, "whole", ARM, tmp_path)
+    full_training = run(runtime, "whole", ARM, tmp_path)
     arm = ARM.model_copy(update={"continue_from": "gone"})
     again = run(runtime, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
-    assert again.value == whole.value
+    assert again.value == full_training.value
 
 
 def test_an_annealed_copy_decays_and_leaves_the_training_as_it_is(runtime: object, tmp_path: Path) -> None:
-    whole = run(runtime, "whole", ARM, tmp_path)
+    full_training = run(runtime, "whole", ARM, tmp_path)
     run(runtime, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
     copy_arm = ARM.model_copy(update={"continue_from": "first", "anneal_from": 3, "stop_at": 5})
     parent = {"continue_from": tmp_path / "first.safetensors"}
@@ -76,11 +78,11 @@ def test_an_annealed_copy_decays_and_leaves_the_training_as_it_is(runtime: objec
     assert annealed.value != plain.value
     assert not (tmp_path / "copy.safetensors").exists()  # nobody resumes from it
     second = run(runtime, "second", ARM.model_copy(update={"continue_from": "first"}), tmp_path, **parent)
-    assert second.value == pytest.approx(whole.value, rel=1e-6)
+    assert second.value == pytest.approx(full_training.value, rel=1e-6)
 
 
 def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:
-    whole = run(runtime, "whole", ARM, tmp_path)
+    full_training = run(runtime, "whole", ARM, tmp_path)
     cut = {
         rank: run(
             runtime,
@@ -91,8 +93,8 @@ def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: P
         )
         for rank in (4, 1)
     }
-    assert cut[4].value == pytest.approx(whole.value, abs=1e-5)
-    assert cut[1].value != pytest.approx(whole.value, abs=1e-5)
+    assert cut[4].value == pytest.approx(full_training.value, abs=1e-5)
+    assert cut[1].value != pytest.approx(full_training.value, abs=1e-5)
     assert cut[1].trainable_parameters < cut[4].trainable_parameters
 
 

@@ -17,7 +17,7 @@ from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.targets import find_targets, make_lora_config, suppress_peft_warnings
-from tests.tiny import make_tokenizer, small_settings
+from tests.tiny import build_small_settings, make_tokenizer
 from tests.train.architectures import BERT, MODELS, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -67,21 +67,21 @@ def by_peft(model: Any, **options: Any) -> set[str]:
         return adapted(get_peft_model(copy.deepcopy(model), LoraConfig(r=2, task_type=task, **options)))
 
 
-def ours(model: Any, **options: Any) -> set[str]:
+def find_our_modules(model: Any, **options: Any) -> set[str]:
     """Return the modules that a training adapts, which are those in its `Targets`."""
-    settings = small_settings(ranks=(1, 2), **options)
+    settings = build_small_settings(ranks=(1, 2), **options)
     targets = find_targets(model, settings, is_classifier(model))
     config = make_lora_config(settings, ARM, is_classifier(model), targets.names, targets.parameters)
     with suppress_peft_warnings():
-        found = adapted(get_peft_model(copy.deepcopy(model), config))
-    bare = {name.replace(".base_layer", "") for name in found}
+        names = adapted(get_peft_model(copy.deepcopy(model), config))
+    bare = {name.replace(".base_layer", "") for name in names}
     listed = {re.sub(EXPERTS, "", module.name).rstrip(".") for module in targets.modules}
     assert listed == bare
-    return found
+    return names
 
 
 @cache
-def linear_names(model: Any) -> frozenset[str]:
+def find_linear_names(model: Any) -> frozenset[str]:
     """Return the modules that PEFT's `all-linear` adapts, without the parameters of fused experts."""
     names = by_peft(model, target_modules="all-linear")
     return frozenset(name for name in names if ".experts" not in name and name[-4:] != "gate")
@@ -93,20 +93,20 @@ def in_layer(name: str, layer: int) -> bool:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_all_linear_in_a_layer_adapts_that_layer(model: Any, layer: int) -> None:
-    everywhere = linear_names(model)
-    assert ours(model) == everywhere
-    found = ours(model, layers_to_transform=(layer,))
+    everywhere = find_linear_names(model)
+    assert find_our_modules(model) == everywhere
+    found = find_our_modules(model, layers_to_transform=(layer,))
     assert found == {name for name in everywhere if in_layer(name, layer)}
     assert found < everywhere
     last = sorted({name.rpartition(".")[2] for name in everywhere})
     assert found == by_peft(model, target_modules=last, layers_to_transform=[layer])
 
 
-def options_of(model: Any) -> dict[str, dict[str, Any]]:
+def make_options(model: Any) -> dict[str, dict[str, Any]]:
     """Return options that select modules, by what they select, with names that the model has."""
-    names = sorted(linear_names(model))
+    names = sorted(find_linear_names(model))
     ends = sorted({name.rpartition(".")[2] for name in names})
-    layers = names[0].split(".")[[part.isdigit() for part in names[0].split(".")].index(True) - 1]
+    layers = names[0].split(".")[[component.isdigit() for component in names[0].split(".")].index(True) - 1]
     head = "classifier" if is_classifier(model) else "lm_head"
     return {
         "ends": {"target_modules": ends[:2]},
@@ -137,19 +137,19 @@ def test_options_adapt_what_peft_adapts(option: str, model: Any) -> None:
     model.get_input_embeddings_name = lambda: next(
         name for name, module in model.named_modules() if module is model.get_input_embeddings()
     ).rpartition(".")[2]
-    options = options_of(model)[option]
+    options = make_options(model)[option]
     try:
         theirs = by_peft(model, **options)
     except (ValueError, TypeError):
         with pytest.raises(ModelError):
-            ours(model, **options)
+            find_our_modules(model, **options)
         return
-    assert ours(model, **options) == theirs
+    assert find_our_modules(model, **options) == theirs
     if "layers_pattern" not in options and model.config.model_type in PLANNED and find_spec("rightrank.plugins.plan"):
-        assert planned(model, **options) == theirs
+        assert find_planned_modules(model, **options) == theirs
 
 
-def planned(model: Any, **options: Any) -> set[str]:
+def find_planned_modules(model: Any, **options: Any) -> set[str]:
     """Return the modules that a plan counts."""
     from rightrank.plugins.plan.skeleton import build_skeleton
 
@@ -163,7 +163,7 @@ def planned(model: Any, **options: Any) -> set[str]:
 def test_a_name_that_matches_nothing_is_refused(option: str) -> None:
     """Check a case that PEFT accepts."""
     with pytest.raises(ModelError, match="no module is named 'q_porj'"):
-        ours(architecture("llama"), **{option: ["q_porj"]})
+        find_our_modules(architecture("llama"), **{option: ["q_porj"]})
 
 
 def test_a_whole_name_of_another_layer_is_refused() -> None:
@@ -172,29 +172,31 @@ def test_a_whole_name_of_another_layer_is_refused() -> None:
     with pytest.raises(
         ModelError, match=r"'model.layers.0.self_attn.q_proj' is in none of the layers of layers_to_transform"
     ):
-        ours(architecture("llama"), target_modules=names, layers_to_transform=[1])
+        find_our_modules(architecture("llama"), target_modules=names, layers_to_transform=[1])
 
 
 def test_a_pattern_chooses_the_layers_of_all_linear() -> None:
-    layered = ours(architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "layers"})
-    assert layered == ours(architecture("llama"), layers_to_transform=(1,))
+    layered = find_our_modules(
+        architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "layers"}
+    )
+    assert layered == find_our_modules(architecture("llama"), layers_to_transform=(1,))
     with pytest.raises(ModelError, match="PEFT finds no module to adapt"):
-        ours(architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "nowhere"})
+        find_our_modules(architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "nowhere"})
 
 
 def test_a_mixture_says_what_all_linear_leaves_out() -> None:
     mixture = architecture("mixtral")
-    left_out = find_targets(mixture, small_settings(), False).left_out
+    left_out = find_targets(mixture, build_small_settings(), False).left_out
     assert left_out == ("down_proj", "gate.weight", "gate_up_proj")
-    whole = ours(mixture, target_parameters=left_out)
+    all_modules = find_our_modules(mixture, target_parameters=left_out)
     assert {name.replace(".base_layer", "") for name in by_peft(mixture, target_modules="all-linear")} == {
-        name.replace(".base_layer", "") for name in whole
+        name.replace(".base_layer", "") for name in all_modules
     }
-    assert find_targets(mixture, small_settings(target_parameters=left_out), False).left_out == ()
+    assert find_targets(mixture, build_small_settings(target_parameters=left_out), False).left_out == ()
 
 
 def test_the_trained_parameters_are_those_of_one_layer_of_two() -> None:
-    half = find_targets(architecture("llama"), small_settings(layers_to_transform=(1,)), False)
-    whole = find_targets(architecture("llama"), small_settings(), False)
-    assert 2 * len(half.modules) == len(whole.modules)
-    assert 2 * sum(one.max_rank for one in half.modules) == sum(one.max_rank for one in whole.modules)
+    half = find_targets(architecture("llama"), build_small_settings(layers_to_transform=(1,)), False)
+    all_layers = find_targets(architecture("llama"), build_small_settings(), False)
+    assert 2 * len(half.modules) == len(all_layers.modules)
+    assert 2 * sum(module.max_rank for module in half.modules) == sum(module.max_rank for module in all_layers.modules)

@@ -43,10 +43,10 @@ def test_the_longest_sequence_of_a_pair_is_that_of_its_longer_half(tmp_path: Pat
 
 
 def test_nothing_is_left_in_the_folder_and_nothing_held(tmp_path: Path) -> None:
-    before = pyarrow.total_allocated_bytes()
+    original_bytes = pyarrow.total_allocated_bytes()
     stored = TokenStore(some_items(2000, longest=400), tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert pyarrow.total_allocated_bytes() - before < 100 * 2**10  # of the 3 MB that the tokens take
+    assert pyarrow.total_allocated_bytes() - original_bytes < 100 * 2**10  # of the 3 MB that the tokens take
     assert len(stored) == 2000
 
 

@@ -15,7 +15,7 @@ from rightrank.train.loop import train_trials
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.models.kind_checks import with_first_values
-from tests.tiny import small_settings, write_jsonl, write_pairs
+from tests.tiny import build_small_settings, write_jsonl, write_pairs
 from tests.watch import Watch
 
 pytestmark = [
@@ -29,7 +29,7 @@ OTHER = ARM.model_copy(update={"rank": 2, "learning_rate": 3e-2})
 BOUND = 2e-5
 
 
-def rows_of(path: Path, form: str) -> Path:
+def write_rows(path: Path, form: str) -> Path:
     """Write the pairs of `write_pairs`, optionally as conversations or with an implicit prompt."""
     rows = [json.loads(line) for line in write_pairs(path).read_text(encoding="utf-8").splitlines()]
     if form == "messages":
@@ -43,7 +43,7 @@ def rows_of(path: Path, form: str) -> Path:
     return write_jsonl(path, rows)
 
 
-def ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], TrialFinished]:
+def train_ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], TrialFinished]:
     """Train all arms in one pass; return the step losses of the first arm, and its outcome."""
     losses: list[float] = []
 
@@ -65,11 +65,11 @@ def ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], Tria
     return losses, found
 
 
-def theirs(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[list[float], float]:
+def train_with_trl(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[list[float], float]:
     """Train with TRL over the same batches in the same order; return its step losses and its held-out loss."""
-    from tests.train.trl_trainer import trainer_over
+    from tests.train.trl_trainer import make_trainer
 
-    trainer = trainer_over(runtime, ARM, model_folder, data, folder)
+    trainer = make_trainer(runtime, ARM, model_folder, data, folder)
     with_first_values(runtime, ARM, trainer.model)
     trainer.train()
     return list(trainer.losses), trainer.evaluate()["eval_loss"]
@@ -85,11 +85,11 @@ def theirs(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[
     ids=["strings", "messages-prefix", "implicit-truncated"],
 )
 def test_each_step_has_the_loss_of_trl(model_folder: Path, tmp_path: Path, form: str, changes: dict[str, Any]) -> None:
-    data = rows_of(tmp_path / "pairs.jsonl", form)
-    runtime = make_runtime(model_folder, data, small_settings(**changes), tmp_path / "cache")
-    their_losses, their_held_out = theirs(runtime, model_folder, data, tmp_path / "trl")
+    data = write_rows(tmp_path / "pairs.jsonl", form)
+    runtime = make_runtime(model_folder, data, build_small_settings(**changes), tmp_path / "cache")
+    their_losses, their_held_out = train_with_trl(runtime, model_folder, data, tmp_path / "trl")
     for arms in ([ARM], [ARM, OTHER]):
-        losses, finished = ours(runtime, tmp_path / f"ours-{len(arms)}", arms)
+        losses, finished = train_ours(runtime, tmp_path / f"ours-{len(arms)}", arms)
         assert losses == pytest.approx(their_losses, abs=BOUND)
         assert finished.metrics["loss"] == pytest.approx(their_held_out, abs=BOUND)
     assert abs(losses[-1] - losses[0]) > 0.01

@@ -17,32 +17,32 @@ from rightrank.train.runtime import Runtime
 from rightrank.train.targets import make_lora_config
 
 
-class Recording(trl.DPOTrainer):  # type: ignore[misc] # untyped
+class LossRecorder(trl.DPOTrainer):  # type: ignore[misc] # untyped
     """A callback that appends the loss of each training step to `losses`."""
 
     losses: list[float]
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-        found = super().compute_loss(*arguments, **named)
+        loss = super().compute_loss(*arguments, **named)
         if self.model.training:
-            self.losses.append(float(found.detach()))
-        return found
+            self.losses.append(float(loss.detach()))
+        return loss
 
 
-def trainer_over(
+def make_trainer(
     runtime: Runtime,
     arm: Arm,
     model: str | Path,
     data: Path,
     folder: Path,
-) -> Recording:
+) -> LossRecorder:
     """Make a trainer of `arm` on the pairs in `data`; it can evaluate the validation split."""
     settings = runtime.settings
     splits = load_data(data, settings)
     content = {one.example_id: dict(one.content) for split in ("train", "validation") for one in splits.examples[split]}
     order = [runtime.data.splits["train"][index] for batch in runtime.plan_batches(arm.seed) for index in batch]
     held_out = [content[example.example_id] for example in runtime.data.splits["validation"]]
-    trainer = Recording(
+    trainer = LossRecorder(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=trl.DPOConfig(
             output_dir=str(folder),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rightrank.adapters.processes import gather_objects, get_process_index, get_world_size, is_sharded, sync_errors
+from rightrank.adapters.distributed import gather_objects, get_process_index, get_world_size, is_sharded, sync_errors
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import DataError, RightrankError, describe_error
 from rightrank.train.evaluation import Scores
@@ -72,11 +72,11 @@ class TrainerBatch:
         labelled = self.numbers[:, 1:][self.labels[:, 1:] != IGNORED]
         return len(set(labelled.tolist())) // (2 if self.is_pairs else 1)
 
-    def example_groups(self, kept: torch.Tensor) -> list[int]:
+    def example_groups(self, example_numbers: torch.Tensor) -> list[int]:
         """Of the examples with these numbers; empty where the batch has none, or its rows are others than those that have."""
         if self.is_pairs or len(self.groups) != len(self.numbers):
-            return list(self.groups) if len(self.groups) == len(kept) else []
-        return [self.groups[row] for row in self.rows[kept.to(self.rows.device)].tolist()]
+            return list(self.groups) if len(self.groups) == len(example_numbers) else []
+        return [self.groups[row] for row in self.rows[example_numbers.to(self.rows.device)].tolist()]
 
     def loss(self, model: Any, beta: float) -> BatchLoss:
         """By the objective of its form."""
@@ -100,10 +100,10 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
             f"collator that makes a tensor of it, or {CUSTOM_EVALUATION_HINT}"
         )
     base, device = get_base_model(model), next(model.parameters()).device
-    given = {
+    tensors_by_key = {
         key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key not in REFERENCE_KEYS
     }
-    tensors = {key: value.to(device) for key, value in given.items()}
+    tensors = {key: value.to(device) for key, value in tensors_by_key.items()}
     inputs: dict[str, Any] = {key: value for key, value in tensors.items() if key not in NON_MODEL_KEYS}
     if "use_cache" in inspect.signature(base.forward).parameters:
         inputs["use_cache"] = False
@@ -143,8 +143,8 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
 
 
 def _contains_tensor(value: Any) -> bool:
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return isinstance(value, torch.Tensor) or any(map(_contains_tensor, parts))
+    members = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, torch.Tensor) or any(map(_contains_tensor, members))
 
 
 def compute_batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLoss:
@@ -198,15 +198,15 @@ class HeldOutBatches:
                 self._batches[number] = add_reference(self._model, batch)
                 rows = read_batch(self._model, self._batches[number])
                 scored = rows.loss(self._model, self._beta)
-                kept = scored.example_tokens.nonzero()[:, 0]
-                losses += scored.example_losses[kept].tolist()
-                tokens += scored.example_tokens[kept].tolist()
+                example_numbers = scored.example_tokens.nonzero()[:, 0]
+                losses += scored.example_losses[example_numbers].tolist()
+                tokens += scored.example_tokens[example_numbers].tolist()
                 correct += scored.example_metrics.get("accuracy", torch.zeros(0)).tolist()
-                groups += rows.example_groups(kept)
+                groups += rows.example_groups(example_numbers)
             if self._in_step is not None:
                 compute_batch_loss(self._model, self._in_step, self._beta)
         losses, tokens, correct, groups = (
-            list(chain(*parts)) for parts in zip(*gather_objects((losses, tokens, correct, groups)), strict=True)
+            list(chain(*lists)) for lists in zip(*gather_objects((losses, tokens, correct, groups)), strict=True)
         )
         by_example = {"accuracy": correct} if correct else {}
         return Scores(losses, tokens, by_example, groups if len(groups) == len(losses) else None)

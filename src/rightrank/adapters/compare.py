@@ -51,7 +51,7 @@ def compare_adapters(
     settings: SelectSettings,
     on_event: Callable[[EvaluationProgress], None] = lambda _: None,
     base_b: str | None = None,
-    of_run: DataSplits | None = None,
+    run_splits: DataSplits | None = None,
 ) -> AdapterComparison:
     """Read A and B on every data set and compare them by every metric; see `rightrank.compare`.
 
@@ -64,16 +64,16 @@ def compare_adapters(
     require_metric_functions(settings)
     comparisons: list[MetricComparison] = []
     cause: str | None = None
-    for place in data:
+    for path in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            *read, trained_on = _evaluate_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
-            named = (_compare_metric((read[0], read[1]), spec.name, place, settings) for spec in settings.metric_specs)
-            comparisons += [comparison.model_copy(update={"trained_on": trained_on}) for comparison in named]
+            *read, trained_on = _evaluate_sides(sides, model, path, settings, Path(name), on_event, base_b, run_splits)
+            results = (_compare_metric((read[0], read[1]), spec.name, path, settings) for spec in settings.metric_specs)
+            comparisons += [comparison.model_copy(update={"trained_on": trained_on}) for comparison in results]
             cause = cause or diagnose_conversion((read[0], read[1]), evaluate_adapter)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
-    kept = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
+    fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _format_sentence(*sides, worst, len(comparisons), cause)
-    return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **kept)
+    return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **fields)
 
 
 def _evaluate_sides(
@@ -84,43 +84,43 @@ def _evaluate_sides(
     cache: Path,
     on_event: Callable[[EvaluationProgress], None],
     base_b: str | None,
-    of_run: DataSplits | None,
+    run_splits: DataSplits | None,
 ) -> tuple[ComparedSide, ComparedSide, int]:
     """Both sides, and the number of rows that an adapter was trained on, which are left out."""
     trained_on = 0
-    if of_run is None:
-        whole, settings = load_held_out(
+    if run_splits is None:
+        splits_of_data, settings = load_held_out(
             data, settings.model_copy(update={"cache_prefix": False}), _find_shared_labels(sides)
         )
-        splits = _drop_training_examples(whole, sides, settings, data)
-        trained_on = len(whole.examples["validation"]) - len(splits.examples["validation"])
+        splits = _drop_training_examples(splits_of_data, sides, settings, data)
+        trained_on = len(splits_of_data.examples["validation"]) - len(splits.examples["validation"])
     else:
-        splits, settings = of_run, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
-    read: list[ComparedSide] = []
+        splits, settings = run_splits, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
+    compared_sides: list[ComparedSide] = []
     base: Runtime | None = None
-    for number, place in enumerate(sides):
-        is_adapter = (Path(place) / CONFIG_FILE).is_file()
-        on_base = is_adapter or place == BASE_SIDE
-        source, read_as = model if on_base else place, settings
+    for number, side_name in enumerate(sides):
+        is_adapter = (Path(side_name) / CONFIG_FILE).is_file()
+        uses_base = is_adapter or side_name == BASE_SIDE
+        source, side_settings = model if uses_base else side_name, settings
         if number and base_b in BITS:
-            read_as = settings.model_copy(update={BITS[base_b]: True})
-        elif number and base_b is not None and on_base:
+            side_settings = settings.model_copy(update={BITS[base_b]: True})
+        elif number and base_b is not None and uses_base:
             source = base_b
-        other_tokens = None
-        if not on_base or base is None or (number and base_b is not None):
-            first = read[0].runtime if read and read[0].adapter is not None else None  # B is made of A
-            runtime, other_tokens = _build_runtime(source, splits, read_as, cache / str(number), first)
-            base = runtime if on_base and base is None else base
+        token_difference = None
+        if not uses_base or base is None or (number and base_b is not None):
+            first = compared_sides[0].runtime if compared_sides and compared_sides[0].adapter is not None else None  # B is made of A
+            runtime, token_difference = _build_runtime(source, splits, side_settings, cache / str(number), first)
+            base = runtime if uses_base and base is None else base
         else:
             runtime = base
         if is_adapter and not (number and base_b is not None and base_b not in BITS):
-            require_matching_base(Path(place), runtime.loaded)
-        if is_adapter and not (Path(place) / MLX_FILE).is_file():
-            read_header(Path(place) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
-        report_evaluation_progress(runtime, f"{'AB'[number]} ({Path(place).name}) on {data.name}", on_event)
-        adapter = Path(place) if is_adapter else None
-        read.append(ComparedSide(place, runtime, adapter, evaluate_adapter(runtime, place, adapter), other_tokens))
-    return read[0], read[1], trained_on
+            require_matching_base(Path(side_name), runtime.loaded)
+        if is_adapter and not (Path(side_name) / MLX_FILE).is_file():
+            read_header(Path(side_name) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
+        report_evaluation_progress(runtime, f"{'AB'[number]} ({Path(side_name).name}) on {data.name}", on_event)
+        adapter = Path(side_name) if is_adapter else None
+        compared_sides.append(ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter), token_difference))
+    return compared_sides[0], compared_sides[1], trained_on
 
 
 def _drop_training_examples(
@@ -131,15 +131,15 @@ def _drop_training_examples(
     Raises:
         DataError: fewer than two are left.
     """
-    seen = set[str]()
-    for side in sides:
-        if side != BASE_SIDE and (known := load_run_splits(Path(side), settings, splits.summary.classes)) is not None:
-            seen |= {example.example_id for example in known[0].examples["train"]}
-    unseen = splits.exclude_examples(seen)
-    count, left = (len(side.examples["validation"]) for side in (splits, unseen))
-    if left < 2:
+    trained_ids = set[str]()
+    for side_name in sides:
+        if side_name != BASE_SIDE and (run_data := load_run_splits(Path(side_name), settings, splits.summary.classes)) is not None:
+            trained_ids |= {example.example_id for example in run_data[0].examples["train"]}
+    unseen = splits.exclude_examples(trained_ids)
+    count, num_unseen = (len(side_name.examples["validation"]) for side_name in (splits, unseen))
+    if num_unseen < 2:
         raise DataError(
-            f"{data}: {count - left} of {count} distinct rows are among the training examples of A or B; give rows that "
+            f"{data}: {count - num_unseen} of {count} distinct rows are among the training examples of A or B; give rows that "
             "neither was trained on"
         )
     return unseen
@@ -150,13 +150,13 @@ def load_run_splits(
 ) -> tuple[DataSplits, Path] | None:
     """`(the splits that the run trained with, its data)` of an adapter in a run's `adapter/` or `trials/<trial_id>/`; None where not known."""
     parent = adapter.resolve().parent
-    journal = next((place for at in (parent, parent.parent) if (place := at / "journal.jsonl").is_file()), None)
+    journal = next((path for folder in (parent, parent.parent) if (path := folder / "journal.jsonl").is_file()), None)
     started = None if journal is None else next(iter(Journal(journal).read_complete_lines()), None)
     source = started.data_name if isinstance(started, RunStarted) else None
     if not isinstance(started, RunStarted) or source is None or not Path(source).exists():
         return None
-    of_run = settings.model_copy(update=started.select_settings.model_dump(include=SPLIT_SETTINGS))
-    return load_data(Path(source), of_run, classes=classes), Path(source)
+    run_settings = settings.model_copy(update=started.select_settings.model_dump(include=SPLIT_SETTINGS))
+    return load_data(Path(source), run_settings, classes=classes), Path(source)
 
 
 def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> None:
@@ -167,7 +167,7 @@ def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> Non
     """
     if a.example_tokens == b.example_tokens or (metric != "loss" and len(a.example_losses) == len(b.example_losses)):
         return
-    counts = [sum(side.example_tokens or []) for side in (a, b)]
+    counts = [sum(trial.example_tokens or []) for trial in (a, b)]
     raise ModelError(
         f"A and B have different tokenizers: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.example_losses)} and "
         f"{len(b.example_losses)} examples. Losses by token can't be compared then; compare what they answer, such as by "
@@ -182,17 +182,17 @@ def _build_runtime(
 
     Its own tokens, with its own template, may then be others: the second value says so.
     """
-    with ensure_torch_format(model) as place:
-        loaded = load_base(place, settings, splits.summary.classes)
-        loaded = loaded if place == model else replace(loaded, name=model)
-    numbers = loaded.tokenizer.get_vocab().items()  # of tokens
-    if first is None or not first.loaded.tokenizer.get_vocab().items() <= numbers:
+    with ensure_torch_format(model) as location:
+        loaded = load_base(location, settings, splits.summary.classes)
+        loaded = loaded if location == model else replace(loaded, name=model)
+    vocabulary = loaded.tokenizer.get_vocab().items()  # of tokens
+    if first is None or not first.loaded.tokenizer.get_vocab().items() <= vocabulary:
         return Runtime(loaded, encode_splits(splits, loaded, settings), settings, 1, cache), None
     try:
-        other_tokens = describe_token_difference(first, loaded.tokenizer, encode_splits(splits, loaded, settings))
+        token_difference = describe_token_difference(first, loaded.tokenizer, encode_splits(splits, loaded, settings))
     except DataError as error:
-        other_tokens = f"its tokenizer or chat template was changed: {error}"
-    return Runtime(loaded, first.data, settings, 1, cache), other_tokens
+        token_difference = f"its tokenizer or chat template was changed: {error}"
+    return Runtime(loaded, first.data, settings, 1, cache), token_difference
 
 
 def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
@@ -224,7 +224,7 @@ def _compare_metric(
             f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
         )
     worse = compute_paired_difference(cells[1], cells[0])
-    difference = worse.sums, worse.weights, worse.span, worse.groups
+    difference = worse.sums, worse.weights, worse.score_range, worse.groups
     bounds = compute_file_bounds(*difference)
     margin = settings.margin
     if margin is None:
@@ -261,19 +261,19 @@ def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause:
         f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
         f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {worst.margin:g}"
     )
-    among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
+    worst_text = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
     if cause is not None:
-        return f"{names}: BROKEN, {cause}; {figures}.{among}"
+        return f"{names}: BROKEN, {cause}; {figures}.{worst_text}"
     if worst.verdict != "cannot_tell":
-        told = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
-        return f"{names}: {told}; {figures}. {format_distribution(worst.distribution)}{among}"
+        verdict = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
+        return f"{names}: {verdict}; {figures}. {format_distribution(worst.distribution)}{worst_text}"
     noun = "examples" if worst.groups is None else "groups"
-    cure = (
+    advice = (
         f"about {worst.examples_needed:,} {noun} would show it"
         if worst.examples_needed is not None
         else f"more {noun} would show whether it is worse"
     )
-    return f"{names}: these examples cannot tell; {figures}; {cure}. {format_distribution(worst.distribution)}{among}"
+    return f"{names}: these examples cannot tell; {figures}; {advice}. {format_distribution(worst.distribution)}{worst_text}"
 
 
 def _find_shared_labels(sides: Sequence[str]) -> list[str] | None:
@@ -282,14 +282,14 @@ def _find_shared_labels(sides: Sequence[str]) -> list[str] | None:
     Raises:
         ModelError: two classifiers of other labels, or of another order.
     """
-    known = [(side, labels) for side in sides if (labels := read_labels(side)) is not None]
-    if not known:
+    labels_by_side = [(side, labels) for side in sides if (labels := read_labels(side)) is not None]
+    if not labels_by_side:
         return None
-    (first, labels), *others = known
-    for side, theirs in others:
-        if theirs != labels:
+    (first, labels), *other_sides = labels_by_side
+    for side, side_labels in other_sides:
+        if side_labels != labels:
             raise ModelError(
-                f"{side}: its labels are {', '.join(theirs)}, and those of {first} are {', '.join(labels)}: classifiers are "
+                f"{side}: its labels are {', '.join(side_labels)}, and those of {first} are {', '.join(labels)}: classifiers are "
                 "compared with the same labels in the same order"
             )
     return labels
@@ -312,13 +312,13 @@ def _read_classifier_labels(folder: Path) -> list[str] | None:
         ) from None
 
 
-def read_labels(side: str) -> list[str] | None:
+def read_labels(model: str) -> list[str] | None:
     """The labels of an adapter or of a whole model, without loading it; None for no classifier, for `base` and a GGUF file.
 
     Where nothing names them, they are the numbers of the head's rows.
     """
-    folder = Path(side)
-    if side == BASE_SIDE:
+    folder = Path(model)
+    if model == BASE_SIDE:
         return None
     if (folder / CONFIG_FILE).is_file():
         stored = _read_classifier_labels(folder)
@@ -333,8 +333,8 @@ def _count_head_rows(folder: Path) -> int | None:
     weights = folder / WEIGHTS_FILE
     if task != "SEQ_CLS" or not weights.is_file():
         return None
-    head = re.compile(r"\.(score|classifier)\.(?!.*\.?lora_).*weight$")  # what PEFT saves of a classifier
-    rows = [shape[0] for name, shape in read_header(weights)[0].items() if head.search(name)]
+    pattern = re.compile(r"\.(score|classifier)\.(?!.*\.?lora_).*weight$")  # what PEFT saves of a classifier
+    rows = [shape[0] for name, shape in read_header(weights)[0].items() if pattern.search(name)]
     return rows[-1] if rows else None
 
 

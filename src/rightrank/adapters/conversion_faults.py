@@ -42,7 +42,7 @@ ScoreFunction: TypeAlias = Callable[[Runtime, str, Path | None], TrialFinished] 
 class ComparedSide:
     """One side on all examples of one data set: what it was read from, and its scores."""
 
-    place: str
+    source: str
     runtime: Runtime
     adapter: Path | None  # on the base of `runtime`; None: the base or a whole model
     scores: TrialFinished
@@ -51,7 +51,7 @@ class ComparedSide:
     @property
     def is_full_model(self) -> bool:
         """Whether it is a model of its own, and not the base with or without an adapter."""
-        return self.adapter is None and self.place != BASE_SIDE
+        return self.adapter is None and self.source != BASE_SIDE
 
 
 def diagnose_conversion(sides: tuple[ComparedSide, ComparedSide], score: ScoreFunction) -> str | None:
@@ -70,19 +70,19 @@ def diagnose_conversion(sides: tuple[ComparedSide, ComparedSide], score: ScoreFu
 
 def _diagnose_function(a: ComparedSide, b: ComparedSide, score: ScoreFunction) -> str | None:
     assert a.adapter is not None
-    whole, made = _get_losses(a.scores), _get_losses(b.scores)
-    base = _get_losses(score(a.runtime, "base", None))
-    off, moved = _compute_distance(made, whole), _compute_distance(base, whole)
-    if off <= IGNORED_CHANGE * moved:
+    adapter_losses, converted_losses = _get_losses(a.scores), _get_losses(b.scores)
+    base_losses = _get_losses(score(a.runtime, "base", None))
+    deviation, adapter_effect = _compute_distance(converted_losses, adapter_losses), _compute_distance(base_losses, adapter_losses)
+    if deviation <= IGNORED_CHANGE * adapter_effect:
         return None
-    if _compute_distance(made, base) * CLOSENESS_RATIO <= off:
+    if _compute_distance(converted_losses, base_losses) * CLOSENESS_RATIO <= deviation:
         return "it is the base: the adapter was dropped"
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         for number, (cause, folder) in enumerate(_write_faulty_adapters(a.adapter, Path(name))):
             losses = _get_losses(score(a.runtime, f"fault {number}", folder))
             if (
-                _compute_distance(losses, whole) > IGNORED_CHANGE * moved
-                and _compute_distance(made, losses) * CLOSENESS_RATIO <= off
+                _compute_distance(losses, adapter_losses) > IGNORED_CHANGE * adapter_effect
+                and _compute_distance(converted_losses, losses) * CLOSENESS_RATIO <= deviation
             ):
                 return f"it is {cause}"
     return None
@@ -92,31 +92,31 @@ def _get_losses(trial: TrialFinished) -> Floats:
     return np.array(trial.example_losses)
 
 
-def _compute_distance(left: Floats, right: Floats) -> float:
-    return float(np.abs(left - right).mean())
+def _compute_distance(losses: Floats, other_losses: Floats) -> float:
+    return float(np.abs(losses - other_losses).mean())
 
 
 def _write_faulty_adapters(adapter: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     """What each fault is called, and an adapter that has it."""
     opened = open_adapter(adapter)
     config = opened.config
-    rank, alpha, own = config["r"], config["lora_alpha"], "it has scale {:.3g}, the adapter {:.3g}"
+    rank, alpha, scale_text = config["r"], config["lora_alpha"], "it has scale {:.3g}, the adapter {:.3g}"
     scale = alpha / rank**0.5 if opened.use_rslora else alpha / rank
     changes: dict[str, dict[str, Any]] = {}
     if opened.use_dora:
         changes["the adapter without DoRA's magnitudes"] = {"use_dora": False}
-    rs = f"the adapter {'without' if opened.use_rslora else 'with'} rsLoRA"
-    changes[f"{rs}: {own.format(alpha / (rank if opened.use_rslora else rank**0.5), scale)}"] = {
+    rslora_text = f"the adapter {'without' if opened.use_rslora else 'with'} rsLoRA"
+    changes[f"{rslora_text}: {scale_text.format(alpha / (rank if opened.use_rslora else rank**0.5), scale)}"] = {
         "use_rslora": not opened.use_rslora
     }
-    for what, other in (
+    for description, wrong_alpha in (
         ("alpha lost, r taken", rank),
         (f"alpha lost, PEFT's {DEFAULT_ALPHA:g} taken", DEFAULT_ALPHA),
         ("half", alpha / 2),
         ("twice", 2 * alpha),
     ):
-        changes[f"the adapter at another scale ({what}): {own.format(scale * other / alpha, scale)}"] = {
-            "lora_alpha": other, "alpha_pattern": {name: value * other / alpha for name, value in config["alpha_pattern"].items()},
+        changes[f"the adapter at another scale ({description}): {scale_text.format(scale * wrong_alpha / alpha, scale)}"] = {
+            "lora_alpha": wrong_alpha, "alpha_pattern": {name: value * wrong_alpha / alpha for name, value in config["alpha_pattern"].items()},
         }  # fmt: skip
     for number, (cause, change) in enumerate(changes.items()):
         copy = folder / str(number)
@@ -124,8 +124,8 @@ def _write_faulty_adapters(adapter: Path, folder: Path) -> Iterator[tuple[str, P
         (copy / CONFIG_FILE).write_text(json.dumps(dict(config) | change), encoding="utf-8")
         if "use_dora" in change:
             tensors = load_file(copy / WEIGHTS_FILE)
-            kept = {key: value for key, value in tensors.items() if not key.endswith(tuple(MAGNITUDE_KEYS))}
-            save_file(kept, copy / WEIGHTS_FILE, {"format": "pt"})
+            plain_tensors = {key: value for key, value in tensors.items() if not key.endswith(tuple(MAGNITUDE_KEYS))}
+            save_file(plain_tensors, copy / WEIGHTS_FILE, {"format": "pt"})
         yield cause, copy
 
 
@@ -133,39 +133,39 @@ def _find_base_difference(a: ComparedSide, b: ComparedSide) -> str | None:
     """Whether what the adapter leaves alone is that of another base."""
     assert a.adapter is not None
     opened = open_adapter(a.adapter)
-    touched = {module.name for module in opened.modules}
-    saved = tuple(opened.config.get("modules_to_save") or ())
-    mine, theirs = (dict(side.runtime.model.named_parameters()) for side in (a, b))
-    is_packed = Path(b.place).suffix == ".gguf" or is_mlx_quantized(Path(b.place))
+    adapted = {module.name for module in opened.modules}
+    saved_modules = tuple(opened.config.get("modules_to_save") or ())
+    base_parameters, converted_parameters = (dict(compared_side.runtime.model.named_parameters()) for compared_side in (a, b))
+    is_packed = Path(b.source).suffix == ".gguf" or is_mlx_quantized(Path(b.source))
     embedding = None if is_packed else a.runtime.model.get_input_embeddings().weight
-    for name, value in mine.items():
-        module, other = name.rpartition(".")[0], theirs.get(name)
-        if module in touched or module.endswith(saved or ("\0",)) or not value.is_floating_point():
+    for name, value in base_parameters.items():
+        module, converted = name.rpartition(".")[0], converted_parameters.get(name)
+        if module in adapted or module.endswith(saved_modules or ("\0",)) or not value.is_floating_point():
             continue
-        if other is None or other.shape != value.shape:
+        if converted is None or converted.shape != value.shape:
             return f"it has another base than {a.runtime.loaded.name}: {name} is not the same there"
-        if not other.is_floating_point():
+        if not converted.is_floating_point():
             continue
-        off = float(
-            torch.linalg.vector_norm(other.float() - value.float())
+        relative_error = float(
+            torch.linalg.vector_norm(converted.float() - value.float())
             / torch.linalg.vector_norm(value.float()).clamp(min=1e-12)
         )
-        if off > (VECTOR_TOLERANCE if value.dim() == 1 or value is embedding else MATRIX_TOLERANCE):
-            return f"it has another base than {a.runtime.loaded.name}: {name} differs by {off:.0%}"
+        if relative_error > (VECTOR_TOLERANCE if value.dim() == 1 or value is embedding else MATRIX_TOLERANCE):
+            return f"it has another base than {a.runtime.loaded.name}: {name} differs by {relative_error:.0%}"
     return None
 
 
-def describe_token_difference(first: Runtime, tokenizer: Any, own: EncodedData) -> str | None:
+def describe_token_difference(first: Runtime, tokenizer: Any, own_data: EncodedData) -> str | None:
     """Why the same rows are other tokens for a tokenizer than on the first side; None where they are the same."""
-    entries = (islice(data.splits["validation"], TOKENIZED_EXAMPLES) for data in (first.data, own))
-    for number, (here, there) in enumerate(zip(*entries, strict=False)):
-        for (mine, _), (theirs, _) in zip(here.sequences(), there.sequences(), strict=False):
-            if list(mine) != list(theirs):
-                same = tokenizer.chat_template == first.loaded.tokenizer.chat_template
-                what = "tokenizer" if same else "chat template"
-                place = next(
-                    (at for at, (x, y) in enumerate(zip(mine, theirs, strict=False)) if x != y),
-                    min(len(mine), len(theirs)),
+    entries = (islice(data.splits["validation"], TOKENIZED_EXAMPLES) for data in (first.data, own_data))
+    for number, (example, own_example) in enumerate(zip(*entries, strict=False)):
+        for (ids, _), (own_ids, _) in zip(example.sequences(), own_example.sequences(), strict=False):
+            if list(ids) != list(own_ids):
+                has_same_template = tokenizer.chat_template == first.loaded.tokenizer.chat_template
+                cause = "tokenizer" if has_same_template else "chat template"
+                position = next(
+                    (index for index, (x, y) in enumerate(zip(ids, own_ids, strict=False)) if x != y),
+                    min(len(ids), len(own_ids)),
                 )
-                return f"its {what} was changed: example {number + 1} has other tokens from the {place + 1}th on"
+                return f"its {cause} was changed: example {number + 1} has other tokens from the {position + 1}th on"
     return None

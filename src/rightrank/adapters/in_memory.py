@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.batch_scores import BETA, Batch, compute_batch_loss, count_positions
-from rightrank.adapters.processes import is_partitioned, sync_errors
+from rightrank.adapters.distributed import is_partitioned, sync_errors
 from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.adapter_writer import save_adapter
@@ -100,11 +100,11 @@ def find_trained_adapter(model: Any) -> str:
     if config is None:
         raise ModelError("the model has no PEFT adapter; give a model that PEFT has wrapped")
     modules = {module: layer for module, layer in find_lora_modules(model).items() if name in layer.r}
-    odd = [module for module, layer in modules.items() if not isinstance(find_kind(layer), Linear)]
-    if not modules or odd or config.use_dora:
-        what = odd[0] if odd else config.peft_type
+    unsupported = [module for module, layer in modules.items() if not isinstance(find_kind(layer), Linear)]
+    if not modules or unsupported or config.use_dora:
+        name_or_type = unsupported[0] if unsupported else config.peft_type
         raise ModelError(
-            f"{what}: only LoRA of linear layers is truncated in memory; save it and use rightrank resize --data"
+            f"{name_or_type}: only LoRA of linear layers is truncated in memory; save it and use rightrank resize --data"
         )
     if any(layer.merged for layer in modules.values()):
         raise ModelError(f"the adapter {name!r} is merged into the base; call unmerge_adapter() before the measurement")
@@ -125,34 +125,34 @@ def copy_factors(model: Any, name: str, adapter: AdapterFolder) -> None:
     layers = find_lora_modules(model)
     for module in adapter.modules:
         layer = layers[module.name]
-        b, a = (torch.from_numpy(part) for part in adapter.load_factors(module))
+        b, a = (torch.from_numpy(factor) for factor in adapter.load_factors(module))
         ratio = module.scaling / layer.scaling[name]
-        for weight, part in ((layer.lora_B[name].weight, b * ratio), (layer.lora_A[name].weight, a)):
-            whole = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-            whole[: part.shape[0], : part.shape[1]].copy_(part)
+        for weight, factor in ((layer.lora_B[name].weight, b * ratio), (layer.lora_A[name].weight, a)):
+            padded = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+            padded[: factor.shape[0], : factor.shape[1]].copy_(factor)
             if isinstance(weight, DTensor):
-                whole = distribute_tensor(whole, weight.device_mesh, weight.placements)
+                padded = distribute_tensor(padded, weight.device_mesh, weight.placements)
             with torch.no_grad():
-                weight.copy_(whole)
+                weight.copy_(padded)
 
 
-def gather_adapter_moments(live: InMemoryAdapter) -> GatheredMoments:
+def gather_adapter_moments(in_memory_adapter: InMemoryAdapter) -> GatheredMoments:
     """Second moments of about `moment_tokens` tokens of training examples."""
-    if not live.train:
+    if not in_memory_adapter.train:
         return GatheredMoments(
             {}, 0, 0, ("truncated by singular values: no training examples were given for second moments",)
         )
-    names = [name for name, layer in find_lora_modules(live.model).items() if live.name in layer.lora_A]
-    return accumulate_moments(live.model, names, _run_passes(live), live.name)
+    names = [name for name, layer in find_lora_modules(in_memory_adapter.model).items() if in_memory_adapter.name in layer.lora_A]
+    return accumulate_moments(in_memory_adapter.model, names, _run_passes(in_memory_adapter), in_memory_adapter.name)
 
 
-def _run_passes(live: InMemoryAdapter) -> Iterator[tuple[int, int, int]]:
+def _run_passes(in_memory_adapter: InMemoryAdapter) -> Iterator[tuple[int, int, int]]:
     """Forward and backward over training batches; yields the rows, the positions and the labels of each."""
-    read = 0
-    for batch in live.train:
-        if read >= live.moment_tokens:
+    num_positions = 0
+    for batch in in_memory_adapter.train:
+        if num_positions >= in_memory_adapter.moment_tokens:
             return
-        loss = compute_batch_loss(live.model, batch, live.beta)
+        loss = compute_batch_loss(in_memory_adapter.model, batch, in_memory_adapter.beta)
         torch.autograd.backward(loss.total)
-        read += count_positions(batch)
+        num_positions += count_positions(batch)
         yield len(loss.example_losses), count_positions(batch), int(loss.example_tokens.sum())

@@ -28,12 +28,12 @@ MAX_COPIED_OBJECTS = 10_000  # of a data set or collator; what holds more is not
 @contextmanager
 def preserve_random_states(*sources: Any) -> Iterator[None]:
     """After the block every random state is as before: the global ones, and those of generators that the sources hold."""
-    held = {id(generator): generator for source in sources for generator in _find_generators(source)}.values()
+    generators = {id(generator): generator for source in sources for generator in _find_generators(source)}.values()
     with ExitStack() as restored:
         restored.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         restored.callback(np.random.set_state, np.random.get_state())
         restored.callback(random.setstate, random.getstate())
-        for generator in held:
+        for generator in generators:
             if isinstance(generator, np.random.Generator):
                 restored.callback(setattr, generator.bit_generator, "state", generator.bit_generator.state)
             elif isinstance(generator, random.Random):
@@ -49,17 +49,17 @@ def _find_generators(source: Any, depth: int = SEARCH_DEPTH) -> Iterator[Any]:
         yield source
     if depth == 0 or isinstance(source, torch.nn.Module | torch.Tensor | np.ndarray | type | ModuleType):
         return
-    parts = list(getattr(source, "__dict__", {}).values())
-    parts += [getattr(type(source), called, None) for called in ("__getitem__", "__call__", "__iter__")]
+    values = list(getattr(source, "__dict__", {}).values())
+    values += [getattr(type(source), name, None) for name in ("__getitem__", "__call__", "__iter__")]
     if isinstance(source, list | tuple | dict) and len(source) <= MAX_SEARCHED_ENTRIES:
-        parts += list(source.values() if isinstance(source, dict) else source)
+        values += list(source.values() if isinstance(source, dict) else source)
     elif isinstance(source, FunctionType):
-        parts += [source.__globals__.get(called) for called in source.__code__.co_names]
-        parts += [getattr(cell, "cell_contents", None) for cell in source.__closure__ or ()]
+        values += [source.__globals__.get(name) for name in source.__code__.co_names]
+        values += [getattr(cell, "cell_contents", None) for cell in source.__closure__ or ()]
     elif isinstance(source, MethodType | partial):
-        parts += [source.__self__] if isinstance(source, MethodType) else [source.func, source.args, source.keywords]
-    for part in parts:
-        yield from _find_generators(part, depth - 1)
+        values += [source.__self__] if isinstance(source, MethodType) else [source.func, source.args, source.keywords]
+    for value in values:
+        yield from _find_generators(value, depth - 1)
 
 
 def copy_data_source(source: Any) -> Any:
@@ -103,10 +103,10 @@ def _collect_copied_objects(source: Any) -> tuple[list[FunctionType], list[Any]]
     """
     functions: list[FunctionType] = []
     shared: list[Any] = []
-    pending, seen = [source], {id(source)}
+    pending, seen_ids = [source], {id(source)}
     while pending:
         value = pending.pop()
-        if len(seen) > MAX_COPIED_OBJECTS:
+        if len(seen_ids) > MAX_COPIED_OBJECTS:
             raise ValueError(f"it holds more than {MAX_COPIED_OBJECTS:,} objects")
         is_long = isinstance(value, list | tuple | dict | set | frozenset) and len(value) > MAX_SEARCHED_ENTRIES
         if is_long or isinstance(value, torch.nn.Module | ModuleType | PreTrainedTokenizerBase) or _is_array(value):
@@ -114,20 +114,20 @@ def _collect_copied_objects(source: Any) -> tuple[list[FunctionType], list[Any]]
             continue
         if isinstance(value, FunctionType):
             functions.append(value)
-            parts = [cell.cell_contents for cell in value.__closure__ or ()]
-            parts += [value.__defaults__, value.__kwdefaults__, *_collect_globals(value).values()]
+            members = [cell.cell_contents for cell in value.__closure__ or ()]
+            members += [value.__defaults__, value.__kwdefaults__, *_collect_globals(value).values()]
         else:
-            parts = [] if isinstance(value, type) else list(getattr(value, "__dict__", {}).values())
-            names = (name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()))
-            parts += [getattr(value, name, None) for name in names]
+            members = [] if isinstance(value, type) else list(getattr(value, "__dict__", {}).values())
+            names = (name for class_ in type(value).__mro__ for name in vars(class_).get("__slots__", ()))
+            members += [getattr(value, name, None) for name in names]
         if isinstance(value, list | tuple | dict):
-            parts += list(value.values() if isinstance(value, dict) else value)
+            members += list(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, MethodType | partial):
-            parts += [value.__self__] if isinstance(value, MethodType) else [value.func, value.args, value.keywords]
-        for part in parts:
-            if id(part) not in seen and not isinstance(part, str | bytes | int | float | None):
-                seen.add(id(part))
-                pending.append(part)
+            members += [value.__self__] if isinstance(value, MethodType) else [value.func, value.args, value.keywords]
+        for member in members:
+            if id(member) not in seen_ids and not isinstance(member, str | bytes | int | float | None):
+                seen_ids.add(id(member))
+                pending.append(member)
     return functions, shared
 
 
@@ -156,7 +156,7 @@ def _is_array(value: Any) -> bool:
 def preserve_state(model: Any, name: str, *sources: Any) -> Iterator[None]:
     """In the block the model evaluates with the adapter `name`; afterwards it and random states are as before, to the bit."""
     layers = find_lora_modules(model).values()
-    factors = [part[name].weight for layer in layers for part in (layer.lora_A, layer.lora_B) if name in part]
+    factors = [factor_dict[name].weight for layer in layers for factor_dict in (layer.lora_A, layer.lora_B) if name in factor_dict]
     weights = [(factor, factor.detach().clone()) for factor in factors]
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

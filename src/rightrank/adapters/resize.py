@@ -38,7 +38,7 @@ def resize_adapter(
     out: Path,
     chosen: Mapping[str, int],
     moments: Mapping[str, Moments] | None = None,
-    chosen_by: str = "",
+    rule: str = "",
 ) -> Resized:
     """Write `adapter` at the chosen rank of each module to `out`; `chosen_by` is the rule that chose them.
 
@@ -64,17 +64,17 @@ def resize_adapter(
         for module, rank, error, norm in errors
     ]
     ranks = {record.name: record.rank for record in records}
-    total, whole = math.hypot(*(error[2] for error in errors)), math.hypot(*(error[3] for error in errors))
+    total_error, total_norm = math.hypot(*(error[2] for error in errors)), math.hypot(*(error[3] for error in errors))
     return Resized(
         rank=ranks[records[0].name] if len(set(ranks.values())) == 1 else None,
-        relative_delta_error=total / whole if whole > 0 else 0.0,
+        relative_delta_error=total_error / total_norm if total_norm > 0 else 0.0,
         modules=records,
         out=str(out),
         parameters_before=sum(module.parameters for module in adapter.modules),
         parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights_file.stat().st_size,
         bytes_after=(out / adapter.weights_file.name).stat().st_size,
-        chosen_by=chosen_by,
+        chosen_by=rule,
         notes=_build_notes(adapter, tensors),
     )
 
@@ -129,14 +129,14 @@ def _find_pair_rank(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> 
 
 
 def write_resized_adapter(
-    adapter: AdapterFolder, out: Path, chosen: Mapping[str, int], moments: Mapping[str, Moments] | None = None
+    adapter: AdapterFolder, out: Path, ranks: Mapping[str, int], moments: Mapping[str, Moments] | None = None
 ) -> dict[str, torch.Tensor]:
     """As `resize_adapter`, without the error of what is written: most of the time of a large adapter."""
     tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
-    config = _build_resized_config(adapter, chosen)
+    config = _build_resized_config(adapter, ranks)
     for pair in adapter.pairs:
         ratio = pair[0].scaling / _compute_scaling(config)
-        tensors |= resize_pair(adapter, pair, _find_pair_rank(pair, chosen), ratio, moments or {})
+        tensors |= resize_pair(adapter, pair, _find_pair_rank(pair, ranks), ratio, moments or {})
     write_same_format(adapter, out, config, tensors)
     return tensors
 
@@ -168,9 +168,9 @@ def _measure_errors(
     first = pair[0]
     written = first.kind.unpack_factors(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
     for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.load_pair_factors(first), strict=True):
-        before, after = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
-        none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
-        yield module, rank, compute_distance(*before, *after), compute_distance(*before, *none)
+        old_factors, new_factors = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
+        zero_factors = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
+        yield module, rank, compute_distance(*old_factors, *new_factors), compute_distance(*old_factors, *zero_factors)
 
 
 def _build_notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -179,9 +179,9 @@ def _build_notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) ->
         notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
     if adapter.use_dora:
         notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
-    kept = [tensors[key].numel() for key in adapter.other_keys if not key.endswith(".alpha")]
-    if kept:
-        notes.append(f"kept as they are: {len(kept)} tensors trained whole, {sum(kept):,} parameters")
+    saved_sizes = [tensors[key].numel() for key in adapter.other_keys if not key.endswith(".alpha")]
+    if saved_sizes:
+        notes.append(f"kept as they are: {len(saved_sizes)} tensors trained whole, {sum(saved_sizes):,} parameters")
     return notes
 
 
@@ -192,8 +192,8 @@ def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] 
     the rank that a server reserves.
     """
     highest = find_server_rank(rank) if adapter.mlx_config is None else rank  # mlx-lm loads one rank for all modules
-    shared = allocate_module_ranks(adapter, rank, highest, moments or {})
-    return {module.name: min(rank, module.rank) for module in adapter.modules} if shared is None else shared
+    allocated = allocate_module_ranks(adapter, rank, highest, moments or {})
+    return {module.name: min(rank, module.rank) for module in adapter.modules} if allocated is None else allocated
 
 
 def choose_uniform_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
@@ -228,7 +228,7 @@ def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: boo
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
 
-def list_candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
+def list_candidate_ranks(adapter: AdapterFolder, requested: Sequence[int] | None = None) -> list[int]:
     """The ranks to measure: `asked`, or every power of two below the adapter's largest rank; and that rank.
 
     Raises:
@@ -239,11 +239,11 @@ def list_candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = N
         raise SettingsError(
             f"{adapter.path}: its rank is 1, and there is no lower rank to measure; give an adapter of a higher rank"
         )
-    if asked:
-        for rank in asked:
+    if requested:
+        for rank in requested:
             if not 1 <= rank <= top:
                 raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
-        return sorted({*asked, top})
+        return sorted({*requested, top})
     return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})
 
 

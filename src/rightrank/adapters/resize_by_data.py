@@ -65,43 +65,43 @@ def load_evaluation_data(
         DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
     """
     classes = read_labels(str(adapter.path))
-    trained, source = _load_training_splits(adapter, data, train, settings, classes)
-    if trained is None and None not in read_rows(data):
+    training_splits, run_data = _load_training_splits(adapter, data, train, settings, classes)
+    if training_splits is None and None not in read_rows(data):
         count = sum(len(list(rows)) for rows in read_rows(data).values())
-        every = settings.model_copy(update=NO_SPLIT_OVERRIDES | {"max_eval_examples": max(2, count)})
-        splits = load_data(data, every, classes=classes)
+        all_rows_settings = settings.model_copy(update=NO_SPLIT_OVERRIDES | {"max_eval_examples": max(2, count)})
+        splits = load_data(data, all_rows_settings, classes=classes)
         return _replace_validation_split(
             splits, _limit_examples(splits.examples["validation"], settings), f"{data} (its validation split)"
         )
-    if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
-        own = trained.examples["validation"]
-        return _replace_validation_split(trained, own, f"{data} (the validation split of the adapter's run)")
-    whole, _ = load_held_out(data, settings, classes)
-    every_row = whole.examples["validation"]
-    if trained is None:
+    if training_splits is not None and run_data is not None and data.exists() and run_data.resolve() == data.resolve():
+        validation_examples = training_splits.examples["validation"]
+        return _replace_validation_split(training_splits, validation_examples, f"{data} (the validation split of the adapter's run)")
+    all_splits, _ = load_held_out(data, settings, classes)
+    all_examples = all_splits.examples["validation"]
+    if training_splits is None:
         unknown = "if the adapter was trained on some of them, name its training data with --train"
         return _replace_validation_split(
-            whole, _limit_examples(every_row, settings), f"{data} (all rows); {unknown}", of_training=True
+            all_splits, _limit_examples(all_examples, settings), f"{data} (all rows); {unknown}", scores_training_examples=True
         )
-    if whole.form != trained.form:
-        raise DataError(f"{data}: has the form {whole.form}, and the adapter's training data {trained.form}")
-    seen = {example.example_id for example in trained.examples["train"]}
-    unseen = [example for example in every_row if example.example_id not in seen]
-    left_out = len(every_row) - len(unseen)
+    if all_splits.form != training_splits.form:
+        raise DataError(f"{data}: has the form {all_splits.form}, and the adapter's training data {training_splits.form}")
+    trained_ids = {example.example_id for example in training_splits.examples["train"]}
+    unseen = [example for example in all_examples if example.example_id not in trained_ids]
+    left_out = len(all_examples) - len(unseen)
     if len(unseen) < 2:
         raise DataError(
-            f"{data}: {left_out} of {len(every_row)} distinct rows are among the adapter's training examples; "
+            f"{data}: {left_out} of {len(all_examples)} distinct rows are among the adapter's training examples; "
             "give rows that it was not trained on"
         )
-    without = f"{data} (not in its training data); {left_out:,} training examples of the adapter left out"
-    return _replace_validation_split(trained, _limit_examples(unseen, settings), without)
+    description = f"{data} (not in its training data); {left_out:,} training examples of the adapter left out"
+    return _replace_validation_split(training_splits, _limit_examples(unseen, settings), description)
 
 
 def _replace_validation_split(
-    splits: DataSplits, scored: Sequence[Example], where: str, of_training: bool = False
+    splits: DataSplits, examples: Sequence[Example], source: str, scores_training_examples: bool = False
 ) -> _EvaluationData:
-    kept = replace(splits, examples={"train": splits.examples["train"], "validation": scored, "test": []})
-    return _EvaluationData(kept, of_training, f"scored on {len(scored):,} examples of {where}")
+    replaced = replace(splits, examples={"train": splits.examples["train"], "validation": examples, "test": []})
+    return _EvaluationData(replaced, scores_training_examples, f"scored on {len(examples):,} examples of {source}")
 
 
 def _limit_examples(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:
@@ -151,35 +151,35 @@ class ResizeRequest:
     on_event: Callable[[EvaluationProgress | Notice], None]
 
 
-def resize_by_data(adapter: AdapterFolder, out: Path, rule: ResizeRequest) -> Resized:
+def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) -> Resized:
     """Measure the candidates, decide, and write the chosen one to `out`.
 
     Raises:
         InputError: the adapter or the data can't be used, or the adapter does not fit the base.
     """
     require_plain_update(adapter)
-    ranks = list_candidate_ranks(adapter, rule.ranks)
-    scored = load_evaluation_data(adapter, rule.data, rule.train, rule.settings)
-    rule.on_event(Notice(text=scored.note))
-    measured = ", ".join(map(str, sorted(ranks, reverse=True)))
-    count = len(scored.splits.examples["validation"])
-    fewer = "" if count <= MANY_EXAMPLES else "; --set max_eval_examples=1000 measures on fewer"
-    text = f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}"
-    rule.on_event(Notice(text=text))
+    ranks = list_candidate_ranks(adapter, request.ranks)
+    evaluation_data = load_evaluation_data(adapter, request.data, request.train, request.settings)
+    request.on_event(Notice(text=evaluation_data.note))
+    rank_list = ", ".join(map(str, sorted(ranks, reverse=True)))
+    count = len(evaluation_data.splits.examples["validation"])
+    hint = "" if count <= MANY_EXAMPLES else "; --set max_eval_examples=1000 measures on fewer"
+    text = f"measuring the base, then ranks {rank_list}, each on {count:,} examples{hint}"
+    request.on_event(Notice(text=text))
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        use = RuntimeInputs(rule.data, rule.settings, Path(name) / "cache", splits=scored.splits)
-        runtime = make_adapter_runtime(adapter, rule.base, use)
-        halves = scored.scores_training_examples
-        curve = measure_truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
+        use = RuntimeInputs(request.data, request.settings, Path(name) / "cache", splits=evaluation_data.splits)
+        runtime = make_adapter_runtime(adapter, request.base, use)
+        cross_fit = evaluation_data.scores_training_examples
+        curve = measure_truncation_curve(adapter, runtime, ranks, Path(name), cross_fit=cross_fit, on_event=request.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
         tensors = {key: chosen.load_tensor(key) for key in chosen.keys}
         write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.to_json()})
-        resized = _build_result(curve, chosen, runtime, rule)
-    further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count}
-    return resized.model_copy(update=further)
+        resized = _build_result(curve, chosen, runtime, request)
+    updates = {"out": str(out), "notes": [*resized.notes, evaluation_data.note], "scored_examples": count}
+    return resized.model_copy(update=updates)
 
 
-def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, rule: ResizeRequest) -> Resized:
+def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, request: ResizeRequest) -> Resized:
     """What is reported of the chosen candidate."""
     answer, written = curve.answer, curve.written[curve.answer.rank]
     notes = [*written.notes, *curve.gathered.notices]
@@ -196,17 +196,17 @@ def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtim
         **{name: value for name, value in chosen.config.items() if name in vars(LoraConfig()) and value is not None}
     )
     config.rank_pattern, config.alpha_pattern = {}, {}
-    stated, unsaid = convert_configs(config, **get_explicit_values(rule.settings) | {"ranks": ranks})
-    search = build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings.stored(stated))
-    notes += [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
-    named = {"notes": [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]}
+    stated_values, unstated_names = convert_configs(config, **get_explicit_values(request.settings) | {"ranks": ranks})
+    search = build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings.from_stored(stated_values))
+    notes += [f"the select command does not say {', '.join(unstated_names)}"] if unstated_names else []
+    replaced_notes = {"notes": [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]}
     return written.model_copy(
         update={
             "rank": answer.rank,
             "bytes_after": chosen.weights_file.stat().st_size,
             "chosen_by": f"data, margin {answer.margin:g}",
             "held_out": [HeldOutValue(rank=trial.rank, value=trial.value) for trial in curve.trials],
-            "answer": answer.model_copy(update=gain | named),
+            "answer": answer.model_copy(update=gain | replaced_notes),
             "no_gain": bool(gain),
             "notes": notes,
         }
@@ -220,7 +220,7 @@ def _describe_missing_gain(trials: Sequence[TrialFinished], answer: AdapterAnswe
     cells = build_table([trials[0], reference], metric, runtime.settings.is_higher_better(metric)).cells.values()
     base, best = sorted(cells, key=lambda cell: cell.trial_id != trials[0].trial_id)
     worse = compute_paired_difference(base, best)
-    if not compute_file_bounds(worse.sums, worse.weights, worse.span, worse.groups).is_enough(answer.margin):
+    if not compute_file_bounds(worse.sums, worse.weights, worse.score_range, worse.groups).is_enough(answer.margin):
         return {}
     return {
         "sentence": f"No gain: the base alone has {base.value:.4f} and the adapter {best.value:.4f}, within the margin of "
@@ -232,9 +232,9 @@ def measure_truncation_curve(
     adapter: AdapterFolder,
     runtime: Runtime,
     ranks: Sequence[int],
-    working: Path,
+    working_folder: Path,
     *,
-    by_halves: bool = False,
+    cross_fit: bool = False,
     on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> TruncationCurve:
     """The held-out loss of every truncation to `ranks`; `working` keeps them as r1, r2, …
@@ -249,21 +249,21 @@ def measure_truncation_curve(
     steps = settings.count_training_steps(len(runtime.data.splits["train"]))
     with attach_adapter(runtime, adapter.path) as peft_model:
         gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
-    halves = _gather_folds(adapter, runtime) if by_halves else []
+    folds = _gather_folds(adapter, runtime) if cross_fit else []
     report_evaluation_progress(runtime, "the base", on_event)
     trials = [build_trial_record("base", 0, runtime.evaluate("validation"), settings.metric)]
     written: dict[int, Resized] = {}
-    top = f"r{max(ranks)}"
+    top_name = f"r{max(ranks)}"
     for rank in sorted(ranks, reverse=True):
-        folder = working / f"r{rank}"
+        folder = working_folder / f"r{rank}"
         written[rank] = resize_adapter(adapter, folder, cap_ranks(adapter, rank, gathered.moments), gathered.moments)
         report_evaluation_progress(runtime, f"rank {rank}", on_event)
-        if halves:
-            scores = _evaluate_folds(adapter, runtime, halves, rank, working)
+        if folds:
+            scores = _evaluate_folds(adapter, runtime, folds, rank, working_folder)
         else:
             with attach_adapter(runtime, folder):
                 scores = runtime.evaluate("validation")
-        parent = None if folder.name == top else top
+        parent = None if folder.name == top_name else top_name
         trials.append(build_trial_record(folder.name, rank, scores, settings.metric, truncate_from=parent))
         on_event(Notice(text=f"rank {rank}: held-out {trials[-1].value:.4f}"))
     higher = settings.is_higher_better(settings.metric_name)
@@ -286,25 +286,25 @@ def _gather_folds(adapter: AdapterFolder, runtime: Runtime) -> list[_Fold]:
 
     The written adapter has moments over all examples, like each half's but of twice as many.
     """
-    held_out = [example.example_id for example in runtime.data.splits["validation"]]
-    halves = [[index for index, name in enumerate(held_out) if int(name[:16], 16) % 2 == half] for half in (0, 1)]
-    names = [{held_out[index] for index in half} for half in halves]
+    example_ids = [example.example_id for example in runtime.data.splits["validation"]]
+    halves = [[index for index, name in enumerate(example_ids) if int(name[:16], 16) % 2 == indices] for indices in (0, 1)]
+    names = [{example_ids[index] for index in indices} for indices in halves]
     train = [example.example_id for example in runtime.data.splits["train"]]
     with attach_adapter(runtime, adapter.path) as peft_model:
         return [
-            (half, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other]).moments)
-            for half, other in zip(halves, reversed(names), strict=True)
+            (indices, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other_names]).moments)
+            for indices, other_names in zip(halves, reversed(names), strict=True)
         ]
 
 
 def _evaluate_folds(
-    adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Fold], rank: int, working: Path
+    adapter: AdapterFolder, runtime: Runtime, folds: Sequence[_Fold], rank: int, working_folder: Path
 ) -> Scores:
     """The scores of every example under the truncation whose moments come from the half without it."""
-    halved = []
-    for number, (scored, moments) in enumerate(halves):
-        folder = working / f"r{rank}-half{number}"
+    fold_scores = []
+    for number, (indices, moments) in enumerate(folds):
+        folder = working_folder / f"r{rank}-half{number}"
         write_resized_adapter(adapter, folder, cap_ranks(adapter, rank, moments), moments)
         with attach_adapter(runtime, folder):
-            halved.append(runtime.evaluate("validation", scored))
-    return halved[0].merge(halved[1])
+            fold_scores.append(runtime.evaluate("validation", indices))
+    return fold_scores[0].merge(fold_scores[1])

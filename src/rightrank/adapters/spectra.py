@@ -42,7 +42,7 @@ SENTENCE = (
 
 
 def build_spectrum(
-    values: Floats, energy: float, kind: str, shape: tuple[int, int], flags: Sequence[str] = (), **about: Any
+    values: Floats, energy: float, kind: str, shape: tuple[int, int], flags: Sequence[str] = (), **fields: Any
 ) -> ModuleSpectrum:
     """The record of one module's ΔW.
 
@@ -51,9 +51,9 @@ def build_spectrum(
         energy: ‖ΔW‖²_F.
         about: name, rank and scaling.
     """
-    partial = kind == "matrix" and len(values) < min(shape)
-    noise = _estimate_noise_rank(values, energy, kind, shape, partial)
-    unclear = values.any() and not partial and (2 * noise >= len(values) or len(values) < MIN_VALUES_FOR_NOISE)
+    is_partial = kind == "matrix" and len(values) < min(shape)
+    noise = _estimate_noise_rank(values, energy, kind, shape, is_partial)
+    is_unclear = values.any() and not is_partial and (2 * noise >= len(values) or len(values) < MIN_VALUES_FOR_NOISE)
     return ModuleSpectrum(
         kind=kind,
         shape=shape,
@@ -61,11 +61,11 @@ def build_spectrum(
         frobenius_norm=float(np.sqrt(energy)),
         spectral_norm=float(values[0]) if len(values) else 0.0,
         stable_rank=compute_stable_rank(values, energy),
-        effective_rank=None if partial else compute_effective_rank(values),
-        energy_rank={f"{part:g}": compute_energy_rank(values, part, energy) for part in ENERGY_FRACTIONS},
+        effective_rank=None if is_partial else compute_effective_rank(values),
+        energy_rank={f"{fraction:g}": compute_energy_rank(values, fraction, energy) for fraction in ENERGY_FRACTIONS},
         noise_rank=noise,
-        flags=[*flags, *["partial_spectrum"] * partial, *["noise_unclear"] * bool(unclear)],  # the median may be signal
-        **about,
+        flags=[*flags, *["partial_spectrum"] * is_partial, *["noise_unclear"] * bool(is_unclear)],  # the median may be signal
+        **fields,
     )
 
 
@@ -94,13 +94,13 @@ def _flag_dead_modules(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum
     ]
 
 
-def build_inspection(spectra: Sequence[ModuleSpectrum], **about: Any) -> Inspection:
+def build_inspection(spectra: Sequence[ModuleSpectrum], **summary_fields: Any) -> Inspection:
     """The spectra and their summary; `about` are the summary's other fields."""
     modules = _flag_dead_modules(spectra)
     energy: dict[str, int | None] = {}
-    for part in (f"{fraction:g}" for fraction in ENERGY_FRACTIONS):
-        ranks = [module.energy_rank[part] for module in modules]
-        energy[part] = None if None in ranks else max((rank for rank in ranks if rank is not None), default=0)
+    for fraction_text in (f"{fraction:g}" for fraction in ENERGY_FRACTIONS):
+        ranks = [module.energy_rank[fraction_text] for module in modules]
+        energy[fraction_text] = None if None in ranks else max((rank for rank in ranks if rank is not None), default=0)
     summary = InspectionSummary(
         modules=len(modules),
         ranks=sorted({module.rank for module in modules}),
@@ -108,7 +108,7 @@ def build_inspection(spectra: Sequence[ModuleSpectrum], **about: Any) -> Inspect
         untrained=[module.name for module in modules if "untrained" in module.flags],
         dead=[module.name for module in modules if "dead" in module.flags],
         sentence=SENTENCE,
-        **about,
+        **summary_fields,
     )
     return Inspection(modules=modules, summary=summary)
 
@@ -136,9 +136,9 @@ def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module and have no effect: {', '.join(adapter.unused_patterns)}")
-    parts = sum(len(pair) > 1 for pair in adapter.pairs)
-    if parts:
-        notes.append(f"{parts} parameters hold experts: one spectrum for each, at the rank of the parameter")
+    num_expert_parameters = sum(len(pair) > 1 for pair in adapter.pairs)
+    if num_expert_parameters:
+        notes.append(f"{num_expert_parameters} parameters hold experts: one spectrum for each, at the rank of the parameter")
     if adapter.use_dora:
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := adapter.base_changing_init) is not None:
@@ -156,8 +156,8 @@ def _compute_pair_spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule])
     """
     spectra = [_compute_module_spectrum(adapter, module) for module in pair]
     if len(spectra) > 1 and any("untrained" not in spectrum.flags for spectrum in spectra):
-        flags = [["no_token" if flag == "untrained" else flag for flag in spectrum.flags] for spectrum in spectra]
-        spectra = [spectrum.model_copy(update={"flags": own}) for spectrum, own in zip(spectra, flags, strict=True)]
+        new_flags = [["no_token" if flag == "untrained" else flag for flag in spectrum.flags] for spectrum in spectra]
+        spectra = [spectrum.model_copy(update={"flags": module_flags}) for spectrum, module_flags in zip(spectra, new_flags, strict=True)]
     return spectra
 
 
@@ -167,9 +167,9 @@ def _compute_module_spectrum(adapter: AdapterFolder, module: AdapterModule) -> M
     # PEFT starts with B = 0 (with A = 0 for an embedding)
     flags = ["untrained"] * (not b.any() or not a.any())
     flags += ["dora"] * (module.magnitude_key is not None) + ["lora_bias"] * (module.bias_key is not None)
-    about = {"name": module.name, "rank": module.rank, "scaling": module.scaling}
+    fields = {"name": module.name, "rank": module.rank, "scaling": module.scaling}
     shape = module.rows, module.columns
-    return build_spectrum(values, float(np.sum(values**2)), module.kind.name, shape, flags, **about)
+    return build_spectrum(values, float(np.sum(values**2)), module.kind.name, shape, flags, **fields)
 
 
 def compute_singular_values(b: Floats, a: Floats) -> Floats:
@@ -180,8 +180,8 @@ def compute_singular_values(b: Floats, a: Floats) -> Floats:
 
 def compute_distance(b: Floats, a: Floats, other_b: Floats, other_a: Floats) -> float:
     """‖B·A − B'·A'‖ in the Frobenius norm, through QR of the factors side by side."""
-    left, right = _compute_qr_triangle(np.hstack([b, -other_b])), _compute_qr_triangle(np.vstack([a, other_a]).T)
-    return float(np.linalg.norm(left @ right.T))
+    outer, inner = _compute_qr_triangle(np.hstack([b, -other_b])), _compute_qr_triangle(np.vstack([a, other_a]).T)
+    return float(np.linalg.norm(outer @ inner.T))
 
 
 def _compute_qr_triangle(matrix: Floats) -> Floats:
@@ -196,11 +196,11 @@ def compute_energy_rank(s: Floats, fraction: float, total: float | None = None) 
     `total` is the energy of the whole matrix if `s` is only its leading part. None if `s` is then too short.
     """
     energy = np.cumsum(s**2)
-    whole = float(energy[-1]) if total is None else total
-    if whole == 0:
+    total_energy = float(energy[-1]) if total is None else total
+    if total_energy == 0:
         return 0
     # slack for rounding, so that the whole spectrum reaches 100%
-    reached = np.flatnonzero(energy >= fraction * whole * (1 - 1e-12))
+    reached = np.flatnonzero(energy >= fraction * total_energy * (1 - 1e-12))
     return int(reached[0]) + 1 if len(reached) else None
 
 
@@ -244,12 +244,12 @@ def compute_leading_noise_rank(s: Floats, total: float, rows: int, columns: int)
     factor = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
     count = len(s)
     for _ in range(20):
-        rest = max(0.0, total - float(np.sum(s[:count] ** 2)))
-        variance = rest / max(1, (rows - count) * (columns - count))
-        kept = int(np.sum(s > factor * math.sqrt(variance * long))) if short > count else count
-        if kept == count:
+        noise_energy = max(0.0, total - float(np.sum(s[:count] ** 2)))
+        variance = noise_energy / max(1, (rows - count) * (columns - count))
+        new_count = int(np.sum(s > factor * math.sqrt(variance * long))) if short > count else count
+        if new_count == count:
             break
-        count = kept
+        count = new_count
     return count
 
 
@@ -259,12 +259,12 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
     Raises:
         ModelError: a folder without safetensors, or two that differ in names or shapes.
     """
-    before, after = open_checkpoint(base), open_checkpoint(finetuned)
-    _require_same_architecture(before, after)
+    base_checkpoint, tuned_checkpoint = open_checkpoint(base), open_checkpoint(finetuned)
+    _require_same_architecture(base_checkpoint, tuned_checkpoint)
     spectra: list[ModuleSpectrum] = []
     not_matrices: list[str] = []
     unchanged = 0
-    for name, delta in _iterate_differences(before, after):
+    for name, delta in _iterate_differences(base_checkpoint, tuned_checkpoint):
         if delta is None:
             unchanged += 1
         elif delta.dim() < 2:
@@ -284,33 +284,33 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
     )
 
 
-def _require_same_architecture(before: _Checkpoint, after: _Checkpoint) -> None:
+def _require_same_architecture(base_checkpoint: _Checkpoint, tuned_checkpoint: _Checkpoint) -> None:
     """Refuse two checkpoints of different architectures.
 
     Raises:
         ModelError: a tensor name or shape that only one of them has.
     """
-    for ours, theirs in ((before, after), (after, before)):
-        missing = sorted(ours.files.keys() - theirs.files.keys())
+    for checkpoint, other_checkpoint in ((base_checkpoint, tuned_checkpoint), (tuned_checkpoint, base_checkpoint)):
+        missing = sorted(checkpoint.files.keys() - other_checkpoint.files.keys())
         if missing:
             raise ModelError(
-                f"{theirs.path}: has no tensor {missing[0]} that {ours.path} has ({len(missing)} such); give two checkpoints of one architecture"
+                f"{other_checkpoint.path}: has no tensor {missing[0]} that {checkpoint.path} has ({len(missing)} such); give two checkpoints of one architecture"
             )
-    for name, shape in before.shapes.items():
-        if after.shapes[name] != shape:
+    for name, shape in base_checkpoint.shapes.items():
+        if tuned_checkpoint.shapes[name] != shape:
             raise ModelError(
-                f"{name}: {list(shape)} in {before.path} and {list(after.shapes[name])} in {after.path}; give two checkpoints of one architecture"
+                f"{name}: {list(shape)} in {base_checkpoint.path} and {list(tuned_checkpoint.shapes[name])} in {tuned_checkpoint.path}; give two checkpoints of one architecture"
             )
 
 
-def _iterate_differences(before: _Checkpoint, after: _Checkpoint) -> Iterator[tuple[str, torch.Tensor | None]]:
+def _iterate_differences(base_checkpoint: _Checkpoint, tuned_checkpoint: _Checkpoint) -> Iterator[tuple[str, torch.Tensor | None]]:
     """The change of every floating-point tensor in float32, in the natural order of names; None where nothing changed.
 
     Raises:
         ModelError: a value that is NaN or infinite.
     """
-    for name in sorted(before.files, key=natural_sort_key):
-        old, new = before.load_tensor(name), after.load_tensor(name)
+    for name in sorted(base_checkpoint.files, key=natural_sort_key):
+        old, new = base_checkpoint.load_tensor(name), tuned_checkpoint.load_tensor(name)
         if not old.is_floating_point():
             continue
         if torch.equal(old, new.to(old.dtype)) and torch.equal(new, old.to(new.dtype)):
@@ -320,7 +320,7 @@ def _iterate_differences(before: _Checkpoint, after: _Checkpoint) -> Iterator[tu
         del old, new
         if not all(torch.isfinite(bound) for bound in torch.aminmax(delta)):  # without the copy that isfinite makes
             raise ModelError(
-                f"{name}: NaN or infinite values in {before.path} or {after.path}; give an undamaged checkpoint"
+                f"{name}: NaN or infinite values in {base_checkpoint.path} or {tuned_checkpoint.path}; give an undamaged checkpoint"
             )
         yield name, delta
 
@@ -336,8 +336,8 @@ def _compute_matrix_spectrum(name: str, delta: torch.Tensor, sketch_rank: int) -
         rows = max(1, 2**22 // delta.shape[1])  # at a time, in float64
         blocks = (delta[start : start + rows] for start in range(0, len(delta), rows))
         energy = float(sum(float(block.double().square().sum()) for block in blocks))
-    about: dict[str, Any] = {"name": name.removesuffix(".weight"), "rank": min(delta.shape), "scaling": 1.0}
-    return build_spectrum(values, energy, "matrix", (delta.shape[0], delta.shape[1]), **about)
+    fields: dict[str, Any] = {"name": name.removesuffix(".weight"), "rank": min(delta.shape), "scaling": 1.0}
+    return build_spectrum(values, energy, "matrix", (delta.shape[0], delta.shape[1]), **fields)
 
 
 def _sketch_singular_values(delta: torch.Tensor, rank: int) -> Floats:

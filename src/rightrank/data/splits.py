@@ -227,7 +227,7 @@ class _ExampleReader:
         self._is_shared = False  # whether a group has several examples
 
     def read_training_examples(self, rows: RowsBySplit) -> Iterator[Example]:
-        """Yield the training examples. Held-out examples are added to the samples in `held_out`."""
+        """Yield the training examples. Held-out examples are added to the samples in `num_held_out`."""
         for split in (None, *SPLITS):
             for row in rows.get(split, ()):
                 if not all(map(is_encodable, _iterate_strings([row.fields.get(name) for name in self._columns]))):

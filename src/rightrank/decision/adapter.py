@@ -79,18 +79,18 @@ def choose_adapter(
         return None
     top = min(tops, key=lambda file: (-file.trial.rank, file.cell.loss, file.trial.trial_id))
     children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
-    against = ReferenceComparison(top, files, criterion)
-    chosen = _find_smallest_file(children, against, top.trial.rank)
+    reference_comparison = ReferenceComparison(top, files, criterion)
+    chosen = _find_smallest_file(children, reference_comparison, top.trial.rank)
     descending = sorted(children, key=lambda file: -file.trial.rank)
-    candidates = [against.candidate(file) for file in descending]
-    handed = against.candidate(chosen)
+    candidates = [reference_comparison.build_candidate(file) for file in descending]
+    chosen_candidate = reference_comparison.build_candidate(chosen)
     return _build_answer(
-        handed,
+        chosen_candidate,
         top,
-        against,
-        [against.candidate(top), *candidates],
-        _format_answer(handed, top, against, children),
-        notes=_collect_notes(handed, candidates, top, against),
+        reference_comparison,
+        [reference_comparison.build_candidate(top), *candidates],
+        _format_answer(chosen_candidate, top, reference_comparison, children),
+        notes=_collect_notes(chosen_candidate, candidates, top, reference_comparison),
     )
 
 
@@ -99,29 +99,29 @@ def build_trained_answer(
 ) -> AdapterAnswer:
     """The answer where no truncation was compared: a trained adapter, against the best one of the run (itself by default)."""
     files = build_adapter_files([trial, *([] if reference is None else [reference])], criterion)
-    against = ReferenceComparison(files[(reference or trial).trial_id], files, criterion)
-    handed = against.candidate(files[trial.trial_id])
+    reference_comparison = ReferenceComparison(files[(reference or trial).trial_id], files, criterion)
+    chosen = reference_comparison.build_candidate(files[trial.trial_id])
     sentence = f"The adapter is the one trained at rank {trial.rank}; no truncation was compared."
-    return _build_answer(handed, files[trial.trial_id], against, [handed], sentence)
+    return _build_answer(chosen, files[trial.trial_id], reference_comparison, [chosen], sentence)
 
 
 def _build_answer(
-    handed: AdapterCandidate,
+    chosen: AdapterCandidate,
     top: AdapterFile,
-    against: ReferenceComparison,
+    reference_comparison: ReferenceComparison,
     candidates: list[AdapterCandidate],
     sentence: str,
-    **further: Any,
+    **optional_fields: Any,
 ) -> AdapterAnswer:
     return AdapterAnswer(
-        **handed.model_dump(include=ANSWER_FIELDS),
+        **chosen.model_dump(include=ANSWER_FIELDS),
         trained_rank=top.trial.rank,
         trained_id=top.trial.trial_id,
-        reference_id=against.reference.trial.trial_id,
-        margin=against.margin,
+        reference_id=reference_comparison.reference.trial.trial_id,
+        margin=reference_comparison.margin,
         candidates=candidates,
         sentence=sentence,
-        **further,
+        **optional_fields,
     )
 
 
@@ -136,21 +136,21 @@ def prefer_direct_training(
     files = build_adapter_files(outcomes, criterion)
     if answer.reference_id not in files or answer.trial_id not in files:
         return None
-    against, present = _compare_with_reference(answer, files, criterion), files[answer.trial_id]
+    reference_comparison, present = _compare_with_reference(answer, files, criterion), files[answer.trial_id]
     better: list[AdapterCandidate] = []
     for file in files.values():
         if file.method != "trained" or file.trial.rank > answer.rank or file is present:
             continue
-        candidate = against.candidate(file)
+        candidate = reference_comparison.build_candidate(file)
         is_lower = file.trial.rank < answer.rank
         if candidate.is_within_margin and (
-            is_lower or compute_bounds(against.difference(file.cell, present.cell)).high < 0
+            is_lower or compute_bounds(reference_comparison.estimate_difference(file.cell, present.cell)).high < 0
         ):
             better.append(candidate)
     if not better:
         return None
     best = min(better, key=lambda candidate: (candidate.rank, candidate.difference, candidate.trial_id))
-    shown = _format_claim(best, "the reference", against)
+    shown = _format_claim(best, "the reference", reference_comparison)
     sentence = f"The smallest adapter within the margin has rank {best.rank}, trained at that rank: {shown}"
     return answer.model_copy(
         update={name: getattr(best, name) for name in ANSWER_FIELDS}
@@ -167,18 +167,21 @@ def compare_adapters(
     may be handed over. Where the journal lacks a run that the answer names, there are its candidates alone.
     """
     files = build_adapter_files(outcomes, criterion)
-    named = {answer.trial_id, answer.reference_id, answer.trained_id}
-    if not named <= files.keys():
+    named_ids = {answer.trial_id, answer.reference_id, answer.trained_id}
+    if not named_ids <= files.keys():
         return answer.candidates
-    against = _compare_with_reference(answer, files, criterion)
-    shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].cell.loss)]
-    places = {(file.trial.rank, file.method) for file in shown}
+    reference_comparison = _compare_with_reference(answer, files, criterion)
+    shown = [files[trial_id] for trial_id in sorted(named_ids, key=lambda trial_id: files[trial_id].cell.loss)]
+    shown_keys = {(file.trial.rank, file.method) for file in shown}
     for file in sorted(files.values(), key=lambda file: file.cell.loss):
-        place = file.trial.rank, file.method
-        if file.trial.truncate_from in (None, answer.trained_id) and place not in places:
-            places.add(place)
+        key = file.trial.rank, file.method
+        if file.trial.truncate_from in (None, answer.trained_id) and key not in shown_keys:
+            shown_keys.add(key)
             shown.append(file)
-    return [against.candidate(file) for file in sorted(shown, key=lambda file: (-file.trial.rank, file.method))]
+    return [
+        reference_comparison.build_candidate(file)
+        for file in sorted(shown, key=lambda file: (-file.trial.rank, file.method))
+    ]
 
 
 def compute_test_difference(
@@ -192,9 +195,9 @@ def compute_test_difference(
     if sides[0] is None or sides[1] is None:
         return sign * (chosen.value - reference.value), None
     (ours, weights), (theirs, _) = sides[0], sides[1]
-    span = compute_score_range(infer_metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
+    score_range = compute_score_range(infer_metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
     groups = number_groups(chosen.example_groups, len(weights))
-    paired = estimate_mean(sign * (ours - theirs)[None, :], weights, span, groups)
+    paired = estimate_mean(sign * (ours - theirs)[None, :], weights, score_range, groups)
     return paired.mean, compute_bounds(paired).high if paired.examples else None
 
 
@@ -235,24 +238,24 @@ class ReferenceComparison:
         values = [file.cell.value for file in self.files.values()]
         return compute_default_margin(self.reference.kind, self.reference.cell.value, values)
 
-    def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
+    def estimate_difference(self, cell: Cell, reference: Cell | None = None) -> Estimate:
         """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
-        return estimate_pairs([(cell, other or self.reference.cell)])
+        return estimate_pairs([(cell, reference or self.reference.cell)])
 
-    def candidate(self, file: AdapterFile) -> AdapterCandidate:
+    def build_candidate(self, file: AdapterFile) -> AdapterCandidate:
         difference = 0.0
         low = high = 0.0 if file is self.reference else None  # 0 is exact
-        spread = None
+        distribution = None
         if file.trial.trial_id != self.reference.trial.trial_id:
-            bounds = compute_bounds(self.difference(file.cell))
+            bounds = compute_bounds(self.estimate_difference(file.cell))
             unit = MetricUnit(self.reference.kind, self.criterion.higher_is_better, self.reference.cell.value)
-            difference = unit.difference(bounds.mean)
+            difference = unit.convert_difference(bounds.mean)
             if file.cell.examples:
-                low, high = unit.difference(bounds.low), unit.difference(bounds.high)
-                spread = compute_distribution(
+                low, high = unit.convert_difference(bounds.low), unit.convert_difference(bounds.high)
+                distribution = compute_distribution(
                     compute_paired_difference(file.cell, self.reference.cell), self.margin, unit.difference
                 )
-        decides = high if high is not None else difference if self.criterion.trusts_values else math.inf
+        tested_bound = high if high is not None else difference if self.criterion.trusts_values else math.inf
         return AdapterCandidate(
             rank=file.trial.rank,
             method=file.method,
@@ -261,8 +264,8 @@ class ReferenceComparison:
             difference=difference,
             difference_low=low,
             difference_high=high,
-            is_within_margin=is_within(decides, self.margin),
-            distribution=spread,
+            is_within_margin=is_within(tested_bound, self.margin),
+            distribution=distribution,
         )
 
 
@@ -292,71 +295,91 @@ def build_adapter_files(outcomes: Sequence[TrialOutcome], criterion: Criterion) 
     return files
 
 
-def _format_claim(candidate: AdapterCandidate, other: str, against: ReferenceComparison) -> str:
+def _format_claim(candidate: AdapterCandidate, reference_name: str, reference_comparison: ReferenceComparison) -> str:
     """What is shown of a file that holds, and how the difference spreads over examples: the end of a sentence, and another one."""
-    margin = f"{against.margin:.4g}"
-    if candidate.trial_id == against.reference.trial.trial_id:
-        return f"it is {other} itself."
+    margin = f"{reference_comparison.margin:.4g}"
+    if candidate.trial_id == reference_comparison.reference.trial.trial_id:
+        return f"it is {reference_name} itself."
     if candidate.difference_high is None:
-        return f"its held-out difference from {other} is {candidate.difference:+.2g}, within the margin of {margin}."
-    over = "tokens" if against.reference.kind == "token_loss" else "examples"
-    spread = "" if candidate.distribution is None else f" {format_distribution(candidate.distribution)}"
+        return f"its held-out difference from {reference_name} is {candidate.difference:+.2g}, within the margin of {margin}."
+    sampling_unit = "tokens" if reference_comparison.reference.kind == "token_loss" else "examples"
+    distribution_sentence = "" if candidate.distribution is None else f" {format_distribution(candidate.distribution)}"
     return (
-        f"it is no worse than {other} by more than the margin of {margin}, with {CONFIDENCE:.0%} confidence, on average over "
-        f"held-out {over} (difference {candidate.difference:+.2g}, upper bound {candidate.difference_high:+.2g}).{spread}"
+        f"it is no worse than {reference_name} by more than the margin of {margin}, with {CONFIDENCE:.0%} confidence, on average over "
+        f"held-out {sampling_unit} (difference {candidate.difference:+.2g}, upper bound {candidate.difference_high:+.2g}).{distribution_sentence}"
     )
 
 
-def _find_smallest_file(children: Sequence[AdapterFile], against: ReferenceComparison, top_rank: int) -> AdapterFile:
+def _find_smallest_file(
+    children: Sequence[AdapterFile], reference_comparison: ReferenceComparison, top_rank: int
+) -> AdapterFile:
     """The smallest file that holds, from the top downward."""
-    chosen = against.reference
+    chosen = reference_comparison.reference
     for rank in sorted({file.trial.rank for file in children if file.trial.rank < top_rank}, reverse=True):
-        holding = [file for file in children if file.trial.rank == rank and against.candidate(file).is_within_margin]
-        if not holding:
+        passing = [
+            file
+            for file in children
+            if file.trial.rank == rank and reference_comparison.build_candidate(file).is_within_margin
+        ]
+        if not passing:
             break
-        chosen = min(holding, key=lambda file: file.cell.loss)
+        chosen = min(passing, key=lambda file: file.cell.loss)
     return chosen
 
 
 def _format_answer(
-    answer: AdapterCandidate, top: AdapterFile, against: ReferenceComparison, children: Sequence[AdapterFile]
+    answer: AdapterCandidate,
+    top: AdapterFile,
+    reference_comparison: ReferenceComparison,
+    children: Sequence[AdapterFile],
 ) -> str:
-    margin = against.margin
+    margin = reference_comparison.margin
     if answer.rank < top.trial.rank:
         return (
             f"The smallest adapter of this training within the margin has rank {answer.rank}: "
-            f"{_format_claim(answer, f'the rank {top.trial.rank} adapter', against)}"
+            f"{_format_claim(answer, f'the rank {top.trial.rank} adapter', reference_comparison)}"
         )
     lower = max((file.trial.rank for file in children if file.trial.rank < top.trial.rank), default=None)
-    why = "no lower rank is measured" if lower is None else f"rank {lower} is not shown"
+    reason = "no lower rank is measured" if lower is None else f"rank {lower} is not shown"
     if not top.cell.examples:
-        why = "without scores by example no truncation can be shown"
-    return f"The adapter keeps rank {top.trial.rank}: {why} to be within the margin of {margin:.4g}."
+        reason = "without scores by example no truncation can be shown"
+    return f"The adapter keeps rank {top.trial.rank}: {reason} to be within the margin of {margin:.4g}."
 
 
 def _collect_notes(
-    answer: AdapterCandidate, candidates: Sequence[AdapterCandidate], top: AdapterFile, against: ReferenceComparison
+    answer: AdapterCandidate,
+    candidates: Sequence[AdapterCandidate],
+    top: AdapterFile,
+    reference_comparison: ReferenceComparison,
 ) -> list[str]:
-    notes, criterion = [], against.criterion
-    failing = [cut.rank for cut in candidates if cut.rank < answer.rank and not cut.is_within_margin]
-    if failing and max(failing) <= MAX_DIRECT_RANK:
+    notes, criterion = [], reference_comparison.criterion
+    failed_ranks = [
+        candidate.rank for candidate in candidates if candidate.rank < answer.rank and not candidate.is_within_margin
+    ]
+    if failed_ranks and max(failed_ranks) <= MAX_DIRECT_RANK:
         notes.append(
-            f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
+            f"At rank {max(failed_ranks)} a direct training can beat a truncation; the search for the training rank "
             f"{SEARCH_OPTION} tries it."
         )
-    better = [cut for cut in candidates if (cut.difference_high or 0.0) < 0 and -cut.difference > against.margin]
-    if quarter := [cut for cut in better if cut.rank <= top.trial.rank / 4]:
+    better = [
+        candidate
+        for candidate in candidates
+        if (candidate.difference_high or 0.0) < 0 and -candidate.difference > reference_comparison.margin
+    ]
+    if small_better := [candidate for candidate in better if candidate.rank <= top.trial.rank / 4]:
         notes.append(
-            f"Rank {quarter[0].rank} is better than rank {top.trial.rank} by {-quarter[0].difference:.2g}: the top rank "
-            f"overfits; train again with --ranks up to {max(cut.rank for cut in quarter)}, or fewer steps."
+            f"Rank {small_better[0].rank} is better than rank {top.trial.rank} by {-small_better[0].difference:.2g}: the top rank "
+            f"overfits; train again with --ranks up to {max(candidate.rank for candidate in small_better)}, or fewer steps."
         )
-    measures_the_metric = criterion.points_use_metric and top.trial.value_metric is None
-    points = top.trial.points if measures_the_metric else []
+    uses_metric = criterion.points_use_metric and top.trial.value_metric is None
+    points = top.trial.points if uses_metric else []
     best = find_best_point(points, criterion.higher_is_better) if points else None
-    kept = top.trial.checkpoint_step
-    if kept is not None:
-        notes.append(f"The best checkpoint of rank {top.trial.rank} is used: step {kept} of {top.trial.steps}.")
-    elif best is not None and not is_within(abs(points[-1].value - best.value), against.margin):
+    checkpoint_step = top.trial.checkpoint_step
+    if checkpoint_step is not None:
+        notes.append(
+            f"The best checkpoint of rank {top.trial.rank} is used: step {checkpoint_step} of {top.trial.steps}."
+        )
+    elif best is not None and not is_within(abs(points[-1].value - best.value), reference_comparison.margin):
         notes.append(
             f"The held-out value of rank {top.trial.rank} was best at step {best.step} of {top.trial.steps}: train again with "
             f"--max-steps {best.step}, or with --checkpoint best."
@@ -372,13 +395,13 @@ def estimate_training_ranks(answer: AdapterAnswer) -> tuple[int, int]:
 
 def find_smallest_truncation(answer: AdapterAnswer) -> int:
     """The smallest truncation within the margin of the top, from the top downward; else the top's rank."""
-    smallest = answer.trained_rank
+    smallest_rank = answer.trained_rank
     truncated = [candidate for candidate in answer.candidates if candidate.method == "truncated"]
     for candidate in sorted(truncated, key=lambda candidate: -candidate.rank):
         if not is_within(candidate.difference, answer.margin):
             break
-        smallest = candidate.rank
-    return smallest
+        smallest_rank = candidate.rank
+    return smallest_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,16 +415,16 @@ class Provenance:
     checkpoint_step: int | None  # of the best checkpoint; None: the last
     truncation: str | None  # the method; None: it was not truncated
 
-    def sentence(self) -> str:
+    def format_sentence(self) -> str:
         """Such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
-        kept = "" if self.checkpoint_step is None else f" step {self.checkpoint_step} of"
-        steps = f",{kept} {self.steps} steps" if self.steps else ""
+        checkpoint = "" if self.checkpoint_step is None else f" step {self.checkpoint_step} of"
+        steps = f",{checkpoint} {self.steps} steps" if self.steps else ""
         rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: not known
-        how = f"{rate}{steps}".removeprefix(", ")
-        parts = [f"trained at rank {self.trained_rank}" + (f" ({how})" if how else "")]
+        details = f"{rate}{steps}".removeprefix(", ")
+        clauses = [f"trained at rank {self.trained_rank}" + (f" ({details})" if details else "")]
         if self.truncation is not None:
-            parts.append(f"truncated to rank {self.rank} by {self.truncation}")
-        return ", ".join(parts)
+            clauses.append(f"truncated to rank {self.rank} by {self.truncation}")
+        return ", ".join(clauses)
 
 
 TRUNCATION_METHODS = {"kfac": "K-FAC", "svd": "SVD"}

@@ -91,10 +91,12 @@ class Bounds:
 
 
 def compute_bounds(estimate: Estimate) -> Bounds:
-    return Bounds(estimate.mean, estimate.bound(1 - CONFIDENCE), estimate.bound(CONFIDENCE))
+    return Bounds(estimate.mean, estimate.compute_bound(1 - CONFIDENCE), estimate.compute_bound(CONFIDENCE))
 
 
-def compute_file_bounds(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Bounds:
+def compute_file_bounds(
+    sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None
+) -> Bounds:
     """The bounds where nothing but two files is compared.
 
     Args:
@@ -103,13 +105,19 @@ def compute_file_bounds(sums: Floats, weights: Floats, span: float = 0.0, groups
         span: the range of one example's score; 0 for losses.
         groups: [examples] which of them belong together; None: each stands for itself.
     """
-    if groups is None and span and set(np.abs(sums).tolist()) <= {0.0, span} and set(weights.tolist()) == {1.0}:
+    if (
+        groups is None
+        and score_range
+        and set(np.abs(sums).tolist()) <= {0.0, score_range}
+        and set(weights.tolist()) == {1.0}
+    ):
         worse, better = int((sums > 0).sum()), int((sums < 0).sum())
         low, high = (
-            span * compute_binary_bound(*counts, len(sums), CONFIDENCE) for counts in ((better, worse), (worse, better))
+            score_range * compute_binary_bound(*counts, len(sums), CONFIDENCE)
+            for counts in ((better, worse), (worse, better))
         )
         return Bounds(float(sums.mean()), -low, high)
-    return compute_bounds(estimate_file_difference(sums, weights, span, groups))
+    return compute_bounds(estimate_file_difference(sums, weights, score_range, groups))
 
 
 def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
@@ -123,7 +131,7 @@ def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
     for factor in takewhile(lambda factor: factor <= MAX_EXAMPLE_GROWTH, factors):
         step = 10 ** max(0, math.floor(math.log10(estimate.examples * factor)) - 1)
         size = int(math.ceil(estimate.examples * factor / step) * step)
-        if is_conclusive(estimate.at(size, estimate.seeds), margin):
+        if is_conclusive(estimate.scale_to(size, estimate.seeds), margin):
             return size
     return None
 
@@ -131,15 +139,15 @@ def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
 def compute_required_seeds(estimate: Estimate, margin: float) -> int | None:
     """The fewest seeds that are expected to settle the difference; None if `MAX_SEEDS` are not enough."""
     sizes = range(estimate.seeds + 1, MAX_SEEDS + 1)
-    return next((size for size in sizes if is_conclusive(estimate.at(estimate.examples, size), margin)), None)
+    return next((size for size in sizes if is_conclusive(estimate.scale_to(estimate.examples, size), margin)), None)
 
 
 def is_conclusive(estimate: Estimate, margin: float) -> bool:
     """Whether such runs tell enough from not enough with a chance of `POWER`, if the true mean is the estimated one."""
     error = NORMAL.inv_cdf(POWER) * estimate.standard_error
     if estimate.mean < margin:
-        return is_within(estimate.bound(CONFIDENCE) + error, margin)
-    return not is_within(estimate.bound(1 - CONFIDENCE) - error, margin)
+        return is_within(estimate.compute_bound(CONFIDENCE) + error, margin)
+    return not is_within(estimate.compute_bound(1 - CONFIDENCE) - error, margin)
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
@@ -180,8 +188,8 @@ class Estimate:
     @property
     def variance(self) -> float:
         """The variance of the mean, at least that of either factor alone."""
-        whole = self.examples_variance + self.seeds_variance - self.interaction_variance
-        return max(whole, self.examples_variance, self.seeds_variance, 0.0)
+        total = self.examples_variance + self.seeds_variance - self.interaction_variance
+        return max(total, self.examples_variance, self.seeds_variance, 0.0)
 
     @property
     def standard_error(self) -> float:
@@ -201,7 +209,7 @@ class Estimate:
             squares += self.interaction_variance**2 / (self.examples_degrees * (self.seeds - 1))
         return MAX_DEGREES if squares <= 0 else float(min(MAX_DEGREES, max(1.0, self.variance**2 / squares)))
 
-    def bound(self, confidence: float) -> float:
+    def compute_bound(self, confidence: float) -> float:
         """The one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
         reach, shift = self._reach(confidence), 0.0
         if self.examples > 1 and self.variance > 0:
@@ -220,10 +228,10 @@ class Estimate:
         """
         if not self.has_separate_seeds or self.seeds_degrees <= 0 or self.variance <= 0:
             return compute_t_quantile(self.degrees, confidence)
-        of_seeds = compute_t_quantile(self.seeds_degrees, confidence)
-        of_examples = compute_t_quantile(self.examples_degrees, confidence) if self.examples > 1 else 0.0
+        seed_quantile = compute_t_quantile(self.seeds_degrees, confidence)
+        example_quantile = compute_t_quantile(self.examples_degrees, confidence) if self.examples > 1 else 0.0
         share = min(1.0, self.seeds_variance / self.variance)
-        return math.copysign(math.sqrt(share * of_seeds**2 + (1 - share) * of_examples**2), of_seeds)
+        return math.copysign(math.sqrt(share * seed_quantile**2 + (1 - share) * example_quantile**2), seed_quantile)
 
     def replace_seed_variance(self, variance: float, degrees: float) -> Estimate:
         """The same mean with another seed variance, such as a pooled or a published one."""
@@ -233,22 +241,22 @@ class Estimate:
         """The estimate of the difference that one further seed shows: the seed part times 1 + seeds."""
         return replace(self, seeds_variance=self.seeds_variance * (1 + self.seeds))
 
-    def at(self, examples: int, seeds: int) -> Estimate:
+    def scale_to(self, examples: int, seeds: int) -> Estimate:
         """The estimate that a run of another size is expected to give: the same mean, with each part of the variance scaled."""
         example_ratio = self.examples / examples if self.examples > 1 and examples > 0 else 1.0
         seed_ratio = self.seeds / seeds
         pure_examples = max(self.examples_variance - self.interaction_variance, 0.0) * example_ratio
         pure_seeds = max(self.seeds_variance - self.interaction_variance, 0.0) * seed_ratio
-        both = self.interaction_variance * example_ratio * seed_ratio
+        interaction = self.interaction_variance * example_ratio * seed_ratio
         degrees = self.seeds_degrees
         if degrees > 0:
             degrees = max(degrees + seeds - self.seeds, 1.0)
         grouped = None if self.grouped_degrees is None else max(1.0, self.grouped_degrees / example_ratio)
         return replace(
             self,
-            examples_variance=pure_examples + both,
-            seeds_variance=pure_seeds + both,
-            interaction_variance=both,
+            examples_variance=pure_examples + interaction,
+            seeds_variance=pure_seeds + interaction,
+            interaction_variance=interaction,
             examples=examples,
             seeds=seeds,
             seeds_degrees=degrees,
@@ -256,7 +264,7 @@ class Estimate:
         )
 
 
-def estimate_mean(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
+def estimate_mean(sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None) -> Estimate:
     """The weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
 
     With one seed the seed variance is 0 with no degrees of freedom, and the caller replaces it (`replace_seed_variance`).
@@ -273,27 +281,27 @@ def estimate_mean(sums: Floats, weights: Floats, span: float = 0.0, groups: Grou
     seeds_variance = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
     if examples < 2:
         return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, float(seeds - 1), 0.0)
-    differing = (sums != np.median(sums)).any(axis=0) if span else np.zeros(0)
+    differing = (sums != np.median(sums)).any(axis=0) if score_range else np.zeros(0)
     if groups is not None:
         sums, weights, differing = (
-            sum_by_group(values, groups) for values in (sums, weights, differing if span else weights)
+            sum_by_group(values, groups) for values in (sums, weights, differing if score_range else weights)
         )
         examples = len(weights)
     influence = (sums.mean(axis=0) - weights * mean) / weights.mean()
-    spread = float(np.mean(influence**2))
+    mean_square = float(np.mean(influence**2))
     free, count = (1.0, examples * (examples - 1)) if groups is None else (1 - weights / weights.sum(), examples**2)
     examples_variance = float((influence**2 / free).sum()) / count
-    if span and _is_rare(int(np.count_nonzero(differing)), influence):
-        examples_variance = max(examples_variance, (RULE_OF_THREE * span / examples) ** 2)
+    if score_range and _is_rare(int(np.count_nonzero(differing)), influence):
+        examples_variance = max(examples_variance, (RULE_OF_THREE * score_range / examples) ** 2)
     interaction_variance = 0.0
     if seeds > 1:
-        rest = (sums - np.outer(by_seed, weights)) / weights.mean() - influence
-        of_both = float((rest**2 / free).sum()) / ((seeds - 1) * count * seeds)
-        interaction_variance = min(of_both, examples_variance, seeds_variance)
-    skewness = float(np.mean(influence**3)) / spread**1.5 if spread > 0 else 0.0
-    parts = (examples_variance, seeds_variance, interaction_variance)
+        residuals = (sums - np.outer(by_seed, weights)) / weights.mean() - influence
+        interaction = float((residuals**2 / free).sum()) / ((seeds - 1) * count * seeds)
+        interaction_variance = min(interaction, examples_variance, seeds_variance)
+    skewness = float(np.mean(influence**3)) / mean_square**1.5 if mean_square > 0 else 0.0
+    variances = (examples_variance, seeds_variance, interaction_variance)
     grouped = None if groups is None else compute_group_degrees(weights)
-    return Estimate(mean, *parts, examples, seeds, float(seeds - 1), skewness, grouped_degrees=grouped)
+    return Estimate(mean, *variances, examples, seeds, float(seeds - 1), skewness, grouped_degrees=grouped)
 
 
 def sum_by_group(values: Floats, groups: Groups | None) -> Floats:
@@ -312,11 +320,11 @@ def compute_group_degrees(weights: Floats) -> float:
     covariance of e, the degrees are (Σ a C_gg)² / Σ a_g a_k C_gk², here in sums over groups. Of equal groups they are their number less 1.
     """
     h, d = weights / weights.sum(), weights**2
-    a, whole = 1 / (1 - h), float((weights**2).sum())
-    extra = whole * h**2 - 2 * h * d  # C less the diagonal d is whole·hhᵀ - hdᵀ - dhᵀ
+    a, total_squares = 1 / (1 - h), float((weights**2).sum())
+    extra = total_squares * h**2 - 2 * h * d  # C less the diagonal d is whole·hhᵀ - hdᵀ - dhᵀ
     hh, hd, dd = (float((a * pair).sum()) for pair in (h * h, h * d, d * d))
-    rest = 2 * hh * dd + 2 * hd**2 + (whole * hh) ** 2 - 4 * whole * hh * hd
-    squares = float((a**2 * (d**2 + 2 * d * extra)).sum()) + rest
+    remainder = 2 * hh * dd + 2 * hd**2 + (total_squares * hh) ** 2 - 4 * total_squares * hh * hd
+    squares = float((a**2 * (d**2 + 2 * d * extra)).sum()) + remainder
     return max(1.0, float((a * (d + extra)).sum()) ** 2 / squares)
 
 
@@ -352,13 +360,13 @@ def _is_rare(differing: int, influence: Floats) -> bool:
 
 
 def estimate_file_difference(
-    sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None
+    sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None
 ) -> Estimate:
     """The estimate of one paired difference of two files, [examples]; see `estimate`."""
-    plain = estimate_mean(sums[None, :], weights, span, groups)
+    plain = estimate_mean(sums[None, :], weights, score_range, groups)
     influence = sum_by_group(sums - weights * plain.mean, groups)
-    spread = float(np.mean(influence**2))
-    return replace(plain, kurtosis=float(np.mean(influence**4)) / spread**2) if spread > 0 else plain
+    mean_square = float(np.mean(influence**2))
+    return replace(plain, kurtosis=float(np.mean(influence**4)) / mean_square**2) if mean_square > 0 else plain
 
 
 def compute_binary_bound(worse: int, better: int, examples: int, confidence: float) -> float:
@@ -395,8 +403,8 @@ def compute_t_tail(degrees: float, x: float) -> tuple[float, float]:
         half = (end - start) / 2
         return half * float(WEIGHTS @ np.cos(start + half * (1 + NODES)) ** (degrees - 1))
 
-    whole = 2 * area(0.0)
-    return area(min(angle, end)) / whole, math.cos(angle) ** (degrees + 1) / (root * whole)
+    total_area = 2 * area(0.0)
+    return area(min(angle, end)) / total_area, math.cos(angle) ** (degrees + 1) / (root * total_area)
 
 
 @lru_cache(maxsize=1024)  # the bounds of a difference share their degrees

@@ -87,10 +87,10 @@ class _SeedNoise:
 
     def compute_mean_variance(self, seeds: int) -> tuple[float, float]:
         """The variance of a mean over so many seeds, and its degrees of freedom by Satterthwaite (0: not measured)."""
-        parts = [(self.common, self.common_degrees), (self.individual, self.individual_degrees)]
-        squares = sum(variance**2 / degrees for variance, degrees in parts if degrees > 0)
-        whole = sum(variance for variance, _ in parts)
-        return whole / seeds, whole**2 / squares if squares > 0 else 0.0
+        components = [(self.common, self.common_degrees), (self.individual, self.individual_degrees)]
+        squares = sum(variance**2 / degrees for variance, degrees in components if degrees > 0)
+        total = sum(variance for variance, _ in components)
+        return total / seeds, total**2 / squares if squares > 0 else 0.0
 
 
 class Evidence:
@@ -98,12 +98,13 @@ class Evidence:
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
-        self._uncorrected = adjust_to_common_seeds([select_contender(table, rank) for rank in table.ranks()])
+        self._uncorrected = adjust_to_common_seeds([select_contender(table, rank) for rank in table.list_ranks()])
         self.contenders = {
-            rank: replace(bare, gap=self._estimate_selection_bias(bare)) for rank, bare in self._uncorrected.items()
+            rank: replace(bare, selection_bias=self._estimate_selection_bias(bare))
+            for rank, bare in self._uncorrected.items()
         }
         self.base = select_contender(table, 0) if table.get_cells_by_rate(0) else None
-        self.reference = min(self.contenders.values(), key=lambda contender: (contender.fair_loss, contender.rank))
+        self.reference = min(self.contenders.values(), key=lambda contender: (contender.adjusted_loss, contender.rank))
 
     @cached_property
     def basis(self) -> Basis:
@@ -129,7 +130,7 @@ class Evidence:
         """The variance of a training about the curve, where bare values are all there is; else 0."""
         return _estimate_curve_scatter(list(self._uncorrected.values())) ** 2 if self.basis == "values" else 0.0
 
-    def noise(self, rank: int) -> _SeedNoise:
+    def estimate_noise(self, rank: int) -> _SeedNoise:
         """Of the rank's own mean, and of its difference from the base, which has no seed: from the ranks at least as good as it."""
         if self.basis in ("examples and seeds", "seeds"):
             return measure_noise(self._list_better_ranks(rank, lambda contender: len(contender.cells) > 1))
@@ -138,13 +139,15 @@ class Evidence:
     @cached_property
     def _ordered(self) -> list[Contender]:
         """The best first."""
-        return sorted(self._uncorrected.values(), key=lambda contender: (contender.fair_loss, contender.rank))
+        return sorted(self._uncorrected.values(), key=lambda contender: (contender.adjusted_loss, contender.rank))
 
-    def _list_better_ranks(self, rank: int, measures: Callable[[Contender], bool]) -> list[Contender]:
+    def _list_better_ranks(self, rank: int, has_noise: Callable[[Contender], bool]) -> list[Contender]:
         """The ranks up to this one, the best first; where none of them `measures` the noise over seeds, up to the first that does."""
-        place = self._ordered.index(self._uncorrected[rank]) + 1
-        up_to_first = next((number for number, contender in enumerate(self._ordered, 1) if measures(contender)), place)
-        return self._ordered[: max(place, up_to_first)]
+        position = self._ordered.index(self._uncorrected[rank]) + 1
+        up_to_first = next(
+            (number for number, contender in enumerate(self._ordered, 1) if has_noise(contender)), position
+        )
+        return self._ordered[: max(position, up_to_first)]
 
     @cached_property
     def _pairs(self) -> dict[int, PairNoise]:
@@ -157,26 +160,38 @@ class Evidence:
         """Whether any two ranks were compared on two seeds."""
         return any(pair.degrees > 0 for pair in self._pairs.values())
 
-    def prior(self, rank: int, *, own: bool = False) -> Prior | None:
+    def build_prior(self, rank: int, *, includes_own: bool = False) -> Prior | None:
         """The seed noise that is expected of the rank's differences, for a bound; None where no two seeds were compared.
 
         That of its difference from the best is left out, unless `own`: the expectation is then of another difference.
         """
-        within = WITHIN_DEGREES if self.has_examples else BARE_WITHIN_DEGREES
-        return self._build_noise_prior(rank, BOUND_DEGREES, within, own=own) if self.has_seed_noise else None
+        prior_degrees = WITHIN_DEGREES if self.has_examples else BARE_WITHIN_DEGREES
+        return (
+            self._build_noise_prior(rank, BOUND_DEGREES, prior_degrees, includes_own=includes_own)
+            if self.has_seed_noise
+            else None
+        )
 
     def _build_noise_prior(
-        self, rank: int, degrees: float, within: float, *, own: bool = False, examples: float | None = None
+        self,
+        rank: int,
+        degrees: float,
+        rank_degrees: float,
+        *,
+        includes_own: bool = False,
+        examples: float | None = None,
     ) -> Prior:
         pairs = self._pairs
-        known = self._list_better_ranks(rank, lambda rival: rival.rank in pairs and pairs[rival.rank].degrees > 0)
-        others = [pairs[rival.rank] for rival in known if rival.rank in pairs and (own or rival.rank != rank)]
+        measured = self._list_better_ranks(rank, lambda rival: rival.rank in pairs and pairs[rival.rank].degrees > 0)
+        other_pairs = [
+            pairs[rival.rank] for rival in measured if rival.rank in pairs and (includes_own or rival.rank != rank)
+        ]
         count = examples or next(iter(self._ordered[0].cells.values())).num_groups
         start = Prior(NOISE.compute_seed_ratio(count), degrees) if self.has_examples else Prior(0.0, 0.0)
-        return pool_prior(others, start, within)
+        return pool_prior(other_pairs, start, rank_degrees)
 
     @cached_property
-    def reference_gap(self) -> float:
+    def reference_bias(self) -> float:
         """The winner's curse of the reference as the best of all ranks: differences from it look larger than they are.
 
         The test of "enough" is conservative by this amount. It is taken out before a rank is called not enough. Shown means are more spread
@@ -186,12 +201,12 @@ class Evidence:
         benchmarks/decide/printed.py measures what this leaves of the error.
         """
         error, rivals, degrees = math.inf, [0.0], [MAX_DEGREES]
-        for contender in sorted(self.contenders.values(), key=lambda other: (other.fair_loss, other.rank)):
+        for contender in sorted(self.contenders.values(), key=lambda other: (other.adjusted_loss, other.rank)):
             if not compute_differences(pair_cells(contender, self.reference)).any():
                 continue  # itself, or one with the same scores
-            difference = self.difference(contender)
+            difference = self.estimate_difference(contender)
             error = min(error, difference.standard_error)
-            if contender.fair_loss - self.reference.fair_loss <= MAX_EQUAL_ERRORS * error:
+            if contender.adjusted_loss - self.reference.adjusted_loss <= MAX_EQUAL_ERRORS * error:
                 rivals.append(error**2)
                 degrees.append(difference.degrees)
         return estimate_selection_bias(
@@ -202,39 +217,43 @@ class Evidence:
         """Whether the rank's best learning rate is the lowest or the highest of several that were tried."""
         return bool(self.table.list_edge_rates(self.contenders[rank].learning_rate, rank))
 
-    def value(self, contender: Contender) -> Estimate:
+    def estimate_value(self, contender: Contender) -> Estimate:
         """The contender's own mean."""
         cells = list(contender.cells.values())
-        sums, span = np.stack([cell.sums for cell in cells]), max(cell.span for cell in cells)
+        sums, span = np.stack([cell.sums for cell in cells]), max(cell.score_range for cell in cells)
         mean = estimate_mean(sums, cells[0].weights, span, cells[0].groups)
         if contender.rank == 0:
             return mean
-        stated = self._get_stated_variance(contender)
-        if stated is not None:
-            return mean.replace_seed_variance(stated, 0.0)
-        variance, degrees = self.noise(contender.rank).compute_mean_variance(len(contender.cells))
+        stated_variance = self._get_stated_variance(contender)
+        if stated_variance is not None:
+            return mean.replace_seed_variance(stated_variance, 0.0)
+        variance, degrees = self.estimate_noise(contender.rank).compute_mean_variance(len(contender.cells))
         return mean.replace_seed_variance(max(variance, mean.interaction_variance), degrees)
 
-    def difference(self, contender: Contender, reference: Contender | None = None) -> Estimate:
+    def estimate_difference(self, contender: Contender, reference: Contender | None = None) -> Estimate:
         """How much worse the contender is than the reference, paired over examples, and over seeds that both have."""
-        against = reference or self.reference
-        pairs = pair_cells(contender, against)
-        paired = estimate_pairs(pairs, shift=contender.gap - against.gap)
-        stated = [self._get_stated_variance(contender), self._get_stated_variance(against)]
-        if all(variance is not None for variance in stated):
-            return paired.replace_seed_variance(sum(variance for variance in stated if variance is not None), 0.0)
-        if contender.rank == 0 or against.rank == 0:
-            variance, degrees = self.noise(max(contender.rank, against.rank)).compute_mean_variance(len(pairs))
+        opponent = reference or self.reference
+        pairs = pair_cells(contender, opponent)
+        paired = estimate_pairs(pairs, shift=contender.selection_bias - opponent.selection_bias)
+        stated_variances = [self._get_stated_variance(contender), self._get_stated_variance(opponent)]
+        if all(variance is not None for variance in stated_variances):
+            return paired.replace_seed_variance(
+                sum(variance for variance in stated_variances if variance is not None), 0.0
+            )
+        if contender.rank == 0 or opponent.rank == 0:
+            variance, degrees = self.estimate_noise(max(contender.rank, opponent.rank)).compute_mean_variance(
+                len(pairs)
+            )
         elif self.lacks_uncertainty:
             variance, degrees = 2 * self.scatter, 0.0
         else:
-            variance, degrees = _estimate_seed_variance(pairs, self.prior(contender.rank))
+            variance, degrees = _estimate_seed_variance(pairs, self.build_prior(contender.rank))
         return paired.replace_seed_variance(max(variance, paired.interaction_variance), degrees)
 
-    def expected(self, contender: Contender, seeds: int) -> Estimate:
+    def predict_difference(self, contender: Contender, seeds: int) -> Estimate:
         """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
         pairs = pair_cells(contender, self.reference)
-        paired = estimate_pairs(pairs, shift=contender.gap - self.reference.gap)
+        paired = estimate_pairs(pairs, shift=contender.selection_bias - self.reference.selection_bias)
         variance = NOISE.compute_seed_ratio(paired.examples) * _measure_pair_noise(pairs).example_variance / seeds
         return replace(paired, seeds=seeds).replace_seed_variance(variance, BOUND_DEGREES + seeds - 1)
 
@@ -261,7 +280,7 @@ class Evidence:
         variances, _ = self._pairwise_posteriors
         return "two ranks have the same scores" if (variances + np.eye(len(variances)) <= 0).any() else ""
 
-    def probability(self, rank: int, margin: float) -> float | None:
+    def compute_probability(self, rank: int, margin: float) -> float | None:
         """That the rank is within the margin of every other rank at once, over seeds and examples; None where there is none (`probability_obstacle`)."""
         if self.probability_obstacle:
             return None
@@ -272,8 +291,8 @@ class Evidence:
         worse = self._worse_than_best
         if seeds or examples:
             seeds_now, examples_now = self.size
-            now = NOISE.ratio(seeds_now, examples_now / self._design_effect)
-            planned = NOISE.ratio(seeds or seeds_now, (examples or examples_now) / self._design_effect)
+            now = NOISE.compute_ratio(seeds_now, examples_now / self._design_effect)
+            planned = NOISE.compute_ratio(seeds or seeds_now, (examples or examples_now) / self._design_effect)
             worse = self.joint.compute_losses_to_best(math.sqrt(planned / now))
         margins = np.quantile(worse, probability, axis=1, method="inverted_cdf")
         return {rank: margin for rank, margin in zip(self.joint.ranks, margins.tolist(), strict=True) if rank > 0}
@@ -301,36 +320,41 @@ class Evidence:
 
     def compute_half_width(self, confidence: float) -> float:
         """How far the differences of `alike` ranks from the best are known, either way; 0 where there is one."""
-        errors = [self.joint.error(rank, self.reference.rank) for rank in self.find_indistinguishable_ranks(confidence)]
+        errors = [
+            self.joint.get_standard_error(rank, self.reference.rank)
+            for rank in self.find_indistinguishable_ranks(confidence)
+        ]
         return max(errors) * compute_t_quantile(self.joint.degrees, (1 + confidence) / 2)
 
     @cached_property
     def joint(self) -> JointMeans:
         """The joint distribution of the true means of ranks and base, which there must be (`probability_obstacle`)."""
-        ranks, losses = zip(*((contender.rank, contender.fair_loss) for contender in self._all_contenders), strict=True)
+        ranks, losses = zip(
+            *((contender.rank, contender.adjusted_loss) for contender in self._all_contenders), strict=True
+        )
         return sample_joint_means(ranks, losses, *self._pairwise_posteriors)
 
     @property
     def _all_contenders(self) -> list[Contender]:
         """Ranks and base, the best first."""
         everyone = [*self.contenders.values(), *([self.base] if self.base else [])]
-        return sorted(everyone, key=lambda contender: (contender.fair_loss, contender.rank))
+        return sorted(everyone, key=lambda contender: (contender.adjusted_loss, contender.rank))
 
     @cached_property
     def _pairwise_posteriors(self) -> tuple[Floats, float]:
         """[ranks, ranks] variance of each measured difference about the true one, of `_everyone`; and the degrees of freedom, of the best two ranks."""
-        place = {contender.rank: number for number, contender in enumerate(self._ordered)}
+        positions = {contender.rank: number for number, contender in enumerate(self._ordered)}
         variances, degrees = np.zeros((len(self._all_contenders), len(self._all_contenders))), 0.0
         best = {contender.rank for contender in self._ordered[:2]}
-        for (row, first), (column, other) in combinations(enumerate(self._all_contenders), 2):
-            pairs = pair_cells(first, other)
+        for (row, first), (column, second) in combinations(enumerate(self._all_contenders), 2):
+            pairs = pair_cells(first, second)
             noise = _measure_pair_noise(pairs)
-            worse = max((first.rank, other.rank), key=lambda rank: place.get(rank, -1))
+            worse = max((first.rank, second.rank), key=lambda rank: positions.get(rank, -1))
             examples = pairs[0][0].examples / noise.design_effect
             prior = self._build_noise_prior(worse, NOISE_DEGREES, math.inf, examples=examples)
             variance, of_pair = compute_mean_noise(noise, prior, len(pairs), examples)
             variances[row, column] = variances[column, row] = variance
-            degrees = of_pair if {first.rank, other.rank} == best else degrees
+            degrees = of_pair if {first.rank, second.rank} == best else degrees
         return variances, degrees
 
     def _get_stated_variance(self, contender: Contender) -> float | None:
@@ -351,7 +375,7 @@ class Evidence:
         if self.lacks_uncertainty:
             seeds = np.diag([self.scatter] * len(columns))
         else:
-            prior = self.prior(rank, own=True)
+            prior = self.build_prior(rank, includes_own=True)
             pairs = {lr: pair_shared_seeds(by_seed[lr], contender.cells) for lr in columns if lr != best}
             seeds = compute_covariance_to_best(
                 [_estimate_seed_variance(pairs[lr], prior)[0] if pairs.get(lr) else 0.0 for lr in columns]
@@ -437,12 +461,12 @@ class MetricUnit:
     higher_is_better: bool
     reference: float  # the reference's value in the metric's unit
 
-    def value(self, oriented: float) -> float:
+    def convert_value(self, oriented: float) -> float:
         if self.kind == "perplexity":
             return math.exp(min(oriented, MAX_EXPONENT))
         return -oriented if self.higher_is_better else oriented
 
-    def difference(self, oriented: float) -> float:
+    def convert_difference(self, oriented: float) -> float:
         """How much worse than the reference, in the metric's unit."""
         return self.reference * math.expm1(min(oriented, MAX_EXPONENT)) if self.kind == "perplexity" else oriented
 
@@ -484,13 +508,13 @@ class Comparison:
         """The ranks tried, ascending, without the base."""
         return sorted(self.evidence.contenders)
 
-    def probability(self, rank: int) -> float | None:
+    def compute_probability(self, rank: int) -> float | None:
         """That the rank is enough; None where the evidence gives none."""
-        return self.evidence.probability(rank, self.margin)
+        return self.evidence.compute_probability(rank, self.margin)
 
     def require_probability(self, rank: int) -> float:
         """`probability` where the evidence gives one."""
-        probability = self.probability(rank)
+        probability = self.compute_probability(rank)
         assert probability is not None
         return probability
 
@@ -498,8 +522,10 @@ class Comparison:
         """With the smallest rank whose probability is at least `confidence`, else the likeliest; as it is without probabilities, where bounds decide."""
         if self.evidence.probability_obstacle:
             return self
-        enough = [rank for rank in self.ranks if self.require_probability(rank) >= confidence]
-        chosen = min(enough, default=max(self.ranks, key=lambda rank: (self.require_probability(rank), -rank)))
+        sufficient_ranks = [rank for rank in self.ranks if self.require_probability(rank) >= confidence]
+        chosen = min(
+            sufficient_ranks, default=max(self.ranks, key=lambda rank: (self.require_probability(rank), -rank))
+        )
         return replace(self, chosen=chosen, confidence=confidence)
 
     @property
@@ -543,39 +569,41 @@ class Comparison:
 
 def compare_ranks(evidence: Evidence, margin: float) -> Comparison:
     """Compare every rank, and the base if the table has it, and walk down from the reference."""
-    everyone = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
-    by_rank = {contender.rank: _compare_rank(contender, evidence, margin) for contender in everyone}
+    contenders = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
+    by_rank = {contender.rank: _compare_rank(contender, evidence, margin) for contender in contenders}
     chosen = walk_down(by_rank, evidence.reference.rank, lambda rank: by_rank[rank].is_enough)
     return Comparison(evidence, by_rank, margin, chosen)
 
 
 def _compare_rank(contender: Contender, evidence: Evidence, margin: float) -> RankComparison:
-    mean = evidence.value(contender)
+    mean = evidence.estimate_value(contender)
     if contender.rank == evidence.reference.rank:
         return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, None, True, True, 0.0)
-    difference, gap = evidence.difference(contender), evidence.reference_gap
-    bounds = Bounds(difference.mean, difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE))
-    decides = bounds.mean if evidence.lacks_uncertainty else bounds.high
-    further = difference.predict_extra_seed() if evidence.has_seed_noise and contender.rank > 0 else None
+    difference, gap = evidence.estimate_difference(contender), evidence.reference_bias
+    bounds = Bounds(
+        difference.mean, difference.compute_bound(1 - CONFIDENCE) - gap, difference.compute_bound(CONFIDENCE)
+    )
+    tested_bound = bounds.mean if evidence.lacks_uncertainty else bounds.high
+    predictive = difference.predict_extra_seed() if evidence.has_seed_noise and contender.rank > 0 else None
     return RankComparison(
         contender,
         mean,
         difference,
         bounds.low,
         bounds.high,
-        further,
-        is_within(decides, margin),
+        predictive,
+        is_within(tested_bound, margin),
         None if evidence.basis == "values" else bounds.is_enough(margin),
-        max(decides, 0.0),
+        max(tested_bound, 0.0),
     )
 
 
-def build_staircase(tested: Comparison, unit: MetricUnit) -> list[StaircaseStep]:
+def build_staircase(comparison: Comparison, unit: MetricUnit) -> list[StaircaseStep]:
     """The chosen rank as a step function of the margin: a step at each margin from which a smaller rank is enough."""
-    by_bounds = tested.confidence is None
-    steps = [StaircaseStep(margin=0.0, rank=tested.reference.rank if by_bounds else tested.ranks[-1])]
-    for threshold, rank in _iterate_thresholds(tested) if by_bounds else _list_margins(tested):
-        margin = unit.difference(threshold)
+    by_bounds = comparison.confidence is None
+    steps = [StaircaseStep(margin=0.0, rank=comparison.reference.rank if by_bounds else comparison.ranks[-1])]
+    for threshold, rank in _iterate_thresholds(comparison) if by_bounds else _list_margins(comparison):
+        margin = unit.convert_difference(threshold)
         if rank >= steps[-1].rank:
             continue
         if margin == steps[-1].margin:
@@ -584,15 +612,15 @@ def build_staircase(tested: Comparison, unit: MetricUnit) -> list[StaircaseStep]
     return steps
 
 
-def _iterate_thresholds(tested: Comparison) -> Iterator[tuple[float, int]]:
+def _iterate_thresholds(comparison: Comparison) -> Iterator[tuple[float, int]]:
     """Margin and rank: where the walk down reaches it."""
     threshold = 0.0
-    for rank in list_lower_ranks(tested.by_rank, tested.reference.rank):
-        threshold = max(threshold, tested.by_rank[rank].threshold)
+    for rank in list_lower_ranks(comparison.by_rank, comparison.reference.rank):
+        threshold = max(threshold, comparison.by_rank[rank].threshold)
         yield threshold, rank
 
 
-def _list_margins(tested: Comparison) -> list[tuple[float, int]]:
+def _list_margins(comparison: Comparison) -> list[tuple[float, int]]:
     """Margin and rank by ascending margin: where it has the confidence. The base is no rank to answer with."""
-    assert tested.confidence is not None
-    return sorted((margin, rank) for rank, margin in tested.evidence.compute_margins(tested.confidence).items())
+    assert comparison.confidence is not None
+    return sorted((margin, rank) for rank, margin in comparison.evidence.compute_margins(comparison.confidence).items())

@@ -45,36 +45,40 @@ EXAMPLE_COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # of held-out 
 EDGE_FACTOR = 3  # the step beyond the best learning rate where no other learning rate gives one
 
 
-def plan_next_runs(tested: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
+def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
     """What to run next, the most useful first. Never empty."""
     runs: list[NextRun] = []
     if verdict == "no_gain":
-        runs.append(_plan_after_no_gain(tested.evidence))
+        runs.append(_plan_after_no_gain(comparison.evidence))
     elif verdict == "undecided":
-        if (unexplained := find_unexplained_rank(tested)) is not None:
-            runs.append(_plan_repetition(tested, unexplained))
-        if is_unlikely(tested):
-            runs.extend(_plan_runs_for_confidence(tested))
-        elif is_open(tested):
-            runs.extend(_plan_settling_runs(tested, *_find_undecided_rank(tested)))
-    elif tested.chosen == tested.ranks[-1] and (verdict == "rising" or not tested.evidence.lacks_uncertainty):
-        runs.append(_plan_larger_rank(tested.evidence))
+        if (unexplained := find_unexplained_rank(comparison)) is not None:
+            runs.append(_plan_repetition(comparison, unexplained))
+        if is_unlikely(comparison):
+            runs.extend(_plan_runs_for_confidence(comparison))
+        elif is_open(comparison):
+            runs.extend(_plan_settling_runs(comparison, *_find_undecided_rank(comparison)))
+    elif comparison.chosen == comparison.ranks[-1] and (
+        verdict == "rising" or not comparison.evidence.lacks_uncertainty
+    ):
+        runs.append(_plan_larger_rank(comparison.evidence))
     if "lr_edge" in flags:
-        runs.insert(1 if verdict in ("rising", "undecided") else 0, _plan_rate_beyond_edge(tested))
+        runs.insert(1 if verdict in ("rising", "undecided") else 0, _plan_rate_beyond_edge(comparison))
     if "unequal_length" in flags:
-        runs.append(_plan_equal_lengths(tested.evidence))
+        runs.append(_plan_equal_lengths(comparison.evidence))
     if verdict not in ("no_gain", "undecided"):
-        if tested.evidence.lacks_uncertainty and "underpowered" in flags:
-            runs.append(_plan_proof(tested))
+        if comparison.evidence.lacks_uncertainty and "underpowered" in flags:
+            runs.append(_plan_proof(comparison))
         else:
-            runs.append(_plan_extra_seeds(tested) if tested.needs_extra_seeds else _plan_confirmation(tested))
+            runs.append(
+                _plan_extra_seeds(comparison) if comparison.needs_extra_seeds else _plan_confirmation(comparison)
+            )
     return runs
 
 
-def _plan_repetition(tested: Comparison, rank: int) -> NextRun:
+def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
     """The training that probably failed once more: at a lower learning rate where none was tried, else with another seed."""
-    evidence, start = tested.evidence, f"Train rank {rank} again"
-    if has_lower_rate(tested, rank):
+    evidence, start = comparison.evidence, f"Train rank {rank} again"
+    if has_lower_rate(comparison, rank):
         return _build_seed_run(
             evidence,
             [rank],
@@ -89,77 +93,79 @@ def _plan_repetition(tested: Comparison, rank: int) -> NextRun:
     )
 
 
-def _find_undecided_rank(tested: Comparison) -> tuple[int, Estimate]:
+def _find_undecided_rank(comparison: Comparison) -> tuple[int, Estimate]:
     """The rank that leaves the answer undecided, and the difference to compare with the margin."""
-    rank = find_inconclusive_rank(tested)
+    rank = find_inconclusive_rank(comparison)
     if rank is not None:
-        return rank, tested.by_rank[rank].difference
-    rival = find_possible_rival(tested)
+        return rank, comparison.by_rank[rank].difference
+    rival = find_possible_rival(comparison)
     assert rival is not None
-    better = tested.by_rank[rival].difference
+    better = comparison.by_rank[rival].difference
     return rival, replace(better, mean=-better.mean, skewness=-better.skewness)  # how much worse the reference is
 
 
-def _plan_settling_runs(tested: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
+def _plan_settling_runs(comparison: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
     """More examples or more seeds at `rank` and the reference, the cheaper first; another margin if neither can settle it."""
-    ranks = sorted({rank, tested.reference.rank} - {0})
-    compared = _format_rank_list(sorted({rank, tested.reference.rank}))
+    ranks = sorted({rank, comparison.reference.rank} - {0})
+    compared = _format_rank_list(sorted({rank, comparison.reference.rank}))
     runs = []
-    examples = compute_required_examples(difference, tested.margin)
-    seeds = None if tested.needs_extra_seeds else compute_required_seeds(difference, tested.margin)
+    examples = compute_required_examples(difference, comparison.margin)
+    seeds = None if comparison.needs_extra_seeds else compute_required_seeds(difference, comparison.margin)
     if examples is not None:
-        noun, size = _describe_sampling_unit(tested)
+        noun, size = _describe_sampling_unit(comparison)
         sentence = f"Score about {examples:,} {noun} (now {difference.examples:,}) at {compared} to settle it."
         runs.append(NextRun(action="examples", ranks=ranks, examples=round(examples * size), sentence=sentence))
     if seeds is not None:
         sentence = f"Train {compared} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
-        runs.append(_build_seed_run(tested.evidence, ranks, seeds, sentence))
+        runs.append(_build_seed_run(comparison.evidence, ranks, seeds, sentence))
     if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
         runs.reverse()
-    if tested.needs_extra_seeds:
-        runs.append(_plan_extra_seeds(tested, rank))
+    if comparison.needs_extra_seeds:
+        runs.append(_plan_extra_seeds(comparison, rank))
     elif not runs:
-        runs.append(_plan_seeds_and_examples(tested, rank, difference))
+        runs.append(_plan_seeds_and_examples(comparison, rank, difference))
     return runs
 
 
-def _plan_runs_for_confidence(tested: Comparison) -> list[NextRun]:
+def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
     """What would give a rank the probability that was asked for: more examples, more seeds, or both; the cheaper first."""
-    evidence, asked, margin = tested.evidence, tested.confidence, tested.margin
-    assert asked is not None
-    (seeds, examples), ranks = evidence.size, evidence.find_indistinguishable_ranks(asked)
+    evidence, confidence, margin = comparison.evidence, comparison.confidence, comparison.margin
+    assert confidence is not None
+    (seeds, examples), ranks = evidence.size, evidence.find_indistinguishable_ranks(confidence)
     cells = [cell for rank in ranks for cell in evidence.contenders[rank].cells.values()]
 
-    def reach(more_seeds: int, more_examples: int) -> bool:
-        return is_within(min(evidence.compute_margins(asked, more_seeds, more_examples).values()), margin)
+    def is_reached(more_seeds: int, more_examples: int) -> bool:
+        return is_within(min(evidence.compute_margins(confidence, more_seeds, more_examples).values()), margin)
 
     sizes = [size for size in EXAMPLE_COUNTS if size > examples]
     counts = range(seeds + 1, MAX_SEEDS + 1)
-    items = next((size for size in sizes if reach(seeds, size)), None)
-    trained = next((count for count in counts if reach(count, examples)), None)
+    needed_examples = next((size for size in sizes if is_reached(seeds, size)), None)
+    needed_seeds = next((count for count in counts if is_reached(count, examples)), None)
     runs: list[NextRun] = []
-    if items is not None:
-        minutes = _convert_to_minutes(items * sum(cell.eval_seconds for cell in cells) / examples)
-        told = "" if trained is not None else "; further seeds alone would not do it"
-        sentence = f"To test the margin, score about {items:,} held-out examples (now {examples:,}) at {_format_rank_list(ranks)}{format_time(minutes)}{told}."
-        runs.append(NextRun(action="examples", ranks=ranks, examples=items, minutes=minutes, sentence=sentence))
-    if trained is not None or items is None:
-        wanted: tuple[int, int | None] | None = (trained, None) if trained is not None else None
-        if wanted is None:
-            fewest = next((count for count in counts if sizes and reach(count, sizes[-1])), None)
-            if fewest is not None:
-                wanted = fewest, next(size for size in sizes if reach(fewest, size))
-        if wanted is None:
-            sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {tested.chosen}, or choose another margin."
-            return [NextRun(action="none", ranks=[tested.chosen], sentence=sentence)]
-        count, size = wanted
+    if needed_examples is not None:
+        minutes = _convert_to_minutes(needed_examples * sum(cell.eval_seconds for cell in cells) / examples)
+        remark = "" if needed_seeds is not None else "; further seeds alone would not do it"
+        sentence = f"To test the margin, score about {needed_examples:,} held-out examples (now {examples:,}) at {_format_rank_list(ranks)}{format_time(minutes)}{remark}."
+        runs.append(
+            NextRun(action="examples", ranks=ranks, examples=needed_examples, minutes=minutes, sentence=sentence)
+        )
+    if needed_seeds is not None or needed_examples is None:
+        plan: tuple[int, int | None] | None = (needed_seeds, None) if needed_seeds is not None else None
+        if plan is None:
+            fewest_seeds = next((count for count in counts if sizes and is_reached(count, sizes[-1])), None)
+            if fewest_seeds is not None:
+                plan = fewest_seeds, next(size for size in sizes if is_reached(fewest_seeds, size))
+        if plan is None:
+            sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {comparison.chosen}, or choose another margin."
+            return [NextRun(action="none", ranks=[comparison.chosen], sentence=sentence)]
+        count, size = plan
         minutes = _convert_to_minutes(
             _count_missing_trainings(evidence, ranks, count)
             * sum(cell.train_seconds + cell.eval_seconds for cell in cells)
             / len(cells)
         )
-        scored = "" if size is None else f" and score about {size:,} held-out examples (now {examples:,})"
-        sentence = f"Train {_format_rank_list(ranks)} with {count} seeds (now {seeds}){scored} to test it ({{cost}}{format_time(minutes, ', ')})."
+        scoring = "" if size is None else f" and score about {size:,} held-out examples (now {examples:,})"
+        sentence = f"Train {_format_rank_list(ranks)} with {count} seeds (now {seeds}){scoring} to test it ({{cost}}{format_time(minutes, ', ')})."
         runs.append(_build_seed_run(evidence, ranks, count, sentence, size).model_copy(update={"minutes": minutes}))
     return sorted(runs, key=lambda run: math.inf if run.minutes is None else run.minutes)
 
@@ -168,63 +174,72 @@ def _convert_to_minutes(seconds: float) -> float | None:
     return round(seconds / 60, 1) if seconds > 0 else None
 
 
-def format_time(minutes: float | None, before: str = " (") -> str:
+def format_time(minutes: float | None, prefix: str = " (") -> str:
     """` (about 3 minutes)`; empty where it is not known."""
     if minutes is None:
         return ""
-    known = (
+    duration = (
         f"{60 * minutes:.0f} seconds"
         if minutes < 1.5
         else f"{minutes:,.0f} minutes"
         if minutes < 90
         else f"{minutes / 60:,.1f} hours"
     )
-    return f"{before}about {known}{')' * before.endswith('(')}"
+    return f"{prefix}about {duration}{')' * prefix.endswith('(')}"
 
 
-def _plan_seeds_and_examples(tested: Comparison, rank: int, difference: Estimate) -> NextRun:
+def _plan_seeds_and_examples(comparison: Comparison, rank: int, difference: Estimate) -> NextRun:
     """The fewest further seeds with which more examples settle it; another margin if not even they do."""
-    ranks = sorted({rank, tested.reference.rank} - {0})
+    ranks = sorted({rank, comparison.reference.rank} - {0})
     for seeds in range(difference.seeds + 1, MAX_SEEDS + 1):
-        examples = compute_required_examples(difference.at(difference.examples, seeds), tested.margin)
+        examples = compute_required_examples(difference.scale_to(difference.examples, seeds), comparison.margin)
         if examples is not None:
-            noun, size = _describe_sampling_unit(tested)
+            noun, size = _describe_sampling_unit(comparison)
             sentence = (
                 f"Train {_format_rank_list(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} {noun} "
                 f"(now {difference.examples:,}) to settle it ({{cost}})."
             )
-            return _build_seed_run(tested.evidence, ranks, seeds, sentence, round(examples * size))
-    at_hand = find_shown_rank(tested) or tested.reference.rank
+            return _build_seed_run(comparison.evidence, ranks, seeds, sentence, round(examples * size))
+    best_rank = find_shown_rank(comparison) or comparison.reference.rank
     examples_too = f" with {MAX_EXAMPLE_GROWTH} times the examples" if difference.examples else ""
-    sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_format_rank(rank)} at this noise: take rank {at_hand}, or choose another margin."
-    return NextRun(action="none", ranks=[at_hand], sentence=sentence)
+    sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_format_rank(rank)} at this noise: take rank {best_rank}, or choose another margin."
+    return NextRun(action="none", ranks=[best_rank], sentence=sentence)
 
 
-def _describe_sampling_unit(tested: Comparison) -> tuple[str, float]:
+def _describe_sampling_unit(comparison: Comparison) -> tuple[str, float]:
     """What a bound is over, and the examples of each."""
-    cell = next(iter(tested.reference.cells.values()))
+    cell = next(iter(comparison.reference.cells.values()))
     return f"{'' if cell.groups is None else 'groups of '}held-out examples", cell.examples / cell.num_groups
 
 
-def _plan_extra_seeds(tested: Comparison, undecided: int | None = None) -> NextRun:
+def _plan_extra_seeds(comparison: Comparison, undecided: int | None = None) -> NextRun:
     """The seeds that are expected to make a decision of an indication, at the seed noise of earlier grids."""
-    evidence, reference = tested.evidence, tested.reference.rank
-    compared = {tested.chosen, tested.next_lower or tested.chosen, undecided or tested.chosen} - {reference}
-    known = [
+    evidence, reference = comparison.evidence, comparison.reference.rank
+    compared = {comparison.chosen, comparison.next_lower or comparison.chosen, undecided or comparison.chosen} - {
+        reference
+    }
+    tested_ranks = [
         rank
         for rank in sorted(compared)
-        if rank in (tested.chosen, undecided) or tested.by_rank[rank].non_inferior is False
+        if rank in (comparison.chosen, undecided) or comparison.by_rank[rank].non_inferior is False
     ]
     sizes = range(MIN_SEEDS, MAX_SEEDS + 1)
     needed = [
-        next((n for n in sizes if is_conclusive(evidence.expected(evidence.contenders[rank], n), tested.margin)), None)
-        for rank in known
+        next(
+            (
+                n
+                for n in sizes
+                if is_conclusive(evidence.predict_difference(evidence.contenders[rank], n), comparison.margin)
+            ),
+            None,
+        )
+        for rank in tested_ranks
     ]
-    enough = [seeds for seeds in needed if seeds is not None]
-    seeds = max(enough, default=MIN_SEEDS) if len(enough) == len(needed) else MIN_SEEDS
+    sufficient = [seeds for seeds in needed if seeds is not None]
+    seeds = max(sufficient, default=MIN_SEEDS) if len(sufficient) == len(needed) else MIN_SEEDS
     ranks = sorted(compared | {reference})
     start = f"Train {_format_rank_list(ranks)} with {seeds} seeds (now 1)"
-    if len(enough) == len(needed):
+    if len(sufficient) == len(needed):
         sentence = f"{start} to make it a decision, if the seed noise is that of earlier grids ({{cost}})."
     else:
         sentence = (
@@ -237,11 +252,11 @@ def _plan_extra_seeds(tested: Comparison, undecided: int | None = None) -> NextR
 def _plan_equal_lengths(evidence: Evidence) -> NextRun:
     """All trainings at the length of the longest."""
     steps = max(list_lengths(evidence))
-    short = {
+    shorter_trials = {
         rank: sum(cell.steps not in (None, steps) for cell in contender.cells.values())
         for rank, contender in sorted(evidence.contenders.items())
     }
-    ranks, trials = [rank for rank in short if short[rank]], sum(short.values())
+    ranks, trials = [rank for rank in shorter_trials if shorter_trials[rank]], sum(shorter_trials.values())
     sentence = f"Train {_format_rank_list(ranks)} for {steps} steps too ({_format_cost(trials)}): trainings of unequal length are compared."
     return NextRun(action="steps", ranks=ranks, steps=steps, trials=trials, sentence=sentence)
 
@@ -256,8 +271,8 @@ def _plan_larger_rank(evidence: Evidence) -> NextRun:
     return NextRun(action="rank", ranks=[2 * top.rank], learning_rates=lrs, trials=trials, sentence=sentence)
 
 
-def _plan_rate_beyond_edge(tested: Comparison) -> NextRun:
-    evidence, ranks = tested.evidence, sorted({tested.chosen, tested.reference.rank})
+def _plan_rate_beyond_edge(comparison: Comparison) -> NextRun:
+    evidence, ranks = comparison.evidence, sorted({comparison.chosen, comparison.reference.rank})
     rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
     run = plan_rate_run(evidence.table, rank, evidence.contenders[rank].learning_rate, ranks)
     assert run is not None
@@ -279,43 +294,43 @@ def plan_rate_run(table: ScoreTable, rank: int, learning_rate: float, ranks: lis
 
 
 def _collect_tried_rates(table: ScoreTable) -> set[float]:
-    return {rate for rank in table.ranks() for rate in table.list_tried_rates(rank)}
+    return {rate for rank in table.list_ranks() for rate in table.list_tried_rates(rank)}
 
 
-def _extrapolate_rate(edge: float, inner: float, known: Iterable[float]) -> float:
+def _extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float]) -> float:
     """Outward by the last step inward: a rate of another rank where one is near, else a round number where that is a step too."""
     if edge == 0 or inner == 0:
         return edge * EDGE_FACTOR or inner / EDGE_FACTOR
     factor = edge / inner
     lr = edge * factor
-    for near in (*sorted(known), float(f"{lr:.0e}")):
-        if near and abs(math.log(near / lr)) < abs(math.log(factor)) / 4:
-            return near
+    for candidate in (*sorted(tried_rates), float(f"{lr:.0e}")):
+        if candidate and abs(math.log(candidate / lr)) < abs(math.log(factor)) / 4:
+            return candidate
     return lr
 
 
-def _plan_proof(tested: Comparison) -> NextRun:
+def _plan_proof(comparison: Comparison) -> NextRun:
     """The seeds that are expected to show what a point reading suggests."""
-    reference = tested.reference.rank
-    rank = tested.chosen if tested.chosen != reference else tested.next_lower or reference
-    difference = tested.by_rank[rank].difference
-    needed = compute_required_seeds(difference, tested.margin) if difference.variance > 0 else None
+    reference = comparison.reference.rank
+    rank = comparison.chosen if comparison.chosen != reference else comparison.next_lower or reference
+    difference = comparison.by_rank[rank].difference
+    needed = compute_required_seeds(difference, comparison.margin) if difference.variance > 0 else None
     ranks = sorted({rank, reference})
     if needed is None:
         sentence = f"One number per rank can't show it: score {_format_rank_list(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
         return NextRun(action="examples", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     sentence = f"Train {_format_rank_list(ranks)} with {needed} seeds each to show it ({{cost}})."
-    return _build_seed_run(tested.evidence, ranks, needed, sentence)
+    return _build_seed_run(comparison.evidence, ranks, needed, sentence)
 
 
-def _plan_confirmation(tested: Comparison) -> NextRun:
+def _plan_confirmation(comparison: Comparison) -> NextRun:
     """`CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
-    ranks = sorted({tested.chosen, tested.reference.rank, tested.next_lower or tested.chosen})
-    if _count_missing_trainings(tested.evidence, ranks, CONFIRM_SEEDS) == 0:
+    ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower or comparison.chosen})
+    if _count_missing_trainings(comparison.evidence, ranks, CONFIRM_SEEDS) == 0:
         sentence = f"No further training is needed: evaluate {_format_rank_list(ranks)} once on held-out data that no choice was based on."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
     sentence = f"Train {_format_rank_list(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
-    return _build_seed_run(tested.evidence, ranks, CONFIRM_SEEDS, sentence)
+    return _build_seed_run(comparison.evidence, ranks, CONFIRM_SEEDS, sentence)
 
 
 def _plan_after_no_gain(evidence: Evidence) -> NextRun:
@@ -368,37 +383,37 @@ def build_next_commands(
     """
     if started.is_custom_trainer:
         return [None] * len(runs)
-    further = [] if margin is None else ["--margin", f"{margin:g}"]
+    margin_options = [] if margin is None else ["--margin", f"{margin:g}"]
     return [
-        shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
-        for options in (_build_options(started, wanted) for wanted in runs)
+        shlex.join(["rightrank", "select", "--out", run, *options, *margin_options]) if options else None
+        for options in (_build_options(started, next_run) for next_run in runs)
     ]
 
 
-def _build_options(started: RunStarted, wanted: NextRun) -> list[str]:
+def _build_options(started: RunStarted, next_run: NextRun) -> list[str]:
     settings, options = started.select_settings, list[str]()
     held_out = (
         len(started.evaluation_examples) + started.data.not_evaluated
     )  # at most so many examples can be evaluated
     is_grouped = started.data.groups > 0  # further rows need not be of further groups
     if (
-        wanted.examples is not None
+        next_run.examples is not None
         and not is_grouped
-        and len(started.evaluation_examples) < wanted.examples <= held_out
+        and len(started.evaluation_examples) < next_run.examples <= held_out
     ):
-        options += ["--max-eval-examples", str(wanted.examples)]
+        options += ["--max-eval-examples", str(next_run.examples)]
     ranks, rates, seeds = settings.ranks, settings.learning_rates, settings.seeds
-    if wanted.action == "seeds" and wanted.seeds is not None:
-        further = (seed for seed in range(MAX_SEED) if seed not in seeds)
-        options += _format_added_values("--seeds", seeds, [*seeds, *islice(further, wanted.seeds - len(seeds))])
-    if wanted.action == "rank":
-        options += _format_added_values("--ranks", ranks, [*ranks, *wanted.ranks])
-    if wanted.action in ("rank", "rates"):
-        options += _format_added_values("--learning-rates", rates, [*rates, *wanted.learning_rates])
+    if next_run.action == "seeds" and next_run.seeds is not None:
+        unused_seeds = (seed for seed in range(MAX_SEED) if seed not in seeds)
+        options += _format_added_values("--seeds", seeds, [*seeds, *islice(unused_seeds, next_run.seeds - len(seeds))])
+    if next_run.action == "rank":
+        options += _format_added_values("--ranks", ranks, [*ranks, *next_run.ranks])
+    if next_run.action in ("rank", "rates"):
+        options += _format_added_values("--learning-rates", rates, [*rates, *next_run.learning_rates])
     return options
 
 
-def _format_added_values(option: str, before: Sequence[float], after: Sequence[float]) -> list[str]:
+def _format_added_values(option: str, values: Sequence[float], extended_values: Sequence[float]) -> list[str]:
     """The option with all values; empty where nothing is added."""
-    added = sorted(set(after))
-    return [option, ",".join(f"{value:g}" for value in added)] if set(after) > set(before) else []
+    sorted_values = sorted(set(extended_values))
+    return [option, ",".join(f"{value:g}" for value in sorted_values)] if set(extended_values) > set(values) else []

@@ -30,7 +30,7 @@ class JointMeans:
     @property
     def _rivals(self) -> list[int]:
         """The places of the ranks that can be the best."""
-        return [place for place, rank in enumerate(self.ranks) if rank > 0]
+        return [index for index, rank in enumerate(self.ranks) if rank > 0]
 
     def compute_losses_to_best(self, noise: float = 1.0) -> Floats:
         """[ranks, draws] how much worse each rank truly is than the best, with the noise scaled by `noise`."""
@@ -45,19 +45,21 @@ class JointMeans:
         looks is compared with how much worse equal ranks look (Gupta 1965, "On some multiple decision (selection and ranking) rules", Technometrics
         7). The clearest rank comes first, and one that is left out is no rival to the next.
         """
-        race = self._rivals
-        best = min(race, key=lambda place: (self.means[place], self.ranks[place]))
-        worse = self.means - self.means[best]
-        for place in sorted(race, key=lambda place: worse[place] / (self.errors[place, best] or 1.0), reverse=True):
-            equal = self.noise[place] - self.noise[race].min(axis=0)
-            if worse[place] <= np.quantile(equal, confidence):
+        rivals = self._rivals
+        best = min(rivals, key=lambda index: (self.means[index], self.ranks[index]))
+        differences = self.means - self.means[best]
+        for index in sorted(
+            rivals, key=lambda index: differences[index] / (self.errors[index, best] or 1.0), reverse=True
+        ):
+            equal_differences = self.noise[index] - self.noise[rivals].min(axis=0)
+            if differences[index] <= np.quantile(equal_differences, confidence):
                 break
-            race.remove(place)
-        return sorted(self.ranks[place] for place in race)
+            rivals.remove(index)
+        return sorted(self.ranks[index] for index in rivals)
 
-    def error(self, rank: int, other: int) -> float:
+    def get_standard_error(self, rank: int, other_rank: int) -> float:
         """The standard error of the difference of two ranks."""
-        return float(self.errors[self.ranks.index(rank), self.ranks.index(other)])
+        return float(self.errors[self.ranks.index(rank), self.ranks.index(other_rank)])
 
 
 def sample_joint_means(ranks: Sequence[int], means: Sequence[float], variances: Floats, degrees: float) -> JointMeans:

@@ -38,17 +38,17 @@ class Records:
     outcomes: list[TrialOutcome] = field(default_factory=list)  # the last one of each trial
     tests: list[TestEvaluated] = field(default_factory=list)
     adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
-    looks: dict[str, list[EvalPoint]] = field(default_factory=dict)  # by trial: what custom trainers reported
+    evaluations: dict[str, list[EvalPoint]] = field(default_factory=dict)  # by trial: what custom trainers reported
     _places: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # in `outcomes`, by trial
 
     @classmethod
-    def of(cls, started: RunStarted, records: Iterable[JournalRecord]) -> Records:
-        kept = cls(started)
+    def from_journal(cls, started: RunStarted, records: Iterable[JournalRecord]) -> Records:
+        instance = cls(started)
         for record in records:
-            kept.keep(record)
-        return kept
+            instance.add(record)
+        return instance
 
-    def keep(self, record: JournalRecord) -> None:
+    def add(self, record: JournalRecord) -> None:
         """Add the next record of the journal.
 
         The looks of a trial that starts again are dropped. A step that is reported again replaces the earlier report and all later ones.
@@ -59,13 +59,15 @@ class Records:
             case AdapterRecorded():
                 self.adapters.append(record)
             case TrialStarted():
-                self.looks.pop(record.trial_id, None)
+                self.evaluations.pop(record.trial_id, None)
             case TrialEvaluated():
-                before = [point for point in self.looks.get(record.trial_id, []) if point.step < record.step]
-                self.looks[record.trial_id] = [*before, record.point]
+                earlier_points = [
+                    point for point in self.evaluations.get(record.trial_id, []) if point.step < record.step
+                ]
+                self.evaluations[record.trial_id] = [*earlier_points, record.point]
             case _ if isinstance(record, OUTCOMES):
-                place = self._places.setdefault(record.trial_id, len(self.outcomes))
-                self.outcomes[place : place + 1] = [record]
+                index = self._places.setdefault(record.trial_id, len(self.outcomes))
+                self.outcomes[index : index + 1] = [record]
 
     @property
     def settings(self) -> SelectSettings:
@@ -74,38 +76,41 @@ class Records:
     def copy(self) -> Records:
         """The same records, for a reader whose own changes are nobody else's."""
         outcomes, tests, adapters = [*self.outcomes], [*self.tests], [*self.adapters]
-        return Records(self.started, outcomes, tests, adapters, {**self.looks}, {**self._places})
+        return Records(self.started, outcomes, tests, adapters, {**self.evaluations}, {**self._places})
 
-    def finished(self) -> list[TrialFinished]:
+    def list_finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
 
     @property
     def by_id(self) -> dict[str, TrialFinished]:
         """The finished trials by id."""
-        return {trial.trial_id: trial for trial in self.finished()}
+        return {trial.trial_id: trial for trial in self.list_finished()}
 
 
-def read_records(journal: Sequence[JournalRecord], where: str) -> Records:
+def read_records(journal: Sequence[JournalRecord], source: str) -> Records:
     """The records of a journal. `where` names it in error messages.
 
     Raises:
         RunFolderError: the journal is empty, or does not begin with the start of a run.
     """
     if not journal or not isinstance(journal[0], RunStarted):
-        raise RunFolderError(f"{where}: no run has started here; give a folder that `rightrank select --out` made")
-    return Records.of(get_effective_start(journal), journal)
+        raise RunFolderError(f"{source}: no run has started here; give a folder that `rightrank select --out` made")
+    return Records.from_journal(get_effective_start(journal), journal)
 
 
 def get_effective_start(journal: Sequence[JournalRecord]) -> RunStarted:
     """The start of the run, with the settings that it was last continued with."""
     started = journal[0]
     assert isinstance(started, RunStarted)
-    continued = [record for record in journal if isinstance(record, RunContinued)]
-    changed = {name: value for further in continued for name, value in further.settings.items()}
-    update: dict[str, object] = {"settings": started.settings | changed} if changed else {}
-    for further in continued:
-        if further.evaluation_examples is not None:
-            update |= {"evaluation_examples": further.evaluation_examples, "data": further.data or started.data}
+    continuations = [record for record in journal if isinstance(record, RunContinued)]
+    changed_settings = {name: value for continuation in continuations for name, value in continuation.settings.items()}
+    update: dict[str, object] = {"settings": started.settings | changed_settings} if changed_settings else {}
+    for continuation in continuations:
+        if continuation.evaluation_examples is not None:
+            update |= {
+                "evaluation_examples": continuation.evaluation_examples,
+                "data": continuation.data or started.data,
+            }
     return started.model_copy(update=update) if update else started
 
 
@@ -134,26 +139,34 @@ def decide_by_metric(
         ResultsError: fewer than two ranks have the metric, or its direction is not known.
     """
     started, settings = records.started, records.settings
-    asked = [started.metric, *settings.metrics]
-    known = list_metrics(records) if started.data.form != "own" else ()
-    beside = [name for name in known if name != metric and (name in asked or name not in DIAGNOSTIC_METRICS)]
-    others = [
-        build_run_table(records, outcomes, name) for name in beside if get_metric_direction(started, name) is not None
+    requested_metrics = [started.metric, *settings.metrics]
+    measured_metrics = list_metrics(records) if started.data.form != "own" else ()
+    other_metrics = [
+        name
+        for name in measured_metrics
+        if name != metric and (name in requested_metrics or name not in DIAGNOSTIC_METRICS)
     ]
-    wanted = settings.confidence if confidence is None else confidence
+    other_tables = [
+        build_run_table(records, outcomes, name)
+        for name in other_metrics
+        if get_metric_direction(started, name) is not None
+    ]
+    requested_confidence = settings.confidence if confidence is None else confidence
     return decide_table(
         build_run_table(records, outcomes, metric, higher),
         margin,
         checkpoint=checkpoint or settings.checkpoint,
-        others=others,
+        other_tables=other_tables,
         smallest_if_alike=started.is_rl,
-        confidence=None if wanted is None and started.is_rl else wanted or DEFAULT_CONFIDENCE,
+        confidence=None
+        if requested_confidence is None and started.is_rl
+        else requested_confidence or DEFAULT_CONFIDENCE,
     )
 
 
 def list_metrics(records: Records) -> list[str]:
     """The metrics of the run's trials; the metric that decides comes first."""
-    names = dict.fromkeys(name for trial in records.finished() for name in trial.metrics)
+    names = dict.fromkeys(name for trial in records.list_finished() for name in trial.metrics)
     return list(dict.fromkeys([records.started.metric, *names]))
 
 
@@ -177,8 +190,10 @@ def build_run_table(
         higher = get_metric_direction(started, metric)
     if higher is None:
         raise ResultsError(f"{format_unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
-    along = started.points_metric or started.metric
-    return build_table(outcomes, metric, higher, along, looks=records.outcomes, loss=started.data.loss_kind)
+    evaluation_metric = started.points_metric or started.metric
+    return build_table(
+        outcomes, metric, higher, evaluation_metric, partial_outcomes=records.outcomes, loss=started.data.loss_kind
+    )
 
 
 def get_metric_direction(started: RunStarted, metric: str) -> bool | None:
@@ -196,7 +211,7 @@ def list_comparable_outcomes(records: Records) -> list[TrialOutcome]:
 def find_best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
     """The seed of a rank with the best held-out value, at the rank's best learning rate."""
     evidence = next(evidence for evidence in decision.ranks if evidence.rank == rank)
-    trials = [trial for trial in records.finished() if trial.trial_id in evidence.trial_ids]
+    trials = [trial for trial in records.list_finished() if trial.trial_id in evidence.trial_ids]
     sign = -1 if decision.higher_is_better else 1
     return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
 
@@ -232,9 +247,9 @@ def count_trainings(records: Records) -> float:
     """Optimizer steps of all outcomes over those of a whole training; an arm that resumes pays for the rest."""
     by_id = records.by_id
     finished = [trial for trial in by_id.values() if trial.rank > 0]
-    whole = max([0, *(trial.steps for trial in finished if trial.truncate_from is None)])
+    steps_per_training = max([0, *(trial.steps for trial in finished if trial.truncate_from is None)])
     steps = sum(count_added_steps(trial, by_id) for trial in finished)
-    return round(steps / whole, 3) if whole else float(len(finished))
+    return round(steps / steps_per_training, 3) if steps_per_training else float(len(finished))
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +259,7 @@ class Answers:
     decision: Decision | None  # of the training rank
     goal: Goal = "training-rank"
     adapter: AdapterRecorded | None = None
-    making: str | None = None  # of the adapter, in a sentence
+    provenance: str | None = None  # of the adapter, in a sentence
     trainings: float = 0.0  # so far
     estimate: TrainingRankEstimate | None = None  # of the training rank, where it was not asked
     started: RunStarted | None = None  # None: the results come from no run
@@ -264,7 +279,7 @@ class Answers:
         first = None if self.adapter is None else self.adapter.trainings
         return {"trainings": self.trainings, "trainings_to_adapter": first}
 
-    def document(self) -> dict[str, Any]:
+    def build_document(self) -> dict[str, Any]:
         """The object of `decision.json`, and of `select --json`."""
         started, adapter = self.started, self.adapter
         fields: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
@@ -276,7 +291,7 @@ class Answers:
             | {
                 "adapter_sentence": adapter and adapter.answer.sentence,
                 "cost": self.cost,
-                "adapter_making": self.making,
+                "adapter_provenance": self.provenance,
                 "adapter_flags": [] if self.adapter_run is None else ["lr_edge"],
                 "handed_over": _dump_record(adapter and adapter.handed_over),
                 "adapter_answer": _dump_record(adapter and adapter.answer),
@@ -293,11 +308,11 @@ def build_answers(
 ) -> Answers:
     adapter = records.adapters[-1] if records.adapters else None
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
-    making = None if chosen is None else build_provenance(chosen, records.finished())
+    provenance = None if chosen is None else build_provenance(chosen, records.list_finished())
     sentence = run = None
-    if making is not None:
-        sentence, rank = making.sentence(), making.trained_rank
-        run = plan_rate_run(build_run_table(records), rank, making.learning_rate, [rank])
+    if provenance is not None:
+        sentence, rank = provenance.format_sentence(), provenance.trained_rank
+        run = plan_rate_run(build_run_table(records), rank, provenance.learning_rate, [rank])
     return Answers(decision, goal, adapter, sentence, count_trainings(records), estimate, records.started, run)
 
 
@@ -319,22 +334,22 @@ def build_trials_frame(records: Records, examples: bool) -> DataFrame:
     started = records.started  # the scores of a custom trainer are of the metric that decides
     columns = [
         _build_example_columns(trial, (started.metric,) if started.is_custom_trainer else trial.metrics)
-        for trial in records.finished()
+        for trial in records.list_finished()
     ]
-    parts = [DataFrame(of_trial) for of_trial in columns if of_trial]
-    return concat(parts, ignore_index=True) if parts else DataFrame()
+    frames = [DataFrame(trial_columns) for trial_columns in columns if trial_columns]
+    return concat(frames, ignore_index=True) if frames else DataFrame()
 
 
 def _get_identity(trial: TrialOutcome) -> dict[str, Any]:
-    stage = "base" if trial.rank == 0 else trial.arm.stage() or "whole"
+    stage = "base" if trial.rank == 0 else trial.arm.format_stage() or "whole"
     arm = {name: getattr(trial, name) for name in ("rank", "learning_rate", "lora_alpha", "seed", "steps")}
     return {"trial_id": trial.trial_id, "stage": stage, **arm}
 
 
 def _build_trial_row(trial: TrialOutcome) -> dict[str, Any]:
-    measured = dict(trial.metrics) if isinstance(trial, TrialFinished) else {}
-    known = {name: getattr(trial, name) for name in _TRIAL_FIELDS if hasattr(trial, name)}
-    return {**_get_identity(trial), "status": trial.type.removeprefix("trial_"), **measured, **known}
+    metrics = dict(trial.metrics) if isinstance(trial, TrialFinished) else {}
+    recorded_fields = {name: getattr(trial, name) for name in _TRIAL_FIELDS if hasattr(trial, name)}
+    return {**_get_identity(trial), "status": trial.type.removeprefix("trial_"), **metrics, **recorded_fields}
 
 
 def _build_example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def decide_table(
     table: ScoreTable,
     margin: float | None = None,
     *,
-    others: Sequence[ScoreTable] = (),
+    other_tables: Sequence[ScoreTable] = (),
     smallest_if_alike: bool = False,
     confidence: float | None = DEFAULT_CONFIDENCE,
     checkpoint: Checkpoint = "last",
@@ -62,134 +62,146 @@ def decide_table(
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
     """
-    given, table = table, select_checkpoint(table, checkpoint)
+    full_table, table = table, select_checkpoint(table, checkpoint)
     evidence, unit, margin = _prepare_comparison(table, margin)
-    checkpoints = compare_checkpoints(given, evidence, checkpoint, unit.convert_margin(margin))
-    tested = compare_ranks(evidence, unit.convert_margin(margin))
+    checkpoint_comparison = compare_checkpoints(full_table, evidence, checkpoint, unit.convert_margin(margin))
+    comparison = compare_ranks(evidence, unit.convert_margin(margin))
     if confidence is not None:
         if not 0.5 <= confidence < 1:
             raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")
-        tested = tested.apply_confidence(confidence)
-    chosen = tested.chosen
-    verdict = determine_verdict(tested)
-    comparable = [other for other in others if len(other.ranks()) > 1]
-    beside = [_decide_other_metric(tested.by_rank, other, confidence, checkpoint) for other in comparable]
-    flags = collect_flags(tested, verdict, beside, checkpoints)
-    runs = plan_next_runs(tested, verdict, flags)
-    alike = (
-        find_indistinguishable_ranks(tested) if is_open(tested) else [chosen]
+        comparison = comparison.apply_confidence(confidence)
+    chosen = comparison.chosen
+    verdict = determine_verdict(comparison)
+    comparable = [other_table for other_table in other_tables if len(other_table.list_ranks()) > 1]
+    other_answers = [
+        _decide_other_metric(comparison.by_rank, other_table, confidence, checkpoint) for other_table in comparable
+    ]
+    flags = collect_flags(comparison, verdict, other_answers, checkpoint_comparison)
+    runs = plan_next_runs(comparison, verdict, flags)
+    indistinguishable = (
+        find_indistinguishable_ranks(comparison) if is_open(comparison) else [chosen]
     )  # a larger rank that is worse leaves the rest of the answer as it is
-    if smallest_if_alike and verdict == "undecided" and alike:
-        verdict, chosen = "no_difference" if len(alike) > 1 else "saturated", alike[0]
-        tested = replace(tested, chosen=chosen)
-    rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, find_shown_rank(tested)
-    at_hand = next((named for named in (rank, fallback) if named is not None), tested.reference.rank)
+    if smallest_if_alike and verdict == "undecided" and indistinguishable:
+        verdict, chosen = "no_difference" if len(indistinguishable) > 1 else "saturated", indistinguishable[0]
+        comparison = replace(comparison, chosen=chosen)
+    rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, find_shown_rank(comparison)
+    best_rank = next(
+        (rank_candidate for rank_candidate in (rank, fallback) if rank_candidate is not None), comparison.reference.rank
+    )
     return Decision(
         rank=rank,
         fallback_rank=fallback,
-        best_so_far=tested.reference.rank if fallback is None else None,
+        best_so_far=comparison.reference.rank if fallback is None else None,
         verdict=verdict,
         flags=flags,
-        sentence=format_sentence(tested, margin, verdict, unit),
+        sentence=format_sentence(comparison, margin, verdict, unit),
         next_run=runs[0].sentence,
         metric=table.metric,
         higher_is_better=table.higher_is_better,
         margin=margin,
         reference_rank=evidence.reference.rank,
-        confidence=None if tested.is_indication or evidence.basis == "values" else CONFIDENCE,
-        learning_rate=evidence.contenders[at_hand].learning_rate or None,
-        staircase=build_staircase(tested, unit),
-        ranks=[_build_rank_evidence(tested, tested.by_rank[rank], unit) for rank in sorted(tested.by_rank)],
+        confidence=None if comparison.is_indication or evidence.basis == "values" else CONFIDENCE,
+        learning_rate=evidence.contenders[best_rank].learning_rate or None,
+        staircase=build_staircase(comparison, unit),
+        ranks=[_build_rank_evidence(comparison, comparison.by_rank[rank], unit) for rank in sorted(comparison.by_rank)],
         basis=evidence.basis,
         basis_note=format_basis_note(evidence),
         probability_note=format_probability_note(evidence),
-        grade=determine_grade(tested, verdict),
-        **_build_probability_fields(tested, unit),
+        grade=determine_grade(comparison, verdict),
+        **_build_probability_fields(comparison, unit),
         next_runs=runs,
-        selection_bias=unit.difference(max(compared.contender.gap for compared in tested.by_rank.values())),
-        checkpoint=checkpoints,
-        other_metrics=beside,
+        selection_bias=unit.convert_difference(
+            max(compared.contender.selection_bias for compared in comparison.by_rank.values())
+        ),
+        checkpoint=checkpoint_comparison,
+        other_metrics=other_answers,
     )
 
 
-def _build_probability_fields(tested: Comparison, unit: MetricUnit) -> dict[str, Any]:
+def _build_probability_fields(comparison: Comparison, unit: MetricUnit) -> dict[str, Any]:
     """The fields of a decision by probabilities; none where bounds decided."""
-    evidence, asked, take = tested.evidence, tested.confidence, tested.chosen
-    if asked is None:
+    evidence, confidence, recommended = comparison.evidence, comparison.confidence, comparison.chosen
+    if confidence is None:
         return {}
-    alike = evidence.find_indistinguishable_ranks(asked)
-    margins = {rank: unit.difference(margin) for rank, margin in evidence.compute_margins(asked).items()}
+    indistinguishable = evidence.find_indistinguishable_ranks(confidence)
+    margins = {rank: unit.convert_difference(margin) for rank, margin in evidence.compute_margins(confidence).items()}
     return {
-        "requested_confidence": asked,
-        "recommended_rank": take,
-        "probability": tested.probability(take),
-        "recommended_margin": margins[take],
+        "requested_confidence": confidence,
+        "recommended_rank": recommended,
+        "probability": comparison.compute_probability(recommended),
+        "recommended_margin": margins[recommended],
         "resolvable_margin": min(margins.values()),
-        "indistinguishable_ranks": alike,
-        "difference_uncertainty": unit.difference(evidence.compute_half_width(asked)),
-        "probably_worse_ranks": [rank for rank in tested.ranks if rank not in alike],
+        "indistinguishable_ranks": indistinguishable,
+        "difference_uncertainty": unit.convert_difference(evidence.compute_half_width(confidence)),
+        "probably_worse_ranks": [rank for rank in comparison.ranks if rank not in indistinguishable],
     }
 
 
 def _decide_other_metric(
-    by_rank: Mapping[int, RankComparison], other: ScoreTable, confidence: float | None, checkpoint: Checkpoint
+    by_rank: Mapping[int, RankComparison], other_table: ScoreTable, confidence: float | None, checkpoint: Checkpoint
 ) -> MetricAnswer:
     """The answer by another metric, and whether the two disagree."""
-    answer = decide_table(other, confidence=confidence, checkpoint=checkpoint)
-    ours = {rank: compared.non_inferior for rank, compared in by_rank.items()}
-    theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
-    against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]
+    answer = decide_table(other_table, confidence=confidence, checkpoint=checkpoint)
+    main_verdicts = {rank: compared.non_inferior for rank, compared in by_rank.items()}
+    other_evidence = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
+    conflicting_ranks = [
+        rank
+        for rank in main_verdicts
+        if rank in other_evidence and {main_verdicts[rank], other_evidence[rank].non_inferior} == {True, False}
+    ]
     return MetricAnswer(
-        metric=other.metric,
-        higher_is_better=other.higher_is_better,
+        metric=other_table.metric,
+        higher_is_better=other_table.higher_is_better,
         margin=answer.margin,
         rank=answer.rank,
         verdict=answer.verdict,
         reference_rank=answer.reference_rank,
-        conflict=bool(against),
-        sentence=format_conflict(other.metric, against, theirs, answer.margin) if against else answer.sentence,
+        conflict=bool(conflicting_ranks),
+        sentence=format_conflict(other_table.metric, conflicting_ranks, other_evidence, answer.margin)
+        if conflicting_ranks
+        else answer.sentence,
         ranks=answer.ranks,
     )
 
 
 def _prepare_comparison(table: ScoreTable, margin: float | None) -> tuple[Evidence, MetricUnit, float]:
-    ranks = table.ranks()
+    ranks = table.list_ranks()
     if len(ranks) < 2:
         raise ResultsError(
             f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train further ranks"
         )
     evidence = Evidence(table)
     unit = MetricUnit(table.kind, table.higher_is_better, 0.0)
-    unit = replace(unit, reference=unit.value(evidence.reference.loss))
+    unit = replace(unit, reference=unit.convert_value(evidence.reference.loss))
     if margin is None:
-        margin = compute_default_margin(table.kind, unit.reference, table.values())
+        margin = compute_default_margin(table.kind, unit.reference, table.list_values())
     if not (margin > 0 and math.isfinite(margin)):
         raise ResultsError(f"margin {margin:g} is not allowed: give a number above 0 in the metric's unit")
     return evidence, unit, margin
 
 
-def _build_rank_evidence(tested: Comparison, compared: RankComparison, unit: MetricUnit) -> RankEvidence:
+def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit: MetricUnit) -> RankEvidence:
     contender = compared.contender
-    is_reference = contender.rank == tested.reference.rank
-    unknown = tested.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
-    further: dict[str, float] = {}
+    is_reference = contender.rank == comparison.reference.rank
+    lacks_noise = comparison.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
+    predictive_bounds: dict[str, float] = {}
     if compared.predictive is not None:
-        low, high = (unit.difference(compared.predictive.bound(level)) for level in TWO_SIDED)
-        further = {"predictive_low": low, "predictive_high": high}
-    ends = sorted(unit.value(compared.mean.bound(level)) for level in TWO_SIDED)
+        low, high = (unit.convert_difference(compared.predictive.compute_bound(level)) for level in TWO_SIDED)
+        predictive_bounds = {"predictive_low": low, "predictive_high": high}
+    ends = sorted(unit.convert_value(compared.mean.compute_bound(level)) for level in TWO_SIDED)
     return RankEvidence(
         rank=contender.rank,
-        value=unit.value(contender.loss),
+        value=unit.convert_value(contender.loss),
         low=ends[0],
         high=ends[1],
-        difference=unit.difference(compared.difference.mean),
-        difference_low=None if unknown else unit.difference(compared.low),
-        difference_high=None if unknown else unit.difference(compared.high),
-        **further,
+        difference=unit.convert_difference(compared.difference.mean),
+        difference_low=None if lacks_noise else unit.convert_difference(compared.low),
+        difference_high=None if lacks_noise else unit.convert_difference(compared.high),
+        **predictive_bounds,
         non_inferior=compared.non_inferior,
-        probability=tested.probability(contender.rank),
+        probability=comparison.compute_probability(contender.rank),
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
-        selection_bias=unit.difference(contender.gap),
+        selection_bias=unit.convert_difference(contender.selection_bias),
     )

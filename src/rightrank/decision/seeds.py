@@ -88,7 +88,7 @@ class NoiseComponents:
         """Of one seed, about the mean over seeds on the same examples."""
         return self.seeds + self.crossed / examples
 
-    def ratio(self, seeds: int, examples: float) -> float:
+    def compute_ratio(self, seeds: int, examples: float) -> float:
         return self.compute_seed_ratio(examples) / seeds + self.examples / examples
 
 
@@ -105,8 +105,8 @@ SHARED_REFERENCE = 0.5  # weight of a pair in the ratio at hand: all pairs share
 def compute_probability_within(difference: float, variance: float, degrees: float, margin: float) -> float:
     """The probability that the true difference is at most `margin`, from a measured one; every difference is as likely before."""
     deviations = (margin - difference) / math.sqrt(variance)
-    beyond, _ = compute_t_tail(degrees, abs(deviations))
-    return 1 - beyond if deviations > 0 else beyond
+    tail_probability, _ = compute_t_tail(degrees, abs(deviations))
+    return 1 - tail_probability if deviations > 0 else tail_probability
 
 
 def compute_mean_noise(pair: PairNoise, prior: Prior, seeds: int, examples: float) -> tuple[float, float]:
@@ -115,18 +115,20 @@ def compute_mean_noise(pair: PairNoise, prior: Prior, seeds: int, examples: floa
     return variance / seeds + NOISE.examples * pair.example_variance / examples, degrees
 
 
-def pool_prior(others: Sequence[PairNoise], start: Prior, within: float) -> Prior:
+def pool_prior(other_pairs: Sequence[PairNoise], initial_prior: Prior, rank_degrees: float) -> Prior:
     """The expectation for a difference, from earlier grids (`start`) and from the differences of other ranks.
 
     Args:
         within: how alike the ratios of ranks are, as degrees of freedom; infinite where `start` counts it already.
     """
-    measured = [pair for pair in others if pair.degrees > 0 and pair.example_variance > 0]
-    degrees = start.degrees + sum(SHARED_REFERENCE * pair.degrees for pair in measured)
+    measured = [pair for pair in other_pairs if pair.degrees > 0 and pair.example_variance > 0]
+    degrees = initial_prior.degrees + sum(SHARED_REFERENCE * pair.degrees for pair in measured)
     if degrees == 0:
-        return start
-    known = sum(SHARED_REFERENCE * pair.degrees * pair.ratio for pair in measured)
-    return Prior((start.degrees * start.ratio + known) / degrees, 1 / (1 / within + 1 / degrees))
+        return initial_prior
+    weighted_ratios = sum(SHARED_REFERENCE * pair.degrees * pair.ratio for pair in measured)
+    return Prior(
+        (initial_prior.degrees * initial_prior.ratio + weighted_ratios) / degrees, 1 / (1 / rank_degrees + 1 / degrees)
+    )
 
 
 def measure_pair_noise(sums: Floats, weights: Floats, groups: Groups | None = None) -> PairNoise:
@@ -155,8 +157,8 @@ def split_seed_variance(means: Floats) -> tuple[float, float]:
     common = float(level.var(ddof=1))
     if ranks < 2:
         return common, 0.0
-    rest = means - means.mean(axis=1, keepdims=True) - level + means.mean()
-    return common, float((rest**2).sum()) / ((ranks - 1) * (seeds - 1))
+    residuals = means - means.mean(axis=1, keepdims=True) - level + means.mean()
+    return common, float((residuals**2).sum()) / ((ranks - 1) * (seeds - 1))
 
 
 def estimate_selection_bias(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES) -> float:
@@ -192,8 +194,8 @@ def sample_multivariate_noise(covariance: Floats, degrees: float, draws: int) ->
     """
     root = np.zeros_like(covariance)
     for row, column in zip(*np.tril_indices(len(root)), strict=True):
-        rest, pivot = covariance[row, column] - root[row, :column] @ root[column, :column], root[column, column]
-        root[row, column] = math.sqrt(max(rest, 0.0)) if row == column else rest / pivot if pivot > 0 else 0.0
+        remainder, pivot = covariance[row, column] - root[row, :column] @ root[column, :column], root[column, column]
+        root[row, column] = math.sqrt(max(remainder, 0.0)) if row == column else remainder / pivot if pivot > 0 else 0.0
     generator = np.random.default_rng(0x5EED)
     scale = np.sqrt(degrees / generator.chisquare(degrees, draws)) if degrees < MAX_DEGREES else 1.0
     noise: Floats = root @ generator.standard_normal((len(root), draws)) * scale

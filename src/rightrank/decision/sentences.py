@@ -40,87 +40,91 @@ def format_amount(value: str, evidence: Evidence) -> str:
     return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
 
 
-def format_sentence(tested: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
+def format_sentence(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
     """The answer in a sentence or two. `margin` is in the metric's unit."""
-    answer = _format_answer(tested, margin, verdict, unit)
-    return answer if verdict == "no_gain" else " ".join(filter(None, (answer, _format_base_probability(tested))))
+    answer = _format_answer(comparison, margin, verdict, unit)
+    return answer if verdict == "no_gain" else " ".join(filter(None, (answer, _format_base_probability(comparison))))
 
 
-def _format_answer(tested: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
-    evidence, chosen, reference = tested.evidence, tested.chosen, tested.reference.rank
-    within = format_amount(f"{margin:.4g}", evidence)
-    verb = "is" if determine_grade(tested, verdict) == "shown" else "looks"
-    caution = "; one seed indicates this, and further seeds may change it" if tested.is_indication else ""
+def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
+    evidence, chosen, reference = comparison.evidence, comparison.chosen, comparison.reference.rank
+    margin_text = format_amount(f"{margin:.4g}", evidence)
+    verb = "is" if determine_grade(comparison, verdict) == "shown" else "looks"
+    caution = "; one seed indicates this, and further seeds may change it" if comparison.is_indication else ""
     if evidence.lacks_uncertainty:
         caution = "; one number per rank can suggest this, not show it"
     if len(steps := list_lengths(evidence)) > 1:
         caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, which is no fair comparison"
-    enough = f"Rank {chosen} {verb} enough{_format_probabilities(tested)}"
-    probably = "probably " if tested.confidence is not None and verb == "looks" else ""
+    conclusion = f"Rank {chosen} {verb} enough{_format_probabilities(comparison)}"
+    qualifier = "probably " if comparison.confidence is not None and verb == "looks" else ""
     match verdict:
         case "no_gain":
             return (
-                f"No gain: the base itself is {probably}within {within} of the best adapter (rank {reference}), "
+                f"No gain: the base itself is {qualifier}within {margin_text} of the best adapter (rank {reference}), "
                 f"so there is no rank to choose{caution}."
             )
         case "undecided":
-            return _format_undecided(tested, within, unit)
+            return _format_undecided(comparison, margin_text, unit)
         case "no_difference":
-            return _format_no_difference(tested, within, unit)
+            return _format_no_difference(comparison, margin_text, unit)
         case "overfitting":
             return (
-                f"{enough}: above rank {reference} held-out results get worse while training results still "
+                f"{conclusion}: above rank {reference} held-out results get worse while training results still "
                 f"improve{caution}."
             )
         case "flat":
-            apart = max(tested.ranks, key=lambda rank: abs(tested.by_rank[rank].difference.mean))
-            if not is_within(abs(tested.by_rank[apart].difference.mean), tested.margin):
+            outlier = max(comparison.ranks, key=lambda rank: abs(comparison.by_rank[rank].difference.mean))
+            if not is_within(abs(comparison.by_rank[outlier].difference.mean), comparison.margin):
                 return (
-                    f"{enough}: the smallest tried, it is within {within} of the best ({reference}); rank {apart} "
-                    f"looks {_format_difference(tested, apart, unit)}, and is not shown to be{caution}."
+                    f"{conclusion}: the smallest tried, it is within {margin_text} of the best ({reference}); rank {outlier} "
+                    f"looks {_format_difference(comparison, outlier, unit)}, and is not shown to be{caution}."
                 )
             return (
-                f"Rank hardly matters here: rank {chosen}, the smallest tried{_format_probabilities(tested)}, is within {within} of the best "
+                f"Rank hardly matters here: rank {chosen}, the smallest tried{_format_probabilities(comparison)}, is within {margin_text} of the best "
                 f"({reference}){caution}."
             )
         case "rising":
             return (
-                f"Still rising: rank {chosen}, the largest tried, is {probably}better than every smaller one by more than "
-                f"{within}{caution}."
+                f"Still rising: rank {chosen}, the largest tried, is {qualifier}better than every smaller one by more than "
+                f"{margin_text}{caution}."
             )
         case "saturated":
             is_best = chosen == reference
-            best = "the best of the ranks tried" if is_best else f"within {within} of the best (rank {reference})"
-            start = f"{enough}: it is {best}"
-            if tested.next_lower is None:
+            best = "the best of the ranks tried" if is_best else f"within {margin_text} of the best (rank {reference})"
+            start = f"{conclusion}: it is {best}"
+            if comparison.next_lower is None:
                 return f"{start}, and the smallest tried{caution}."
-            next_lower = f"{start}, and the next lower rank ({tested.next_lower}) is"
-            if tested.confidence is not None and not tested.is_worse(tested.next_lower):
-                return (
-                    f"{next_lower} {format_probability(tested.require_probability(tested.next_lower))} likely{caution}."
-                )
-            if not tested.is_worse(tested.next_lower):
-                return f"{next_lower} inconclusive at {_format_difference(tested, tested.next_lower, unit)}{caution}."
-            return f"{next_lower} {_format_difference(tested, tested.next_lower, unit)}{caution}."
+            next_lower = f"{start}, and the next lower rank ({comparison.next_lower}) is"
+            if comparison.confidence is not None and not comparison.is_worse(comparison.next_lower):
+                return f"{next_lower} {format_probability(comparison.require_probability(comparison.next_lower))} likely{caution}."
+            if not comparison.is_worse(comparison.next_lower):
+                return f"{next_lower} inconclusive at {_format_difference(comparison, comparison.next_lower, unit)}{caution}."
+            return f"{next_lower} {_format_difference(comparison, comparison.next_lower, unit)}{caution}."
 
 
-def _format_difference(tested: Comparison, rank: int, unit: MetricUnit) -> str:
+def _format_difference(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
     """`0.014 worse`, `0.002 better`: the rank's mean beside the reference's."""
-    difference = unit.difference(tested.by_rank[rank].difference.mean)
+    difference = unit.convert_difference(comparison.by_rank[rank].difference.mean)
     return f"{format_number(abs(difference))} {'better' if difference < 0 else 'worse'}"
 
 
-def _format_probabilities(tested: Comparison) -> str:
+def _format_probabilities(comparison: Comparison) -> str:
     """The chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
-    if tested.confidence is None and tested.evidence.has_several_seeds:
+    if comparison.confidence is None and comparison.evidence.has_several_seeds:
         return ""
-    chances = {rank: likely for rank in tested.ranks if (likely := tested.probability(rank)) is not None}
-    if tested.chosen not in chances:
+    probabilities = {
+        rank: likely for rank in comparison.ranks if (likely := comparison.compute_probability(rank)) is not None
+    }
+    if comparison.chosen not in probabilities:
         return ""
-    larger = [rank for rank in chances if rank > tested.chosen and chances[rank] > chances[tested.chosen]]
-    likeliest = max(larger, key=lambda rank: (chances[rank], -rank), default=None)
-    beside = "" if likeliest is None else f"; rank {likeliest}: {format_probability(chances[likeliest])}"
-    return f" ({format_probability(chances[tested.chosen])} likely{beside})"
+    larger_ranks = [
+        rank
+        for rank in probabilities
+        if rank > comparison.chosen and probabilities[rank] > probabilities[comparison.chosen]
+    ]
+    likeliest = max(larger_ranks, key=lambda rank: (probabilities[rank], -rank), default=None)
+    likeliest_text = "" if likeliest is None else f"; rank {likeliest}: {format_probability(probabilities[likeliest])}"
+    return f" ({format_probability(probabilities[comparison.chosen])} likely{likeliest_text})"
 
 
 def format_probability_note(evidence: Evidence) -> str:
@@ -133,103 +137,116 @@ def format_probability_note(evidence: Evidence) -> str:
     )
 
 
-def _format_no_difference(tested: Comparison, within: str, unit: MetricUnit) -> str:
+def _format_no_difference(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
     """The smallest rank, what speaks for another one, and the seeds that a difference of the margin would take."""
-    alike = find_indistinguishable_ranks(tested)
-    smallest, reference = alike[0], tested.reference
-    noise = tested.evidence.noise(max(alike, key=lambda rank: tested.by_rank[rank].difference.mean))
+    indistinguishable = find_indistinguishable_ranks(comparison)
+    smallest, reference = indistinguishable[0], comparison.reference
+    noise = comparison.evidence.estimate_noise(
+        max(indistinguishable, key=lambda rank: comparison.by_rank[rank].difference.mean)
+    )
     deviation = math.sqrt(noise.common + noise.individual)
-    measured = len(reference.cells) > 1 and deviation > 0
-    at = f" (seed standard deviation {format_number(unit.difference(deviation))})" if measured else ""
-    of_them = "" if smallest == tested.ranks[0] else " of them"
-    start = f"No difference between {format_rank_names(alike)} can be shown at this noise{at}: take rank {smallest}, the smallest{of_them}"
-    seeds = compute_needed_seeds(math.sqrt(noise.individual), tested.margin) if noise.individual > 0 else None
-    needed = (
-        f"; a difference of {within} would take about {seeds} seed{'s' * (seeds != 1)} a rank"
-        if measured and seeds
+    has_measured_noise = len(reference.cells) > 1 and deviation > 0
+    deviation_text = (
+        f" (seed standard deviation {format_number(unit.convert_difference(deviation))})" if has_measured_noise else ""
+    )
+    suffix = "" if smallest == comparison.ranks[0] else " of them"
+    start = f"No difference between {format_rank_names(indistinguishable)} can be shown at this noise{deviation_text}: take rank {smallest}, the smallest{suffix}"
+    seeds = compute_needed_seeds(math.sqrt(noise.individual), comparison.margin) if noise.individual > 0 else None
+    seeds_text = (
+        f"; a difference of {margin_text} would take about {seeds} seed{'s' * (seeds != 1)} a rank"
+        if has_measured_noise and seeds
         else ""
     )
     if reference.rank == smallest:
-        return f"{start}. It is the best of them as measured{needed}."
-    better = format_number(unit.difference(tested.by_rank[smallest].difference.mean))
-    return f"{start}. Rank {reference.rank} looks {better} better{needed}."
+        return f"{start}. It is the best of them as measured{seeds_text}."
+    better = format_number(unit.convert_difference(comparison.by_rank[smallest].difference.mean))
+    return f"{start}. Rank {reference.rank} looks {better} better{seeds_text}."
 
 
-def _format_undecided(tested: Comparison, within: str, unit: MetricUnit) -> str:
-    compared, reference = tested.by_rank, tested.reference.rank
-    if (unexplained := find_unexplained_rank(tested)) is not None:
-        without = (
-            "" if is_open(tested) else f" Without it rank {tested.chosen} looks enough{_format_probabilities(tested)}."
+def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
+    compared, reference = comparison.by_rank, comparison.reference.rank
+    if (unexplained := find_unexplained_rank(comparison)) is not None:
+        remark = (
+            ""
+            if is_open(comparison)
+            else f" Without it rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
         )
         return (
-            f"Undecided: rank {unexplained} is {_format_difference(tested, unexplained, unit)} than rank {reference}, where a larger rank should be about as good: "
-            f"its training may have failed.{without}"
+            f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {reference}, where a larger rank should be about as good: "
+            f"its training may have failed.{remark}"
         )
-    if tested.confidence is not None:
-        return format_cannot_tell(tested, tested.confidence, within, unit)
-    inconclusive = find_inconclusive_rank(tested)
+    if comparison.confidence is not None:
+        return format_cannot_tell(comparison, comparison.confidence, margin_text, unit)
+    inconclusive = find_inconclusive_rank(comparison)
     if inconclusive is None:
-        rival = find_possible_rival(tested)
+        rival = find_possible_rival(comparison)
         assert rival is not None
-        better = format_number(unit.difference(-compared[rival].low))
+        better = format_number(unit.convert_difference(-compared[rival].low))
         return (
             f"Undecided: rank {reference} has the best mean, but rank {rival} may be better by up to {better}, "
-            f"more than the margin of {within}."
+            f"more than the margin of {margin_text}."
         )
     low, high = (
-        format_number(unit.difference(value)) for value in (compared[inconclusive].low, compared[inconclusive].high)
+        format_number(unit.convert_difference(value))
+        for value in (compared[inconclusive].low, compared[inconclusive].high)
     )
-    worse = _format_difference(tested, inconclusive, unit)
+    worse = _format_difference(comparison, inconclusive, unit)
     if inconclusive == 0:
         return (
             f"Undecided whether there is any gain: the base is {worse} than the best adapter (bounds {low} to {high}), "
-            f"and the margin is {within}."
+            f"and the margin is {margin_text}."
         )
-    smallest = find_shown_rank(tested)
+    smallest = find_shown_rank(comparison)
     if smallest is None:
-        shown = f"rank {reference} is the best so far"
+        best_text = f"rank {reference} is the best so far"
     else:
-        shown = f"rank {smallest} is within {within} of the best (rank {reference})"
-    probability = tested.probability(inconclusive)
+        best_text = f"rank {smallest} is within {margin_text} of the best (rank {reference})"
+    probability = comparison.compute_probability(inconclusive)
     likely = "" if probability is None else f", {format_probability(probability)} likely enough"
-    return f"Undecided: {shown}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high}{likely})."
+    return (
+        f"Undecided: {best_text}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high}{likely})."
+    )
 
 
-def format_cannot_tell(tested: Comparison, asked: float, within: str, unit: MetricUnit) -> str:
+def format_cannot_tell(comparison: Comparison, confidence: float, margin_text: str, unit: MetricUnit) -> str:
     """Which ranks cannot be told apart and by how much, the rank to take and how likely it is enough, and what the evidence resolves."""
-    evidence, take = tested.evidence, tested.chosen
-    alike = evidence.find_indistinguishable_ranks(asked)
-    worse = [rank for rank in tested.ranks if rank not in alike]
-    margins = evidence.compute_margins(asked)
-    values = (evidence.compute_half_width(asked), margins[take], min(margins.values()))
-    width, enough, least = (format_number(unit.difference(value)) for value in values)
-    parts = [
-        f"{format_rank_names(alike).capitalize()} cannot be told apart (±{width}; the margin is {within})."
-        if len(alike) > 1
+    evidence, recommended = comparison.evidence, comparison.chosen
+    indistinguishable = evidence.find_indistinguishable_ranks(confidence)
+    worse_ranks = [rank for rank in comparison.ranks if rank not in indistinguishable]
+    margins = evidence.compute_margins(confidence)
+    values = (evidence.compute_half_width(confidence), margins[recommended], min(margins.values()))
+    width, recommended_margin, smallest_margin = (format_number(unit.convert_difference(value)) for value in values)
+    sentences = [
+        f"{format_rank_names(indistinguishable).capitalize()} cannot be told apart (±{width}; the margin is {margin_text})."
+        if len(indistinguishable) > 1
         else "",
-        f"{format_rank_names(worse).capitalize()} {'is' if len(worse) == 1 else 'are'} probably worse."
-        if worse
+        f"{format_rank_names(worse_ranks).capitalize()} {'is' if len(worse_ranks) == 1 else 'are'} probably worse."
+        if worse_ranks
         else "",
-        f"Take rank {take}: {asked:.0%} likely to be within {enough} of the best, {format_probability(tested.require_probability(take))} within the margin.",
-        f"The smallest margin that these data resolve is {least}." if least != enough else "",
+        f"Take rank {recommended}: {confidence:.0%} likely to be within {recommended_margin} of the best, {format_probability(comparison.require_probability(recommended))} within the margin.",
+        f"The smallest margin that these data resolve is {smallest_margin}."
+        if smallest_margin != recommended_margin
+        else "",
     ]
-    return " ".join(filter(None, parts))
+    return " ".join(filter(None, sentences))
 
 
-def _format_base_probability(tested: Comparison) -> str:
+def _format_base_probability(comparison: Comparison) -> str:
     """How likely it is that there is no gain, where that is not improbable."""
-    likely = tested.probability(0) if 0 in tested.by_rank else None
-    if likely is None or tested.confidence is None or likely <= 1 - tested.confidence:
+    likely = comparison.compute_probability(0) if 0 in comparison.by_rank else None
+    if likely is None or comparison.confidence is None or likely <= 1 - comparison.confidence:
         return ""
     return f"The base itself is {format_probability(likely)} likely to be within the margin."
 
 
-def format_conflict(metric: str, against: Sequence[int], theirs: Mapping[int, RankEvidence], margin: float) -> str:
+def format_conflict(
+    metric: str, conflicting_ranks: Sequence[int], other_evidence: Mapping[int, RankEvidence], margin: float
+) -> str:
     """How another metric disagrees, for the largest rank on which the two differ."""
-    rank = max(against)
-    if theirs[rank].non_inferior:
+    rank = max(conflicting_ranks)
+    if other_evidence[rank].non_inferior:
         return f"{metric} disagrees: by it rank {rank} is enough, within its margin of {margin:.4g}."
-    difference = format_number(abs(theirs[rank].difference or 0.0))
+    difference = format_number(abs(other_evidence[rank].difference or 0.0))
     return f"{metric} disagrees: by it rank {rank} is {difference} worse, more than its margin of {margin:.4g}."
 
 
@@ -264,8 +281,10 @@ def _format_noise_note(evidence: Evidence) -> str:
     """What the noise over seeds was measured on."""
     if not evidence.has_seed_noise:
         return " No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
-    others = (contender for contender in evidence.contenders.values() if contender is not evidence.reference)
-    seeds = sorted({evidence.difference(contender).seeds for contender in others})
+    other_contenders = (contender for contender in evidence.contenders.values() if contender is not evidence.reference)
+    seeds = sorted({evidence.estimate_difference(contender).seeds for contender in other_contenders})
     counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    by = "what its variation between examples leads to expect" if evidence.has_examples else "the other ranks'"
-    return f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by {by}."
+    moderator = "what its variation between examples leads to expect" if evidence.has_examples else "the other ranks'"
+    return (
+        f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by {moderator}."
+    )

@@ -53,7 +53,7 @@ class Cell:
     value: float  # as measured, in the metric's own direction
     sums: Floats  # [examples] oriented score of each example times its weight; [1] the score without examples
     weights: Floats  # [examples] tokens of each example, or ones
-    span: float = 0.0  # the range of one example's score; 0 for losses, which have no bound
+    score_range: float = 0.0  # the range of one example's score; 0 for losses, which have no bound
     train_value: float | None = None
     deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
     deviation_seeds: int = 1  # how many seeds the stated value is the mean of
@@ -112,11 +112,11 @@ class ScoreTable:
     def __post_init__(self) -> None:
         by_rank: dict[int, dict[float, dict[int, Cell]]] = {}
         for rank, learning_rate, seed in sorted(self.cells):
-            of_rate = by_rank.setdefault(rank, {}).setdefault(learning_rate, {})
-            of_rate[seed] = self.cells[rank, learning_rate, seed]
+            cells_by_seed = by_rank.setdefault(rank, {}).setdefault(learning_rate, {})
+            cells_by_seed[seed] = self.cells[rank, learning_rate, seed]
         object.__setattr__(self, "_by_rank", by_rank)
 
-    def ranks(self) -> list[int]:
+    def list_ranks(self) -> list[int]:
         """The ranks with a finished trial, ascending, without the base."""
         return [rank for rank in self._by_rank if rank > 0]
 
@@ -131,15 +131,15 @@ class ScoreTable:
         learning rate, the best of another rank.
         """
         ranks = sorted({*self._by_rank, *self.tried})
-        tried = {rank: self.list_tried_rates(rank) for rank in ranks}
-        of_all = sorted({rate for rates in tried.values() if len(rates) > 1 for rate in rates})
-        return next((r for r in (tried[rank], of_all) if len(r) > 1 and learning_rate in (r[0], r[-1])), [])
+        tried_rates = {rank: self.list_tried_rates(rank) for rank in ranks}
+        all_rates = sorted({rate for rates in tried_rates.values() if len(rates) > 1 for rate in rates})
+        return next((r for r in (tried_rates[rank], all_rates) if len(r) > 1 and learning_rate in (r[0], r[-1])), [])
 
     def get_cells_by_rate(self, rank: int) -> Mapping[float, Mapping[int, Cell]]:
         """The rank's cells by learning rate and seed, both ascending."""
         return self._by_rank.get(rank, {})
 
-    def values(self) -> list[float]:
+    def list_values(self) -> list[float]:
         return [cell.value for cell in self.cells.values()]
 
 
@@ -148,7 +148,7 @@ def build_table(
     metric: MetricName,
     higher_is_better: bool,
     points_metric: str | None = None,
-    looks: Iterable[TrialOutcome] = (),
+    partial_outcomes: Iterable[TrialOutcome] = (),
     loss: LossKind = "token_loss",
 ) -> ScoreTable:
     """The table of a run's outcomes.
@@ -181,11 +181,11 @@ def build_table(
         cells = {key: replace(cell, points=()) for key, cell in cells.items()}
     missing = Counter(o.rank for o in outcomes if not isinstance(o, TrialFinished) or metric not in o.metrics)
     collapsed = sum(isinstance(outcome, TrialCollapsed) for outcome in outcomes)
-    tried: dict[int, set[float]] = {}
-    for outcome in chain(outcomes, looks):
+    tried_rates: dict[int, set[float]] = {}
+    for outcome in chain(outcomes, partial_outcomes):
         if outcome.rank > 0 and outcome.truncate_from is None and not isinstance(outcome, TrialFailed):
-            tried.setdefault(outcome.rank, set()).add(outcome.learning_rate)
-    return ScoreTable(metric, higher_is_better, cells, missing, kind, tried, collapsed)
+            tried_rates.setdefault(outcome.rank, set()).add(outcome.learning_rate)
+    return ScoreTable(metric, higher_is_better, cells, missing, kind, tried_rates, collapsed)
 
 
 def number_groups(numbers: Sequence[int] | None, examples: int) -> Groups | None:
@@ -208,13 +208,13 @@ def _orient_scores(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
     return np.log(values) if kind == "perplexity" else -values if higher else values
 
 
-def _build_cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Floats, span: float) -> Cell:
+def _build_cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Floats, score_range: float) -> Cell:
     return Cell(
         trial_id=trial.trial_id,
         value=trial.metrics[metric],
         sums=sums,
         weights=weights,
-        span=span,
+        score_range=score_range,
         groups=number_groups(trial.example_groups, len(weights)),
         train_value=trial.train_value,
         steps=trial.steps,
@@ -278,7 +278,7 @@ def _build_result_cell(result: Result, value: float, kind: MetricKind, higher_is
         value=value,
         sums=_orient_scores(scores, kind, higher_is_better) * weights,
         weights=weights,
-        span=compute_score_range(kind, scores),
+        score_range=compute_score_range(kind, scores),
         groups=number_groups(result.example_groups, len(weights)),
         train_value=result.train_value,
         deviation=deviation,
@@ -294,16 +294,18 @@ def select_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
 
     Scores by example are of the evaluation whose weights were kept: where another one counts, every training counts by its value.
     """
-    at = {key: _select_cell_checkpoint(cell, checkpoint, table.higher_is_better) for key, cell in table.cells.items()}
-    if all(at[key] is cell for key, cell in table.cells.items()):
+    selected = {
+        key: _select_cell_checkpoint(cell, checkpoint, table.higher_is_better) for key, cell in table.cells.items()
+    }
+    if all(selected[key] is cell for key, cell in table.cells.items()):
         return table
-    bare = {
+    bare_cells = {
         key: replace(
             cell, sums=_orient_scores([cell.value], table.kind, table.higher_is_better), weights=np.ones(1), groups=None
         )
-        for key, cell in at.items()
+        for key, cell in selected.items()
     }
-    return replace(table, cells=bare)
+    return replace(table, cells=bare_cells)
 
 
 def _select_cell_checkpoint(cell: Cell, checkpoint: Checkpoint, higher_is_better: bool) -> Cell:
@@ -326,13 +328,13 @@ class Contender:
     learning_rate: float
     cells: Mapping[int, Cell]  # by seed
     loss: float  # oriented mean over seeds: lower is better
-    gap: float = 0.0  # the winner's curse: how optimistic `loss` is as the best of several learning rates
+    selection_bias: float = 0.0  # the winner's curse: how optimistic `loss` is as the best of several learning rates
     seed_shift: float = 0.0  # of `loss`, to where it would be with the seeds of all ranks
 
     @property
-    def fair_loss(self) -> float:
+    def adjusted_loss(self) -> float:
         """The loss on common terms: the seeds of all ranks, and without the winner's curse."""
-        return self.loss + self.seed_shift + self.gap
+        return self.loss + self.seed_shift + self.selection_bias
 
 
 def get_losses_by_seed(cells: Mapping[int, Cell]) -> dict[int, float]:
@@ -342,9 +344,9 @@ def get_losses_by_seed(cells: Mapping[int, Cell]) -> dict[int, float]:
 def select_contender(table: ScoreTable, rank: int) -> Contender:
     columns = table.get_cells_by_rate(rank)
 
-    def is_surely_lower(rate: float, other: float) -> bool:
+    def is_surely_lower(candidate_rate: float, best_rate: float) -> bool:
         """On the seeds that both have. One number a training shows no noise: there the means decide."""
-        return compute_bounds(estimate_pairs(pair_shared_seeds(columns[rate], columns[other]))).high < 0
+        return compute_bounds(estimate_pairs(pair_shared_seeds(columns[candidate_rate], columns[best_rate]))).high < 0
 
     best = select_best_learning_rate({lr: get_losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
     cells = columns[best]
@@ -368,13 +370,13 @@ def compute_adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]
     seeds = sorted({seed for row in losses for seed in row})
     if all(len(row) == len(seeds) for row in losses):
         return [float(np.mean(list(row.values()))) for row in losses]
-    cells = [(place, seeds.index(seed), loss) for place, row in enumerate(losses) for seed, loss in row.items()]
+    cells = [(row_index, seeds.index(seed), loss) for row_index, row in enumerate(losses) for seed, loss in row.items()]
     level = float(np.mean([loss for _, _, loss in cells]))
     design = np.zeros((len(cells) + len(seeds), len(losses) + len(seeds)))
     target = np.zeros(len(design))
-    for number, (place, seed, loss) in enumerate(cells):
-        design[number, place] = design[number, len(losses) + seed] = 1.0
-        target[number] = loss - level
+    for cell_index, (row_index, seed, loss) in enumerate(cells):
+        design[cell_index, row_index] = design[cell_index, len(losses) + seed] = 1.0
+        target[cell_index] = loss - level
     design[len(cells) :, len(losses) :] = RIDGE * np.eye(len(seeds))
     solution = np.linalg.lstsq(design, target, rcond=None)[0]
     return [float(row) + level for row in solution[: len(losses)]]
@@ -388,8 +390,8 @@ def select_best_learning_rate(
     Those with the most seeds are compared first. One with fewer seeds replaces the best of them only where
     `is_surely_lower(one, best)` on the seeds that both have, so that a lucky seed does not.
     """
-    most = max(len(by_seed) for by_seed in losses.values())
-    leaders = [lr for lr in sorted(losses) if len(losses[lr]) == most]
+    max_seeds = max(len(by_seed) for by_seed in losses.values())
+    leaders = [lr for lr in sorted(losses) if len(losses[lr]) == max_seeds]
     means = dict(zip(leaders, compute_adjusted_means([losses[lr] for lr in leaders]), strict=True))
     best = min(leaders, key=lambda lr: (means[lr], lr))
     for lr in sorted(losses.keys() - means.keys(), key=lambda lr: (-len(losses[lr]), lr)):
@@ -399,66 +401,70 @@ def select_best_learning_rate(
 
 
 Pair: TypeAlias = tuple[Cell, Cell]
-SeedValue = TypeVar("OfSeed")
+SeedValue = TypeVar("SeedValue")
 
 
 def estimate_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
     """How much worse the first of each pair is than the second."""
-    span = max(cell.span for pair in pairs for cell in pair)
-    paired = estimate_mean(compute_differences(pairs), pairs[0][0].weights, span, pairs[0][0].groups)
+    score_range = max(cell.score_range for pair in pairs for cell in pair)
+    paired = estimate_mean(compute_differences(pairs), pairs[0][0].weights, score_range, pairs[0][0].groups)
     return replace(paired, mean=paired.mean + shift)
 
 
 def compute_differences(pairs: list[Pair]) -> Floats:
     """[pairs, examples] how much worse the first of each pair is on each example, times the example's weight."""
-    worse: Floats = np.stack([first.sums for first, _ in pairs]) - np.stack([second.sums for _, second in pairs])
-    return worse
+    differences: Floats = np.stack([first.sums for first, _ in pairs]) - np.stack([second.sums for _, second in pairs])
+    return differences
 
 
-def pair_cells(contender: Contender, against: Contender) -> list[Pair]:
+def pair_cells(contender: Contender, opponent: Contender) -> list[Pair]:
     """Cells by shared seed; in order where no seed is shared. The single evaluation of the base pairs with every seed."""
-    left, right = contender.cells, against.cells
-    if contender.rank == 0 and len(left) == 1:
-        return [(next(iter(left.values())), cell) for cell in right.values()]
-    if against.rank == 0 and len(right) == 1:
-        return [(cell, next(iter(right.values()))) for cell in left.values()]
-    return pair_shared_seeds(left, right) or list(zip(left.values(), right.values(), strict=False))
-
-
-def pair_shared_seeds(
-    left: Mapping[int, SeedValue], right: Mapping[int, SeedValue]
-) -> list[tuple[SeedValue, SeedValue]]:
-    """What both have, by seed."""
-    return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
-
-
-def compute_paired_difference(cell: Cell, other: Cell) -> Cell:
-    """How much worse one cell is than the other, on each example."""
-    span, sums = max(cell.span, other.span), cell.sums - other.sums
-    return Cell(cell.trial_id, cell.value - other.value, sums, cell.weights, span, groups=cell.groups)
-
-
-def compute_distribution(
-    worse: Cell, margin: float, in_unit: Callable[[float], float] = float
-) -> DifferenceDistribution:
-    """How a difference (`minus`) spreads over the examples; `in_unit` turns it into the metric's unit."""
-    each = np.sort([in_unit(worse_by) for worse_by in (worse.sums / worse.weights).tolist()])
-    amount = LARGE_DIFFERENCE_MARGINS * margin
-    share = float(np.mean(each > amount * (1 + RELATIVE_TOLERANCE)))
-    return DifferenceDistribution(
-        threshold=amount, share_worse=share, worst_tenth_mean=float(each[-math.ceil(len(each) / 10) :].mean())
+    first_cells, second_cells = contender.cells, opponent.cells
+    if contender.rank == 0 and len(first_cells) == 1:
+        return [(next(iter(first_cells.values())), cell) for cell in second_cells.values()]
+    if opponent.rank == 0 and len(second_cells) == 1:
+        return [(cell, next(iter(second_cells.values()))) for cell in first_cells.values()]
+    return pair_shared_seeds(first_cells, second_cells) or list(
+        zip(first_cells.values(), second_cells.values(), strict=False)
     )
 
 
-def format_distribution(spread: DifferenceDistribution) -> str:
+def pair_shared_seeds(
+    first: Mapping[int, SeedValue], second: Mapping[int, SeedValue]
+) -> list[tuple[SeedValue, SeedValue]]:
+    """What both have, by seed."""
+    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+
+
+def compute_paired_difference(cell: Cell, reference: Cell) -> Cell:
+    """How much worse one cell is than the other, on each example."""
+    score_range, sums = max(cell.score_range, reference.score_range), cell.sums - reference.sums
+    return Cell(cell.trial_id, cell.value - reference.value, sums, cell.weights, score_range, groups=cell.groups)
+
+
+def compute_distribution(
+    difference: Cell, margin: float, convert: Callable[[float], float] = float
+) -> DifferenceDistribution:
+    """How a difference (`minus`) spreads over the examples; `in_unit` turns it into the metric's unit."""
+    sorted_differences = np.sort([convert(worse_by) for worse_by in (difference.sums / difference.weights).tolist()])
+    threshold = LARGE_DIFFERENCE_MARGINS * margin
+    share = float(np.mean(sorted_differences > threshold * (1 + RELATIVE_TOLERANCE)))
+    return DifferenceDistribution(
+        threshold=threshold,
+        share_worse=share,
+        worst_tenth_mean=float(sorted_differences[-math.ceil(len(sorted_differences) / 10) :].mean()),
+    )
+
+
+def format_distribution(distribution: DifferenceDistribution) -> str:
     """Say how many examples get much worse; the tenth that gets worst only where some do."""
-    if spread.share_worse == 0:
-        return f"No held-out example gets worse by more than {spread.threshold:.2g}."
-    rounded = f"{spread.share_worse:.1%}"
+    if distribution.share_worse == 0:
+        return f"No held-out example gets worse by more than {distribution.threshold:.2g}."
+    rounded = f"{distribution.share_worse:.1%}"
     share = "Fewer than 0.1%" if rounded == "0.0%" else rounded.replace(".0%", "%")
     return (
-        f"{share} of the examples get worse by more than {spread.threshold:.2g}, and the worst tenth by "
-        f"{spread.worst_tenth_mean:.2g} on average."
+        f"{share} of the examples get worse by more than {distribution.threshold:.2g}, and the worst tenth by "
+        f"{distribution.worst_tenth_mean:.2g} on average."
     )
 
 
@@ -479,15 +485,17 @@ def detect_collapse(points: Sequence[EvalPoint], drop: float, higher_is_better: 
     ordered = sorted(points, key=lambda point: point.step)
     best, last = find_best_point(ordered, higher_is_better), ordered[-1]
     fall = (best.value - last.value) * (1.0 if higher_is_better else -1.0)
-    left, right = best.example_scores or [], last.example_scores or []
+    best_scores, last_scores = best.example_scores or [], last.example_scores or []
     noise = 0.0  # the standard error of the mean paired difference
-    if len(left) == len(right) >= 2:
-        noise = float(np.std(np.subtract(left, right), ddof=1) / np.sqrt(len(left)))
+    if len(best_scores) == len(last_scores) >= 2:
+        noise = float(np.std(np.subtract(best_scores, last_scores), ddof=1) / np.sqrt(len(best_scores)))
     if fall <= max(drop, SURE_DEVIATIONS * noise):
         return None
-    told = f"the held-out value fell from {best.value:.4g} at step {best.step} to {last.value:.4g} at step {last.step}"
-    at = {"step": last.step, "value": last.value, "best_step": best.step, "best_value": best.value}
-    return {**at, "reason": told}
+    reason = (
+        f"the held-out value fell from {best.value:.4g} at step {best.step} to {last.value:.4g} at step {last.step}"
+    )
+    fields = {"step": last.step, "value": last.value, "best_step": best.step, "best_value": best.value}
+    return {**fields, "reason": reason}
 
 
 def find_collapsed_rates(outcomes: Collection[TrialOutcome]) -> set[tuple[int, float]]:

@@ -44,22 +44,22 @@ FALL_IN_MARGINS = 20.0  # below the best; without a further fall at the next ran
 RISE = 1 / 8  # of a rank's distance from the best, that its neighbour has where results get worse rank by rank
 
 
-def determine_verdict(tested: Comparison) -> Verdict:
+def determine_verdict(comparison: Comparison) -> Verdict:
     """The first row of the table above that applies."""
-    if tested.is_base_enough:
+    if comparison.is_base_enough:
         return "no_gain"
-    if is_open(tested) or find_unexplained_rank(tested) is not None:
+    if is_open(comparison) or find_unexplained_rank(comparison) is not None:
         return "undecided"
-    if is_overfitting(tested):
+    if is_overfitting(comparison):
         return "overfitting"
-    if tested.chosen == tested.ranks[0] and not any(tested.is_worse(rank) for rank in tested.ranks):
+    if comparison.chosen == comparison.ranks[0] and not any(comparison.is_worse(rank) for rank in comparison.ranks):
         return "flat"
-    if is_rising(tested) and all(tested.is_worse(rank) for rank in tested.ranks[:-1]):
+    if is_rising(comparison) and all(comparison.is_worse(rank) for rank in comparison.ranks[:-1]):
         return "rising"
     return "saturated"
 
 
-def find_inconclusive_rank(tested: Comparison) -> int | None:
+def find_inconclusive_rank(comparison: Comparison) -> int | None:
     """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
 
     None where a confidence chose the rank. The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
@@ -78,81 +78,83 @@ def find_inconclusive_rank(tested: Comparison) -> int | None:
     So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
     costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
     """
-    if tested.evidence.lacks_uncertainty or tested.confidence is not None:
+    if comparison.evidence.lacks_uncertainty or comparison.confidence is not None:
         return None
-    compared, below = tested.by_rank, tested.next_lower
+    compared, below = comparison.by_rank, comparison.next_lower
     if 0 in compared and compared[0].non_inferior is None:
         return 0
     if below is None or compared[below].non_inferior is False:
         return None
-    if tested.chosen == tested.ranks[-1]:
+    if comparison.chosen == comparison.ranks[-1]:
         return below
-    far = max((rank for rank in tested.ranks if 2 * rank < tested.chosen), default=None)
+    far = max((rank for rank in comparison.ranks if 2 * rank < comparison.chosen), default=None)
     if far is None or compared[far].non_inferior is False:
         return None
     return far if compared[far].non_inferior is None else below
 
 
-def is_open(tested: Comparison) -> bool:
+def is_open(comparison: Comparison) -> bool:
     """Whether the trainings as they are leave the answer undecided."""
-    if tested.confidence is not None:
-        return is_unlikely(tested)
-    return find_inconclusive_rank(tested) is not None or find_possible_rival(tested) is not None
+    if comparison.confidence is not None:
+        return is_unlikely(comparison)
+    return find_inconclusive_rank(comparison) is not None or find_possible_rival(comparison) is not None
 
 
-def is_unlikely(tested: Comparison) -> bool:
+def is_unlikely(comparison: Comparison) -> bool:
     """Whether no rank has the probability that was asked for."""
-    return tested.confidence is not None and tested.require_probability(tested.chosen) < tested.confidence
+    return (
+        comparison.confidence is not None and comparison.require_probability(comparison.chosen) < comparison.confidence
+    )
 
 
-def determine_grade(tested: Comparison, verdict: Verdict) -> Grade | None:
+def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
     """How far the answer is known: shown by its 95% bounds, likely, or not; None where one number a rank is all there is."""
     if verdict in ("undecided", "no_difference"):
         return "cannot tell"
-    if tested.evidence.lacks_uncertainty:
+    if comparison.evidence.lacks_uncertainty:
         return None
-    smallest = tested.reference.rank if find_shown_rank(tested) is None else find_shown_rank(tested)
+    smallest = comparison.reference.rank if find_shown_rank(comparison) is None else find_shown_rank(comparison)
     if verdict == "no_gain":
-        is_shown = tested.by_rank[0].non_inferior is True
+        is_shown = comparison.by_rank[0].non_inferior is True
     else:
-        is_shown = smallest is not None and smallest <= tested.chosen and _find_better_above(tested) is None
-    return "shown" if is_shown and not tested.is_indication else "likely"
+        is_shown = smallest is not None and smallest <= comparison.chosen and _find_better_above(comparison) is None
+    return "shown" if is_shown and not comparison.is_indication else "likely"
 
 
-def find_indistinguishable_ranks(tested: Comparison) -> list[int]:
+def find_indistinguishable_ranks(comparison: Comparison) -> list[int]:
     """The ranks that their own difference from the best does not show to be worse, ascending; none where the base may be as good.
 
     The bound is the plain one, which says "worse" a little too soon after the choice of the best: an answer that takes the smallest of
     these ranks errs upward.
     """
-    if 0 in tested.by_rank and tested.by_rank[0].non_inferior is not False:
+    if 0 in comparison.by_rank and comparison.by_rank[0].non_inferior is not False:
         return []
-    return [rank for rank in tested.ranks if tested.by_rank[rank].difference.bound(1 - CONFIDENCE) <= 0]
+    return [rank for rank in comparison.ranks if comparison.by_rank[rank].difference.compute_bound(1 - CONFIDENCE) <= 0]
 
 
-def find_possible_rival(tested: Comparison) -> int | None:
+def find_possible_rival(comparison: Comparison) -> int | None:
     """The rank that leaves the answer undecided since it may be better (`_find_better_above`); None in a point reading."""
-    return None if tested.evidence.lacks_uncertainty else _find_better_above(tested)
+    return None if comparison.evidence.lacks_uncertainty else _find_better_above(comparison)
 
 
-def find_shown_rank(tested: Comparison) -> int | None:
+def find_shown_rank(comparison: Comparison) -> int | None:
     """The smallest rank whose comparison with the reference passed; None without one, or if a higher rank may be better."""
-    reference = tested.reference.rank
-    smallest = walk_down(tested.by_rank, reference, lambda rank: tested.by_rank[rank].non_inferior is True)
-    return None if smallest == reference or _find_better_above(tested) is not None else smallest
+    reference = comparison.reference.rank
+    smallest = walk_down(comparison.by_rank, reference, lambda rank: comparison.by_rank[rank].non_inferior is True)
+    return None if smallest == reference or _find_better_above(comparison) is not None else smallest
 
 
-def _find_better_above(tested: Comparison) -> int | None:
+def _find_better_above(comparison: Comparison) -> int | None:
     """The rank above the reference that may be better than it by more than the margin; None if there is none.
 
     It guards against a low rank that came out best by luck.
     """
-    lows = {rank: tested.by_rank[rank].low for rank in tested.ranks if rank > tested.reference.rank}
-    better = [rank for rank in lows if not is_within(-lows[rank], tested.margin)]
+    lows = {rank: comparison.by_rank[rank].low for rank in comparison.ranks if rank > comparison.reference.rank}
+    better = [rank for rank in lows if not is_within(-lows[rank], comparison.margin)]
     return min(better, key=lambda rank: lows[rank], default=None)
 
 
-def find_unexplained_rank(tested: Comparison) -> int | None:
+def find_unexplained_rank(comparison: Comparison) -> int | None:
     """The smallest rank above the reference that is clearly worse without a reason; None if there is none.
 
     A larger rank is expected to be about as good. Where one is not, its training went wrong (a learning rate that is too high, an unlucky seed), and it may
@@ -160,57 +162,60 @@ def find_unexplained_rank(tested: Comparison) -> int | None:
     better than the reference's, or the results get worse rank by rank. Two seeds that show it by their bounds settle it too, unless it fell by
     `FALL_IN_MARGINS` at the lowest of its learning rates. One number a rank has to fall as far.
     """
-    larger = [rank for rank in tested.ranks if rank > tested.reference.rank]
+    larger = [rank for rank in comparison.ranks if rank > comparison.reference.rank]
     for rank in larger:
-        compared = tested.by_rank[rank]
-        has_failed = not has_lower_rate(tested, rank) and not is_within(
-            compared.difference.mean, FALL_IN_MARGINS * tested.margin
+        compared = comparison.by_rank[rank]
+        has_failed = not has_lower_rate(comparison, rank) and not is_within(
+            compared.difference.mean, FALL_IN_MARGINS * comparison.margin
         )
         is_shown = compared.non_inferior is False and compared.difference.seeds > 1
-        is_settled = (tested.evidence.lacks_uncertainty or is_shown) and not has_failed
-        is_explained = _has_better_training(tested, rank) or _is_gradual_rise(tested, larger, rank)
-        if tested.is_clearly_worse(rank) and not is_settled and not is_explained:
+        is_settled = (comparison.evidence.lacks_uncertainty or is_shown) and not has_failed
+        is_explained = _has_better_training(comparison, rank) or _is_gradual_rise(comparison, larger, rank)
+        if comparison.is_clearly_worse(rank) and not is_settled and not is_explained:
             return rank
     return None
 
 
-def has_lower_rate(tested: Comparison, rank: int) -> bool:
+def has_lower_rate(comparison: Comparison, rank: int) -> bool:
     """Whether a lower learning rate than the rank's best was tried too."""
-    return tested.evidence.table.list_tried_rates(rank)[0] < tested.evidence.contenders[rank].learning_rate
+    return comparison.evidence.table.list_tried_rates(rank)[0] < comparison.evidence.contenders[rank].learning_rate
 
 
-def _is_gradual_rise(tested: Comparison, larger: Sequence[int], rank: int) -> bool:
+def _is_gradual_rise(comparison: Comparison, larger: Sequence[int], rank: int) -> bool:
     """Whether the larger rank next to this one is worse too, as where ranks overfit: by a share of it below, by more above; not where the base is better."""
-    worse = {other: tested.by_rank[other].difference.mean for other in tested.by_rank}
-    if 0 in worse and worse[rank] > worse[0]:
+    differences = {other_rank: comparison.by_rank[other_rank].difference.mean for other_rank in comparison.by_rank}
+    if 0 in differences and differences[rank] > differences[0]:
         return False
-    place = larger.index(rank)
-    below, above = larger[max(place - 1, 0) : place], larger[place + 1 : place + 2]
-    return any(worse[other] >= RISE * worse[rank] for other in below) or any(
-        worse[other] >= (1 + RISE) * worse[rank] for other in above
+    index = larger.index(rank)
+    below, above = larger[max(index - 1, 0) : index], larger[index + 1 : index + 2]
+    return any(differences[other_rank] >= RISE * differences[rank] for other_rank in below) or any(
+        differences[other_rank] >= (1 + RISE) * differences[rank] for other_rank in above
     )
 
 
-def is_rising(tested: Comparison) -> bool:
+def is_rising(comparison: Comparison) -> bool:
     """Whether the top rank's mean is better than every smaller one's by more than the margin and its stated deviation."""
-    *smaller, top = tested.ranks
-    if tested.reference.rank != top:
+    *smaller, top = comparison.ranks
+    if comparison.reference.rank != top:
         return False
-    stated = [cell.deviation or 0.0 for cell in tested.reference.cells.values()]
-    threshold = max(tested.margin, *stated) if tested.evidence.basis == "std" else tested.margin
-    return all(not is_within(tested.by_rank[rank].difference.mean, threshold) for rank in smaller)
+    stated_deviations = [cell.deviation or 0.0 for cell in comparison.reference.cells.values()]
+    threshold = max(comparison.margin, *stated_deviations) if comparison.evidence.basis == "std" else comparison.margin
+    return all(not is_within(comparison.by_rank[rank].difference.mean, threshold) for rank in smaller)
 
 
-def is_overfitting(tested: Comparison) -> bool:
+def is_overfitting(comparison: Comparison) -> bool:
     """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
-    top = tested.ranks[-1]
-    return top != tested.reference.rank and tested.is_worse(top) and _has_better_training(tested, top)
+    top = comparison.ranks[-1]
+    return top != comparison.reference.rank and comparison.is_worse(top) and _has_better_training(comparison, top)
 
 
-def _has_better_training(tested: Comparison, rank: int) -> bool:
+def _has_better_training(comparison: Comparison, rank: int) -> bool:
     """Whether the rank is better than the reference in training."""
-    ours, theirs = _compute_train_value(tested.evidence.contenders[rank]), _compute_train_value(tested.reference)
-    return ours is not None and theirs is not None and ours < theirs
+    rank_value, reference_value = (
+        _compute_train_value(comparison.evidence.contenders[rank]),
+        _compute_train_value(comparison.reference),
+    )
+    return rank_value is not None and reference_value is not None and rank_value < reference_value
 
 
 def _compute_train_value(contender: Contender) -> float | None:
@@ -220,9 +225,9 @@ def _compute_train_value(contender: Contender) -> float | None:
 
 
 def collect_flags(
-    tested: Comparison,
+    comparison: Comparison,
     verdict: Verdict,
-    beside: Sequence[MetricAnswer] = (),
+    other_answers: Sequence[MetricAnswer] = (),
     checkpoints: CheckpointNote | None = None,
 ) -> list[str]:
     """The flags in a fixed order. Each has an entry in docs/reference/decision.md.
@@ -230,44 +235,48 @@ def collect_flags(
     Args:
         beside: the answers by other metrics, which need no comparison of bare values here.
     """
-    evidence, top = tested.evidence, tested.ranks[-1]
-    answer = {tested.chosen, tested.reference.rank}
-    growth = _compute_late_growth(tested) or 0.0
-    named = [set(cell.other_metrics) for contender in evidence.contenders.values() for cell in contender.cells.values()]
-    others = set.intersection(*named) - {
+    evidence, top = comparison.evidence, comparison.ranks[-1]
+    answer = {comparison.chosen, comparison.reference.rank}
+    growth = _compute_late_growth(comparison) or 0.0
+    metric_names = [
+        set(cell.other_metrics) for contender in evidence.contenders.values() for cell in contender.cells.values()
+    ]
+    unjudged_metrics = set.intersection(*metric_names) - {
         answer.metric
-        for answer in beside
+        for answer in other_answers
         if any(row.non_inferior is not None for row in answer.ranks if row.rank != answer.reference_rank)
     }
-    raised = {
-        "underpowered": is_underpowered(tested, verdict),
+    flags = {
+        "underpowered": is_underpowered(comparison, verdict),
         "rising": verdict == "undecided"
-        and is_rising(tested)
-        and all(tested.by_rank[rank].low > 0 for rank in tested.ranks if rank < top),
+        and is_rising(comparison)
+        and all(comparison.by_rank[rank].low > 0 for rank in comparison.ranks if rank < top),
         "lr_edge": any(evidence.is_at_edge(rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
-        "larger_rank_worse": find_unexplained_rank(tested) is not None,
+        "larger_rank_worse": find_unexplained_rank(comparison) is not None,
         "unequal_length": len(list_lengths(evidence)) > 1,
         "collapsed": evidence.table.collapsed > 0,
-        "one_seed": tested.is_indication,
-        "selection_bias": max(evidence.contenders[rank].gap for rank in answer) > tested.margin / 2,
-        "metric_conflict": any(answer.conflict for answer in beside)
-        or any(_has_metric_conflict(evidence, tested.chosen, name) for name in sorted(others)),
+        "one_seed": comparison.is_indication,
+        "selection_bias": max(evidence.contenders[rank].selection_bias for rank in answer) > comparison.margin / 2,
+        "metric_conflict": any(answer.conflict for answer in other_answers)
+        or any(_has_metric_conflict(evidence, comparison.chosen, name) for name in sorted(unjudged_metrics)),
         # the chosen rank's gap exceeds the margin if it grows by as much again
         "may_be_capacity_limited": growth > 0
-        and not is_within(tested.by_rank[tested.chosen].difference.mean + growth, tested.margin),
+        and not is_within(comparison.by_rank[comparison.chosen].difference.mean + growth, comparison.margin),
         "checkpoint_matters": checkpoints is not None and checkpoints.has_conflict,
     }
-    return [flag for flag, raise_it in raised.items() if raise_it]
+    return [flag for flag, is_raised in flags.items() if is_raised]
 
 
-def is_underpowered(tested: Comparison, verdict: Verdict) -> bool:
+def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
     """Whether the data can't show the answer at 95% confidence."""
-    if not tested.evidence.lacks_uncertainty:
+    if not comparison.evidence.lacks_uncertainty:
         return verdict == "undecided"
-    compared, below = tested.by_rank, tested.next_lower
-    settled = compared[tested.chosen].non_inferior is True and (below is None or compared[below].non_inferior is False)
-    return tested.evidence.basis == "values" or not settled
+    compared, below = comparison.by_rank, comparison.next_lower
+    settled = compared[comparison.chosen].non_inferior is True and (
+        below is None or compared[below].non_inferior is False
+    )
+    return comparison.evidence.basis == "values" or not settled
 
 
 def list_lengths(evidence: Evidence) -> set[int]:
@@ -299,24 +308,27 @@ def _has_metric_conflict(evidence: Evidence, chosen: int, name: str) -> bool:
 MIN_POINTS = 3
 
 
-def _compute_late_growth(tested: Comparison) -> float | None:
+def _compute_late_growth(comparison: Comparison) -> float | None:
     """The change of the chosen rank's gap to the reference over the second half of its training, in the metric's unit.
 
     None for the reference, and where the two share fewer than `MIN_POINTS` evaluations.
     """
-    if tested.chosen >= tested.reference.rank:
+    if comparison.chosen >= comparison.reference.rank:
         return None
-    curves = [_average_curve(contender) for contender in (tested.evidence.contenders[tested.chosen], tested.reference)]
+    curves = [
+        _average_curve(contender)
+        for contender in (comparison.evidence.contenders[comparison.chosen], comparison.reference)
+    ]
     steps = sorted(curves[0].keys() & curves[1].keys())
     if len(steps) < MIN_POINTS:
         return None
-    sign = -1.0 if tested.evidence.table.higher_is_better else 1.0
+    sign = -1.0 if comparison.evidence.table.higher_is_better else 1.0
     gaps = [sign * (curves[0][step] - curves[1][step]) for step in steps]
     return gaps[-1] - gaps[len(gaps) // 2 - 1]
 
 
 def compare_checkpoints(
-    table: ScoreTable, evidence: Evidence, used: Checkpoint, margin: float
+    table: ScoreTable, evidence: Evidence, checkpoint: Checkpoint, margin: float
 ) -> CheckpointNote | None:
     """The ranks that the values pick at the last and at the best evaluation; None without evaluations during the training.
 
@@ -326,14 +338,17 @@ def compare_checkpoints(
     """
     if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
         return None
-    other: Checkpoint = "best" if used == "last" else "last"
-    picks = {used: _pick_rank(evidence, margin), other: _pick_rank(Evidence(select_checkpoint(table, other)), margin)}
-    return CheckpointNote(checkpoint=used, last=picks["last"], best=picks["best"])
+    other_checkpoint: Checkpoint = "best" if checkpoint == "last" else "last"
+    picks = {
+        checkpoint: _pick_rank(evidence, margin),
+        other_checkpoint: _pick_rank(Evidence(select_checkpoint(table, other_checkpoint)), margin),
+    }
+    return CheckpointNote(checkpoint=checkpoint, last=picks["last"], best=picks["best"])
 
 
 def _pick_rank(evidence: Evidence, margin: float) -> int:
     """The rule on bare values."""
-    losses = {rank: contender.fair_loss for rank, contender in evidence.contenders.items()}
+    losses = {rank: contender.adjusted_loss for rank, contender in evidence.contenders.items()}
     reference = min(losses, key=lambda rank: (losses[rank], rank))
     return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 

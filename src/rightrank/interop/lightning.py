@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
 from rightrank.adapters.batch_scores import Batch, compute_batch_loss
+from rightrank.adapters.distributed import MEASUREMENT_ERRORS
 from rightrank.adapters.in_memory import validate_trained_adapter
 from rightrank.adapters.preserved_state import preserve_state
-from rightrank.adapters.processes import MEASUREMENT_ERRORS
 from rightrank.interop.smallest import build_settings, keep_smallest
 from rightrank.interop.squeeze import RankCut, compute_cut_step, format_cut, require_cuttable, squeeze
 from rightrank.interop.trainer_rows import copy_batches

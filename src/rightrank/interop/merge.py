@@ -64,7 +64,7 @@ def write_merged_model(request: MergeRequest, folder: Path) -> ExportResult:
         check_files,
         request.settings,
         request.on_event,
-        of_run=splits,
+        run_splits=splits,
     )
     files = sorted(path.name for path in folder.iterdir())
     comparison_values = comparison.model_dump(mode="json")

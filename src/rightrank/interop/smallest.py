@@ -34,9 +34,7 @@ from rightrank.adapters.batch_scores import (
     count_positions,
     read_batch,
 )
-from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter, validate_trained_adapter
-from rightrank.adapters.preserved_state import copy_data_source, preserve_state
-from rightrank.adapters.processes import (
+from rightrank.adapters.distributed import (
     MEASUREMENT_ERRORS,
     gather_objects,
     get_process_index,
@@ -44,6 +42,8 @@ from rightrank.adapters.processes import (
     is_partitioned,
     sync_errors,
 )
+from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter, validate_trained_adapter
+from rightrank.adapters.preserved_state import copy_data_source, preserve_state
 from rightrank.data.splits import sample_indices
 from rightrank.hooks.report import Report
 from rightrank.interop.trainer_rows import (

@@ -24,6 +24,7 @@ from torch.utils.data import Subset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rightrank.adapters.batch_scores import Batch
+from rightrank.adapters.distributed import get_world_size, is_sharded
 from rightrank.adapters.in_memory import (
     InMemoryAdapter,
     gather_adapter_moments,
@@ -31,7 +32,6 @@ from rightrank.adapters.in_memory import (
     validate_trained_adapter,
 )
 from rightrank.adapters.preserved_state import preserve_state
-from rightrank.adapters.processes import get_world_size, is_sharded
 from rightrank.adapters.resize import cap_ranks, write_resized_adapter
 from rightrank.data.splits import sample_indices
 from rightrank.interop.smallest import SmallestAdapter, build_settings

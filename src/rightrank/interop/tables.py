@@ -274,7 +274,7 @@ def _build_result(result_rows: Sequence[ResultRow], columns: Columns) -> Result:
         train_value=details.get("train_value"),
         steps=steps or None,
         points=points if steps else [],
-        others={name: details[name] for name in columns.other_metrics if name in details},
+        other_metrics={name: details[name] for name in columns.other_metrics if name in details},
     )
 
 

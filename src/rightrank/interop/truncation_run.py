@@ -23,9 +23,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from rightrank.adapters.batch_scores import HeldOutBatches, has_class_labels, read_batch
+from rightrank.adapters.distributed import gather_parameters, is_partitioned, sync_errors
 from rightrank.adapters.in_memory import InMemoryAdapter, copy_factors, gather_adapter_moments, save_trained_adapter
 from rightrank.adapters.preserved_state import preserve_state
-from rightrank.adapters.processes import gather_parameters, is_partitioned, sync_errors
 from rightrank.adapters.resize import cap_ranks, list_candidate_ranks, write_resized_adapter
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import choose_adapter, estimate_training_ranks
@@ -43,7 +43,15 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, get_first_line
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome, TrialStarted, hash_content, trial_id
+from rightrank.schema.trials import (
+    Arm,
+    Trial,
+    TrialFinished,
+    TrialOutcome,
+    TrialStarted,
+    compute_trial_id,
+    hash_content,
+)
 from rightrank.search.bracket import make_truncation_arm
 from rightrank.search.history import Requests, Space, Trials, build_space
 from rightrank.search.protocol import Strategy
@@ -227,7 +235,7 @@ def _build_strategy(started: RunStarted, steps: int) -> Strategy:
 def _compute_training_id(started: RunStarted, steps: int) -> str:
     """Return the id that the training has among the trials of the run."""
     (training,) = _build_strategy(started, steps).ask([])
-    return trial_id(started.fingerprint, training)
+    return compute_trial_id(started.fingerprint, training)
 
 
 def _build_run_started(

@@ -180,7 +180,7 @@ def _build_memory_figure(records: Records) -> Figure | None:
     On a CPU the measured peak covers the entire process and the planned one only tensors. They are not comparable there, so the
     plan is listed among the numbers but not drawn.
     """
-    trials_by_rank = _group_by_rank([trial for trial in records.finished() if trial.steps > 0 and trial.peak_bytes > 0])
+    trials_by_rank = _group_by_rank([trial for trial in records.list_finished() if trial.steps > 0 and trial.peak_bytes > 0])
     highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trials_by_rank.items() if rank > 0}
     peaks = {rank: trial.peak_bytes / MIB for rank, trial in highest.items()}
     planned = {rank: trial.predicted_peak_bytes / MIB for rank, trial in highest.items() if trial.predicted_peak_bytes}
@@ -198,7 +198,7 @@ def _build_memory_figure(records: Records) -> Figure | None:
 
 def _build_time_figure(records: Records) -> Figure | None:
     """Plot the mean seconds of training and of evaluation by rank."""
-    groups = _group_by_rank([trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct])
+    groups = _group_by_rank([trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct])
     if not any(trial.seconds for trials in groups.values() for trial in trials):  # A table may have no times.
         return None
     train = {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()}

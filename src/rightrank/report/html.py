@@ -128,7 +128,7 @@ def render_results_report(results: ResultsTable, decision: Decision, source: str
         higher_is_better=results.higher_is_better,
         started_at="",
     )
-    records = Records.of(started, [])
+    records = Records.from_journal(started, [])
     records.outcomes.extend(map(partial(_build_outcome, metric=results.metric), results.results))
     return render_report(records, Answers(decision), command=command)
 
@@ -200,7 +200,7 @@ def _build_trial_row(outcome: TrialOutcome) -> dict[str, Any]:
         "learning_rate": f"{outcome.learning_rate:g}" if outcome.rank else "–",
         "seed": outcome.seed if outcome.rank else "–",
         **dict.fromkeys(("value", "train", "seconds", "parameters", "memory"), ""),
-        "note": outcome.arm.stage(),
+        "note": outcome.arm.format_stage(),
     }
     if not isinstance(outcome, TrialFinished):
         return row | {"note": format_trial_end(outcome)}
@@ -230,7 +230,7 @@ def render_model_card(records: Records, decision: Decision | None) -> str:
         decision=decision,
         evidence=build_evidence_table(decision) if decision is not None else [],
         adapter_record=adapter_record,
-        provenance=build_provenance(trial, records.finished()),
+        provenance=build_provenance(trial, records.list_finished()),
         candidates=build_candidate_table(answer, started.metric),
         tests=_build_test_rows(records),
         classification=started.data.form == "classification",
@@ -295,7 +295,7 @@ def _count_seeds(decision: Decision) -> int:
 
 def _build_test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
     """Return `(adapter, result on the test split)` rows; the adapter is "base", "rank 16", or "rank 4, truncated"."""
-    stages = {trial.trial_id: trial.arm.stage() for trial in records.finished()}
+    stages = {trial.trial_id: trial.arm.format_stage() for trial in records.list_finished()}
     names = [f"rank {test.rank}" if test.rank else "base" for test in records.tests]
     return [
         (", ".join(filter(None, [name, stages.get(test.trial_id)])), test)
@@ -306,11 +306,11 @@ def _build_test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
 def _describe_limits(records: Records, decision: Decision | None) -> list[str]:
     """Describe the limits of the evidence, one sentence each."""
     settings = records.settings
-    ranks = sorted({trial.rank for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct})
+    ranks = sorted({trial.rank for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct})
     limits: list[str] = []
     if ranks:
         limits.append(f"Ranks other than {', '.join(map(str, ranks))}.")
-    steps = max((trial.steps for trial in records.finished()), default=0)
+    steps = max((trial.steps for trial in records.list_finished()), default=0)
     if steps:
         limits.append(
             f"Trainings longer than {steps} steps. Low ranks tend to fall behind late in training, so a longer training may need a higher rank."

@@ -84,7 +84,7 @@ def build_run_status(
         goal=goal,
         trainings=count_trainings(records),
         trials_ended=len(records.outcomes),
-        trials_without_result=len(records.outcomes) - len(records.finished()),
+        trials_without_result=len(records.outcomes) - len(records.list_finished()),
         running=_format_active_trial(journal, records) if is_locked else None,
         resume=None if state == "done" else _build_resume_command(records.started, run),
         progress=str(progress["progress"]) if is_locked and is_fresh and "progress" in progress else None,
@@ -117,7 +117,7 @@ def _format_active_trial(journal: Sequence[JournalRecord], records: Records) -> 
     unfinished = [record for record in journal if isinstance(record, TrialStarted) and record.trial_id not in ended]
     if not unfinished:
         return None
-    evaluations, label = records.looks.get(unfinished[-1].trial_id), unfinished[-1].arm.label()
+    evaluations, label = records.evaluations.get(unfinished[-1].trial_id), unfinished[-1].arm.format_label()
     return f"{label}, step {evaluations[-1].step}: held-out {evaluations[-1].value:.4g}" if evaluations else label
 
 
@@ -149,7 +149,7 @@ def _find_best_by_rank(records: Records, is_trained: bool) -> list[tuple[int, fl
     """Return the best value of each rank, over complete trainings or over truncations."""
     best: dict[int, float] = {}
     better = max if records.started.higher_is_better else min
-    for trial in records.finished():
+    for trial in records.list_finished():
         if trial.rank > 0 and trial.stop_at is None and (trial.truncate_from is None) == is_trained:
             best[trial.rank] = better(trial.value, best.get(trial.rank, trial.value))
     return sorted(best.items())

@@ -32,7 +32,15 @@ from rightrank.schema.errors import (
 )
 from rightrank.schema.events import JournalRecord, RunContinued, RunStarted, RunStopped, SelectionPlanned
 from rightrank.schema.settings import CONTINUABLE_SETTINGS, SelectSettings, select_identity_settings
-from rightrank.schema.trials import OUTCOMES, Trial, TrialEvaluated, TrialFailed, TrialFinished, TrialOutcome, compute_trial_id
+from rightrank.schema.trials import (
+    OUTCOMES,
+    Trial,
+    TrialEvaluated,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    compute_trial_id,
+)
 
 MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # if these fail and none finishes, the cause is not a single arm

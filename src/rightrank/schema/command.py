@@ -37,7 +37,9 @@ def build_set_arguments(settings: Mapping[str, Any]) -> list[str]:
         for name, row in SelectSettings.model_fields.items()
         if name in settings
     )
-    return [part for name, row, value in rows if value != row.default for part in build_arguments(name, row, value)]
+    return [
+        argument for name, row, value in rows if value != row.default for argument in build_arguments(name, row, value)
+    ]
 
 
 def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
@@ -52,7 +54,7 @@ def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [row.option if value else row.option.replace("--", "--no-", 1)]
     if isinstance(value, tuple) and not row.split:
-        return [part for entry in value for part in _format_option(row.option, entry)]
+        return [argument for entry in value for argument in _format_option(row.option, entry)]
     if name == "budget_hours":
         return _format_option(row.option, f"{Decimal(repr(value)):f}h")
     if name == "memory_bytes":

@@ -49,30 +49,32 @@ def read_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:
     Raises:
         SettingsError: a value that a selection cannot honour; the message names it.
     """
-    settings, unsaid = _separate_refusals(peft_config, args)
-    if unsaid:
-        raise SettingsError(unsaid[0].message)
-    checked = {name: getattr(peft_config, name) for name in CHECKED_FIELDS} if peft_config is not None else {}
-    return settings | {name: getattr(value, "value", value) for name, value in checked.items() if value is not None}
+    settings, refusals = _separate_refusals(peft_config, args)
+    if refusals:
+        raise SettingsError(refusals[0].message)
+    checked_fields = {name: getattr(peft_config, name) for name in CHECKED_FIELDS} if peft_config is not None else {}
+    return settings | {
+        name: getattr(value, "value", value) for name, value in checked_fields.items() if value is not None
+    }
 
 
-def convert_configs(peft_config: Any, args: Any = None, **further: Any) -> tuple[dict[str, Any], list[str]]:
+def convert_configs(peft_config: Any, args: Any = None, **overrides: Any) -> tuple[dict[str, Any], list[str]]:
     """`(the settings that the two state, what no setting says)`, as JSON; `further` settings override theirs."""
     settings, refusals = _separate_refusals(peft_config, args)
-    values, unsaid = settings | further, [refusal.value for refusal in refusals]
+    values, unsupported = settings | overrides, [refusal.value for refusal in refusals]
     for name, value in list(values.items()):
         try:
             SelectSettings(**{name: value})
         except SettingsError:
-            unsaid.append(f"{name}={quote_value(values.pop(name))}")
-    return SelectSettings(**values).model_dump(mode="json", include={*values}), unsaid
+            unsupported.append(f"{name}={quote_value(values.pop(name))}")
+    return SelectSettings(**values).model_dump(mode="json", include={*values}), unsupported
 
 
 def _separate_refusals(peft_config: Any, args: Any) -> tuple[dict[str, Any], list[_Refusal]]:
-    stated = [] if peft_config is None else [*_convert_lora_config(peft_config)]
-    stated += [] if args is None else [*_convert_training_arguments(args)]
-    settings = dict(statement for statement in stated if not isinstance(statement, _Refusal))
-    return settings, [statement for statement in stated if isinstance(statement, _Refusal)]
+    statements = [] if peft_config is None else [*_convert_lora_config(peft_config)]
+    statements += [] if args is None else [*_convert_training_arguments(args)]
+    settings = dict(statement for statement in statements if not isinstance(statement, _Refusal))
+    return settings, [statement for statement in statements if isinstance(statement, _Refusal)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,9 +94,9 @@ def _convert_lora_config(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
         if name == "use_rslora":
             yield "scaling", "alpha/sqrt(r)" if value else "alpha/r"
         elif name == "init_lora_weights":
-            named = "default" if value is True else value
-            known = named in get_args(SelectSettings.model_types[name])
-            yield (name, named) if known else _build_refusal("peft_config", name, value)
+            initialization = "default" if value is True else value
+            is_supported = initialization in get_args(SelectSettings.model_types[name])
+            yield (name, initialization) if is_supported else _build_refusal("peft_config", name, value)
         elif name == "target_modules" and isinstance(value, str) and value != "all-linear":
             yield _build_refusal("peft_config", name, value, "is a pattern; give a list of names or 'all-linear'")
         elif name in SelectSettings.model_fields:
@@ -163,11 +165,11 @@ def _convert_value(name: str, value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _build_refusal(where: str, name: str, value: Any, why: str = "") -> _Refusal:
+def _build_refusal(source: str, name: str, value: Any, reason: str = "") -> _Refusal:
     value = getattr(value, "value", value)  # of an enumeration
     text = (
-        f"{name} {quote_value(value)} {why}"
-        if why
+        f"{name} {quote_value(value)} {reason}"
+        if reason
         else f"a selection cannot honour {name}={quote_value(value)}; leave it out"
     )
-    return _Refusal(f"{name}={quote_value(value)}", f"{where}: {text}")
+    return _Refusal(f"{name}={quote_value(value)}", f"{source}: {text}")

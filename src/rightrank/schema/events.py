@@ -93,7 +93,7 @@ class RunStarted(Record):
     @property
     def select_settings(self) -> SelectSettings:
         """The settings by their names; one that an own trainer does not state is as by default."""
-        return SelectSettings.stored(self.settings)
+        return SelectSettings.from_stored(self.settings)
 
     @property
     def model_name(self) -> str | None:

@@ -76,12 +76,12 @@ def infer_direction(name: str) -> bool | None:
     Known are the names above, after the name of a held-out split (`eval_loss`, `val/acc`, `test.f1`), with Lightning's
     endings (`val_loss_epoch`) and lm-evaluation-harness' filter (`exact_match,strict-match`).
     """
-    plain = re.sub(r"[\s_/\-.]+", "_", name.lower().partition(",")[0]).strip("_")
-    matched = _NAME.fullmatch(plain)
-    known = matched[1] if matched else plain
-    if known in LOWER_IS_BETTER:
+    normalized_name = re.sub(r"[\s_/\-.]+", "_", name.lower().partition(",")[0]).strip("_")
+    matched = _NAME.fullmatch(normalized_name)
+    canonical_name = matched[1] if matched else normalized_name
+    if canonical_name in LOWER_IS_BETTER:
         return False
-    return True if known in HIGHER_IS_BETTER else None
+    return True if canonical_name in HIGHER_IS_BETTER else None
 
 
 def format_unknown_direction(name: str) -> str:
@@ -124,19 +124,19 @@ class MetricSpec(NamedTuple):
 
 def _parse_metric(text: str) -> MetricSpec:
     """The metric that `text` names."""
-    sign, _, stated = text.partition(":")
-    if sign in ("max", "min") and ":" in stated:
-        return _parse_metric(stated)._replace(higher_is_better=sign == "max")
-    named = _NAMED.fullmatch(text)
-    name, rest = (named[1], named[2]) if named else (None, text)
-    if rest in BUILT_IN_METRICS and (name is None or name == rest):
-        return MetricSpec(rest, BUILT_IN_METRICS[rest])
+    direction_prefix, _, unsigned_text = text.partition(":")
+    if direction_prefix in ("max", "min") and ":" in unsigned_text:
+        return _parse_metric(unsigned_text)._replace(higher_is_better=direction_prefix == "max")
+    name_match = _NAMED.fullmatch(text)
+    name, target_text = (name_match[1], name_match[2]) if name_match else (None, text)
+    if target_text in BUILT_IN_METRICS and (name is None or name == target_text):
+        return MetricSpec(target_text, BUILT_IN_METRICS[target_text])
     if name in BUILT_IN_METRICS:
         raise ValueError(f"metric {text!r}: {name!r} is a built-in metric; give yours another name")
-    target = rest.strip()
+    target = target_text.strip()
     if not _FUNCTION.fullmatch(target):
         raise ValueError(
-            f"metric {text!r} is not known{suggest_name(rest, BUILT_IN_METRICS)}; there are: {METRIC_FORMS}"
+            f"metric {text!r} is not known{suggest_name(target_text, BUILT_IN_METRICS)}; there are: {METRIC_FORMS}"
         )
     return MetricSpec(name or target.rpartition(":")[2], "function", target)
 
@@ -149,9 +149,9 @@ def parse_metrics(*texts: str) -> tuple[MetricSpec, ...]:
     """
     specs = tuple(_parse_metric(text) for text in texts)
     names = [spec.name for spec in specs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"metrics: {twice!r} is given twice; give each once, under names that differ (NAME=…)")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise ValueError(f"metrics: {duplicate!r} is given twice; give each once, under names that differ (NAME=…)")
     return specs
 
 

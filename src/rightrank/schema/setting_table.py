@@ -67,15 +67,15 @@ class Setting:
             object.__setattr__(self, "option", f"--{name.replace('_', '-')}")
 
 
-def option(default: Any, group: Group, help: str, **further: Any) -> Any:
+def option(default: Any, group: Group, help: str, **row_options: Any) -> Any:
     """A row with the option `--name-of-the-setting`."""
-    return setting(default, group, help, option="--", **further)
+    return setting(default, group, help, option="--", **row_options)
 
 
-def setting(default: Any, group: Group, help: str, **further: Any) -> Any:
+def setting(default: Any, group: Group, help: str, **row_options: Any) -> Any:
     """A row; the bounds are given by name."""
-    bounds: dict[str, Any] = {name: further.pop(name) for name in ("gt", "ge", "lt", "le") if name in further}
-    return Setting(default, group, help, **further, bounds=bounds)
+    bounds: dict[str, Any] = {name: row_options.pop(name) for name in ("gt", "ge", "lt", "le") if name in row_options}
+    return Setting(default, group, help, **row_options, bounds=bounds)
 
 
 class Settings:
@@ -99,7 +99,7 @@ class Settings:
         hints = get_type_hints(cls)
         cls.pydantic_model = None
         cls.model_types = {name: hints[name] for name in rows}
-        cls.settings_by_foreign_name = {other: name for name, row in rows.items() for other in row.also}
+        cls.settings_by_foreign_name = {foreign_name: name for name, row in rows.items() for foreign_name in row.also}
         cls.model_fields = dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
 
     def __init__(self, **values: Any) -> None:
@@ -110,10 +110,10 @@ class Settings:
         """
         unknown = next((name for name in values if name not in self.model_fields), None)
         if unknown is not None:
-            meant = self.settings_by_foreign_name.get(unknown)
-            near = f" (did you mean {meant!r}?)" if meant else suggest_name(unknown, self.model_fields)
+            suggestion = self.settings_by_foreign_name.get(unknown)
+            hint = f" (did you mean {suggestion!r}?)" if suggestion else suggest_name(unknown, self.model_fields)
             nearest = ", ".join(get_close_matches(unknown, self.model_fields, n=MAX_SUGGESTIONS, cutoff=0.0))
-            raise SettingsError(f"unknown setting {unknown!r}{near or '; the nearest: ' + nearest}")
+            raise SettingsError(f"unknown setting {unknown!r}{hint or '; the nearest: ' + nearest}")
         defaults = {name: row.default for name, row in self.model_fields.items()}
         self.__dict__.update(defaults | _validate_values(type(self), values), model_fields_set=frozenset(values))
         try:
@@ -125,24 +125,24 @@ class Settings:
         """Refuse values that don't go together, with ValueError."""
 
     @classmethod
-    def stored(cls, values: Mapping[str, Any]) -> Self:
+    def from_stored(cls, values: Mapping[str, Any]) -> Self:
         """The settings among what a journal holds, which `model_dump` wrote in the mode `json`: they are not checked again."""
-        known = {name: value for name, value in values.items() if name in cls.model_fields}
-        return cls._of(
+        stored_values = {name: value for name, value in values.items() if name in cls.model_fields}
+        return cls._build(
             {name: row.default for name, row in cls.model_fields.items()}
-            | {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()},
-            known.keys(),
+            | {name: tuple(value) if isinstance(value, list) else value for name, value in stored_values.items()},
+            stored_values.keys(),
         )
 
     @classmethod
-    def _of(cls, values: Mapping[str, Any], given: Collection[str]) -> Self:
+    def _build(cls, values: Mapping[str, Any], names: Collection[str]) -> Self:
         settings = object.__new__(cls)
-        settings.__dict__.update(values, model_fields_set=frozenset(given))
+        settings.__dict__.update(values, model_fields_set=frozenset(names))
         return settings
 
     def model_copy(self, *, update: Mapping[str, Any]) -> Self:
         """The same with some values changed, which are not checked."""
-        return self._of(self.__dict__ | dict(update), self.model_fields_set | update.keys())
+        return self._build(self.__dict__ | dict(update), self.model_fields_set | update.keys())
 
     def model_dump(self, *, mode: str = "python", include: Iterable[str] | None = None) -> dict[str, Any]:
         """The values by name; in the mode `json`, tuples as lists."""
@@ -159,8 +159,8 @@ class Settings:
         return isinstance(other, Settings) and type(other) is type(self) and self.model_dump() == other.model_dump()
 
     def __repr__(self) -> str:
-        given = (f"{name}={self.__dict__[name]!r}" for name in self.model_fields if name in self.model_fields_set)
-        return f"{type(self).__name__}({', '.join(given)})"
+        assignments = (f"{name}={self.__dict__[name]!r}" for name in self.model_fields if name in self.model_fields_set)
+        return f"{type(self).__name__}({', '.join(assignments)})"
 
 
 def get_explicit_values(settings: Settings | None) -> dict[str, Any]:
@@ -170,15 +170,15 @@ def get_explicit_values(settings: Settings | None) -> dict[str, Any]:
 
 def is_list_type(hint: Any) -> bool:
     """Whether a setting of this type takes several values."""
-    return any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
+    return any(get_origin(alternative) is tuple for alternative in (hint, *get_args(hint)))
 
 
 def _validate_values(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     from pydantic import ValidationError
 
     try:
-        written = {name: _convert_value(kind, name, value) for name, value in values.items()}
-        model = _build_model(kind).model_validate(written)
+        raw_values = {name: _convert_value(kind, name, value) for name, value in values.items()}
+        model = _build_model(kind).model_validate(raw_values)
         checked = {name: getattr(model, name) for name in values}
         for name, value in checked.items():
             for inner in value if isinstance(value, tuple) else (value,):
@@ -192,9 +192,9 @@ def _validate_values(kind: type[Settings], values: Mapping[str, Any]) -> dict[st
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].partition(", unable to parse")[0]
-        where = str(first["loc"][0]) if first["loc"] else "settings"
-        got = f"{where}: got {_SHORT_REPR.repr(first['input'])}"
-        raise SettingsError(f"{got}; {message[0].lower()}{message[1:]}") from None
+        setting_name = str(first["loc"][0]) if first["loc"] else "settings"
+        given_value = f"{setting_name}: got {_SHORT_REPR.repr(first['input'])}"
+        raise SettingsError(f"{given_value}; {message[0].lower()}{message[1:]}") from None
     except ValueError as error:
         raise SettingsError(str(error)) from None
     return checked
@@ -212,10 +212,10 @@ def _convert_value(kind: type[Settings], name: str, value: Any) -> Any:
     if not is_list_type(hint):
         return value
     if isinstance(value, str):
-        whole = parse_json_value(value) if value.startswith("[") else None
-        if isinstance(whole, list):
-            return whole
-        return [part.strip() for part in value.split(",") if part.strip()] if row.split else [value]
+        parsed = parse_json_value(value) if value.startswith("[") else None
+        if isinstance(parsed, list):
+            return parsed
+        return [entry.strip() for entry in value.split(",") if entry.strip()] if row.split else [value]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

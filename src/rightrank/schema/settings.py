@@ -71,11 +71,13 @@ def _require_columns(entries: tuple[str, ...]) -> tuple[str, ...]:
     return entries
 
 
-def _require_distinct(fits: Callable[[Any], bool], noun: str, allowed: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _require_distinct(
+    is_allowed: Callable[[Any], bool], noun: str, allowed: str, values: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """The list in order: at least one value, each allowed and given once."""
-    wrong = next((value for value in values if not fits(value)), None)
-    if wrong is not None:
-        raise ValueError(f"{noun} {wrong:g} is not allowed: {noun}s are {allowed}")
+    disallowed = next((value for value in values if not is_allowed(value)), None)
+    if disallowed is not None:
+        raise ValueError(f"{noun} {disallowed:g} is not allowed: {noun}s are {allowed}")
     if not values or len(set(values)) != len(values):
         raise ValueError(f"{noun.replace(' ', '_')}s: got {list(values)}; give at least one, and each once")
     return tuple(sorted(values))
@@ -105,36 +107,38 @@ BASE_DEPENDENT_INITIALIZATIONS = ("pissa", "olora")  # initialisations that take
 _TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, alpha = 2r, r
 
 
-def _convert_peft_names(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_peft_names(values: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
     """The values with LoraConfig's own fields and habits as settings: `r`, `use_rslora`, `init_lora_weights=True`, `lora_alpha=2r`."""
     if (kind := values.get("peft_type", "LORA")) != "LORA":
         raise SettingsError(f"peft_type: got {kind!r}; a selection trains 'LORA' alone: leave it out")
     if str(values.get("inference_mode") or False).lower() != "false":
         raise SettingsError("inference_mode: got true, which trains nothing; a selection takes false: leave it out")
-    given = {name: value for name, value in values.items() if name not in PEFT_REPLACED_FIELDS}
-    refused = next(
-        (name for name in PEFT_REFUSED_FIELDS if given.pop(name, None) not in (None, "none", {}, "{}", "null")), None
+    settings = {name: value for name, value in values.items() if name not in PEFT_REPLACED_FIELDS}
+    refused_name = next(
+        (name for name in PEFT_REFUSED_FIELDS if settings.pop(name, None) not in (None, "none", {}, "{}", "null")), None
     )
-    if refused is not None:
-        raise SettingsError(f"{refused}: a selection cannot honour this field of PEFT's LoraConfig; leave it out")
-    said: dict[str, Any] = {}
-    if "r" in given:
-        said["ranks"] = given.pop("r")
-    if "use_rslora" in given:
-        said["scaling"] = "alpha/sqrt(r)" if parse_json_value(given.pop("use_rslora")) is True else "alpha/r"
-    tied = (
-        _TIED_ALPHA.fullmatch(given["lora_alpha"].strip().lower()) if isinstance(given.get("lora_alpha"), str) else None
+    if refused_name is not None:
+        raise SettingsError(f"{refused_name}: a selection cannot honour this field of PEFT's LoraConfig; leave it out")
+    converted: dict[str, Any] = {}
+    if "r" in settings:
+        converted["ranks"] = settings.pop("r")
+    if "use_rslora" in settings:
+        converted["scaling"] = "alpha/sqrt(r)" if parse_json_value(settings.pop("use_rslora")) is True else "alpha/r"
+    tied_alpha = (
+        _TIED_ALPHA.fullmatch(settings["lora_alpha"].strip().lower())
+        if isinstance(settings.get("lora_alpha"), str)
+        else None
     )
-    if tied is not None:
-        given["lora_alpha"], said["scaling"] = float(tied[1] or 1) * CONSTANT_SCALING_RANK, "constant"
-    if given.get("init_lora_weights") in (True, "true", "True"):
-        given["init_lora_weights"] = "default"
-    for name, value in said.items():
-        if name in given and given[name] != value:
+    if tied_alpha is not None:
+        settings["lora_alpha"], converted["scaling"] = float(tied_alpha[1] or 1) * CONSTANT_SCALING_RANK, "constant"
+    if settings.get("init_lora_weights") in (True, "true", "True"):
+        settings["init_lora_weights"] = "default"
+    for name, value in converted.items():
+        if name in settings and settings[name] != value:
             raise SettingsError(
-                f"{name}: given twice, as {given[name]!r} and by PEFT's name as {value!r}; give it once"
+                f"{name}: given twice, as {settings[name]!r} and by PEFT's name as {value!r}; give it once"
             )
-    return given | {name: value for name, value in said.items() if name in known}
+    return settings | {name: value for name, value in converted.items() if name in rows}
 
 
 class PeftFields(Settings):
@@ -181,15 +185,15 @@ class PeftFields(Settings):
         Raises:
             SettingsError: also for another name under `peft_options`.
         """
-        stated = {name: str(values[name]) for name in PEFT_CHECKED_FIELDS if values.get(name) is not None}
+        checked_fields = {name: str(values[name]) for name in PEFT_CHECKED_FIELDS if values.get(name) is not None}
         values = _convert_peft_names(values, type(self).model_fields)
-        inner = parse_json_value(values.pop("peft_options", None) or {})
-        if not isinstance(inner, Mapping) or not inner.keys() <= {*PEFT_OPTIONS}:
-            raise SettingsError(f"peft_options: got {inner!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
-        flat = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
-        options = {name: parse_json_value(value) for name, value in {**inner, **flat}.items()}
+        explicit_options = parse_json_value(values.pop("peft_options", None) or {})
+        if not isinstance(explicit_options, Mapping) or not explicit_options.keys() <= {*PEFT_OPTIONS}:
+            raise SettingsError(f"peft_options: got {explicit_options!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
+        top_level_options = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
+        options = {name: parse_json_value(value) for name, value in {**explicit_options, **top_level_options}.items()}
         super().__init__(**values, **({"peft_options": options} if options else {}))
-        self.__dict__["stated"] = stated
+        self.__dict__["stated"] = checked_fields
 
     def _require_consistent(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
@@ -201,10 +205,10 @@ class PeftFields(Settings):
         """The bits of a quantised base; None for a base in `dtype`."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
-    def load_error_hint(self, otherwise: str) -> str:
+    def load_error_hint(self, default_hint: str) -> str:
         """What is to be said where the base fails: its quantisation is to be left out first, `otherwise` without one."""
         if self.weight_bits is None:
-            return otherwise
+            return default_hint
         name = f"load_in_{self.weight_bits}bit"
         return f"bitsandbytes may not run this base in {self.weight_bits} bits on this device: leave {name} out, or give another device"
 
@@ -516,8 +520,8 @@ class SelectSettings(PeftFields, _TrainerFields):
 
     def get_direction(self, name: str) -> bool | None:
         """The same; None where it is not known."""
-        stated = next((spec.higher_is_better for spec in self.metric_specs if spec.name == name), None)
-        return infer_direction(name) if stated is None else stated
+        explicit = next((spec.higher_is_better for spec in self.metric_specs if spec.name == name), None)
+        return infer_direction(name) if explicit is None else explicit
 
     @property
     def group(self) -> str:
@@ -592,19 +596,21 @@ NO_SPLIT_OVERRIDES = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_f
 CONTINUABLE_SETTINGS = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 
 
-def select_identity_settings(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:
+def select_identity_settings(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among `values` (JSON) that say what a selection finds.
 
     They are those of the begun run where a difference makes no other run: the same trials keep their identity. Two spellings of
     one path, such as `model` and `./model`, are the same.
     """
     rows = SelectSettings.model_fields
-    kept = {name: begun[name] for name in CONTINUABLE_SETTINGS if name in begun}
+    identity_values = {name: stored[name] for name in CONTINUABLE_SETTINGS if name in stored}
     for name in ("model", "data", "validation"):
-        path, other = values.get(name), begun.get(name)
-        if isinstance(path, str) and isinstance(other, str) and Path(path).exists():
-            kept[name] = other if Path(path).resolve() == Path(other).resolve() else path
-    return {name: value for name, value in {**values, **kept}.items() if name not in rows or rows[name].identity}
+        path, stored_path = values.get(name), stored.get(name)
+        if isinstance(path, str) and isinstance(stored_path, str) and Path(path).exists():
+            identity_values[name] = stored_path if Path(path).resolve() == Path(stored_path).resolve() else path
+    return {
+        name: value for name, value in {**values, **identity_values}.items() if name not in rows or rows[name].identity
+    }
 
 
 # What `select_rank_with` takes where an argument is not given. For reinforcement learning: two points of a reward between 0 and 1;

@@ -79,14 +79,14 @@ class ArmFields(Record):
 class Arm(ArmFields):
     """One training to run. Trials are runs of an arm."""
 
-    def label(self) -> str:
+    def format_label(self) -> str:
         """A short name, such as `r=8 lr=0.0001 seed=0`."""
         if self.rank == 0:
             return "base"
         name = f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"
-        return f"{name} {self.stage()}" if self.stage() else name
+        return f"{name} {self.format_stage()}" if self.format_stage() else name
 
-    def stage(self) -> str:
+    def format_stage(self) -> str:
         """How the arm differs from a complete training; empty if it does not."""
         if self.truncate_from is not None:
             return "truncated"
@@ -107,7 +107,7 @@ class Trial(Record):
         return {"trial_id": self.trial_id, **self.arm.model_dump()}
 
 
-def trial_id(context_fingerprint: str, arm: Arm) -> str:
+def compute_trial_id(context_fingerprint: str, arm: Arm) -> str:
     """The identity of a trial: 12 hex digits of a hash of everything that defines it.
 
     `context_fingerprint` covers the model, the data and the settings that all arms share.
@@ -252,11 +252,11 @@ OUTCOMES = (TrialFinished, TrialCollapsed, TrialDiverged, TrialFailed)
 
 def count_added_steps(arm: ArmFields, finished: Mapping[str, TrialFinished]) -> int:
     """Optimizer steps that `arm` adds to those of the trial that it resumes; `finished` by trial id."""
-    before = finished.get(arm.continue_from or "")
-    return arm.end - (0 if before is None else before.end)
+    resumed = finished.get(arm.continue_from or "")
+    return arm.end - (0 if resumed is None else resumed.end)
 
 
 def compute_added_seconds(outcome: TrialFinished, finished: Mapping[str, TrialFinished]) -> float:
     """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumes, and contains."""
-    before = finished.get(outcome.continue_from or "")
-    return outcome.seconds - (0.0 if before is None else before.seconds)
+    resumed = finished.get(outcome.continue_from or "")
+    return outcome.seconds - (0.0 if resumed is None else resumed.seconds)

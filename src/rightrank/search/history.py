@@ -281,7 +281,7 @@ def is_likely_within(
     if difference is None or difference.examples < MIN_EXAMPLES or not difference.examples_variance:
         return is_within(mean, margin)
     examples = len((pair[0].get_weighted_scores(space.metric) or [()])[0])
-    variance = NOISE.ratio(1, examples) * difference.examples_variance * examples
+    variance = NOISE.compute_ratio(1, examples) * difference.examples_variance * examples
     return compute_probability_within(mean, variance, NOISE_DEGREES, margin) >= probability
 
 

@@ -210,9 +210,9 @@ def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> boo
 
 
 def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
-    """Train `rank` at `get_learning_rate`, and at neighbouring learning rates until one makes it hold.
+    """Train `rank` at `learning_rate`, and at neighbouring learning rates until one makes it hold.
 
-    The latter are trained whole only where their look beats that of `get_learning_rate`.
+    The latter are trained whole only where their look beats that of `learning_rate`.
     """
     yield from _train(trials, rank, learning_rate)
     for neighbour in _promising_neighbours(trials, rank, learning_rate):
@@ -257,9 +257,9 @@ def _challenge(trials: Trials, rank: int, holder: float, challenger: float) -> R
 
 
 def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
-    """Return the neighbours of `get_learning_rate` with which `rank` may be within the margin, the better one at the top rank first.
+    """Return the neighbours of `learning_rate` with which `rank` may be within the margin, the better one at the top rank first.
 
-    If `get_learning_rate` gave no result, return both. Otherwise return a neighbour at which the top rank is about as good, unless the
+    If `learning_rate` gave no result, return both. Otherwise return a neighbour at which the top rank is about as good, unless the
     rank fails by far; and the higher neighbour if the rank is undertrained.
     """
     space = trials.space

@@ -101,9 +101,9 @@ def report_evaluation_progress(
     """Report the progress of the runtime's evaluations under `description` from now on."""
     start_time = time.perf_counter()
 
-    def on_evaluated(items: int, of_items: int) -> None:
+    def on_evaluated(num_evaluated: int, num_total: int) -> None:
         seconds = time.perf_counter() - start_time
-        report(EvaluationProgress(what=description, examples=items, total_examples=of_items, seconds=seconds))
+        report(EvaluationProgress(what=description, examples=num_evaluated, total_examples=num_total, seconds=seconds))
 
     runtime.on_evaluated = on_evaluated
 

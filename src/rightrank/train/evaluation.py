@@ -54,7 +54,7 @@ class Scores:
         """Merge the scores of two disjoint sets of examples. Examples without a score have zeros."""
         by_example = {
             name: list(map(add, each, extra_scores.example_metrics[name]))
-            for name, each in self.example_metrics.example_scores()
+            for name, each in self.example_metrics.items()
         }
         losses, tokens = (
             list(map(add, *pair)) for pair in ((self.losses, extra_scores.losses), (self.tokens, extra_scores.tokens))
@@ -63,7 +63,7 @@ class Scores:
 
     def take_first(self, count: int) -> Scores:
         """Return the scores of the first `count` examples."""
-        by_example = {name: each[:count] for name, each in self.example_metrics.example_scores()}
+        by_example = {name: each[:count] for name, each in self.example_metrics.items()}
         return Scores(self.losses[:count], self.tokens[:count], by_example)
 
     @property
@@ -73,6 +73,4 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {"loss": self.loss} | {
-            name: sum(each) / len(each) for name, each in self.example_metrics.example_scores()
-        }
+        return {"loss": self.loss} | {name: sum(each) / len(each) for name, each in self.example_metrics.items()}

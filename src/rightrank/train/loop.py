@@ -220,7 +220,7 @@ class _TrainingLoop:
 
     def _build_memory_failure(self, trial: Trial, reason: str) -> TrialFailed:
         device = self._runtime.loaded.device
-        reason = f"{trial.arm.label()} ran out of memory on {device}: {reason}"
+        reason = f"{trial.arm.format_label()} ran out of memory on {device}: {reason}"
         return TrialFailed(**trial.fields, error="out_of_memory", reason=reason)
 
     def _reduce_limit(self, limit: int, attempted: int) -> None:
@@ -260,7 +260,7 @@ class _TrainingLoop:
             first, num_others = self._running[0], len(self._running) - 1
             suffix = f" and {num_others} more" if num_others else ""
             step = f"step {first.progress.step} of {first.trial.arm.steps}"
-            raise InterruptedRun(f"stopped at {step} of {first.trial.arm.label()}{suffix}")
+            raise InterruptedRun(f"stopped at {step} of {first.trial.arm.format_label()}{suffix}")
         for training in self._running:
             if training.is_checkpoint_due:
                 training.save()

@@ -370,16 +370,18 @@ class PreferenceLoss:
 class Reference:
     """The log-probabilities of both answers of every pair under the base, computed once and kept in memory."""
 
-    def __init__(self, groups: Mapping[SplitName, CacheBatches], compute: LogProbabilities) -> None:
+    def __init__(self, batches: Mapping[SplitName, CacheBatches], compute: LogProbabilities) -> None:
         """Prepare the storage without computing anything.
 
         Args:
             batches: the pairs that are computed together, by split.
             compute: a function that returns the log-probabilities [2b] of pairs of a split.
         """
-        self.batches = groups
+        self.batches = batches
         self._compute = compute
-        self._values = {split: np.full((len(grouped.examples), 2), np.nan) for split, grouped in groups.items()}
+        self._values = {
+            split: np.full((len(split_batches.examples), 2), np.nan) for split, split_batches in batches.items()
+        }
 
     def compute_missing(self, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
         """Compute what is missing for the pairs at `indices`; yield the number of pairs in each batch."""

@@ -99,7 +99,7 @@ def _compute_macro_f1(pairs: Counter[tuple[str, str]]) -> float:
     """Compute macro F1 from the counts of (expected, predicted) pairs."""
     expected_counts: Counter[str] = Counter()
     predicted_counts: Counter[str] = Counter()
-    for (expected, predicted), count in pairs.example_scores():
+    for (expected, predicted), count in pairs.items():
         expected_counts[expected] += count
         predicted_counts[predicted] += count
     classes = sorted({*expected_counts, *predicted_counts})
@@ -228,9 +228,7 @@ def _call_function(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
     names = {parameter.name for parameter in parameters}
     try:
         with redirect_stdout(sys.stderr):
-            returned = function(
-                **{name: value for name, value in arguments.example_scores() if accepts_any or name in names}
-            )
+            returned = function(**{name: value for name, value in arguments.items() if accepts_any or name in names})
     except Exception as error:
         raise MetricError(
             f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_shorten(str(error))}"
@@ -255,9 +253,7 @@ def _load_function(spec: MetricSpec) -> Callable[..., Any]:
         ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        function_names = [
-            key for key, value in vars(module).example_scores() if inspect.isfunction(value) and key[0] != "_"
-        ]
+        function_names = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
         raise SettingsError(
             f"metric {spec.name!r}: {location!r} has no function {name!r}; its functions are: {', '.join(function_names) or 'none'}"
         )

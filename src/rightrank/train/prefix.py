@@ -60,22 +60,22 @@ class FrozenPrefix:
     def __init__(
         self,
         blocks: Sequence[Any],
-        groups: Mapping[SplitName, CacheBatches],
+        batches: Mapping[SplitName, CacheBatches],
         pad_id: int,
         device: torch.device,
         folder: Path,
     ) -> None:
-        self.batches = groups
+        self.batches = batches
         self._blocks = blocks
         self._pad_id = pad_id
         self._device = device
         self._folder = folder
         self._stores: dict[str, _StoredStates] = {}
-        for split, grouped in groups.items():
-            ordered = [index for group in grouped.batches for index in group]
-            lengths = grouped.examples.lengths[ordered]
+        for split, split_batches in batches.items():
+            ordered = [index for group in split_batches.batches for index in group]
+            lengths = split_batches.examples.lengths[ordered]
             begins = dict(zip(ordered, (np.cumsum(lengths) - lengths).tolist(), strict=True))
-            self._stores[split] = _StoredStates(grouped.examples, begins, int(lengths.sum()))
+            self._stores[split] = _StoredStates(split_batches.examples, begins, int(lengths.sum()))
         self._returns_tuple = False
 
     def compute_missing(self, model: Any, split: SplitName, indices: Iterable[int]) -> Iterator[int]:

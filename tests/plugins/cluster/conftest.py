@@ -8,11 +8,11 @@ import pytest
 
 from rightrank import select_rank
 from tests.plugins.cluster.runs import STEPS
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 
 
 @pytest.fixture(scope="session")
 def alone(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    select_rank(str(model_folder), completion_file, out, settings=small_settings(**STEPS))
+    select_rank(str(model_folder), completion_file, out, settings=build_small_settings(**STEPS))
     return out

@@ -13,7 +13,7 @@ from rightrank import select_rank
 from rightrank.schema.events import Event
 from rightrank.schema.trials import TrialFinished
 from tests.plugins.cluster.runs import STEPS, read_decision, read_values
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 from tests.watch import Watch
 
 pytestmark = [
@@ -59,7 +59,7 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
             removed.append(event.trial_id)
             cluster.remove_node(nodes[0])
 
-    settings = small_settings(**STEPS, executor="ray", workers=3)
+    settings = build_small_settings(**STEPS, executor="ray", workers=3)
     select_rank(
         str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Watch(on_event=take_a_node)]
     )

@@ -38,7 +38,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from tests.plugins.cluster.runs import STEPS, make_trials, read_decision, read_values
 from tests.plugins.cluster.simulated import make_result
-from tests.tiny import small_settings
+from tests.tiny import build_small_settings
 from tests.watch import Watch
 
 
@@ -60,7 +60,7 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
             os.kill(killed[0], signal.SIGKILL)
 
     notices: list[str] = []
-    settings = small_settings(**STEPS, executor="processes", workers=2)
+    settings = build_small_settings(**STEPS, executor="processes", workers=2)
     watching = Watch(on_event=kill_once, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[watching])
     assert read_decision(tmp_path / "run") == read_decision(alone)
@@ -83,7 +83,7 @@ def test_settings_that_do_not_go_together_are_one_line(changes: dict[str, Any], 
 
 
 def test_data_in_memory_needs_the_local_executor(model_folder: Path, tmp_path: Path) -> None:
-    settings = small_settings(executor="processes", workers=2)
+    settings = build_small_settings(executor="processes", workers=2)
     with pytest.raises(SettingsError, match="the data is in memory"):
         select_rank(str(model_folder), [{"text": "a"}], tmp_path / "run", settings=settings)
 
@@ -128,7 +128,7 @@ def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path
 
 def test_a_worker_that_finds_other_data_refuses(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     sent: list[Any] = []
-    request = SelectionInputs(str(model_folder), None, completion_file, small_settings(ranks=(1, 4)))
+    request = SelectionInputs(str(model_folder), None, completion_file, build_small_settings(ranks=(1, 4)))
     worker = workers.Worker(WorkerSetup(request, "of the driver", tmp_path, Path.cwd()), sent.append)
     worker.run_task(Task(trials=make_trials(1), base_loss=None))
     worker.close()

@@ -17,7 +17,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from tests.adapters.adapters import make_base
 from tests.commands import run, select_arguments
-from tests.tiny import make_tokenizer, sentences, small_settings, tiny_llama_config, write_jsonl
+from tests.tiny import build_small_settings, build_tiny_llama_config, generate_sentences, make_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.trains
 
@@ -38,7 +38,7 @@ SETS = ("--set", "num_evaluations=1", "--strategy", "grid", "--quiet")
 
 def one_block() -> Any:
     """Return a configuration whose step is traced in the least time."""
-    config = tiny_llama_config(400)
+    config = build_tiny_llama_config(400)
     config.num_hidden_layers = 1
     return config
 
@@ -81,23 +81,23 @@ def test_too_little_memory_is_refused_before_the_start(
 
 def test_where_only_the_lowest_rank_fits_the_next_one_is_named() -> None:
     config = one_block()
-    planned = plan_selection(config, small_settings(ranks=(1, 16), memory_bytes=2**40), 32, "cpu")
+    planned = plan_selection(config, build_small_settings(ranks=(1, 16), memory_bytes=2**40), 32, "cpu")
     between = (planned.needed_bytes[1] + planned.needed_bytes[16]) // 2
-    settings = small_settings(ranks=(1, 16), memory_bytes=between, goal="adapter")
+    settings = build_small_settings(ranks=(1, 16), memory_bytes=between, goal="adapter")
     with pytest.raises(SettingsError, match=r"rank 16 needs .* are available; give more --memory, lower ranks"):
         plan_selection(config, settings, 32, "cpu")
 
 
 def test_a_preference_pair_is_planned_as_two_sequences() -> None:
     config = one_block()
-    pairs = plan_selection(config, small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)
-    texts = plan_selection(config, small_settings(batch_size=8, eval_batch_size=8), 32, "cpu")
+    pairs = plan_selection(config, build_small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)
+    texts = plan_selection(config, build_small_settings(batch_size=8, eval_batch_size=8), 32, "cpu")
     assert pairs.peak_bytes == texts.peak_bytes
     assert pairs.needed_bytes == texts.needed_bytes
 
 
 def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
-    settings = small_settings(ranks=(1, 8), adapters_per_pass=6)
+    settings = build_small_settings(ranks=(1, 8), adapters_per_pass=6)
     config = one_block()
     assert plan_selection(config, settings, 32, "cpu").max_adapters_per_pass is None
     alone = plan_selection(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu")
@@ -115,7 +115,7 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
 
 
 def test_two_arms_of_a_rank_are_traced_once_for_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = plan_selection(one_block(), small_settings(ranks=(1, 8)), 32, "cpu")
+    planned = plan_selection(one_block(), build_small_settings(ranks=(1, 8)), 32, "cpu")
     traced: list[int] = []
     estimate = Estimator.estimate
 
@@ -133,8 +133,8 @@ def test_two_arms_of_a_rank_are_traced_once_for_all_passes(monkeypatch: pytest.M
 def test_fewer_adapters_per_pass_where_memory_is_short(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = small_settings(ranks=(1, 4), max_eval_examples=6, seq_len=16)
-    need = plan_selection(tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
+    settings = build_small_settings(ranks=(1, 4), max_eval_examples=6, seq_len=16)
+    need = plan_selection(build_tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
     out = tmp_path / "run"
     memory = (
         "--ranks",
@@ -153,7 +153,7 @@ def test_fewer_adapters_per_pass_where_memory_is_short(
 
 def test_ranks_that_do_not_fit_are_left_out() -> None:
     """Keep two ranks with a budget between the needs of the second and the third rank."""
-    settings = small_settings(ranks=(1, 8, 32))
+    settings = build_small_settings(ranks=(1, 8, 32))
     config = one_block()
     free = plan_selection(config, settings, 32, "cpu")
     assert free.ranks == (1, 8, 32)
@@ -173,7 +173,7 @@ def test_default_ranks_are_those_that_the_matrices_can_have() -> None:
 def test_several_adapters_per_pass_and_classifications_have_a_prediction(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_jsonl(tmp_path / "d.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in sentences(120)])
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in generate_sentences(120)])
     assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--adapters-per-pass", "2") == 0
     capsys.readouterr()
     trials = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TrialFinished)]
@@ -187,8 +187,8 @@ def test_several_adapters_per_pass_and_classifications_have_a_prediction(
 
 
 def _alone() -> int:
-    settings = small_settings(ranks=(1, 4))
-    return plan_selection(tiny_llama_config(400), settings, 16, "cpu", num_labels=2).peak_bytes[4]
+    settings = build_small_settings(ranks=(1, 4))
+    return plan_selection(build_tiny_llama_config(400), settings, 16, "cpu", num_labels=2).peak_bytes[4]
 
 
 def test_adapters_whose_pass_cannot_be_planned_train_alone(
@@ -207,7 +207,7 @@ def test_adapters_whose_pass_cannot_be_planned_train_alone(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dora_over_quantised_matrices_is_planned(bits: int) -> None:
     config = one_block()
-    settings = small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
+    settings = build_small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
     plain = settings.model_copy(update={"use_dora": False})
     steps = (build_step_settings(config, step_setting, 32, "cpu", None) for step_setting in (settings, plain))
     with_magnitudes, without = (

@@ -234,7 +234,7 @@ class WorkerPool:
             else:
                 self._unfinished -= 1
                 memory = "; the system kills processes when it runs out of memory" if lost.was_killed else ""
-                reason = f"{trial.arm.label()} lost {MAX_LOSSES} workers (the last: {lost.reason}){memory}"
+                reason = f"{trial.arm.format_label()} lost {MAX_LOSSES} workers (the last: {lost.reason}){memory}"
                 kind: Literal["out_of_memory", "error"] = "out_of_memory" if lost.was_killed else "error"
                 yield TrialFailed(**trial.fields, error=kind, reason=reason)
 

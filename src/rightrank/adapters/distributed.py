@@ -38,12 +38,12 @@ def sync_errors() -> Iterator[None]:
         raise failure
 
 
-def gather_objects(mine: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """Return the values of all processes, in the order of their numbers."""
-    every = [mine] * get_world_size()
-    if len(every) > 1:
-        dist.all_gather_object(every, mine)
-    return every
+    values = [value] * get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def get_world_size() -> int:
@@ -68,10 +68,10 @@ def is_partitioned(model: Any) -> bool:
 @contextmanager
 def gather_parameters(model: Any) -> Iterator[None]:
     """In the block the trained parameters of ZeRO-3 are whole; nothing happens for other models."""
-    parts = [
+    parameters = [
         parameter
         for name, parameter in model.named_parameters()
         if hasattr(parameter, "ds_id") and ("lora_" in name or parameter.requires_grad)
     ]
-    with import_module("deepspeed").zero.GatheredParameters(parts) if parts else nullcontext():
+    with import_module("deepspeed").zero.GatheredParameters(parameters) if parameters else nullcontext():
         yield
