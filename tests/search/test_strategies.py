@@ -254,7 +254,7 @@ def test_example_losses_give_a_bound_above_the_mean() -> None:
     small_trial, large_trial = world.run(small), world.run(large)
     assert isinstance(small_trial, TrialFinished)
     assert isinstance(large_trial, TrialFinished)
-    bare = Trials(space, {small: small_trial, large: large_trial}).excess(4, 64)
+    bare = Trials(space, {small: small_trial, large: large_trial}).compute_excess(4, 64)
     assert bare.high == bare.mean
     tokens = [2, 3, 5, 4]
     small_trial = small_trial.model_copy(
@@ -263,7 +263,7 @@ def test_example_losses_give_a_bound_above_the_mean() -> None:
     large_trial = large_trial.model_copy(
         update={"example_losses": [2.0, 3.0, 5.0, 4.0], "example_tokens": tokens, "value": 1.0}
     )
-    outcomes = Trials(space, {small: small_trial, large: large_trial}).excess(4, 64)
+    outcomes = Trials(space, {small: small_trial, large: large_trial}).compute_excess(4, 64)
     assert outcomes.mean == pytest.approx(1.2 / 14)
     assert outcomes.high > outcomes.mean
 

@@ -66,7 +66,10 @@ def test_it_recommends_the_smallest_rank_that_none_beats(gain: float, chosen: in
 
 def test_the_noise_decides_how_many_seeds_are_trained() -> None:
     quiet, loud = Upward(make_upward_space()), Upward(make_upward_space())
-    quiet_outcomes, loud_outcomes = run_all(quiet, World(gain=0.0, noise=0.001)), run_all(loud, World(gain=0.0, noise=0.05))
+    quiet_outcomes, loud_outcomes = (
+        run_all(quiet, World(gain=0.0, noise=0.001)),
+        run_all(loud, World(gain=0.0, noise=0.05)),
+    )
     assert {outcome.seed for outcome in quiet_outcomes if outcome.rank == 4} == {0, 1}
     assert {outcome.seed for outcome in loud_outcomes if outcome.rank == 4} == set(range(8))
     (note,) = quiet.replay_trials(quiet_outcomes).notes

@@ -341,7 +341,7 @@ _ALL = (
     Architecture("xlnet", _fixed(d_model=32, n_head=4, d_head=8, d_inner=48), refused="it sees the tokens that follow"),
     Architecture("xlm", refused="it sees the tokens that follow"),
 )  # fmt: skip
-_DRAWS = {one.model_type: one.draw for one in _ALL} | {
+_DRAWS = {architecture.model_type: architecture.draw for architecture in _ALL} | {
     "llama4_text": _fixed(num_local_experts=4, intermediate_size_mlp=48)
 }
 _CLASSIFIERS = ("llama", "qwen2", "gpt2", "mistral", "gemma2", "phi3", "opt", "mixtral")
@@ -354,12 +354,16 @@ _REFUSED = {  # as language models
     "qwen2_moe": "is above the 1 that",
 }
 ARCHITECTURES: Mapping[str, Architecture] = (
-    {one.model_type: one for one in _ALL}
+    {architecture.model_type: architecture for architecture in _ALL}
     | {
-        f"{one.model_type}, text": replace(one, task="text")
-        for one in _ALL
-        if one.task == "language" and not one.refused
+        f"{architecture.model_type}, text": replace(architecture, task="text")
+        for architecture in _ALL
+        if architecture.task == "language" and not architecture.refused
     }
-    | {f"{one.model_type}, classes": replace(one, task="classes") for one in _ALL if one.model_type in _CLASSIFIERS}
-    | {f"{name}, refused": Architecture(name, _DRAWS[name], refused=said) for name, said in _REFUSED.items()}
+    | {
+        f"{architecture.model_type}, classes": replace(architecture, task="classes")
+        for architecture in _ALL
+        if architecture.model_type in _CLASSIFIERS
+    }
+    | {f"{name}, refused": Architecture(name, _DRAWS[name], refused=reason) for name, reason in _REFUSED.items()}
 )

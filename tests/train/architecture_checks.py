@@ -176,9 +176,11 @@ def _train(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[T
     def folders(trial: Trial) -> TrialFolders:
         return TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)
 
-    outcomes = sorted(train_trials(runtime, trials, None, folders, Listener(), size), key=lambda one: one.trial_id)
-    for one in outcomes:
-        assert isinstance(one, TrialFinished), one
+    outcomes = sorted(
+        train_trials(runtime, trials, None, folders, Listener(), size), key=lambda outcome: outcome.trial_id
+    )
+    for outcome in outcomes:
+        assert isinstance(outcome, TrialFinished), outcome
     return outcomes  # type: ignore[return-value]  # shown above
 
 

@@ -30,7 +30,7 @@ NAMED = (
     "stablelm", "olmo", "olmo2", "granite", "cohere", "deepseek_v3", "mixtral", "gpt_oss", "smollm3", "lfm2", "mamba", "bert", "roberta",
     "modernbert", "deberta", "distilbert", "gpt2, classes", "mixtral, classes", "bloom, text", "llama, text",
 )  # fmt: skip
-REFUSED = tuple(name for name, one in ARCHITECTURES.items() if one.refused)
+REFUSED = tuple(name for name, architecture in ARCHITECTURES.items() if architecture.refused)
 SEEDS = {
     "olmo": 1,
     "gpt2, classes": 1,

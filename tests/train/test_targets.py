@@ -95,11 +95,11 @@ def in_layer(name: str, layer: int) -> bool:
 def test_all_linear_in_a_layer_adapts_that_layer(model: Any, layer: int) -> None:
     everywhere = find_linear_names(model)
     assert find_our_modules(model) == everywhere
-    found = find_our_modules(model, layers_to_transform=(layer,))
-    assert found == {name for name in everywhere if in_layer(name, layer)}
-    assert found < everywhere
+    names = find_our_modules(model, layers_to_transform=(layer,))
+    assert names == {name for name in everywhere if in_layer(name, layer)}
+    assert names < everywhere
     last = sorted({name.rpartition(".")[2] for name in everywhere})
-    assert found == by_peft(model, target_modules=last, layers_to_transform=[layer])
+    assert names == by_peft(model, target_modules=last, layers_to_transform=[layer])
 
 
 def make_options(model: Any) -> dict[str, dict[str, Any]]:

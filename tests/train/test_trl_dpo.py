@@ -60,9 +60,9 @@ def train_ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float]
         Watch(on_event=note),
         len(arms),
     )
-    found = {outcome.trial_id: outcome for outcome in outcomes}["t0"]
-    assert isinstance(found, TrialFinished)
-    return losses, found
+    first_outcome = {outcome.trial_id: outcome for outcome in outcomes}["t0"]
+    assert isinstance(first_outcome, TrialFinished)
+    return losses, first_outcome
 
 
 def train_with_trl(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[list[float], float]:

@@ -39,7 +39,11 @@ def make_trainer(
     """Make a trainer of `arm` on the pairs in `data`; it can evaluate the validation split."""
     settings = runtime.settings
     splits = load_data(data, settings)
-    content = {one.example_id: dict(one.content) for split in ("train", "validation") for one in splits.examples[split]}
+    content = {
+        data_example.example_id: dict(data_example.content)
+        for split in ("train", "validation")
+        for data_example in splits.examples[split]
+    }
     order = [runtime.data.splits["train"][index] for batch in runtime.plan_batches(arm.seed) for index in batch]
     held_out = [content[example.example_id] for example in runtime.data.splits["validation"]]
     trainer = LossRecorder(

@@ -38,7 +38,7 @@ RestrictLastBlock: TypeAlias = Callable[[Any, Batch, Routing | None], AbstractCo
 class FastPaths:
     """The fast paths that a model supports."""
 
-    use_float32_attention: bool = False
+    float32_attention: bool = False
     sequence_packing: bool = False
     last_block: Any = None  # None: the last block runs at every position
     prefix: FrozenPrefix | None = None
