@@ -90,7 +90,7 @@ def test_settings(
     assert not (out / "journal.jsonl").exists()
 
 
-def broken_model(model_folder: Path, target: Path, *missing: str) -> Path:
+def copy_broken_model(model_folder: Path, target: Path, *missing: str) -> Path:
     shutil.copytree(model_folder, target)
     for pattern in missing:
         for path in target.glob(pattern):
@@ -115,14 +115,14 @@ def test_model_folders(
     missing: list[str],
     message: str,
 ) -> None:
-    model = broken_model(model_folder, tmp_path / "model", *missing)
+    model = copy_broken_model(model_folder, tmp_path / "model", *missing)
     require_refusal(*run(select_arguments(model, completion_file, tmp_path / "run"), capsys), message)
 
 
 def test_pickled_weights_are_not_read(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = broken_model(model_folder, tmp_path / "model", "*.safetensors")
+    model = copy_broken_model(model_folder, tmp_path / "model", "*.safetensors")
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     require_refusal(*run(select_arguments(model, completion_file, tmp_path / "run"), capsys), r"only pickled weights")
 
@@ -130,7 +130,7 @@ def test_pickled_weights_are_not_read(
 def test_unknown_architecture(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = broken_model(model_folder, tmp_path / "model")
+    model = copy_broken_model(model_folder, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
     require_refusal(
@@ -213,13 +213,13 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
 ) -> None:
     real = steps._make_optimizer
 
-    def hungry(parameters: Any, rate: float, settings: Any) -> Any:
+    def run_out_of_memory(parameters: Any, rate: float, settings: Any) -> Any:
         shapes = [parameter.shape for parameter in parameters]
         if max(shape[0] for shape in shapes if shape[1] > 8) >= 4 and shapes[0][0] == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return real(parameters, rate, settings)
 
-    monkeypatch.setattr(steps, "_make_optimizer", hungry)
+    monkeypatch.setattr(steps, "_make_optimizer", run_out_of_memory)
     arguments = select_arguments(model_folder, completion_file, tmp_path / "run", "--ranks", "1,2,4")
     status, _, err = run(arguments, capsys)
     assert status == 0, err

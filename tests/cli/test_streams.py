@@ -24,7 +24,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def shell(words: str, table: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def run_in_shell(words: str, table: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """`rightrank` and these words through a shell, in which the table is `$T`."""
     command = ["bash", "-o", "pipefail", "-c", words.replace("rightrank", f"{sys.executable} -m rightrank")]
     return subprocess.run(
@@ -47,7 +47,7 @@ def shell(words: str, table: Path, **environment: str) -> subprocess.CompletedPr
 )
 @pytest.mark.parametrize("words", ["", "--json"])
 def test_the_answer_is_utf_8_whatever_the_locale(table: Path, environment: dict[str, str], words: str) -> None:
-    answer = shell(f"rightrank decide $T {words}", table, **environment)
+    answer = run_in_shell(f"rightrank decide $T {words}", table, **environment)
     assert (answer.returncode, answer.stderr) == (0, b"")
     text = answer.stdout.decode("utf-8")
     assert json.loads(text)["rank"] == 16 if words else FRAME in text
@@ -68,13 +68,13 @@ def test_the_answer_is_utf_8_whatever_the_locale(table: Path, environment: dict[
     ],
 )
 def test_output_that_goes_nowhere(table: Path, words: str, status: int, lines: int) -> None:
-    answer = shell(f"rightrank {words}", table)
+    answer = run_in_shell(f"rightrank {words}", table)
     assert answer.returncode == status
     assert answer.stderr.count(b"\n") == lines
     assert b"Traceback" not in answer.stderr
 
 
 def test_a_reader_that_leaves_is_no_fault(table: Path) -> None:
-    answer = shell("rightrank decide $T | head -c 1", table)
+    answer = run_in_shell("rightrank decide $T | head -c 1", table)
     assert answer.returncode in (0, 1)  # it may have read all before it left
     assert answer.stderr == b""

@@ -20,7 +20,7 @@ from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in generate_sentences(120)]
 
 
-def ids(splits: Any, split: Any) -> set[str]:
+def get_ids(splits: Any, split: Any) -> set[str]:
     return {example.example_id for example in splits.examples[split]}
 
 
@@ -37,8 +37,8 @@ def ids(splits: Any, split: Any) -> set[str]:
     ],
 )
 def test_the_form_is_told_by_the_columns(tmp_path: Path, row: dict[str, Any], form: str) -> None:
-    rows = [json.loads(json.dumps(row).replace('"a"', json.dumps(f"text {n}"))) for n in range(100)]
-    splits = load_data(write_jsonl(tmp_path / "d.jsonl", rows), build_small_settings())
+    make_rows = [json.loads(json.dumps(row).replace('"a"', json.dumps(f"text {n}"))) for n in range(100)]
+    splits = load_data(write_jsonl(tmp_path / "d.jsonl", make_rows), build_small_settings())
     assert splits.form == form
     assert all(splits.examples[split] for split in SPLITS)
 
@@ -48,32 +48,39 @@ def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
     small = load_data(write_jsonl(tmp_path / "small.jsonl", TEXT_ROWS[:80]), settings)
     large = load_data(write_jsonl(tmp_path / "large.jsonl", TEXT_ROWS[::-1]), settings)
     for split in SPLITS:
-        assert ids(small, split) <= ids(large, split)
+        assert get_ids(small, split) <= get_ids(large, split)
 
 
 def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
     splits = load_data(write_jsonl(tmp_path / "d.jsonl", TEXT_ROWS * 3), build_small_settings(max_eval_examples=1000))
     assert splits.summary.duplicates_across_splits == 0
-    assert not ids(splits, "train") & (ids(splits, "validation") | ids(splits, "test"))
+    assert not get_ids(splits, "train") & (get_ids(splits, "validation") | get_ids(splits, "test"))
 
 
-@pytest.mark.parametrize("given", ["file", "folder", "validation", "test", "memory"])
-def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, given: str) -> None:
-    rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
+@pytest.mark.parametrize("split_source", ["file", "folder", "validation", "test", "memory"])
+def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, split_source: str) -> None:
+    make_rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
     other_rows = [{"text": f"other {number}"} for number in range(20)]
     settings, source = build_small_settings(max_eval_examples=1000), tmp_path / "train.jsonl"
-    write_jsonl(source, rows)
-    if given == "validation":
-        settings = build_small_settings(max_eval_examples=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", other_rows)))
-    if given == "test":
+    write_jsonl(source, make_rows)
+    if split_source == "validation":
+        settings = build_small_settings(
+            max_eval_examples=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", other_rows))
+        )
+    if split_source == "test":
         write_jsonl(tmp_path / "test.jsonl", other_rows)
     splits = load_data(
-        {"train": rows} if given == "memory" else source if given in ("file", "validation") else tmp_path, settings
+        {"train": make_rows}
+        if split_source == "memory"
+        else source
+        if split_source in ("file", "validation")
+        else tmp_path,
+        settings,
     )
-    group_by_text = {row["text"]: row.get("group", "other") for row in [*rows, *other_rows]}
+    group_by_text = {row["text"]: row.get("group", "other") for row in [*make_rows, *other_rows]}
     groups = {split: {group_by_text[example.content["text"]] for example in splits.examples[split]} for split in SPLITS}
     splits_with_groups = [split for split in SPLITS if groups[split] != {"other"}]
-    assert len(splits_with_groups) == (2 if given in ("validation", "test") else 3)
+    assert len(splits_with_groups) == (2 if split_source in ("validation", "test") else 3)
     assert sum(len(groups[split]) for split in splits_with_groups) == 60  # each group is in one split
     one_file = load_data(source, build_small_settings(max_eval_examples=1000))
     if len(splits_with_groups) == 3:
@@ -81,47 +88,57 @@ def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, given: s
 
 
 def test_rows_that_differ_in_any_value_are_not_the_same() -> None:
-    rows = []
+    make_rows = []
     for number in range(40):
         note = np.zeros(5000)
         note[2500] = number
         user = {"role": "user", "content": "look", "note": note if number % 2 else torch.tensor(note)}
-        rows.append({"messages": [user, {"role": "assistant", "content": "yes"}]})
-    splits = load_data({"train": rows[:20], "validation": rows[20:30], "test": rows[30:]}, build_small_settings())
+        make_rows.append({"messages": [user, {"role": "assistant", "content": "yes"}]})
+    splits = load_data(
+        {"train": make_rows[:20], "validation": make_rows[20:30], "test": make_rows[30:]}, build_small_settings()
+    )
     assert splits.summary.duplicates_across_splits == splits.summary.repeated == 0
 
 
 def test_content_of_text_parts_is_its_text(tmp_path: Path) -> None:
-    def rows(content: Any) -> list[dict[str, Any]]:
+    def make_rows(content: Any) -> list[dict[str, Any]]:
         answer = {"role": "assistant", "content": "b"}
         return [{"messages": [{"role": "user", "content": content(text)}, answer]} for text in generate_sentences(80)]
 
-    plain = load_data(rows(lambda text: text), build_small_settings())
-    rows_with_parts = rows(lambda text: [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}])
-    assert load_data(write_jsonl(tmp_path / "d.jsonl", rows_with_parts), build_small_settings()).fingerprint == plain.fingerprint
+    plain = load_data(make_rows(lambda text: text), build_small_settings())
+    rows_with_parts = make_rows(lambda text: [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}])
+    assert (
+        load_data(write_jsonl(tmp_path / "d.jsonl", rows_with_parts), build_small_settings()).fingerprint
+        == plain.fingerprint
+    )
     with pytest.raises(DataError, match=r"row 1: `messages`: .* list of text fragments"):
-        load_data(rows(lambda text: [{"type": "image"}, {"type": "text", "text": text}]), build_small_settings())
+        load_data(make_rows(lambda text: [{"type": "image"}, {"type": "text", "text": text}]), build_small_settings())
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_counted(tmp_path: Path, given: bool) -> None:
-    rows = [{"prompt": f"Frage {number}:\nÄpfel", "completion": f"yes {number}"} for number in range(200)]
+@pytest.mark.parametrize("has_given_splits", [True, False])
+def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_counted(
+    tmp_path: Path, has_given_splits: bool
+) -> None:
+    make_rows = [{"prompt": f"Frage {number}:\nÄpfel", "completion": f"yes {number}"} for number in range(200)]
     similar_rows = [
-        {"prompt": row["prompt"].upper().replace("\n", " \u00a0 "), "completion": row["completion"]} for row in rows
+        {"prompt": row["prompt"].upper().replace("\n", " \u00a0 "), "completion": row["completion"]}
+        for row in make_rows
     ]
-    if given:
-        write_jsonl(tmp_path / "train.jsonl", rows[:150])
-        write_jsonl(tmp_path / "validation.jsonl", [*similar_rows[:7], *rows[7:10], *rows[150:180]])
-        write_jsonl(tmp_path / "test.jsonl", rows[180:])
+    if has_given_splits:
+        write_jsonl(tmp_path / "train.jsonl", make_rows[:150])
+        write_jsonl(tmp_path / "validation.jsonl", [*similar_rows[:7], *make_rows[7:10], *make_rows[150:180]])
+        write_jsonl(tmp_path / "test.jsonl", make_rows[180:])
         summary = load_data(tmp_path, build_small_settings(max_eval_examples=1000)).summary
         assert (summary.duplicates_across_splits, summary.near_duplicates_across_splits) == (3, 7)
         assert any(line.startswith("7 held-out examples differ") for line in describe_data_issues(summary))
     else:
         prepared = load_data(
-            write_jsonl(tmp_path / "d.jsonl", [*rows, *similar_rows]), build_small_settings(max_eval_examples=1000)
+            write_jsonl(tmp_path / "d.jsonl", [*make_rows, *similar_rows]), build_small_settings(max_eval_examples=1000)
         ).summary
         assert prepared.near_duplicates_across_splits > 0
-        alone = load_data(write_jsonl(tmp_path / "d.jsonl", rows), build_small_settings(max_eval_examples=1000)).summary
+        alone = load_data(
+            write_jsonl(tmp_path / "d.jsonl", make_rows), build_small_settings(max_eval_examples=1000)
+        ).summary
         assert alone.near_duplicates_across_splits == 0
 
 
@@ -220,7 +237,9 @@ def test_folder_with_an_unnamed_file_beside_splits(tmp_path: Path) -> None:
 
 
 def test_a_label_that_train_lacks(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(generate_sentences(60))])
+    write_jsonl(
+        tmp_path / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(generate_sentences(60))]
+    )
     write_jsonl(tmp_path / "validation.jsonl", [{"text": f"v {n}", "label": 7} for n in range(10)])
     with pytest.raises(DataError, match="label 7 of the validation split does not occur in train"):
         load_data(tmp_path, build_small_settings())
@@ -248,28 +267,32 @@ def test_a_sample_depends_on_its_seed_alone() -> None:
 @pytest.mark.parametrize("order", ["alternating", "sorted", "by random", "by numpy", "by numpy's global", "by torch"])
 def test_a_sample_has_rows_of_every_source(order: str) -> None:
     """Of two interleaved sources, of two that lie one behind the other, and of rows that were shuffled with the sample's own seed."""
-    rows = list(range(2000)) if order == "alternating" else [*range(0, 2000, 2), *range(1, 2000, 2)]
+    make_rows = list(range(2000)) if order == "alternating" else [*range(0, 2000, 2), *range(1, 2000, 2)]
     if order == "by random":
-        random.Random(0).shuffle(rows)
+        random.Random(0).shuffle(make_rows)
     elif order == "by numpy":
-        rows = [rows[index] for index in np.random.default_rng(0).permutation(2000)]
+        make_rows = [make_rows[index] for index in np.random.default_rng(0).permutation(2000)]
     elif order == "by numpy's global":
-        rows = [rows[index] for index in np.random.RandomState(0).permutation(2000)]
+        make_rows = [make_rows[index] for index in np.random.RandomState(0).permutation(2000)]
     elif order == "by torch":
-        rows = [rows[index] for index in torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+        make_rows = [make_rows[index] for index in torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
     for count in (100, 500, 1000):
-        odd = sum(rows[index] % 2 for index in sample_indices(2000, count))
+        odd = sum(make_rows[index] % 2 for index in sample_indices(2000, count))
         assert abs(odd - count / 2) < 2 * count**0.5  # four standard deviations
 
 
 @pytest.mark.parametrize("order", ["alternating", "sorted"])
 def test_held_out_examples_are_of_every_source(tmp_path: Path, order: str) -> None:
     """The examples that a selection scores, and the first of them that it scores during a training."""
-    first_texts, two = ([f"{source} {number}" for number in range(2000)] for source in ("one", "two"))
-    texts = [text for pair in zip(first_texts, two, strict=True) for text in pair] if order == "alternating" else [*first_texts, *two]
-    for given in ("splits", "none"):
-        source = write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in texts])
-        if given == "splits":
+    first_texts, second_texts = ([f"{source} {number}" for number in range(2000)] for source in ("one", "two"))
+    texts = (
+        [text for pair in zip(first_texts, second_texts, strict=True) for text in pair]
+        if order == "alternating"
+        else [*first_texts, *second_texts]
+    )
+    for given_splits in ("splits", "none"):
+        source = write_jsonl(tmp_path / f"{given_splits}.jsonl", [{"text": text} for text in texts])
+        if given_splits == "splits":
             (tmp_path / "data").mkdir()
             source.rename(tmp_path / "data" / "validation.jsonl")
             write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": f"three {number}"} for number in range(100)])

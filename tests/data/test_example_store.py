@@ -13,7 +13,7 @@ from rightrank.data.splits import ExampleStore, load_data
 from tests.tiny import build_small_settings
 
 
-def some_items(count: int) -> Iterator[Example]:
+def generate_examples(count: int) -> Iterator[Example]:
     for number in range(count):
         messages = [
             {"role": "user", "content": f"é {number} {'x' * (number % 90)}"},
@@ -23,7 +23,7 @@ def some_items(count: int) -> Iterator[Example]:
 
 
 def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
-    examples = list(some_items(600))  # of which a file's batches hold 256 each
+    examples = list(generate_examples(600))  # of which a file's batches hold 256 each
     store = ExampleStore(examples, tmp_path / "work")
     assert list(store) == examples
     assert [store[number] for number in (599, 0, -1)] == [examples[599], examples[0], examples[599]]
@@ -36,7 +36,7 @@ def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
 def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path) -> None:
     settings = build_small_settings(max_eval_examples=20)
 
-    def held_bytes(letters: int) -> int:
+    def measure_peak_bytes(letters: int) -> int:
         rows = ({"text": f"row {number} {'y' * letters}"} for number in range(4000))
         tracemalloc.start()
         splits = load_data(rows, settings, tmp_path)
@@ -45,7 +45,7 @@ def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path
         assert len(splits.examples["train"]) > 2000
         return peak_bytes
 
-    short, long = held_bytes(10), held_bytes(2000)
+    short, long = measure_peak_bytes(10), measure_peak_bytes(2000)
     assert (
         long - short < 3 * 2**20
     )  # of the 8 MB that the texts take; some held-out ones and a batch are kept on the way

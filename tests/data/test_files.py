@@ -15,7 +15,7 @@ from rightrank.schema.errors import RunError
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 
 
-def half_write(path: Path) -> None:
+def write_half(path: Path) -> None:
     with replace_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
@@ -25,7 +25,7 @@ def test_a_block_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
     path = tmp_path / "report.html"
     write_text(path, "old")
     with pytest.raises(RuntimeError):
-        half_write(path)
+        write_half(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -56,11 +56,11 @@ def test_a_rename_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypat
     """NFS sends a rename again when no answer came; the second finds nothing to rename."""
     real = Path.replace
 
-    def twice(self: Path, target: Path) -> Path:
+    def rename_twice(self: Path, target: Path) -> Path:
         real(self, target)
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
 
-    monkeypatch.setattr(Path, "replace", twice)
+    monkeypatch.setattr(Path, "replace", rename_twice)
     write_text(tmp_path / "decision.json", "new")
     assert (tmp_path / "decision.json").read_text() == "new"
     with replace_folder(tmp_path / "adapter") as temporary:
@@ -71,11 +71,11 @@ def test_a_rename_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypat
 def test_a_rename_that_was_not_done_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "decision.json", "old")
 
-    def lost(self: Path, target: Path) -> Path:
+    def fail_to_rename(self: Path, target: Path) -> Path:
         self.unlink()
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
 
-    monkeypatch.setattr(Path, "replace", lost)
+    monkeypatch.setattr(Path, "replace", fail_to_rename)
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "decision.json", "new")
     assert (tmp_path / "decision.json").read_text() == "old"
@@ -95,10 +95,10 @@ def test_a_file_system_that_can_not_flush_a_folder_does_without(
     write_text(tmp_path / "a", "x")
     assert (tmp_path / "a").read_text() == "x"
 
-    def broken(descriptor: int) -> None:
+    def fail_to_sync(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "fsync", broken)
+    monkeypatch.setattr(os, "fsync", fail_to_sync)
     with pytest.raises(OSError, match="Input/output"):
         write_text(tmp_path / "a", "y")
     assert (tmp_path / "a").read_text() == "x"

@@ -16,19 +16,19 @@ TEXTS = generate_sentences(160)
 LARGE: dict[str, Any] = {"max_eval_examples": 1000, "validation_fraction": 0.3, "test_fraction": 0.2}
 
 
-def rows_of(documents: int, **extra_columns: Any) -> list[dict[str, Any]]:
+def make_rows(documents: int, **extra_columns: Any) -> list[dict[str, Any]]:
     return [{"text": text, "doc": f"d{number % documents}", **extra_columns} for number, text in enumerate(TEXTS)]
 
 
-def asked(prompt: str, answer: str) -> dict[str, Any]:
+def make_prompt_row(prompt: str, answer: str) -> dict[str, Any]:
     return {"prompt": prompt, "completion": answer}
 
 
-def said(prompt: str, answer: str) -> dict[str, Any]:
+def make_message_row(prompt: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
-def require_whole(splits: DataSplits, groups: int) -> None:
+def require_complete_groups(splits: DataSplits, groups: int) -> None:
     """Each group is in one split, and the numbers of the held-out ones are without gaps."""
     groups_by_split = {split: {example.group for example in splits.examples[split]} for split in SPLITS}
     assert sum(map(len, groups_by_split.values())) == len(set.union(*groups_by_split.values())) == groups
@@ -45,18 +45,18 @@ def test_a_column_says_which_rows_belong_together(kind: str) -> None:
         "day": lambda doc: int(doc[1:]),
         "array": lambda doc: np.arange(4000) == int(doc[1:]),
     }
-    rows = [row | {"doc": cell[kind](row["doc"])} for row in rows_of(40)]
+    rows = [row | {"doc": cell[kind](row["doc"])} for row in make_rows(40)]
     splits = load_data(rows, build_small_settings(columns=["group=doc"], **LARGE))
-    require_whole(splits, 40)
+    require_complete_groups(splits, 40)
     assert splits.summary.grouped_by == "doc"
     assert load_data(rows, build_small_settings(**LARGE)).summary.grouped_by is None
 
 
-@pytest.mark.parametrize("row", [asked, said])
+@pytest.mark.parametrize("row", [make_prompt_row, make_message_row])
 def test_rows_with_one_prompt_belong_together(row: Any) -> None:
     rows = [row(f"question {number % 40}", text) for number, text in enumerate(TEXTS)]
     splits = load_data(rows, build_small_settings(**LARGE))
-    require_whole(splits, 40)
+    require_complete_groups(splits, 40)
     assert splits.summary.grouped_by == "prompt"
     same_prompt = [row("Write a sentence.", text) for text in TEXTS]  # an instruction that all share
     assert load_data(same_prompt, build_small_settings()).summary.grouped_by is None
@@ -71,13 +71,13 @@ def test_a_conversation_that_grows_by_turns_stays_in_one_split() -> None:
         for turn in range(4):
             turns = [*turns, {"role": "user", "content": f"{number} {turn}"}, {"role": "assistant", "content": "yes"}]
             rows.append({"messages": turns})
-    require_whole(load_data(rows, build_small_settings(**LARGE)), 40)
+    require_complete_groups(load_data(rows, build_small_settings(**LARGE)), 40)
     opened = [{"messages": row["messages"][:1] + row["messages"][2:3] + row["messages"][1:]} for row in rows]
     assert load_data(opened, build_small_settings(**LARGE)).summary.grouped_by is None  # nobody asks before the answer
 
 
 def test_groups_that_are_in_given_splits_too_are_counted() -> None:
-    rows = rows_of(40)
+    rows = make_rows(40)
     splits = load_data(
         {"train": rows[:80], "validation": rows[80:100], "test": rows[100:]},
         build_small_settings(columns=["group=doc"], **LARGE),
@@ -91,16 +91,16 @@ def test_groups_that_are_in_given_splits_too_are_counted() -> None:
     ("rows", "message"),
     [
         (
-            rows_of(40, doc=None),
+            make_rows(40, doc=None),
             r"row 1: the row has no value in column 'doc', which --columns names for `group`; its columns are text, doc. Name",
         ),
         ([{"text": text} for text in TEXTS], r"row 1: no value in column 'doc'.* its columns are text\. Name"),
-        ([*rows_of(40)[:50], {"text": "x", "doc": float("nan")}], r"row 51: no value in column 'doc'"),
+        ([*make_rows(40)[:50], {"text": "x", "doc": float("nan")}], r"row 51: no value in column 'doc'"),
         (
-            rows_of(1),
+            make_rows(1),
             r"all rows share a value of 'doc', which --columns names for `group`; name a column in which several",
         ),
-        (rows_of(160), r"no two rows share a value of 'doc', which --columns names for `group`"),
+        (make_rows(160), r"no two rows share a value of 'doc', which --columns names for `group`"),
     ],
 )
 def test_a_column_that_groups_nothing_gets_one_line(rows: list[dict[str, Any]], message: str) -> None:
@@ -111,13 +111,19 @@ def test_a_column_that_groups_nothing_gets_one_line(rows: list[dict[str, Any]], 
 
 def test_too_few_groups_for_the_splits_are_named() -> None:
     with pytest.raises(DataError, match=r"0 distinct examples for the .* split.* from 160 rows in 3 groups; give more"):
-        load_data(rows_of(3), build_small_settings(columns=["group=doc"]))
+        load_data(make_rows(3), build_small_settings(columns=["group=doc"]))
 
 
-def table(documents: int) -> list[dict[str, Any]]:
+def make_table(documents: int) -> list[dict[str, Any]]:
     """Two ranks on 40 examples; the smaller one is worse on half of the documents."""
     return [
-        {"rank": rank, "seed": seed, "item": f"{example:02}", "doc": example % documents, "value": 1 + seed / 100 + worse}
+        {
+            "rank": rank,
+            "seed": seed,
+            "item": f"{example:02}",
+            "doc": example % documents,
+            "value": 1 + seed / 100 + worse,
+        }
         for rank in (4, 16)
         for seed in (0, 1)
         for example in range(40)
@@ -125,32 +131,37 @@ def table(documents: int) -> list[dict[str, Any]]:
     ]
 
 
-def read(rows: list[dict[str, Any]], group: str | None = None) -> DecisionResult:
+def decide_rows(rows: list[dict[str, Any]], group: str | None = None) -> DecisionResult:
     return decide(rows, metric="loss", margin=0.02, columns={"group": group} if group else None)
 
 
 def test_decide_reads_the_groups_of_a_table() -> None:
-    alone, grouped = read(table(8)), read(table(8), "doc")
-    width = [result.decision.ranks[0].difference_high - result.decision.ranks[0].difference for result in (alone, grouped)]  # type: ignore[operator]
+    alone, grouped = decide_rows(make_table(8)), decide_rows(make_table(8), "doc")
+    width = [
+        result.decision.ranks[0].difference_high - result.decision.ranks[0].difference for result in (alone, grouped)
+    ]  # type: ignore[operator]
     assert width[1] > 1.9 * width[0]
     assert "group from column doc" in grouped.input_notes
-    rows_with_group = [row | {"group": row["doc"]} for row in table(8)]
-    assert read(rows_with_group).decision == grouped.decision
-    by_training = [row | {"group": f"sweep {row['rank']}"} for row in table(8)]  # as of W&B: not of examples
-    assert read(by_training).decision == alone.decision
+    rows_with_group = [row | {"group": row["doc"]} for row in make_table(8)]
+    assert decide_rows(rows_with_group).decision == grouped.decision
+    by_training = [row | {"group": f"sweep {row['rank']}"} for row in make_table(8)]  # as of W&B: not of examples
+    assert decide_rows(by_training).decision == alone.decision
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (table(1), "all examples share one"),
-        (table(40), "no two examples share one"),
-        ([row | {"doc": row["rank"]} for row in table(8)], "example 00 has two"),
-        ([{"rank": rank, "value": 1.0 + rank / 100, "doc": 1} for rank in (4, 16)], "there is no column that identifies examples"),
-        ([{key: value for key, value in row.items() if key != "doc"} for row in table(8)], "has no column 'doc'"),
+        (make_table(1), "all examples share one"),
+        (make_table(40), "no two examples share one"),
+        ([row | {"doc": row["rank"]} for row in make_table(8)], "example 00 has two"),
+        (
+            [{"rank": rank, "value": 1.0 + rank / 100, "doc": 1} for rank in (4, 16)],
+            "there is no column that identifies examples",
+        ),
+        ([{key: value for key, value in row.items() if key != "doc"} for row in make_table(8)], "has no column 'doc'"),
     ],
 )
 def test_a_table_whose_column_groups_nothing_gets_one_line(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ResultsError, match=message) as refused:
-        read(rows, "doc")
+        decide_rows(rows, "doc")
     assert "\n" not in str(refused.value)

@@ -58,8 +58,8 @@ def test_a_study_of_optuna_is_a_data_frame(tmp_path: Path) -> None:
     frame = study.trials_dataframe()
     frame.to_csv(tmp_path / "study.csv", index=False)
     for source in (frame, tmp_path / "study.csv"):
-        found = decide(source, higher_is_better=True, margin=0.005).decision
-        assert (found.rank, {evidence.rank: -evidence.value for evidence in found.ranks}) == (4, LOSSES)
+        decision = decide(source, higher_is_better=True, margin=0.005).decision
+        assert (decision.rank, {evidence.rank: -evidence.value for evidence in decision.ranks}) == (4, LOSSES)
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own

@@ -21,7 +21,7 @@ from rightrank.schema.trials import SCHEMA_VERSION, Arm, TrialFailed, TrialStart
 ARM = Arm(rank=4, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10)
 
 
-def started() -> RunStarted:
+def make_run_start() -> RunStarted:
     data = DataSummary(form="text", splits={}, splits_given=False, duplicates_across_splits=0)
     return RunStarted(
         rightrank_version="1",
@@ -36,39 +36,39 @@ def started() -> RunStarted:
     )
 
 
-def records() -> list[JournalRecord]:
+def make_records() -> list[JournalRecord]:
     begun = TrialStarted(trial_id="0" * 12, **ARM.model_dump())
     failed = TrialFailed(trial_id="0" * 12, **ARM.model_dump(), error="error", reason="naïve — “quoted”\n\x7f")
-    return [started(), begun, failed]
+    return [make_run_start(), begun, failed]
 
 
-def sealed(record: JournalRecord) -> bytes:
+def seal_record(record: JournalRecord) -> bytes:
     return seal(record.model_dump_json().encode()) + b"\n"
 
 
-def write_all(path: Path) -> Journal:
+def write_journal(path: Path) -> Journal:
     journal = Journal(path)
-    for record in records():
+    for record in make_records():
         journal.append(record)
     return journal
 
 
 def test_each_line_is_json_that_a_person_and_any_tool_can_read(tmp_path: Path) -> None:
-    lines = write_all(tmp_path / "journal.jsonl").path.read_text(encoding="utf-8").splitlines()
+    lines = write_journal(tmp_path / "journal.jsonl").path.read_text(encoding="utf-8").splitlines()
     read = [json.loads(line) for line in lines]
     assert [line["type"] for line in read] == ["run_started", "trial_started", "trial_failed"]
     assert {line["schema_version"] for line in read} == {SCHEMA_VERSION}
     for line, text in zip(read, lines, strict=True):
         assert text[: line["len"]].endswith(f'"trial_id":"{"0" * 12}"') or line["type"] != "trial_started"
         assert len(line["crc"]) == 8
-    assert Journal(tmp_path / "journal.jsonl").read() == records()
+    assert Journal(tmp_path / "journal.jsonl").read() == make_records()
 
 
 def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand waits for the disk show nothing here
-    content = b"".join(sealed(record) for record in records())
+    content = b"".join(seal_record(record) for record in make_records())
     ends = [position for position, byte in enumerate(content) if byte == ord("\n")]
     for length in range(len(content) + 1):
         journal = Journal(tmp_path / f"{length}.jsonl")
@@ -76,7 +76,7 @@ def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
         notices: list[str] = []
         kept_records = journal.read(notices.append)
         complete = sum(end <= length for end in ends)  # a record that lacks only its line end is whole
-        assert kept_records == records()[:complete], length
+        assert kept_records == make_records()[:complete], length
         aside = journal.path.with_name(f"{length}.jsonl.torn-1")
         remaining = journal.path.read_bytes()
         if aside.exists():
@@ -86,14 +86,14 @@ def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
         else:
             assert remaining == content[: ends[complete - 1] + 1 if complete else 0]
             assert notices == []
-        journal.append(records()[-1])
+        journal.append(make_records()[-1])
         assert len(journal.read()) == complete + 1
 
 
 def test_each_flipped_bit_of_a_line_is_found(tmp_path: Path) -> None:
     """Every bit of every line, its end included: the line is never taken for a record, be it the same or another."""
-    for record in records():
-        line = sealed(record)
+    for record in make_records():
+        line = seal_record(record)
         for position in range(len(line)):
             for bit in range(8):
                 flipped = bytearray(line)
@@ -105,7 +105,7 @@ def test_each_flipped_bit_of_a_line_is_found(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(tmp_path: Path) -> None:
-    journal = write_all(tmp_path / "journal.jsonl")
+    journal = write_journal(tmp_path / "journal.jsonl")
     content = journal.path.read_bytes().splitlines(keepends=True)
     damaged = bytearray(content[1])
     damaged[40] ^= 4
@@ -120,12 +120,12 @@ def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(t
     assert (repaired.num_intact, repaired.num_damaged) == (2, 1)
     assert repaired.damaged_file is not None
     assert repaired.damaged_file.read_bytes() == bytes(damaged)
-    assert journal.read() == [records()[0], records()[2]]
+    assert journal.read() == [make_records()[0], make_records()[2]]
     assert journal.repair().damaged_file is None
 
 
 def test_a_damaged_start_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
-    journal = write_all(tmp_path / "journal.jsonl")
+    journal = write_journal(tmp_path / "journal.jsonl")
     damaged = bytearray(journal.path.read_bytes())
     damaged[10] ^= 1
     journal.path.write_bytes(bytes(damaged))
@@ -135,19 +135,19 @@ def test_a_damaged_start_is_refused_and_nothing_is_touched(tmp_path: Path) -> No
 
 
 def test_a_line_that_lost_its_seal_is_damaged(tmp_path: Path) -> None:
-    bare = records()[1].model_dump_json().encode()
+    bare = make_records()[1].model_dump_json().encode()
     assert parse_line(bare) == "damaged: the length and the checksum at its end are missing"
 
 
 @pytest.mark.parametrize("schema", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
 def test_another_schema_is_refused_with_both_numbers(schema: int, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
-    journal.append(records()[1].model_copy(update={"schema_version": schema}))
+    journal.append(make_records()[1].model_copy(update={"schema_version": schema}))
     with pytest.raises(RunFolderError, match=f"1: schema {schema}, but this version reads {SCHEMA_VERSION}"):
         journal.read()
 
 
-BODY = records()[1].model_dump_json().encode()[:-1]
+BODY = make_records()[1].model_dump_json().encode()[:-1]
 WHOLE = seal(BODY + b"}")
 
 
@@ -175,8 +175,8 @@ def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:
 
 def test_a_line_is_closed_by_its_length_and_the_checksum_that_zlib_gives() -> None:
     assert seal(b'{"a":1}') == b'{"a":1,"len":6,"crc":"a702fc6e"}'  # crc32 of {"a":1
-    assert sealed(records()[1]) == WHOLE + b"\n"
-    assert parse_line(WHOLE) == records()[1]
+    assert seal_record(make_records()[1]) == WHOLE + b"\n"
+    assert parse_line(WHOLE) == make_records()[1]
 
 
 def test_a_journal_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
@@ -186,24 +186,24 @@ def test_a_journal_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_each_torn_end_has_a_file_of_its_own(tmp_path: Path) -> None:
-    journal = write_all(tmp_path / "journal.jsonl")
+    journal = write_journal(tmp_path / "journal.jsonl")
     notices: list[str] = []
     for half in (b'{"type":"tri', b'{"t', b"\x00\x00"):
         with journal.path.open("ab") as file:
             file.write(half)
-        assert journal.read(notices.append) == records()
+        assert journal.read(notices.append) == make_records()
     asides = [tmp_path / f"journal.jsonl.torn-{number}" for number in (1, 2, 3)]
     assert [aside.read_bytes() for aside in asides] == [b'{"type":"tri', b'{"t', b"\x00\x00"]
     assert notices[1] == f"{journal.path}: the last line was incomplete (3 bytes) and was moved to {asides[1].name}"
-    assert journal.path.read_bytes() == b"".join(sealed(record) for record in records())
+    assert journal.path.read_bytes() == b"".join(seal_record(record) for record in make_records())
 
 
 def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) -> None:
-    journal = write_all(tmp_path / "journal.jsonl")
+    journal = write_journal(tmp_path / "journal.jsonl")
     for unfinished_line in (b'{"type":"tri', WHOLE):  # a writer is in the middle of a line, or before its end
         content = journal.path.read_bytes() + unfinished_line
         journal.path.write_bytes(content)
-        assert journal.read_complete_lines() == records()
+        assert journal.read_complete_lines() == make_records()
         assert journal.path.read_bytes() == content
         assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
         journal.path.write_bytes(content[: -len(unfinished_line)])
@@ -216,7 +216,7 @@ def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) ->
 
 def test_the_first_of_several_damaged_lines_is_reported_and_all_are_moved(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
-    lines = [sealed(record) for record in records()]
+    lines = [seal_record(record) for record in make_records()]
     damaged = [lines[1].replace(b"0000", b"0100", 1), b"x\n", lines[2][:-9]]
     journal.path.write_bytes(lines[0] + damaged[0] + lines[1] + damaged[1] + lines[2] + damaged[2])
     with pytest.raises(RunFolderError, match=r":2: damaged: its checksum does not match and 1 more; 3 of 5 records"):
@@ -229,7 +229,7 @@ def test_the_first_of_several_damaged_lines_is_reported_and_all_are_moved(tmp_pa
 
 
 def test_a_last_record_that_lacks_its_line_end_is_kept_by_a_repair_too(tmp_path: Path) -> None:
-    journal = write_all(tmp_path / "journal.jsonl")
+    journal = write_journal(tmp_path / "journal.jsonl")
     content = journal.path.read_bytes()
     first, later_lines = content.split(b"\n", 1)
     journal.path.write_bytes(first + b"\nx\n" + later_lines[:-1])
@@ -243,23 +243,23 @@ def test_a_last_record_that_lacks_its_line_end_is_kept_by_a_repair_too(tmp_path:
 def test_an_append_that_fails_leaves_the_journal_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, fault: int
 ) -> None:
-    journal = write_all(tmp_path / "journal.jsonl")
+    journal = write_journal(tmp_path / "journal.jsonl")
     content, real = journal.path.read_bytes(), os.write
     calls: list[int] = []
 
-    def failing(descriptor: int, chunk: bytes | memoryview = b"") -> int:
+    def fail_to_write(descriptor: int, chunk: bytes | memoryview = b"") -> int:
         calls.append(descriptor)
         if call == "write" and len(calls) == 1:
             return real(descriptor, chunk[:7])  # the last room on the disk
         raise OSError(fault, os.strerror(fault))
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, call, failing)
+        patched.setattr(os, call, fail_to_write)
         with pytest.raises(OSError, match=re.escape(os.strerror(fault))):
-            journal.append(records()[2])
+            journal.append(make_records()[2])
     assert journal.path.read_bytes() == content
-    journal.append(records()[2])
-    assert journal.read() == [*records(), records()[2]]
+    journal.append(make_records()[2])
+    assert journal.read() == [*make_records(), make_records()[2]]
 
 
 def test_a_line_is_whole_however_little_the_system_takes_at_once(
@@ -267,7 +267,7 @@ def test_a_line_is_whole_however_little_the_system_takes_at_once(
 ) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, chunk: real(descriptor, chunk[:5]))
-    assert write_all(tmp_path / "journal.jsonl").read() == records()
+    assert write_journal(tmp_path / "journal.jsonl").read() == make_records()
 
 
 @pytest.fixture
@@ -282,20 +282,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def fill(journal: Journal) -> None:
+def fill_disk(journal: Journal) -> None:
     for _ in range(100):
-        journal.append(records()[2])
+        journal.append(make_records()[2])
 
 
 def test_an_append_that_finds_the_disk_full_leaves_whole_lines(small_disk: Path) -> None:
     journal = Journal(small_disk / "journal.jsonl")
     with pytest.raises(OSError, match="No space left"):
-        fill(journal)
+        fill_disk(journal)
     kept_records = len(journal.read())
     assert kept_records > 3
     assert journal.path.read_bytes().endswith(b"\n")
     subprocess.run(["mount", "-o", "remount,size=64k", str(small_disk)], check=True)
-    journal.append(records()[2])
+    journal.append(make_records()[2])
     assert len(journal.read()) == kept_records + 1
     assert sorted(path.name for path in small_disk.iterdir()) == ["journal.jsonl"]
 
@@ -304,14 +304,14 @@ def test_an_append_waits_for_the_disk_and_for_the_folder(tmp_path: Path, monkeyp
     synced: list[bool] = []
     real = os.fsync
 
-    def spy(descriptor: int) -> None:
+    def record_sync(descriptor: int) -> None:
         synced.append(os.path.isdir(f"/proc/self/fd/{descriptor}"))  # noqa: PTH112
         real(descriptor)
 
-    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(os, "fsync", record_sync)
     journal = Journal(tmp_path / "journal.jsonl")
-    journal.append(records()[0])
+    journal.append(make_records()[0])
     assert synced == [False, True]  # the file, then the folder that names it
-    journal.append(records()[1])
+    journal.append(make_records()[1])
     assert synced == [False, True, False]
-    assert files.os.fsync is spy
+    assert files.os.fsync is record_sync

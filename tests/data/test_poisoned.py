@@ -30,7 +30,7 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
-def encoded(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> EncodedData:
+def encode_rows(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> EncodedData:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = build_small_settings(max_eval_examples=1000, **settings)
     embeddings = SimpleNamespace(num_embeddings=len(tokenizer))
@@ -38,26 +38,26 @@ def encoded(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: 
     return encode_splits(load_data(path, chosen), model, chosen)  # type: ignore[arg-type]
 
 
-def counted(data: EncodedData, name: str) -> int:
+def count_examples(data: EncodedData, name: str) -> int:
     return sum(getattr(split, name) for split in data.summary.splits.values())
 
 
-def texts(count: int = 120) -> list[dict[str, Any]]:
+def make_text_rows(count: int = 120) -> list[dict[str, Any]]:
     return [{"text": f"{number} {text}"} for number, text in enumerate(generate_sentences(count))]
 
 
 def test_a_line_of_a_megabyte_is_cut_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     for long in ("a" * 2**20, "the cat " * 2**17, " " * 2**20 + "a"):
-        data = encoded(tmp_path / "d.jsonl", [*texts(), {"text": long}], tokenizer, seq_len=64)
-        assert counted(data, "examples") == 121
-        assert counted(data, "truncated") == 1
+        data = encode_rows(tmp_path / "d.jsonl", [*make_text_rows(), {"text": long}], tokenizer, seq_len=64)
+        assert count_examples(data, "examples") == 121
+        assert count_examples(data, "truncated") == 1
         assert max(example.length for examples in data.splits.values() for example in examples) == 64
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rightrank.data.rows.MAX_LINE_CHARACTERS", 10_000)
     with pytest.raises(DataError, match=r"d\.jsonl:121: a line of over 10,000 characters; give one object a line"):
-        encoded(tmp_path / "d.jsonl", [*texts(), {"text": "a" * 20_000}], tokenizer)
+        encode_rows(tmp_path / "d.jsonl", [*make_text_rows(), {"text": "a" * 20_000}], tokenizer)
 
 
 FORMS: list[tuple[str, dict[str, Any]]] = [
@@ -75,38 +75,42 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 def test_half_characters_are_left_out_and_counted(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
     repaired = json.dumps(row).replace("\\ud800", "x")
     good = [
-        json.loads(repaired.replace('"q', f'"{number} q').replace('"b', f'"{number} b').replace('"x"', f'"x{number % 2}"'))
+        json.loads(
+            repaired.replace('"q', f'"{number} q').replace('"b', f'"{number} b').replace('"x"', f'"x{number % 2}"')
+        )
         for number in range(120)
     ]
-    data = encoded(tmp_path / "d.jsonl", [row, *good, row], tokenizer, seq_len=100)
+    data = encode_rows(tmp_path / "d.jsonl", [row, *good, row], tokenizer, seq_len=100)
     assert data.summary.unreadable == 2
-    assert counted(data, "examples") + counted(data, "dropped") <= 120
+    assert count_examples(data, "examples") + count_examples(data, "dropped") <= 120
     data.summary.model_dump_json()
 
 
 def test_half_characters_elsewhere_in_a_row_do_no_harm(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [row | {"group": f"{HALF}{number % 50}", "note": HALF} for number, row in enumerate(texts())]
-    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
+    rows = [row | {"group": f"{HALF}{number % 50}", "note": HALF} for number, row in enumerate(make_text_rows())]
+    data = encode_rows(tmp_path / "d.jsonl", rows, tokenizer)
     assert data.summary.unreadable == 0
-    assert counted(data, "examples") == 120
+    assert count_examples(data, "examples") == 120
 
 
 def test_a_whole_pair_is_a_character(tmp_path: Path, tokenizer: Any) -> None:
-    data = encoded(tmp_path / "d.jsonl", [row | {"text": row["text"] + " \U0001f600"} for row in texts()], tokenizer)
+    data = encode_rows(
+        tmp_path / "d.jsonl", [row | {"text": row["text"] + " \U0001f600"} for row in make_text_rows()], tokenizer
+    )
     assert data.summary.unreadable == 0
 
 
 def test_empty_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": f"say {number}", "completion": "" if number % 4 == 0 else "x"} for number in range(200)]
-    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
-    assert counted(data, "dropped") == 50
-    assert counted(data, "examples") == 150
+    data = encode_rows(tmp_path / "d.jsonl", rows, tokenizer)
+    assert count_examples(data, "dropped") == 50
+    assert count_examples(data, "examples") == 150
 
 
 def test_nothing_but_empty_completions_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": f"say {number}", "completion": ""} for number in range(200)]
     with pytest.raises(DataError, match=r"no labels left after tokenising"):
-        encoded(tmp_path / "d.jsonl", rows, tokenizer)
+        encode_rows(tmp_path / "d.jsonl", rows, tokenizer)
 
 
 def test_the_counts_are_shown(tmp_path: Path) -> None:
@@ -119,7 +123,7 @@ def test_the_counts_are_shown(tmp_path: Path) -> None:
     assert "3 rows skipped because of lone surrogates" in page
 
 
-def row_of(form: str, prompt: str, text: str) -> dict[str, Any]:
+def make_row(form: str, prompt: str, text: str) -> dict[str, Any]:
     match form:
         case "text":
             return {"text": f"{prompt} {text}" if text else ""}
@@ -130,13 +134,13 @@ def row_of(form: str, prompt: str, text: str) -> dict[str, Any]:
     return {"prompt": prompt, "completion": text}
 
 
-def poisoned(form: str, with_halves: bool) -> list[dict[str, Any]]:
+def make_poisoned_rows(form: str, with_halves: bool) -> list[dict[str, Any]]:
     """90 good rows, a megabyte, three with bells, four that are empty, and two with half characters."""
-    rows = [row_of(form, f"q{number}", text) for number, text in enumerate(generate_sentences(90))]
-    rows += [row_of(form, "long", "the cat " * 2**17)]
-    rows += [row_of(form, f"bell {number}", "a\x07b") for number in range(3)]
-    rows += [row_of(form, f"empty {number}", "") for number in range(4)]
-    return rows + [row_of(form, f"half {number}", HALF) for number in range(2)] * with_halves
+    rows = [make_row(form, f"q{number}", text) for number, text in enumerate(generate_sentences(90))]
+    rows += [make_row(form, "long", "the cat " * 2**17)]
+    rows += [make_row(form, f"bell {number}", "a\x07b") for number in range(3)]
+    rows += [make_row(form, f"empty {number}", "") for number in range(4)]
+    return rows + [make_row(form, f"half {number}", HALF) for number in range(2)] * with_halves
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -165,7 +169,7 @@ def test_a_selection_goes_on_and_counts_what_it_met(
     form: str, suffix: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     halves = suffix.startswith(".json")  # no other type can hold them
-    data, out = write_rows(tmp_path / f"data{suffix}", poisoned(form, halves)), tmp_path / "run"
+    data, out = write_rows(tmp_path / f"data{suffix}", make_poisoned_rows(form, halves)), tmp_path / "run"
     status, _, err = run(
         ["select", str(model_folder), str(data), "--out", str(out), "--strategy", "grid", "--ranks", "1,2",
          "--learning-rates", "1e-2", "--max-steps", "1", "--batch-size", "2", "--seq-len", "64", "--max-eval-examples", "100",

@@ -21,7 +21,7 @@ from rightrank.schema.errors import ResultsError
 GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
 
 
-def write(folder: Path, text: str, name: str = "runs.csv") -> Path:
+def write_table(folder: Path, text: str, name: str = "runs.csv") -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
@@ -40,14 +40,14 @@ def write(folder: Path, text: str, name: str = "runs.csv") -> Path:
     ids=["plain", "words", "peft", "wandb", "mlflow", "json cell"],
 )
 def test_near_names_are_understood(tmp_path: Path, text: str) -> None:
-    decided = decide(write(tmp_path, text), margin=0.005, higher_is_better=False)
+    decided = decide(write_table(tmp_path, text), margin=0.005, higher_is_better=False)
     assert decided.decision.rank == 16
     assert decided.decision.higher_is_better is False
 
 
 def test_jsonl_and_memory_read_alike(tmp_path: Path) -> None:
     rows = [{"rank": rank, "value": value} for rank, value in ((1, 2.3), (4, 2.05), (16, 2.001), (64, 2.0))]
-    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
+    path = write_table(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
     assert (
         decide(path, margin=0.005, higher_is_better=False).decision.rank
         == decide(rows, margin=0.005, higher_is_better=False).decision.rank
@@ -60,24 +60,26 @@ def test_a_wandb_export_in_json_is_flattened(tmp_path: Path) -> None:
         {"name": f"run-{rank}", "config": {"lora": {"r": rank}, "learning_rate": 1e-4}, "summary": {"eval/loss": loss}}
         for rank, loss in ((1, 2.3), (4, 2.001), (16, 2.0))
     ]
-    decided = decide(write(tmp_path, json.dumps(runs), "wandb.json"), margin=0.005)
+    decided = decide(write_table(tmp_path, json.dumps(runs), "wandb.json"), margin=0.005)
     assert decided.decision.rank == 4
     assert decided.decision.learning_rate == 1e-4
 
 
 def test_the_metric_says_its_direction_and_the_user_overrules_it(tmp_path: Path) -> None:
-    path = write(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
+    path = write_table(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
     assert decide(path).decision.rank == 4
     assert decide(path, higher_is_better=False).decision.reference_rank == 1
 
 
 def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: Path) -> None:
-    decided = decide(write(tmp_path, "rank,BLEU,train_bleu\n1,60,1\n4,69.5,2\n16,70,3\n"))
+    decided = decide(write_table(tmp_path, "rank,BLEU,train_bleu\n1,60,1\n4,69.5,2\n16,70,3\n"))
     assert (decided.decision.metric, decided.decision.rank) == ("BLEU", 4)
 
 
 @pytest.mark.parametrize("loss", ["metrics.loss", "metrics/loss", "summary.loss", "loss"])
-@pytest.mark.parametrize("other_column", ["train_loss", "metrics.train_loss", "train/loss", "train_runtime", "grad_norm"])
+@pytest.mark.parametrize(
+    "other_column", ["train_loss", "metrics.train_loss", "train/loss", "train_runtime", "grad_norm"]
+)
 def test_a_loss_that_may_be_of_the_training_is_asked_for(loss: str, other_column: str) -> None:
     rows = [{"rank": rank, loss: 1.0 / rank, other_column: 2.0 / rank} for rank in (1, 4, 16)]
     with pytest.raises(ResultsError, match=f"{loss} may be the training loss.*--metric {loss}"):
@@ -89,7 +91,7 @@ def test_a_loss_that_may_be_of_the_training_is_asked_for(loss: str, other_column
 
 
 def test_a_column_is_named_by_hand(tmp_path: Path) -> None:
-    path = write(tmp_path, "groesse,guete\n1,2.3\n4,2.001\n16,2.0\n")
+    path = write_table(tmp_path, "groesse,guete\n1,2.3\n4,2.001\n16,2.0\n")
     assert (
         decide(path, columns={"rank": "groesse", "value": "guete"}, margin=0.005, higher_is_better=False).decision.rank
         == 4
@@ -106,7 +108,7 @@ def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
         for seed in (0, 1):
             for example in range(20):
                 lines.append(f"{rank},{seed},{example},{1 + example % 3},{2 + 0.1 * example + shift + 0.001 * seed}")
-    decision = decide(write(tmp_path, "\n".join(lines) + "\n"), margin=0.01, higher_is_better=False).decision
+    decision = decide(write_table(tmp_path, "\n".join(lines) + "\n"), margin=0.01, higher_is_better=False).decision
     assert decision.basis == "examples and seeds"
     evidence = decision.ranks[0]
     assert evidence.difference == pytest.approx(0.2)
@@ -119,12 +121,12 @@ def test_evaluations_along_the_training_end_in_the_last(tmp_path: Path) -> None:
     text = "rank,step,eval_loss\n" + "".join(
         f"{rank},{step},{3 - step / 100 - rank / 1000}\n" for rank in (1, 4) for step in (25, 50, 75, 100)
     )
-    decision = decide(write(tmp_path, text), margin=0.005).decision
+    decision = decide(write_table(tmp_path, text), margin=0.005).decision
     assert decision.ranks[0].value == pytest.approx(2 - 0.001)
 
 
 def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> None:
-    path = write(tmp_path, "rank,lr,value\n1,1e-3,2.1\n4,1e-3,2.0\n4,1e-2,\n")
+    path = write_table(tmp_path, "rank,lr,value\n1,1e-3,2.1\n4,1e-3,2.0\n4,1e-2,\n")
     assert "unstable" in decide(path, higher_is_better=False).decision.flags
 
 
@@ -192,12 +194,12 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
 )
 def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ResultsError, match=re.escape(message)) as caught:
-        decide(write(tmp_path, text))
+        decide(write_table(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
 def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
-    decided = decide(write(tmp_path, GOOD + "64,2.0\n"), margin=0.005, higher_is_better=False)
+    decided = decide(write_table(tmp_path, GOOD + "64,2.0\n"), margin=0.005, higher_is_better=False)
     assert decided.decision.rank == 16
     assert "1 repeated row omitted" in decided.input_notes
 
@@ -220,7 +222,7 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
 def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -> None:
     """The last value of a training that runs is one part of the way: rank 64 would look worse than it is."""
     text = f"Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,{status},64,2.9\n"
-    decided = decide(write(tmp_path, text), margin=0.005)
+    decided = decide(write_table(tmp_path, text), margin=0.005)
     assert [evidence.rank for evidence in decided.decision.ranks] == [1, 4, 16]
     assert "1 unfinished training omitted" in decided.input_notes
     assert "unstable" not in decided.decision.flags
@@ -228,7 +230,7 @@ def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -
 
 def test_trainings_of_unequal_length_are_flagged(tmp_path: Path) -> None:
     rows = [f"{rank},{step},{2 + 1 / rank}\n" for rank in (1, 4, 16) for step in (100, 200) if (rank, step) != (4, 200)]
-    decision = decide(write(tmp_path, "rank,step,eval_loss\n" + "".join(rows)), margin=0.005).decision
+    decision = decide(write_table(tmp_path, "rank,step,eval_loss\n" + "".join(rows)), margin=0.005).decision
     assert "unequal_length" in decision.flags
     assert next(run for run in decision.next_runs if run.action == "steps").ranks == [4]
 
@@ -239,7 +241,7 @@ def test_a_wandb_table_with_unfinished_and_crashed_runs(tmp_path: Path) -> None:
         "a,finished,4,0.0003,2.10,100\nb,finished,8,0.0003,2.05,100\nc,finished,16,0.0003,2.04,100\n"
         "d,running,32,0.0003,2.30,40\ne,running,64,0.0003,,\nf,crashed,4,0.001,NaN,3\ng,finished,,,,\n"
     )
-    decided = decide(write(tmp_path, text))
+    decided = decide(write_table(tmp_path, text))
     assert [evidence.rank for evidence in decided.decision.ranks] == [4, 8, 16]
     assert decided.input_notes[-3:] == [
         "1 row without a rank omitted",
@@ -254,14 +256,14 @@ def test_optuna_s_dataframe(tmp_path: Path) -> None:
         "0,0,2.1,0 days 00:01:02,4,0.0003,0,COMPLETE\n1,1,2.05,0 days 00:01:02,8,0.0003,0,COMPLETE\n"
         "2,2,2.04,0 days 00:01:02,16,0.0003,0,COMPLETE\n3,3,,,32,0.0003,0,RUNNING\n4,4,2.5,,32,0.001,0,PRUNED\n"
     )
-    decided = decide(write(tmp_path, text), higher_is_better=False)
+    decided = decide(write_table(tmp_path, text), higher_is_better=False)
     assert [evidence.rank for evidence in decided.decision.ranks] == [4, 8, 16]
     assert "rank from column params_lora_r" in decided.input_notes
     assert "1 unfinished training omitted" in decided.input_notes
 
 
 def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
-    rows = build_evidence_table(decide(write(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
+    rows = build_evidence_table(decide(write_table(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
     assert not any("yes" in row for row in rows)
     assert "perhaps" in rows[3]
     assert "best so far" in rows[-1]
@@ -284,7 +286,7 @@ def test_a_data_frame_is_decided_as_its_rows() -> None:
     ["value", "brier_gap", "fid_delta", "toxicity_score", "accuracy_drop", "1-acc", "lossless_acc", "energy_score"],
 )
 def test_a_metric_without_a_known_direction_is_asked_for_it(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path, f"rank,{name}\n1,0.5\n4,0.7\n16,0.701\n")
+    path = write_table(tmp_path, f"rank,{name}\n1,0.5\n4,0.7\n16,0.701\n")
     with pytest.raises(ResultsError, match="not known from its name; give --higher-is-better or --lower-is-better"):
         decide(path, metric=name)
     assert decide(path, metric=name, higher_is_better=True, margin=0.01).decision.rank == 4
@@ -292,12 +294,12 @@ def test_a_metric_without_a_known_direction_is_asked_for_it(tmp_path: Path, name
 
 
 def test_the_direction_is_that_of_the_metric_and_not_of_the_column_that_holds_it(tmp_path: Path) -> None:
-    path = write(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
+    path = write_table(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
     with pytest.raises(ResultsError, match="'energy_score'"):
         decide(path, metric="energy_score", columns={"value": "accuracy"})
 
 
-def by_rank(table: object, **options: object) -> dict[int, float]:
+def decide_values(table: object, **options: object) -> dict[int, float]:
     return {evidence.rank: evidence.value for evidence in decide(table, **options).decision.ranks}  # type: ignore[arg-type]
 
 
@@ -306,49 +308,51 @@ LOSSES = {4: 2.05, 16: 2.001, 64: 2.0}
 
 def test_the_named_index_of_a_data_frame_is_a_column() -> None:
     frame = pandas.DataFrame({"eval_loss": LOSSES.values()}, index=pandas.Index(LOSSES, name="rank"))
-    assert by_rank(frame) == LOSSES
+    assert decide_values(frame) == LOSSES
 
 
 def test_names_alone_say_the_ranks(tmp_path: Path) -> None:
-    path = write(
+    path = write_table(
         tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nlora-r16-seed0,2.001\nlora-r64-seed0,2.0\nlora-r128-seed0,n/a\n"
     )
-    assert by_rank(path) == LOSSES
+    assert decide_values(path) == LOSSES
     assert "rank read from the names of the trainings" in decide(path).input_notes
-    assert by_rank(pandas.DataFrame({"eval_loss": LOSSES.values()}, index=[f"r{rank}" for rank in LOSSES])) == LOSSES
+    assert (
+        decide_values(pandas.DataFrame({"eval_loss": LOSSES.values()}, index=[f"r{rank}" for rank in LOSSES])) == LOSSES
+    )
     with pytest.raises(ResultsError, match=r"none of the columns \(run, eval_loss\) is recognized as the rank"):
-        decide(write(tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nbaseline,2.0\n"))
+        decide(write_table(tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nbaseline,2.0\n"))
 
 
 def test_several_files_say_their_rank_by_name(tmp_path: Path) -> None:
     rows = {rank: "".join(f'{{"item": {n}, "loss": {loss + n}}}\n' for n in range(30)) for rank, loss in LOSSES.items()}
     for rank, text in rows.items():
-        write(tmp_path, text, f"r{rank}-seed0.jsonl")
-    assert by_rank(tmp_path) == pytest.approx({rank: loss + 14.5 for rank, loss in LOSSES.items()})
+        write_table(tmp_path, text, f"r{rank}-seed0.jsonl")
+    assert decide_values(tmp_path) == pytest.approx({rank: loss + 14.5 for rank, loss in LOSSES.items()})
 
 
 def test_a_stated_deviation_is_that_of_so_many_seeds(tmp_path: Path) -> None:
-    path = write(tmp_path, "rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n")
+    path = write_table(tmp_path, "rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n")
     decision = decide(path).decision
     assert (decision.margin, decision.basis) == (0.5, "std")
 
 
 @pytest.mark.parametrize("word", ["OOM", "out of memory", "crashed", "nan", "NaN", "inf", "-Infinity"])
 def test_a_word_of_failure_is_a_training_without_a_result(tmp_path: Path, word: str) -> None:
-    decided = decide(write(tmp_path, f"rank,eval_loss\n4,2.05\n16,2.001\n64,{word}\n"))
+    decided = decide(write_table(tmp_path, f"rank,eval_loss\n4,2.05\n16,2.001\n64,{word}\n"))
     assert "unstable" in decided.decision.flags
     assert "1 training without a result" in decided.input_notes
 
 
 def test_a_pruned_training_is_not_unstable(tmp_path: Path) -> None:
-    decided = decide(write(tmp_path, "rank,eval_loss,state\n4,2.05,COMPLETE\n16,2.001,COMPLETE\n64,3,PRUNED\n"))
+    decided = decide(write_table(tmp_path, "rank,eval_loss,state\n4,2.05,COMPLETE\n16,2.001,COMPLETE\n64,3,PRUNED\n"))
     assert "unstable" not in decided.decision.flags
     assert "1 pruned training omitted" in decided.input_notes
 
 
 def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
     text = "rank,eval_loss,batch_size,note,empty\n4,2.05,8,first,\n16,2.001,8,again,\n"
-    assert "not used: batch_size, note" in decide(write(tmp_path, text)).input_notes
+    assert "not used: batch_size, note" in decide(write_table(tmp_path, text)).input_notes
 
 
 @pytest.mark.parametrize(
@@ -359,8 +363,10 @@ def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
     ],
 )
 def test_trainings_of_two_kinds_are_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ResultsError, match=r"the trainings differ in column model \(.*, so they cannot be compared; keep the"):
-        decide(write(tmp_path, text))
+    with pytest.raises(
+        ResultsError, match=r"the trainings differ in column model \(.*, so they cannot be compared; keep the"
+    ):
+        decide(write_table(tmp_path, text))
 
 
 def test_names_of_trainings_and_texts_of_examples_are_no_kinds(tmp_path: Path) -> None:
@@ -369,18 +375,20 @@ def test_names_of_trainings_and_texts_of_examples_are_no_kinds(tmp_path: Path) -
         rows += [
             f"{rank},run-{rank},out/{rank},{n},{'ab'[n % 2]},{'xy'[rank > 4]},{2 + n + 1 / rank}\n" for n in range(4)
         ]
-    assert decide(write(tmp_path, "".join(rows))).decision.reference_rank == 64
+    assert decide(write_table(tmp_path, "".join(rows))).decision.reference_rank == 64
 
 
 def test_the_learning_rate_is_the_one_that_was_set(tmp_path: Path) -> None:
     text = "run_id,metrics.eval_loss,metrics.learning_rate,params.learning_rate,params.lora_r\n"
-    path = write(tmp_path, text + "a,2.05,0.0035,0.005,4\nb,2.001,0.0035,0.005,16\n")
+    path = write_table(tmp_path, text + "a,2.05,0.0035,0.005,4\nb,2.001,0.0035,0.005,16\n")
     assert decide(path).decision.learning_rate == 0.005
 
 
 def test_a_default_margin_of_one_percent_is_said_with_its_reason(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD)
-    note = "margin: 1% of the best value, because the name 'value' states no unit (--metric NAME or --margin changes it)"
+    path = write_table(tmp_path, GOOD)
+    note = (
+        "margin: 1% of the best value, because the name 'value' states no unit (--metric NAME or --margin changes it)"
+    )
     assert note in decide(path, higher_is_better=False).input_notes
     assert note not in decide(path, higher_is_better=False, margin=0.01).input_notes
     assert note not in decide(path, metric="eval_loss").input_notes
@@ -408,7 +416,7 @@ def test_the_answers_by_the_other_metrics_stand_beside() -> None:
 
 def test_names_with_a_short_seed_say_it(tmp_path: Path) -> None:
     for rank, seed in product((2, 8), (0, 1)):
-        write(tmp_path, f"step,eval_loss\n10,{2 - rank / 100 + seed / 1000}\n", f"run_r{rank}_s{seed}.csv")
+        write_table(tmp_path, f"step,eval_loss\n10,{2 - rank / 100 + seed / 1000}\n", f"run_r{rank}_s{seed}.csv")
     decided = decide(tmp_path, margin=0.01).decision
     assert [(evidence.rank, evidence.seeds) for evidence in decided.ranks] == [(2, 2), (8, 2)]
 
@@ -438,7 +446,7 @@ def test_the_best_evaluation_leaves_the_length_of_the_training() -> None:
 CURVES = {4: (2.2, 2.1, 2.05), 16: (2.1, 2.02, 2.001), 64: (1.9, math.nan, math.nan)}
 
 
-def curve_rows(missing: object) -> list[dict[str, Any]]:
+def make_curve_rows(missing: object) -> list[dict[str, Any]]:
     """Three evaluations of each rank; rank 64 ends in NaN, which a table may hold as `missing`."""
     return [
         {"rank": rank, "step": step, "eval_loss": missing if math.isnan(loss) else loss}
@@ -450,13 +458,13 @@ def curve_rows(missing: object) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("missing", [math.nan, math.inf, "NaN", None])
 @pytest.mark.parametrize("kind", ["memory", "frame", "csv", "jsonl"])
 def test_a_training_that_ends_in_nan_has_no_result(tmp_path: Path, kind: str, missing: Any) -> None:
-    rows = curve_rows(missing)
+    rows = make_curve_rows(missing)
     frame = pandas.DataFrame(rows)
     source: Any = frame if kind == "frame" else rows
     if kind == "csv":
-        source = write(tmp_path, frame.to_csv(index=False))
+        source = write_table(tmp_path, frame.to_csv(index=False))
     elif kind == "jsonl":
-        source = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
+        source = write_table(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
     for checkpoint in ("last", "best"):
         decided = decide(source, margin=0.005, checkpoint=checkpoint)  # type: ignore[arg-type]
         assert [evidence.rank for evidence in decided.decision.ranks] == [4, 16]
@@ -470,12 +478,12 @@ def test_a_status_of_failure_at_the_last_evaluation_counts_too(tmp_path: Path) -
         for run, rank in (("a", 4), ("b", 16), ("c", 64))
         for step in (100, 200)
     )
-    assert [evidence.rank for evidence in decide(write(tmp_path, text), margin=0.005).decision.ranks] == [4, 16]
+    assert [evidence.rank for evidence in decide(write_table(tmp_path, text), margin=0.005).decision.ranks] == [4, 16]
 
 
 def test_a_training_that_was_run_again_counts(tmp_path: Path) -> None:
     text = "run,rank,step,eval_loss\na,4,100,2.1\nb,16,200,nan\nc,16,100,2.0\nd,64,50,nan\nd,64,100,1.99\n"
-    decided = decide(write(tmp_path, text), margin=0.005)
+    decided = decide(write_table(tmp_path, text), margin=0.005)
     assert [evidence.rank for evidence in decided.decision.ranks] == [4, 16, 64]
     assert "unstable" not in decided.decision.flags
 
@@ -501,23 +509,25 @@ def test_another_metric_is_that_of_the_last_evaluation_too() -> None:
     assert {evidence.rank: evidence.value for evidence in other_metric.ranks} == {4: 0.6, 16: 0.7}
 
 
-def scored_rows(scores: Any) -> list[dict[str, Any]]:
+def make_example_rows(scores: Any) -> list[dict[str, Any]]:
     return [
-        {"rank": rank, "item": f"q{example}", "eval_loss": scores(rank, example)} for rank in (4, 16) for example in range(80)
+        {"rank": rank, "item": f"q{example}", "eval_loss": scores(rank, example)}
+        for rank in (4, 16)
+        for example in range(80)
     ]
 
 
 @pytest.mark.parametrize("missing", [math.nan, None])
 def test_an_example_without_a_score_in_any_training_is_named(missing: float | None) -> None:
-    decided = decide(scored_rows(lambda rank, example: missing if example == 7 else 2 + example / 80 + 1 / rank))
+    decided = decide(make_example_rows(lambda rank, example: missing if example == 7 else 2 + example / 80 + 1 / rank))
     assert "1 example without a score omitted (q7)" in decided.input_notes
     assert decided.decision.basis == "examples"
-    decided = decide(scored_rows(lambda rank, example: 2 + example / 80 + 1 / rank))
+    decided = decide(make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank))
     assert not any("without a score" in line for line in decided.input_notes)
 
 
 def test_a_training_without_any_score_has_no_result() -> None:
-    rows = [*scored_rows(lambda rank, example: 2 + example / 80 + 1 / rank)]
+    rows = [*make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank)]
     rows += [{**row, "rank": 64, "eval_loss": math.nan} for row in rows[:80]]
     decided = decide(rows)
     assert [evidence.rank for evidence in decided.decision.ranks] == [4, 16]
@@ -532,7 +542,7 @@ def test_a_score_that_became_nan_is_not_the_earlier_one() -> None:
             "step": step,
             "eval_loss": math.nan if (row["rank"], row["item"], step) == (16, "q7", 20) else row["eval_loss"],
         }
-        for row in scored_rows(lambda rank, example: 2 + example / 80 + 1 / rank)
+        for row in make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank)
         for step in (10, 20)
     ]
     with pytest.raises(ResultsError, match="rank 16 has no score for example q7"):
@@ -542,11 +552,13 @@ def test_a_score_that_became_nan_is_not_the_earlier_one() -> None:
 def test_another_metric_of_examples_is_not_that_of_the_last_one() -> None:
     rows = [
         row | {"eval_accuracy": float(int(row["item"][1:]) < 79)}
-        for row in scored_rows(lambda rank, example: example + 1 / rank)
+        for row in make_example_rows(lambda rank, example: example + 1 / rank)
     ]
     assert decide(rows, metric="eval_loss").decision.other_metrics == []
     shared = [row | {"eval_accuracy": 0.5 + row["rank"] / 100} for row in rows]
-    assert [evidence.metric for evidence in decide(shared, metric="eval_loss").decision.other_metrics] == ["eval_accuracy"]
+    assert [evidence.metric for evidence in decide(shared, metric="eval_loss").decision.other_metrics] == [
+        "eval_accuracy"
+    ]
 
 
 @pytest.mark.parametrize("truth", [bool, np.bool_])
@@ -562,7 +574,7 @@ def test_truth_values_are_no_losses(truth: Any) -> None:
 def test_decimal_commas_are_read_where_no_comma_stands_between_cells(tmp_path: Path, name: str, cell: str) -> None:
     lines = ["rank,lr,run,state,eval_loss", "4,1e-4,a|b,finished,2|05", "16,0|0001,c,finished,2|001"]
     lines += ["64,1|0E-4,1|2,finished,2", "64,1e-3,d,crashed,NaN"]
-    path = write(tmp_path, "\n".join(lines).replace(",", cell).replace("|", ",") + "\n", name)
+    path = write_table(tmp_path, "\n".join(lines).replace(",", cell).replace("|", ",") + "\n", name)
     decision = decide(path, margin=0.005).decision
     assert {evidence.rank: (evidence.value, evidence.learning_rate) for evidence in decision.ranks} == {
         rank: (loss, 1e-4) for rank, loss in LOSSES.items()
@@ -581,6 +593,6 @@ def test_an_example_without_tokens_has_no_weight() -> None:
     """As `to_pandas(run, examples=True)` writes an example whose answer was cut away."""
     rows = [
         row | {"tokens": 0, "eval_loss": None} if row["item"] == "q3" else row | {"tokens": 5}
-        for row in scored_rows(lambda rank, example: 2 + example / 80 + 1 / rank)
+        for row in make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank)
     ]
     assert "1 example without a score omitted (q3)" in decide(rows).input_notes

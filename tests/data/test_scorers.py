@@ -19,7 +19,7 @@ ANSWERS = [ModelAnswer(str(n), text, text, "expected") for n, text in enumerate(
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def work_in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 

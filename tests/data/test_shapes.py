@@ -17,11 +17,11 @@ from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 TEXTS = generate_sentences(100)
 
 
-def loaded(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> DataSplits:
+def load_rows(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> DataSplits:
     return load_data(write_jsonl(folder / "data.jsonl", rows), build_small_settings(**settings))
 
 
-def contents(splits: DataSplits) -> list[Any]:
+def get_contents(splits: DataSplits) -> list[Any]:
     return [dict(example.content) for examples in splits.examples.values() for example in examples]
 
 
@@ -36,8 +36,8 @@ def contents(splits: DataSplits) -> list[Any]:
 )
 def test_other_columns_give_the_same_examples(tmp_path: Path, make: Any, columns: tuple[str, ...]) -> None:
     pairs = [(text, f"answer {text}") for text in TEXTS]
-    splits = loaded(tmp_path, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
-    renamed = loaded(tmp_path, [make(*pair) for pair in pairs], columns=columns)
+    splits = load_rows(tmp_path, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+    renamed = load_rows(tmp_path, [make(*pair) for pair in pairs], columns=columns)
     assert renamed.fingerprint == splits.fingerprint
     assert splits.summary.shape is None
     assert renamed.summary.shape is not None
@@ -47,25 +47,25 @@ def test_other_columns_give_the_same_examples(tmp_path: Path, make: Any, columns
 def test_sharegpt_becomes_messages(tmp_path: Path) -> None:
     turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}] for text in TEXTS]
     messages = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in TEXTS]
-    reference = loaded(tmp_path, [{"messages": message} for message in messages])
+    reference = load_rows(tmp_path, [{"messages": message} for message in messages])
     roles = [[{"role": turn["from"], "content": turn["value"]} for turn in message] for message in turns]
     for rows in (
         [{"conversations": message} for message in turns],
         [{"messages": message} for message in turns],
         [{"messages": message} for message in roles],
     ):
-        assert loaded(tmp_path, rows).fingerprint == reference.fingerprint
-    renamed = loaded(tmp_path, [{"chat": message} for message in turns], columns=("messages=chat",))
+        assert load_rows(tmp_path, rows).fingerprint == reference.fingerprint
+    renamed = load_rows(tmp_path, [{"chat": message} for message in turns], columns=("messages=chat",))
     assert renamed.fingerprint == reference.fingerprint
     with pytest.raises(DataError, match="a turn is from 'robot'; allowed: human"):
-        loaded(tmp_path, [{"conversations": [{"from": "robot", "value": "hm"}]}])
+        load_rows(tmp_path, [{"conversations": [{"from": "robot", "value": "hm"}]}])
 
 
 def test_alpaca_gets_its_prompt(tmp_path: Path) -> None:
     rows = [{"instruction": text, "input": "" if n % 2 else "more", "output": "done"} for n, text in enumerate(TEXTS)]
-    splits = loaded(tmp_path, rows)
+    splits = load_rows(tmp_path, rows)
     assert (splits.form, splits.summary.shape) == ("prompt_completion", "alpaca")
-    prompts = [content["prompt"] for content in contents(splits)]
+    prompts = [content["prompt"] for content in get_contents(splits)]
     assert all(prompt.endswith("\n\n### Response:\n") for prompt in prompts)
     assert any("### Input:\nmore\n\n" in prompt for prompt in prompts)
     assert any("### Input:" not in prompt for prompt in prompts)
@@ -73,7 +73,7 @@ def test_alpaca_gets_its_prompt(tmp_path: Path) -> None:
 
 def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
     held_out = write_jsonl(tmp_path / "mine.jsonl", [{"text": text} for text in generate_sentences(30, seed=9)])
-    splits = loaded(tmp_path, [{"text": text} for text in TEXTS], validation=str(held_out), max_eval_examples=100)
+    splits = load_rows(tmp_path, [{"text": text} for text in TEXTS], validation=str(held_out), max_eval_examples=100)
     expected = {json.loads(line)["text"] for line in held_out.read_text().splitlines()}
     assert {example.content["text"] for example in splits.examples["validation"]} == expected
     assert len(splits.examples["test"]) >= 2  # from the data, by hash
@@ -99,18 +99,19 @@ def test_a_folder_with_some_splits_takes_the_other_from_train(tmp_path: Path, fi
 
 
 def test_no_test_split(tmp_path: Path) -> None:
-    splits = loaded(tmp_path, [{"text": text} for text in TEXTS], test_fraction=0.0, max_eval_examples=1000)
+    splits = load_rows(tmp_path, [{"text": text} for text in TEXTS], test_fraction=0.0, max_eval_examples=1000)
     assert len(splits.examples["test"]) == 0
     assert len(splits.examples["train"]) + len(splits.examples["validation"]) == len(set(TEXTS))
 
 
 def test_every_row_is_counted(tmp_path: Path) -> None:
     rows = [{"text": text} for text in TEXTS * 2] + [{"text": "\ud800"}]
-    splits = loaded(tmp_path, rows, max_eval_examples=5)
+    splits = load_rows(tmp_path, rows, max_eval_examples=5)
     num_examples = sum(len(examples) for examples in splits.examples.values())
     assert splits.summary.rows == 201
     assert (
-        splits.summary.rows == num_examples + splits.summary.unreadable + splits.summary.repeated + splits.summary.not_evaluated
+        splits.summary.rows
+        == num_examples + splits.summary.unreadable + splits.summary.repeated + splits.summary.not_evaluated
     )
     assert splits.summary.repeated > 0
     assert splits.summary.not_evaluated > 0
@@ -126,7 +127,7 @@ def test_every_row_is_counted(tmp_path: Path) -> None:
 )
 def test_wrong_columns_are_named(tmp_path: Path, columns: tuple[str, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        loaded(tmp_path, [{"question": "a", "answer": "b"}], columns=columns)
+        load_rows(tmp_path, [{"question": "a", "answer": "b"}], columns=columns)
 
 
 def test_columns_as_python_gives_them() -> None:
@@ -145,10 +146,10 @@ def test_another_spelling_of_the_validation_file_is_the_same(tmp_path: Path, mon
 @pytest.mark.parametrize("first", [True, 1.0])
 def test_labels_of_other_types_are_classes(tmp_path: Path, first: object) -> None:
     renamed = False if first is True else 0.0
-    splits = loaded(tmp_path, [{"text": text, "label": (first, renamed)[n % 2]} for n, text in enumerate(TEXTS)])
+    splits = load_rows(tmp_path, [{"text": text, "label": (first, renamed)[n % 2]} for n, text in enumerate(TEXTS)])
     assert splits.summary.classes == (["False", "True"] if first is True else ["0", "1"])
     with pytest.raises(DataError, match=r"`label`: got a float; give an integer or a name"):
-        loaded(tmp_path, [{"text": "a", "label": 0.5}])
+        load_rows(tmp_path, [{"text": "a", "label": 0.5}])
 
 
 def test_a_data_frame_is_read_as_its_rows() -> None:
@@ -164,7 +165,7 @@ def test_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
     lines = [f"{text};answer {text}, truly" for text in TEXTS]
     (tmp_path / "semi.csv").write_text("\n".join(["prompt;completion", *lines]), encoding="utf-8")
     rows = [{"prompt": text, "completion": f"answer {text}, truly"} for text in TEXTS]
-    assert load_data(tmp_path / "semi.csv", build_small_settings()).fingerprint == loaded(tmp_path, rows).fingerprint
+    assert load_data(tmp_path / "semi.csv", build_small_settings()).fingerprint == load_rows(tmp_path, rows).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -175,9 +176,9 @@ def test_unknown_columns_are_answered_with_the_option_that_names_them(
     tmp_path: Path, row: dict[str, Any], option: str
 ) -> None:
     with pytest.raises(DataError, match=r"or name your columns, such as --columns text=review,label=stars$"):
-        loaded(tmp_path, [row])
+        load_rows(tmp_path, [row])
     assert (
-        loaded(
+        load_rows(
             tmp_path, [row | {next(iter(row)): text} for text in TEXTS], columns=tuple(option.split(","))
         ).summary.rows
         == 100
@@ -188,4 +189,4 @@ def test_rows_that_are_all_equal_are_counted(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"[01] distinct examples for the \w+ split, .* from 60 rows; give more rows that differ"
     ):
-        loaded(tmp_path, [{"text": "a"}] * 60)
+        load_rows(tmp_path, [{"text": "a"}] * 60)

@@ -50,7 +50,7 @@ def log_all(records: Records, name: str) -> list[str]:
     return notices
 
 
-def list_trained(records: Records) -> list[TrialFinished]:
+def list_trained_trials(records: Records) -> list[TrialFinished]:
     return [trial for trial in records.list_finished() if trial.rank > 0]
 
 
@@ -81,7 +81,9 @@ def test_mlflow(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     mlflow.set_tracking_uri("sqlite:///mlflow.db")
     assert log_all(records, "mlflow") == []
-    values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in list_trained(records)]
+    values = [
+        {"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in list_trained_trials(records)
+    ]
     ours = decide(values, higher_is_better=False).decision
     assert decide(mlflow.search_runs(experiment_names=["rightrank"])).decision.reference_rank == ours.reference_rank
     client = mlflow.MlflowClient()
@@ -103,7 +105,7 @@ def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {run["group"] for run in runs} == {runs[0]["group"]}
     last = next(run for run in runs if run["name"] == "decision")
     assert last["summary"]["decision/verdict"] == decide_run(records).verdict
-    trained = list_trained(records)
+    trained = list_trained_trials(records)
     by_name = {run["name"]: run for run in runs}
     for trial in trained:
         run = next(run for name, run in by_name.items() if name.endswith(trial.trial_id[:6]))
@@ -131,9 +133,9 @@ def _read_wandb_run(path: Path) -> dict[str, Any]:
         elif kind == "config":
             run_fields["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
         elif kind == "history":
-            run_fields["history"].append({_key(i): json.loads(i.value_json) for i in record.history.item})
+            run_fields["history"].append({_get_key(i): json.loads(i.value_json) for i in record.history.item})
         elif kind == "summary":
-            run_fields["summary"] |= {_key(i): json.loads(i.value_json) for i in record.summary.update}
+            run_fields["summary"] |= {_get_key(i): json.loads(i.value_json) for i in record.summary.update}
     return run_fields
 
 
@@ -152,7 +154,7 @@ def _read_frames(content: bytes) -> Iterator[bytes]:
             chunks = b""
 
 
-def _key(example: Any) -> str:
+def _get_key(example: Any) -> str:
     return example.key or ".".join(example.nested_key)
 
 

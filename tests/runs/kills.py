@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.runs.phases import PHASES, Moments, watch_phases
+from tests.runs.phases import PHASES, PhaseRecorder, watch_phases
 from tests.tiny import save_tiny_llama, write_completions
 
 ARGUMENTS = [
@@ -41,7 +41,7 @@ class Case:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._model, self._data = save_tiny_llama(root / "model"), write_completions(root / "data.jsonl")
-        self.moments = Moments()
+        self.recorder = PhaseRecorder()
         self.usual: dict[str, tuple[int, float]] = {}  # of the undisturbed run: entries and mean seconds by phase
 
     def warm_up(self, out: Path) -> None:
@@ -53,8 +53,8 @@ class Case:
         select_rank(str(self._model), self._data, out, settings=settings)
 
     def start(self, out: Path, phase: str | None = None, entry: int = 0) -> int:
-        """Process id; `moments.wait()` then returns at that entry into that phase."""
-        self.moments.ask(phase, entry)
+        """Process id; `recorder.wait()` then returns at that entry into that phase."""
+        self.recorder.request(phase, entry)
         child = os.fork()
         if child == 0:
             self._run(out)
@@ -69,7 +69,7 @@ class Case:
         os.dup2(log, 2)
         status = 70
         try:
-            watch_phases(self.moments)
+            watch_phases(self.recorder)
             main(["select", str(self._model), str(self._data), "--out", str(out), *ARGUMENTS])
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 70
@@ -123,11 +123,11 @@ def kill_once(case: Case, seconds: float, target: str, generator: random.Random,
     else:
         entries, each = case.usual[target]
         child = case.start(out, target, generator.randint(1, max(2, entries // 3)))
-        case.moments.wait(child, 10 * seconds + 60)
+        case.recorder.wait(child, 10 * seconds + 60)
         time.sleep(generator.uniform(0, each))
     os.kill(child, signal.SIGKILL)
     status = wait_for_end(child)
-    killed_in, later = case.moments.phase(), read_lines(out, "trial_finished")
+    killed_in, later = case.recorder.get_phase(), read_lines(out, "trial_finished")
     return {
         "target": target,
         "status": status,
@@ -202,7 +202,7 @@ def measure(kills: int, seed: int, root: Path) -> dict[str, Any]:
     if wait_for_end(case.start(root / "whole")) != 0:
         raise SystemExit(f"the undisturbed run failed: {case.log()}")
     seconds = time.monotonic() - begun
-    case.usual = case.moments.usual()
+    case.usual = case.recorder.measure_phases()
     reference = read_outcome(root / "whole")
     turns = itertools.cycle([ANYWHERE, *PHASES])
     runs: list[dict[str, Any]] = []

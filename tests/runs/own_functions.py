@@ -7,16 +7,16 @@ from collections.abc import Mapping
 
 from rightrank.runs.calls import TrialResult, TrialTask
 
-ITEMS = [random.Random(0).gauss(0, 1) for _ in range(40)]
+EXAMPLE_SCORES = [random.Random(0).gauss(0, 1) for _ in range(40)]
 
 
 def score_pair(task: TrialTask) -> TrialResult:
     """Scores that rise to rank 4 and then stay; the items' own spread is 100 times the ranks'."""
     gain = min(task.rank, 4) * 0.01 - (0.02 if task.learning_rate > 2e-3 else 0)
     noise = random.Random(task.rank)
-    scores = [ease + gain + noise.gauss(0, 1e-4) for ease in ITEMS]
+    scores = [ease + gain + noise.gauss(0, 1e-4) for ease in EXAMPLE_SCORES]
     return TrialResult(metrics={"reward": sum(scores) / len(scores)}, example_scores=scores)
 
 
-def by_number(task: TrialTask) -> Mapping[str, float]:
+def compute_loss(task: TrialTask) -> Mapping[str, float]:
     return {"loss": 1 + 1 / task.rank + (0.2 if task.learning_rate > 2e-3 else 0)}

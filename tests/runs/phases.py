@@ -20,18 +20,18 @@ ELSEWHERE = "elsewhere"  # loading, deciding, between two of the others
 _RECORD = struct.Struct("<qd")  # entries, seconds
 
 
-class Moments:
+class PhaseRecorder:
     """The shared page, and a pipe that reports the entry of a phase."""
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, 4096)
         self._read, self._write = os.pipe()
-        self._asked: tuple[str | None, int] = (None, 0)
+        self._requested: tuple[str | None, int] = (None, 0)
 
-    def ask(self, phase: str | None, entry: int) -> None:
+    def request(self, phase: str | None, entry: int) -> None:
         """Before a start: forget the last run, and say which entry to tell."""
         self._page[:] = bytes(4096)
-        self._asked = (phase, entry)
+        self._requested = (phase, entry)
         while select.select([self._read], [], [], 0)[0]:
             os.read(self._read, 64)
 
@@ -45,11 +45,11 @@ class Moments:
                 return False
         return False
 
-    def phase(self) -> str:
+    def get_phase(self) -> str:
         current = self._page[0]
         return ELSEWHERE if current == 0 else PHASES[current - 1]
 
-    def usual(self) -> dict[str, tuple[int, float]]:
+    def measure_phases(self) -> dict[str, tuple[int, float]]:
         """Entries of each phase in the last run, and their mean seconds."""
         durations = {}
         for number, name in enumerate(PHASES):
@@ -57,24 +57,24 @@ class Moments:
             durations[name] = (entries, seconds / max(entries, 1))
         return durations
 
-    def wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         number = PHASES.index(name)
 
-        def inner(*arguments: Any, **named: Any) -> Any:
+        def measure_call(*arguments: Any, **keywords: Any) -> Any:
             outer, self._page[0] = self._page[0], number + 1
             entries, seconds = self._get(number)
             self._put(number, entries + 1, seconds)
-            if self._asked == (name, entries + 1):
+            if self._requested == (name, entries + 1):
                 os.write(self._write, b"!")
             begun = time.perf_counter()
             try:
-                return function(*arguments, **named)
+                return function(*arguments, **keywords)
             finally:
                 entries, seconds = self._get(number)
                 self._put(number, entries, seconds + time.perf_counter() - begun)
                 self._page[0] = outer
 
-        return inner
+        return measure_call
 
     def _get(self, number: int) -> tuple[int, float]:
         entries, seconds = _RECORD.unpack_from(self._page, 64 + number * _RECORD.size)
@@ -84,7 +84,7 @@ class Moments:
         _RECORD.pack_into(self._page, 64 + number * _RECORD.size, entries, seconds)
 
 
-def watch_phases(moments: Moments) -> None:
+def watch_phases(recorder: PhaseRecorder) -> None:
     """Wrap what a selection calls, in every module that names it."""
     from rightrank.data.files import write_text
     from rightrank.models.adapter_writer import save_adapter
@@ -102,9 +102,9 @@ def watch_phases(moments: Moments) -> None:
     }
     for name, functions in phases.items():
         for function in functions:
-            _replace_everywhere(function, moments.wrapped(name, function))
-    Journal.append = moments.wrapped("journal", Journal.append)  # type: ignore[method-assign]
-    evaluated = moments.wrapped("evaluation", Runtime.evaluate_adapters)
+            _replace_everywhere(function, recorder.wrap(name, function))
+    Journal.append = recorder.wrap("journal", Journal.append)  # type: ignore[method-assign]
+    evaluated = recorder.wrap("evaluation", Runtime.evaluate_adapters)
     Runtime.evaluate_adapters = evaluated  # type: ignore[method-assign]
 
 

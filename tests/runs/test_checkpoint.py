@@ -38,19 +38,22 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_rows(folder: Path) -> Path:
     """`data.jsonl` and `validation.jsonl` in `folder`; the first."""
-    drawn = random.Random(0)
+    generator = random.Random(0)
 
-    def names(of: Sequence[str] = NAMES) -> str:
-        return " ".join(drawn.choices(of, k=4))
+    def draw_names(of: Sequence[str] = NAMES) -> str:
+        return " ".join(generator.choices(of, k=4))
 
-    def rows(count: int, num_others: int) -> list[dict[str, Any]]:
+    def draw_rows(count: int, num_others: int) -> list[dict[str, Any]]:
         return [
-            {"prompt": names(), "completion": f" {names(NAMES[4:]) if index < num_others else 'ada ben cleo dan'}"}
+            {
+                "prompt": draw_names(),
+                "completion": f" {draw_names(NAMES[4:]) if index < num_others else 'ada ben cleo dan'}",
+            }
             for index in range(count)
         ]
 
-    write_jsonl(folder / "validation.jsonl", rows(60, num_others=40))
-    return write_jsonl(folder / "data.jsonl", rows(150, num_others=0))
+    write_jsonl(folder / "validation.jsonl", draw_rows(60, num_others=40))
+    return write_jsonl(folder / "data.jsonl", draw_rows(150, num_others=0))
 
 
 def select(

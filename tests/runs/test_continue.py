@@ -47,8 +47,8 @@ def test_a_run_continued_equals_one_made_at_once(
     run = tmp_path / "run"
     shutil.copytree(begun, run)
     earlier_trials = [record for record in read_journal(run) if isinstance(record, TrialStarted)]
-    more = build_small_settings(max_steps=4, ranks=(1, 2, 4), seeds=(0, 1), margin=0.5)
-    continued = select_rank(str(model_folder), completion_file, run, settings=more)
+    final_settings = build_small_settings(max_steps=4, ranks=(1, 2, 4), seeds=(0, 1), margin=0.5)
+    continued = select_rank(str(model_folder), completion_file, run, settings=final_settings)
     again = [record for record in read_journal(run) if isinstance(record, TrialStarted)][len(earlier_trials) :]
     assert {record.trial_id for record in earlier_trials}.isdisjoint(
         record.trial_id for record in again
@@ -56,7 +56,7 @@ def test_a_run_continued_equals_one_made_at_once(
     assert [record.settings.keys() for record in read_journal(run) if isinstance(record, RunContinued)] == [
         {"margin", "ranks", "seeds"}
     ]
-    single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=more)
+    single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=final_settings)
     assert collect_values(run) == collect_values(tmp_path / "whole")
     assert continued.decision.margin == 0.5
     same = {"next_runs", "ranks"}  # these name trials, whose identities are the run's own
@@ -106,20 +106,20 @@ def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
 ) -> None:
     """Check that the run equals one that had all the examples from the start."""
     run = tmp_path / "run"
-    few, many = (
+    few_examples, many_examples = (
         build_small_settings(max_steps=4, max_eval_examples=6),
         build_small_settings(max_steps=4, max_eval_examples=14),
     )
-    select_rank(str(model_folder), completion_file, run, settings=few)
+    select_rank(str(model_folder), completion_file, run, settings=few_examples)
     earlier_trials = [record for record in read_journal(run) if isinstance(record, TrialStarted)]
-    continued = select_rank(str(model_folder), completion_file, run, settings=many)
+    continued = select_rank(str(model_folder), completion_file, run, settings=many_examples)
     assert [record for record in read_journal(run) if isinstance(record, TrialStarted)] == earlier_trials
-    single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=many)
+    single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=many_examples)
     ours, theirs = continued.decision, single_run.decision
     assert (ours.rank, ours.verdict, ours.flags) == (theirs.rank, theirs.verdict, theirs.flags)
     assert [record.value for record in ours.ranks] == pytest.approx([record.value for record in theirs.ranks], rel=1e-5)
     assert decide(run).decision.ranks == ours.ranks
-    again = select_rank(str(model_folder), completion_file, run, settings=few)  # examples are not taken away
+    again = select_rank(str(model_folder), completion_file, run, settings=few_examples)  # examples are not taken away
     assert again.decision.ranks == ours.ranks
 
 
@@ -130,11 +130,11 @@ def test_a_run_continued_with_other_ranks_keeps_those_that_were_trained(tmp_path
         return {"loss": {1: 0.4, 4: 0.3, 16: 0.2}[task.rank] + 0.001 * task.seed * task.rank}
 
     run: Path = tmp_path / "run"
-    more: dict[str, Any] = {"learning_rates": 1e-3, "margin": 0.01, "strategy": "bracket"}
-    select_rank_with(train, run, ranks=(1, 4), seeds=0, **more)
-    select_rank_with(train, run, ranks=(1, 4), seeds=(0, 1), **more)
+    options: dict[str, Any] = {"learning_rates": 1e-3, "margin": 0.01, "strategy": "bracket"}
+    select_rank_with(train, run, ranks=(1, 4), seeds=0, **options)
+    select_rank_with(train, run, ranks=(1, 4), seeds=(0, 1), **options)
     earlier_trials = collect_values(run)
-    selected = select_rank_with(train, run, ranks=(1, 4, 16), seeds=(0, 1), **more)
+    selected = select_rank_with(train, run, ranks=(1, 4, 16), seeds=(0, 1), **options)
     assert earlier_trials.items() < collect_values(run).items()
     assert [record.rank for record in selected.decision.ranks if record.rank] == [1, 4, 16]
     assert decide(run).decision == selected.decision

@@ -44,8 +44,8 @@ def build_result(task: TrialTask) -> TrialResult:
     return TrialResult(metrics={"reward": sum(scores) / 3}, example_scores=scores)
 
 
-def run(train: Callable[[TrialTask], Any], out: Path, **more: Any) -> Records:
-    select_rank_with(train, out, ranks=(1, 4), learning_rates=(1e-3,), metric="reward", **more)
+def run(train: Callable[[TrialTask], Any], out: Path, **settings: Any) -> Records:
+    select_rank_with(train, out, ranks=(1, 4), learning_rates=(1e-3,), metric="reward", **settings)
     return read_run_records(out)
 
 
@@ -60,19 +60,19 @@ def collect_points(records: Records) -> dict[int, list[EvalPoint]]:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Records:
+def local(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return run(make_reporting_trainer, tmp_path_factory.mktemp("here") / "run")
 
 
-def test_reports_are_the_same_in_several_calls_at_a_time(here: Records, tmp_path: Path) -> None:
-    there = run(make_reporting_trainer, tmp_path / "run", workers=2)
-    assert collect_points(there) == collect_points(here)
-    assert there.evaluations == here.evaluations
-    assert [point.step for point in next(iter(here.evaluations.values()))] == [0, 10, 20]
+def test_reports_are_the_same_in_several_calls_at_a_time(local: Records, tmp_path: Path) -> None:
+    remote = run(make_reporting_trainer, tmp_path / "run", workers=2)
+    assert collect_points(remote) == collect_points(local)
+    assert remote.evaluations == local.evaluations
+    assert [point.step for point in next(iter(local.evaluations.values()))] == [0, 10, 20]
 
 
-def test_points_that_are_returned_count_as_reports(here: Records, tmp_path: Path) -> None:
-    assert collect_points(run(make_returning_trainer, tmp_path / "run")) == collect_points(here)
+def test_points_that_are_returned_count_as_reports(local: Records, tmp_path: Path) -> None:
+    assert collect_points(run(make_returning_trainer, tmp_path / "run")) == collect_points(local)
 
 
 def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
@@ -90,15 +90,15 @@ def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
 
 
 def test_status_shows_the_last_look_of_the_trial_at_work(tmp_path: Path) -> None:
-    shown: list[str | None] = []
+    status_lines: list[str | None] = []
 
     def train(task: TrialTask) -> TrialResult:
         task.report(5, 0.5)
-        shown.append(status(tmp_path / "run").running)
+        status_lines.append(status(tmp_path / "run").running)
         return build_result(task)
 
     run(train, tmp_path / "run")
-    assert shown[0] == "r=4 lr=0.001 seed=0, step 5: held-out 0.5"
+    assert status_lines[0] == "r=4 lr=0.001 seed=0, step 5: held-out 0.5"
 
 
 def test_looks_of_a_trial_that_runs_again_are_dropped(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_threads_call_the_function_beside_each_other(tmp_path: Path, workers: in
     assert max_parallel[0] == workers
 
 
-def bad_in_every_way(task: TrialTask) -> TrialResult:
+def report_bad_values(task: TrialTask) -> TrialResult:
     task.report(1, 0.5, [0.5] * 2)
     match task.rank:
         case 2:
@@ -176,7 +176,7 @@ def bad_in_every_way(task: TrialTask) -> TrialResult:
 
 def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     ranks = (1, 2, 4, 8, 16)
-    select_rank_with(bad_in_every_way, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward")
+    select_rank_with(report_bad_values, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward")
     outcomes = {outcome.rank: outcome for outcome in read_run_records(tmp_path / "run").outcomes}
     expected = {
         2: (TrialDiverged, "train gave value = nan"),

@@ -30,8 +30,8 @@ def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_fi
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     mine = select_rank(model, rows, tmp_path / "mine", tokenizer=tokenizer, settings=settings)
     base_settings = build_small_settings(num_evaluations=1)  # 8 steps, were it not for the keyword
-    named = select_rank(str(model_folder), completion_file, tmp_path / "named", settings=base_settings, max_steps=3)
-    assert [e.value for e in mine.decision.ranks] == [e.value for e in named.decision.ranks]
+    by_name = select_rank(str(model_folder), completion_file, tmp_path / "named", settings=base_settings, max_steps=3)
+    assert [e.value for e in mine.decision.ranks] == [e.value for e in by_name.decision.ranks]
     assert all((model.state_dict()[name] == value).all() for name, value in weights.items())
     assert set(model.state_dict()) == set(weights)
     assert "objects in memory" in mine.report.read_text(encoding="utf-8")

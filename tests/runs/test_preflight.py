@@ -97,14 +97,14 @@ def test_the_first_lines_of_a_selection_hold_the_same_facts(
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("options", "message"),
     [
         ([], "no run folder: give --out DIR, or --dry-run"),
         (["--dry-run", "--strategy", "gird"], "unknown strategy 'gird'"),
     ],
 )
-def test_bad_use_is_one_line(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(["select", "model", "data.jsonl", *more], capsys)
+def test_bad_use_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(["select", "model", "data.jsonl", *options], capsys)
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

@@ -22,7 +22,7 @@ PROMPT_EASE = [index / 200 for index in range(200)]  # of the test prompts
 LOW, HIGH = 1e-5, 1e-4
 
 
-def reinforce(task: TrialTask, gain: float = 0.0, noise: float = 0.01) -> TrialResult:
+def train_by_reinforcement(task: TrialTask, gain: float = 0.0, noise: float = 0.01) -> TrialResult:
     """Rewards that rise to a level; at the high learning rate they rise faster, and then fall to nothing."""
     generator = random.Random(f"{task.rank} {task.learning_rate} {task.seed}")
     level = 0.6 + gain * (task.rank > 1) + generator.gauss(0, noise)
@@ -35,9 +35,11 @@ def reinforce(task: TrialTask, gain: float = 0.0, noise: float = 0.01) -> TrialR
     return TrialResult(metrics={"reward": sum(scores) / len(scores)}, example_scores=scores)
 
 
-def run(out: Path, train: Callable[[TrialTask], Any] = reinforce, **more: Any) -> tuple[Selected, list[str]]:
+def run(
+    out: Path, train: Callable[[TrialTask], Any] = train_by_reinforcement, **settings: Any
+) -> tuple[Selected, list[str]]:
     notices: list[str] = []
-    arguments: dict[str, Any] = {"ranks": (1, 4, 16), "learning_rates": (LOW, HIGH), "profile": "rl"} | more
+    arguments: dict[str, Any] = {"ranks": (1, 4, 16), "learning_rates": (LOW, HIGH), "profile": "rl"} | settings
     return select_rank_with(train, out, callbacks=[Watch(notice=notices.append)], **arguments), notices
 
 
@@ -67,7 +69,7 @@ def test_a_run_that_collapsed_is_an_outcome_and_never_handed_over(tmp_path: Path
 
 
 def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_path: Path) -> None:
-    selected, notices = run(tmp_path / "run", lambda task: reinforce(task, noise=0.06))
+    selected, notices = run(tmp_path / "run", lambda task: train_by_reinforcement(task, noise=0.06))
     decision = selected.decision
     assert decision is not None
     assert (decision.verdict, decision.rank, decision.fallback_rank) == ("no_difference", 1, None)
@@ -81,7 +83,7 @@ def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_pa
 
 
 def test_a_larger_rank_that_is_better_is_the_answer(tmp_path: Path) -> None:
-    selected, _ = run(tmp_path / "run", lambda task: reinforce(task, gain=0.3))
+    selected, _ = run(tmp_path / "run", lambda task: train_by_reinforcement(task, gain=0.3))
     assert selected.decision is not None
     assert (selected.decision.rank, selected.decision.verdict) == (
         4,
@@ -125,7 +127,7 @@ def test_a_reward_function_that_raises_fails_its_trial(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         if (task.rank, task.seed) == (4, 0):
             raise ZeroDivisionError("no completions")
-        return reinforce(task)
+        return train_by_reinforcement(task)
 
     selected, _ = run(tmp_path / "run", train)
     assert {outcome.rank for outcome in read_outcomes(tmp_path / "run") if isinstance(outcome, TrialFailed)} == {4}
@@ -136,9 +138,12 @@ def test_a_reward_function_that_raises_fails_its_trial(tmp_path: Path) -> None:
 def test_it_resumes_without_training_again(tmp_path: Path) -> None:
     first, _ = run(tmp_path / "run")
 
-    def never(task: TrialTask) -> TrialResult:
+    def fail_on_call(task: TrialTask) -> TrialResult:
         raise AssertionError(task)
 
-    never.__module__, never.__qualname__ = reinforce.__module__, reinforce.__qualname__
-    again, _ = run(tmp_path / "run", never)
+    fail_on_call.__module__, fail_on_call.__qualname__ = (
+        train_by_reinforcement.__module__,
+        train_by_reinforcement.__qualname__,
+    )
+    again, _ = run(tmp_path / "run", fail_on_call)
     assert again.decision == first.decision

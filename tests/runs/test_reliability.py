@@ -86,8 +86,8 @@ def work(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return folder
 
 
-def run_selection(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
-    status, _, err = run([*SELECT[:-1], *more, "--quiet"], capsys)
+def run_selection(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    status, _, err = run([*SELECT[:-1], *options, "--quiet"], capsys)
     return status, err
 
 
@@ -300,10 +300,10 @@ def test_out_of_memory_on_a_cpu_is_recorded_and_the_rest_goes_on(completion_file
 def test_out_of_memory_anywhere_is_one_line(
     error: Exception, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def short(_run: Path, _figures: object) -> Path:
+    def run_out_of_memory(_run: Path, _figures: object) -> Path:
         raise error
 
-    monkeypatch.setattr("rightrank.api.runs.write_report", short)
+    monkeypatch.setattr("rightrank.api.runs.write_report", run_out_of_memory)
     status, out, err = run(["report", "run"], capsys)
     assert (status, out) == (1, "")
     assert err.startswith("rightrank: out of memory; finished trials are kept")
@@ -311,10 +311,10 @@ def test_out_of_memory_anywhere_is_one_line(
 
 
 def test_another_error_is_not_called_out_of_memory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(_run: Path, _figures: object) -> Path:
+    def raise_other_error(_run: Path, _figures: object) -> Path:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr("rightrank.api.runs.write_report", wrong)
+    monkeypatch.setattr("rightrank.api.runs.write_report", raise_other_error)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         main(["report", "run"])
 

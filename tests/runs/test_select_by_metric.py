@@ -38,8 +38,10 @@ def read_finished(folder: Path) -> list[TrialFinished]:
     return [record for record in Journal(folder / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
-def select(model: Path, data: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
-    return run(["select", str(model), str(data), "--out", str(out), *SMALL, *more, "--json"], capsys)
+def select(
+    model: Path, data: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[int, str, str]:
+    return run(["select", str(model), str(data), "--out", str(out), *SMALL, *options, "--json"], capsys)
 
 
 def test_one_metric_decides_and_the_others_are_kept(
@@ -60,8 +62,8 @@ def test_one_metric_decides_and_the_others_are_kept(
         "max:mine.py:total",
         "min:count.py:length",
     ]
-    more = [word for name in arguments for word in ("--metrics", name)]
-    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", "rougeL", *more)
+    options = [word for name in arguments for word in ("--metrics", name)]
+    status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", "rougeL", *options)
     assert status == 0, err
     answer = json.loads(out)
     assert answer["metric"] == "rougeL"
@@ -148,8 +150,8 @@ def test_a_function_that_fails_later_loses_nothing(
 def test_metrics_of_classes(
     model_folder: Path, class_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--metric", "macro_f1", "--metrics", "accuracy"]
-    status, out, err = select(model_folder, class_file, tmp_path / "run", capsys, *more)
+    options = ["--metric", "macro_f1", "--metrics", "accuracy"]
+    status, out, err = select(model_folder, class_file, tmp_path / "run", capsys, *options)
     assert status == 0, err
     answer = json.loads(out)
     assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "examples", 0.005)

@@ -52,9 +52,9 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
     for trial in trials:
         assert set(trial.example_tokens) == {1}
         assert {len(values) for values in trial.example_metrics.values()} == {len(trial.example_losses)}
-        items = trial.get_weighted_scores("reward_accuracy")
-        assert items is not None
-        assert sum(items[0]) / len(items[0]) == trial.metrics["reward_accuracy"]
+        weighted_scores = trial.get_weighted_scores("reward_accuracy")
+        assert weighted_scores is not None
+        assert sum(weighted_scores[0]) / len(weighted_scores[0]) == trial.metrics["reward_accuracy"]
     base = next(trial for trial in trials if trial.rank == 0)
     assert base.metrics["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert base.metrics["chosen_log_ratio"] == pytest.approx(0, abs=1e-4)

@@ -14,7 +14,7 @@ import pytest
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 from tests.adapters.adapters import make_adapter, make_base
-from tests.runs.own_functions import ITEMS, by_number, score_pair
+from tests.runs.own_functions import EXAMPLE_SCORES, compute_loss, score_pair
 from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
@@ -64,7 +64,7 @@ def test_a_metric_without_a_known_direction_states_it(tmp_path: Path) -> None:
 
 
 def test_one_number_a_trial_is_enough_to_begin_with(tmp_path: Path) -> None:
-    decision = select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1).decision
+    decision = select_rank_with(compute_loss, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1).decision
     assert decision.reference_rank == 16
     assert {evidence.rank for evidence in decision.ranks} == set(RANKS)
 
@@ -91,7 +91,7 @@ def test_examples_that_belong_together_widen_the_bounds(tmp_path: Path) -> None:
 def test_what_train_saved_is_handed_over(tmp_path: Path) -> None:
     def train(task: TrialTask) -> Mapping[str, float]:
         (task.folder / "weights.bin").write_text(str(task.rank))
-        return by_number(task)
+        return compute_loss(task)
 
     selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
     assert selected.adapter is not None
@@ -107,7 +107,7 @@ def test_it_resumes_and_runs_again_only_what_failed(tmp_path: Path) -> None:
         calls.append(task.rank)
         if broken and task.rank == 4:
             raise ZeroDivisionError("no\nluck")
-        return by_number(task)
+        return compute_loss(task)
 
     first = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
     assert "train raised ZeroDivisionError: no luck" in first.report.read_text(encoding="utf-8")
@@ -126,7 +126,7 @@ def test_stopped_it_keeps_what_was_done(tmp_path: Path) -> None:
     stops = iter([False, True])
     with pytest.raises(InterruptedRun, match="stopped after 2 trials"):
         select_rank_with(
-            by_number,
+            compute_loss,
             tmp_path / "run",
             ranks=RANKS,
             learning_rates=(1e-3,),
@@ -138,7 +138,7 @@ def test_stopped_it_keeps_what_was_done(tmp_path: Path) -> None:
 
 def test_the_base_is_asked_for_when_wanted(tmp_path: Path) -> None:
     def train(task: TrialTask) -> Mapping[str, float]:
-        return {"loss": 3.0} if task.rank == 0 else by_number(task)
+        return {"loss": 3.0} if task.rank == 0 else compute_loss(task)
 
     decision = select_rank_with(train, tmp_path / "run", ranks=(0, *RANKS), learning_rates=(1e-3,)).decision
     assert decision.ranks[0].rank == 0
@@ -195,22 +195,22 @@ def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> 
 def test_a_wrong_result_ends_the_selection_after_the_first_training(tmp_path: Path, train: Any, reason: str) -> None:
     calls: list[int] = []
 
-    def counted(task: TrialTask) -> Any:
+    def count_calls(task: TrialTask) -> Any:
         calls.append(task.rank)
         return train(task)
 
     with pytest.raises(AllTrialsFailedError, match="finished trials are kept: correct the function") as caught:
-        select_rank_with(counted, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
+        select_rank_with(count_calls, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
     assert reason in str(caught.value)
     assert len(calls) == 1
     calls.clear()
-    train = by_number
-    assert select_rank_with(counted, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,)).decision.ranks
+    train = compute_loss
+    assert select_rank_with(count_calls, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,)).decision.ranks
 
 
 def test_a_wrong_result_after_good_ones_fails_its_trial_alone(tmp_path: Path) -> None:
     def train(task: TrialTask) -> Any:
-        return None if task.rank == 4 else by_number(task)
+        return None if task.rank == 4 else compute_loss(task)
 
     selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
     assert {row.rank for row in selected.decision.ranks} == {1, 16}
@@ -239,7 +239,7 @@ def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
     assert trained == []
 
 
-class Named:
+class WinShareFunction:
     metric, higher_is_better = "win_share", True
 
     def __call__(self, task: TrialTask) -> Mapping[str, float]:
@@ -249,7 +249,9 @@ class Named:
 def test_a_function_that_names_its_metric_needs_no_other_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    selected = select_rank_with(Named(), tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), progress=True).decision
+    selected = select_rank_with(
+        WinShareFunction(), tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), progress=True
+    ).decision
     assert (selected.metric, selected.higher_is_better, selected.reference_rank) == ("win_share", True, 16)
     err = capsys.readouterr().err
     assert (
@@ -257,7 +259,7 @@ def test_a_function_that_names_its_metric_needs_no_other_name(
     )
     assert "examples: ;" not in err
     with pytest.raises(SettingsError, match="'loss': Named scores the examples by 'win_share'; leave metric out"):
-        select_rank_with(Named(), tmp_path / "other", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
+        select_rank_with(WinShareFunction(), tmp_path / "other", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
 
 
 def test_a_function_that_is_wrong_is_not_called_for_every_arm(tmp_path: Path) -> None:
@@ -328,8 +330,8 @@ def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], me
 
 
 def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
-    select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
-    with pytest.raises(RunFolderError, match=r"trainer: .*by_number' → .*paired'"):
+    select_rank_with(compute_loss, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
+    with pytest.raises(RunFolderError, match=r"trainer: .*compute_loss' → .*paired'"):
         select_rank_with(score_pair, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
     assert issubclass(RunFolderError, RightrankError)
 
@@ -350,16 +352,16 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
 
     def train(task: TrialTask) -> TrialResult:
         make_adapter(base, task.folder, rank=task.rank)
-        return scored(task.rank)
+        return make_result(task.rank)
 
-    def scored(rank: int) -> TrialResult:
-        scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in ITEMS]
+    def make_result(rank: int) -> TrialResult:
+        scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in EXAMPLE_SCORES]
         return TrialResult(metrics={"loss": sum(scores) / len(scores)}, example_scores=scores)
 
     def evaluate(folder: Path, task: TrialTask) -> TrialResult:
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["r"] == task.rank
-        return scored(task.rank)
+        return make_result(task.rank)
 
     selected = select_rank_with(
         train, tmp_path / "run", evaluate=evaluate, goal="adapter", ranks=(1, 8), learning_rates=(1e-3,), margin=0.01,
@@ -389,12 +391,16 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
 
 def test_the_adapter_goal_needs_evaluate(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="needs evaluate="):
-        select_rank_with(by_number, tmp_path / "run", goal="adapter")
+        select_rank_with(compute_loss, tmp_path / "run", goal="adapter")
 
 
 def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: Path) -> None:
     selected = select_rank_with(
-        by_number, tmp_path / "run", evaluate=lambda _folder, _task: {"loss": 1.0}, ranks=(1, 4), learning_rates=(1e-3,)
+        compute_loss,
+        tmp_path / "run",
+        evaluate=lambda _folder, _task: {"loss": 1.0},
+        ranks=(1, 4),
+        learning_rates=(1e-3,),
     )
     assert selected.adapter is None
     assert selected.exported_adapter is None
@@ -403,14 +409,14 @@ def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: P
 
 def test_one_value_stands_for_a_list_and_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selected = select_rank_with(
-        by_number, tmp_path / "run", ranks=(1, 4), learning_rates=1e-3, seeds=0, metric="loss", progress=True
+        compute_loss, tmp_path / "run", ranks=(1, 4), learning_rates=1e-3, seeds=0, metric="loss", progress=True
     )
     assert "held-out" in capsys.readouterr().err
     text = str(selected)
     assert text.count("next:") == 1
     assert "None" not in text
     with pytest.raises(SettingsError, match="ranks: got 4 alone"):
-        select_rank_with(by_number, tmp_path / "one", ranks=4)
+        select_rank_with(compute_loss, tmp_path / "one", ranks=4)
 
 
 def test_the_base_is_measured_by_default(tmp_path: Path) -> None:
@@ -418,7 +424,7 @@ def test_the_base_is_measured_by_default(tmp_path: Path) -> None:
 
     def train(task: TrialTask) -> TrialResult:
         loss = 1.0 if task.rank == 0 else 1.2 - 0.01 * min(task.rank, 4)
-        scores = [loss + 1e-3 * ease for ease in ITEMS]
+        scores = [loss + 1e-3 * ease for ease in EXAMPLE_SCORES]
         return TrialResult(metrics={"loss": sum(scores) / len(scores)}, example_scores=scores)
 
     decision = select_rank_with(train, tmp_path / "run", learning_rates=(1e-3,), margin=0.005).decision
@@ -439,7 +445,7 @@ def test_an_answer_without_the_base_says_so(
     tmp_path: Path, ranks: tuple[int, ...], wrong: str | None, reason: str
 ) -> None:
     def train(task: TrialTask) -> Any:
-        return None if task.rank == 0 and wrong == "returns nothing" else by_number(task)
+        return None if task.rank == 0 and wrong == "returns nothing" else compute_loss(task)
 
     decision = select_rank_with(train, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), margin=0.1).decision
     assert {evidence.rank for evidence in decision.ranks} == set(RANKS)
@@ -470,7 +476,7 @@ def test_files_of_a_trainers_own_in_the_run_folder_stay(tmp_path: Path) -> None:
         for name in ("checkpoints", "cache", "logs"):
             (out / name).mkdir(exist_ok=True)
             (out / name / f"{task.rank}.bin").write_text("mine")
-        return by_number(task)
+        return compute_loss(task)
 
     select_rank_with(train, out, ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
     for name in ("checkpoints", "cache", "logs"):
@@ -480,17 +486,17 @@ def test_files_of_a_trainers_own_in_the_run_folder_stay(tmp_path: Path) -> None:
 def test_an_adapter_folder_with_own_files_is_moved_aside_and_not_replaced(tmp_path: Path) -> None:
     base, out = make_base(tmp_path / "base"), tmp_path / "run"
 
-    def scored(rank: int) -> TrialResult:
-        scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in ITEMS]
+    def make_result(rank: int) -> TrialResult:
+        scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in EXAMPLE_SCORES]
         return TrialResult(metrics={"loss": sum(scores) / len(scores)}, example_scores=scores)
 
     def train(task: TrialTask) -> TrialResult:
         make_adapter(base, task.folder, rank=task.rank)
-        return scored(task.rank)
+        return make_result(task.rank)
 
     def select(margin: float) -> int:
         select_rank_with(
-            train, out, evaluate=lambda _folder, task: scored(task.rank), goal="adapter", ranks=(1, 8), learning_rates=(1e-3,),
+            train, out, evaluate=lambda _folder, task: make_result(task.rank), goal="adapter", ranks=(1, 8), learning_rates=(1e-3,),
             margin=margin, strategy="bracket",
         )  # fmt: skip
         rank: int = json.loads((out / "adapter" / "adapter_config.json").read_text())["r"]

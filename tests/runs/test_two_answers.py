@@ -155,9 +155,9 @@ def test_interrupted_between_the_answers_the_first_is_there_and_stays(
     require_first_answer(run, answer)
     assert json.loads((run / "decision.json").read_text())["rank"] is None
     assert status(run).state == "stopped"
-    shown = f"Adapter: rank {answer.handed_over.rank} · Training rank: not available yet"
-    assert shown in Elements((run / "report.html").read_text(encoding="utf-8")).text
-    assert shown in Elements(write_report(run).read_text(encoding="utf-8")).text
+    summary_line = f"Adapter: rank {answer.handed_over.rank} · Training rank: not available yet"
+    assert summary_line in Elements((run / "report.html").read_text(encoding="utf-8")).text
+    assert summary_line in Elements(write_report(run).read_text(encoding="utf-8")).text
     assert export(run, "peft").folder.is_dir()
 
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -21,7 +21,7 @@ WRITTEN = {  # what the types of the keywords allow beside the setting's own
 }
 
 
-def keywords() -> str:
+def format_keywords() -> str:
     """`schema/keywords.py`."""
     return f'''"""The keywords of `select_rank` and `plan`: the settings with an option. Made from their table by `make generated`."""
 
@@ -34,28 +34,28 @@ from typing import Literal, TypedDict
 class SelectKeywords(TypedDict, total=False):
     """The settings that most selections use. Pass all others through `settings`."""
 
-{_typed(SelectSettings)}
+{_format_keyword_class(SelectSettings)}
 
 class PlanKeywords(TypedDict, total=False):
     """The settings that most plans use. Pass all others through `settings`."""
 
-{_typed(PlanSettings).rstrip()}
+{_format_keyword_class(PlanSettings).rstrip()}
 '''
 
 
-def _typed(kind: type[Settings]) -> str:
+def _format_keyword_class(kind: type[Settings]) -> str:
     rows = {name: row for name, row in kind.model_fields.items() if row.option}
-    return "".join(f"    {name}: {_type_text(name, kind.model_types[name])}\n" for name in rows)
+    return "".join(f"    {name}: {_format_type(name, kind.model_types[name])}\n" for name in rows)
 
 
-def _type_text(name: str, hint: Any) -> str:
+def _format_type(name: str, hint: Any) -> str:
     if name in WRITTEN:
         return WRITTEN[name]
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-    return " | ".join(_kind_text(kind) for kind in kinds if kind is not NoneType)
+    return " | ".join(_format_kind(kind) for kind in kinds if kind is not NoneType)
 
 
-def _kind_text(kind: Any) -> str:
+def _format_kind(kind: Any) -> str:
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0].__name__
         return f"Sequence[{inner}] | {inner}"
@@ -65,12 +65,14 @@ def _kind_text(kind: Any) -> str:
     return str(kind.__name__)
 
 
-def page() -> str:
+def format_page() -> str:
     """`docs/reference/settings.md`."""
     sections = []
     for group in Group:
         rows = {name: row for name, row in SelectSettings.model_fields.items() if row.group is group}
-        lines = "\n".join(f"| `{name}` | {shown(row.default)} | {_meaning(row)} |" for name, row in rows.items())
+        lines = "\n".join(
+            f"| `{name}` | {format_default(row.default)} | {_format_meaning(row)} |" for name, row in rows.items()
+        )
         sections.append(f"## {group.value}\n\n| name | default | meaning |\n|---|---|---|\n{lines}\n")
     return f"""# Settings
 
@@ -81,21 +83,21 @@ A run is resumed by the same settings, and continued with other values of those 
 {chr(10).join(sections)}"""
 
 
-def _meaning(row: Setting) -> str:
+def _format_meaning(row: Setting) -> str:
     return row.help + (" (c)" if row.continuable else "")
 
 
-def shown(default: object) -> str:
+def format_default(default: object) -> str:
     if default is None or default == "":
         return "–"
     if isinstance(default, tuple):
-        return ", ".join(map(shown, default)) or "none"
+        return ", ".join(map(format_default, default)) or "none"
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 GENERATED: dict[Path, Callable[[], str]] = {
-    ROOT / "src" / "rightrank" / "schema" / "keywords.py": keywords,
-    ROOT / "docs" / "reference" / "settings.md": page,
+    ROOT / "src" / "rightrank" / "schema" / "keywords.py": format_keywords,
+    ROOT / "docs" / "reference" / "settings.md": format_page,
 }
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tests.schema.generated import GENERATED
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
 PLAIN_TEXT = st.from_regex(r"[a-z][a-z0-9_.,= -]{0,12}", fullmatch=True)
-TOGETHER: dict[str, dict[str, Any]] = {  # that a setting needs beside it
+REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {  # that a setting needs beside it
     "workers": {"executor": "processes"},
 }
 VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less than their type
@@ -43,7 +43,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less tha
 }
 
 
-def values_of(name: str) -> st.SearchStrategy[Any]:
+def draw_values(name: str) -> st.SearchStrategy[Any]:
     if name in VALUES:
         return VALUES[name]
     hint, bounds = SelectSettings.model_types[name], SelectSettings.model_fields[name].bounds
@@ -52,11 +52,11 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(hint))
     if is_list_type(hint):
         inner = next(kind_option for kind_option in (hint, *kinds) if get_origin(kind_option) is tuple)
-        return st.lists(_of(get_args(inner)[0], {"gt": 0}), min_size=1, max_size=4, unique=True)
-    return _of(kinds[0], bounds)
+        return st.lists(_draw_kind(get_args(inner)[0], {"gt": 0}), min_size=1, max_size=4, unique=True)
+    return _draw_kind(kinds[0], bounds)
 
 
-def _of(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
+def _draw_kind(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
     low, high = bounds.get("gt", bounds.get("ge", 0)), bounds.get("lt", 2**53)
     if kind is bool:
         return st.booleans()
@@ -71,7 +71,7 @@ def _of(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> None:
-    chosen = SelectSettings(**TOGETHER.get(name, {}) | {name: data.draw(values_of(name))})
+    chosen = SelectSettings(**REQUIRED_SETTINGS.get(name, {}) | {name: data.draw(draw_values(name))})
     command = build_reproduce_command("./base", "rows.jsonl", chosen)
     assert command is not None
     _, verb, *arguments = shlex.split(command)

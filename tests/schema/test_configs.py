@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 peft = pytest.importorskip("peft")
 
 
-def sft(folder: Path, **values: Any) -> Any:
+def make_sft_config(folder: Path, **values: Any) -> Any:
     trl = pytest.importorskip("trl")
     return trl.SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values)
 
@@ -33,7 +33,7 @@ def test_the_adapter_of_a_lora_config() -> None:
 
 
 def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
-    args = sft(
+    args = make_sft_config(
         tmp_path, learning_rate=2e-4, max_steps=200, warmup_steps=20, per_device_train_batch_size=4, max_length=256,
         lr_scheduler_type="cosine", adam_beta2=0.95, seed=7, dataset_text_field="body", logging_steps=1,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_training_that_a_selection_cannot_run_is_refused_by_name(
     values: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=message):
-        SelectSettings(**read_configs(None, sft(tmp_path, **values)))
+        SelectSettings(**read_configs(None, make_sft_config(tmp_path, **values)))
 
 
 @pytest.mark.parametrize(
