@@ -1,4 +1,4 @@
-"""Bad input through the command line: one clear line, exit 2 (or 1 where it began), nothing lost."""
+"""Test invalid input on the command line: one clear line, exit status 2 (or 1 after the start), and no lost results."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_out_is_a_file(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_out_holds_other_things(
+def test_out_holds_other_files(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -179,7 +179,7 @@ def test_out_holds_other_things(
 @pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="mounting a small disk needs root on Linux"
 )
-def test_a_full_disk_is_said_and_the_run_resumes(
+def test_a_full_disk_is_reported_and_the_run_resumes(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import subprocess
@@ -200,7 +200,7 @@ def test_a_full_disk_is_said_and_the_run_resumes(
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
         assert run(select_arguments(model_folder, completion_file, small / "run"), capsys)[0] == 0
     finally:
-        gc.collect()  # mapped files are let go of when their arrays are
+        gc.collect()  # mapped files are closed when their arrays are deleted
         subprocess.run(["umount", str(small)], check=True)
 
 

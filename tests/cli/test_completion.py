@@ -1,4 +1,4 @@
-"""An unknown setting or option is answered with near names, and every export target is listed."""
+"""Test suggestions for unknown settings and options, and the list of export targets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_help_lists_the_commands_in_the_order_of_use_and_no_line_is_shortened() 
     assert "..." not in help_text.partition("Commands:\n")[2]
 
 
-def test_names_of_other_tools_mean_one_setting_each() -> None:
+def test_names_from_other_tools_map_to_one_setting() -> None:
     rows = SelectSettings.model_fields
     listed = [name for row in rows.values() for name in row.also]
     assert len(listed) == len(set(listed))

@@ -1,4 +1,4 @@
-"""`rightrank decide` as a command: the JSON contract, the exit statuses, what a person reads."""
+"""Test the command `rightrank decide`: its JSON, its exit statuses, and its output for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
-def test_json_holds_the_contract_and_nothing_else(table: Path) -> None:
+def test_json_has_exactly_the_documented_keys(table: Path) -> None:
     answer = CliRunner().invoke(cli, ["decide", str(table), "--margin", "0.005", "--json"])
     assert answer.exit_code == 0
     decision = json.loads(answer.stdout)
@@ -40,7 +40,7 @@ def test_json_holds_the_contract_and_nothing_else(table: Path) -> None:
     assert {"rank", "value", "low", "high", "non_inferior"} <= decision["ranks"][0].keys()
 
 
-def test_the_table_says_what_was_understood_and_what_to_do(table: Path) -> None:
+def test_the_table_shows_input_and_next_run(table: Path) -> None:
     answer = CliRunner().invoke(cli, ["decide", str(table), "--margin", "0.005"])
     assert answer.exit_code == 0
     for text in ("read:", "verdict: saturated", "answer:  Rank 16", "margins:", "next:", "underpowered"):
@@ -48,7 +48,7 @@ def test_the_table_says_what_was_understood_and_what_to_do(table: Path) -> None:
 
 
 def test_wins_against_a_fixed_reference_decide(tmp_path: Path) -> None:
-    """Two people judge each prompt; a win counts 1, a tie 0.5 and a loss 0."""
+    """Decide by two judgements per prompt, where a win counts 1, a tie 0.5 and a loss 0."""
     path, rows = tmp_path / "wins.csv", ["rank,seed,item,group,value"]
     for rank, wins in ((4, 0.2), (16, 0.45), (64, 0.45)):
         for prompt in range(300):
@@ -75,11 +75,11 @@ def test_a_table_has_a_report(table: Path) -> None:
     for snippet in ("Rank 16", "runs.csv", "2.0500", "the table has no result", "Ranks other than 1, 4, 16, 64"):
         assert snippet in text, snippet
     assert f"rightrank decide {table} --margin 0.01 --lower-is-better" in text
-    assert 'href="figures' not in text  # nothing is beside it
+    assert 'href="figures' not in text  # no other file is next to the report
     assert "test split" not in text.lower().split("what was not tested")[1].split("</section>")[0]
 
 
-def test_scores_by_example_have_a_report_and_a_run_folder_its_own(tmp_path: Path) -> None:
+def test_scores_per_example_and_run_folders_have_reports(tmp_path: Path) -> None:
     rows = [{"rank": rank, "item": n, "value": 2 + n % 7 + 1 / rank} for rank in (1, 4, 16) for n in range(40)]
     decided = decide(rows, metric="eval_loss", margin=0.1)
     assert "40 examples" in decided.write_report(tmp_path / "page.html").read_text(encoding="utf-8")
@@ -122,9 +122,7 @@ def test_a_metric_without_a_known_direction_is_bad_usage(table: Path, capsys: py
 
 
 @pytest.mark.parametrize("margin", ["1e-320", "1e308"])
-def test_a_margin_at_the_end_of_the_numbers_says_nothing_but_the_answer(
-    table: Path, margin: str, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_an_extreme_margin_gives_no_warnings(table: Path, margin: str, recwarn: pytest.WarningsRecorder) -> None:
     answer = CliRunner().invoke(cli, ["decide", str(table), "--margin", margin, "--json"])
     assert answer.exit_code == 0
     assert json.loads(answer.stdout)["rank"] == (64 if margin == "1e-320" else 1)
@@ -132,7 +130,7 @@ def test_a_margin_at_the_end_of_the_numbers_says_nothing_but_the_answer(
     assert not recwarn.list
 
 
-def test_no_words_at_all_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""What starts without torch: a request that can't work is refused, a line appears, and commands on a run folder need none."""
+"""Test what works without torch: refusals of invalid requests, the first line of output, and commands on run folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def files(tmp_path: Path) -> Path:
         (["owner/no-such-model", "train.jsonl"], "no such folder, and the hub is switched off"),
     ],
 )
-def test_what_does_not_exist_is_named_before_torch_is_imported(files: Path, arguments: list[str], message: str) -> None:
+def test_missing_files_are_named_before_torch_is_imported(files: Path, arguments: list[str], message: str) -> None:
     command = json.dumps(["select", *arguments, "--out", "run"])
     process = subprocess.run([sys.executable, "-c", CODE, command], capture_output=True, text=True, cwd=files)
     assert process.stdout.split() == ["2", "False"], process.stderr
@@ -54,7 +54,7 @@ def test_what_does_not_exist_is_named_before_torch_is_imported(files: Path, argu
 
 
 @pytest.mark.plug_in("plan")
-def test_a_plan_names_what_does_not_exist_too(files: Path) -> None:
+def test_a_plan_names_missing_files(files: Path) -> None:
     for arguments, message in (
         (["plan", "./modle"], "no such folder (did you mean 'model'?);"),
         (["plan", "model", "--set", "optim=adam8"], "optim: got 'adam8'"),
@@ -111,7 +111,7 @@ def test_help_loads_neither_settings_nor_numbers() -> None:
     assert process.stderr == "[]\n"
 
 
-def test_the_job_itself_loads_no_engine() -> None:
+def test_the_core_imports_no_engine() -> None:
     """Check that the core imports no engine, since a custom trainer may use no torch."""
     script = 'import rightrank.runs.run, rightrank.runs.custom_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"

@@ -1,6 +1,6 @@
-"""`--json` gives one JSON object on stdout and nothing else there, or, where a command fails, nothing at all.
+"""Test that `--json` prints exactly one JSON object on stdout, or nothing if the command fails.
 
-Every command that has `--json`, its answers and its ways to fail.
+Every command with `--json` is tested, with its answers and its failures.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ FAILING = [
     "demo --out table.jsonl/below",
     "demo --nonsense",
 ]
-UNFINISHED = [  # began and could not finish
+UNFINISHED = [  # commands that start and fail later
     f"select model data.jsonl --out run {SMALL.replace('1e-2', '1e30')}",
 ]
 
@@ -202,9 +202,7 @@ def test_every_command_with_json_is_tried_both_ways() -> None:
 @pytest.mark.parametrize(
     "command", ["select model nowhere.jsonl --out run", "resize adapter out --rank 0", "select --nonsense"]
 )
-def test_beside_a_log_of_json_a_failure_is_json_too(
-    folder: Path, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_is_json_with_log_json(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run([*command.split(), "--log-json"], capsys)
     assert (status, out) == (2, "")
     lines = [json.loads(line) for line in err.splitlines()]

@@ -1,4 +1,4 @@
-"""What the command line does where its output goes nowhere, is cut off, or is no UTF-8."""
+"""Test output that is closed, cut off, or not UTF-8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.watch import GENEROUS_SECONDS
 
 pytestmark = pytest.mark.trains
 
-FRAME = "\u2524"  # of the picture: in no 8-bit character set
+FRAME = "\u2524"  # a character of the chart that no 8-bit character set contains
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_in_shell(words: str, table: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """`rightrank` and these words through a shell, in which the table is `$T`."""
+    """Run `rightrank` with these arguments in a shell, in which `$T` is the table."""
     command = ["bash", "-o", "pipefail", "-c", words.replace("rightrank", f"{sys.executable} -m rightrank")]
     return subprocess.run(
         command,
@@ -67,14 +67,14 @@ def test_the_answer_is_utf_8_whatever_the_locale(table: Path, environment: dict[
         ("decide $T 2>/dev/full >/dev/full", 1, 0),
     ],
 )
-def test_output_that_goes_nowhere(table: Path, words: str, status: int, lines: int) -> None:
+def test_output_to_a_closed_stream(table: Path, words: str, status: int, lines: int) -> None:
     answer = run_in_shell(f"rightrank {words}", table)
     assert answer.returncode == status
     assert answer.stderr.count(b"\n") == lines
     assert b"Traceback" not in answer.stderr
 
 
-def test_a_reader_that_leaves_is_no_fault(table: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(table: Path) -> None:
     answer = run_in_shell("rightrank decide $T | head -c 1", table)
-    assert answer.returncode in (0, 1)  # it may have read all before it left
+    assert answer.returncode in (0, 1)  # the reader may have read everything before it closed
     assert answer.stderr == b""

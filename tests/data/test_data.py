@@ -1,4 +1,4 @@
-"""Forms, splits, and every way in which data can be wrong."""
+"""Test forms of data, splits, and refusals of invalid data."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def get_ids(splits: Any, split: Any) -> set[str]:
         ),
     ],
 )
-def test_the_form_is_told_by_the_columns(tmp_path: Path, row: dict[str, Any], form: str) -> None:
+def test_the_form_is_detected_from_the_columns(tmp_path: Path, row: dict[str, Any], form: str) -> None:
     make_rows = [json.loads(json.dumps(row).replace('"a"', json.dumps(f"text {n}"))) for n in range(100)]
     splits = load_data(write_jsonl(tmp_path / "d.jsonl", make_rows), build_small_settings())
     assert splits.form == form
     assert all(splits.examples[split] for split in SPLITS)
 
 
-def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
+def test_additional_rows_do_not_move_examples_between_splits(tmp_path: Path) -> None:
     settings = build_small_settings(max_eval_examples=1000)
     small = load_data(write_jsonl(tmp_path / "small.jsonl", TEXT_ROWS[:80]), settings)
     large = load_data(write_jsonl(tmp_path / "large.jsonl", TEXT_ROWS[::-1]), settings)
@@ -51,14 +51,14 @@ def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
         assert get_ids(small, split) <= get_ids(large, split)
 
 
-def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
+def test_duplicates_are_in_one_split(tmp_path: Path) -> None:
     splits = load_data(write_jsonl(tmp_path / "d.jsonl", TEXT_ROWS * 3), build_small_settings(max_eval_examples=1000))
     assert splits.summary.duplicates_across_splits == 0
     assert not get_ids(splits, "train") & (get_ids(splits, "validation") | get_ids(splits, "test"))
 
 
 @pytest.mark.parametrize("split_source", ["file", "folder", "validation", "test", "memory"])
-def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, split_source: str) -> None:
+def test_groups_stay_together_in_every_split(tmp_path: Path, split_source: str) -> None:
     make_rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
     other_rows = [{"text": f"other {number}"} for number in range(20)]
     settings, source = build_small_settings(max_eval_examples=1000), tmp_path / "train.jsonl"
@@ -87,7 +87,7 @@ def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, split_so
         assert splits.fingerprint == one_file.fingerprint
 
 
-def test_rows_that_differ_in_any_value_are_not_the_same() -> None:
+def test_rows_that_differ_in_any_value_are_different_examples() -> None:
     make_rows = []
     for number in range(40):
         note = np.zeros(5000)
@@ -100,7 +100,7 @@ def test_rows_that_differ_in_any_value_are_not_the_same() -> None:
     assert splits.summary.duplicates_across_splits == splits.summary.repeated == 0
 
 
-def test_content_of_text_parts_is_its_text(tmp_path: Path) -> None:
+def test_content_of_text_parts_is_joined(tmp_path: Path) -> None:
     def make_rows(content: Any) -> list[dict[str, Any]]:
         answer = {"role": "assistant", "content": "b"}
         return [{"messages": [{"role": "user", "content": content(text)}, answer]} for text in generate_sentences(80)]
@@ -153,7 +153,7 @@ def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".json"])
-def test_other_file_types_give_the_same_items(tmp_path: Path, suffix: str) -> None:
+def test_other_file_types_give_the_same_examples(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"d{suffix}"
     if suffix == ".parquet":
         import pyarrow
@@ -266,7 +266,7 @@ def test_a_sample_depends_on_its_seed_alone() -> None:
 
 @pytest.mark.parametrize("order", ["alternating", "sorted", "by random", "by numpy", "by numpy's global", "by torch"])
 def test_a_sample_has_rows_of_every_source(order: str) -> None:
-    """Of two interleaved sources, of two that lie one behind the other, and of rows that were shuffled with the sample's own seed."""
+    """Sample from interleaved sources, consecutive sources, and rows that were shuffled with the seed of the sample."""
     make_rows = list(range(2000)) if order == "alternating" else [*range(0, 2000, 2), *range(1, 2000, 2)]
     if order == "by random":
         random.Random(0).shuffle(make_rows)
@@ -283,7 +283,7 @@ def test_a_sample_has_rows_of_every_source(order: str) -> None:
 
 @pytest.mark.parametrize("order", ["alternating", "sorted"])
 def test_held_out_examples_are_of_every_source(tmp_path: Path, order: str) -> None:
-    """The examples that a selection scores, and the first of them that it scores during a training."""
+    """Check the examples that a selection evaluates, and the first of them, which it evaluates during a training."""
     first_texts, second_texts = ([f"{source} {number}" for number in range(2000)] for source in ("one", "two"))
     texts = (
         [text for pair in zip(first_texts, second_texts, strict=True) for text in pair]

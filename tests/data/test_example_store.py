@@ -1,4 +1,4 @@
-"""Items on disk are the items that were added, and few bytes are held."""
+"""Test that examples on disk equal the added ones and take little memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def generate_examples(count: int) -> Iterator[Example]:
         yield Example(f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}", {"messages": messages}, f"d.jsonl:{number}")
 
 
-def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
-    examples = list(generate_examples(600))  # of which a file's batches hold 256 each
+def test_examples_are_stored_in_order_and_by_index(tmp_path: Path) -> None:
+    examples = list(generate_examples(600))  # more than two batches of 256
     store = ExampleStore(examples, tmp_path / "work")
     assert list(store) == examples
     assert [store[number] for number in (599, 0, -1)] == [examples[599], examples[0], examples[599]]
@@ -33,19 +33,17 @@ def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
         store[600]
 
 
-def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_length_of_texts(tmp_path: Path) -> None:
     settings = build_small_settings(max_eval_examples=20)
 
     def measure_peak_bytes(letters: int) -> int:
         rows = ({"text": f"row {number} {'y' * letters}"} for number in range(4000))
         tracemalloc.start()
         splits = load_data(rows, settings, tmp_path)
-        peak_bytes = tracemalloc.get_traced_memory()[1]  # the peak on the way
+        peak_bytes = tracemalloc.get_traced_memory()[1]  # the peak during loading
         tracemalloc.stop()
         assert len(splits.examples["train"]) > 2000
         return peak_bytes
 
     short, long = measure_peak_bytes(10), measure_peak_bytes(2000)
-    assert (
-        long - short < 3 * 2**20
-    )  # of the 8 MB that the texts take; some held-out ones and a batch are kept on the way
+    assert long - short < 3 * 2**20  # The texts take 8 MB; only held-out examples and one batch are in memory.

@@ -1,4 +1,4 @@
-"""One way to write a file: whole or not at all, on a disk or on a network, killed or not."""
+"""Test atomic writes: on local and network disks, and when the process is killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_half(path: Path) -> None:
         raise RuntimeError
 
 
-def test_a_block_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_text(path, "old")
     with pytest.raises(RuntimeError):
@@ -30,9 +30,7 @@ def test_a_block_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_of_a_folder_are_on_the_disk_before_the_folder_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_flushed_before_their_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     real_sync, real_replace = os.fsync, Path.replace
 
@@ -53,7 +51,7 @@ def test_files_of_a_folder_are_on_the_disk_before_the_folder_has_its_name(
 
 
 def test_a_rename_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS sends a rename again when no answer came; the second finds nothing to rename."""
+    """Accept a repeated rename: NFS repeats it if the answer was lost, and then finds nothing to rename."""
     real = Path.replace
 
     def rename_twice(self: Path, target: Path) -> Path:
@@ -81,9 +79,7 @@ def test_a_rename_that_was_not_done_is_an_error(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "decision.json").read_text() == "old"
 
 
-def test_a_file_system_that_can_not_flush_a_folder_does_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_folder_flush_is_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 
     def sync(descriptor: int) -> None:
@@ -104,10 +100,8 @@ def test_a_file_system_that_can_not_flush_a_folder_does_without(
     assert (tmp_path / "a").read_text() == "x"
 
 
-def test_an_opened_old_folder_that_nfs_keeps_is_left_and_swept_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file that somebody has open lives on as .nfsXXXX, and its folder can't be removed yet."""
+def test_an_open_folder_on_nfs_is_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a folder with an open file, which NFS renames to .nfsXXXX, until it can be removed."""
     import shutil
 
     with replace_folder(tmp_path / "adapter") as temporary:
@@ -122,7 +116,7 @@ def test_an_opened_old_folder_that_nfs_keeps_is_left_and_swept_later(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_what_a_killed_process_left_is_swept_and_a_folder_moved_aside_comes_back(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / ".abc.77.rightrank-tmp").mkdir()
     (tmp_path / "trials" / ".abc.77.rightrank-tmp" / "weights").write_text("half")
@@ -139,14 +133,14 @@ def test_what_a_killed_process_left_is_swept_and_a_folder_moved_aside_comes_back
     assert list((tmp_path / "trials").iterdir()) == []
 
 
-def test_nothing_else_in_the_source_opens_a_final_file_for_writing() -> None:
-    """Writes go to `temporary` (or into a block that names it so), to standard output, or through data/files.py."""
+def test_all_final_files_are_written_atomically() -> None:
+    """Require that files are written to `temporary`, to standard output, or through data/files.py."""
     writing = re.compile(r"([\w.]+|\([^()]*\))\.(?:(?:write_text|write_bytes)\(|open\(\"(?:w|a|ab|wb|r\+b)\")")
     allowed = {
-        ("train/prefix.py", "path"),  # room for a mapped file, which a run makes anew
-        ("runs/journal.py", "self.path"),  # the append, and the cut of a torn line
-        ("train/device.py", "_CLEAR_REFS_FILE"),  # a switch of the system
-        ("plugins/cluster/processes.py", "log"),  # a worker's stderr, as it comes
+        ("train/prefix.py", "path"),  # a memory-mapped file, which every run creates again
+        ("runs/journal.py", "self.path"),  # appending a line and truncating a torn one
+        ("train/device.py", "_CLEAR_REFS_FILE"),  # a file of the kernel
+        ("plugins/cluster/processes.py", "log"),  # a worker's stderr, streamed
         ("adapters/conversion_faults.py", "(copy / CONFIG_FILE)"),  # a copy in a temporary folder
         ("models/mlx.py", '(copy / "config.json")'),  # the same
     }

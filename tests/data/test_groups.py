@@ -1,4 +1,4 @@
-"""Rows that belong together: in one split, with a number each among the held-out ones, by a column, by the prompt, or not at all."""
+"""Test groups of rows: by a column, by the prompt, or none; each in one split, and numbered if held out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_message_row(prompt: str, answer: str) -> dict[str, Any]:
 
 
 def require_complete_groups(splits: DataSplits, groups: int) -> None:
-    """Each group is in one split, and the numbers of the held-out ones are without gaps."""
+    """Require that each group is in one split, and that the held-out groups are numbered without gaps."""
     groups_by_split = {split: {example.group for example in splits.examples[split]} for split in SPLITS}
     assert sum(map(len, groups_by_split.values())) == len(set.union(*groups_by_split.values())) == groups
     numbers = number_groups(splits.examples["validation"])
@@ -39,7 +39,7 @@ def require_complete_groups(splits: DataSplits, groups: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "day", "array"])
-def test_a_column_says_which_rows_belong_together(kind: str) -> None:
+def test_a_column_groups_rows(kind: str) -> None:
     cell = {
         "text": lambda doc: doc,
         "day": lambda doc: int(doc[1:]),
@@ -53,12 +53,12 @@ def test_a_column_says_which_rows_belong_together(kind: str) -> None:
 
 
 @pytest.mark.parametrize("row", [make_prompt_row, make_message_row])
-def test_rows_with_one_prompt_belong_together(row: Any) -> None:
+def test_rows_with_the_same_prompt_are_a_group(row: Any) -> None:
     rows = [row(f"question {number % 40}", text) for number, text in enumerate(TEXTS)]
     splits = load_data(rows, build_small_settings(**LARGE))
     require_complete_groups(splits, 40)
     assert splits.summary.grouped_by == "prompt"
-    same_prompt = [row("Write a sentence.", text) for text in TEXTS]  # an instruction that all share
+    same_prompt = [row("Write a sentence.", text) for text in TEXTS]  # the same instruction in all rows
     assert load_data(same_prompt, build_small_settings()).summary.grouped_by is None
     unique_prompts = [row(text, text) for text in TEXTS]
     assert load_data(unique_prompts, build_small_settings()).summary.grouped_by is None
@@ -73,7 +73,9 @@ def test_a_conversation_that_grows_by_turns_stays_in_one_split() -> None:
             rows.append({"messages": turns})
     require_complete_groups(load_data(rows, build_small_settings(**LARGE)), 40)
     opened = [{"messages": row["messages"][:1] + row["messages"][2:3] + row["messages"][1:]} for row in rows]
-    assert load_data(opened, build_small_settings(**LARGE)).summary.grouped_by is None  # nobody asks before the answer
+    assert (
+        load_data(opened, build_small_settings(**LARGE)).summary.grouped_by is None
+    )  # no user turn comes before the answer
 
 
 def test_groups_that_are_in_given_splits_too_are_counted() -> None:
@@ -94,8 +96,11 @@ def test_groups_that_are_in_given_splits_too_are_counted() -> None:
             make_rows(40, doc=None),
             r"row 1: the row has no value in column 'doc', which --columns names for `group`; its columns are text, doc. Name",
         ),
-        ([{"text": text} for text in TEXTS], r"row 1: no value in column 'doc'.* its columns are text\. Name"),
-        ([*make_rows(40)[:50], {"text": "x", "doc": float("nan")}], r"row 51: no value in column 'doc'"),
+        (
+            [{"text": text} for text in TEXTS],
+            r"row 1: the row has no value in column 'doc'.* its columns are text\. Name",
+        ),
+        ([*make_rows(40)[:50], {"text": "x", "doc": float("nan")}], r"row 51: the row has no value in column 'doc'"),
         (
             make_rows(1),
             r"all rows share a value of 'doc', which --columns names for `group`; name a column in which several",
@@ -115,7 +120,7 @@ def test_too_few_groups_for_the_splits_are_named() -> None:
 
 
 def make_table(documents: int) -> list[dict[str, Any]]:
-    """Two ranks on 40 examples; the smaller one is worse on half of the documents."""
+    """Make rows of two ranks on 40 examples, where the smaller rank is worse on half of the documents."""
     return [
         {
             "rank": rank,
@@ -144,7 +149,9 @@ def test_decide_reads_the_groups_of_a_table() -> None:
     assert "group from column doc" in grouped.input_notes
     rows_with_group = [row | {"group": row["doc"]} for row in make_table(8)]
     assert decide_rows(rows_with_group).decision == grouped.decision
-    by_training = [row | {"group": f"sweep {row['rank']}"} for row in make_table(8)]  # as of W&B: not of examples
+    by_training = [
+        row | {"group": f"sweep {row['rank']}"} for row in make_table(8)
+    ]  # a W&B group of trainings, not of examples
     assert decide_rows(by_training).decision == alone.decision
 
 

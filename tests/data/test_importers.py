@@ -1,4 +1,4 @@
-"""Results as other tools keep them."""
+"""Test imports of results from the files of other tools."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rightrank.schema.errors import ResultsError
 LOSSES = {1: 2.3, 4: 2.001, 16: 2.0}
 
 
-def test_trainer_states_beside_their_adapters(tmp_path: Path) -> None:
+def test_trainer_states_next_to_their_adapters(tmp_path: Path) -> None:
     for rank, loss in LOSSES.items():
         for step in (50, 100):
             folder = tmp_path / f"run-{rank}" / f"checkpoint-{step}"
@@ -27,7 +27,7 @@ def test_trainer_states_beside_their_adapters(tmp_path: Path) -> None:
     assert {e.rank: e.value for e in decision.ranks} == LOSSES
 
 
-def test_a_training_whose_folder_alone_tells_its_rank(tmp_path: Path) -> None:
+def test_the_rank_may_be_in_the_folder_name(tmp_path: Path) -> None:
     for rank, loss in LOSSES.items():
         folder = tmp_path / f"llama-lora-r{rank}-lr1e-4-seed0"
         folder.mkdir()
@@ -62,7 +62,7 @@ def test_a_study_of_optuna_is_a_data_frame(tmp_path: Path) -> None:
         assert (decision.rank, {evidence.rank: -evidence.value for evidence in decision.ranks}) == (4, LOSSES)
 
 
-@pytest.mark.filterwarnings("ignore")  # MLflow's own
+@pytest.mark.filterwarnings("ignore")  # warnings of MLflow
 def test_the_runs_of_mlflow_are_a_data_frame(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -80,7 +80,7 @@ def test_the_runs_of_mlflow_are_a_data_frame(tmp_path: Path) -> None:
         mlflow.set_tracking_uri(previous_uri)
 
 
-def test_a_database_and_mlflows_folders_are_refused_as_any_other_unknown_place(tmp_path: Path) -> None:
+def test_a_database_and_mlflow_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_bytes(b"SQLite format 3\x00")
     with pytest.raises(ResultsError, match=r"study\.db: files of type '\.db' are not supported; give a file ending in"):
         decide(tmp_path / "study.db")
@@ -147,9 +147,7 @@ def test_the_rank_is_not_read_from_the_model_s_name(tmp_path: Path, names: list[
         (["r4-s1-s200", "r8-s1-s200"], "the name states seed 1 and 200"),
     ],
 )
-def test_names_with_several_numbers_of_which_none_is_certain_are_refused(
-    tmp_path: Path, names: list[str], message: str
-) -> None:
+def test_names_with_ambiguous_numbers_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
     write_states(tmp_path / "folders", {name: [2.0] for name in names})
     table = tmp_path / "runs.csv"
     table.write_text("run,eval_loss\n" + "".join(f"{name},{number}\n" for number, name in enumerate(names)))
@@ -158,7 +156,7 @@ def test_names_with_several_numbers_of_which_none_is_certain_are_refused(
             decide(source)
 
 
-def test_a_recorded_rank_counts_before_names_that_say_several(tmp_path: Path) -> None:
+def test_a_recorded_rank_overrides_ambiguous_names(tmp_path: Path) -> None:
     write_states(tmp_path, {"r1-r4": [2.05], "r1-r8": [2.0]}, ranks={"r1-r4": 4, "r1-r8": 8})
     assert [evidence.rank for evidence in decide(tmp_path, margin=0.005).decision.ranks] == [4, 8]
 

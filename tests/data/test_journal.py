@@ -1,4 +1,4 @@
-"""The journal with truncated lines, flipped bits, a full disk and a network disk: damage is reported, records are kept."""
+"""Test the journal with torn lines, flipped bits, full disks and network disks: damage is reported and records are kept."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_journal(path: Path) -> Journal:
     return journal
 
 
-def test_each_line_is_json_that_a_person_and_any_tool_can_read(tmp_path: Path) -> None:
+def test_each_line_is_plain_json(tmp_path: Path) -> None:
     lines = write_journal(tmp_path / "journal.jsonl").path.read_text(encoding="utf-8").splitlines()
     read = [json.loads(line) for line in lines]
     assert [line["type"] for line in read] == ["run_started", "trial_started", "trial_failed"]
@@ -64,10 +64,8 @@ def test_each_line_is_json_that_a_person_and_any_tool_can_read(tmp_path: Path) -
     assert Journal(tmp_path / "journal.jsonl").read() == make_records()
 
 
-def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand waits for the disk show nothing here
+def test_a_journal_cut_at_any_byte_keeps_complete_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # waiting for the disk would only make the test slow
     content = b"".join(seal_record(record) for record in make_records())
     ends = [position for position, byte in enumerate(content) if byte == ord("\n")]
     for length in range(len(content) + 1):
@@ -75,7 +73,7 @@ def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
         journal.path.write_bytes(content[:length])
         notices: list[str] = []
         kept_records = journal.read(notices.append)
-        complete = sum(end <= length for end in ends)  # a record that lacks only its line end is whole
+        complete = sum(end <= length for end in ends)  # a record without its line end is complete
         assert kept_records == make_records()[:complete], length
         aside = journal.path.with_name(f"{length}.jsonl.torn-1")
         remaining = journal.path.read_bytes()
@@ -90,8 +88,8 @@ def test_cut_at_every_byte_the_whole_records_are_kept_and_the_rest_is_set_aside(
         assert len(journal.read()) == complete + 1
 
 
-def test_each_flipped_bit_of_a_line_is_found(tmp_path: Path) -> None:
-    """Every bit of every line, its end included: the line is never taken for a record, be it the same or another."""
+def test_each_flipped_bit_of_a_line_is_detected(tmp_path: Path) -> None:
+    """Flip every bit of every line, including its end, and require that no record is read from it."""
     for record in make_records():
         line = seal_record(record)
         for position in range(len(line)):
@@ -104,7 +102,7 @@ def test_each_flipped_bit_of_a_line_is_found(tmp_path: Path) -> None:
                 assert not any(result == record for result in parsed), (position, bit)
 
 
-def test_a_flipped_bit_is_told_in_one_line_with_what_can_be_saved_and_repaired(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_reported_in_one_line(tmp_path: Path) -> None:
     journal = write_journal(tmp_path / "journal.jsonl")
     content = journal.path.read_bytes().splitlines(keepends=True)
     damaged = bytearray(content[1])
@@ -167,25 +165,25 @@ WHOLE = seal(BODY + b"}")
         (seal(BODY.replace(b'sion":5', b'sion":12') + b"}"), "schema 12, but this version reads 5: use the version"),
     ],
 )
-def test_a_line_that_is_no_record_says_why(line: bytes, reason: str) -> None:
+def test_an_invalid_line_gives_a_reason(line: bytes, reason: str) -> None:
     parsed = parse_line(line)
     assert isinstance(parsed, str)
     assert parsed.startswith(reason)
 
 
-def test_a_line_is_closed_by_its_length_and_the_checksum_that_zlib_gives() -> None:
+def test_a_line_ends_with_its_length_and_checksum() -> None:
     assert seal(b'{"a":1}') == b'{"a":1,"len":6,"crc":"a702fc6e"}'  # crc32 of {"a":1
     assert seal_record(make_records()[1]) == WHOLE + b"\n"
     assert parse_line(WHOLE) == make_records()[1]
 
 
-def test_a_journal_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     assert journal.read() == []
     assert not journal.path.exists()
 
 
-def test_each_torn_end_has_a_file_of_its_own(tmp_path: Path) -> None:
+def test_each_torn_end_is_saved_to_its_own_file(tmp_path: Path) -> None:
     journal = write_journal(tmp_path / "journal.jsonl")
     notices: list[str] = []
     for half in (b'{"type":"tri', b'{"t', b"\x00\x00"):
@@ -198,9 +196,9 @@ def test_each_torn_end_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert journal.path.read_bytes() == b"".join(seal_record(record) for record in make_records())
 
 
-def test_who_looks_on_reads_whole_records_and_touches_nothing(tmp_path: Path) -> None:
+def test_a_reader_gets_complete_records_and_changes_nothing(tmp_path: Path) -> None:
     journal = write_journal(tmp_path / "journal.jsonl")
-    for unfinished_line in (b'{"type":"tri', WHOLE):  # a writer is in the middle of a line, or before its end
+    for unfinished_line in (b'{"type":"tri', WHOLE):  # a writer has not finished a line
         content = journal.path.read_bytes() + unfinished_line
         journal.path.write_bytes(content)
         assert journal.read_complete_lines() == make_records()
@@ -250,7 +248,7 @@ def test_an_append_that_fails_leaves_the_journal_as_it_was(
     def fail_to_write(descriptor: int, chunk: bytes | memoryview = b"") -> int:
         calls.append(descriptor)
         if call == "write" and len(calls) == 1:
-            return real(descriptor, chunk[:7])  # the last room on the disk
+            return real(descriptor, chunk[:7])  # the last free bytes of the disk
         raise OSError(fault, os.strerror(fault))
 
     with monkeypatch.context() as patched:
@@ -262,9 +260,7 @@ def test_an_append_that_fails_leaves_the_journal_as_it_was(
     assert journal.read() == [*make_records(), make_records()[2]]
 
 
-def test_a_line_is_whole_however_little_the_system_takes_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_partial_writes_give_a_complete_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, chunk: real(descriptor, chunk[:5]))
     assert write_journal(tmp_path / "journal.jsonl").read() == make_records()
@@ -272,7 +268,7 @@ def test_a_line_is_whole_however_little_the_system_takes_at_once(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one page, where one can be mounted."""
+    """Mount a disk of one page, if the system allows it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
@@ -287,7 +283,7 @@ def fill_disk(journal: Journal) -> None:
         journal.append(make_records()[2])
 
 
-def test_an_append_that_finds_the_disk_full_leaves_whole_lines(small_disk: Path) -> None:
+def test_a_full_disk_leaves_complete_lines(small_disk: Path) -> None:
     journal = Journal(small_disk / "journal.jsonl")
     with pytest.raises(OSError, match="No space left"):
         fill_disk(journal)

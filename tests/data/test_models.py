@@ -1,4 +1,4 @@
-"""Locating a model without loading it."""
+"""Test how a model is located without loading it."""
 
 from __future__ import annotations
 

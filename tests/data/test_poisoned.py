@@ -1,4 +1,4 @@
-"""Items that are hard to digest: cut, left out or kept as docs/reference/file-formats.md says, and counted."""
+"""Test difficult examples: they are cut, omitted or kept as docs/reference/file-formats.md says, and counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.commands import run
 from tests.report.runs import make_run
 from tests.tiny import build_small_settings, generate_sentences, make_tokenizer
 
-HALF = "\ud800"  # of a surrogate pair: no character, and nothing that UTF-8 can hold
+HALF = "\ud800"  # half of a surrogate pair, which UTF-8 cannot encode
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("row", [row for _, row in FORMS], ids=[name for name, _ in FORMS])
-def test_half_characters_are_left_out_and_counted(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
+def test_lone_surrogates_are_removed_and_counted(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
     repaired = json.dumps(row).replace("\\ud800", "x")
     good = [
         json.loads(
@@ -86,14 +86,14 @@ def test_half_characters_are_left_out_and_counted(tmp_path: Path, tokenizer: Any
     data.summary.model_dump_json()
 
 
-def test_half_characters_elsewhere_in_a_row_do_no_harm(tmp_path: Path, tokenizer: Any) -> None:
+def test_lone_surrogates_in_other_columns_are_harmless(tmp_path: Path, tokenizer: Any) -> None:
     rows = [row | {"group": f"{HALF}{number % 50}", "note": HALF} for number, row in enumerate(make_text_rows())]
     data = encode_rows(tmp_path / "d.jsonl", rows, tokenizer)
     assert data.summary.unreadable == 0
     assert count_examples(data, "examples") == 120
 
 
-def test_a_whole_pair_is_a_character(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_surrogate_pair_is_a_character(tmp_path: Path, tokenizer: Any) -> None:
     data = encode_rows(
         tmp_path / "d.jsonl", [row | {"text": row["text"] + " \U0001f600"} for row in make_text_rows()], tokenizer
     )
@@ -135,7 +135,7 @@ def make_row(form: str, prompt: str, text: str) -> dict[str, Any]:
 
 
 def make_poisoned_rows(form: str, with_halves: bool) -> list[dict[str, Any]]:
-    """90 good rows, a megabyte, three with bells, four that are empty, and two with half characters."""
+    """Make 90 good rows, one of a megabyte, three with bells, four empty ones, and optionally two with lone surrogates."""
     rows = [make_row(form, f"q{number}", text) for number, text in enumerate(generate_sentences(90))]
     rows += [make_row(form, "long", "the cat " * 2**17)]
     rows += [make_row(form, f"bell {number}", "a\x07b") for number in range(3)]
@@ -165,10 +165,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
         ("messages", ".json"), ("messages", ".parquet"), ("label", ".csv"),
     ],
 )  # fmt: skip
-def test_a_selection_goes_on_and_counts_what_it_met(
+def test_a_selection_continues_and_counts_problems(
     form: str, suffix: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    halves = suffix.startswith(".json")  # no other type can hold them
+    halves = suffix.startswith(".json")  # other types cannot contain them
     data, out = write_rows(tmp_path / f"data{suffix}", make_poisoned_rows(form, halves)), tmp_path / "run"
     status, _, err = run(
         ["select", str(model_folder), str(data), "--out", str(out), "--strategy", "grid", "--ranks", "1,2",
@@ -179,12 +179,14 @@ def test_a_selection_goes_on_and_counts_what_it_met(
     summary = json.loads((out / "journal.jsonl").read_text().splitlines()[0])["data"]
     assert summary["unreadable"] == 2 * halves
     assert sum(split["truncated"] for split in summary["splits"].values()) == 1
-    empty = {"completion": 4, "messages": 0}.get(form, 1)  # a template marks the end of an empty answer: it is learned
+    empty = {"completion": 4, "messages": 0}.get(
+        form, 1
+    )  # a template adds an end token to an empty answer, which is learned
     assert sum(split["dropped"] for split in summary["splits"].values()) == empty
     assert "Traceback" not in err
 
 
-def test_half_a_character_in_a_csv_file_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_lone_surrogate_in_a_csv_file_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "data.csv"
     path.write_bytes(b"text\nthe \xed\xa0\x80 cat\n")
     with pytest.raises(DataError, match=r"data\.csv.*: not UTF-8 text"):

@@ -1,4 +1,4 @@
-"""Rows of preference pairs: their two forms, their splits, and what is left out or refused."""
+"""Test rows of preference pairs: their two forms, their splits, and which rows are omitted or refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
         (make_messages("q", "a"), make_messages("q")),
     ],
 )
-def test_the_implicit_prompt_is_trl_s(chosen: Any, rejected: Any) -> None:
+def test_the_implicit_prompt_agrees_with_trl(chosen: Any, rejected: Any) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed")
     theirs = trl.extract_prompt({"chosen": chosen, "rejected": rejected})
     row = Row({"chosen": chosen, "rejected": rejected}, "row 1")
@@ -104,7 +104,7 @@ def test_a_missing_column_is_answered_with_the_forms(tmp_path: Path) -> None:
         load_rows(tmp_path, [{"prompt": "a", "chosen": "b"}])
 
 
-def test_a_prompt_of_another_name_is_found(tmp_path: Path) -> None:
+def test_a_prompt_column_with_another_name_is_found(tmp_path: Path) -> None:
     rows = [{"question": row["prompt"], "chosen": "yes", "rejected": "no"} for row in ROWS]
     data = load_rows(tmp_path, rows)
     assert data.summary.shape == "question → prompt"

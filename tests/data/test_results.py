@@ -1,4 +1,4 @@
-"""Tables that others made: what is understood, and what is refused with file and row."""
+"""Test tables of results: what is recognized, and what is refused with file and row."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def write_table(folder: Path, text: str, name: str = "runs.csv") -> Path:
     ],
     ids=["plain", "words", "peft", "wandb", "mlflow", "json cell"],
 )
-def test_near_names_are_understood(tmp_path: Path, text: str) -> None:
+def test_similar_column_names_are_recognized(tmp_path: Path, text: str) -> None:
     decided = decide(write_table(tmp_path, text), margin=0.005, higher_is_better=False)
     assert decided.decision.rank == 16
     assert decided.decision.higher_is_better is False
 
 
-def test_jsonl_and_memory_read_alike(tmp_path: Path) -> None:
+def test_jsonl_and_rows_in_memory_agree(tmp_path: Path) -> None:
     rows = [{"rank": rank, "value": value} for rank, value in ((1, 2.3), (4, 2.05), (16, 2.001), (64, 2.0))]
     path = write_table(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "runs.jsonl")
     assert (
@@ -65,13 +65,13 @@ def test_a_wandb_export_in_json_is_flattened(tmp_path: Path) -> None:
     assert decided.decision.learning_rate == 1e-4
 
 
-def test_the_metric_says_its_direction_and_the_user_overrules_it(tmp_path: Path) -> None:
+def test_the_direction_follows_the_metric_unless_given(tmp_path: Path) -> None:
     path = write_table(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
     assert decide(path).decision.rank == 4
     assert decide(path, higher_is_better=False).decision.reference_rank == 1
 
 
-def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: Path) -> None:
+def test_the_metric_is_never_a_training_metric(tmp_path: Path) -> None:
     decided = decide(write_table(tmp_path, "rank,BLEU,train_bleu\n1,60,1\n4,69.5,2\n16,70,3\n"))
     assert (decided.decision.metric, decided.decision.rank) == ("BLEU", 4)
 
@@ -80,7 +80,7 @@ def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: 
 @pytest.mark.parametrize(
     "other_column", ["train_loss", "metrics.train_loss", "train/loss", "train_runtime", "grad_norm"]
 )
-def test_a_loss_that_may_be_of_the_training_is_asked_for(loss: str, other_column: str) -> None:
+def test_an_ambiguous_loss_column_is_refused(loss: str, other_column: str) -> None:
     rows = [{"rank": rank, loss: 1.0 / rank, other_column: 2.0 / rank} for rank in (1, 4, 16)]
     with pytest.raises(ResultsError, match=f"{loss} may be the training loss.*--metric {loss}"):
         decide(rows)
@@ -102,7 +102,7 @@ def test_a_column_is_named_by_hand(tmp_path: Path) -> None:
         decide(path, columns={"rank": "x"}, higher_is_better=False)
 
 
-def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
+def test_examples_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
     lines = ["rank,seed,item,tokens,value"]
     for rank, shift in ((1, 0.2), (4, 0.0)):
         for seed in (0, 1):
@@ -117,7 +117,7 @@ def test_items_seeds_and_tokens_are_paired_and_weighted(tmp_path: Path) -> None:
     assert decision.ranks[1].value == pytest.approx(mean + 0.0005)
 
 
-def test_evaluations_along_the_training_end_in_the_last(tmp_path: Path) -> None:
+def test_the_last_evaluation_of_a_training_counts(tmp_path: Path) -> None:
     text = "rank,step,eval_loss\n" + "".join(
         f"{rank},{step},{3 - step / 100 - rank / 1000}\n" for rank in (1, 4) for step in (25, 50, 75, 100)
     )
@@ -141,8 +141,8 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,value\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
         ("rank,value\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
         ("rank,value\nbig,2\n2,3\n", "runs.csv:2: rank 'big' is not allowed"),
-        ("rank,value\n4,2\n4,2\n", "one rank only"),
-        ("rank,value\n0,3\n4,2\n", "one rank only"),
+        ("rank,value\n4,2\n4,2\n", "the trainings have only rank 4"),
+        ("rank,value\n0,3\n4,2\n", "the trainings have only rank 4"),
         ('rank,value\n1,"2,1"\n2,"2,0"\n', "value is '2,1', not a number; write it with a decimal point"),
         (
             "rank;lr;value\n1;0.01;2,001\n2;0.01;2,002\n",
@@ -198,7 +198,7 @@ def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, mes
     assert "\n" not in str(caught.value)
 
 
-def test_rows_that_repeat_are_left_out_and_said(tmp_path: Path) -> None:
+def test_repeated_rows_are_omitted_with_a_note(tmp_path: Path) -> None:
     decided = decide(write_table(tmp_path, GOOD + "64,2.0\n"), margin=0.005, higher_is_better=False)
     assert decided.decision.rank == 16
     assert "1 repeated row omitted" in decided.input_notes
@@ -211,7 +211,7 @@ def test_another_encoding_is_refused(tmp_path: Path) -> None:
         decide(path)
 
 
-def test_nothing_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_or_empty_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="no such file"):
         decide(tmp_path / "none.csv")
     with pytest.raises(ResultsError, match="contains no results in a known format"):
@@ -220,7 +220,7 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", ["running", "RUNNING", "Scheduled", "waiting"])
 def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -> None:
-    """The last value of a training that runs is one part of the way: rank 64 would look worse than it is."""
+    """Ignore a running training: its last value is from the middle, so rank 64 would look worse than it is."""
     text = f"Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,{status},64,2.9\n"
     decided = decide(write_table(tmp_path, text), margin=0.005)
     assert [evidence.rank for evidence in decided.decision.ranks] == [1, 4, 16]
@@ -262,7 +262,7 @@ def test_optuna_s_dataframe(tmp_path: Path) -> None:
     assert "1 unfinished training omitted" in decided.input_notes
 
 
-def test_one_number_a_rank_is_not_called_enough(tmp_path: Path) -> None:
+def test_one_number_per_rank_is_not_called_enough(tmp_path: Path) -> None:
     rows = build_evidence_table(decide(write_table(tmp_path, GOOD), margin=0.01, higher_is_better=False).decision)
     assert not any("yes" in row for row in rows)
     assert "perhaps" in rows[3]
@@ -278,14 +278,14 @@ def test_a_data_frame_is_decided_as_its_rows() -> None:
     rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": None}]
     decided = decide(pandas.DataFrame(rows), higher_is_better=False)
     assert decided.decision == decide(rows, higher_is_better=False).decision
-    assert repr(decided) == "Decided(rank=16, verdict='rising', margin=0.02001)"
+    assert repr(decided) == "DecisionResult(rank=16, verdict='rising', margin=0.02001)"
 
 
 @pytest.mark.parametrize(
     "name",
     ["value", "brier_gap", "fid_delta", "toxicity_score", "accuracy_drop", "1-acc", "lossless_acc", "energy_score"],
 )
-def test_a_metric_without_a_known_direction_is_asked_for_it(tmp_path: Path, name: str) -> None:
+def test_a_metric_without_a_known_direction_is_refused(tmp_path: Path, name: str) -> None:
     path = write_table(tmp_path, f"rank,{name}\n1,0.5\n4,0.7\n16,0.701\n")
     with pytest.raises(ResultsError, match="not known from its name; give --higher-is-better or --lower-is-better"):
         decide(path, metric=name)
@@ -293,7 +293,7 @@ def test_a_metric_without_a_known_direction_is_asked_for_it(tmp_path: Path, name
     assert decide(path, metric=name, higher_is_better=False, margin=0.01).decision.reference_rank == 1
 
 
-def test_the_direction_is_that_of_the_metric_and_not_of_the_column_that_holds_it(tmp_path: Path) -> None:
+def test_the_direction_follows_the_metric_instead_of_its_column(tmp_path: Path) -> None:
     path = write_table(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
     with pytest.raises(ResultsError, match="'energy_score'"):
         decide(path, metric="energy_score", columns={"value": "accuracy"})
@@ -311,7 +311,7 @@ def test_the_named_index_of_a_data_frame_is_a_column() -> None:
     assert decide_values(frame) == LOSSES
 
 
-def test_names_alone_say_the_ranks(tmp_path: Path) -> None:
+def test_ranks_are_read_from_names(tmp_path: Path) -> None:
     path = write_table(
         tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nlora-r16-seed0,2.001\nlora-r64-seed0,2.0\nlora-r128-seed0,n/a\n"
     )
@@ -324,21 +324,21 @@ def test_names_alone_say_the_ranks(tmp_path: Path) -> None:
         decide(write_table(tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nbaseline,2.0\n"))
 
 
-def test_several_files_say_their_rank_by_name(tmp_path: Path) -> None:
+def test_ranks_are_read_from_file_names(tmp_path: Path) -> None:
     rows = {rank: "".join(f'{{"item": {n}, "loss": {loss + n}}}\n' for n in range(30)) for rank, loss in LOSSES.items()}
     for rank, text in rows.items():
         write_table(tmp_path, text, f"r{rank}-seed0.jsonl")
     assert decide_values(tmp_path) == pytest.approx({rank: loss + 14.5 for rank, loss in LOSSES.items()})
 
 
-def test_a_stated_deviation_is_that_of_so_many_seeds(tmp_path: Path) -> None:
+def test_a_stated_deviation_has_a_number_of_seeds(tmp_path: Path) -> None:
     path = write_table(tmp_path, "rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n")
     decision = decide(path).decision
     assert (decision.margin, decision.basis) == (0.5, "std")
 
 
 @pytest.mark.parametrize("word", ["OOM", "out of memory", "crashed", "nan", "NaN", "inf", "-Infinity"])
-def test_a_word_of_failure_is_a_training_without_a_result(tmp_path: Path, word: str) -> None:
+def test_a_status_of_failure_means_no_result(tmp_path: Path, word: str) -> None:
     decided = decide(write_table(tmp_path, f"rank,eval_loss\n4,2.05\n16,2.001\n64,{word}\n"))
     assert "unstable" in decided.decision.flags
     assert "1 training without a result" in decided.input_notes
@@ -369,7 +369,7 @@ def test_trainings_of_two_kinds_are_refused(tmp_path: Path, text: str) -> None:
         decide(write_table(tmp_path, text))
 
 
-def test_names_of_trainings_and_texts_of_examples_are_no_kinds(tmp_path: Path) -> None:
+def test_names_and_texts_do_not_distinguish_kinds(tmp_path: Path) -> None:
     rows = ["rank,name,output_dir,item,subject,user,eval_loss\n"]
     for rank in LOSSES:
         rows += [
@@ -384,7 +384,7 @@ def test_the_learning_rate_is_the_one_that_was_set(tmp_path: Path) -> None:
     assert decide(path).decision.learning_rate == 0.005
 
 
-def test_a_default_margin_of_one_percent_is_said_with_its_reason(tmp_path: Path) -> None:
+def test_a_default_margin_of_one_percent_has_a_note(tmp_path: Path) -> None:
     path = write_table(tmp_path, GOOD)
     note = (
         "margin: 1% of the best value, because the name 'value' states no unit (--metric NAME or --margin changes it)"
@@ -401,12 +401,12 @@ def test_a_metric_is_named_without_its_split() -> None:
 
 
 @pytest.mark.parametrize("alpha", [lambda rank: 16, lambda rank: 2 * rank, lambda rank: 8 * rank**0.5])
-def test_an_alpha_of_one_rule_is_comparable(alpha: Any) -> None:
+def test_alphas_that_follow_one_rule_are_comparable(alpha: Any) -> None:
     assert decide([{"rank": rank, "lora_alpha": alpha(rank), "eval_loss": 2 + 1 / rank} for rank in (1, 4, 16)])
 
 
-def test_the_answers_by_the_other_metrics_stand_beside() -> None:
-    """The table has two metrics that contradict each other: both are said."""
+def test_other_metrics_have_their_own_answers() -> None:
+    """Report both of two contradicting metrics."""
     rows = [{"rank": rank, "eval_loss": 2 + 0.1 * rank, "eval_accuracy": 0.5 + rank / 100} for rank in (1, 4, 16)]
     decided = decide(rows)
     assert decided.decision.rank == 1
@@ -414,7 +414,7 @@ def test_the_answers_by_the_other_metrics_stand_beside() -> None:
     assert "metric_conflict" in decided.decision.flags
 
 
-def test_names_with_a_short_seed_say_it(tmp_path: Path) -> None:
+def test_short_seeds_are_read_from_names(tmp_path: Path) -> None:
     for rank, seed in product((2, 8), (0, 1)):
         write_table(tmp_path, f"step,eval_loss\n10,{2 - rank / 100 + seed / 1000}\n", f"run_r{rank}_s{seed}.csv")
     decided = decide(tmp_path, margin=0.01).decision
@@ -432,7 +432,7 @@ def test_a_study_is_decided_as_its_data_frame() -> None:
     assert (decided.reference_rank, decided.higher_is_better) == (4, True)
 
 
-def test_the_best_evaluation_leaves_the_length_of_the_training() -> None:
+def test_the_best_evaluation_keeps_the_length_of_the_training() -> None:
     rows = [
         {"rank": rank, "step": step, "eval_loss": 2 + abs(step - best) / 1000 + 1 / rank}
         for rank, best in ((4, 200), (8, 100))
@@ -447,7 +447,7 @@ CURVES = {4: (2.2, 2.1, 2.05), 16: (2.1, 2.02, 2.001), 64: (1.9, math.nan, math.
 
 
 def make_curve_rows(missing: object) -> list[dict[str, Any]]:
-    """Three evaluations of each rank; rank 64 ends in NaN, which a table may hold as `missing`."""
+    """Make three evaluations of each rank; rank 64 ends in NaN, which a table may contain as `missing`."""
     return [
         {"rank": rank, "step": step, "eval_loss": missing if math.isnan(loss) else loss}
         for rank, losses in CURVES.items()
@@ -488,7 +488,7 @@ def test_a_training_that_was_run_again_counts(tmp_path: Path) -> None:
     assert "unstable" not in decided.decision.flags
 
 
-def test_rows_of_the_training_loss_alone_are_no_evaluations() -> None:
+def test_rows_with_only_a_training_loss_are_not_evaluations() -> None:
     rows = [
         {"rank": rank, "step": step, "loss": 1.0, "eval_loss": 2 + 1 / rank if step % 50 == 0 else None}
         for rank in LOSSES
@@ -499,7 +499,7 @@ def test_rows_of_the_training_loss_alone_are_no_evaluations() -> None:
     assert "unstable" not in decided.decision.flags
 
 
-def test_another_metric_is_that_of_the_last_evaluation_too() -> None:
+def test_other_metrics_are_read_at_the_last_evaluation() -> None:
     rows = [
         {"rank": rank, "step": step, "eval_loss": 2 + 1 / rank, "eval_accuracy": accuracy}
         for rank, accuracies in ((4, (0.5, 0.6)), (16, (0.6, 0.7)), (64, (0.9, math.nan)))
@@ -535,7 +535,7 @@ def test_a_training_without_any_score_has_no_result() -> None:
     assert not any("without a score" in line for line in decided.input_notes)
 
 
-def test_a_score_that_became_nan_is_not_the_earlier_one() -> None:
+def test_a_score_that_became_nan_is_missing() -> None:
     rows = [
         {
             **row,
@@ -549,7 +549,7 @@ def test_a_score_that_became_nan_is_not_the_earlier_one() -> None:
         decide(rows)
 
 
-def test_another_metric_of_examples_is_not_that_of_the_last_one() -> None:
+def test_other_metrics_of_examples_are_averaged() -> None:
     rows = [
         row | {"eval_accuracy": float(int(row["item"][1:]) < 79)}
         for row in make_example_rows(lambda rank, example: example + 1 / rank)
@@ -562,7 +562,7 @@ def test_another_metric_of_examples_is_not_that_of_the_last_one() -> None:
 
 
 @pytest.mark.parametrize("truth", [bool, np.bool_])
-def test_truth_values_are_no_losses(truth: Any) -> None:
+def test_booleans_are_not_losses(truth: Any) -> None:
     rows = [{"rank": rank, "eval_loss": truth(rank < 5)} for rank in (1, 4, 16)]
     with pytest.raises(ResultsError, match=r"row 1: eval_loss is .*True.*, not a number"):
         decide(rows)
@@ -571,7 +571,7 @@ def test_truth_values_are_no_losses(truth: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "cell"), [("runs.csv", ";"), ("runs.tsv", "\t")])
-def test_decimal_commas_are_read_where_no_comma_stands_between_cells(tmp_path: Path, name: str, cell: str) -> None:
+def test_decimal_commas_are_read_with_other_delimiters(tmp_path: Path, name: str, cell: str) -> None:
     lines = ["rank,lr,run,state,eval_loss", "4,1e-4,a|b,finished,2|05", "16,0|0001,c,finished,2|001"]
     lines += ["64,1|0E-4,1|2,finished,2", "64,1e-3,d,crashed,NaN"]
     path = write_table(tmp_path, "\n".join(lines).replace(",", cell).replace("|", ",") + "\n", name)
@@ -590,7 +590,7 @@ def test_rows_that_occur_twice_name_the_columns_in_which_they_differ() -> None:
 
 
 def test_an_example_without_tokens_has_no_weight() -> None:
-    """As `to_pandas(run, examples=True)` writes an example whose answer was cut away."""
+    """Omit examples whose answer was cut, as `to_pandas(run, examples=True)` writes them."""
     rows = [
         row | {"tokens": 0, "eval_loss": None} if row["item"] == "q3" else row | {"tokens": 5}
         for row in make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank)

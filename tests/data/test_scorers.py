@@ -72,7 +72,7 @@ def test_a_bad_function_is_one_line(function: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_function_is_told_before_the_start() -> None:
+def test_an_invalid_function_is_refused_before_the_start() -> None:
     Path("mine.py").write_text(FUNCTIONS)
     Path("broken.py").write_text("import json\n1 / 0\n")
     for reference, message in (

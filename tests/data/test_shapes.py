@@ -76,7 +76,7 @@ def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
     splits = load_rows(tmp_path, [{"text": text} for text in TEXTS], validation=str(held_out), max_eval_examples=100)
     expected = {json.loads(line)["text"] for line in held_out.read_text().splitlines()}
     assert {example.content["text"] for example in splits.examples["validation"]} == expected
-    assert len(splits.examples["test"]) >= 2  # from the data, by hash
+    assert len(splits.examples["test"]) >= 2  # taken from the data by hash
     assert splits.summary.rows == 130
     write_jsonl(tmp_path / "folder-validation.jsonl", [])
     folder = tmp_path / "folder"
@@ -88,7 +88,7 @@ def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file_names", ["test", "validation"])
-def test_a_folder_with_some_splits_takes_the_other_from_train(tmp_path: Path, file_names: str) -> None:
+def test_missing_splits_are_taken_from_train(tmp_path: Path, file_names: str) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in TEXTS])
     write_jsonl(tmp_path / f"{file_names}.jsonl", [{"text": text} for text in generate_sentences(20, seed=5)])
     splits = load_data(tmp_path, build_small_settings(max_eval_examples=1000))

@@ -24,7 +24,7 @@ from rightrank.schema.decision import Result, ResultsTable
 def make_contender(rank: int, **losses: float) -> Contender:
     """Make cells by seed, named s0, s1, …, with one number each."""
     cells = {
-        int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.num_examples()
+        int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.items()
     }
     return Contender(rank, 1e-3, cells, float(np.mean(list(losses.values()))))
 
@@ -249,6 +249,6 @@ def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_se
 def test_learning_rates_with_fewer_seeds_are_compared_one_after_the_other(
     seeds: dict[float, tuple[int, ...]], best: float
 ) -> None:
-    losses = {rate: dict.fromkeys(of_rate, 2.0) for rate, of_rate in seeds.num_examples()}
+    losses = {rate: dict.fromkeys(of_rate, 2.0) for rate, of_rate in seeds.items()}
     assert select_best_learning_rate(losses, lambda rate, other_rate: True) == best
     assert select_best_learning_rate(losses, lambda rate, other_rate: False) == 1e-3

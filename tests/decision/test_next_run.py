@@ -171,7 +171,7 @@ TRAIN, EVALUATE = 601.0, 33.0  # seconds
 def add_times(table: ScoreTable) -> ScoreTable:
     cells = {
         key: replace(cell, train_seconds=TRAIN, eval_seconds=EVALUATE if key[0] else 0.0)
-        for key, cell in table.cells.num_examples()
+        for key, cell in table.cells.items()
     }
     return replace(table, cells=cells)
 
@@ -179,7 +179,7 @@ def add_times(table: ScoreTable) -> ScoreTable:
 def drop_trainings(table: ScoreTable, *dropped: tuple[int, int]) -> ScoreTable:
     """Return the table without these trainings, given by rank and seed."""
     return replace(
-        table, cells={key: cell for key, cell in table.cells.num_examples() if (key[0], key[2]) not in dropped}
+        table, cells={key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in dropped}
     )
 
 
@@ -243,7 +243,7 @@ def test_the_smallest_rank_is_recommended_if_no_run_is_enough() -> None:
     table = build_example_table({4: 2.0}, seeds=(0, 1), num_examples=100)
     tilted = {
         (64, lr, seed): replace(cell, trial_id=f"64-{seed}", sums=cell.sums + np.resize([0.03, -0.03], 100))
-        for (_, lr, seed), cell in table.cells.num_examples()
+        for (_, lr, seed), cell in table.cells.items()
     }
     (run,) = decide_table(replace(table, cells={**table.cells, **tilted}), 1e-9).next_runs
     assert (run.action, run.ranks, run.trials) == ("none", [4], 0)
@@ -269,7 +269,7 @@ def build_rate_table(values: Mapping[tuple[int, float], float]) -> ScoreTable:
     """Build a table with one number for each rank and learning rate."""
     results = [
         Result(trial_id=f"{rank} {rate}", rank=rank, learning_rate=rate, value=value)
-        for (rank, rate), value in values.num_examples()
+        for (rank, rate), value in values.items()
     ]
     return build_table_from_results(
         ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])

@@ -130,7 +130,7 @@ def test_the_staircase_agrees_with_the_rule_at_every_margin(margin: float) -> No
 
 def test_higher_is_better_mirrors_lower() -> None:
     mirrored = decide_table(
-        build_value_table({rank: -value for rank, value in SATURATED.num_examples()}, "reward", higher=True), 0.005
+        build_value_table({rank: -value for rank, value in SATURATED.items()}, "reward", higher=True), 0.005
     )
     assert mirrored.rank == decide_table(build_value_table(SATURATED), 0.005).rank
     assert all(e.low <= e.value <= e.high for e in mirrored.ranks)
@@ -160,7 +160,7 @@ def test_the_best_of_several_learning_rates_is_corrected_for_selection_bias() ->
     cells = {
         (rank, learning_rate, seed): Cell("t", 0.0, *_one(2.0 + 0.02 * (noise if rank == 1 else -noise)))
         for rank in (1, 4)
-        for learning_rate, contrast in contrasts.num_examples()
+        for learning_rate, contrast in contrasts.items()
         for seed, noise in enumerate(contrast)
     }
     decision = decide_table(ScoreTable("loss", False, cells), 0.005)
@@ -211,7 +211,7 @@ def test_a_suggested_learning_rate_is_one_that_another_rank_has() -> None:
     rates = {1: (1e-3, 3e-3, 1e-2, 3.1e-2), 4: (1e-3, 3e-3, 1e-2)}
     cells = {
         (rank, rate, 0): Cell("t", 0.0, *_one(2.0 - rank * min(rate, 0.011)))
-        for rank, of_rank in rates.num_examples()
+        for rank, of_rank in rates.items()
         for rate in of_rank
     }
     run = next(run for run in decide_table(ScoreTable("loss", False, cells), 1e-3).next_runs if run.action == "rates")
@@ -230,7 +230,7 @@ def test_trainings_of_unequal_length_and_collapsed_ones_are_flagged() -> None:
     for steps, unequal in ({"short": 100, "long": 200}, True), ({"short": 200, "long": 200}, False):
         cells = {
             key: replace(cell, steps=steps["short" if key[0] < 64 else "long"])
-            for key, cell in table.cells.num_examples()
+            for key, cell in table.cells.items()
         }
         assert ("unequal_length" in decide_table(replace(table, cells=cells), 0.005).flags) is unequal
     assert "collapsed" in decide_table(replace(table, collapsed=1), 0.005).flags

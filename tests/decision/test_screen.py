@@ -42,7 +42,7 @@ def require_consistent_screen(decision: Decision) -> None:
 def _require_consistent_bounds(
     decision: Decision, enough_column: Mapping[int, str], by_rank: Mapping[int, RankEvidence]
 ) -> None:
-    for rank, word in enough_column.num_examples():
+    for rank, word in enough_column.items():
         evidence = by_rank[rank]
         if rank == decision.reference_rank:
             assert word in ("yes", "best so far")
@@ -68,7 +68,7 @@ def _require_consistent_sentence(
     if "hardly matters" in sentence:
         assert all(abs(evidence.difference or 0.0) <= decision.margin * (1 + 1e-7) for evidence in by_rank.values())
     if sentence.startswith("Still rising"):
-        assert {word for rank, word in enough_column.num_examples() if rank != decision.rank} <= {"no", "unlikely"}
+        assert {word for rank, word in enough_column.items() if rank != decision.rank} <= {"no", "unlikely"}
     if within_match := re.match(r"Undecided: rank (\d+) is within", sentence):
         assert enough_column[int(within_match[1])] == "yes"
 
@@ -86,7 +86,7 @@ def _require_consistent_safe_choice(decision: Decision, enough_column: Mapping[i
 
 @pytest.mark.parametrize("shard", range(4))
 def test_no_two_lines_of_a_screen_contradict_each_other(shard: int) -> None:
-    for name, world in list(draw_random_worlds().num_examples())[shard::4]:
+    for name, world in list(draw_random_worlds().items())[shard::4]:
         decision = decide_table(build_world_table(world), world.margin)
         try:
             require_consistent_screen(decision)

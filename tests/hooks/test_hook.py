@@ -1,4 +1,4 @@
-"""A user's hook: the order of what it receives, its faults, its wish to stop, and a run that is resumed."""
+"""Test hooks of users: the order of events, errors, requests to stop, and resumed runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def select(out: Path, *hooks: Hook) -> Selected:
 
 
 class RecordingHook(Hook):
-    """Notes every call."""
+    """A hook that records every call."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -89,7 +89,7 @@ def test_a_hook_that_raises_ends_the_run_and_loses_nothing(tmp_path: Path, error
     assert sorted(read_finished(run)) == [1, 4, 16]
 
 
-def test_a_hook_that_a_run_can_do_without_is_left_out_until_the_end(tmp_path: Path) -> None:
+def test_an_optional_hook_that_fails_is_skipped(tmp_path: Path) -> None:
     run, hook = tmp_path / "run", RaisingHook(1, KeyError("x"))
     hook.is_required = False
     with pytest.raises(RunError, match=r"^RaisingHook failed \(KeyError: 'x'\)"):
@@ -99,7 +99,7 @@ def test_a_hook_that_a_run_can_do_without_is_left_out_until_the_end(tmp_path: Pa
     assert json.loads((run / "decision.json").read_text())["rank"] == 16
 
 
-def test_an_error_of_input_passes_as_it_is(tmp_path: Path) -> None:
+def test_an_input_error_is_raised_unchanged(tmp_path: Path) -> None:
     class Refusing(Hook):
         def on_start(self, started: SelectionStart) -> None:
             raise DataError("not this one")
@@ -109,7 +109,7 @@ def test_an_error_of_input_passes_as_it_is(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "journal.jsonl").exists()
 
 
-def test_it_stops_the_run_which_then_resumes_with_what_has_ended(tmp_path: Path) -> None:
+def test_a_hook_stops_the_run_which_resumes(tmp_path: Path) -> None:
     class Stopping(Hook):
         def should_stop(self) -> bool:
             return len(read_finished(run)) == 2
@@ -131,7 +131,7 @@ def test_it_stops_the_run_which_then_resumes_with_what_has_ended(tmp_path: Path)
     assert resumed.decision == select(tmp_path / "whole").decision
 
 
-def test_a_hook_returns_another_answer_which_the_next_one_gets(tmp_path: Path) -> None:
+def test_the_next_hook_gets_a_changed_answer(tmp_path: Path) -> None:
     class Noting(Hook):
         def __init__(self, note: str) -> None:
             self._note = note
@@ -146,7 +146,7 @@ def test_a_hook_returns_another_answer_which_the_next_one_gets(tmp_path: Path) -
     assert [record.answer.notes for record in recorded] == [["first", "second"]]
 
 
-def test_a_hook_gets_nothing_that_it_could_change(tmp_path: Path) -> None:
+def test_hooks_get_immutable_records(tmp_path: Path) -> None:
     """Check that the records are frozen and hold a copy of the journal."""
 
     class Clearing(Hook):

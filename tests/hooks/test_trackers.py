@@ -1,4 +1,4 @@
-"""The runs that trackers log, read back with their own code."""
+"""Test the logged runs of trackers with the trackers' own readers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
 
 
 def log_all(records: Records, name: str) -> list[str]:
-    """Tell one tracker of all; what it complained about."""
+    """Send all events to one tracker and return its warnings."""
     notices: list[str] = []
     trackers = Trackers([name], Path("run"))
     plan: Any = SimpleNamespace(started=records.started)
@@ -55,7 +55,7 @@ def list_trained_trials(records: Records) -> list[TrialFinished]:
 
 
 def read_tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tag → step and number, by TensorBoard's own reader."""
+    """Return the steps and values of each tag, as read by TensorBoard."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -75,7 +75,7 @@ def test_tensorboard(records: Records) -> None:
     assert scalars["eval/loss"][-1] == (trial.steps, pytest.approx(trial.metrics["loss"]))
 
 
-@pytest.mark.filterwarnings("ignore")  # MLflow's own
+@pytest.mark.filterwarnings("ignore")  # warnings of MLflow
 def test_mlflow(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
@@ -93,7 +93,7 @@ def test_mlflow(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({run.data.tags["rightrank.group"] for run in client.search_runs([experiment.experiment_id])}) == 1
 
 
-@pytest.mark.filterwarnings("ignore")  # W&B's own
+@pytest.mark.filterwarnings("ignore")  # warnings of W&B
 def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that W&B's reader of an offline run returns the logged values, and that an exported table gives the same rank."""
     pytest.importorskip("wandb")
@@ -140,11 +140,14 @@ def _read_wandb_run(path: Path) -> dict[str, Any]:
 
 
 def _read_frames(content: bytes) -> Iterator[bytes]:
-    """After 7 bytes of header: chunks of checksum (4), length (2), kind (1: whole, 2 to 4: first to last part)."""
+    """Yield the records of a W&B file.
+
+    After a header of 7 bytes come chunks of checksum (4), length (2) and kind (1: complete, 2 to 4: first to last section).
+    """
     offset, chunks = 7, b""
     while offset + 7 <= len(content):
         if 32768 - offset % 32768 < 7:
-            offset += 32768 - offset % 32768  # the rest of a block that holds no chunk's head
+            offset += 32768 - offset % 32768  # the rest of the block is too short for a header
             continue
         length, kind = int.from_bytes(content[offset + 4 : offset + 6], "little"), content[offset + 6]
         chunks += content[offset + 7 : offset + 7 + length]
@@ -158,7 +161,7 @@ def _get_key(example: Any) -> str:
     return example.key or ".".join(example.nested_key)
 
 
-@pytest.mark.filterwarnings("ignore")  # Trackio's own
+@pytest.mark.filterwarnings("ignore")  # warnings of Trackio
 def test_trackio(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(Path("trackio").resolve()))
     pytest.importorskip("trackio")
@@ -203,7 +206,7 @@ def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_trackers(["all"]) == ()
 
 
-def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
+def test_a_custom_trainer_reports_to_trackers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
 
     def train(task: TrialTask) -> TrialResult:

@@ -1,11 +1,10 @@
-"""`kill -9` at random moments of a small selection, resumed: does it end the same, is anything lost or trained twice?
+"""Kill a small selection with `kill -9` at random moments, resume it, and compare the result.
 
-A run is started in a process of its own and killed with SIGKILL; it is resumed and killed again, up to five times,
-then resumed to its end and compared with an undisturbed run. The moments take turns: anywhere in the run's time; and
-inside a step, an evaluation, an append to the journal, a checkpoint, or the writing of reports, adapters and figures,
-each at a random one of them and a random while after it began. Processes are forked from one that has torch loaded
-and has drawn a report: a run then takes seconds, all its own. What a power cut does to a
-disk's own cache, no kill can show.
+A run is started in its own process and killed with SIGKILL, up to five times. It is then resumed to its end and
+compared with an undisturbed run. The moments alternate: any time of the run; or a random time within a random step,
+evaluation, append to the journal, checkpoint, or writing of reports, adapters and figures. Processes are forked from
+one that has loaded torch and drawn a report, so that a run takes seconds. The test does not cover power cuts, which
+also lose the cache of a disk.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ KILLS_A_RUN = 5
 
 
 class Case:
-    """One model, one data file, and runs of one selection over them."""
+    """A model, a data file, and runs of one selection on them."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._model, self._data = save_tiny_llama(root / "model"), write_completions(root / "data.jsonl")
         self.recorder = PhaseRecorder()
-        self.usual: dict[str, tuple[int, float]] = {}  # of the undisturbed run: entries and mean seconds by phase
+        self.usual: dict[str, tuple[int, float]] = {}  # entries and mean seconds by phase, in the undisturbed run
 
     def warm_up(self, out: Path) -> None:
         """Run once in this process, so that fonts, templates and modules are loaded for every fork."""
@@ -53,7 +52,7 @@ class Case:
         select_rank(str(self._model), self._data, out, settings=settings)
 
     def start(self, out: Path, phase: str | None = None, entry: int = 0) -> int:
-        """Process id; `recorder.wait()` then returns at that entry into that phase."""
+        """Start the run and return its process id; `recorder.wait()` then returns at that entry into that phase."""
         self.recorder.request(phase, entry)
         child = os.fork()
         if child == 0:
@@ -86,7 +85,7 @@ def wait_for_end(child: int) -> int:
 
 
 def read_lines(out: Path, kind: str) -> dict[str, bytes]:
-    """Whole journal lines of a kind by trial; a torn last line is none."""
+    """Return the complete journal lines of a kind by trial."""
     journal = out / "journal.jsonl"
     content = journal.read_bytes() if journal.exists() else b""
     lines: dict[str, bytes] = {}
@@ -115,7 +114,7 @@ def read_outcome(out: Path) -> dict[str, Any]:
 
 
 def kill_once(case: Case, seconds: float, target: str, generator: random.Random, out: Path) -> dict[str, Any]:
-    """Start or resume, and kill; the run may have ended before."""
+    """Start or resume the run and kill it, unless it ended before."""
     earlier = read_lines(out, "trial_finished")
     if target == ANYWHERE:
         child = case.start(out)
@@ -142,7 +141,7 @@ def kill_once(case: Case, seconds: float, target: str, generator: random.Random,
 def run_until_done(
     case: Case, reference: dict[str, Any], seconds: float, targets: list[str], generator: random.Random, out: Path
 ) -> dict[str, Any]:
-    """Kill at each target, resume to the end, compare."""
+    """Kill the run at each target, resume it to the end, and compare it."""
     kills: list[dict[str, Any]] = []
     for target in targets:
         kills.append(kill_once(case, seconds, target, generator, out))
@@ -169,7 +168,7 @@ def run_until_done(
 
 
 def count_restarts(out: Path) -> set[str]:
-    """Trials that had finished and were begun once more."""
+    """Return the trials that had finished and were started again."""
     finished: set[str] = set()
     again: set[str] = set()
     for line in (out / "journal.jsonl").read_bytes().splitlines():

@@ -1,8 +1,7 @@
-"""Does a process that trains arm after arm grow? Resident memory along 500 arms of one executor.
+"""Measure the resident memory of a process along 500 arms of one executor.
 
-Each arm joins the base, trains, is evaluated, checkpointed, saved, journalled, and leaves. Returns
-resident memory at every tenth of the way, and its growth from the first fifth (by when all caches are filled) to the
-end.
+Each arm joins the base, trains, is evaluated, checkpointed, saved and journalled, and leaves. The result is the
+resident memory at every tenth of the arms, and its growth from the first fifth, when all caches are filled, to the end.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def read_resident_bytes() -> int:
 
 
 def build_trials(arms: int) -> list[Trial]:
-    """So many arms of four ranks, each fourth with a new seed: its own batches, first A and order."""
+    """Build trials of four ranks, where each fourth trial has a new seed with its own batches, initial A and order."""
     arms_to_run = [
         Arm(rank=RANKS[number % 4], learning_rate=1e-3, lora_alpha=32.0, seed=number // 4, steps=3)
         for number in range(arms)
@@ -37,7 +36,7 @@ def build_trials(arms: int) -> list[Trial]:
 
 
 def measure(arms: int, root: Path) -> dict[str, Any]:
-    """Train them all, one after the other."""
+    """Train all arms, one after the other, and return the resident memory."""
     model, data = save_tiny_llama(root / "model"), write_completions(root / "data.jsonl")
     settings = build_small_settings(ranks=RANKS, max_steps=3, num_evaluations=1, checkpoint_seconds=0.01)
     runtime = make_runtime(model, data, settings, root / "cache")

@@ -1,4 +1,4 @@
-"""Training functions that several tests share."""
+"""Provide training functions that several tests share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXAMPLE_SCORES = [random.Random(0).gauss(0, 1) for _ in range(40)]
 
 
 def score_pair(task: TrialTask) -> TrialResult:
-    """Scores that rise to rank 4 and then stay; the items' own spread is 100 times the ranks'."""
+    """Return scores that rise up to rank 4; examples vary 100 times as much as ranks."""
     gain = min(task.rank, 4) * 0.01 - (0.02 if task.learning_rate > 2e-3 else 0)
     noise = random.Random(task.rank)
     scores = [ease + gain + noise.gauss(0, 1e-4) for ease in EXAMPLE_SCORES]

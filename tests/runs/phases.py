@@ -1,7 +1,7 @@
-"""What a selection is doing at this moment, told from its process to the one that will kill it.
+"""Report the phase of a running selection to the process that will kill it.
 
-The child's functions are wrapped where they are named; each tells a page of memory that both processes share, which
-outlives a SIGKILL.
+Functions of the child process are wrapped; each writes to a page of memory that both processes share, which survives a
+SIGKILL.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 PHASES = ("training", "evaluation", "journal", "checkpoint", "views")
-ELSEWHERE = "elsewhere"  # loading, deciding, between two of the others
+ELSEWHERE = "elsewhere"  # loading, deciding, and between other phases
 _RECORD = struct.Struct("<qd")  # entries, seconds
 
 
 class PhaseRecorder:
-    """The shared page, and a pipe that reports the entry of a phase."""
+    """A page of shared memory, and a pipe that reports the entry into a phase."""
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, 4096)
@@ -29,14 +29,14 @@ class PhaseRecorder:
         self._requested: tuple[str | None, int] = (None, 0)
 
     def request(self, phase: str | None, entry: int) -> None:
-        """Before a start: forget the last run, and say which entry to tell."""
+        """Forget the last run and request a report of this entry into this phase."""
         self._page[:] = bytes(4096)
         self._requested = (phase, entry)
         while select.select([self._read], [], [], 0)[0]:
             os.read(self._read, 64)
 
     def wait(self, child: int, seconds: float) -> bool:
-        """Until the asked entry or the child's end, at most so long; whether the entry came."""
+        """Wait for the requested entry or the end of the child, and return whether the entry was reported."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if select.select([self._read], [], [], 0.1)[0]:
@@ -50,7 +50,7 @@ class PhaseRecorder:
         return ELSEWHERE if current == 0 else PHASES[current - 1]
 
     def measure_phases(self) -> dict[str, tuple[int, float]]:
-        """Entries of each phase in the last run, and their mean seconds."""
+        """Return the entries of each phase in the last run, and their mean seconds."""
         durations = {}
         for number, name in enumerate(PHASES):
             entries, seconds = self._get(number)
@@ -85,7 +85,7 @@ class PhaseRecorder:
 
 
 def watch_phases(recorder: PhaseRecorder) -> None:
-    """Wrap what a selection calls, in every module that names it."""
+    """Wrap the functions that a selection calls, in every module that imports them."""
     from rightrank.data.files import write_text
     from rightrank.models.adapter_writer import save_adapter
     from rightrank.report.html import render_report

@@ -1,4 +1,4 @@
-"""`checkpoint`: which evaluation of each training a run keeps, and what the other one would have given."""
+"""Test the setting `checkpoint`: which evaluation of each training a run keeps, and what the other one would give."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_rows(folder: Path) -> Path:
-    """`data.jsonl` and `validation.jsonl` in `folder`; the first."""
+    """Write `data.jsonl` and `validation.jsonl` to the folder, and return the path of the first."""
     generator = random.Random(0)
 
     def draw_names(of: Sequence[str] = NAMES) -> str:
@@ -110,7 +110,7 @@ def test_the_best_checkpoint_is_kept_and_handed_over(
     runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
 ) -> None:
     last, best = find_trained(runs["last"]), find_trained(runs["best"])
-    assert last.points == best.points  # one training
+    assert last.points == best.points  # the same training
     point = min(best.points, key=lambda evaluation: evaluation.value)
     assert last.checkpoint_step is None
     assert point.step == best.checkpoint_step < 60
@@ -127,7 +127,7 @@ def test_the_best_checkpoint_is_kept_and_handed_over(
     assert document["handed_over"]["reference_adapter"] == f"trials/{best.trial_id}"
 
 
-def test_the_test_split_is_read_of_the_kept_checkpoint_alone(runs: dict[Checkpoint, Path]) -> None:
+def test_only_the_kept_checkpoint_is_evaluated_on_the_test_split(runs: dict[Checkpoint, Path]) -> None:
     for run in runs.values():
         read = [
             record.trial_id for record in Journal(run / "journal.jsonl").read() if isinstance(record, TestEvaluated)

@@ -1,4 +1,4 @@
-"""A run folder continued with more seeds, ranks or learning rates, or at another margin."""
+"""Test runs that continue with more seeds, ranks or learning rates, or with another margin."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def begun(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.Te
     return run
 
 
-def test_a_run_continued_equals_one_made_at_once(
+def test_a_continued_run_equals_a_single_run(
     begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -59,7 +59,7 @@ def test_a_run_continued_equals_one_made_at_once(
     single_run = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=final_settings)
     assert collect_values(run) == collect_values(tmp_path / "whole")
     assert continued.decision.margin == 0.5
-    same = {"next_runs", "ranks"}  # these name trials, whose identities are the run's own
+    same = {"next_runs", "ranks"}  # these contain trial identifiers, which differ between runs
     assert continued.decision.model_dump(exclude=same) == single_run.decision.model_dump(exclude=same)
 
 
@@ -82,7 +82,7 @@ def test_a_report_shows_the_settings_that_the_run_was_continued_with(
     assert "0.25" in (begun / "report.html").read_text(encoding="utf-8")
 
 
-def test_what_changes_trials_is_still_refused(begun: Path, model_folder: Path, completion_file: Path) -> None:
+def test_settings_that_change_trials_are_refused(begun: Path, model_folder: Path, completion_file: Path) -> None:
     with pytest.raises(RunFolderError, match="max_steps"):
         select_rank(str(model_folder), completion_file, begun, settings=build_small_settings(max_steps=5, margin=0.1))
 
@@ -101,7 +101,7 @@ def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path:
     assert earlier_trials.items() < collect_values(run).items()
 
 
-def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
+def test_more_validation_examples_evaluate_again_without_training(
     begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     """Check that the run equals one that had all the examples from the start."""
@@ -119,12 +119,14 @@ def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
     assert (ours.rank, ours.verdict, ours.flags) == (theirs.rank, theirs.verdict, theirs.flags)
     assert [record.value for record in ours.ranks] == pytest.approx([record.value for record in theirs.ranks], rel=1e-5)
     assert decide(run).decision.ranks == ours.ranks
-    again = select_rank(str(model_folder), completion_file, run, settings=few_examples)  # examples are not taken away
+    again = select_rank(
+        str(model_folder), completion_file, run, settings=few_examples
+    )  # the number of examples does not decrease
     assert again.decision.ranks == ours.ranks
 
 
 def test_a_run_continued_with_other_ranks_keeps_those_that_were_trained(tmp_path: Path) -> None:
-    """`bracket` would not train rank 1 again once rank 4 fails: its trainings stay evidence."""
+    """Keep the trainings of rank 1 as evidence, although `bracket` would not train rank 1 again once rank 4 fails."""
 
     def train(task: TrialTask) -> dict[str, float]:
         return {"loss": {1: 0.4, 4: 0.3, 16: 0.2}[task.rank] + 0.001 * task.seed * task.rank}

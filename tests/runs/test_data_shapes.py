@@ -1,4 +1,4 @@
-"""Selections on data of other shapes, from rows to the report."""
+"""Test selections on other forms of data, from rows to the report."""
 
 from __future__ import annotations
 

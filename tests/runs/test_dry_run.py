@@ -1,4 +1,4 @@
-"""`select --dry-run` and `select` describe the same run."""
+"""Test that `select --dry-run` and `select` describe the same run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.watch import Watch
 SMALL = {"learning_rates": [1e-2], "batch_size": 4, "max_eval_examples": 12, "num_evaluations": 2, "device": "cpu"}
 
 
-def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    """Nothing is given for ranks, steps and length: preflight and selection settle them alike."""
+def test_dry_run_and_selection_agree(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    """Omit ranks, steps and length, so that preflight and selection must choose the same values."""
     announced: list[SelectionPlanned] = []
     watching = Watch(lambda event: announced.append(event) if isinstance(event, SelectionPlanned) else None)
     selected = select_rank(str(model_folder), completion_file, tmp_path / "run", callbacks=[watching], **SMALL)

@@ -1,4 +1,4 @@
-"""Values that a custom trainer reports along the way: the same wherever it runs, and in the journal as they come."""
+"""Test values that a custom trainer reports during a training: the same on every executor, and journalled at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return run(make_reporting_trainer, tmp_path_factory.mktemp("here") / "run")
 
 
-def test_reports_are_the_same_in_several_calls_at_a_time(local: Records, tmp_path: Path) -> None:
+def test_reports_are_the_same_with_several_workers(local: Records, tmp_path: Path) -> None:
     remote = run(make_reporting_trainer, tmp_path / "run", workers=2)
     assert collect_points(remote) == collect_points(local)
     assert remote.evaluations == local.evaluations
@@ -75,7 +75,7 @@ def test_points_that_are_returned_count_as_reports(local: Records, tmp_path: Pat
     assert collect_points(run(make_returning_trainer, tmp_path / "run")) == collect_points(local)
 
 
-def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
+def test_an_evaluation_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
     journal_types: list[list[str]] = []
 
     def train(task: TrialTask) -> TrialResult:
@@ -89,7 +89,7 @@ def test_a_look_is_in_the_journal_before_the_trial_ends(tmp_path: Path) -> None:
     assert journal_types[0] == ["run_started", "trial_started", "trial_evaluated"]
 
 
-def test_status_shows_the_last_look_of_the_trial_at_work(tmp_path: Path) -> None:
+def test_status_shows_the_last_evaluation_of_the_running_trial(tmp_path: Path) -> None:
     status_lines: list[str | None] = []
 
     def train(task: TrialTask) -> TrialResult:
@@ -101,7 +101,7 @@ def test_status_shows_the_last_look_of_the_trial_at_work(tmp_path: Path) -> None
     assert status_lines[0] == "r=4 lr=0.001 seed=0, step 5: held-out 0.5"
 
 
-def test_looks_of_a_trial_that_runs_again_are_dropped(tmp_path: Path) -> None:
+def test_evaluations_of_a_restarted_trial_are_dropped(tmp_path: Path) -> None:
     fails = True
 
     def train(task: TrialTask) -> TrialResult:
@@ -129,7 +129,7 @@ def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: 
     assert {len(points) for points in records.evaluations.values()} == {2}
 
 
-def test_an_observer_receives_every_look(tmp_path: Path) -> None:
+def test_an_observer_receives_every_evaluation(tmp_path: Path) -> None:
     events: list[Any] = []
     run(make_reporting_trainer, tmp_path / "run", workers=2, callbacks=[Watch(on_event=events.append)])
     assert [type(event) for event in events].count(TrialEvaluated) == 6
@@ -139,7 +139,7 @@ def test_an_observer_receives_every_look(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_threads_call_the_function_beside_each_other(tmp_path: Path, workers: int) -> None:
+def test_threads_call_the_function_concurrently(tmp_path: Path, workers: int) -> None:
     active, max_parallel, lock = set[int](), [0], threading.Lock()
     full = threading.Event()
 
@@ -174,7 +174,7 @@ def report_bad_values(task: TrialTask) -> TrialResult:
     return build_result(task)
 
 
-def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path) -> None:
+def test_an_invalid_evaluation_fails_only_its_trial(tmp_path: Path) -> None:
     ranks = (1, 2, 4, 8, 16)
     select_rank_with(report_bad_values, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward")
     outcomes = {outcome.rank: outcome for outcome in read_run_records(tmp_path / "run").outcomes}

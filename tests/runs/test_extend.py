@@ -1,4 +1,4 @@
-"""A run that goes on by itself: the next rank while the answer is rising, the next learning rate at an edge."""
+"""Test runs that extend themselves: by a rank while the answer is rising, and by a learning rate at an edge."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ SEEDS = NextRun(action="seeds", ranks=[4, 16], seeds=3, sentence="Train with 3 s
         ("undecided", ["one_seed"], [SEEDS], {}),
     ],
 )
-def test_what_is_added(verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]) -> None:
+def test_extension_adds_ranks_or_rates(
+    verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]
+) -> None:
     settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), extend=True)
     extended = extend_settings(settings, build_decision(verdict, flags, runs))
     assert extended == (settings.model_copy(update=changed) if changed else None)
@@ -51,12 +53,12 @@ def build_adapter_answer(rank: int, difference: float) -> AdapterAnswer:
 
 
 @pytest.mark.parametrize(("rank", "difference", "keeps"), [(16, 0.02, True), (16, 0.005, False), (8, 0.005, False)])
-def test_a_top_is_suspect_where_its_largest_truncation_loses(rank: int, difference: float, keeps: bool) -> None:
+def test_a_top_is_too_small_if_its_largest_truncation_is_worse(rank: int, difference: float, keeps: bool) -> None:
     """Check that a truncation within the margin without statistical support asks for examples, not for a larger top rank."""
     assert build_adapter_answer(rank, difference).is_top_rank_required is keeps
 
 
-def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_folder: Path, tmp_path: Path) -> None:
+def test_a_larger_top_is_trained_if_the_adapter_keeps_the_top_rank(model_folder: Path, tmp_path: Path) -> None:
     """Use a margin of nearly 0, which no truncation meets. The run ends at the largest rank that every matrix supports."""
     data = write_jsonl(
         tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in generate_sentences(150)]
@@ -88,7 +90,7 @@ def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path)
     data = write_jsonl(
         tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in generate_sentences(150)]
     )
-    settings = build_small_settings(max_steps=3, test_fraction=0.0, extend=True)  # of ranks 1 and 4
+    settings = build_small_settings(max_steps=3, test_fraction=0.0, extend=True)  # ranks 1 and 4
     notices: list[str] = []
     selected = select_rank(
         str(model_folder), data, tmp_path / "run", settings=settings, callbacks=[Watch(notice=notices.append)]

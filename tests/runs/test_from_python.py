@@ -1,4 +1,4 @@
-"""A selection called from a script or a notebook: progress, Ctrl-C, a result that fits a screen."""
+"""Test selections that are called from a script or a notebook: progress, Ctrl-C, and a short result."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_progress_and_a_result_on_one_screen(
 
 @pytest.fixture
 def default_interrupt() -> Iterator[None]:
-    """Python's own handler of Ctrl-C, which a process that was started in the background lacks."""
+    """Install Python's handler of Ctrl-C, which a process in the background lacks."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)

@@ -1,4 +1,4 @@
-"""Models, tokenizers and data sets that are in memory already."""
+"""Test models, tokenizers and data sets that are already in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def load_model(folder: Path, classes: int | None = None) -> tuple[Any, Any]:
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes), tokenizer
 
 
-def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_objects_in_memory_give_the_same_run_as_folders(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
     from datasets import load_dataset
 
     settings = build_small_settings(max_steps=3, num_evaluations=1)
@@ -29,7 +31,7 @@ def test_in_memory_gives_what_the_folder_gives(model_folder: Path, completion_fi
     rows = load_dataset("json", data_files=str(completion_file), split="train", cache_dir=str(tmp_path / "cache"))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     mine = select_rank(model, rows, tmp_path / "mine", tokenizer=tokenizer, settings=settings)
-    base_settings = build_small_settings(num_evaluations=1)  # 8 steps, were it not for the keyword
+    base_settings = build_small_settings(num_evaluations=1)  # without the keyword, 8 steps
     by_name = select_rank(str(model_folder), completion_file, tmp_path / "named", settings=base_settings, max_steps=3)
     assert [e.value for e in mine.decision.ranks] == [e.value for e in by_name.decision.ranks]
     assert all((model.state_dict()[name] == value).all() for name, value in weights.items())
@@ -76,7 +78,7 @@ def test_bad_objects_are_one_line(
     ],
 )
 @pytest.mark.parametrize("by", ["config", "settings", "keyword", "in memory"])
-def test_what_lora_config_states_must_agree_with_the_run(
+def test_lora_config_must_agree_with_the_run(
     model_folder: Path, completion_file: Path, tmp_path: Path, config_values: dict[str, Any], message: str, by: str
 ) -> None:
     from peft import LoraConfig
@@ -89,7 +91,7 @@ def test_what_lora_config_states_must_agree_with_the_run(
         select_rank(model, completion_file, tmp_path / "run", tokenizer=tokenizer, **keywords)
 
 
-def test_what_lora_config_states_of_a_classifier(model_folder: Path, class_file: Path) -> None:
+def test_lora_config_of_a_classifier(model_folder: Path, class_file: Path) -> None:
     config_values = {"task_type": "SEQ_CLS", "base_model_name_or_path": f"elsewhere/{model_folder.name}"}
     assert preflight(str(model_folder), class_file, settings=build_small_settings(**config_values)).metric == "loss"
     with pytest.raises(ModelError, match="task_type: got 'CAUSAL_LM', and this is 'SEQ_CLS'"):

@@ -1,4 +1,4 @@
-"""What has learned nothing is worth no rank: through the whole main job."""
+"""Test a complete selection of adapters that learn nothing: no rank is recommended."""
 
 from __future__ import annotations
 

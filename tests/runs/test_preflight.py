@@ -1,4 +1,4 @@
-"""`select --dry-run`: what a selection will do and can show, with nothing written."""
+"""Test `select --dry-run`: it describes the selection and its power, and writes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def list_files(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def test_it_says_what_the_selection_does_and_writes_nothing(
+def test_a_dry_run_describes_the_selection_and_writes_nothing(
     model_folder: Path,
     completion_file: Path,
     tmp_path: Path,
@@ -68,7 +68,7 @@ def test_a_run_folder_is_not_made(
     assert text.rstrip().endswith("nothing was written: this was a dry run")
 
 
-def test_a_preflight_takes_what_people_train_with(model_folder: Path, completion_file: Path) -> None:
+def test_a_preflight_accepts_peft_and_trl_configs(model_folder: Path, completion_file: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     result = preflight(
         str(model_folder), completion_file, peft_config=config, settings=build_small_settings(max_steps=3)

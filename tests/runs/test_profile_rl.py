@@ -1,4 +1,4 @@
-"""The profile `rl`: collapses, seed noise, and the smallest rank where no difference can be shown."""
+"""Test the profile `rl`: collapses, seed noise, and the smallest rank without a significant difference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
-PROMPT_EASE = [index / 200 for index in range(200)]  # of the test prompts
+PROMPT_EASE = [index / 200 for index in range(200)]  # the difficulty of each test prompt
 LOW, HIGH = 1e-5, 1e-4
 
 
 def train_by_reinforcement(task: TrialTask, gain: float = 0.0, noise: float = 0.01) -> TrialResult:
-    """Rewards that rise to a level; at the high learning rate they rise faster, and then fall to nothing."""
+    """Return rewards that rise to a level; at the high learning rate they rise faster and then collapse."""
     generator = random.Random(f"{task.rank} {task.learning_rate} {task.seed}")
     level = 0.6 + gain * (task.rank > 1) + generator.gauss(0, noise)
     (task.folder / "adapter.bin").write_text(f"{task.rank} {task.learning_rate}")
@@ -68,7 +68,7 @@ def test_a_run_that_collapsed_is_an_outcome_and_never_handed_over(tmp_path: Path
     assert "seeds per rank" in noise
 
 
-def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_path: Path) -> None:
+def test_the_smallest_rank_is_the_answer_without_a_significant_difference(tmp_path: Path) -> None:
     selected, notices = run(tmp_path / "run", lambda task: train_by_reinforcement(task, noise=0.06))
     decision = selected.decision
     assert decision is not None
@@ -88,7 +88,7 @@ def test_a_larger_rank_that_is_better_is_the_answer(tmp_path: Path) -> None:
     assert (selected.decision.rank, selected.decision.verdict) == (
         4,
         "no_difference",
-    )  # from rank 16, which scores the same
+    )  # truncated from rank 16, which has the same score
     assert selected.adapter is not None
     assert (selected.adapter.path / "adapter.bin").read_text() == f"4 {LOW}"
 
@@ -118,7 +118,7 @@ def test_an_end_below_the_base_is_a_collapse_too(tmp_path: Path) -> None:
     assert selected.decision.learning_rate == LOW
 
 
-def test_where_all_collapse_the_advice_is_a_lower_learning_rate(tmp_path: Path) -> None:
+def test_if_all_collapse_the_advice_is_a_lower_learning_rate(tmp_path: Path) -> None:
     with pytest.raises(AllTrialsFailedError, match=r"fell from .* to 0 at step 100"):
         run(tmp_path / "run", learning_rates=(HIGH,))
 

@@ -1,4 +1,4 @@
-"""A selection that is refused leaves its folder as it was."""
+"""Test that a refused selection leaves its folder unchanged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a selection goes through on machines that are taken away, fill up, or have their clock set back.
+"""Test selections on machines that are preempted, run out of space, or have their clock set back.
 
-The run under test is stopped at half: each test resumes it.
+The run under test is stopped halfway, and each test resumes it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def require_correct(folder: Path, small_run: Path) -> None:
     )
 
 
-def test_a_run_is_looked_at_and_goes_on(work: Path, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_inspected_and_resumed(work: Path, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal_before = (work / "journal.jsonl").read_bytes()
     status, out, _ = run(["status", "run", "--json"], capsys)
     assert status == 0
@@ -118,7 +118,7 @@ def test_a_run_is_looked_at_and_goes_on(work: Path, small_run: Path, capsys: pyt
     assert (work / "journal.jsonl").read_bytes().startswith(journal_before)
 
 
-def test_what_shows_decides_and_exports_a_run_leaves_its_journal(
+def test_commands_that_read_a_run_keep_its_journal(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -138,7 +138,7 @@ def test_other_settings_are_refused(work: Path, capsys: pytest.CaptureFixture[st
 
 
 class _Backwards(datetime):
-    """A clock that stands a year before the run's start and goes back a minute whenever it is asked."""
+    """A clock that stands a year before the run's start and goes back a minute with every call."""
 
     calls = 0
 
@@ -165,7 +165,7 @@ def test_a_clock_set_back_changes_nothing(
     assert trained.eval_seconds > 0
 
 
-def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writable(
+def test_a_read_only_folder_can_be_inspected_and_resumed_later(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk"
@@ -187,7 +187,7 @@ def test_a_read_only_folder_is_told_can_be_looked_at_and_goes_on_once_it_is_writ
         require_correct(folder, small_run)
     finally:
         monkeypatch.chdir(tmp_path)
-        subprocess.run(["umount", "-l", str(disk)], check=True)  # the model may be mapped still
+        subprocess.run(["umount", "-l", str(disk)], check=True)  # the model may still be mapped
 
 
 def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
@@ -222,7 +222,7 @@ def _hold(path: Path, gate: object, results: object, over: object) -> None:
         results.put(str(error))  # type: ignore[attr-defined]
 
 
-def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: Path) -> None:
+def test_one_of_several_processes_works_and_the_others_are_refused(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     gate, results, over = context.Barrier(3), context.Queue(), context.Event()
     processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, results, over)) for _ in range(3)]
@@ -267,7 +267,7 @@ def _run_forever() -> None:
         time.sleep(GENEROUS_SECONDS)
 
 
-def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_longer_than_the_grace_period_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.05)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TerminatedRun, match="the run resumes from the last checkpoint"):
@@ -319,7 +319,7 @@ def test_another_error_is_not_called_out_of_memory(work: Path, monkeypatch: pyte
         main(["report", "run"])
 
 
-def test_what_the_system_says_when_memory_is_gone_is_understood() -> None:
+def test_out_of_memory_errors_are_recognized() -> None:
     for text in ("[enforce fail] DefaultCPUAllocator: can't allocate memory", "std::bad_alloc"):
         assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
@@ -349,7 +349,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
     assert len(outcome.train_losses) == 8
 
 
-def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_gives_the_same_result(tmp_path: Path) -> None:
     result = kills.measure(kills=3, seed=3, root=tmp_path)
     assert result["kills"] == 3
     assert result["not_right"] == []
@@ -362,10 +362,10 @@ def test_a_process_that_trains_arm_after_arm_does_not_grow(tmp_path: Path) -> No
     assert result["arms"] == 40
     assert result["growth_kib_an_arm"] < 400, (
         result
-    )  # the base is 135 KiB, an arm of rank 8 with AdamW's moments 134, its graph more
+    )  # The base is 135 KiB; an arm of rank 8 with AdamW's moments is 134 KiB, and its graph is larger.
 
 
-def test_checkpoints_never_take_more_than_their_share(
+def test_checkpoints_take_a_limited_share_of_the_time(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Use a clock that advances only by three seconds in a save and by one second between steps."""
@@ -386,7 +386,9 @@ def test_checkpoints_never_take_more_than_their_share(
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     with pytest.raises(Exception, match="stopped at step"):
         training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
-    due = saved[:-1]  # the last is the stop's
-    assert due[0] - 1000 == pytest.approx(11)  # the first after checkpoint_seconds, and then by what one costs
+    due = saved[:-1]  # the last checkpoint is written when the run stops
+    assert due[0] - 1000 == pytest.approx(
+        11
+    )  # the first after checkpoint_seconds, later ones by the cost of a checkpoint
     assert 3.0 / arm_training.MAX_CHECKPOINT_FRACTION < due[1] - due[0] < 3.0 / arm_training.MAX_CHECKPOINT_FRACTION + 6
     assert 3.0 * len(due) / (due[-1] - due[0]) < 0.02

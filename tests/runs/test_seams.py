@@ -1,4 +1,4 @@
-"""The example in the docstring of `Executor` does what the docstring requires."""
+"""Test that the example in the docstring of `Executor` follows the docstring."""
 
 from __future__ import annotations
 

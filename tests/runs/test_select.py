@@ -1,4 +1,4 @@
-"""The main job through the command line: the run folder, resuming, refusing, stopping."""
+"""Test a selection on the command line: the run folder, resuming, refusals and stopping."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def finished_run(model_folder: Path, completion_file: Path, tmp_path_factory: py
     return out
 
 
-def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
+def test_the_run_folder_has_all_files(finished_run: Path) -> None:
     for name in (
         "journal.jsonl",
         "config.yaml",
@@ -54,12 +54,12 @@ def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
     assert config["lora_alpha"] == 32.0
 
 
-def test_the_journal_holds_what_the_contract_says(finished_run: Path) -> None:
+def test_the_journal_has_all_records(finished_run: Path) -> None:
     lines = [json.loads(line) for line in (finished_run / "journal.jsonl").read_text().splitlines()]
     assert lines[0]["type"] == "run_started"
     finished = [line for line in lines if line["type"] == "trial_finished"]
     assert sorted(line["rank"] for line in finished if not line["truncate_from"]) == [0, 1, 4]
-    assert {line["rank"] for line in finished if line["truncate_from"]} == {1, 2}  # of the first question
+    assert {line["rank"] for line in finished if line["truncate_from"]} == {1, 2}  # for the deployment rank
     for line in finished:
         for name in (
             "trial_id",
@@ -159,7 +159,7 @@ def test_other_settings_are_refused_with_the_difference(
     assert err.count("\n") == 1
 
 
-def test_a_torn_last_line_is_set_aside_and_said(
+def test_a_torn_last_line_is_set_aside_and_reported(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -182,7 +182,7 @@ def test_a_second_process_is_refused(
     assert "another process is using this folder" in err
 
 
-LONG = ("--max-steps", "60", "--set", "checkpoint_seconds=0.05")  # so long that a signal arrives during a training
+LONG = ("--max-steps", "60", "--set", "checkpoint_seconds=0.05")  # long enough for a signal to arrive during a training
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def undisturbed(model_folder: Path, completion_file: Path, tmp_path_factory: pyt
     return out
 
 
-def test_stopped_and_resumed_it_ends_the_same(
+def test_a_stopped_and_resumed_run_gives_the_same_result(
     undisturbed: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stop by Ctrl-C; `test_reliability` kills runs at random moments."""
@@ -260,7 +260,7 @@ def test_classification(
     assert loaded.peft_config["default"].modules_to_save
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT's own
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # a warning of PEFT
 def test_an_adapter_on_a_tied_head_is_announced_and_its_card_says_so(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Selections by what the model writes: the metric decides, the others are kept, failures lose nothing."""
+"""Test selections by metrics of generated answers: which one decides, which are kept, and failures of functions."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_one_metric_decides_and_the_others_are_kept(
         ("toxicity_score=mine:share", "give max:toxicity_score=mine:share or"),
     ],
 )
-def test_a_metric_that_is_not_there_is_told_before_anything_starts(
+def test_a_missing_metric_is_refused_before_the_start(
     metric: str,
     message: str,
     model_folder: Path,

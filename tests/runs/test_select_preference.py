@@ -1,4 +1,4 @@
-"""A selection on preference pairs, from rows to exports."""
+"""Test a selection on preference pairs, from rows to exports."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_margin_is_that_of_pairs(selected: Selected) -> None:
     assert selected.decision.margin == 0.02
 
 
-def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> None:
+def test_only_requested_metrics_are_reported(selected: Selected) -> None:
     assert selected.decision is not None
     assert [comparison.metric for comparison in selected.decision.other_metrics] == ["reward_accuracy"]
 
@@ -91,7 +91,7 @@ def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: P
     assert by_metric["reward_accuracy"].margin == 0.005
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # a warning of transformers when TRL builds its arguments
 def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path) -> None:
     assert selected.exported_adapter is not None
     values = yaml.safe_load((export(selected.run, "axolotl").folder / "axolotl.yaml").read_text())

@@ -1,4 +1,4 @@
-"""A trainer of one's own: the same decision, and what it does wrong is one clear line."""
+"""Test selections with a custom trainer: the same decision, and one clear line for each mistake."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.trains
 RANKS, RATES = (1, 4, 16), (1e-3, 3e-3)
 
 
-def test_item_scores_are_compared_in_pairs(tmp_path: Path) -> None:
+def test_example_scores_are_compared_in_pairs(tmp_path: Path) -> None:
     selected = select_rank_with(
         score_pair, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward", margin=0.005
     )
@@ -70,7 +70,7 @@ def test_one_number_a_trial_is_enough_to_begin_with(tmp_path: Path) -> None:
 
 
 def test_examples_that_belong_together_widen_the_bounds(tmp_path: Path) -> None:
-    """Ten copies of each of 40 documents tell no more than one."""
+    """Count ten copies of each of 40 documents as one."""
 
     def decide(name: str, groups: list[int] | None) -> tuple[float, str]:
         def train(task: TrialTask) -> TrialResult:
@@ -88,7 +88,7 @@ def test_examples_that_belong_together_widen_the_bounds(tmp_path: Path) -> None:
     assert grouped[0] > 2.5 * alone[0] > 0
 
 
-def test_what_train_saved_is_handed_over(tmp_path: Path) -> None:
+def test_the_saved_adapter_is_handed_over(tmp_path: Path) -> None:
     def train(task: TrialTask) -> Mapping[str, float]:
         (task.folder / "weights.bin").write_text(str(task.rank))
         return compute_loss(task)
@@ -99,7 +99,7 @@ def test_what_train_saved_is_handed_over(tmp_path: Path) -> None:
     assert "Made with rightrank" in (selected.adapter.path / "README.md").read_text()
 
 
-def test_it_resumes_and_runs_again_only_what_failed(tmp_path: Path) -> None:
+def test_resuming_repeats_only_failed_trials(tmp_path: Path) -> None:
     calls: list[int] = []
     broken = True
 
@@ -122,7 +122,7 @@ def test_it_resumes_and_runs_again_only_what_failed(tmp_path: Path) -> None:
     assert calls == []
 
 
-def test_stopped_it_keeps_what_was_done(tmp_path: Path) -> None:
+def test_a_stopped_run_keeps_finished_trials(tmp_path: Path) -> None:
     stops = iter([False, True])
     with pytest.raises(InterruptedRun, match="stopped after 2 trials"):
         select_rank_with(
@@ -136,7 +136,7 @@ def test_stopped_it_keeps_what_was_done(tmp_path: Path) -> None:
     assert [json.loads(line)["type"] for line in lines].count("trial_finished") == 2
 
 
-def test_the_base_is_asked_for_when_wanted(tmp_path: Path) -> None:
+def test_the_base_is_evaluated_on_request(tmp_path: Path) -> None:
     def train(task: TrialTask) -> Mapping[str, float]:
         return {"loss": 3.0} if task.rank == 0 else compute_loss(task)
 
@@ -169,7 +169,7 @@ def make_trainer(value: Any) -> Any:
         ),
     ],
 )
-def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> None:
+def test_invalid_results_are_refused_in_one_line(tmp_path: Path, train: Any, reason: str) -> None:
     with pytest.raises(AllTrialsFailedError) as caught:
         select_rank_with(train, tmp_path / "run", ranks=(1, 2, 4, 8, 16), learning_rates=(1e-3,))
     assert reason in str(caught.value)
@@ -246,9 +246,7 @@ class WinShareFunction:
         return {"win_share": 0.5 + task.rank / 100}
 
 
-def test_a_function_that_names_its_metric_needs_no_other_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_function_may_name_its_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selected = select_rank_with(
         WinShareFunction(), tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), progress=True
     ).decision
@@ -258,7 +256,7 @@ def test_a_function_that_names_its_metric_needs_no_other_name(
         "trainer tests.runs.test_select_rank_with.Named, by win_share (higher is better); the trainer sets the" in err
     )
     assert "examples: ;" not in err
-    with pytest.raises(SettingsError, match="'loss': Named scores the examples by 'win_share'; leave metric out"):
+    with pytest.raises(SettingsError, match="'loss': Named scores examples by 'win_share'; leave metric out"):
         select_rank_with(WinShareFunction(), tmp_path / "other", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
 
 
@@ -274,7 +272,7 @@ def test_a_function_that_is_wrong_is_not_called_for_every_arm(tmp_path: Path) ->
     assert len(calls) == 3
 
 
-def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
+def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         return TrialResult(
             metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * (3 if task.rank == 4 else 2)
@@ -284,16 +282,16 @@ def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
     assert "but earlier trials returned 2; score the same examples" in report.read_text(encoding="utf-8")
 
 
-def test_several_calls_at_once_come_to_the_same_decision(tmp_path: Path) -> None:
+def test_several_workers_give_the_same_decision(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
     alone = select_rank_with(score_pair, tmp_path / "alone", **arguments).decision
     several = select_rank_with(score_pair, tmp_path / "several", workers=3, **arguments).decision
-    measured = {"next_run", "next_runs"}  # they say what the next run would take
+    measured = {"next_run", "next_runs"}  # they contain times of the next run
     assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
 
 
 @pytest.mark.parametrize("strategy", ["bracket"])
-def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, strategy: str) -> None:
+def test_strategies_with_early_stopping_request_complete_trainings(tmp_path: Path, strategy: str) -> None:
     calls: list[TrialTask] = []
 
     def train(task: TrialTask) -> TrialResult:
@@ -407,7 +405,7 @@ def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: P
     assert selected.decision.reference_rank == 4
 
 
-def test_one_value_stands_for_a_list_and_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_value_is_a_list_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selected = select_rank_with(
         compute_loss, tmp_path / "run", ranks=(1, 4), learning_rates=1e-3, seeds=0, metric="loss", progress=True
     )
@@ -415,7 +413,7 @@ def test_one_value_stands_for_a_list_and_progress_is_shown(tmp_path: Path, capsy
     text = str(selected)
     assert text.count("next:") == 1
     assert "None" not in text
-    with pytest.raises(SettingsError, match="ranks: got 4 alone"):
+    with pytest.raises(SettingsError, match="ranks: got 4 only"):
         select_rank_with(compute_loss, tmp_path / "one", ranks=4)
 
 
@@ -469,7 +467,7 @@ def test_a_function_that_is_wrong_for_every_rank_stops_although_the_base_has_a_v
     assert len(calls) == 4
 
 
-def test_files_of_a_trainers_own_in_the_run_folder_stay(tmp_path: Path) -> None:
+def test_files_of_a_custom_trainer_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "run"
 
     def train(task: TrialTask) -> Mapping[str, float]:
@@ -483,7 +481,7 @@ def test_files_of_a_trainers_own_in_the_run_folder_stay(tmp_path: Path) -> None:
         assert sorted(path.name for path in (out / name).iterdir()) == ["1.bin", "16.bin", "4.bin"]
 
 
-def test_an_adapter_folder_with_own_files_is_moved_aside_and_not_replaced(tmp_path: Path) -> None:
+def test_an_adapter_folder_with_other_files_is_moved(tmp_path: Path) -> None:
     base, out = make_base(tmp_path / "base"), tmp_path / "run"
 
     def make_result(rank: int) -> TrialResult:
@@ -504,14 +502,14 @@ def test_an_adapter_folder_with_own_files_is_moved_aside_and_not_replaced(tmp_pa
 
     assert select(0.01) == 4
     (out / "adapter" / "converted.gguf").write_text("mine")
-    assert select(0.01) == 4  # the same answer leaves the folder alone
+    assert select(0.01) == 4  # the same answer keeps the folder
     assert (out / "adapter" / "converted.gguf").read_text() == "mine"
     assert select(0.2) == 1
     assert not (out / "adapter" / "converted.gguf").exists()
     assert (out / "earlier-1" / "adapter" / "converted.gguf").read_text() == "mine"
     assert json.loads((out / "earlier-1" / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert select(0.01) == 4
-    assert not (out / "earlier-2").exists()  # a folder with nothing of one's own is replaced
+    assert not (out / "earlier-2").exists()  # a folder without other files is replaced
 
 
 def test_a_run_whose_function_never_returned_the_metric_does_not_block_its_folder(tmp_path: Path) -> None:
@@ -527,5 +525,5 @@ def test_a_run_whose_function_never_returned_the_metric_does_not_block_its_folde
         select("max:acuracy")
     assert select("accuracy") == "accuracy"
     assert (out / "earlier-1" / "journal.jsonl").is_file()
-    with pytest.raises(RunFolderError, match="made with other settings"):  # this run has results
+    with pytest.raises(RunFolderError, match="made with other settings"):  # the run has results
         select("max:acuracy")

@@ -1,4 +1,4 @@
-"""Strategies on real trainings of a tiny model."""
+"""Test strategies on real trainings of a tiny model."""
 
 from __future__ import annotations
 

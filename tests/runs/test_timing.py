@@ -1,4 +1,4 @@
-"""The time is stated before the first training, and the measured steps change nothing."""
+"""Test the time estimate before the first training, and that the measured steps change no result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.watch import Watch
 
 
 class Log:
-    """What a hook receives, in order."""
+    """The calls that a hook receives, in order."""
 
     def __init__(self) -> None:
         self.entries: list[Any] = []
@@ -101,9 +101,7 @@ def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
 
-def test_blocks_that_are_computed_once_have_their_own_pace(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
+def test_cached_blocks_have_their_own_pace(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     settings = build_small_settings(layers_to_transform=(2,))
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path)
     result = measure_pace(runtime, ARM)
@@ -119,7 +117,7 @@ def test_a_pace_gives_the_time_of_a_selection() -> None:
     assert pace.seconds(8, 2.0, 4, 3) == 200.0 + 10 * (2 * (1 + 0.5 * 2) + 1 + 4) + 5.0
     assert pace.seconds(2, 2.0, 3, 1) == pytest.approx(
         200.0 * 120 / 300 + 10 * (4 + 2 * 120 / 300) + 5.0
-    )  # rank 2 takes 120 of 300
+    )  # rank 2 takes 120 of 300 seconds
 
 
 def test_the_scratch_adapter_is_removed_and_memory_may_run_out(

@@ -1,4 +1,4 @@
-"""The two answers of one run folder: in either order, interrupted between them, and what is said before the start."""
+"""Test the two answers of a run folder: in either order, interrupted between them, and the notices before the start."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def answered(model_folder: Path, completion_file: Path, tmp_path_factory: pytest
 
 
 def require_first_answer(run: Path, answer: AdapterRecorded) -> None:
-    """decision.json and `adapter/` hold the answer, which PEFT loads."""
+    """Require that decision.json and `adapter/` contain the answer, and that PEFT loads it."""
     document = json.loads((run / "decision.json").read_text())
     assert document["handed_over"] == answer.handed_over.model_dump(mode="json")
     assert document["adapter_sentence"] == answer.answer.sentence
@@ -60,7 +60,7 @@ def require_first_answer(run: Path, answer: AdapterRecorded) -> None:
     assert reference.peft_config["default"].r == 4
 
 
-def test_goal_adapter_ends_with_the_first_answer(answered: Path) -> None:
+def test_goal_adapter_ends_with_the_deployment_rank(answered: Path) -> None:
     (answer,) = read_recorded_adapters(answered)
     assert answer.handed_over.rank < 4
     require_first_answer(answered, answer)
@@ -141,7 +141,7 @@ def test_the_same_folder_goes_on_to_the_training_rank(
     assert "not requested (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
 
 
-def test_interrupted_between_the_answers_the_first_is_there_and_stays(
+def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     notices: list[str] = []
@@ -166,12 +166,12 @@ def test_interrupted_between_the_answers_the_first_is_there_and_stays(
     assert read_trial_ids(run)[: len(earlier_ids)] == earlier_ids
     assert read_recorded_adapters(run)[0] == answer
     last = read_recorded_adapters(run)[-1]
-    if last.answer.trial_id == answer.answer.trial_id:  # no training of the second question was better
+    if last.answer.trial_id == answer.answer.trial_id:  # no training for the training rank was better
         assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     require_first_answer(run, last)
 
 
-def test_before_the_start_it_says_what_data_and_margin_allow(
+def test_notices_before_the_start_describe_data_and_margin(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     def select_and_collect_notices(name: str, **changes: Any) -> list[str]:
@@ -195,7 +195,7 @@ def test_before_the_start_it_says_what_data_and_margin_allow(
     }
 
 
-def test_on_the_command_line_each_question_has_its_sentence(
+def test_the_command_prints_a_sentence_per_answer(
     answered: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"

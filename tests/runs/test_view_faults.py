@@ -1,4 +1,7 @@
-"""No figure, sentence or view ends a run: the adapter is handed over, the journal is complete, one line says what failed."""
+"""Test that a failing figure, sentence or view does not end a run.
+
+The adapter is handed over, the journal is complete, and one line names the failure.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def break_view(monkeypatch: pytest.MonkeyPatch, view: str, error: Exception) -> 
 
 
 @pytest.fixture(scope="module")
-def whole(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete_run(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a run whose trainings are finished and that has exported nothing."""
     from rightrank.api.selecting import select_rank
     from tests.tiny import build_small_settings
@@ -63,7 +66,7 @@ def whole(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.Te
 
 @pytest.mark.trains
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_view_with_a_fault_leaves_adapter_and_journal_whole(
+def test_a_failing_view_keeps_adapter_and_journal(
     view: str,
     complete_run: Path,
     model_folder: Path,
@@ -91,7 +94,7 @@ def test_a_view_with_a_fault_leaves_adapter_and_journal_whole(
     assert "Adapter:" in printed
 
 
-def test_an_own_trainer_s_run_is_handed_over_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_view_keeps_the_adapter_of_a_custom_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(task: TrialTask) -> TrialResult:
         (task.folder / "weights.txt").write_text("saved")
         return TrialResult(metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * 4)

@@ -1,6 +1,7 @@
-"""The files that are made from the table of settings: `python -m tests.schema.generated` writes them, a test compares them.
+"""Generate files from the table of settings; run `python -m tests.schema.generated` to write them.
 
-`schema/keywords.py` types the keywords of `select_rank` and `plan`; `docs/reference/settings.md` is the page of all settings.
+A test compares the files. `schema/keywords.py` types the keywords of `select_rank` and `plan`, and
+`docs/reference/settings.md` lists all settings.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from rightrank.schema.setting_table import Group, Setting, Settings
 from rightrank.schema.settings import DTYPE_ALIASES, SelectSettings
 
 ROOT = Path(__file__).parents[2]
-WRITTEN = {  # what the types of the keywords allow beside the setting's own
+WRITTEN = {  # additional types that a keyword allows
     "columns": "Mapping[str, str] | Sequence[str]",
     "memory_bytes": "int | str",
 }
 
 
 def format_keywords() -> str:
-    """`schema/keywords.py`."""
+    """Return the content of `schema/keywords.py`."""
     return f'''"""The keywords of `select_rank` and `plan`: the settings with an option. Made from their table by `make generated`."""
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _format_kind(kind: Any) -> str:
 
 
 def format_page() -> str:
-    """`docs/reference/settings.md`."""
+    """Return the content of `docs/reference/settings.md`."""
     sections = []
     for group in Group:
         rows = {name: row for name, row in SelectSettings.model_fields.items() if row.group is group}

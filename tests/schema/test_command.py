@@ -1,4 +1,4 @@
-"""Every setting survives the way from its value to the command that repeats a run and back."""
+"""Test that every setting survives the command that repeats a run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.schema.generated import GENERATED
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
 PLAIN_TEXT = st.from_regex(r"[a-z][a-z0-9_.,= -]{0,12}", fullmatch=True)
-REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {  # that a setting needs beside it
+REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {  # other settings that a setting requires
     "workers": {"executor": "processes"},
 }
-VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less than their type
+VALUES: dict[str, st.SearchStrategy[Any]] = {  # values of settings that allow less than their type
     "columns": st.lists(st.tuples(PLAIN_TEXT, TEXT).map("=".join), min_size=1, max_size=3).filter(
         lambda entries: all(entry.partition("=")[0] and entry.partition("=")[2] for entry in entries)
     ),
@@ -70,7 +70,7 @@ def _draw_kind(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
 @pytest.mark.parametrize("name", SelectSettings.model_fields)
 @settings(max_examples=40)
 @given(data=st.data())
-def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> None:
+def test_a_setting_survives_the_command_line(name: str, data: st.DataObject) -> None:
     chosen = SelectSettings(**REQUIRED_SETTINGS.get(name, {}) | {name: data.draw(draw_values(name))})
     command = build_reproduce_command("./base", "rows.jsonl", chosen)
     assert command is not None
@@ -83,7 +83,7 @@ def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> 
     assert again == chosen
 
 
-@pytest.mark.plug_in("cluster")  # whose settings are in them
+@pytest.mark.plug_in("cluster")  # the generated files include its settings
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
-def test_what_is_made_from_the_table_is_up_to_date(path: Any) -> None:
+def test_generated_files_are_up_to_date(path: Any) -> None:
     assert path.read_text(encoding="utf-8") == GENERATED[path](), "run `make generated`"

@@ -1,4 +1,4 @@
-"""`LoraConfig` and `SFTConfig` as settings: what they say is kept, what a selection cannot do is refused by name."""
+"""Test `LoraConfig` and `SFTConfig` as settings: supported fields are kept, and others are refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from rightrank.schema.configs import read_configs
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # of TRL's own default
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing` is deprecated"
+)  # a warning about a default of TRL
 peft = pytest.importorskip("peft")
 
 
@@ -116,13 +118,13 @@ def test_fields_of_lora_config_by_their_own_names(config_values: dict[str, Any],
         ),
     ],
 )
-def test_what_contradicts_or_cannot_be_honoured_is_refused(config_values: dict[str, Any], words: str) -> None:
+def test_contradictory_or_unsupported_fields_are_refused(config_values: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         SelectSettings(**config_values)
 
 
 @pytest.mark.parametrize("config_values", [{"max_steps": 10**15}, {"num_train_epochs": 1e15}])
-def test_more_steps_than_an_order_is_drawn_for_are_refused(config_values: dict[str, Any]) -> None:
+def test_too_many_steps_are_refused(config_values: dict[str, Any]) -> None:
     with pytest.raises(
         SettingsError, match=rf"{next(iter(config_values))}: [\d,]+ steps of 8 examples; give at most 1,000,000"
     ):

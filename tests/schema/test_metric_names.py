@@ -1,6 +1,6 @@
-"""Which metrics' directions are known from their names: names that public trackers and libraries log, none read wrongly.
+"""Test which directions of metrics are inferred from names that public trackers and libraries log.
 
-Also the kind of a metric, its margin and its published noise.
+The kind, margin and published noise of a metric are tested too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rightrank.schema.metrics import (
     parse_metrics,
 )
 
-# By where they are logged: transformers' Trainer and its example scripts, TRL, Lightning and torchmetrics, `evaluate`,
+# These names are logged by: transformers' Trainer and its example scripts, TRL, Lightning and torchmetrics, `evaluate`,
 # scikit-learn, Keras, timm, Ultralytics, MMDetection, lm-evaluation-harness, HELM, ESPnet and NeMo, Stable-Baselines3, nanoGPT.
 LOWER = """
 loss eval_loss test_loss val_loss valid_loss validation_loss dev_loss val/loss test/loss eval/loss valid/loss val.loss
@@ -275,10 +275,10 @@ def test_names_that_trackers_log(names: list[str], higher: bool | None) -> None:
     assert {name: infer_direction(name.upper()) for name in names} == dict.fromkeys(names, higher)
 
 
-# What three libraries themselves state of their metrics: torchmetrics' `higher_is_better`, the sign of scikit-learn's scorers,
-# and lm-evaluation-harness' registry.
+# Three libraries state these directions: torchmetrics by `higher_is_better`, scikit-learn by the sign of its scorers,
+# and lm-evaluation-harness in its registry.
 STATED = json.loads(Path(__file__).with_name("stated_directions.json").read_text())
-# What the documentation of TRL's DPO and GRPO trainers lists as logged and states no direction of.
+# The documentation of TRL's DPO and GRPO trainers lists these metrics without a direction.
 LOGGED_BY_TRL = [
     "global_step",
     "epoch",
@@ -313,7 +313,7 @@ LOGGED_BY_TRL = [
 
 @pytest.mark.parametrize("library", STATED)
 @pytest.mark.parametrize("prefix", ["", "eval_", "test/", "val_"])
-def test_no_direction_that_a_library_states_is_read_wrongly(library: str, prefix: str) -> None:
+def test_inferred_directions_agree_with_libraries(library: str, prefix: str) -> None:
     stated_directions = STATED[library]["names"]
     read = {name: infer_direction(prefix + name) for name in stated_directions}
     assert {name: higher for name, higher in read.items() if higher not in (None, stated_directions[name])} == {}
@@ -325,12 +325,12 @@ def test_two_hundred_names_are_stated() -> None:
 
 
 @pytest.mark.parametrize("name", LOGGED_BY_TRL)
-def test_what_has_no_direction_is_asked_for(name: str) -> None:
+def test_names_without_a_direction_are_unknown(name: str) -> None:
     assert infer_direction(name) is None
     assert infer_direction(f"eval_{name}") is None
 
 
-def test_there_are_two_hundred_known_ones_among_them() -> None:
+def test_two_hundred_directions_are_known() -> None:
     assert len({*LOWER, *HIGHER}) >= 200
     assert len({*LOWER, *HIGHER}) == len(LOWER) + len(HIGHER)
 
@@ -358,7 +358,7 @@ def test_kind(name: str, higher: bool, kind: MetricKind) -> None:
     assert infer_metric_kind(name, higher) == kind
 
 
-def test_percent_begins_above_what_a_fraction_can_be() -> None:
+def test_values_above_one_are_percentages() -> None:
     assert not has_percentages([0.2, 1.0])
     assert has_percentages([0.9, 1.2])
     assert has_percentages([0.2, 1.6])
@@ -411,12 +411,12 @@ def test_a_metric_is_named_by_its_text(text: str, spec: MetricSpec) -> None:
         (":f", "metric ':f' is not known"),
     ],
 )
-def test_a_metric_that_is_none_is_refused_with_a_line(text: str, line: str) -> None:
+def test_an_invalid_metric_is_refused_in_one_line(text: str, line: str) -> None:
     with pytest.raises(ValueError, match=re.escape(line)):
         parse_metrics(text)
 
 
-def test_the_metric_that_decides_comes_before_the_others_and_each_has_its_own_name() -> None:
+def test_metrics_keep_their_order_and_names() -> None:
     assert [spec.name for spec in parse_metrics("f1", "loss", "x=m:f")] == ["f1", "loss", "x"]
     assert parse_metrics("loss") == (MetricSpec("loss", "loss"),)
     twice = "metrics: 'f' is given twice; give each once, under names that differ (NAME=…)"

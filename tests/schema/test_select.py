@@ -1,4 +1,4 @@
-"""Settings of a selection as people write them in Python and in YAML."""
+"""Test settings of a selection as users write them in Python and in YAML."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_held_out_examples_follow_from_steps_and_data_alone() -> None:
     assert short.compute_max_eval_examples(10_000) == 200
     assert (
         long.compute_max_eval_examples(10_000) == long.compute_max_eval_examples(50) == 960
-    )  # .1 of a training, in which 3 are scored for one trained
+    )  # a tenth of the time of a training, at three evaluated examples per trained one
     assert SelectSettings(num_train_epochs=1.0).compute_max_eval_examples(100_000) == 2000
     assert (
         SelectSettings(max_steps=400, metric="exact_match").compute_max_eval_examples(10_000) == 200
-    )  # the model writes
+    )  # the model generates answers
     assert SelectSettings(max_steps=400, max_eval_examples=30).compute_max_eval_examples(10_000) == 30
