@@ -108,7 +108,7 @@ class GRPOTrain:
             ]
             wrong_length = next((len(values) for values in rewards_by_function if len(values) != len(batch)), None)
             if wrong_length is not None:
-                raise ReportError(f"a reward function returned {wrong_length} rewards for {len(batch)} completions")
+                raise ReportError(f"got {wrong_length} rewards for {len(batch)} completions from a reward function")
             rewards += [
                 sum(w * float(r) for w, r in zip(weights, row, strict=True) if r is not None)
                 for row in zip(*rewards_by_function, strict=True)

@@ -61,7 +61,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> ResNetTrain:
 def test_a_resnet_equals_a_plain_peft_loop(resnet: ResNetTrain, tmp_path: Path) -> None:
     """The loop anyone would write, over the same draws."""
     ours = resnet(task(tmp_path / "ours", 2))
-    base, rows, losses = resnet.load()
+    base, rows, losses = resnet.load_examples()
     torch.manual_seed(0)
     model: Any = get_peft_model(
         base, LoraConfig(r=2, lora_alpha=8, modules_to_save=["classifier"], **CONVOLUTIONS)
@@ -90,7 +90,7 @@ def test_convolutions_of_a_resnet_are_counted_inspected_and_truncated(resnet: Re
     assert {module.kind.name for module in adapter.modules} == {"convolution"}
     resized = resize(tmp_path / "r4", tmp_path / "r1", rank=1)
     before, after = (
-        peft_updates(PeftModel.from_pretrained(resnet.load()[0], str(tmp_path / name))) for name in ("r4", "r1")
+        peft_updates(PeftModel.from_pretrained(resnet.load_examples()[0], str(tmp_path / name))) for name in ("r4", "r1")
     )
     for module in inspect(tmp_path / "r4").modules:
         exact = torch.linalg.svdvals(before[module.name])[: module.rank]

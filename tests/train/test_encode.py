@@ -133,7 +133,7 @@ def test_labels_where_the_template_writes_earlier_turns_otherwise(name: str, loa
         ]
         if isinstance(answers, str):
             with pytest.raises(
-                DataError, match=f"the chat template {answers}.*; give `prompt` and `completion`, one row a"
+                DataError, match=f"the chat template {answers}.*; give `prompt` and `completion`, with one row per"
             ):
                 encoded_conversations(loaded, template, rows)
         else:

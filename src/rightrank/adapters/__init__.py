@@ -1,1 +1,1 @@
-"""Verbs on finished adapters: their spectra, other ranks, comparison."""
+"""Compare, resize and inspect finished adapters, and truncate adapters of a model in memory."""

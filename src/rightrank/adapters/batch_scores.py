@@ -1,7 +1,7 @@
-"""Scores of the examples in another trainer's batches, by the losses of `train/loss.py`: of language, of labels, and of preference pairs.
+"""Score the examples in batches of another trainer with the losses of `train/loss.py`: language modelling, classification, and preferences.
 
-A batch is what the trainer's own collator makes. Its form shows in its tensors: `completion_mask` for TRL's preference pairs, one label a
-row for classification, else one label a token. Labels never reach the model, since fused losses return no logits when they get them.
+A batch is the output of the trainer's own collator. Its tensors show its form: `completion_mask` for TRL's preference pairs, one label per
+row for classification, else one label per token. Labels are never passed to the model, because fused losses then return no logits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LIKELIHOOD = Likelihood(compute_native_pass_losses)
 
 @dataclass(frozen=True, slots=True)
 class TrainerBatch:
-    """A batch of another trainer's, as the losses read it: a `LabelledBatch`."""
+    """A batch of another trainer in the form of a `LabelledBatch`, which the losses read."""
 
     inputs: Mapping[str, Any]
     labels: torch.Tensor
@@ -59,37 +59,37 @@ class TrainerBatch:
     def sequence_numbers(self) -> torch.Tensor:
         return self.numbers
 
-    def pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """TRL's collator puts all chosen answers before all rejected ones."""
+    def split_pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split values into those of chosen and rejected answers. TRL's collator puts all chosen answers first."""
         chosen, rejected = values.chunk(2)
         return chosen, rejected
 
     @property
     def examples(self) -> int:
-        """Those with a label."""
+        """Count the examples with a label."""
         if self.labels.dim() == 1:
             return len(self.labels)
         labelled = self.numbers[:, 1:][self.labels[:, 1:] != IGNORED]
         return len(set(labelled.tolist())) // (2 if self.is_pairs else 1)
 
     def example_groups(self, example_numbers: torch.Tensor) -> list[int]:
-        """Of the examples with these numbers; empty where the batch has none, or its rows are others than those that have."""
+        """Return the groups of the examples with these numbers, or an empty list if the batch has no groups for exactly these rows."""
         if self.is_pairs or len(self.groups) != len(self.numbers):
             return list(self.groups) if len(self.groups) == len(example_numbers) else []
         return [self.groups[row] for row in self.rows[example_numbers.to(self.rows.device)].tolist()]
 
     def loss(self, model: Any, beta: float) -> BatchLoss:
-        """By the objective of its form."""
+        """Compute the loss that belongs to the form of the batch."""
         if self.is_pairs:
             return PreferenceLoss(compute_native_pass_losses, beta)(model, self, 1.0)
         return (classification_loss if self.labels.dim() == 1 else LIKELIHOOD)(model, self, 1.0)
 
 
 def read_batch(model: Any, batch: Batch) -> TrainerBatch:
-    """What the losses read of a batch, on the device of PEFT's model.
+    """Convert a trainer's batch to the inputs and labels of the losses, on the device of PEFT's model.
 
     Raises:
-        DataError: labels of another form than one class a row or one token a position, or an input that is no tensor but holds some.
+        DataError: The labels are neither one class per row nor one token per position, or an input is a container of tensors.
     """
     nested = next(
         (key for key, value in batch.items() if not isinstance(value, torch.Tensor) and _contains_tensor(value)), None
@@ -134,7 +134,7 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
     # holds no label and makes no example.
     starts = torch.zeros_like(labels, dtype=torch.bool)
     starts[:, 0] = True
-    if position_ids is not None and count_positions.dim() == 2:
+    if position_ids is not None and position_ids.dim() == 2:
         starts |= position_ids.expand(len(labels), -1) == 0
     labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
     numbers = (starts.flatten().cumsum(0) - 1).view(labels.shape)
@@ -148,10 +148,10 @@ def _contains_tensor(value: Any) -> bool:
 
 
 def compute_batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLoss:
-    """Return the losses of one batch; `beta` is that of the loss of preference pairs, TRL's `sigmoid`.
+    """Compute the losses of one batch; `beta` belongs to the loss of preference pairs, TRL's `sigmoid`.
 
     Raises:
-        DataError: the model and the batch give no loss by example.
+        DataError: The model and the batch give no loss per example.
     """
     try:
         return read_batch(model, add_reference(model, batch)).loss(model, beta)
@@ -165,7 +165,7 @@ def compute_batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLos
 
 @torch.no_grad()
 def add_reference(model: Any, batch: Batch) -> Batch:
-    """Pairs with their log-probabilities under the reference: precomputed, of the adapter `ref`, or of the base."""
+    """Add log-probabilities under the reference to preference pairs: the precomputed ones, or those of the adapter `ref` or of the base model."""
     if "completion_mask" not in batch or REFERENCE_KEYS[0] in batch:
         return batch
     with use_adapter(model, "ref" if "ref" in model.peft_config else None):
@@ -174,10 +174,10 @@ def add_reference(model: Any, batch: Batch) -> Batch:
 
 
 class HeldOutBatches:
-    """Batches that one model scores again and again, with other LoRA factors each time.
+    """Batches that one model scores repeatedly with different LoRA factors.
 
-    The reference of pairs, which no factor changes, is computed once. With several processes each scores its share of the batches; where
-    the model is sharded all of them call it equally often.
+    The reference log-probabilities of pairs, which no factor changes, are computed once. With several processes, each one scores its share of the
+    batches. If the model is sharded, all processes call it equally often.
     """
 
     def __init__(self, model: Any, batches: Sequence[Batch], beta: float = BETA) -> None:
@@ -188,7 +188,7 @@ class HeldOutBatches:
 
     @torch.no_grad()
     def scores(self) -> Scores:
-        """The scores of every example of all processes, in one order."""
+        """Return the scores of every example of all processes, in one order."""
         losses: list[float] = []
         tokens: list[int] = []
         correct: list[float] = []
@@ -213,12 +213,12 @@ class HeldOutBatches:
 
 
 def has_class_labels(batch: Batch) -> bool:
-    """Whether the labels are one class a row."""
+    """Return whether the labels are one class per row."""
     labels = batch["labels"]
     return bool(labels.dim() == 1 or labels.shape[1] == 1)
 
 
 def count_positions(batch: Batch) -> int:
-    """The positions that a pass computes: tokens with padding, or rows where there are none."""
+    """Count the positions that a pass computes: tokens with padding, or rows if there are no tokens."""
     tokens = batch.get("input_ids")
     return len(batch["labels"]) if tokens is None else int(tokens.numel())

@@ -1,9 +1,9 @@
-"""`compare`: is adapter B no worse than adapter A?
+"""`compare`: decide whether adapter B is no worse than adapter A.
 
-Both are read on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
-bound of its mean difference is below the margin, *worse* if the lower bound is above the margin, and otherwise the
-examples cannot tell. Each side is an adapter folder that PEFT loads, the base itself, or a whole model: a folder (such as a merged one), a
-GGUF file, or a folder of MLX. A whole model that is made of A is *broken* where it is another function than A, with the cause.
+Both sides are evaluated on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
+bound of its mean difference is below the margin, and *worse* if the lower bound is above the margin. Otherwise the
+examples cannot tell. Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
+GGUF file, or a folder of MLX. A full model that was converted from A is *broken* if it computes another function, and the cause is named.
 """
 
 from __future__ import annotations
@@ -53,23 +53,28 @@ def compare_adapters(
     base_b: str | None = None,
     run_splits: DataSplits | None = None,
 ) -> AdapterComparison:
-    """Read A and B on every data set and compare them by every metric; see `rightrank.compare`.
+    """Evaluate A and B on every data set and compare them by every metric; see `rightrank.compare`.
 
     Args:
-        of_run: in place of the rows of `data`, its only name: examples whose validation split is scored.
+        run_splits: Examples whose validation split is scored in place of the rows of `data`, which then holds one name.
 
     Raises:
-        InputError: a side, the model, the data or a metric can't be used.
+        InputError: A side, the model, the data or a metric can't be used.
     """
     require_metric_functions(settings)
     comparisons: list[MetricComparison] = []
     cause: str | None = None
     for path in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            *read, trained_on = _evaluate_sides(sides, model, path, settings, Path(name), on_event, base_b, run_splits)
-            results = (_compare_metric((read[0], read[1]), spec.name, path, settings) for spec in settings.metric_specs)
+            *compared_sides, trained_on = _evaluate_sides(
+                sides, model, path, settings, Path(name), on_event, base_b, run_splits
+            )
+            results = (
+                _compare_metric((compared_sides[0], compared_sides[1]), spec.name, path, settings)
+                for spec in settings.metric_specs
+            )
             comparisons += [comparison.model_copy(update={"trained_on": trained_on}) for comparison in results]
-            cause = cause or diagnose_conversion((read[0], read[1]), evaluate_adapter)
+            cause = cause or diagnose_conversion((compared_sides[0], compared_sides[1]), evaluate_adapter)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _format_sentence(*sides, worst, len(comparisons), cause)
@@ -86,54 +91,61 @@ def _evaluate_sides(
     base_b: str | None,
     run_splits: DataSplits | None,
 ) -> tuple[ComparedSide, ComparedSide, int]:
-    """Both sides, and the number of rows that an adapter was trained on, which are left out."""
+    """Evaluate both sides, and count the rows that an adapter was trained on, which are left out."""
     trained_on = 0
     if run_splits is None:
-        splits_of_data, settings = load_held_out(
+        all_splits, settings = load_held_out(
             data, settings.model_copy(update={"cache_prefix": False}), _find_shared_labels(sides)
         )
-        splits = _drop_training_examples(splits_of_data, sides, settings, data)
-        trained_on = len(splits_of_data.examples["validation"]) - len(splits.examples["validation"])
+        splits = _drop_training_examples(all_splits, sides, settings, data)
+        trained_on = len(all_splits.examples["validation"]) - len(splits.examples["validation"])
     else:
         splits, settings = run_splits, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
     compared_sides: list[ComparedSide] = []
     base: Runtime | None = None
-    for number, side_name in enumerate(sides):
+    for index, side_name in enumerate(sides):
         is_adapter = (Path(side_name) / CONFIG_FILE).is_file()
         uses_base = is_adapter or side_name == BASE_SIDE
         source, side_settings = model if uses_base else side_name, settings
-        if number and base_b in BITS:
+        if index and base_b in BITS:
             side_settings = settings.model_copy(update={BITS[base_b]: True})
-        elif number and base_b is not None and uses_base:
+        elif index and base_b is not None and uses_base:
             source = base_b
         token_difference = None
-        if not uses_base or base is None or (number and base_b is not None):
-            first = compared_sides[0].runtime if compared_sides and compared_sides[0].adapter is not None else None  # B is made of A
-            runtime, token_difference = _build_runtime(source, splits, side_settings, cache / str(number), first)
+        if not uses_base or base is None or (index and base_b is not None):
+            first = (
+                compared_sides[0].runtime if compared_sides and compared_sides[0].adapter is not None else None
+            )  # B is made of A
+            runtime, token_difference = _build_runtime(source, splits, side_settings, cache / str(index), first)
             base = runtime if uses_base and base is None else base
         else:
             runtime = base
-        if is_adapter and not (number and base_b is not None and base_b not in BITS):
+        if is_adapter and not (index and base_b is not None and base_b not in BITS):
             require_matching_base(Path(side_name), runtime.loaded)
         if is_adapter and not (Path(side_name) / MLX_FILE).is_file():
             read_header(Path(side_name) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
-        report_evaluation_progress(runtime, f"{'AB'[number]} ({Path(side_name).name}) on {data.name}", on_event)
+        report_evaluation_progress(runtime, f"{'AB'[index]} ({Path(side_name).name}) on {data.name}", on_event)
         adapter = Path(side_name) if is_adapter else None
-        compared_sides.append(ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter), token_difference))
+        compared_sides.append(
+            ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter), token_difference)
+        )
     return compared_sides[0], compared_sides[1], trained_on
 
 
 def _drop_training_examples(
     splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path
 ) -> DataSplits:
-    """The rows that neither adapter was trained on, as far as the run folders around them say.
+    """Return the rows that neither adapter was trained on, as far as the run folders around them record it.
 
     Raises:
-        DataError: fewer than two are left.
+        DataError: Fewer than two rows are left.
     """
     trained_ids = set[str]()
     for side_name in sides:
-        if side_name != BASE_SIDE and (run_data := load_run_splits(Path(side_name), settings, splits.summary.classes)) is not None:
+        if (
+            side_name != BASE_SIDE
+            and (run_data := load_run_splits(Path(side_name), settings, splits.summary.classes)) is not None
+        ):
             trained_ids |= {example.example_id for example in run_data[0].examples["train"]}
     unseen = splits.exclude_examples(trained_ids)
     count, num_unseen = (len(side_name.examples["validation"]) for side_name in (splits, unseen))
@@ -148,7 +160,10 @@ def _drop_training_examples(
 def load_run_splits(
     adapter: Path, settings: SelectSettings, classes: Sequence[str] | None
 ) -> tuple[DataSplits, Path] | None:
-    """`(the splits that the run trained with, its data)` of an adapter in a run's `adapter/` or `trials/<trial_id>/`; None where not known."""
+    """Load the splits that an adapter's run was trained with, and the path of its data.
+
+    The run is known for an adapter in `adapter/` or `trials/<trial_id>/` of a run folder. For other adapters the result is None.
+    """
     parent = adapter.resolve().parent
     journal = next((path for folder in (parent, parent.parent) if (path := folder / "journal.jsonl").is_file()), None)
     started = None if journal is None else next(iter(Journal(journal).read_complete_lines()), None)
@@ -160,10 +175,10 @@ def load_run_splits(
 
 
 def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> None:
-    """Refuse sides whose examples, or whose losses by token, are not of the same things.
+    """Raise if the two sides have different examples, or losses over different tokens.
 
     Raises:
-        ModelError: two models of different tokenizers.
+        ModelError: The models have different tokenizers.
     """
     if a.example_tokens == b.example_tokens or (metric != "loss" and len(a.example_losses) == len(b.example_losses)):
         return
@@ -178,9 +193,10 @@ def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> Non
 def _build_runtime(
     model: str, splits: DataSplits, settings: SelectSettings, cache: Path, first: Runtime | None
 ) -> tuple[Runtime, str | None]:
-    """The runtime of a model; on the tokens of the adapter that it is made of, `first`, where its vocabulary is the same.
+    """Build the runtime of a model, and describe how its own tokens differ from those of A.
 
-    Its own tokens, with its own template, may then be others: the second value says so.
+    A model that was converted from the adapter of `first` is evaluated on that adapter's tokens if it has the same vocabulary. Its own
+    tokenizer and template may give other tokens; the second value then says so.
     """
     with ensure_torch_format(model) as location:
         loaded = load_base(location, settings, splits.summary.classes)
@@ -196,7 +212,7 @@ def _build_runtime(
 
 
 def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
-    """The held-out scores of the base, or of an adapter on it, by every metric of the settings."""
+    """Evaluate the base model, or an adapter on it, on the validation split by every metric of the settings."""
     with attach_adapter(runtime, adapter):
         scores, measured = runtime.evaluate("validation"), measure_metrics(runtime, "validation")
     measured.require_values(list(measured.failures))
@@ -207,7 +223,7 @@ def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> Trial
 def _compare_metric(
     sides: tuple[ComparedSide, ComparedSide], metric: str, data: Path, settings: SelectSettings
 ) -> MetricComparison:
-    a, b = (side.scores for side in sides)
+    a, b = (compared_side.scores for compared_side in sides)
     _require_same_tokens(a, b, metric)
     if metric not in a.metrics:
         raise SettingsError(
@@ -223,8 +239,8 @@ def _compare_metric(
         raise SettingsError(
             f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
         )
-    worse = compute_paired_difference(cells[1], cells[0])
-    difference = worse.sums, worse.weights, worse.score_range, worse.groups
+    paired = compute_paired_difference(cells[1], cells[0])
+    difference = paired.sums, paired.weights, paired.score_range, paired.groups
     bounds = compute_file_bounds(*difference)
     margin = settings.margin
     if margin is None:
@@ -239,11 +255,11 @@ def _compare_metric(
         difference=bounds.mean,
         difference_low=bounds.low,
         difference_high=bounds.high,
-        distribution=compute_distribution(worse, margin),
+        distribution=compute_distribution(paired, margin),
         margin=margin,
         examples=cells[0].examples,
         groups=cells[0].num_groups if cells[0].groups is not None else None,
-        left_out=max(side.runtime.data.summary.splits["validation"].dropped for side in sides),
+        left_out=max(compared_side.runtime.data.summary.splits["validation"].dropped for compared_side in sides),
         examples_needed=compute_required_examples(estimate_file_difference(*difference), margin)
         if verdict == "cannot_tell"
         else None,
@@ -277,29 +293,29 @@ def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause:
 
 
 def _find_shared_labels(sides: Sequence[str]) -> list[str] | None:
-    """The labels that both sides of a comparison have; None where neither is a classifier.
+    """Return the labels that both sides have, or None if neither is a classifier.
 
     Raises:
-        ModelError: two classifiers of other labels, or of another order.
+        ModelError: The sides are classifiers with different labels, or with another order of them.
     """
-    labels_by_side = [(side, labels) for side in sides if (labels := read_labels(side)) is not None]
+    labels_by_side = [(model_name, labels) for model_name in sides if (labels := read_labels(model_name)) is not None]
     if not labels_by_side:
         return None
     (first, labels), *other_sides = labels_by_side
-    for side, side_labels in other_sides:
+    for model_name, side_labels in other_sides:
         if side_labels != labels:
             raise ModelError(
-                f"{side}: its labels are {', '.join(side_labels)}, and those of {first} are {', '.join(labels)}: classifiers are "
+                f"{model_name}: its labels are {', '.join(side_labels)}, and those of {first} are {', '.join(labels)}: classifiers are "
                 "compared with the same labels in the same order"
             )
     return labels
 
 
 def _read_classifier_labels(folder: Path) -> list[str] | None:
-    """The labels in the order of the logits, as the adapter's folder states them; None where it does not.
+    """Read the labels in the order of the logits from an adapter's folder; return None if it does not state them.
 
     Raises:
-        ModelError: a file that names no labels.
+        ModelError: The file names no labels.
     """
     file = folder / CLASSIFIER_FILE
     if not file.is_file():
@@ -313,9 +329,9 @@ def _read_classifier_labels(folder: Path) -> list[str] | None:
 
 
 def read_labels(model: str) -> list[str] | None:
-    """The labels of an adapter or of a whole model, without loading it; None for no classifier, for `base` and a GGUF file.
+    """Read the labels of an adapter or of a full model without loading it.
 
-    Where nothing names them, they are the numbers of the head's rows.
+    The result is None for `base`, a GGUF file, and a model without a classification head. Labels without names are numbered.
     """
     folder = Path(model)
     if model == BASE_SIDE:
@@ -328,7 +344,7 @@ def read_labels(model: str) -> list[str] | None:
 
 
 def _count_head_rows(folder: Path) -> int | None:
-    """The rows of the classification head in an adapter's weights; None where it has none."""
+    """Count the rows of the classification head in an adapter's weights; return None if it has no head."""
     task = read_json_object(folder / CONFIG_FILE).get("task_type")
     weights = folder / WEIGHTS_FILE
     if task != "SEQ_CLS" or not weights.is_file():
@@ -361,6 +377,6 @@ def _sort_labels(id2label: Any) -> list[str]:
 def build_trial_record(
     name: str, rank: int, scores: Scores, metric: str, *, steps: int = 0, truncate_from: str | None = None
 ) -> TrialFinished:
-    """Held-out scores as a record that `decide` reads."""
+    """Build a trial record from held-out scores, as `decide` reads it."""
     arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=steps, truncate_from=truncate_from)
     return build_finished_trial(Trial(trial_id=name, arm=arm), metric, scores, MetricResults(), Progress())

@@ -1,9 +1,9 @@
-"""Why a whole model is not the adapter that it was made of: the other function whose losses it has, another base, or other tokens.
+"""Find out why a full model is not the adapter that it was converted from: another function, another base model, or other tokens.
 
-A is an adapter on its base, B a merged, quantised or converted model. Where B's losses leave A's by more than `SMALL` of what the adapter
-itself changes, they are compared with those of the functions that common faults make: the base, and the adapter at another scale, without
-rsLoRA, or without DoRA's magnitudes. B is named as one of them where it is `NEAR` times nearer to it than to A. Rounding moves B away from
-all of them alike, and is named as nothing.
+A is an adapter on its base model, B a merged, quantized or converted model. If B's losses deviate from A's by more than `IGNORED_CHANGE` times the
+effect of the adapter, they are compared with the losses of functions that result from common faults: the base model alone, and the adapter at
+another scale, without rsLoRA, or without DoRA's magnitudes. B is named as one of them if it is `CLOSENESS_RATIO` times closer to it than to A.
+Rounding moves B away from all of them, and is not named.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ScoreFunction: TypeAlias = Callable[[Runtime, str, Path | None], TrialFinished] 
 
 @dataclass(frozen=True, slots=True)
 class ComparedSide:
-    """One side on all examples of one data set: what it was read from, and its scores."""
+    """One side of a comparison on all examples of a data set: its source and its scores."""
 
     source: str
     runtime: Runtime
@@ -50,12 +50,12 @@ class ComparedSide:
 
     @property
     def is_full_model(self) -> bool:
-        """Whether it is a model of its own, and not the base with or without an adapter."""
+        """Return whether the side is a model of its own, and not the base model with or without an adapter."""
         return self.adapter is None and self.source != BASE_SIDE
 
 
 def diagnose_conversion(sides: tuple[ComparedSide, ComparedSide], score: ScoreFunction) -> str | None:
-    """What B is in place of A, in words; None where it is A, or nothing that has a name here."""
+    """Describe what B is in place of A; return None if B equals A or no known fault explains the difference."""
     a, b = sides
     if not b.is_full_model:
         return None
@@ -72,7 +72,10 @@ def _diagnose_function(a: ComparedSide, b: ComparedSide, score: ScoreFunction) -
     assert a.adapter is not None
     adapter_losses, converted_losses = _get_losses(a.scores), _get_losses(b.scores)
     base_losses = _get_losses(score(a.runtime, "base", None))
-    deviation, adapter_effect = _compute_distance(converted_losses, adapter_losses), _compute_distance(base_losses, adapter_losses)
+    deviation, adapter_effect = (
+        _compute_distance(converted_losses, adapter_losses),
+        _compute_distance(base_losses, adapter_losses),
+    )
     if deviation <= IGNORED_CHANGE * adapter_effect:
         return None
     if _compute_distance(converted_losses, base_losses) * CLOSENESS_RATIO <= deviation:
@@ -97,7 +100,7 @@ def _compute_distance(losses: Floats, other_losses: Floats) -> float:
 
 
 def _write_faulty_adapters(adapter: Path, folder: Path) -> Iterator[tuple[str, Path]]:
-    """What each fault is called, and an adapter that has it."""
+    """Yield the description of each fault, and the folder of an adapter that has it."""
     opened = open_adapter(adapter)
     config = opened.config
     rank, alpha, scale_text = config["r"], config["lora_alpha"], "it has scale {:.3g}, the adapter {:.3g}"
@@ -130,12 +133,14 @@ def _write_faulty_adapters(adapter: Path, folder: Path) -> Iterator[tuple[str, P
 
 
 def _find_base_difference(a: ComparedSide, b: ComparedSide) -> str | None:
-    """Whether what the adapter leaves alone is that of another base."""
+    """Describe a difference between the base models in the weights that the adapter does not change; return None if there is none."""
     assert a.adapter is not None
     opened = open_adapter(a.adapter)
     adapted = {module.name for module in opened.modules}
     saved_modules = tuple(opened.config.get("modules_to_save") or ())
-    base_parameters, converted_parameters = (dict(compared_side.runtime.model.named_parameters()) for compared_side in (a, b))
+    base_parameters, converted_parameters = (
+        dict(compared_side.runtime.model.named_parameters()) for compared_side in (a, b)
+    )
     is_packed = Path(b.source).suffix == ".gguf" or is_mlx_quantized(Path(b.source))
     embedding = None if is_packed else a.runtime.model.get_input_embeddings().weight
     for name, value in base_parameters.items():
@@ -156,7 +161,7 @@ def _find_base_difference(a: ComparedSide, b: ComparedSide) -> str | None:
 
 
 def describe_token_difference(first: Runtime, tokenizer: Any, own_data: EncodedData) -> str | None:
-    """Why the same rows are other tokens for a tokenizer than on the first side; None where they are the same."""
+    """Describe why a tokenizer gives other tokens than the first side for the same rows; return None if the tokens are the same."""
     entries = (islice(data.splits["validation"], TOKENIZED_EXAMPLES) for data in (first.data, own_data))
     for number, (example, own_example) in enumerate(zip(*entries, strict=False)):
         for (ids, _), (own_ids, _) in zip(example.sequences(), own_example.sequences(), strict=False):

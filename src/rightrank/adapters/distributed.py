@@ -1,4 +1,4 @@
-"""The processes that train one model: errors that all of them raise, values of all of them, and sharded parameters."""
+"""Coordinate the processes that train one model: common errors, gathered values, and sharded parameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SHARED_ERROR_FLAG = "is_known_to_all"  # of an error: every process has raised
 
 @contextmanager
 def sync_errors() -> Iterator[None]:
-    """Where one of several processes fails in the block all of them raise: none may wait for the others.
+    """Raise in all processes if one of them fails within the block, so that none waits for the others.
 
     Raises:
-        RunError: another process failed.
+        RunError: Another process failed.
     """
     failure: Exception | None = None
     try:
@@ -51,23 +51,23 @@ def get_world_size() -> int:
 
 
 def get_process_index() -> int:
-    """The number of this process; process 0 writes files."""
+    """Return the number of this process. Process 0 writes files."""
     return dist.get_rank() if get_world_size() > 1 else 0
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether a process holds parts of the parameters: FSDP2's `DTensor`s, or DeepSpeed's empty parameters."""
+    """Return whether a process holds shards of the parameters: FSDP2's `DTensor`s, or DeepSpeed's empty parameters."""
     return is_partitioned(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def is_partitioned(model: Any) -> bool:
-    """Whether DeepSpeed's ZeRO-3 holds the parameters, which are then empty outside a pass."""
+    """Return whether DeepSpeed's ZeRO-3 holds the parameters, which are then empty outside a pass."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextmanager
 def gather_parameters(model: Any) -> Iterator[None]:
-    """In the block the trained parameters of ZeRO-3 are whole; nothing happens for other models."""
+    """Gather the trainable parameters of ZeRO-3 within the block; do nothing for other models."""
     parameters = [
         parameter
         for name, parameter in model.named_parameters()

@@ -1,7 +1,7 @@
-"""An adapter in a model that another program trained: saved, and its truncations scored with the model as it is in memory.
+"""Save an adapter of a model that another program trained, and evaluate its truncations with the model in memory.
 
-Each truncation is put in the place of the trained factors for one evaluation. The model is given back as it came: parameters, modes,
-gradients, hooks, configurations and random states. Where several processes train it, all of them make the same calls with the same data.
+Each truncation replaces the trained factors for one evaluation. Afterwards the model is restored: parameters, modes,
+gradients, hooks, configurations and random states. If several processes train it, all of them must make the same calls with the same data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rightrank.train.multi_lora import find_lora_modules
 
 @dataclass(frozen=True, slots=True)
 class InMemoryAdapter:
-    """What is measured."""
+    """An adapter of a model in memory, with the batches and settings to measure its truncations."""
 
     model: Any  # PEFT's, with a LoRA adapter of linear layers
     held_out: Sequence[Batch]  # of examples that the training did not see
@@ -49,10 +49,10 @@ class InMemoryAdapter:
 
 
 def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
-    """An adapter as it is in memory.
+    """Save an adapter of a model in memory, and check that the saved one is the same.
 
     Raises:
-        ModelError: what PEFT saves is another adapter, or none that can be truncated.
+        ModelError: PEFT saves an adapter with another scale, or one that can't be truncated.
     """
     base = model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path
     save_adapter(model, folder, base or "", name)
@@ -69,11 +69,11 @@ def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
 
 
 def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> str:
-    """The name of the adapter that trains, whose end is gone through as far as that needs no examples.
+    """Return the name of the adapter in training, after every check of the final measurement that needs no examples.
 
     Raises:
-        ModelError: no truncation can be made of it.
-        SettingsError: a rank that is no truncation of it.
+        ModelError: The adapter can't be truncated.
+        SettingsError: A rank is not a possible truncation.
     """
     name = find_trained_adapter(model)
     if not is_partitioned(model):  # a fresh process measures that
@@ -83,10 +83,11 @@ def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> 
 
 
 def find_trained_adapter(model: Any) -> str:
-    """The name of the adapter that trains, which is the only active one.
+    """Return the name of the adapter in training, which must be the only active one.
 
     Raises:
-        ModelError: no PEFT model, several active adapters, another kind than LoRA of linear layers, a merged one, rank 1, or FSDP1.
+        ModelError: The model is no PEFT model or uses FSDP1, or the adapter is one of several active ones, no LoRA of linear layers, merged, or of
+            rank 1.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     active: list[str] = sorted({name for layer in layers for name in layer.active_adapters}) or ["default"]
@@ -118,9 +119,9 @@ def find_trained_adapter(model: Any) -> str:
 
 
 def copy_factors(model: Any, name: str, adapter: AdapterFolder) -> None:
-    """Write the factors of an adapter folder over the leading rows and columns of a live adapter; the others become zero.
+    """Copy the factors of an adapter folder into the leading rows and columns of an adapter in memory; the others become zero.
 
-    The live module multiplies by its own scale s, the folder's by s': B takes s'/s.
+    The module in memory multiplies by its own scale s, the folder's adapter by s'. B is therefore multiplied by s'/s.
     """
     layers = find_lora_modules(model)
     for module in adapter.modules:
@@ -137,17 +138,21 @@ def copy_factors(model: Any, name: str, adapter: AdapterFolder) -> None:
 
 
 def gather_adapter_moments(in_memory_adapter: InMemoryAdapter) -> GatheredMoments:
-    """Second moments of about `moment_tokens` tokens of training examples."""
+    """Gather second moments over about `moment_tokens` tokens of training examples."""
     if not in_memory_adapter.train:
         return GatheredMoments(
             {}, 0, 0, ("truncated by singular values: no training examples were given for second moments",)
         )
-    names = [name for name, layer in find_lora_modules(in_memory_adapter.model).items() if in_memory_adapter.name in layer.lora_A]
+    names = [
+        name
+        for name, layer in find_lora_modules(in_memory_adapter.model).items()
+        if in_memory_adapter.name in layer.lora_A
+    ]
     return accumulate_moments(in_memory_adapter.model, names, _run_passes(in_memory_adapter), in_memory_adapter.name)
 
 
 def _run_passes(in_memory_adapter: InMemoryAdapter) -> Iterator[tuple[int, int, int]]:
-    """Forward and backward over training batches; yields the rows, the positions and the labels of each."""
+    """Run forward and backward passes over training batches; yield the numbers of rows, positions and labels of each."""
     num_positions = 0
     for batch in in_memory_adapter.train:
         if num_positions >= in_memory_adapter.moment_tokens:

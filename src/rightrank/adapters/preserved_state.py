@@ -27,7 +27,7 @@ MAX_COPIED_OBJECTS = 10_000  # of a data set or collator; what holds more is not
 
 @contextmanager
 def preserve_random_states(*sources: Any) -> Iterator[None]:
-    """After the block every random state is as before: the global ones, and those of generators that the sources hold."""
+    """Restore every random state after the block: the global ones, and those of generators that the sources hold."""
     generators = {id(generator): generator for source in sources for generator in _find_generators(source)}.values()
     with ExitStack() as restored:
         restored.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
@@ -44,7 +44,7 @@ def preserve_random_states(*sources: Any) -> Iterator[None]:
 
 
 def _find_generators(source: Any, depth: int = SEARCH_DEPTH) -> Iterator[Any]:
-    """The random generators in an object's attributes, in what these hold, and in what a function was defined or bound with."""
+    """Yield the random generators in an object's attributes, recursively, and in the variables that a function uses."""
     if isinstance(source, np.random.Generator | np.random.RandomState | torch.Generator | random.Random):
         yield source
     if depth == 0 or isinstance(source, torch.nn.Module | torch.Tensor | np.ndarray | type | ModuleType):
@@ -63,13 +63,13 @@ def _find_generators(source: Any, depth: int = SEARCH_DEPTH) -> Iterator[Any]:
 
 
 def copy_data_source(source: Any) -> Any:
-    """Return a copy of a data set, loader or collator, so that reading through the copy leaves the original as it is.
+    """Return a copy of a data set, loader or collator, so that reading the copy does not change the original.
 
     A random generator that is created at first use is then created in the copy alone. Rows, tensors, tables, models and tokenizers are shared.
-    A function is copied with what its closure, its defaults and the global variables that it names hold; methods see their module's own.
+    A function is copied with the values of its closure, its defaults and the global variables that it names. Methods use their module's own.
 
     Raises:
-        DataError: it cannot be copied, as an open file or a stream cannot.
+        DataError: The source cannot be copied, for example because it holds an open file or a stream.
     """
     if isinstance(source, list | tuple):
         return source  # rows themselves, which run no code when they are read
@@ -86,8 +86,8 @@ def copy_data_source(source: Any) -> Any:
             copied = memo[id(function)]
             copied.__defaults__ = copy.deepcopy(function.__defaults__, memo)
             copied.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
-            for cell, held in zip(copied.__closure__ or (), function.__closure__ or (), strict=True):
-                cell.cell_contents = copy.deepcopy(held.cell_contents, memo)
+            for cell, original_cell in zip(copied.__closure__ or (), function.__closure__ or (), strict=True):
+                cell.cell_contents = copy.deepcopy(original_cell.cell_contents, memo)
             for name, value in _collect_globals(function).items():
                 copied.__globals__[name] = copy.deepcopy(value, memo)
         return copy.deepcopy(source, memo)
@@ -96,10 +96,10 @@ def copy_data_source(source: Any) -> Any:
 
 
 def _collect_copied_objects(source: Any) -> tuple[list[FunctionType], list[Any]]:
-    """Return the functions that a copy of a data set or collator has copies of, and the values that it shares.
+    """Return the functions that a copy of a data set or collator copies, and the values that it shares.
 
     Raises:
-        ValueError: it holds too many objects.
+        ValueError: The source holds too many objects.
     """
     functions: list[FunctionType] = []
     shared: list[Any] = []
@@ -148,15 +148,20 @@ def _collect_globals(function: FunctionType) -> dict[str, Any]:
 
 
 def _is_array(value: Any) -> bool:
-    """Whether a value is a tensor, array, table or data frame, of any library."""
+    """Return whether a value is a tensor, array, table or data frame of any library."""
     return not isinstance(value, type) and hasattr(value, "__array__")
 
 
 @contextmanager
 def preserve_state(model: Any, name: str, *sources: Any) -> Iterator[None]:
-    """In the block the model evaluates with the adapter `name`; afterwards it and random states are as before, to the bit."""
+    """Evaluate the model with the adapter `name` within the block, and restore the model and random states exactly after it."""
     layers = find_lora_modules(model).values()
-    factors = [factor_dict[name].weight for layer in layers for factor_dict in (layer.lora_A, layer.lora_B) if name in factor_dict]
+    factors = [
+        factor_dict[name].weight
+        for layer in layers
+        for factor_dict in (layer.lora_A, layer.lora_B)
+        if name in factor_dict
+    ]
     weights = [(factor, factor.detach().clone()) for factor in factors]
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

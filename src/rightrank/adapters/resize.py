@@ -1,6 +1,6 @@
-"""An adapter folder at other ranks: new factors, new configuration, and the error of the written tensors.
+"""Change the ranks of an adapter folder: new factors, a new configuration, and the error of the written tensors.
 
-`resize` chooses one rank for all modules, ranks by energy, or a rank by held-out data (`num_held_out`).
+`resize` chooses one rank for all modules, ranks by energy, or a rank by held-out data (`resize_by_data`).
 """
 
 from __future__ import annotations
@@ -36,26 +36,29 @@ from rightrank.schema.results import ModuleResize, Resized
 def resize_adapter(
     adapter: AdapterFolder,
     out: Path,
-    chosen: Mapping[str, int],
+    ranks: Mapping[str, int],
     moments: Mapping[str, Moments] | None = None,
     rule: str = "",
 ) -> Resized:
-    """Write `adapter` at the chosen rank of each module to `out`; `chosen_by` is the rule that chose them.
+    """Write `adapter` to `out` at the chosen rank of each module, and measure the error of the written tensors.
 
-    Modules with moments are truncated by K-FAC, the others by singular values. The error is that of s·B·A, of DoRA too.
+    Modules with moments are truncated by K-FAC, the others by singular values. The error is that of s·B·A, also for DoRA.
+
+    Args:
+        rule: The rule that chose the ranks, for the record.
 
     Raises:
-        ModelError: NaN weights, or an initialisation that changes the base.
+        ModelError: The weights contain NaN, or the initialization changes the base model.
         RunFolderError: `out` exists or cannot be written.
     """
     require_absent(out)
     require_plain_update(adapter)
-    tensors = write_resized_adapter(adapter, out, chosen, moments)
-    scaling = _compute_scaling(_build_resized_config(adapter, chosen))
+    tensors = write_resized_adapter(adapter, out, ranks, moments)
+    scaling = _compute_scaling(_build_resized_config(adapter, ranks))
     errors = [
         error
         for pair in adapter.pairs
-        for error in _measure_errors(adapter, pair, _find_pair_rank(pair, chosen), scaling, tensors)
+        for error in _measure_errors(adapter, pair, _find_pair_rank(pair, ranks), scaling, tensors)
     ]
     records = [
         ModuleResize(
@@ -63,15 +66,15 @@ def resize_adapter(
         )
         for module, rank, error, norm in errors
     ]
-    ranks = {record.name: record.rank for record in records}
+    new_ranks = {record.name: record.rank for record in records}
     total_error, total_norm = math.hypot(*(error[2] for error in errors)), math.hypot(*(error[3] for error in errors))
     return Resized(
-        rank=ranks[records[0].name] if len(set(ranks.values())) == 1 else None,
+        rank=new_ranks[records[0].name] if len(set(new_ranks.values())) == 1 else None,
         relative_delta_error=total_error / total_norm if total_norm > 0 else 0.0,
         modules=records,
         out=str(out),
         parameters_before=sum(module.parameters for module in adapter.modules),
-        parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
+        parameters_after=sum(new_ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights_file.stat().st_size,
         bytes_after=(out / adapter.weights_file.name).stat().st_size,
         chosen_by=rule,
@@ -80,10 +83,10 @@ def resize_adapter(
 
 
 def require_plain_update(adapter: AdapterFolder) -> None:
-    """Refuse an adapter whose ΔW is not s·B·A alone, or is zero whatever B·A.
+    """Raise if the adapter's ΔW is not s·B·A alone, or is always zero.
 
     Raises:
-        ModelError: the initialisation changes the base on loading, or `lora_alpha` is 0.
+        ModelError: The initialization changes the base model on loading, or `lora_alpha` is 0.
     """
     if not adapter.config["lora_alpha"]:
         raise ModelError(
@@ -98,10 +101,10 @@ def require_plain_update(adapter: AdapterFolder) -> None:
 
 
 def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration at these ranks: every module has the scale of `lora_alpha`, which does not change, at rank `r`.
+    """Build the configuration at these ranks: every module keeps the scale of `lora_alpha` at rank `r`, and `lora_alpha` does not change.
 
-    Where the modules differ, `r` is the uniform rank of as many parameters, so far as a server that reserves slots for it has room for the
-    largest module; else the largest rank.
+    If the modules differ, `r` is the uniform rank with as many parameters, provided that a server that reserves slots for it has room for the
+    largest module; else it is the largest rank.
     """
     by_address = {pair[0].address: _find_pair_rank(pair, ranks) for pair in adapter.pairs}
     largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
@@ -124,14 +127,14 @@ def _compute_scaling(config: Mapping[str, Any]) -> float:
 
 
 def _find_pair_rank(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
-    """The rank of the matrices of a pair: the largest of any, since they share tensors."""
+    """Return the rank of the matrices of a pair: the largest of any, because they share tensors."""
     return max(ranks[module.name] for module in pair)
 
 
 def write_resized_adapter(
     adapter: AdapterFolder, out: Path, ranks: Mapping[str, int], moments: Mapping[str, Moments] | None = None
 ) -> dict[str, torch.Tensor]:
-    """As `resize_adapter`, without the error of what is written: most of the time of a large adapter."""
+    """Write the adapter as `resize_adapter` does, without measuring the error, which takes most of the time for a large adapter."""
     tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
     config = _build_resized_config(adapter, ranks)
     for pair in adapter.pairs:
@@ -142,12 +145,12 @@ def write_resized_adapter(
 
 
 def write_uniform_adapter(adapter: AdapterFolder, out: Path) -> None:
-    """Write the same function with one rank for all modules, the largest: further directions are zero.
+    """Write the same function with the largest rank in all modules; the additional directions are zero.
 
-    Where every module has the scale of `lora_alpha` and `r`, no value of a factor changes.
+    If every module has the scale of `lora_alpha` and `r`, no value of a factor changes.
 
     Raises:
-        ModelError: an initialisation that changes the base, or `lora_alpha` is 0.
+        ModelError: The initialization changes the base model, or `lora_alpha` is 0.
         RunFolderError: `out` exists or cannot be written.
     """
     require_plain_update(adapter)
@@ -164,7 +167,7 @@ def _measure_errors(
     scaling: float,
     tensors: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[AdapterModule, int, float, float]]:
-    """`(module, its new rank, ‖ΔW' − ΔW‖_F after rounding to the dtype of the file, ‖ΔW‖_F)` of each matrix of a pair."""
+    """Yield `(module, new rank, ‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` of each matrix of a pair, after rounding to the dtype of the file."""
     first = pair[0]
     written = first.kind.unpack_factors(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
     for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.load_pair_factors(first), strict=True):
@@ -186,9 +189,9 @@ def _build_notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) ->
 
 
 def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
-    """This rank for every module with a higher one; the others keep theirs.
+    """Return this rank for every module with a higher one, and the module's own rank for the others.
 
-    With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
+    With moments of every module, the parameters of this rank are allocated to the modules as in a selection, up to
     the rank that a server reserves.
     """
     highest = find_server_rank(rank) if adapter.mlx_config is None else rank  # mlx-lm loads one rank for all modules
@@ -197,10 +200,10 @@ def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] 
 
 
 def choose_uniform_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
-    """One rank for all modules.
+    """Return one rank for all modules.
 
     Raises:
-        SettingsError: below 1, or above the limit of a module's ΔW.
+        SettingsError: The rank is below 1 or above the limit of a module's ΔW.
     """
     if rank < 1:
         raise SettingsError(f"--rank {rank} is not allowed: give a whole number from 1")
@@ -214,10 +217,10 @@ def choose_uniform_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
 
 
 def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> dict[str, int]:
-    """The fewest singular values of each module with this fraction of its energy Σσ²; `uniform`: the most that any needs.
+    """Return the smallest rank of each module with this fraction of its energy Σσ²; with `uniform`, the largest of them for all modules.
 
     Raises:
-        SettingsError: `fraction` is not above 0 and up to 1.
+        SettingsError: `fraction` is not above 0 and at most 1.
     """
     if not 0 < fraction <= 1:
         raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
@@ -229,10 +232,10 @@ def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: boo
 
 
 def list_candidate_ranks(adapter: AdapterFolder, requested: Sequence[int] | None = None) -> list[int]:
-    """The ranks to measure: `asked`, or every power of two below the adapter's largest rank; and that rank.
+    """Return the ranks to measure: the requested ones, or every power of two below the adapter's largest rank, and that rank.
 
     Raises:
-        SettingsError: a rank above the adapter's.
+        SettingsError: A rank is above the adapter's, or the adapter has rank 1.
     """
     top = adapter.rank
     if top == 1:
@@ -254,12 +257,12 @@ def write_same_format(
     tensors: Mapping[str, torch.Tensor],
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a changed adapter in the format of `adapter`: a folder of PEFT or mlx-lm.
+    """Write a changed adapter in the format of `adapter`, which is that of PEFT or mlx-lm.
 
-    PEFT's keeps what lies beside it, and gets further `files`.
+    In PEFT's format, the accompanying files are copied and additional `files` are written.
 
     Raises:
-        RunFolderError: `out` exists, or can't be written.
+        RunFolderError: `out` exists or can't be written.
     """
     if adapter.mlx_config is not None:
         _write_mlx_adapter(out, adapter.mlx_config, config, tensors)
@@ -270,11 +273,11 @@ def write_same_format(
 def _write_mlx_adapter(
     out: Path, stored: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write a folder that mlx-lm loads, whole or not at all: `stored` at the rank of `config`, and PEFT's tensors.
+    """Write a folder that mlx-lm loads: `stored` at the rank of `config`, and PEFT's tensors. An error leaves no folder behind.
 
     Raises:
-        ModelError: modules of several ranks.
-        RunFolderError: `out` exists, or can't be written.
+        ModelError: The modules have different ranks.
+        RunFolderError: `out` exists or can't be written.
     """
     if config["rank_pattern"] or config["alpha_pattern"]:
         raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")

@@ -1,6 +1,6 @@
-"""`resize --data`: the smallest truncation that is not worse than the adapter by the margin, by the rule of `select`.
+"""`resize --data`: find the smallest truncation that is not worse than the adapter by the margin, by the rule of `select`.
 
-Every candidate is truncated by K-FAC over training examples, written as an adapter folder, attached to the base by PEFT,
+Every candidate is truncated by K-FAC over training examples, written as an adapter folder, attached to the base model by PEFT,
 and measured on the same examples.
 """
 
@@ -59,10 +59,10 @@ class _EvaluationData:
 def load_evaluation_data(
     adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings
 ) -> _EvaluationData:
-    """The rows of `data` to score, without those that the adapter is known to be trained on.
+    """Load the rows of `data` to score, without those that the adapter is known to be trained on.
 
     Raises:
-        DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
+        DataError: The rows can't be used, or the adapter was trained on all but one of them.
     """
     classes = read_labels(str(adapter.path))
     training_splits, run_data = _load_training_splits(adapter, data, train, settings, classes)
@@ -75,16 +75,23 @@ def load_evaluation_data(
         )
     if training_splits is not None and run_data is not None and data.exists() and run_data.resolve() == data.resolve():
         validation_examples = training_splits.examples["validation"]
-        return _replace_validation_split(training_splits, validation_examples, f"{data} (the validation split of the adapter's run)")
+        return _replace_validation_split(
+            training_splits, validation_examples, f"{data} (the validation split of the adapter's run)"
+        )
     all_splits, _ = load_held_out(data, settings, classes)
     all_examples = all_splits.examples["validation"]
     if training_splits is None:
         unknown = "if the adapter was trained on some of them, name its training data with --train"
         return _replace_validation_split(
-            all_splits, _limit_examples(all_examples, settings), f"{data} (all rows); {unknown}", scores_training_examples=True
+            all_splits,
+            _limit_examples(all_examples, settings),
+            f"{data} (all rows); {unknown}",
+            scores_training_examples=True,
         )
     if all_splits.form != training_splits.form:
-        raise DataError(f"{data}: has the form {all_splits.form}, and the adapter's training data {training_splits.form}")
+        raise DataError(
+            f"{data}: has the form {all_splits.form}, and the adapter's training data {training_splits.form}"
+        )
     trained_ids = {example.example_id for example in training_splits.examples["train"]}
     unseen = [example for example in all_examples if example.example_id not in trained_ids]
     left_out = len(all_examples) - len(unseen)
@@ -105,17 +112,17 @@ def _replace_validation_split(
 
 
 def _limit_examples(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:
-    """All examples; `max_eval_examples` of them if that was given."""
+    """Return all examples, or the first `max_eval_examples` if that setting was given."""
     return examples[: settings.max_eval_examples] if "max_eval_examples" in settings.model_fields_set else examples
 
 
 def _load_training_splits(
     adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings, classes: Sequence[str] | None
 ) -> tuple[DataSplits | None, Path | None]:
-    """`(the splits with the adapter's training examples, the data of its run)`; None for what is not known.
+    """Load the splits with the adapter's training examples, and the path of its run's data; None for an unknown one.
 
-    They are in the file `train`, or they are those of the run whose `adapter/` or `trials/<trial_id>/` this is. Where training data and
-    scored data are one file without splits, `select`'s training split of it.
+    The training examples are in the file `train`, or they belong to the run whose `adapter/` or `trials/<trial_id>/` this is. If training data
+    and scored data are one file without splits, `select`'s training split of it is used.
     """
     if train is not None:
         is_same = train.exists() and data.exists() and train.resolve() == data.resolve()
@@ -128,7 +135,7 @@ def _load_training_splits(
 
 @dataclass(frozen=True, slots=True)
 class TruncationCurve:
-    """Held-out results by rank, with the base as rank 0, and the answer that they give."""
+    """Held-out results by rank, with the base model as rank 0, and the decision that they give."""
 
     trials: list[TrialFinished]
     written: dict[int, Resized]
@@ -141,7 +148,7 @@ MANY_EXAMPLES = 2000  # above which scoring may take long, and fewer are propose
 
 @dataclass(frozen=True, slots=True)
 class ResizeRequest:
-    """The smallest rank that is enough on held-out rows; see `rightrank.resize` for each field."""
+    """A request for the smallest sufficient rank on held-out rows; see `rightrank.resize` for each field."""
 
     data: Path
     train: Path | None
@@ -155,7 +162,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
     """Measure the candidates, decide, and write the chosen one to `out`.
 
     Raises:
-        InputError: the adapter or the data can't be used, or the adapter does not fit the base.
+        InputError: The adapter or the data can't be used, or the adapter does not fit the base model.
     """
     require_plain_update(adapter)
     ranks = list_candidate_ranks(adapter, request.ranks)
@@ -170,7 +177,9 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
         use = RuntimeInputs(request.data, request.settings, Path(name) / "cache", splits=evaluation_data.splits)
         runtime = make_adapter_runtime(adapter, request.base, use)
         cross_fit = evaluation_data.scores_training_examples
-        curve = measure_truncation_curve(adapter, runtime, ranks, Path(name), cross_fit=cross_fit, on_event=request.on_event)
+        curve = measure_truncation_curve(
+            adapter, runtime, ranks, Path(name), cross_fit=cross_fit, on_event=request.on_event
+        )
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
         tensors = {key: chosen.load_tensor(key) for key in chosen.keys}
         write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.to_json()})
@@ -180,7 +189,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
 
 
 def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, request: ResizeRequest) -> Resized:
-    """What is reported of the chosen candidate."""
+    """Build the result for the chosen candidate."""
     answer, written = curve.answer, curve.written[curve.answer.rank]
     notes = [*written.notes, *curve.gathered.notices]
     if curve.gathered.moments:
@@ -214,7 +223,7 @@ def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtim
 
 
 def _describe_missing_gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runtime) -> dict[str, str]:
-    """The sentence of an answer whose reference is not better than the base by more than the margin; else empty."""
+    """Return the sentence to report if the reference is not better than the base model by more than the margin; else an empty dict."""
     metric = runtime.settings.metric_name
     reference = next(trial for trial in trials if trial.trial_id == answer.reference_id)
     cells = build_table([trials[0], reference], metric, runtime.settings.is_higher_better(metric)).cells.values()
@@ -237,12 +246,14 @@ def measure_truncation_curve(
     cross_fit: bool = False,
     on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> TruncationCurve:
-    """The held-out loss of every truncation to `ranks`; `working` keeps them as r1, r2, …
+    """Measure the held-out loss of every truncation to `ranks`; `working_folder` keeps them as r1, r2, …
 
-    With `by_halves`, where moments and scores come from the same examples, each half is scored with the other's moments.
+    Args:
+        cross_fit: Score each half of the examples with the moments of the other half. This is needed if moments and scores come from the same
+            examples.
 
     Raises:
-        ModelError: the adapter does not fit the base.
+        ModelError: The adapter does not fit the base model.
     """
     settings = runtime.settings
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
@@ -272,7 +283,7 @@ def measure_truncation_curve(
 
 
 def find_smallest_adapter(trials: Sequence[TrialFinished], criterion: Criterion) -> AdapterAnswer:
-    """The smallest adapter that holds."""
+    """Return the smallest adapter that is not worse than the largest one by the margin."""
     return choose_adapter(trials, criterion) or build_trained_answer(
         max(trials, key=lambda trial: trial.rank), criterion
     )
@@ -282,17 +293,22 @@ _Fold: TypeAlias = tuple[list[int], Mapping[str, Moments]]  # half of the scored
 
 
 def _gather_folds(adapter: AdapterFolder, runtime: Runtime) -> list[_Fold]:
-    """Two halves of the validation split, so that no example is scored by a truncation that was fitted to it.
+    """Split the validation split into halves, so that no example is scored by a truncation that was fitted to it.
 
-    The written adapter has moments over all examples, like each half's but of twice as many.
+    The written adapter uses moments over all examples: as those of each half, but from twice as many.
     """
     example_ids = [example.example_id for example in runtime.data.splits["validation"]]
-    halves = [[index for index, name in enumerate(example_ids) if int(name[:16], 16) % 2 == indices] for indices in (0, 1)]
+    halves = [
+        [index for index, name in enumerate(example_ids) if int(name[:16], 16) % 2 == indices] for indices in (0, 1)
+    ]
     names = [{example_ids[index] for index in indices} for indices in halves]
     train = [example.example_id for example in runtime.data.splits["train"]]
     with attach_adapter(runtime, adapter.path) as peft_model:
         return [
-            (indices, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other_names]).moments)
+            (
+                indices,
+                gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other_names]).moments,
+            )
             for indices, other_names in zip(halves, reversed(names), strict=True)
         ]
 
@@ -300,7 +316,7 @@ def _gather_folds(adapter: AdapterFolder, runtime: Runtime) -> list[_Fold]:
 def _evaluate_folds(
     adapter: AdapterFolder, runtime: Runtime, folds: Sequence[_Fold], rank: int, working_folder: Path
 ) -> Scores:
-    """The scores of every example under the truncation whose moments come from the half without it."""
+    """Score every example with the truncation whose moments come from the half without it."""
     fold_scores = []
     for number, (indices, moments) in enumerate(folds):
         folder = working_folder / f"r{rank}-half{number}"

@@ -1,9 +1,9 @@
-"""Singular spectra of updates, the ranks that they suggest, and what `inspect` records of them.
+"""Compute singular spectra of updates, the ranks that they suggest, and the records of `inspect`.
 
 An update is ΔW = s·B·A with B [d, r] and A [r, k]. With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B·A are
 those of the r × r matrix R_B R_Aᵀ. All arithmetic is in float64.
 
-What full fine-tuning changed is read one matrix at a time. Small matrices are decomposed exactly. Of larger ones a randomised range
+The update of full fine-tuning is read one matrix at a time. Small matrices are decomposed exactly. For larger ones a randomized range
 finder with power iterations (Halko, Martinsson and Tropp 2011) gives the leading singular values; the energy ‖Δ‖²_F is exact.
 """
 
@@ -44,12 +44,12 @@ SENTENCE = (
 def build_spectrum(
     values: Floats, energy: float, kind: str, shape: tuple[int, int], flags: Sequence[str] = (), **fields: Any
 ) -> ModuleSpectrum:
-    """The record of one module's ΔW.
+    """Build the record of one module's ΔW.
 
     Args:
-        values: its singular values, descending; all of them unless `energy` exceeds the sum of their squares.
+        values: Its singular values, descending; all of them unless `energy` exceeds the sum of their squares.
         energy: ‖ΔW‖²_F.
-        about: name, rank and scaling.
+        fields: Name, rank and scaling.
     """
     is_partial = kind == "matrix" and len(values) < min(shape)
     noise = _estimate_noise_rank(values, energy, kind, shape, is_partial)
@@ -64,15 +64,19 @@ def build_spectrum(
         effective_rank=None if is_partial else compute_effective_rank(values),
         energy_rank={f"{fraction:g}": compute_energy_rank(values, fraction, energy) for fraction in ENERGY_FRACTIONS},
         noise_rank=noise,
-        flags=[*flags, *["partial_spectrum"] * is_partial, *["noise_unclear"] * bool(is_unclear)],  # the median may be signal
+        flags=[
+            *flags,
+            *["partial_spectrum"] * is_partial,
+            *["noise_unclear"] * bool(is_unclear),
+        ],  # the median may be signal
         **fields,
     )
 
 
 def _estimate_noise_rank(s: Floats, energy: float, kind: str, shape: tuple[int, int], partial: bool) -> int:
-    """The rank by the hard threshold.
+    """Estimate the rank above the noise by the hard threshold.
 
-    The noise of an adapter is assumed in the r × r core that its factors span, that of a matrix in all entries.
+    The noise of an adapter is assumed in the r × r core that its factors span, the noise of a matrix in all entries.
     """
     if not s.any():
         return 0
@@ -83,7 +87,7 @@ def _estimate_noise_rank(s: Floats, energy: float, kind: str, shape: tuple[int, 
 
 
 def _flag_dead_modules(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
-    """The records with the flag `dead` on every module with a norm below DEAD_FRACTION of the median."""
+    """Add the flag `dead` to every module with a norm below DEAD_FRACTION of the median."""
     norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
     limit = DEAD_FRACTION * median(norms) if norms else 0.0
     return [
@@ -95,7 +99,11 @@ def _flag_dead_modules(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum
 
 
 def build_inspection(spectra: Sequence[ModuleSpectrum], **summary_fields: Any) -> Inspection:
-    """The spectra and their summary; `about` are the summary's other fields."""
+    """Build the record of all spectra with their summary.
+
+    Args:
+        summary_fields: Additional fields of the summary.
+    """
     modules = _flag_dead_modules(spectra)
     energy: dict[str, int | None] = {}
     for fraction_text in (f"{fraction:g}" for fraction in ENERGY_FRACTIONS):
@@ -114,10 +122,10 @@ def build_inspection(spectra: Sequence[ModuleSpectrum], **summary_fields: Any) -
 
 
 def inspect_adapter(path: Path) -> Inspection:
-    """The spectra of an adapter.
+    """Inspect the spectra of an adapter.
 
     Raises:
-        ModelError: no readable LoRA adapter, or NaN weights.
+        ModelError: The folder holds no readable LoRA adapter, or weights with NaN.
     """
     adapter = open_adapter(path)
     return build_inspection(
@@ -132,13 +140,15 @@ def inspect_adapter(path: Path) -> Inspection:
 
 
 def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
-    """Notes to the figures: patterns without effect, DoRA, initialisations that change the base."""
+    """Return notes on patterns without effect, DoRA, and initializations that change the base model."""
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module and have no effect: {', '.join(adapter.unused_patterns)}")
     num_expert_parameters = sum(len(pair) > 1 for pair in adapter.pairs)
     if num_expert_parameters:
-        notes.append(f"{num_expert_parameters} parameters hold experts: one spectrum for each, at the rank of the parameter")
+        notes.append(
+            f"{num_expert_parameters} parameters hold experts: one spectrum for each, at the rank of the parameter"
+        )
     if adapter.use_dora:
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := adapter.base_changing_init) is not None:
@@ -149,15 +159,18 @@ def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
 
 
 def _compute_pair_spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule]) -> list[ModuleSpectrum]:
-    """The spectra of a pair; of several experts, those that no token reached are flagged so.
+    """Compute the spectra of a pair, and flag experts that no token reached.
 
-    A token gives every direction of B a gradient, and Adam a step of about the learning rate. So an expert whose B is zero
-    beside others that moved was never chosen, whereas one that learned nothing has an update that is small.
+    A token gives every direction of B a gradient, and Adam a step of about the learning rate. An expert whose B is zero
+    while others moved was therefore never chosen, whereas one that learned nothing has a small update.
     """
     spectra = [_compute_module_spectrum(adapter, module) for module in pair]
     if len(spectra) > 1 and any("untrained" not in spectrum.flags for spectrum in spectra):
         new_flags = [["no_token" if flag == "untrained" else flag for flag in spectrum.flags] for spectrum in spectra]
-        spectra = [spectrum.model_copy(update={"flags": module_flags}) for spectrum, module_flags in zip(spectra, new_flags, strict=True)]
+        spectra = [
+            spectrum.model_copy(update={"flags": module_flags})
+            for spectrum, module_flags in zip(spectra, new_flags, strict=True)
+        ]
     return spectra
 
 
@@ -173,27 +186,27 @@ def _compute_module_spectrum(adapter: AdapterFolder, module: AdapterModule) -> M
 
 
 def compute_singular_values(b: Floats, a: Floats) -> Floats:
-    """The min(d, r, k) singular values of B·A alone, padded with zeros to r of them."""
+    """Compute the min(d, r, k) singular values of B·A, padded with zeros to r of them."""
     s = np.linalg.svd(_compute_qr_triangle(b) @ _compute_qr_triangle(a.T).T, compute_uv=False)
     return np.pad(s, (0, max(0, b.shape[1] - len(s))))
 
 
 def compute_distance(b: Floats, a: Floats, other_b: Floats, other_a: Floats) -> float:
-    """‖B·A − B'·A'‖ in the Frobenius norm, through QR of the factors side by side."""
+    """Compute ‖B·A − B'·A'‖_F by QR decompositions of the concatenated factors."""
     outer, inner = _compute_qr_triangle(np.hstack([b, -other_b])), _compute_qr_triangle(np.vstack([a, other_a]).T)
     return float(np.linalg.norm(outer @ inner.T))
 
 
 def _compute_qr_triangle(matrix: Floats) -> Floats:
-    """The R of a QR decomposition."""
+    """Return the R of a QR decomposition."""
     triangle: Any = np.linalg.qr(matrix, mode="r")
     return np.asarray(triangle, dtype=np.float64)
 
 
 def compute_energy_rank(s: Floats, fraction: float, total: float | None = None) -> int | None:
-    """The smallest number of leading singular values with `fraction` of the energy Σσ²; 0 for the zero matrix.
+    """Return the smallest number of leading singular values with `fraction` of the energy Σσ²; 0 for the zero matrix.
 
-    `total` is the energy of the whole matrix if `s` is only its leading part. None if `s` is then too short.
+    If `s` holds only the leading values, `total` is the energy of the full matrix. The result is None if `s` is too short.
     """
     energy = np.cumsum(s**2)
     total_energy = float(energy[-1]) if total is None else total
@@ -205,14 +218,14 @@ def compute_energy_rank(s: Floats, fraction: float, total: float | None = None) 
 
 
 def compute_stable_rank(s: Floats, total: float | None = None) -> float:
-    """‖ΔW‖²_F / ‖ΔW‖²_2; 0 for the zero matrix."""
+    """Return ‖ΔW‖²_F / ‖ΔW‖²_2; 0 for the zero matrix."""
     if len(s) == 0 or s[0] == 0:
         return 0.0
     return float((np.sum(s**2) if total is None else total) / s[0] ** 2)
 
 
 def compute_effective_rank(s: Floats) -> float:
-    """exp of the entropy of σ/Σσ (Roy and Vetterli 2007); 0 for the zero matrix."""
+    """Return exp of the entropy of σ/Σσ (Roy and Vetterli 2007); 0 for the zero matrix."""
     if s.sum() == 0:
         return 0.0
     p = s[s > 0] / s.sum()
@@ -220,10 +233,10 @@ def compute_effective_rank(s: Floats) -> float:
 
 
 def compute_hard_threshold_rank(s: Floats, rows: int, columns: int) -> int:
-    """The number of singular values above the optimal hard threshold for unknown noise (Gavish and Donoho 2014).
+    """Count the singular values above the optimal hard threshold for unknown noise (Gavish and Donoho 2014).
 
     `s` must be all min(rows, columns) singular values of a rows × columns matrix: signal plus noise with independent
-    entries of one variance. The threshold is ω(β) times their median, β the aspect ratio. It assumes that less than
+    entries of one variance. The threshold is ω(β) times their median, with the aspect ratio β. It assumes that fewer than
     half of the singular values are signal. Otherwise the median is signal and the result is too low.
     """
     beta = min(rows, columns) / max(rows, columns)
@@ -233,10 +246,10 @@ def compute_hard_threshold_rank(s: Floats, rows: int, columns: int) -> int:
 
 
 def compute_leading_noise_rank(s: Floats, total: float, rows: int, columns: int) -> int:
-    """The same if only the leading singular values and the whole energy are known.
+    """Count the singular values above noise if only the leading ones and the total energy are known.
 
-    The energy that the kept values leave is taken as noise; its variance per entry gives σ, and the threshold for known noise
-    applies. This repeats until the count stays the same.
+    The remaining energy is taken as noise. Its variance per entry gives σ, and the threshold for known noise
+    applies. This repeats until the count does not change.
     """
     short, long = min(rows, columns), max(rows, columns)
     beta = short / long
@@ -254,10 +267,10 @@ def compute_leading_noise_rank(s: Floats, total: float, rows: int, columns: int)
 
 
 def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_RANK) -> Inspection:
-    """The spectra of `finetuned` minus `base`; only one matrix is in memory at a time.
+    """Inspect the spectra of `finetuned` minus `base`, with one matrix in memory at a time.
 
     Raises:
-        ModelError: a folder without safetensors, or two that differ in names or shapes.
+        ModelError: A folder has no safetensors, or the two differ in names or shapes.
     """
     base_checkpoint, tuned_checkpoint = open_checkpoint(base), open_checkpoint(finetuned)
     _require_same_architecture(base_checkpoint, tuned_checkpoint)
@@ -285,10 +298,10 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
 
 
 def _require_same_architecture(base_checkpoint: _Checkpoint, tuned_checkpoint: _Checkpoint) -> None:
-    """Refuse two checkpoints of different architectures.
+    """Raise if two checkpoints have different architectures.
 
     Raises:
-        ModelError: a tensor name or shape that only one of them has.
+        ModelError: Only one of them has a tensor of some name or shape.
     """
     for checkpoint, other_checkpoint in ((base_checkpoint, tuned_checkpoint), (tuned_checkpoint, base_checkpoint)):
         missing = sorted(checkpoint.files.keys() - other_checkpoint.files.keys())
@@ -303,11 +316,13 @@ def _require_same_architecture(base_checkpoint: _Checkpoint, tuned_checkpoint: _
             )
 
 
-def _iterate_differences(base_checkpoint: _Checkpoint, tuned_checkpoint: _Checkpoint) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """The change of every floating-point tensor in float32, in the natural order of names; None where nothing changed.
+def _iterate_differences(
+    base_checkpoint: _Checkpoint, tuned_checkpoint: _Checkpoint
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield the change of every floating-point tensor in float32, in the natural order of names; None if nothing changed.
 
     Raises:
-        ModelError: a value that is NaN or infinite.
+        ModelError: A value is NaN or infinite.
     """
     for name in sorted(base_checkpoint.files, key=natural_sort_key):
         old, new = base_checkpoint.load_tensor(name), tuned_checkpoint.load_tensor(name)
@@ -326,7 +341,7 @@ def _iterate_differences(base_checkpoint: _Checkpoint, tuned_checkpoint: _Checkp
 
 
 def _compute_matrix_spectrum(name: str, delta: torch.Tensor, sketch_rank: int) -> ModuleSpectrum:
-    """The record of one difference: all singular values up to a shorter side of EXACT_SIDE, else the leading ones."""
+    """Compute the record of one difference: all singular values up to a shorter side of EXACT_SIDE, else the leading ones."""
     if min(delta.shape) <= EXACT_SIDE:
         tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
         values: Floats = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R.double()).numpy()
@@ -341,7 +356,7 @@ def _compute_matrix_spectrum(name: str, delta: torch.Tensor, sketch_rank: int) -
 
 
 def _sketch_singular_values(delta: torch.Tensor, rank: int) -> Floats:
-    """The leading singular values of `delta` [d, k]."""
+    """Compute the leading singular values of `delta` [d, k]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, leading, _ = torch.svd_lowrank(delta, min(rank + OVERSAMPLING, *delta.shape), POWER_ITERATIONS)
@@ -351,7 +366,7 @@ def _sketch_singular_values(delta: torch.Tensor, rank: int) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
-    """Names, files and shapes of the tensors; a tensor is read on access."""
+    """Names, files and shapes of a checkpoint's tensors; a tensor is read on access."""
 
     path: Path
     files: Mapping[str, Path]
@@ -368,7 +383,7 @@ def open_checkpoint(path: Path) -> _Checkpoint:
     """Read the headers of a model folder's tensors.
 
     Raises:
-        ModelError: no such folder, no safetensors, pickled weights, or a shard that is missing or damaged.
+        ModelError: The folder does not exist, holds no safetensors or only pickled weights, or a shard is missing or damaged.
     """
     if detect_path_kind(path) != "folder":
         raise ModelError(f"{path}: no such folder; give a model folder that save_pretrained wrote")

@@ -331,7 +331,7 @@ def _extract_prompt(content: Mapping[str, Any]) -> Any:
 
 
 def number_groups(examples: Iterable[Example]) -> list[int] | None:
-    """Number the groups of examples in order of appearance. Return None if no examples share a group or all share one."""
+    """Assign group numbers in order of appearance. Return None if no examples share a group or all share one."""
     numbers_by_group: dict[int, int] = {}
     numbers = [numbers_by_group.setdefault(example.group, len(numbers_by_group)) for example in examples]
     return numbers if 1 < len(numbers_by_group) < len(numbers) else None

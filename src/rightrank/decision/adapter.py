@@ -1,9 +1,9 @@
-"""The first criterion: the smallest adapter that can be taken from one training at the top rank.
+"""Choose the deployment rank: the smallest adapter that can be truncated from one training at the top rank.
 
-Every candidate is a file: the top as trained, and its truncations. Two files are compared on the same examples, so the claim
-holds no seed: the only noise is which examples were drawn. Ranks are tested in a fixed sequence from the top downward, each by
-the 95% upper bound of its paired difference from the top; the first that fails ends the search, so no correction for
-multiplicity is needed.
+Every candidate is an adapter: the top one as trained, and its truncations. Two adapters are compared on the same examples, so the
+claim does not depend on seeds: the only noise is which examples were drawn. Ranks are tested in a fixed sequence from the top
+downward, each by the 95% upper bound of its paired difference from the top. The first failure ends the search, so no correction
+for multiplicity is needed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (d
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """What candidates are compared by."""
+    """The metric and the margin by which candidates are compared."""
 
     metric: str
     higher_is_better: bool
@@ -66,11 +66,11 @@ class Criterion:
 def choose_adapter(
     outcomes: Sequence[TrialOutcome], criterion: Criterion, top_id: str | None = None
 ) -> AdapterAnswer | None:
-    """The smallest candidate that holds; None while no training has been truncated.
+    """Choose the smallest candidate within the margin, or return None if no training has been truncated.
 
     Args:
-        outcomes: of a run; only finished trials count.
-        top_id: the training to take candidates from; None: the best of those that were truncated.
+        outcomes: the outcomes of a run; only finished trials count.
+        top_id: the training whose truncations are the candidates; None: the best one that was truncated.
     """
     files = build_adapter_files(outcomes, criterion)
     parents = {file.trial.truncate_from for file in files.values()}
@@ -97,7 +97,10 @@ def choose_adapter(
 def build_trained_answer(
     trial: TrialFinished, criterion: Criterion, reference: TrialFinished | None = None
 ) -> AdapterAnswer:
-    """The answer where no truncation was compared: a trained adapter, against the best one of the run (itself by default)."""
+    """Return the answer for a trained adapter if no truncation was compared.
+
+    The reference is the best adapter of the run, by default the trained adapter itself.
+    """
     files = build_adapter_files([trial, *([] if reference is None else [reference])], criterion)
     reference_comparison = ReferenceComparison(files[(reference or trial).trial_id], files, criterion)
     chosen = reference_comparison.build_candidate(files[trial.trial_id])
@@ -128,10 +131,10 @@ def _build_answer(
 def prefer_direct_training(
     answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
 ) -> AdapterAnswer | None:
-    """The answer with a direct training in place of the truncation, where one is better; None where none is.
+    """Return the answer with a direct training in place of the truncation, or None if no direct training is better.
 
-    A training of a lower rank must hold against the same reference. One of the same rank must be shown to be better: the
-    95% upper bound of its difference from the present adapter is below 0.
+    A training at a lower rank must be within the margin of the same reference. One at the same rank must be shown to be better:
+    the 95% upper bound of its difference from the present adapter is below 0.
     """
     files = build_adapter_files(outcomes, criterion)
     if answer.reference_id not in files or answer.trial_id not in files:
@@ -161,10 +164,10 @@ def prefer_direct_training(
 def compare_adapters(
     answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
 ) -> list[AdapterCandidate]:
-    """Every adapter of a run against the reference of `answer`, by descending rank.
+    """Compare every adapter of a run with the reference of `answer`, by descending rank.
 
-    Of several runs of a rank, the best is shown, and every one that the answer names: a better training of the reference's rank
-    may be handed over. Where the journal lacks a run that the answer names, there are its candidates alone.
+    At each rank the best trial is shown, and every one that the answer names, since a better training at the reference's rank may be
+    handed over. If the journal lacks a trial that the answer names, only the answer's candidates are returned.
     """
     files = build_adapter_files(outcomes, criterion)
     named_ids = {answer.trial_id, answer.reference_id, answer.trained_id}
@@ -187,7 +190,7 @@ def compare_adapters(
 def compute_test_difference(
     chosen: TestEvaluated | None, reference: TestEvaluated | None, criterion: Criterion
 ) -> tuple[float, float | None] | None:
-    """`(difference from the reference, its 95% upper bound)` on the test split; None where either was not read there."""
+    """Return the difference from the reference on the test split with its 95% upper bound; None if either has no test value."""
     if chosen is None or reference is None:
         return None
     sides = [_get_test_scores(test, criterion.metric) for test in (chosen, reference)]
@@ -202,7 +205,7 @@ def compute_test_difference(
 
 
 def _get_test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
-    """`(sums, weights)` by example; None for a metric without scores by example on the test split."""
+    """Return `(sums, weights)` by example, or None for a metric without example scores on the test split."""
     correct = test.example_correct if metric == "accuracy" else None
     values = test.example_losses if metric == "loss" else correct or test.example_metrics.get(metric)
     if values is None:
@@ -213,6 +216,8 @@ def _get_test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
+    """A finished training or truncation with its scores."""
+
     trial: TrialFinished
     cell: Cell
     kind: MetricKind
@@ -224,7 +229,7 @@ class AdapterFile:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceComparison:
-    """Comparison with the reference file."""
+    """A comparison of adapters with a reference adapter."""
 
     reference: AdapterFile
     files: Mapping[str, AdapterFile]
@@ -232,14 +237,14 @@ class ReferenceComparison:
 
     @property
     def margin(self) -> float:
-        """In the metric's unit."""
+        """Return the margin in the metric's unit."""
         if self.criterion.margin is not None:
             return self.criterion.margin
         values = [file.cell.value for file in self.files.values()]
         return compute_default_margin(self.reference.kind, self.reference.cell.value, values)
 
     def estimate_difference(self, cell: Cell, reference: Cell | None = None) -> Estimate:
-        """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
+        """Estimate the difference from the reference, paired over examples; above 0 is worse."""
         return estimate_pairs([(cell, reference or self.reference.cell)])
 
     def build_candidate(self, file: AdapterFile) -> AdapterCandidate:
@@ -253,7 +258,7 @@ class ReferenceComparison:
             if file.cell.examples:
                 low, high = unit.convert_difference(bounds.low), unit.convert_difference(bounds.high)
                 distribution = compute_distribution(
-                    compute_paired_difference(file.cell, self.reference.cell), self.margin, unit.difference
+                    compute_paired_difference(file.cell, self.reference.cell), self.margin, unit.convert_difference
                 )
         tested_bound = high if high is not None else difference if self.criterion.trusts_values else math.inf
         return AdapterCandidate(
@@ -272,12 +277,15 @@ class ReferenceComparison:
 def _compare_with_reference(
     answer: AdapterAnswer, files: Mapping[str, AdapterFile], criterion: Criterion
 ) -> ReferenceComparison:
-    """Comparison with the reference of an answer, at its margin."""
+    """Return the comparison with the reference of an answer, at the answer's margin."""
     return ReferenceComparison(files[answer.reference_id], files, replace(criterion, margin=answer.margin))
 
 
 def build_adapter_files(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict[str, AdapterFile]:
-    """Finished whole trainings and truncations by trial id; of unequal numbers of examples, each by its value alone."""
+    """Return the finished complete trainings and truncations by trial id.
+
+    If their numbers of examples differ, each one has only its value.
+    """
     trials = [
         outcome
         for outcome in outcomes
@@ -296,7 +304,7 @@ def build_adapter_files(outcomes: Sequence[TrialOutcome], criterion: Criterion) 
 
 
 def _format_claim(candidate: AdapterCandidate, reference_name: str, reference_comparison: ReferenceComparison) -> str:
-    """What is shown of a file that holds, and how the difference spreads over examples: the end of a sentence, and another one."""
+    """Format the evidence for an adapter within the margin as the end of a sentence, and a sentence on the distribution."""
     margin = f"{reference_comparison.margin:.4g}"
     if candidate.trial_id == reference_comparison.reference.trial.trial_id:
         return f"it is {reference_name} itself."
@@ -313,7 +321,7 @@ def _format_claim(candidate: AdapterCandidate, reference_name: str, reference_co
 def _find_smallest_file(
     children: Sequence[AdapterFile], reference_comparison: ReferenceComparison, top_rank: int
 ) -> AdapterFile:
-    """The smallest file that holds, from the top downward."""
+    """Find the smallest adapter within the margin, testing ranks from the top downward."""
     chosen = reference_comparison.reference
     for rank in sorted({file.trial.rank for file in children if file.trial.rank < top_rank}, reverse=True):
         passing = [
@@ -388,13 +396,13 @@ def _collect_notes(
 
 
 def estimate_training_ranks(answer: AdapterAnswer) -> tuple[int, int]:
-    """Where the training rank probably lies, lowest and highest, by the smallest truncation that holds."""
+    """Return the lowest and the highest probable training rank, derived from the smallest truncation within the margin."""
     holding = find_smallest_truncation(answer)
     return holding if holding > MAX_DIRECT_RANK else max(1, holding // 2), min(answer.trained_rank, 2 * holding)
 
 
 def find_smallest_truncation(answer: AdapterAnswer) -> int:
-    """The smallest truncation within the margin of the top, from the top downward; else the top's rank."""
+    """Find the rank of the smallest truncation whose mean is within the margin, from the top downward; else return the top rank."""
     smallest_rank = answer.trained_rank
     truncated = [candidate for candidate in answer.candidates if candidate.method == "truncated"]
     for candidate in sorted(truncated, key=lambda candidate: -candidate.rank):
@@ -406,7 +414,7 @@ def find_smallest_truncation(answer: AdapterAnswer) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How an adapter was made; enough to make it again."""
+    """The steps that produced an adapter; enough to reproduce it."""
 
     rank: int
     trained_rank: int
@@ -416,7 +424,7 @@ class Provenance:
     truncation: str | None  # the method; None: it was not truncated
 
     def format_sentence(self) -> str:
-        """Such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
+        """Format a sentence such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
         checkpoint = "" if self.checkpoint_step is None else f" step {self.checkpoint_step} of"
         steps = f",{checkpoint} {self.steps} steps" if self.steps else ""
         rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: not known
@@ -431,6 +439,7 @@ TRUNCATION_METHODS = {"kfac": "K-FAC", "svd": "SVD"}
 
 
 def build_provenance(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Provenance:
+    """Return the provenance of a trial's adapter."""
     parent = next((other for other in finished if other.trial_id == trial.truncate_from), trial)
     is_truncated = trial.rank < parent.rank
     return Provenance(

@@ -71,7 +71,7 @@ WEIGHTS = np.cosh(STEPS) / np.cosh(np.sinh(STEPS) * math.pi / 2) ** 2 * math.pi 
 
 
 def is_within(difference: float, margin: float) -> bool:
-    """Whether a difference, or its bound, is at most the margin, up to rounding."""
+    """Return whether a difference or its bound is at most the margin, up to rounding."""
     return difference <= margin * (1 + RELATIVE_TOLERANCE)
 
 
@@ -84,26 +84,27 @@ class Bounds:
     high: float
 
     def is_enough(self, margin: float) -> bool | None:
-        """True: not worse by more than the margin; False: worse by more; None: cannot tell."""
+        """Return True if not worse by more than the margin, False if worse by more, None if the bounds cannot tell."""
         if is_within(self.high, margin):
             return True
         return None if is_within(self.low, margin) else False
 
 
 def compute_bounds(estimate: Estimate) -> Bounds:
+    """Compute the one-sided bounds of an estimate."""
     return Bounds(estimate.mean, estimate.compute_bound(1 - CONFIDENCE), estimate.compute_bound(CONFIDENCE))
 
 
 def compute_file_bounds(
     sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None
 ) -> Bounds:
-    """The bounds where nothing but two files is compared.
+    """Compute bounds for a comparison of exactly two adapters.
 
     Args:
-        sums: [examples] how much worse one is on each example, times the example's weight.
+        sums: [examples] how much worse one adapter is on each example, times the example's weight.
         weights: [examples] the tokens of each example, or ones.
-        span: the range of one example's score; 0 for losses.
-        groups: [examples] which of them belong together; None: each stands for itself.
+        score_range: the range of one example's score; 0 for losses.
+        groups: [examples] the group of each example; None: no groups.
     """
     if (
         groups is None
@@ -121,9 +122,9 @@ def compute_file_bounds(
 
 
 def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
-    """The fewest examples that are expected to settle the difference, rounded up to two digits.
+    """Compute the fewest examples that are expected to settle the difference, rounded up to two digits.
 
-    None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if examples were not scored one by one.
+    Returns None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if there are no example scores.
     """
     if estimate.examples < 2:
         return None
@@ -137,13 +138,13 @@ def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
 
 
 def compute_required_seeds(estimate: Estimate, margin: float) -> int | None:
-    """The fewest seeds that are expected to settle the difference; None if `MAX_SEEDS` are not enough."""
+    """Compute the fewest seeds that are expected to settle the difference, or return None if `MAX_SEEDS` are not enough."""
     sizes = range(estimate.seeds + 1, MAX_SEEDS + 1)
     return next((size for size in sizes if is_conclusive(estimate.scale_to(estimate.examples, size), margin)), None)
 
 
 def is_conclusive(estimate: Estimate, margin: float) -> bool:
-    """Whether such runs tell enough from not enough with a chance of `POWER`, if the true mean is the estimated one."""
+    """Return whether runs of this size settle the comparison with probability `POWER` if the true mean is the estimated one."""
     error = NORMAL.inv_cdf(POWER) * estimate.standard_error
     if estimate.mean < margin:
         return is_within(estimate.compute_bound(CONFIDENCE) + error, margin)
@@ -151,21 +152,21 @@ def is_conclusive(estimate: Estimate, margin: float) -> bool:
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
-    """The smallest of `ranks` above 0 that the walk from `reference` downward reaches before the first that fails.
+    """Walk down from `reference` and return the smallest rank above 0 before the first one that fails.
 
-    This is a fixed-sequence test: no rank below a failure is tested, and so no correction for multiplicity is needed.
+    This is a fixed-sequence test: no rank below a failure is tested, so no correction for multiplicity is needed.
     """
     return min(takewhile(holds, list_lower_ranks(ranks, reference)), default=reference)
 
 
 def list_lower_ranks(ranks: Iterable[int], reference: int) -> list[int]:
-    """The ranks between 0 and `reference`, both excluded, from the top downward."""
+    """List the ranks between 0 and `reference`, both excluded, in descending order."""
     return sorted((rank for rank in ranks if 0 < rank < reference), reverse=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with the parts of its variance, which are those of the mean over `examples` and `seeds`."""
+    """A mean with the components of its variance, which are variances of the mean over `examples` and `seeds`."""
 
     mean: float
     examples_variance: float  # 0 without examples
@@ -187,7 +188,7 @@ class Estimate:
 
     @property
     def variance(self) -> float:
-        """The variance of the mean, at least that of either factor alone."""
+        """Return the variance of the mean, at least that of either factor alone."""
         total = self.examples_variance + self.seeds_variance - self.interaction_variance
         return max(total, self.examples_variance, self.seeds_variance, 0.0)
 
@@ -197,7 +198,7 @@ class Estimate:
 
     @property
     def degrees(self) -> float:
-        """Satterthwaite's degrees of freedom of the sum of the parts; of two files, those of a variance of this kurtosis."""
+        """Return Satterthwaite's degrees of freedom of the summed components; for two adapters, those of a variance with this kurtosis."""
         if self.kurtosis is not None:
             return max(1.0, min(self.examples_degrees, 2 * self.examples / max(self.kurtosis - 1, 1e-9)))
         squares = 0.0
@@ -210,7 +211,7 @@ class Estimate:
         return MAX_DEGREES if squares <= 0 else float(min(MAX_DEGREES, max(1.0, self.variance**2 / squares)))
 
     def compute_bound(self, confidence: float) -> float:
-        """The one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
+        """Compute the one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
         reach, shift = self._reach(confidence), 0.0
         if self.examples > 1 and self.variance > 0:
             # the distribution over seeds is taken as symmetric
@@ -222,9 +223,10 @@ class Estimate:
         return self.mean + self.standard_error * (reach + shift)
 
     def _reach(self, confidence: float) -> float:
-        """Standard errors to the bound; with a seed part of its own, each part of the variance at the quantile of its own degrees of freedom.
+        """Return the number of standard errors to the bound.
 
-        Satterthwaite's degrees are those of examples where two seeds came out alike by chance, and the bound would then be too near.
+        If the seed variance was replaced, each component of the variance has the quantile of its own degrees of freedom. Satterthwaite's
+        degrees would follow the examples where two seeds agree by chance, and the bound would then be too near.
         """
         if not self.has_separate_seeds or self.seeds_degrees <= 0 or self.variance <= 0:
             return compute_t_quantile(self.degrees, confidence)
@@ -234,15 +236,15 @@ class Estimate:
         return math.copysign(math.sqrt(share * seed_quantile**2 + (1 - share) * example_quantile**2), seed_quantile)
 
     def replace_seed_variance(self, variance: float, degrees: float) -> Estimate:
-        """The same mean with another seed variance, such as a pooled or a published one."""
+        """Return the same mean with another seed variance, such as a pooled or a published one."""
         return replace(self, seeds_variance=variance, seeds_degrees=degrees, has_separate_seeds=True)
 
     def predict_extra_seed(self) -> Estimate:
-        """The estimate of the difference that one further seed shows: the seed part times 1 + seeds."""
+        """Return the predictive estimate of the difference that one additional seed shows: the seed variance times 1 + seeds."""
         return replace(self, seeds_variance=self.seeds_variance * (1 + self.seeds))
 
     def scale_to(self, examples: int, seeds: int) -> Estimate:
-        """The estimate that a run of another size is expected to give: the same mean, with each part of the variance scaled."""
+        """Return the estimate that a run of another size is expected to give: the same mean with scaled variance components."""
         example_ratio = self.examples / examples if self.examples > 1 and examples > 0 else 1.0
         seed_ratio = self.seeds / seeds
         pure_examples = max(self.examples_variance - self.interaction_variance, 0.0) * example_ratio
@@ -265,15 +267,15 @@ class Estimate:
 
 
 def estimate_mean(sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None) -> Estimate:
-    """The weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
+    """Estimate the weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
 
     With one seed the seed variance is 0 with no degrees of freedom, and the caller replaces it (`replace_seed_variance`).
 
     Args:
         sums: [seeds, examples] the score of each example times its weight, or the difference of two such scores.
         weights: [examples] the tokens of each example, or ones.
-        span: the range of one example's score; 0 for losses, which have no bound and are equal for equal functions alone.
-        groups: [examples] which of them belong together, by numbers from 0 without gaps; None: each stands for itself.
+        score_range: the range of one example's score; 0 for losses, which have no bound and are equal for equal functions alone.
+        groups: [examples] the group of each example, numbered from 0 without gaps; None: no groups.
     """
     seeds, examples = sums.shape
     by_seed = sums.sum(axis=1) / weights.sum()
@@ -305,7 +307,7 @@ def estimate_mean(sums: Floats, weights: Floats, score_range: float = 0.0, group
 
 
 def sum_by_group(values: Floats, groups: Groups | None) -> Floats:
-    """[..., groups] sums over the examples that belong together; `values` [..., examples] where each stands for itself."""
+    """Return [..., groups] sums over the examples of each group, or `values` [..., examples] if there are no groups."""
     if groups is None:
         return values
     sums = np.zeros((int(groups.max()) + 1, *values.shape[:-1]))
@@ -314,10 +316,11 @@ def sum_by_group(values: Floats, groups: Groups | None) -> Floats:
 
 
 def compute_group_degrees(weights: Floats) -> float:
-    """Satterthwaite's degrees of freedom of the CR2 variance over groups of these weights, whose rows are fully alike.
+    """Compute Satterthwaite's degrees of freedom of the CR2 variance over groups with these weights, whose rows are identical.
 
     The variance is a quadratic form Σ a_g e_g² with a = 1/(1 - h) and e = (I - h 1ᵀ) S, where Var(S_g) = d_g = weights_g². With C the
-    covariance of e, the degrees are (Σ a C_gg)² / Σ a_g a_k C_gk², here in sums over groups. Of equal groups they are their number less 1.
+    covariance of e, the degrees are (Σ a C_gg)² / Σ a_g a_k C_gk², here in sums over groups. For equal groups they are the number of
+    groups minus 1.
     """
     h, d = weights / weights.sum(), weights**2
     a, total_squares = 1 / (1 - h), float((weights**2).sum())
@@ -329,7 +332,7 @@ def compute_group_degrees(weights: Floats) -> float:
 
 
 def compute_score_range(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> float:
-    """The range of one example's score; 0 for losses, which have no bound.
+    """Compute the range of one example's score; 0 for losses, which have no bound.
 
     Args:
         sums: [..., examples] scores times weights.
@@ -349,9 +352,10 @@ def compute_score_range(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 
 
 
 def _is_rare(differing: int, influence: Floats) -> bool:
-    """Whether so few examples differ that their own variance says too little.
+    """Return whether so few examples differ that their own variance is unreliable.
 
-    Of shares (`train.metrics.score_macro_f1`) one other prediction moves nearly all of them a little: what counts is how many carry the variance.
+    For shares (`train.metrics.score_macro_f1`) one other prediction moves nearly all examples a little: the number of examples that
+    carry the variance decides.
     """
     if differing <= MAX_RARE or 2 * differing <= len(influence):
         return differing <= MAX_RARE
@@ -362,7 +366,7 @@ def _is_rare(differing: int, influence: Floats) -> bool:
 def estimate_file_difference(
     sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None
 ) -> Estimate:
-    """The estimate of one paired difference of two files, [examples]; see `estimate`."""
+    """Estimate one paired difference of two adapters, [examples]; see `estimate_mean`."""
     plain = estimate_mean(sums[None, :], weights, score_range, groups)
     influence = sum_by_group(sums - weights * plain.mean, groups)
     mean_square = float(np.mean(influence**2))
@@ -370,11 +374,15 @@ def estimate_file_difference(
 
 
 def compute_binary_bound(worse: int, better: int, examples: int, confidence: float) -> float:
-    """The one-sided upper bound of a difference of two shares, of `examples` pairs of which so many differ each way.
+    """Compute the one-sided upper bound of a difference of two shares over `examples` pairs.
 
     It inverts the score test of Tango (1998, "Equivalence test and confidence interval for the difference in proportions for the
-    paired-sample design", Statistics in Medicine 17), whose error is that of the difference under test. Where no pair differs it is
+    paired-sample design", Statistics in Medicine 17), whose error is that of the difference under test. If no pair differs it is
     the exact 1 - (1 - confidence)^(1/examples), about 3/examples.
+
+    Args:
+        worse: the number of pairs that got worse.
+        better: the number of pairs that got better.
     """
     if worse == better == 0:
         return float(1 - (1 - confidence) ** (1 / examples))
@@ -392,9 +400,9 @@ def compute_binary_bound(worse: int, better: int, examples: int, confidence: flo
 
 
 def compute_t_tail(degrees: float, x: float) -> tuple[float, float]:
-    """The probability that Student's t exceeds `x`, which is not below 0, and its density at `x`.
+    """Compute the probability that Student's t exceeds `x` (at least 0), and its density at `x`.
 
-    With x = √degrees · tan(angle) the probability is the area of cos(angle)^(degrees - 1) beyond the angle, over the whole area.
+    With x = √degrees · tan(angle) the probability is the area of cos(angle)^(degrees - 1) beyond the angle, over the total area.
     """
     root = math.sqrt(degrees)
     angle, end = math.atan(x / root), min(math.pi / 2, MAX_DEVIATIONS / root)
@@ -409,7 +417,10 @@ def compute_t_tail(degrees: float, x: float) -> tuple[float, float]:
 
 @lru_cache(maxsize=1024)  # the bounds of a difference share their degrees
 def compute_t_quantile(degrees: float, probability: float) -> float:
-    """Student's t at `probability`, to ten digits: Newton's method where tail and x are logarithms, between which it is nearly a line."""
+    """Compute Student's t at `probability`, to ten digits.
+
+    Newton's method uses the logarithms of tail and x, between which the relation is nearly linear.
+    """
     if probability < 0.5:
         return -compute_t_quantile(degrees, 1 - probability)
     normal = NORMAL.inv_cdf(probability)

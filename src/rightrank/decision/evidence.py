@@ -78,7 +78,7 @@ MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 
 @dataclass(frozen=True, slots=True)
 class _SeedNoise:
-    """Variances over seeds of the mean of one training."""
+    """Variances of one training's mean over seeds."""
 
     common: float  # shared by all ranks of a seed
     common_degrees: float
@@ -86,7 +86,7 @@ class _SeedNoise:
     individual_degrees: float  # 0: stated or published, not measured
 
     def compute_mean_variance(self, seeds: int) -> tuple[float, float]:
-        """The variance of a mean over so many seeds, and its degrees of freedom by Satterthwaite (0: not measured)."""
+        """Compute the variance of a mean over this many seeds, and Satterthwaite's degrees of freedom (0: not measured)."""
         components = [(self.common, self.common_degrees), (self.individual, self.individual_degrees)]
         squares = sum(variance**2 / degrees for variance, degrees in components if degrees > 0)
         total = sum(variance for variance, _ in components)
@@ -94,7 +94,7 @@ class _SeedNoise:
 
 
 class Evidence:
-    """What a table shows. Everything is in the oriented unit: lower is better, nats for a perplexity."""
+    """The statistical evidence in a table, in the oriented unit: lower is better, nats for a perplexity."""
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
@@ -118,7 +118,7 @@ class Evidence:
 
     @property
     def lacks_uncertainty(self) -> bool:
-        """Whether the table has one number a rank: differences are then read from the values, and nothing is shown."""
+        """Return whether the table has one number a rank. Differences are then read from the values, and nothing is shown."""
         return self.basis in ("std", "values")
 
     @property
@@ -127,22 +127,28 @@ class Evidence:
 
     @cached_property
     def scatter(self) -> float:
-        """The variance of a training about the curve, where bare values are all there is; else 0."""
+        """Return the variance of a training about the fitted curve if there is only one number a rank, else 0."""
         return _estimate_curve_scatter(list(self._uncorrected.values())) ** 2 if self.basis == "values" else 0.0
 
     def estimate_noise(self, rank: int) -> _SeedNoise:
-        """Of the rank's own mean, and of its difference from the base, which has no seed: from the ranks at least as good as it."""
+        """Estimate the seed noise of the rank's mean, pooled over the ranks that are at least as good.
+
+        It also applies to the rank's difference from the base model, which has no seed.
+        """
         if self.basis in ("examples and seeds", "seeds"):
             return measure_noise(self._list_better_ranks(rank, lambda contender: len(contender.cells) > 1))
         return _SeedNoise(0.0, 0.0, self.scatter, 0.0)
 
     @cached_property
     def _ordered(self) -> list[Contender]:
-        """The best first."""
+        """Return the contenders, the best first."""
         return sorted(self._uncorrected.values(), key=lambda contender: (contender.adjusted_loss, contender.rank))
 
     def _list_better_ranks(self, rank: int, has_noise: Callable[[Contender], bool]) -> list[Contender]:
-        """The ranks up to this one, the best first; where none of them `measures` the noise over seeds, up to the first that does."""
+        """List the contenders that are at least as good as this rank, the best first.
+
+        If none of them has seed noise, the list goes on to the first one that has.
+        """
         position = self._ordered.index(self._uncorrected[rank]) + 1
         up_to_first = next(
             (number for number, contender in enumerate(self._ordered, 1) if has_noise(contender)), position
@@ -151,19 +157,19 @@ class Evidence:
 
     @cached_property
     def _pairs(self) -> dict[int, PairNoise]:
-        """The noise of each rank's difference from the best."""
+        """Return the noise of each rank's difference from the best."""
         best = self._ordered[0]
         return {contender.rank: _measure_pair_noise(pair_cells(contender, best)) for contender in self._ordered[1:]}
 
     @cached_property
     def has_seed_noise(self) -> bool:
-        """Whether any two ranks were compared on two seeds."""
+        """Return whether any two ranks were compared on two seeds."""
         return any(pair.degrees > 0 for pair in self._pairs.values())
 
     def build_prior(self, rank: int, *, includes_own: bool = False) -> Prior | None:
-        """The seed noise that is expected of the rank's differences, for a bound; None where no two seeds were compared.
+        """Return the expected seed noise of the rank's differences for a bound, or None if no two ranks share two seeds.
 
-        That of its difference from the best is left out, unless `own`: the expectation is then of another difference.
+        The noise of the rank's own difference from the best is included only with `includes_own`, for another difference of the rank.
         """
         prior_degrees = WITHIN_DEGREES if self.has_examples else BARE_WITHIN_DEGREES
         return (
@@ -214,11 +220,11 @@ class Evidence:
         )
 
     def is_at_edge(self, rank: int) -> bool:
-        """Whether the rank's best learning rate is the lowest or the highest of several that were tried."""
+        """Return whether the rank's best learning rate is the lowest or the highest of several that were tried."""
         return bool(self.table.list_edge_rates(self.contenders[rank].learning_rate, rank))
 
     def estimate_value(self, contender: Contender) -> Estimate:
-        """The contender's own mean."""
+        """Estimate the contender's own mean."""
         cells = list(contender.cells.values())
         sums, span = np.stack([cell.sums for cell in cells]), max(cell.score_range for cell in cells)
         mean = estimate_mean(sums, cells[0].weights, span, cells[0].groups)
@@ -231,7 +237,7 @@ class Evidence:
         return mean.replace_seed_variance(max(variance, mean.interaction_variance), degrees)
 
     def estimate_difference(self, contender: Contender, reference: Contender | None = None) -> Estimate:
-        """How much worse the contender is than the reference, paired over examples, and over seeds that both have."""
+        """Estimate how much worse the contender is than the reference, paired over examples and over shared seeds."""
         opponent = reference or self.reference
         pairs = pair_cells(contender, opponent)
         paired = estimate_pairs(pairs, shift=contender.selection_bias - opponent.selection_bias)
@@ -251,7 +257,7 @@ class Evidence:
         return paired.replace_seed_variance(max(variance, paired.interaction_variance), degrees)
 
     def predict_difference(self, contender: Contender, seeds: int) -> Estimate:
-        """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
+        """Predict the difference that `seeds` seeds will show, at the seed noise of earlier grids. Only plans use it."""
         pairs = pair_cells(contender, self.reference)
         paired = estimate_pairs(pairs, shift=contender.selection_bias - self.reference.selection_bias)
         variance = NOISE.compute_seed_ratio(paired.examples) * _measure_pair_noise(pairs).example_variance / seeds
@@ -263,7 +269,7 @@ class Evidence:
 
     @cached_property
     def probability_obstacle(self) -> str:
-        """Why the ranks have no probability, as a clause; empty where each has one."""
+        """Return the reason why the ranks have no probability, as a clause; empty if each has one."""
         contenders = list(self.contenders.values())
         cells = [cell for contender in contenders for cell in contender.cells.values()]
         if not self.has_examples:
@@ -281,13 +287,21 @@ class Evidence:
         return "two ranks have the same scores" if (variances + np.eye(len(variances)) <= 0).any() else ""
 
     def compute_probability(self, rank: int, margin: float) -> float | None:
-        """That the rank is within the margin of every other rank at once, over seeds and examples; None where there is none (`probability_obstacle`)."""
+        """Compute the probability that the rank is within the margin of every other rank at once, over seeds and examples.
+
+        Returns None if there are no probabilities (`probability_obstacle`).
+        """
         if self.probability_obstacle:
             return None
         return float(np.mean(self._worse_than_best[self.joint.ranks.index(rank)] <= margin))
 
     def compute_margins(self, probability: float, seeds: int = 0, examples: int = 0) -> dict[int, float]:
-        """The margin from which each rank has the probability, which there must be; with so many seeds and examples, where they are given."""
+        """Compute the margin from which each rank has the probability. There must be probabilities (`probability_obstacle`).
+
+        Args:
+            seeds: a planned number of seeds; 0: the present one.
+            examples: a planned number of examples; 0: the present one.
+        """
         worse = self._worse_than_best
         if seeds or examples:
             seeds_now, examples_now = self.size
@@ -303,23 +317,26 @@ class Evidence:
 
     @cached_property
     def _design_effect(self) -> float:
-        """How many examples of a group count as one."""
+        """Return how many examples of a group count as one independent example."""
         return max(
             _measure_pair_noise(pair_cells(rival, self.reference)).design_effect for rival in self.contenders.values()
         )
 
     @property
     def size(self) -> tuple[int, int]:
-        """The fewest seeds of a rank, and the examples of each."""
+        """Return the fewest seeds of a rank, and the number of examples."""
         cells = [contender.cells for contender in self.contenders.values()]
         return min(map(len, cells)), next(iter(cells[0].values())).examples
 
     def find_indistinguishable_ranks(self, confidence: float) -> list[int]:
-        """The ranks that are not shown to be worse than the best with this confidence, or `CONFIDENCE` if that is higher, ascending."""
+        """Return the ranks that are not shown to be worse than the best, in ascending order.
+
+        The confidence is at least `CONFIDENCE`.
+        """
         return self.joint.find_indistinguishable_ranks(max(CONFIDENCE, confidence))
 
     def compute_half_width(self, confidence: float) -> float:
-        """How far the differences of `alike` ranks from the best are known, either way; 0 where there is one."""
+        """Compute the half-width of the interval for the differences of the indistinguishable ranks from the best; 0 for one rank."""
         errors = [
             self.joint.get_standard_error(rank, self.reference.rank)
             for rank in self.find_indistinguishable_ranks(confidence)
@@ -328,7 +345,7 @@ class Evidence:
 
     @cached_property
     def joint(self) -> JointMeans:
-        """The joint distribution of the true means of ranks and base, which there must be (`probability_obstacle`)."""
+        """Return the joint distribution of the true means of ranks and base model. There must be one (`probability_obstacle`)."""
         ranks, losses = zip(
             *((contender.rank, contender.adjusted_loss) for contender in self._all_contenders), strict=True
         )
@@ -336,13 +353,13 @@ class Evidence:
 
     @property
     def _all_contenders(self) -> list[Contender]:
-        """Ranks and base, the best first."""
+        """Return the ranks and the base model, the best first."""
         everyone = [*self.contenders.values(), *([self.base] if self.base else [])]
         return sorted(everyone, key=lambda contender: (contender.adjusted_loss, contender.rank))
 
     @cached_property
     def _pairwise_posteriors(self) -> tuple[Floats, float]:
-        """[ranks, ranks] variance of each measured difference about the true one, of `_everyone`; and the degrees of freedom, of the best two ranks."""
+        """Return [ranks, ranks] variances of the measured differences about the true ones, and the degrees of freedom of the best two ranks."""
         positions = {contender.rank: number for number, contender in enumerate(self._ordered)}
         variances, degrees = np.zeros((len(self._all_contenders), len(self._all_contenders))), 0.0
         best = {contender.rank for contender in self._ordered[:2]}
@@ -358,14 +375,14 @@ class Evidence:
         return variances, degrees
 
     def _get_stated_variance(self, contender: Contender) -> float | None:
-        """The variance of the contender's mean that the table states, if the evidence rests on stated deviations."""
+        """Return the variance of the contender's mean that the table states, or None if the evidence does not rest on such deviations."""
         if self.basis != "std":
             return None
         cell = next(iter(contender.cells.values()))
         return None if cell.deviation is None else cell.deviation**2 / cell.deviation_seeds
 
     def _estimate_selection_bias(self, contender: Contender) -> float:
-        """The winner's curse of the best of the rank's learning rates."""
+        """Estimate how optimistic the best of the rank's learning rates looks."""
         rank, best = contender.rank, contender.learning_rate
         by_seed = self.table.get_cells_by_rate(rank)
         if len(by_seed) < 2:
@@ -384,9 +401,9 @@ class Evidence:
 
 
 def measure_noise(contenders: list[Contender]) -> _SeedNoise:
-    """Seed noise from the ranks with two seeds or more, pooled over ranks.
+    """Measure the seed noise of the ranks with two seeds or more, pooled over these ranks.
 
-    Where two of these ranks or more share two seeds or more, the common part is separated from the individual one.
+    If two or more of them share two or more seeds, the variance that they have in common is separated from the individual one.
     """
     several = [contender for contender in contenders if len(contender.cells) > 1]
     shared = sorted(set.intersection(*(set(contender.cells) for contender in several)))
@@ -401,7 +418,7 @@ def measure_noise(contenders: list[Contender]) -> _SeedNoise:
 
 
 def _estimate_curve_scatter(contenders: list[Contender]) -> float:
-    """The standard deviation of bare values about the power law a + b·r^-c, b ≥ 0; 0 below `MIN_CURVE_RANKS` ranks."""
+    """Estimate the standard deviation of values about the power law a + b·r^-c, b ≥ 0; 0 below `MIN_CURVE_RANKS` ranks."""
     if len(contenders) < MIN_CURVE_RANKS:
         return 0.0
     losses = np.array([contender.loss for contender in contenders])
@@ -420,7 +437,7 @@ def _measure_pair_noise(pairs: list[Pair]) -> PairNoise:
 
 
 def _estimate_seed_variance(pairs: list[Pair], prior: Prior | None) -> tuple[float, float]:
-    """The seed variance of the mean of paired differences, and its degrees of freedom; 0 where nothing was measured."""
+    """Return the seed variance of a mean of paired differences, and its degrees of freedom; 0 if nothing was measured."""
     noise = _measure_pair_noise(pairs)
     if prior is None:
         return noise.variance / len(pairs), noise.degrees
@@ -429,9 +446,12 @@ def _estimate_seed_variance(pairs: list[Pair], prior: Prior | None) -> tuple[flo
 
 
 def compute_covariance_to_best(differences: list[float]) -> Floats:
-    """[columns, columns] covariance of the columns' noise less that of the best column, from the differences' variances.
+    """Return the [columns, columns] covariance of the columns' noise relative to the best column.
 
     Two differences share the noise of the best column: half of the smaller variance.
+
+    Args:
+        differences: the variance of each column's difference from the best column.
     """
     variances = np.array(differences)
     covariance: Floats = np.minimum.outer(variances, variances) / 2
@@ -440,7 +460,7 @@ def compute_covariance_to_best(differences: list[float]) -> Floats:
 
 
 def _compute_example_covariance(columns: list[list[Cell]]) -> Floats:
-    """[columns, columns] covariance of the columns' means over examples, without the shared part; 0 without examples."""
+    """Return the [columns, columns] covariance of the columns' means over examples without the shared level; 0 without examples."""
     if not all(cell.examples for column in columns for cell in column):
         return np.zeros((len(columns), len(columns)))
     groups = columns[0][0].groups
@@ -467,7 +487,7 @@ class MetricUnit:
         return -oriented if self.higher_is_better else oriented
 
     def convert_difference(self, oriented: float) -> float:
-        """How much worse than the reference, in the metric's unit."""
+        """Convert an oriented difference from the reference to the metric's unit; above 0 is worse."""
         return self.reference * math.expm1(min(oriented, MAX_EXPONENT)) if self.kind == "perplexity" else oriented
 
     def convert_margin(self, margin: float) -> float:
@@ -476,7 +496,7 @@ class MetricUnit:
 
 @dataclass(frozen=True, slots=True)
 class RankComparison:
-    """One rank against the reference, in the oriented unit."""
+    """The comparison of one rank with the reference, in the oriented unit."""
 
     contender: Contender
     mean: Estimate
@@ -491,7 +511,7 @@ class RankComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All ranks against the reference at one margin, and the rank that the rule chooses."""
+    """The comparison of all ranks with the reference at one margin, and the rank that the rule chooses."""
 
     evidence: Evidence
     by_rank: dict[int, RankComparison]  # by rank; the base is rank 0
@@ -505,21 +525,24 @@ class Comparison:
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks tried, ascending, without the base."""
+        """Return the ranks that were trained, ascending, without the base model."""
         return sorted(self.evidence.contenders)
 
     def compute_probability(self, rank: int) -> float | None:
-        """That the rank is enough; None where the evidence gives none."""
+        """Compute the probability that the rank is enough, or return None if the evidence gives none."""
         return self.evidence.compute_probability(rank, self.margin)
 
     def require_probability(self, rank: int) -> float:
-        """`probability` where the evidence gives one."""
+        """Return the probability that the rank is enough. The evidence must give one."""
         probability = self.compute_probability(rank)
         assert probability is not None
         return probability
 
     def apply_confidence(self, confidence: float) -> Comparison:
-        """With the smallest rank whose probability is at least `confidence`, else the likeliest; as it is without probabilities, where bounds decide."""
+        """Choose the smallest rank whose probability is at least `confidence`, else the likeliest.
+
+        Without probabilities the comparison is unchanged: bounds decide.
+        """
         if self.evidence.probability_obstacle:
             return self
         sufficient_ranks = [rank for rank in self.ranks if self.require_probability(rank) >= confidence]
@@ -536,7 +559,7 @@ class Comparison:
 
     @property
     def is_indication(self) -> bool:
-        """Whether a rank that the answer rests on was compared with the reference on fewer than two seeds."""
+        """Return whether a rank that the answer rests on was compared with the reference on fewer than two seeds."""
         if self.evidence.basis == "std":
             return False  # the table states the noise over seeds
         if self.chosen == self.reference.rank and len(self.reference.cells) < 2:
@@ -546,29 +569,32 @@ class Comparison:
 
     @property
     def needs_extra_seeds(self) -> bool:
-        """Whether examples alone speak for the answer, so that further seeds make it a decision."""
+        """Return whether only examples support the answer, so that additional seeds turn the indication into a decision."""
         return self.is_indication and self.evidence.has_examples
 
     @property
     def next_lower(self) -> int | None:
-        """The highest rank below the chosen one."""
+        """Return the highest rank below the chosen one."""
         return max((rank for rank in self.ranks if rank < self.chosen), default=None)
 
     def is_worse(self, rank: int) -> bool:
-        """Whether the rank is shown to be worse than the margin allows, or probably is, or is read to be in a point reading."""
+        """Return whether the rank is shown to be worse than the margin allows, or probably is.
+
+        For values without uncertainty, the values decide.
+        """
         compared = self.by_rank[rank]
         if self.confidence is not None and self.require_probability(rank) <= 1 - self.confidence:
             return True
         return not compared.is_enough if self.evidence.lacks_uncertainty else compared.non_inferior is False
 
     def is_clearly_worse(self, rank: int) -> bool:
-        """Whether the rank is `is_worse` with a probability of `CONFIDENCE`, where it has any."""
+        """Return whether the rank is worse (`is_worse`) with a probability of `CONFIDENCE`, if there are probabilities."""
         is_likely = self.confidence is not None and self.require_probability(rank) > 1 - CONFIDENCE
         return self.is_worse(rank) and not (is_likely and self.by_rank[rank].non_inferior is not False)
 
 
 def compare_ranks(evidence: Evidence, margin: float) -> Comparison:
-    """Compare every rank, and the base if the table has it, and walk down from the reference."""
+    """Compare every rank, and the base model if the table has it, and walk down from the reference."""
     contenders = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
     by_rank = {contender.rank: _compare_rank(contender, evidence, margin) for contender in contenders}
     chosen = walk_down(by_rank, evidence.reference.rank, lambda rank: by_rank[rank].is_enough)
@@ -599,7 +625,7 @@ def _compare_rank(contender: Contender, evidence: Evidence, margin: float) -> Ra
 
 
 def build_staircase(comparison: Comparison, unit: MetricUnit) -> list[StaircaseStep]:
-    """The chosen rank as a step function of the margin: a step at each margin from which a smaller rank is enough."""
+    """Return the chosen rank as a step function of the margin: a step at each margin from which a smaller rank is enough."""
     by_bounds = comparison.confidence is None
     steps = [StaircaseStep(margin=0.0, rank=comparison.reference.rank if by_bounds else comparison.ranks[-1])]
     for threshold, rank in _iterate_thresholds(comparison) if by_bounds else _list_margins(comparison):
@@ -613,7 +639,7 @@ def build_staircase(comparison: Comparison, unit: MetricUnit) -> list[StaircaseS
 
 
 def _iterate_thresholds(comparison: Comparison) -> Iterator[tuple[float, int]]:
-    """Margin and rank: where the walk down reaches it."""
+    """Yield each rank with the margin at which the walk down reaches it."""
     threshold = 0.0
     for rank in list_lower_ranks(comparison.by_rank, comparison.reference.rank):
         threshold = max(threshold, comparison.by_rank[rank].threshold)
@@ -621,6 +647,6 @@ def _iterate_thresholds(comparison: Comparison) -> Iterator[tuple[float, int]]:
 
 
 def _list_margins(comparison: Comparison) -> list[tuple[float, int]]:
-    """Margin and rank by ascending margin: where it has the confidence. The base is no rank to answer with."""
+    """List each rank with the margin at which it has the confidence, by ascending margin, without the base model."""
     assert comparison.confidence is not None
     return sorted((margin, rank) for rank, margin in comparison.evidence.compute_margins(comparison.confidence).items())

@@ -1,7 +1,7 @@
-"""The next run that is expected to settle the answer, by a power calculation on the measured parts of the variance.
+"""Plan the next run that is expected to settle the answer, by a power calculation on the measured variances.
 
-A run is expected to settle a rank if it shows or refutes it in four of five cases, given the difference seen so far. That
-difference is itself uncertain, so the result is a plan and no guarantee. Of a run folder it is a command too.
+A run is expected to settle a rank if it shows or refutes it in four of five cases, given the present difference. That
+difference is itself uncertain, so the result is a plan and no guarantee. For a run folder the plan is also a command.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ EDGE_FACTOR = 3  # the step beyond the best learning rate where no other learnin
 
 
 def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
-    """What to run next, the most useful first. Never empty."""
+    """Plan the next runs, the most useful first. The list is never empty."""
     runs: list[NextRun] = []
     if verdict == "no_gain":
         runs.append(_plan_after_no_gain(comparison.evidence))
@@ -76,7 +76,7 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
 
 
 def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
-    """The training that probably failed once more: at a lower learning rate where none was tried, else with another seed."""
+    """Plan to repeat the training that probably failed: at a lower learning rate if none was tried, else with another seed."""
     evidence, start = comparison.evidence, f"Train rank {rank} again"
     if has_lower_rate(comparison, rank):
         return _build_seed_run(
@@ -94,7 +94,7 @@ def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
 
 
 def _find_undecided_rank(comparison: Comparison) -> tuple[int, Estimate]:
-    """The rank that leaves the answer undecided, and the difference to compare with the margin."""
+    """Find the rank that leaves the answer undecided, and the difference to compare with the margin."""
     rank = find_inconclusive_rank(comparison)
     if rank is not None:
         return rank, comparison.by_rank[rank].difference
@@ -105,7 +105,7 @@ def _find_undecided_rank(comparison: Comparison) -> tuple[int, Estimate]:
 
 
 def _plan_settling_runs(comparison: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
-    """More examples or more seeds at `rank` and the reference, the cheaper first; another margin if neither can settle it."""
+    """Plan more examples or more seeds at `rank` and the reference, the cheaper first; suggest another margin if neither is enough."""
     ranks = sorted({rank, comparison.reference.rank} - {0})
     compared = _format_rank_list(sorted({rank, comparison.reference.rank}))
     runs = []
@@ -128,7 +128,7 @@ def _plan_settling_runs(comparison: Comparison, rank: int, difference: Estimate)
 
 
 def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
-    """What would give a rank the probability that was asked for: more examples, more seeds, or both; the cheaper first."""
+    """Plan runs that would give a rank the requested probability by more examples, more seeds, or both, the cheaper first."""
     evidence, confidence, margin = comparison.evidence, comparison.confidence, comparison.margin
     assert confidence is not None
     (seeds, examples), ranks = evidence.size, evidence.find_indistinguishable_ranks(confidence)
@@ -175,7 +175,7 @@ def _convert_to_minutes(seconds: float) -> float | None:
 
 
 def format_time(minutes: float | None, prefix: str = " (") -> str:
-    """` (about 3 minutes)`; empty where it is not known."""
+    """Format minutes as ` (about 3 minutes)`; empty if they are unknown."""
     if minutes is None:
         return ""
     duration = (
@@ -189,7 +189,7 @@ def format_time(minutes: float | None, prefix: str = " (") -> str:
 
 
 def _plan_seeds_and_examples(comparison: Comparison, rank: int, difference: Estimate) -> NextRun:
-    """The fewest further seeds with which more examples settle it; another margin if not even they do."""
+    """Plan the fewest additional seeds with which more examples settle it; suggest another margin if no number does."""
     ranks = sorted({rank, comparison.reference.rank} - {0})
     for seeds in range(difference.seeds + 1, MAX_SEEDS + 1):
         examples = compute_required_examples(difference.scale_to(difference.examples, seeds), comparison.margin)
@@ -207,13 +207,13 @@ def _plan_seeds_and_examples(comparison: Comparison, rank: int, difference: Esti
 
 
 def _describe_sampling_unit(comparison: Comparison) -> tuple[str, float]:
-    """What a bound is over, and the examples of each."""
+    """Return the name of the independent units that bounds are over, and the number of examples in each."""
     cell = next(iter(comparison.reference.cells.values()))
     return f"{'' if cell.groups is None else 'groups of '}held-out examples", cell.examples / cell.num_groups
 
 
 def _plan_extra_seeds(comparison: Comparison, undecided: int | None = None) -> NextRun:
-    """The seeds that are expected to make a decision of an indication, at the seed noise of earlier grids."""
+    """Plan the seeds that are expected to turn an indication into a decision, at the seed noise of earlier grids."""
     evidence, reference = comparison.evidence, comparison.reference.rank
     compared = {comparison.chosen, comparison.next_lower or comparison.chosen, undecided or comparison.chosen} - {
         reference
@@ -250,7 +250,7 @@ def _plan_extra_seeds(comparison: Comparison, undecided: int | None = None) -> N
 
 
 def _plan_equal_lengths(evidence: Evidence) -> NextRun:
-    """All trainings at the length of the longest."""
+    """Plan to train all ranks for as many steps as the longest training."""
     steps = max(list_lengths(evidence))
     shorter_trials = {
         rank: sum(cell.steps not in (None, steps) for cell in contender.cells.values())
@@ -280,7 +280,7 @@ def _plan_rate_beyond_edge(comparison: Comparison) -> NextRun:
 
 
 def plan_rate_run(table: ScoreTable, rank: int, learning_rate: float, ranks: list[int]) -> NextRun | None:
-    """Return the run of `ranks` at the learning rate beyond the rank's best one; None where that is inside those tried."""
+    """Plan `ranks` at the learning rate beyond the rank's best one, or return None if the best one is not at an edge."""
     rates = table.list_edge_rates(learning_rate, rank)
     if not rates:
         return None
@@ -298,7 +298,10 @@ def _collect_tried_rates(table: ScoreTable) -> set[float]:
 
 
 def _extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float]) -> float:
-    """Outward by the last step inward: a rate of another rank where one is near, else a round number where that is a step too."""
+    """Return a learning rate beyond the edge by the step between the edge and its neighbor.
+
+    A rate that was tried at another rank is preferred if one is near, else a round number.
+    """
     if edge == 0 or inner == 0:
         return edge * EDGE_FACTOR or inner / EDGE_FACTOR
     factor = edge / inner
@@ -310,7 +313,7 @@ def _extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float]) -
 
 
 def _plan_proof(comparison: Comparison) -> NextRun:
-    """The seeds that are expected to show what a point reading suggests."""
+    """Plan the seeds that are expected to show what the values suggest."""
     reference = comparison.reference.rank
     rank = comparison.chosen if comparison.chosen != reference else comparison.next_lower or reference
     difference = comparison.by_rank[rank].difference
@@ -324,7 +327,7 @@ def _plan_proof(comparison: Comparison) -> NextRun:
 
 
 def _plan_confirmation(comparison: Comparison) -> NextRun:
-    """`CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
+    """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
     ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower or comparison.chosen})
     if _count_missing_trainings(comparison.evidence, ranks, CONFIRM_SEEDS) == 0:
         sentence = f"No further training is needed: evaluate {_format_rank_list(ranks)} once on held-out data that no choice was based on."
@@ -342,14 +345,14 @@ def _plan_after_no_gain(evidence: Evidence) -> NextRun:
 
 
 def _count_missing_trainings(evidence: Evidence, ranks: list[int], seeds: int) -> int:
-    """The further trainings with which each of the ranks has `seeds` seeds."""
+    """Count the additional trainings with which each of the ranks has `seeds` seeds."""
     return sum(max(0, seeds - len(evidence.contenders[rank].cells)) for rank in ranks)
 
 
 def _build_seed_run(
     evidence: Evidence, ranks: list[int], seeds: int, sentence: str, examples: int | None = None
 ) -> NextRun:
-    """Each of the ranks with `seeds` seeds; the sentence has `{cost}` for the trainings that this takes."""
+    """Return a run of the ranks with `seeds` seeds each. `sentence` has `{cost}` for the number of trainings."""
     trials = _count_missing_trainings(evidence, ranks, seeds)
     return NextRun(
         action="seeds",
@@ -370,7 +373,7 @@ def _format_rank(rank: int) -> str:
 
 
 def _format_rank_list(ranks: list[int]) -> str:
-    """`ranks 4 and 64`, `the base and rank 4`."""
+    """Format ranks as `ranks 4 and 64` or `the base and rank 4`."""
     return " and ".join(_format_rank(rank) for rank in ranks) if 0 in ranks else format_rank_names(ranks)
 
 
@@ -379,7 +382,7 @@ def build_next_commands(
 ) -> list[str | None]:
     """Return the command of each next run, or None if options of `select` can't express it.
 
-    `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
+    A `margin` other than the run's own is added to the command, so that the continued run answers at this margin.
     """
     if started.is_custom_trainer:
         return [None] * len(runs)
@@ -414,6 +417,6 @@ def _build_options(started: RunStarted, next_run: NextRun) -> list[str]:
 
 
 def _format_added_values(option: str, values: Sequence[float], extended_values: Sequence[float]) -> list[str]:
-    """The option with all values; empty where nothing is added."""
+    """Return the option with all values, or an empty list if no value was added."""
     sorted_values = sorted(set(extended_values))
     return [option, ",".join(f"{value:g}" for value in sorted_values)] if set(extended_values) > set(values) else []

@@ -1,4 +1,4 @@
-"""The journal of a run as evidence: its records by kind, and the decision that they support."""
+"""Read the journal of a run as evidence: its records by kind, and the decision that they support."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Records:
-    """What a journal says, by kind."""
+    """The records of a journal by kind."""
 
     started: RunStarted
     outcomes: list[TrialOutcome] = field(default_factory=list)  # the last one of each trial
@@ -51,7 +51,8 @@ class Records:
     def add(self, record: JournalRecord) -> None:
         """Add the next record of the journal.
 
-        The looks of a trial that starts again are dropped. A step that is reported again replaces the earlier report and all later ones.
+        If a trial starts again, its earlier evaluations are dropped. A step that is reported again replaces the earlier report and all
+        later ones.
         """
         match record:
             case TestEvaluated():
@@ -74,7 +75,7 @@ class Records:
         return self.started.select_settings
 
     def copy(self) -> Records:
-        """The same records, for a reader whose own changes are nobody else's."""
+        """Return a copy that can be changed independently."""
         outcomes, tests, adapters = [*self.outcomes], [*self.tests], [*self.adapters]
         return Records(self.started, outcomes, tests, adapters, {**self.evaluations}, {**self._places})
 
@@ -83,12 +84,12 @@ class Records:
 
     @property
     def by_id(self) -> dict[str, TrialFinished]:
-        """The finished trials by id."""
+        """Return the finished trials by id."""
         return {trial.trial_id: trial for trial in self.list_finished()}
 
 
 def read_records(journal: Sequence[JournalRecord], source: str) -> Records:
-    """The records of a journal. `where` names it in error messages.
+    """Return the records of a journal. `source` names it in error messages.
 
     Raises:
         RunFolderError: the journal is empty, or does not begin with the start of a run.
@@ -99,7 +100,7 @@ def read_records(journal: Sequence[JournalRecord], source: str) -> Records:
 
 
 def get_effective_start(journal: Sequence[JournalRecord]) -> RunStarted:
-    """The start of the run, with the settings that it was last continued with."""
+    """Return the start of the run with the settings of its last continuation."""
     started = journal[0]
     assert isinstance(started, RunStarted)
     continuations = [record for record in journal if isinstance(record, RunContinued)]
@@ -115,7 +116,7 @@ def get_effective_start(journal: Sequence[JournalRecord]) -> RunStarted:
 
 
 def decide_run(records: Records) -> Decision:
-    """The decision at the margin and by the metric of the run.
+    """Decide at the margin and by the metric of the run.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial.
@@ -133,7 +134,9 @@ def decide_by_metric(
     confidence: float | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Decision:
-    """The decision by one of the run's metrics, with the answers by the others; at the run's checkpoint unless one is given.
+    """Decide by one of the run's metrics, and add the answers by the others.
+
+    Uses the run's checkpoint unless one is given.
 
     Raises:
         ResultsError: fewer than two ranks have the metric, or its direction is not known.
@@ -165,7 +168,7 @@ def decide_by_metric(
 
 
 def list_metrics(records: Records) -> list[str]:
-    """The metrics of the run's trials; the metric that decides comes first."""
+    """List the metrics of the run's trials; the deciding metric comes first."""
     names = dict.fromkeys(name for trial in records.list_finished() for name in trial.metrics)
     return list(dict.fromkeys([records.started.metric, *names]))
 
@@ -176,7 +179,9 @@ def build_run_table(
     metric: str | None = None,
     higher: bool | None = None,
 ) -> ScoreTable:
-    """The scores of a run by `metric`, which defaults to the metric that decides; `higher`: whether higher is better, if given.
+    """Build the table of a run's scores by `metric`, by default the deciding one.
+
+    `higher` says whether higher is better, if given.
 
     Raises:
         ResultsError: neither the caller, nor the run, nor the metric's name has the direction.
@@ -197,19 +202,19 @@ def build_run_table(
 
 
 def get_metric_direction(started: RunStarted, metric: str) -> bool | None:
-    """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
+    """Return whether higher is better by a metric of the run, from its settings or else its name; None: not known."""
     if metric == started.metric:
         return started.higher_is_better
     return started.select_settings.get_direction(metric)
 
 
 def list_comparable_outcomes(records: Records) -> list[TrialOutcome]:
-    """The outcomes that may be compared: whole trainings."""
+    """List the outcomes that may be compared: complete trainings."""
     return exclude_collapsed_rates([outcome for outcome in records.outcomes if outcome.is_direct])
 
 
 def find_best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
-    """The seed of a rank with the best held-out value, at the rank's best learning rate."""
+    """Find the trial with the best held-out value over seeds, at the rank's best learning rate."""
     evidence = next(evidence for evidence in decision.ranks if evidence.rank == rank)
     trials = [trial for trial in records.list_finished() if trial.trial_id in evidence.trial_ids]
     sign = -1 if decision.higher_is_better else 1
@@ -217,7 +222,7 @@ def find_best_trial(records: Records, decision: Decision, rank: int) -> TrialFin
 
 
 def decide_if_possible(records: Records) -> Decision | None:
-    """The decision, or None while fewer than two ranks have a result."""
+    """Decide, or return None while fewer than two ranks have a result."""
     try:
         return decide_run(records)
     except ResultsError:
@@ -225,7 +230,7 @@ def decide_if_possible(records: Records) -> Decision | None:
 
 
 def build_criterion(records: Records) -> Criterion:
-    """The metric and the margin of the run."""
+    """Return the metric and the margin of the run."""
     started = records.started
     return Criterion(
         started.metric,
@@ -237,14 +242,17 @@ def build_criterion(records: Records) -> Criterion:
 
 
 def compare_run_adapters(records: Records) -> list[AdapterCandidate]:
-    """Every adapter of the run against the reference of its answer; empty before the first answer."""
+    """Compare every adapter of the run with the reference of its answer; empty before the first answer."""
     if not records.adapters:
         return []
     return compare_adapters(records.adapters[-1].answer, records.outcomes, build_criterion(records))
 
 
 def count_trainings(records: Records) -> float:
-    """Optimizer steps of all outcomes over those of a whole training; an arm that resumes pays for the rest."""
+    """Return the optimizer steps of all outcomes divided by those of a complete training.
+
+    An arm that resumes another one counts only its added steps.
+    """
     by_id = records.by_id
     finished = [trial for trial in by_id.values() if trial.rank > 0]
     steps_per_training = max([0, *(trial.steps for trial in finished if trial.truncate_from is None)])
@@ -254,7 +262,7 @@ def count_trainings(records: Records) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Both answers. One that was not asked, or is not known yet, is None."""
+    """The deployment rank and the training rank. An answer that was not requested, or is not known yet, is None."""
 
     decision: Decision | None  # of the training rank
     goal: Goal = "training-rank"
@@ -280,7 +288,7 @@ class Answers:
         return {"trainings": self.trainings, "trainings_to_adapter": first}
 
     def build_document(self) -> dict[str, Any]:
-        """The object of `decision.json`, and of `select --json`."""
+        """Return the object of `decision.json` and of `select --json`."""
         started, adapter = self.started, self.adapter
         fields: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
         fields |= _dump_record(self.decision) or {}
@@ -326,7 +334,7 @@ _TRIAL_FIELDS = (
 
 
 def build_trials_frame(records: Records, examples: bool) -> DataFrame:
-    """A row for each trial with its metrics, or for each held-out example of each finished one with its scores."""
+    """Return a table with a row for each trial and its metrics, or with a row for each held-out example of each finished trial."""
     from pandas import DataFrame, concat
 
     if not examples:
@@ -353,7 +361,7 @@ def _build_trial_row(trial: TrialOutcome) -> dict[str, Any]:
 
 
 def _build_example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, Any]:
-    """Columns of one length: the score of each metric, a loss by token, and its weight; empty without scores by example."""
+    """Return columns with each example's score by each metric, and its weight; empty without example scores."""
     scores = {metric: items for metric in metrics if (items := trial.get_weighted_scores(metric)) is not None}
     if not scores:
         return {}

@@ -50,14 +50,14 @@ def decide_table(
     confidence: float | None = DEFAULT_CONFIDENCE,
     checkpoint: Checkpoint = "last",
 ) -> Decision:
-    """The decision that a table supports.
+    """Decide on a table.
 
     Args:
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
-        others: the same trials by other metrics, each compared at its default margin.
-        checkpoint: which evaluation of each training is compared, where a table has those during the training.
+        other_tables: the same trials by other metrics, each compared at its default margin.
         smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
-        confidence: name the smallest rank that is enough with this probability, where there are any; None for the rule on bounds.
+        confidence: choose the smallest rank that is enough with this probability, if there are any; None for the rule on bounds.
+        checkpoint: the evaluation of each training that is compared, if the table has evaluations during training.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
@@ -119,7 +119,7 @@ def decide_table(
 
 
 def _build_probability_fields(comparison: Comparison, unit: MetricUnit) -> dict[str, Any]:
-    """The fields of a decision by probabilities; none where bounds decided."""
+    """Return the fields of a decision by probabilities; empty if bounds decided."""
     evidence, confidence, recommended = comparison.evidence, comparison.confidence, comparison.chosen
     if confidence is None:
         return {}
@@ -140,7 +140,7 @@ def _build_probability_fields(comparison: Comparison, unit: MetricUnit) -> dict[
 def _decide_other_metric(
     by_rank: Mapping[int, RankComparison], other_table: ScoreTable, confidence: float | None, checkpoint: Checkpoint
 ) -> MetricAnswer:
-    """The answer by another metric, and whether the two disagree."""
+    """Return the answer by another metric, and whether the two conflict."""
     answer = decide_table(other_table, confidence=confidence, checkpoint=checkpoint)
     main_verdicts = {rank: compared.non_inferior for rank, compared in by_rank.items()}
     other_evidence = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}

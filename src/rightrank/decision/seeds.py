@@ -1,13 +1,13 @@
-"""The noise over seeds of a paired difference: measured on the seeds that both ranks share, and moderated.
+"""The noise over seeds of a paired difference, measured on shared seeds and moderated.
 
 Two or three seeds measure a variance badly. As in limma (Smyth 2004, "Linear models and empirical Bayes methods", SAGMB 3),
 the variance of a rank's difference is therefore a weighted mean of its own and of an expected one, by their degrees of
-freedom. The expected one is proportional to how much the difference varies between examples: two adapters that treat each
-example alike also differ little from seed to seed. The ratio of the two starts at that of earlier grids
-(`NOISE`) and follows the other ranks that came out at least as good: how bad a worse rank is, and how noisy, changes no other bound.
+freedom. The expected one is proportional to the variance of the difference between examples: two adapters that treat each
+example similarly also differ little from seed to seed. The ratio of the two starts at that of earlier grids
+(`NOISE`) and follows the other ranks that came out at least as good, so a worse or noisier rank changes no other bound.
 
-With one seed nothing is measured, and no value takes the place of a measurement in an interval. What earlier grids say of the noise (`NOISE`) gives
-every rank a probability beside it (`compute_probability_within`), with one seed and with several.
+With one seed nothing is measured, and no value replaces a measurement in an interval. The noise of earlier grids (`NOISE`) gives
+every rank a probability besides (`compute_probability_within`), with one seed and with several.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ BOOTSTRAP_DRAWS = 2000
 
 
 def compute_needed_seeds(deviation: float, difference: float) -> int:
-    """Seeds of each rank with which a true difference is shown in four of five cases.
+    """Compute the seeds of each rank with which a true difference is shown in four of five cases.
 
     n = 2 (z_.95 + z_.8)² (deviation / difference)², with `deviation` the standard deviation of one training over seeds, in
-    the unit of `difference`. It counts no pairing over seeds, and measured on three seeds it is itself known to within a
-    factor of two or so.
+    the unit of `difference`. Pairing over seeds is not counted. A deviation measured on three seeds is itself known to within a
+    factor of about two.
     """
     return max(1, math.ceil(2 * (_compute_power_quantile() * deviation / difference) ** 2 - 1e-9))
 
 
 def compute_detectable_difference(deviation: float, seeds: int) -> float:
-    """The smallest difference that so many seeds of each rank show in four of five cases."""
+    """Compute the smallest difference that this many seeds of each rank show in four of five cases."""
     return _compute_power_quantile() * deviation * math.sqrt(2 / seeds)
 
 
 def _compute_power_quantile() -> float:
-    """Standard errors of the test, and of a true difference to pass it."""
+    """Return the standard errors of the test, plus those of a true difference that passes it."""
     return NORMAL.inv_cdf(CONFIDENCE) + NORMAL.inv_cdf(POWER)
 
 
 @dataclass(frozen=True, slots=True)
 class PairNoise:
-    """How one paired difference varies over the seeds that both ranks have, and between examples."""
+    """The variance of one paired difference over shared seeds and between examples."""
 
     variance: float  # over seeds, of the difference of one seed; 0 with one seed
     degrees: float  # seeds - 1
@@ -62,13 +62,13 @@ class PairNoise:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """The seed variance that is expected of a difference, as a ratio to its spread, and the weight of that expectation."""
+    """The expected seed variance of a difference as a ratio to its variance between examples, and the weight of that expectation."""
 
     ratio: float
     degrees: float
 
     def moderate(self, pair: PairNoise) -> tuple[float, float]:
-        """The variance over seeds of the difference of one seed, and its degrees of freedom."""
+        """Return the moderated variance over seeds of the difference of one seed, and its degrees of freedom."""
         degrees = self.degrees + pair.degrees
         if degrees == 0:
             return 0.0, 0.0
@@ -78,17 +78,18 @@ class Prior:
 
 @dataclass(frozen=True, slots=True)
 class NoiseComponents:
-    """The variance of a paired difference about that of all seeds and examples, in units of its spread between examples."""
+    """Components of the variance of a paired difference, in units of its variance between examples."""
 
     seeds: float  # of the trained models themselves: shrinks with seeds alone
     crossed: float  # seeds × examples: shrinks with either
     examples: float  # shrinks with examples alone
 
     def compute_seed_ratio(self, examples: float) -> float:
-        """Of one seed, about the mean over seeds on the same examples."""
+        """Return the variance of one seed about the mean over seeds on the same examples."""
         return self.seeds + self.crossed / examples
 
     def compute_ratio(self, seeds: int, examples: float) -> float:
+        """Return the variance of a mean over this many seeds and examples."""
         return self.compute_seed_ratio(examples) / seeds + self.examples / examples
 
 
@@ -103,23 +104,23 @@ SHARED_REFERENCE = 0.5  # weight of a pair in the ratio at hand: all pairs share
 
 
 def compute_probability_within(difference: float, variance: float, degrees: float, margin: float) -> float:
-    """The probability that the true difference is at most `margin`, from a measured one; every difference is as likely before."""
+    """Compute the probability that the true difference is at most `margin`, given a measured one and a flat prior."""
     deviations = (margin - difference) / math.sqrt(variance)
     tail_probability, _ = compute_t_tail(degrees, abs(deviations))
     return 1 - tail_probability if deviations > 0 else tail_probability
 
 
 def compute_mean_noise(pair: PairNoise, prior: Prior, seeds: int, examples: float) -> tuple[float, float]:
-    """The variance of a mean difference about the true one, and its degrees of freedom."""
+    """Compute the variance of a mean difference about the true one, and its degrees of freedom."""
     variance, degrees = prior.moderate(pair)
     return variance / seeds + NOISE.examples * pair.example_variance / examples, degrees
 
 
 def pool_prior(other_pairs: Sequence[PairNoise], initial_prior: Prior, rank_degrees: float) -> Prior:
-    """The expectation for a difference, from earlier grids (`start`) and from the differences of other ranks.
+    """Pool the expectation of earlier grids (`initial_prior`) with the differences of other ranks.
 
     Args:
-        within: how alike the ratios of ranks are, as degrees of freedom; infinite where `start` counts it already.
+        rank_degrees: how similar the ratios of ranks are, as degrees of freedom; infinite if `initial_prior` includes it.
     """
     measured = [pair for pair in other_pairs if pair.degrees > 0 and pair.example_variance > 0]
     degrees = initial_prior.degrees + sum(SHARED_REFERENCE * pair.degrees for pair in measured)
@@ -132,7 +133,7 @@ def pool_prior(other_pairs: Sequence[PairNoise], initial_prior: Prior, rank_degr
 
 
 def measure_pair_noise(sums: Floats, weights: Floats, groups: Groups | None = None) -> PairNoise:
-    """The noise of a difference, from its scores [seeds, examples] times their weights [examples]; groups as in `estimate`."""
+    """Measure the noise of a difference from [seeds, examples] scores times their weights [examples]; groups as in `estimate_mean`."""
     seeds, examples = sums.shape
     by_seed = sums.sum(axis=1) / weights.sum()
     variance = float(by_seed.var(ddof=1)) if seeds > 1 else 0.0
@@ -147,7 +148,7 @@ def measure_pair_noise(sums: Floats, weights: Floats, groups: Groups | None = No
 
 
 def split_seed_variance(means: Floats) -> tuple[float, float]:
-    """`(common, individual)` variances over seeds of a [ranks, seeds] matrix of means, with two seeds or more.
+    """Split the variance over seeds of a [ranks, seeds] matrix of means into `(common, individual)`; at least two seeds.
 
     `common` is the variance of the seeds' level, which all ranks share. `individual` is the variance of the residuals,
     with (ranks - 1)(seeds - 1) degrees of freedom; a paired difference of two ranks has twice this variance.

@@ -1,4 +1,4 @@
-"""The sentences of a decision: the answer, a conflict between metrics, and what the intervals cover."""
+"""Format the sentences of a decision: the answer, a conflict between metrics, and what the intervals cover."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from rightrank.schema.metrics import LOSS_KINDS
 
 
 def format_number(value: float) -> str:
-    """Two significant digits: 0.014, 0.0084, 1.2."""
+    """Format two significant digits: 0.014, 0.0084, 1.2."""
     return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def format_probability(probability: float) -> str:
-    """A probability as it may be said: below a tenth it is not known better than that (benchmarks/selection)."""
+    """Format a probability. Below a tenth it is not known more precisely (benchmarks/selection)."""
     return "under 10%" if probability < 0.1 else "over 99%" if probability > 0.99 else f"{probability:.0%}"
 
 
 def format_amount(value: str, evidence: Evidence) -> str:
-    """The value with its unit: `0.005 nats`, `0.5 in GSM8K`. A metric called `value` adds nothing."""
+    """Format the value with its unit: `0.005 nats`, `0.5 in GSM8K`. A metric called `value` adds nothing."""
     if evidence.table.kind in LOSS_KINDS:
         return f"{value} nats"
     return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
 
 
 def format_sentence(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
-    """The answer in a sentence or two. `margin` is in the metric's unit."""
+    """Format the answer in a sentence or two. `margin` is in the metric's unit."""
     answer = _format_answer(comparison, margin, verdict, unit)
     return answer if verdict == "no_gain" else " ".join(filter(None, (answer, _format_base_probability(comparison))))
 
@@ -103,13 +103,13 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
 
 
 def _format_difference(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
-    """`0.014 worse`, `0.002 better`: the rank's mean beside the reference's."""
+    """Format the difference of the rank's mean from the reference's, such as `0.014 worse` or `0.002 better`."""
     difference = unit.convert_difference(comparison.by_rank[rank].difference.mean)
     return f"{format_number(abs(difference))} {'better' if difference < 0 else 'worse'}"
 
 
 def _format_probabilities(comparison: Comparison) -> str:
-    """The chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
+    """Format the probabilities of the chosen rank and of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
     if comparison.confidence is None and comparison.evidence.has_several_seeds:
         return ""
     probabilities = {
@@ -128,7 +128,7 @@ def _format_probabilities(comparison: Comparison) -> str:
 
 
 def format_probability_note(evidence: Evidence) -> str:
-    """What the probabilities say, or why there are none."""
+    """Explain what the probabilities mean, or why there are none."""
     if evidence.probability_obstacle:
         return f"No probability: {evidence.probability_obstacle}."
     return (
@@ -138,7 +138,7 @@ def format_probability_note(evidence: Evidence) -> str:
 
 
 def _format_no_difference(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
-    """The smallest rank, what speaks for another one, and the seeds that a difference of the margin would take."""
+    """Format the smallest rank, the evidence for another one, and the seeds that would show a difference of the margin."""
     indistinguishable = find_indistinguishable_ranks(comparison)
     smallest, reference = indistinguishable[0], comparison.reference
     noise = comparison.evidence.estimate_noise(
@@ -209,7 +209,7 @@ def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit
 
 
 def format_cannot_tell(comparison: Comparison, confidence: float, margin_text: str, unit: MetricUnit) -> str:
-    """Which ranks cannot be told apart and by how much, the rank to take and how likely it is enough, and what the evidence resolves."""
+    """Format the indistinguishable ranks, the recommended rank with its probability, and the margin that the data resolve."""
     evidence, recommended = comparison.evidence, comparison.chosen
     indistinguishable = evidence.find_indistinguishable_ranks(confidence)
     worse_ranks = [rank for rank in comparison.ranks if rank not in indistinguishable]
@@ -232,7 +232,7 @@ def format_cannot_tell(comparison: Comparison, confidence: float, margin_text: s
 
 
 def _format_base_probability(comparison: Comparison) -> str:
-    """How likely it is that there is no gain, where that is not improbable."""
+    """Format the probability that there is no gain, unless that is improbable."""
     likely = comparison.compute_probability(0) if 0 in comparison.by_rank else None
     if likely is None or comparison.confidence is None or likely <= 1 - comparison.confidence:
         return ""
@@ -242,7 +242,7 @@ def _format_base_probability(comparison: Comparison) -> str:
 def format_conflict(
     metric: str, conflicting_ranks: Sequence[int], other_evidence: Mapping[int, RankEvidence], margin: float
 ) -> str:
-    """How another metric disagrees, for the largest rank on which the two differ."""
+    """Format how another metric disagrees, for the largest rank on which the two conflict."""
     rank = max(conflicting_ranks)
     if other_evidence[rank].non_inferior:
         return f"{metric} disagrees: by it rank {rank} is enough, within its margin of {margin:.4g}."
@@ -251,7 +251,7 @@ def format_conflict(
 
 
 def format_basis_note(evidence: Evidence) -> str:
-    """What the intervals cover, and what they leave out."""
+    """Explain which variation the intervals cover, and which they leave out."""
     match evidence.basis:
         case "examples and seeds":
             return f"Intervals cover other held-out examples and other seeds.{_format_noise_note(evidence)} {_get_assumption(evidence)}"
@@ -278,7 +278,7 @@ def _get_assumption(evidence: Evidence) -> str:
 
 
 def _format_noise_note(evidence: Evidence) -> str:
-    """What the noise over seeds was measured on."""
+    """Explain on which seeds the noise was measured."""
     if not evidence.has_seed_noise:
         return " No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
     other_contenders = (contender for contender in evidence.contenders.values() if contender is not evidence.reference)

@@ -1,6 +1,6 @@
 """Finished trials as a table of rank × learning rate × seed. A cell has the scores of its examples, or one number.
 
-Trainings that fell far below their own best are missing values: no evidence, and nothing of them is handed over.
+Trainings that fell far below their own best are missing values: they are no evidence, and their adapters are not handed over.
 """
 
 from __future__ import annotations
@@ -69,17 +69,17 @@ class Cell:
 
     @property
     def examples(self) -> int:
-        """The number of examples; 0 if there is only one number for the trial."""
+        """Return the number of examples; 0 if there is only one number for the trial."""
         return len(self.sums) if len(self.sums) > 1 else 0
 
     @property
     def num_groups(self) -> int:
-        """The number of independent examples: of groups, where there are any."""
+        """Return the number of independent examples, or of groups if there are any."""
         return self.examples if self.groups is None else int(self.groups.max()) + 1
 
     @property
     def assumption(self) -> str:
-        """What bounds over the examples rest on; empty without examples."""
+        """Return the assumption of bounds over examples; empty without examples."""
         over = (
             INDEPENDENCE_NOTE
             if self.groups is None
@@ -89,7 +89,7 @@ class Cell:
 
     @cached_property
     def loss(self) -> float:
-        """The oriented mean: lower is better."""
+        """Return the oriented mean: lower is better."""
         return float(self.sums.sum() / self.weights.sum())
 
 
@@ -97,7 +97,7 @@ class Cell:
 class ScoreTable:
     """Cells by (rank, learning rate, seed). `missing` counts the trials of a rank without a result.
 
-    `tried` holds learning rates of trainings that stopped early or diverged: they are no cells, and bound the best one.
+    `tried` holds the learning rates of trainings that stopped early or diverged. They have no cells but bound the best one.
     """
 
     metric: str
@@ -117,15 +117,15 @@ class ScoreTable:
         object.__setattr__(self, "_by_rank", by_rank)
 
     def list_ranks(self) -> list[int]:
-        """The ranks with a finished trial, ascending, without the base."""
+        """List the ranks with a finished trial, ascending, without the base model."""
         return [rank for rank in self._by_rank if rank > 0]
 
     def list_tried_rates(self, rank: int) -> list[float]:
-        """Those with a finished trial, and those that were stopped early or diverged."""
+        """List the rank's learning rates, including those that stopped early or diverged."""
         return sorted({*self.get_cells_by_rate(rank), *self.tried.get(rank, ())})
 
     def list_edge_rates(self, learning_rate: float, rank: int) -> list[float]:
-        """Return several tried learning rates whose lowest or highest is this best one of the rank; empty if there are none.
+        """Return the tried learning rates if this best one of the rank is the lowest or the highest of them; else an empty list.
 
         They are those of the rank, or else those of every rank at which several were tried: most ranks of a search get one
         learning rate, the best of another rank.
@@ -136,7 +136,7 @@ class ScoreTable:
         return next((r for r in (tried_rates[rank], all_rates) if len(r) > 1 and learning_rate in (r[0], r[-1])), [])
 
     def get_cells_by_rate(self, rank: int) -> Mapping[float, Mapping[int, Cell]]:
-        """The rank's cells by learning rate and seed, both ascending."""
+        """Return the rank's cells by learning rate and seed, both ascending."""
         return self._by_rank.get(rank, {})
 
     def list_values(self) -> list[float]:
@@ -151,13 +151,13 @@ def build_table(
     partial_outcomes: Iterable[TrialOutcome] = (),
     loss: LossKind = "token_loss",
 ) -> ScoreTable:
-    """The table of a run's outcomes.
+    """Build the table of a run's outcomes.
 
     Args:
         outcomes: an outcome without this metric counts as missing.
-        points_metric: the metric of the evaluations during training; None for `metric`.
-        looks: trainings that are not compared, such as those stopped early; their learning rates count as tried.
-        loss: what a loss is of.
+        points_metric: the metric of evaluations during training; None for `metric`.
+        partial_outcomes: trainings that are not compared, such as those stopped early; their learning rates count as tried.
+        loss: the kind of a loss.
     """
     outcomes = list(outcomes)
     kind = infer_metric_kind(metric, higher_is_better, loss)
@@ -189,21 +189,21 @@ def build_table(
 
 
 def number_groups(numbers: Sequence[int] | None, examples: int) -> Groups | None:
-    """Group numbers without gaps; None where each of the examples stands for itself."""
+    """Return group numbers without gaps, or None if each example stands for itself."""
     if numbers is None or len(numbers) != examples or len(set(numbers)) in (1, examples):
         return None
     return np.unique(np.asarray(numbers, np.int64), return_inverse=True)[1]
 
 
 def _stack_rows(lists: Sequence[Sequence[float]]) -> Floats:
-    """Lists of one length as a matrix; those that are all equal, such as the tokens of the examples, share a row."""
+    """Stack lists of one length to a matrix. If all are equal, as the tokens of the examples are, they share a row."""
     if all(values == lists[0] for values in lists):
         return np.broadcast_to(np.asarray(lists[0], dtype=np.float64), (len(lists), len(lists[0])))
     return np.fromiter(chain.from_iterable(lists), dtype=np.float64).reshape(len(lists), -1)
 
 
 def _orient_scores(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
-    """Scores with lower as better, and perplexities as logarithms."""
+    """Orient scores so that lower is better; perplexities become logarithms."""
     values = np.asarray(scores)
     return np.log(values) if kind == "perplexity" else -values if higher else values
 
@@ -241,7 +241,7 @@ def build_table_from_results(results: ResultsTable) -> ScoreTable:
 
 
 def build_other_tables(results: ResultsTable) -> list[ScoreTable]:
-    """The same trainings by each other metric of the table whose direction is known, one number a training."""
+    """Build the tables by each other metric whose direction is known, with one number a training."""
     tables = []
     for name in dict.fromkeys(name for result in results.results for name in result.other_metrics):
         if (higher := infer_direction(name)) is None:
@@ -290,9 +290,9 @@ def _build_result_cell(result: Result, value: float, kind: MetricKind, higher_is
 
 
 def select_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
-    """The table with each training at its last evaluation or at its best, the earliest of equal ones.
+    """Return the table with each training at its last or at its best evaluation, the earliest of equal ones.
 
-    Scores by example are of the evaluation whose weights were kept: where another one counts, every training counts by its value.
+    Example scores belong to the evaluation whose weights were kept. If another one counts, every training counts by its value.
     """
     selected = {
         key: _select_cell_checkpoint(cell, checkpoint, table.higher_is_better) for key, cell in table.cells.items()
@@ -322,7 +322,7 @@ def _select_cell_checkpoint(cell: Cell, checkpoint: Checkpoint, higher_is_better
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One rank at its best learning rate."""
+    """A rank at its best learning rate."""
 
     rank: int
     learning_rate: float
@@ -333,7 +333,7 @@ class Contender:
 
     @property
     def adjusted_loss(self) -> float:
-        """The loss on common terms: the seeds of all ranks, and without the winner's curse."""
+        """Return the loss adjusted to the seeds of all ranks and corrected for selection bias."""
         return self.loss + self.seed_shift + self.selection_bias
 
 
@@ -345,7 +345,7 @@ def select_contender(table: ScoreTable, rank: int) -> Contender:
     columns = table.get_cells_by_rate(rank)
 
     def is_surely_lower(candidate_rate: float, best_rate: float) -> bool:
-        """On the seeds that both have. One number a training shows no noise: there the means decide."""
+        """Compare on shared seeds. One number a training shows no noise, so the means decide then."""
         return compute_bounds(estimate_pairs(pair_shared_seeds(columns[candidate_rate], columns[best_rate]))).high < 0
 
     best = select_best_learning_rate({lr: get_losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
@@ -362,10 +362,10 @@ def adjust_to_common_seeds(contenders: list[Contender]) -> dict[int, Contender]:
 
 
 def compute_adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]:
-    """The mean of each row (seed → loss), as if all rows had all seeds.
+    """Compute the mean of each row (seed → loss) as if all rows had all seeds.
 
     Rows are compared on the seeds that they share: the least-squares fit of loss = row + seed, with seed effects that sum
-    to 0. Rows without a seed in common keep their plain means.
+    to 0. Rows without a shared seed keep their plain means.
     """
     seeds = sorted({seed for row in losses for seed in row})
     if all(len(row) == len(seeds) for row in losses):
@@ -385,10 +385,10 @@ def compute_adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]
 def select_best_learning_rate(
     losses: Mapping[float, Mapping[int, float]], is_surely_lower: Callable[[float, float], bool]
 ) -> float:
-    """The learning rate with the lowest mean (losses by seed), compared on shared seeds; the lower one on ties.
+    """Select the learning rate with the lowest mean (losses by seed) on shared seeds; the lower one if two are equal.
 
-    Those with the most seeds are compared first. One with fewer seeds replaces the best of them only where
-    `is_surely_lower(one, best)` on the seeds that both have, so that a lucky seed does not.
+    Rates with the most seeds are compared first. One with fewer seeds replaces the best of them only if
+    `is_surely_lower(rate, best)` on the seeds that both have, so that a lucky seed does not.
     """
     max_seeds = max(len(by_seed) for by_seed in losses.values())
     leaders = [lr for lr in sorted(losses) if len(losses[lr]) == max_seeds]
@@ -405,20 +405,20 @@ SeedValue = TypeVar("SeedValue")
 
 
 def estimate_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
-    """How much worse the first of each pair is than the second."""
+    """Estimate how much worse the first of each pair is than the second."""
     score_range = max(cell.score_range for pair in pairs for cell in pair)
     paired = estimate_mean(compute_differences(pairs), pairs[0][0].weights, score_range, pairs[0][0].groups)
     return replace(paired, mean=paired.mean + shift)
 
 
 def compute_differences(pairs: list[Pair]) -> Floats:
-    """[pairs, examples] how much worse the first of each pair is on each example, times the example's weight."""
+    """Return [pairs, examples] how much worse the first of each pair is on each example, times the example's weight."""
     differences: Floats = np.stack([first.sums for first, _ in pairs]) - np.stack([second.sums for _, second in pairs])
     return differences
 
 
 def pair_cells(contender: Contender, opponent: Contender) -> list[Pair]:
-    """Cells by shared seed; in order where no seed is shared. The single evaluation of the base pairs with every seed."""
+    """Pair cells by shared seed, or in order if no seed is shared. The single evaluation of the base model pairs with every seed."""
     first_cells, second_cells = contender.cells, opponent.cells
     if contender.rank == 0 and len(first_cells) == 1:
         return [(next(iter(first_cells.values())), cell) for cell in second_cells.values()]
@@ -432,12 +432,12 @@ def pair_cells(contender: Contender, opponent: Contender) -> list[Pair]:
 def pair_shared_seeds(
     first: Mapping[int, SeedValue], second: Mapping[int, SeedValue]
 ) -> list[tuple[SeedValue, SeedValue]]:
-    """What both have, by seed."""
+    """Return the pairs of values of the shared seeds."""
     return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
 
 def compute_paired_difference(cell: Cell, reference: Cell) -> Cell:
-    """How much worse one cell is than the other, on each example."""
+    """Compute how much worse one cell is than the other, on each example."""
     score_range, sums = max(cell.score_range, reference.score_range), cell.sums - reference.sums
     return Cell(cell.trial_id, cell.value - reference.value, sums, cell.weights, score_range, groups=cell.groups)
 
@@ -445,7 +445,7 @@ def compute_paired_difference(cell: Cell, reference: Cell) -> Cell:
 def compute_distribution(
     difference: Cell, margin: float, convert: Callable[[float], float] = float
 ) -> DifferenceDistribution:
-    """How a difference (`minus`) spreads over the examples; `in_unit` turns it into the metric's unit."""
+    """Compute the distribution of a paired difference over examples; `convert` converts to the metric's unit."""
     sorted_differences = np.sort([convert(worse_by) for worse_by in (difference.sums / difference.weights).tolist()])
     threshold = LARGE_DIFFERENCE_MARGINS * margin
     share = float(np.mean(sorted_differences > threshold * (1 + RELATIVE_TOLERANCE)))
@@ -457,7 +457,7 @@ def compute_distribution(
 
 
 def format_distribution(distribution: DifferenceDistribution) -> str:
-    """Say how many examples get much worse; the tenth that gets worst only where some do."""
+    """Format the share of examples that get much worse; add the worst tenth only if there are some."""
     if distribution.share_worse == 0:
         return f"No held-out example gets worse by more than {distribution.threshold:.2g}."
     rounded = f"{distribution.share_worse:.1%}"
@@ -469,15 +469,15 @@ def format_distribution(distribution: DifferenceDistribution) -> str:
 
 
 def find_best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> EvalPoint:
-    """The look with the best value; the earliest of equal ones."""
+    """Find the evaluation with the best value; the earliest of equal ones."""
     sign = -1.0 if higher_is_better else 1.0
     return min(points, key=lambda point: (sign * point.value, point.step))
 
 
 def detect_collapse(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> dict[str, Any] | None:
-    """The collapse that the looks of a training show at their end, as fields of `TrialCollapsed`; None if there is none.
+    """Return the fields of `TrialCollapsed` if the evaluations of a training end with a collapse, else None.
 
-    The last value is worse than the best one by more than `drop` and, where both looks have scores of the same examples, by
+    The last value is worse than the best one by more than `drop` and, if both evaluations have scores of the same examples, by
     more than `SURE_DEVIATIONS` standard errors of their paired difference.
     """
     if len(points) < 2:
@@ -499,9 +499,9 @@ def detect_collapse(points: Sequence[EvalPoint], drop: float, higher_is_better: 
 
 
 def find_collapsed_rates(outcomes: Collection[TrialOutcome]) -> set[tuple[int, float]]:
-    """The (rank, learning rate) at which a training collapsed, where another learning rate of the rank has none and a result.
+    """Find each (rank, learning rate) at which a training collapsed while another learning rate of the rank has only results.
 
-    A learning rate that some seeds do not survive is no learning rate to recommend, however well the others did.
+    A learning rate at which some seeds collapse is not recommended, however well the others did.
     """
     if not any(isinstance(outcome, TrialCollapsed) for outcome in outcomes):
         return set()
@@ -512,7 +512,7 @@ def find_collapsed_rates(outcomes: Collection[TrialOutcome]) -> set[tuple[int, f
 
 
 def exclude_collapsed_rates(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
-    """The outcomes without the results at learning rates of `find_collapsed_rates`. Collapsed trials stay: they are missing values."""
+    """Return the outcomes without results at `find_collapsed_rates`. Collapsed trials stay, since they are missing values."""
     if not (cells := find_collapsed_rates(outcomes)):
         return list(outcomes)
     return [

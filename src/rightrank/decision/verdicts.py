@@ -45,7 +45,7 @@ RISE = 1 / 8  # of a rank's distance from the best, that its neighbour has where
 
 
 def determine_verdict(comparison: Comparison) -> Verdict:
-    """The first row of the table above that applies."""
+    """Return the first row of the table above that applies."""
     if comparison.is_base_enough:
         return "no_gain"
     if is_open(comparison) or find_unexplained_rank(comparison) is not None:
@@ -94,21 +94,21 @@ def find_inconclusive_rank(comparison: Comparison) -> int | None:
 
 
 def is_open(comparison: Comparison) -> bool:
-    """Whether the trainings as they are leave the answer undecided."""
+    """Return whether the present trainings leave the answer undecided."""
     if comparison.confidence is not None:
         return is_unlikely(comparison)
     return find_inconclusive_rank(comparison) is not None or find_possible_rival(comparison) is not None
 
 
 def is_unlikely(comparison: Comparison) -> bool:
-    """Whether no rank has the probability that was asked for."""
+    """Return whether no rank has the requested probability."""
     return (
         comparison.confidence is not None and comparison.require_probability(comparison.chosen) < comparison.confidence
     )
 
 
 def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
-    """How far the answer is known: shown by its 95% bounds, likely, or not; None where one number a rank is all there is."""
+    """Return how well the answer is known: shown by its 95% bounds, likely, or not; None if there is one number a rank."""
     if verdict in ("undecided", "no_difference"):
         return "cannot tell"
     if comparison.evidence.lacks_uncertainty:
@@ -122,10 +122,10 @@ def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
 
 
 def find_indistinguishable_ranks(comparison: Comparison) -> list[int]:
-    """The ranks that their own difference from the best does not show to be worse, ascending; none where the base may be as good.
+    """Return the ranks whose own difference from the best does not show them to be worse, ascending.
 
-    The bound is the plain one, which says "worse" a little too soon after the choice of the best: an answer that takes the smallest of
-    these ranks errs upward.
+    There are none if the base model may be as good. The bound is the plain one, which says "worse" a little too early after the
+    choice of the best. When uncertain, an answer with the smallest of these ranks is therefore too large.
     """
     if 0 in comparison.by_rank and comparison.by_rank[0].non_inferior is not False:
         return []
@@ -133,21 +133,24 @@ def find_indistinguishable_ranks(comparison: Comparison) -> list[int]:
 
 
 def find_possible_rival(comparison: Comparison) -> int | None:
-    """The rank that leaves the answer undecided since it may be better (`_find_better_above`); None in a point reading."""
+    """Find the rank that leaves the answer undecided since it may be better; None if the values have no uncertainty."""
     return None if comparison.evidence.lacks_uncertainty else _find_better_above(comparison)
 
 
 def find_shown_rank(comparison: Comparison) -> int | None:
-    """The smallest rank whose comparison with the reference passed; None without one, or if a higher rank may be better."""
+    """Find the smallest rank whose comparison with the reference passed.
+
+    Returns None if none passed, or if a higher rank may be better.
+    """
     reference = comparison.reference.rank
     smallest = walk_down(comparison.by_rank, reference, lambda rank: comparison.by_rank[rank].non_inferior is True)
     return None if smallest == reference or _find_better_above(comparison) is not None else smallest
 
 
 def _find_better_above(comparison: Comparison) -> int | None:
-    """The rank above the reference that may be better than it by more than the margin; None if there is none.
+    """Find the rank above the reference that may be better than it by more than the margin, or return None.
 
-    It guards against a low rank that came out best by luck.
+    It guards against a low rank that came out best by chance.
     """
     lows = {rank: comparison.by_rank[rank].low for rank in comparison.ranks if rank > comparison.reference.rank}
     better = [rank for rank in lows if not is_within(-lows[rank], comparison.margin)]
@@ -155,12 +158,13 @@ def _find_better_above(comparison: Comparison) -> int | None:
 
 
 def find_unexplained_rank(comparison: Comparison) -> int | None:
-    """The smallest rank above the reference that is clearly worse without a reason; None if there is none.
+    """Find the smallest rank above the reference that is clearly worse without a reason, or return None.
 
-    A larger rank is expected to be about as good. Where one is not, its training went wrong (a learning rate that is too high, an unlucky seed), and it may
-    be the best in truth: most answers beside such a rank were too small on twelve long grids (benchmarks/selection/noise_model.json). Or it overfits: then its training values are
-    better than the reference's, or the results get worse rank by rank. Two seeds that show it by their bounds settle it too, unless it fell by
-    `FALL_IN_MARGINS` at the lowest of its learning rates. One number a rank has to fall as far.
+    A larger rank is expected to be about as good. If it is not, its training may have failed (a learning rate that is too high, an
+    unlucky seed), and it may truly be the best: on twelve long grids most answers next to such a rank were too small
+    (benchmarks/selection/noise_model.json). Overfitting is another reason: then its training values are better than the reference's,
+    or results get worse rank by rank. Two seeds whose bounds show it settle it too, unless it fell by `FALL_IN_MARGINS` at the lowest
+    of its learning rates. With one number a rank it has to fall as far.
     """
     larger = [rank for rank in comparison.ranks if rank > comparison.reference.rank]
     for rank in larger:
@@ -177,12 +181,16 @@ def find_unexplained_rank(comparison: Comparison) -> int | None:
 
 
 def has_lower_rate(comparison: Comparison, rank: int) -> bool:
-    """Whether a lower learning rate than the rank's best was tried too."""
+    """Return whether a lower learning rate than the rank's best was tried too."""
     return comparison.evidence.table.list_tried_rates(rank)[0] < comparison.evidence.contenders[rank].learning_rate
 
 
 def _is_gradual_rise(comparison: Comparison, larger: Sequence[int], rank: int) -> bool:
-    """Whether the larger rank next to this one is worse too, as where ranks overfit: by a share of it below, by more above; not where the base is better."""
+    """Return whether the neighboring larger ranks are worse too, as with overfitting.
+
+    The neighbor below must have a share of this rank's difference, the one above more than this rank. False if the base model is
+    better than this rank.
+    """
     differences = {other_rank: comparison.by_rank[other_rank].difference.mean for other_rank in comparison.by_rank}
     if 0 in differences and differences[rank] > differences[0]:
         return False
@@ -194,7 +202,7 @@ def _is_gradual_rise(comparison: Comparison, larger: Sequence[int], rank: int) -
 
 
 def is_rising(comparison: Comparison) -> bool:
-    """Whether the top rank's mean is better than every smaller one's by more than the margin and its stated deviation."""
+    """Return whether the top rank is better than every smaller one by more than the margin and its stated deviation."""
     *smaller, top = comparison.ranks
     if comparison.reference.rank != top:
         return False
@@ -204,13 +212,13 @@ def is_rising(comparison: Comparison) -> bool:
 
 
 def is_overfitting(comparison: Comparison) -> bool:
-    """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
+    """Return whether the largest rank is worse than the margin allows on held-out data but better in training."""
     top = comparison.ranks[-1]
     return top != comparison.reference.rank and comparison.is_worse(top) and _has_better_training(comparison, top)
 
 
 def _has_better_training(comparison: Comparison, rank: int) -> bool:
-    """Whether the rank is better than the reference in training."""
+    """Return whether the rank is better than the reference in training."""
     rank_value, reference_value = (
         _compute_train_value(comparison.evidence.contenders[rank]),
         _compute_train_value(comparison.reference),
@@ -219,7 +227,7 @@ def _has_better_training(comparison: Comparison, rank: int) -> bool:
 
 
 def _compute_train_value(contender: Contender) -> float | None:
-    """The mean training loss. Lower is better, whatever the metric."""
+    """Return the mean training loss. Lower is better for every metric."""
     values = [cell.train_value for cell in contender.cells.values() if cell.train_value is not None]
     return float(np.mean(values)) if values else None
 
@@ -230,10 +238,10 @@ def collect_flags(
     other_answers: Sequence[MetricAnswer] = (),
     checkpoints: CheckpointNote | None = None,
 ) -> list[str]:
-    """The flags in a fixed order. Each has an entry in docs/reference/decision.md.
+    """Return the flags in a fixed order. Each has an entry in docs/reference/decision.md.
 
     Args:
-        beside: the answers by other metrics, which need no comparison of bare values here.
+        other_answers: the answers by other metrics, whose values need no comparison here.
     """
     evidence, top = comparison.evidence, comparison.ranks[-1]
     answer = {comparison.chosen, comparison.reference.rank}
@@ -269,7 +277,7 @@ def collect_flags(
 
 
 def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
-    """Whether the data can't show the answer at 95% confidence."""
+    """Return whether the data can't show the answer at 95% confidence."""
     if not comparison.evidence.lacks_uncertainty:
         return verdict == "undecided"
     compared, below = comparison.by_rank, comparison.next_lower
@@ -280,12 +288,12 @@ def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
 
 
 def list_lengths(evidence: Evidence) -> set[int]:
-    """The different numbers of steps of the trainings that are compared, where the table states them."""
+    """Return the different numbers of steps of the compared trainings, if the table states them."""
     return {cell.steps for contender in evidence.contenders.values() for cell in contender.cells.values() if cell.steps}
 
 
 def _has_metric_conflict(evidence: Evidence, chosen: int, name: str) -> bool:
-    """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
+    """Return whether the chosen rank is clearly worse than the best by another metric that has only values."""
     higher = infer_direction(name)
     if higher is None:
         return False
@@ -309,9 +317,9 @@ MIN_POINTS = 3
 
 
 def _compute_late_growth(comparison: Comparison) -> float | None:
-    """The change of the chosen rank's gap to the reference over the second half of its training, in the metric's unit.
+    """Return how much the chosen rank's gap to the reference grew over the second half of training, in the metric's unit.
 
-    None for the reference, and where the two share fewer than `MIN_POINTS` evaluations.
+    Returns None for the reference, and if the two share fewer than `MIN_POINTS` evaluations.
     """
     if comparison.chosen >= comparison.reference.rank:
         return None
@@ -330,10 +338,10 @@ def _compute_late_growth(comparison: Comparison) -> float | None:
 def compare_checkpoints(
     table: ScoreTable, evidence: Evidence, checkpoint: Checkpoint, margin: float
 ) -> CheckpointNote | None:
-    """The ranks that the values pick at the last and at the best evaluation; None without evaluations during the training.
+    """Return the ranks that the values give at the last and at the best evaluation; None without evaluations during training.
 
     Args:
-        evidence: of the table at the checkpoint `used`.
+        evidence: the evidence of the table at `checkpoint`.
         margin: in the oriented unit.
     """
     if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
@@ -347,20 +355,20 @@ def compare_checkpoints(
 
 
 def _pick_rank(evidence: Evidence, margin: float) -> int:
-    """The rule on bare values."""
+    """Apply the rule to values without uncertainty."""
     losses = {rank: contender.adjusted_loss for rank, contender in evidence.contenders.items()}
     reference = min(losses, key=lambda rank: (losses[rank], rank))
     return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 
 
 def _average_curve(contender: Contender) -> dict[int, float]:
-    """Step → mean over seeds, at the steps that all seeds have."""
+    """Return step → mean over seeds, at the steps that all seeds have."""
     by_seed = [{point.step: point.value for point in cell.points} for cell in contender.cells.values()]
     shared = set.intersection(*(set(points) for points in by_seed))
     return {step: sum(points[step] for points in by_seed) / len(by_seed) for step in shared}
 
 
 def format_rank_names(ranks: Sequence[int]) -> str:
-    """`rank 4`, `ranks 4, 16 and 64`."""
+    """Format ranks as `rank 4` or `ranks 4, 16 and 64`."""
     *first, last = map(str, ranks)
     return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"

@@ -1,1 +1,1 @@
-"""The vocabulary: settings, records, events, names of metrics, errors. No torch, no files."""
+"""Settings, records, events, metric names and errors. This package imports no torch and touches no files."""

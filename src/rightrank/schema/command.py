@@ -1,4 +1,4 @@
-"""Settings as the arguments of `rightrank select`: the command that repeats a run."""
+"""Settings as arguments of `rightrank select`, for the command that reproduces a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rightrank.schema.settings import SelectSettings
 
 
 def build_reproduce_command(model: str | None, data: str | None, settings: SelectSettings) -> str | None:
-    """The command that repeats a run; None if the model or the data were objects in memory, or an own trainer's."""
+    """Return the command that reproduces a run, or None if it used a custom trainer, or a model or data in memory."""
     if model is None or data is None or "in memory" in (model + data):
         return None
     arguments: list[str] = []
@@ -26,12 +26,12 @@ def build_reproduce_command(model: str | None, data: str | None, settings: Selec
 
 
 def build_measure_command(run: str) -> str:
-    """The command that measures the end of a training in a fresh process."""
+    """Return the command that measures the end of a training in a fresh process."""
     return shlex.join(["python", "-m", "rightrank.interop.smallest", run])
 
 
 def build_set_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Settings that are not as by default, for a command that takes them by `--set` alone."""
+    """Return the settings that differ from their defaults as `--set` arguments."""
     rows = (
         (name, replace(row, option=""), settings[name])
         for name, row in SelectSettings.model_fields.items()
@@ -43,7 +43,7 @@ def build_set_arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
-    """A setting as words of a command: its option, or `--set`."""
+    """Return the command-line arguments of a setting: its option, or `--set`."""
     if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(value, row)):
         return ["--set", f"{name}={json.dumps(value)}"]
     if not row.option:
@@ -65,7 +65,7 @@ def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
 
 
 def _can_be_joined(values: tuple[Any, ...], row: Setting) -> bool:
-    """Whether a list can be written with commas between its values, or by an option that is repeated."""
+    """Return whether a list can be written with commas between its values, or by a repeated option."""
     texts = list(map(_format_value, values))
     if not row.split:
         return bool(texts and row.option)
@@ -77,7 +77,7 @@ def _format_option(option: str, text: str) -> list[str]:
 
 
 def _format_value(value: Any) -> str:
-    """A number in the fewest digits that give it back."""
+    """Format a value; a number gets the fewest digits from which it can be restored."""
     if not isinstance(value, float):
         return str(value)
     short = f"{value:g}"

@@ -1,7 +1,7 @@
-"""Settings from what people already have: PEFT's `LoraConfig`, and the `TrainingArguments` of transformers or TRL.
+"""Convert PEFT's `LoraConfig` and the `TrainingArguments` of transformers or TRL to settings.
 
-The values are those of the training that the two describe. The ranks of the selection replace `r`. What a selection cannot honour is
-refused by its name; what only says how a trainer logs, saves and evaluates is left out.
+The values are those of the training that the two describe. The ranks of the selection replace `r`. A value that a selection
+cannot honour is refused by its name. Arguments that only control logging, saving and evaluation are ignored.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ IGNORED_PREFIXES = (  # beginnings of names
 
 
 def read_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:
-    """The settings that `LoraConfig` and `TrainingArguments` state, and what the run must agree with, by name; either may be None.
+    """Return the settings in `LoraConfig` and `TrainingArguments`, and the fields that the run must agree with, by name.
+
+    Either argument may be None.
 
     Raises:
         SettingsError: a value that a selection cannot honour; the message names it.
@@ -59,7 +61,10 @@ def read_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:
 
 
 def convert_configs(peft_config: Any, args: Any = None, **overrides: Any) -> tuple[dict[str, Any], list[str]]:
-    """`(the settings that the two state, what no setting says)`, as JSON; `further` settings override theirs."""
+    """Convert both configurations to settings for JSON, and list the values that no setting supports.
+
+    Settings in `overrides` replace those of the configurations.
+    """
     settings, refusals = _separate_refusals(peft_config, args)
     values, unsupported = settings | overrides, [refusal.value for refusal in refusals]
     for name, value in list(values.items()):
@@ -121,14 +126,17 @@ def _convert_training_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusa
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
-    """Whether an argument is as by default; of an empty default transformers makes a list or a configuration of its own."""
+    """Return whether an argument has its default value.
+
+    For some empty defaults transformers creates an empty list or a default configuration.
+    """
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     is_made = default in (None, "") and (isinstance(value, list | dict) or dataclasses.is_dataclass(value))
     return bool(value == (type(value)() if is_made else default))
 
 
 def _convert_special_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
-    """The fields that say a setting in another unit, or several in one."""
+    """Convert the arguments that have another unit than their setting, or that share a setting."""
     if args.max_steps > 0:
         yield "max_steps", args.max_steps
     else:
@@ -157,7 +165,7 @@ def _iterate_fields(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _convert_value(name: str, value: Any) -> Any:
-    """A value as the setting takes it: one for a list, a set in order, an enumeration's text."""
+    """Convert a value to the type of the setting: a single value to a list, a set to a sorted list, an enumeration to its text."""
     if isinstance(value, set):
         return sorted(value)
     if is_list_type(SelectSettings.model_types[name]) and not isinstance(value, list | tuple):

@@ -22,7 +22,7 @@ Grade: TypeAlias = Literal["shown", "likely", "cannot tell"]
 
 
 class Result(Record):
-    """One training of a table from another tool; `value` is None if it ended without a result."""
+    """One training in a table from another tool. `value` is None if it ended without a result."""
 
     trial_id: str
     rank: BoundedInt
@@ -42,7 +42,7 @@ class Result(Record):
 
 
 class ResultsTable(Record):
-    """A table of finished trainings, and how it was read."""
+    """A table of finished trainings, with notes on how it was read."""
 
     metric: str
     higher_is_better: bool
@@ -51,7 +51,7 @@ class ResultsTable(Record):
 
 
 class RankEvidence(Record):
-    """The evidence on one rank."""
+    """The evidence about one rank."""
 
     rank: BoundedInt
     value: float
@@ -72,14 +72,14 @@ class RankEvidence(Record):
 
 
 class StaircaseStep(Record):
-    """The smallest margin at which this rank is enough."""
+    """A step of the staircase: the smallest margin at which this rank is enough."""
 
     margin: float
     rank: BoundedInt
 
 
 class NextRun(Record):
-    """A run that would settle or extend the answer."""
+    """A run that is expected to settle or extend the answer."""
 
     action: Literal["seeds", "examples", "rank", "rates", "steps", "test", "data", "none"]
     ranks: list[BoundedInt] = Field(default_factory=list)
@@ -107,17 +107,20 @@ class MetricAnswer(Record):
 
 
 class Decision(Record):
-    """The answer and its evidence."""
+    """The training rank and the evidence for it."""
 
     def to_pandas(self) -> DataFrame:
-        """The evidence as a table, one row per rank."""
+        """Return the evidence as a table with one row per rank."""
         from pandas import DataFrame
 
         return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
 
     @property
     def best_available_rank(self) -> int:
-        """The rank to take if one must be taken now: the answer, else the one shown to be enough, else `take`, else the best so far."""
+        """Return the rank to use if one must be chosen now.
+
+        This is the answer; without one, the rank that is shown to be enough, else `recommended_rank`, else the best so far.
+        """
         named = (self.rank, self.fallback_rank, self.recommended_rank, self.best_so_far)
         return next((rank for rank in named if rank is not None), self.reference_rank)
 
@@ -163,7 +166,7 @@ class Decision(Record):
 
 
 class DifferenceDistribution(Record):
-    """How a paired difference spreads over the held-out examples, since its mean hides what is rare; in the metric's unit."""
+    """The distribution of a paired difference over the held-out examples, in the metric's unit. Its mean hides rare large differences."""
 
     threshold: float  # ten margins
     share_worse: float  # the share of examples that get worse by more than `amount`
@@ -174,7 +177,7 @@ AdapterMethod: TypeAlias = Literal["trained", "truncated"]
 
 
 class AdapterCandidate(Record):
-    """One adapter file against the reference file, on the same validation examples."""
+    """An adapter compared with the reference adapter on the same validation examples."""
 
     rank: BoundedInt
     method: AdapterMethod
@@ -188,7 +191,7 @@ class AdapterCandidate(Record):
 
 
 class CheckpointNote(Record):
-    """Which evaluation of each training was compared, and the ranks that either gives: of a decision by the values alone."""
+    """The evaluation of each training that was compared, and the rank that each choice gives, judged by the values alone."""
 
     checkpoint: Checkpoint
     last: BoundedInt
@@ -200,7 +203,7 @@ class CheckpointNote(Record):
 
 
 class AdapterAnswer(Record):
-    """The smallest adapter of one training at the top rank that is not worse than the reference, the top, by more than the margin."""
+    """The smallest adapter from one training at the top rank that is not worse than the reference by more than the margin."""
 
     rank: BoundedInt
     method: AdapterMethod
@@ -218,14 +221,14 @@ class AdapterAnswer(Record):
 
     @property
     def is_top_rank_required(self) -> bool:
-        """Whether even the largest truncation loses more than the margin, so that the top itself may be too small."""
+        """Return whether even the largest truncation loses more than the margin. The top rank itself may then be too small."""
         lower = [cut for cut in self.candidates if cut.method == "truncated" and cut.rank < self.trained_rank]
         largest = max(lower, key=lambda cut: cut.rank, default=None)
         return self.rank == self.trained_rank and largest is not None and largest.difference > self.margin
 
 
 class TrainingRankEstimate(Record):
-    """Where the training rank probably lies, by the first question's evidence. It is no evidence for that rank."""
+    """The probable range of the training rank, estimated from the deployment rank. It is no evidence for that rank."""
 
     low: BoundedInt
     high: BoundedInt
@@ -234,7 +237,7 @@ class TrainingRankEstimate(Record):
 
 
 class ExportedAdapter(Record):
-    """What `adapter/` holds. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
+    """The adapter in `adapter/`. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
 
     rank: BoundedInt
     min_module_rank: BoundedInt | None = None  # None: not known
@@ -249,7 +252,7 @@ class ExportedAdapter(Record):
 
     @property
     def module_rank_range(self) -> str:
-        """`modules from 1 to 4` where a truncation gave them different ranks; else empty."""
+        """Return a text such as `modules from 1 to 4` if a truncation gave modules different ranks, else an empty text."""
         lowest = self.min_module_rank
         if self.method == "trained" or lowest is None or lowest == self.max_module_rank:
             return ""
@@ -257,10 +260,10 @@ class ExportedAdapter(Record):
 
     @property
     def rank_text(self) -> str:
-        """The rank, with the range of the modules where they differ."""
+        """Return the rank as text, with the range of the modules where they differ."""
         return f"{self.rank} ({self.module_rank_range})" if self.module_rank_range else f"{self.rank}"
 
     @property
     def load_rank(self) -> int | None:
-        """The rank at which it loads where its start is stored beside what was trained; None where it loads as trained."""
+        """Return the rank at which PEFT loads the adapter if its initial factors are stored beside the trained ones, else None."""
         return self.max_module_rank if self.method == "trained" and self.max_module_rank > self.rank else None

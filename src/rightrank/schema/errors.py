@@ -1,7 +1,7 @@
-"""The errors that `rightrank` raises, and the exit status that each has at the command line.
+"""The errors that `rightrank` raises, and the exit status of each at the command line.
 
-Every message states what was got, what is allowed, and what to do, in one line of at most 1,500 visible characters.
-All errors survive pickling: they carry one string and nothing else.
+Every message states what was given, what is allowed, and what to do, in one line of at most 1,500 visible characters.
+All errors can be pickled: they carry one string and nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))}
 
 
 class RightrankError(Exception):
-    """Base class of the errors of this package. The message is one line, whatever it quotes."""
+    """Base class of the errors of this package. The message is always one line."""
 
     exit_status: int = 1
 
@@ -33,7 +33,7 @@ class RightrankError(Exception):
 
 
 class InputError(RightrankError, ValueError):
-    """Bad usage or bad input; nothing was started."""
+    """Bad usage or bad input. Nothing was started."""
 
     exit_status = 2
 
@@ -47,7 +47,7 @@ class DataError(InputError):
 
 
 class ModelError(InputError):
-    """A model folder, its modules or its tokenizer."""
+    """A model folder, its modules or its tokenizer that can't be used."""
 
 
 class ResultsError(InputError):
@@ -55,7 +55,7 @@ class ResultsError(InputError):
 
 
 class RunFolderError(InputError):
-    """A run folder made with other settings, in use, or damaged."""
+    """A run folder that was made with other settings, is in use, or is damaged."""
 
 
 class MissingExtraError(InputError, ImportError):
@@ -79,31 +79,31 @@ class NotFiniteError(RunError):
 
 
 class ReportError(RunError, ValueError):
-    """What a custom trainer reported or returned, or a reward function returned, is no number or of another count."""
+    """A value from a custom trainer or a reward function that is not a number, or a wrong number of values."""
 
 
 class MultiLoraError(RunError):
-    """Arms that can't share a pass over this model; they are then trained alone."""
+    """Arms that can't share a pass over this model. They are then trained one after the other."""
 
 
 class AllTrialsFailedError(RunError):
-    """No trial, or too few to compare two ranks, ended with a result."""
+    """No trial ended with a result, or too few to compare two ranks."""
 
 
 class InterruptedRun(RightrankError):  # noqa: N818 - not a fault: the user requested it
-    """Stopped by the user; finished trials are kept and the run can be resumed."""
+    """Stopped by the user. Finished trials are kept, and the run can be resumed."""
 
     exit_status = 130
 
 
 class TerminatedRun(InterruptedRun):
-    """Stopped by SIGTERM; finished trials are kept and the run can be resumed."""
+    """Stopped by SIGTERM. Finished trials are kept, and the run can be resumed."""
 
     exit_status = 143
 
 
 def format_one_line(message: str) -> str:
-    """The message on one line, with control characters escaped, without secrets, and the middle of a long one left out.
+    """Return the message on one line, with control characters escaped, secrets redacted and the middle of a long text removed.
 
     Text quoted from a file then can't move the cursor or fill the screen.
     """
@@ -126,24 +126,24 @@ _SECRET_PATTERN = re.compile(
 
 
 def redact_secrets(text: str) -> str:
-    """The text with `…` in place of what looks like a password, a key or a token."""
+    """Replace passwords, keys and tokens in the text by `…`."""
     return _SECRET_PATTERN.sub(lambda secret: f"{next(filter(None, secret.groups()))}…", text)
 
 
 def get_first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, without secrets."""
+    """Return the first non-empty line of an error's message, with secrets redacted."""
     lines = (redact_secrets(line.strip()) for line in str(error).splitlines() if line.strip())
     return next(lines, type(error).__name__)
 
 
 def describe_error(error: BaseException) -> str:
-    """`KeyError: 'x'`, or the type alone where the error has no message."""
+    """Return a text such as `KeyError: 'x'`, or the type alone if the error has no message."""
     kind, text = type(error).__name__, get_first_line(error)
     return kind if text == kind else f"{kind}: {text}"
 
 
 def quote_value(value: object, limit: int = 60) -> str:
-    """The value as Python writes it, without the end of a long one."""
+    """Return the value as Python writes it, cut off at `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
@@ -156,12 +156,15 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the process ran out of memory. torch's error is matched by name, so that torch is not imported."""
+    """Return whether the device or the process ran out of memory.
+
+    The error of torch is recognized by its name, so that torch need not be imported.
+    """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def suggest_name(got: str, allowed: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest allowed name, or an empty string."""
+    """Return ` (did you mean 'x'?)` for the nearest allowed name, or an empty string."""
     near = get_close_matches(got, list(allowed), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,4 +1,4 @@
-"""The records of a run's journal, and the events of a running selection: the records, and what only a viewer needs."""
+"""The records of a run's journal, and the events that a running selection sends to listeners."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rightrank.schema.trials import (
 
 
 class SplitSummary(Record):
-    """Counts of a split after tokenising."""
+    """Counts of a split after tokenization."""
 
     examples: BoundedInt
     tokens: BoundedInt
@@ -37,7 +37,7 @@ class SplitSummary(Record):
 
 
 class DataSummary(Record):
-    """How the data was read."""
+    """A summary of the data and how it was read."""
 
     # own: read by a custom trainer
     form: Literal["text", "prompt_completion", "messages", "classification", "preference", "own"]
@@ -64,7 +64,7 @@ class DataSummary(Record):
 
     @property
     def loss_kind(self) -> LossKind:
-        """What the loss is a mean over."""
+        """Return the kind of loss: per token, per example or per pair."""
         return "pair_loss" if self.form == "preference" else "loss" if self.form == "classification" else "token_loss"
 
 
@@ -73,31 +73,32 @@ class RunStarted(Record):
 
     @property
     def is_custom_trainer(self) -> bool:
-        """Whether a trainer of one's own has model and data."""
+        """Return whether a custom trainer provides the model and the data."""
         return "trainer" in self.settings
 
     @property
     def is_table(self) -> bool:
-        """Whether it stands for a table of results, of whose trainings nothing else is known."""
+        """Return whether the record stands for a table of results, so that nothing else is known about the trainings."""
         return not self.fingerprint
 
     @property
     def is_callback(self) -> bool:
-        """Whether it is the end of a training of one's own, and not a function that trains."""
+        """Return whether a callback recorded the end of a custom training, rather than a function that trains."""
         return self.is_custom_trainer and "steps" not in self.settings
 
     @property
     def is_rl(self) -> bool:
+        """Return whether the run uses the profile for reinforcement learning."""
         return self.settings.get("profile") == "rl"
 
     @property
     def select_settings(self) -> SelectSettings:
-        """The settings by their names; one that an own trainer does not state is as by default."""
+        """Return the settings. Those that a custom trainer does not record have their defaults."""
         return SelectSettings.from_stored(self.settings)
 
     @property
     def model_name(self) -> str | None:
-        """None: a trainer of one's own has the model."""
+        """Return the name of the model, or None if a custom trainer provides it."""
         return self._name("model")
 
     @property
@@ -135,7 +136,7 @@ class RunStarted(Record):
 
 
 class TestEvaluated(Record):
-    """A finished trial's value on the test split, which the selection never uses."""
+    """The value of a finished trial on the test split, which the selection never uses."""
 
     __test__ = False  # the class is not a pytest test
 
@@ -154,7 +155,7 @@ class TestEvaluated(Record):
 
 
 class RunContinued(Record):
-    """The run was continued with other values of settings that change no trial; they hold from here on."""
+    """A continuation of the run with other values of settings that change no trial. They apply from here on."""
 
     type: Literal["run_continued"] = "run_continued"
     schema_version: BoundedInt = SCHEMA_VERSION
@@ -164,7 +165,7 @@ class RunContinued(Record):
 
 
 class AdapterRecorded(Record):
-    """The answer to the first question, and what `adapter/` holds from then on."""
+    """The deployment rank and the adapter in `adapter/`, valid until the next such record."""
 
     type: Literal["adapter_recorded"] = "adapter_recorded"
     schema_version: BoundedInt = SCHEMA_VERSION
@@ -202,7 +203,7 @@ JOURNAL_RECORD_ADAPTER: TypeAdapter[JournalRecord] = TypeAdapter(JournalRecord)
 
 
 class SelectionPlanned(Record):
-    """What the selection will train at most and is expected to; sent once, before the first trial."""
+    """The maximum and the expected number of trainings; sent once, before the first trial."""
 
     started: RunStarted
     expected_trials: BoundedInt
@@ -213,19 +214,19 @@ class SelectionPlanned(Record):
 
 
 class DurationEstimated(Record):
-    """The expected time of the selection, where it is known before the first trial."""
+    """The expected duration of the selection, if it is known before the first trial."""
 
     expected_seconds: float
 
 
 class RunStopped(Record):
-    """The selection ends without an answer; the journal holds what has finished."""
+    """The end of a selection without an answer. The journal holds the finished trials."""
 
     reason: RedactedText
 
 
 class Notice(Record):
-    """A line for a person."""
+    """A message for the user."""
 
     type: Literal["notice"] = "notice"
     text: RedactedText
@@ -243,7 +244,7 @@ class StepDone(Record):
 
 
 class EvaluationProgress(Record):
-    """Progress of what computes no training: the frozen layers before the first, an evaluation by `compare`."""
+    """Progress of work outside of trainings: computing the frozen layers before the first training, or an evaluation by `compare`."""
 
     type: Literal["evaluating"] = "evaluating"
     what: str  # is computed, in words
@@ -258,15 +259,17 @@ Event: TypeAlias = (
 
 
 class Listener:
-    """Receives what happens while trials run, and may ask them to stop. A base class: its methods do nothing."""
+    """A base class that receives the events of running trials and may ask them to stop. Its methods do nothing."""
 
     def on_event(self, event: Event) -> None:
-        """Called with each event, on the thread that runs the selection: a slow listener slows it down."""
+        """Handle an event. It runs on the thread of the selection, so a slow listener slows the selection down."""
 
     def send_notice(self, text: str) -> None:
-        """Give it a line for a person."""
+        """Send a message for the user as an event."""
         self.on_event(Notice(text=text))
 
     def should_stop(self) -> bool:
-        """Asked after each step; on True every running trial writes a checkpoint, and `InterruptedRun` is raised."""
+        """Return whether to stop. It is called after each step; on True every running trial writes a checkpoint, and
+        `InterruptedRun` is raised.
+        """
         return False

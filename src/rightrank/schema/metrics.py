@@ -71,9 +71,9 @@ _NAME = re.compile(rf"{_SPLITS}(.+?){_ENDINGS}")
 
 
 def infer_direction(name: str) -> bool | None:
-    """True if higher is better, False if lower is, None if it is not known.
+    """Return True if higher is better, False if lower is better, None if the name does not tell.
 
-    Known are the names above, after the name of a held-out split (`eval_loss`, `val/acc`, `test.f1`), with Lightning's
+    The names above are recognized, also after the name of a held-out split (`eval_loss`, `val/acc`, `test.f1`), with Lightning's
     endings (`val_loss_epoch`) and lm-evaluation-harness' filter (`exact_match,strict-match`).
     """
     normalized_name = re.sub(r"[\s_/\-.]+", "_", name.lower().partition(",")[0]).strip("_")
@@ -85,7 +85,7 @@ def infer_direction(name: str) -> bool | None:
 
 
 def format_unknown_direction(name: str) -> str:
-    """What to do about a metric whose direction is not known, as the end of an error message."""
+    """Return the beginning of an error message about a metric whose direction is unknown."""
     return f"metric {name!r}: whether higher or lower is better is not known from its name"
 
 
@@ -109,7 +109,7 @@ METRIC_FORMS = f"{', '.join(BUILT_IN_METRICS)}, MODULE:FUNCTION (after max: or m
 
 
 class MetricSpec(NamedTuple):
-    """One metric and who computes it."""
+    """A metric and how it is computed."""
 
     name: str  # its name in every record
     kind: SpecKind
@@ -118,12 +118,12 @@ class MetricSpec(NamedTuple):
 
     @property
     def is_eval_metric(self) -> bool:
-        """Whether every held-out evaluation measures it; else it needs the model's answers, generated texts or classes."""
+        """Return whether every held-out evaluation computes this metric. Others need generated answers or predicted classes."""
         return self.kind in ("loss", "pairs") or self.name == "accuracy"
 
 
 def _parse_metric(text: str) -> MetricSpec:
-    """The metric that `text` names."""
+    """Parse the name of one metric."""
     direction_prefix, _, unsigned_text = text.partition(":")
     if direction_prefix in ("max", "min") and ":" in unsigned_text:
         return _parse_metric(unsigned_text)._replace(higher_is_better=direction_prefix == "max")
@@ -142,10 +142,10 @@ def _parse_metric(text: str) -> MetricSpec:
 
 
 def parse_metrics(*texts: str) -> tuple[MetricSpec, ...]:
-    """The metrics that the texts name; the first one decides.
+    """Parse the names of metrics; the first one decides.
 
     Raises:
-        ValueError: an unknown metric, or two with one name.
+        ValueError: an unknown metric, or two with the same name.
     """
     specs = tuple(_parse_metric(text) for text in texts)
     names = [spec.name for spec in specs]
@@ -182,7 +182,7 @@ _ACCURACY = re.compile(
 
 
 def infer_metric_kind(name: str, higher_is_better: bool, loss: LossKind = "token_loss") -> MetricKind:
-    """The kind of metric that the name denotes; `loss`: what a loss is of."""
+    """Return the kind of metric that the name denotes; a loss is of the kind `loss`."""
     words = re.sub(r"[_/\-.]+", " ", name.lower())
     if not higher_is_better:
         if _PERPLEXITY.search(words):
@@ -192,16 +192,15 @@ def infer_metric_kind(name: str, higher_is_better: bool, loss: LossKind = "token
 
 
 def has_percentages(values: list[float]) -> bool:
-    """Whether accuracies are on a scale of 0 to 100."""
+    """Return whether accuracies are on a scale of 0 to 100."""
     return max(values) > 1 + 1e-9  # a fraction is at most 1
 
 
 def compute_default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:
-    """The default margin in the metric's unit: 0.005 nats per token, 0.02 per pair, half a point of accuracy, else 1% of the reference.
+    """Return the default margin in the metric's unit.
 
-    All verbs take it from here.
-
-    For a perplexity, 0.005 nats are half a percent of the reference. For a reference of 0, the margin is 1% of the largest
+    It is 0.005 nats per token, 0.02 per pair, half a point of accuracy, and 1% of the reference for other metrics. For a
+    perplexity, 0.005 nats are half a percent of the reference. For a reference of 0, the margin is 1% of the largest
     value, or 0.01.
     """
     if kind == "token_loss":
@@ -216,7 +215,7 @@ def compute_default_margin(kind: MetricKind, reference: float, values: list[floa
 
 
 def get_published_deviation(kind: MetricKind, reference: float, values: list[float]) -> float:
-    """The published standard deviation of one training over seeds, in the oriented unit (nats for a perplexity)."""
+    """Return the published standard deviation of one training over seeds, in the oriented unit (nats for a perplexity)."""
     if kind in ("token_loss", "perplexity"):
         return LOSS_SEED_DEVIATION
     if kind == "accuracy":

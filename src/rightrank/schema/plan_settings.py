@@ -1,4 +1,4 @@
-"""The settings of a plan: those of a selection where they mean the same, and those of the step that is planned."""
+"""The settings of a plan: shared ones of a selection, and those of the planned training step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def _copy_select_setting(name: str) -> Any:
-    """The row of a setting that means the same as that of a selection."""
+    """Return the row of a setting that has the same meaning in a selection."""
     return SelectSettings.model_fields[name]
 
 
 class PlanSettings(PeftFields):
-    """All settings of `plan` besides MODEL."""
+    """All settings of `plan` other than MODEL."""
 
     ranks: tuple[int, ...] = option(
         DEFAULT_PLAN_RANKS,

@@ -1,4 +1,4 @@
-"""The records of `inspect` and `resize`; one JSON object each."""
+"""The records of `plan`, `inspect`, `resize`, `compare` and the preflight; one JSON object each."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class PreflightRank(Record):
 
 
 class PreflightCost(Record):
-    """The cost of the selection, in whole trainings and in seconds."""
+    """The cost of the selection, in complete trainings and in seconds."""
 
     strategy: str
     steps: BoundedInt  # optimizer steps of a training
@@ -71,7 +71,7 @@ class PreflightCost(Record):
 
 
 class Resolution(Record):
-    """What so many validation examples are expected to resolve, from earlier grids of small models."""
+    """The differences that this many validation examples are expected to resolve, estimated from grids of small models."""
 
     examples: BoundedInt
     expected_half_width: float  # of a difference between ranks, one seed, 95% on one side, in the metric's unit
@@ -81,7 +81,7 @@ class Resolution(Record):
 
 
 class Preflight(Record):
-    """A selection before its first training."""
+    """A preview of a selection before its first training."""
 
     metric: str
     margin: float | None  # None: 1% of a value that is not known yet
@@ -121,7 +121,7 @@ class ModuleSpectrum(Record):
 
 
 class InspectionSummary(Record):
-    """The whole adapter or checkpoint."""
+    """A summary of the complete adapter or checkpoint."""
 
     kind: Literal["adapter", "checkpoints"]
     modules: int
@@ -140,7 +140,7 @@ class InspectionSummary(Record):
 
 
 class Inspection(Record):
-    """`inspect --json`."""
+    """The object of `inspect --json`."""
 
     modules: list[ModuleSpectrum]
     summary: InspectionSummary
@@ -156,14 +156,14 @@ class ModuleResize(Record):
 
 
 class HeldOutValue(Record):
-    """A truncation measured on held-out data."""
+    """The held-out value of a truncation."""
 
     rank: int
     value: float
 
 
 class Resized(Record):
-    """`resize --json`."""
+    """The object of `resize --json`."""
 
     rank: int | None  # None: modules differ
     relative_delta_error: float  # over all modules, of the written tensors
@@ -201,7 +201,7 @@ class _ComparisonResult(Record):
 
 
 class MetricComparison(_ComparisonResult):
-    """B against A by one metric on one data set."""
+    """The comparison of B with A by one metric on one data set."""
 
     data: str
     value_a: float
@@ -209,7 +209,7 @@ class MetricComparison(_ComparisonResult):
 
 
 class AdapterComparison(_ComparisonResult):
-    """Whether B is no worse than A. The figures at the top are those of the comparison with the worst verdict."""
+    """The verdict whether B is no worse than A. The figures at the top are those of the comparison with the worst verdict."""
 
     sentence: str
     comparisons: list[MetricComparison]

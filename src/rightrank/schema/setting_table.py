@@ -27,7 +27,7 @@ MAX_SUGGESTIONS = 3  # that answer an unknown setting
 
 
 class Group(Enum):
-    """The sections of `--help` and of the page of settings, in their order."""
+    """The sections of `--help` and of the settings page, in order."""
 
     COMPARE = "What to compare"
     DECIDE = "How to decide"
@@ -68,20 +68,20 @@ class Setting:
 
 
 def option(default: Any, group: Group, help: str, **row_options: Any) -> Any:
-    """A row with the option `--name-of-the-setting`."""
+    """Define a setting with the option `--name-of-the-setting`."""
     return setting(default, group, help, option="--", **row_options)
 
 
 def setting(default: Any, group: Group, help: str, **row_options: Any) -> Any:
-    """A row; the bounds are given by name."""
+    """Define a setting. Bounds are keyword arguments: `gt`, `ge`, `lt`, `le`."""
     bounds: dict[str, Any] = {name: row_options.pop(name) for name in ("gt", "ge", "lt", "le") if name in row_options}
     return Setting(default, group, help, **row_options, bounds=bounds)
 
 
 class Settings:
-    """A frozen record of settings. Names and verbs are those of pydantic's records, which all other records are.
+    """A frozen record of settings. Its methods have the names of pydantic's, which all other records are.
 
-    A subclass states its rows and, in `_require_consistent`, what its values must keep together.
+    A subclass defines its rows, and consistency checks between values in `_require_consistent`.
     """
 
     model_fields: ClassVar[Mapping[str, Setting]] = {}
@@ -103,10 +103,10 @@ class Settings:
         cls.model_fields = dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
 
     def __init__(self, **values: Any) -> None:
-        """The settings with these values, all others as by default.
+        """Create settings with these values; all others have their defaults.
 
         Raises:
-            SettingsError: an unknown name (with the nearest known one), or a value that is not allowed.
+            SettingsError: an unknown name (with the nearest existing one), or a value that is not allowed.
         """
         unknown = next((name for name in values if name not in self.model_fields), None)
         if unknown is not None:
@@ -122,11 +122,11 @@ class Settings:
             raise SettingsError(str(error)) from None
 
     def _require_consistent(self) -> None:
-        """Refuse values that don't go together, with ValueError."""
+        """Raise ValueError if values contradict each other."""
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any]) -> Self:
-        """The settings among what a journal holds, which `model_dump` wrote in the mode `json`: they are not checked again."""
+        """Restore settings from a journal, written by `model_dump` in the mode `json`. The values are not checked again."""
         stored_values = {name: value for name, value in values.items() if name in cls.model_fields}
         return cls._build(
             {name: row.default for name, row in cls.model_fields.items()}
@@ -141,11 +141,11 @@ class Settings:
         return settings
 
     def model_copy(self, *, update: Mapping[str, Any]) -> Self:
-        """The same with some values changed, which are not checked."""
+        """Return a copy with some values changed. The values are not checked."""
         return self._build(self.__dict__ | dict(update), self.model_fields_set | update.keys())
 
     def model_dump(self, *, mode: str = "python", include: Iterable[str] | None = None) -> dict[str, Any]:
-        """The values by name; in the mode `json`, tuples as lists."""
+        """Return the values by name; in the mode `json`, tuples become lists."""
         names = [name for name in self.model_fields if include is None or name in include]
         values = {name: self.__dict__[name] for name in names}
         if mode != "json":
@@ -164,12 +164,12 @@ class Settings:
 
 
 def get_explicit_values(settings: Settings | None) -> dict[str, Any]:
-    """The values that were given, by name, and what was stated beside them."""
+    """Return the values that were given explicitly, by name, with the fields that the run must agree with."""
     return {} if settings is None else {**settings.model_dump(include=settings.model_fields_set), **settings.stated}
 
 
 def is_list_type(hint: Any) -> bool:
-    """Whether a setting of this type takes several values."""
+    """Return whether a setting of this type takes several values."""
     return any(get_origin(alternative) is tuple for alternative in (hint, *get_args(hint)))
 
 
@@ -201,7 +201,7 @@ def _validate_values(kind: type[Settings], values: Mapping[str, Any]) -> dict[st
 
 
 def _convert_value(kind: type[Settings], name: str, value: Any) -> Any:
-    """What people write as the value that the type takes: one for a list, a text with commas, JSON, a habit of other tools."""
+    """Convert a user's value to the setting's type: a value to a list, a text with commas to a list, JSON, names of other tools."""
     row, hint = kind.model_fields[name], kind.model_types[name]
     if row.parse is not None:
         value = row.parse(value)
@@ -220,7 +220,7 @@ def _convert_value(kind: type[Settings], name: str, value: Any) -> Any:
 
 
 def parse_json_value(value: Any) -> Any:
-    """A text as JSON where it is that, such as `true` or `16`; any other value as it is."""
+    """Parse a text such as `true` or `16` as JSON if possible; return any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -230,7 +230,7 @@ def parse_json_value(value: Any) -> Any:
 
 
 def _build_model(kind: type[Settings]) -> type[BaseModel]:
-    """The record of pydantic that checks types and bounds."""
+    """Return the pydantic model that checks types and bounds."""
     from pydantic import ConfigDict, Field, create_model
 
     if kind.pydantic_model is not None:
@@ -245,7 +245,7 @@ def _build_model(kind: type[Settings]) -> type[BaseModel]:
 
 
 def require_no_secret(name: str, value: object) -> None:
-    """Refuse what would be stored in the journal and shown in the report, with ValueError."""
+    """Raise ValueError if the value looks like a secret, since the journal stores it and the report shows it."""
     if not isinstance(value, int | float | None) and redact_secrets(str(value)) != str(value):
         raise ValueError(
             f"{name}: this looks like a password, key or token, and would be stored; give it through the environment"

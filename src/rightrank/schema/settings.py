@@ -45,7 +45,7 @@ BYTE_UNITS = {
 
 
 def _parse_bytes(text: object) -> object:
-    """`24GiB` as bytes; any value but a text as it is."""
+    """Convert a text such as `24GiB` to bytes; return any other value unchanged."""
     if not isinstance(text, str):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
@@ -74,7 +74,7 @@ def _require_columns(entries: tuple[str, ...]) -> tuple[str, ...]:
 def _require_distinct(
     is_allowed: Callable[[Any], bool], noun: str, allowed: str, values: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """The list in order: at least one value, each allowed and given once."""
+    """Return the sorted values after checking that there is at least one, and that each is allowed and occurs once."""
     disallowed = next((value for value in values if not is_allowed(value)), None)
     if disallowed is not None:
         raise ValueError(f"{noun} {disallowed:g} is not allowed: {noun}s are {allowed}")
@@ -108,7 +108,7 @@ _TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, 
 
 
 def _convert_peft_names(values: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with LoraConfig's own fields and habits as settings: `r`, `use_rslora`, `init_lora_weights=True`, `lora_alpha=2r`."""
+    """Convert LoraConfig's own fields and spellings to settings: `r`, `use_rslora`, `init_lora_weights=True`, `lora_alpha=2r`."""
     if (kind := values.get("peft_type", "LORA")) != "LORA":
         raise SettingsError(f"peft_type: got {kind!r}; a selection trains 'LORA' alone: leave it out")
     if str(values.get("inference_mode") or False).lower() != "false":
@@ -142,7 +142,7 @@ def _convert_peft_names(values: Mapping[str, Any], rows: Mapping[str, Any]) -> d
 
 
 class PeftFields(Settings):
-    """Fields of PEFT's LoraConfig that the adapters of all ranks get as they are, and the bits of the base below them."""
+    """Fields of PEFT's LoraConfig that the adapters of all ranks share, and the quantization of the base model."""
 
     load_in_4bit: bool
     load_in_8bit: bool
@@ -180,10 +180,10 @@ class PeftFields(Settings):
     )
 
     def __init__(self, **values: Any) -> None:
-        """As of `Settings`; fields of LoraConfig that have no setting of their own may be among the values.
+        """Create settings as `Settings` does; fields of LoraConfig without a setting of their own may be among the values.
 
         Raises:
-            SettingsError: also for another name under `peft_options`.
+            SettingsError: also for an unknown name under `peft_options`.
         """
         checked_fields = {name: str(values[name]) for name in PEFT_CHECKED_FIELDS if values.get(name) is not None}
         values = _convert_peft_names(values, type(self).model_fields)
@@ -202,18 +202,18 @@ class PeftFields(Settings):
 
     @property
     def weight_bits(self) -> int | None:
-        """The bits of a quantised base; None for a base in `dtype`."""
+        """Return the bits of a quantized base model, or None if its weights have the type `dtype`."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def load_error_hint(self, default_hint: str) -> str:
-        """What is to be said where the base fails: its quantisation is to be left out first, `otherwise` without one."""
+        """Return a hint for an error while loading the base model: leave its quantization out, or `default_hint` without one."""
         if self.weight_bits is None:
             return default_hint
         name = f"load_in_{self.weight_bits}bit"
         return f"bitsandbytes may not run this base in {self.weight_bits} bits on this device: leave {name} out, or give another device"
 
     def build_lora_config(self) -> dict[str, Any]:
-        """These fields as LoraConfig takes them, but for the parameters, whose names depend on the model."""
+        """Return these fields as arguments of LoraConfig, without the parameters, whose names depend on the model."""
         return {
             "lora_dropout": self.lora_dropout,
             "exclude_modules": list(self.exclude_modules) or None,
@@ -224,7 +224,7 @@ class PeftFields(Settings):
 
 
 class _TrainerFields(Settings):
-    """Fields of transformers' TrainingArguments that all trainings get as they are."""
+    """Fields of transformers' TrainingArguments that all trainings share."""
 
     gradient_accumulation_steps: int = setting(1, TRAINING, "forward passes in an optimizer step", gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
@@ -237,7 +237,7 @@ class _TrainerFields(Settings):
 
 
 class SelectSettings(PeftFields, _TrainerFields):
-    """All settings of a selection besides MODEL, DATA and --out."""
+    """All settings of a selection other than MODEL, DATA and --out."""
 
     goal: Goal = option(
         "training-rank",
@@ -506,10 +506,10 @@ class SelectSettings(PeftFields, _TrainerFields):
             self.is_higher_better(spec.name)
 
     def is_higher_better(self, name: str) -> bool:
-        """The direction of one of the metrics: as given, else as its name says.
+        """Return the direction of a metric, from the settings or else from its name.
 
         Raises:
-            ValueError: it is not known; the message says what to give.
+            ValueError: the direction is unknown; the message says what to give.
         """
         higher = self.get_direction(name)
         if higher is None:
@@ -519,18 +519,18 @@ class SelectSettings(PeftFields, _TrainerFields):
         return higher
 
     def get_direction(self, name: str) -> bool | None:
-        """The same; None where it is not known."""
+        """Return the direction of a metric, or None if it is unknown."""
         explicit = next((spec.higher_is_better for spec in self.metric_specs if spec.name == name), None)
         return infer_direction(name) if explicit is None else explicit
 
     @property
     def group(self) -> str:
-        """The column by which rows belong together; empty where `columns` names none."""
+        """Return the column that defines groups of rows, or an empty text if `columns` has none."""
         return dict(entry.split("=", 1) for entry in self.columns).get("group", "")
 
     @property
     def metric_specs(self) -> tuple[MetricSpec, ...]:
-        """The metric that decides, then the others."""
+        """Return the metrics; the first one decides."""
         return parse_metrics(self.metric, *self.metrics)
 
     @property
@@ -539,7 +539,7 @@ class SelectSettings(PeftFields, _TrainerFields):
 
     @property
     def points_metric(self) -> str:
-        """The metric of the evaluations during a training: that which decides if it is measured there, else the loss."""
+        """Return the metric of evaluations during training: the deciding metric if they compute it, else the loss."""
         spec = self.metric_specs[0]
         return spec.name if spec.is_eval_metric else "loss"
 
@@ -548,7 +548,10 @@ class SelectSettings(PeftFields, _TrainerFields):
         return self.batch_size * self.gradient_accumulation_steps
 
     def compute_max_eval_examples(self, train_examples: int) -> int:
-        """Examples of a held-out split at most: `max_eval_examples`, or what steps and data allow, never a result."""
+        """Return the maximum number of examples of a held-out split.
+
+        This is `max_eval_examples`, or a number that depends on the length of the training and on the metrics.
+        """
         if self.max_eval_examples is not None:
             return self.max_eval_examples
         if any(not spec.is_eval_metric for spec in self.metric_specs):
@@ -559,7 +562,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         )
 
     def count_training_steps(self, train_examples: int) -> int:
-        """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
+        """Return the optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
         steps = self.max_steps or max(
             1, round((self.num_train_epochs or 1.0) * train_examples / self.examples_per_step)
         )
@@ -597,10 +600,10 @@ CONTINUABLE_SETTINGS = tuple(name for name, row in SelectSettings.model_fields.i
 
 
 def select_identity_settings(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among `values` (JSON) that say what a selection finds.
+    """Return the settings among `values` (JSON) that determine the trials of a selection.
 
-    They are those of the begun run where a difference makes no other run: the same trials keep their identity. Two spellings of
-    one path, such as `model` and `./model`, are the same.
+    A setting that changes no trial has its stored value, so that trials keep their identity. Two spellings of one path, such as
+    `model` and `./model`, are the same.
     """
     rows = SelectSettings.model_fields
     identity_values = {name: stored[name] for name in CONTINUABLE_SETTINGS if name in stored}

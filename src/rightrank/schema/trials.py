@@ -32,13 +32,13 @@ SplitName: TypeAlias = Literal["train", "validation", "test"]
 
 
 class Record(BaseModel):
-    """A frozen value; equal when its fields are."""
+    """A frozen record. Two records are equal if their fields are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def hash_content(value: JsonValue | dict[str, Any]) -> str:
-    """SHA-256 in hex of a JSON value, with sorted keys."""
+    """Return the SHA-256 of a JSON value with sorted keys, in hex."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -67,27 +67,27 @@ class ArmFields(Record):
 
     @property
     def is_direct(self) -> bool:
-        """Whether this is a complete training, as the comparison of ranks requires."""
+        """Return whether this is a complete training, as the comparison of ranks requires."""
         return self.stop_at is None and self.truncate_from is None
 
     @property
     def end(self) -> int:
-        """The step at which it ends."""
+        """Return the step at which the training ends."""
         return self.steps if self.stop_at is None else self.stop_at
 
 
 class Arm(ArmFields):
-    """One training to run. Trials are runs of an arm."""
+    """A configuration to train. A trial is one training of it."""
 
     def format_label(self) -> str:
-        """A short name, such as `r=8 lr=0.0001 seed=0`."""
+        """Return a short name, such as `r=8 lr=0.0001 seed=0`."""
         if self.rank == 0:
             return "base"
         name = f"r={self.rank} lr={self.learning_rate:g} seed={self.seed}"
         return f"{name} {self.format_stage()}" if self.format_stage() else name
 
     def format_stage(self) -> str:
-        """How the arm differs from a complete training; empty if it does not."""
+        """Return how the arm differs from a complete training, or an empty text."""
         if self.truncate_from is not None:
             return "truncated"
         if self.anneal_from is not None:
@@ -96,19 +96,19 @@ class Arm(ArmFields):
 
 
 class Trial(Record):
-    """An arm and the identity that the run gives it."""
+    """An arm and its trial id."""
 
     trial_id: str
     arm: Arm
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields that every record of the trial begins with."""
+        """Return the fields with which every record of the trial begins."""
         return {"trial_id": self.trial_id, **self.arm.model_dump()}
 
 
 def compute_trial_id(context_fingerprint: str, arm: Arm) -> str:
-    """The identity of a trial: 12 hex digits of a hash of everything that defines it.
+    """Return the id of a trial: 12 hex digits of a hash of everything that defines it.
 
     `context_fingerprint` covers the model, the data and the settings that all arms share.
     """
@@ -117,7 +117,7 @@ def compute_trial_id(context_fingerprint: str, arm: Arm) -> str:
 
 
 class EvalPoint(Record):
-    """The held-out value at a step of a training. A custom trainer that makes one of NaN has diverged."""
+    """The held-out value at a step of a training. If a custom trainer reports NaN, the trial has diverged."""
 
     step: BoundedInt
     value: float
@@ -180,11 +180,11 @@ class TrialFinished(ArmFields):
 
     @property
     def seconds(self) -> float:
-        """Of training and evaluation."""
+        """Return the seconds of training and evaluation."""
         return self.train_seconds + self.eval_seconds
 
     def get_weighted_scores(self, metric: str) -> tuple[Sequence[float], Sequence[float]] | None:
-        """`(scores times weights, weights)` of a metric by example, in the metric's direction; None if not measured."""
+        """Return `(scores times weights, weights)` of a metric by example, in the metric's direction, or None if it was not measured."""
         if metric == "loss" and self.example_losses:
             return self.example_losses, self.example_tokens
         if self.example_scores is not None:  # the deciding metric, under any name that a custom trainer gives it
@@ -197,7 +197,7 @@ class TrialFinished(ArmFields):
 
 
 class TrialDiverged(ArmFields):
-    """A trial whose loss became NaN or rose above the base's: a missing value, not evidence against a rank."""
+    """A trial whose loss became NaN or rose above the base model's. It is a missing value and no evidence against a rank."""
 
     type: Literal["trial_diverged"] = "trial_diverged"
     schema_version: BoundedInt = SCHEMA_VERSION
@@ -207,7 +207,7 @@ class TrialDiverged(ArmFields):
 
 
 class TrialCollapsed(ArmFields):
-    """A trial whose held-out value fell far below its own best: no evidence, and nothing of it is handed over."""
+    """A trial whose held-out value fell far below its own best. It is no evidence, and its adapter is not handed over."""
 
     type: Literal["trial_collapsed"] = "trial_collapsed"
     schema_version: BoundedInt = SCHEMA_VERSION
@@ -222,7 +222,7 @@ class TrialCollapsed(ArmFields):
 
 
 class TrialEvaluated(Record):
-    """A held-out value that a running trial reported. The looks of a trial that is run again are dropped."""
+    """A held-out value that a running trial reported. If the trial is run again, its earlier evaluations are dropped."""
 
     type: Literal["trial_evaluated"] = "trial_evaluated"
     schema_version: BoundedInt = SCHEMA_VERSION
@@ -251,12 +251,12 @@ OUTCOMES = (TrialFinished, TrialCollapsed, TrialDiverged, TrialFailed)
 
 
 def count_added_steps(arm: ArmFields, finished: Mapping[str, TrialFinished]) -> int:
-    """Optimizer steps that `arm` adds to those of the trial that it resumes; `finished` by trial id."""
+    """Return the optimizer steps that `arm` adds to those of the trial that it resumes; `finished` maps ids to trials."""
     resumed = finished.get(arm.continue_from or "")
     return arm.end - (0 if resumed is None else resumed.end)
 
 
 def compute_added_seconds(outcome: TrialFinished, finished: Mapping[str, TrialFinished]) -> float:
-    """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumes, and contains."""
+    """Return the seconds of training and evaluation that `outcome` adds to those of the trial that it resumes."""
     resumed = finished.get(outcome.continue_from or "")
     return outcome.seconds - (0.0 if resumed is None else resumed.seconds)
