@@ -135,7 +135,7 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
     [
         ("", "the file is empty"),
         ("rank,value\n", "a header and no rows"),
-        ("size,value\n1,2\n2,3\n", r"none of the columns \(size, value\) is recognized as the rank"),
+        ("size,value\n1,2\n2,3\n", "none of the columns (size, value) is recognized as the rank"),
         ("rank,other\n1,2\n2,3\n", "is recognized as the held-out value"),
         ("rank,train_loss\n1,2\n2,3\n", "a training loss does not measure held-out data"),
         ("rank,value\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),

@@ -253,10 +253,10 @@ def test_a_function_may_name_its_metric(tmp_path: Path, capsys: pytest.CaptureFi
     assert (selected.metric, selected.higher_is_better, selected.reference_rank) == ("win_share", True, 16)
     err = capsys.readouterr().err
     assert (
-        "trainer tests.runs.test_select_rank_with.Named, by win_share (higher is better); the trainer sets the" in err
+        "trainer tests.runs.test_select_rank_with.WinShareFunction, by win_share (higher is better); the trainer sets the" in err
     )
     assert "examples: ;" not in err
-    with pytest.raises(SettingsError, match="'loss': Named scores examples by 'win_share'; leave metric out"):
+    with pytest.raises(SettingsError, match="'loss': WinShareFunction scores examples by 'win_share'; leave metric out"):
         select_rank_with(WinShareFunction(), tmp_path / "other", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
 
 
@@ -329,7 +329,7 @@ def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], me
 
 def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
     select_rank_with(compute_loss, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
-    with pytest.raises(RunFolderError, match=r"trainer: .*compute_loss' → .*paired'"):
+    with pytest.raises(RunFolderError, match=r"trainer: .*compute_loss' → .*score_pair'"):
         select_rank_with(score_pair, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
     assert issubclass(RunFolderError, RightrankError)
 

@@ -1,6 +1,6 @@
-"""One comparison: enough, not enough or cannot tell, from the one-sided 95% bounds of a paired difference.
+"""Compare two adapters or ranks: enough, not enough or cannot tell, from one-sided 95% bounds of a paired difference.
 
-`select`, `resize` and `compare` ask it. A difference is above 0 where something is worse.
+`select`, `resize` and `compare` use it. A difference above 0 is worse.
 
     ===========  ===================================
     enough       the upper bound is within the margin
@@ -8,28 +8,28 @@
     cannot tell  otherwise
     ===========  ===================================
 
-Within the margin is at most the margin (`is_within`), for bounds, for means and for bare values.
+Within the margin means at most the margin (`is_within`), for bounds, for means and for single values.
 
-The bounds are of means over two crossed random factors, examples and seeds, in closed form.
+The bounds are those of means over two crossed random factors, examples and seeds, in closed form.
 
-Where rows belong together (the sentences of a document), the groups are drawn, and not their rows: every sum below is then over
-the sums of groups, of their number and their sizes. A group counts by its leverage h as in CR2 (Bell and McCaffrey 2002, "Bias
-reduction in standard errors for linear regression with multi-stage samples"), and the degrees of freedom are those of groups whose rows
-are fully alike: they are few where a few groups hold most rows. Without groups the bounds take rows as independent, and are too near where
-they are not (benchmarks/README.md, archive).
+If rows form groups (the sentences of a document), groups are sampled rather than rows: every sum below is then over group sums,
+their number and their sizes. A group counts by its leverage h as in CR2 (Bell and McCaffrey 2002, "Bias reduction in standard
+errors for linear regression with multi-stage samples"), and the degrees of freedom are those of groups with identical rows: there
+are few if a few groups hold most rows. Without groups the bounds assume independent rows, and are too narrow if rows are dependent
+(docs/explanation/science.md, archive).
 
 The model of one score (or of one paired difference) x of seed s and example i is
 
     x_si = w_i (θ + seed_s) + example_i + interaction_si
 
 with random seeds and examples. The mean's variance is V = V_examples + V_seeds - V_interaction: each of the first two
-contains the interaction, so it is subtracted once. Each part is taken at the quantile of its own degrees of freedom. The skewness of
-the examples shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap (Owen
-2007) covers about as well at thirty to a hundred times the cost.
+contains the interaction, so it is subtracted once. Each component is taken at the quantile of its own degrees of freedom. The
+skewness of the examples shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap
+(Owen 2007) covers about as well at thirty to a hundred times the cost.
 
-Where nothing but two files is compared (`estimate_file_difference`), the degrees follow the kurtosis of the examples, and skewness widens a
-bound and never narrows it: `benchmarks/compared` shows that these bounds err less often there. No bound of a bounded score has
-zero width: where at most three examples differ, the standard error is at least that of the rule of three.
+If exactly two adapters are compared (`estimate_file_difference`), the degrees follow the kurtosis of the examples, and skewness
+widens a bound and never narrows it: `benchmarks/compared` shows that these bounds are wrong less often there. No bound of a bounded
+score has zero width: if at most three examples differ, the standard error is at least that of the rule of three.
 """
 
 from __future__ import annotations

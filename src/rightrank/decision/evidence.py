@@ -1,6 +1,6 @@
 """The evidence in a table: the mean of each rank, its paired difference from the reference, and whether it is enough.
 
-The data decide what an interval rests on (`Evidence.basis`):
+The data decide which variation an interval covers (`Evidence.basis`):
 
     examples and seeds  examples and seeds vary: the closed form of two crossed factors
     examples            one seed: the examples are measured, and the noise over seeds is unknown
@@ -8,8 +8,8 @@ The data decide what an interval rests on (`Evidence.basis`):
     std                 one number a rank with a stated standard deviation
     values              one number a rank and no deviation: scatter about the curve
 
-Ranks and learning rates are compared on the seeds that they share. A single seed gives an indication: its intervals leave
-out the noise over seeds.
+Ranks and learning rates are compared on the seeds that they share. A single seed gives an indication: its intervals exclude
+the noise over seeds.
 """
 
 from __future__ import annotations
@@ -198,13 +198,13 @@ class Evidence:
 
     @cached_property
     def reference_bias(self) -> float:
-        """The winner's curse of the reference as the best of all ranks: differences from it look larger than they are.
+        """Estimate how much too good the reference looks as the best of all ranks, so that differences from it look too large.
 
-        The test of "enough" is conservative by this amount. It is taken out before a rank is called not enough. Shown means are more spread
-        than the true ones, and so the gap at them is too small: ranks within `ALIKE` standard errors of the best are taken to be as good as
-        it (the recentring of Hansen 2005, "A Test for Superior Predictive Ability", JBES 23), and the others out of the race. The reference's
-        own noise is at most that of its quietest difference, so a noisy rank counts as one no noisier than the better ranks.
-        benchmarks/decide/printed.py measures what this leaves of the error.
+        The test of "enough" is conservative by this amount. It is subtracted before a rank is called not enough. Measured means have a
+        larger spread than the true ones, so the bias at them is too small: ranks within `MAX_EQUAL_ERRORS` standard errors of the best are
+        taken to be as good as it (the recentering of Hansen 2005, "A Test for Superior Predictive Ability", JBES 23), and the others are
+        excluded. The reference's own noise is at most that of its quietest difference, so a noisy rank counts as one no noisier than the
+        better ranks. benchmarks/decide/printed.py measures what this leaves of the error.
         """
         error, rivals, degrees = math.inf, [0.0], [MAX_DEGREES]
         for contender in sorted(self.contenders.values(), key=lambda other: (other.adjusted_loss, other.rank)):

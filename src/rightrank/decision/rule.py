@@ -1,16 +1,16 @@
-"""The rule: the smallest rank that is not worse than the best by more than the margin.
+"""The decision rule: the smallest rank that is not worse than the best by more than the margin.
 
 The reference is the rank with the best mean, each rank at its best learning rate. The ranks below it are tested from the
 top downward, each by the 95% upper bound of its paired difference from the reference, until one fails. A fixed sequence
 of tests needs no correction for multiplicity.
 
-A table with one number per rank proves nothing. There the rule reads the differences themselves, as a careful reader of a
-published table does; the decision has the flag `underpowered`, and `non_inferior` is None.
+A table with one number per rank proves nothing. There the rule compares the values themselves, as a careful reader of a
+published table would; the decision has the flag `underpowered`, and `non_inferior` is None.
 
-Where there are probabilities that a rank is enough (`Evidence.probability_obstacle` says why there may be none), the answer is the smallest rank at which it
-reaches `DEFAULT_CONFIDENCE`, or another confidence that the caller asks for, with one seed and with several; whether the 95% bounds show it too is a
-grade beside it. Elsewhere the bounds pick the rank. One seed gives an indication: the decision has the flag `build_one_seed_table`, and its `confidence` is None,
-since bounds leave out the noise over seeds.
+If ranks have a probability of being enough (`Evidence.probability_obstacle` says why they may not), the answer is the smallest rank
+whose probability is at least `DEFAULT_CONFIDENCE`, or another confidence that the caller requests, with one seed and with several.
+Whether the 95% bounds show it too is stated as a grade. Without probabilities the bounds choose the rank. One seed gives an
+indication: the decision has the flag `one_seed`, and its `confidence` is None, since bounds exclude the noise over seeds.
 """
 
 from __future__ import annotations

@@ -163,13 +163,13 @@ def split_seed_variance(means: Floats) -> tuple[float, float]:
 
 
 def estimate_selection_bias(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES) -> float:
-    """The winner's curse: how much better, on average, the best of several noisy means looks than it is.
+    """Estimate the selection bias (winner's curse): how much better the best of several noisy means looks than it is on average.
 
-    With shown means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
+    With measured means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
 
-        gap = -E[ε_J],  J = argmin_j (m_j + ε_j)
+        bias = -E[ε_J],  J = argmin_j (m_j + ε_j)
 
-    so that m_J + gap is the corrected mean. It grows with the noise and with the number of close candidates: for n equal
+    so that m_J + bias is the corrected mean. It grows with the noise and with the number of close candidates: for n equal
     means with independent noise of deviation σ it is σ/√π = .56σ (n = 2) or .85σ (n = 3); for a clear winner it is 0.
 
     Sources: Smith and Winkler (2006), "The Optimizer's Curse", Management Science 52, for the bias of a selected best;
@@ -178,7 +178,7 @@ def estimate_selection_bias(means: Floats, covariance: Floats, degrees: float = 
     Args:
         means: [n], oriented so that lower is better.
         covariance: [n, n] of their noise.
-        degrees: with which the covariance is known. The noise is a multivariate t below `MAX_DEGREES`.
+        degrees: the degrees of freedom of the covariance. The noise is a multivariate t below `MAX_DEGREES`.
     """
     if len(means) < 2:
         return 0.0
@@ -188,10 +188,10 @@ def estimate_selection_bias(means: Floats, covariance: Floats, degrees: float = 
 
 
 def sample_multivariate_noise(covariance: Floats, degrees: float, draws: int) -> Floats:
-    """[n, draws] of a multivariate t with mean 0, from a fixed seed; normal from `MAX_DEGREES` on.
+    """Draw [n, draws] of a multivariate t with mean 0 from a fixed seed; normal from `MAX_DEGREES` on.
 
-    The root of the covariance is Cholesky's. A further row changes none before it, and unlike eigenvectors, which equal variances leave open, it is
-    the same on every machine. Where no noise has this covariance, the last rows get some more variance.
+    The root of the covariance is Cholesky's. An additional row changes none before it, and unlike eigenvectors, which are not unique for
+    equal variances, it is the same on every machine. If no noise has this covariance, the last rows get some more variance.
     """
     root = np.zeros_like(covariance)
     for row, column in zip(*np.tril_indices(len(root)), strict=True):

@@ -3,22 +3,22 @@
 The verdict is the first row that applies, from the most sobering to the plainest:
 
     ===========  =====================================================================================
-    no_gain      the base itself is within the margin of the best adapter
-    undecided    a rank that could change the answer is inconclusive (`find_inconclusive_rank`), or a larger
-                 rank may be better than the reference by more than the margin (`find_possible_rival`), or
-                 is worse than it without a reason (`find_unexplained_rank`)
+    no_gain      the base model itself is within the margin of the best adapter
+    undecided    a rank that could change the answer is inconclusive (`find_inconclusive_rank`), or a
+                 larger rank may be better than the reference by more than the margin
+                 (`find_possible_rival`), or is worse than it without a reason (`find_unexplained_rank`)
     overfitting  the largest rank is worse than the margin allows on held-out data and better in training
     flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
     rising       the largest rank is chosen, and every smaller one is shown to be worse than the margin allows
     saturated    otherwise
     ===========  =====================================================================================
 
-`no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`find_indistinguishable_ranks`).
+`no_difference` replaces `undecided` if the caller wants the smallest rank then (`find_indistinguishable_ranks`).
 
-Where a confidence chose the rank (`Comparison.apply_confidence`), the answer is `undecided` if no rank is as probable, and "shown" in the other rows
-is "as probable".
+If a confidence chose the rank (`Comparison.apply_confidence`), the answer is `undecided` if no rank is as probable, and "shown" in
+the other rows means "as probable".
 
-In a point reading (`Evidence.lacks_uncertainty`) nothing is inconclusive: ranks are compared by their values.
+If the values have no uncertainty (`Evidence.lacks_uncertainty`), nothing is inconclusive: ranks are compared by their values.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def determine_verdict(comparison: Comparison) -> Verdict:
 
 
 def find_inconclusive_rank(comparison: Comparison) -> int | None:
-    """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
+    """Find the rank (0: the base model) that leaves the answer undecided.
 
-    None where a confidence chose the rank. The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
-    rank below half of the chosen one:
+    Returns None if the answer is known within a factor of two, or if a confidence chose the rank. The base model is returned if it is
+    inconclusive. Otherwise, with "next" the highest rank below the chosen one, and "far" the highest rank below half of it:
 
         ================  ========================  ================  ========
         next              the chosen rank           far               returns
@@ -75,8 +75,8 @@ def find_inconclusive_rank(comparison: Comparison) -> int | None:
         inconclusive      is not the largest tried  shown enough      next
         ================  ========================  ================  ========
 
-    So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
-    costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
+    So a rank within a factor of two below the chosen one may stay inconclusive: too large a rank costs memory, too small a rank
+    costs quality. Below the largest rank it may not, since the curve might still rise.
     """
     if comparison.evidence.lacks_uncertainty or comparison.confidence is not None:
         return None

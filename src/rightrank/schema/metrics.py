@@ -1,6 +1,6 @@
-"""Metrics: the text that names one, its direction, and what its name and values tell of its kind, default margin and noise.
+"""Metrics: their names, directions, kinds, default margins and noise.
 
-The text is a built-in name, or that of a function.
+A metric is named by a built-in name or by a function.
 
 loss                            nats per token (per example for a classification, per pair for preference pairs)
 accuracy, macro_f1              for a classification
@@ -8,7 +8,7 @@ reward_accuracy, reward_margin  for preference pairs
 exact_match, f1, rouge1, rouge2, rougeL    of the text that the model generates for a prompt
 MODULE:FUNCTION                 a Python function; MODULE may be a file, and `NAME=` before it gives it another name
 
-The last may begin with `max:` or `min:`, which says whether higher or lower is better where the name does not.
+A function may begin with `max:` or `min:`, which says whether higher or lower is better if the name does not.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class PlanSettings(PeftFields):
         DEFAULT_PLAN_RANKS,
         COMPARE,
         "ranks, such as 8,16; by default powers of two, 1 to 512",
-        also=("rank", "r", "lora_r", "lora_rank"),
+        foreign_names=("rank", "r", "lora_r", "lora_rank"),
         split=True,
         check=SelectSettings.model_fields["ranks"].check,
     )
@@ -46,7 +46,7 @@ class PlanSettings(PeftFields):
         "adamw",
         TRAINING,
         "`adamw`, `adamw_fused` or `adamw_8bit`",
-        also=("optimizer",),
+        foreign_names=("optimizer",),
         aliases=TRANSFORMERS_NAMES,
     )
     loss: Literal["full", "chunked"] = setting(
@@ -55,7 +55,7 @@ class PlanSettings(PeftFields):
         "`full`, as Trainer, or `chunked`, as `rightrank select`",
     )
     adapters_per_pass: int = setting(
-        1, TRAINING, "adapters trained in one pass over the frozen base", also=("arms",), gt=0
+        1, TRAINING, "adapters trained in one pass over the frozen base", foreign_names=("arms",), gt=0
     )
     padding: bool = setting(False, TRAINING, "rows of unequal length, so that attention is given a mask")
     attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", TRAINING, "as in transformers")
@@ -72,7 +72,7 @@ class PlanSettings(PeftFields):
         "bfloat16",
         MACHINE,
         "the frozen weights' type: `bf16`, `fp16` or `fp32`",
-        also=("bf16", "fp16", "torch_dtype"),
+        foreign_names=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
     device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`")

@@ -1,11 +1,11 @@
-"""What a table of settings is: rows that state a setting once, and records whose values are checked by their rows.
+"""Tables of settings: rows that define each setting once, and records whose values are checked by the rows.
 
-    class Some(Settings):
+    class Example(Settings):
         batch_size: int = option(8, Group.TRAINING, "Examples in a forward pass.", gt=0)
 
-The rows are plain values, so that the command line lists its options without importing pydantic; that checks the types once
-there are values. The options, the keywords of the API, the page of the settings and the command that repeats a run come from the
-rows alone.
+The rows are plain values, so that the command line lists its options without importing pydantic, which checks the types once
+there are values. The options, the keywords of the API, the settings page and the command that reproduces a run are all
+generated from the rows.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Group(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: everything that the program and its documents say about it.
+    """One setting with everything that the program and the docs say about it.
 
     `help` is Markdown; the command line shows it without the marks. `option` is the name at the command line, empty for a
-    setting that is given through `--set` alone. A setting of `identity` makes another run where it differs; one that is
-    `continuable` may differ when a run is continued. `also` are its names in other tools, which are answered with its own.
-    `split` takes a text with commas as several values. `aliases` are other tools' names of a value, `parse` makes a value of
-    what people write, `check` refuses one with ValueError.
+    setting that only `--set` accepts. A different value of an `identity` setting makes another run; a `continuable` setting may
+    change when a run is continued. `foreign_names` are its names in other tools, for which errors suggest its own name.
+    `split` accepts a text with commas as several values. `aliases` are other tools' names of values, `parse` converts
+    user input to a value, and `check` raises ValueError for a value that is not allowed.
     """
 
     default: Any
@@ -55,7 +55,7 @@ class Setting:
     option: str = ""
     identity: bool = True
     continuable: bool = False
-    also: tuple[str, ...] = ()
+    foreign_names: tuple[str, ...] = ()
     split: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     parse: Callable[[Any], Any] | None = None
@@ -99,7 +99,7 @@ class Settings:
         hints = get_type_hints(cls)
         cls.pydantic_model = None
         cls.model_types = {name: hints[name] for name in rows}
-        cls.settings_by_foreign_name = {foreign_name: name for name, row in rows.items() for foreign_name in row.also}
+        cls.settings_by_foreign_name = {foreign_name: name for name, row in rows.items() for foreign_name in row.foreign_names}
         cls.model_fields = dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
 
     def __init__(self, **values: Any) -> None:

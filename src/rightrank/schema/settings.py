@@ -1,8 +1,7 @@
-"""The settings of a selection, each stated once: type, default, meaning, option, and what a difference means for a run.
+"""The settings of a selection: type, default, meaning, option, and whether a different value makes another run.
 
-Names are those of PEFT, transformers and TRL where they have one. `SelectSettings` has the settings of `rightrank` itself, and
-by inheritance those fields of other programs' own records that a selection passes on under their names, of `LoraConfig` and of
-`TrainingArguments`.
+Names are those of PEFT, transformers and TRL if they have one. `SelectSettings` has the settings of `rightrank` itself, and
+inherits those fields of `LoraConfig` and `TrainingArguments` that a selection passes on under their names.
 """
 
 from __future__ import annotations
@@ -146,16 +145,16 @@ class PeftFields(Settings):
 
     load_in_4bit: bool
     load_in_8bit: bool
-    lora_dropout: float = setting(0.0, ADAPTER, "dropout before A", also=("dropout",), ge=0, lt=1)
+    lora_dropout: float = setting(0.0, ADAPTER, "dropout before A", foreign_names=("dropout",), ge=0, lt=1)
     target_modules: tuple[str, ...] = option(
         ("all-linear",),
         ADAPTER,
         "module names as PEFT matches them, or `all-linear`",
-        also=("targets", "lora_target_modules"),
+        foreign_names=("targets", "lora_target_modules"),
         split=True,
     )
     layers_to_transform: tuple[int, ...] | None = option(
-        None, ADAPTER, "layer numbers, such as 26,27; by default all", also=("layers",), split=True
+        None, ADAPTER, "layer numbers, such as 26,27; by default all", foreign_names=("layers",), split=True
     )
     exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out", split=True)
     modules_to_save: tuple[str, ...] = setting(
@@ -256,7 +255,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         COMPARE,
         "ranks to compare beside the base, rank 0; the top one is trained first",
         continuable=True,
-        also=("rank", "r", "lora_r", "lora_rank"),
+        foreign_names=("rank", "r", "lora_r", "lora_rank"),
         split=True,
         check=partial(
             _require_distinct, lambda rank: rank >= 1, "rank", "integers from 1 (the base, rank 0, is always measured)"
@@ -267,7 +266,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         COMPARE,
         "learning rates to try at each rank",
         continuable=True,
-        also=("lr", "learning_rate"),
+        foreign_names=("lr", "learning_rate"),
         split=True,
         check=partial(_require_distinct, lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4"),
     )
@@ -276,7 +275,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         COMPARE,
         "seeds of batch order, first A and dropout",
         continuable=True,
-        also=("seed",),
+        foreign_names=("seed",),
         split=True,
         check=partial(_require_distinct, lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
     )
@@ -313,7 +312,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         "last",
         DECIDE,
         "`last` or `best`: which evaluation of each training counts and is kept; the best on the validation split",
-        also=("load_best_model_at_end",),
+        foreign_names=("load_best_model_at_end",),
     )
     metrics: tuple[str, ...] = option(
         (),
@@ -335,7 +334,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         "time of training and evaluation, such as 3h or 90min; as a setting, a number of hours",
         option="--time",
         continuable=True,
-        also=("time", "time_budget", "budget"),
+        foreign_names=("time", "time_budget", "budget"),
         gt=0,
     )
 
@@ -343,7 +342,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         32.0,
         ADAPTER,
         "alpha, the same at every rank; `2r` for alpha = 2r",
-        also=("alpha",),
+        foreign_names=("alpha",),
         parse=lambda value: value,  # its option takes a text too
         gt=0,
     )
@@ -357,28 +356,28 @@ class SelectSettings(PeftFields, _TrainerFields):
         None,
         TRAINING,
         "optimizer steps of each training; by default one epoch",
-        also=("steps", "max_iters"),
+        foreign_names=("steps", "max_iters"),
         gt=0,
     )
     num_train_epochs: float | None = option(
         None,
         TRAINING,
         "passes over the data of each training; in place of `max_steps`",
-        also=("epochs", "num_epochs"),
+        foreign_names=("epochs", "num_epochs"),
         gt=0,
     )
     batch_size: int = option(
         8,
         TRAINING,
         "examples in a forward pass",
-        also=("per_device_train_batch_size", "train_batch_size"),
+        foreign_names=("per_device_train_batch_size", "train_batch_size"),
         gt=0,
     )
     seq_len: int = option(
         512,
         TRAINING,
         "maximum length of an example in tokens",
-        also=("max_length", "max_seq_length", "cutoff_len"),
+        foreign_names=("max_length", "max_seq_length", "cutoff_len"),
         gt=1,
     )
     beta: float = setting(
@@ -412,7 +411,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     )
     num_evaluations: int = setting(4, DATA, "held-out evaluations during a training, the end included", gt=0)
     eval_batch_size: int = setting(
-        16, DATA, "examples in a forward pass of an evaluation", also=("per_device_eval_batch_size",), gt=0
+        16, DATA, "examples in a forward pass of an evaluation", foreign_names=("per_device_eval_batch_size",), gt=0
     )
 
     dtype: AutoDtype = option(
@@ -420,7 +419,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         MACHINE,
         "type of the frozen base, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that "
         "computes in it, else float32; adapters train in float32",
-        also=("bf16", "fp16", "torch_dtype"),
+        foreign_names=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
     device: str = option(
@@ -435,7 +434,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         "memory budget, such as 24GiB; ranks that need more are left out; by default that of the CUDA device",
         option="--memory",
         identity=False,
-        also=("memory",),
+        foreign_names=("memory",),
         parse=_parse_bytes,
         gt=0,
     )
@@ -446,7 +445,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     )
     load_in_8bit: bool = setting(False, MACHINE, "the same in 8 bits")
     gradient_checkpointing: bool = setting(
-        False, MACHINE, "recompute activations block by block", also=("activation_checkpointing",)
+        False, MACHINE, "recompute activations block by block", foreign_names=("activation_checkpointing",)
     )
     cache_prefix: bool = setting(True, MACHINE, "compute the frozen layers below the adapters once")
     adapters_per_pass: int | None = option(
@@ -455,7 +454,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         "adapters trained in one pass over the base; multi-LoRA ([engine](../explanation/engine.md)); by default "
         "as many as pay and fit, 1 on a CPU",
         identity=False,
-        also=("arms",),
+        foreign_names=("arms",),
         gt=0,
     )
     checkpoint_seconds: float = setting(
@@ -473,7 +472,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         MACHINE,
         "workers at most; by default one for each CUDA device, on Ray as many as there is room for",
         identity=False,
-        also=("gpus", "num_workers"),
+        foreign_names=("gpus", "num_workers"),
         gt=0,
     )
     trust_remote_code: bool = setting(False, MACHINE, "run code that comes with a model")
