@@ -40,7 +40,7 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return status, captured.out, captured.err
 
 
-def select_arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+def build_select_arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     return ["select", str(model), str(data), "--out", str(out), *SMALL, *more]
 
 
@@ -53,7 +53,7 @@ def read_trial_values(folder: Path) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Started:
+class ChildProcess:
     """A command in a process of its own."""
 
     process: BaseProcess
@@ -69,15 +69,15 @@ class Started:
         return self.process.exitcode, self.log.read_text(encoding="utf-8")
 
 
-def start(model: Path, data: Path, out: Path, *more: str) -> Started:
-    return run_forked(partial(main, select_arguments(model, data, out, *more)), out.with_suffix(".log"))
+def start(model: Path, data: Path, out: Path, *more: str) -> ChildProcess:
+    return run_forked(partial(main, build_select_arguments(model, data, out, *more)), out.with_suffix(".log"))
 
 
-def run_forked(work: Callable[[], object], log: Path) -> Started:
+def run_forked(work: Callable[[], object], log: Path) -> ChildProcess:
     """Work in a process that is forked from this one, so that nothing is imported again."""
     process = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(work, log))
     process.start()
-    return Started(process, log)
+    return ChildProcess(process, log)
 
 
 def _run_in_child(work: Callable[[], object], log: Path) -> None:
@@ -87,7 +87,7 @@ def _run_in_child(work: Callable[[], object], log: Path) -> None:
     work()
 
 
-def wait_for_trial(out: Path, started: Started) -> None:
+def wait_for_trial(out: Path, started: ChildProcess) -> None:
     """Until a trained trial has started."""
 
     def has_started() -> bool:

@@ -20,7 +20,7 @@ from hypothesis import settings
 
 from tests.tiny import generate_sentences, save_tiny_llama, write_completions, write_jsonl
 
-gc.disable()  # until the tests are collected: what imports make stays, and to look through it takes a third of their time
+gc.disable()  # until the tests are collected: objects of imports are permanent, and visiting them takes a third of the time
 settings.register_profile("no limit of time", deadline=None)  # an example may take long on a busy machine
 settings.load_profile("no limit of time")
 
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.trains)
         for mark in item.iter_markers("plug_in"):
             if find_spec(f"rightrank.plugins.{mark.args[0]}") is None:
-                item.add_marker(pytest.mark.skip(f"the plug-in {mark.args[0]} is not there"))
+                item.add_marker(pytest.mark.skip(f"the plug-in {mark.args[0]} is not installed"))
     positions: Counter[str] = Counter()
     for item in items:
         file = item.nodeid.partition("::")[0]
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_disks() -> Iterator[None]:
-    """Files of a test need not survive a power loss: a small selection syncs a hundred times."""
+    """Skip fsync, which a small selection calls a hundred times: files of a test need not survive a power loss."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield

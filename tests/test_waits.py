@@ -12,7 +12,10 @@ import pytest
 from tests.watch import GENEROUS_SECONDS
 
 TESTS = Path(__file__).parent
-APART = (TESTS / "watch.py", Path(__file__))  # the one place where a test sleeps between two looks, and these examples
+EXCEPTIONS = (
+    TESTS / "watch.py",
+    Path(__file__),
+)  # the only file in which a test sleeps between two checks, and the examples here
 LIMITS = {"timeout", "timeout_s", "timeout_seconds", "limit_seconds"}  # arguments that end something
 WAITS = {"sleep", "wait", "join", "communicate", "get", "poll", "acquire"}  # calls whose first number is one of seconds
 CLOCKS = {"monotonic", "perf_counter", "time", "process_time"}
@@ -60,7 +63,7 @@ def test_no_test_waits_for_a_small_number_of_seconds() -> None:
     waits = {
         f"{path.relative_to(TESTS)}:{line}: {number:g} s"
         for path in sorted(TESTS.rglob("*.py"))
-        if path not in APART
+        if path not in EXCEPTIONS
         for line, number in find_short_waits(path.read_text(encoding="utf-8"))
     }
     assert not waits, f"wait for an event (`tests.watch.wait_until`), or for GENEROUS_SECONDS: {sorted(waits)}"

@@ -15,7 +15,7 @@ import torch
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFailed, TrialFinished
 from rightrank.train import optimizer as steps
-from tests.commands import run, select_arguments
+from tests.commands import build_select_arguments, run
 
 pytestmark = pytest.mark.trains
 
@@ -86,7 +86,7 @@ def test_settings(
     message: str,
 ) -> None:
     out = tmp_path / "run"
-    require_refusal(*run(select_arguments(model_folder, completion_file, out, *options), capsys), message)
+    require_refusal(*run(build_select_arguments(model_folder, completion_file, out, *options), capsys), message)
     assert not (out / "journal.jsonl").exists()
 
 
@@ -116,7 +116,7 @@ def test_model_folders(
     message: str,
 ) -> None:
     model = copy_broken_model(model_folder, tmp_path / "model", *missing)
-    require_refusal(*run(select_arguments(model, completion_file, tmp_path / "run"), capsys), message)
+    require_refusal(*run(build_select_arguments(model, completion_file, tmp_path / "run"), capsys), message)
 
 
 def test_pickled_weights_are_not_read(
@@ -124,7 +124,9 @@ def test_pickled_weights_are_not_read(
 ) -> None:
     model = copy_broken_model(model_folder, tmp_path / "model", "*.safetensors")
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    require_refusal(*run(select_arguments(model, completion_file, tmp_path / "run"), capsys), r"only pickled weights")
+    require_refusal(
+        *run(build_select_arguments(model, completion_file, tmp_path / "run"), capsys), r"only pickled weights"
+    )
 
 
 def test_unknown_architecture(
@@ -134,7 +136,7 @@ def test_unknown_architecture(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
     require_refusal(
-        *run(select_arguments(model, completion_file, tmp_path / "run"), capsys),
+        *run(build_select_arguments(model, completion_file, tmp_path / "run"), capsys),
         r"transformers knows no such model",
     )
 
@@ -145,13 +147,13 @@ def test_missing_models(completion_file: Path, tmp_path: Path, capsys: pytest.Ca
         name = str(tmp_path / name)
         Path(name).write_bytes(b"x")
     require_refusal(
-        *run(select_arguments(Path(name), completion_file, tmp_path / "run"), capsys),
+        *run(build_select_arguments(Path(name), completion_file, tmp_path / "run"), capsys),
         r"no such folder|must end in \.gguf",
     )
 
 
 def test_missing_data(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = select_arguments(model_folder, tmp_path / "nothing.jsonl", tmp_path / "run")
+    arguments = build_select_arguments(model_folder, tmp_path / "nothing.jsonl", tmp_path / "run")
     require_refusal(*run(arguments, capsys), r"no such file or folder")
 
 
@@ -160,7 +162,7 @@ def test_out_is_a_file(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     require_refusal(
-        *run(select_arguments(model_folder, completion_file, tmp_path / "file"), capsys), r"can't write there"
+        *run(build_select_arguments(model_folder, completion_file, tmp_path / "file"), capsys), r"can't write there"
     )
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -171,7 +173,7 @@ def test_out_holds_other_files(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     require_refusal(
-        *run(select_arguments(model_folder, completion_file, tmp_path / "run"), capsys), r"no journal\.jsonl"
+        *run(build_select_arguments(model_folder, completion_file, tmp_path / "run"), capsys), r"no journal\.jsonl"
     )
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["thesis.txt"]
 
@@ -192,13 +194,13 @@ def test_a_full_disk_is_reported_and_the_run_resumes(
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        status, _, err = run(select_arguments(model_folder, completion_file, small / "run"), capsys)
+        status, _, err = run(build_select_arguments(model_folder, completion_file, small / "run"), capsys)
         assert status == 1, err
         assert err.count("rightrank:") == 1
         assert "run the same command again" in err
         assert "Traceback" not in err
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        assert run(select_arguments(model_folder, completion_file, small / "run"), capsys)[0] == 0
+        assert run(build_select_arguments(model_folder, completion_file, small / "run"), capsys)[0] == 0
     finally:
         gc.collect()  # mapped files are closed when their arrays are deleted
         subprocess.run(["umount", str(small)], check=True)
@@ -220,7 +222,7 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
         return real(parameters, rate, settings)
 
     monkeypatch.setattr(steps, "_make_optimizer", run_out_of_memory)
-    arguments = select_arguments(model_folder, completion_file, tmp_path / "run", "--ranks", "1,2,4")
+    arguments = build_select_arguments(model_folder, completion_file, tmp_path / "run", "--ranks", "1,2,4")
     status, _, err = run(arguments, capsys)
     assert status == 0, err
     records = Journal(tmp_path / "run" / "journal.jsonl").read()

@@ -22,7 +22,7 @@ from rightrank.runs.journal import Journal
 from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import DecisionRecorded
 from rightrank.schema.trials import TrialFinished
-from tests.commands import run, select_arguments
+from tests.commands import build_select_arguments, run
 from tests.report.runs import write_journal
 
 pytestmark = pytest.mark.trains
@@ -230,7 +230,7 @@ def test_a_resumed_selection_reports_nothing_twice(
 ) -> None:
     pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
-    command = select_arguments(model_folder, completion_file, tmp_path / "out", "--report-to", "tensorboard")
+    command = build_select_arguments(model_folder, completion_file, tmp_path / "out", "--report-to", "tensorboard")
     status, _, err = run([*command, "--json", "--quiet"], capsys)
     assert status == 0, err
     files_before = sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*"))

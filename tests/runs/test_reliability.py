@@ -53,7 +53,7 @@ main(sys.argv[2:])
 
 
 def save_wide_llama(folder: Path) -> Path:
-    """Save a random Llama of one layer whose adapters are large beside the base."""
+    """Save a random Llama of one layer whose adapters are large compared with the base."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(

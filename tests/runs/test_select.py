@@ -16,7 +16,7 @@ from rightrank.cli import main
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
-from tests.commands import read_trial_values, run, select_arguments, start, wait_for_trial
+from tests.commands import build_select_arguments, read_trial_values, run, start, wait_for_trial
 from tests.tiny import write_jsonl
 
 
@@ -25,7 +25,7 @@ def finished_run(model_folder: Path, completion_file: Path, tmp_path_factory: py
     """Run a selection once; tests copy or only read it."""
     out = tmp_path_factory.mktemp("select") / "run"
     with pytest.raises(SystemExit) as ended:
-        main([*select_arguments(model_folder, completion_file, out), "--json", "--quiet"])
+        main([*build_select_arguments(model_folder, completion_file, out), "--json", "--quiet"])
     assert ended.value.code == 0
     return out
 
@@ -84,7 +84,7 @@ def test_groups_of_rows_are_in_the_journal_the_answers_and_the_report(
     rows = [json.loads(line) | {"doc": at % 50} for at, line in enumerate(completion_file.read_text().splitlines())]
     data, folder = write_jsonl(tmp_path / "grouped.jsonl", rows), tmp_path / "run"
     held_out = ("--set", "validation_fraction=0.3", "--set", "test_fraction=0.2")
-    status, _, _ = run(select_arguments(model_folder, data, folder, "--columns", "group=doc", *held_out), capsys)
+    status, _, _ = run(build_select_arguments(model_folder, data, folder, "--columns", "group=doc", *held_out), capsys)
     assert status == 0
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     groups = lines[0]["data"]["groups"]
@@ -119,7 +119,7 @@ def test_the_adapter_loads_as_it_is_and_its_card_holds_the_evidence(finished_run
 def test_json_is_one_object_and_nothing_else(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out, _ = run([*select_arguments(model_folder, completion_file, finished_run), "--json"], capsys)
+    status, out, _ = run([*build_select_arguments(model_folder, completion_file, finished_run), "--json"], capsys)
     assert status == 0
     answer = json.loads(out)
     assert answer["run"] == str(finished_run)
@@ -132,7 +132,7 @@ def test_running_again_trains_nothing_again(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
-    status, _, _ = run(select_arguments(model_folder, completion_file, folder), capsys)
+    status, _, _ = run(build_select_arguments(model_folder, completion_file, folder), capsys)
     assert status == 0
     started = [
         len([record for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialStarted)])
@@ -145,7 +145,7 @@ def test_running_again_trains_nothing_again(
 def test_the_same_seed_gives_the_same_values(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    run(select_arguments(model_folder, completion_file, tmp_path / "again"), capsys)
+    run(build_select_arguments(model_folder, completion_file, tmp_path / "again"), capsys)
     assert read_trial_values(tmp_path / "again") == read_trial_values(finished_run)
 
 
@@ -153,7 +153,7 @@ def test_other_settings_are_refused_with_the_difference(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--lora-alpha", "16", "--quiet"]
-    status, _, err = run(select_arguments(model_folder, completion_file, finished_run, *options), capsys)
+    status, _, err = run(build_select_arguments(model_folder, completion_file, finished_run, *options), capsys)
     assert status == 2
     assert "lora_alpha: 32.0 → 16.0" in err
     assert err.count("\n") == 1
@@ -166,7 +166,7 @@ def test_a_torn_last_line_is_set_aside_and_reported(
     shutil.copytree(finished_run, folder)
     content = (folder / "journal.jsonl").read_bytes()
     (folder / "journal.jsonl").write_bytes(content[:-25])
-    status, _, err = run(select_arguments(model_folder, completion_file, folder), capsys)
+    status, _, err = run(build_select_arguments(model_folder, completion_file, folder), capsys)
     assert status == 0
     assert "the last line was incomplete" in err
     assert (folder / "journal.jsonl.torn-1").exists()
@@ -177,7 +177,7 @@ def test_a_second_process_is_refused(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunFolder(finished_run).lock():
-        status, _, err = run(select_arguments(model_folder, completion_file, finished_run), capsys)
+        status, _, err = run(build_select_arguments(model_folder, completion_file, finished_run), capsys)
     assert status == 2
     assert "another process is using this folder" in err
 
@@ -190,7 +190,7 @@ def undisturbed(model_folder: Path, completion_file: Path, tmp_path_factory: pyt
     """Run the selection with which interrupted ones are compared."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.raises(SystemExit) as ended:
-        main([*select_arguments(model_folder, completion_file, out, *LONG), "--quiet"])
+        main([*build_select_arguments(model_folder, completion_file, out, *LONG), "--quiet"])
     assert ended.value.code == 0
     return out
 
@@ -205,7 +205,7 @@ def test_a_stopped_and_resumed_run_gives_the_same_result(
     status, err = process.end()
     assert status == 130
     assert "run the same command again to resume" in err
-    assert run(select_arguments(model_folder, completion_file, tmp_path / "run", *LONG), capsys)[0] == 0
+    assert run(build_select_arguments(model_folder, completion_file, tmp_path / "run", *LONG), capsys)[0] == 0
     assert read_trial_values(tmp_path / "run") == read_trial_values(undisturbed)
     ended = [
         [record.trial_id for record in Journal(path / "journal.jsonl").read() if isinstance(record, TrialFinished)]
@@ -218,7 +218,7 @@ def test_a_stopped_and_resumed_run_gives_the_same_result(
 def test_a_diverged_arm_is_recorded_and_the_rest_goes_on(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = select_arguments(
+    arguments = build_select_arguments(
         model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e-2,1e9", "--max-steps", "12"
     )
     status, out, _ = run([*arguments, "--json"], capsys)
@@ -231,7 +231,7 @@ def test_a_diverged_arm_is_recorded_and_the_rest_goes_on(
 def test_total_failure_is_exit_1(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = select_arguments(
+    arguments = build_select_arguments(
         model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e9", "--max-steps", "12"
     )
     status, out, err = run(arguments, capsys)
@@ -243,7 +243,7 @@ def test_total_failure_is_exit_1(
 def test_classification(
     model_folder: Path, class_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = select_arguments(
+    arguments = build_select_arguments(
         model_folder, class_file, tmp_path / "run", "--metric", "accuracy", "--max-steps", "60"
     )
     status, out, _ = run([*arguments, "--json"], capsys)
@@ -264,7 +264,7 @@ def test_classification(
 def test_an_adapter_on_a_tied_head_is_announced_and_its_card_says_so(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = select_arguments(
+    arguments = build_select_arguments(
         model_folder, completion_file, tmp_path / "run", "--target-modules", "q_proj,lm_head", "--goal", "adapter"
     )
     status, _, err = run([*arguments, "--set", "max_steps=2"], capsys)
@@ -280,13 +280,13 @@ def test_a_config_file_and_its_misspelt_key(
     config = tmp_path / "settings.yaml"
     config.write_text("lora_dropuot: 0.1\n")
     status, _, err = run(
-        select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
+        build_select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
     )
     assert status == 2
     assert "unknown setting 'lora_dropuot' (did you mean 'lora_dropout'?)" in err
     config.write_text("lora_dropout: 0.1\nlr_scheduler_type: cosine\n")
     status, _, _ = run(
-        select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
+        build_select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
     )
     assert status == 0
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora_dropout"] == 0.1

@@ -253,10 +253,13 @@ def test_a_function_may_name_its_metric(tmp_path: Path, capsys: pytest.CaptureFi
     assert (selected.metric, selected.higher_is_better, selected.reference_rank) == ("win_share", True, 16)
     err = capsys.readouterr().err
     assert (
-        "trainer tests.runs.test_select_rank_with.WinShareFunction, by win_share (higher is better); the trainer sets the" in err
+        "trainer tests.runs.test_select_rank_with.WinShareFunction, by win_share (higher is better); the trainer sets the"
+        in err
     )
     assert "examples: ;" not in err
-    with pytest.raises(SettingsError, match="'loss': WinShareFunction scores examples by 'win_share'; leave metric out"):
+    with pytest.raises(
+        SettingsError, match="'loss': WinShareFunction scores examples by 'win_share'; leave metric out"
+    ):
         select_rank_with(WinShareFunction(), tmp_path / "other", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
 
 

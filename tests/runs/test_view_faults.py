@@ -1,6 +1,6 @@
 """Test that a failing figure, sentence or view does not end a run.
 
-The adapter is handed over, the journal is complete, and one line names the failure.
+The adapter is exported, the journal is complete, and one line names the failure.
 """
 
 from __future__ import annotations

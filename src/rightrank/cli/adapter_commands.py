@@ -192,7 +192,7 @@ def _format_inspection(inspection: Inspection) -> str:
         ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
         ("base", summary.base_model or ""),
         ("rank by energy", f"{energy} (largest of all modules)"),
-        *((name, ", ".join(modules_named)) for name, modules_named in names.items()),
+        *((name, ", ".join(module_names)) for name, module_names in names.items()),
         ("unchanged tensors", str(summary.unchanged or "")),
         ("changed, not a matrix", ", ".join(summary.not_matrices)),
         *(("note", note) for note in summary.notes),

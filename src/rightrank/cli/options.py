@@ -49,10 +49,10 @@ def parse_hours(_context: click.Context, _parameter: click.Parameter, value: str
 
 def add_setting_options(kind: type[Settings], *settings: str) -> Callable[[Command], Command]:
     """Return a decorator that adds the options of the named settings, or of all settings that have one."""
-    listed = settings or [name for name, row in kind.model_fields.items() if row.option]
+    names = settings or [name for name, row in kind.model_fields.items() if row.option]
 
     def decorate(command: Command) -> Command:
-        for name in reversed(listed):
+        for name in reversed(names):
             command = _build_option(name, kind.model_fields[name], kind.model_types[name])(command)
         return command
 

@@ -62,7 +62,8 @@ class Report(Hook):
         if decision is not None or records.adapters:
             write_text(
                 folder.decision,
-                json.dumps({"schema_version": SCHEMA_VERSION} | answers.build_document(), indent=2, allow_nan=False) + "\n",
+                json.dumps({"schema_version": SCHEMA_VERSION} | answers.build_document(), indent=2, allow_nan=False)
+                + "\n",
             )
         return write_report(folder, records, answers)
 
