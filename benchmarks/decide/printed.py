@@ -76,7 +76,8 @@ class UncorrectedEvidence(Evidence):
         contenders = list(self.contenders.values())
         means = np.array([contender.adjusted_loss for contender in contenders])
         variances = [
-            0.0 if contender is self.reference else self.estimate_difference(contender).variance for contender in contenders
+            0.0 if contender is self.reference else self.estimate_difference(contender).variance
+            for contender in contenders
         ]
         return estimate_selection_bias(means, compute_covariance_to_best(variances))
 

@@ -56,7 +56,9 @@ def decide_grid(curve: Curve) -> Decision:
 
 def _decide(curve: Curve, results: list[Result]) -> Decision:
     named = {"metric": curve["metric"], "higher_is_better": curve["higher_is_better"]}
-    return decide_table(build_table_from_results(ResultsTable(**named, results=results, input_notes=[])), curve["margin"])
+    return decide_table(
+        build_table_from_results(ResultsTable(**named, results=results, input_notes=[])), curve["margin"]
+    )
 
 
 def orient_values(curve: Curve) -> dict[int, float]:

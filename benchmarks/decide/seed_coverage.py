@@ -195,9 +195,7 @@ def build_observation(evidence: Evidence, contender: Contender) -> Observation:
 
 
 def _compute_ends(estimate: Estimate) -> Interval:
-    two_sided, upper = (
-        float(stdtrit(estimate.degrees, level)) * estimate.standard_error for level in (0.975, 0.95)
-    )
+    two_sided, upper = (float(stdtrit(estimate.degrees, level)) * estimate.standard_error for level in (0.975, 0.95))
     return estimate.mean - two_sided, estimate.mean + two_sided, estimate.mean + upper
 
 

@@ -173,7 +173,9 @@ def iterate_cases(curve: GridCurve, splits: int = 2) -> Iterator[Case]:
                         losses[rank] = float(np.mean([c.loss for c in true.get_cells_by_rate(rank)[best].values()]))
                     picks = {rank: loss - min(losses.values()) for rank, loss in losses.items()}
                     for margin in MARGINS:
-                        likely = {rank: evidence.compute_probability(rank, margin) or 0.0 for rank in evidence.contenders}
+                        likely = {
+                            rank: evidence.compute_probability(rank, margin) or 0.0 for rank in evidence.contenders
+                        }
                         tested = compare_ranks(evidence, margin).apply_confidence(DEFAULT_CONFIDENCE)
                         doubted = find_unexplained_rank(tested) is not None
                         yield Case(get_task(curve.name), curve.name, size, len(ours), margin, likely, picks, doubted)

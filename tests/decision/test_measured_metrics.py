@@ -118,7 +118,7 @@ def test_evaluations_along_a_training_belong_to_one_metric() -> None:
 
 
 def test_other_numbers_of_a_custom_trainer_have_no_examples() -> None:
-    custom_records = make_measured_run(form="own", metric="colour", higher_is_better=False)
+    custom_records = make_measured_run(form="custom", metric="colour", higher_is_better=False)
     decision = decide_run(custom_records)
     assert (decision.metric, decision.higher_is_better, decision.reference_rank) == ("colour", False, 1)
     assert decision.other_metrics == []

@@ -164,7 +164,7 @@ def test_a_run_is_decided_at_its_own_margin_and_kind_of_loss() -> None:
     assert decide_run(records).margin == 1.0
     records.started.settings["margin"] = None
     relative = 0.01 * min(t.value for t in records.list_finished())
-    for form, margin in (("classification", relative), ("own", 0.005)):
+    for form, margin in (("classification", relative), ("custom", 0.005)):
         other_records = Records.from_journal(
             records.started.model_copy(update={"data": records.started.data.model_copy(update={"form": form})}),
             records.outcomes,
@@ -241,7 +241,7 @@ def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
         update={
             "metric": "score",
             "higher_is_better": True,
-            "data": records.started.data.model_copy(update={"form": "own"}),
+            "data": records.started.data.model_copy(update={"form": "custom"}),
         }
     )
     failed = TrialFailed(trial_id="gone", **rank_4.arm.model_dump(), error="error", reason="x")
@@ -495,7 +495,7 @@ def test_rewards_of_one_seed_are_decided_by_bounds(monkeypatch: pytest.MonkeyPat
 def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> None:
     run = make_run((1, 4), (1e-3,))
     started = run.started.model_copy(
-        update={"metric": "score", "data": run.started.data.model_copy(update={"form": "own"})}
+        update={"metric": "score", "data": run.started.data.model_copy(update={"form": "custom"})}
     )
     records = Records.from_journal(started, [change_trial(trial, metrics={"score": 1.0}) for trial in run.list_finished()[1:]])
     assert not build_run_table(records).higher_is_better
@@ -505,7 +505,7 @@ def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> N
 def test_a_metric_without_a_direction_is_named() -> None:
     run = make_run((1, 4), (1e-3,))
     records = Records.from_journal(run.started, [change_trial(trial, metrics={"colour": 1.0}) for trial in run.list_finished()])
-    line = "metric 'colour': whether higher or lower is better is not known from its name; give --higher-is-better or"
+    line = "metric 'colour': its name does not tell whether higher or lower is better; give --higher-is-better or"
     with pytest.raises(ResultsError, match=line):
         build_run_table(records, metric="colour")
 

@@ -48,7 +48,8 @@ def test_no_example_is_left_out() -> None:
 def pairs_file(tmp_path: Path) -> Path:
     """Write rows of prompt, chosen and rejected."""
     rows = [
-        {"prompt": f"{text} : ", "chosen": text.split()[0], "rejected": text.split()[-1]} for text in generate_sentences(80, 3)
+        {"prompt": f"{text} : ", "chosen": text.split()[0], "rejected": text.split()[-1]}
+        for text in generate_sentences(80, 3)
     ]
     return write_jsonl(tmp_path / "pairs.jsonl", rows)
 

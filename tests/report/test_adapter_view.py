@@ -104,7 +104,10 @@ def test_how_the_adapter_was_made() -> None:
         "trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank 8 by K-FAC"
     )
     top = next(t for t in records.list_finished() if t.rank == 64)
-    assert build_provenance(top, records.list_finished()).sentence() == "trained at rank 64 (learning rate 0.003, 40 steps)"
+    assert (
+        build_provenance(top, records.list_finished()).sentence()
+        == "trained at rank 64 (learning rate 0.003, 40 steps)"
+    )
 
 
 def test_a_truncation_costs_no_training() -> None:

@@ -15,7 +15,7 @@ from rightrank.decision.records import build_answers
 from rightrank.interop.exports import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, format_one_line
-from tests.commands import run, select_arguments
+from tests.commands import build_select_arguments, run
 from tests.report.runs import make_run
 from tests.tiny import write_jsonl
 
@@ -39,7 +39,7 @@ def small_run(
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         with pytest.raises(SystemExit, match=r"^0$"):
-            main([*select_arguments(model_folder, completion_file, out), "--log-json"])
+            main([*build_select_arguments(model_folder, completion_file, out), "--log-json"])
     return out, {"out": printed.getvalue(), "err": stderr.getvalue()}
 
 
@@ -141,6 +141,6 @@ def test_data_with_a_name_that_is_no_text_is_journalled(
     """Use a file name with bytes that are not UTF-8, which JSON cannot contain."""
     path = tmp_path / "data\udcff.jsonl"
     path.write_bytes(completion_file.read_bytes())
-    status, _, err = run(select_arguments(model_folder, path, tmp_path / "run"), capsys)
+    status, _, err = run(build_select_arguments(model_folder, path, tmp_path / "run"), capsys)
     assert status == 0, err
     assert "data" in (tmp_path / "run" / "journal.jsonl").read_text(encoding="utf-8")

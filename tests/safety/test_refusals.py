@@ -284,7 +284,10 @@ def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: 
     import datasets
 
     text, named = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    rows = [{"text": words, "image": {"bytes": None, "path": "https://example.org/x.png"}} for words in generate_sentences(60)]
+    rows = [
+        {"text": words, "image": {"bytes": None, "path": "https://example.org/x.png"}}
+        for words in generate_sentences(60)
+    ]
     datasets.Dataset.from_list(rows, datasets.Features({"text": text, "image": named})).save_to_disk(tmp_path / "d")
     info = json.loads((tmp_path / "d" / "dataset_info.json").read_text())
     info["features"]["image"] = {"_type": "Image"}
@@ -351,7 +354,9 @@ def test_an_adapter_in_a_model_s_folder_does_not_name_another_base(tmp_path: Pat
 def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data.jsonl")
     for path in (tmp_path / "data.jsonl", Path("/dev/zero")):
-        require_refused(lambda path=path: load_data(path, build_small_settings()), "neither a regular file nor", DataError)  # type: ignore[misc]
+        require_refused(
+            lambda path=path: load_data(path, build_small_settings()), "neither a regular file nor", DataError
+        )  # type: ignore[misc]
         require_refused(lambda path=path: decide(path), "no such file or folder", ResultsError)  # type: ignore[misc]
     require_refused(lambda: read_config(Path("/dev/zero")), "not a regular file", SettingsError)
     folder = write_adapter(tmp_path / "adapter")

@@ -72,7 +72,8 @@ def _build_evidence_row(evidence: RankEvidence, decision: Decision, with_learnin
         "best" if is_reference else format_brief(evidence.difference),
         "" if low is None or is_reference else f"{format_brief(low)} to {format_brief(high)}",
         _format_enough(evidence, decision),
-        *["" if evidence.probability is None else format_probability(evidence.probability)] * _has_probabilities(decision),
+        *["" if evidence.probability is None else format_probability(evidence.probability)]
+        * _has_probabilities(decision),
     ]
     rate = f"{evidence.learning_rate:.2g}" if evidence.learning_rate else ""
     return [*row, *[rate] * with_learning_rate, str(evidence.seeds)]

@@ -180,7 +180,9 @@ def _build_memory_figure(records: Records) -> Figure | None:
     On a CPU the measured peak covers the entire process and the planned one only tensors. They are not comparable there, so the
     plan is listed among the numbers but not drawn.
     """
-    trials_by_rank = _group_by_rank([trial for trial in records.list_finished() if trial.steps > 0 and trial.peak_bytes > 0])
+    trials_by_rank = _group_by_rank(
+        [trial for trial in records.list_finished() if trial.steps > 0 and trial.peak_bytes > 0]
+    )
     highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trials_by_rank.items() if rank > 0}
     peaks = {rank: trial.peak_bytes / MIB for rank, trial in highest.items()}
     planned = {rank: trial.predicted_peak_bytes / MIB for rank, trial in highest.items() if trial.predicted_peak_bytes}
@@ -294,7 +296,9 @@ def _build_learning_figure(records: Records, decision: Decision | None) -> Figur
         title=f"Learning curves{' (training dashed)' if any(curve.dashed for curve in series) else ''}",
         alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {end_values}.",
         x=Axis("step"),
-        y=build_metric_axis(metric, get_metric_direction(records.started, metric), (min(late) - room, max(late) + room)),
+        y=build_metric_axis(
+            metric, get_metric_direction(records.started, metric), (min(late) - room, max(late) + room)
+        ),
         series=tuple(series),
         columns=("rank", "step", "held-out", "training"),
         rows=tuple(rows),

@@ -122,7 +122,7 @@ def render_results_report(results: ResultsTable, decision: Decision, source: str
         fingerprint="",
         settings={"trainer": source, "version": "", **decision_settings},
         environment={f"read {number}": note for number, note in enumerate(results.input_notes, 1)},
-        data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
+        data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
         evaluation_examples=[],
         metric=results.metric,
         higher_is_better=results.higher_is_better,

@@ -111,7 +111,7 @@ def format_time_estimate(
 
 
 def format_plan(started: RunStarted, steps: int) -> str:
-    if started.data.form == "own":
+    if started.data.form == "custom":
         better = "higher" if started.higher_is_better else "lower"
         length = f"trainings of {steps} steps" if steps else "the trainer sets the length of a training"
         return f"trainer {started.trainer}, by {started.metric} ({better} is better); {length}"

@@ -16,7 +16,7 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from tests.adapters.adapters import make_base
-from tests.commands import run, select_arguments
+from tests.commands import build_select_arguments, run
 from tests.tiny import build_small_settings, build_tiny_llama_config, generate_sentences, make_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.trains
@@ -198,7 +198,7 @@ def test_adapters_whose_pass_cannot_be_planned_train_alone(
     base = make_base(tmp_path / "base", "embedding")  # its head is not tied
     make_tokenizer().save_pretrained(base)
     arguments = ["--memory", "8GiB", "--target-modules", "lm_head", "--set", "adapters_per_pass=2", "--json"]
-    status, out, err = run(select_arguments(base, completion_file, tmp_path / "run", *arguments), capsys)
+    status, out, err = run(build_select_arguments(base, completion_file, tmp_path / "run", *arguments), capsys)
     assert status == 0, err
     assert "continuing with 1" in err
     assert json.loads(out)["handed_over"]["rank"] in (1, 2, 4)

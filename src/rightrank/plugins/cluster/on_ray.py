@@ -203,7 +203,9 @@ def connect() -> Any:
 def _describe_loss(error: Exception) -> WorkerLost:
     """Build a `WorkerLost` from Ray's error, with the sentence that states why the actor was lost."""
     text = str(error)
-    reason = next((line.strip().split(". ")[0] for line in text.splitlines() if " because " in line), describe_error(error))
+    reason = next(
+        (line.strip().split(". ")[0] for line in text.splitlines() if " because " in line), describe_error(error)
+    )
     is_machine_lost = "its node has died" in text or type(error).__name__ == "ActorUnavailableError"
     return WorkerLost(reason, is_machine_lost=is_machine_lost)
 

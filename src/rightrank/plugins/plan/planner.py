@@ -149,7 +149,12 @@ def plan_loaded(
         return None
     try:
         planned = plan_selection(
-            config, settings, encoded.max_sequence_length, device, classes, 2 if encoded.summary.form == "preference" else 1
+            config,
+            settings,
+            encoded.max_sequence_length,
+            device,
+            classes,
+            2 if encoded.summary.form == "preference" else 1,
         )
     except UntraceableError as error:
         notice(str(error))
@@ -237,7 +242,9 @@ def _find_max_adapters(estimator: Estimator, rank: int, max_adapters: int) -> in
     ]
     try:
         fitting_counts = (
-            count for count in counts if count == 1 or estimator.build_variant(adapters_per_pass=count).estimate(rank).fits
+            count
+            for count in counts
+            if count == 1 or estimator.build_variant(adapters_per_pass=count).estimate(rank).fits
         )
         return next(fitting_counts, 1)
     except SharedPassError:
