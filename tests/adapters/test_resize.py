@@ -139,7 +139,7 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
     assert texts == {json.dumps(json.loads(line)) for line in lines[150:]} - {
         json.dumps(json.loads(line)) for line in lines[:150]
     }
-    assert "training examples of the adapter left out" in known.note
+    assert "training examples of the adapter are left out" in known.note
     with pytest.raises(DataError, match="are among the adapter's training examples"):
         load_evaluation_data(
             adapter,

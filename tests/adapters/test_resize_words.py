@@ -48,7 +48,7 @@ def test_an_adapter_that_learned_nothing_has_no_gain(base: Path, data: Path, tmp
     assert found.no_gain
     values = {one.rank: one.value for one in found.held_out}
     assert found.answer.sentence.startswith(
-        f"No gain: the base alone has {values[0]:.4f} and the adapter {values[4]:.4f}"
+        f"No gain: the base model alone has {values[0]:.4f} and the adapter {values[4]:.4f}"
     )
     changed = make_adapter(base, tmp_path / "changed", rank=4)
     found = resize(changed, tmp_path / "out2", data=data, ranks=(1,), margin=1e-6, settings=SelectSettings(**SETTINGS))
@@ -108,7 +108,7 @@ def test_what_lies_beside_the_factors_is_counted_and_kept(base: Path, tmp_path: 
     found = resize(adapter, tmp_path / "out", rank=2)
     whole = open_adapter(adapter).other_keys
     count = sum(tensors_of(adapter)[key].numel() for key in whole)
-    assert f"kept as they are: {len(whole)} tensors trained whole, {count:,} parameters" in found.notes
+    assert f"unchanged: {len(whole)} fully trained tensors with {count:,} parameters" in found.notes
     assert set(whole) <= set(tensors_of(tmp_path / "out"))
     for file in adapter.glob("*token*"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()

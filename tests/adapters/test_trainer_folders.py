@@ -84,7 +84,10 @@ def test_the_newest_adapter_of_an_output_folder(layout: str, adapter: Path, tmp_
     output = output_of(tmp_path / "out", adapter, [*places, "rightrank/adapter"])
     found, line = find_adapter(output)
     assert found == output / newest
-    assert line == f"{output / newest}: the newest of {len(places)} adapters in {output}, where nothing names the best"
+    assert (
+        line
+        == f"{output / newest}: the newest of {len(places)} adapters in {output}, none of which is marked as the best"
+    )
 
 
 def test_the_best_adapter_by_the_state_of_the_trainer(adapter: Path, tmp_path: Path) -> None:
@@ -187,9 +190,9 @@ def test_what_is_not_read_of_mlx(
 
 def test_an_adapter_whose_alpha_verl_did_not_know_is_refused(base: Path, tmp_path: Path) -> None:
     folder = make_adapter(base, tmp_path / "lora_adapter", lora_alpha=0)
-    with pytest.raises(ModelError, match="lora_alpha is 0, so that the adapter changes nothing"):
+    with pytest.raises(ModelError, match="lora_alpha is 0, so the adapter has no effect"):
         resize(folder, tmp_path / "small", data=tmp_path / "rows.jsonl")
-    with pytest.raises(ModelError, match="lora_alpha is 0, so that the adapter changes nothing"):
+    with pytest.raises(ModelError, match="lora_alpha is 0, so the adapter has no effect"):
         resize(folder, tmp_path / "small", rank=2)
 
 
@@ -198,7 +201,7 @@ def test_a_base_that_mlx_has_quantised_is_one_line(tmp_path: Path) -> None:
         json.dumps({"model_type": "llama", "quantization": {"group_size": 64, "bits": 4}})
     )
     with pytest.raises(
-        ModelError, match="quantised by MLX, which PyTorch does not read; give the model that it was made from"
+        ModelError, match="MLX quantized this model, and PyTorch can't read it; give the original model"
     ):
         find_model(str(tmp_path))
 

@@ -24,8 +24,8 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--ranks", "-2"], r"rank -2 is not allowed"),
     (["--ranks", "4.5"], r"ranks: got '4\.5'; input should be a valid integer"),
     (["--ranks", "four"], r"ranks: got 'four'"),
-    (["--ranks", ""], r"ranks: got \[\]; give at least one, and each once"),
-    (["--ranks", "4,4"], r"ranks: got \[4, 4\]; give at least one, and each once"),
+    (["--ranks", ""], r"ranks: got \[\]; give at least one value, each of them once"),
+    (["--ranks", "4,4"], r"ranks: got \[4, 4\]; give at least one value, each of them once"),
     (["--ranks", "4,64"], r"rank 64 is above the \d+ that model\.layers\.0\.self_attn\.\w+_proj"),
     (["--learning-rates", "0"], r"learning rate 0 is not allowed"),
     (["--learning-rates", "-1e-4"], r"learning rate -0\.0001 is not allowed"),
@@ -37,7 +37,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--batch-size", "100000"], r"examples for the train split, at least 100000 needed"),
     (["--lora-alpha", "-1"], r"lora_alpha: got '-1'; input should be greater than 0"),
     (["--dtype", "int3"], r"dtype: got 'int3'; input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
-    (["--device", "tpu9"], r"device 'tpu9' is not known"),
+    (["--device", "tpu9"], r"device 'tpu9' is unknown"),
     (["--device", "cuda:7"], r"device 'cuda:7' does not exist; this machine has cpu"),
     (["--strategy", "gird"], r"unknown strategy 'gird' \(did you mean 'grid'\?\)"),
     (["--strategy", "upward", "--goal", "adapter"], r"strategy 'upward' starts at the smallest rank"),
@@ -48,15 +48,15 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--set", "lora_dropout"], r"give NAME=VALUE"),
     (["--set", "lora_dropout=2"], r"lora_dropout: got '2'; input should be less than 1"),
     (["--set", "num_train_epochs=1"], r"max_steps and num_train_epochs were both given"),
-    (["--set", f"num_evaluations={'9' * 400}"], r"num_evaluations: got 9+\.\.\.9+; whole numbers are at most 2\*\*53"),
-    (["--ranks", f"4,{10**30}"], r"ranks: got 10+; whole numbers are at most 2\*\*53"),
+    (["--set", f"num_evaluations={'9' * 400}"], r"num_evaluations: got 9+\.\.\.9+; integers are at most 2\*\*53"),
+    (["--ranks", f"4,{10**30}"], r"ranks: got 10+; integers are at most 2\*\*53"),
     (["--config", "missing.yaml"], r"missing\.yaml: can't read it"),
     (["--no-such-option"], r"No such option"),
-    (["--device", "gpu"], r"device 'gpu' is not known; give auto, cpu, cuda, cuda:1 or mps$"),
+    (["--device", "gpu"], r"device 'gpu' is unknown; give auto, cpu, cuda, cuda:1 or mps$"),
     (["--ranks", "4,x"], r"ranks: got 'x'; input should be a valid integer$"),
     (["--set", "task_type=SEQ_CLS"], r"task_type: got 'SEQ_CLS', and this is 'CAUSAL_LM': .* or leave task_type out$"),
     (["--set", "task_type=causal"], r"task_type: got 'causal', and this is 'CAUSAL_LM'"),
-    (["--set", "peft_type=IA3"], r"peft_type: got 'IA3'; a selection trains 'LORA' alone: leave it out$"),
+    (["--set", "peft_type=IA3"], r"peft_type: got 'IA3'; a selection trains only 'LORA': leave peft_type out$"),
     (["--set", "inference_mode=True"], r"inference_mode: got true, .* leave it out$"),
     (
         ["--set", "base_model_name_or_path=org/other"],
@@ -137,7 +137,7 @@ def test_unknown_architecture(
     (model / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
     require_refusal(
         *run(build_select_arguments(model, completion_file, tmp_path / "run"), capsys),
-        r"transformers knows no such model",
+        r"transformers does not know this model",
     )
 
 

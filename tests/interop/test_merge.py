@@ -62,51 +62,51 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     return make_adapter(base, tmp_path / "adapter")
 
 
-def by_hand(base: Path, adapter: Path) -> Any:
+def merge_by_hand(base: Path, adapter: Path) -> Any:
     """The merge as PEFT's page has it."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 
-def saved(model: Any, base: Path, folder: Path) -> Path:
+def save_model(model: Any, base: Path, folder: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
 
-def compared(adapter: Path, whole: Path, base: Path, rows: Path) -> AdapterComparison:
-    return compare(adapter, whole, model=str(base), data=rows, settings=SETTINGS)
+def compare_merged(adapter: Path, merged: Path, base: Path, rows: Path) -> AdapterComparison:
+    return compare(adapter, merged, model=str(base), data=rows, settings=SETTINGS)
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora", "alpha_pattern", "dora", "modules_to_save"])
 def test_a_merged_model_is_that_of_peft(kind: str, base: Path, rows: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", kind)
-    done = export(adapter, "merged", tmp_path / "out", check=rows, settings=SETTINGS)
-    assert done.check is not None
-    assert (done.check["verdict"], done.check["cause"]) == ("not_worse", None)
-    assert abs(done.check["difference"]) < 1e-5
+    result = export(adapter, "merged", tmp_path / "out", check=rows, settings=SETTINGS)
+    assert result.check is not None
+    assert (result.check["verdict"], result.check["cause"]) == ("not_worse", None)
+    assert abs(result.check["difference"]) < 1e-5
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    theirs = by_hand(base, adapter).state_dict()
+    theirs = merge_by_hand(base, adapter).state_dict()
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
     stored = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
-    assert stored["check"] == done.check
-    assert done.check["sentence"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert stored["check"] == result.check
+    assert result.check["sentence"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
 def test_a_gguf_file_is_read_as_transformers_reads_it(
     kind: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
 ) -> None:
-    whole, tokenizer = by_hand(base, adapter), AutoTokenizer.from_pretrained(base)
-    file = write_gguf(whole, tokenizer, tmp_path / "model.gguf", kind)
-    answer = compared(adapter, file, base, rows)
+    merged, tokenizer = merge_by_hand(base, adapter), AutoTokenizer.from_pretrained(base)
+    file = write_gguf(merged, tokenizer, tmp_path / "model.gguf", kind)
+    answer = compare_merged(adapter, file, base, rows)
     assert answer.cause is None
     assert abs(answer.difference) < {"q4_0": 0.2, "q8_0": 0.02}.get(kind, 0.005)
     read = load_base(str(file), SETTINGS.model_copy(update={"dtype": "float32"}), None)
     assert read.tokenizer.chat_template == tokenizer.chat_template
     assert read.tokenizer("one dog, 12")["input_ids"] == tokenizer("one dog, 12")["input_ids"]
-    for name, value in whole.state_dict().items():
+    for name, value in merged.state_dict().items():
         off = torch.linalg.vector_norm(read.model.state_dict()[name] - value) / torch.linalg.vector_norm(value)
         assert float(off) < {"q4_0": 0.15, "q8_0": 0.02}.get(kind, 0.01), name
 
@@ -115,44 +115,44 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(
 def test_an_mlx_folder_is_read_as_mlx_computes(
     bits: int, base: Path, adapter: Path, rows: Path, tmp_path: Path
 ) -> None:
-    whole = saved(by_hand(base, adapter), base, tmp_path / "whole")
-    folder, values = write_mlx(whole, tmp_path / "mlx", bits)
-    answer = compared(adapter, folder, base, rows)
+    merged = save_model(merge_by_hand(base, adapter), base, tmp_path / "whole")
+    folder, values = write_mlx(merged, tmp_path / "mlx", bits)
+    answer = compare_merged(adapter, folder, base, rows)
     assert answer.cause is None
     assert abs(answer.difference) < {4: 0.2, 8: 0.02}[bits]
-    with ensure_torch_format(str(folder)) as place:
-        read = load_file(Path(place) / "model.safetensors")
-    assert read.keys() == load_file(whole / "model.safetensors").keys()
+    with ensure_torch_format(str(folder)) as torch_folder:
+        read = load_file(Path(torch_folder) / "model.safetensors")
+    assert read.keys() == load_file(merged / "model.safetensors").keys()
     assert all(torch.equal(read[name], value) for name, value in values.items())
 
 
 def test_what_mlx_packs_in_other_ways_is_refused(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
     folder, _ = write_mlx(base, tmp_path / "mlx", 4)
-    for change, what in (({"mode": "mxfp4"}, "mode 'mxfp4'"), ({"bits": 6}, "6 bits"), ({"lm_head": {}}, "lm_head")):
+    for change, message in (({"mode": "mxfp4"}, "mode 'mxfp4'"), ({"bits": 6}, "6 bits"), ({"lm_head": {}}, "lm_head")):
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"} | change
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with pytest.raises(ModelError, match=f"quantised by MLX with .*{what}"):
-            compared(adapter, folder, base, rows)
+        with pytest.raises(ModelError, match=f"MLX quantized it with .*{message}"):
+            compare_merged(adapter, folder, base, rows)
 
 
-def dropped(base: Path, adapter: Path) -> Any:
+def drop_adapter(base: Path, adapter: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base)
 
 
-def _merged_with(**changes: Any) -> Callable[[Path, Path], Any]:
+def _merge_with_changes(**changes: Any) -> Callable[[Path, Path], Any]:
     def make(base: Path, adapter: Path) -> Any:
         copy = Path(shutil.copytree(adapter, adapter.parent / "changed"))
         edit_config(copy, **changes)
         if changes.get("use_dora") is False:
             tensors = load_file(copy / "adapter_model.safetensors")
             save_file({k: v for k, v in tensors.items() if "magnitude" not in k}, copy / "adapter_model.safetensors")
-        return by_hand(base, copy)
+        return merge_by_hand(base, copy)
 
     return make
 
 
-def on_another_base(base: Path, adapter: Path) -> Any:
+def merge_into_other_base(base: Path, adapter: Path) -> Any:
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_pretrained(base)
     for parameter in model.parameters():
@@ -161,15 +161,15 @@ def on_another_base(base: Path, adapter: Path) -> Any:
 
 
 FAULTS: dict[str, tuple[str, Callable[[Path, Path], Any], str]] = {
-    "adapter dropped": ("plain", dropped, "it is the base: the adapter was dropped"),
+    "adapter dropped": ("plain", drop_adapter, "it equals the base model: the adapter was dropped"),
     "alpha lost": (
         "plain",
-        _merged_with(lora_alpha=8),
-        "another scale (alpha lost, r taken): it has scale 1, the adapter 2",
+        _merge_with_changes(lora_alpha=8),
+        "another scale (alpha was lost and r was used): its scale is 1, and the adapter's is 2",
     ),
-    "rsLoRA lost": ("rslora", _merged_with(use_rslora=False), "without rsLoRA: it has scale 2, the adapter 5.66"),
-    "DoRA lost": ("dora", _merged_with(use_dora=False), "it is the adapter without DoRA's magnitudes"),
-    "another base": ("plain", on_another_base, "it has another base than"),
+    "rsLoRA lost": ("rslora", _merge_with_changes(use_rslora=False), "without rsLoRA: its scale is 2, and the adapter's is 5.66"),
+    "DoRA lost": ("dora", _merge_with_changes(use_dora=False), "it is the adapter without DoRA's magnitudes"),
+    "another base": ("plain", merge_into_other_base, "it has another base model than"),
 }
 
 
@@ -178,49 +178,49 @@ FAULTS: dict[str, tuple[str, Callable[[Path, Path], Any], str]] = {
 def test_a_planted_fault_is_found_and_named(fault: str, form: str, base: Path, rows: Path, tmp_path: Path) -> None:
     kind, make, cause = FAULTS[fault]
     adapter = make_adapter(base, tmp_path / "adapter", kind)
-    whole = saved(make(base, adapter), base, tmp_path / "whole")
+    merged = save_model(make(base, adapter), base, tmp_path / "whole")
     if form == "mlx":  # what another converter did to it in 8 bits
-        whole, _ = write_mlx(whole, tmp_path / "mlx", 8)
-    found = compared(adapter, whole, base, rows)
-    assert found.verdict == "broken"
-    assert found.cause is not None
-    assert cause in found.cause
-    assert "BROKEN" in found.sentence
+        merged, _ = write_mlx(merged, tmp_path / "mlx", 8)
+    comparison = compare_merged(adapter, merged, base, rows)
+    assert comparison.verdict == "broken"
+    assert comparison.cause is not None
+    assert cause in comparison.cause
+    assert "BROKEN" in comparison.sentence
 
 
-@pytest.mark.parametrize("what", ["chat template", "tokenizer", "tokenizer or chat template"])
-def test_other_tokens_are_found_and_named(what: str, base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
-    whole = saved(by_hand(base, adapter), base, tmp_path / "whole")
+@pytest.mark.parametrize("difference", ["chat template", "tokenizer", "tokenizer or chat template"])
+def test_other_tokens_are_found_and_named(difference: str, base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    merged = save_model(merge_by_hand(base, adapter), base, tmp_path / "whole")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    if what == "chat template":
+    if difference == "chat template":
         tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
-        tokenizer.save_pretrained(whole)
-    elif what == "tokenizer or chat template":  # the assistant's turns can't be found
+        tokenizer.save_pretrained(merged)
+    elif difference == "tokenizer or chat template":  # the assistant's turns can't be found
         tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>{{", "<|im_start|>the {{")
-        tokenizer.save_pretrained(whole)
+        tokenizer.save_pretrained(merged)
     else:
-        file = whole / "tokenizer.json"
+        file = merged / "tokenizer.json"
         content = json.loads(file.read_text(encoding="utf-8"))
         content["model"]["merges"] = content["model"]["merges"][:20]
         file.write_text(json.dumps(content), encoding="utf-8")
-    found = compared(adapter, whole, base, rows)
-    assert found.verdict == "broken"
-    assert found.cause is not None
-    assert f"its {what} was changed" in found.cause
-    assert abs(found.difference) < 1e-5  # the weights are those of the adapter
+    comparison = compare_merged(adapter, merged, base, rows)
+    assert comparison.verdict == "broken"
+    assert comparison.cause is not None
+    assert f"its {difference} was changed" in comparison.cause
+    assert abs(comparison.difference) < 1e-5  # the weights are those of the adapter
 
 
 def test_a_lossy_but_faithful_model_is_not_called_broken(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
     """As a base in 4 bits that was merged and stored in 16."""
-    model = by_hand(base, adapter)
+    model = merge_by_hand(base, adapter)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.model.layers.parameters():
         parameter.data += (
             torch.randn(parameter.shape, generator=generator) * parameter.std() * (0.15 if parameter.dim() > 1 else 0.0)
         )
-    found = compared(adapter, saved(model, base, tmp_path / "whole"), base, rows)
-    assert found.cause is None
-    assert found.verdict != "broken"
+    comparison = compare_merged(adapter, save_model(model, base, tmp_path / "whole"), base, rows)
+    assert comparison.cause is None
+    assert comparison.verdict != "broken"
 
 
 def test_the_command_checks_on_the_run_s_own_test_split(
@@ -246,7 +246,7 @@ def test_the_command_checks_on_the_run_s_own_test_split(
 def test_a_fault_ends_the_command_with_status_3(
     base: Path, adapter: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = saved(dropped(base, adapter), base, tmp_path / "whole")
+    merged = save_model(drop_adapter(base, adapter), base, tmp_path / "whole")
     words = [
         "--model",
         str(base),
@@ -261,7 +261,7 @@ def test_a_fault_ends_the_command_with_status_3(
         "9",
     ]
     with pytest.raises(SystemExit) as ended:
-        main(["compare", str(adapter), str(whole), *words])
+        main(["compare", str(adapter), str(merged), *words])
     assert ended.value.code == 3  # though it is within the margin
     assert "BROKEN, it is the base" in capsys.readouterr().out
 
@@ -269,16 +269,16 @@ def test_a_fault_ends_the_command_with_status_3(
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_an_adapter_over_a_quantised_base(bits: str, base: Path, adapter: Path, rows: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    found = compare(adapter, adapter, model=str(base), data=rows, base_b=bits, settings=SETTINGS)
-    assert 0 < abs(found.difference) < 0.5
-    assert found.cause is None
+    comparison = compare(adapter, adapter, model=str(base), data=rows, base_b=bits, settings=SETTINGS)
+    assert 0 < abs(comparison.difference) < 0.5
+    assert comparison.cause is None
 
 
 def test_an_adapter_over_another_form_of_its_base(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     file = write_gguf(model, tokenizer, tmp_path / "base.gguf", "q4_0")
-    found = compare(adapter, adapter, model=str(base), data=rows, base_b=str(file), settings=SETTINGS)
-    assert 0 < abs(found.difference) < 0.5
+    comparison = compare(adapter, adapter, model=str(base), data=rows, base_b=str(file), settings=SETTINGS)
+    assert 0 < abs(comparison.difference) < 0.5
 
 
 def test_bad_input_is_one_line_and_nothing_is_lost(
@@ -300,14 +300,14 @@ def test_bad_input_is_one_line_and_nothing_is_lost(
 
 
 def test_a_half_written_folder_is_refused(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
-    whole = saved(by_hand(base, adapter), base, tmp_path / "whole")
-    content = (whole / "model.safetensors").read_bytes()
-    (whole / "model.safetensors").write_bytes(content[: len(content) // 2])
+    merged = save_model(merge_by_hand(base, adapter), base, tmp_path / "whole")
+    content = (merged / "model.safetensors").read_bytes()
+    (merged / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ModelError) as refused:
-        compared(adapter, whole, base, rows)
+        compare_merged(adapter, merged, base, rows)
     assert "\n" not in str(refused.value)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(ModelError) as refused:
-        compared(adapter, cut, base, rows)
+        compare_merged(adapter, cut, base, rows)
     assert "\n" not in str(refused.value)

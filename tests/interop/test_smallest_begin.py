@@ -21,12 +21,12 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, Trainer
 from rightrank import SmallestAdapter, Squeeze
 from rightrank.interop.truncation_run import resume_measurement
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
-from tests.interop.trainings import Listed, OneShot, Rows, peft_model
+from tests.interop.trainings import RowList, OneTimeRows, Rows, make_peft_model
 
 pytestmark = pytest.mark.trains
 
 
-def trainer_of(
+def make_trainer(
     model: Any, folder: Path, out: Path, train: Any, held_out: Any, *callbacks: Any, **changes: Any
 ) -> Trainer:
     settings: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "no", "seed": 0}
@@ -43,7 +43,7 @@ def trainer_of(
     )
 
 
-def refused(trainer: Trainer, error: type[InputError]) -> str:
+def require_refusal(trainer: Trainer, error: type[InputError]) -> str:
     with pytest.raises(error) as raised:
         trainer.train()
     assert trainer.state.global_step == 0
@@ -52,7 +52,7 @@ def refused(trainer: Trainer, error: type[InputError]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("changes", "given", "error", "words"),
+    ("changes", "arguments", "error", "words"),
     [
         ({"target_modules": ["embed_tokens", "q_proj"]}, {}, ModelError, "embed_tokens.*linear layers"),
         ({"init_lora_weights": "pissa"}, {}, ModelError, "pissa.*changes the base"),
@@ -69,28 +69,28 @@ def refused(trainer: Trainer, error: type[InputError]) -> str:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word")
 def test_a_wrong_value_is_refused(
     changes: dict[str, Any],
-    given: dict[str, Any],
+    arguments: dict[str, Any],
     error: type[InputError],
     words: str,
     model_folder: Path,
     rows: Rows,
     tmp_path: Path,
 ) -> None:
-    callback = SmallestAdapter(Listed(rows[140:]), **given)
-    model = peft_model(model_folder, **changes)
-    message = refused(trainer_of(model, model_folder, tmp_path, Listed(rows[:40]), None, callback), error)
+    callback = SmallestAdapter(RowList(rows[140:]), **arguments)
+    model = make_peft_model(model_folder, **changes)
+    message = require_refusal(make_trainer(model, model_folder, tmp_path, RowList(rows[:40]), None, callback), error)
     assert re.search(words, message)
 
 
-def without_labels(rows: Rows) -> Rows:
+def remove_labels(rows: Rows) -> Rows:
     return [row | {"labels": [-100] * len(row["labels"])} for row in rows]
 
 
 @pytest.mark.parametrize(
     ("held_out", "words"),
     [
-        (lambda rows: Listed(without_labels(rows[140:])), "fewer than two held-out rows have a label"),
-        (lambda rows: Listed([*without_labels(rows[140:160]), rows[160]]), "fewer than two held-out rows have a label"),
+        (lambda rows: RowList(remove_labels(rows[140:])), "fewer than two held-out rows have a label"),
+        (lambda rows: RowList([*remove_labels(rows[140:160]), rows[160]]), "fewer than two held-out rows have a label"),
         (lambda rows: [(row["input_ids"], row["labels"]) for row in rows[140:]], "a row is a tuple"),
         (lambda rows: [row["input_ids"] for row in rows[140:]], "a row is a list"),
     ],
@@ -99,36 +99,36 @@ def test_rows_without_a_loss_are_refused(
     held_out: Callable[[Rows], Any], words: str, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
     callback = SmallestAdapter(held_out(rows))
-    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:40]), None, callback)
-    assert words in refused(trainer, DataError)
+    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:40]), None, callback)
+    assert words in require_refusal(trainer, DataError)
 
 
 def test_an_adapter_active_beside_the_trained_one_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    model = peft_model(model_folder)
+    model = make_peft_model(model_folder)
     model.add_adapter("frozen", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["frozen", "default"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("default" in name)
-    trainer = trainer_of(model, model_folder, tmp_path, Listed(rows[:40]), None, SmallestAdapter(Listed(rows[140:])))
-    assert "the adapters default, frozen are active together" in refused(trainer, ModelError)
+    trainer = make_trainer(model, model_folder, tmp_path, RowList(rows[:40]), None, SmallestAdapter(RowList(rows[140:])))
+    assert "the adapters default, frozen are active at the same time" in require_refusal(trainer, ModelError)
 
 
-@pytest.mark.parametrize("way", ["set_scale", "scale_layer", "config"])
-def test_a_scale_that_peft_does_not_save_is_refused(way: str, model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    model = peft_model(model_folder)
+@pytest.mark.parametrize("scaling", ["set_scale", "scale_layer", "config"])
+def test_a_scale_that_peft_does_not_save_is_refused(scaling: str, model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    model = make_peft_model(model_folder)
     for module in model.modules():
-        if way != "config" and hasattr(module, way):
-            module.set_scale("default", 0.5) if way == "set_scale" else module.scale_layer(0.5)
-    if way == "config":
+        if scaling != "config" and hasattr(module, scaling):
+            module.set_scale("default", 0.5) if scaling == "set_scale" else module.scale_layer(0.5)
+    if scaling == "config":
         model.peft_config["default"].lora_alpha = 16
-    trainer = trainer_of(model, model_folder, tmp_path, Listed(rows[:40]), None, SmallestAdapter(Listed(rows[140:])))
-    assert "the saved adapter is another one" in refused(trainer, ModelError)
+    trainer = make_trainer(model, model_folder, tmp_path, RowList(rows[:40]), None, SmallestAdapter(RowList(rows[140:])))
+    assert "the saved adapter is another one" in require_refusal(trainer, ModelError)
 
 
 GLOBAL = np.random.default_rng(0)
 
 
-class Drawing(Listed):
+class RandomRows(RowList):
     """Rows that lose a token at random, by every generator that there is."""
 
     def __init__(self, rows: Rows) -> None:
@@ -146,11 +146,11 @@ class Drawing(Listed):
 def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """Data sets that draw random numbers train the same to the bit."""
     weights = []
-    for number, callbacks in enumerate(([], [SmallestAdapter(Drawing(rows[140:]))])):
+    for number, callbacks in enumerate(([], [SmallestAdapter(RandomRows(rows[140:]))])):
         GLOBAL.bit_generator.state = np.random.default_rng(0).bit_generator.state
-        model = peft_model(model_folder)
-        train, held_out = Drawing(rows[:140]), Drawing(rows[140:])
-        trainer = trainer_of(
+        model = make_peft_model(model_folder)
+        train, held_out = RandomRows(rows[:140]), RandomRows(rows[140:])
+        trainer = make_trainer(
             model,
             model_folder,
             tmp_path / str(number),
@@ -166,7 +166,7 @@ def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tm
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-class Lazy:
+class LazyGenerator:
     """What creates its generator at first use, as collators and data sets do."""
 
     def __init__(self) -> None:
@@ -178,12 +178,12 @@ class Lazy:
         return int(self.generator.integers(4))
 
 
-class LazyRows(Listed):
+class LazyRows(RowList):
     """Rows that lose tokens by a transform that creates its generator at first use."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
-        self.transforms = [partial(Lazy.draw, Lazy())]
+        self.transforms = [partial(LazyGenerator.draw, LazyGenerator())]
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         length = len(self.rows[index]["labels"]) - self.transforms[0]()
@@ -193,7 +193,7 @@ class LazyRows(Listed):
 class Collator:
     """A collator that notes the rows and batches of the training; a copy of it notes its own."""
 
-    def __init__(self, collate: Any, lazy: Lazy | None = None) -> None:
+    def __init__(self, collate: Any, lazy: LazyGenerator | None = None) -> None:
         self.collate, self.lazy = collate, lazy
         self.rows: list[Any] = []
         self.batches: list[Any] = []
@@ -219,7 +219,7 @@ def collate_by_script(rows: list[Any]) -> list[Any]:
     return [{name: values[:end] for name, values in row.items()} for row, end in zip(rows, ends, strict=True)]
 
 
-def collator_of(kind: str, folder: Path) -> Collator:
+def make_collator(kind: str, folder: Path) -> Collator:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if kind == "transformers":
         tokenizer.mask_token = "<unk>"
@@ -228,7 +228,7 @@ def collator_of(kind: str, folder: Path) -> Collator:
     if kind == "script":
         collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
         return Collator(lambda rows: collate(collate_by_script(rows)))
-    return Collator(DataCollatorForSeq2Seq(tokenizer, padding=True), Lazy() if kind == "collator" else None)
+    return Collator(DataCollatorForSeq2Seq(tokenizer, padding=True), LazyGenerator() if kind == "collator" else None)
 
 
 @pytest.mark.parametrize("kind", ["rows", "collator", "transformers", "script"])
@@ -239,11 +239,11 @@ def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
     """Of a data set's transform, of a collator such as transformers', and of a script: the training has the same batches as without the callback."""
     batches = []
     for number, callbacks in enumerate(([], [callback()])):
-        train = (LazyRows if kind == "rows" else Listed)(rows[:140])
-        collator = collator_of(kind, model_folder)
+        train = (LazyRows if kind == "rows" else RowList)(rows[:140])
+        collator = make_collator(kind, model_folder)
         monkeypatch.setattr(sys.modules[__name__], "GENERATOR", None)
-        trainer = trainer_of(
-            peft_model(model_folder), model_folder, tmp_path / str(number), train, Listed(rows[140:]), *callbacks
+        trainer = make_trainer(
+            make_peft_model(model_folder), model_folder, tmp_path / str(number), train, RowList(rows[140:]), *callbacks
         )
         trainer.data_collator = collator
         trainer.train()
@@ -258,8 +258,8 @@ def test_what_cannot_be_copied_is_not_read_before_the_end(
     """An open file cannot: what was not checked is said, and a cut between two steps is refused."""
     train = LazyRows(rows[:140])
     train.file = (tmp_path / "rows").open("w")  # type: ignore[attr-defined]
-    callback, collator = SmallestAdapter(Listed(rows[140:]), margin=0.1), collator_of("collator", model_folder)
-    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, train, None, callback)
+    callback, collator = SmallestAdapter(RowList(rows[140:]), margin=0.1), make_collator("collator", model_folder)
+    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, train, None, callback)
     trainer.data_collator = collator
     assert collator.lazy is not None
     collator.lazy.file = train.file  # type: ignore[attr-defined]
@@ -271,11 +271,11 @@ def test_what_cannot_be_copied_is_not_read_before_the_end(
     assert callback.result is not None
     assert "truncated by singular values" not in " ".join(callback.result.notes)
     trainer.remove_callback(callback)
-    trainer.add_callback(Squeeze(Listed(rows[140:]), rank=4))
+    trainer.add_callback(Squeeze(RowList(rows[140:]), rank=4))
     trainer.state.global_step = 0
-    assert "give the trainer a collator that copy.deepcopy copies" in refused(trainer, DataError)
-    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows), train, SmallestAdapter())
-    assert "eval_dataset, LazyRows cannot be copied" in refused(trainer, DataError)
+    assert "give the trainer a collator that copy.deepcopy copies" in require_refusal(trainer, DataError)
+    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows), train, SmallestAdapter())
+    assert "eval_dataset, LazyRows cannot be copied" in require_refusal(trainer, DataError)
     train.file.close()  # type: ignore[attr-defined]
 
 
@@ -283,7 +283,7 @@ class Stream(torch.utils.data.IterableDataset[Any]):
     """Rows without numbers; its length is known."""
 
     def __init__(self, rows: Rows) -> None:
-        self.left = OneShot(rows).left
+        self.left = OneTimeRows(rows).left
 
     def __iter__(self) -> Iterator[Any]:
         return self.left
@@ -304,17 +304,17 @@ def test_a_stream_loses_no_row(
             drawn.append(number)
             yield row
 
-    left, weights = [], []
-    for number, callbacks in enumerate(([], [SmallestAdapter(Listed(rows[140:]), margin=0.1)])):
+    remaining, weights = [], []
+    for number, callbacks in enumerate(([], [SmallestAdapter(RowList(rows[140:]), margin=0.1)])):
         drawn.clear()
-        train: Any = {"one shot": OneShot, "length": Stream}.get(kind, OneShot)(rows[:140])
+        train: Any = {"one shot": OneTimeRows, "length": Stream}.get(kind, OneTimeRows)(rows[:140])
         if kind == "datasets":
             train = pytest.importorskip("datasets").IterableDataset.from_generator(generate)
-        model = peft_model(model_folder)
-        trainer_of(model, model_folder, tmp_path / str(number), train, None, *callbacks).train()
-        left.append(list(drawn) if kind == "datasets" else list(train.left))
+        model = make_peft_model(model_folder)
+        make_trainer(model, model_folder, tmp_path / str(number), train, None, *callbacks).train()
+        remaining.append(list(drawn) if kind == "datasets" else list(train.left))
         weights.append(dict(model.named_parameters()))
-    assert left[0] == left[1] != []
+    assert remaining[0] == remaining[1] != []
     assert "a stream and is not read; held-out rows were not looked for in it" in caplog.text
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert callbacks[0].result is not None
@@ -326,46 +326,46 @@ def test_a_stream_of_held_out_rows_is_refused(model_folder: Path, rows: Rows, tm
     """No random sample of it can be drawn without reading all of it."""
     held_out = Stream(rows[140:])
     for callback in (SmallestAdapter(), SmallestAdapter(held_out), SmallestAdapter(iter(rows[140:]))):
-        trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:40]), held_out, callback)
-        assert "SmallestAdapter a list of a few hundred rows" in refused(trainer, DataError)
+        trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:40]), held_out, callback)
+        assert "SmallestAdapter a list of a few hundred rows" in require_refusal(trainer, DataError)
     assert len(list(held_out.left)) == len(rows[140:])
 
 
-class LiveRow(dict[str, list[int]]):
+class CountedRow(dict[str, list[int]]):
     """A row that can be counted as long as it is held."""
 
     alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
-    most: ClassVar[int] = 0
+    max_alive: ClassVar[int] = 0
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, row: dict[str, list[int]]) -> None:
         super().__init__(row)
-        LiveRow.alive.add(self)
-        LiveRow.most = max(LiveRow.most, len(LiveRow.alive))
+        CountedRow.alive.add(self)
+        CountedRow.max_alive = max(CountedRow.max_alive, len(CountedRow.alive))
 
 
-class Made(Listed):
+class GeneratedRows(RowList):
     """Rows that are made when they are read."""
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return LiveRow(self.rows[index])
+        return CountedRow(self.rows[index])
 
 
-class Begun(TrainerCallback):
+class StepRecorder(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0:
-            self.most = LiveRow.most
+            self.max_alive = CountedRow.max_alive
 
 
 def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """Before the first step, at the end, and during the training none."""
-    LiveRow.most = 0
-    callback, begun = SmallestAdapter(Made(rows[140:]), margin=0.1), Begun()
-    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Made(rows[:140]), None, callback, begun)
+    CountedRow.max_alive = 0
+    callback, begun = SmallestAdapter(GeneratedRows(rows[140:]), margin=0.1), StepRecorder()
+    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, GeneratedRows(rows[:140]), None, callback, begun)
     trainer.train()
-    assert begun.most <= 32  # beside the trainer's own, which reads a batch ahead
-    assert LiveRow.most <= 32
+    assert begun.max_alive <= 32  # beside the trainer's own, which reads a batch ahead
+    assert CountedRow.max_alive <= 32
     assert callback.result is not None
     assert callback.result.examples == len(rows) - 140
 
@@ -375,14 +375,14 @@ def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
 ) -> None:
     """What was compared is said in the answer."""
     monkeypatch.setattr("rightrank.interop.smallest.MAX_COMPARISON_SECONDS", -1.0)
-    callback = SmallestAdapter(Listed(rows[100:]), margin=0.1)
-    trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback).train()
+    callback = SmallestAdapter(RowList(rows[100:]), margin=0.1)
+    make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback).train()
     assert callback.result is not None
     assert callback.result.examples == len(rows) - 100
     assert any(note.startswith("0 of 140 training rows (a random sample)") for note in callback.result.answer.notes)
 
 
-def images(count: int) -> list[dict[str, Any]]:
+def make_images(count: int) -> list[dict[str, Any]]:
     """Random images whose label says which half is brighter; the middle of each, which `str` shows not, differs alone."""
     draw = torch.Generator().manual_seed(0)
     rows = []
@@ -400,7 +400,7 @@ def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, cap
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
     )
-    base, rows = transformers.ViTForImageClassification(config), images(160)
+    base, rows = transformers.ViTForImageClassification(config), make_images(160)
     base.save_pretrained(tmp_path / "base")
     base = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["classifier"])
@@ -420,10 +420,10 @@ def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, cap
         assert callback.result.top.value == pytest.approx(
             float((model.eval()(pixels).logits.argmax(-1) == labels).float().mean())
         )
-    assert "are in the training set" in shared(rows, model, arguments, caplog)
+    assert "are in the training set" in find_shared(rows, model, arguments, caplog)
 
 
-def shared(
+def find_shared(
     rows: list[dict[str, Any]], model: Any, arguments: TrainingArguments, caplog: pytest.LogCaptureFixture
 ) -> str:
     Trainer(model, arguments, train_dataset=rows[:80], callbacks=[SmallestAdapter(rows[70:120])]).train()
@@ -432,20 +432,20 @@ def shared(
 
 def test_inputs_that_hold_tensors_and_are_none_are_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """As images of several sizes."""
-    for beside in ([torch.zeros(2)], {"a": (torch.zeros(2),)}):
-        callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
-        trainer = trainer_of(
-            peft_model(model_folder),
+    for pixel_values in ([torch.zeros(2)], {"a": (torch.zeros(2),)}):
+        callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
+        trainer = make_trainer(
+            make_peft_model(model_folder),
             model_folder,
             tmp_path,
-            Listed(rows[:140]),
-            Listed(rows[140:]),
+            RowList(rows[:140]),
+            RowList(rows[140:]),
             callback,
             max_steps=2,
         )
         collate = trainer.data_collator
-        trainer.data_collator = lambda part, collate=collate, beside=beside: {**collate(part), "pixel_values": beside}
-        assert "the batches have pixel_values as a" in refused(trainer, DataError)
+        trainer.data_collator = lambda batch_rows, collate=collate, pixel_values=pixel_values: {**collate(batch_rows), "pixel_values": pixel_values}
+        assert "the batches have pixel_values as a" in require_refusal(trainer, DataError)
 
 
 @pytest.mark.parametrize("order", ["alternating", "sorted", "shuffled"])
@@ -463,7 +463,7 @@ def test_the_scored_rows_are_a_random_sample(
     np.random.seed(1)
     callback = SmallestAdapter(mixed, margin=0.1)
     train = [{name: values[1:] for name, values in row.items()} for row in rows]
-    trainer_of(peft_model(model_folder), model_folder, tmp_path, train, None, callback, max_steps=2).train()
+    make_trainer(make_peft_model(model_folder), model_folder, tmp_path, train, None, callback, max_steps=2).train()
     assert callback.result is not None
     tokens = callback.result.top.example_tokens
     assert len(tokens) == 20
@@ -479,9 +479,9 @@ def test_the_sample_is_the_same_whatever_the_global_generators_have(
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        callback = SmallestAdapter(Listed(rows[140:]), margin=0.1, max_examples=20)
-        trainer_of(
-            peft_model(model_folder), model_folder, tmp_path / str(seed), Listed(rows[:140]), None, callback, seed=seed, max_steps=1,
+        callback = SmallestAdapter(RowList(rows[140:]), margin=0.1, max_examples=20)
+        make_trainer(
+            make_peft_model(model_folder), model_folder, tmp_path / str(seed), RowList(rows[:140]), None, callback, seed=seed, max_steps=1,
         ).train()  # fmt: skip
         assert callback.result is not None
         tokens.append(callback.result.top.example_tokens)
@@ -489,8 +489,8 @@ def test_the_sample_is_the_same_whatever_the_global_generators_have(
 
 
 def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    callback = SmallestAdapter(Listed(rows[140:]), margin=1.0, measure=False)
-    trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:40]), None, callback).train()
+    callback = SmallestAdapter(RowList(rows[140:]), margin=1.0, measure=False)
+    make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:40]), None, callback).train()
     resume_measurement(tmp_path / "rightrank")
     for folder in [tmp_path / "rightrank" / "adapter", *(tmp_path / "rightrank" / "trials").iterdir()]:
         loaded = AutoTokenizer.from_pretrained(folder)
@@ -513,8 +513,8 @@ def test_a_column_that_groups_nothing_is_refused(
 ) -> None:
     held_out = [row | ({"doc": at % documents} if documents else {}) for at, row in enumerate(rows[100:140])]
     callback = SmallestAdapter(held_out, group="doc")
-    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:16]), None, callback)
-    assert re.search(words, refused(trainer, DataError))
+    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:16]), None, callback)
+    assert re.search(words, require_refusal(trainer, DataError))
 
 
 @pytest.mark.filterwarnings("ignore:Creating a tensor from a list")
@@ -534,8 +534,8 @@ def test_rows_with_one_prompt_belong_together_in_every_format(
         elif marks == "prompt_ids":
             held_out[-1] |= {"prompt_ids": prompt}
     callback = SmallestAdapter(datasets.Dataset.from_list(held_out).with_format(form), margin=0.1)
-    trainer_of(
-        peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback, max_steps=1
+    make_trainer(
+        make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback, max_steps=1
     ).train()
     assert callback.result is not None
     assert "Bounds are over 10 groups of 40 examples." in callback.result.answer.notes
@@ -549,8 +549,8 @@ def test_long_values_of_a_group_column_are_told_apart(model_folder: Path, rows: 
     ):
         held_out = [row | {"doc": value} for row, value in zip(rows[140:180], values, strict=True)]
         callback = SmallestAdapter(held_out, margin=0.1, group="doc")
-        trainer_of(
-            peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback, max_steps=1
+        make_trainer(
+            make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback, max_steps=1
         ).train()
         assert callback.result is not None
         assert "Bounds are over 10 groups of 40 examples." in callback.result.answer.notes
@@ -573,12 +573,12 @@ def test_another_loss_is_refused_with_the_way(
     """Contrastive losses and rerankers: one line names `evaluate=`."""
 
     def tensors(value: Any) -> Any:
-        return {key: tensors(held) for key, held in value.items()} if isinstance(value, dict) else torch.tensor(value)
+        return {key: tensors(element) for key, element in value.items()} if isinstance(value, dict) else torch.tensor(value)
 
-    callback = SmallestAdapter(Listed(rows[140:]))
-    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback)
+    callback = SmallestAdapter(RowList(rows[140:]))
+    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback)
     trainer.data_collator = lambda _: tensors(batch)
-    assert "evaluate=evaluate" in refused(trainer, DataError)
+    assert "evaluate=evaluate" in require_refusal(trainer, DataError)
 
 
 def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -586,13 +586,13 @@ def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_
     base = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1, pad_token_id=1)
     model: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
     labelled = [{"input_ids": row["input_ids"], "labels": number % 2} for number, row in enumerate(rows)]
-    trainer = trainer_of(model, model_folder, tmp_path, labelled[:140], labelled[140:], SmallestAdapter())
+    trainer = make_trainer(model, model_folder, tmp_path, labelled[:140], labelled[140:], SmallestAdapter())
     trainer.data_collator = transformers.DataCollatorWithPadding(AutoTokenizer.from_pretrained(model_folder))
-    assert "evaluate=evaluate" in refused(trainer, DataError)
+    assert "evaluate=evaluate" in require_refusal(trainer, DataError)
 
 
 def test_a_trainer_of_embedding_models_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """As of `sentence_transformers`, whose trainers call a loss of their own."""
-    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows), None, SmallestAdapter())
+    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows), None, SmallestAdapter())
     trainer.__class__ = type("CrossEncoderTrainer", (Trainer,), {"__module__": "sentence_transformers.cross_encoder"})
-    assert "evaluate=evaluate" in refused(trainer, SettingsError)
+    assert "evaluate=evaluate" in require_refusal(trainer, SettingsError)

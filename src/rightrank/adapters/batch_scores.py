@@ -29,13 +29,15 @@ from rightrank.train.loss import (
 )
 
 Batch = Mapping[str, Any]  # as the trainer's collator makes it
-BETA = 0.1  # of preference pairs, as TRL's default
+BETA = 0.1  # of the loss of preference pairs, TRL's default
 
 
-GROUP_KEY = "group"  # of a batch's rows: numbers that say which of all rows belong together
-REFERENCE_KEYS = "ref_chosen_logps", "ref_rejected_logps"  # of TRL's batches of pairs
-# What to do where examples cannot be scored here; see docs/how-to/own-trainers.md.
-CUSTOM_EVALUATION_HINT = 'score adapters with a function of your own: rightrank.select_rank_with(train, "run", evaluate=evaluate, goal="adapter")'
+GROUP_KEY = "group"  # the key of a batch's groups: rows with equal numbers belong together
+REFERENCE_KEYS = "ref_chosen_logps", "ref_rejected_logps"  # keys in TRL's batches of pairs
+# Advice if examples cannot be scored here; see docs/how-to/own-trainers.md.
+CUSTOM_EVALUATION_HINT = (
+    'score adapters with your own function: rightrank.select_rank_with(train, "run", evaluate=evaluate, goal="adapter")'
+)
 NON_MODEL_KEYS = (GROUP_KEY, "labels", "num_items_in_batch", "completion_mask")
 LIKELIHOOD = Likelihood(compute_native_pass_losses)
 
@@ -96,8 +98,8 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
     )
     if nested is not None:
         raise DataError(
-            f"the batches have {nested} as a {type(batch[nested]).__name__} of tensors, without which the model would be another one; give a "
-            f"collator that makes a tensor of it, or {CUSTOM_EVALUATION_HINT}"
+            f"the batches have {nested} as a {type(batch[nested]).__name__} of tensors, which can't be passed to the model; give a "
+            f"collator that returns one tensor, or {CUSTOM_EVALUATION_HINT}"
         )
     base, device = get_base_model(model), next(model.parameters()).device
     tensors_by_key = {
@@ -112,22 +114,22 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
         labels, position_ids = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, IGNORED), None
     if labels is None or labels.is_floating_point() or not 1 <= labels.dim() <= 2:
         raise DataError(
-            "the batches have no labels of classes or tokens; a regression, several labels a row, a reranker, a contrastive loss or a loss of one's "
-            f"own has no scores here: {CUSTOM_EVALUATION_HINT}"
+            "the batches have no class or token labels; regression, several labels per row, rerankers, contrastive losses and custom losses "
+            f"are not supported: {CUSTOM_EVALUATION_HINT}"
         )
     groups = batch[GROUP_KEY].tolist() if GROUP_KEY in batch else ()
     if not is_pairs and has_class_labels(batch):
         is_of_tokens = hasattr(base, "can_generate") and base.can_generate()
         if is_of_tokens or getattr(base.config, "num_labels", 2) == 1:
-            output = "predicts tokens" if is_of_tokens else "has one output, as a regression or a reranker"
+            output = "predicts tokens" if is_of_tokens else "has one output, like a regression or a reranker"
             raise DataError(
-                f"{type(base).__name__} {output}, and the batches have one label a row, which has no scores here: {CUSTOM_EVALUATION_HINT}"
+                f"{type(base).__name__} {output}, and the batches have one label per row, which is not supported: {CUSTOM_EVALUATION_HINT}"
             )
         rows = torch.arange(len(labels), device=device)
         return TrainerBatch(inputs, labels.flatten(), rows[:, None], rows, False, groups)
     if base.config.is_encoder_decoder or not base.can_generate():
         raise DataError(
-            f"{type(base).__name__}: examples are scored of causal language models and of classifiers of whole rows; for others "
+            f"{type(base).__name__}: only causal language models and sequence classifiers are supported; for other models "
             f"{CUSTOM_EVALUATION_HINT}"
         )
     # Examples that are packed into one row begin where `position_ids` is 0. Of left-padded rows the padding has position 0 too, or 1: it
@@ -159,7 +161,7 @@ def compute_batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLos
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(
-            f"{type(get_base_model(model)).__name__}: these batches give no loss by example ({describe_error(error)}); {CUSTOM_EVALUATION_HINT}"
+            f"{type(get_base_model(model)).__name__}: no loss per example can be computed from these batches ({describe_error(error)}); {CUSTOM_EVALUATION_HINT}"
         ) from error
 
 

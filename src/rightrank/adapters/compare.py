@@ -40,7 +40,7 @@ from rightrank.train.runtime import Runtime, attach_adapter
 from rightrank.train.tokens import encode_splits
 from rightrank.train.trial import build_finished_trial
 
-BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # of `--base-b`
+BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # the settings for values of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
 
 
@@ -123,7 +123,9 @@ def _evaluate_sides(
         if is_adapter and not (index and base_b is not None and base_b not in BITS):
             require_matching_base(Path(side_name), runtime.loaded)
         if is_adapter and not (Path(side_name) / MLX_FILE).is_file():
-            read_header(Path(side_name) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
+            read_header(
+                Path(side_name) / WEIGHTS_FILE
+            )  # raises a clear error for a damaged file, before PEFT fails on it
         report_evaluation_progress(runtime, f"{'AB'[index]} ({Path(side_name).name}) on {data.name}", on_event)
         adapter = Path(side_name) if is_adapter else None
         compared_sides.append(
@@ -185,7 +187,7 @@ def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> Non
     counts = [sum(trial.example_tokens or []) for trial in (a, b)]
     raise ModelError(
         f"A and B have different tokenizers: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.example_losses)} and "
-        f"{len(b.example_losses)} examples. Losses by token can't be compared then; compare what they answer, such as by "
+        f"{len(b.example_losses)} examples. Losses per token can't be compared then; compare the generated answers, for example with "
         "--metric exact_match or f1"
     )
 
@@ -236,9 +238,7 @@ def _compare_metric(
     tables = [build_table([trial], metric, higher, loss=loss) for trial in (a, b)]
     cells = [next(iter(table.cells.values())) for table in tables]
     if not all(cell.examples for cell in cells):
-        raise SettingsError(
-            f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
-        )
+        raise SettingsError(f"metric {metric!r} gives no score per example, so two adapters can't be compared in pairs")
     paired = compute_paired_difference(cells[1], cells[0])
     difference = paired.sums, paired.weights, paired.score_range, paired.groups
     bounds = compute_file_bounds(*difference)
@@ -305,8 +305,8 @@ def _find_shared_labels(sides: Sequence[str]) -> list[str] | None:
     for model_name, side_labels in other_sides:
         if side_labels != labels:
             raise ModelError(
-                f"{model_name}: its labels are {', '.join(side_labels)}, and those of {first} are {', '.join(labels)}: classifiers are "
-                "compared with the same labels in the same order"
+                f"{model_name}: its labels are {', '.join(side_labels)}, and those of {first} are {', '.join(labels)}: classifiers can only be "
+                "compared if they have the same labels in the same order"
             )
     return labels
 
@@ -349,7 +349,9 @@ def _count_head_rows(folder: Path) -> int | None:
     weights = folder / WEIGHTS_FILE
     if task != "SEQ_CLS" or not weights.is_file():
         return None
-    pattern = re.compile(r"\.(score|classifier)\.(?!.*\.?lora_).*weight$")  # what PEFT saves of a classifier
+    pattern = re.compile(
+        r"\.(score|classifier)\.(?!.*\.?lora_).*weight$"
+    )  # names of the head's weights in PEFT's files
     rows = [shape[0] for name, shape in read_header(weights)[0].items() if pattern.search(name)]
     return rows[-1] if rows else None
 

@@ -30,12 +30,17 @@ from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData
 
 IGNORED_CHANGE, CLOSENESS_RATIO = 0.1, 3.0
-TOKENIZED_EXAMPLES = 64  # examples whose tokens are compared
-VECTOR_TOLERANCE, MATRIX_TOLERANCE = 0.02, 0.3  # relative: a copy in 16 bits differs by .004, a matrix in 4 bits by .1
+TOKENIZED_EXAMPLES = 64  # number of examples whose tokens are compared
+VECTOR_TOLERANCE, MATRIX_TOLERANCE = (
+    0.02,
+    0.3,
+)  # relative differences: a copy in 16 bits differs by .004, a matrix in 4 bits by .1
 DEFAULT_ALPHA = 8.0  # of PEFT's LoraConfig
 
 
-ScoreFunction: TypeAlias = Callable[[Runtime, str, Path | None], TrialFinished]  # of the base, or an adapter on it
+ScoreFunction: TypeAlias = Callable[
+    [Runtime, str, Path | None], TrialFinished
+]  # evaluates the base model, or an adapter on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ def diagnose_conversion(sides: tuple[ComparedSide, ComparedSide], score: ScoreFu
         return None
     return _find_base_difference(a, b) or _diagnose_function(
         a, b, score
-    )  # on another base, an adapter may do as little as none
+    )  # an adapter may have no effect on another base model
 
 
 def _diagnose_function(a: ComparedSide, b: ComparedSide, score: ScoreFunction) -> str | None:
@@ -79,7 +84,7 @@ def _diagnose_function(a: ComparedSide, b: ComparedSide, score: ScoreFunction) -
     if deviation <= IGNORED_CHANGE * adapter_effect:
         return None
     if _compute_distance(converted_losses, base_losses) * CLOSENESS_RATIO <= deviation:
-        return "it is the base: the adapter was dropped"
+        return "it equals the base model: the adapter was dropped"
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         for number, (cause, folder) in enumerate(_write_faulty_adapters(a.adapter, Path(name))):
             losses = _get_losses(score(a.runtime, f"fault {number}", folder))
@@ -103,7 +108,7 @@ def _write_faulty_adapters(adapter: Path, folder: Path) -> Iterator[tuple[str, P
     """Yield the description of each fault, and the folder of an adapter that has it."""
     opened = open_adapter(adapter)
     config = opened.config
-    rank, alpha, scale_text = config["r"], config["lora_alpha"], "it has scale {:.3g}, the adapter {:.3g}"
+    rank, alpha, scale_text = config["r"], config["lora_alpha"], "its scale is {:.3g}, and the adapter's is {:.3g}"
     scale = alpha / rank**0.5 if opened.use_rslora else alpha / rank
     changes: dict[str, dict[str, Any]] = {}
     if opened.use_dora:
@@ -113,8 +118,8 @@ def _write_faulty_adapters(adapter: Path, folder: Path) -> Iterator[tuple[str, P
         "use_rslora": not opened.use_rslora
     }
     for description, wrong_alpha in (
-        ("alpha lost, r taken", rank),
-        (f"alpha lost, PEFT's {DEFAULT_ALPHA:g} taken", DEFAULT_ALPHA),
+        ("alpha was lost and r was used", rank),
+        (f"alpha was lost and PEFT's default {DEFAULT_ALPHA:g} was used", DEFAULT_ALPHA),
         ("half", alpha / 2),
         ("twice", 2 * alpha),
     ):
@@ -148,7 +153,9 @@ def _find_base_difference(a: ComparedSide, b: ComparedSide) -> str | None:
         if module in adapted or module.endswith(saved_modules or ("\0",)) or not value.is_floating_point():
             continue
         if converted is None or converted.shape != value.shape:
-            return f"it has another base than {a.runtime.loaded.name}: {name} is not the same there"
+            return (
+                f"it has another base model than {a.runtime.loaded.name}: {name} is missing there or has another shape"
+            )
         if not converted.is_floating_point():
             continue
         relative_error = float(
@@ -156,7 +163,7 @@ def _find_base_difference(a: ComparedSide, b: ComparedSide) -> str | None:
             / torch.linalg.vector_norm(value.float()).clamp(min=1e-12)
         )
         if relative_error > (VECTOR_TOLERANCE if value.dim() == 1 or value is embedding else MATRIX_TOLERANCE):
-            return f"it has another base than {a.runtime.loaded.name}: {name} differs by {relative_error:.0%}"
+            return f"it has another base model than {a.runtime.loaded.name}: {name} differs by {relative_error:.0%}"
     return None
 
 
@@ -172,5 +179,5 @@ def describe_token_difference(first: Runtime, tokenizer: Any, own_data: EncodedD
                     (index for index, (x, y) in enumerate(zip(ids, own_ids, strict=False)) if x != y),
                     min(len(ids), len(own_ids)),
                 )
-                return f"its {cause} was changed: example {number + 1} has other tokens from the {position + 1}th on"
+                return f"its {cause} was changed: example {number + 1} has other tokens from token {position + 1} on"
     return None

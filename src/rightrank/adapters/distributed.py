@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from rightrank.schema.errors import LIBRARY_ERRORS, RightrankError, RunError
 
-# What a measurement in someone else's process can end in; all else ends the process anyway.
+# The errors that a measurement in another program's process may raise. All others end the process anyway.
 MEASUREMENT_ERRORS = (RightrankError, MemoryError, *LIBRARY_ERRORS)
-SHARED_ERROR_FLAG = "is_known_to_all"  # of an error: every process has raised
+SHARED_ERROR_FLAG = "is_known_to_all"  # an attribute of an error that every process has raised
 
 
 @contextmanager

@@ -34,17 +34,17 @@ from rightrank.train.multi_lora import find_lora_modules
 class InMemoryAdapter:
     """An adapter of a model in memory, with the batches and settings to measure its truncations."""
 
-    model: Any  # PEFT's, with a LoRA adapter of linear layers
-    held_out: Sequence[Batch]  # of examples that the training did not see
-    # Of training examples, for second moments; without them truncation is by singular values.
+    model: Any  # a PEFT model with a LoRA adapter of linear layers
+    held_out: Sequence[Batch]  # batches of examples that the training did not see
+    # Batches of training examples for second moments; without them, adapters are truncated by singular values.
     train: Sequence[Batch] = ()
-    # How much worse is still enough, in nats a token (or accuracy); None: the metric's default.
+    # The accepted loss of quality, in nats per token (or accuracy); None: the metric's default.
     margin: float | None = None
     ranks: Sequence[int] | None = None  # candidates; None: the powers of two below the adapter's rank
-    name: str = "default"  # of the adapter in PEFT
+    name: str = "default"  # the adapter's name in PEFT
     metric: str = "loss"  # or `accuracy` of a classifier
     beta: float = BETA  # of the loss of preference pairs
-    moment_tokens: int = MOMENT_TOKENS  # of `train` that are read at most
+    moment_tokens: int = MOMENT_TOKENS  # the maximum number of tokens of `train` that are read
     write_beside: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
 
 
@@ -62,8 +62,8 @@ def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
         scale = layers[module.name].scaling[name]
         if not math.isclose(scale, module.scaling, rel_tol=1e-6):
             raise ModelError(
-                f"{module.name}: its scale is {scale:g} (set_scale, scale_layer) and PEFT saves {module.scaling:g}, so that the saved "
-                "adapter is another one; set lora_alpha before the training"
+                f"{module.name}: its scale is {scale:g} (set_scale, scale_layer) and PEFT saves {module.scaling:g}, so the saved "
+                "adapter would differ; set lora_alpha before the training"
             )
     return adapter
 
@@ -76,7 +76,7 @@ def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> 
         SettingsError: A rank is not a possible truncation.
     """
     name = find_trained_adapter(model)
-    if not is_partitioned(model):  # a fresh process measures that
+    if not is_partitioned(model):  # a fresh process measures a partitioned model
         with sync_errors(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
             list_candidate_ranks(save_trained_adapter(model, name, Path(folder) / "begin"), ranks)
     return name
@@ -93,8 +93,8 @@ def find_trained_adapter(model: Any) -> str:
     active: list[str] = sorted({name for layer in layers for name in layer.active_adapters}) or ["default"]
     if len(active) > 1:
         raise ModelError(
-            f"the adapters {', '.join(active)} are active together, so that each alone is another model than the trained one; one adapter is "
-            "truncated at a time: merge the others into the base, and train on that"
+            f"the adapters {', '.join(active)} are active at the same time, and only one adapter can be truncated: "
+            "merge the others into the base model, and train on that"
         )
     name = active[0]
     config = getattr(model, "peft_config", {}).get(name)
@@ -105,12 +105,12 @@ def find_trained_adapter(model: Any) -> str:
     if not modules or unsupported or config.use_dora:
         name_or_type = unsupported[0] if unsupported else config.peft_type
         raise ModelError(
-            f"{name_or_type}: only LoRA of linear layers is truncated in memory; save it and use rightrank resize --data"
+            f"{name_or_type}: only LoRA of linear layers can be truncated in memory; save the adapter and use rightrank resize --data"
         )
     if any(layer.merged for layer in modules.values()):
         raise ModelError(f"the adapter {name!r} is merged into the base; call unmerge_adapter() before the measurement")
     if config.r < 2:
-        raise ModelError("the adapter has rank 1: there is no lower rank")
+        raise ModelError("the adapter has rank 1, and there is no lower rank")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(
             "FSDP1 holds the factors in flat parameters; shard by FSDP2 (fsdp_version 2), or use rightrank resize --data"

@@ -21,8 +21,8 @@ from rightrank.train.multi_lora import find_lora_modules
 SEARCH_DEPTH, MAX_SEARCHED_ENTRIES = (
     5,
     64,
-)  # how far generators are looked for: steps from a data set, entries of a list
-MAX_COPIED_OBJECTS = 10_000  # of a data set or collator; what holds more is not copied
+)  # limits of the search for generators: steps from a data set, entries of a list
+MAX_COPIED_OBJECTS = 10_000  # a data set or collator with more objects is not copied
 
 
 @contextmanager

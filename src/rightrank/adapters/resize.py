@@ -90,12 +90,12 @@ def require_plain_update(adapter: AdapterFolder) -> None:
     """
     if not adapter.config["lora_alpha"]:
         raise ModelError(
-            f"{adapter.path}: lora_alpha is 0, so that the adapter changes nothing; verl's merger writes 0 where it does not know it: "
+            f"{adapter.path}: lora_alpha is 0, so the adapter has no effect; verl's merger writes 0 if it does not know the value: "
             f"set it in {CONFIG_FILE}"
         )
     if (init := adapter.base_changing_init) is not None:
         raise ModelError(
-            f"{adapter.path}: init_lora_weights is {init!r}, which changes the base on loading, by an amount that depends on "
+            f"{adapter.path}: init_lora_weights is {init!r}, which changes the base model on loading by an amount that depends on "
             "the rank; convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
 
@@ -184,7 +184,7 @@ def _build_notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) ->
         notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
     saved_sizes = [tensors[key].numel() for key in adapter.other_keys if not key.endswith(".alpha")]
     if saved_sizes:
-        notes.append(f"kept as they are: {len(saved_sizes)} tensors trained whole, {sum(saved_sizes):,} parameters")
+        notes.append(f"unchanged: {len(saved_sizes)} fully trained tensors with {sum(saved_sizes):,} parameters")
     return notes
 
 

@@ -52,7 +52,7 @@ class _EvaluationData:
     """Examples to score in the validation split, and training examples in the train split."""
 
     splits: DataSplits
-    scores_training_examples: bool  # the train split is the validation split: nothing else is known
+    scores_training_examples: bool  # the train split is the validation split, because the training data are unknown
     note: str
 
 
@@ -100,7 +100,7 @@ def load_evaluation_data(
             f"{data}: {left_out} of {len(all_examples)} distinct rows are among the adapter's training examples; "
             "give rows that it was not trained on"
         )
-    description = f"{data} (not in its training data); {left_out:,} training examples of the adapter left out"
+    description = f"{data} (not in its training data); {left_out:,} training examples of the adapter are left out"
     return _replace_validation_split(training_splits, _limit_examples(unseen, settings), description)
 
 
@@ -143,7 +143,7 @@ class TruncationCurve:
     answer: AdapterAnswer
 
 
-MANY_EXAMPLES = 2000  # above which scoring may take long, and fewer are proposed
+MANY_EXAMPLES = 2000  # above this number, the message proposes to score fewer examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
     rank_list = ", ".join(map(str, sorted(ranks, reverse=True)))
     count = len(evaluation_data.splits.examples["validation"])
     hint = "" if count <= MANY_EXAMPLES else "; --set max_eval_examples=1000 measures on fewer"
-    text = f"measuring the base, then ranks {rank_list}, each on {count:,} examples{hint}"
+    text = f"measuring the base model, then ranks {rank_list}, each on {count:,} examples{hint}"
     request.on_event(Notice(text=text))
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         use = RuntimeInputs(request.data, request.settings, Path(name) / "cache", splits=evaluation_data.splits)
@@ -207,7 +207,7 @@ def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtim
     config.rank_pattern, config.alpha_pattern = {}, {}
     stated_values, unstated_names = convert_configs(config, **get_explicit_values(request.settings) | {"ranks": ranks})
     search = build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings.from_stored(stated_values))
-    notes += [f"the select command does not say {', '.join(unstated_names)}"] if unstated_names else []
+    notes += [f"the select command leaves out {', '.join(unstated_names)}"] if unstated_names else []
     replaced_notes = {"notes": [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]}
     return written.model_copy(
         update={
@@ -232,7 +232,7 @@ def _describe_missing_gain(trials: Sequence[TrialFinished], answer: AdapterAnswe
     if not compute_file_bounds(worse.sums, worse.weights, worse.score_range, worse.groups).is_enough(answer.margin):
         return {}
     return {
-        "sentence": f"No gain: the base alone has {base.value:.4f} and the adapter {best.value:.4f}, within the margin of "
+        "sentence": f"No gain: the base model alone has {base.value:.4f} and the adapter {best.value:.4f}, within the margin of "
         f"{answer.margin:g}, so every rank is within it. {answer.sentence}"
     }
 

@@ -28,8 +28,8 @@ from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectr
 from rightrank.schema.trials import Floats
 
 ENERGY_FRACTIONS = (0.9, 0.95, 0.99)
-DEAD_FRACTION = 1e-3  # of the median norm of the modules
-ROUNDING = 1e-6  # of the largest singular value; below it a value is rounding of float32 files, and not noise
+DEAD_FRACTION = 1e-3  # relative to the median norm of the modules
+ROUNDING = 1e-6  # relative to the largest singular value; a value below it is rounding of float32 files, and not noise
 MIN_VALUES_FOR_NOISE = 8  # the median of fewer singular values does not estimate noise
 EXACT_SIDE = 1024  # shorter side up to which a difference is decomposed exactly
 SKETCH_RANK = 128
@@ -153,7 +153,7 @@ def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := adapter.base_changing_init) is not None:
         notes.append(
-            f"initialised by {init}, which changes the base on loading: the figures are those of s·B·A, not of the whole update"
+            f"initialized by {init}, which changes the base model on loading: the figures are those of s·B·A, not of the full update"
         )
     return notes
 
@@ -307,7 +307,7 @@ def _require_same_architecture(base_checkpoint: _Checkpoint, tuned_checkpoint: _
         missing = sorted(checkpoint.files.keys() - other_checkpoint.files.keys())
         if missing:
             raise ModelError(
-                f"{other_checkpoint.path}: has no tensor {missing[0]} that {checkpoint.path} has ({len(missing)} such); give two checkpoints of one architecture"
+                f"{other_checkpoint.path}: has no tensor {missing[0]} that {checkpoint.path} has ({len(missing)} tensors are missing); give two checkpoints of one architecture"
             )
     for name, shape in base_checkpoint.shapes.items():
         if tuned_checkpoint.shapes[name] != shape:

@@ -14,10 +14,10 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MLX_FILE = "adapters.safetensors"
 MAX_CONFIG_BYTES = 16 * 2**20
-BASE_FILE = "base.json"  # beside an adapter: what its base is known by
-CLASSIFIER_FILE = "classifier.json"  # beside it: the labels of a classifier
-TRAINER_STATE = "trainer_state.json"  # of transformers
-RESULTS_FOLDER = "rightrank"  # in a trainer's output: what was measured at its end
+BASE_FILE = "base.json"  # beside an adapter: values that identify its base model
+CLASSIFIER_FILE = "classifier.json"  # beside an adapter: the labels of a classifier
+TRAINER_STATE = "trainer_state.json"  # written by transformers
+RESULTS_FOLDER = "rightrank"  # in a trainer's output: the measurement at its end
 
 
 def require_adapter_folder(path: Path) -> None:
@@ -36,7 +36,7 @@ def require_adapter_folder(path: Path) -> None:
         return
     hint = "give a folder that PEFT's save_pretrained wrote"
     if (path / "config.json").exists():
-        hint = "it is a whole model: compare two with --base A --finetuned B"
+        hint = "it is a full model: compare two with --base A --finetuned B"
     raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {suggest_adapter_folder(path) or hint}")
 
 
@@ -105,7 +105,10 @@ def find_adapter(path: Path) -> tuple[Path, str]:
         (location for location in adapters if best is not None and best in (location, *location.parents)), None
     )
     if chosen is None:
-        return newest, f"{newest}: the newest of {len(adapters)} adapters in {path}, where nothing names the best"
+        return (
+            newest,
+            f"{newest}: the newest of {len(adapters)} adapters in {path}, none of which is marked as the best",
+        )
     return chosen, f"{chosen}: the best of {len(adapters)} adapters in {path} by {source}"
 
 

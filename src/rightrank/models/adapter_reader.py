@@ -38,7 +38,7 @@ from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
-PEFT_PREFIX = "base_model.model."  # of PEFT's keys
+PEFT_PREFIX = "base_model.model."  # the prefix of PEFT's keys
 FACTOR_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
@@ -94,7 +94,7 @@ class AdapterModule:
     magnitude_key: str | None  # DoRA
     bias_key: str | None  # lora_bias
     address: str  # the name by which PEFT's patterns address it
-    index_in_pair: int = 0  # its place among the matrices of the pair
+    index_in_pair: int = 0  # the index among the matrices of the pair
 
     @property
     def parameters(self) -> int:

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "spiece.model", "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-COPIED_FILES = (BASE_FILE, CLASSIFIER_FILE, *TOKENIZER_FILES)  # what an adapter of another rank keeps of a folder
+COPIED_FILES = (BASE_FILE, CLASSIFIER_FILE, *TOKENIZER_FILES)  # files that are copied to an adapter of another rank
 
 
 def write_adapter(
@@ -75,7 +75,7 @@ def _write_classifier_labels(folder: Path, config: Any) -> None:
         "label2id": {names[number]: number for number in sorted(names)},
     }
     pad = getattr(config.get_text_config(), "pad_token_id", None)
-    arguments |= {} if pad is None else {"pad_token_id": pad}  # the last token of a shorter row is found by it
+    arguments |= {} if pad is None else {"pad_token_id": pad}  # needed to find the last token of a shorter row
     write_text(folder / CLASSIFIER_FILE, json.dumps(arguments, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -107,7 +107,9 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
     state_dict = {
         name: parameter.full_tensor().detach().cpu() for name, parameter in sharded_parameters.items()
     } or None
-    saved_config = peft_model.peft_config[adapter] = copy.deepcopy(config)  # PEFT writes into the one that it saves
+    saved_config = peft_model.peft_config[adapter] = copy.deepcopy(
+        config
+    )  # PEFT modifies the configuration that it saves
     saved_config.base_model_name_or_path = base_name
     if not str(saved_config.init_lora_weights).startswith(BASE_CHANGING_INITS):
         # Loading replaces the first values, and other names of PEFT do not take every rank.

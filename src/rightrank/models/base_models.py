@@ -47,14 +47,14 @@ DTYPES: dict[DtypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# What transformers raises, depending on the model, for files that it does not know, can't read or can't build from.
+# The errors that transformers raises, depending on the model, for files that it does not know, can't read or can't build from.
 LOADING_ERRORS = (*LIBRARY_ERRORS, ImportError, SafetensorError, StrictDataclassError)
 # Values of a configuration that change a model's output and no shape of a weight.
 CONFIG_KEYS = (
     "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
     "sliding_window",
 )  # fmt: skip
-IDENTITY_MATRICES = 64  # of a base that are looked at
+IDENTITY_MATRICES = 64  # number of matrices whose values identify a base model
 _FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
 
 
@@ -62,7 +62,7 @@ class BaseIdentity(Record):
     """Values that identify a base model among others of the same shapes: the content of `base.json` beside an adapter."""
 
     name: str
-    config: dict[str, JsonValue]  # what changes its output and no shape
+    config: dict[str, JsonValue]  # values that change the output and no shape
     weights: dict[str, tuple[float, float]]  # values at a quarter and at three quarters of some matrices
 
     def to_json(self) -> bytes:
@@ -91,7 +91,7 @@ class BaseIdentity(Record):
         ]
         num_differing = len(dict.fromkeys(differing_names))
         return (
-            f"{differing_names[0]} has other values, as have {num_differing} of {len(common)} weights that were looked at"
+            f"{differing_names[0]} has other values ({num_differing} of {len(common)} compared weights differ)"
             if differing_names
             else None
         )
@@ -106,7 +106,7 @@ class LoadedModel:
     name: str
     fingerprint: str
     device: torch.device
-    identity: BaseIdentity  # what an adapter's folder keeps of it
+    identity: BaseIdentity  # stored in an adapter's folder
 
 
 def resolve_dtype(name: AutoDtype, device: str) -> DtypeName:
@@ -181,11 +181,11 @@ def load_model_config(reference: str, trust_remote_code: bool, classification: b
     try:
         config = AutoConfig.from_pretrained(source.name, **source.build_loading_arguments(trust_remote_code))
     except LOADING_ERRORS as error:
-        raise ModelError(f"{reference}: transformers knows no such model ({get_first_line(error)})") from None
+        raise ModelError(f"{reference}: transformers does not know this model ({get_first_line(error)})") from None
     if config.is_encoder_decoder and not classification:
         raise ModelError(
-            f"{reference}: an encoder-decoder, as T5, which select does not train; give a causal model, or train it in a "
-            "function of your own (select_rank_with)"
+            f"{reference}: an encoder-decoder model such as T5, which select can't train; give a causal model, or use a "
+            "custom trainer (select_rank_with)"
         )
     if not is_supported(config, classification) and not trust_remote_code:
         kind = "sequence classification" if classification else "causal language"
@@ -387,7 +387,7 @@ def compute_base_identity(model: Any, name: str) -> BaseIdentity:
     }
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     embedding_names = [key for key, parameter in matrices.items() if parameter is embedding]
-    # the same of a model with and without a head: the embedding, and those whose names have the lowest hashes
+    # The choice does not depend on a head: the embedding, and the matrices whose names have the lowest hashes.
     sorted_names = sorted(
         (name for name, parameter in matrices.items() if parameter.dtype in DTYPES.values() and parameter.dim() > 1),
         key=lambda key: (key not in embedding_names, hashlib.sha256(key.encode()).digest()),

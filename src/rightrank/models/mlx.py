@@ -56,12 +56,12 @@ def _dequantize(
     """
     mode, bits, size = settings.get("mode", "affine"), int(settings["bits"]), int(settings["group_size"])
     unsupported = [
-        f"matrices with bits of their own ({name}, …)" for name, own in settings.items() if isinstance(own, dict)
+        f"matrices with their own number of bits ({name}, …)" for name, own in settings.items() if isinstance(own, dict)
     ]
     unsupported += [f"mode {mode!r}"] * (mode != "affine") + [f"{bits} bits"] * (bits not in SUPPORTED_BITS)
     if unsupported:
         raise ModelError(
-            f"{folder}: quantised by MLX with {unsupported[0]}, which is not read here; give one of mlx_lm.convert's defaults"
+            f"{folder}: MLX quantized it with {unsupported[0]}, which is not supported; convert it with the defaults of mlx_lm.convert"
         )
     unpacked: dict[str, torch.Tensor] = {}
     for key, value in tensors.items():

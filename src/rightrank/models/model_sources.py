@@ -15,8 +15,8 @@ from typing import Any
 from rightrank.data.files import UnreadableError, detect_path_kind, read_json_object
 from rightrank.schema.errors import MissingExtraError, ModelError, get_first_line, suggest_name
 
-HUB_TIMEOUT = 10.0  # for the hub to answer
-BASE_SIDE = "base"  # the side of a comparison that is the base model alone
+HUB_TIMEOUT = 10.0  # seconds until the hub must answer
+BASE_SIDE = "base"  # names the base model alone as a side of a comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _require_on_hub(name: str, path: Path) -> None:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except list_hub_errors() as error:
         raise ModelError(
-            f"{name}: no such folder{_suggest_folder(path)}, and no model that the hub answers for ({get_first_line(error)}); "
+            f"{name}: no such folder{_suggest_folder(path)}, and the hub has no such model or does not answer ({get_first_line(error)}); "
             "give a model folder, a GGUF file, or a hub name"
         ) from None
 
@@ -130,9 +130,7 @@ def _reject_unsupported_config(file: Path) -> None:
     except UnreadableError as error:
         raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
     if is_mlx_quantized(file.parent):
-        raise ModelError(
-            f"{file.parent}: quantised by MLX, which PyTorch does not read; give the model that it was made from"
-        )
+        raise ModelError(f"{file.parent}: MLX quantized this model, and PyTorch can't read it; give the original model")
     for name, value in _iterate_implementations(config):
         if "/" in value:
             raise ModelError(

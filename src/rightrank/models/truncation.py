@@ -28,8 +28,8 @@ from rightrank.models.ranks import (
 )
 from rightrank.schema.trials import Floats
 
-DAMPING = 0.01  # share of the identity in each metric: directions that few tokens have shown keep some weight
-MIN_EIGENVALUE_RATIO = 1e-12  # of the largest eigenvalue: below it a direction changes nothing
+DAMPING = 0.01  # share of the identity in each metric, which keeps some weight for directions that occur in few tokens
+MIN_EIGENVALUE_RATIO = 1e-12  # relative to the largest eigenvalue; a direction below it has no effect
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,9 @@ def allocate_ranks(values: Sequence[Floats], costs: Sequence[int], budget: int, 
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
-ZERO_RATIO = 1e-12  # of the largest singular value; a direction below it is rounding, and its column of B is zero
+ZERO_RATIO = (
+    1e-12  # relative to the largest singular value; a direction below it is rounding, and its column of B becomes zero
+)
 
 
 def truncate_tensors(

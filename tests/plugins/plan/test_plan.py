@@ -140,10 +140,10 @@ def test_bad_input_is_one_line(
     ("content", "expected"),
     [
         (None, "no config.json"),
-        ('{"model_type": "no_such_model"}', "transformers knows no such model"),
+        ('{"model_type": "no_such_model"}', "transformers does not know this model"),
         ("{", "not readable as JSON"),
         ('{"model_type": "t5"}', "an encoder-decoder"),
-        ('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "transformers knows no such model"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "transformers does not know this model"),
     ],
 )
 def test_bad_models_are_one_line(
