@@ -20,7 +20,7 @@ def test_every_target_is_offered() -> None:
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest_names() -> None:
-    with pytest.raises(SettingsError, match=r"unknown setting 'zzz'; the nearest: (\w+), (\w+), (\w+)$"):
+    with pytest.raises(SettingsError, match=r"unknown setting 'zzz'; similar settings: (\w+), (\w+), (\w+)$"):
         SelectSettings(zzz=1e-3)
     with pytest.raises(SettingsError, match=r"unknown setting 'lr' \(did you mean 'learning_rates'\?\)$"):
         SelectSettings(lr=1e-3)
@@ -38,6 +38,6 @@ def test_help_lists_the_commands_in_the_order_of_use_and_no_line_is_shortened() 
 
 def test_names_from_other_tools_map_to_one_setting() -> None:
     rows = SelectSettings.model_fields
-    listed = [name for row in rows.values() for name in row.also]
+    listed = [name for row in rows.values() for name in row.foreign_names]
     assert len(listed) == len(set(listed))
     assert not set(listed) & rows.keys()

@@ -207,7 +207,8 @@ def test_a_reader_gets_complete_records_and_changes_nothing(tmp_path: Path) -> N
         journal.path.write_bytes(content[: -len(unfinished_line)])
     journal.path.write_bytes(b"nothing of ours\n" + journal.path.read_bytes())
     with pytest.raises(
-        RunFolderError, match=r"journal\.jsonl:1: damaged: the length and the checksum at its end are missing; 3 of 4 records are undamaged"
+        RunFolderError,
+        match=r"journal\.jsonl:1: damaged: the length and the checksum at its end are missing; 3 of 4 records are undamaged",
     ):
         journal.read_complete_lines()
 

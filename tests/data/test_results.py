@@ -287,7 +287,10 @@ def test_a_data_frame_is_decided_as_its_rows() -> None:
 )
 def test_a_metric_without_a_known_direction_is_refused(tmp_path: Path, name: str) -> None:
     path = write_table(tmp_path, f"rank,{name}\n1,0.5\n4,0.7\n16,0.701\n")
-    with pytest.raises(ResultsError, match="its name does not tell whether higher or lower is better; give --higher-is-better or --lower-is-better"):
+    with pytest.raises(
+        ResultsError,
+        match="its name does not tell whether higher or lower is better; give --higher-is-better or --lower-is-better",
+    ):
         decide(path, metric=name)
     assert decide(path, metric=name, higher_is_better=True, margin=0.01).decision.rank == 4
     assert decide(path, metric=name, higher_is_better=False, margin=0.01).decision.reference_rank == 1

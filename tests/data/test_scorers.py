@@ -1,4 +1,4 @@
-"""Functions that score: what they are given, what they may return, and what becomes of bad ones."""
+"""Test user functions that score: their arguments, the values that they may return, and how invalid values are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data as people have it: other column names, Alpaca, ShareGPT, a validation file, no test split."""
+"""Test common layouts of data: other column names, Alpaca, ShareGPT, a validation file, no test split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of the tests of others' trainings."""
+"""Provide tokenized rows for the tests of other trainers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.interop.trainings import Rows
 @pytest.fixture
 def rows(model_folder: Path, completion_file: Path) -> Rows:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    found = []
+    tokenized_rows = []
     for line in completion_file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
-        found.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    return found
+        tokenized_rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return tokenized_rows

@@ -1,4 +1,4 @@
-"""Models as converters of other projects write them: a GGUF file of a small Llama, and a folder that MLX quantised."""
+"""Write models as converters of other projects do: a GGUF file of a small Llama, and a folder quantized by MLX."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUP = 64  # values of a row with a scale and a bias in common
 
 
 def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str) -> Path:
-    """A Llama with tied embeddings and a tokenizer of byte pairs; `kind` is the type of its matrices."""
+    """Write a Llama with tied embeddings and a byte-pair tokenizer; `kind` is the type of its matrices."""
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     writer.add_vocab_size(config.vocab_size)
@@ -29,13 +29,13 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str) -> Path:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    special = {token["id"] for token in whole["added_tokens"]}
+    tokenizer_data = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {token["id"] for token in tokenizer_data["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     writer.add_token_types([3 if number in special else 1 for number in range(len(tokenizer))])
-    writer.add_token_merges([" ".join(pair) for pair in whole["model"]["merges"]])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer_data["model"]["merges"]])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
@@ -58,7 +58,7 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str) -> Path:
 
 
 def write_mlx(model: Path, folder: Path, bits: int) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The folder of a model folder's matrices in few bits, and by name the values that they then have."""
+    """Quantize the matrices of a model folder. Return the new folder, and the resulting values by name."""
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization"] = {"group_size": GROUP, "bits": bits, "mode": "affine"}

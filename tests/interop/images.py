@@ -1,4 +1,4 @@
-"""Small random models of images: a text-to-image pipeline of diffusers, and a ResNet of transformers."""
+"""Make small random image models: a text-to-image pipeline of diffusers, and a ResNet of transformers."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def make_unet() -> Any:
     ).eval()
 
 
-def unet_output(unet: Any) -> torch.Tensor:
+def compute_unet_output(unet: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
     with torch.no_grad():
-        found: torch.Tensor = unet(latents, torch.tensor([3, 700]), encoder_hidden_states=text).sample
-    return found
+        output: torch.Tensor = unet(latents, torch.tensor([3, 700]), encoder_hidden_states=text).sample
+    return output
 
 
 def save_pipeline(folder: Path) -> Path:
-    """A Stable Diffusion pipeline whose every part is random and tiny."""
+    """Save a tiny random Stable Diffusion pipeline."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -76,8 +76,8 @@ def save_pipeline(folder: Path) -> Path:
     return folder / "pipeline"
 
 
-def captioned(count: int, seed: int) -> list[tuple[torch.Tensor, str]]:
-    """Noise in −1 … 1 with one channel that its caption raises."""
+def make_captioned_images(count: int, seed: int) -> list[tuple[torch.Tensor, str]]:
+    """Make noise between −1 and 1, with one channel that the caption raises."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number in range(count):
@@ -96,8 +96,8 @@ def save_resnet(folder: Path) -> Path:
     return folder
 
 
-def classified(count: int, seed: int) -> list[tuple[torch.Tensor, int]]:
-    """Noise with a bright half; which one is the class."""
+def make_classified_images(count: int, seed: int) -> list[tuple[torch.Tensor, int]]:
+    """Make noise with a bright half, which is the class."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number in range(count):
@@ -109,7 +109,7 @@ def classified(count: int, seed: int) -> list[tuple[torch.Tensor, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetTrain(TextToImageTrain):
-    """The same training of a transformers image classifier, the folder `pipeline`, with its head trained whole."""
+    """A training of a transformers image classifier from the folder `pipeline`, with its complete head."""
 
     held_out: Any
     train_images: Any
@@ -137,5 +137,5 @@ class ResNetTrain(TextToImageTrain):
 
     @torch.no_grad()
     def score_held_out(self, model: Any, losses: Any) -> TrialResult:
-        found = losses(model, range(len(self.held_out))).tolist()
-        return TrialResult(metrics={"loss": sum(found) / len(found)}, example_scores=found)
+        example_losses = losses(model, range(len(self.held_out))).tolist()
+        return TrialResult(metrics={"loss": sum(example_losses) / len(example_losses)}, example_scores=example_losses)

@@ -1,6 +1,6 @@
-"""The doors into other trainers: Lightning and accelerate run here; axolotl, ms-swift and LLaMA-Factory by the interface stored beside.
+"""Test other trainers: Lightning and accelerate run here; axolotl, ms-swift and LLaMA-Factory are replaced by their stored interfaces.
 
-Where one of those programs is installed, its interface is compared with the stored one.
+If one of these programs is installed, its interface is compared with the stored one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, Trainin
 from rightrank import SmallestAdapter
 from rightrank.interop.smallest import keep_smallest
 from rightrank.schema.errors import DataError, ModelError
-from tests.interop.trainings import Listed, Rows, peft_model
+from tests.interop.trainings import RowList, Rows, make_peft_model
 from tests.tiny import make_tokenizer
 
 INTERFACES = json.loads((Path(__file__).parent / "interfaces.json").read_text(encoding="utf-8"))
@@ -34,47 +34,49 @@ INTERFACES = json.loads((Path(__file__).parent / "interfaces.json").read_text(en
 
 @pytest.mark.parametrize("program", INTERFACES)
 def test_the_stored_interface_is_the_programs(program: str) -> None:
-    """Which methods are called, and with which arguments; the default values are the program's own matter."""
-    place, _, name = INTERFACES[program]["where"].partition(":")
-    if find_spec(place.partition(".")[0]) is None:
+    """Check which methods are called with which arguments. Default values may differ."""
+    module_name, _, name = INTERFACES[program]["where"].partition(":")
+    if find_spec(module_name.partition(".")[0]) is None:
         pytest.skip(f"{program} is not installed")
-    found = import_module(place)
+    member = import_module(module_name)
     for method, stored in INTERFACES[program]["signatures"].items():
-        parameters = signature(getattr(getattr(found, name) if name else found, method)).parameters
+        parameters = signature(getattr(getattr(member, name) if name else member, method)).parameters
         assert f"({', '.join(parameters)})" == stored
 
 
-class Program(ModuleType):
-    """A package whose modules hold what is stored of a program."""
+class StoredProgram(ModuleType):
+    """A package whose modules contain the stored interface of a program."""
 
     __path__: ClassVar[list[str]] = []
 
 
 @pytest.fixture
 def axolotl(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The plug-in over a base class with the stored methods, none of which does anything."""
+    """Import the plug-in with a base class that has the stored methods, all empty."""
     base = type("BasePlugin", (), {"post_train": lambda self, cfg, model: None})
     for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
-        monkeypatch.setitem(sys.modules, name, Program(name))
+        monkeypatch.setitem(sys.modules, name, StoredProgram(name))
     sys.modules["axolotl.integrations.base"].BasePlugin = base  # type: ignore[attr-defined]
     monkeypatch.delitem(sys.modules, "rightrank.interop.axolotl", raising=False)
     yield import_module("rightrank.interop.axolotl")
     monkeypatch.delitem(sys.modules, "rightrank.interop.axolotl")
 
 
-def trainer_of(folder: Path, rows: Rows, out: Path, callbacks: list[Any]) -> Trainer:
+def make_trainer(folder: Path, rows: Rows, out: Path, callbacks: list[Any]) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(out), max_steps=40, learning_rate=1e-2, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder), padding=True)
-    return Trainer(peft_model(folder), arguments, collator, Listed(rows[:140]), Listed(rows[140:]), callbacks=callbacks)
+    return Trainer(
+        make_peft_model(folder), arguments, collator, RowList(rows[:140]), RowList(rows[140:]), callbacks=callbacks
+    )
 
 
-def decision_of(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "rightrank" / "decision.json").read_text(encoding="utf-8"))
+def read_decision(out: Path) -> dict[str, Any]:
+    decision: dict[str, Any] = json.loads((out / "rightrank" / "decision.json").read_text(encoding="utf-8"))
     assert (out / "rightrank" / "adapter" / "adapter_model.safetensors").is_file()
     assert not (out / "rightrank" / "cache").exists()
-    return found
+    return decision
 
 
 @pytest.mark.trains
@@ -87,7 +89,7 @@ def test_axolotls_plugin_measures_in_a_fresh_process(
     fields = axolotl.SmallestAdapterArguments(rightrank_margin=0.1)
     assert plugin.get_input_args() == f"{type(fields).__module__}.{type(fields).__qualname__}"
     cfg = SimpleNamespace(output_dir=str(out), **fields.model_dump())
-    trainer = trainer_of(model_folder, rows, out, [])
+    trainer = make_trainer(model_folder, rows, out, [])
     for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
         trainer.add_callback(callback)
     trainer.train()
@@ -95,12 +97,12 @@ def test_axolotls_plugin_measures_in_a_fresh_process(
     plugin.post_train(cfg, trainer.model)
     plugin.post_train(cfg, trainer.model)
     plugin.post_train_unload(cfg)
-    apart = decision_of(out)["adapter_answer"]
+    separate_answer = read_decision(out)["adapter_answer"]
     here = SmallestAdapter(margin=0.1)
-    trainer_of(model_folder, rows, tmp_path / "here", [here]).train()
+    make_trainer(model_folder, rows, tmp_path / "here", [here]).train()
     assert here.result is not None
-    assert apart["rank"] == here.result.answer.rank
-    assert apart["difference"] == pytest.approx(here.result.answer.difference, abs=1e-6)
+    assert separate_answer["rank"] == here.result.answer.rank
+    assert separate_answer["difference"] == pytest.approx(here.result.answer.difference, abs=1e-6)
 
 
 @pytest.mark.trains
@@ -110,38 +112,38 @@ def test_axolotls_plugin_leaves_a_training_without_an_end_alone(axolotl: Any, tm
 
 
 @pytest.fixture
-def callbacks_of_ms_swift(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def ms_swift_callbacks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("swift", "swift.callbacks"):
-        monkeypatch.setitem(sys.modules, name, Program(name))
-    found: dict[str, Any] = {}
-    sys.modules["swift.callbacks"].callbacks_map = found  # type: ignore[attr-defined]
-    return found
+        monkeypatch.setitem(sys.modules, name, StoredProgram(name))
+    callbacks: dict[str, Any] = {}
+    sys.modules["swift.callbacks"].callbacks_map = callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 @pytest.mark.trains
 def test_ms_swift_loads_the_file_of_the_page(
-    callbacks_of_ms_swift: dict[str, Any], model_folder: Path, rows: Rows, tmp_path: Path
+    ms_swift_callbacks: dict[str, Any], model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "other-trainers.md").read_text(encoding="utf-8")
-    blocks = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
+    blocks = [section.partition("```")[0] for section in page.split("```python\n")[1:]]
     file = tmp_path / "plugin.py"
     file.write_text(next(block for block in blocks if "swift.callbacks" in block), encoding="utf-8")
     runpy.run_path(str(file))
-    trainer = trainer_of(model_folder, rows, tmp_path / "out", [])
-    trainer.add_callback(callbacks_of_ms_swift["rightrank"](trainer.args, trainer))
+    trainer = make_trainer(model_folder, rows, tmp_path / "out", [])
+    trainer.add_callback(ms_swift_callbacks["rightrank"](trainer.args, trainer))
     trainer.train()
-    assert decision_of(tmp_path / "out")["adapter_answer"]["margin"] == 0.01
+    assert read_decision(tmp_path / "out")["adapter_answer"]["margin"] == 0.01
 
 
 @pytest.mark.trains
 def test_the_callback_of_run_exp_takes_the_trainers_held_out_rows(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    """LLaMA-Factory makes the trainer itself, so that its user has no data set to give."""
+    """Give no data set: LLaMA-Factory creates the trainer itself."""
     callback = SmallestAdapter(margin=0.1)
-    trainer_of(model_folder, rows, tmp_path / "out", [callback]).train()
+    make_trainer(model_folder, rows, tmp_path / "out", [callback]).train()
     assert callback.result is not None
-    assert decision_of(tmp_path / "out")["adapter_answer"]["rank"] == callback.result.answer.rank
+    assert read_decision(tmp_path / "out")["adapter_answer"]["rank"] == callback.result.answer.rank
     assert callback.result.examples == 60
 
 
@@ -153,10 +155,10 @@ def test_a_loop_whose_measurement_is_killed_is_measured_by_the_command_that_it_l
         raise KeyboardInterrupt
 
     """In a process that imports no program which is not asked for."""
-    model, out = peft_model(model_folder), tmp_path / "out" / "rightrank"
+    model, out = make_peft_model(model_folder), tmp_path / "out" / "rightrank"
     monkeypatch.setattr("rightrank.interop.smallest.finish_run", killed)
     with pytest.raises(KeyboardInterrupt):
-        keep_smallest(model, loader(rows[140:]), loader(rows[:40]), out=out, margin=0.1)
+        keep_smallest(model, make_loader(rows[140:]), make_loader(rows[:40]), out=out, margin=0.1)
     program, *command = shlex.split(caplog.messages[-1].partition("to measure again: ")[2])
     assert program == "python"
     listed = [sys.executable, "-X", "importtime", *command]
@@ -164,44 +166,53 @@ def test_a_loop_whose_measurement_is_killed_is_measured_by_the_command_that_it_l
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports.splitlines()}
     assert {"rightrank", "peft"} <= imported
     assert not imported & {"axolotl", "swift", "lightning"}
-    apart = decision_of(tmp_path / "out")["adapter_answer"]
+    separate_answer = read_decision(tmp_path / "out")["adapter_answer"]
     monkeypatch.undo()
-    here = keep_smallest(model, loader(rows[140:]), loader(rows[:40]), out=tmp_path / "here", margin=0.1)
-    assert apart["rank"] == here.answer.rank
+    here = keep_smallest(model, make_loader(rows[140:]), make_loader(rows[:40]), out=tmp_path / "here", margin=0.1)
+    assert separate_answer["rank"] == here.answer.rank
 
 
-def loader(rows: Rows, shuffle: bool = False) -> DataLoader[Any]:
+def make_loader(rows: Rows, shuffle: bool = False) -> DataLoader[Any]:
     order = torch.Generator().manual_seed(0)
-    return DataLoader(Listed(rows), 8, shuffle, collate_fn=DataCollatorForSeq2Seq(make_tokenizer()), generator=order)
+    return DataLoader(RowList(rows), 8, shuffle, collate_fn=DataCollatorForSeq2Seq(make_tokenizer()), generator=order)
 
 
 @pytest.mark.trains
 @pytest.mark.filterwarnings("ignore")  # Lightning's remarks on workers and loggers
 def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    from tests.interop.with_lightning import SmallestAdapter, fitted
+    from tests.interop.with_lightning import SmallestAdapter, fit_model
 
-    callback = SmallestAdapter(loader(rows[140:]), margin=0.1)
-    fitted(peft_model(model_folder, lora_dropout=0.0), callback, loader(rows[:140], shuffle=True), tmp_path / "out")
+    callback = SmallestAdapter(make_loader(rows[140:]), margin=0.1)
+    fit_model(
+        make_peft_model(model_folder, lora_dropout=0.0),
+        callback,
+        make_loader(rows[:140], shuffle=True),
+        tmp_path / "out",
+    )
     assert callback.result is not None
-    assert decision_of(tmp_path / "out")["handed_over"]["rank"] == callback.result.answer.rank < 16
+    assert read_decision(tmp_path / "out")["handed_over"]["rank"] == callback.result.answer.rank < 16
 
-    model: Any = peft_model(model_folder, lora_dropout=0.0)
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    model: Any = make_peft_model(model_folder, lora_dropout=0.0)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
     accelerator = Accelerator(cpu=True)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, loader(rows[:140], shuffle=True))
+    model, optimizer, batches = accelerator.prepare(model, optimizer, make_loader(rows[:140], shuffle=True))
     for _, batch in zip(range(40), (batch for _ in range(3) for batch in batches), strict=False):
         accelerator.backward(model(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    initial_values = {name: value.detach().clone() for name, value in model.named_parameters()}
     states = torch.get_rng_state()
-    found = keep_smallest(
-        accelerator.unwrap_model(model), loader(rows[140:]), batches, out=tmp_path / "loop" / "rightrank", margin=0.1
+    result = keep_smallest(
+        accelerator.unwrap_model(model),
+        make_loader(rows[140:]),
+        batches,
+        out=tmp_path / "loop" / "rightrank",
+        margin=0.1,
     )
-    assert decision_of(tmp_path / "loop")["adapter_answer"] == json.loads(found.answer.model_dump_json())
-    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert read_decision(tmp_path / "loop")["adapter_answer"] == json.loads(result.answer.model_dump_json())
+    assert all(torch.equal(value, initial_values[name]) for name, value in model.named_parameters())
     assert torch.equal(states, torch.get_rng_state())
-    assert found.examples == callback.result.examples == 60
+    assert result.examples == callback.result.examples == 60
 
 
 @pytest.mark.trains
@@ -210,14 +221,14 @@ def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, 
     ("make", "count", "error", "message"),
     [
         (lambda _: torch.nn.Linear(2, 2), 60, ModelError, "contains no PEFT model"),
-        (peft_model, 0, DataError, "no held-out batches"),
+        (make_peft_model, 0, DataError, "no held-out batches"),
     ],
 )
 def test_lightning_refuses_before_the_first_step(
     make: Any, count: int, error: Any, message: str, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    from tests.interop.with_lightning import SmallestAdapter, fitted
+    from tests.interop.with_lightning import SmallestAdapter, fit_model
 
-    callback = SmallestAdapter(loader(rows[140 : 140 + count]))
+    callback = SmallestAdapter(make_loader(rows[140 : 140 + count]))
     with pytest.raises(error, match=message):
-        fitted(make(model_folder), callback, loader(rows[:140]), tmp_path)
+        fit_model(make(model_folder), callback, make_loader(rows[:140]), tmp_path)

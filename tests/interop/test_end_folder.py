@@ -1,4 +1,4 @@
-"""The folder of a training's end: nothing that this run did not write is deleted."""
+"""Test the result folder of a training: files that the run did not write are never deleted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rightrank.interop.smallest import keep_smallest
 from rightrank.interop.truncation_run import require_result_folder, resume_measurement
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ModelError, RunError, RunFolderError
-from tests.interop.trainings import Rows, peft_model, trained
+from tests.interop.trainings import Rows, make_peft_model, run_training
 
 pytestmark = pytest.mark.trains
 
 Files = dict[str, bytes | str]
 
 
-def batches(rows: Rows) -> list[dict[str, torch.Tensor]]:
+def make_batches(rows: Rows) -> list[dict[str, torch.Tensor]]:
     return [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
 
 
@@ -45,20 +45,20 @@ def test_another_kind_of_run_is_refused_and_stays_as_it_is(
     run = tmp_path / "run"
     shutil.copytree(small_run / "run", run)
     (run / "notes.txt").write_text("mine")
-    before = read_files(run)
+    files_before = read_files(run)
     with pytest.raises(RunFolderError, match="a run of another kind, which is left unchanged"):
-        keep_smallest(peft_model(model_folder), batches(rows[140:170]), out=run, margin=1.0)
-    assert read_files(run) == before
+        keep_smallest(make_peft_model(model_folder), make_batches(rows[140:170]), out=run, margin=1.0)
+    assert read_files(run) == files_before
 
 
 def test_a_training_with_another_kind_of_run_in_its_folder_is_refused_before_the_first_step(
     small_run: Path, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
     shutil.copytree(small_run / "run", tmp_path / "rightrank")
-    before = read_files(tmp_path / "rightrank")
+    files_before = read_files(tmp_path / "rightrank")
     with pytest.raises(RunFolderError, match="a run of another kind"):
-        trained(model_folder, rows, tmp_path, [SmallestAdapter(rows[140:])], max_steps=1)
-    assert read_files(tmp_path / "rightrank") == before
+        run_training(model_folder, rows, tmp_path, [SmallestAdapter(rows[140:])], max_steps=1)
+    assert read_files(tmp_path / "rightrank") == files_before
 
 
 def test_an_earlier_result_is_moved_aside_and_own_files_stay(
@@ -66,7 +66,7 @@ def test_an_earlier_result_is_moved_aside_and_own_files_stay(
 ) -> None:
     out, elsewhere = tmp_path / "rightrank", tmp_path / "elsewhere"
     first = SmallestAdapter(rows[140:], margin=1.0, max_examples=30)
-    trained(model_folder, rows, tmp_path, [first], max_steps=2)
+    run_training(model_folder, rows, tmp_path, [first], max_steps=2)
     assert first.result is not None
     export(out, "peft")
     (out / "notes.txt").write_text("mine")
@@ -75,43 +75,43 @@ def test_an_earlier_result_is_moved_aside_and_own_files_stay(
     (out / "link").symlink_to(elsewhere, target_is_directory=True)
     shutil.rmtree(out / "figures")
     (out / "figures").symlink_to(Path("..") / "elsewhere", target_is_directory=True)
-    before = read_files(out)
+    files_before = read_files(out)
     second = SmallestAdapter(rows[140:], margin=0.05, max_examples=30)
     with caplog.at_level(logging.WARNING, "rightrank"):
-        trained(model_folder, rows, tmp_path, [second], max_steps=3)
+        run_training(model_folder, rows, tmp_path, [second], max_steps=3)
     assert second.result is not None
     aside = out / "earlier-1"
     assert f"the result of an earlier training was moved to {aside}" in caplog.text
-    after = read_files(out)
-    for name, content in before.items():
-        place = name if name in ("notes.txt", "link") else f"earlier-1/{name}"
-        assert after[place] == content or name == "figures"
+    files_after = read_files(out)
+    for name, content in files_before.items():
+        moved_name = name if name in ("notes.txt", "link") else f"earlier-1/{name}"
+        assert files_after[moved_name] == content or name == "figures"
     assert (aside / "figures" / "large").read_text() == "on another disk"  # the relative link leads to the same place
     assert [path.name for path in elsewhere.iterdir()] == ["large"]
     for folder, callback in ((aside, first), (out, second)):
         assert status(folder).state == "done"
-        found = json.loads((folder / "decision.json").read_text(encoding="utf-8"))["adapter_answer"]
-        assert (found["margin"], found["trial_id"]) == (callback.margin, callback.result.answer.trial_id)
+        answer = json.loads((folder / "decision.json").read_text(encoding="utf-8"))["adapter_answer"]
+        assert (answer["margin"], answer["trial_id"]) == (callback.margin, callback.result.answer.trial_id)
     assert not (out / "exports").exists()  # those of the earlier result lie beside it
 
 
 def test_an_end_in_use_changes_nothing(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    out, model = tmp_path / "run", peft_model(model_folder)
-    keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
-    before = read_files(out)
+    out, model = tmp_path / "run", make_peft_model(model_folder)
+    keep_smallest(model, make_batches(rows[140:170]), out=out, margin=1.0)
+    files_before = read_files(out)
     with RunFolder(out).lock(), pytest.raises(RunFolderError, match="another process is using this folder"):
-        keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
+        keep_smallest(model, make_batches(rows[140:170]), out=out, margin=1.0)
     with RunFolder(out).lock(), pytest.raises(RunFolderError, match="another process is using this folder"):
         require_result_folder(out)
-    assert read_files(out) == before
+    assert read_files(out) == files_before
 
 
 def test_an_end_that_fails_before_it_has_begun_moves_nothing_and_blocks_nothing(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, model = tmp_path / "run", peft_model(model_folder)
-    keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
-    before = read_files(out)
+    out, model = tmp_path / "run", make_peft_model(model_folder)
+    keep_smallest(model, make_batches(rows[140:170]), out=out, margin=1.0)
+    files_before = read_files(out)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -120,9 +120,9 @@ def test_an_end_that_fails_before_it_has_begun_moves_nothing_and_blocks_nothing(
         with monkeypatch.context() as patch:
             patch.setattr("rightrank.interop.truncation_run._write_resume_files", full)
             with pytest.raises(RunError, match="No space left"):
-                keep_smallest(model, batches(rows[140:170]), out=folder, margin=1.0)
-    assert read_files(out) == before
-    keep_smallest(model, batches(rows[140:170]), out=tmp_path / "new", margin=1.0)
+                keep_smallest(model, make_batches(rows[140:170]), out=folder, margin=1.0)
+    assert read_files(out) == files_before
+    keep_smallest(model, make_batches(rows[140:170]), out=tmp_path / "new", margin=1.0)
 
 
 def test_a_measurement_that_waits_is_moved_aside_and_can_still_be_made(
@@ -130,7 +130,7 @@ def test_a_measurement_that_waits_is_moved_aside_and_can_still_be_made(
 ) -> None:
     for _ in range(2):
         waiting = SmallestAdapter(rows[140:], margin=1.0, max_examples=30, measure=False)
-        trained(model_folder, rows, tmp_path, [waiting], max_steps=2)
+        run_training(model_folder, rows, tmp_path, [waiting], max_steps=2)
     assert "rank" in resume_measurement(tmp_path / "rightrank" / "earlier-1")
     assert "rank" in resume_measurement(tmp_path / "rightrank")
 
@@ -147,12 +147,12 @@ def test_a_folder_that_no_end_wrote_is_refused_and_stays_as_it_is(
         name = "weights.bin" if content == "files" else "journal.jsonl"
         text = b'{"settings": {"trainer": "train.train"}}\n' if "unknown" in content else b"\xff\xfe{damaged\n"
         (out / name).write_bytes(text)
-    before = read_files(tmp_path)
+    files_before = read_files(tmp_path)
     with pytest.raises(RunFolderError, match=r"give (another|an empty or a new) folder"):
         require_result_folder(out)
     with pytest.raises(RunFolderError, match=r"give (another|an empty or a new) folder"):
-        keep_smallest(peft_model(model_folder), batches(rows[140:170]), out=out, margin=1.0)
-    assert read_files(tmp_path) == before
+        keep_smallest(make_peft_model(model_folder), make_batches(rows[140:170]), out=out, margin=1.0)
+    assert read_files(tmp_path) == files_before
 
 
 def test_an_encoder_without_a_head_is_refused_in_one_line(tmp_path: Path) -> None:

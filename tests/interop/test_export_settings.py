@@ -1,4 +1,4 @@
-"""Every export and every printed command, read back, gives the settings of the training, or a note names what it does not say."""
+"""Test exports and printed commands: read back, they give the training's settings, or a note lists the missing ones."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_every_setting_of_a_training_is_checked() -> None:
     assert {name for name, row in SelectSettings.model_fields.items() if row.group in shaping} <= VALUES.keys()
 
 
-def chosen() -> st.SearchStrategy[dict[str, Any]]:
+def draw_settings() -> st.SearchStrategy[dict[str, Any]]:
     optional = {name: values for name, values in VALUES.items() if name != "num_train_epochs"}
     return st.fixed_dictionaries({}, optional=optional).filter(
         lambda values: (
             not (values.get("load_in_4bit") and (values.get("load_in_8bit") or starts_from_weights(values)))
             and not (values.get("load_in_8bit") and starts_from_weights(values))
-            and adapted(values)
+            and find_adapted_modules(values)
         )
     )
 
@@ -95,8 +95,8 @@ def starts_from_weights(values: dict[str, Any]) -> bool:
     return values.get("init_lora_weights") in BASE_DEPENDENT_INITIALIZATIONS
 
 
-def adapted(values: dict[str, Any]) -> set[str]:
-    """The modules that PEFT adapts."""
+def find_adapted_modules(values: dict[str, Any]) -> set[str]:
+    """Return the modules that PEFT adapts."""
     config = LoraConfig(
         target_modules=list(values.get("target_modules", LINEAR)),
         layers_to_transform=list(values["layers_to_transform"]) if "layers_to_transform" in values else None,
@@ -105,13 +105,13 @@ def adapted(values: dict[str, Any]) -> set[str]:
     return {name for name in MODULES if check_target_module_exists(config, name)}
 
 
-def recipe_with(values: dict[str, Any], form: str) -> Recipe:
+def make_recipe(values: dict[str, Any], form: str) -> Recipe:
     settings = SelectSettings(**{"dtype": "float32", "max_steps": 50} | values)
     alpha, use_rslora = convert_scaling(settings.scaling, settings.lora_alpha, 8)
     return Recipe(
         model="model", data="data.jsonl", form=form, adapter=Path("adapter"), r=8, lora_alpha=alpha,
         target_modules=values.get("target_modules", LINEAR), target_parameters=settings.target_parameters,
-        module_names=tuple(sorted(adapted(values))), learning_rate=0.003, max_steps=settings.max_steps or 0,
+        module_names=tuple(sorted(find_adapted_modules(values))), learning_rate=0.003, max_steps=settings.max_steps or 0,
         warmup_steps=math.ceil(settings.warmup_ratio * (settings.max_steps or 0)), seed=7, settings=settings,
         provenance=Provenance(8, 8, 0.003, 50, None, None), trained_alpha=alpha, use_rslora=use_rslora,
         lora_dropout=settings.lora_dropout, layers_to_transform=settings.layers_to_transform,
@@ -120,7 +120,7 @@ def recipe_with(values: dict[str, Any], form: str) -> Recipe:
     )  # fmt: skip
 
 
-def literals(call: ast.Call) -> dict[str, Any]:
+def read_literals(call: ast.Call) -> dict[str, Any]:
     return {
         keyword.arg or "": ast.literal_eval(keyword.value)
         for keyword in call.keywords
@@ -128,19 +128,19 @@ def literals(call: ast.Call) -> dict[str, Any]:
     }
 
 
-def of_python(text: str) -> dict[str, Any]:
-    """All keywords of all calls, and what is assigned, of a snippet."""
-    found: dict[str, Any] = {}
+def read_python(text: str) -> dict[str, Any]:
+    """Return all keywords of calls and all assignments in a code snippet."""
+    assignments: dict[str, Any] = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call):
-            found |= literals(node)
+            assignments |= read_literals(node)
         if (
             isinstance(node, ast.Assign)
             and isinstance(node.value, ast.Constant)
             and isinstance(node.targets[0], ast.Name)
         ):
-            found[node.targets[0].id] = node.value.value
-    return found
+            assignments[node.targets[0].id] = node.value.value
+    return assignments
 
 
 # A target's word for a setting, where it is not transformers' or PEFT's own.
@@ -164,16 +164,16 @@ WORDS: dict[str, dict[str, str]] = {
     "unsloth": {},
 }  # fmt: skip
 READERS: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
-    "peft": lambda files: of_python(files["lora_config.py"]),
+    "peft": lambda files: read_python(files["lora_config.py"]),
     "trl": lambda files: yaml.safe_load(next(iter(files.values()))),
     "axolotl": lambda files: yaml.safe_load(files["axolotl.yaml"]),
     "llamafactory": lambda files: yaml.safe_load(files["llamafactory.yaml"]),
-    "unsloth": lambda files: of_python(files["unsloth_lora.py"]),
+    "unsloth": lambda files: read_python(files["unsloth_lora.py"]),
 }
 
 
-def wanted_of(recipe: Recipe) -> dict[str, Any]:
-    """The training in the words of transformers and PEFT; empty where it is by default."""
+def expect_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the training's settings in the names of transformers and PEFT; values are empty if they are the default."""
     settings = recipe.settings
     same = (
         "gradient_accumulation_steps",
@@ -194,76 +194,76 @@ def wanted_of(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def as_list(value: Any) -> list[Any]:
+def convert_to_list(value: Any) -> list[Any]:
     return value.split(",") if isinstance(value, str) else list(value or ())
 
 
 @pytest.mark.parametrize("target", TRAINERS)
 @pytest.mark.parametrize("form", FORMS)
-@given(values=chosen())
+@given(values=draw_settings())
 @checks(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_an_export_read_back_gives_the_settings(target: str, form: str, values: dict[str, Any]) -> None:
-    recipe = recipe_with(values, form)
+    recipe = make_recipe(values, form)
     written = TARGETS[target](recipe)
     read, words, notes = READERS[target](written.files), WORDS[target], " ".join(written.notes)
     if "quantization_bit" in read:
         read |= {f"load_in_{read['quantization_bit']}bit": True}
-    for name, value in wanted_of(recipe).items():
-        found = read.get(words.get(name, name))
-        found = None if name == "init_lora_weights" and found is True else found
+    for name, value in expect_settings(recipe).items():
+        exported_value = read.get(words.get(name, name))
+        exported_value = None if name == "init_lora_weights" and exported_value is True else exported_value
         if name == "init_lora_weights" and read.get("pissa_init"):  # LLaMA-Factory's words
             assert (read["pissa_iter"], read["pissa_convert"]) == (-1, True)
-            found = "pissa"
+            exported_value = "pissa"
         if isinstance(value, list):
-            found = as_list(found)
-        assert (found or None) == (value or None) or name in notes, (name, found, value)
-    given = {"target_modules": as_list(read[words.get("target_modules", "target_modules")])}
+            exported_value = convert_to_list(exported_value)
+        assert (exported_value or None) == (value or None) or name in notes, (name, exported_value, value)
+    exported_targets = {"target_modules": convert_to_list(read[words.get("target_modules", "target_modules")])}
     for name in ("layers_to_transform", "exclude_modules"):
         if layers := read.get(words.get(name, name)):
-            given[name] = layers
-    assert adapted(given) == set(recipe.module_names) or "exclude_modules" in notes
+            exported_targets[name] = layers
+    assert find_adapted_modules(exported_targets) == set(recipe.module_names) or "exclude_modules" in notes
 
 
 def test_a_conversation_trains_the_assistant_s_turns_alone() -> None:
-    (text,) = TARGETS["trl"](recipe_with({}, "messages")).files.values()
+    (text,) = TARGETS["trl"](make_recipe({}, "messages")).files.values()
     assert yaml.safe_load(text)["assistant_only_loss"] is True
-    (text,) = TARGETS["trl"](recipe_with({}, "prompt_completion")).files.values()
+    (text,) = TARGETS["trl"](make_recipe({}, "prompt_completion")).files.values()
     assert yaml.safe_load(text)["completion_only_loss"] is True
-    (text,) = TARGETS["trl"](recipe_with({}, "text")).files.values()
+    (text,) = TARGETS["trl"](make_recipe({}, "text")).files.values()
     assert not {"assistant_only_loss", "completion_only_loss"} & yaml.safe_load(text).keys()
 
 
-def parsed(command: str) -> dict[str, Any]:
-    """What the command line takes of a command, by the names of its parameters."""
+def parse_command(command: str) -> dict[str, Any]:
+    """Parse a command with the command line, and return its values by parameter name."""
     words = shlex.split(command)
     assert words[0] == "rightrank"
     verb = cli.commands[words[1]]
     return dict(verb.make_context(words[1], words[2:]).params)
 
 
-@given(values=chosen())
+@given(values=draw_settings())
 @checks(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_the_command_that_makes_a_smaller_adapter_again_has_the_settings(values: dict[str, Any]) -> None:
-    recipe = recipe_with(values | {"margin": 0.25, "validation_fraction": 0.2, "columns": ("prompt=ask",)}, "text")
+    recipe = make_recipe(values | {"margin": 0.25, "validation_fraction": 0.2, "columns": ("prompt=ask",)}, "text")
     making = Provenance(2, 8, 0.003, 50, None, "K-FAC")
     comment = replace(recipe, provenance=making).comments()[-1]
-    read = parsed(comment.partition("then: ")[2])
+    read = parse_command(comment.partition("then: ")[2])
     settings = gather_settings(None, read["assignments"], {})
-    found, wanted = SelectSettings(**settings), recipe.settings
-    assert {name: getattr(found, name) for name in EVALUATION_SETTINGS} == {
-        name: getattr(wanted, name) for name in EVALUATION_SETTINGS
+    parsed_settings, expected_settings = SelectSettings(**settings), recipe.settings
+    assert {name: getattr(parsed_settings, name) for name in EVALUATION_SETTINGS} == {
+        name: getattr(expected_settings, name) for name in EVALUATION_SETTINGS
     }
 
 
 @pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern")
-@given(values=chosen(), epochs=st.booleans())
+@given(values=draw_settings(), epochs=st.booleans())
 @checks(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
     values: dict[str, Any], epochs: bool
 ) -> None:
-    """Of PEFT's configuration and transformers' arguments; what it does not say is listed."""
-    recipe = recipe_with(values, "text")
-    wanted = wanted_of(recipe)
+    """Compare with PEFT's configuration and transformers' arguments; a note lists settings that they lack."""
+    recipe = make_recipe(values, "text")
+    expected_settings = expect_settings(recipe)
     names = (
         "gradient_accumulation_steps",
         "lr_scheduler_type",
@@ -273,7 +273,7 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
     )
     arguments = TrainingArguments(
         output_dir="out", use_cpu=True, learning_rate=0.003, max_steps=50, warmup_steps=0.1, seed=7, optim="adamw_torch",
-        per_device_train_batch_size=wanted["per_device_train_batch_size"], **{name: wanted[name] for name in names},
+        per_device_train_batch_size=expected_settings["per_device_train_batch_size"], **{name: expected_settings[name] for name in names},
     )  # fmt: skip
     config = LoraConfig(
         r=8, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, use_rslora=recipe.use_rslora,  # type: ignore[arg-type]
@@ -281,11 +281,11 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
         layers_to_transform=list(recipe.layers_to_transform or ()) or None, exclude_modules=list(recipe.exclude_modules) or None,
         use_dora=recipe.use_dora, init_lora_weights=recipe.init_lora_weights, loftq_config={}, rank_pattern={"q_proj": 2},
     )  # fmt: skip
-    stated, unsaid = convert_configs(config, arguments, seq_len=recipe.settings.seq_len)
-    command = build_reproduce_command("model", "data.jsonl", SelectSettings.from_stored(stated))
+    settings, unstated = convert_configs(config, arguments, seq_len=recipe.settings.seq_len)
+    command = build_reproduce_command("model", "data.jsonl", SelectSettings.from_stored(settings))
     assert command is not None
-    assert unsaid == ["rank_pattern={'q_proj': 2}"]
-    read = SelectSettings(**{**_settings_of(parsed(command))})
+    assert unstated == ["rank_pattern={'q_proj': 2}"]
+    read = SelectSettings(**{**_select_settings(parse_command(command))})
     same = (
         "lora_dropout",
         "target_modules",
@@ -306,9 +306,9 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
     assert (read.scaling, read.warmup_ratio) == ("alpha/sqrt(r)" if recipe.use_rslora else "alpha/r", 0.1)
 
 
-def _settings_of(parameters: dict[str, Any]) -> dict[str, Any]:
-    given = {name: value for name, value in parameters.items() if name in SelectSettings.model_fields}
-    return gather_settings(None, parameters["assignments"], given)
+def _select_settings(parameters: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in parameters.items() if name in SelectSettings.model_fields}
+    return gather_settings(None, parameters["assignments"], settings)
 
 
 def test_an_export_with_own_files_is_moved_aside_and_not_replaced(small_run: Path, tmp_path: Path) -> None:

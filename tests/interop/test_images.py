@@ -1,4 +1,4 @@
-"""The `train` functions for images, on tiny random models: convolutions train, are truncated, exported and loaded."""
+"""Test the `train` functions for images on tiny random models: convolutions are trained, truncated, exported and loaded."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ def make_text_to_image(pipeline: Path, **changes: Any) -> TextToImageTrain:
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> ResNetTrain:
     folder = save_resnet(tmp_path_factory.mktemp("resnet"))
-    return ResNetTrain(pipeline=str(folder), train_images=make_classified_images(32, 0), held_out=make_classified_images(12, 1))
+    return ResNetTrain(
+        pipeline=str(folder), train_images=make_classified_images(32, 0), held_out=make_classified_images(12, 1)
+    )
 
 
 def test_a_resnet_equals_a_plain_peft_loop(resnet: ResNetTrain, tmp_path: Path) -> None:
-    """The loop anyone would write, over the same draws."""
+    """Compare with a plain training loop over the same random draws."""
     ours = resnet(make_task(tmp_path / "ours", 2))
     base, rows, losses = resnet.load_examples()
     torch.manual_seed(0)
@@ -83,19 +85,25 @@ def test_a_resnet_equals_a_plain_peft_loop(resnet: ResNetTrain, tmp_path: Path) 
 
 def test_convolutions_of_a_resnet_are_counted_inspected_and_truncated(resnet: ResNetTrain, tmp_path: Path) -> None:
     trained = resnet(make_task(tmp_path / "r4", 4))
-    assert resnet.evaluate(make_task(tmp_path / "r4", 4)).example_scores == pytest.approx(trained.example_scores, rel=2e-5)
+    assert resnet.evaluate(make_task(tmp_path / "r4", 4)).example_scores == pytest.approx(
+        trained.example_scores, rel=2e-5
+    )
     adapter = open_adapter(tmp_path / "r4")
     stored = sum(v.numel() for k, v in load_file(adapter.weights_file).items() if "lora_" in k)
     assert adapter.trainable_parameters == stored
     assert {module.kind.name for module in adapter.modules} == {"convolution"}
     resized = resize(tmp_path / "r4", tmp_path / "r1", rank=1)
     original_updates, truncated_updates = (
-        peft_updates(PeftModel.from_pretrained(resnet.load_examples()[0], str(tmp_path / name))) for name in ("r4", "r1")
+        peft_updates(PeftModel.from_pretrained(resnet.load_examples()[0], str(tmp_path / name)))
+        for name in ("r4", "r1")
     )
     for module in inspect(tmp_path / "r4").modules:
         exact = torch.linalg.svdvals(original_updates[module.name])[: module.rank]
         assert module.singular_values == pytest.approx(exact.tolist(), abs=1e-6)
-    error = sum(float((truncated_updates[name] - original_updates[name]).square().sum()) for name in original_updates) ** 0.5
+    error = (
+        sum(float((truncated_updates[name] - original_updates[name]).square().sum()) for name in original_updates)
+        ** 0.5
+    )
     norm = sum(float(update.square().sum()) for update in original_updates.values()) ** 0.5
     assert resized.relative_delta_error == pytest.approx(error / norm, rel=1e-4)
 

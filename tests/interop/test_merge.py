@@ -1,4 +1,4 @@
-"""`export --to merged`: what is written is what was measured. `compare`: six faults that others make are found and named in each format."""
+"""Test `export --to merged`, and `compare` with six common faults of merged models in each format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = 40
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose rows are as long as a group of MLX, with a tokenizer and its template."""
+    """Save a random Llama whose rows are as long as a quantization group of MLX, with a tokenizer and its template."""
     from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("whole") / "base"
@@ -49,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations, so that the template is part of every example."""
+    """Write conversations, so that the template is part of every example."""
     turns = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": " ".join(text.split()[:3])}]
         for text in generate_sentences(ROWS, seed=5)
@@ -63,7 +63,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
 
 
 def merge_by_hand(base: Path, adapter: Path) -> Any:
-    """The merge as PEFT's page has it."""
+    """Merge as PEFT's documentation does."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
@@ -167,7 +167,11 @@ FAULTS: dict[str, tuple[str, Callable[[Path, Path], Any], str]] = {
         _merge_with_changes(lora_alpha=8),
         "another scale (alpha was lost and r was used): its scale is 1, and the adapter's is 2",
     ),
-    "rsLoRA lost": ("rslora", _merge_with_changes(use_rslora=False), "without rsLoRA: its scale is 2, and the adapter's is 5.66"),
+    "rsLoRA lost": (
+        "rslora",
+        _merge_with_changes(use_rslora=False),
+        "without rsLoRA: its scale is 2, and the adapter's is 5.66",
+    ),
     "DoRA lost": ("dora", _merge_with_changes(use_dora=False), "it is the adapter without DoRA's magnitudes"),
     "another base": ("plain", merge_into_other_base, "it has another base model than"),
 }
@@ -189,7 +193,9 @@ def test_a_planted_fault_is_found_and_named(fault: str, form: str, base: Path, r
 
 
 @pytest.mark.parametrize("difference", ["chat template", "tokenizer", "tokenizer or chat template"])
-def test_other_tokens_are_found_and_named(difference: str, base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+def test_other_tokens_are_found_and_named(
+    difference: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
     merged = save_model(merge_by_hand(base, adapter), base, tmp_path / "whole")
     tokenizer = AutoTokenizer.from_pretrained(base)
     if difference == "chat template":
@@ -211,7 +217,7 @@ def test_other_tokens_are_found_and_named(difference: str, base: Path, adapter: 
 
 
 def test_a_lossy_but_faithful_model_is_not_called_broken(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
-    """As a base in 4 bits that was merged and stored in 16."""
+    """Merge a 4-bit base and store it in 16 bits."""
     model = merge_by_hand(base, adapter)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.model.layers.parameters():

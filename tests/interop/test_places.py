@@ -1,4 +1,4 @@
-"""Exported files work from their own folder, whatever folder the selection ran in, and with columns of other names."""
+"""Test that exported files work from their own folder after a selection in any folder, also with other column names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.trains
 
 @pytest.fixture(scope="module")
 def home(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run whose model and data were named relative to it."""
+    """Make a folder with a run whose model and data were given as relative paths."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "model").symlink_to(model_folder)
     (folder / "data.jsonl").symlink_to(completion_file)
@@ -62,14 +62,14 @@ def test_an_export_from_another_folder_names_the_same_places(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = export(home / "run", "trl", tmp_path / "elsewhere")
-    settings = yaml.safe_load((found.folder / "trl_sft.yaml").read_text())
+    result = export(home / "run", "trl", tmp_path / "elsewhere")
+    settings = yaml.safe_load((result.folder / "trl_sft.yaml").read_text())
     assert settings["model_name_or_path"] == str((home / "model").resolve())
     assert settings["datasets"][0]["data_files"] == str((home / "data.jsonl").resolve())
 
 
-def sft(folder: Path) -> None:
-    """TRL's own parser and script, as `trl sft --config trl_sft.yaml` runs them in one process."""
+def run_trl_sft(folder: Path) -> None:
+    """Run `trl sft --config trl_sft.yaml` in this process, with TRL's own parser and script."""
     warnings.simplefilter("ignore")
     os.chdir(folder)
     sys.argv = ["sft", "--config", "trl_sft.yaml", "--max_steps", "1", "--report_to", "none", "--use_cpu", "true"]
@@ -80,24 +80,26 @@ def sft(folder: Path) -> None:
 
 def test_trl_runs_from_the_exported_folder(home: Path, tmp_path: Path) -> None:
     folder = home / "run" / "exports" / "trl"
-    status, err = run_forked(partial(sft, folder), tmp_path / "log").end()
+    status, err = run_forked(partial(run_trl_sft, folder), tmp_path / "log").end()
     assert status == 0, err[-3000:]
     config = json.loads((folder / "trl-output" / "adapter_config.json").read_text())
     assert config["r"] == yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"]
 
 
 def test_unsloth_gets_bare_names(recipe: Recipe, tmp_path: Path) -> None:
-    whole = replace(recipe, target_modules=("model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"))
-    write_export("unsloth", whole, tmp_path / "out")
+    full_name_recipe = replace(
+        recipe, target_modules=("model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj")
+    )
+    write_export("unsloth", full_name_recipe, tmp_path / "out")
     assert "target_modules=['q_proj']" in (tmp_path / "out" / "unsloth_lora.py").read_text()
 
 
 @pytest.mark.parametrize("shape", ["alpaca", "sharegpt", "ask → prompt, reply → completion"])
 def test_trainers_read_the_columns_that_the_file_has(recipe: Recipe, shape: str) -> None:
     renamed = {"prompt": "ask, then → wait", "completion": "reply"} if "→" in shape else {}
-    other = replace(recipe, shape=shape, columns=renamed)
-    dataset = yaml.safe_load(TARGETS["axolotl"](other).files["axolotl.yaml"])["datasets"][0]
-    entry = json.loads(TARGETS["llamafactory"](other).files["dataset_info.json"])["rightrank_data"]
+    renamed_recipe = replace(recipe, shape=shape, columns=renamed)
+    dataset = yaml.safe_load(TARGETS["axolotl"](renamed_recipe).files["axolotl.yaml"])["datasets"][0]
+    entry = json.loads(TARGETS["llamafactory"](renamed_recipe).files["dataset_info.json"])["rightrank_data"]
     if shape == "alpaca":
         assert dataset["type"] == "alpaca"
         assert entry["columns"]["query"] == "input"
@@ -105,4 +107,4 @@ def test_trainers_read_the_columns_that_the_file_has(recipe: Recipe, shape: str)
         assert dataset["field_messages"] == entry["columns"]["messages"] == "conversations"
     else:
         assert dataset["type"]["field_instruction"] == entry["columns"]["prompt"] == "ask, then → wait"
-    assert any(shape in note for note in TARGETS["trl"](other).notes)
+    assert any(shape in note for note in TARGETS["trl"](renamed_recipe).notes)

@@ -1,4 +1,4 @@
-"""`SmallestAdapter`: what the end of a training with transformers' `Trainer` gives, and that the model stays as it is."""
+"""Test the result of `SmallestAdapter` after a training with transformers' `Trainer`, and that the model is unchanged."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import attach_adapter
 from tests.helpers import make_runtime
-from tests.interop.trainings import Listed, Rows, peft_model, trained
+from tests.interop.trainings import RowList, Rows, make_peft_model, run_training
 from tests.tiny import build_small_settings, write_completions, write_pairs
 
 pytestmark = pytest.mark.trains
 
 
-def scored(model: Any, batches: Sequence[Any]) -> Scores:
+def score_batches(model: Any, batches: Sequence[Any]) -> Scores:
     return HeldOutBatches(model, batches).scores()
 
 
-def killed(*_: Any) -> None:
+def raise_interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def losses_by_peft(folder: Path, adapter: Path, rows: Rows) -> list[float]:
-    """Of each row: a plain forward pass with the adapter as PEFT loads it."""
+def compute_peft_losses(folder: Path, adapter: Path, rows: Rows) -> list[float]:
+    """Return the loss of each row in a plain forward pass with the adapter that PEFT loads."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter).eval()
     with torch.no_grad():
         return [
@@ -74,9 +74,9 @@ def losses_by_peft(folder: Path, adapter: Path, rows: Rows) -> list[float]:
 def test_the_end_of_a_training_has_the_smallest_adapter(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
+    callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
     with caplog.at_level(logging.WARNING, "rightrank"):
-        trainer, model = trained(model_folder, rows, tmp_path / "out", [callback])
+        trainer, model = run_training(model_folder, rows, tmp_path / "out", [callback])
     assert callback.result is not None
     answer = callback.result.answer
     folder = tmp_path / "out" / "rightrank"
@@ -101,16 +101,16 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert "<svg" in page
     names = ["adapter", "config.yaml", "decision.json", "figures", "journal.jsonl", "report.html", "trials"]
     assert [path.name for path in sorted(folder.iterdir()) if path.name != ".lock"] == names
-    verbs_work_on(folder, answer.rank, model_folder)
+    require_commands_to_work(folder, answer.rank, model_folder)
     model.save_pretrained(tmp_path / "trained")
-    before = losses_by_peft(model_folder, tmp_path / "trained", rows[140:])
-    after = losses_by_peft(model_folder, folder / "adapter", rows[140:])
+    trained_losses = compute_peft_losses(model_folder, tmp_path / "trained", rows[140:])
+    truncated_losses = compute_peft_losses(model_folder, folder / "adapter", rows[140:])
     tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows[140:])
-    assert (sum(after) - sum(before)) / tokens == pytest.approx(answer.difference, abs=1e-4)
+    assert (sum(truncated_losses) - sum(trained_losses)) / tokens == pytest.approx(answer.difference, abs=1e-4)
 
 
-def verbs_work_on(run: Path, rank: int, model_folder: Path) -> None:
-    """Status, report, export and compare read the folder as that of a selection."""
+def require_commands_to_work(run: Path, rank: int, model_folder: Path) -> None:
+    """Require that status, report, export and compare read the folder like that of a selection."""
     state = status(run)
     assert (state.state, state.goal, state.adapter_sentence is not None) == ("done", "adapter", True)
     assert state.resume is None
@@ -129,8 +129,8 @@ def verbs_work_on(run: Path, rank: int, model_folder: Path) -> None:
 def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     model_folder: Path, completion_file: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    """The same examples and the same training rows for second moments: every candidate's value and bound agree."""
-    _, model = trained(model_folder, rows, tmp_path / "out", [])
+    """Use the same examples and the same training rows for second moments: the values and bounds of all candidates agree."""
+    _, model = run_training(model_folder, rows, tmp_path / "out", [])
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, build_small_settings(margin=0.1), tmp_path / "cache")
@@ -138,41 +138,43 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     steps = runtime.settings.count_training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
-    with attach_adapter(runtime, adapter.path) as peft_model:
-        read = order[: gather_unseen_moments(runtime, peft_model, seed, steps).examples]
+    with attach_adapter(runtime, adapter.path) as make_peft_model:
+        read = order[: gather_unseen_moments(runtime, make_peft_model, seed, steps).examples]
 
     def batches(split: SplitName, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         examples = [runtime.data.splits[split][index] for index in indices]
         return [
-            {"input_ids": torch.tensor([list(one.input_ids)]), "labels": torch.tensor([list(one.labels)])}
-            for one in examples
+            {"input_ids": torch.tensor([list(candidate.input_ids)]), "labels": torch.tensor([list(candidate.labels)])}
+            for candidate in examples
         ]
 
     held_out = batches("validation", range(len(runtime.data.splits["validation"])))
     live = InMemoryAdapter(model, held_out, batches("train", read), margin=0.1, moment_tokens=10**9)
-    found = measure_truncations(live, tmp_path / "live").answer
-    assert (found.rank, found.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)
-    assert found.difference_high == pytest.approx(curve.answer.difference_high, abs=1e-4)
-    by_rank = {one.rank: one for one in curve.answer.candidates}
-    for one in found.candidates:
-        assert one.value == pytest.approx(by_rank[one.rank].value, abs=1e-4)
-        assert one.difference == pytest.approx(by_rank[one.rank].difference, abs=1e-4)
+    answer = measure_truncations(live, tmp_path / "live").answer
+    assert (answer.rank, answer.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)
+    assert answer.difference_high == pytest.approx(curve.answer.difference_high, abs=1e-4)
+    by_rank = {candidate.rank: candidate for candidate in curve.answer.candidates}
+    for candidate in answer.candidates:
+        assert candidate.value == pytest.approx(by_rank[candidate.rank].value, abs=1e-4)
+        assert candidate.difference == pytest.approx(by_rank[candidate.rank].difference, abs=1e-4)
 
 
 def test_a_training_with_it_is_the_same_to_the_bit(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    _, alone = trained(model_folder, rows, tmp_path / "alone", [], max_steps=8)
-    _, watched = trained(model_folder, rows, tmp_path / "watched", [SmallestAdapter(Listed(rows[140:]))], max_steps=8)
-    other = dict(watched.named_parameters())
-    assert all(torch.equal(value, other[name]) for name, value in alone.named_parameters())
+    _, alone = run_training(model_folder, rows, tmp_path / "alone", [], max_steps=8)
+    _, watched = run_training(
+        model_folder, rows, tmp_path / "watched", [SmallestAdapter(RowList(rows[140:]))], max_steps=8
+    )
+    watched_parameters = dict(watched.named_parameters())
+    assert all(torch.equal(value, watched_parameters[name]) for name, value in alone.named_parameters())
 
 
 def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    model = peft_model(model_folder)
+    model = make_peft_model(model_folder)
     model.train()
     model.base_model.model.model.layers[0].eval()
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
     torch.autograd.backward(compute_batch_loss(model, batches[0]).total)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    initial_values = {name: value.detach().clone() for name, value in model.named_parameters()}
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     modes = [module.training for module in model.modules()]
     hooks = [len(module._forward_hooks) for module in model.modules()]
@@ -181,7 +183,7 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     configs, active = copy.deepcopy(model.peft_config), copy.deepcopy(model.active_adapter)
     layers = [copy.copy(vars(module)) for module in model.modules()]
     measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
-    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert all(torch.equal(value, initial_values[name]) for name, value in model.named_parameters())
     assert {name for name, value in model.named_parameters() if value.grad is not None} == set(gradients)
     assert all(
         torch.equal(value.grad, gradients[name]) for name, value in model.named_parameters() if name in gradients
@@ -191,34 +193,38 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     assert [parameter.requires_grad for parameter in model.parameters()] == needs
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
-    assert {name: vars(one) for name, one in model.peft_config.items()} == {n: vars(one) for n, one in configs.items()}
+    assert {name: vars(config) for name, config in model.peft_config.items()} == {
+        n: vars(config) for n, config in configs.items()
+    }
     assert model.active_adapter == active
     assert [vars(module) for module in model.modules()] == layers  # nothing is replaced, added or taken away
 
 
 def test_examples_packed_in_one_row_have_their_own_losses(model_folder: Path, rows: Rows) -> None:
-    model = peft_model(model_folder).eval()
-    alone = scored(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
+    model = make_peft_model(model_folder).eval()
+    alone = score_batches(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
     joined = {key: torch.tensor([[token for row in rows[:3] for token in row[key]]]) for key in ("input_ids", "labels")}
     joined["position_ids"] = torch.tensor([[index for row in rows[:3] for index in range(len(row["labels"]))]])
-    packed = scored(model, [joined])
+    packed = score_batches(model, [joined])
     assert packed.tokens == alone.tokens
     assert packed.losses[0] == pytest.approx(alone.losses[0], abs=1e-4)  # the first sees nothing before it
 
 
 def test_rows_that_belong_together_are_compared_by_groups(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     held_out = [row | {"doc": number // 6} for number, row in enumerate(rows[140:])]
-    asked = [{**row, "labels": [-100] * 3 + row["input_ids"][3:]} for row in held_out]
-    for number, row in enumerate(asked):
+    prompted_rows = [{**row, "labels": [-100] * 3 + row["input_ids"][3:]} for row in held_out]
+    for number, row in enumerate(prompted_rows):
         row["input_ids"] = [number % 20 + 1] * 3 + row["input_ids"][3:]  # 20 prompts
     callbacks = [
-        SmallestAdapter(given, margin=0.1, group=group)
-        for given, group in ((held_out, "doc"), (held_out, None), (asked, None))
+        SmallestAdapter(held_out_rows, margin=0.1, group=group)
+        for held_out_rows, group in ((held_out, "doc"), (held_out, None), (prompted_rows, None))
     ]
     for number, callback in enumerate(callbacks):
-        trained(model_folder, rows, tmp_path / str(number), [callback], max_steps=10)
+        run_training(model_folder, rows, tmp_path / str(number), [callback], max_steps=10)
     grouped, alone, prompted = [callback.result.answer for callback in callbacks if callback.result is not None]
-    assert [one.difference for one in grouped.candidates] == [one.difference for one in alone.candidates]
+    assert [candidate.difference for candidate in grouped.candidates] == [
+        candidate.difference for candidate in alone.candidates
+    ]
     assert grouped.candidates[-1].difference_high != alone.candidates[-1].difference_high
     assert "Bounds are over 10 groups of 60 examples." in grouped.notes
     assert INDEPENDENCE_NOTE in alone.notes
@@ -226,15 +232,15 @@ def test_rows_that_belong_together_are_compared_by_groups(model_folder: Path, ro
 
 
 def test_examples_packed_in_rows_belong_to_the_groups_of_these(model_folder: Path, rows: Rows) -> None:
-    model = peft_model(model_folder).eval()
+    model = make_peft_model(model_folder).eval()
     joined = {
         key: torch.tensor([[token for row in rows[:3] for token in row[key]]] * 2) for key in ("input_ids", "labels")
     }
     joined["position_ids"] = torch.tensor([[index for row in rows[:3] for index in range(len(row["labels"]))]] * 2)
-    assert scored(model, [joined | {"group": torch.tensor([7, 4])}]).groups == [7] * 3 + [4] * 3
+    assert score_batches(model, [joined | {"group": torch.tensor([7, 4])}]).groups == [7] * 3 + [4] * 3
     flat = {key: value[:1] for key, value in joined.items()}  # three rows that the collator made one
-    assert scored(model, [flat | {"group": torch.tensor([1, 1, 2])}]).groups == [1, 1, 2]
-    assert scored(model, [flat]).groups is None
+    assert score_batches(model, [flat | {"group": torch.tensor([1, 1, 2])}]).groups == [1, 1, 2]
+    assert score_batches(model, [flat]).groups is None
 
 
 @pytest.mark.parametrize(
@@ -261,7 +267,9 @@ def test_what_cannot_work_is_refused_before_the_first_step(
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
     callback = SmallestAdapter(held_out)
-    trainer = Trainer(peft_model(model_folder, **changes), arguments, collator, Listed(rows[:16]), callbacks=[callback])
+    trainer = Trainer(
+        make_peft_model(model_folder, **changes), arguments, collator, RowList(rows[:16]), callbacks=[callback]
+    )
     with pytest.raises(error):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -275,7 +283,7 @@ def test_what_fails_at_the_end_is_one_line(
 
     monkeypatch.setattr("rightrank.interop.smallest.finish_run", full)
     with caplog.at_level(logging.WARNING, "rightrank"):
-        trainer, _ = trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
+        trainer, _ = run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]))], max_steps=2)
     assert trainer.state.global_step == 2
     last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
     assert last.startswith(
@@ -287,8 +295,8 @@ def test_what_fails_at_the_end_is_one_line(
 def test_an_end_that_has_not_begun_names_no_measurement_of_an_earlier_training(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = SmallestAdapter(Listed(rows[140:]), measure=False)
-    trained(model_folder, rows, tmp_path, [kept], max_steps=2)
+    first_callback = SmallestAdapter(RowList(rows[140:]), measure=False)
+    run_training(model_folder, rows, tmp_path, [first_callback], max_steps=2)
     assert (tmp_path / "rightrank" / "cache" / "measure.json").is_file()
 
     def full(*_: Any) -> None:
@@ -296,13 +304,13 @@ def test_an_end_that_has_not_begun_names_no_measurement_of_an_earlier_training(
 
     monkeypatch.setattr(SmallestAdapter, "_build_in_memory_adapter", full)
     with caplog.at_level(logging.WARNING, "rightrank"):
-        trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
+        run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]))], max_steps=2)
     last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
     assert last == "rightrank: the search for a smaller adapter failed: [Errno 28] No space left on device"
 
 
-class Recorded(TrainerCallback):
-    """A tracker that ends its run where the training ends."""
+class RecordingTracker(TrainerCallback):
+    """A tracker that closes its run when the training ends."""
 
     def __init__(self) -> None:
         self.logged: dict[str, float] = {}
@@ -317,8 +325,8 @@ class Recorded(TrainerCallback):
 
 
 def test_the_answer_reaches_the_trackers(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    tracker, callback = Recorded(), SmallestAdapter(Listed(rows[140:]), margin=0.1)
-    trained(model_folder, rows, tmp_path, [tracker, callback], max_steps=8)
+    tracker, callback = RecordingTracker(), SmallestAdapter(RowList(rows[140:]), margin=0.1)
+    run_training(model_folder, rows, tmp_path, [tracker, callback], max_steps=8)
     assert callback.result is not None
     assert tracker.logged["rightrank/rank"] == callback.result.answer.rank
     assert tracker.logged["rightrank/difference_high"] == callback.result.answer.difference_high
@@ -333,7 +341,9 @@ def test_a_tracker_that_fails_at_the_end_is_one_line(
                 raise ConnectionError("no route to the tracker")
 
     with caplog.at_level(logging.WARNING, "rightrank"):
-        trained(model_folder, rows, tmp_path, [Broken(), SmallestAdapter(Listed(rows[140:]), margin=0.1)], max_steps=2)
+        run_training(
+            model_folder, rows, tmp_path, [Broken(), SmallestAdapter(RowList(rows[140:]), margin=0.1)], max_steps=2
+        )
     assert "a tracker did not accept the values: no route to the tracker" in caplog.text
     assert (tmp_path / "rightrank" / "adapter").is_dir()
 
@@ -346,45 +356,49 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By the command that is printed first, from the folder; in a fresh process in `test_doors`."""
+    """Run the command that is printed first. `test_doors` runs it in a fresh process."""
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
-        patch.setattr("rightrank.interop.smallest.finish_run", killed)
+        patch.setattr("rightrank.interop.smallest.finish_run", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
-            trained(
-                model_folder, rows, tmp_path / "cut", [SmallestAdapter(Listed(rows[140:]), margin=0.1)], max_steps=8
+            run_training(
+                model_folder, rows, tmp_path / "cut", [SmallestAdapter(RowList(rows[140:]), margin=0.1)], max_steps=8
             )
     line = next(record.getMessage() for record in caplog.records if "to measure again: " in record.getMessage())
     command = shlex.split(line.split("to measure again: ")[1])
     assert command[:3] == ["python", "-m", "rightrank.interop.smallest"]
     weights = next((tmp_path / "cut" / "rightrank" / "trials").iterdir()) / "adapter_model.safetensors"
-    before = weights.read_bytes()
-    weights.write_bytes(before[: len(before) // 2])
+    original_bytes = weights.read_bytes()
+    weights.write_bytes(original_bytes[: len(original_bytes) // 2])
     capsys.readouterr()  # what the training said
     assert main(command[3:]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    weights.write_bytes(before)
+    weights.write_bytes(original_bytes)
     assert main(command[3:]) == 0
-    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
-    trained(model_folder, rows, tmp_path / "whole", [callback], max_steps=8)
+    callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
+    run_training(model_folder, rows, tmp_path / "whole", [callback], max_steps=8)
     assert callback.result is not None
-    found = json.loads((tmp_path / "cut" / "rightrank" / "decision.json").read_text(encoding="utf-8"))["adapter_answer"]
-    assert found["rank"] == callback.result.answer.rank
-    assert found["difference_high"] == pytest.approx(callback.result.answer.difference_high, abs=1e-5)
+    answer = json.loads((tmp_path / "cut" / "rightrank" / "decision.json").read_text(encoding="utf-8"))[
+        "adapter_answer"
+    ]
+    assert answer["rank"] == callback.result.answer.rank
+    assert answer["difference_high"] == pytest.approx(callback.result.answer.difference_high, abs=1e-5)
     assert not (tmp_path / "cut" / "rightrank" / "cache").exists()
 
 
-@pytest.mark.parametrize("other", ["weights", "vocabulary"])
+@pytest.mark.parametrize("change", ["weights", "vocabulary"])
 def test_another_base_is_refused_in_a_fresh_process(
-    other: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out" / "rightrank"
     shutil.copytree(model_folder, base)
     with monkeypatch.context() as patch:
-        patch.setattr("rightrank.interop.smallest.finish_run", killed)
+        patch.setattr("rightrank.interop.smallest.finish_run", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
-            trained(base, rows, tmp_path / "out", [SmallestAdapter(Listed(rows[140:]), max_examples=30)], max_steps=1)
+            run_training(
+                base, rows, tmp_path / "out", [SmallestAdapter(RowList(rows[140:]), max_examples=30)], max_steps=1
+            )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if other == "weights":
+    if change == "weights":
         torch.nn.init.normal_(model.get_input_embeddings().weight)
     else:
         model.resize_token_embeddings(model.config.vocab_size + 8)
@@ -403,7 +417,7 @@ def test_a_full_disk_is_one_line(
 
     monkeypatch.setattr("rightrank.interop.smallest.begin_run", full)
     with caplog.at_level(logging.WARNING, "rightrank"):
-        trainer, _ = trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
+        trainer, _ = run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]))], max_steps=2)
     lines = [record.getMessage() for record in caplog.records if record.name == "rightrank"]
     assert lines == ["rightrank: the search for a smaller adapter failed: [Errno 28] No space left on device"]
     assert trainer.state.global_step == 2
@@ -412,9 +426,9 @@ def test_a_full_disk_is_one_line(
 def test_rows_of_the_training_set_are_counted_and_left_out(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback = SmallestAdapter(Listed(rows[130:165]), margin=0.1)
+    callback = SmallestAdapter(RowList(rows[130:165]), margin=0.1)
     with caplog.at_level(logging.WARNING, "rightrank"):
-        trained(model_folder, rows, tmp_path, [callback], max_steps=2)
+        run_training(model_folder, rows, tmp_path, [callback], max_steps=2)
     assert "10 of 35 held-out rows are in the training set; they are left out" in caplog.text
     assert "25 held-out examples are too few" in caplog.text
     assert callback.result is not None
@@ -425,10 +439,10 @@ def test_rows_of_the_training_set_are_counted_and_left_out(
 def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
+    callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
     changes = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10, "max_steps": 40}
     # At this rate the last step is not the best one.
-    _, model = trained(
+    _, model = run_training(
         model_folder,
         rows,
         tmp_path,
@@ -442,21 +456,21 @@ def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     assert any("Measured on the best (step " in note for note in document["adapter_answer"]["notes"])
     assert callback.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
-    assert callback.result.top.value == pytest.approx(scored(model.eval(), batches).loss, rel=1e-4)
+    assert callback.result.top.value == pytest.approx(score_batches(model.eval(), batches).loss, rel=1e-4)
 
 
 def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Neither a trial that ends nor one that Optuna prunes, which ends in the same event."""
+    """Cover trials that end and trials that Optuna prunes, because both end with the same event."""
     optuna = pytest.importorskip("optuna")
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
         save_strategy="no",
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
-    callback = SmallestAdapter(Listed(rows[140:]))
+    callback = SmallestAdapter(RowList(rows[140:]))
     trainer = Trainer(
-        args=arguments, data_collator=collator, train_dataset=Listed(rows[:16]), eval_dataset=Listed(rows[140:160]),
-        model_init=lambda _=None: peft_model(model_folder), callbacks=[callback],
+        args=arguments, data_collator=collator, train_dataset=RowList(rows[:16]), eval_dataset=RowList(rows[140:160]),
+        model_init=lambda _=None: make_peft_model(model_folder), callbacks=[callback],
     )  # fmt: skip
     study = {"pruner": optuna.pruners.ThresholdPruner(upper=0.0, n_warmup_steps=1), "direction": "minimize"}
     with contextlib.suppress(ValueError):  # every trial was pruned, and Optuna has no best one
@@ -473,34 +487,41 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
     monkeypatch.setattr(
         "rightrank.interop.trainer_rows.MOMENT_TOKEN_FRACTION", 0.5
     )  # several batches, of a training this short
-    uninterrupted = SmallestAdapter(Listed(rows[140:]), margin=0.1)
-    _, whole = trained(model_folder, rows, tmp_path, [uninterrupted], max_steps=8, save_strategy="steps", save_steps=4)
-    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
+    uninterrupted = SmallestAdapter(RowList(rows[140:]), margin=0.1)
+    _, complete = run_training(
+        model_folder, rows, tmp_path, [uninterrupted], max_steps=8, save_strategy="steps", save_steps=4
+    )
+    callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=8, learning_rate=1e-2, per_device_train_batch_size=8, seed=0, save_strategy="no", report_to=[],
         disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
     trainer = Trainer(
-        peft_model(model_folder), arguments, collator, Listed(rows[:140]), Listed(rows[140:]), callbacks=[callback]
+        make_peft_model(model_folder),
+        arguments,
+        collator,
+        RowList(rows[:140]),
+        RowList(rows[140:]),
+        callbacks=[callback],
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert callback.result is not None
     assert uninterrupted.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
-    assert callback.result.top.value == pytest.approx(scored(whole.eval(), batches).loss, rel=1e-4)
-    values = [[one.value for one in each.result.answer.candidates] for each in (uninterrupted, callback)]
+    assert callback.result.top.value == pytest.approx(score_batches(complete.eval(), batches).loss, rel=1e-4)
+    values = [[candidate.value for candidate in each.result.answer.candidates] for each in (uninterrupted, callback)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)  # the same examples and the same second moments
 
 
 def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    model = peft_model(model_folder)
+    model = make_peft_model(model_folder)
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
     alone = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "alone")
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
     assert find_trained_adapter(model) == "default"
-    beside = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "beside")
-    assert beside.answer.candidates == alone.answer.candidates
+    with_second_adapter = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "beside")
+    assert with_second_adapter.answer.candidates == alone.answer.candidates
     model.set_adapter("other")
     assert find_trained_adapter(model) == "other"
     with_other_active = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "active")
@@ -518,8 +539,8 @@ def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, row
 def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    """A fused kernel reads the factors and never calls PEFT's module."""
-    model = peft_model(model_folder)
+    """Use a fused kernel, which reads the factors and never calls PEFT's module."""
+    model = make_peft_model(model_folder)
     mlp = model.base_model.model.model.layers[0].mlp
 
     def fused(hidden: torch.Tensor) -> torch.Tensor:
@@ -531,30 +552,30 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
     mlp.forward = fused
-    found = measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    result = measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     note = (
         "3 of 21 modules are truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
         "so that no second moments arrive"
     )
-    assert note in found.answer.notes
-    assert found.answer.rank == 1
+    assert note in result.answer.notes
+    assert result.answer.rank == 1
 
 
 def test_the_head_sees_few_positions_at_a_time(model_folder: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels never reach the model, and no tensor of logits has more than a chunk's positions; the losses are the model's own."""
-    model = peft_model(model_folder).eval()
+    """Check that labels never reach the model, that no logits exceed a chunk's positions, and that the losses are the model's own."""
+    model = make_peft_model(model_folder).eval()
     monkeypatch.setattr("rightrank.train.loss.MAX_CHUNK_LOGITS", 8 * model.config.vocab_size)
     head = model.get_base_model().get_output_embeddings()
-    seen: list[int] = []
+    position_counts: list[int] = []
     head.forward = lambda hidden: (
-        seen.append(hidden.shape[:-1].numel()) or torch.nn.functional.linear(hidden, head.weight)
+        position_counts.append(hidden.shape[:-1].numel()) or torch.nn.functional.linear(hidden, head.weight)
     )
-    found = scored(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
-    assert max(seen) <= 8
+    scores = score_batches(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
+    assert max(position_counts) <= 8
     del head.forward
     for number, row in enumerate(rows[:3]):
-        whole = model(**{key: torch.tensor([value]) for key, value in row.items()}).loss.detach()
-        assert found.losses[number] / found.tokens[number] == pytest.approx(float(whole), rel=1e-5)
+        full_loss = model(**{key: torch.tensor([value]) for key, value in row.items()}).loss.detach()
+        assert scores.losses[number] / scores.tokens[number] == pytest.approx(float(full_loss), rel=1e-5)
 
 
 def test_logits_that_the_model_changes_after_the_head_are_scored_whole(rows: Rows) -> None:
@@ -567,13 +588,13 @@ def test_logits_that_the_model_changes_after_the_head_are_scored_whole(rows: Row
         transformers.Gemma2ForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")
     ).eval()
     row = {key: torch.tensor([value]) for key, value in rows[0].items()}
-    found = scored(model, [row])
-    assert found.losses[0] / found.tokens[0] == pytest.approx(float(model(**row).loss.detach()), rel=1e-4)
+    scores = score_batches(model, [row])
+    assert scores.losses[0] / scores.tokens[0] == pytest.approx(float(model(**row).loss.detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_path: Path, metric: str) -> None:
-    """With the trainer's own collator; the head is trained whole, and stays."""
+    """Use the trainer's own collator. The trained head is kept."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = [json.loads(line) for line in class_file.read_text(encoding="utf-8").splitlines()]
     encoded = [{**tokenizer(row["text"]), "label": int(row["label"] == "cat")} for row in rows]
@@ -597,14 +618,17 @@ def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_p
     assert callback.result.top.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
     model.save_pretrained(tmp_path / "trained")
     folder = tmp_path / "out" / "rightrank" / "adapter"
-    values = [class_losses(model_folder, one, encoded[200:], collator) for one in (tmp_path / "trained", folder)]
+    values = [
+        compute_class_loss(model_folder, adapter_path, encoded[200:], collator)
+        for adapter_path in (tmp_path / "trained", folder)
+    ]
     assert values[1] - values[0] == pytest.approx(callback.result.answer.difference, abs=1e-4)
     trainer.add_callback(SmallestAdapter(encoded[200:]))
     with pytest.raises(SettingsError, match="the trainer has two of these callbacks, which would both write to"):
         trainer.train()
 
 
-def class_losses(folder: Path, adapter: Path, rows: Sequence[Any], collator: Any) -> float:
+def compute_class_loss(folder: Path, adapter: Path, rows: Sequence[Any], collator: Any) -> float:
     torch.manual_seed(5)
     base = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=2, pad_token_id=collator.tokenizer.pad_token_id
@@ -616,32 +640,38 @@ def class_losses(folder: Path, adapter: Path, rows: Sequence[Any], collator: Any
 
 def test_a_metric_without_examples_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="accuracy is defined only for classifiers"):
-        trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="accuracy")])
+        run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]), metric="accuracy")])
     with pytest.raises(SettingsError, match="measures adapters by loss or accuracy"):
-        trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="rouge")])
+        run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]), metric="rouge")])
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("changes", [{}, {"precompute_ref_log_probs": True, "beta": 0.5}])
 def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
-    """The loss of pairs is TRL's, with its reference; the adapter's difference is the callback's."""
-    trainer, held_out = dpo_trainer(model_folder, tmp_path, max_steps=30, **changes)
+    """Compare the loss of pairs with TRL's loss and its reference, and the adapter's difference with the callback's."""
+    trainer, held_out = make_dpo_trainer(model_folder, tmp_path, max_steps=30, **changes)
     callback = SmallestAdapter(held_out, margin=0.05)
     trainer.add_callback(callback)
     trainer.train()
     assert callback.result is not None
     assert callback.result.top.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-3)
     assert callback.result.answer.rank < 16
-    live, found = trainer.model, tmp_path / "out" / "rightrank" / "adapter"
+    live, adapter_path = trainer.model, tmp_path / "out" / "rightrank" / "adapter"
     batches = [trainer.data_collator([row]) for row in held_out]
-    before = [
-        float(one.example_losses) for one in (compute_batch_loss(live.eval(), b, trainer.args.beta) for b in batches)
+    losses_in_memory = [
+        float(batch_loss.example_losses)
+        for batch_loss in (compute_batch_loss(live.eval(), b, trainer.args.beta) for b in batches)
     ]
-    other = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), found
+    reloaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), adapter_path
     ).eval()
-    after = [float(one.example_losses) for one in (compute_batch_loss(other, b, trainer.args.beta) for b in batches)]
-    assert (sum(after) - sum(before)) / len(before) == pytest.approx(callback.result.answer.difference, abs=1e-4)
+    losses_of_file = [
+        float(batch_loss.example_losses)
+        for batch_loss in (compute_batch_loss(reloaded, b, trainer.args.beta) for b in batches)
+    ]
+    assert (sum(losses_of_file) - sum(losses_in_memory)) / len(losses_in_memory) == pytest.approx(
+        callback.result.answer.difference, abs=1e-4
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -651,17 +681,17 @@ def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder:
 def test_a_loss_of_pairs_that_is_not_plain_is_refused(
     model_folder: Path, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
-    trainer, held_out = dpo_trainer(model_folder, tmp_path, max_steps=1, **changes)
+    trainer, held_out = make_dpo_trainer(model_folder, tmp_path, max_steps=1, **changes)
     trainer.add_callback(SmallestAdapter(held_out))
     with pytest.raises(SettingsError, match=rf"{named}: preference pairs are measured only by the loss sigmoid"):
         trainer.train()
 
 
-def dpo_trainer(model_folder: Path, folder: Path, **changes: Any) -> tuple[Any, Any]:
+def make_dpo_trainer(model_folder: Path, folder: Path, **changes: Any) -> tuple[Any, Any]:
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
     pairs = datasets.load_dataset("json", data_files=str(write_pairs(folder / "pairs.jsonl")), split="train")
-    parts = pairs.train_test_split(60, seed=0)
+    splits = pairs.train_test_split(60, seed=0)
     settings: dict[str, Any] = {
         "learning_rate": 3e-3,
         "per_device_train_batch_size": 8,
@@ -672,8 +702,8 @@ def dpo_trainer(model_folder: Path, folder: Path, **changes: Any) -> tuple[Any, 
     trainer = trl.DPOTrainer(
         AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
         args=trl.DPOConfig(output_dir=str(folder / "out"), **settings | changes),
-        train_dataset=parts["train"],
-        eval_dataset=parts["test"],
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
@@ -682,21 +712,21 @@ def dpo_trainer(model_folder: Path, folder: Path, **changes: Any) -> tuple[Any, 
 
 @pytest.mark.filterwarnings("ignore")
 def test_padding_free_rows_of_trl_have_their_own_losses(model_folder: Path, rows: Rows) -> None:
-    """Several rows in one, as TRL's collator joins them: each keeps its loss."""
+    """Join several rows into one, as TRL's collator does. Each row keeps its loss."""
     collators = pytest.importorskip("trl.trainer.sft_trainer")
-    model = peft_model(model_folder).eval()
-    alone = scored(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:4]])
+    model = make_peft_model(model_folder).eval()
+    alone = score_batches(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:4]])
     collator = collators.DataCollatorForLanguageModeling(pad_token_id=1, padding_free=True)
     joined = {key: value for key, value in collator([dict(row) for row in rows[:4]]).items() if torch.is_tensor(value)}
-    kept = {key: joined[key] for key in ("input_ids", "labels", "position_ids")}
-    packed = scored(model, [kept])
+    unpadded = {key: joined[key] for key in ("input_ids", "labels", "position_ids")}
+    packed = score_batches(model, [unpadded])
     assert packed.tokens == alone.tokens
     assert packed.losses == pytest.approx(alone.losses, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_end_of_a_trl_training(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    """`SFTTrainer` tokenizes the rows itself, and its loss returns no logits when labels are passed."""
+    """Use `SFTTrainer`, which tokenizes the rows itself and whose loss returns no logits if labels are passed."""
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
     rows = datasets.load_dataset("json", data_files=str(completion_file), split="train").train_test_split(60, seed=0)
@@ -723,7 +753,7 @@ def test_the_end_of_a_trl_training(model_folder: Path, completion_file: Path, tm
     trainer.add_callback(callback)
     trainer.train()
     assert callback.result is not None
-    top = next(one for one in callback.result.answer.candidates if one.rank == 16)
+    top = next(candidate for candidate in callback.result.answer.candidates if candidate.rank == 16)
     evaluated = trainer.evaluate()["eval_loss"]
     assert top.value == pytest.approx(evaluated, rel=0.02)  # the trainer averages batches, not tokens
     assert (tmp_path / "out" / "rightrank" / "adapter" / "adapter_config.json").exists()

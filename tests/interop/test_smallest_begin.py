@@ -1,4 +1,4 @@
-"""The begin of a training with `SmallestAdapter`: what is refused before the first step, and that rows are read without a trace."""
+"""Test the beginning of a training with `SmallestAdapter`: problems raise before the first step, and reading rows has no side effects."""
 
 from __future__ import annotations
 
@@ -109,19 +109,25 @@ def test_an_adapter_active_beside_the_trained_one_is_refused(model_folder: Path,
     model.base_model.set_adapter(["frozen", "default"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("default" in name)
-    trainer = make_trainer(model, model_folder, tmp_path, RowList(rows[:40]), None, SmallestAdapter(RowList(rows[140:])))
+    trainer = make_trainer(
+        model, model_folder, tmp_path, RowList(rows[:40]), None, SmallestAdapter(RowList(rows[140:]))
+    )
     assert "the adapters default, frozen are active at the same time" in require_refusal(trainer, ModelError)
 
 
 @pytest.mark.parametrize("scaling", ["set_scale", "scale_layer", "config"])
-def test_a_scale_that_peft_does_not_save_is_refused(scaling: str, model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+def test_a_scale_that_peft_does_not_save_is_refused(
+    scaling: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
     model = make_peft_model(model_folder)
     for module in model.modules():
         if scaling != "config" and hasattr(module, scaling):
             module.set_scale("default", 0.5) if scaling == "set_scale" else module.scale_layer(0.5)
     if scaling == "config":
         model.peft_config["default"].lora_alpha = 16
-    trainer = make_trainer(model, model_folder, tmp_path, RowList(rows[:40]), None, SmallestAdapter(RowList(rows[140:])))
+    trainer = make_trainer(
+        model, model_folder, tmp_path, RowList(rows[:40]), None, SmallestAdapter(RowList(rows[140:]))
+    )
     assert "the saved adapter is another one" in require_refusal(trainer, ModelError)
 
 
@@ -129,7 +135,7 @@ GLOBAL = np.random.default_rng(0)
 
 
 class RandomRows(RowList):
-    """Rows that lose a token at random, by every generator that there is."""
+    """Rows that lose a random token, drawn from every kind of generator."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
@@ -144,7 +150,7 @@ class RandomRows(RowList):
 
 
 def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Data sets that draw random numbers train the same to the bit."""
+    """Train on data sets that draw random numbers, and compare bit by bit."""
     weights = []
     for number, callbacks in enumerate(([], [SmallestAdapter(RandomRows(rows[140:]))])):
         GLOBAL.bit_generator.state = np.random.default_rng(0).bit_generator.state
@@ -167,7 +173,7 @@ def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tm
 
 
 class LazyGenerator:
-    """What creates its generator at first use, as collators and data sets do."""
+    """An object that creates its generator at first use, as collators and data sets do."""
 
     def __init__(self) -> None:
         self.generator: Any = None
@@ -179,7 +185,7 @@ class LazyGenerator:
 
 
 class LazyRows(RowList):
-    """Rows that lose tokens by a transform that creates its generator at first use."""
+    """Rows that lose tokens in a transform that creates its generator at first use."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
@@ -191,7 +197,7 @@ class LazyRows(RowList):
 
 
 class Collator:
-    """A collator that notes the rows and batches of the training; a copy of it notes its own."""
+    """A collator that records the rows and batches of the training. A copy has its own records."""
 
     def __init__(self, collate: Any, lazy: LazyGenerator | None = None) -> None:
         self.collate, self.lazy = collate, lazy
@@ -211,7 +217,7 @@ GENERATOR: Any = None  # as of a training script
 
 
 def collate_by_script(rows: list[Any]) -> list[Any]:
-    """Hide the end of rows, by a generator that a global variable gets at first use."""
+    """Hide the end of rows with a generator that is stored in a global variable at first use."""
     global GENERATOR
     if GENERATOR is None:
         GENERATOR = np.random.default_rng(4)
@@ -236,7 +242,7 @@ def make_collator(kind: str, folder: Path) -> Collator:
 def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
     callback: Any, kind: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a data set's transform, of a collator such as transformers', and of a script: the training has the same batches as without the callback."""
+    """Cover a data set's transform, a collator such as transformers', and a script. The batches are the same as without the callback."""
     batches = []
     for number, callbacks in enumerate(([], [callback()])):
         train = (LazyRows if kind == "rows" else RowList)(rows[:140])
@@ -255,7 +261,7 @@ def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
 def test_what_cannot_be_copied_is_not_read_before_the_end(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An open file cannot: what was not checked is said, and a cut between two steps is refused."""
+    """Use an open file, which cannot be copied. A note lists unchecked rows, and a cut between two steps is refused."""
     train = LazyRows(rows[:140])
     train.file = (tmp_path / "rows").open("w")  # type: ignore[attr-defined]
     callback, collator = SmallestAdapter(RowList(rows[140:]), margin=0.1), make_collator("collator", model_folder)
@@ -274,13 +280,15 @@ def test_what_cannot_be_copied_is_not_read_before_the_end(
     trainer.add_callback(Squeeze(RowList(rows[140:]), rank=4))
     trainer.state.global_step = 0
     assert "give the trainer a collator that copy.deepcopy copies" in require_refusal(trainer, DataError)
-    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows), train, SmallestAdapter())
+    trainer = make_trainer(
+        make_peft_model(model_folder), model_folder, tmp_path, RowList(rows), train, SmallestAdapter()
+    )
     assert "eval_dataset, LazyRows cannot be copied" in require_refusal(trainer, DataError)
     train.file.close()  # type: ignore[attr-defined]
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):
-    """Rows without numbers; its length is known."""
+    """Rows without access by index but with a known length."""
 
     def __init__(self, rows: Rows) -> None:
         self.left = OneTimeRows(rows).left
@@ -296,7 +304,7 @@ class Stream(torch.utils.data.IterableDataset[Any]):
 def test_a_stream_loses_no_row(
     kind: str, model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not even one of `datasets`, which begins anew and would be downloaded: what was not checked is said."""
+    """Never read streams, not even those of `datasets`, which restart and would be downloaded. A note says so."""
     drawn: list[int] = []
 
     def generate() -> Iterator[Any]:
@@ -323,16 +331,18 @@ def test_a_stream_loses_no_row(
 
 
 def test_a_stream_of_held_out_rows_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """No random sample of it can be drawn without reading all of it."""
+    """Refuse a stream, because a random sample would require reading all of it."""
     held_out = Stream(rows[140:])
     for callback in (SmallestAdapter(), SmallestAdapter(held_out), SmallestAdapter(iter(rows[140:]))):
-        trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:40]), held_out, callback)
+        trainer = make_trainer(
+            make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:40]), held_out, callback
+        )
         assert "SmallestAdapter a list of a few hundred rows" in require_refusal(trainer, DataError)
     assert len(list(held_out.left)) == len(rows[140:])
 
 
 class CountedRow(dict[str, list[int]]):
-    """A row that can be counted as long as it is held."""
+    """A row that is counted while it is in memory."""
 
     alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
     max_alive: ClassVar[int] = 0
@@ -346,7 +356,7 @@ class CountedRow(dict[str, list[int]]):
 
 
 class GeneratedRows(RowList):
-    """Rows that are made when they are read."""
+    """Rows that are created when they are read."""
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return CountedRow(self.rows[index])
@@ -359,10 +369,12 @@ class StepRecorder(TrainerCallback):
 
 
 def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Before the first step, at the end, and during the training none."""
+    """Count rows before the first step and at the end. No rows are in memory during the training."""
     CountedRow.max_alive = 0
     callback, begun = SmallestAdapter(GeneratedRows(rows[140:]), margin=0.1), StepRecorder()
-    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, GeneratedRows(rows[:140]), None, callback, begun)
+    trainer = make_trainer(
+        make_peft_model(model_folder), model_folder, tmp_path, GeneratedRows(rows[:140]), None, callback, begun
+    )
     trainer.train()
     assert begun.max_alive <= 32  # beside the trainer's own, which reads a batch ahead
     assert CountedRow.max_alive <= 32
@@ -373,7 +385,7 @@ def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: P
 def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was compared is said in the answer."""
+    """Check that the answer states how many rows were compared."""
     monkeypatch.setattr("rightrank.interop.smallest.MAX_COMPARISON_SECONDS", -1.0)
     callback = SmallestAdapter(RowList(rows[100:]), margin=0.1)
     make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback).train()
@@ -383,7 +395,7 @@ def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
 
 
 def make_images(count: int) -> list[dict[str, Any]]:
-    """Random images whose label says which half is brighter; the middle of each, which `str` shows not, differs alone."""
+    """Make random images that differ only in the middle, which `str` omits. The label says which half is brighter."""
     draw = torch.Generator().manual_seed(0)
     rows = []
     for number in range(count):
@@ -395,7 +407,7 @@ def make_images(count: int) -> list[dict[str, Any]]:
 
 
 def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Rows are told apart by all of their bytes, and the adapter's accuracy is that of a plain pass by PEFT."""
+    """Distinguish rows by all their bytes, and compare the accuracy with a plain pass by PEFT."""
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
@@ -431,7 +443,7 @@ def find_shared(
 
 
 def test_inputs_that_hold_tensors_and_are_none_are_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """As images of several sizes."""
+    """Use inputs such as images of several sizes."""
     for pixel_values in ([torch.zeros(2)], {"a": (torch.zeros(2),)}):
         callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
         trainer = make_trainer(
@@ -444,7 +456,10 @@ def test_inputs_that_hold_tensors_and_are_none_are_refused(model_folder: Path, r
             max_steps=2,
         )
         collate = trainer.data_collator
-        trainer.data_collator = lambda batch_rows, collate=collate, pixel_values=pixel_values: {**collate(batch_rows), "pixel_values": pixel_values}
+        trainer.data_collator = lambda batch_rows, collate=collate, pixel_values=pixel_values: {
+            **collate(batch_rows),
+            "pixel_values": pixel_values,
+        }
         assert "the batches have pixel_values as a" in require_refusal(trainer, DataError)
 
 
@@ -452,7 +467,7 @@ def test_inputs_that_hold_tensors_and_are_none_are_refused(model_folder: Path, r
 def test_the_scored_rows_are_a_random_sample(
     order: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two interleaved sources both are scored, as of two that lie one behind the other, and of rows that a shuffle has mixed."""
+    """Sample from interleaved sources, consecutive sources, and shuffled rows."""
     monkeypatch.setattr("rightrank.interop.smallest.MAX_SAMPLE_SIZE", 40)
     monkeypatch.setattr("rightrank.interop.smallest.MIN_SAMPLE_SIZE", 20)
     easy = [{name: values[:-1] + values[-1:] * 40 for name, values in row.items()} for row in rows]
@@ -523,7 +538,7 @@ def test_a_column_that_groups_nothing_is_refused(
 def test_rows_with_one_prompt_belong_together_in_every_format(
     form: str | None, marks: str, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    """As lists, tensors and arrays, of data sets of `datasets`."""
+    """Cover lists, tensors and arrays from `datasets`."""
     datasets = pytest.importorskip("datasets")
     held_out = []
     for number, row in enumerate(rows[140:180]):
@@ -542,7 +557,7 @@ def test_rows_with_one_prompt_belong_together_in_every_format(
 
 
 def test_long_values_of_a_group_column_are_told_apart(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Arrays that `repr` shortens, and whole numbers that a float does not hold."""
+    """Use arrays that `repr` shortens, and integers that a float cannot represent."""
     for values in (
         [np.concatenate([np.zeros(900), [number // 4], np.zeros(900)]) for number in range(40)],
         [2**60 + number // 4 for number in range(40)],
@@ -570,10 +585,14 @@ def test_long_values_of_a_group_column_are_told_apart(model_folder: Path, rows: 
 def test_another_loss_is_refused_with_the_way(
     batch: dict[str, Any], model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    """Contrastive losses and rerankers: one line names `evaluate=`."""
+    """Use contrastive losses and rerankers. The error names `evaluate=`."""
 
     def tensors(value: Any) -> Any:
-        return {key: tensors(element) for key, element in value.items()} if isinstance(value, dict) else torch.tensor(value)
+        return (
+            {key: tensors(element) for key, element in value.items()}
+            if isinstance(value, dict)
+            else torch.tensor(value)
+        )
 
     callback = SmallestAdapter(RowList(rows[140:]))
     trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback)
@@ -582,7 +601,7 @@ def test_another_loss_is_refused_with_the_way(
 
 
 def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """A head of one output has no classes, whose cross-entropy would be 0 at every rank."""
+    """Use a head with one output. It has no classes, and its cross-entropy would be 0 at every rank."""
     base = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1, pad_token_id=1)
     model: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
     labelled = [{"input_ids": row["input_ids"], "labels": number % 2} for number, row in enumerate(rows)]
@@ -592,7 +611,9 @@ def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_
 
 
 def test_a_trainer_of_embedding_models_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """As of `sentence_transformers`, whose trainers call a loss of their own."""
-    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows), None, SmallestAdapter())
+    """Use a trainer of `sentence_transformers`, which computes its own loss."""
+    trainer = make_trainer(
+        make_peft_model(model_folder), model_folder, tmp_path, RowList(rows), None, SmallestAdapter()
+    )
     trainer.__class__ = type("CrossEncoderTrainer", (Trainer,), {"__module__": "sentence_transformers.cross_encoder"})
     assert "evaluate=evaluate" in require_refusal(trainer, SettingsError)

@@ -1,4 +1,4 @@
-"""Exports of a small run: the content of each target, and what is refused."""
+"""Test exports of a small run: the content of each target, and which requests are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.trains
 
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
-    """A run of two ranks over the last two layers, with the scale alpha/sqrt(r)."""
+    """Select among two ranks on the last two layers, with the scale alpha/sqrt(r)."""
     settings = build_small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, num_evaluations=1)
     return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
 
@@ -55,14 +55,14 @@ def recipe(selected: Selected) -> Recipe:
 
 @pytest.fixture(scope="module")
 def truncated(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
-    """A run with the goal adapter: rank 4 trained, and so wide a margin that rank 1 is handed over."""
+    """Select with the goal adapter: rank 4 is trained, and the margin is so large that rank 1 is handed over."""
     settings = build_small_settings(
         strategy="bracket", goal="adapter", margin=5.0, max_steps=20, num_evaluations=1, scaling="alpha/sqrt(r)"
     )
     return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
 
 
-def written(selected: Selected, target: str) -> Path:
+def write_target(selected: Selected, target: str) -> Path:
     return export(selected.run, target).folder
 
 
@@ -90,45 +90,45 @@ def test_status_and_export_import_no_torch(selected: Selected, tmp_path: Path) -
         "status(run); export(run, 'vllm', out + '/vllm'); export(run, 'peft', out + '/peft')\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, selected.run, tmp_path], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    assert result.stdout.strip() == "[]"
 
 
 def test_peft_s_config_makes_the_same_adapter_again(selected: Selected, model_folder: Path) -> None:
     from peft import AutoPeftModelForCausalLM, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    folder = written(selected, "peft")
+    folder = write_target(selected, "peft")
     names: dict[str, Any] = {}
     exec((folder / "lora_config.py").read_text(encoding="utf-8"), names)
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(folder))
     base: Any = AutoModelForCausalLM.from_pretrained(str(model_folder))
-    made = get_peft_model(base, names["lora_config"])
+    recreated = get_peft_model(base, names["lora_config"])
     shapes = [
         {name: tuple(value.shape) for name, value in model.state_dict().items() if "lora_" in name}
-        for model in (loaded, made)
+        for model in (loaded, recreated)
     ]
     assert shapes[0]
     assert shapes[0] == shapes[1]
     scales = [
         {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
-        for model in (loaded, made)
+        for model in (loaded, recreated)
     ]
     assert scales[0] == scales[1]
 
 
 def test_layers_are_kept_for_trainers_without_an_option_for_them(selected: Selected) -> None:
-    values = yaml.safe_load((written(selected, "trl") / "trl_sft.yaml").read_text())
+    values = yaml.safe_load((write_target(selected, "trl") / "trl_sft.yaml").read_text())
     assert {name.split(".")[2] for name in values["lora_target_modules"]} == {"1", "2"}
-    values = yaml.safe_load((written(selected, "axolotl") / "axolotl.yaml").read_text())
+    values = yaml.safe_load((write_target(selected, "axolotl") / "axolotl.yaml").read_text())
     assert values["peft_layers_to_transform"] == [1, 2]
     assert values["peft_use_rslora"] is True
 
 
 def test_llamafactory_finds_its_data_set(selected: Selected, completion_file: Path) -> None:
-    folder = written(selected, "llamafactory")
+    folder = write_target(selected, "llamafactory")
     values = yaml.safe_load((folder / "llamafactory.yaml").read_text())
     entry = json.loads((folder / "dataset_info.json").read_text())[values["dataset"]]
     assert entry == {"file_name": str(completion_file), "columns": {"prompt": "prompt", "response": "completion"}}
@@ -172,7 +172,7 @@ def test_vllm_serves_the_next_rank_that_it_has(recipe: Recipe) -> None:
         served = int(words[words.index("--max-lora-rank") + 1])
         assert served in SERVER_RANKS
         assert served >= rank
-        assert not [other for other in SERVER_RANKS if rank <= other < served]
+        assert not [smaller_rank for smaller_rank in SERVER_RANKS if rank <= smaller_rank < served]
     with pytest.raises(ResultsError, match="vLLM supports ranks up to 512, and this adapter has 513"):
         TARGETS["vllm"](replace(recipe, r=513))
 
@@ -185,14 +185,14 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     parser = trl_module.TrlParser(
         (trl_module.ScriptArguments, trl_module.SFTConfig, trl_module.ModelConfig, DatasetMixtureConfig)
     )
-    file = written(selected, "trl") / "trl_sft.yaml"
+    file = write_target(selected, "trl") / "trl_sft.yaml"
     _, _, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
     assert selected.exported_adapter is not None
     assert trl_module.get_peft_config(model).r == selected.exported_adapter.trained_rank
 
 
 def test_another_rank_is_exported_by_its_own_training(selected: Selected, truncated: Selected, tmp_path: Path) -> None:
-    """A trainer gets a training at the rank, a server the run's adapter of it; a rank that was not trained is refused with those that were."""
+    """Export a training at the rank for a trainer, and the run's adapter for a server. The error for other ranks lists the trained ones."""
     trials = [trial for trial in RunFolder(selected.run).journal.read() if isinstance(trial, TrialFinished)]
     for rank in {trial.rank for trial in trials if trial.rank and trial.arm.is_direct}:
         folder = export(selected.run, "trl", tmp_path / f"trl{rank}", rank=rank).folder
@@ -205,7 +205,7 @@ def test_another_rank_is_exported_by_its_own_training(selected: Selected, trunca
         export(truncated.run, "trl", rank=1)
     with pytest.raises(ResultsError, match="the run has no adapter of rank 3; give one of 1, 2, 4, or leave rank out"):
         export(truncated.run, "sglang", rank=3)
-    recipe = yaml.safe_load((written(truncated, "trl") / "trl_sft.yaml").read_text())
+    recipe = yaml.safe_load((write_target(truncated, "trl") / "trl_sft.yaml").read_text())
     assert recipe["lora_r"] == 4  # the recipe of the adapter that is handed over
 
 
@@ -236,10 +236,10 @@ def test_the_line_names_each_way_to_train_again(
     recorded = selected.answers.adapter
     assert recorded is not None
     assert selected.decision_or_none is not None
-    given = recorded.handed_over.model_copy(update=handed_over | {"trained_rank": 16})
+    exported = recorded.handed_over.model_copy(update=handed_over | {"trained_rank": 16})
     answers = replace(
         selected.answers,
-        adapter=recorded.model_copy(update={"handed_over": given}),
+        adapter=recorded.model_copy(update={"handed_over": exported}),
         decision=selected.decision_or_none.model_copy(update={"rank": trained}),
     )
     adapter = replace(selected.adapter, path=Path("my-run/adapter"))
@@ -252,9 +252,9 @@ def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) ->
     assert truncated.decision_or_none is None
     assert truncated.exported_adapter is not None
     assert (truncated.exported_adapter.rank, truncated.handed_over.method) == (1, "truncated")
-    folder = written(truncated, "peft")
+    folder = write_target(truncated, "peft")
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
-    script = (written(truncated, "vllm") / "vllm.sh").read_text(encoding="utf-8")
+    script = (write_target(truncated, "vllm") / "vllm.sh").read_text(encoding="utf-8")
     words = shlex.split(script, comments=True)
     assert words[words.index("--max-lora-rank") + 1] == str(
         find_server_rank(truncated.exported_adapter.max_module_rank)
@@ -263,10 +263,10 @@ def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) ->
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
 def test_trainers_get_the_training_that_a_smaller_adapter_comes_from(truncated: Selected) -> None:
-    values = yaml.safe_load((written(truncated, "axolotl") / "axolotl.yaml").read_text())
+    values = yaml.safe_load((write_target(truncated, "axolotl") / "axolotl.yaml").read_text())
     assert (values["lora_r"], values["lora_alpha"], values["max_steps"]) == (4, 32, 20)
     assert values["learning_rate"] == 1e-2
-    values = yaml.safe_load((written(truncated, "trl") / "trl_sft.yaml").read_text())
+    values = yaml.safe_load((write_target(truncated, "trl") / "trl_sft.yaml").read_text())
     assert (values["lora_r"], values["use_rslora"], values["max_steps"]) == (4, True, 20)
 
 
@@ -290,15 +290,15 @@ def test_files_say_how_to_make_a_smaller_adapter_again(truncated: Selected, comp
 
 
 def test_a_trained_adapter_has_no_such_line(recipe: Recipe, tmp_path: Path) -> None:
-    making = replace(recipe.provenance, rank=recipe.r, trained_rank=recipe.r, truncation=None)
-    trained = replace(recipe, provenance=making)
+    provenance = replace(recipe.provenance, rank=recipe.r, trained_rank=recipe.r, truncation=None)
+    trained = replace(recipe, provenance=provenance)
     assert trained.comments() == []
     assert trained.training() == trained
 
 
 def test_a_name_with_a_line_break_stays_in_its_comment(recipe: Recipe, tmp_path: Path) -> None:
-    making = replace(recipe.provenance, rank=1, trained_rank=4, truncation="K-FAC")
-    exported = write_export("trl", replace(recipe, provenance=making, data="a\nevil: 1\u2028b"), tmp_path / "out")
+    provenance = replace(recipe.provenance, rank=1, trained_rank=4, truncation="K-FAC")
+    exported = write_export("trl", replace(recipe, provenance=provenance, data="a\nevil: 1\u2028b"), tmp_path / "out")
     assert "evil" not in yaml.safe_load((exported.folder / "trl_sft.yaml").read_text(encoding="utf-8"))
 
 
@@ -323,9 +323,9 @@ def test_a_folder_without_a_run_or_an_adapter_is_refused(selected: Selected, tmp
 def test_the_report_shows_the_adapter_s_spectrum(selected: Selected) -> None:
     assert selected.adapter is not None
     rows = list(csv.DictReader((selected.run / "figures" / "spectrum.csv").read_text().splitlines()))
-    found = inspect(selected.adapter.path)
+    inspection = inspect(selected.adapter.path)
     assert len(rows) == selected.adapter.rank
-    largest = max(module.singular_values[0] for module in found.modules)
+    largest = max(module.singular_values[0] for module in inspection.modules)
     assert float(rows[0]["largest"]) == pytest.approx(largest)
 
 
@@ -341,21 +341,21 @@ def test_the_report_is_written_again_from_the_journal_and_the_adapter(selected: 
 
 
 @pytest.mark.parametrize("target", ["peft", "trl"])
-@pytest.mark.parametrize("place", ["file", "folder", "link", "run", ""])
+@pytest.mark.parametrize("path_name", ["file", "folder", "link", "run", ""])
 def test_existing_paths_are_not_overwritten(
-    selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, place: str
+    selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, path_name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
     Path("folder").mkdir()
     Path("link").symlink_to("nowhere")
-    before = sorted(path.name for path in selected.run.iterdir())
-    out = selected.run if place == "run" else Path(place)
+    initial_names = sorted(path.name for path in selected.run.iterdir())
+    out = selected.run if path_name == "run" else Path(path_name)
     with pytest.raises(RunFolderError, match="this path already exists; give a new folder"):
         export(selected.run, target, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
     assert Path("file").read_text() == "mine"
-    assert sorted(path.name for path in selected.run.iterdir()) == before
+    assert sorted(path.name for path in selected.run.iterdir()) == initial_names
 
 
 def test_a_new_folder_is_made_with_its_parents(selected: Selected, tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_a_new_folder_is_made_with_its_parents(selected: Selected, tmp_path: Pat
 
 
 def test_the_card_names_a_base_of_the_hub(selected: Selected) -> None:
-    """The hub refuses a card whose base is a folder."""
+    """Name a base on the hub, because the hub rejects a card whose base is a folder."""
     assert selected.adapter is not None
     file = selected.adapter.path / "README.md"
     values = ModelCard.load(file).data.to_dict()  # the hub's own reader

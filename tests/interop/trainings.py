@@ -1,4 +1,4 @@
-"""What the tests of others' trainings share: tokenized rows, and a model with an adapter."""
+"""Provide tokenized rows, and a model with an adapter, for the tests of other trainers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import (
 Rows = list[dict[str, list[int]]]
 
 
-class Listed(torch.utils.data.Dataset[dict[str, list[int]]]):
+class RowList(torch.utils.data.Dataset[dict[str, list[int]]]):
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
@@ -30,14 +30,14 @@ class Listed(torch.utils.data.Dataset[dict[str, list[int]]]):
         return self.rows[index]
 
 
-def peft_model(folder: Path, **changes: Any) -> Any:
+def make_peft_model(folder: Path, **changes: Any) -> Any:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(**{"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.1} | changes)
     return get_peft_model(base, config)
 
 
-class OneShot(torch.utils.data.IterableDataset[Any]):
+class OneTimeRows(torch.utils.data.IterableDataset[Any]):
     """Rows that can be read once."""
 
     def __init__(self, rows: Rows) -> None:
@@ -47,13 +47,13 @@ class OneShot(torch.utils.data.IterableDataset[Any]):
         return self.left
 
 
-def trained(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **changes: Any) -> tuple[Trainer, Any]:
-    model = peft_model(folder)
+def run_training(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **changes: Any) -> tuple[Trainer, Any]:
+    model = make_peft_model(folder)
     settings: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "seed": 0}
     settings |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
     arguments = TrainingArguments(output_dir=str(out), **settings | changes)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = Trainer(model, arguments, collator, Listed(rows[:140]), Listed(rows[140:]), callbacks=list(callbacks))
+    trainer = Trainer(model, arguments, collator, RowList(rows[:140]), RowList(rows[140:]), callbacks=list(callbacks))
     trainer.train()
     return trainer, model

@@ -1,4 +1,4 @@
-"""A training with Lightning, which takes long to import: only where it is asked for."""
+"""Train with Lightning. It takes long to import, so only tests that need it import this module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from rightrank.interop.lightning import SmallestAdapter, Squeeze
 
-__all__ = ["SmallestAdapter", "Squeeze", "fitted"]
+__all__ = ["SmallestAdapter", "Squeeze", "fit_model"]
 
 
 class Module(lightning.LightningModule):
@@ -23,10 +23,10 @@ class Module(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=1e-2)
+        return torch.optim.AdamW([parameter for parameter in self.parameters() if parameter.requires_grad], lr=1e-2)
 
 
-def fitted(model: Any, callback: Any, batches: Any, out: Path) -> None:
+def fit_model(model: Any, callback: Any, batches: Any, out: Path) -> None:
     trainer = lightning.Trainer(
         max_steps=40, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[callback] if callback is not None else [], default_root_dir=out,

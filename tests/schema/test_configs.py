@@ -67,7 +67,7 @@ def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dic
     [
         ({"packing": True}, "packing=True"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
-        ({"optim": "paged_adamw_8bit"}, "cannot honour optim='paged_adamw_8bit'"),
+        ({"optim": "paged_adamw_8bit"}, "does not support optim='paged_adamw_8bit'"),
         ({"warmup_steps": 50}, "warmup_steps 50 needs max_steps"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: got 'polynomial'"),
     ],
@@ -104,13 +104,13 @@ def test_fields_of_lora_config_by_their_own_names(config_values: dict[str, Any],
     [
         ({"use_rslora": True, "scaling": "constant"}, "scaling: given twice, as 'constant' and by PEFT's name as"),
         ({"r": 8, "ranks": "4"}, "ranks: given twice"),
-        ({"rank_pattern": '{"q": 4}'}, "rank_pattern: a selection cannot honour this field of PEFT's LoraConfig"),
-        ({"bias": "all"}, "bias: a selection cannot honour"),
+        ({"rank_pattern": '{"q": 4}'}, "rank_pattern: a selection does not support this field of PEFT's LoraConfig"),
+        ({"bias": "all"}, "bias: a selection does not support"),
         ({"lora_alpha": "large"}, "lora_alpha: got 'large'"),
         ({"peft_type": "LOHA"}, "peft_type: got 'LOHA'"),
         (
             {"init_lora_weights": "pissa", "load_in_4bit": True},
-            "out of whole weights, got a base in 4 bits; leave load",
+            "needs unquantized weights, got a base model in 4 bits; leave load",
         ),
         (
             {"init_lora_weights": "corda"},

@@ -400,15 +400,15 @@ def test_a_metric_is_named_by_its_text(text: str, spec: MetricSpec) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("accuracies", "metric 'accuracies' is not known (did you mean 'accuracy'?); there are: loss, accuracy,"),
-        ("zzz", "metric 'zzz' is not known; there are: loss, accuracy, macro_f1,"),
-        ("mine=f1", "metric 'mine=f1' is not known"),
-        ("f1=my.scores:f1", "metric 'f1=my.scores:f1': 'f1' is a built-in metric; give yours another name"),
-        ("bleu=module: ", "metric 'bleu=module: ' is not known"),
-        ("bleu=command:wc -l", "metric 'bleu=command:wc -l' is not known"),
-        ("module:", "metric 'module:' is not known"),
-        ("module:1x", "metric 'module:1x' is not known"),
-        (":f", "metric ':f' is not known"),
+        ("accuracies", "metric 'accuracies' is unknown (did you mean 'accuracy'?); the metrics are: loss, accuracy,"),
+        ("zzz", "metric 'zzz' is unknown; the metrics are: loss, accuracy, macro_f1,"),
+        ("mine=f1", "metric 'mine=f1' is unknown"),
+        ("f1=my.scores:f1", "metric 'f1=my.scores:f1': 'f1' is a built-in metric; give your metric another name"),
+        ("bleu=module: ", "metric 'bleu=module: ' is unknown"),
+        ("bleu=command:wc -l", "metric 'bleu=command:wc -l' is unknown"),
+        ("module:", "metric 'module:' is unknown"),
+        ("module:1x", "metric 'module:1x' is unknown"),
+        (":f", "metric ':f' is unknown"),
     ],
 )
 def test_an_invalid_metric_is_refused_in_one_line(text: str, line: str) -> None:
@@ -419,7 +419,7 @@ def test_an_invalid_metric_is_refused_in_one_line(text: str, line: str) -> None:
 def test_metrics_keep_their_order_and_names() -> None:
     assert [spec.name for spec in parse_metrics("f1", "loss", "x=m:f")] == ["f1", "loss", "x"]
     assert parse_metrics("loss") == (MetricSpec("loss", "loss"),)
-    twice = "metrics: 'f' is given twice; give each once, under names that differ (NAME=…)"
+    twice = "metrics: 'f' is given twice; give each metric once, under different names (NAME=…)"
     with pytest.raises(ValueError, match=re.escape(twice)):
         parse_metrics("loss", "m:f", "n:f")
 

@@ -164,7 +164,7 @@ def test_an_encoder_decoder_is_refused_by_the_command(
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     capsys.readouterr()
-    arguments = commands.select_arguments(tmp_path / "t5", completion_file, tmp_path / "run", "--quiet", "--json")
+    arguments = commands.build_select_arguments(tmp_path / "t5", completion_file, tmp_path / "run", "--quiet", "--json")
     status, out, err = commands.run(arguments, capsys)
     assert (status, out) == (2, "")
     assert "an encoder-decoder, as T5, which select does not train; give a causal model" in err

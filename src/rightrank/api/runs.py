@@ -415,7 +415,7 @@ def _decide_run_folder(
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
     metric, requested_margin = metric or started.metric, margin
     metrics = list_metrics(records)
-    if metric not in metrics or (started.data.form == "own" and metric != started.metric):
+    if metric not in metrics or (started.data.form == "custom" and metric != started.metric):
         raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(metrics)}")
     ranks = {outcome.rank for outcome in records.list_finished() if outcome.rank > 0 and outcome.arm.is_direct}
     if records.adapters and len(ranks) < 2:

@@ -103,7 +103,7 @@ class DataSplits:
 
     @property
     def form(self) -> DataForm:
-        assert self.summary.form != "own"
+        assert self.summary.form != "custom"
         return self.summary.form
 
     def exclude_examples(self, example_ids: Container[str]) -> DataSplits:

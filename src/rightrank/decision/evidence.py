@@ -147,7 +147,7 @@ class Evidence:
     def _list_better_ranks(self, rank: int, has_noise: Callable[[Contender], bool]) -> list[Contender]:
         """List the contenders that are at least as good as this rank, the best first.
 
-        If none of them has seed noise, the list goes on to the first one that has.
+        If none of them has seed noise, the list continues up to the first one that has.
         """
         position = self._ordered.index(self._uncorrected[rank]) + 1
         up_to_first = next(

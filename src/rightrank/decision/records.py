@@ -143,7 +143,7 @@ def decide_by_metric(
     """
     started, settings = records.started, records.settings
     requested_metrics = [started.metric, *settings.metrics]
-    measured_metrics = list_metrics(records) if started.data.form != "own" else ()
+    measured_metrics = list_metrics(records) if started.data.form != "custom" else ()
     other_metrics = [
         name
         for name in measured_metrics
@@ -188,7 +188,7 @@ def build_run_table(
     """
     started = records.started
     outcomes = list_comparable_outcomes(records) if outcomes is None else outcomes
-    if started.data.form == "own":  # the example scores of a custom trainer are those of the metric that decides
+    if started.data.form == "custom":  # the example scores of a custom trainer are those of the metric that decides
         return build_table(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
     if higher is None:

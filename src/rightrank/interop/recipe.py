@@ -117,7 +117,7 @@ class Recipe:
         )
         command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *resize_arguments])
         return [
-            f"The adapter of rank {self.provenance.rank} was {self.provenance.sentence()}.",
+            f"The adapter of rank {self.provenance.rank} was {self.provenance.format_sentence()}.",
             f"To recreate it, train at rank {self.provenance.trained_rank}, then: {command}",
         ]
 
@@ -151,8 +151,8 @@ def build_recipe(
     settings = settings.model_copy(
         update={name: value for name, value in defaults.items() if name not in settings.model_fields_set}
     )
-    making = build_provenance(trial, finished)
-    alpha, _ = convert_scaling(settings.scaling, trial.lora_alpha, making.trained_rank)
+    provenance = build_provenance(trial, finished)
+    alpha, _ = convert_scaling(settings.scaling, trial.lora_alpha, provenance.trained_rank)
     return Recipe(
         model=_resolve_name(started.model_name, UNKNOWN_MODEL),
         data=_resolve_name(started.data_name, UNKNOWN_DATA),
@@ -161,12 +161,12 @@ def build_recipe(
         columns=started.data.renamed,
         adapter=adapter,
         module_names=tuple(sorted(name.removeprefix("base_model.model.") for name in names)),
-        learning_rate=making.learning_rate,
-        max_steps=making.steps,
-        warmup_steps=math.ceil(settings.warmup_ratio * making.steps),
+        learning_rate=provenance.learning_rate,
+        max_steps=provenance.steps,
+        warmup_steps=math.ceil(settings.warmup_ratio * provenance.steps),
         seed=trial.seed,
-        provenance=making,
-        trained_alpha=config["lora_alpha"] if making.trained_rank == config["r"] else alpha,
+        provenance=provenance,
+        trained_alpha=config["lora_alpha"] if provenance.trained_rank == config["r"] else alpha,
         settings=settings,
         num_held_out=0 if started.data.splits_given else _count_held_out(started),
         **_select_adapter_fields(config),

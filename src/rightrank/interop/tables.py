@@ -29,7 +29,7 @@ CONDITION_COLUMNS = {
     "model", "base_model", "model_name", "model_name_or_path", "model_id", "base_model_name_or_path", "dataset",
     "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim", "metric", "metric_name", "use_rslora",
     "train_samples", "num_train_samples", "max_train_samples", "train_size", *PeftFields.model_fields,
-    *TRAINER_FIELDS, *SHARED_SETTINGS, *(synonym for name in SHARED_SETTINGS for synonym in SelectSettings.model_fields[name].also),
+    *TRAINER_FIELDS, *SHARED_SETTINGS, *(synonym for name in SHARED_SETTINGS for synonym in SelectSettings.model_fields[name].foreign_names),
 }  # fmt: skip
 ALPHA_COLUMNS = {"lora_alpha", "alpha", "network_alpha"}
 

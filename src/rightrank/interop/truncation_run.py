@@ -243,8 +243,8 @@ def _build_run_started(
 ) -> RunStarted:
     base = in_memory_adapter.model.get_base_model()
     batch, classes = in_memory_adapter.held_out[0], None
-    form: Literal["preference", "classification", "own"] = "preference" if "completion_mask" in batch else "own"
-    if form == "own" and has_class_labels(batch):
+    form: Literal["preference", "classification", "custom"] = "preference" if "completion_mask" in batch else "custom"
+    if form == "custom" and has_class_labels(batch):
         form, classes = "classification", [str(name) for _, name in sorted(base.config.id2label.items())]
     ranks = list_candidate_ranks(adapter, in_memory_adapter.ranks)
     overrides: dict[str, Any] = {"goal": "adapter", "metric": in_memory_adapter.metric, "ranks": ranks}

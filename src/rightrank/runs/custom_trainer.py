@@ -131,7 +131,7 @@ class CustomTrainerRequest:
             fingerprint=hash_content({"settings": select_identity_settings(values, original_settings)}),
             settings=values,
             environment={"python": platform.python_version(), "system": system, "device": "the trainer's own"},
-            data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
+            data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
             evaluation_examples=[],
             metric=self.metric,
             higher_is_better=self.higher_is_better,

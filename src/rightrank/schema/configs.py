@@ -14,8 +14,8 @@ from rightrank.schema.errors import SettingsError, quote_value
 from rightrank.schema.setting_table import is_list_type
 from rightrank.schema.settings import PEFT_CHECKED_FIELDS, PEFT_OPTIONS, PEFT_REPLACED_FIELDS, SelectSettings
 
-REPLACED_FIELDS = PEFT_REPLACED_FIELDS | {"r"}  # by the ranks
-CHECKED_FIELDS = (*PEFT_CHECKED_FIELDS, "peft_type", "inference_mode")  # against the run
+REPLACED_FIELDS = PEFT_REPLACED_FIELDS | {"r"}  # replaced by the ranks
+CHECKED_FIELDS = (*PEFT_CHECKED_FIELDS, "peft_type", "inference_mode")  # compared with the run
 SPECIAL_ARGUMENTS = {
     "warmup_steps",
     "bf16",
@@ -26,7 +26,7 @@ SPECIAL_ARGUMENTS = {
     "num_train_epochs",
     "optim",
 }
-IGNORED_PREFIXES = (  # beginnings of names
+IGNORED_PREFIXES = (  # prefixes of ignored arguments
     *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),
     *("do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory"),
     *(
@@ -144,7 +144,7 @@ def _convert_special_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal
     warmup = args.warmup_steps
     if warmup >= 1 and args.max_steps <= 0:
         yield _build_refusal(
-            "args", "warmup_steps", warmup, "needs max_steps; give both, or a share of the steps below 1"
+            "args", "warmup_steps", warmup, "needs max_steps: give max_steps too, or a share of the steps below 1"
         )
     else:
         yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
@@ -178,6 +178,6 @@ def _build_refusal(source: str, name: str, value: Any, reason: str = "") -> _Ref
     text = (
         f"{name} {quote_value(value)} {reason}"
         if reason
-        else f"a selection cannot honour {name}={quote_value(value)}; leave it out"
+        else f"a selection does not support {name}={quote_value(value)}; leave it out"
     )
     return _Refusal(f"{name}={quote_value(value)}", f"{source}: {text}")

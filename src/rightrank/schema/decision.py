@@ -26,13 +26,13 @@ class Result(Record):
 
     trial_id: str
     rank: BoundedInt
-    learning_rate: float = 0.0  # 0: not stated
+    learning_rate: float = 0.0  # 0: unknown
     seed: BoundedInt = 0
     value: float | None
     # Examples in the same order for all results of a table; each value is a mean over the example's tokens.
     example_values: list[float] = Field(default_factory=list)
     example_weights: list[float] = Field(default_factory=list)  # tokens of each example; empty: equal weights
-    example_groups: list[BoundedInt] | None = None  # the number of each example's group; None: each stands for itself
+    example_groups: list[BoundedInt] | None = None  # the group number of each example; None: no groups
     std: float | None = None  # stated standard deviation over seeds
     std_seeds: BoundedInt = 1  # number of seeds that the value averages
     train_value: float | None = None
@@ -47,7 +47,7 @@ class ResultsTable(Record):
     metric: str
     higher_is_better: bool
     results: list[Result]
-    input_notes: list[str]  # notes: the role of each column, and which rows were left out
+    input_notes: list[str]  # the role of each column, and the rows that were skipped
 
 
 class RankEvidence(Record):
@@ -60,7 +60,7 @@ class RankEvidence(Record):
     difference: float | None = None  # how much worse than the reference, in the metric's unit
     difference_low: float | None = None  # one-sided 95% lower bound
     difference_high: float | None = None  # one-sided 95% upper bound
-    predictive_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
+    predictive_low: float | None = None  # two-sided 95% interval of the difference that one additional seed would show
     predictive_high: float | None = None  # None: the seed noise was not measured
     non_inferior: bool | None = None  # within the margin; None: inconclusive
     # that it is within the margin of the best, over seeds and examples; None: `format_probability_note`
@@ -68,7 +68,7 @@ class RankEvidence(Record):
     learning_rate: float | None = None
     seeds: BoundedInt = 1
     trial_ids: list[str] = Field(default_factory=list)
-    selection_bias: float = 0.0  # optimism of choosing the best learning rate; subtracted from the difference
+    selection_bias: float = 0.0  # how much too good the best learning rate looks; subtracted from the difference
 
 
 class StaircaseStep(Record):
@@ -88,7 +88,7 @@ class NextRun(Record):
     examples: BoundedInt | None = None  # held-out examples in total
     steps: BoundedInt | None = None
     trials: BoundedInt = 0  # new trainings
-    minutes: float | None = None  # about what it takes, by the trainings and evaluations so far; None: not known
+    minutes: float | None = None  # estimated from the trainings and evaluations so far; None: unknown
     sentence: str
 
 
@@ -102,7 +102,7 @@ class MetricAnswer(Record):
     verdict: Verdict
     reference_rank: int
     conflict: bool  # one metric shows that a rank is enough, the other that it is not
-    sentence: str  # for a person
+    sentence: str  # for the user
     ranks: list[RankEvidence]
 
 
@@ -125,43 +125,43 @@ class Decision(Record):
         return next((rank for rank in named if rank is not None), self.reference_rank)
 
     rank: BoundedInt | None  # None: the evidence names no rank
-    # the smallest rank whose comparison with the reference passed, where no higher rank may be better; None: no rank did
+    # The smallest rank whose comparison with the reference passed, if no higher rank may be better; None: no rank passed.
     fallback_rank: BoundedInt | None
-    best_so_far: BoundedInt | None = None  # without a `fallback_rank`, the rank that came out best, without proof
+    best_so_far: BoundedInt | None = None  # without a `fallback_rank`, the rank with the best mean, which is not proven
     verdict: Verdict
     flags: list[str]
-    sentence: str  # for a person
-    next_run: str  # what would settle or extend the answer
+    sentence: str  # for the user
+    next_run: str  # the run that would settle or extend the answer
     metric: str
     higher_is_better: bool
     margin: float
     reference_rank: BoundedInt
-    confidence: float | None  # None where nothing is shown at a level: one seed (an indication), or one number a rank
+    confidence: float | None  # None if nothing is shown at a confidence level: one seed (an indication), or one number a rank
     learning_rate: float | None
     staircase: list[StaircaseStep]
     ranks: list[RankEvidence]
-    basis: Basis = "examples"  # the variation that the intervals rest on
-    basis_note: str = ""  # what the intervals cover, and what they do not
-    probability_note: str = ""  # what the ranks' probabilities say, or why there are none
-    grade: Grade | None = None  # how far the answer is known; None for one number a rank
-    # by probabilities, where there are any; differences and margins are in the metric's unit
-    requested_confidence: float | None = None  # the probability that was asked for; None: bounds decided
-    recommended_rank: BoundedInt | None = None  # the answer, or where no rank is as probable, the likeliest
-    probability: float | None = None  # of `take` at the margin
-    recommended_margin: float | None = None  # the smallest margin at which `take` is as probable
-    resolvable_margin: float | None = None  # the smallest margin at which any rank is
+    basis: Basis = "examples"  # the variation that the intervals cover
+    basis_note: str = ""  # what the intervals cover, and what they exclude
+    probability_note: str = ""  # what the ranks' probabilities mean, or why there are none
+    grade: Grade | None = None  # how well the answer is known; None for one number a rank
+    # The fields of a decision by probabilities, if there are any. Differences and margins are in the metric's unit.
+    requested_confidence: float | None = None  # the requested probability; None: bounds decided
+    recommended_rank: BoundedInt | None = None  # the answer, or the likeliest rank if no rank is as probable as requested
+    probability: float | None = None  # of `recommended_rank` at the margin
+    recommended_margin: float | None = None  # the smallest margin at which `recommended_rank` has the requested probability
+    resolvable_margin: float | None = None  # the smallest margin at which any rank has the requested probability
     indistinguishable_ranks: list[BoundedInt] = Field(
         default_factory=list
     )  # ranks that are not shown to be worse than the best
-    difference_uncertainty: float | None = None  # how far their differences from it are known, either way
-    probably_worse_ranks: list[BoundedInt] = Field(default_factory=list)  # the others
-    # the first is the cheapest that is expected to settle the answer
+    difference_uncertainty: float | None = None  # half-width of the interval for their differences from the best
+    probably_worse_ranks: list[BoundedInt] = Field(default_factory=list)  # all other ranks
+    # The first run is the cheapest that is expected to settle the answer.
     next_runs: list[NextRun] = Field(default_factory=list)
     selection_bias: float = 0.0  # the largest of the compared ranks, in the metric's unit
-    checkpoint: CheckpointNote | None = None  # if evaluations during the training were given
-    other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the one that decides
+    checkpoint: CheckpointNote | None = None  # if the table has evaluations during training
+    other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the deciding one
     adapter_sentence: str | None = (
-        None  # the answer to the first question; None: no run, or one that handed nothing over
+        None  # the sentence on the deployment rank; None: no run, or no adapter was handed over
     )
 
 
@@ -169,8 +169,8 @@ class DifferenceDistribution(Record):
     """The distribution of a paired difference over the held-out examples, in the metric's unit. Its mean hides rare large differences."""
 
     threshold: float  # ten margins
-    share_worse: float  # the share of examples that get worse by more than `amount`
-    worst_tenth_mean: float  # the mean difference of the tenth of the examples that gets worst
+    share_worse: float  # the share of examples that get worse by more than `threshold`
+    worst_tenth_mean: float  # the mean difference of the tenth of the examples with the largest differences
 
 
 AdapterMethod: TypeAlias = Literal["trained", "truncated"]
@@ -183,10 +183,10 @@ class AdapterCandidate(Record):
     method: AdapterMethod
     trial_id: str
     value: float  # held-out, metric's unit and direction
-    difference: float  # worse than the reference by this much, metric's unit
+    difference: float  # how much worse than the reference, metric's unit
     difference_low: float | None = None  # its 95% lower bound, one-sided, over examples; None without example scores
     difference_high: float | None  # its 95% upper bound, the one that is tested
-    is_within_margin: bool  # the bound is below the margin
+    is_within_margin: bool  # whether the upper bound is at most the margin
     distribution: DifferenceDistribution | None = None  # None: the reference itself, or no example scores
 
 
@@ -217,7 +217,7 @@ class AdapterAnswer(Record):
     margin: float
     candidates: list[AdapterCandidate]  # by descending rank
     sentence: str
-    notes: list[str] = Field(default_factory=list)  # what else a person should know, each with what to do
+    notes: list[str] = Field(default_factory=list)  # other findings for the user, each with what to do
 
     @property
     def is_top_rank_required(self) -> bool:
@@ -232,7 +232,7 @@ class TrainingRankEstimate(Record):
 
     low: BoundedInt
     high: BoundedInt
-    trainings: float  # expected, to answer the second question from here
+    trainings: float  # the expected number that the training rank still takes
     sentence: str
 
 
@@ -240,7 +240,7 @@ class ExportedAdapter(Record):
     """The adapter in `adapter/`. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
 
     rank: BoundedInt
-    min_module_rank: BoundedInt | None = None  # None: not known
+    min_module_rank: BoundedInt | None = None  # None: unknown
     max_module_rank: BoundedInt
     method: AdapterMethod
     trained_rank: BoundedInt

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-MAX_EXACT_INTEGER = 2**53  # the integers that a float holds exactly; a larger one in a file is damage
-MAX_MESSAGE_CHARACTERS = 1500  # a longer message quotes a long value, whose middle is left out
-# What libraries raise, beside errors of their own, for damaged or unknown files.
+MAX_EXACT_INTEGER = 2**53  # Floats represent integers up to this exactly; a larger one in a file is damage.
+MAX_MESSAGE_CHARACTERS = 1500  # The middle of a longer message is removed.
+# Built-in errors that libraries raise for damaged or unknown files, in addition to errors of their own.
 LIBRARY_ERRORS = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
 )  # fmt: skip
-# Control characters, bidirectional and invisible marks, and surrogates: replaced by their escapes.
+# Control characters, bidirectional and invisible marks, and surrogates are replaced by their escapes.
 _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {
     code: f"\\u{code:04x}"
     for code in (*range(0x200B, 0x2010), *range(0x2028, 0x2030), *range(0x2060, 0x2070), *range(0xD800, 0xE000), 0xFEFF)
@@ -113,7 +113,7 @@ def format_one_line(message: str) -> str:
     return f"{text[: MAX_MESSAGE_CHARACTERS - 500]} … {text[-400:]}"
 
 
-# What tells a secret: its place in an address, the name before it, or a well-known beginning.
+# A secret is recognized by its position in an address, the name before it, or a well-known prefix.
 _SECRET_PATTERN = re.compile(
     r"(:/+)[^\s/@:]*:[^\s/@]+(?=@)"
     r"|([?&][\w.-]*(?:token|key|secret|password|signature)=)[^\s&'\"]+"
@@ -148,7 +148,7 @@ def quote_value(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-# Texts of allocators' errors: torch raises a plain RuntimeError, the system an OSError.
+# Texts of allocation errors: torch raises a plain RuntimeError, the system an OSError.
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory",
     "can't start new thread",

@@ -39,28 +39,28 @@ class SplitSummary(Record):
 class DataSummary(Record):
     """A summary of the data and how it was read."""
 
-    # own: read by a custom trainer
-    form: Literal["text", "prompt_completion", "messages", "classification", "preference", "own"]
+    # `custom`: a custom trainer reads the data.
+    form: Literal["text", "prompt_completion", "messages", "classification", "preference", "custom"]
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: BoundedInt
     near_duplicates_across_splits: BoundedInt = (
-        0  # that are evaluated, and differ from a training example in white space or case alone
+        0  # evaluated rows that differ from a training example only in white space or case
     )
     classes: list[str] | None = None  # in the order of the logits
-    unreadable: BoundedInt = 0  # rows left out because of lone surrogates, which no tokenizer accepts
-    rows: BoundedInt = 0  # that were read
-    repeated: BoundedInt = 0  # held-out rows left out because another row is equal
+    unreadable: BoundedInt = 0  # rows skipped because of lone surrogates, which no tokenizer accepts
+    rows: BoundedInt = 0  # rows that were read
+    repeated: BoundedInt = 0  # held-out rows skipped because another row is equal
     not_evaluated: BoundedInt = 0  # held-out rows beyond the number that is evaluated
-    shape: str | None = None  # how rows of another shape got the form's columns, for people
+    shape: str | None = None  # how rows of another shape were converted to the form, for the user
     # Columns of the form that have another name in the file → that name.
     renamed: dict[str, str] = Field(default_factory=dict)
-    equal_pairs: BoundedInt = 0  # rows left out because `chosen` and `rejected` are the same
+    equal_pairs: BoundedInt = 0  # rows skipped because `chosen` and `rejected` are the same
 
-    # The column, or `prompt`, by which held-out rows belong together; None: each stands for itself, and is taken as independent.
+    # The column that defines groups of held-out rows, or `prompt`; None: rows are treated as independent.
     grouped_by: str | None = None
-    groups: BoundedInt = 0  # of the validation split; 0: ungrouped
-    groups_across_splits: BoundedInt = 0  # held-out groups of which train has rows too
+    groups: BoundedInt = 0  # in the validation split; 0: no groups
+    groups_across_splits: BoundedInt = 0  # held-out groups with rows in the train split too
 
     @property
     def loss_kind(self) -> LossKind:
@@ -123,15 +123,15 @@ class RunStarted(Record):
     evaluation_examples: list[str]  # content hashes, in the order of all lists of examples
     metric: str
     higher_is_better: bool
-    points_metric: str | None = None  # of the evaluations during a training, if it is not the deciding metric
+    points_metric: str | None = None  # the metric of evaluations during training, if it is not the deciding one
     started_at: str
-    notes: list[str] = Field(default_factory=list)  # on the adapters, for their card
+    notes: list[str] = Field(default_factory=list)  # notes on the adapters for the model card
 
     @field_validator("settings")
     @classmethod
     def _numbers_exact(cls, settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if any(isinstance(value, int) and abs(value) > MAX_EXACT_INTEGER for value in settings.values()):
-            raise ValueError(f"a setting is a number beyond {MAX_EXACT_INTEGER}")
+            raise ValueError(f"a setting has a number above {MAX_EXACT_INTEGER}")
         return settings
 
 
@@ -151,7 +151,7 @@ class TestEvaluated(Record):
     example_groups: list[BoundedInt] | None = None
     example_metrics: dict[str, list[float]] = Field(default_factory=dict)  # by metric: one value per example
     metrics: dict[str, float] = Field(default_factory=dict)  # all metrics measured on the test split
-    metric: str | None = None  # of `value`, if it is not the deciding metric: a task has no test split
+    metric: str | None = None  # the metric of `value`, if it is not the deciding one: a task has no test split
 
 
 class RunContinued(Record):
@@ -160,7 +160,7 @@ class RunContinued(Record):
     type: Literal["run_continued"] = "run_continued"
     schema_version: BoundedInt = SCHEMA_VERSION
     settings: dict[str, JsonValue]
-    evaluation_examples: list[str] | None = None  # with more validation examples: all of them, those of before first
+    evaluation_examples: list[str] | None = None  # with more validation examples: all of them, the earlier ones first
     data: DataSummary | None = None  # with more validation examples
 
 
@@ -171,7 +171,7 @@ class AdapterRecorded(Record):
     schema_version: BoundedInt = SCHEMA_VERSION
     answer: AdapterAnswer
     handed_over: ExportedAdapter
-    trainings: float  # cost up to the answer, in whole trainings
+    trainings: float  # cost up to the answer, in complete trainings
 
 
 class DecisionRecorded(Record):
@@ -207,10 +207,10 @@ class SelectionPlanned(Record):
 
     started: RunStarted
     expected_trials: BoundedInt
-    steps: BoundedInt  # optimizer steps of a whole training; 0: a custom trainer's own number
-    expected_trainings: float  # whole trainings
+    steps: BoundedInt  # optimizer steps of a complete training; 0: a custom trainer decides
+    expected_trainings: float  # complete trainings
     trainings_at_most: float
-    outcomes: list[TrialOutcome] = Field(default_factory=list)  # of the trials that ended before this process began
+    outcomes: list[TrialOutcome] = Field(default_factory=list)  # outcomes of earlier processes
 
 
 class DurationEstimated(Record):
@@ -247,10 +247,10 @@ class EvaluationProgress(Record):
     """Progress of work outside of trainings: computing the frozen layers before the first training, or an evaluation by `compare`."""
 
     type: Literal["evaluating"] = "evaluating"
-    what: str  # is computed, in words
+    what: str  # the description of the work
     examples: BoundedInt
     total_examples: BoundedInt
-    seconds: float  # since it began
+    seconds: float  # since the work began
 
 
 Event: TypeAlias = (

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from rightrank.schema.errors import suggest_name
 
-Checkpoint: TypeAlias = Literal["last", "best"]  # which evaluation of a training counts
+Checkpoint: TypeAlias = Literal["last", "best"]  # the evaluation of a training that counts
 
 LOWER_IS_BETTER = frozenset({
     # losses and perplexities
@@ -86,7 +86,7 @@ def infer_direction(name: str) -> bool | None:
 
 def format_unknown_direction(name: str) -> str:
     """Return the beginning of an error message about a metric whose direction is unknown."""
-    return f"metric {name!r}: whether higher or lower is better is not known from its name"
+    return f"metric {name!r}: its name does not tell whether higher or lower is better"
 
 
 SpecKind: TypeAlias = Literal["loss", "classes", "pairs", "text", "function"]
@@ -105,16 +105,16 @@ BUILT_IN_METRICS: dict[str, SpecKind] = {
 }
 _NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
-METRIC_FORMS = f"{', '.join(BUILT_IN_METRICS)}, MODULE:FUNCTION (after max: or min: where its name has no direction)"
+METRIC_FORMS = f"{', '.join(BUILT_IN_METRICS)}, MODULE:FUNCTION (after max: or min: if its name has no direction)"
 
 
 class MetricSpec(NamedTuple):
     """A metric and how it is computed."""
 
-    name: str  # its name in every record
+    name: str  # the name in every record
     kind: SpecKind
     target: str = ""  # the function
-    higher_is_better: bool | None = None  # as stated; None: as its name says
+    higher_is_better: bool | None = None  # as given; None: inferred from the name
 
     @property
     def is_eval_metric(self) -> bool:
@@ -132,11 +132,11 @@ def _parse_metric(text: str) -> MetricSpec:
     if target_text in BUILT_IN_METRICS and (name is None or name == target_text):
         return MetricSpec(target_text, BUILT_IN_METRICS[target_text])
     if name in BUILT_IN_METRICS:
-        raise ValueError(f"metric {text!r}: {name!r} is a built-in metric; give yours another name")
+        raise ValueError(f"metric {text!r}: {name!r} is a built-in metric; give your metric another name")
     target = target_text.strip()
     if not _FUNCTION.fullmatch(target):
         raise ValueError(
-            f"metric {text!r} is not known{suggest_name(target_text, BUILT_IN_METRICS)}; there are: {METRIC_FORMS}"
+            f"metric {text!r} is unknown{suggest_name(target_text, BUILT_IN_METRICS)}; the metrics are: {METRIC_FORMS}"
         )
     return MetricSpec(name or target.rpartition(":")[2], "function", target)
 
@@ -151,7 +151,7 @@ def parse_metrics(*texts: str) -> tuple[MetricSpec, ...]:
     names = [spec.name for spec in specs]
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
-        raise ValueError(f"metrics: {duplicate!r} is given twice; give each once, under names that differ (NAME=…)")
+        raise ValueError(f"metrics: {duplicate!r} is given twice; give each metric once, under different names (NAME=…)")
     return specs
 
 
@@ -163,9 +163,10 @@ TOKEN_LOSS_MARGIN = 0.005  # nats per token
 PAIR_MARGIN = 0.02  # nats per preference pair: about the noise over seeds between ranks (benchmarks/README.md, archive)
 ACCURACY_MARGIN = 0.005  # half a point, as a fraction
 PERCENT_MARGIN = 0.5  # half a point, as a percentage
-RELATIVE_MARGIN = 0.01  # of the reference, for every other metric
+RELATIVE_MARGIN = 0.01  # of the reference, for all other metrics
 
-# Of preference pairs: how far an adapter moves from the base. They contradict no decision unless the user names them.
+# Metrics of preference pairs that measure how far an adapter moves from the base model. They never conflict with a decision unless
+# the user requests them.
 DIAGNOSTIC_METRICS = ("reward_margin", "chosen_log_ratio")
 
 # The standard deviation of one training over seeds, from published repeats of long trainings. It is in no interval: short

@@ -23,7 +23,7 @@ from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError, redact_sec
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-MAX_SUGGESTIONS = 3  # that answer an unknown setting
+MAX_SUGGESTIONS = 3  # names that the error about an unknown setting suggests
 
 
 class Group(Enum):
@@ -86,10 +86,10 @@ class Settings:
 
     model_fields: ClassVar[Mapping[str, Setting]] = {}
     model_types: ClassVar[Mapping[str, Any]] = {}
-    settings_by_foreign_name: ClassVar[Mapping[str, str]] = {}  # names of other tools → the setting of the same meaning
-    pydantic_model: ClassVar[type[Any] | None] = None  # pydantic's record of the same types, made at the first use
-    model_fields_set: frozenset[str]  # those that were given
-    stated: Mapping[str, Any] = {}  # what was given and is no setting: what the run must agree with
+    settings_by_foreign_name: ClassVar[Mapping[str, str]] = {}  # names in other tools → the setting with the same meaning
+    pydantic_model: ClassVar[type[Any] | None] = None  # pydantic's model with the same types, created at first use
+    model_fields_set: frozenset[str]  # the explicitly given ones
+    stated: Mapping[str, Any] = {}  # given fields that are no settings, with which the run must agree
 
     def __init_subclass__(cls) -> None:
         rows: dict[str, Setting] = {}
@@ -113,7 +113,7 @@ class Settings:
             suggestion = self.settings_by_foreign_name.get(unknown)
             hint = f" (did you mean {suggestion!r}?)" if suggestion else suggest_name(unknown, self.model_fields)
             nearest = ", ".join(get_close_matches(unknown, self.model_fields, n=MAX_SUGGESTIONS, cutoff=0.0))
-            raise SettingsError(f"unknown setting {unknown!r}{hint or '; the nearest: ' + nearest}")
+            raise SettingsError(f"unknown setting {unknown!r}{hint or '; similar settings: ' + nearest}")
         defaults = {name: row.default for name, row in self.model_fields.items()}
         self.__dict__.update(defaults | _validate_values(type(self), values), model_fields_set=frozenset(values))
         try:
@@ -153,7 +153,7 @@ class Settings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"settings can't be changed: give {name} to model_copy")
+        raise AttributeError(f"settings can't be changed; use model_copy to get settings with another {name}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Settings) and type(other) is type(self) and self.model_dump() == other.model_dump()
@@ -184,7 +184,7 @@ def _validate_values(kind: type[Settings], values: Mapping[str, Any]) -> dict[st
             for inner in value if isinstance(value, tuple) else (value,):
                 if isinstance(inner, int) and abs(inner) > MAX_EXACT_INTEGER:
                     raise ValueError(
-                        f"{name}: got {_SHORT_REPR.repr(inner)}; whole numbers are at most 2**53 ({MAX_EXACT_INTEGER})"
+                        f"{name}: got {_SHORT_REPR.repr(inner)}; integers are at most 2**53 ({MAX_EXACT_INTEGER})"
                     )
             check = kind.model_fields[name].check
             checked[name] = value if check is None else check(value)
@@ -248,9 +248,9 @@ def require_no_secret(name: str, value: object) -> None:
     """Raise ValueError if the value looks like a secret, since the journal stores it and the report shows it."""
     if not isinstance(value, int | float | None) and redact_secrets(str(value)) != str(value):
         raise ValueError(
-            f"{name}: this looks like a password, key or token, and would be stored; give it through the environment"
+            f"{name}: this looks like a password, key or token, which would be stored in the run folder; set it in the environment instead"
         )
 
 
 _SHORT_REPR = reprlib.Repr()
-_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120  # what is longer, or nested, is shortened: never written out whole
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120  # Longer or nested values are shortened.

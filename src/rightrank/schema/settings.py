@@ -23,16 +23,16 @@ AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "training-rank"]
 
-# `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
-# so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
+# `constant` scaling uses alpha too: its scale is that of alpha/r at this rank,
+# so that alpha = 32 means s = 2 at every rank (the common choice "alpha = 2r").
 CONSTANT_SCALING_RANK = 16
 MAX_SEED = MAX_EXACT_INTEGER
 MAX_BYTES = MAX_EXACT_INTEGER
-MAX_STEPS = 1_000_000  # of a training; the order of its examples is drawn before it
-EVAL_SUBSET_SIZE = 200  # held-out examples that a look during a training scores, of those that its end scores
-DEFAULT_MAX_EVAL_EXAMPLES = 2000  # of a held-out split by default
-EVALUATION_SHARE = 0.1  # of a training's time that one evaluation at its end takes at most by default
-SCORED_PER_TRAINED = 3  # examples that are scored in the time in which one is trained on
+MAX_STEPS = 1_000_000  # of a training; the order of its examples is drawn before it starts
+EVAL_SUBSET_SIZE = 200  # held-out examples that an evaluation during training scores, a subset of those at its end
+DEFAULT_MAX_EVAL_EXAMPLES = 2000  # default maximum for a held-out split
+EVALUATION_SHARE = 0.1  # maximum share of a training's time for one evaluation at its end, by default
+SCORED_PER_TRAINED = 3  # examples that are scored in the time of one training example
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 BYTE_UNITS = {
     **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
@@ -40,7 +40,7 @@ BYTE_UNITS = {
 }
 
 
-# What people write, as the values that the types take.
+# Conversions of user input to values.
 
 
 def _parse_bytes(text: object) -> object:
@@ -54,12 +54,12 @@ def _parse_bytes(text: object) -> object:
     size = round(min(float(match[1]) * unit, 2.0 * MAX_BYTES)) if match is not None else 0
     if not 0 < size <= MAX_BYTES:
         raise SettingsError(
-            f"memory {text!r} is not a size: give a number and one of {', '.join(BYTE_UNITS)}, such as 24GiB"
+            f"memory {text!r} is not a size: give a number with one of the units {', '.join(BYTE_UNITS)}, such as 24GiB"
         )
     return size
 
 
-# What a value must be beside its type.
+# Checks of values beyond their types.
 
 
 def _require_columns(entries: tuple[str, ...]) -> tuple[str, ...]:
@@ -78,46 +78,46 @@ def _require_distinct(
     if disallowed is not None:
         raise ValueError(f"{noun} {disallowed:g} is not allowed: {noun}s are {allowed}")
     if not values or len(set(values)) != len(values):
-        raise ValueError(f"{noun.replace(' ', '_')}s: got {list(values)}; give at least one, and each once")
+        raise ValueError(f"{noun.replace(' ', '_')}s: got {list(values)}; give at least one value, each of them once")
     return tuple(sorted(values))
 
 
 def _require_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"device {device!r} is not known; give auto, cpu, cuda, cuda:1 or mps")
+        raise ValueError(f"device {device!r} is unknown; give auto, cpu, cuda, cuda:1 or mps")
     return device
 
 
-# Fields of PEFT's LoraConfig that have no setting of their own: passed on as they are.
+# Fields of PEFT's LoraConfig without a setting of their own; they are passed on unchanged.
 PEFT_OPTIONS = (
     *("lora_bias", "layers_pattern", "use_qalora", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out"),
 )
 
 
-# Fields of LoraConfig that a selection takes from elsewhere: the base, the form of the data.
-PEFT_CHECKED_FIELDS = ("task_type", "base_model_name_or_path")  # which must agree with it
+# Fields of LoraConfig that a selection derives from the base model or the data.
+PEFT_CHECKED_FIELDS = ("task_type", "base_model_name_or_path")  # the run must agree with these
 PEFT_REPLACED_FIELDS = {*PEFT_CHECKED_FIELDS, "peft_type", "peft_version", "auto_mapping", "revision"}
 PEFT_REPLACED_FIELDS |= {"inference_mode", "runtime_config", "megatron_core"}
 PEFT_REFUSED_FIELDS = (
     *("bias", "rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "layer_replication"),
     *("trainable_token_indices", "arrow_config", "alora_invocation_tokens", "megatron_config"),
 )
-BASE_DEPENDENT_INITIALIZATIONS = ("pissa", "olora")  # initialisations that take their first values out of the base
+BASE_DEPENDENT_INITIALIZATIONS = ("pissa", "olora")  # initializations that decompose the base model's weights
 _TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, alpha = 2r, r
 
 
 def _convert_peft_names(values: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
     """Convert LoraConfig's own fields and spellings to settings: `r`, `use_rslora`, `init_lora_weights=True`, `lora_alpha=2r`."""
     if (kind := values.get("peft_type", "LORA")) != "LORA":
-        raise SettingsError(f"peft_type: got {kind!r}; a selection trains 'LORA' alone: leave it out")
+        raise SettingsError(f"peft_type: got {kind!r}; a selection trains only 'LORA': leave peft_type out")
     if str(values.get("inference_mode") or False).lower() != "false":
-        raise SettingsError("inference_mode: got true, which trains nothing; a selection takes false: leave it out")
+        raise SettingsError("inference_mode: got true, with which nothing can be trained: leave it out")
     settings = {name: value for name, value in values.items() if name not in PEFT_REPLACED_FIELDS}
     refused_name = next(
         (name for name in PEFT_REFUSED_FIELDS if settings.pop(name, None) not in (None, "none", {}, "{}", "null")), None
     )
     if refused_name is not None:
-        raise SettingsError(f"{refused_name}: a selection cannot honour this field of PEFT's LoraConfig; leave it out")
+        raise SettingsError(f"{refused_name}: a selection does not support this field of PEFT's LoraConfig; leave it out")
     converted: dict[str, Any] = {}
     if "r" in settings:
         converted["ranks"] = settings.pop("r")
@@ -158,7 +158,7 @@ class PeftFields(Settings):
     )
     exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out", split=True)
     modules_to_save: tuple[str, ...] = setting(
-        (), ADAPTER, "modules trained whole and saved with the adapter", split=True
+        (), ADAPTER, "modules that are trained in full and saved with the adapter", split=True
     )
     use_dora: bool = option(
         False,
@@ -172,10 +172,10 @@ class PeftFields(Settings):
         "default",
         ADAPTER,
         "`default` (PEFT's: uniform A, zero B), `gaussian`, `orthogonal`, `pissa` or `olora` "
-        "([first values](../how-to/adapter-kinds.md#first-values))",
+        "([initialization](../how-to/adapter-kinds.md#initialization))",
     )
     peft_options: dict[str, Any] = setting(
-        {}, ADAPTER, "further fields of PEFT's `LoraConfig`, such as `lora_bias`; each can be given by its own name"
+        {}, ADAPTER, "other fields of PEFT's `LoraConfig`, such as `lora_bias`; each can also be given by its own name"
     )
 
     def __init__(self, **values: Any) -> None:
@@ -209,7 +209,7 @@ class PeftFields(Settings):
         if self.weight_bits is None:
             return default_hint
         name = f"load_in_{self.weight_bits}bit"
-        return f"bitsandbytes may not run this base in {self.weight_bits} bits on this device: leave {name} out, or give another device"
+        return f"bitsandbytes may not support this base model in {self.weight_bits} bits on this device: leave {name} out, or choose another device"
 
     def build_lora_config(self) -> dict[str, Any]:
         """Return these fields as arguments of LoraConfig, without the parameters, whose names depend on the model."""
@@ -241,7 +241,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     goal: Goal = option(
         "training-rank",
         COMPARE,
-        "`adapter` or `training-rank`; the first stops at the smallest adapter within the margin",
+        "`adapter` or `training-rank`; `adapter` stops at the smallest adapter within the margin",
         identity=False,
     )
     strategy: str = option(
@@ -253,12 +253,12 @@ class SelectSettings(PeftFields, _TrainerFields):
     ranks: tuple[int, ...] = option(
         (1, 4, 16, 64),
         COMPARE,
-        "ranks to compare beside the base, rank 0; the top one is trained first",
+        "ranks to compare, in addition to the base model (rank 0); the largest is trained first",
         continuable=True,
         foreign_names=("rank", "r", "lora_r", "lora_rank"),
         split=True,
         check=partial(
-            _require_distinct, lambda rank: rank >= 1, "rank", "integers from 1 (the base, rank 0, is always measured)"
+            _require_distinct, lambda rank: rank >= 1, "rank", "integers from 1 (the base model, rank 0, is always evaluated)"
         ),
     )
     learning_rates: tuple[float, ...] = option(
@@ -273,7 +273,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     seeds: tuple[int, ...] = option(
         (0,),
         COMPARE,
-        "seeds of batch order, first A and dropout",
+        "seeds of batch order, initial A and dropout",
         continuable=True,
         foreign_names=("seed",),
         split=True,
@@ -282,27 +282,27 @@ class SelectSettings(PeftFields, _TrainerFields):
     extend: bool | None = option(
         None,
         COMPARE,
-        "add a larger rank while the adapter keeps the top one or the answer rises, and the next learning rate at an edge, up to three times, "
-        "within memory and budget; by default with a time budget",
+        "add a larger rank while the adapter keeps the largest one or results still improve, and the next learning rate if the best is at an "
+        "edge, up to three times within memory and budget; by default only with a time budget",
         identity=False,
     )
     metric: str = option(
         "loss",
         DECIDE,
-        "`loss`, `accuracy`, `f1`, `rougeL`, …; what decides, also a function, after `max:` or `min:` where its name says no "
+        "the deciding metric: `loss`, `accuracy`, `f1`, `rougeL`, … or a function, after `max:` or `min:` if its name has no "
         "direction ([metrics](../how-to/metrics.md))",
     )
     margin: float | None = option(
         None,
         DECIDE,
-        "how much worse than the best is still enough; by default from the kind of metric, 0.005 nats a token",
+        "how much worse than the best is still enough; the default depends on the metric: 0.005 nats per token for a loss",
         continuable=True,
         gt=0,
     )
     confidence: float | None = option(
         None,
         DECIDE,
-        "the smallest rank that is enough with this probability; 0.75 by default",
+        "choose the smallest rank that is enough with this probability; 0.75 by default",
         identity=False,
         continuable=True,
         ge=0.5,
@@ -311,27 +311,27 @@ class SelectSettings(PeftFields, _TrainerFields):
     checkpoint: Checkpoint = option(
         "last",
         DECIDE,
-        "`last` or `best`: which evaluation of each training counts and is kept; the best on the validation split",
+        "`last` or `best`: the checkpoint of each training that counts and is kept; `best` by the validation split",
         foreign_names=("load_best_model_at_end",),
     )
     metrics: tuple[str, ...] = option(
         (),
         DECIDE,
-        "a further metric to measure; may be repeated",
+        "an additional metric to measure; may be repeated",
     )
     max_new_tokens: int = setting(64, DECIDE, "maximum length of an answer, in tokens", gt=0)
 
     budget_trainings: float | None = setting(
         None,
         BUDGET,
-        "maximum number of whole trainings; one that stops early counts for its part",
+        "maximum number of complete trainings; one that stops early counts as a fraction",
         continuable=True,
         gt=0,
     )
     budget_hours: float | None = setting(
         None,
         BUDGET,
-        "time of training and evaluation, such as 3h or 90min; as a setting, a number of hours",
+        "time for training and evaluation, such as 3h or 90min; as a setting, a number of hours",
         option="--time",
         continuable=True,
         foreign_names=("time", "time_budget", "budget"),
@@ -343,7 +343,7 @@ class SelectSettings(PeftFields, _TrainerFields):
         ADAPTER,
         "alpha, the same at every rank; `2r` for alpha = 2r",
         foreign_names=("alpha",),
-        parse=lambda value: value,  # its option takes a text too
+        parse=lambda value: value,  # the option accepts a text too
         gt=0,
     )
     scaling: Scaling = setting(
@@ -383,14 +383,14 @@ class SelectSettings(PeftFields, _TrainerFields):
     beta: float = setting(
         0.1,
         TRAINING,
-        "of preference pairs: how strongly a step away from the base counts ([guide](../how-to/preference-pairs.md))",
+        "for preference pairs: how strongly the distance from the base model is penalized ([guide](../how-to/preference-pairs.md))",
         gt=0,
     )
 
     columns: tuple[str, ...] = option(
         (),
         DATA,
-        "columns of other names, such as prompt=question; `group=document` names the one by which rows [belong together]"
+        "columns with other names, such as prompt=question; `group=document` names the column that defines [groups of rows]"
         "(file-formats.md#rows-that-belong-together), by default `group`, else the prompt",
         split=True,
         parse=lambda value: [f"{name}={of}" for name, of in value.items()] if isinstance(value, Mapping) else value,
@@ -404,12 +404,12 @@ class SelectSettings(PeftFields, _TrainerFields):
     max_eval_examples: int | None = option(
         None,
         DATA,
-        "held-out examples at most, in either split; by default 200 to 2,000: as many as one evaluation scores in about a tenth of "
-        "a training, and 200 where the model writes answers. Looks during a training score the first 200",
+        "maximum number of examples in the validation and in the test split; by default 200 to 2,000: as many as one evaluation scores in "
+        "about a tenth of a training, and 200 if the model generates answers. Evaluations during training score the first 200",
         continuable=True,
         gt=1,
     )
-    num_evaluations: int = setting(4, DATA, "held-out evaluations during a training, the end included", gt=0)
+    num_evaluations: int = setting(4, DATA, "number of held-out evaluations of a training, including the one at its end", gt=0)
     eval_batch_size: int = setting(
         16, DATA, "examples in a forward pass of an evaluation", foreign_names=("per_device_eval_batch_size",), gt=0
     )
@@ -417,8 +417,8 @@ class SelectSettings(PeftFields, _TrainerFields):
     dtype: AutoDtype = option(
         "auto",
         MACHINE,
-        "type of the frozen base, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that "
-        "computes in it, else float32; adapters train in float32",
+        "type of the frozen base model, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that "
+        "supports it, else float32; adapters train in float32",
         foreign_names=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
@@ -431,7 +431,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     memory_bytes: int | None = setting(
         None,
         MACHINE,
-        "memory budget, such as 24GiB; ranks that need more are left out; by default that of the CUDA device",
+        "memory budget, such as 24GiB; ranks that need more are skipped; by default the memory of the CUDA device",
         option="--memory",
         identity=False,
         foreign_names=("memory",),
@@ -441,9 +441,9 @@ class SelectSettings(PeftFields, _TrainerFields):
     load_in_4bit: bool = option(
         False,
         MACHINE,
-        "the base's matrices in 4 bits; through bitsandbytes (extra `bnb`), on CUDA or a CPU",
+        "load the base model's matrices in 4 bits, with bitsandbytes (extra `bnb`), on CUDA or a CPU",
     )
-    load_in_8bit: bool = setting(False, MACHINE, "the same in 8 bits")
+    load_in_8bit: bool = setting(False, MACHINE, "load the base model's matrices in 8 bits")
     gradient_checkpointing: bool = setting(
         False, MACHINE, "recompute activations block by block", foreign_names=("activation_checkpointing",)
     )
@@ -451,8 +451,8 @@ class SelectSettings(PeftFields, _TrainerFields):
     adapters_per_pass: int | None = option(
         None,
         MACHINE,
-        "adapters trained in one pass over the base; multi-LoRA ([engine](../explanation/engine.md)); by default "
-        "as many as pay and fit, 1 on a CPU",
+        "adapters trained in one pass over the base model (multi-LoRA, [engine](../explanation/engine.md)); by default "
+        "as many as save time and fit into memory, 1 on a CPU",
         identity=False,
         foreign_names=("arms",),
         gt=0,
@@ -463,19 +463,19 @@ class SelectSettings(PeftFields, _TrainerFields):
     executor: Literal["local", "processes", "ray"] = option(
         "local",
         MACHINE,
-        "`local`, `processes` or `ray`; in this process, or in workers with a base of their own "
+        "`local` (this process), `processes` or `ray`: workers that load a base model each "
         "([clusters](../how-to/clusters.md))",
         identity=False,
     )
     workers: int | None = option(
         None,
         MACHINE,
-        "workers at most; by default one for each CUDA device, on Ray as many as there is room for",
+        "maximum number of workers; by default one for each CUDA device, on Ray as many as it has resources for",
         identity=False,
         foreign_names=("gpus", "num_workers"),
         gt=0,
     )
-    trust_remote_code: bool = setting(False, MACHINE, "run code that comes with a model")
+    trust_remote_code: bool = setting(False, MACHINE, "run code that a model repository contains")
     report_to: tuple[str, ...] = option(
         (),
         MACHINE,
@@ -495,7 +495,7 @@ class SelectSettings(PeftFields, _TrainerFields):
             )
         if self.weight_bits and self.init_lora_weights in BASE_DEPENDENT_INITIALIZATIONS:
             raise ValueError(
-                f"init_lora_weights {self.init_lora_weights} takes its first values out of whole weights, got a base in "
+                f"init_lora_weights {self.init_lora_weights} needs unquantized weights, got a base model in "
                 f"{self.weight_bits} bits; leave load_in_{self.weight_bits}bit out, or give init_lora_weights default"
             )
         if self.workers and self.executor == "local":
@@ -574,9 +574,9 @@ class SelectSettings(PeftFields, _TrainerFields):
 
 
 TRAINER_FIELDS = tuple(_TrainerFields.model_fields)
-# Settings that say which rows are in which split.
+# Settings that determine the rows of each split.
 SPLIT_SETTINGS = ("columns", "validation", "test_fraction", "validation_fraction", "max_eval_examples")
-# Settings by which an adapter is measured and its second moments are gathered.
+# Settings for evaluating an adapter and gathering its second moments.
 EVALUATION_SETTINGS = (
     *(
         "margin",
@@ -592,9 +592,9 @@ EVALUATION_SETTINGS = (
     ),
     *("gradient_accumulation_steps", "eval_batch_size", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
 )
-# Settings under which rows need not fill a step of training, and none are taken from given splits.
+# Settings with which few rows are enough, and no rows are split off.
 NO_SPLIT_OVERRIDES = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
-# Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
+# Settings that select and judge trials without changing one; a run folder may be continued with other values.
 CONTINUABLE_SETTINGS = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 
 
@@ -615,8 +615,8 @@ def select_identity_settings(values: Mapping[str, Any], stored: Mapping[str, Any
     }
 
 
-# What `select_rank_with` takes where an argument is not given. For reinforcement learning: two points of a reward between 0 and 1;
-# three seeds measure the noise before the bulk is spent.
+# Defaults of `select_rank_with`. For reinforcement learning, the margin is two points of a reward between 0 and 1, and
+# three seeds measure the noise early.
 PROFILES: Mapping[str | None, Mapping[str, Any]] = {
     None: {"strategy": "grid", "metric": "loss", "seeds": (0,), "margin": None},
     "rl": {"strategy": "upward", "metric": "reward", "seeds": (0, 1, 2), "margin": 0.02},

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SCHEMA_VERSION = 5  # of the journal: no other is read
-IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
+SCHEMA_VERSION = 5  # of the journal; other versions are not read
+IDENTITY_VERSION = 1  # of the hashed content of a trial id; a change gives every trial a new id
 
 BoundedInt: TypeAlias = Annotated[int, Field(ge=-MAX_EXACT_INTEGER, le=MAX_EXACT_INTEGER)]
-# Of an error of others: a secret in it is left out.
+# Text of an error of another library, with secrets redacted.
 RedactedText: TypeAlias = Annotated[str, AfterValidator(redact_secrets)]
 
 Floats: TypeAlias = "NDArray[np.float64]"
-Groups: TypeAlias = "NDArray[np.int64]"  # by example, the number of its group
+Groups: TypeAlias = "NDArray[np.int64]"  # the group number of each example
 MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings
 SplitName: TypeAlias = Literal["train", "validation", "test"]
 
@@ -50,7 +50,7 @@ class ArmFields(Record):
     truncated to a lower rank (`truncate_from`); `steps` are then 0.
     """
 
-    rank: BoundedInt = Field(ge=0)  # 0: the base model, which is evaluated and not trained
+    rank: BoundedInt = Field(ge=0)  # 0: the base model, which is evaluated but not trained
     learning_rate: float = Field(ge=0)
     lora_alpha: float = Field(gt=0)
     seed: BoundedInt = Field(ge=0)  # of the batch order, the initial A, and dropout
@@ -58,7 +58,7 @@ class ArmFields(Record):
     stop_at: BoundedInt | None = Field(default=None, gt=0)  # stop after this many steps; the schedule is unchanged
     continue_from: str | None = None  # id of a trial of the same arm that was stopped early
     truncate_from: str | None = None  # id of a finished trial at this rank or a higher one
-    # From this step the learning rate decays linearly to 0 at `stop_at`: a copy that is compared and thrown away.
+    # From this step the learning rate decays linearly to 0 at `stop_at`, in a copy that is only compared.
     anneal_from: BoundedInt | None = None
 
     @property
@@ -123,7 +123,7 @@ class EvalPoint(Record):
     value: float
     train_value: float | None = None  # mean training loss since the previous point, over the same batches for every arm
     example_scores: list[float] | None = (
-        None  # of the examples of the looks: the same ones at every step of every trial
+        None  # scores of the evaluation subset: the same examples at every step of every trial
     )
 
 
@@ -143,30 +143,30 @@ class TrialFinished(ArmFields):
     metrics: dict[str, float]  # all metrics measured on the validation split
     example_losses: list[float]  # summed over the example's label tokens, nats
     example_tokens: list[BoundedInt]  # label tokens of the example
-    example_correct: list[BoundedInt] | None = None  # classification: 1 if the prediction is right
+    example_correct: list[BoundedInt] | None = None  # classification: 1 if the prediction is correct
     example_scores: list[float] | None = None  # custom trainers: the metric of each example
     example_weights: list[float] | None = None  # of example_scores; None: equal weights
     example_groups: list[BoundedInt] | None = (
-        None  # the number of the example's group; None: each example stands for itself
+        None  # the group number of each example; None: no groups
     )
-    # by metric of written answers or task: one value per example
+    # metric of generated answers → one value per example
     example_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
     truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
-    checkpoint_step: BoundedInt | None = None  # of the best checkpoint, where that was kept; None: the last one
-    value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
+    checkpoint_step: BoundedInt | None = None  # the step of the best checkpoint, if that was kept; None: the last one
+    value_metric: str | None = None  # the metric of `value`, if it is not the deciding one: early stopping generates no answers
     train_value: float | None  # mean training loss since the last point
     points: list[EvalPoint]
     trainable_parameters: BoundedInt
     train_seconds: float
-    train_tokens: BoundedInt  # with and without labels, without padding
+    train_tokens: BoundedInt  # with and without labels, excluding padding
     eval_seconds: float
-    answer_seconds: float = 0.0  # of eval_seconds: generating and scoring the model's answers
+    answer_seconds: float = 0.0  # included in eval_seconds: generating and scoring the model's answers
     peak_bytes: BoundedInt  # allocated on the device; on the CPU, growth of the resident memory
-    predicted_peak_bytes: BoundedInt | None = None  # of tensors, by the plan; None: not planned
-    # Adapters that share the passes and the peak; seconds are an even share.
+    predicted_peak_bytes: BoundedInt | None = None  # planned bytes of tensors; None: not planned
+    # The number of adapters that share the passes and the peak; seconds are divided evenly.
     adapters_per_pass: BoundedInt = 1
-    pass_ranks: list[BoundedInt] = Field(default_factory=list)  # of the adapters in the fullest pass, its own first
+    pass_ranks: list[BoundedInt] = Field(default_factory=list)  # ranks of the adapters in the largest pass, its own first
     train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
 
     @model_validator(mode="after")
@@ -175,7 +175,7 @@ class TrialFinished(ArmFields):
         if len(self.example_losses) != len(self.example_tokens) or (
             weighed and len(self.example_scores or ()) != len(self.example_weights or ())
         ):
-            raise ValueError("the numbers of scores and weights of its examples differ")
+            raise ValueError("the numbers of example scores and example weights differ")
         return self
 
     @property
@@ -187,7 +187,7 @@ class TrialFinished(ArmFields):
         """Return `(scores times weights, weights)` of a metric by example, in the metric's direction, or None if it was not measured."""
         if metric == "loss" and self.example_losses:
             return self.example_losses, self.example_tokens
-        if self.example_scores is not None:  # the deciding metric, under any name that a custom trainer gives it
+        if self.example_scores is not None:  # the deciding metric, whatever name the custom trainer uses
             weights = self.example_weights or [1.0] * len(self.example_scores)
             return [score * weight for score, weight in zip(self.example_scores, weights, strict=True)], weights
         scores = self.example_metrics.get(metric)
@@ -212,7 +212,7 @@ class TrialCollapsed(ArmFields):
     type: Literal["trial_collapsed"] = "trial_collapsed"
     schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
-    step: BoundedInt  # of the last look
+    step: BoundedInt  # of the last evaluation
     value: float  # at that step
     best_step: BoundedInt
     best_value: float
