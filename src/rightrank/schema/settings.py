@@ -117,7 +117,9 @@ def _convert_peft_names(values: Mapping[str, Any], rows: Mapping[str, Any]) -> d
         (name for name in PEFT_REFUSED_FIELDS if settings.pop(name, None) not in (None, "none", {}, "{}", "null")), None
     )
     if refused_name is not None:
-        raise SettingsError(f"{refused_name}: a selection does not support this field of PEFT's LoraConfig; leave it out")
+        raise SettingsError(
+            f"{refused_name}: a selection does not support this field of PEFT's LoraConfig; leave it out"
+        )
     converted: dict[str, Any] = {}
     if "r" in settings:
         converted["ranks"] = settings.pop("r")
@@ -258,7 +260,10 @@ class SelectSettings(PeftFields, _TrainerFields):
         foreign_names=("rank", "r", "lora_r", "lora_rank"),
         split=True,
         check=partial(
-            _require_distinct, lambda rank: rank >= 1, "rank", "integers from 1 (the base model, rank 0, is always evaluated)"
+            _require_distinct,
+            lambda rank: rank >= 1,
+            "rank",
+            "integers from 1 (the base model, rank 0, is always evaluated)",
         ),
     )
     learning_rates: tuple[float, ...] = option(
@@ -409,7 +414,9 @@ class SelectSettings(PeftFields, _TrainerFields):
         continuable=True,
         gt=1,
     )
-    num_evaluations: int = setting(4, DATA, "number of held-out evaluations of a training, including the one at its end", gt=0)
+    num_evaluations: int = setting(
+        4, DATA, "number of held-out evaluations of a training, including the one at its end", gt=0
+    )
     eval_batch_size: int = setting(
         16, DATA, "examples in a forward pass of an evaluation", foreign_names=("per_device_eval_batch_size",), gt=0
     )
