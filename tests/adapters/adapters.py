@@ -74,11 +74,11 @@ def make_adapter(base: Path, folder: Path, kind: str = "plain", rank: int = 8, *
     config["base_model_name_or_path"] = str(base)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if kind == "bfloat16":
-        rewrite(folder, {key: value.bfloat16() for key, value in tensors_of(folder).items()})
+        rewrite(folder, {key: value.bfloat16() for key, value in load_tensors(folder).items()})
     return folder
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
@@ -100,7 +100,7 @@ def load_strictly(base: Path, adapter: Path) -> Any:
     return loaded.eval()
 
 
-def deltas(model: Any) -> dict[str, torch.Tensor]:
+def compute_deltas(model: Any) -> dict[str, torch.Tensor]:
     """PEFT's own ΔW of every module, without DoRA's magnitudes."""
     return {
         name: module.get_delta_weight("default").detach().double()

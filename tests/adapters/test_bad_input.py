@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rightrank import resize
 from rightrank.cli import main
-from tests.adapters.adapters import edit_config, make_adapter, make_base, rewrite, tensors_of
+from tests.adapters.adapters import edit_config, make_adapter, make_base, rewrite, load_tensors
 
 pytestmark = pytest.mark.trains
 
@@ -54,12 +54,12 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 
 def drop(folder: Path, ending: str) -> None:
-    tensors = tensors_of(folder)
+    tensors = load_tensors(folder)
     rewrite(folder, {key: value for key, value in tensors.items() if not key.endswith(ending)})
 
 
 def poison(folder: Path) -> None:
-    tensors = tensors_of(folder)
+    tensors = load_tensors(folder)
     next(iter(tensors.values()))[0, 0] = torch.nan
     rewrite(folder, tensors)
 
@@ -120,13 +120,13 @@ def test_a_configuration_ends_in_an_adapter_or_in_one_line(
 def test_an_alpha_pattern_of_0_is_an_update_of_zero(adapter: Path, tmp_path: Path) -> None:
     edit_config(adapter, alpha_pattern={"q_proj": 0})
     resize(adapter, tmp_path / "out", rank=3)
-    tensors = tensors_of(tmp_path / "out")
+    tensors = load_tensors(tmp_path / "out")
     assert {bool(value.any()) for key, value in tensors.items() if "q_proj.lora_B" in key} == {False}
     assert {bool(value.any()) for key, value in tensors.items() if "v_proj.lora_B" in key} == {True}
 
 
 def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
-    tensors = tensors_of(adapter)
+    tensors = load_tensors(adapter)
     key = next(key for key in tensors if "lora_B" in key)
     rewrite(adapter, tensors | {key: tensors[key][:, :3].contiguous()})
     assert "do not multiply" in complaint(capsys, "inspect", adapter)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.api.adapters import inspect
 from rightrank.cli import main
-from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
+from tests.adapters.adapters import compute_deltas, load_strictly, make_adapter, make_base, rewrite, load_tensors
 
 pytestmark = pytest.mark.trains
 
@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "alpha_pattern", "dora", "bfloat16"])
 def test_values_are_those_of_pefts_own_delta(base: Path, tmp_path: Path, kind: str) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", kind)
-    theirs = deltas(load_strictly(base, adapter))
+    theirs = compute_deltas(load_strictly(base, adapter))
     found = inspect(adapter)
     assert {module.name for module in found.modules} == theirs.keys()
     for module in found.modules:
@@ -40,7 +40,7 @@ def test_values_are_those_of_pefts_own_delta(base: Path, tmp_path: Path, kind: s
 
 def test_untrained_and_dead_modules_and_useless_patterns_are_reported(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank_pattern={"no_such_module": 4})
-    tensors = tensors_of(adapter)
+    tensors = load_tensors(adapter)
     keys = [key for key in tensors if "lora_B" in key]
     tensors[keys[0]].zero_()
     tensors[keys[1]] *= 1e-6

@@ -27,7 +27,7 @@ from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import attach_adapter
 from rightrank.train.trial import TrialFolders
-from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base, tensors_of
+from tests.adapters.adapters import compute_deltas, load_strictly, make_adapter, make_base, load_tensors
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, write_completions
 
@@ -91,7 +91,7 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
     resize_adapter(adapter, tmp_path / "kfac", chosen, moments)
     resize_adapter(adapter, tmp_path / "svd", chosen)
-    small, kfac, svd = (tensors_of(tmp_path / name) for name in ("small", "kfac", "svd"))
+    small, kfac, svd = (load_tensors(tmp_path / name) for name in ("small", "kfac", "svd"))
     assert all(torch.equal(small[key], kfac[key]) for key in small)
     assert any(not torch.allclose(small[key], svd[key], atol=1e-4) for key in small)
 
@@ -217,7 +217,7 @@ def test_every_module_has_one_scale(base: Path, tmp_path: Path, kind: str, rule:
     resize(adapter, tmp_path / "out", **rule)
     assert equal_scales(base, tmp_path / "out")
     if rule == {"rank": 14}:  # the function is the same
-        before, after = deltas(load_strictly(base, adapter)), deltas(load_strictly(base, tmp_path / "out"))
+        before, after = compute_deltas(load_strictly(base, adapter)), compute_deltas(load_strictly(base, tmp_path / "out"))
         assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
 
 
@@ -236,7 +236,7 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"]) == bool(config["alpha_pattern"])
     assert equal_scales(base, tmp_path / "small")
     assert resized.parameters_after <= 2 * sum(costs)
-    loaded = deltas(load_strictly(base, tmp_path / "small"))
+    loaded = compute_deltas(load_strictly(base, tmp_path / "small"))
     for module in adapter.modules:
         part, rank = parts[module.name], chosen[module.name]
         b, a = part.b[:, :rank], part.a[:rank]

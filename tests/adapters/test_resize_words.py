@@ -17,7 +17,7 @@ from tests.adapters.adapters import (
     make_adapter,
     make_base,
     rewrite,
-    tensors_of,
+    load_tensors,
 )
 from tests.commands import COMMANDS, run
 from tests.tiny import make_tokenizer, write_completions
@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_adapter_that_learned_nothing_has_no_gain(base: Path, data: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank=4)
-    rewrite(adapter, {key: value * ("lora_B" not in key) for key, value in tensors_of(adapter).items()})
+    rewrite(adapter, {key: value * ("lora_B" not in key) for key, value in load_tensors(adapter).items()})
     found = resize(adapter, tmp_path / "out", data=data, ranks=(1,), settings=SelectSettings(**SETTINGS))
     assert found.answer is not None
     assert found.no_gain
@@ -107,9 +107,9 @@ def test_what_lies_beside_the_factors_is_counted_and_kept(base: Path, tmp_path: 
     make_tokenizer().save_pretrained(adapter)
     found = resize(adapter, tmp_path / "out", rank=2)
     whole = open_adapter(adapter).other_keys
-    count = sum(tensors_of(adapter)[key].numel() for key in whole)
+    count = sum(load_tensors(adapter)[key].numel() for key in whole)
     assert f"unchanged: {len(whole)} fully trained tensors with {count:,} parameters" in found.notes
-    assert set(whole) <= set(tensors_of(tmp_path / "out"))
+    assert set(whole) <= set(load_tensors(tmp_path / "out"))
     for file in adapter.glob("*token*"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 

@@ -12,13 +12,13 @@ import torch
 from rightrank.api.adapters import resize
 from tests.adapters.adapters import (
     KINDS,
-    deltas,
+    compute_deltas,
     load_base,
     load_strictly,
     logits,
     make_adapter,
     make_base,
-    tensors_of,
+    load_tensors,
 )
 
 pytestmark = pytest.mark.trains
@@ -50,11 +50,11 @@ def test_the_reported_error_is_the_error_after_reloading(
     adapter = make_adapter(base, tmp_path / "adapter", kind)
     resized = resize(adapter, tmp_path / "small", **how)
     old, new = load_strictly(base, adapter), load_strictly(base, tmp_path / "small")
-    measured = relative_distance(deltas(old), deltas(new))
+    measured = relative_distance(compute_deltas(old), compute_deltas(new))
     assert 0.01 < resized.relative_delta_error < 0.9
     assert measured == pytest.approx(resized.relative_delta_error, abs=1e-6)
     for module in resized.modules:
-        before, after = deltas(old)[module.name], deltas(new)[module.name]
+        before, after = compute_deltas(old)[module.name], compute_deltas(new)[module.name]
         assert float((after - before).norm() / before.norm()) == pytest.approx(module.relative_delta_error, abs=1e-6)
         assert module.rank <= module.from_rank
 
@@ -80,7 +80,7 @@ def test_padding_keeps_the_function(bases: Any, tmp_path: Path, kind: str) -> No
     new = load_strictly(base, tmp_path / "wide")
     assert torch.allclose(logits(new), logits(load_strictly(base, adapter)), atol=1e-4)
     # the new directions can learn: a row of zeros in A beside a column of zeros in B never would
-    for key, value in tensors_of(tmp_path / "wide").items():
+    for key, value in load_tensors(tmp_path / "wide").items():
         if "lora_A" in key or "lora_embedding_A" in key:
             assert bool(value.abs().sum(1).min() > 0)
 
@@ -89,7 +89,7 @@ def test_dora_keeps_its_magnitudes_and_modules_to_save_their_tensors(bases: Any,
     for kind, word in (("dora", "magnitude"), ("modules_to_save", "norm.weight")):
         adapter = make_adapter(bases(kind), tmp_path / kind, kind)
         resize(adapter, tmp_path / f"{kind}-small", rank=2)
-        before, after = tensors_of(adapter), tensors_of(tmp_path / f"{kind}-small")
+        before, after = load_tensors(adapter), load_tensors(tmp_path / f"{kind}-small")
         kept = [key for key in before if word in key]
         assert kept
         assert all(torch.equal(before[key], after[key]) for key in kept)
@@ -98,7 +98,7 @@ def test_dora_keeps_its_magnitudes_and_modules_to_save_their_tensors(bases: Any,
 def test_the_dtype_of_the_file_is_kept(bases: Any, tmp_path: Path) -> None:
     adapter = make_adapter(bases("plain"), tmp_path / "adapter", "bfloat16")
     resize(adapter, tmp_path / "kept", rank=2)
-    assert {value.dtype for value in tensors_of(tmp_path / "kept").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_tensors(tmp_path / "kept").values()} == {torch.bfloat16}
 
 
 def test_a_sharded_base(tmp_path: Path) -> None:

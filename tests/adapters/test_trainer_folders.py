@@ -18,7 +18,7 @@ from rightrank.models.adapter_folders import find_adapter
 from rightrank.models.adapter_reader import MLX_FILE, open_adapter
 from rightrank.models.model_sources import find_model
 from rightrank.schema.errors import ModelError
-from tests.adapters.adapters import make_adapter, make_base, tensors_of
+from tests.adapters.adapters import make_adapter, make_base, load_tensors
 
 PEFT = "base_model.model."
 MLX: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 3, "max_seq_length": 64, "seed": 0}
@@ -66,7 +66,7 @@ def by_mlx(folder: Path) -> dict[str, torch.Tensor]:
 def write_mlx(folder: Path, adapter: Path, base: Path, **changes: Any) -> Path:
     """A PEFT adapter of rank 8 and alpha 16 as mlx-lm stores it."""
     folder.mkdir()
-    found = {key.removeprefix(PEFT): value for key, value in tensors_of(adapter).items()}
+    found = {key.removeprefix(PEFT): value for key, value in load_tensors(adapter).items()}
     renamed = {
         key.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): value.T.contiguous()
         for key, value in found.items()

@@ -22,7 +22,7 @@ from rightrank.interop.exports import write_export
 from rightrank.interop.recipe import Recipe, _select_adapter_fields
 from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.settings import SelectSettings
-from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base, tensors_of
+from tests.adapters.adapters import compute_deltas, load_strictly, make_adapter, make_base, load_tensors
 
 SLOT = 8  # of vLLM, for ranks from 2 to 8
 
@@ -50,7 +50,7 @@ def make_recipe(base: Path, adapter: Path) -> Recipe:
 
 def load_as_vllm(folder: Path, max_rank: int) -> dict[str, torch.Tensor]:
     """ΔW of each module by vLLM's rule."""
-    config, tensors = json.loads((folder / "adapter_config.json").read_text()), tensors_of(folder)
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_tensors(folder)
     assert config["r"] <= max_rank, "LoRA rank is greater than max_lora_rank"
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     updates: dict[str, torch.Tensor] = {}
@@ -66,7 +66,7 @@ def load_as_vllm(folder: Path, max_rank: int) -> dict[str, torch.Tensor]:
 def load_as_sglang(folder: Path) -> dict[str, torch.Tensor]:
     """ΔW of each module by SGLang's rule."""
     r = json.loads((folder / "adapter_config.json").read_text())["r"]
-    for key, tensor in tensors_of(folder).items():
+    for key, tensor in load_tensors(folder).items():
         assert tensor.shape["lora_A" not in key] == r, f"LoRA buffer does not match the shape of {key}"
     return load_as_vllm(folder, r)
 
@@ -80,7 +80,7 @@ def assert_equal(updates: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 @pytest.mark.parametrize("kind", ["plain", "rslora", "alpha_pattern", "rank_pattern"])
 def test_vllm_scales_the_folder_as_peft_does(base: Path, tmp_path: Path, kind: str) -> None:
     adapter = make_patterned_adapter(base, tmp_path, kind)
-    assert_equal(load_as_vllm(adapter, SLOT), deltas(load_strictly(base, adapter)))
+    assert_equal(load_as_vllm(adapter, SLOT), compute_deltas(load_strictly(base, adapter)))
 
 
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
@@ -103,9 +103,9 @@ def test_an_export_for_a_server_has_one_rank_and_the_same_values(
     expected = load_as_vllm(adapter, SLOT)
     assert_equal(load_as_sglang(folder), expected)
     assert_equal(load_as_vllm(folder, SLOT), expected)
-    assert_equal(deltas(load_strictly(base, folder)), deltas(load_strictly(base, adapter)))
+    assert_equal(compute_deltas(load_strictly(base, folder)), compute_deltas(load_strictly(base, adapter)))
     assert any("rank 3 (modules from 1 to 4)" in note and "padded with zeros" in note for note in exported.notes)
-    adapter_tensors, exported_tensors = tensors_of(adapter), tensors_of(folder)  # no value has changed
+    adapter_tensors, exported_tensors = load_tensors(adapter), load_tensors(folder)  # no value has changed
     for key, tensor in adapter_tensors.items():
         rows, columns = tensor.shape
         assert torch.equal(exported_tensors[key][:rows, :columns], tensor)
@@ -114,7 +114,7 @@ def test_an_export_for_a_server_has_one_rank_and_the_same_values(
 def test_alphas_that_differ_are_folded_for_a_server(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", "alpha_pattern")
     write_export("vllm", make_recipe(base, adapter), tmp_path / "exports")
-    assert_equal(load_as_vllm(tmp_path / "exports" / "adapter", SLOT), deltas(load_strictly(base, adapter)))
+    assert_equal(load_as_vllm(tmp_path / "exports" / "adapter", SLOT), compute_deltas(load_strictly(base, adapter)))
 
 
 def test_an_adapter_of_one_rank_is_served_as_it_is(base: Path, tmp_path: Path) -> None:

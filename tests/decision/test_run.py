@@ -124,7 +124,7 @@ def test_a_rate_counts_as_tried_where_a_training_of_its_own_start_stopped_or_div
     ]
     table = build_table([trial], "loss", False, partial_outcomes=outcomes)
     assert base.rank == 0
-    assert table.tried == {trial.rank: {trial.learning_rate, 0.1, 0.3}, 2 * trial.rank: {0.5}}
+    assert table.tried_rates == {trial.rank: {trial.learning_rate, 0.1, 0.3}, 2 * trial.rank: {0.5}}
 
 
 def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
@@ -514,7 +514,7 @@ def test_learning_rates_of_stopped_trainings_count_as_tried_in_a_run() -> None:
     records = make_run((1, 4), (1e-3,))
     stopped = change_trial(records.list_finished()[1], trial_id="stopped", learning_rate=0.1, stop_at=5)
     records.outcomes.append(stopped)
-    assert build_run_table(records).tried[1] == {1e-3, 0.1}
+    assert build_run_table(records).tried_rates[1] == {1e-3, 0.1}
 
 
 def test_collapses_and_the_kept_step_are_in_the_table() -> None:

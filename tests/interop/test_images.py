@@ -23,7 +23,7 @@ from tests.interop.images import (
     save_resnet,
     compute_unet_output,
 )
-from tests.models.kind_checks import peft_updates
+from tests.models.kind_checks import compute_peft_updates
 
 pytestmark = pytest.mark.trains
 
@@ -94,7 +94,7 @@ def test_convolutions_of_a_resnet_are_counted_inspected_and_truncated(resnet: Re
     assert {module.kind.name for module in adapter.modules} == {"convolution"}
     resized = resize(tmp_path / "r4", tmp_path / "r1", rank=1)
     original_updates, truncated_updates = (
-        peft_updates(PeftModel.from_pretrained(resnet.load_examples()[0], str(tmp_path / name)))
+        compute_peft_updates(PeftModel.from_pretrained(resnet.load_examples()[0], str(tmp_path / name)))
         for name in ("r4", "r1")
     )
     for module in inspect(tmp_path / "r4").modules:

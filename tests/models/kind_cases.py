@@ -71,13 +71,13 @@ def make_model(name: str, vocabulary: int) -> Any:
     return kind(kind.config_class(vocab_size=vocabulary, **sizes)).eval()
 
 
-def settings_of(case: Case) -> SelectSettings:
+def build_settings(case: Case) -> SelectSettings:
     return build_small_settings(max_steps=STEPS, num_evaluations=1, ranks=(2, RANK), dtype="float32", **case.settings)
 
 
 def make_runtime(case: Case, folder: Path) -> Runtime:
     """The base in `folder/base`, saved as users have theirs, and the runtime that trains on it."""
-    tokenizer, settings = make_tokenizer(), settings_of(case)
+    tokenizer, settings = make_tokenizer(), build_settings(case)
     model = make_model(case.model, len(tokenizer))
     model.save_pretrained(folder / "base")
     loaded = prepare_model(model, tokenizer, str(folder / "base"), torch.device("cpu"))
@@ -87,7 +87,7 @@ def make_runtime(case: Case, folder: Path) -> Runtime:
     )
 
 
-def case_named(name: str) -> Case:
+def find_case(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 

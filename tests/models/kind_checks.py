@@ -27,7 +27,7 @@ from rightrank.train.runtime import Runtime
 from rightrank.train.targets import suppress_peft_warnings
 from rightrank.train.trial import TrialFolders
 from tests.helpers import attach_fresh_adapter, list_trainable_parameters
-from tests.models.kind_cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
+from tests.models.kind_cases import ARM, RANK, STEPS, Trained, make_runtime, build_settings
 from tests.watch import Watch
 
 TOLERANCE = 2e-5  # relative, of losses
@@ -47,7 +47,7 @@ class Suite:
 
     def equals_peft(self) -> str:
         """Losses of every step are those of a plain loop over PEFT's model."""
-        plain = plain_losses(self.runtime, ARM)
+        plain = train_plain_loop(self.runtime, ARM)
         largest = max(abs(one / other - 1) for one, other in zip(self.outcome.train_losses, plain, strict=True))
         assert largest <= TOLERANCE, largest
         return f"{largest:.0e}"
@@ -55,7 +55,7 @@ class Suite:
     def is_loaded(self) -> str:
         """PEFT loads the adapter on the saved base, and gives the losses that the run reported."""
         model = self._loaded(self.trained.adapter)
-        found = example_losses(model, self.runtime)
+        found = compute_example_losses(model, self.runtime)
         largest = float(np.max(np.abs(np.array(found) / np.array(self.outcome.example_losses) - 1)))
         assert largest <= TOLERANCE, largest
         return f"{largest:.0e}"
@@ -73,7 +73,7 @@ class Suite:
         from rightrank.plugins.plan.planner import build_step_settings, plan_selection
 
         config = self.runtime.model.config
-        settings, longest = settings_of(self.case), self.runtime.data.max_sequence_length
+        settings, longest = build_settings(self.case), self.runtime.data.max_sequence_length
         assert plan_selection(config, settings, longest, "cpu").peak_bytes[RANK] > 0
         parts = Estimator(config, build_step_settings(config, settings, longest, "cpu", None)).get_inventory(RANK)
         assert parts.trainable_parameters == self.outcome.trainable_parameters
@@ -85,7 +85,7 @@ class Suite:
 
     def is_inspected(self) -> str:
         """Singular values are those of PEFT's own ΔW."""
-        updates = peft_updates(self._loaded(self.trained.adapter))
+        updates = compute_peft_updates(self._loaded(self.trained.adapter))
         found = inspect(self.trained.adapter)
         assert len(found.modules) == len(updates)
         largest = 0.0
@@ -99,7 +99,7 @@ class Suite:
         """A lower rank loads in PEFT, and the reported error is that of PEFT's own ΔW; or a reason says why not."""
         out = self.folder / "small"
         resized = resize(self.trained.adapter, out, rank=1)
-        before, after = (peft_updates(self._loaded(folder)) for folder in (self.trained.adapter, out))
+        before, after = (compute_peft_updates(self._loaded(folder)) for folder in (self.trained.adapter, out))
         error = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
         whole = sum(float(update.square().sum()) for update in before.values()) ** 0.5
         assert abs(error / whole - resized.relative_delta_error) < 1e-5
@@ -117,7 +117,7 @@ class Suite:
         )
         outcome = run_trial(self.runtime, Trial(trial_id="cut", arm=arm), None, folders, Listener())
         assert isinstance(outcome, TrialFinished)
-        found = example_losses(self._loaded(self.folder / "cut"), self.runtime)
+        found = compute_example_losses(self._loaded(self.folder / "cut"), self.runtime)
         assert np.allclose(found, outcome.example_losses, rtol=TOLERANCE)
         return f"{outcome.truncation}"
 
@@ -177,7 +177,7 @@ CHECKS: dict[str, Callable[[Suite], str]] = {
 }
 
 
-def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
+def copy_initial_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters of another PEFT model by name, set to the values that a training of `arm` starts from."""
     with attach_fresh_adapter(runtime, arm) as ours:
         initial = {name: value.detach().clone() for name, value in list_trainable_parameters(ours).items()}
@@ -189,12 +189,12 @@ def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, 
     return named
 
 
-def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
+def train_plain_loop(runtime: Runtime, arm: Arm) -> list[float]:
     """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
     settings = runtime.settings
     with suppress_peft_warnings():
         peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.make_config(arm)).eval()
-    named = with_first_values(runtime, arm, peft_model)
+    named = copy_initial_values(runtime, arm, peft_model)
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     first = [group["lr"] for group in optimizer.param_groups]
     factor = make_schedule(settings, arm.steps)
@@ -213,7 +213,7 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
 
 
 @torch.no_grad()
-def example_losses(model: Any, runtime: Runtime) -> list[float]:
+def compute_example_losses(model: Any, runtime: Runtime) -> list[float]:
     """The summed label losses of each validation example, one at a time, by transformers' own loss."""
     found = []
     for index in range(len(runtime.data.splits["validation"])):
@@ -224,7 +224,7 @@ def example_losses(model: Any, runtime: Runtime) -> list[float]:
 
 
 @torch.no_grad()
-def peft_updates(model: Any) -> dict[str, torch.Tensor]:
+def compute_peft_updates(model: Any) -> dict[str, torch.Tensor]:
     """PEFT's own ΔW of every matrix [out, in] in float64, by the names that `inspect` gives them."""
     found: dict[str, torch.Tensor] = {}
     for path, module in model.base_model.model.named_modules():

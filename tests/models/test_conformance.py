@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models.kind_cases import Case, case_named
+from tests.models.kind_cases import Case, find_case
 from tests.models.kind_checks import CHECKS, Suite
 
 pytestmark = pytest.mark.trains
@@ -13,7 +13,7 @@ NAMES = ("embedding", "DoRA", "experts (Mixtral)", "unknown (lora_bias)")
 
 @pytest.fixture(scope="module", params=NAMES)
 def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    case: Case = case_named(request.param)
+    case: Case = find_case(request.param)
     return Suite.of(case, tmp_path_factory.mktemp("kind"))
 
 

@@ -27,7 +27,7 @@ LABELS = ["news", "art", "sport", "law"]  # not in the order of the alphabet
 WORDS = {"news": "the cat sat", "art": "red house", "sport": "run far", "law": "blue sea"}
 
 
-def _rows(count: int, seed: int, labels: list[str] = LABELS) -> list[dict[str, Any]]:
+def _make_rows(count: int, seed: int, labels: list[str] = LABELS) -> list[dict[str, Any]]:
     generator = random.Random(seed)
     chosen = generator.choices(labels, weights=[6, 3, 2, 1][: len(labels)], k=count)
     return [{"text": f"{WORDS[label]} by noon {generator.randint(0, 9**6)}", "label": label} for label in chosen]
@@ -38,8 +38,8 @@ def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Se
     """A classifier of four labels."""
     folder = tmp_path_factory.mktemp("classifier")
     (folder / "data").mkdir()
-    write_jsonl(folder / "data" / "train.jsonl", _rows(160, 0))
-    write_jsonl(folder / "data" / "validation.jsonl", _rows(48, 1))
+    write_jsonl(folder / "data" / "train.jsonl", _make_rows(160, 0))
+    write_jsonl(folder / "data" / "validation.jsonl", _make_rows(48, 1))
     settings = build_small_settings(
         goal="adapter",
         strategy="bracket",
@@ -67,7 +67,7 @@ print(sum(name == row["label"] for name, row in zip(named, rows)) / len(rows))
 """
 
 
-def _accuracy(selected: Selected) -> float:
+def _read_accuracy(selected: Selected) -> float:
     """As the journal has it, of the adapter that was handed over."""
     name = Path(selected.answers.adapter.answer.trial_id).name
     lines = map(json.loads, (selected.run / "journal.jsonl").read_text(encoding="utf-8").splitlines())
@@ -83,7 +83,7 @@ def test_the_card_s_lines_load_the_classifier_in_a_fresh_python(selected: Select
     script = code.replace("this/folder", str(folder)) + ACCURACY.format(data=data)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(_accuracy(selected), abs=1e-9)
+    assert float(done.stdout) == pytest.approx(_read_accuracy(selected), abs=1e-9)
     assert "0 art, 1 law, 2 news, 3 sport" in (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -102,7 +102,7 @@ def test_the_export_s_command_loads_it(selected: Selected, monkeypatch: pytest.M
 
 def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: Selected, tmp_path: Path) -> None:
     assert selected.adapter is not None
-    rows = [row for row in _rows(60, 5) if row["label"] in ("sport", "news")]
+    rows = [row for row in _make_rows(60, 5) if row["label"] in ("sport", "news")]
     some = write_jsonl(tmp_path / "some.jsonl", rows)
     adapter, by_accuracy = selected.adapter.path, SelectSettings(metric="accuracy", metrics=("macro_f1",))
     model = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from rightrank import inspect
 from rightrank.models.adapter_reader import open_adapter
 from tests import commands
-from tests.models.kind_cases import case_named, make_model
+from tests.models.kind_cases import find_case, make_model
 from tests.models.kind_checks import Suite
 from tests.tiny import make_tokenizer, write_completions
 
@@ -90,7 +90,7 @@ def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_p
 
 def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> None:
     """Half of the experts get no token: their B stays zero. Another one is scaled to next to nothing."""
-    suite = Suite.of(case_named("experts (Mixtral)"), tmp_path)
+    suite = Suite.of(find_case("experts (Mixtral)"), tmp_path)
     adapter = open_adapter(suite.trained.adapter)
     first = next(module for module in adapter.modules if module.kind.name == "expert")
     tensors = load_file(adapter.weights_file)
@@ -134,7 +134,7 @@ def test_what_a_kind_refuses_is_one_line(
 
 
 def test_adapters_on_experts_are_resized_by_held_out_data(run: Run, folder: Path, tmp_path: Path) -> None:
-    suite = Suite.of(case_named("experts (Mixtral)"), tmp_path)
+    suite = Suite.of(find_case("experts (Mixtral)"), tmp_path)
     make_tokenizer().save_pretrained(suite.trained.base)
     status, out, err = run(
         "resize", str(suite.trained.adapter), str(tmp_path / "small"), "--data", str(folder / "data.jsonl"),

@@ -15,26 +15,26 @@ from rightrank.schema.trials import Floats
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
 
 
-def factors(rows: int, columns: int, rank: int, seed: int) -> tuple[Floats, Floats]:
+def draw_factors(rows: int, columns: int, rank: int, seed: int) -> tuple[Floats, Floats]:
     generator = np.random.default_rng(seed)
     return generator.standard_normal((rows, rank)), generator.standard_normal((rank, columns))
 
 
-def covariance(size: int, seed: int) -> Floats:
+def draw_covariance(size: int, seed: int) -> Floats:
     """Of correlated features of unlike scale."""
     generator = np.random.default_rng(seed)
     mixed = generator.standard_normal((3 * size, size)) @ generator.standard_normal((size, size))
     return mixed.T @ mixed / len(mixed)
 
 
-def resized(
+def resize_arrays(
     b: Floats, a: Floats, rank: int, ratio: float, moments: Moments | None = None, scale: float = 1.0
 ) -> tuple[Floats, Floats]:
     new_b, new_a = resize_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio, moments, scale)
     return new_b.numpy(), new_a.numpy()
 
 
-def moments_of(b: Floats, a: Floats, scale: float, inputs: Floats, gradients: Floats) -> Moments:
+def compute_moments(b: Floats, a: Floats, scale: float, inputs: Floats, gradients: Floats) -> Moments:
     """What gathering sees of covariances C [k, k] and G [d, d]."""
     return Moments(a @ inputs @ a.T, scale**2 * b.T @ gradients @ b)
 
@@ -43,10 +43,10 @@ def moments_of(b: Floats, a: Floats, scale: float, inputs: Floats, gradients: Fl
 @given(sizes, st.integers(1, 12), st.floats(0.1, 10))
 def test_identity_covariances_give_the_plain_svd(size: tuple[int, int, int, int], rank: int, scale: float) -> None:
     rows, columns, present, seed = size
-    b, a = factors(rows, columns, present, seed)
-    moments = moments_of(b, a, scale, np.eye(columns), np.eye(rows))
-    plain_b, plain_a = resized(b, a, rank, scale)
-    ours_b, ours_a = resized(b, a, rank, scale, moments, scale)
+    b, a = draw_factors(rows, columns, present, seed)
+    moments = compute_moments(b, a, scale, np.eye(columns), np.eye(rows))
+    plain_b, plain_a = resize_arrays(b, a, rank, scale)
+    ours_b, ours_a = resize_arrays(b, a, rank, scale, moments, scale)
     size_of = np.linalg.norm(scale * b @ a)
     values = np.linalg.svd(b @ a, compute_uv=False)
     nearest_tie = np.min(-np.diff(values), initial=np.inf)
@@ -63,9 +63,9 @@ def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
 ) -> None:
     """½·tr(G·E·C·Eᵀ) with the whole covariances, which gathering never forms."""
     rows, columns, present, seed = size
-    b, a = factors(rows, columns, present, seed)
-    inputs, gradients = covariance(columns, seed + 1), covariance(rows, seed + 2)
-    found = decompose_update(b, a, scale, moments_of(b, a, scale, inputs, gradients), damping=0.0)
+    b, a = draw_factors(rows, columns, present, seed)
+    inputs, gradients = draw_covariance(columns, seed + 1), draw_covariance(rows, seed + 2)
+    found = decompose_update(b, a, scale, compute_moments(b, a, scale, inputs, gradients), damping=0.0)
     left, right = found.b[:, :rank], found.a[:rank]
     error = scale * (b @ a - left @ right)
     loss = 0.5 * np.trace(gradients @ error @ inputs @ error.T)
@@ -77,14 +77,14 @@ def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
 @given(sizes, st.integers(1, 4))
 def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: int) -> None:
     rows, columns, present, seed = size
-    b, a = factors(rows, columns, present, seed)
-    inputs, gradients = covariance(columns, seed + 1), covariance(rows, seed + 2)
+    b, a = draw_factors(rows, columns, present, seed)
+    inputs, gradients = draw_covariance(columns, seed + 1), draw_covariance(rows, seed + 2)
 
     def loss(left: Floats, right: Floats) -> float:
         error = b @ a - left @ right
         return float(0.5 * np.trace(gradients @ error @ inputs @ error.T))
 
-    best = decompose_update(b, a, 1.0, moments_of(b, a, 1.0, inputs, gradients), damping=0.0)
+    best = decompose_update(b, a, 1.0, compute_moments(b, a, 1.0, inputs, gradients), damping=0.0)
     u, sigma, vt = np.linalg.svd(b @ a)
     plain = loss(u[:, :rank] * sigma[:rank], vt[: len(sigma)][:rank]) if rank <= len(sigma) else 0.0
     scale = loss(np.zeros((rows, 0)), np.zeros((0, columns)))
@@ -95,16 +95,16 @@ def test_a_direction_that_the_data_do_not_see_goes_first() -> None:
     """The largest singular direction acts on an input that is always zero."""
     b, a = np.diag([10.0, 1.0, 0.5]), np.eye(3)
     inputs = np.diag([0.0, 1.0, 1.0])
-    new_b, new_a = resized(b, a, 1, 1.0, moments_of(b, a, 1.0, inputs, np.eye(3)))
+    new_b, new_a = resize_arrays(b, a, 1, 1.0, compute_moments(b, a, 1.0, inputs, np.eye(3)))
     assert abs((new_b @ new_a)[1, 1]) == pytest.approx(1.0, rel=0.01)
-    plain_b, plain_a = resized(b, a, 1, 1.0)
+    plain_b, plain_a = resize_arrays(b, a, 1, 1.0)
     assert (plain_b @ plain_a)[0, 0] == pytest.approx(10.0)
 
 
 def test_moments_without_a_gradient_fall_back_to_the_plain_metric() -> None:
-    b, a = factors(6, 5, 4, 0)
+    b, a = draw_factors(6, 5, 4, 0)
     nothing = Moments(np.zeros((4, 4)), np.zeros((4, 4)))
-    for one, other in zip(resized(b, a, 2, 1.0, nothing), resized(b, a, 2, 1.0), strict=True):
+    for one, other in zip(resize_arrays(b, a, 2, 1.0, nothing), resize_arrays(b, a, 2, 1.0), strict=True):
         assert np.allclose(np.abs(one), np.abs(other), atol=1e-6)
     assert np.array_equal(decompose_update(b, a, 2.0, nothing).costs, decompose_update(b, a, 2.0).costs)
 

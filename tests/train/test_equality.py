@@ -16,7 +16,7 @@ from rightrank.train.optimizer import ArmOptimizer
 from rightrank.train.targets import make_lora_config
 from tests.adapters.adapters import make_base
 from tests.helpers import attach_fresh_adapter, list_trainable_parameters, make_runtime
-from tests.models.kind_checks import with_first_values
+from tests.models.kind_checks import copy_initial_values
 from tests.tiny import build_small_settings, make_tokenizer
 from tests.train.architectures import make_model, make_model_runtime
 from tests.train.trials import train_ours
@@ -31,7 +31,7 @@ def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[floa
     config = make_lora_config(settings, arm, False, runtime.targets.names)
     peft_model: Any = get_peft_model(model, config)
     peft_model.train()
-    named = with_first_values(runtime, arm, peft_model)
+    named = copy_initial_values(runtime, arm, peft_model)
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, 1, arm.steps)
     losses: list[float] = []

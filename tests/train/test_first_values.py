@@ -24,7 +24,7 @@ from rightrank.train.runtime import Runtime, attach_adapter
 from rightrank.train.targets import suppress_peft_warnings
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
-from tests.models.kind_checks import peft_updates
+from tests.models.kind_checks import compute_peft_updates
 from tests.tiny import build_small_settings, make_tokenizer
 from tests.train.architectures import make_model, make_model_runtime, run
 from tests.watch import Watch
@@ -254,7 +254,7 @@ def test_a_truncation_is_one_of_the_whole_update(completion_file: Path, tmp_path
     updates = []
     for name in ("t0", "cut"):
         with attach_adapter(runtime, tmp_path / name) as loaded:
-            updates.append({key: value.clone() for key, value in peft_updates(loaded).items()})
+            updates.append({key: value.clone() for key, value in compute_peft_updates(loaded).items()})
             losses = runtime.evaluate("validation").losses
     assert losses == pytest.approx(outcome.example_losses, rel=1e-5)
     ranks = {module.name: module.rank for module in inspect(tmp_path / "cut").modules}

@@ -16,7 +16,7 @@ from rightrank.schema.trials import Arm
 from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
-from tests.models.kind_checks import plain_losses
+from tests.models.kind_checks import train_plain_loop
 from tests.tiny import ON_CPU, build_small_settings, make_tokenizer
 from tests.train.architectures import SIZES, run
 
@@ -59,7 +59,7 @@ def test_arms_over_four_bits_in_one_pass_equal_each_alone(completion_file: Path,
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert find_multi_lora_obstacle(runtime, ARMS) is None
     alone, shared_trials = run(runtime, ARMS, tmp_path / "alone", 1), run(runtime, ARMS, tmp_path / "together", 2)
-    assert alone[0].train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-4)
+    assert alone[0].train_losses == pytest.approx(train_plain_loop(runtime, ARMS[0]), rel=1e-4)
     for trial, reference in zip(shared_trials, alone, strict=True):
         assert trial.adapters_per_pass == 2
         assert trial.train_losses == pytest.approx(reference.train_losses, rel=1e-5)
@@ -75,7 +75,7 @@ def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: P
     assert type(runtime.model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
     assert find_multi_lora_obstacle(runtime, ARMS) == "this model's losses differ when two arms share a pass"
     (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)
-    assert alone.train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-3)
+    assert alone.train_losses == pytest.approx(train_plain_loop(runtime, ARMS[0]), rel=1e-3)
     assert len(set(alone.train_losses)) == 4
 
 
@@ -83,7 +83,7 @@ def test_eight_bits_train_alone_as_plain_peft(completion_file: Path, tmp_path: P
 def test_dora_over_four_bits_is_pefts(completion_file: Path, tmp_path: Path) -> None:
     runtime = make_quantised_runtime(completion_file, tmp_path, 4, use_dora=True)
     (alone,) = run(runtime, ARMS[:1], tmp_path / "alone", 1)
-    assert alone.train_losses == pytest.approx(plain_losses(runtime, ARMS[0]), rel=1e-4)
+    assert alone.train_losses == pytest.approx(train_plain_loop(runtime, ARMS[0]), rel=1e-4)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")

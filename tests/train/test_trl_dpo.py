@@ -14,7 +14,7 @@ from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import train_trials
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
-from tests.models.kind_checks import with_first_values
+from tests.models.kind_checks import copy_initial_values
 from tests.tiny import build_small_settings, write_jsonl, write_pairs
 from tests.watch import Watch
 
@@ -70,7 +70,7 @@ def train_with_trl(runtime: Any, model_folder: Path, data: Path, folder: Path) -
     from tests.train.trl_trainer import make_trainer
 
     trainer = make_trainer(runtime, ARM, model_folder, data, folder)
-    with_first_values(runtime, ARM, trainer.model)
+    copy_initial_values(runtime, ARM, trainer.model)
     trainer.train()
     return list(trainer.losses), trainer.evaluate()["eval_loss"]
 

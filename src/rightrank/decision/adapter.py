@@ -39,7 +39,7 @@ from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
 from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 
-SEARCH_OPTION = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
+SEARCH_OPTION = "(--goal training-rank, the default)"  # the option that searches the training rank, for notes
 ANSWER_FIELDS = {
     "rank",
     "method",
@@ -47,7 +47,7 @@ ANSWER_FIELDS = {
     "difference",
     "difference_high",
     "distribution",
-}  # what an answer says of the adapter that it names
+}  # fields that an answer copies from the chosen candidate
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 
 
@@ -58,9 +58,9 @@ class Criterion:
     metric: str
     higher_is_better: bool
     margin: float | None  # None: the metric's default
-    loss: LossKind = "token_loss"  # what a loss is of
-    points_use_metric: bool = True  # False: values during training are losses, whatever the metric
-    trusts_values: bool = False  # whether a difference without scores by example is taken as exact, as in a replay
+    loss: LossKind = "token_loss"  # the kind of a loss
+    points_use_metric: bool = True  # False: values during training are losses for every metric
+    trusts_values: bool = False  # whether a difference without example scores is treated as exact, as in a replay
 
 
 def choose_adapter(
@@ -350,7 +350,7 @@ def _format_answer(
     lower = max((file.trial.rank for file in children if file.trial.rank < top.trial.rank), default=None)
     reason = "no lower rank is measured" if lower is None else f"rank {lower} is not shown"
     if not top.cell.examples:
-        reason = "without scores by example no truncation can be shown"
+        reason = "without example scores no truncation can be shown"
     return f"The adapter keeps rank {top.trial.rank}: {reason} to be within the margin of {margin:.4g}."
 
 
@@ -419,7 +419,7 @@ class Provenance:
     rank: int
     trained_rank: int
     learning_rate: float
-    steps: int  # of the training; 0: a custom trainer's own number
+    steps: int  # of the training; 0: a custom trainer decides
     checkpoint_step: int | None  # of the best checkpoint; None: the last
     truncation: str | None  # the method; None: it was not truncated
 
@@ -427,7 +427,7 @@ class Provenance:
         """Format a sentence such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
         checkpoint = "" if self.checkpoint_step is None else f" step {self.checkpoint_step} of"
         steps = f",{checkpoint} {self.steps} steps" if self.steps else ""
-        rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: not known
+        rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: unknown
         details = f"{rate}{steps}".removeprefix(", ")
         clauses = [f"trained at rank {self.trained_rank}" + (f" ({details})" if details else "")]
         if self.truncation is not None:
@@ -440,7 +440,7 @@ TRUNCATION_METHODS = {"kfac": "K-FAC", "svd": "SVD"}
 
 def build_provenance(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Provenance:
     """Return the provenance of a trial's adapter."""
-    parent = next((other for other in finished if other.trial_id == trial.truncate_from), trial)
+    parent = next((candidate for candidate in finished if candidate.trial_id == trial.truncate_from), trial)
     is_truncated = trial.rank < parent.rank
     return Provenance(
         rank=trial.rank,

@@ -47,23 +47,23 @@ from numpy.typing import ArrayLike
 from rightrank.schema.metrics import LOSS_KINDS, MetricKind, has_percentages
 from rightrank.schema.trials import Floats, Groups
 
-CONFIDENCE = 0.95  # of each bound
+CONFIDENCE = 0.95  # the confidence of each bound
 TWO_SIDED = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2  # the quantiles of a two-sided interval
-POWER = 0.8  # with which a planned run settles a comparison
+POWER = 0.8  # the probability with which a planned run settles a comparison
 INDEPENDENCE_NOTE = (
-    "Bounds take examples as independent: where several are of one document, prompt or user, they are too narrow."
+    "Bounds assume independent examples: they are too narrow if several come from one document, prompt or user."
 )
-RELATIVE_TOLERANCE = 1e-9  # of the margin: a difference that exceeds it by rounding alone is within it
+RELATIVE_TOLERANCE = 1e-9  # A difference that exceeds the margin only by rounding is within it.
 MAX_EXAMPLE_GROWTH = 64
 MAX_SEEDS = 32
-MAX_DEGREES = 1e6  # beyond it the t distribution is normal
-MAX_SKEWNESS_SHIFT = 0.5  # of the quantile: the correction is of first order and must stay small
+MAX_DEGREES = 1e6  # Above this the t distribution is treated as normal.
+MAX_SKEWNESS_SHIFT = 0.5  # in units of the quantile: the first-order correction must stay small
 RULE_OF_THREE = 3 / 1.645  # a standard error times the number of examples: the 95% bound lies 3/n away
-MAX_RARE = 3  # examples that differ, up to which the rule of three is wider than their own variance
+MAX_RARE = 3  # The rule of three is wider than the variance of at most so many differing examples.
 BISECTIONS = 60
 NEWTON_STEPS = 4
 NORMAL = NormalDist()
-MAX_DEVIATIONS = 10.0  # beyond which a tail counts as nothing
+MAX_DEVIATIONS = 10.0  # The tail beyond this is neglected.
 # The double exponential rule of Takahasi and Mori (1974) on (-1, 1), for areas that fall steeply at an end.
 STEPS = np.arange(-40, 41) / 12
 NODES = np.tanh(np.sinh(STEPS) * math.pi / 2)
@@ -171,16 +171,16 @@ class Estimate:
     mean: float
     examples_variance: float  # 0 without examples
     seeds_variance: float
-    interaction_variance: float  # contained in both of the above
-    examples: int  # independent ones: groups, where rows belong together
+    interaction_variance: float  # included in both of the above
+    examples: int  # independent examples, or groups if there are any
     seeds: int
     seeds_degrees: float
     skewness: float  # of the examples' influence
-    kurtosis: float | None = None  # of the examples' influence, where two files are compared
+    kurtosis: float | None = None  # of the examples' influence, if two adapters are compared
     has_separate_seeds: bool = (
-        False  # whether the seed part was replaced (`replace_seed_variance`), and counts at its own degrees of freedom
+        False  # whether the seed variance was replaced (`replace_seed_variance`) and has its own degrees of freedom
     )
-    grouped_degrees: float | None = None  # of groups, which have fewer where a few hold most rows
+    grouped_degrees: float | None = None  # degrees of freedom of groups: fewer if a few groups hold most rows
 
     @property
     def examples_degrees(self) -> float:
@@ -214,7 +214,7 @@ class Estimate:
         """Compute the one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
         reach, shift = self._reach(confidence), 0.0
         if self.examples > 1 and self.variance > 0:
-            # the distribution over seeds is taken as symmetric
+            # The distribution over seeds is assumed to be symmetric.
             share = float((self.examples_variance / self.variance) ** 1.5)
             shift = share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.examples))
             shift = max(-MAX_SKEWNESS_SHIFT * abs(reach), min(MAX_SKEWNESS_SHIFT * abs(reach), shift))
@@ -324,7 +324,7 @@ def compute_group_degrees(weights: Floats) -> float:
     """
     h, d = weights / weights.sum(), weights**2
     a, total_squares = 1 / (1 - h), float((weights**2).sum())
-    extra = total_squares * h**2 - 2 * h * d  # C less the diagonal d is whole·hhᵀ - hdᵀ - dhᵀ
+    extra = total_squares * h**2 - 2 * h * d  # C minus the diagonal d is total_squares·hhᵀ - hdᵀ - dhᵀ
     hh, hd, dd = (float((a * pair).sum()) for pair in (h * h, h * d, d * d))
     remainder = 2 * hh * dd + 2 * hd**2 + (total_squares * hh) ** 2 - 4 * total_squares * hh * hd
     squares = float((a**2 * (d**2 + 2 * d * extra)).sum()) + remainder
@@ -343,7 +343,7 @@ def compute_score_range(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 
     scores = np.abs(np.divide(sums, weights))
     if kind != "accuracy":
         return float(np.max(scores)) or 1.0
-    # shares of a metric that is no mean of examples exceed 1 one by one, but not on average
+    # Shares of a metric that is no mean over examples may exceed 1 individually, but not on average.
     return (
         100.0
         if has_percentages([float(np.mean(scores))]) or (np.isin(scores, (0, 100)).all() and scores.any())
@@ -390,7 +390,7 @@ def compute_binary_bound(worse: int, better: int, examples: int, confidence: flo
     observed = low
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        # the standard error where the true difference is the middle: the other share by maximum likelihood
+        # the standard error if the true difference is the middle, with the other share by maximum likelihood
         b = (2 * examples - worse + better) * middle - worse - better
         c = -better * middle * (1 - middle)
         share = (math.sqrt(max(b * b - 8 * examples * c, 0.0)) - b) / (4 * examples)
@@ -415,7 +415,7 @@ def compute_t_tail(degrees: float, x: float) -> tuple[float, float]:
     return area(min(angle, end)) / total_area, math.cos(angle) ** (degrees + 1) / (root * total_area)
 
 
-@lru_cache(maxsize=1024)  # the bounds of a difference share their degrees
+@lru_cache(maxsize=1024)  # The bounds of a difference share their degrees.
 def compute_t_quantile(degrees: float, probability: float) -> float:
     """Compute Student's t at `probability`, to ten digits.
 

@@ -69,10 +69,10 @@ from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import Floats
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
-# The power law's exponent: 61 candidates, with a prior twice as wide as 26 published curves are (median .57, quartiles .38 and .64).
+# The power law's exponent: 61 candidates, with a prior twice as wide as that of 26 published curves (median .57, quartiles .38 and .64).
 EXPONENTS, TYPICAL_EXPONENT, EXPONENT_WIDTH = np.geomspace(0.1, 2.0, 61), 0.57, 0.8
-MAX_EQUAL_ERRORS = 2.0  # standard errors of its difference, up to which a rank is taken to be as good as the best
-ZERO_DIFFERENCE = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)  # of the reference from itself
+MAX_EQUAL_ERRORS = 2.0  # A rank within so many standard errors of the best is treated as equally good.
+ZERO_DIFFERENCE = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)  # the difference of the reference from itself
 MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 
 
@@ -207,9 +207,9 @@ class Evidence:
         better ranks. benchmarks/decide/printed.py measures what this leaves of the error.
         """
         error, rivals, degrees = math.inf, [0.0], [MAX_DEGREES]
-        for contender in sorted(self.contenders.values(), key=lambda other: (other.adjusted_loss, other.rank)):
+        for contender in sorted(self.contenders.values(), key=lambda rival: (rival.adjusted_loss, rival.rank)):
             if not compute_differences(pair_cells(contender, self.reference)).any():
-                continue  # itself, or one with the same scores
+                continue  # the reference itself, or a rank with the same scores
             difference = self.estimate_difference(contender)
             error = min(error, difference.standard_error)
             if contender.adjusted_loss - self.reference.adjusted_loss <= MAX_EQUAL_ERRORS * error:
@@ -273,7 +273,7 @@ class Evidence:
         contenders = list(self.contenders.values())
         cells = [cell for contender in contenders for cell in contender.cells.values()]
         if not self.has_examples:
-            return "one number a training shows no noise"
+            return "there is one number per training, which shows no noise"
         if self.table.kind == "other":
             return f"how {self.table.metric} varies between seeds is not known"
         if not set.intersection(*(set(contender.cells) for contender in contenders if contender.rank > 0)):
@@ -501,12 +501,14 @@ class RankComparison:
     contender: Contender
     mean: Estimate
     difference: Estimate
-    low: float  # one-sided 95% bounds of the difference; the lower one is corrected for the reference's winner's curse
+    low: float  # one-sided 95% bounds of the difference; the lower one is corrected for the reference's selection bias
     high: float
-    predictive: Estimate | None  # the difference that a further seed would show; None where seed noise was not measured
-    is_enough: bool  # taken as enough: shown by the upper bound, or by the mean alone in a point reading
+    predictive: (
+        Estimate | None
+    )  # the difference that one additional seed would show; None if the seed noise was not measured
+    is_enough: bool  # enough by the upper bound, or by the mean if the values have no uncertainty
     non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
-    threshold: float  # the smallest margin at which the rank is taken as enough
+    threshold: float  # the smallest margin at which the rank is enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -514,10 +516,10 @@ class Comparison:
     """The comparison of all ranks with the reference at one margin, and the rank that the rule chooses."""
 
     evidence: Evidence
-    by_rank: dict[int, RankComparison]  # by rank; the base is rank 0
+    by_rank: dict[int, RankComparison]  # the base model is rank 0
     margin: float  # oriented unit
     chosen: int
-    confidence: float | None = None  # the probability that was asked for, where it chose the rank
+    confidence: float | None = None  # the requested probability, if it chose the rank
 
     @property
     def reference(self) -> Contender:

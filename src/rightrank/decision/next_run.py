@@ -38,11 +38,11 @@ from rightrank.schema.decision import NextRun, Verdict
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import MAX_SEED
 
-MIN_SEEDS = 2  # with which the noise over seeds is measured
-CHEAP_EXAMPLE_GROWTH = 24  # scoring up to so many times the examples usually costs less than further trainings
+MIN_SEEDS = 2  # the fewest seeds that measure the noise over seeds
+CHEAP_EXAMPLE_GROWTH = 24  # Scoring up to so many times the examples usually costs less than more trainings.
 CONFIRM_SEEDS = 3
-EXAMPLE_COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # of held-out examples
-EDGE_FACTOR = 3  # the step beyond the best learning rate where no other learning rate gives one
+EXAMPLE_COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # numbers of held-out examples to suggest
+EDGE_FACTOR = 3  # the factor beyond the best learning rate if no other rate suggests one
 
 
 def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
@@ -144,7 +144,7 @@ def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
     runs: list[NextRun] = []
     if needed_examples is not None:
         minutes = _convert_to_minutes(needed_examples * sum(cell.eval_seconds for cell in cells) / examples)
-        remark = "" if needed_seeds is not None else "; further seeds alone would not do it"
+        remark = "" if needed_seeds is not None else "; more seeds alone would not be enough"
         sentence = f"To test the margin, score about {needed_examples:,} held-out examples (now {examples:,}) at {_format_rank_list(ranks)}{format_time(minutes)}{remark}."
         runs.append(
             NextRun(action="examples", ranks=ranks, examples=needed_examples, minutes=minutes, sentence=sentence)
@@ -240,11 +240,13 @@ def _plan_extra_seeds(comparison: Comparison, undecided: int | None = None) -> N
     ranks = sorted(compared | {reference})
     start = f"Train {_format_rank_list(ranks)} with {seeds} seeds (now 1)"
     if len(sufficient) == len(needed):
-        sentence = f"{start} to make it a decision, if the seed noise is that of earlier grids ({{cost}})."
+        sentence = (
+            f"{start} to turn the indication into a decision, if the seed noise is that of earlier grids ({{cost}})."
+        )
     else:
         sentence = (
             f"{start} to measure the noise over seeds ({{cost}}); at that of earlier grids, {MAX_SEEDS} seeds "
-            "would not make it a decision at this margin."
+            "would not be enough for a decision at this margin."
         )
     return _build_seed_run(evidence, ranks, seeds, sentence)
 
@@ -257,7 +259,7 @@ def _plan_equal_lengths(evidence: Evidence) -> NextRun:
         for rank, contender in sorted(evidence.contenders.items())
     }
     ranks, trials = [rank for rank in shorter_trials if shorter_trials[rank]], sum(shorter_trials.values())
-    sentence = f"Train {_format_rank_list(ranks)} for {steps} steps too ({_format_cost(trials)}): trainings of unequal length are compared."
+    sentence = f"Train {_format_rank_list(ranks)} for {steps} steps too ({_format_cost(trials)}): the compared trainings have unequal lengths."
     return NextRun(action="steps", ranks=ranks, steps=steps, trials=trials, sentence=sentence)
 
 
@@ -320,7 +322,7 @@ def _plan_proof(comparison: Comparison) -> NextRun:
     needed = compute_required_seeds(difference, comparison.margin) if difference.variance > 0 else None
     ranks = sorted({rank, reference})
     if needed is None:
-        sentence = f"One number per rank can't show it: score {_format_rank_list(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
+        sentence = f"One number per rank can't show the answer: score {_format_rank_list(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
         return NextRun(action="examples", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     sentence = f"Train {_format_rank_list(ranks)} with {needed} seeds each to show it ({{cost}})."
     return _build_seed_run(comparison.evidence, ranks, needed, sentence)
@@ -330,7 +332,7 @@ def _plan_confirmation(comparison: Comparison) -> NextRun:
     """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
     ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower or comparison.chosen})
     if _count_missing_trainings(comparison.evidence, ranks, CONFIRM_SEEDS) == 0:
-        sentence = f"No further training is needed: evaluate {_format_rank_list(ranks)} once on held-out data that no choice was based on."
+        sentence = f"No more training is needed: evaluate {_format_rank_list(ranks)} once on held-out data that was not used for any choice."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
     sentence = f"Train {_format_rank_list(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
     return _build_seed_run(comparison.evidence, ranks, CONFIRM_SEEDS, sentence)
@@ -397,8 +399,8 @@ def _build_options(started: RunStarted, next_run: NextRun) -> list[str]:
     settings, options = started.select_settings, list[str]()
     held_out = (
         len(started.evaluation_examples) + started.data.not_evaluated
-    )  # at most so many examples can be evaluated
-    is_grouped = started.data.groups > 0  # further rows need not be of further groups
+    )  # the maximum number of examples that can be evaluated
+    is_grouped = started.data.groups > 0  # More rows are not necessarily more groups.
     if (
         next_run.examples is not None
         and not is_grouped

@@ -35,11 +35,13 @@ class Records:
     """The records of a journal by kind."""
 
     started: RunStarted
-    outcomes: list[TrialOutcome] = field(default_factory=list)  # the last one of each trial
+    outcomes: list[TrialOutcome] = field(default_factory=list)  # the last outcome of each trial
     tests: list[TestEvaluated] = field(default_factory=list)
-    adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
-    evaluations: dict[str, list[EvalPoint]] = field(default_factory=dict)  # by trial: what custom trainers reported
-    _places: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # in `outcomes`, by trial
+    adapters: list[AdapterRecorded] = field(
+        default_factory=list
+    )  # answers on the deployment rank; the last one is valid
+    evaluations: dict[str, list[EvalPoint]] = field(default_factory=dict)  # reports of custom trainers by trial
+    _places: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # index in `outcomes` by trial
 
     @classmethod
     def from_journal(cls, started: RunStarted, records: Iterable[JournalRecord]) -> Records:
@@ -188,7 +190,7 @@ def build_run_table(
     """
     started = records.started
     outcomes = list_comparable_outcomes(records) if outcomes is None else outcomes
-    if started.data.form == "custom":  # the example scores of a custom trainer are those of the metric that decides
+    if started.data.form == "custom":  # The example scores of a custom trainer belong to the deciding metric.
         return build_table(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
     if higher is None:
@@ -267,11 +269,11 @@ class Answers:
     decision: Decision | None  # of the training rank
     goal: Goal = "training-rank"
     adapter: AdapterRecorded | None = None
-    provenance: str | None = None  # of the adapter, in a sentence
+    provenance: str | None = None  # how the adapter was made, as a sentence
     trainings: float = 0.0  # so far
-    estimate: TrainingRankEstimate | None = None  # of the training rank, where it was not asked
-    started: RunStarted | None = None  # None: the results come from no run
-    # beyond the learning rate of the adapter, where that is the lowest or the highest tried
+    estimate: TrainingRankEstimate | None = None  # of the training rank, if that was not requested
+    started: RunStarted | None = None  # None: the results are not from a run
+    # at a learning rate beyond the adapter's, if that is the lowest or the highest one tried
     adapter_run: NextRun | None = None
 
     @property
@@ -339,7 +341,7 @@ def build_trials_frame(records: Records, examples: bool) -> DataFrame:
 
     if not examples:
         return DataFrame(map(_build_trial_row, records.outcomes))
-    started = records.started  # the scores of a custom trainer are of the metric that decides
+    started = records.started  # The example scores of a custom trainer belong to the deciding metric.
     columns = [
         _build_example_columns(trial, (started.metric,) if started.is_custom_trainer else trial.metrics)
         for trial in records.list_finished()

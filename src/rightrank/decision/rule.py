@@ -38,7 +38,9 @@ from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import Checkpoint, compute_default_margin
 
-DEFAULT_CONFIDENCE = 0.75  # two seeds of the twelve long grids answer 85% at it: `benchmarks/selection/noise_model.py`
+DEFAULT_CONFIDENCE = (
+    0.75  # with it, two seeds of the twelve long grids decide 85%: `benchmarks/selection/noise_model.py`
+)
 
 
 def decide_table(
@@ -80,7 +82,7 @@ def decide_table(
     runs = plan_next_runs(comparison, verdict, flags)
     indistinguishable = (
         find_indistinguishable_ranks(comparison) if is_open(comparison) else [chosen]
-    )  # a larger rank that is worse leaves the rest of the answer as it is
+    )  # A larger rank that is worse does not change the rest of the answer.
     if smallest_if_alike and verdict == "undecided" and indistinguishable:
         verdict, chosen = "no_difference" if len(indistinguishable) > 1 else "saturated", indistinguishable[0]
         comparison = replace(comparison, chosen=chosen)
@@ -168,7 +170,7 @@ def _prepare_comparison(table: ScoreTable, margin: float | None) -> tuple[Eviden
     ranks = table.list_ranks()
     if len(ranks) < 2:
         raise ResultsError(
-            f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train further ranks"
+            f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train more ranks"
         )
     evidence = Evidence(table)
     unit = MetricUnit(table.kind, table.higher_is_better, 0.0)

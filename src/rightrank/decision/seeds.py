@@ -51,9 +51,7 @@ class PairNoise:
     variance: float  # over seeds, of the difference of one seed; 0 with one seed
     degrees: float  # seeds - 1
     example_variance: float  # variance between examples of the difference of one seed; 1 without examples
-    design_effect: float = (
-        1.0  # how many examples of a group count as one: the variance of the mean over that of independent ones
-    )
+    design_effect: float = 1.0  # the variance of the mean divided by that of independent examples
 
     @property
     def ratio(self) -> float:
@@ -80,9 +78,9 @@ class Prior:
 class NoiseComponents:
     """Components of the variance of a paired difference, in units of its variance between examples."""
 
-    seeds: float  # of the trained models themselves: shrinks with seeds alone
+    seeds: float  # of the trained models: shrinks only with seeds
     crossed: float  # seeds × examples: shrinks with either
-    examples: float  # shrinks with examples alone
+    examples: float  # shrinks only with examples
 
     def compute_seed_ratio(self, examples: float) -> float:
         """Return the variance of one seed about the mean over seeds on the same examples."""
@@ -93,14 +91,16 @@ class NoiseComponents:
         return self.compute_seed_ratio(examples) / seeds + self.examples / examples
 
 
-# Of twelve grids of 400 and 1,500 steps, three seeds each: `benchmarks/selection/noise_model.py`. Trainings of 20 to 80 steps are noisier.
+# From twelve grids of 400 and 1,500 steps with three seeds each: `benchmarks/selection/noise_model.py`. Trainings of 20 to 80 steps are noisier.
 NOISE = NoiseComponents(seeds=0.0022, crossed=0.83, examples=0.17)
-NOISE_DEGREES = 8.0  # of that expectation for a probability; those grids alone would allow more, and seeds at hand then change it less
-BOUND_DEGREES = 0.1  # for a bound, where the seeds at hand are to decide: half a degree let two noisy seeds err in 12%
+NOISE_DEGREES = 8.0  # of that expectation for a probability; the grids alone would allow more, but then the present seeds would change it less
+BOUND_DEGREES = (
+    0.1  # for a bound, which the present seeds should decide: with half a degree, two noisy seeds are wrong in 12%
+)
 MIN_EXAMPLES = 64  # for a probability: the grids have 133 or more
-WITHIN_DEGREES = 8.0  # how alike the ratios of one run's ranks are: the degrees of their scaled F distribution
-BARE_WITHIN_DEGREES = 3.0  # the same for variances that no spread between examples scales
-SHARED_REFERENCE = 0.5  # weight of a pair in the ratio at hand: all pairs share the reference's noise
+WITHIN_DEGREES = 8.0  # how similar the ratios of one run's ranks are: the degrees of their scaled F distribution
+BARE_WITHIN_DEGREES = 3.0  # the same for variances that are not relative to a variance between examples
+SHARED_REFERENCE = 0.5  # weight of a pair in the pooled ratio: all pairs share the reference's noise
 
 
 def compute_probability_within(difference: float, variance: float, degrees: float, margin: float) -> float:

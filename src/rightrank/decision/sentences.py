@@ -50,17 +50,17 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
     evidence, chosen, reference = comparison.evidence, comparison.chosen, comparison.reference.rank
     margin_text = format_amount(f"{margin:.4g}", evidence)
     verb = "is" if determine_grade(comparison, verdict) == "shown" else "looks"
-    caution = "; one seed indicates this, and further seeds may change it" if comparison.is_indication else ""
+    caution = "; this is an indication from one seed, and more seeds may change it" if comparison.is_indication else ""
     if evidence.lacks_uncertainty:
-        caution = "; one number per rank can suggest this, not show it"
+        caution = "; one number per rank suggests this but does not show it"
     if len(steps := list_lengths(evidence)) > 1:
-        caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, which is no fair comparison"
+        caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, so the comparison is not fair"
     conclusion = f"Rank {chosen} {verb} enough{_format_probabilities(comparison)}"
     qualifier = "probably " if comparison.confidence is not None and verb == "looks" else ""
     match verdict:
         case "no_gain":
             return (
-                f"No gain: the base itself is {qualifier}within {margin_text} of the best adapter (rank {reference}), "
+                f"No gain: the base model itself is {qualifier}within {margin_text} of the best adapter (rank {reference}), "
                 f"so there is no rank to choose{caution}."
             )
         case "undecided":
@@ -77,7 +77,7 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
             if not is_within(abs(comparison.by_rank[outlier].difference.mean), comparison.margin):
                 return (
                     f"{conclusion}: the smallest tried, it is within {margin_text} of the best ({reference}); rank {outlier} "
-                    f"looks {_format_difference(comparison, outlier, unit)}, and is not shown to be{caution}."
+                    f"looks {_format_difference(comparison, outlier, unit)}, but this is not shown{caution}."
                 )
             return (
                 f"Rank hardly matters here: rank {chosen}, the smallest tried{_format_probabilities(comparison)}, is within {margin_text} of the best "
@@ -132,8 +132,8 @@ def format_probability_note(evidence: Evidence) -> str:
     if evidence.probability_obstacle:
         return f"No probability: {evidence.probability_obstacle}."
     return (
-        "The probability is that the rank is within the margin of the best, over seeds and over examples like these, by how far seeds and examples "
-        "varied on earlier grids and vary here."
+        "The probability of a rank is that of being within the margin of the best, over seeds and over examples like these. It is computed "
+        "from the variation of seeds and examples here and on earlier grids."
     )
 
 
@@ -153,12 +153,12 @@ def _format_no_difference(comparison: Comparison, margin_text: str, unit: Metric
     start = f"No difference between {format_rank_names(indistinguishable)} can be shown at this noise{deviation_text}: take rank {smallest}, the smallest{suffix}"
     seeds = compute_needed_seeds(math.sqrt(noise.individual), comparison.margin) if noise.individual > 0 else None
     seeds_text = (
-        f"; a difference of {margin_text} would take about {seeds} seed{'s' * (seeds != 1)} a rank"
+        f"; a difference of {margin_text} would need about {seeds} seed{'s' * (seeds != 1)} per rank"
         if has_measured_noise and seeds
         else ""
     )
     if reference.rank == smallest:
-        return f"{start}. It is the best of them as measured{seeds_text}."
+        return f"{start}. It also has the best mean of them{seeds_text}."
     better = format_number(unit.convert_difference(comparison.by_rank[smallest].difference.mean))
     return f"{start}. Rank {reference.rank} looks {better} better{seeds_text}."
 
@@ -169,10 +169,10 @@ def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit
         remark = (
             ""
             if is_open(comparison)
-            else f" Without it rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
+            else f" Without it, rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
         )
         return (
-            f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {reference}, where a larger rank should be about as good: "
+            f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {reference}, although a larger rank should be about as good: "
             f"its training may have failed.{remark}"
         )
     if comparison.confidence is not None:
@@ -193,7 +193,7 @@ def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit
     worse = _format_difference(comparison, inconclusive, unit)
     if inconclusive == 0:
         return (
-            f"Undecided whether there is any gain: the base is {worse} than the best adapter (bounds {low} to {high}), "
+            f"Undecided whether there is any gain: the base model is {worse} than the best adapter (bounds {low} to {high}), "
             f"and the margin is {margin_text}."
         )
     smallest = find_shown_rank(comparison)
@@ -217,13 +217,13 @@ def format_cannot_tell(comparison: Comparison, confidence: float, margin_text: s
     values = (evidence.compute_half_width(confidence), margins[recommended], min(margins.values()))
     width, recommended_margin, smallest_margin = (format_number(unit.convert_difference(value)) for value in values)
     sentences = [
-        f"{format_rank_names(indistinguishable).capitalize()} cannot be told apart (±{width}; the margin is {margin_text})."
+        f"{format_rank_names(indistinguishable).capitalize()} cannot be distinguished (±{width}; the margin is {margin_text})."
         if len(indistinguishable) > 1
         else "",
         f"{format_rank_names(worse_ranks).capitalize()} {'is' if len(worse_ranks) == 1 else 'are'} probably worse."
         if worse_ranks
         else "",
-        f"Take rank {recommended}: {confidence:.0%} likely to be within {recommended_margin} of the best, {format_probability(comparison.require_probability(recommended))} within the margin.",
+        f"Take rank {recommended}: it is {confidence:.0%} likely to be within {recommended_margin} of the best, and {format_probability(comparison.require_probability(recommended))} likely to be within the margin.",
         f"The smallest margin that these data resolve is {smallest_margin}."
         if smallest_margin != recommended_margin
         else "",
@@ -236,7 +236,7 @@ def _format_base_probability(comparison: Comparison) -> str:
     likely = comparison.compute_probability(0) if 0 in comparison.by_rank else None
     if likely is None or comparison.confidence is None or likely <= 1 - comparison.confidence:
         return ""
-    return f"The base itself is {format_probability(likely)} likely to be within the margin."
+    return f"The base model itself is {format_probability(likely)} likely to be within the margin."
 
 
 def format_conflict(
@@ -245,31 +245,35 @@ def format_conflict(
     """Format how another metric disagrees, for the largest rank on which the two conflict."""
     rank = max(conflicting_ranks)
     if other_evidence[rank].non_inferior:
-        return f"{metric} disagrees: by it rank {rank} is enough, within its margin of {margin:.4g}."
+        return f"{metric} disagrees: rank {rank} is enough by this metric, within its margin of {margin:.4g}."
     difference = format_number(abs(other_evidence[rank].difference or 0.0))
-    return f"{metric} disagrees: by it rank {rank} is {difference} worse, more than its margin of {margin:.4g}."
+    return (
+        f"{metric} disagrees: rank {rank} is {difference} worse by this metric, more than its margin of {margin:.4g}."
+    )
 
 
 def format_basis_note(evidence: Evidence) -> str:
     """Explain which variation the intervals cover, and which they leave out."""
     match evidence.basis:
         case "examples and seeds":
-            return f"Intervals cover other held-out examples and other seeds.{_format_noise_note(evidence)} {_get_assumption(evidence)}"
+            return f"Intervals cover the variation over held-out examples and over seeds.{_format_noise_note(evidence)} {_get_assumption(evidence)}"
         case "examples":
             return (
-                "Intervals cover other held-out examples alone. The noise over seeds is unknown: one seed does not show it. "
+                "Intervals cover only the variation over held-out examples. The noise over seeds is unknown, since there is one seed. "
                 f"{_get_assumption(evidence)}"
             )
         case "seeds":
-            return f"Intervals cover other seeds, on these held-out examples.{_format_noise_note(evidence)}"
+            return (
+                f"Intervals cover the variation over seeds, on these held-out examples.{_format_noise_note(evidence)}"
+            )
         case "std":
-            return "Intervals rest on the stated standard deviations alone."
+            return "Intervals are based only on the stated standard deviations."
         case "values":
             if evidence.scatter == 0:
                 return "One number per rank without a stated deviation: the noise of a training is unknown."
             return (
                 f"One number per rank without a stated deviation: {format_number(evidence.scatter**0.5)}, the scatter about "
-                "the curve, is taken as the noise of each training."
+                "the curve, is used as the noise of each training."
             )
 
 
@@ -280,11 +284,13 @@ def _get_assumption(evidence: Evidence) -> str:
 def _format_noise_note(evidence: Evidence) -> str:
     """Explain on which seeds the noise was measured."""
     if not evidence.has_seed_noise:
-        return " No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
+        return " No two ranks share two seeds, so the noise over seeds is measured only within single ranks."
     other_contenders = (contender for contender in evidence.contenders.values() if contender is not evidence.reference)
     seeds = sorted({evidence.estimate_difference(contender).seeds for contender in other_contenders})
     counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    moderator = "what its variation between examples leads to expect" if evidence.has_examples else "the other ranks'"
-    return (
-        f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by {moderator}."
+    moderator = (
+        "the noise expected from the variation between examples"
+        if evidence.has_examples
+        else "the noise of the other ranks"
     )
+    return f" The noise over seeds is measured on each rank's paired difference over {counts} seeds and moderated by {moderator}."

@@ -38,11 +38,11 @@ from rightrank.schema.trials import (
 )
 
 LARGE_DIFFERENCE_MARGINS = (
-    10.0  # a difference of one example that is named: the mean of a rare one is within the margin
+    10.0  # differences of single examples above this are reported, even if the mean is within the margin
 )
-DROP_IN_MARGINS = 2.5  # the fall that counts as a collapse: five points at a margin of two
-SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several looks is optimistic by about two
-RIDGE = 1e-4  # keeps seed effects at 0 where the seeds that rows share do not determine them
+DROP_IN_MARGINS = 2.5  # a fall by more than this is a collapse: five points at a margin of two
+SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several evaluations is optimistic by about two
+RIDGE = 1e-4  # keeps seed effects at 0 if the shared seeds do not determine them
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Cell:
     score_range: float = 0.0  # the range of one example's score; 0 for losses, which have no bound
     train_value: float | None = None
     deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
-    deviation_seeds: int = 1  # how many seeds the stated value is the mean of
+    deviation_seeds: int = 1  # the number of seeds that the stated value averages
     steps: int | None = None
-    checkpoint_step: int | None = None  # of the value, where it is not the last evaluation's
-    points: tuple[EvalPoint, ...] = ()  # along the training, the metric's own direction
+    checkpoint_step: int | None = None  # the step of the value, if it is not that of the last evaluation
+    points: tuple[EvalPoint, ...] = ()  # during training, in the metric's own direction
     other_metrics: Mapping[str, float] = field(
         default_factory=dict
     )  # other metrics of the trial, in their own direction
-    groups: Groups | None = None  # [examples] which of them belong together; None: each stands for itself
-    train_seconds: float = 0.0  # 0: not known
+    groups: Groups | None = None  # [examples] the group of each example; None: no groups
+    train_seconds: float = 0.0  # 0: unknown
     eval_seconds: float = 0.0  # of one evaluation
 
     @property
@@ -105,7 +105,7 @@ class ScoreTable:
     cells: Mapping[tuple[int, float, int], Cell]
     missing: Mapping[int, int] = field(default_factory=dict)
     kind: MetricKind = "token_loss"
-    tried: Mapping[int, Collection[float]] = field(default_factory=dict)
+    tried_rates: Mapping[int, Collection[float]] = field(default_factory=dict)
     collapsed: int = 0  # trials whose held-out value fell far below its own best; they are missing too
     _by_rank: Mapping[int, Mapping[float, Mapping[int, Cell]]] = field(init=False, repr=False, compare=False)
 
@@ -122,7 +122,7 @@ class ScoreTable:
 
     def list_tried_rates(self, rank: int) -> list[float]:
         """List the rank's learning rates, including those that stopped early or diverged."""
-        return sorted({*self.get_cells_by_rate(rank), *self.tried.get(rank, ())})
+        return sorted({*self.get_cells_by_rate(rank), *self.tried_rates.get(rank, ())})
 
     def list_edge_rates(self, learning_rate: float, rank: int) -> list[float]:
         """Return the tried learning rates if this best one of the rank is the lowest or the highest of them; else an empty list.
@@ -130,7 +130,7 @@ class ScoreTable:
         They are those of the rank, or else those of every rank at which several were tried: most ranks of a search get one
         learning rate, the best of another rank.
         """
-        ranks = sorted({*self._by_rank, *self.tried})
+        ranks = sorted({*self._by_rank, *self.tried_rates})
         tried_rates = {rank: self.list_tried_rates(rank) for rank in ranks}
         all_rates = sorted({rate for rates in tried_rates.values() if len(rates) > 1 for rate in rates})
         return next((r for r in (tried_rates[rank], all_rates) if len(r) > 1 and learning_rate in (r[0], r[-1])), [])
@@ -164,18 +164,20 @@ def build_table(
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
     examples = [trial.get_weighted_scores(metric) for trial in scored]
     sizes = {0 if items is None else len(items[0]) for items in examples}
-    if len(sizes) > 1 or 0 in sizes:  # trials with other examples, or none, can't be paired
+    if len(sizes) > 1 or 0 in sizes:  # Trials with different examples, or none, can't be paired.
         examples = [([trial.metrics[metric]], [1.0]) for trial in scored]
     if kind == "perplexity" and not all(trial.metrics[metric] > 0 for trial in scored):
-        kind = "other"  # a perplexity is above 0
+        kind = "other"  # Perplexities are above 0.
     scores, weights = map(_stack_rows, zip(*examples, strict=True)) if scored else np.ones((2, 0, 1))
-    scale = weights if kind == "perplexity" else np.ones(1)  # the logarithm is of the score without its weight
+    scale = weights if kind == "perplexity" else np.ones(1)  # The logarithm applies to the score without its weight.
     sums = _orient_scores(scores / scale, kind, higher_is_better) * scale
     losses = (sums.sum(axis=1) / weights.sum(axis=1)).tolist()
     cells: dict[tuple[int, float, int], Cell] = {}
     for trial, values, oriented, weight, loss in zip(scored, scores, sums, weights, losses, strict=True):
         cell = _build_cell(trial, metric, oriented, weight, compute_score_range(kind, values, weight))
-        vars(cell)["loss"] = loss  # as it computes it; of all trials at once it takes a hundredth of the time
+        vars(cell)["loss"] = (
+            loss  # the same value, computed for all trials at once, which takes a hundredth of the time
+        )
         cells[trial.rank, trial.learning_rate, trial.seed] = cell
     if points_metric not in (None, metric):
         cells = {key: replace(cell, points=()) for key, cell in cells.items()}
@@ -328,8 +330,8 @@ class Contender:
     learning_rate: float
     cells: Mapping[int, Cell]  # by seed
     loss: float  # oriented mean over seeds: lower is better
-    selection_bias: float = 0.0  # the winner's curse: how optimistic `loss` is as the best of several learning rates
-    seed_shift: float = 0.0  # of `loss`, to where it would be with the seeds of all ranks
+    selection_bias: float = 0.0  # how optimistic `loss` is as the best of several learning rates
+    seed_shift: float = 0.0  # added to `loss`, to adjust it to the seeds of all ranks
 
     @property
     def adjusted_loss(self) -> float:

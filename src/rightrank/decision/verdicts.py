@@ -40,8 +40,8 @@ from rightrank.schema.metrics import (
     infer_metric_kind,
 )
 
-FALL_IN_MARGINS = 20.0  # below the best; without a further fall at the next rank no published curve has more than 16 (benchmarks/decide)
-RISE = 1 / 8  # of a rank's distance from the best, that its neighbour has where results get worse rank by rank
+FALL_IN_MARGINS = 20.0  # below the best: no published curve has a single fall above 16 (benchmarks/decide)
+RISE = 1 / 8  # the share of a rank's difference that its neighbor has if results get worse rank by rank
 
 
 def determine_verdict(comparison: Comparison) -> Verdict:
@@ -268,7 +268,7 @@ def collect_flags(
         "selection_bias": max(evidence.contenders[rank].selection_bias for rank in answer) > comparison.margin / 2,
         "metric_conflict": any(answer.conflict for answer in other_answers)
         or any(_has_metric_conflict(evidence, comparison.chosen, name) for name in sorted(unjudged_metrics)),
-        # the chosen rank's gap exceeds the margin if it grows by as much again
+        # The chosen rank's gap exceeds the margin if it grows by the same amount again.
         "may_be_capacity_limited": growth > 0
         and not is_within(comparison.by_rank[comparison.chosen].difference.mean + growth, comparison.margin),
         "checkpoint_matters": checkpoints is not None and checkpoints.has_conflict,
@@ -281,10 +281,10 @@ def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
     if not comparison.evidence.lacks_uncertainty:
         return verdict == "undecided"
     compared, below = comparison.by_rank, comparison.next_lower
-    settled = compared[comparison.chosen].non_inferior is True and (
+    is_settled = compared[comparison.chosen].non_inferior is True and (
         below is None or compared[below].non_inferior is False
     )
-    return comparison.evidence.basis == "values" or not settled
+    return comparison.evidence.basis == "values" or not is_settled
 
 
 def list_lengths(evidence: Evidence) -> set[int]:

@@ -136,7 +136,9 @@ class Decision(Record):
     higher_is_better: bool
     margin: float
     reference_rank: BoundedInt
-    confidence: float | None  # None if nothing is shown at a confidence level: one seed (an indication), or one number a rank
+    confidence: (
+        float | None
+    )  # None if nothing is shown at a confidence level: one seed (an indication), or one number a rank
     learning_rate: float | None
     staircase: list[StaircaseStep]
     ranks: list[RankEvidence]
@@ -146,9 +148,13 @@ class Decision(Record):
     grade: Grade | None = None  # how well the answer is known; None for one number a rank
     # The fields of a decision by probabilities, if there are any. Differences and margins are in the metric's unit.
     requested_confidence: float | None = None  # the requested probability; None: bounds decided
-    recommended_rank: BoundedInt | None = None  # the answer, or the likeliest rank if no rank is as probable as requested
+    recommended_rank: BoundedInt | None = (
+        None  # the answer, or the likeliest rank if no rank is as probable as requested
+    )
     probability: float | None = None  # of `recommended_rank` at the margin
-    recommended_margin: float | None = None  # the smallest margin at which `recommended_rank` has the requested probability
+    recommended_margin: float | None = (
+        None  # the smallest margin at which `recommended_rank` has the requested probability
+    )
     resolvable_margin: float | None = None  # the smallest margin at which any rank has the requested probability
     indistinguishable_ranks: list[BoundedInt] = Field(
         default_factory=list

@@ -151,7 +151,9 @@ def parse_metrics(*texts: str) -> tuple[MetricSpec, ...]:
     names = [spec.name for spec in specs]
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
-        raise ValueError(f"metrics: {duplicate!r} is given twice; give each metric once, under different names (NAME=…)")
+        raise ValueError(
+            f"metrics: {duplicate!r} is given twice; give each metric once, under different names (NAME=…)"
+        )
     return specs
 
 

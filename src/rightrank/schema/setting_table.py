@@ -86,7 +86,9 @@ class Settings:
 
     model_fields: ClassVar[Mapping[str, Setting]] = {}
     model_types: ClassVar[Mapping[str, Any]] = {}
-    settings_by_foreign_name: ClassVar[Mapping[str, str]] = {}  # names in other tools → the setting with the same meaning
+    settings_by_foreign_name: ClassVar[
+        Mapping[str, str]
+    ] = {}  # names in other tools → the setting with the same meaning
     pydantic_model: ClassVar[type[Any] | None] = None  # pydantic's model with the same types, created at first use
     model_fields_set: frozenset[str]  # the explicitly given ones
     stated: Mapping[str, Any] = {}  # given fields that are no settings, with which the run must agree
@@ -99,7 +101,9 @@ class Settings:
         hints = get_type_hints(cls)
         cls.pydantic_model = None
         cls.model_types = {name: hints[name] for name in rows}
-        cls.settings_by_foreign_name = {foreign_name: name for name, row in rows.items() for foreign_name in row.foreign_names}
+        cls.settings_by_foreign_name = {
+            foreign_name: name for name, row in rows.items() for foreign_name in row.foreign_names
+        }
         cls.model_fields = dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
 
     def __init__(self, **values: Any) -> None:

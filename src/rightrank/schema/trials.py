@@ -146,15 +146,15 @@ class TrialFinished(ArmFields):
     example_correct: list[BoundedInt] | None = None  # classification: 1 if the prediction is correct
     example_scores: list[float] | None = None  # custom trainers: the metric of each example
     example_weights: list[float] | None = None  # of example_scores; None: equal weights
-    example_groups: list[BoundedInt] | None = (
-        None  # the group number of each example; None: no groups
-    )
+    example_groups: list[BoundedInt] | None = None  # the group number of each example; None: no groups
     # metric of generated answers → one value per example
     example_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
     truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
     checkpoint_step: BoundedInt | None = None  # the step of the best checkpoint, if that was kept; None: the last one
-    value_metric: str | None = None  # the metric of `value`, if it is not the deciding one: early stopping generates no answers
+    value_metric: str | None = (
+        None  # the metric of `value`, if it is not the deciding one: early stopping generates no answers
+    )
     train_value: float | None  # mean training loss since the last point
     points: list[EvalPoint]
     trainable_parameters: BoundedInt
@@ -166,7 +166,9 @@ class TrialFinished(ArmFields):
     predicted_peak_bytes: BoundedInt | None = None  # planned bytes of tensors; None: not planned
     # The number of adapters that share the passes and the peak; seconds are divided evenly.
     adapters_per_pass: BoundedInt = 1
-    pass_ranks: list[BoundedInt] = Field(default_factory=list)  # ranks of the adapters in the largest pass, its own first
+    pass_ranks: list[BoundedInt] = Field(
+        default_factory=list
+    )  # ranks of the adapters in the largest pass, its own first
     train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
 
     @model_validator(mode="after")
