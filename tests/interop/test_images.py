@@ -16,12 +16,12 @@ from rightrank.models.adapter_reader import open_adapter
 from tests.interop.images import (
     UNET_TARGETS,
     ResNetTrain,
+    compute_unet_output,
     make_captioned_images,
     make_classified_images,
     make_unet,
     save_pipeline,
     save_resnet,
-    compute_unet_output,
 )
 from tests.models.kind_checks import compute_peft_updates
 

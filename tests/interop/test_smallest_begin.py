@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, Trainer
 from rightrank import SmallestAdapter, Squeeze
 from rightrank.interop.truncation_run import resume_measurement
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
-from tests.interop.trainings import RowList, OneTimeRows, Rows, make_peft_model
+from tests.interop.trainings import OneTimeRows, RowList, Rows, make_peft_model
 
 pytestmark = pytest.mark.trains
 

@@ -25,7 +25,7 @@ from transformers import (
 from rightrank import Squeeze
 from rightrank.interop.squeeze import STUDY_RESULT, squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError
-from tests.interop.trainings import RowList, OneTimeRows, Rows, make_peft_model
+from tests.interop.trainings import OneTimeRows, RowList, Rows, make_peft_model
 from tests.tiny import write_pairs
 
 pytestmark = pytest.mark.trains
