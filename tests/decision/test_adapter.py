@@ -461,16 +461,19 @@ def test_the_provenance_describes_training_and_truncation() -> None:
     plain = make_trial("plain", 8, 0.0, parent="top")
     finished = [TRUNCATED, TOP, plain]
     trained = "trained at rank 64 (learning rate 0.001, 100 steps)"
-    assert build_provenance(TOP, finished).sentence() == trained
-    assert build_provenance(truncated, finished).sentence() == f"{trained}, truncated to rank 16 by K-FAC"
-    assert build_provenance(plain, finished).sentence() == f"{trained}, truncated to rank 8 by SVD"
+    assert build_provenance(TOP, finished).format_sentence() == trained
+    assert build_provenance(truncated, finished).format_sentence() == f"{trained}, truncated to rank 16 by K-FAC"
+    assert build_provenance(plain, finished).format_sentence() == f"{trained}, truncated to rank 8 by SVD"
     at_checkpoint = TOP.model_copy(update={"checkpoint_step": 40})
     assert (
-        build_provenance(at_checkpoint, [at_checkpoint]).sentence()
+        build_provenance(at_checkpoint, [at_checkpoint]).format_sentence()
         == "trained at rank 64 (learning rate 0.001, step 40 of 100 steps)"
     )
     custom_trained = TOP.model_copy(update={"steps": 0})
-    assert build_provenance(custom_trained, [custom_trained]).sentence() == "trained at rank 64 (learning rate 0.001)"
+    assert (
+        build_provenance(custom_trained, [custom_trained]).format_sentence()
+        == "trained at rank 64 (learning rate 0.001)"
+    )
     provenance = build_provenance(truncated, finished)
     assert (provenance.rank, provenance.trained_rank, provenance.steps, provenance.checkpoint_step) == (
         16,

@@ -23,9 +23,7 @@ from rightrank.schema.decision import Result, ResultsTable
 
 def make_contender(rank: int, **losses: float) -> Contender:
     """Make cells by seed, named s0, s1, …, with one number each."""
-    cells = {
-        int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.items()
-    }
+    cells = {int(name[1:]): Cell(f"{rank}{name}", loss, np.array([loss]), np.ones(1)) for name, loss in losses.items()}
     return Contender(rank, 1e-3, cells, float(np.mean(list(losses.values()))))
 
 

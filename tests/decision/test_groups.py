@@ -118,7 +118,9 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
         > 2 * ungrouped_evidence.estimate_difference(ungrouped_evidence.contenders[worse]).standard_error
     )
     assert grouped_evidence.reference_bias > ungrouped_evidence.reference_bias
-    assert abs(grouped_evidence.compute_probability(worse, 0.0) - 0.5) < abs(ungrouped_evidence.compute_probability(worse, 0.0) - 0.5)  # type: ignore[operator]
+    assert abs(grouped_evidence.compute_probability(worse, 0.0) - 0.5) < abs(
+        ungrouped_evidence.compute_probability(worse, 0.0) - 0.5
+    )  # type: ignore[operator]
     decided, plain = decide_table(grouped, 0.005), decide_table(alone, 0.005)
     assert [evidence.value for evidence in decided.ranks] == [evidence.value for evidence in plain.ranks]
 

@@ -186,8 +186,12 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     complete_trials = [outcome for outcome in records.list_finished() if outcome.rank]
     top = complete_trials[-1]
     around = [make_stopped_trial(top, 3e-4), make_stopped_trial(top, 3e-3)]
-    assert "lr_edge" not in decide_table(build_table(complete_trials, "loss", False, partial_outcomes=around), 0.02).flags
-    below = decide_table(build_table(complete_trials, "loss", False, partial_outcomes=[make_stopped_trial(top, 3e-4)]), 0.02)
+    assert (
+        "lr_edge" not in decide_table(build_table(complete_trials, "loss", False, partial_outcomes=around), 0.02).flags
+    )
+    below = decide_table(
+        build_table(complete_trials, "loss", False, partial_outcomes=[make_stopped_trial(top, 3e-4)]), 0.02
+    )
     assert "lr_edge" in below.flags  # the best rate is the highest that was tried
     run = next(run for run in below.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(3e-3)]
@@ -197,7 +201,8 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     assert (
         "lr_edge"
         not in decide_table(
-            build_table([*complete_trials, diverged], "loss", False, partial_outcomes=[make_stopped_trial(top, 3e-4)]), 0.02
+            build_table([*complete_trials, diverged], "loss", False, partial_outcomes=[make_stopped_trial(top, 3e-4)]),
+            0.02,
         ).flags
     )
 

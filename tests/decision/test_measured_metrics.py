@@ -45,7 +45,9 @@ def make_measured_run(form: str = "prompt_completion", **started: object) -> Rec
     ]
     data = records.started.data.model_copy(update={"form": form})
     settings = records.started.settings | {"metrics": ["max:colour=mine:colour"]}
-    return Records.from_journal(records.started.model_copy(update={"data": data, "settings": settings, **started}), outcomes)
+    return Records.from_journal(
+        records.started.model_copy(update={"data": data, "settings": settings, **started}), outcomes
+    )
 
 
 def change_settings(records: Records, **settings: object) -> Records:
@@ -175,7 +177,9 @@ def build_loss_table(losses: dict[int, float], metric: str = "loss", std: float 
 def test_metrics_conflict_on_ranks_that_both_judge(
     deciding_losses: dict[int, float], other_losses: dict[int, float], has_conflict: bool
 ) -> None:
-    decision = decide_table(build_loss_table(deciding_losses), 0.005, other_tables=[build_loss_table(other_losses, "nll")])
+    decision = decide_table(
+        build_loss_table(deciding_losses), 0.005, other_tables=[build_loss_table(other_losses, "nll")]
+    )
     assert [other_metric.conflict for other_metric in decision.other_metrics] == [has_conflict]
     assert ("metric_conflict" in decision.flags) is has_conflict
 

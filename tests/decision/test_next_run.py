@@ -144,7 +144,7 @@ def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
     (next_run,) = [one for one in decide_run(records).next_runs if one.action == "steps"]
     assert (next_run.ranks, next_run.steps, next_run.trials) == ([1, 4], rank_16.steps, 2)
     assert next_run.sentence == (
-        f"Train ranks 1 and 4 for {rank_16.steps} steps too (2 trainings): trainings of unequal length are compared."
+        f"Train ranks 1 and 4 for {rank_16.steps} steps too (2 trainings): the compared trainings have unequal lengths."
     )
 
 
@@ -178,9 +178,7 @@ def add_times(table: ScoreTable) -> ScoreTable:
 
 def drop_trainings(table: ScoreTable, *dropped: tuple[int, int]) -> ScoreTable:
     """Return the table without these trainings, given by rank and seed."""
-    return replace(
-        table, cells={key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in dropped}
-    )
+    return replace(table, cells={key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in dropped})
 
 
 def require_trial_counts(decision: Decision) -> list[NextRun]:
@@ -220,7 +218,7 @@ def test_a_planned_run_is_the_smallest_that_is_enough(margin: float, actions: li
         assert is_reached(seeds, num_examples)
         if run.action == "examples":
             assert not is_reached(seeds, sizes[sizes.index(num_examples) - 1])
-            assert ("further seeds alone would not do it" in run.sentence) is (actions == ["examples"])
+            assert ("more seeds alone would not be enough" in run.sentence) is (actions == ["examples"])
             assert run.minutes == round(num_examples * 4 * EVALUATE / 100 / 60, 1)
         else:
             assert not is_reached(seeds - 1, num_examples if num_examples == 100 else EXAMPLE_COUNTS[-1])
@@ -318,7 +316,9 @@ def test_a_larger_rank_starts_from_the_stated_learning_rates() -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3, 9])
 def test_expected_seed_noise_comes_from_earlier_grids(seeds: int) -> None:
-    table = build_world_table(World("flat", examples=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02))
+    table = build_world_table(
+        World("flat", num_examples=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02)
+    )
     evidence = Evidence(table)
     worse = next(contender for contender in evidence.contenders.values() if contender.rank != evidence.reference.rank)
     now, then = evidence.estimate_difference(worse), evidence.predict_difference(worse, seeds)
@@ -345,10 +345,10 @@ def test_the_fewest_seeds_that_decide_are_planned(margin: float) -> None:
     if is_enough(MAX_SEEDS):
         assert is_enough(run.seeds)
         assert run.seeds == 2 or not is_enough(run.seeds - 1)
-        assert "to make it a decision" in run.sentence
+        assert "to turn the indication into a decision" in run.sentence
     else:
         assert run.seeds == 2
-        assert f"{MAX_SEEDS} seeds would not make it a decision" in run.sentence
+        assert f"{MAX_SEEDS} seeds would not be enough for a decision" in run.sentence
 
 
 def compute_smallest_margin(planned: Estimate) -> float:

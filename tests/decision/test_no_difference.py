@@ -64,7 +64,7 @@ def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
     )
     assert "take rank 4, the smallest of them" in sentence
     assert "a difference of 0.02 in reward would take about " in sentence
-    assert sentence.endswith(" seeds a rank.")
+    assert sentence.endswith(" seeds per rank.")
 
 
 def write_sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") -> str:
@@ -87,7 +87,7 @@ def test_one_seed_shows_no_noise() -> None:
     best = write_sentence((1, 0, list(low + 0.001)), (4, 0, list(high)))
     assert best == (
         "No difference between ranks 1 and 4 can be shown at this noise: take rank 1, the smallest. "
-        "It is the best of them as measured."
+        "It also has the best mean."
     )
     other_sentence = write_sentence((1, 0, list(low)), (4, 0, list(high + 0.01)))
     assert other_sentence == (
@@ -100,8 +100,8 @@ def test_three_ranks_are_listed_and_two_seeds_show_their_noise() -> None:
     sentence = decide_table(draw_table({1: 0.6, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
     assert re.fullmatch(
         r"No difference between ranks 1, 4 and 16 can be shown at this noise \(seed standard deviation 0\.0\d+\): take rank 1, "
-        r"the smallest\. (It is the best of them as measured|Rank \d+ looks 0\.\d+ better); a difference of 0\.02 in reward would "
-        r"take about \d+ seeds a rank\.",
+        r"the smallest\. (It also has the best mean|Rank \d+ looks 0\.\d+ better); a difference of 0\.02 in reward would "
+        r"need about \d+ seeds per rank\.",
         sentence,
     )
 
@@ -124,5 +124,5 @@ def test_the_seeds_of_a_difference_follow_the_noise_that_ranks_do_not_share(
     sentence = write_sentence(*((rank, seed, list(scores[rank] + shift)) for (rank, seed), shift in shifts.items()))
     start = r"No difference between ranks 1 and 4 can be shown at this noise \(seed standard deviation "
     assert re.fullmatch(
-        rf"{start}{deviation}\): .*; a difference of 0\.02 in reward would take about 1 seed a rank\.", sentence
+        rf"{start}{deviation}\): .*; a difference of 0\.02 in reward would need about 1 seed per rank\.", sentence
     )

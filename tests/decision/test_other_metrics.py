@@ -51,7 +51,7 @@ def test_a_rank_that_the_other_metric_shows_to_be_too_small() -> None:
     assert "metric_conflict" in decision.flags
     exact, bleu = decision.other_metrics
     assert (exact.metric, exact.rank, exact.conflict, exact.margin) == ("exact_match", 16, True, 0.005)
-    assert exact.sentence == "exact_match disagrees: by it rank 4 is 0.2 worse, more than its margin of 0.005."
+    assert exact.sentence == "exact_match disagrees: rank 4 is 0.2 worse by this metric, more than its margin of 0.005."
     assert (bleu.metric, bleu.conflict, bleu.higher_is_better) == ("bleu", False, True)
     assert [evidence.rank for evidence in exact.ranks] == [1, 4, 16]
     assert {evidence.rank: evidence.value for evidence in exact.ranks}[16] == pytest.approx(0.7)
@@ -61,7 +61,7 @@ def test_a_rank_that_the_other_metric_shows_to_be_enough() -> None:
     decision = decide_with_other_metrics({1: 2.2, 4: 2.1, 16: 2.0}, {1: 0.2, 4: 0.7, 16: 0.7})
     assert decision.rank == 16
     assert "metric_conflict" in decision.flags
-    assert "by it rank 4 is enough, within its margin" in decision.other_metrics[0].sentence
+    assert "rank 4 is enough by this metric, within its margin" in decision.other_metrics[0].sentence
 
 
 def test_metrics_that_agree_raise_no_flag() -> None:

@@ -107,7 +107,10 @@ def test_a_probability_covers_all_other_ranks_jointly() -> None:
     means, losses_behind_best = (
         dict(zip(joint.ranks, rows, strict=True)) for rows in (joint.means, joint.compute_losses_to_best())
     )
-    each = [student.cdf((0.02 - means[4] + means[rank]) / joint.get_standard_error(4, rank), joint.degrees) for rank in (16, 64)]
+    each = [
+        student.cdf((0.02 - means[4] + means[rank]) / joint.get_standard_error(4, rank), joint.degrees)
+        for rank in (16, 64)
+    ]
     assert (
         1 - sum(1 - probability for probability in each) - ROUNDING
         < np.mean(losses_behind_best[4] <= 0.02)

@@ -60,7 +60,7 @@ def test_the_sentence_gives_the_probability_and_a_larger_rank() -> None:
     assert decision.rank == 4
     assert f"Rank 4 looks enough ({probabilities[4]} likely" in decision.sentence
     assert probabilities[1] == "under 10%"
-    assert decision.probability_note.startswith("The probability is that the rank is within the margin")
+    assert decision.probability_note.startswith("The probability of a rank is that of being within the margin")
 
 
 def test_several_seeds_are_decided_like_one_and_have_a_grade() -> None:
@@ -93,11 +93,11 @@ def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
         [1],
         64,
     )
-    assert decision.sentence.startswith("Ranks 4, 16 and 64 cannot be told apart (±0.0")
+    assert decision.sentence.startswith("Ranks 4, 16 and 64 cannot be distinguished (±0.0")
     for words in (
         "the margin is 0.002 nats",
         "Rank 1 is probably worse.",
-        "Take rank 64: 75% likely to be within 0.00",
+        "Take rank 64: it is 75% likely to be within 0.00",
     ):
         assert words in decision.sentence
     assert decision.best_available_rank == 64
@@ -149,7 +149,7 @@ def test_there_is_no_probability_if_its_assumptions_fail() -> None:
     equal_cells = cells | {(16, 1e-3, 0): cells[64, 1e-3, 0]}
     cells_of_other_seeds = {(rank, lr, 7 if rank == 4 else seed): cell for (rank, lr, seed), cell in cells.items()}
     for cases, reason in {
-        "values": (build_value_table(LOSSES), "one number a training shows no noise"),
+        "values": (build_value_table(LOSSES), "there is one number per training, which shows no noise"),
         "few": (build_one_seed_table(num_examples=40), "40 examples are too few (at least 64)"),
         "steps": (replace(table, cells=uneven), "the trainings have unequal numbers of steps"),
         "alike": (replace(table, cells=equal_cells), "two ranks have the same scores"),
@@ -204,7 +204,7 @@ def test_an_undecided_base_is_reported() -> None:
     likely = get_probabilities(decision)[0]
     assert likely is not None
     assert decision.sentence.endswith(
-        f"The base itself is {format_probability(likely)} likely to be within the margin."
+        f"The base model itself is {format_probability(likely)} likely to be within the margin."
     )
     surely = decide_table(
         build_example_table({0: 2.001, 4: 2.0, 64: 2.0}, num_examples=400, seeds=(0, 1), noise=0.01), 0.02

@@ -229,8 +229,7 @@ def test_trainings_of_unequal_length_and_collapsed_ones_are_flagged() -> None:
     table = build_value_table(SATURATED)
     for steps, unequal in ({"short": 100, "long": 200}, True), ({"short": 200, "long": 200}, False):
         cells = {
-            key: replace(cell, steps=steps["short" if key[0] < 64 else "long"])
-            for key, cell in table.cells.items()
+            key: replace(cell, steps=steps["short" if key[0] < 64 else "long"]) for key, cell in table.cells.items()
         }
         assert ("unequal_length" in decide_table(replace(table, cells=cells), 0.005).flags) is unequal
     assert "collapsed" in decide_table(replace(table, collapsed=1), 0.005).flags

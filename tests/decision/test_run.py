@@ -106,7 +106,10 @@ def test_a_repeated_evaluation_replaces_all_later_ones_and_a_new_start_drops_the
     other_evaluation = TrialEvaluated(trial_id="other", step=5, value=5.0)
     started = make_run().started
     records = Records.from_journal(started, [first, *evaluations, other_evaluation, again])
-    assert records.evaluations == {first.trial_id: [evaluations[0].point, again.point], "other": [other_evaluation.point]}
+    assert records.evaluations == {
+        first.trial_id: [evaluations[0].point, again.point],
+        "other": [other_evaluation.point],
+    }
     records.add(first)
     assert records.evaluations == {"other": [other_evaluation.point]}
 
@@ -275,7 +278,9 @@ def test_the_best_seed_of_the_best_learning_rate_is_handed_over() -> None:
     assert find_best_trial(records, decision, 4) == min(at_rate, key=lambda trial: trial.value)
     mirrored = decision.model_copy(update={"higher_is_better": True})
     assert find_best_trial(records, mirrored, 4) == max(at_rate, key=lambda trial: trial.value)
-    tied = Records.from_journal(records.started, [change_trial(trial, value=2.0) for trial in records.list_finished()[::-1]])
+    tied = Records.from_journal(
+        records.started, [change_trial(trial, value=2.0) for trial in records.list_finished()[::-1]]
+    )
     assert find_best_trial(tied, decision, 4).seed == 0
 
 
@@ -452,7 +457,8 @@ def test_an_answer_that_was_not_requested_is_none_in_the_document() -> None:
 def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> None:
     run = make_run((1, 4), (1e-3,))
     outcomes = [
-        change_trial(trial, metrics=trial.metrics | {"reward_margin": 0.5 + trial.rank}) for trial in run.list_finished()
+        change_trial(trial, metrics=trial.metrics | {"reward_margin": 0.5 + trial.rank})
+        for trial in run.list_finished()
     ]
     records = Records.from_journal(run.started, outcomes)
     assert decide_run(records).other_metrics == []
@@ -497,14 +503,18 @@ def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> N
     started = run.started.model_copy(
         update={"metric": "score", "data": run.started.data.model_copy(update={"form": "custom"})}
     )
-    records = Records.from_journal(started, [change_trial(trial, metrics={"score": 1.0}) for trial in run.list_finished()[1:]])
+    records = Records.from_journal(
+        started, [change_trial(trial, metrics={"score": 1.0}) for trial in run.list_finished()[1:]]
+    )
     assert not build_run_table(records).higher_is_better
     assert build_run_table(records, higher=True).higher_is_better
 
 
 def test_a_metric_without_a_direction_is_named() -> None:
     run = make_run((1, 4), (1e-3,))
-    records = Records.from_journal(run.started, [change_trial(trial, metrics={"colour": 1.0}) for trial in run.list_finished()])
+    records = Records.from_journal(
+        run.started, [change_trial(trial, metrics={"colour": 1.0}) for trial in run.list_finished()]
+    )
     line = "metric 'colour': its name does not tell whether higher or lower is better; give --higher-is-better or"
     with pytest.raises(ResultsError, match=line):
         build_run_table(records, metric="colour")
@@ -561,7 +571,9 @@ def test_a_copy_has_the_same_records_and_changes_alone() -> None:
     assert records == unchanged
     assert copied.by_id[again.trial_id] == again
     assert len(copied.outcomes) == len(records.outcomes) + (trial.trial_id not in records.by_id)
-    assert all(len(getattr(copied, kind)) > len(getattr(records, kind)) for kind in ("tests", "adapters", "looks"))
+    assert all(
+        len(getattr(copied, kind)) > len(getattr(records, kind)) for kind in ("tests", "adapters", "evaluations")
+    )
 
 
 def test_an_undecided_sentence_says_how_likely_the_open_rank_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,9 +585,10 @@ def test_an_undecided_sentence_says_how_likely_the_open_rank_is_enough(monkeypat
 
 
 def test_the_provenance_may_be_the_rank_alone() -> None:
-    assert Provenance(4, 4, 0.0, 0, None, None).sentence() == "trained at rank 4"
+    assert Provenance(4, 4, 0.0, 0, None, None).format_sentence() == "trained at rank 4"
     assert (
-        Provenance(2, 8, 0.0, 50, None, "SVD").sentence() == "trained at rank 8 (50 steps), truncated to rank 2 by SVD"
+        Provenance(2, 8, 0.0, 50, None, "SVD").format_sentence()
+        == "trained at rank 8 (50 steps), truncated to rank 2 by SVD"
     )
 
 

@@ -23,7 +23,7 @@ def test_a_flat_curve_names_the_rank_that_looks_worst() -> None:
     assert (decision.verdict, decision.rank) == ("flat", 1)
     worse = decision.ranks[1].difference
     assert (
-        f"within 0.02 nats of the best (1); rank 4 looks {worse:.2g} worse, and is not shown to be;"
+        f"within 0.02 nats of the best (1); rank 4 looks {worse:.2g} worse, but this is not shown;"
         in decision.sentence
     )
 
@@ -43,11 +43,11 @@ def test_a_larger_rank_is_named_where_it_is_likelier(losses: dict[int, float], e
     assert decision.sentence.startswith(expected)
 
 
-def test_no_rank_at_the_confidence_names_what_cannot_be_told_apart_and_what_to_take() -> None:
+def test_no_rank_at_the_confidence_names_what_cannot_be_distinguished_and_what_to_take() -> None:
     decision = decide_losses({4: 2.0, 64: 2.003}, 0.005, 0.95, num_examples=100, seeds=(0,), noise=0.05)
     assert decision.sentence == (
-        "Ranks 4 and 64 cannot be told apart (±0.025; the margin is 0.005 nats). Take rank 4: 95% likely to be within 0.0098 of the best, "
-        "90% within the margin."
+        "Ranks 4 and 64 cannot be distinguished (±0.025; the margin is 0.005 nats). Take rank 4: it is 95% likely to be within 0.0098 of "
+        "the best, and 90% likely to be within the margin."
     )
 
 
@@ -77,18 +77,18 @@ def test_the_note_says_how_seed_noise_was_measured() -> None:
         assert note.endswith(f" {INDEPENDENCE_NOTE}")
         return note.removesuffix(f" {INDEPENDENCE_NOTE}")
 
-    moderated = "moderated by what its variation between examples leads to expect."
-    start = "Intervals cover other held-out examples and other seeds. "
+    moderated = "moderated by the noise expected from the variation between examples."
+    start = "Intervals cover the variation over held-out examples and over seeds. "
     assert (
         get_basis_note(set())
-        == f"{start}The noise over seeds is that of each rank's paired difference over 3 seeds, {moderated}"
+        == f"{start}The noise over seeds is measured on each rank's paired difference over 3 seeds and {moderated}"
     )
-    assert get_basis_note({(4, 2)}).endswith(f" over 2 to 3 seeds, {moderated}")
-    assert get_basis_note({(4, 2), (64, 1)}).endswith(f" over 2 seeds, {moderated}")
+    assert get_basis_note({(4, 2)}).endswith(f" over 2 to 3 seeds and {moderated}")
+    assert get_basis_note({(4, 2), (64, 1)}).endswith(f" over 2 seeds and {moderated}")
     alone = {(4, 2), (16, 0), (16, 1), (64, 0), (64, 1)}
     assert (
         get_basis_note(alone)
-        == f"{start}No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
+        == f"{start}No two ranks share two seeds, so the noise over seeds is measured only within single ranks."
     )
 
 
@@ -152,7 +152,7 @@ def test_one_number_per_rank_may_rise_and_a_stated_deviation_counts() -> None:
 )
 def test_the_ranks_that_are_probably_worse_are_named(losses: dict[int, float], expected: str) -> None:
     decision = decide_losses(losses, 0.002, 0.95, num_examples=100, seeds=(0,), noise=0.05)
-    assert decision.sentence.startswith("Ranks 16 and 64 cannot be told apart")
+    assert decision.sentence.startswith("Ranks 16 and 64 cannot be distinguished")
     assert expected in decision.sentence
     assert ("probably worse" in decision.sentence) is bool(expected)
 
@@ -166,7 +166,7 @@ def test_no_gain_is_probable_unless_the_bounds_show_it() -> None:
         ("no_gain", "shown"),
         ("no_gain", "likely"),
     ]
-    assert decision_of_two_seeds.sentence.startswith("No gain: the base itself is within 0.02 nats")
-    assert decision_of_one_seed.sentence.startswith("No gain: the base itself is probably within 0.02 nats")
+    assert decision_of_two_seeds.sentence.startswith("No gain: the base model itself is within 0.02 nats")
+    assert decision_of_one_seed.sentence.startswith("No gain: the base model itself is probably within 0.02 nats")
     for decision in (decision_of_two_seeds, decision_of_one_seed):
         assert decision.sentence.count("base itself") == 1

@@ -69,7 +69,7 @@ def test_a_larger_rank_that_failed_leaves_the_answer_undecided(
     decision = decide_table(table, margin, confidence=confidence)
     require_repeat(decision, 64)
     if "inconclusive" not in decision.sentence:
-        assert "Without it rank 4 looks enough" in decision.sentence
+        assert "Without it, rank 4 looks enough" in decision.sentence
 
 
 def test_the_first_of_two_failed_ranks_is_repeated() -> None:

@@ -13,11 +13,11 @@ from rightrank.decision.verdicts import find_inconclusive_rank
 ENOUGH, REFUTED, INCONCLUSIVE = True, False, None
 
 
-def make_comparison(chosen: int, *, point_reading: bool = False, **non_inferior: bool | None) -> Comparison:
+def make_comparison(chosen: int, *, lacks_uncertainty: bool = False, **non_inferior: bool | None) -> Comparison:
     """Make a comparison of ranks r0, r1, … with these values of `non_inferior`; r0 is the base."""
     judged: Any = {int(name[1:]): SimpleNamespace(non_inferior=is_enough) for name, is_enough in non_inferior.items()}
     ranks = {rank: None for rank in judged if rank}
-    evidence: Any = SimpleNamespace(contenders=ranks, is_point_reading=point_reading)
+    evidence: Any = SimpleNamespace(contenders=ranks, lacks_uncertainty=lacks_uncertainty)
     return Comparison(evidence, judged, 0.005, chosen)
 
 
@@ -41,4 +41,4 @@ def test_the_rank_that_leaves_the_answer_undecided(
     chosen: int, non_inferior: dict[str, bool | None], expected: int | None
 ) -> None:
     assert find_inconclusive_rank(make_comparison(chosen, **non_inferior)) == expected
-    assert find_inconclusive_rank(make_comparison(chosen, point_reading=True, **non_inferior)) is None
+    assert find_inconclusive_rank(make_comparison(chosen, lacks_uncertainty=True, **non_inferior)) is None
