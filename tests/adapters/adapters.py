@@ -1,4 +1,4 @@
-"""Adapters of every kind on small random bases, their B filled as if they had been trained."""
+"""Adapters of every kind on small random base models, with B filled as if it had been trained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_base(folder: Path, kind: str = "plain", shard: str = "50GB") -> Path:
-    """A random Llama, or for `conv1d` a random GPT-2 with its fused c_attn, saved as users have theirs."""
+    """Save a random Llama, or for `conv1d` a random GPT-2 with its fused c_attn."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         model: Any
@@ -58,7 +58,7 @@ def load_base(folder: Path) -> Any:
 
 
 def make_adapter(base: Path, folder: Path, kind: str = "plain", rank: int = 8, **changes: Any) -> Path:
-    """A saved adapter of that kind whose every tensor is random."""
+    """Save an adapter of a kind, with random values in every tensor."""
     options = {"r": rank, "lora_alpha": 16, "task_type": "CAUSAL_LM"} | KINDS[kind] | changes
     torch.manual_seed(0)  # PEFT draws A from the global generator
     with warnings.catch_warnings():
@@ -74,7 +74,7 @@ def make_adapter(base: Path, folder: Path, kind: str = "plain", rank: int = 8, *
     config["base_model_name_or_path"] = str(base)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if kind == "bfloat16":
-        rewrite(folder, {key: value.bfloat16() for key, value in load_tensors(folder).items()})
+        write_tensors(folder, {key: value.bfloat16() for key, value in load_tensors(folder).items()})
     return folder
 
 
@@ -82,7 +82,7 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
@@ -92,7 +92,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def load_strictly(base: Path, adapter: Path) -> Any:
-    """The PeftModel, any warning an error."""
+    """Load the PeftModel, with every warning as an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -101,7 +101,7 @@ def load_strictly(base: Path, adapter: Path) -> Any:
 
 
 def compute_deltas(model: Any) -> dict[str, torch.Tensor]:
-    """PEFT's own ΔW of every module, without DoRA's magnitudes."""
+    """Return PEFT's own ΔW of every module, without DoRA's magnitudes."""
     return {
         name: module.get_delta_weight("default").detach().double()
         for name, module in model.base_model.model.named_modules()
@@ -109,7 +109,7 @@ def compute_deltas(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def logits(model: Any) -> torch.Tensor:
+def compute_logits(model: Any) -> torch.Tensor:
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=ids).logits

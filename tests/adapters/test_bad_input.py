@@ -1,4 +1,4 @@
-"""Bad input is one clear line and exit status 2, and OUT is whole or absent."""
+"""Bad input gives one clear line and exit status 2, and the output folder is complete or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rightrank import resize
 from rightrank.cli import main
-from tests.adapters.adapters import edit_config, make_adapter, make_base, rewrite, load_tensors
+from tests.adapters.adapters import edit_config, load_tensors, make_adapter, make_base, write_tensors
 
 pytestmark = pytest.mark.trains
 
@@ -44,7 +44,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, 
     return stop.value.code, captured.out, captured.err
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+def run_refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     status, out, err = run(capsys, *arguments)
     assert status == 2
     assert out == ""
@@ -53,18 +53,18 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return err
 
 
-def drop(folder: Path, ending: str) -> None:
+def drop_tensor(folder: Path, ending: str) -> None:
     tensors = load_tensors(folder)
-    rewrite(folder, {key: value for key, value in tensors.items() if not key.endswith(ending)})
+    write_tensors(folder, {key: value for key, value in tensors.items() if not key.endswith(ending)})
 
 
-def poison(folder: Path) -> None:
+def write_nan(folder: Path) -> None:
     tensors = load_tensors(folder)
     next(iter(tensors.values()))[0, 0] = torch.nan
-    rewrite(folder, tensors)
+    write_tensors(folder, tensors)
 
 
-def pickle_only(folder: Path) -> None:
+def rename_to_pickle(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
@@ -76,14 +76,14 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "another method": (lambda f: edit_config(f, peft_type="IA3"), "only 'LORA'"),
     "rank of no number": (lambda f: edit_config(f, r="8"), "whole number"),
     "foreign option": (lambda f: edit_config(f, use_qalora=True), "use_qalora"),
-    "pickled": (pickle_only, "safe_serialization=True"),
+    "pickled": (rename_to_pickle, "safe_serialization=True"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "damaged weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 40), "not a readable"),
     "no factors": (lambda f: save_file({"x": torch.zeros(1)}, f / "adapter_model.safetensors"), "no LoRA factors"),
-    "a tensor is missing": (lambda f: drop(f, "layers.1.mlp.down_proj.lora_B.weight"), "no lora_B"),
+    "a tensor is missing": (lambda f: drop_tensor(f, "layers.1.mlp.down_proj.lora_B.weight"), "no lora_B"),
     "rank denied": (lambda f: edit_config(f, r=4), "rank 8 in the weights and 4"),
     "pattern denied": (lambda f: edit_config(f, rank_pattern={"q_proj": 2}), "and 2 in"),
-    "NaN": (poison, "NaN"),
+    "NaN": (write_nan, "NaN"),
 }
 
 
@@ -91,8 +91,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 def test_a_damaged_adapter(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path, name: str) -> None:
     damage, word = DAMAGE[name]
     damage(adapter)
-    assert word in complaint(capsys, "inspect", adapter, "--json")
-    assert word in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2, "--json")
+    assert word in run_refused(capsys, "inspect", adapter, "--json")
+    assert word in run_refused(capsys, "resize", adapter, tmp_path / "out", "--rank", 2, "--json")
     assert [path.name for path in tmp_path.iterdir() if path.name != "adapter"] == []
 
 
@@ -128,8 +128,8 @@ def test_an_alpha_pattern_of_0_is_an_update_of_zero(adapter: Path, tmp_path: Pat
 def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
     tensors = load_tensors(adapter)
     key = next(key for key in tensors if "lora_B" in key)
-    rewrite(adapter, tensors | {key: tensors[key][:, :3].contiguous()})
-    assert "do not multiply" in complaint(capsys, "inspect", adapter)
+    write_tensors(adapter, tensors | {key: tensors[key][:, :3].contiguous()})
+    assert "do not multiply" in run_refused(capsys, "inspect", adapter)
 
 
 @pytest.mark.parametrize(
@@ -150,20 +150,20 @@ def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapte
 def test_bad_rules(
     capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path, arguments: list[Any], word: str
 ) -> None:
-    assert word in complaint(capsys, "resize", adapter, tmp_path / "out", *arguments)
+    assert word in run_refused(capsys, "resize", adapter, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_out_that_exists_is_left_alone(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    assert "already exists" in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
+    assert "already exists" in run_refused(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
     assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 
 def test_a_base_changing_initialisation(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     edit_config(adapter, init_lora_weights="pissa_niter_4")
-    assert "pissa" in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
+    assert "pissa" in run_refused(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
     status, out, _ = run(capsys, "inspect", adapter, "--json")
     assert status == 0
     assert "pissa" in json.loads(out)["summary"]["notes"][0]
@@ -172,22 +172,22 @@ def test_a_base_changing_initialisation(capsys: pytest.CaptureFixture[str], adap
 def test_checkpoints_that_do_not_belong_together(
     capsys: pytest.CaptureFixture[str], base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    other = make_base(tmp_path / "gpt2", "conv1d")
+    gpt2 = make_base(tmp_path / "gpt2", "conv1d")
     capsys.readouterr()  # transformers' progress bars
-    assert "one architecture" in complaint(capsys, "inspect", "--base", base, "--finetuned", other)
-    assert "equal" in complaint(capsys, "inspect", "--base", base, "--finetuned", base)
-    assert "two checkpoints" in complaint(capsys, "inspect", "--base", base)
-    assert "two checkpoints" in complaint(capsys, "inspect")
-    assert "two checkpoints" in complaint(capsys, "inspect", adapter, "--finetuned", base)
-    assert "no such folder" in complaint(capsys, "inspect", "--base", base, "--finetuned", tmp_path / "none")
-    assert "compare two" in complaint(capsys, "inspect", base)
+    assert "one architecture" in run_refused(capsys, "inspect", "--base", base, "--finetuned", gpt2)
+    assert "equal" in run_refused(capsys, "inspect", "--base", base, "--finetuned", base)
+    assert "two checkpoints" in run_refused(capsys, "inspect", "--base", base)
+    assert "two checkpoints" in run_refused(capsys, "inspect")
+    assert "two checkpoints" in run_refused(capsys, "inspect", adapter, "--finetuned", base)
+    assert "no such folder" in run_refused(capsys, "inspect", "--base", base, "--finetuned", tmp_path / "none")
+    assert "compare two" in run_refused(capsys, "inspect", base)
     from safetensors.torch import load_file
 
     wider = Path(shutil.copytree(base, tmp_path / "wider"))
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(33)
     save_file(tensors, wider / "model.safetensors")
-    assert "[33]" in complaint(capsys, "inspect", "--base", base, "--finetuned", wider)
+    assert "[33]" in run_refused(capsys, "inspect", "--base", base, "--finetuned", wider)
 
 
 def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) -> None:
@@ -197,4 +197,4 @@ def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, t
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
     save_file(tensors, broken / "model.safetensors")
-    assert "NaN" in complaint(capsys, "inspect", "--base", base, "--finetuned", broken)
+    assert "NaN" in run_refused(capsys, "inspect", "--base", base, "--finetuned", broken)

@@ -1,4 +1,4 @@
-"""An adapter on another base of the same shapes is refused by every command, in one line and with status 2."""
+"""Every command refuses an adapter on another base model of the same shapes, in one line and with exit status 2."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.tiny import ON_CPU, make_tokenizer, write_completions
 SMALL = ["--set", "seq_len=32", "--set", "max_eval_examples=8", "--set", "max_steps=2", "--set", "device=cpu"]
 
 
-def changed(base: Path, folder: Path, factor: float = 0.0, dtype: torch.dtype = torch.float32) -> Path:
-    """A copy of a base, in which one projection of each layer has `factor` times some noise added: what a merged adapter does."""
+def copy_with_noise(base: Path, folder: Path, factor: float = 0.0, dtype: torch.dtype = torch.float32) -> Path:
+    """Copy a base model, and add noise times `factor` to one projection of each layer, as a merged adapter would."""
     shutil.copytree(base, folder)
     file = folder / "model.safetensors"
     generator = torch.Generator().manual_seed(1)
@@ -40,8 +40,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def other(base: Path) -> Path:
-    return changed(base, base.parent / "other", 0.01)
+def other_base(base: Path) -> Path:
+    return copy_with_noise(base, base.parent / "other", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_completions(tmp_path_factory.mktemp("data") / "rows.jsonl", 40)
 
 
-def identified(adapter: Path, base: Path) -> Path:
-    """The adapter, with `base.json` beside it and a name that is nowhere."""
+def write_identity(adapter: Path, base: Path) -> Path:
+    """Write `base.json` beside the adapter, and give its base model a name that does not exist."""
     (adapter / "base.json").write_bytes(load_base(str(base), ON_CPU, None).identity.to_json())
     edit_config(adapter, base_model_name_or_path="someone/gone")
     return adapter
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("known", ["by base.json", "by name"])
+@pytest.mark.parametrize("identified_by", ["by base.json", "by name"])
 @pytest.mark.parametrize(
     "command",
     [
@@ -66,36 +66,45 @@ def identified(adapter: Path, base: Path) -> Path:
     ],
 )
 def test_another_base_of_the_same_shapes_is_refused_in_one_line(
-    command: str, known: str, base: Path, other: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    identified_by: str,
+    base: Path,
+    other: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = {"0": "plain", "1": "rslora"}
-    adapters = {name: make_adapter(base, tmp_path / name, kind, rank=4) for name, kind in made.items()}
+    kinds = {"0": "plain", "1": "rslora"}
+    adapters = {name: make_adapter(base, tmp_path / name, kind, rank=4) for name, kind in kinds.items()}
     for adapter in adapters.values():
-        if known == "by base.json":
-            identified(adapter, base)
-        elif known == "by name":
+        if identified_by == "by base.json":
+            write_identity(adapter, base)
+        elif identified_by == "by name":
             edit_config(adapter, base_model_name_or_path="someone/gone")
-    places = {"base": other, "data": data, "out": tmp_path / "out"}
-    words = command.format(adapters["0"], adapters["1"], **places).split()
+    paths = {"base": other_base, "data": data, "out": tmp_path / "out"}
+    words = command.format(adapters["0"], adapters["1"], **paths).split()
     capsys.readouterr()
-    status, out, err = run([part for word in words for part in (SMALL if word == "SMALL" else [word])], capsys)
+    status, out, err = run([argument for word in words for argument in (SMALL if word == "SMALL" else [word])], capsys)
     assert (status, out) == (2, "")
     assert "it was trained on" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
 def test_a_copy_is_the_same_base_whatever_its_name_and_precision(base: Path, other: Path, tmp_path: Path) -> None:
-    adapter = identified(make_adapter(base, tmp_path / "adapter"), base)
+    adapter = write_identity(make_adapter(base, tmp_path / "adapter"), base)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        copy = changed(base, tmp_path / str(dtype), dtype=dtype)
+        copy = copy_with_noise(base, tmp_path / str(dtype), dtype=dtype)
         require_matching_base(adapter, load_base(str(copy), ON_CPU.model_copy(update={"dtype": "bfloat16"}), None))
         require_matching_base(adapter, load_base(str(copy), ON_CPU, ["a", "b"]))
         with pytest.raises(ModelError, match=r"q_proj\.weight has other values"):
-            require_matching_base(adapter, load_base(str(other), ON_CPU, None))
+            require_matching_base(adapter, load_base(str(other_base), ON_CPU, None))
 
 
 def test_the_configuration_tells_bases_of_equal_weights_apart(base: Path, tmp_path: Path) -> None:
-    copy, adapter = changed(base, tmp_path / "copy"), identified(make_adapter(base, tmp_path / "adapter"), base)
+    copy, adapter = (
+        copy_with_noise(base, tmp_path / "copy"),
+        write_identity(make_adapter(base, tmp_path / "adapter"), base),
+    )
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     with pytest.raises(ModelError, match=r"its rms_norm_eps is .*, here it is 0\.5"):
@@ -115,8 +124,8 @@ def test_a_damaged_identity_is_one_line(base: Path, tmp_path: Path) -> None:
 def test_an_adapter_that_is_handed_over_keeps_what_its_base_is_known_by(
     base: Path, other: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--ranks", "1,4", "--goal", "adapter", *SMALL, "--quiet"]
-    assert run(["select", str(base), str(data), "--out", str(tmp_path / "run"), *given], capsys)[0] == 0
+    options = ["--ranks", "1,4", "--goal", "adapter", *SMALL, "--quiet"]
+    assert run(["select", str(base), str(data), "--out", str(tmp_path / "run"), *options], capsys)[0] == 0
     handed_over = tmp_path / "run" / "adapter"
     saved = {file.read_bytes() for file in (tmp_path / "run" / "trials").rglob("adapter_model.safetensors")}
     assert (handed_over / "adapter_model.safetensors").read_bytes() in saved
@@ -125,4 +134,4 @@ def test_an_adapter_that_is_handed_over_keeps_what_its_base_is_known_by(
         assert read_identity(folder / "base.json").name == str(base.resolve())
         load_strictly(base, folder)  # PEFT has no remark
         with pytest.raises(ModelError, match="trained on a different base"):
-            require_matching_base(folder, load_base(str(other), ON_CPU, None))
+            require_matching_base(folder, load_base(str(other_base), ON_CPU, None))

@@ -29,7 +29,7 @@ OPTIONS = ["--seq-len", "32", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that learned something."""
+    """Train an adapter that learned something."""
     root = tmp_path_factory.mktemp("compared")
     runtime = make_runtime(model_folder, completion_file, build_small_settings(max_steps=60), root / "cache")
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=60)
@@ -46,12 +46,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
 
 
 def test_an_adapter_is_not_worse_than_itself(trained: Path, model_folder: Path, completion_file: Path) -> None:
-    found = compare(
+    comparison = compare(
         trained, trained, model=str(model_folder), data=completion_file, settings=SelectSettings(**SETTINGS)
     )
-    assert (found.verdict, found.difference, found.difference_high) == ("not_worse", 0.0, 0.0)
-    assert found.sentence.startswith(f"B ({trained}) against A ({trained})")  # two folders of one name
-    assert found.examples == len({line for line in completion_file.read_text().splitlines() if line})
+    assert (comparison.verdict, comparison.difference, comparison.difference_high) == ("not_worse", 0.0, 0.0)
+    assert comparison.sentence.startswith(f"B ({trained}) against A ({trained})")  # two folders of one name
+    assert comparison.examples == len({line for line in completion_file.read_text().splitlines() if line})
 
 
 def test_rows_that_a_run_trained_on_are_left_out(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
@@ -59,15 +59,18 @@ def test_rows_that_a_run_trained_on_are_left_out(model_folder: Path, completion_
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
     train = [example.example_id for example in load_data(completion_file, settings).examples["train"]]
     rows = len({line for line in completion_file.read_text().splitlines() if line})
-    asked: dict[str, Any] = {"model": str(model_folder), "settings": SelectSettings(**SETTINGS)}
-    found = compare("base", run / "adapter", data=completion_file, **asked)
-    assert (found.trained_on, found.examples) == (len(train), rows - len(train))
-    assert f"({len(train)} more are training examples of A or B)" in found.sentence
-    seen = [json.loads(line) for line in completion_file.read_text().splitlines()]
-    kept = load_data(completion_file, settings).examples["train"]
-    only = write_jsonl(tmp_path / "seen.jsonl", [row for row in seen if row in [dict(one.content) for one in kept]])
+    arguments: dict[str, Any] = {"model": str(model_folder), "settings": SelectSettings(**SETTINGS)}
+    comparison = compare("base", run / "adapter", data=completion_file, **arguments)
+    assert (comparison.trained_on, comparison.examples) == (len(train), rows - len(train))
+    assert f"({len(train)} more are training examples of A or B)" in comparison.sentence
+    all_rows = [json.loads(line) for line in completion_file.read_text().splitlines()]
+    training_examples = load_data(completion_file, settings).examples["train"]
+    only = write_jsonl(
+        tmp_path / "seen.jsonl",
+        [row for row in all_rows if row in [dict(training_example.content) for training_example in training_examples]],
+    )
     with pytest.raises(DataError, match="are among the training examples of A or B"):
-        compare("base", run / "adapter", data=only, **asked)
+        compare("base", run / "adapter", data=only, **arguments)
 
 
 def test_exit_status_and_json(
@@ -97,9 +100,9 @@ def test_columns_of_other_names_are_named_as_in_select(
     renamed = write_jsonl(
         tmp_path / "renamed.jsonl", [{"asked": r["prompt"], "completion": r["completion"]} for r in rows]
     )
-    given = [trained, "base", "--model", model_folder, *OPTIONS, "--margin", "0.05", "--json"]
+    arguments = [trained, "base", "--model", model_folder, *OPTIONS, "--margin", "0.05", "--json"]
     answers = [
-        json.loads(run(capsys, *given, "--data", *data)[1])["difference"]
+        json.loads(run(capsys, *arguments, "--data", *data)[1])["difference"]
         for data in ([completion_file], [renamed, "--columns", "prompt=asked"])
     ]
     assert answers[0] == answers[1]
@@ -108,18 +111,20 @@ def test_columns_of_other_names_are_named_as_in_select(
 def test_several_data_sets_give_the_worst_verdict(
     trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(completion_file.read_text().splitlines(keepends=True)[:20]))
+    second_file = tmp_path / "other.jsonl"
+    second_file.write_text("".join(completion_file.read_text().splitlines(keepends=True)[:20]))
     settings = SelectSettings(**SETTINGS | {"margin": 0.05})
-    found = compare(trained, "base", model=str(model_folder), data=[completion_file, other], settings=settings)
-    assert [one.data for one in found.comparisons] == [str(completion_file), str(other)]
-    assert found.verdict == "worse"
+    comparison = compare(
+        trained, "base", model=str(model_folder), data=[completion_file, second_file], settings=settings
+    )
+    assert [result.data for result in comparison.comparisons] == [str(completion_file), str(second_file)]
+    assert comparison.verdict == "worse"
 
 
 def test_a_whole_model_can_be_a_side(model_folder: Path, completion_file: Path) -> None:
     settings = SelectSettings(**SETTINGS)
-    found = compare(model_folder, "base", model=str(model_folder), data=completion_file, settings=settings)
-    assert found.difference == pytest.approx(0.0, abs=1e-6)
+    comparison = compare(model_folder, "base", model=str(model_folder), data=completion_file, settings=settings)
+    assert comparison.difference == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_side_that_is_neither_is_one_line(
@@ -156,9 +161,9 @@ def test_a_damaged_side_is_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    side = Path(shutil.copytree(trained, tmp_path / "side"))
-    damage(side)
-    code, out = run(capsys, "base", side, "--model", model_folder, "--data", completion_file, *OPTIONS)
+    damaged = Path(shutil.copytree(trained, tmp_path / "side"))
+    damage(damaged)
+    code, out = run(capsys, "base", damaged, "--model", model_folder, "--data", completion_file, *OPTIONS)
     assert words in out
     assert code == 2
     assert out.splitlines()[-1].startswith("rightrank: ")
@@ -176,8 +181,8 @@ def test_an_adapter_of_another_task_than_the_data_is_one_line(
 def test_a_metric_that_the_rows_do_not_have_is_one_line(
     trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["base", trained, "--model", model_folder, "--data", completion_file, "--metric", "accuracy", *OPTIONS]
-    code, out = run(capsys, *given)
+    arguments = ["base", trained, "--model", model_folder, "--data", completion_file, "--metric", "accuracy", *OPTIONS]
+    code, out = run(capsys, *arguments)
     assert (code, out.count("\n")) == (2, 1)
     assert "metric 'accuracy'" in out
     assert "they have loss" in out
@@ -202,32 +207,34 @@ def test_progress_is_reported_logged_and_switched_off(
     events: list[EvaluationProgress] = []
     settings = SelectSettings(**SETTINGS)
     compare("base", trained, model=str(model_folder), data=completion_file, settings=settings, on_event=events.append)
-    whats = list(dict.fromkeys(event.what for event in events))
-    assert [what.split()[0] for what in whats] == ["A", "B"]
-    for what in whats:
-        items = [event.examples for event in events if event.what == what]
+    subjects = list(dict.fromkeys(event.what for event in events))
+    assert [subject.split()[0] for subject in subjects] == ["A", "B"]
+    for subject in subjects:
+        items = [event.examples for event in events if event.what == subject]
         assert items == sorted(items)
         assert items[-1] == events[0].total_examples
     common = ["base", trained, "--model", model_folder, "--data", completion_file, "--margin", "9", "--json", *OPTIONS]
     for option in ("--log-json", "--quiet"):
         capsys.readouterr()
         with pytest.raises(SystemExit):
-            main(["compare", *(str(one) for one in common), option])
+            main(["compare", *(str(record) for record in common), option])
         captured = capsys.readouterr()
         assert json.loads(captured.out)["verdict"] == "not_worse"
         logged = [json.loads(line) for line in captured.err.splitlines()]
-        assert {one["event"] for one in logged} == ({"evaluating"} if option == "--log-json" else set())
+        assert {record["event"] for record in logged} == ({"evaluating"} if option == "--log-json" else set())
 
 
 def test_losses_per_token_of_two_tokenizers_are_not_compared(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
-    merged = json.loads((other / "tokenizer.json").read_text())
+    changed = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    merged = json.loads((changed / "tokenizer.json").read_text())
     merged["model"]["merges"] = merged["model"]["merges"][:20]
-    (other / "tokenizer.json").write_text(json.dumps(merged))
+    (changed / "tokenizer.json").write_text(json.dumps(merged))
     with pytest.raises(ModelError, match="different tokenizers") as caught:
-        compare(model_folder, other, model=str(model_folder), data=completion_file, settings=SelectSettings(**SETTINGS))
+        compare(
+            model_folder, changed, model=str(model_folder), data=completion_file, settings=SelectSettings(**SETTINGS)
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -236,6 +243,8 @@ def test_examples_without_a_label_are_counted(model_folder: Path, tmp_path: Path
     rows = [{"prompt": f"{number} cats", "completion": " sat on a mat"} for number in range(10)]
     rows += [{"prompt": f"{long} {number}", "completion": " sat"} for number in range(3)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    found = compare("base", "base", model=str(model_folder), data=data, settings=SelectSettings(**SETTINGS))
-    assert (found.examples, found.left_out) == (10, 3)
-    assert "on 10 examples, taken as independent (3 more have no label within the maximum length)" in found.sentence
+    comparison = compare("base", "base", model=str(model_folder), data=data, settings=SelectSettings(**SETTINGS))
+    assert (comparison.examples, comparison.left_out) == (10, 3)
+    assert (
+        "on 10 examples, taken as independent (3 more have no label within the maximum length)" in comparison.sentence
+    )

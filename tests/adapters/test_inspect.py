@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.api.adapters import inspect
 from rightrank.cli import main
-from tests.adapters.adapters import compute_deltas, load_strictly, make_adapter, make_base, rewrite, load_tensors
+from tests.adapters.adapters import compute_deltas, load_strictly, load_tensors, make_adapter, make_base, write_tensors
 
 pytestmark = pytest.mark.trains
 
@@ -28,9 +28,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_values_are_those_of_pefts_own_delta(base: Path, tmp_path: Path, kind: str) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", kind)
     theirs = compute_deltas(load_strictly(base, adapter))
-    found = inspect(adapter)
-    assert {module.name for module in found.modules} == theirs.keys()
-    for module in found.modules:
+    inspection = inspect(adapter)
+    assert {module.name for module in inspection.modules} == theirs.keys()
+    for module in inspection.modules:
         dense = torch.linalg.svdvals(theirs[module.name])[: module.rank].numpy()
         ours = np.array(module.singular_values)
         count = min(len(dense), len(ours))
@@ -44,25 +44,25 @@ def test_untrained_and_dead_modules_and_useless_patterns_are_reported(base: Path
     keys = [key for key in tensors if "lora_B" in key]
     tensors[keys[0]].zero_()
     tensors[keys[1]] *= 1e-6
-    rewrite(adapter, tensors)
-    found = inspect(adapter)
+    write_tensors(adapter, tensors)
+    inspection = inspect(adapter)
     names = [key.removeprefix("base_model.model.").removesuffix(".lora_B.weight") for key in keys[:2]]
-    assert found.summary.untrained == names[:1]
-    assert found.summary.dead == names[1:]
-    untrained = next(module for module in found.modules if module.name == names[0])
+    assert inspection.summary.untrained == names[:1]
+    assert inspection.summary.dead == names[1:]
+    untrained = next(module for module in inspection.modules if module.name == names[0])
     assert (untrained.stable_rank, untrained.noise_rank, untrained.energy_rank["0.99"]) == (0, 0, 0)
-    assert "no_such_module" in found.summary.notes[0]
+    assert "no_such_module" in inspection.summary.notes[0]
 
 
 def test_modules_to_save_are_listed(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", "modules_to_save")
-    kept = inspect(adapter).summary.modules_to_save
-    assert "model.norm.weight" in kept
-    assert all(name.endswith("norm.weight") for name in kept)
+    names = inspect(adapter).summary.modules_to_save
+    assert "model.norm.weight" in names
+    assert all(name.endswith("norm.weight") for name in names)
 
 
-def fine_tuned(base: Path, folder: Path, rank: int) -> Path:
-    """The base plus a planted update of that rank, with entries of noise, in every q_proj; and one changed norm."""
+def write_fine_tuned(base: Path, folder: Path, rank: int) -> Path:
+    """Save the base model plus noise and an update of a given rank in every q_proj, and one changed norm."""
     shutil.copytree(base, folder)
     tensors = load_file(base / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
@@ -76,25 +76,29 @@ def fine_tuned(base: Path, folder: Path, rank: int) -> Path:
 
 
 def test_a_full_fine_tune_shows_the_rank_that_was_planted(base: Path, tmp_path: Path) -> None:
-    found = inspect(base=base, finetuned=fine_tuned(base, tmp_path / "tuned", 3))
-    assert [module.noise_rank for module in found.modules] == [3, 3, 3]
-    assert all(module.energy_rank["0.95"] == 3 for module in found.modules)
-    assert found.summary.not_matrices == ["model.norm.weight"]
-    assert found.summary.unchanged > 0
+    inspection = inspect(base=base, finetuned=write_fine_tuned(base, tmp_path / "tuned", 3))
+    assert [module.noise_rank for module in inspection.modules] == [3, 3, 3]
+    assert all(module.energy_rank["0.95"] == 3 for module in inspection.modules)
+    assert inspection.summary.not_matrices == ["model.norm.weight"]
+    assert inspection.summary.unchanged > 0
 
 
 def test_a_sketch_agrees_with_the_exact_values(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rightrank.adapters import spectra
 
-    tuned = fine_tuned(base, tmp_path / "tuned", 3)
+    tuned = write_fine_tuned(base, tmp_path / "tuned", 3)
     exact = spectra.inspect_checkpoints(base, tuned).modules
     monkeypatch.setattr(spectra, "EXACT_SIDE", 16)
     sketched = spectra.inspect_checkpoints(base, tuned, sketch_rank=6).modules
-    for left, right in zip(exact, sketched, strict=True):
-        assert "partial_spectrum" in right.flags
-        assert right.singular_values[:3] == pytest.approx(left.singular_values[:3], rel=1e-3)
-        assert right.frobenius_norm == pytest.approx(left.frobenius_norm, rel=1e-5)
-        assert (right.noise_rank, right.energy_rank["0.9"], right.effective_rank) == (3, 3, None)
+    for exact_module, sketched_module in zip(exact, sketched, strict=True):
+        assert "partial_spectrum" in sketched_module.flags
+        assert sketched_module.singular_values[:3] == pytest.approx(exact_module.singular_values[:3], rel=1e-3)
+        assert sketched_module.frobenius_norm == pytest.approx(exact_module.frobenius_norm, rel=1e-5)
+        assert (sketched_module.noise_rank, sketched_module.energy_rank["0.9"], sketched_module.effective_rank) == (
+            3,
+            3,
+            None,
+        )
 
 
 def test_json_is_one_object_with_the_promised_keys(

@@ -27,7 +27,7 @@ from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import attach_adapter
 from rightrank.train.trial import TrialFolders
-from tests.adapters.adapters import compute_deltas, load_strictly, make_adapter, make_base, load_tensors
+from tests.adapters.adapters import compute_deltas, load_strictly, load_tensors, make_adapter, make_base
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, write_completions
 
@@ -38,7 +38,7 @@ SETTINGS = ["--set", "seq_len=32", "--set", "max_eval_examples=12", "--set", "ba
 
 @pytest.fixture(scope="module")
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A rank-8 adapter that learned something, in few directions."""
+    """Train an adapter of rank 8 that learned something, in few directions."""
     root = tmp_path_factory.mktemp("trained")
     runtime = make_runtime(model_folder, completion_file, build_small_settings(max_steps=150), root / "cache")
     arm = Arm(rank=8, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=150)
@@ -46,7 +46,7 @@ def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.
     return root / "adapter"
 
 
-def answer_of(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
+def run_resize(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(["resize", *(str(argument) for argument in arguments), "--json"])
@@ -60,7 +60,7 @@ def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
     trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "small"
-    resized = answer_of(capsys, trained, out, "--data", completion_file, "--margin", 0.05, *SETTINGS)
+    resized = run_resize(capsys, trained, out, "--data", completion_file, "--margin", 0.05, *SETTINGS)
     answer = resized["answer"]
     assert (resized["rank"], answer["trained_rank"], answer["reference_id"]) == (answer["rank"], 8, "r8")
     by_rank = {entry["rank"]: entry["value"] for entry in resized["held_out"]}
@@ -70,25 +70,29 @@ def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
         assert candidate["value"] == by_rank[candidate["rank"]]
         assert candidate["difference"] == pytest.approx(by_rank[candidate["rank"]] - by_rank[8], abs=1e-6)
         assert candidate["is_within_margin"] == (candidate["difference_high"] < 0.05)
-    assert all(one["is_within_margin"] for one in answer["candidates"] if one["rank"] >= answer["rank"])
+    assert all(
+        candidate_record["is_within_margin"]
+        for candidate_record in answer["candidates"]
+        if candidate_record["rank"] >= answer["rank"]
+    )
     assert open_adapter(out).config["r"] == answer["rank"]
 
 
 def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_file: Path, tmp_path: Path) -> None:
-    """The folder holds what the writer makes of the gathered moments, and not the plain SVD."""
+    """Compare the folder with the truncation by the gathered moments, and not by the plain SVD."""
     settings = SelectSettings(seq_len=32, max_eval_examples=12, batch_size=4, margin=10.0, device="cpu")
-    found = resize(
+    resized = resize(
         trained, tmp_path / "small", data=completion_file, settings=settings, ranks=(2,), train=completion_file
     )
-    assert any("K-FAC over" in note for note in found.notes)
+    assert any("K-FAC over" in note for note in resized.notes)
     adapter = open_adapter(trained)
     runtime = make_adapter_runtime(adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache"))
     steps = settings.count_training_steps(len(runtime.data.splits["train"]))
     with attach_adapter(runtime, trained) as peft_model:
         moments = gather_unseen_moments(runtime, peft_model, 0, steps).moments
     chosen = cap_ranks(adapter, 2, moments)
-    assert found.rank == 2 < max(chosen.values()) <= 8
-    assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
+    assert resized.rank == 2 < max(chosen.values()) <= 8
+    assert resized.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
     resize_adapter(adapter, tmp_path / "kfac", chosen, moments)
     resize_adapter(adapter, tmp_path / "svd", chosen)
     small, kfac, svd = (load_tensors(tmp_path / name) for name in ("small", "kfac", "svd"))
@@ -107,17 +111,17 @@ def test_the_reported_value_is_that_of_the_written_folder(
     runtime = make_adapter_runtime(
         adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache", splits=splits)
     )
-    before = runtime.evaluate("validation").loss
+    base_loss = runtime.evaluate("validation").loss
     with attach_adapter(runtime, tmp_path / "small"):
         loss = runtime.evaluate("validation").loss
     by_rank = {entry.rank: entry.value for entry in resized.held_out}
     assert loss == pytest.approx(by_rank[resized.rank or 0], rel=1e-5)
-    assert runtime.evaluate("validation").loss == before == pytest.approx(by_rank[0], rel=1e-6)
+    assert runtime.evaluate("validation").loss == base_loss == pytest.approx(by_rank[0], rel=1e-6)
     load_strictly(model_folder, tmp_path / "small")
 
 
 def test_a_file_without_splits_is_scored_whole_and_the_number_is_stated(trained: Path, tmp_path: Path) -> None:
-    """Each half of it by the truncation whose moments come from the other half."""
+    """Score each half with the truncation whose moments come from the other half."""
     held_out = write_completions(tmp_path / "held_out.jsonl", count=30, seed=7)
     events: list[EvaluationProgress | Notice] = []
     settings = SelectSettings(seq_len=32)
@@ -134,12 +138,12 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
     train = tmp_path / "train.jsonl"
     train.write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
     adapter, settings = open_adapter(trained), SelectSettings(seq_len=32)
-    known = load_evaluation_data(adapter, completion_file, train, settings)
-    texts = {json.dumps(dict(one.content)) for one in known.splits.examples["validation"]}
+    evaluation_data = load_evaluation_data(adapter, completion_file, train, settings)
+    texts = {json.dumps(dict(example.content)) for example in evaluation_data.splits.examples["validation"]}
     assert texts == {json.dumps(json.loads(line)) for line in lines[150:]} - {
         json.dumps(json.loads(line)) for line in lines[:150]
     }
-    assert "training examples of the adapter are left out" in known.note
+    assert "training examples of the adapter are left out" in evaluation_data.note
     with pytest.raises(DataError, match="are among the adapter's training examples"):
         load_evaluation_data(
             adapter,
@@ -154,12 +158,14 @@ def test_a_run_folder_tells_what_its_adapter_was_trained_on(
 ) -> None:
     settings = build_small_settings(max_steps=2, goal="adapter")
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
-    trained_on = {one.example_id for one in load_data(completion_file, settings).examples["train"]}
-    found = load_evaluation_data(open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32))
-    scored = {one.example_id for one in found.splits.examples["validation"]}
+    trained_on = {example.example_id for example in load_data(completion_file, settings).examples["train"]}
+    evaluation_data = load_evaluation_data(
+        open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32)
+    )
+    scored = {example.example_id for example in evaluation_data.splits.examples["validation"]}
     assert scored
     assert not scored & trained_on
-    assert not found.scores_training_examples
+    assert not evaluation_data.scores_training_examples
 
 
 def test_rank_1_leaves_nothing_to_measure(
@@ -175,15 +181,15 @@ def test_rank_1_leaves_nothing_to_measure(
 def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     settings = build_small_settings(max_steps=2, modules_to_save=("norm",))
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
-    before = {name: value.clone() for name, value in runtime.model.state_dict().items()}
+    initial = {name: value.clone() for name, value in runtime.model.state_dict().items()}
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=2)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Listener())
     with attach_adapter(runtime, tmp_path / "adapter"):
-        assert not torch.equal(runtime.model.model.norm.weight, before["model.norm.weight"])
-    after = runtime.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+        assert not torch.equal(runtime.model.model.norm.weight, initial["model.norm.weight"])
+    restored = runtime.model.state_dict()
+    assert restored.keys() == initial.keys()
+    assert all(torch.equal(restored[name], initial[name]) for name in initial)
 
 
 @pytest.fixture(scope="module")
@@ -191,18 +197,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
-def random_moments(adapter: AdapterFolder) -> dict[str, Moments]:
-    """Of unlike scale from module to module, so that some are worth more rank than others."""
+def draw_moments(adapter: AdapterFolder) -> dict[str, Moments]:
+    """Draw moments of different scales, so that some modules should get a higher rank than others."""
     generator = np.random.default_rng(0)
-    found: dict[str, Moments] = {}
+    moments: dict[str, Moments] = {}
     for number, module in enumerate(adapter.modules):
         pair = [generator.standard_normal((40, module.rank)) * 2.0 ** (number % 5) for _ in range(2)]
-        found[module.name] = Moments(*(rows.T @ rows / len(rows) for rows in pair))
-    return found
+        moments[module.name] = Moments(*(rows.T @ rows / len(rows) for rows in pair))
+    return moments
 
 
-def equal_scales(base: Path, folder: Path) -> bool:
-    """Whether PEFT scales every module as a server does: by `lora_alpha` and `r` of the configuration alone."""
+def has_equal_scales(base: Path, folder: Path) -> bool:
+    """Return whether PEFT scales every module as a server does: by `lora_alpha` and `r` of the configuration alone."""
     config = json.loads((folder / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     model = load_strictly(base, folder)
@@ -215,31 +221,36 @@ def equal_scales(base: Path, folder: Path) -> bool:
 def test_every_module_has_one_scale(base: Path, tmp_path: Path, kind: str, rule: dict[str, Any]) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", kind)
     resize(adapter, tmp_path / "out", **rule)
-    assert equal_scales(base, tmp_path / "out")
+    assert has_equal_scales(base, tmp_path / "out")
     if rule == {"rank": 14}:  # the function is the same
-        before, after = compute_deltas(load_strictly(base, adapter)), compute_deltas(load_strictly(base, tmp_path / "out"))
-        assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
+        deltas, new_deltas = (
+            compute_deltas(load_strictly(base, adapter)),
+            compute_deltas(load_strictly(base, tmp_path / "out")),
+        )
+        assert all(torch.allclose(deltas[name], new_deltas[name], atol=1e-5) for name in deltas)
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora"])
 @pytest.mark.parametrize("max_rank", [2, 6])
 def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: Path, kind: str, max_rank: int) -> None:
     adapter = open_adapter(make_adapter(base, tmp_path / "adapter", kind))
-    moments = random_moments(adapter)
-    parts = {m.name: decompose_update(*adapter.load_factors(m), m.scaling, moments[m.name]) for m in adapter.modules}
+    moments = draw_moments(adapter)
+    updates = {m.name: decompose_update(*adapter.load_factors(m), m.scaling, moments[m.name]) for m in adapter.modules}
     costs = [module.rows + module.columns for module in adapter.modules]
-    ranks = allocate_ranks([found.costs for found in parts.values()], costs, 2 * sum(costs), max_rank)
-    chosen = dict(zip(parts, ranks, strict=True))
+    ranks = allocate_ranks([update.costs for update in updates.values()], costs, 2 * sum(costs), max_rank)
+    chosen = dict(zip(updates, ranks, strict=True))
     resized = resize_adapter(adapter, tmp_path / "small", chosen, moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert config["r"] == 2 <= max(ranks) <= max_rank
     assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"]) == bool(config["alpha_pattern"])
-    assert equal_scales(base, tmp_path / "small")
+    assert has_equal_scales(base, tmp_path / "small")
     assert resized.parameters_after <= 2 * sum(costs)
     loaded = compute_deltas(load_strictly(base, tmp_path / "small"))
     for module in adapter.modules:
-        part, rank = parts[module.name], chosen[module.name]
-        b, a = part.b[:, :rank], part.a[:rank]
+        module_update, rank = updates[module.name], chosen[module.name]
+        b, a = module_update.b[:, :rank], module_update.a[:rank]
         assert torch.allclose(loaded[module.name].double(), torch.from_numpy(module.scaling * b @ a), atol=1e-5)
-    held = sum(p.numel() for name, p in load_strictly(base, tmp_path / "small").named_parameters() if "lora_" in name)
-    assert held == resized.parameters_after
+    num_parameters = sum(
+        p.numel() for name, p in load_strictly(base, tmp_path / "small").named_parameters() if "lora_" in name
+    )
+    assert num_parameters == resized.parameters_after

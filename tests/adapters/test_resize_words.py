@@ -14,10 +14,10 @@ from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import (
     edit_config,
+    load_tensors,
     make_adapter,
     make_base,
-    rewrite,
-    load_tensors,
+    write_tensors,
 )
 from tests.commands import COMMANDS, run
 from tests.tiny import make_tokenizer, write_completions
@@ -42,30 +42,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_adapter_that_learned_nothing_has_no_gain(base: Path, data: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank=4)
-    rewrite(adapter, {key: value * ("lora_B" not in key) for key, value in load_tensors(adapter).items()})
-    found = resize(adapter, tmp_path / "out", data=data, ranks=(1,), settings=SelectSettings(**SETTINGS))
-    assert found.answer is not None
-    assert found.no_gain
-    values = {one.rank: one.value for one in found.held_out}
-    assert found.answer.sentence.startswith(
+    write_tensors(adapter, {key: value * ("lora_B" not in key) for key, value in load_tensors(adapter).items()})
+    resized = resize(adapter, tmp_path / "out", data=data, ranks=(1,), settings=SelectSettings(**SETTINGS))
+    assert resized.answer is not None
+    assert resized.no_gain
+    values = {entry.rank: entry.value for entry in resized.held_out}
+    assert resized.answer.sentence.startswith(
         f"No gain: the base model alone has {values[0]:.4f} and the adapter {values[4]:.4f}"
     )
     changed = make_adapter(base, tmp_path / "changed", rank=4)
-    found = resize(changed, tmp_path / "out2", data=data, ranks=(1,), margin=1e-6, settings=SelectSettings(**SETTINGS))
-    assert not found.no_gain
+    resized = resize(
+        changed, tmp_path / "out2", data=data, ranks=(1,), margin=1e-6, settings=SelectSettings(**SETTINGS)
+    )
+    assert not resized.no_gain
 
 
 def test_advice_is_a_command_that_select_takes(base: Path, data: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank=4)
-    found = resize(adapter, tmp_path / "out", data=data, margin=1e-9, settings=SelectSettings(**SETTINGS))
-    assert found.answer is not None
-    notes = [note for note in found.answer.notes if "direct training" in note]
+    resized = resize(adapter, tmp_path / "out", data=data, margin=1e-9, settings=SelectSettings(**SETTINGS))
+    assert resized.answer is not None
+    notes = [note for note in resized.answer.notes if "direct training" in note]
     assert notes
     assert SEARCH_OPTION not in notes[0]
     words = shlex.split(notes[0].partition("(")[2].partition(")")[0])
     assert words[:2] == ["rightrank", "select"]
-    known = {option for parameter in COMMANDS["select"].params for option in parameter.opts}
-    assert {word for word in words if word.startswith("--")} <= known
+    options = {option for parameter in COMMANDS["select"].params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options
     assert words[words.index("--ranks") + 1] == "1,2,4"
 
 
@@ -78,9 +80,9 @@ def test_a_base_that_is_not_found_from_here_is_one_line(
     status, out, err = run(["resize", str(adapter), str(tmp_path / "out"), "--data", str(data), *SMALL], capsys)
     assert (status, out) == (2, "")
     assert f"names the base 'models/base', which cannot be found from {Path.cwd()}; give it with --base MODEL" in err
-    given = ["--data", str(data), "--margin", "9", "--base", str(base), "--json", *SMALL]
+    arguments = ["--data", str(data), "--margin", "9", "--base", str(base), "--json", *SMALL]
     assert (
-        run(["resize", str(adapter), str(tmp_path / "out"), *given], capsys)[0] == 0
+        run(["resize", str(adapter), str(tmp_path / "out"), *arguments], capsys)[0] == 0
     )  # the last part is that of the name
 
 
@@ -89,9 +91,9 @@ def test_a_rank_that_is_shared_out_is_said_with_the_range_of_the_modules(
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank=8)
     capsys.readouterr()
-    given = ["--data", str(data), "--ranks", "2", "--margin", "9", *SMALL]
-    assert run(["resize", str(adapter), str(tmp_path / "out"), *given], capsys)[0] == 0
-    status, out, _ = run(["resize", str(adapter), str(tmp_path / "again"), *given], capsys)
+    arguments = ["--data", str(data), "--ranks", "2", "--margin", "9", *SMALL]
+    assert run(["resize", str(adapter), str(tmp_path / "out"), *arguments], capsys)[0] == 0
+    status, out, _ = run(["resize", str(adapter), str(tmp_path / "again"), *arguments], capsys)
     ranks = [module.rank for module in open_adapter(tmp_path / "out").modules]
     words = f"rank 2 (modules from {min(ranks)} to {max(ranks)})"
     assert status == 0
@@ -105,11 +107,11 @@ def test_a_rank_that_is_shared_out_is_said_with_the_range_of_the_modules(
 def test_what_lies_beside_the_factors_is_counted_and_kept(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", "modules_to_save", rank=4)
     make_tokenizer().save_pretrained(adapter)
-    found = resize(adapter, tmp_path / "out", rank=2)
-    whole = open_adapter(adapter).other_keys
-    count = sum(load_tensors(adapter)[key].numel() for key in whole)
-    assert f"unchanged: {len(whole)} fully trained tensors with {count:,} parameters" in found.notes
-    assert set(whole) <= set(load_tensors(tmp_path / "out"))
+    resized = resize(adapter, tmp_path / "out", rank=2)
+    other_keys = open_adapter(adapter).other_keys
+    count = sum(load_tensors(adapter)[key].numel() for key in other_keys)
+    assert f"unchanged: {len(other_keys)} fully trained tensors with {count:,} parameters" in resized.notes
+    assert set(other_keys) <= set(load_tensors(tmp_path / "out"))
     for file in adapter.glob("*token*"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
@@ -126,6 +128,6 @@ def test_a_folder_of_named_adapters_names_them(base: Path, tmp_path: Path, capsy
     status, _, err = run(["inspect", str(tmp_path / "all")], capsys)
     assert status == 2
     assert f"give one of the adapters in it: {tmp_path / 'all' / 'default'}, {tmp_path / 'all' / 'second'}" in err
-    given = ["resize", str(tmp_path / "all" / "second"), str(tmp_path / "out"), "--rank", "2", "--json"]
-    status, out, _ = run(given, capsys)
+    arguments = ["resize", str(tmp_path / "all" / "second"), str(tmp_path / "out"), "--rank", "2", "--json"]
+    status, out, _ = run(arguments, capsys)
     assert (status, json.loads(out)["rank"]) == (0, 2)

@@ -13,12 +13,12 @@ from rightrank.api.adapters import resize
 from tests.adapters.adapters import (
     KINDS,
     compute_deltas,
+    compute_logits,
     load_base,
     load_strictly,
-    logits,
+    load_tensors,
     make_adapter,
     make_base,
-    load_tensors,
 )
 
 pytestmark = pytest.mark.trains
@@ -28,34 +28,36 @@ pytestmark = pytest.mark.trains
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("bases")
 
-    def base_of(kind: str) -> Path:
+    def make_kind(kind: str) -> Path:
         family = kind if kind in ("conv1d", "lora_bias", "embedding") else "plain"
         return make_base(root / family, family)
 
-    return base_of
+    return make_kind
 
 
-def relative_distance(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> float:
+def compute_relative_distance(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> float:
     assert old.keys() == new.keys()
     error = math.hypot(*(float((new[name] - old[name]).norm()) for name in old))
     return error / math.hypot(*(float(value.norm()) for value in old.values()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [{"rank": 3}, {"energy": 0.8}], ids=["rank", "energy"])
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.8}], ids=["rank", "energy"])
 def test_the_reported_error_is_the_error_after_reloading(
-    bases: Any, tmp_path: Path, kind: str, how: dict[str, Any]
+    bases: Any, tmp_path: Path, kind: str, rule: dict[str, Any]
 ) -> None:
     base = bases(kind)
     adapter = make_adapter(base, tmp_path / "adapter", kind)
-    resized = resize(adapter, tmp_path / "small", **how)
+    resized = resize(adapter, tmp_path / "small", **rule)
     old, new = load_strictly(base, adapter), load_strictly(base, tmp_path / "small")
-    measured = relative_distance(compute_deltas(old), compute_deltas(new))
+    measured = compute_relative_distance(compute_deltas(old), compute_deltas(new))
     assert 0.01 < resized.relative_delta_error < 0.9
     assert measured == pytest.approx(resized.relative_delta_error, abs=1e-6)
     for module in resized.modules:
-        before, after = compute_deltas(old)[module.name], compute_deltas(new)[module.name]
-        assert float((after - before).norm() / before.norm()) == pytest.approx(module.relative_delta_error, abs=1e-6)
+        old_delta, new_delta = compute_deltas(old)[module.name], compute_deltas(new)[module.name]
+        assert float((new_delta - old_delta).norm() / old_delta.norm()) == pytest.approx(
+            module.relative_delta_error, abs=1e-6
+        )
         assert module.rank <= module.from_rank
 
 
@@ -65,8 +67,8 @@ def test_at_full_rank_nothing_changes(bases: Any, tmp_path: Path, kind: str) -> 
     adapter = make_adapter(base, tmp_path / "adapter", kind)
     resized = resize(adapter, tmp_path / "same", energy=1.0)
     assert resized.relative_delta_error == pytest.approx(0, abs=1e-7)
-    old, new = logits(load_strictly(base, adapter)), logits(load_strictly(base, tmp_path / "same"))
-    assert not torch.allclose(old, logits(load_base(base)), atol=1e-3)  # the adapter does something
+    old, new = compute_logits(load_strictly(base, adapter)), compute_logits(load_strictly(base, tmp_path / "same"))
+    assert not torch.allclose(old, compute_logits(load_base(base)), atol=1e-3)  # the adapter does something
     assert torch.allclose(new, old, atol=1e-5)
 
 
@@ -78,7 +80,7 @@ def test_padding_keeps_the_function(bases: Any, tmp_path: Path, kind: str) -> No
     assert resized.rank == 16
     assert resized.relative_delta_error == pytest.approx(0, abs=5e-3 if kind == "bfloat16" else 1e-6)
     new = load_strictly(base, tmp_path / "wide")
-    assert torch.allclose(logits(new), logits(load_strictly(base, adapter)), atol=1e-4)
+    assert torch.allclose(compute_logits(new), compute_logits(load_strictly(base, adapter)), atol=1e-4)
     # the new directions can learn: a row of zeros in A beside a column of zeros in B never would
     for key, value in load_tensors(tmp_path / "wide").items():
         if "lora_A" in key or "lora_embedding_A" in key:
@@ -89,10 +91,10 @@ def test_dora_keeps_its_magnitudes_and_modules_to_save_their_tensors(bases: Any,
     for kind, word in (("dora", "magnitude"), ("modules_to_save", "norm.weight")):
         adapter = make_adapter(bases(kind), tmp_path / kind, kind)
         resize(adapter, tmp_path / f"{kind}-small", rank=2)
-        before, after = load_tensors(adapter), load_tensors(tmp_path / f"{kind}-small")
-        kept = [key for key in before if word in key]
-        assert kept
-        assert all(torch.equal(before[key], after[key]) for key in kept)
+        old_tensors, new_tensors = load_tensors(adapter), load_tensors(tmp_path / f"{kind}-small")
+        keys = [key for key in old_tensors if word in key]
+        assert keys
+        assert all(torch.equal(old_tensors[key], new_tensors[key]) for key in keys)
 
 
 def test_the_dtype_of_the_file_is_kept(bases: Any, tmp_path: Path) -> None:

@@ -36,11 +36,11 @@ def test_energy_stable_and_effective_rank_of_known_spectra() -> None:
     assert spectra.compute_effective_rank(flat) == pytest.approx(10)
     assert spectra.compute_energy_rank(flat, 0.9) == 9
     assert spectra.compute_energy_rank(flat, 1.0) == 10
-    one = np.array([2.0, 0.0, 0.0])
+    single = np.array([2.0, 0.0, 0.0])
     assert (
-        spectra.compute_stable_rank(one),
-        spectra.compute_effective_rank(one),
-        spectra.compute_energy_rank(one, 0.99),
+        spectra.compute_stable_rank(single),
+        spectra.compute_effective_rank(single),
+        spectra.compute_energy_rank(single, 0.99),
     ) == (1, 1, 1)
     nothing = np.zeros(4)
     assert (spectra.compute_stable_rank(nothing), spectra.compute_effective_rank(nothing)) == (0, 0)
@@ -54,9 +54,9 @@ def test_the_hard_threshold_is_gavish_and_donohos() -> None:
     assert [spectra.compute_hard_threshold_rank(s, 99, 99) for s in beside_the_median] == [0, 1]
     bound = 4 / np.sqrt(3) * np.sqrt(1000)  # of the kept value, where the energy of the rest gives σ = 1
     for value, count in ((0.99 * bound, 0), (1.01 * bound, 1)):
-        kept = np.array([value])
+        values = np.array([value])
         energy = 999 * 999 + value**2 if count else 1000 * 1000
-        assert spectra.compute_leading_noise_rank(kept, energy, 1000, 1000) == count
+        assert spectra.compute_leading_noise_rank(values, energy, 1000, 1000) == count
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])

@@ -1,4 +1,4 @@
-"""`resize` of what a trainer left: its output folder with checkpoints, and adapters of mlx-lm."""
+"""`resize` of a trainer's output: folders with checkpoints, and adapters of mlx-lm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rightrank.models.adapter_folders import find_adapter
 from rightrank.models.adapter_reader import MLX_FILE, open_adapter
 from rightrank.models.model_sources import find_model
 from rightrank.schema.errors import ModelError
-from tests.adapters.adapters import make_adapter, make_base, load_tensors
+from tests.adapters.adapters import load_tensors, make_adapter, make_base
 
 PEFT = "base_model.model."
 MLX: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 3, "max_seq_length": 64, "seed": 0}
@@ -49,14 +49,14 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(base, tmp_path_factory.mktemp("adapter") / "plain")
 
 
-def output_of(folder: Path, adapter: Path, places: list[str]) -> Path:
-    for place in places:
-        shutil.copytree(adapter, folder / place)
+def make_output_folder(folder: Path, adapter: Path, paths: list[str]) -> Path:
+    for path in paths:
+        shutil.copytree(adapter, folder / path)
     return folder
 
 
-def by_mlx(folder: Path) -> dict[str, torch.Tensor]:
-    """ΔW of each module as mlx-lm's `LoRALinear.fuse` computes it."""
+def compute_mlx_updates(folder: Path) -> dict[str, torch.Tensor]:
+    """Compute ΔW of each module as mlx-lm's `LoRALinear.fuse` does."""
     scale = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"]
     tensors = load_file(folder / MLX_FILE)
     names = {key.rpartition(".")[0] for key in tensors}
@@ -64,12 +64,12 @@ def by_mlx(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_mlx(folder: Path, adapter: Path, base: Path, **changes: Any) -> Path:
-    """A PEFT adapter of rank 8 and alpha 16 as mlx-lm stores it."""
+    """Write a PEFT adapter of rank 8 and alpha 16 as mlx-lm stores it."""
     folder.mkdir()
-    found = {key.removeprefix(PEFT): value for key, value in load_tensors(adapter).items()}
+    tensors = {key.removeprefix(PEFT): value for key, value in load_tensors(adapter).items()}
     renamed = {
         key.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): value.T.contiguous()
-        for key, value in found.items()
+        for key, value in tensors.items()
     }
     save_file(renamed, folder / MLX_FILE)
     parameters = {"rank": 8, "scale": 2.0, "dropout": 0.0}
@@ -80,33 +80,33 @@ def write_mlx(folder: Path, adapter: Path, base: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_newest_adapter_of_an_output_folder(layout: str, adapter: Path, tmp_path: Path) -> None:
-    places, newest = LAYOUTS[layout]
-    output = output_of(tmp_path / "out", adapter, [*places, "rightrank/adapter"])
-    found, line = find_adapter(output)
-    assert found == output / newest
+    paths, newest = LAYOUTS[layout]
+    output = make_output_folder(tmp_path / "out", adapter, [*paths, "rightrank/adapter"])
+    path, line = find_adapter(output)
+    assert path == output / newest
     assert (
         line
-        == f"{output / newest}: the newest of {len(places)} adapters in {output}, none of which is marked as the best"
+        == f"{output / newest}: the newest of {len(paths)} adapters in {output}, none of which is marked as the best"
     )
 
 
 def test_the_best_adapter_by_the_state_of_the_trainer(adapter: Path, tmp_path: Path) -> None:
-    output = output_of(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100", "checkpoint-60"])
+    output = make_output_folder(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100", "checkpoint-60"])
     state = {"best_model_checkpoint": "/elsewhere/out/checkpoint-60", "best_metric": 0.5}
     (output / "checkpoint-100" / "trainer_state.json").write_text(json.dumps(state))
-    found, line = find_adapter(output)
-    assert found == output / "checkpoint-60"
+    path, line = find_adapter(output)
+    assert path == output / "checkpoint-60"
     assert line.endswith("the best of 3 adapters in " + str(output) + " by trainer_state.json")
 
 
 def test_the_best_adapter_by_the_pointer_of_nemo(adapter: Path, tmp_path: Path) -> None:
-    output = output_of(tmp_path / "out", adapter, ["epoch_0_step_10/model", "epoch_0_step_20/model"])
+    output = make_output_folder(tmp_path / "out", adapter, ["epoch_0_step_10/model", "epoch_0_step_20/model"])
     (output / "LOWEST_VAL").symlink_to("epoch_0_step_10")
     assert find_adapter(output)[0] == output / "epoch_0_step_10" / "model"
 
 
 def test_a_halfwritten_state_names_nothing(adapter: Path, tmp_path: Path) -> None:
-    output = output_of(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
+    output = make_output_folder(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
     (output / "checkpoint-100" / "trainer_state.json").write_text('{"best_model_checkpoint": "checkp')
     assert find_adapter(output)[0] == output / "checkpoint-100"
 
@@ -116,22 +116,24 @@ def test_an_adapter_is_itself(adapter: Path) -> None:
 
 
 def test_resize_says_which_adapter_it_took(adapter: Path, tmp_path: Path) -> None:
-    output = output_of(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
-    said: list[str] = []
-    resized = resize(output, tmp_path / "small", rank=2, on_event=lambda event: said.append(getattr(event, "text", "")))
-    assert said == resized.notes[:1]
-    assert said[0].startswith(f"{output / 'checkpoint-100'}: the newest of 2")
+    output = make_output_folder(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
+    messages: list[str] = []
+    resized = resize(
+        output, tmp_path / "small", rank=2, on_event=lambda event: messages.append(getattr(event, "text", ""))
+    )
+    assert messages == resized.notes[:1]
+    assert messages[0].startswith(f"{output / 'checkpoint-100'}: the newest of 2")
 
 
 def test_an_adapter_of_mlx_has_the_same_updates(base: Path, adapter: Path, tmp_path: Path) -> None:
     folder = write_mlx(tmp_path / "mlx", adapter, base)
     read, plain = open_adapter(folder), open_adapter(adapter)
     assert read.base_model == str(base)
-    assert [(one.name, one.rank, one.scaling, one.rows) for one in read.modules] == [
-        (one.name, one.rank, one.scaling, one.rows) for one in plain.modules
+    assert [(module.name, module.rank, module.scaling, module.rows) for module in read.modules] == [
+        (module.name, module.rank, module.scaling, module.rows) for module in plain.modules
     ]
-    for update, other in zip(inspect_adapter(folder).modules, inspect_adapter(adapter).modules, strict=True):
-        assert update == other
+    for update, plain_update in zip(inspect_adapter(folder).modules, inspect_adapter(adapter).modules, strict=True):
+        assert update == plain_update
 
 
 @pytest.mark.parametrize("rank", [3, 8, 12])
@@ -142,18 +144,20 @@ def test_an_adapter_of_mlx_is_written_as_mlx_loads_it(rank: int, base: Path, ada
     assert stored["lora_parameters"]["rank"] == rank
     assert {name: value for name, value in stored.items() if name != "lora_parameters"} == MLX | {"model": str(base)}
     shapes = {
-        tuple(one.shape)[1] for key, one in load_file(tmp_path / "small" / MLX_FILE).items() if key.endswith("lora_a")
+        tuple(tensor.shape)[1]
+        for key, tensor in load_file(tmp_path / "small" / MLX_FILE).items()
+        if key.endswith("lora_a")
     }
     assert shapes == {rank}
-    before, after = by_mlx(folder), by_mlx(tmp_path / "small")
-    for name, update in before.items():
-        exact = update if rank >= 8 else _best_of_rank(update, rank)
-        assert torch.allclose(after[name], exact, atol=1e-5)
+    old_updates, new_updates = compute_mlx_updates(folder), compute_mlx_updates(tmp_path / "small")
+    for name, update in old_updates.items():
+        exact = update if rank >= 8 else _truncate_matrix(update, rank)
+        assert torch.allclose(new_updates[name], exact, atol=1e-5)
 
 
-def _best_of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return ((left[:, :rank] * values[:rank]) @ right[:rank]).float()
+def _truncate_matrix(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    u, values, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return ((u[:, :rank] * values[:rank]) @ vt[:rank]).float()
 
 
 @pytest.mark.trains

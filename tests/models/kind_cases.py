@@ -1,4 +1,4 @@
-"""One small random model for each kind of adapter, and the settings that give the kind."""
+"""A small random model for each kind of adapter, and the settings that select the kind."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CASES = (
 
 
 def make_model(name: str, vocabulary: int) -> Any:
-    """A random model, the same on every call."""
+    """Create a random model, the same on every call."""
     architecture, sizes = MODELS[name]
     kind = getattr(transformers, architecture)
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def build_settings(case: Case) -> SelectSettings:
 
 
 def make_runtime(case: Case, folder: Path) -> Runtime:
-    """The base in `folder/base`, saved as users have theirs, and the runtime that trains on it."""
+    """Save the base model in `folder/base`, and build the runtime that trains on it."""
     tokenizer, settings = make_tokenizer(), build_settings(case)
     model = make_model(case.model, len(tokenizer))
     model.save_pretrained(folder / "base")

@@ -1,4 +1,4 @@
-"""What holds for every kind of adapter. Each check returns its figure, and raises AssertionError where it does not hold."""
+"""Checks of every kind of adapter. Each one returns a figure, and raises AssertionError if it fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rightrank.train.runtime import Runtime
 from rightrank.train.targets import suppress_peft_warnings
 from rightrank.train.trial import TrialFolders
 from tests.helpers import attach_fresh_adapter, list_trainable_parameters
-from tests.models.kind_cases import ARM, RANK, STEPS, Trained, make_runtime, build_settings
+from tests.models.kind_cases import ARM, RANK, STEPS, Trained, build_settings, make_runtime
 from tests.watch import Watch
 
 TOLERANCE = 2e-5  # relative, of losses
@@ -46,67 +46,73 @@ class Suite:
         return cls(Trained(case, make_runtime(case, folder), folder))
 
     def equals_peft(self) -> str:
-        """Losses of every step are those of a plain loop over PEFT's model."""
+        """Compare the loss of every step with a plain loop over PEFT's model."""
         plain = train_plain_loop(self.runtime, ARM)
-        largest = max(abs(one / other - 1) for one, other in zip(self.outcome.train_losses, plain, strict=True))
+        largest = max(
+            abs(loss / plain_loss - 1) for loss, plain_loss in zip(self.outcome.train_losses, plain, strict=True)
+        )
         assert largest <= TOLERANCE, largest
         return f"{largest:.0e}"
 
     def is_loaded(self) -> str:
-        """PEFT loads the adapter on the saved base, and gives the losses that the run reported."""
+        """Check that PEFT loads the adapter on the saved base model and gives the losses that the run reported."""
         model = self._loaded(self.trained.adapter)
-        found = compute_example_losses(model, self.runtime)
-        largest = float(np.max(np.abs(np.array(found) / np.array(self.outcome.example_losses) - 1)))
+        losses = compute_example_losses(model, self.runtime)
+        largest = float(np.max(np.abs(np.array(losses) / np.array(self.outcome.example_losses) - 1)))
         assert largest <= TOLERANCE, largest
         return f"{largest:.0e}"
 
     def is_counted(self) -> str:
-        """The file holds the parameters that were trained, and its reading counts them."""
+        """Check that the file holds the trained parameters, and that reading it counts them."""
         adapter = open_adapter(self.trained.adapter)
         stored = sum(value.numel() for value in load_file(adapter.weights_file).values())
         assert stored == self.outcome.trainable_parameters == adapter.trainable_parameters
         return str(stored)
 
     def is_planned(self) -> str:
-        """The plan has the parameters and the bytes of the adapter, and traces its step."""
+        """Check that the plan has the parameters and bytes of the adapter, and traces a step."""
         from rightrank.plugins.plan.estimate import Estimator
         from rightrank.plugins.plan.planner import build_step_settings, plan_selection
 
         config = self.runtime.model.config
         settings, longest = build_settings(self.case), self.runtime.data.max_sequence_length
         assert plan_selection(config, settings, longest, "cpu").peak_bytes[RANK] > 0
-        parts = Estimator(config, build_step_settings(config, settings, longest, "cpu", None)).get_inventory(RANK)
-        assert parts.trainable_parameters == self.outcome.trainable_parameters
+        inventory = Estimator(config, build_step_settings(config, settings, longest, "cpu", None)).get_inventory(RANK)
+        assert inventory.trainable_parameters == self.outcome.trainable_parameters
         if "embed_tokens" not in self.case.settings.get(
             "target_modules", ()
         ):  # PEFT's own default also saves embeddings
-            assert parts.adapter_bytes == (self.trained.adapter / "adapter_model.safetensors").stat().st_size
+            assert inventory.adapter_bytes == (self.trained.adapter / "adapter_model.safetensors").stat().st_size
         return "traced"
 
     def is_inspected(self) -> str:
-        """Singular values are those of PEFT's own ΔW."""
+        """Compare the singular values with those of PEFT's own ΔW."""
         updates = compute_peft_updates(self._loaded(self.trained.adapter))
-        found = inspect(self.trained.adapter)
-        assert len(found.modules) == len(updates)
+        inspection = inspect(self.trained.adapter)
+        assert len(inspection.modules) == len(updates)
         largest = 0.0
-        for module in found.modules:
+        for module in inspection.modules:
             exact = torch.linalg.svdvals(updates[module.name])[: module.rank].numpy()
             largest = max(largest, float(np.max(np.abs(exact - module.singular_values))) / float(exact[0] or 1.0))
         assert largest < 1e-5, largest
         return f"{largest:.0e}"
 
     def is_truncated(self) -> str:
-        """A lower rank loads in PEFT, and the reported error is that of PEFT's own ΔW; or a reason says why not."""
+        """Check that a lower rank loads in PEFT, and that the reported error is that of PEFT's own ΔW."""
         out = self.folder / "small"
         resized = resize(self.trained.adapter, out, rank=1)
-        before, after = (compute_peft_updates(self._loaded(folder)) for folder in (self.trained.adapter, out))
-        error = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
-        whole = sum(float(update.square().sum()) for update in before.values()) ** 0.5
-        assert abs(error / whole - resized.relative_delta_error) < 1e-5
+        full_updates, truncated_updates = (
+            compute_peft_updates(self._loaded(folder)) for folder in (self.trained.adapter, out)
+        )
+        error = (
+            sum(float((truncated_updates[name] - full_updates[name]).square().sum()) for name in full_updates) ** 0.5
+        )
+        norm = sum(float(update.square().sum()) for update in full_updates.values()) ** 0.5
+        assert abs(error / norm - resized.relative_delta_error) < 1e-5
         return f"{resized.relative_delta_error:.3f}"
 
     def is_truncated_in_a_run(self) -> str:
-        """An arm that truncates the trained one starts where `resize` ends; or the run says why it can't."""
+        """Check that an arm that truncates the trained one starts where `resize` ends, or that the run gives a reason."""
         if not self.case.is_truncated:
             reason = self.runtime.targets.untruncatable_reason
             assert reason is not None
@@ -117,12 +123,12 @@ class Suite:
         )
         outcome = run_trial(self.runtime, Trial(trial_id="cut", arm=arm), None, folders, Listener())
         assert isinstance(outcome, TrialFinished)
-        found = compute_example_losses(self._loaded(self.folder / "cut"), self.runtime)
-        assert np.allclose(found, outcome.example_losses, rtol=TOLERANCE)
+        losses = compute_example_losses(self._loaded(self.folder / "cut"), self.runtime)
+        assert np.allclose(losses, outcome.example_losses, rtol=TOLERANCE)
         return f"{outcome.truncation}"
 
     def is_resumed(self) -> str:
-        """Interrupted after a step and resumed, the training ends with the same losses, to the bit."""
+        """Check that an interrupted and resumed training ends with exactly the same losses."""
         steps = []
 
         def note(event: Any) -> None:
@@ -141,7 +147,7 @@ class Suite:
         return "same"
 
     def shares_a_pass(self) -> str:
-        """Two adapters in one pass, where the kind allows it; or a reason says why not."""
+        """Check that two adapters run in one pass if the kind allows it, or that there is a reason."""
         obstacle = find_multi_lora_obstacle(self.runtime, [ARM, ARM.model_copy(update={"seed": 1})])
         assert (obstacle is None) == self.case.shares_a_pass, obstacle
         return "yes" if obstacle is None else "no: " + obstacle.rpartition("(")[2].rstrip(")")
@@ -178,7 +184,7 @@ CHECKS: dict[str, Callable[[Suite], str]] = {
 
 
 def copy_initial_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters of another PEFT model by name, set to the values that a training of `arm` starts from."""
+    """Set the trainable parameters of another PEFT model to the initial values of a training of `arm`, and return them by name."""
     with attach_fresh_adapter(runtime, arm) as ours:
         initial = {name: value.detach().clone() for name, value in list_trainable_parameters(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
@@ -190,7 +196,7 @@ def copy_initial_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str
 
 
 def train_plain_loop(runtime: Runtime, arm: Arm) -> list[float]:
-    """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
+    """Train with a plain loop: PEFT's model and forward pass, the model's own loss, torch's AdamW. Return the losses."""
     settings = runtime.settings
     with suppress_peft_warnings():
         peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.make_config(arm)).eval()
@@ -214,19 +220,19 @@ def train_plain_loop(runtime: Runtime, arm: Arm) -> list[float]:
 
 @torch.no_grad()
 def compute_example_losses(model: Any, runtime: Runtime) -> list[float]:
-    """The summed label losses of each validation example, one at a time, by transformers' own loss."""
-    found = []
+    """Compute the summed label losses of each validation example, one at a time, by transformers' own loss."""
+    losses = []
     for index in range(len(runtime.data.splits["validation"])):
         batch = runtime.make_batch("validation", [index])
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-        found.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))
-    return found
+        losses.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))
+    return losses
 
 
 @torch.no_grad()
 def compute_peft_updates(model: Any) -> dict[str, torch.Tensor]:
-    """PEFT's own ΔW of every matrix [out, in] in float64, by the names that `inspect` gives them."""
-    found: dict[str, torch.Tensor] = {}
+    """Return PEFT's own ΔW of every matrix [out, in] in float64, by the names that `inspect` uses."""
+    updates: dict[str, torch.Tensor] = {}
     for path, module in model.base_model.model.named_modules():
         if not hasattr(module, "get_delta_weight"):
             continue
@@ -234,9 +240,9 @@ def compute_peft_updates(model: Any) -> dict[str, torch.Tensor]:
         name = path.replace(".base_layer", "")
         if type(module).__name__ == "ParamWrapper":
             stored = delta if module._did_swap_in_out_features else delta.transpose(1, 2)
-            found |= {f"{name}.{module.parameter_name}.{expert}": one for expert, one in enumerate(stored)}
+            updates |= {f"{name}.{module.parameter_name}.{expert}": update for expert, update in enumerate(stored)}
         elif type(module).__name__ == "Embedding" or getattr(module, "fan_in_fan_out", False):
-            found[name] = delta.T
+            updates[name] = delta.T
         else:
-            found[name] = delta.reshape(delta.shape[0], -1)
-    return found
+            updates[name] = delta.reshape(delta.shape[0], -1)
+    return updates

@@ -1,4 +1,4 @@
-"""What holds for every kind of adapter."""
+"""Every kind of adapter passes the same checks."""
 
 from __future__ import annotations
 

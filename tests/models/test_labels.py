@@ -35,7 +35,7 @@ def _make_rows(count: int, seed: int, labels: list[str] = LABELS) -> list[dict[s
 
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
-    """A classifier of four labels."""
+    """Train a classifier of four labels."""
     folder = tmp_path_factory.mktemp("classifier")
     (folder / "data").mkdir()
     write_jsonl(folder / "data" / "train.jsonl", _make_rows(160, 0))
@@ -68,11 +68,11 @@ print(sum(name == row["label"] for name, row in zip(named, rows)) / len(rows))
 
 
 def _read_accuracy(selected: Selected) -> float:
-    """As the journal has it, of the adapter that was handed over."""
+    """Read the accuracy of the exported adapter from the journal."""
     name = Path(selected.answers.adapter.answer.trial_id).name
     lines = map(json.loads, (selected.run / "journal.jsonl").read_text(encoding="utf-8").splitlines())
-    found = next(line for line in lines if line["type"] == "trial_finished" and line["trial_id"] == name)
-    return float(found["metrics"]["accuracy"])
+    record = next(line for line in lines if line["type"] == "trial_finished" and line["trial_id"] == name)
+    return float(record["metrics"]["accuracy"])
 
 
 def test_the_card_s_lines_load_the_classifier_in_a_fresh_python(selected: Selected) -> None:
@@ -81,9 +81,9 @@ def test_the_card_s_lines_load_the_classifier_in_a_fresh_python(selected: Select
     code = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     data = str(selected.run.parent / "data" / "validation.jsonl")
     script = code.replace("this/folder", str(folder)) + ACCURACY.format(data=data)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(_read_accuracy(selected), abs=1e-9)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) == pytest.approx(_read_accuracy(selected), abs=1e-9)
     assert "0 art, 1 law, 2 news, 3 sport" in (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -106,10 +106,10 @@ def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: S
     some = write_jsonl(tmp_path / "some.jsonl", rows)
     adapter, by_accuracy = selected.adapter.path, SelectSettings(metric="accuracy", metrics=("macro_f1",))
     model = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    found = compare(adapter, adapter, model=model, data=some, settings=by_accuracy)
-    assert [one.metric for one in found.comparisons] == ["accuracy", "macro_f1"]  # neither is refused
-    assert found.comparisons[1].difference_high > 0  # the examples agree: no bound of zero width
-    assert found.examples == len({row["text"] for row in rows})
+    comparison = compare(adapter, adapter, model=model, data=some, settings=by_accuracy)
+    assert [result.metric for result in comparison.comparisons] == ["accuracy", "macro_f1"]  # neither is refused
+    assert comparison.comparisons[1].difference_high > 0  # the examples agree: no bound of zero width
+    assert comparison.examples == len({row["text"] for row in rows})
     smaller = resize(adapter, tmp_path / "smaller", rank=1)
     assert smaller.rank == 1
     assert read_labels(str(tmp_path / "smaller")) == sorted(LABELS)
@@ -120,15 +120,15 @@ def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: S
 
 def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: Path) -> None:
     assert selected.adapter is not None
-    other = tmp_path / "other"
-    shutil.copytree(selected.adapter.path, other)
-    stored = json.loads((other / "classifier.json").read_text(encoding="utf-8"))
+    reordered = tmp_path / "other"
+    shutil.copytree(selected.adapter.path, reordered)
+    stored = json.loads((reordered / "classifier.json").read_text(encoding="utf-8"))
     stored["id2label"] = {"0": "law", "1": "art", "2": "news", "3": "sport"}
-    (other / "classifier.json").write_text(json.dumps(stored), encoding="utf-8")
+    (reordered / "classifier.json").write_text(json.dumps(stored), encoding="utf-8")
     with pytest.raises(ModelError, match="the same labels in the same order"):
-        compare(selected.adapter.path, other, model="unused", data=tmp_path / "unused.jsonl")
-    (other / "classifier.json").unlink()  # as PEFT alone writes it: the rows of the head are numbered
-    assert read_labels(str(other)) == ["0", "1", "2", "3"]
+        compare(selected.adapter.path, reordered, model="unused", data=tmp_path / "unused.jsonl")
+    (reordered / "classifier.json").unlink()  # as PEFT alone writes it: the rows of the head are numbered
+    assert read_labels(str(reordered)) == ["0", "1", "2", "3"]
 
 
 def test_numbers_are_classes_in_the_order_of_numbers() -> None:

@@ -1,4 +1,4 @@
-"""An adapter is loaded by PEFT before it is called done, on a skeleton of its modules."""
+"""PEFT loads every adapter before it counts as written, on a skeleton of its modules."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_what_peft_refuses_is_refused(base: Path, tmp_path: Path, name: str) -> 
 
 def test_loading_draws_no_random_numbers(base: Path, tmp_path: Path) -> None:
     adapter = open_adapter(make_adapter(base, tmp_path / "adapter", init_lora_weights="orthogonal"))
-    before = torch.get_rng_state()
+    state = torch.get_rng_state()
     require_loadable(adapter)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "gaussian", "eva"])

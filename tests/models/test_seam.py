@@ -1,4 +1,4 @@
-"""A kind that the package does not have: one class, and one line in the list of kinds."""
+"""A new kind of adapter takes one class and one entry in the list of kinds."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_the_first_kind_that_claims_a_pair_describes_it() -> None:
     pair = StoredPair(
         "model.layers.0.mlp.experts", False, (8, 4), (6, 8), {"target_parameters": ["mlp.experts.down_proj"]}
     )
-    found = kinds.find_stored_kind(pair)
-    assert found is not None
-    assert found.name == "expert"
-    layout = found.build_layout(pair, 2)
+    kind = kinds.find_stored_kind(pair)
+    assert kind is not None
+    assert kind.name == "expert"
+    layout = kind.build_layout(pair, 2)
     assert layout is not None
     assert layout.names == tuple(f"model.layers.0.mlp.experts.down_proj.{expert}" for expert in range(4))
     plain = kinds.find_stored_kind(StoredPair("model.layers.0.mlp.down_proj", False, (8, 4), (6, 8), {}))

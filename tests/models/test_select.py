@@ -1,4 +1,4 @@
-"""Kinds of adapters from the command line: selected, planned, inspected, exported; and what is refused."""
+"""Kinds of adapters on the command line: select, plan, inspect, export, and errors."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ EXPERTS = "target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama and a Mixtral, with data."""
-    found = tmp_path_factory.mktemp("models")
+    """Save a Llama and a Mixtral, with data."""
+    models = tmp_path_factory.mktemp("models")
     tokenizer = make_tokenizer()
     for name in ("llama", "mixtral"):
-        make_model(name, len(tokenizer)).save_pretrained(found / name)
-        tokenizer.save_pretrained(found / name)
-    write_completions(found / "data.jsonl", 80)
-    return found
+        make_model(name, len(tokenizer)).save_pretrained(models / name)
+        tokenizer.save_pretrained(models / name)
+    write_completions(models / "data.jsonl", 80)
+    return models
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> Non
     flags = [
         module.flags for module in inspect(suite.trained.adapter).modules if module.name.startswith(first.name[:-2])
     ]
-    assert [[flag for flag in one if flag in ("no_token", "untrained", "dead")] for one in flags] == [
+    assert [[flag for flag in module_flags if flag in ("no_token", "untrained", "dead")] for module_flags in flags] == [
         [],
         ["dead"],
         ["no_token"],
@@ -111,7 +111,7 @@ def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # PEFT's remark that it can't be merged
 @pytest.mark.parametrize(
-    ("model", "given", "said"),
+    ("model", "settings", "message"),
     [
         ("mixtral", ("target_parameters=mlp.experts.up",), "target_parameters: no parameter is named 'mlp.experts.up'"),
         ("llama", ("target_parameters=experts.w1",), "the model's expert parameters are: none"),
@@ -123,13 +123,13 @@ def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> Non
     ],
 )  # fmt: skip
 def test_what_a_kind_refuses_is_one_line(
-    run: Run, model: str, given: tuple[str, ...], said: str, folder: Path, tmp_path: Path
+    run: Run, model: str, settings: tuple[str, ...], message: str, folder: Path, tmp_path: Path
 ) -> None:
-    options = [part for setting in given for part in ("--set", setting)]
+    options = [word for setting_text in settings for word in ("--set", setting_text)]
     status, _, err = select(run, folder, model, tmp_path / "run", "--target-modules", "q_proj", *options)
     assert status == 2, err
     last = err.strip().splitlines()[-1]
-    assert said in last
+    assert message in last
     assert "Traceback" not in err
 
 
@@ -152,6 +152,6 @@ def test_a_plan_of_dora_with_dropout_is_traced(run: Run, folder: Path) -> None:
         "float32", "--use-dora", "--set", "lora_dropout=0.1", "--set", "packed=true", "--set", "device=cpu", "--json",
     )  # fmt: skip
     assert status == 0, err
-    found = json.loads(out)
-    assert found["ranks"][0]["trainable_parameters"] == 2 * (4 * 64 + 32)
-    assert found["source"] == "traced"
+    plan = json.loads(out)
+    assert plan["ranks"][0]["trainable_parameters"] == 2 * (4 * 64 + 32)
+    assert plan["source"] == "traced"

@@ -1,4 +1,4 @@
-"""Truncation and padding of factors against dense decompositions; weighed by moments, against dense covariances."""
+"""Truncation and padding of factors agree with dense decompositions, and truncation by moments with dense covariances."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw_factors(rows: int, columns: int, rank: int, seed: int) -> tuple[Floats,
 
 
 def draw_covariance(size: int, seed: int) -> Floats:
-    """Of correlated features of unlike scale."""
+    """Draw the covariance of correlated features with different scales."""
     generator = np.random.default_rng(seed)
     mixed = generator.standard_normal((3 * size, size)) @ generator.standard_normal((size, size))
     return mixed.T @ mixed / len(mixed)
@@ -35,7 +35,7 @@ def resize_arrays(
 
 
 def compute_moments(b: Floats, a: Floats, scale: float, inputs: Floats, gradients: Floats) -> Moments:
-    """What gathering sees of covariances C [k, k] and G [d, d]."""
+    """Compute the moments that result from covariances C [k, k] and G [d, d]."""
     return Moments(a @ inputs @ a.T, scale**2 * b.T @ gradients @ b)
 
 
@@ -65,12 +65,12 @@ def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
     rows, columns, present, seed = size
     b, a = draw_factors(rows, columns, present, seed)
     inputs, gradients = draw_covariance(columns, seed + 1), draw_covariance(rows, seed + 2)
-    found = decompose_update(b, a, scale, compute_moments(b, a, scale, inputs, gradients), damping=0.0)
-    left, right = found.b[:, :rank], found.a[:rank]
-    error = scale * (b @ a - left @ right)
+    update = decompose_update(b, a, scale, compute_moments(b, a, scale, inputs, gradients), damping=0.0)
+    kept_b, kept_a = update.b[:, :rank], update.a[:rank]
+    error = scale * (b @ a - kept_b @ kept_a)
     loss = 0.5 * np.trace(gradients @ error @ inputs @ error.T)
-    assert loss == pytest.approx(found.costs[rank:].sum(), rel=1e-5, abs=1e-6 * found.costs[0])
-    assert (np.diff(found.costs) <= 1e-9 * found.costs[0]).all()
+    assert loss == pytest.approx(update.costs[rank:].sum(), rel=1e-5, abs=1e-6 * update.costs[0])
+    assert (np.diff(update.costs) <= 1e-9 * update.costs[0]).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,8 +80,8 @@ def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: i
     b, a = draw_factors(rows, columns, present, seed)
     inputs, gradients = draw_covariance(columns, seed + 1), draw_covariance(rows, seed + 2)
 
-    def loss(left: Floats, right: Floats) -> float:
-        error = b @ a - left @ right
+    def loss(new_b: Floats, new_a: Floats) -> float:
+        error = b @ a - new_b @ new_a
         return float(0.5 * np.trace(gradients @ error @ inputs @ error.T))
 
     best = decompose_update(b, a, 1.0, compute_moments(b, a, 1.0, inputs, gradients), damping=0.0)
@@ -104,8 +104,8 @@ def test_a_direction_that_the_data_do_not_see_goes_first() -> None:
 def test_moments_without_a_gradient_fall_back_to_the_plain_metric() -> None:
     b, a = draw_factors(6, 5, 4, 0)
     nothing = Moments(np.zeros((4, 4)), np.zeros((4, 4)))
-    for one, other in zip(resize_arrays(b, a, 2, 1.0, nothing), resize_arrays(b, a, 2, 1.0), strict=True):
-        assert np.allclose(np.abs(one), np.abs(other), atol=1e-6)
+    for factor, plain_factor in zip(resize_arrays(b, a, 2, 1.0, nothing), resize_arrays(b, a, 2, 1.0), strict=True):
+        assert np.allclose(np.abs(factor), np.abs(plain_factor), atol=1e-6)
     assert np.array_equal(decompose_update(b, a, 2.0, nothing).costs, decompose_update(b, a, 2.0).costs)
 
 
@@ -124,8 +124,8 @@ def test_ranks_within_keep_the_budget_and_the_cap(
     spectra = [np.sort(generator.exponential(size=length))[::-1] for _, length in modules]
     max_rank = rank + above
     ranks = allocate_ranks(spectra, costs, rank * sum(costs), max_rank)
-    assert all(1 <= one <= min(max_rank, len(s)) for one, s in zip(ranks, spectra, strict=True))
-    assert sum(one * cost for one, cost in zip(ranks, costs, strict=True)) <= rank * sum(costs)
+    assert all(1 <= module_rank <= min(max_rank, len(s)) for module_rank, s in zip(ranks, spectra, strict=True))
+    assert sum(module_rank * cost for module_rank, cost in zip(ranks, costs, strict=True)) <= rank * sum(costs)
     if above == 0:
         assert ranks == [min(rank, len(s)) for s in spectra]
 
