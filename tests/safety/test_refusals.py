@@ -116,7 +116,7 @@ def test_a_pickle_is_never_loaded_as_an_adapter_a_model_a_journal_or_a_checkpoin
 
 
 def test_pickled_weights_beside_other_safetensors_are_not_read(tmp_path: Path, model_folder: Path) -> None:
-    """transformers would take pytorch_model.bin where model.safetensors is missing."""
+    """Remove model.safetensors, in whose place transformers would load pytorch_model.bin."""
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     (model / "model.safetensors").rename(model / "other.safetensors")
