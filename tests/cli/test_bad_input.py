@@ -215,13 +215,13 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
 ) -> None:
     real = steps._make_optimizer
 
-    def run_out_of_memory(parameters: Any, rate: float, settings: Any) -> Any:
+    def raise_memory_error(parameters: Any, rate: float, settings: Any) -> Any:
         shapes = [parameter.shape for parameter in parameters]
         if max(shape[0] for shape in shapes if shape[1] > 8) >= 4 and shapes[0][0] == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return real(parameters, rate, settings)
 
-    monkeypatch.setattr(steps, "_make_optimizer", run_out_of_memory)
+    monkeypatch.setattr(steps, "_make_optimizer", raise_memory_error)
     arguments = build_select_arguments(model_folder, completion_file, tmp_path / "run", "--ranks", "1,2,4")
     status, _, err = run(arguments, capsys)
     assert status == 0, err

@@ -31,23 +31,23 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 def test_files_are_flushed_before_their_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
+    calls: list[str] = []
     real_sync, real_replace = os.fsync, Path.replace
 
     def sync(descriptor: int) -> None:
-        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        calls.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         real_sync(descriptor)
 
     def replace(self: Path, target: Path) -> Path:
-        done.append(f"→ {target.name}")
+        calls.append(f"→ {target.name}")
         return real_replace(self, target)
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(Path, "replace", replace)
     with replace_folder(tmp_path / "adapter") as temporary:
         (temporary / "weights").write_text("w")
-    assert done.index("weights") < done.index("→ adapter") < len(done) - 1
-    assert done[-1] == tmp_path.name
+    assert calls.index("weights") < calls.index("→ adapter") < len(calls) - 1
+    assert calls[-1] == tmp_path.name
 
 
 def test_a_rename_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def test_without_scores_by_example_the_top_is_kept() -> None:
     answer = find_adapter(*bare)
     assert answer.rank == 64
     assert answer.candidates[1].difference_high is None
-    assert "without scores by example" in answer.sentence
+    assert "without example scores" in answer.sentence
 
 
 def test_adapters_are_complete_trainings_and_truncations_with_the_metric() -> None:

@@ -39,14 +39,14 @@ def draw_differences(seed: int, seeds: int = 2, groups: int = 40) -> Floats:
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_repeated_rows_of_a_group_add_no_information(seeds: int, span: float) -> None:
     sums = draw_differences(1, seeds)
-    rows, ones = np.repeat(sums, ROWS, axis=1), np.ones(40)
-    groups, weights = np.repeat(np.arange(40), ROWS), np.repeat(ones, ROWS)
-    alone, grouped = estimate_mean(sums, ones, span), estimate_mean(rows, weights, span, groups)
+    rows, unit_weights = np.repeat(sums, ROWS, axis=1), np.ones(40)
+    groups, weights = np.repeat(np.arange(40), ROWS), np.repeat(unit_weights, ROWS)
+    alone, grouped = estimate_mean(sums, unit_weights, span), estimate_mean(rows, weights, span, groups)
     for name in ("mean", "examples_variance", "interaction_variance", "examples", "examples_degrees", "skewness"):
         assert getattr(grouped, name) == pytest.approx(getattr(alone, name)), name
     assert compute_bounds(grouped).high == pytest.approx(compute_bounds(alone).high)
     files = compute_file_bounds(rows[0], weights, 0.0, groups)
-    assert files.high == pytest.approx(compute_file_bounds(sums[0], ones).high)
+    assert files.high == pytest.approx(compute_file_bounds(sums[0], unit_weights).high)
     assert estimate_mean(rows, weights, span).examples_variance < grouped.examples_variance / 9
 
 

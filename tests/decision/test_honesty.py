@@ -45,7 +45,7 @@ def test_one_seed_gives_an_indication(verdict: str) -> None:
     assert "one_seed" in decision.flags
     assert "95%" not in decision.sentence
     assert "confidence" not in decision.sentence
-    assert "one seed indicates this" in decision.sentence
+    assert "an indication from one seed" in decision.sentence
     assert "noise over seeds is unknown" in decision.basis_note
     assert all(evidence.predictive_high is None for evidence in decision.ranks)
     if verdict != "no_gain":

@@ -102,7 +102,7 @@ def test_the_direction_of_a_metric_can_be_given() -> None:
 
 def test_a_metric_without_a_known_direction_is_not_used() -> None:
     silent = change_settings(make_measured_run(), metrics=[], margin=0.05)
-    assert [other.metric for other in decide_run(silent).other_metrics] == ["exact_match"]
+    assert [other_metric.metric for other_metric in decide_run(silent).other_metrics] == ["exact_match"]
     with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
         decide_by_metric(silent, list_comparable_outcomes(silent), "colour")
     assert decide_by_metric(silent, list_comparable_outcomes(silent), "colour", 1.0, higher=False).reference_rank == 1

@@ -141,7 +141,7 @@ def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
         rank_4.model_copy(update={"steps": 20}),
         rank_16,
     ]
-    (next_run,) = [one for one in decide_run(records).next_runs if one.action == "steps"]
+    (next_run,) = [run for run in decide_run(records).next_runs if run.action == "steps"]
     assert (next_run.ranks, next_run.steps, next_run.trials) == ([1, 4], rank_16.steps, 2)
     assert next_run.sentence == (
         f"Train ranks 1 and 4 for {rank_16.steps} steps too (2 trainings): the compared trainings have unequal lengths."

@@ -63,7 +63,7 @@ def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
         "No difference between ranks 4 and 16 can be shown at this noise (seed standard deviation 0.0"
     )
     assert "take rank 4, the smallest of them" in sentence
-    assert "a difference of 0.02 in reward would take about " in sentence
+    assert "a difference of 0.02 in reward would need about " in sentence
     assert sentence.endswith(" seeds per rank.")
 
 

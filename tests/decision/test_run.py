@@ -468,7 +468,7 @@ def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> 
     deciding = Records.from_journal(
         run.started.model_copy(update={"metric": "reward_margin", "higher_is_better": True}), outcomes
     )
-    assert [one.metric for one in decide_run(deciding).other_metrics] == ["loss"]
+    assert [other_metric.metric for other_metric in decide_run(deciding).other_metrics] == ["loss"]
     by_loss = decide_by_metric(deciding, list_comparable_outcomes(deciding), "loss", 0.02).other_metrics
     assert [other_metric.metric for other_metric in by_loss] == ["reward_margin"]
 
@@ -638,7 +638,7 @@ def test_an_exported_run_with_one_rank_is_told_what_to_do() -> None:
 
 def test_a_column_named_stage_of_another_table_is_no_stage_of_a_run() -> None:
     rows = [{"rank": rank, "stage": "sft", "eval_loss": 2 + 1 / rank} for rank in (1, 4, 16)]
-    assert [one.rank for one in decide(rows).decision.ranks] == [1, 4, 16]
+    assert [evidence.rank for evidence in decide(rows).decision.ranks] == [1, 4, 16]
     assert "not used: stage" in decide(rows).input_notes
 
 

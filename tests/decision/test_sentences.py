@@ -23,8 +23,7 @@ def test_a_flat_curve_names_the_rank_that_looks_worst() -> None:
     assert (decision.verdict, decision.rank) == ("flat", 1)
     worse = decision.ranks[1].difference
     assert (
-        f"within 0.02 nats of the best (1); rank 4 looks {worse:.2g} worse, but this is not shown;"
-        in decision.sentence
+        f"within 0.02 nats of the best (1); rank 4 looks {worse:.2g} worse, but this is not shown;" in decision.sentence
     )
 
 
@@ -97,7 +96,7 @@ def test_counts_of_seeds_are_a_range() -> None:
     dropped = {(4, 2), (4, 3), (8, 3)}
     cells = {(rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped}
     note = decide_table(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
-    assert " over 2 to 4 seeds, moderated" in note
+    assert " over 2 to 4 seeds and moderated" in note
 
 
 def test_the_next_lower_rank_has_its_probability_where_it_is_not_shown_to_be_worse() -> None:
@@ -169,4 +168,4 @@ def test_no_gain_is_probable_unless_the_bounds_show_it() -> None:
     assert decision_of_two_seeds.sentence.startswith("No gain: the base model itself is within 0.02 nats")
     assert decision_of_one_seed.sentence.startswith("No gain: the base model itself is probably within 0.02 nats")
     for decision in (decision_of_two_seeds, decision_of_one_seed):
-        assert decision.sentence.count("base itself") == 1
+        assert decision.sentence.count("base model itself") == 1

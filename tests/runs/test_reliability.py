@@ -300,10 +300,10 @@ def test_out_of_memory_on_a_cpu_is_recorded_and_the_rest_goes_on(completion_file
 def test_out_of_memory_anywhere_is_one_line(
     error: Exception, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_out_of_memory(_run: Path, _figures: object) -> Path:
+    def raise_memory_error(_run: Path, _figures: object) -> Path:
         raise error
 
-    monkeypatch.setattr("rightrank.api.runs.write_report", run_out_of_memory)
+    monkeypatch.setattr("rightrank.api.runs.write_report", raise_memory_error)
     status, out, err = run(["report", "run"], capsys)
     assert (status, out) == (1, "")
     assert err.startswith("rightrank: out of memory; finished trials are kept")
