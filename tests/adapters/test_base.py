@@ -69,7 +69,7 @@ def test_another_base_of_the_same_shapes_is_refused_in_one_line(
     command: str,
     identified_by: str,
     base: Path,
-    other: Path,
+    other_base: Path,
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -90,7 +90,7 @@ def test_another_base_of_the_same_shapes_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_copy_is_the_same_base_whatever_its_name_and_precision(base: Path, other: Path, tmp_path: Path) -> None:
+def test_a_copy_is_the_same_base_whatever_its_name_and_precision(base: Path, other_base: Path, tmp_path: Path) -> None:
     adapter = write_identity(make_adapter(base, tmp_path / "adapter"), base)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         copy = copy_with_noise(base, tmp_path / str(dtype), dtype=dtype)
@@ -122,7 +122,7 @@ def test_a_damaged_identity_is_one_line(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.trains
 def test_an_adapter_that_is_handed_over_keeps_what_its_base_is_known_by(
-    base: Path, other: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, other_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--ranks", "1,4", "--goal", "adapter", *SMALL, "--quiet"]
     assert run(["select", str(base), str(data), "--out", str(tmp_path / "run"), *options], capsys)[0] == 0
