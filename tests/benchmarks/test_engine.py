@@ -60,4 +60,4 @@ def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Pa
     certificate = certified.certify(runtime, changed_trial, folders.adapter, tmp_path / "scratch", Listener(), None)
     assert certificate.passed is False
     assert certificate.loss_difference == pytest.approx(0.01, rel=1e-3)
-    assert "NOT the same" in certificate.sentence()
+    assert "NOT the same" in certificate.format_sentence()

@@ -44,7 +44,7 @@ def make_recipe(base: Path, adapter: Path) -> Recipe:
     fields = _select_adapter_fields(json.loads((adapter / "adapter_config.json").read_text()))
     return Recipe(
         model=str(base), data="data.jsonl", form="text", adapter=adapter, module_names=(), learning_rate=1e-3,
-        max_steps=4, warmup_steps=0, seed=0, settings=SelectSettings(), making=making, trained_alpha=16.0, **fields,
+        max_steps=4, warmup_steps=0, seed=0, settings=SelectSettings(), provenance=making, trained_alpha=16.0, **fields,
     )  # fmt: skip
 
 

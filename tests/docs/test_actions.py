@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.adapters.adapters import make_adapter, rewrite, load_tensors
+from tests.adapters.adapters import make_adapter, write_tensors, load_tensors
 from tests.commands import run
 from tests.docs.pages import ROOT, iterate_blocks
 from tests.tiny import write_completions
@@ -39,7 +39,7 @@ def test_the_step_passes_and_fails_the_job(
     monkeypatch.chdir(tmp_path)
     assert run(read_step(), capsys)[0] == 0
     noise = {name: value + torch.randn_like(value) for name, value in load_tensors(released).items()}
-    rewrite(tmp_path / "candidate" / "adapter", noise)
+    write_tensors(tmp_path / "candidate" / "adapter", noise)
     assert run(read_step(), capsys)[0] in (3, 4)
 
 

@@ -116,7 +116,7 @@ def test_a_pickle_is_never_loaded_as_an_adapter_a_model_a_journal_or_a_checkpoin
 
 
 def test_pickled_weights_beside_other_safetensors_are_not_read(tmp_path: Path, model_folder: Path) -> None:
-    """Remove model.safetensors, in whose place transformers would load pytorch_model.bin."""
+    """Check that pytorch_model.bin, which transformers would load, is refused if model.safetensors is missing."""
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     (model / "model.safetensors").rename(model / "other.safetensors")
@@ -221,9 +221,9 @@ def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
             "num_local_experts is 1000000000, more than any model has",
         ),
         ({"num_key_value_heads": 3}, "are not a multiple of"),
-        ({"num_attention_heads": 0}, "cannot build|knows no such model|are not a multiple of"),
-        ({"hidden_size": -8}, "cannot build|knows no such model"),
-        ({"hidden_size": "x"}, "knows no such model"),
+        ({"num_attention_heads": 0}, "cannot build|does not know this model|are not a multiple of"),
+        ({"hidden_size": -8}, "cannot build|does not know this model"),
+        ({"hidden_size": "x"}, "does not know this model"),
     ],
 )
 def test_model_configurations_without_end(
@@ -258,7 +258,7 @@ def test_shards_outside_the_folder(tmp_path: Path, model_folder: Path, name: obj
 @pytest.mark.parametrize("trial_id", ["../../mark", "/etc/mark", "a/b", "", ".", "x" * 300, "a\0b", "é"])
 def test_trial_ids_that_are_paths(tmp_path: Path, trial_id: str) -> None:
     folder = RunFolder(tmp_path)
-    require_refused(lambda: folder.checkpoint(trial_id), "trial id .* is not allowed", RunFolderError)
+    require_refused(lambda: folder.get_checkpoint_path(trial_id), "trial id .* is not allowed", RunFolderError)
     require_refused(lambda: folder.get_trial_folder(trial_id), "trial id .* is not allowed", RunFolderError)
 
 

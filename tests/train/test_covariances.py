@@ -141,7 +141,7 @@ def test_memory_that_runs_out_is_a_notice(runtime: Runtime, monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     peft_model = add_adapter(runtime)
-    monkeypatch.setattr(Runtime, "losses", fails)
+    monkeypatch.setattr(Runtime, "compute_losses", fails)
     gathered = gather_moments(runtime, peft_model, EXAMPLES)
     assert gathered.moments == {}
     assert "out of memory" in gathered.notices[0]
@@ -153,7 +153,7 @@ def test_other_errors_are_not_hidden(runtime: Runtime, monkeypatch: pytest.Monke
         raise RuntimeError("a shape is wrong")
 
     peft_model = add_adapter(runtime)
-    monkeypatch.setattr(Runtime, "losses", fails)
+    monkeypatch.setattr(Runtime, "compute_losses", fails)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         gather_moments(runtime, peft_model, EXAMPLES)
 

@@ -158,7 +158,7 @@ def _format_no_difference(comparison: Comparison, margin_text: str, unit: Metric
         else ""
     )
     if reference.rank == smallest:
-        return f"{start}. It also has the best mean of them{seeds_text}."
+        return f"{start}. It also has the best mean{seeds_text}."
     better = format_number(unit.convert_difference(comparison.by_rank[smallest].difference.mean))
     return f"{start}. Rank {reference.rank} looks {better} better{seeds_text}."
 
