@@ -69,24 +69,25 @@ class BaseIdentity(Record):
         """Return the content of `base.json`."""
         return self.model_dump_json(indent=1).encode()
 
-    def find_difference(self, other: BaseIdentity) -> str | None:
+    def find_difference(self, other_identity: BaseIdentity) -> str | None:
         """Describe the first configuration value or weight in which two base models differ; return None if they are the same.
 
         Weights of one precision must be equal. If one model is a copy in 16 bits, they may differ by its rounding.
         """
         for key in CONFIG_KEYS:
-            values = [base.config.get(key) for base in (self, other)]
+            values = [base.config.get(key) for base in (self, other_identity)]
             if None not in values and values[0] != values[1]:
                 return f"its {key} is {values[0]}, here it is {values[1]}"
-        common = [name for name in self.weights if name in other.weights]
+        common = [name for name in self.weights if name in other_identity.weights]
         precisions = {
-            _find_coarsest_dtype([value for name in common for value in base.weights[name]]) for base in (self, other)
+            _find_coarsest_dtype([value for name in common for value in base.weights[name]])
+            for base in (self, other_identity)
         }
         relative, absolute = (2.0**-7, 1e-6) if len(precisions) > 1 else (0.0, 0.0)
         differing_names = [
             name
             for name in common
-            for ours, theirs in zip(self.weights[name], other.weights[name], strict=True)
+            for ours, theirs in zip(self.weights[name], other_identity.weights[name], strict=True)
             if not math.isclose(ours, theirs, rel_tol=relative, abs_tol=absolute)
         ]
         num_differing = len(dict.fromkeys(differing_names))

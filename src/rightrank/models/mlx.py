@@ -56,7 +56,9 @@ def _dequantize(
     """
     mode, bits, size = settings.get("mode", "affine"), int(settings["bits"]), int(settings["group_size"])
     unsupported = [
-        f"matrices with their own number of bits ({name}, …)" for name, own in settings.items() if isinstance(own, dict)
+        f"matrices with their own number of bits ({name}, …)"
+        for name, module_settings in settings.items()
+        if isinstance(module_settings, dict)
     ]
     unsupported += [f"mode {mode!r}"] * (mode != "affine") + [f"{bits} bits"] * (bits not in SUPPORTED_BITS)
     if unsupported:
@@ -69,7 +71,7 @@ def _dequantize(
         if key.endswith((".scales", ".biases")) and f"{key.rsplit('.', 1)[0]}.weight" in tensors:
             continue
         if f"{name}.scales" in tensors and value.dtype == torch.uint32:
-            scales, biases = (tensors[f"{name}.{part}"].float()[..., None] for part in ("scales", "biases"))
+            scales, biases = (tensors[f"{name}.{suffix}"].float()[..., None] for suffix in ("scales", "biases"))
             q = (value.long()[..., None] >> torch.arange(0, 32, bits)) & (2**bits - 1)
             value = (q.reshape(*scales.shape[:-1], size) * scales + biases).reshape(len(value), -1)
         unpacked[key] = value.contiguous()
