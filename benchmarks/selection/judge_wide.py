@@ -82,7 +82,7 @@ class WideGrid:
         """Average over the examples, then over the seeds; infinite if a training diverged."""
         weight = self.weights[examples].sum()
         seed_means = [self.values[*key, seed][examples].sum() / weight for seed in seeds if (*key, seed) in self.values]
-        return float(np.compute_mean(seed_means)) if len(seed_means) == len(seeds) else math.inf
+        return float(np.mean(seed_means)) if len(seed_means) == len(seeds) else math.inf
 
     def compute_means(self, seeds: Sequence[int], examples: Any) -> dict[CellKey, float]:
         return {key: self.compute_mean(key, seeds, examples) for key in self.keys}
@@ -271,13 +271,13 @@ def measure_calibration(grids: Sequence[WideGrid], seeds: int) -> dict[str, Any]
         if inside:
             bins.append(
                 {
-                    "stated": round(float(np.compute_mean([item[1] for item in inside])), 3),
-                    "true": round(float(np.compute_mean([item[2] for item in inside])), 3),
+                    "stated": round(float(np.mean([item[1] for item in inside])), 3),
+                    "true": round(float(np.mean([item[2] for item in inside])), 3),
                     "count": len(inside),
                 }
             )
     brier = (
-        float(np.compute_mean([(probability - true) ** 2 for _, probability, true in forecasts])) if forecasts else None
+        float(np.mean([(probability - true) ** 2 for _, probability, true in forecasts])) if forecasts else None
     )
     return {"brier": brier and round(brier, 4), "bins": bins, "count": len(forecasts)}
 
@@ -309,8 +309,8 @@ def judge_rate_rule(grids: Sequence[WideGrid]) -> dict[str, Any]:
             changed += chosen != winner
             rows.append((grid.name, compared[-1] - plain[-1]))
     names = sorted({name for name, _ in rows})
-    by = {name: round(float(np.compute_mean([d for n, d in rows if n == name])), 4) for name in names}
-    return {"regret at an eighth": round(float(np.compute_mean(plain)), 5), "with a quarter": round(float(np.compute_mean(compared)), 5),
+    by = {name: round(float(np.mean([d for n, d in rows if n == name])), 4) for name in names}
+    return {"regret at an eighth": round(float(np.mean(plain)), 5), "with a quarter": round(float(np.mean(compared)), 5),
             "changed": changed, "of": len(plain), "change by grid": by}  # fmt: skip
 
 
@@ -327,7 +327,7 @@ def judge_rotation(grids: Sequence[WideGrid]) -> dict[str, Any]:
                     ways = {"same": [folds[0]] * seeds, "rotated": folds}
                     for design, seed_examples in ways.items():
                         means = {
-                            key: float(np.compute_mean([grid.compute_mean(key, (s,), examples) for s, examples in zip(chosen, seed_examples, strict=True)]))
+                            key: float(np.mean([grid.compute_mean(key, (s,), examples) for s, examples in zip(chosen, seed_examples, strict=True)]))
                             for key in grid.keys
                         }  # fmt: skip
                         cases[design] += [
@@ -347,7 +347,7 @@ def judge_rotation(grids: Sequence[WideGrid]) -> dict[str, Any]:
 
 
 def _compute_rms(values: Sequence[float]) -> float:
-    return float(np.sqrt(np.compute_mean(np.square([value for value in values if math.isfinite(value)]))))
+    return float(np.sqrt(np.mean(np.square([value for value in values if math.isfinite(value)]))))
 
 
 def judge(grids: Sequence[WideGrid]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def draw_table(levels: dict[int, float], noise: float) -> ScoreTable:
 def test_no_difference_replaces_undecided(
     levels: dict[int, float], noise: float, verdict: str, rank: int | None
 ) -> None:
-    decision = decide_table(draw_table(levels, noise), 0.02, smallest_if_alike=True)
+    decision = decide_table(draw_table(levels, noise), 0.02, smallest_if_undecided=True)
     assert (decision.verdict, decision.rank) == (verdict, rank)
     plain = decide_table(draw_table(levels, noise), 0.02)
     if verdict == "no_difference":
@@ -58,7 +58,7 @@ def test_no_difference_replaces_undecided(
 
 
 def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
-    sentence = decide_table(draw_table({1: 0.3, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
+    sentence = decide_table(draw_table({1: 0.3, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_undecided=True).sentence
     assert sentence.startswith(
         "No difference between ranks 4 and 16 can be shown at this noise (seed standard deviation 0.0"
     )
@@ -74,7 +74,7 @@ def write_sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") 
         for rank, seed, scores in rows
     ]
     results_table = ResultsTable(metric=metric, higher_is_better=True, results=results, input_notes=[])
-    decision = decide_table(build_table_from_results(results_table), 0.02, smallest_if_alike=True, confidence=None)
+    decision = decide_table(build_table_from_results(results_table), 0.02, smallest_if_undecided=True, confidence=None)
     assert decision.verdict == "no_difference"
     return decision.sentence
 
@@ -97,7 +97,7 @@ def test_one_seed_shows_no_noise() -> None:
 
 
 def test_three_ranks_are_listed_and_two_seeds_show_their_noise() -> None:
-    sentence = decide_table(draw_table({1: 0.6, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
+    sentence = decide_table(draw_table({1: 0.6, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_undecided=True).sentence
     assert re.fullmatch(
         r"No difference between ranks 1, 4 and 16 can be shown at this noise \(seed standard deviation 0\.0\d+\): take rank 1, "
         r"the smallest\. (It also has the best mean|Rank \d+ looks 0\.\d+ better); a difference of 0\.02 in reward would "

@@ -53,7 +53,7 @@ pytestmark = pytest.mark.trains
 
 
 def score_batches(model: Any, batches: Sequence[Any]) -> Scores:
-    return HeldOutBatches(model, batches).scores()
+    return HeldOutBatches(model, batches).score()
 
 
 def raise_interrupt(*_: Any) -> None:

@@ -188,7 +188,7 @@ def test_two_processes_give_one_answer(strategy: str, trained: Path, model_folde
     for name in (trained_id, "adapter"):
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         loaded: Any = PeftModel.from_pretrained(base, out / "rightrank" / name).eval()
-        values[name] = HeldOutBatches(loaded, batches).scores().loss
+        values[name] = HeldOutBatches(loaded, batches).score().loss
         if name == trained_id:
             trained_parameters = torch.load(out / "after.pt", weights_only=True)
             assert trained_parameters.keys() == {

@@ -74,13 +74,13 @@ class TrainerBatch:
         labelled = self.numbers[:, 1:][self.labels[:, 1:] != IGNORED]
         return len(set(labelled.tolist())) // (2 if self.is_pairs else 1)
 
-    def example_groups(self, example_numbers: torch.Tensor) -> list[int]:
+    def get_example_groups(self, example_numbers: torch.Tensor) -> list[int]:
         """Return the groups of the examples with these numbers, or an empty list if the batch has no groups for exactly these rows."""
         if self.is_pairs or len(self.groups) != len(self.numbers):
             return list(self.groups) if len(self.groups) == len(example_numbers) else []
         return [self.groups[row] for row in self.rows[example_numbers.to(self.rows.device)].tolist()]
 
-    def loss(self, model: Any, beta: float) -> BatchLoss:
+    def compute_loss(self, model: Any, beta: float) -> BatchLoss:
         """Compute the loss that belongs to the form of the batch."""
         if self.is_pairs:
             return PreferenceLoss(compute_native_pass_losses, beta)(model, self, 1.0)
@@ -156,7 +156,7 @@ def compute_batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLos
         DataError: The model and the batch give no loss per example.
     """
     try:
-        return read_batch(model, add_reference(model, batch)).loss(model, beta)
+        return read_batch(model, add_reference(model, batch)).compute_loss(model, beta)
     except RightrankError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -189,7 +189,7 @@ class HeldOutBatches:
         self._in_step = batches[0] if fewer and is_sharded(model) else None
 
     @torch.no_grad()
-    def scores(self) -> Scores:
+    def score(self) -> Scores:
         """Return the scores of every example of all processes, in one order."""
         losses: list[float] = []
         tokens: list[int] = []
@@ -199,12 +199,12 @@ class HeldOutBatches:
             for number, batch in enumerate(self._batches):
                 self._batches[number] = add_reference(self._model, batch)
                 rows = read_batch(self._model, self._batches[number])
-                scored = rows.loss(self._model, self._beta)
+                scored = rows.compute_loss(self._model, self._beta)
                 example_numbers = scored.example_tokens.nonzero()[:, 0]
                 losses += scored.example_losses[example_numbers].tolist()
                 tokens += scored.example_tokens[example_numbers].tolist()
                 correct += scored.example_metrics.get("accuracy", torch.zeros(0)).tolist()
-                groups += rows.example_groups(example_numbers)
+                groups += rows.get_example_groups(example_numbers)
             if self._in_step is not None:
                 compute_batch_loss(self._model, self._in_step, self._beta)
         losses, tokens, correct, groups = (

@@ -49,7 +49,7 @@ class ComparedSide:
 
     source: str
     runtime: Runtime
-    adapter: Path | None  # on the base of `runtime`; None: the base or a whole model
+    adapter: Path | None  # on the base of `runtime`; None: the base model or a full model
     scores: TrialFinished
     token_difference: str | None  # why its own tokenizer reads the examples as other tokens than A's; None: it does not
 

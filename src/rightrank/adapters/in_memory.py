@@ -45,7 +45,7 @@ class InMemoryAdapter:
     metric: str = "loss"  # or `accuracy` of a classifier
     beta: float = BETA  # of the loss of preference pairs
     moment_tokens: int = MOMENT_TOKENS  # the maximum number of tokens of `train` that are read
-    write_beside: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
+    write_tokenizer: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
 
 
 def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:

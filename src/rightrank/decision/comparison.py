@@ -151,12 +151,12 @@ def is_conclusive(estimate: Estimate, margin: float) -> bool:
     return not is_within(estimate.compute_bound(1 - CONFIDENCE) - error, margin)
 
 
-def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
+def walk_down(ranks: Iterable[int], reference: int, is_passed: Callable[[int], bool]) -> int:
     """Walk down from `reference` and return the smallest rank above 0 before the first one that fails.
 
     This is a fixed-sequence test: no rank below a failure is tested, so no correction for multiplicity is needed.
     """
-    return min(takewhile(holds, list_lower_ranks(ranks, reference)), default=reference)
+    return min(takewhile(is_passed, list_lower_ranks(ranks, reference)), default=reference)
 
 
 def list_lower_ranks(ranks: Iterable[int], reference: int) -> list[int]:
@@ -212,7 +212,7 @@ class Estimate:
 
     def compute_bound(self, confidence: float) -> float:
         """Compute the one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
-        reach, shift = self._reach(confidence), 0.0
+        reach, shift = self._count_standard_errors(confidence), 0.0
         if self.examples > 1 and self.variance > 0:
             # The distribution over seeds is assumed to be symmetric.
             share = float((self.examples_variance / self.variance) ** 1.5)
@@ -222,7 +222,7 @@ class Estimate:
             shift = 0.0
         return self.mean + self.standard_error * (reach + shift)
 
-    def _reach(self, confidence: float) -> float:
+    def _count_standard_errors(self, confidence: float) -> float:
         """Return the number of standard errors to the bound.
 
         If the seed variance was replaced, each component of the variance has the quantile of its own degrees of freedom. Satterthwaite's

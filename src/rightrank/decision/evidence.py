@@ -566,7 +566,7 @@ class Comparison:
             return False  # the table states the noise over seeds
         if self.chosen == self.reference.rank and len(self.reference.cells) < 2:
             return True
-        answer = {self.chosen, self.next_lower or self.chosen} - {self.reference.rank}
+        answer = {self.chosen, self.next_lower_rank or self.chosen} - {self.reference.rank}
         return any(self.by_rank[rank].difference.seeds < 2 for rank in answer)
 
     @property
@@ -575,7 +575,7 @@ class Comparison:
         return self.is_indication and self.evidence.has_examples
 
     @property
-    def next_lower(self) -> int | None:
+    def next_lower_rank(self) -> int | None:
         """Return the highest rank below the chosen one."""
         return max((rank for rank in self.ranks if rank < self.chosen), default=None)
 

@@ -215,7 +215,7 @@ def _describe_sampling_unit(comparison: Comparison) -> tuple[str, float]:
 def _plan_extra_seeds(comparison: Comparison, undecided: int | None = None) -> NextRun:
     """Plan the seeds that are expected to turn an indication into a decision, at the seed noise of earlier grids."""
     evidence, reference = comparison.evidence, comparison.reference.rank
-    compared = {comparison.chosen, comparison.next_lower or comparison.chosen, undecided or comparison.chosen} - {
+    compared = {comparison.chosen, comparison.next_lower_rank or comparison.chosen, undecided or comparison.chosen} - {
         reference
     }
     tested_ranks = [
@@ -317,7 +317,7 @@ def _extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float]) -
 def _plan_proof(comparison: Comparison) -> NextRun:
     """Plan the seeds that are expected to show what the values suggest."""
     reference = comparison.reference.rank
-    rank = comparison.chosen if comparison.chosen != reference else comparison.next_lower or reference
+    rank = comparison.chosen if comparison.chosen != reference else comparison.next_lower_rank or reference
     difference = comparison.by_rank[rank].difference
     needed = compute_required_seeds(difference, comparison.margin) if difference.variance > 0 else None
     ranks = sorted({rank, reference})
@@ -330,7 +330,7 @@ def _plan_proof(comparison: Comparison) -> NextRun:
 
 def _plan_confirmation(comparison: Comparison) -> NextRun:
     """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
-    ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower or comparison.chosen})
+    ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower_rank or comparison.chosen})
     if _count_missing_trainings(comparison.evidence, ranks, CONFIRM_SEEDS) == 0:
         sentence = f"No more training is needed: evaluate {_format_rank_list(ranks)} once on held-out data that was not used for any choice."
         return NextRun(action="test", ranks=ranks, sentence=sentence)

@@ -41,7 +41,7 @@ class Records:
         default_factory=list
     )  # answers on the deployment rank; the last one is valid
     evaluations: dict[str, list[EvalPoint]] = field(default_factory=dict)  # reports of custom trainers by trial
-    _places: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # index in `outcomes` by trial
+    _indices: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # index in `outcomes` by trial
 
     @classmethod
     def from_journal(cls, started: RunStarted, records: Iterable[JournalRecord]) -> Records:
@@ -69,7 +69,7 @@ class Records:
                 ]
                 self.evaluations[record.trial_id] = [*earlier_points, record.point]
             case _ if isinstance(record, OUTCOMES):
-                index = self._places.setdefault(record.trial_id, len(self.outcomes))
+                index = self._indices.setdefault(record.trial_id, len(self.outcomes))
                 self.outcomes[index : index + 1] = [record]
 
     @property
@@ -79,7 +79,7 @@ class Records:
     def copy(self) -> Records:
         """Return a copy that can be changed independently."""
         outcomes, tests, adapters = [*self.outcomes], [*self.tests], [*self.adapters]
-        return Records(self.started, outcomes, tests, adapters, {**self.evaluations}, {**self._places})
+        return Records(self.started, outcomes, tests, adapters, {**self.evaluations}, {**self._indices})
 
     def list_finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
@@ -162,7 +162,7 @@ def decide_by_metric(
         margin,
         checkpoint=checkpoint or settings.checkpoint,
         other_tables=other_tables,
-        smallest_if_alike=started.is_rl,
+        smallest_if_undecided=started.is_rl,
         confidence=None
         if requested_confidence is None and started.is_rl
         else requested_confidence or DEFAULT_CONFIDENCE,

@@ -48,7 +48,7 @@ def decide_table(
     margin: float | None = None,
     *,
     other_tables: Sequence[ScoreTable] = (),
-    smallest_if_alike: bool = False,
+    smallest_if_undecided: bool = False,
     confidence: float | None = DEFAULT_CONFIDENCE,
     checkpoint: Checkpoint = "last",
 ) -> Decision:
@@ -57,7 +57,7 @@ def decide_table(
     Args:
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
         other_tables: the same trials by other metrics, each compared at its default margin.
-        smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
+        smallest_if_undecided: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
         confidence: choose the smallest rank that is enough with this probability, if there are any; None for the rule on bounds.
         checkpoint: the evaluation of each training that is compared, if the table has evaluations during training.
 
@@ -83,7 +83,7 @@ def decide_table(
     indistinguishable = (
         find_indistinguishable_ranks(comparison) if is_open(comparison) else [chosen]
     )  # A larger rank that is worse does not change the rest of the answer.
-    if smallest_if_alike and verdict == "undecided" and indistinguishable:
+    if smallest_if_undecided and verdict == "undecided" and indistinguishable:
         verdict, chosen = "no_difference" if len(indistinguishable) > 1 else "saturated", indistinguishable[0]
         comparison = replace(comparison, chosen=chosen)
     rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, find_shown_rank(comparison)

@@ -92,14 +92,14 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
             is_best = chosen == reference
             best = "the best of the ranks tried" if is_best else f"within {margin_text} of the best (rank {reference})"
             start = f"{conclusion}: it is {best}"
-            if comparison.next_lower is None:
+            if comparison.next_lower_rank is None:
                 return f"{start}, and the smallest tried{caution}."
-            next_lower = f"{start}, and the next lower rank ({comparison.next_lower}) is"
-            if comparison.confidence is not None and not comparison.is_worse(comparison.next_lower):
-                return f"{next_lower} {format_probability(comparison.require_probability(comparison.next_lower))} likely{caution}."
-            if not comparison.is_worse(comparison.next_lower):
-                return f"{next_lower} inconclusive at {_format_difference(comparison, comparison.next_lower, unit)}{caution}."
-            return f"{next_lower} {_format_difference(comparison, comparison.next_lower, unit)}{caution}."
+            next_lower = f"{start}, and the next lower rank ({comparison.next_lower_rank}) is"
+            if comparison.confidence is not None and not comparison.is_worse(comparison.next_lower_rank):
+                return f"{next_lower} {format_probability(comparison.require_probability(comparison.next_lower_rank))} likely{caution}."
+            if not comparison.is_worse(comparison.next_lower_rank):
+                return f"{next_lower} inconclusive at {_format_difference(comparison, comparison.next_lower_rank, unit)}{caution}."
+            return f"{next_lower} {_format_difference(comparison, comparison.next_lower_rank, unit)}{caution}."
 
 
 def _format_difference(comparison: Comparison, rank: int, unit: MetricUnit) -> str:

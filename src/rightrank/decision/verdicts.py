@@ -80,7 +80,7 @@ def find_inconclusive_rank(comparison: Comparison) -> int | None:
     """
     if comparison.evidence.lacks_uncertainty or comparison.confidence is not None:
         return None
-    compared, below = comparison.by_rank, comparison.next_lower
+    compared, below = comparison.by_rank, comparison.next_lower_rank
     if 0 in compared and compared[0].non_inferior is None:
         return 0
     if below is None or compared[below].non_inferior is False:
@@ -280,7 +280,7 @@ def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
     """Return whether the data can't show the answer at 95% confidence."""
     if not comparison.evidence.lacks_uncertainty:
         return verdict == "undecided"
-    compared, below = comparison.by_rank, comparison.next_lower
+    compared, below = comparison.by_rank, comparison.next_lower_rank
     is_settled = compared[comparison.chosen].non_inferior is True and (
         below is None or compared[below].non_inferior is False
     )

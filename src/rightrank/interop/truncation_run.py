@@ -69,7 +69,7 @@ log = logging.getLogger("rightrank")
 RESUME_FILE = "measure.json"  # in the run's cache
 TRAINER_NAME = "its own trainer"  # identifies the kind of run in its journal
 # Fields of `InMemoryAdapter` that are saved in separate files or have their default values.
-EXCLUDED_FIELDS = ("model", "held_out", "train", "name", "write_beside")
+EXCLUDED_FIELDS = ("model", "held_out", "train", "name", "write_tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,8 @@ def begin_run(in_memory_adapter: InMemoryAdapter, out: Path, training: TrainingS
                 )
                 identity = compute_base_identity(in_memory_adapter.model.get_base_model(), adapter.base_model or "")
             write_text(adapter.path / BASE_FILE, identity.to_json().decode())
-            if in_memory_adapter.write_beside is not None:
-                in_memory_adapter.write_beside(adapter.path)
+            if in_memory_adapter.write_tokenizer is not None:
+                in_memory_adapter.write_tokenizer(adapter.path)
             started = _build_run_started(in_memory_adapter, training, adapter)
             adapter.path.rename(temporary_run.get_trial_folder(_compute_training_id(started, training.steps)))
             _write_resume_files(in_memory_adapter, temporary_run, training)
@@ -341,7 +341,7 @@ class CallbackExecutor(Hook):
                 "trainable_parameters": size,
                 "peak_bytes": training.peak_bytes,
             }
-        scores = self._held_out.scores()
+        scores = self._held_out.score()
         if not np.isfinite(scores.losses).all():
             raise NotFiniteError(f"rank {arm.rank}: a held-out loss is NaN or infinite; the training may have diverged")
         if len(scores.losses) < 2:

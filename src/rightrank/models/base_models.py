@@ -146,7 +146,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         trained_modules = [
             *settings.modules_to_save,
             *(SEQ_CLS_HEAD_NAMES if classes is not None else ()),
-        ]  # whole, by PEFT
+        ]  # PEFT trains these modules in full precision
         quantization = _build_quantisation_arguments(
             weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained_modules]
         )

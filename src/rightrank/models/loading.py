@@ -23,7 +23,7 @@ from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError, get_first_line
 
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of A
-# They concern modules and tensors beside the factors, which the skeleton lacks, or the base's own weights.
+# Options that concern the weights of the base model, or modules and tensors that the skeleton does not have.
 IGNORED_OPTIONS = (
     "modules_to_save",
     "trainable_token_indices",

@@ -75,7 +75,7 @@ def validate_inputs(request: SelectionInputs) -> None:
     if isinstance(request.model, str):
         require_model(request.model)
     stated_base, name = (
-        settings.stated.get("base_model_name_or_path"),
+        settings.expected_fields.get("base_model_name_or_path"),
         getattr(request.model, "name_or_path", request.model),
     )
     if (

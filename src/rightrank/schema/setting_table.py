@@ -91,7 +91,7 @@ class Settings:
     ] = {}  # names in other tools → the setting with the same meaning
     pydantic_model: ClassVar[type[Any] | None] = None  # pydantic's model with the same types, created at first use
     model_fields_set: frozenset[str]  # the explicitly given ones
-    stated: Mapping[str, Any] = {}  # given fields that are no settings, with which the run must agree
+    expected_fields: Mapping[str, Any] = {}  # given fields that are no settings, with which the run must agree
 
     def __init_subclass__(cls) -> None:
         rows: dict[str, Setting] = {}
@@ -169,7 +169,11 @@ class Settings:
 
 def get_explicit_values(settings: Settings | None) -> dict[str, Any]:
     """Return the values that were given explicitly, by name, with the fields that the run must agree with."""
-    return {} if settings is None else {**settings.model_dump(include=settings.model_fields_set), **settings.stated}
+    return (
+        {}
+        if settings is None
+        else {**settings.model_dump(include=settings.model_fields_set), **settings.expected_fields}
+    )
 
 
 def is_list_type(hint: Any) -> bool:

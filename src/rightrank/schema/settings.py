@@ -194,7 +194,7 @@ class PeftFields(Settings):
         top_level_options = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
         options = {name: parse_json_value(value) for name, value in {**explicit_options, **top_level_options}.items()}
         super().__init__(**values, **({"peft_options": options} if options else {}))
-        self.__dict__["stated"] = checked_fields
+        self.__dict__["expected_fields"] = checked_fields
 
     def _require_consistent(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:

@@ -143,7 +143,7 @@ def require_targets(model: Any, settings: PeftFields, is_classification: bool) -
         ModelError: the task differs; a name matches nothing (the message lists the names that exist); a module is in another layer; a
             layer does not exist.
     """
-    task, stated_task = _get_task_type(is_classification).value, settings.stated.get("task_type")
+    task, stated_task = _get_task_type(is_classification).value, settings.expected_fields.get("task_type")
     if stated_task not in (None, task):
         raise ModelError(
             f"task_type: got {stated_task!r}, and this is {task!r}: data with `text` and `label` train a classifier (SEQ_CLS), all others a "
