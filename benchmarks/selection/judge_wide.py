@@ -276,9 +276,7 @@ def measure_calibration(grids: Sequence[WideGrid], seeds: int) -> dict[str, Any]
                     "count": len(inside),
                 }
             )
-    brier = (
-        float(np.mean([(probability - true) ** 2 for _, probability, true in forecasts])) if forecasts else None
-    )
+    brier = float(np.mean([(probability - true) ** 2 for _, probability, true in forecasts])) if forecasts else None
     return {"brier": brier and round(brier, 4), "bins": bins, "count": len(forecasts)}
 
 

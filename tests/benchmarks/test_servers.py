@@ -22,7 +22,7 @@ from rightrank.interop.exports import write_export
 from rightrank.interop.recipe import Recipe, _select_adapter_fields
 from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.settings import SelectSettings
-from tests.adapters.adapters import compute_deltas, load_strictly, make_adapter, make_base, load_tensors
+from tests.adapters.adapters import compute_deltas, load_strictly, load_tensors, make_adapter, make_base
 
 SLOT = 8  # of vLLM, for ranks from 2 to 8
 

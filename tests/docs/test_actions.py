@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.adapters.adapters import make_adapter, write_tensors, load_tensors
+from tests.adapters.adapters import load_tensors, make_adapter, write_tensors
 from tests.commands import run
 from tests.docs.pages import ROOT, iterate_blocks
 from tests.tiny import write_completions
