@@ -71,7 +71,7 @@ class Squeeze(SmallestAdapter):
     reads_between_steps: ClassVar[bool] = True
     rank: int | None = None
     at: float = 0.5
-    measure_truncations: bool = field(default=True, init=False)
+    measure: bool = field(default=True, init=False)
     cut: RankCut | None = field(default=None, init=False)
     _step: int = field(default=0, init=False)
 
