@@ -58,7 +58,9 @@ def test_a_metric_without_a_known_direction_states_it(tmp_path: Path) -> None:
         selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric)
         return selected.decision.higher_is_better
 
-    with pytest.raises(SettingsError, match=r"metric 'colour': its name does not tell .* give metric='max:colour' or 'min:colour'"):
+    with pytest.raises(
+        SettingsError, match=r"metric 'colour': its name does not tell .* give metric='max:colour' or 'min:colour'"
+    ):
         select("colour")
     assert select("min:colour") is False
 
