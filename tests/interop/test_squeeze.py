@@ -96,13 +96,13 @@ def test_the_training_goes_on_at_the_rank(
     assert len(losses) == STEPS
     assert sum(losses[-3:]) < sum(losses[:3])
     assert callback.cut is not None
-    assert (callback.cut.from_rank, callback.cut.rank) == (16, 3)
+    assert (callback.cut.top_rank, callback.cut.rank) == (16, 3)
     trainer.save_model(str(tmp_path / "saved"))
     assert compute_loss(load_adapter(model_folder, tmp_path / "saved"), rows[140:150]) == pytest.approx(
         compute_loss(model, rows[140:150]), rel=2e-3 if "bf16" in changes else 1e-5
     )
     assert f"rank 16 to step 6, then rank 3 to step {STEPS}. In a study" in caplog.text
-    assert callback.cut.parameters == sum(
+    assert callback.cut.num_parameters == sum(
         parameter.numel() for parameter in model.parameters() if parameter.requires_grad
     )
 
@@ -211,11 +211,11 @@ def test_the_rank_is_measured_at_the_cut(
     assert loose.cut is not None
     assert strict.cut is not None
     assert loose.cut.rank == 1
-    assert loose.cut.measured is not None
-    assert loose.cut.measured.answer.difference_high < 1.0
+    assert loose.cut.measurement is not None
+    assert loose.cut.measurement.answer.difference_high < 1.0
     assert (
         strict.cut.rank
-        == strict.cut.from_rank
+        == strict.cut.top_rank
         == max(
             parameter.shape[0]
             for parameter in model.parameters()
@@ -268,7 +268,7 @@ def test_a_loop_of_ones_own(model_folder: Path, rows: Rows) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert cut.parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert cut.num_parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert all(map(math.isfinite, losses))
     states = list(optimizer.state.items())
     assert states

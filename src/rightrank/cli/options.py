@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
 
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.setting_table import Group, Setting, Settings, is_list_type
-from rightrank.schema.trials import SCHEMA_VERSION, Record
 from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from rightrank.schema.trials import Record
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -28,6 +30,8 @@ def split_commas(_context: click.Context, _parameter: click.Parameter, value: st
 
 def format_json(answer: Record | Mapping[str, object]) -> str:
     """Return the one object that `--json` prints, with the version of its fields first."""
+    from rightrank.schema.trials import SCHEMA_VERSION, Record  # imports pydantic, which --help does not need
+
     fields = json.loads(answer.model_dump_json()) if isinstance(answer, Record) else answer
     return json.dumps({"schema_version": SCHEMA_VERSION, **fields})
 
