@@ -156,8 +156,8 @@ def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
     ("changes", "message"),
     [
         ({"init_lora_weights": "pissa", "use_dora": True}, r"init_lora_weights pissa: .*q_proj is DoRA, and PEFT supports this initialization for"),
-        ({"init_lora_weights": "olora", "target_modules": ("embed_tokens", "q_proj")}, "is an embedding, and PEFT has it"),
-        ({"init_lora_weights": "orthogonal", "target_modules": ("embed_tokens",)}, "is an embedding, and PEFT has it"),
+        ({"init_lora_weights": "olora", "target_modules": ("embed_tokens", "q_proj")}, "is an embedding, and PEFT supports this initialization"),
+        ({"init_lora_weights": "orthogonal", "target_modules": ("embed_tokens",)}, "is an embedding, and PEFT supports this initialization"),
         ({"init_lora_weights": "orthogonal", "ranks": (2, 3)}, "at even ranks, got rank 3; give even ranks"),
     ],
 )  # fmt: skip
