@@ -144,7 +144,7 @@ def test_the_callback_of_run_exp_takes_the_trainers_held_out_rows(
     make_trainer(model_folder, rows, tmp_path / "out", [callback]).train()
     assert callback.result is not None
     assert read_decision(tmp_path / "out")["adapter_answer"]["rank"] == callback.result.answer.rank
-    assert callback.result.examples == 60
+    assert callback.result.num_examples == 60
 
 
 @pytest.mark.trains
@@ -212,7 +212,7 @@ def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, 
     assert read_decision(tmp_path / "loop")["adapter_answer"] == json.loads(result.answer.model_dump_json())
     assert all(torch.equal(value, initial_values[name]) for name, value in model.named_parameters())
     assert torch.equal(states, torch.get_rng_state())
-    assert result.examples == callback.result.examples == 60
+    assert result.num_examples == callback.result.num_examples == 60
 
 
 @pytest.mark.trains

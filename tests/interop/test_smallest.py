@@ -89,7 +89,7 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert f"trained at rank 16 (learning rate 0.01, 60 steps), truncated to rank {answer.rank} by K-FAC" in card
     assert "Measured on the last (step 60) weights with 60 held-out examples" in caplog.text
     assert "of the training's time; peak memory" in caplog.text
-    command = next(note for note in answer.notes if note.startswith("An estimate")).partition("prove it: ")[2]
+    command = next(note for note in answer.notes if note.startswith("An estimate")).partition("and run: ")[2]
     words = shlex.split(command)
     assert words[:4] == ["rightrank", "select", str(model_folder), "DATA"]  # the name of the rows' file is not known
     options = dict(zip(words[4::2], words[5::2], strict=True))
@@ -138,8 +138,8 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     steps = runtime.settings.count_training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
-    with attach_adapter(runtime, adapter.path) as make_peft_model:
-        read = order[: gather_unseen_moments(runtime, make_peft_model, seed, steps).examples]
+    with attach_adapter(runtime, adapter.path) as attached_model:
+        read = order[: gather_unseen_moments(runtime, attached_model, seed, steps).examples]
 
     def batches(split: SplitName, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         examples = [runtime.data.splits[split][index] for index in indices]
@@ -429,10 +429,10 @@ def test_rows_of_the_training_set_are_counted_and_left_out(
     callback = SmallestAdapter(RowList(rows[130:165]), margin=0.1)
     with caplog.at_level(logging.WARNING, "rightrank"):
         run_training(model_folder, rows, tmp_path, [callback], max_steps=2)
-    assert "10 of 35 held-out rows are in the training set; they are left out" in caplog.text
+    assert "10 of 35 held-out rows are also in the training set; they are left out" in caplog.text
     assert "25 held-out examples are too few" in caplog.text
     assert callback.result is not None
-    assert callback.result.examples == 25
+    assert callback.result.num_examples == 25
     assert "10 of 35" in (tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8")
 
 
@@ -456,7 +456,7 @@ def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     assert any("Measured on the best (step " in note for note in document["adapter_answer"]["notes"])
     assert callback.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
-    assert callback.result.top.value == pytest.approx(score_batches(model.eval(), batches).loss, rel=1e-4)
+    assert callback.result.trained_trial.value == pytest.approx(score_batches(model.eval(), batches).loss, rel=1e-4)
 
 
 def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -509,7 +509,7 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
     assert callback.result is not None
     assert uninterrupted.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
-    assert callback.result.top.value == pytest.approx(score_batches(complete.eval(), batches).loss, rel=1e-4)
+    assert callback.result.trained_trial.value == pytest.approx(score_batches(complete.eval(), batches).loss, rel=1e-4)
     values = [[candidate.value for candidate in each.result.answer.candidates] for each in (uninterrupted, callback)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)  # the same examples and the same second moments
 
@@ -528,7 +528,7 @@ def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, row
     assert with_other_active.answer.candidates == alone.answer.candidates
     assert model.active_adapter == "other"
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ModelError, match="one adapter is truncated at a time"):
+    with pytest.raises(ModelError, match="only one adapter can be truncated"):
         find_trained_adapter(model)
     model.base_model.set_adapter("default")
     model.merge_adapter()
@@ -555,7 +555,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
     result = measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     note = (
         "3 of 21 modules are truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
-        "so that no second moments arrive"
+        "so second moments cannot be measured"
     )
     assert note in result.answer.notes
     assert result.answer.rank == 1
@@ -615,7 +615,7 @@ def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_p
     assert callback.result is not None
     if metric == "accuracy":
         return
-    assert callback.result.top.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+    assert callback.result.trained_trial.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
     model.save_pretrained(tmp_path / "trained")
     folder = tmp_path / "out" / "rightrank" / "adapter"
     values = [
@@ -641,7 +641,7 @@ def compute_class_loss(folder: Path, adapter: Path, rows: Sequence[Any], collato
 def test_a_metric_without_examples_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="accuracy is defined only for classifiers"):
         run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]), metric="accuracy")])
-    with pytest.raises(SettingsError, match="measures adapters by loss or accuracy"):
+    with pytest.raises(SettingsError, match="allowed are loss and accuracy"):
         run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]), metric="rouge")])
 
 
@@ -654,7 +654,7 @@ def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder:
     trainer.add_callback(callback)
     trainer.train()
     assert callback.result is not None
-    assert callback.result.top.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-3)
+    assert callback.result.trained_trial.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-3)
     assert callback.result.answer.rank < 16
     live, adapter_path = trainer.model, tmp_path / "out" / "rightrank" / "adapter"
     batches = [trainer.data_collator([row]) for row in held_out]

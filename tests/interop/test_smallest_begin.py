@@ -379,7 +379,7 @@ def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: P
     assert begun.max_alive <= 32  # beside the trainer's own, which reads a batch ahead
     assert CountedRow.max_alive <= 32
     assert callback.result is not None
-    assert callback.result.examples == len(rows) - 140
+    assert callback.result.num_examples == len(rows) - 140
 
 
 def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
@@ -390,7 +390,7 @@ def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
     callback = SmallestAdapter(RowList(rows[100:]), margin=0.1)
     make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback).train()
     assert callback.result is not None
-    assert callback.result.examples == len(rows) - 100
+    assert callback.result.num_examples == len(rows) - 100
     assert any(note.startswith("0 of 140 training rows (a random sample)") for note in callback.result.answer.notes)
 
 
@@ -425,11 +425,11 @@ def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, cap
     Trainer(model, arguments, train_dataset=rows[:80], callbacks=[callback]).train()
     assert "are in the training set" not in caplog.text
     assert callback.result is not None
-    assert callback.result.examples == 80
+    assert callback.result.num_examples == 80
     pixels = torch.stack([row["pixel_values"] for row in rows[80:]])
     labels = torch.tensor([row["labels"] for row in rows[80:]])
     with torch.no_grad():
-        assert callback.result.top.value == pytest.approx(
+        assert callback.result.trained_trial.value == pytest.approx(
             float((model.eval()(pixels).logits.argmax(-1) == labels).float().mean())
         )
     assert "are in the training set" in find_shared(rows, model, arguments, caplog)
@@ -480,7 +480,7 @@ def test_the_scored_rows_are_a_random_sample(
     train = [{name: values[1:] for name, values in row.items()} for row in rows]
     make_trainer(make_peft_model(model_folder), model_folder, tmp_path, train, None, callback, max_steps=2).train()
     assert callback.result is not None
-    tokens = callback.result.top.example_tokens
+    tokens = callback.result.trained_trial.example_tokens
     assert len(tokens) == 20
     assert 4 <= sum(count > 35 for count in tokens) <= 16  # beyond this in 1 of 400 random samples
 
@@ -499,7 +499,7 @@ def test_the_sample_is_the_same_whatever_the_global_generators_have(
             make_peft_model(model_folder), model_folder, tmp_path / str(seed), RowList(rows[:140]), None, callback, seed=seed, max_steps=1,
         ).train()  # fmt: skip
         assert callback.result is not None
-        tokens.append(callback.result.top.example_tokens)
+        tokens.append(callback.result.trained_trial.example_tokens)
     assert tokens[0] == tokens[1]
 
 
