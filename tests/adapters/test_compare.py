@@ -172,7 +172,7 @@ def test_a_damaged_side_is_one_line(
 def test_an_adapter_of_another_task_than_the_data_is_one_line(
     trained: Path, model_folder: Path, class_file: Path
 ) -> None:
-    with pytest.raises(ModelError, match=r"an adapter of a language model .* which need a classifier"):
+    with pytest.raises(ModelError, match=r"an adapter of a language model .* need a classifier"):
         compare("base", trained, model=str(model_folder), data=class_file)
     with pytest.raises(ModelError, match="an adapter of a language model"):
         resize(trained, trained.parent / "smaller", data=class_file)
@@ -197,7 +197,7 @@ def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
     single.write_text(lines[0])
     settings = SelectSettings(**SETTINGS)
     assert compare("base", trained, model=str(model_folder), data=few, settings=settings).examples == 3
-    with pytest.raises(DataError, match="1 rows; 2 or more are needed"):
+    with pytest.raises(DataError, match="1 rows; give 2 or more"):
         compare("base", trained, model=str(model_folder), data=single, settings=settings)
 
 
