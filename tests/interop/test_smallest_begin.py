@@ -63,7 +63,7 @@ def require_refusal(trainer: Trainer, error: type[InputError]) -> str:
         ({}, {"margin": float("nan")}, SettingsError, "margin"),
         ({}, {"margin": "1%"}, SettingsError, "margin"),
         ({}, {"margin": -1}, SettingsError, "margin"),
-        ({}, {"max_examples": 1}, SettingsError, "max_examples 1: give a whole number from 2"),
+        ({}, {"max_examples": 1}, SettingsError, "max_examples 1: give a whole number of 2 or more"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word")

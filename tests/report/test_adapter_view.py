@@ -100,12 +100,12 @@ def test_the_table_has_each_candidate_with_its_bound() -> None:
 def test_how_the_adapter_was_made() -> None:
     records = make_answered_run()
     trial = next(t for t in records.list_finished() if t.trial_id == records.adapters[-1].answer.trial_id)
-    assert build_provenance(trial, records.list_finished()).sentence() == (
+    assert build_provenance(trial, records.list_finished()).format_sentence() == (
         "trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank 8 by K-FAC"
     )
     top = next(t for t in records.list_finished() if t.rank == 64)
     assert (
-        build_provenance(top, records.list_finished()).sentence()
+        build_provenance(top, records.list_finished()).format_sentence()
         == "trained at rank 64 (learning rate 0.003, 40 steps)"
     )
 
