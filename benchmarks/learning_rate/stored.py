@@ -42,7 +42,7 @@ def iterate_cells(grid: Mapping[str, Any], seed: int) -> Iterator[tuple[int, flo
 
 
 def read_seed(path: Path, curve: Mapping[str, Any], seed: int) -> SeedTable:
-    """Return the table of a seed; trainings that diverged are left out, as in the file."""
+    """Return the table of a seed; a training that the file lacks, but has with another seed, diverged."""
     weights = np.array(curve["item_tokens"], dtype=float)
     items = {(rank, rate): np.array(values) for rank, rate, values in iterate_cells(curve["item_losses"], seed)}
     tests, test_weights = read_tests(path, curve, seed)
@@ -50,6 +50,9 @@ def read_seed(path: Path, curve: Mapping[str, Any], seed: int) -> SeedTable:
     for (rank, rate), losses in items.items():
         mean = float(losses.sum() / weights.sum())
         adapters[Key("trained", rank, rate)] = Measured(losses, mean, None, tests["trained", rank, rate])
+    for rank, by_rate in curve["item_losses"].items():
+        for rate in (rate for rate in map(float, by_rate) if (int(rank), rate) not in items):
+            adapters[Key("trained", int(rank), rate)] = Measured(None, math.inf, None, math.inf)
     early_items = curve.get("checkpoint_items", {})
     for part, grid in curve["checkpoints"].items():
         by_cell = {

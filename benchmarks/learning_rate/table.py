@@ -1,7 +1,7 @@
 """Compare policies by what they hand over: rank, trainings, regret of the adapter and of the recipe, on the stored grids or on the new ones.
 
-    python -m benchmarks.learning_rate.table stored ../selection    # the grids of an earlier study
-    python -m benchmarks.learning_rate.table new                    # after the judgement; both write table_*.json and print a table
+    python -m benchmarks.learning_rate.table stored    # the grids of an earlier study, with a rehearsal of the endpoints
+    python -m benchmarks.learning_rate.table new       # after the judgement; both write table_*.json and print a table
 
 The *regret of the adapter* is its test loss minus that of the best trained adapter of the same seed. The *regret of the recipe* is the test loss of the trainings of the other
 seeds at the policy's training rank and learning rate, minus that of the rank and rate that are best for those seeds. Means are over grids, intervals resample grids.
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning_rate.judge import GRIDS, JUDGED, MARGINS, read_seed
+from benchmarks.learning_rate.judge import GRIDS, JUDGED, MARGINS, judge, read_seed
 from benchmarks.learning_rate.lock import HERE
 from benchmarks.learning_rate.policies import (
     PRIMARY,
@@ -340,7 +340,10 @@ def main() -> int:
         else [read_seed(path) for path in sorted(GRIDS.glob("*.npz"))]
     )
     rows = [row for name, search in list_searches().items() if (row := summarise(name, search, tables)) is not None]
-    (HERE / f"table_{options.grids}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    result: dict[str, Any] = {"rows": rows}
+    if options.grids == "stored":
+        result["endpoints"] = judge(tables)  # a rehearsal: the policies were chosen on these grids
+    (HERE / f"table_{options.grids}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(format_table(rows))
     return 0
 

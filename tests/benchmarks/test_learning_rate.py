@@ -281,23 +281,27 @@ def test_the_table_has_a_row_for_each_policy_that_the_grids_support(folder: Path
 
 
 def test_a_stored_grid_of_the_earlier_study_is_read(tmp_path: Path) -> None:
-    items = {"64": {"0.001": {"0": [1.0, 3.0]}}, "4": {"0.001": {"0": [2.0, 3.0]}}}
+    items = {"64": {"0.001": {"0": [1.0, 3.0], "1": [1.0, 3.0]}}, "4": {"0.001": {"0": [2.0, 3.0]}}}
     curve = {
-        "metric": "loss", "steps": 400, "seeds": [0], "item_tokens": [1, 3], "item_losses": items,
+        "metric": "loss", "steps": 400, "seeds": [0, 1], "item_tokens": [1, 3], "item_losses": items,
         "checkpoints": {"0.25": {"64": {"0.001": {"0": 2.5}}}}, "checkpoint_items": {},
         "truncation_items": {"4": {"0.001": {"0": [1.5, 3.0]}}},
     }  # fmt: skip
     (tmp_path / "wide").mkdir()
     (tmp_path / "wide/tiny.json").write_text(json.dumps({"curves": [curve]}))
-    cells = np.array([[64, 0.001, 0], [4, 0.001, 0]])
+    cells = np.array([[64, 0.001, 0], [4, 0.001, 0], [64, 0.001, 1]])
     np.savez_compressed(
-        tmp_path / "wide/tiny.npz", cells=cells, losses=np.array([[2000, 2000], [4000, 4000]]), tokens=[2, 2]
+        tmp_path / "wide/tiny.npz",
+        cells=cells,
+        losses=np.array([[2000, 2000], [4000, 4000], [2000, 2000]]),
+        tokens=[2, 2],
     )
-    (read,) = stored.read_stored(tmp_path)
+    read, second = stored.read_stored(tmp_path)
     assert read.adapters[Key("trained", 64, 0.001)].validation_mean == 1.0
     assert read.adapters[Key("trained", 64, 0.001)].test_mean == 1.0
     assert read.adapters[Key("trained", 64, 0.001, 0.25)].validation_mean == 2.5
     assert read.adapters[Key("truncated", 4, 0.001)].test_mean == pytest.approx(1.0 + 0.5 / 4)
+    assert second.adapters[Key("trained", 4, 0.001)].test_mean == math.inf  # it diverged
 
 
 # Training.
