@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +42,7 @@ from benchmarks.learning_rate.stored import read_stored
 
 DRAWS = 5  # of a stochastic search
 FIXED_RATES = (3e-4, 1e-3)
+SCORED = ("answers", "words", "replies", "roles", "word_classes", "speakers", "languages")
 
 
 @dataclass(frozen=True)
@@ -307,6 +308,24 @@ def summarise(name: str, search: Search, tables: Sequence[SeedTable]) -> dict[st
     }
 
 
+def summarise_all(tables: Sequence[SeedTable]) -> list[dict[str, Any]]:
+    """Return the rows of all policies that have what they need."""
+    return [row for name, search in list_searches().items() if (row := summarise(name, search, tables)) is not None]
+
+
+def read_shares(path: Path) -> SeedTable:
+    """Read a seed with the share of wrong answers, labels or preferences in place of the test loss; policies still choose by validation loss."""
+    table = read_seed(path)
+    with np.load(path) as arrays:
+        shares = iter(1 - arrays["scores"].mean(1))
+    final = {
+        key: replace(measured, test_mean=float(next(shares)))
+        for key, measured in table.adapters.items()
+        if measured.test is not None
+    }
+    return replace(table, adapters={**table.adapters, **final})
+
+
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
@@ -339,12 +358,16 @@ def main() -> int:
         if options.grids == "stored"
         else [read_seed(path) for path in sorted(GRIDS.glob("*.npz"))]
     )
-    rows = [row for name, search in list_searches().items() if (row := summarise(name, search, tables)) is not None]
-    result: dict[str, Any] = {"rows": rows}
+    result: dict[str, Any] = {"rows": summarise_all(tables)}
     if options.grids == "stored":
         result["endpoints"] = judge(tables)  # a rehearsal: the policies were chosen on these grids
+    else:
+        scored = [path for path in sorted(GRIDS.glob("*.npz")) if path.stem.rpartition("_")[0] in SCORED]
+        result["rows in shares of wrong answers"] = summarise_all([read_shares(path) for path in scored])
     (HERE / f"table_{options.grids}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(format_table(rows))
+    for title, rows in result.items():
+        if title != "endpoints":
+            print(f"{title}\n\n{format_table(rows)}\n")
     return 0
 
 

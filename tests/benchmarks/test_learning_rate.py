@@ -280,6 +280,18 @@ def test_the_table_has_a_row_for_each_policy_that_the_grids_support(folder: Path
     assert len(table.format_table([row for row in rows.values() if row is not None]).splitlines()) == 2 + len(regrets)
 
 
+def test_shares_of_wrong_answers_replace_the_test_loss(tmp_path: Path) -> None:
+    write_grid(tmp_path, "answers", 0, advantage=0.03)
+    with np.load(tmp_path / "answers_0.npz") as arrays:
+        stored_arrays = dict(arrays)
+    scores = np.ones(stored_arrays["test"].shape, np.uint8)
+    scores[0, : EXAMPLES // 4] = 0
+    np.savez_compressed(tmp_path / "answers_0.npz", scores=scores, **stored_arrays)
+    shares = table.read_shares(tmp_path / "answers_0.npz")
+    assert shares.adapters[Key("trained", 4, 3e-4)].test_mean == pytest.approx(0.25)
+    assert shares.adapters[Key("trained", 64, 3e-4)].test_mean == 0
+
+
 def test_a_stored_grid_of_the_earlier_study_is_read(tmp_path: Path) -> None:
     items = {"64": {"0.001": {"0": [1.0, 3.0], "1": [1.0, 3.0]}}, "4": {"0.001": {"0": [2.0, 3.0]}}}
     curve = {
