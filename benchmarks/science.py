@@ -107,16 +107,6 @@ def coverage() -> str:
     return table(["simulated tables", "share"], rows)
 
 
-def prediction() -> str:
-    found = stored("probe/results/prediction.json")["correlations"]
-    kept = ("energy 0.9", "effective rank", "stable rank", "truncation 0.01")
-    rows = [(name, found[f"{name} at 0.01"]) for name in kept]
-    return table(
-        ["of the trained adapter", "Spearman with the decided rank", "95% interval", "names that rank"],
-        [[name, f"{r['spearman']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", f"{r['exact']:.0%}"] for name, r in rows],
-    )
-
-
 def memory() -> str:
     cases = stored("plan/results/published.json")["cases"]
     return table(
@@ -138,7 +128,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapters": adapters,
     "published": published,
     "coverage": coverage,
-    "prediction": prediction,
     "memory": memory,
 }
 

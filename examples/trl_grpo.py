@@ -173,7 +173,7 @@ def should_stop_early(points: Sequence[EvalPoint], drop: float) -> bool:
     """Whether a training has collapsed so far that further steps are not worth their cost.
 
     Its last two looks are both far below the best, and below the middle between the first look and the best. Runs recover from
-    lesser falls: a published one from .83 by way of .51 and .47 to .82 (benchmarks/rl).
+    lesser falls: a published one from .83 by way of .51 and .47 to .82 (docs/explanation/science.md, archive).
     """
     ordered = sorted(points, key=lambda point: point.step)
     if len(ordered) < MIN_LOOKS_TO_END:

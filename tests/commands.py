@@ -99,7 +99,7 @@ def wait_for_trial(out: Path, started: Started) -> None:
     wait_until(has_started, "a trial has started")
 
 
-PLUG_INS = {"expect": "atlas", "plan": "plan", "fleet": "fleet"}
+PLUG_INS = {"expect": "atlas", "plan": "plan"}
 
 
 def of_every_plug_in(test: Any) -> Any:

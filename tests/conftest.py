@@ -29,7 +29,13 @@ NEEDS_A_MODEL = {"model_folder", "alone"}  # a test that takes one of these fixt
 
 
 LONG = (
-    *("tests/test_demo.py", "tests/plugins/cluster/", "tests/interop/", "tests/docs/", "tests/train/test_devices.py"),
+    *(
+        "tests/test_demo.py",
+        "tests/plugins/cluster/",
+        "tests/interop/",
+        "tests/docs/",
+        "tests/benchmarks/test_devices.py",
+    ),
     *("tests/benchmarks/", "tests/runs/", "tests/train/"),
 )
 
@@ -38,11 +44,11 @@ LONG = (
 # or targets, or none (0), where one alone takes a minute; `make test-all` runs all of them.
 EVERY = 5
 SAMPLED = {
-    "tests/train/test_targets.py": 16, "tests/train/test_architectures.py": 16, "tests/train/test_settings_matter.py": 8,
+    "tests/benchmarks/test_devices.py": 0, "tests/train/test_targets.py": 16, "tests/train/test_architectures.py": 16, "tests/train/test_settings_matter.py": 8,
     "tests/models/test_conformance.py": 8, "tests/adapters/test_round_trips.py": 8, "tests/interop/test_targets.py": 8,
     "tests/interop/test_merge.py": 8, "tests/interop/test_smallest.py": 8, "tests/docs/test_code.py": 8, "tests/benchmarks/": 8,
-    "tests/plugins/plan/test_against_profiler.py": 8, "tests/runs/test_reliability.py": 8, "tests/test_plugins.py": 8,
-    "tests/safety/test_build.py": 8, "tests/test_public.py": 0, "tests/train/test_devices.py": 0, "tests/plugins/cluster/": 0,
+    "tests/runs/test_reliability.py": 8, "tests/test_plugins.py": 8,
+    "tests/safety/test_build.py": 8, "tests/test_public.py": 0, "tests/plugins/cluster/": 0,
     "tests/docs/test_the_method.py": 0, "tests/docs/test_examples.py": 0, "tests/docs/test_tinker_example.py": 0,
     "tests/docs/test_trl_example.py": 0, "tests/interop/test_doors.py": 0, "tests/interop/test_smallest_processes.py": 0,
 }  # fmt: skip

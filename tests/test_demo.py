@@ -13,7 +13,7 @@ import gguf
 import pytest
 
 from rightrank import demo, select_rank
-from rightrank.schema.errors import MissingExtraError
+from rightrank.schema.errors import MissingExtraError, RunFolderError
 
 pytestmark = pytest.mark.trains
 
@@ -72,3 +72,11 @@ def test_the_demo_in_short(shortened: None, tmp_path: Path) -> None:
     assert model.peft_config["default"].layers_to_transform == [28, 29]
     config = json.loads((tmp_path / "base_model" / "config.json").read_text())
     assert "quantization_config" not in config
+
+
+def test_a_folder_with_other_files_in_the_models_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "base_model").mkdir()
+    (tmp_path / "base_model" / "mine.bin").write_text("mine")
+    with pytest.raises(RunFolderError, match="holds files but no model; give another --out"):
+        demo.prepare_model_folder(tmp_path / "base_model", print)
+    assert [path.name for path in (tmp_path / "base_model").iterdir()] == ["mine.bin"]

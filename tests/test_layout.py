@@ -27,6 +27,27 @@ def test_no_test_imports_another() -> None:
                 assert not node.module.rsplit(".", 1)[-1].startswith("test_"), f"{path}: {node.module}"
 
 
+def imported_by(path: Path) -> set[str]:
+    """Return the packages that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_tests_and_benchmarks_do_not_import_each_other() -> None:
+    """`tests/benchmarks` apart, which tests the benchmarks."""
+    root = TESTS.parent
+    benchmarks, examples = sorted((root / "benchmarks").rglob("*.py")), sorted((root / "examples").glob("*.py"))
+    assert benchmarks
+    assert [path for path in (*benchmarks, *examples) if "tests" in imported_by(path)] == []
+    tests = [path for path in TESTS.rglob("*.py") if TESTS / "benchmarks" not in path.parents]
+    assert [path for path in tests if "benchmarks" in imported_by(path)] == []
+
+
 def test_what_is_sampled_is_there() -> None:
     from tests.conftest import SAMPLED
 

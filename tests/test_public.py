@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import rightrank
+from rightrank.runs import plugins
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """\
@@ -51,8 +52,15 @@ select_rank(model="model", data="data.jsonl", out="run", margin="1%")
 """
 
 
-def test_there_are_at_most_twenty_public_names_and_all_are_there() -> None:
+# Functions of plug-ins, which are names of the package too.
+OF_PLUG_INS = {"expect": "rightrank.plugins.atlas.expect", "plan": "rightrank.plugins.plan.plan"}
+
+
+def test_there_are_at_most_twenty_public_names_beside_those_of_plug_ins_and_all_are_there() -> None:
+    imported_on_use = [name for names in rightrank._PLACES.values() for name in names]
+    assert sorted([*imported_on_use, "__version__"]) == rightrank.__all__
     assert len(rightrank.__all__) <= 20
+    assert plugins.merged(lambda plugin: plugin.functions).keys() <= OF_PLUG_INS.keys()
     assert rightrank.__all__ == sorted(rightrank.__all__)
     for name in rightrank.__all__:
         assert not isinstance(getattr(rightrank, name), ModuleType)
@@ -85,6 +93,7 @@ def test_every_public_name_has_a_page_and_every_name_of_a_page_exists() -> None:
     pages = [file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.md")]
     described = {name for page in pages for name in re.findall(r"(?m)^::: (rightrank[\w.]*)$", page)}
     assert {f"rightrank.{name}" for name in rightrank.__all__ if name != "__version__"} <= described
+    assert set(OF_PLUG_INS.values()) <= described
     for name in described:
         place, _, last = name.rpartition(".")
         assert hasattr(importlib.import_module(place), last), name

@@ -121,6 +121,32 @@ def check_unsloth(folder: Path) -> dict[str, Any]:
     return {"by": "source only: names in signatures", "rank": int(given["r"]), "alpha": float(given["lora_alpha"])}
 
 
+def check_sglang(folder: Path) -> dict[str, Any]:
+    """SGLang imports only where there is a GPU: our options against its server arguments by source, and the shapes that its slots assert."""
+    words = words_of(folder / "sglang.sh")
+    given = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    unknown = given - _fields("sglang", "sglang/srt/")
+    assert not unknown, f"SGLang has no {unknown}"
+    values = dict(pairwise(words))
+    config = require_one_rank(Path(values["--lora-paths"].split("=", 1)[1]))
+    by = "source only: names of fields; every A has r rows, every B r columns"
+    return {"by": by, "rank": int(values["--max-lora-rank"]), "alpha": config["lora_alpha"]}
+
+
+def require_one_rank(adapter: Path) -> dict[str, Any]:
+    """The configuration of an adapter that servers load: one rank and one scale for all modules."""
+    from safetensors import safe_open
+
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert not config.get("rank_pattern"), "modules differ in rank"
+    assert not config.get("alpha_pattern"), "modules differ in alpha"
+    with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            shape = file.get_slice(name).get_shape()
+            assert shape["lora_A" not in name] == config["r"], f"{name} has the shape {shape}"
+    return config
+
+
 def check_vllm(folder: Path) -> dict[str, Any]:
     """vLLM's own reading of an adapter and its test against the `--max-lora-rank` of our line; options by source."""
     from vllm.config.lora import LoRAConfig
@@ -134,6 +160,7 @@ def check_vllm(folder: Path) -> dict[str, Any]:
     adapter = values["--lora-modules"].split("=", 1)[1]
     helper = PEFTHelper.from_local_dir(adapter, None)
     helper.validate_legal(LoRAConfig(max_lora_rank=int(values["--max-lora-rank"])))
+    require_one_rank(Path(adapter))
     by = "PEFTHelper.from_local_dir, validate_legal against LoRAConfig; options by source"
     return {"by": by, "rank": helper.r, "alpha": helper.lora_alpha, "scaling": helper.vllm_lora_scaling_factor}
 
@@ -173,6 +200,7 @@ CHECKS = {
     "llamafactory": check_llamafactory,
     "unsloth": check_unsloth,
     "vllm": check_vllm,
+    "sglang": check_sglang,
 }
 
 if __name__ == "__main__":

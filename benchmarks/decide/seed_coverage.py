@@ -1,9 +1,9 @@
 """Does the interval hold what a further seed shows? Grids of real trainings with two seeds or more.
 
-    python -m benchmarks.decide.seed_coverage                      # judges, and writes seed_coverage.json
-    python -m benchmarks.decide.seed_coverage --add RUN ...        # stores the grids of run folders in seed_grids.json first
-    python -m benchmarks.decide.seed_coverage --glue results.csv   # stores github.com/silversuncn/lora-rank-scaling (MIT)
-    python -m benchmarks.decide.seed_coverage --plant 0 12         # trains these planted teachers with five seeds, and stores them
+    python -m benchmarks.decide.seed_coverage    # judges, and writes seed_coverage.json
+
+`seed_grids.json.xz` has grids of run folders, accuracies on GLUE (github.com/silversuncn/lora-rank-scaling, MIT: 50 to 5,000 training examples,
+six ranks, five seeds, one number a training), and planted teachers with five seeds.
 
 A decision is made from some seeds of a grid, each rank at its best learning rate on them. For every rank below or above the
 reference, the interval is compared with the paired difference of a seed that the decision has not seen, at the same
@@ -21,8 +21,6 @@ differences and a 95% interval that resamples whole grids, since the differences
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
 import json
 import math
@@ -35,17 +33,16 @@ import numpy as np
 from scipy.special import stdtrit
 
 from benchmarks.machine import machine
+from benchmarks.results import read_json
 from rightrank.decision.comparison import Estimate, estimate
 from rightrank.decision.evidence import Evidence, measured_noise
 from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import BOUND_DEGREES, NOISE, PairNoise, pair_noise
 from rightrank.decision.table import Cell, Contender, ScoreTable
-from rightrank.runs.journal import Journal
-from rightrank.schema.trials import TrialFinished
 
 HERE = Path(__file__).parent
-STORED = HERE / "seed_grids.json"
-REAL_GRIDS = HERE.parent / "selection" / "real_grids.json"
+STORED = HERE / "seed_grids.json.xz"
+REAL_GRIDS = HERE.parent / "selection" / "real_grids.json.xz"
 LEARNED = {  # the ratio of .1 was chosen on these, and on the first 12 planted teachers
     "packages_20_steps",
     "packages_40_steps",
@@ -57,7 +54,6 @@ LEARNED = {  # the ratio of .1 was chosen on these, and on the first 12 planted 
 LEARNED_TEACHERS = 12
 PUBLISHED = 0.0003  # nats: the constant that intervals of one seed had
 RESAMPLES = 2000
-DIGITS = 4
 
 Grid = dict[str, Any]
 Interval = tuple[
@@ -66,13 +62,13 @@ Interval = tuple[
 
 
 def stored_grids() -> dict[str, Grid]:
-    found: dict[str, Grid] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {}
+    found: dict[str, Grid] = read_json(STORED)
     return found
 
 
 def grids_in(path: Path) -> Iterator[tuple[str, Grid]]:
     """The grids of a file of `benchmarks/selection` that have two seeds or more."""
-    for curve in json.loads(path.read_text(encoding="utf-8"))["curves"]:
+    for curve in read_json(path)["curves"]:
         cells = [
             [int(rank), float(rate), int(seed), losses]
             for rank, by_rate in curve.get("item_losses", {}).items()
@@ -84,62 +80,8 @@ def grids_in(path: Path) -> Iterator[tuple[str, Grid]]:
             yield curve["id"], _grid("real", curve["id"], "loss", steps, curve["item_tokens"], cells)
 
 
-def grids_of_run(folder: Path) -> Iterator[tuple[str, Grid]]:
-    trials = [record for record in Journal(folder / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-    whole = [trial for trial in trials if trial.rank > 0 and trial.arm.is_direct]
-    cells: list[list[Any]] = [
-        [trial.rank, trial.learning_rate, trial.seed, [round(loss, DIGITS) for loss in trial.item_losses]]
-        for trial in whole
-    ]
-    steps = max(trial.steps for trial in whole)
-    name = f"{folder.name}_{steps}_steps"
-    yield name, _grid("real", folder.name, "loss", steps, whole[0].item_tokens, cells)
-    if all(trial.item_correct for trial in whole):
-        cells = [[trial.rank, trial.learning_rate, trial.seed, trial.item_correct] for trial in whole]
-        yield f"{name}_accuracy", _grid("real", folder.name, "accuracy", steps, [1] * len(cells[0][3]), cells)
-
-
-def glue(path: Path) -> Iterator[tuple[str, Grid]]:
-    """Accuracies on GLUE with 50 to 5,000 training examples, six ranks, five seeds, one number a training."""
-    cells: dict[str, list[list[Any]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            name = f"{row['model']} {row['task']} {row['n']}"
-            cells.setdefault(name, []).append([int(row["rank"]), 1e-3, int(row["seed"]), [float(row["accuracy"])]])
-    for name, found in cells.items():
-        yield name, _grid("GLUE", name.rpartition(" ")[0], "accuracy", 0, [1], found)
-
-
 def _grid(family: str, task: str, metric: str, steps: int, tokens: list[int], cells: list[list[Any]]) -> Grid:
     return {"family": family, "task": task, "metric": metric, "steps": steps, "tokens": tokens, "cells": cells}
-
-
-def planted(first: int, end: int) -> Iterator[tuple[str, Grid]]:
-    """Students of planted teachers (`benchmarks.selection.planted`) with five seeds, at the two middle learning rates."""
-    import torch
-
-    from benchmarks.selection import planted as teachers
-
-    def scores(data: teachers.Data, delta: dict[str, torch.Tensor], student: int) -> list[float]:
-        one = {name: value[student : student + 1] for name, value in delta.items()}
-        tokens, log_p = data.splits["validation"]
-        log_q = torch.log_softmax(teachers.logits(data.weights, tokens, one), -1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1).sum(-1)[0]
-        return [round(float(value), 5) for value in divergence]
-
-    for teacher in teachers.teachers(end)[first:]:
-        if teacher.planted_rank == 0:
-            continue  # nothing to learn: all ranks are alike
-        arms = list(itertools.product(teachers.RANKS, teachers.RATES[1:3], range(5)))
-        ranks, rates, seeds = (list(column) for column in zip(*arms, strict=True))
-        students = teachers.Students(ranks, rates, seeds)
-        data = teachers.Data(teacher)
-        adapters, _ = teachers.train(data, students, teachers.initial(students), teacher.steps)
-        delta = teachers.deltas(adapters, teachers.scale_of(students))
-        with torch.no_grad():
-            cells = [[*arm, scores(data, delta, place)] for place, arm in enumerate(arms)]
-        tokens = [teachers.LENGTH] * teachers.HELD_OUT
-        yield teacher.name, _grid("planted", teacher.name, "loss", teacher.steps, tokens, cells)
 
 
 @dataclass(frozen=True)
@@ -400,25 +342,8 @@ def show(result: dict[str, Any]) -> None:
         print(group, json.dumps(by_seeds))
 
 
-def rounded(grid: Grid) -> Grid:
-    cells = [[*cell[:3], [round(float(score), DIGITS) for score in cell[3]]] for cell in grid["cells"]]
-    return grid | {"cells": cells}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", type=Path, nargs="+", default=[])
-    parser.add_argument("--glue", type=Path)
-    parser.add_argument("--plant", type=int, nargs=2, default=(0, 0), metavar=("FIRST", "END"))
-    asked = parser.parse_args()
-    known = stored_grids()
-    for run in asked.add:
-        known |= {name: rounded(grid) for name, grid in grids_of_run(run)}
-    known |= dict(glue(asked.glue)) if asked.glue else {}
-    known |= dict(planted(*asked.plant))
-    if asked.add or asked.glue or any(asked.plant):
-        STORED.write_text(json.dumps(known, separators=(",", ":")) + "\n", encoding="utf-8")
-    sources = [source_of(name, grid) for name, grid in (dict(grids_in(REAL_GRIDS)) | known).items()]
+    sources = [source_of(name, grid) for name, grid in (dict(grids_in(REAL_GRIDS)) | stored_grids()).items()]
     result = {"machine": machine(), **judge([source for source in sources if len(source.seeds) > 1])}
     show(result)
     (HERE / "seed_coverage.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.engine.measure MODEL DATA
 
-One thread each: timings run one after the other on one core; beside them, on the other, what needs no clock (held-out
-loss beside Trainer, memory against items). SFTTrainer is compared where TRL is installed.
+One thread each: timings run one after the other on one core; beside them, on the other, what needs no clock (an arm of a pass trained
+again alone). SFTTrainer is compared where TRL is installed.
 """
 
 from __future__ import annotations
@@ -43,13 +43,7 @@ def commands(model: str, data: str, work: Path) -> tuple[list[list[str]], list[l
         ["profile_step", *base, "--steps", "3", "--out", str(RESULTS / "profile_float32.json")],
         ["profile_step", *base, "--steps", "3", "--dtype", "bfloat16", "--out", str(RESULTS / "profile_bfloat16.json")],
     ]
-    held = ["held_out", *base, "--layers", "28,29"]
-    untimed = [
-        ["items", *base, "--out", str(RESULTS / "items.json")],
-        ["certified", *base, "--out", str(RESULTS / "certified.json")],
-        [*held, "--steps", "6", "--seeds", "0,1,2,3,4", "--out", str(RESULTS / "held_out_few_steps.json")],
-        [*held, "--steps", "40", "--seeds", "0,1,2", "--out", str(RESULTS / "held_out_tail.json")],
-    ]
+    untimed = [["certified", *base, "--out", str(RESULTS / "certified.json")]]
     for number, command in enumerate(timed + untimed):
         command += ["--work", str(work / str(number))]
     return timed, untimed

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
+import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from rightrank.schema.trials import Record
+from rightrank import TrialResult, TrialTask, select_rank_with
 
 
 def data_files() -> list[tuple[str, bytes]]:
@@ -107,29 +111,29 @@ def model_configs() -> list[bytes]:
     ]
 
 
+@functools.cache
 def journals() -> list[bytes]:
-    """Runs that ended and one that did not, few items so that lines stay short."""
-    from tests.report import runs
-
-    from rightrank.decision.records import decide_run
-    from rightrank.schema.events import DecisionRecorded
-
-    before, runs.ITEMS = runs.ITEMS, 3
-    try:
-        made = [
-            runs.made_up_run((1, 4, 16), (1e-3, 3e-3)),
-            runs.made_up_run((2, 8), (1e-3,), (0, 1), diverged=[(8, 1e-3)]),
-            runs.made_up_run((1, 2, 4), (1e-3,), with_base=False),
-        ]
-    finally:
-        runs.ITEMS = before
+    """Journals of runs of a made-up trainer, few examples so that lines stay short: two that ended and one that did not."""
     written = []
-    for records in made:
-        lines: list[Record] = [records.started, *records.outcomes, *records.tests]
-        if len(written) != 1:
-            lines.append(DecisionRecorded(decision=decide_run(records), adapter_trial_id=records.outcomes[-1].trial_id))
-        written.append(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (ranks, rates, seeds) in enumerate(
+            [((1, 4, 16), (1e-3, 3e-3), (0,)), ((2, 8), (1e-3,), (0, 1)), ((1, 2, 4), (1e-3,), (0,))]
+        ):
+            out = Path(folder) / str(number)
+            select_rank_with(
+                _train, out, ranks=ranks, learning_rates=rates, seeds=seeds, metric="loss", strategy="grid"
+            )
+            lines = (out / "journal.jsonl").read_bytes().splitlines(keepends=True)
+            written.append(b"".join(lines if number != 1 else lines[:-1]))
     return written
+
+
+def _train(task: TrialTask) -> TrialResult:
+    """A loss that falls with rank; rank 8 diverges with its second seed."""
+    loss = 3 + 0.2 / (1 + task.rank) + task.learning_rate
+    if (task.rank, task.seed) == (8, 1):
+        loss = math.nan
+    return TrialResult(metrics={"loss": loss}, item_scores=[loss - 0.5, loss, loss + 0.5], item_weights=[3, 5, 3])
 
 
 def _jsonl(rows: list[dict[str, Any]]) -> bytes:

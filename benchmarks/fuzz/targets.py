@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.fuzz import seeds
+from benchmarks.tiny import make_tokenizer
 from rightrank.adapters.spectra import open_weights
 from rightrank.api.adapters import inspect
 from rightrank.api.runs import decide, status
@@ -41,8 +42,6 @@ class Target:
 
 @functools.cache
 def _tokenizer() -> Any:
-    from tests.tiny import make_tokenizer
-
     return make_tokenizer()
 
 

@@ -24,6 +24,7 @@ from benchmarks.gpu.page import write_page
 from benchmarks.gpu.parts import PARTS
 from benchmarks.machine import machine
 from benchmarks.results import store
+from benchmarks.tiny import make_tokenizer, save_tiny_llama, write_completions
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -90,7 +91,6 @@ def run_part(
 def _model(work: Path, rehearse: bool) -> Path:
     """A model with random weights and a byte-level tokenizer: SmolLM2-135M's shape, or a tiny one."""
     import torch
-    from tests.tiny import make_tokenizer, save_tiny_llama
     from transformers import AutoModelForCausalLM
 
     from benchmarks.plan.architectures import FULL_CONFIGS
@@ -104,8 +104,6 @@ def _model(work: Path, rehearse: bool) -> Path:
 
 
 def _data(work: Path, rehearse: bool) -> Path:
-    from tests.tiny import write_completions
-
     from rightrank.demo import prepare_docstrings
 
     return write_completions(work / "data.jsonl") if rehearse else prepare_docstrings(work / "docstrings.jsonl")

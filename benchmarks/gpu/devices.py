@@ -24,7 +24,11 @@ from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
-from tests.tiny import (
+
+import rightrank
+from benchmarks.gpu.pretend import install
+from benchmarks.results import store
+from benchmarks.tiny import (
     GPT2_SIZES,
     SIZES,
     make_tokenizer,
@@ -34,10 +38,6 @@ from tests.tiny import (
     write_jsonl,
     write_pairs,
 )
-
-import rightrank
-from benchmarks.gpu.pretend import install
-from benchmarks.results import store
 from rightrank.models import base_models
 from rightrank.runs import prepare as preparation
 from rightrank.runs.values import Request

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.engine import certified, compare
 from benchmarks.engine.common import make_runtime
-from benchmarks.kinds.checks import example_losses, plain_losses
+from benchmarks.gpu.plain import example_losses, plain_losses
 from benchmarks.plan import gpu as plan_cases
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from rightrank import select_rank

@@ -1,4 +1,4 @@
-"""README's second picture, from a stored result of `measure`.
+"""README's second picture, from the first stored result of eleven trainings whose end was measured (docs/explanation/science.md, archive).
 
 python -m benchmarks.in_training.picture   # writes docs/images/in_training.svg
 """

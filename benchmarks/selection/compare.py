@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.machine import machine
-from benchmarks.selection.baselines import DETERMINISTIC
-from benchmarks.selection.baselines import STOCHASTIC as OPTUNA_AND_CHANCE
-from benchmarks.selection.ray_asha import ray_asha
+from benchmarks.selection.baselines import DETERMINISTIC, STOCHASTIC
 from benchmarks.selection.replay import Judged, judge, replay_all, summary
 from benchmarks.selection.tables import GridCurve, each_seed_first, read_grids
 from rightrank.search import STRATEGIES
@@ -27,18 +25,17 @@ from rightrank.search import STRATEGIES
 HERE = Path(__file__).parent
 FAMILIES = {  # file, which of its grids, and margins in the metric's unit
     "published": ("published_grids.json", slice(None), (0.002, 0.005)),
-    "planted, first half": ("planted_grids.json", slice(32), (0.002, 0.005, 0.02)),  # rules were found here
-    "planted, second half": ("planted_grids.json", slice(32, None), (0.002, 0.005, 0.02)),
-    "planted, new": ("planted_new_grids.json", slice(None), (0.002, 0.005, 0.02)),  # these chose nothing
-    "linear": ("linear_grids.json", slice(None), (0.005, 0.02, 0.05)),
-    "real, short, no early looks": ("real_grids.json", slice(None), (0.005, 0.01, 0.02)),
-    "real, short": ("seeded_short_grids.json", slice(None), (0.005, 0.01, 0.02)),
-    "real, 400 steps": ("seeded_grids.json grids/*.json", slice(None), (0.005, 0.02, 0.05)),
+    "planted, first half": ("planted_grids.json.xz", slice(32), (0.002, 0.005, 0.02)),  # rules were found here
+    "planted, second half": ("planted_grids.json.xz", slice(32, None), (0.002, 0.005, 0.02)),
+    "planted, new": ("planted_new_grids.json.xz", slice(None), (0.002, 0.005, 0.02)),  # these chose nothing
+    "linear": ("linear_grids.json.xz", slice(None), (0.005, 0.02, 0.05)),
+    "real, short, no early looks": ("real_grids.json.xz", slice(None), (0.005, 0.01, 0.02)),
+    "real, short": ("seeded_short_grids.json.xz", slice(None), (0.005, 0.01, 0.02)),
+    "real, 400 steps": ("seeded_grids.json.xz grids/*.json.xz", slice(None), (0.005, 0.02, 0.05)),
 }
-LOCKED = "locked"  # the family that `judge_locked.py` adds
+LOCKED = "locked"  # the family of `judged.json`
 EACH_SEED_FIRST = ("real, short", "real, 400 steps", LOCKED)  # few grids: each of their seeds is a case
 EQUAL_COST_WITH = "bracket"
-STOCHASTIC = OPTUNA_AND_CHANCE | {"ASHA (Ray Tune)": ray_asha}
 WITH_SEEDS = "bracket, two seeds"  # where a grid has them
 REPEATS = 5  # of the stochastic baselines
 RESAMPLES = 2000  # of grids, for the intervals
@@ -221,92 +218,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def draw_by_rank(curves: Sequence[GridCurve], path: Path) -> None:
-    """One panel a grid: what adapters trained at a rank and truncated to it lose against the top, a line for each seed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.4 * len(curves), 3.8), squeeze=False)
-    for axis, curve in zip(axes[0], curves, strict=True):
-        for seed in curve.seeds:
-            for kind, style, losses in zip(("trained", "truncated"), ("o-", "s--"), by_rank(curve, seed), strict=True):
-                colour = {"trained": "tab:blue", "truncated": "tab:orange"}[kind]
-                label = kind if seed == curve.seeds[0] else None
-                axis.plot(list(losses), list(losses.values()), style, color=colour, label=label, alpha=0.8)
-        axis.axhline(0.0, color="grey", linewidth=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(curve.ranks, [str(rank) for rank in curve.ranks])
-        axis.set_title(f"{curve.name}, {curve.metric}")
-        axis.set_xlabel("rank")
-    axes[0][0].set_ylabel("worse than the top rank by, held out")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
-def by_rank(curve: GridCurve, seed: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Losses minus the top's by rank: trained at its best learning rate, and truncated from the top at the top's."""
-    sign = -1 if curve.higher_is_better else 1
-    values = curve.tests or {"trained": curve.cells, "truncated": curve.truncated}
-    top = max(curve.ranks)
-    chosen = {
-        rank: min(by_lr, key=lambda lr: sign * by_lr[lr].get(seed, sign * np.inf))
-        for rank, by_lr in curve.cells.items()
-    }  # on the validation split
-    zero = values["trained"][top][chosen[top]][seed]
-    trained = {rank: sign * (values["trained"][rank][chosen[rank]][seed] - zero) for rank in curve.ranks}
-    truncated = {
-        rank: sign * (values["truncated"][rank][chosen[top]][seed] - zero) for rank in curve.ranks if rank < top
-    }
-    return trained, truncated
-
-
-def draw_grids(curves: Sequence[GridCurve], margin: float, path: Path, marked: Collection[str] = ()) -> None:
-    """One panel a grid: loss or error by rank, a line for each seed, with the margin and the rank that the whole grid picks.
-
-    The titles of the grids of `marked` say that they are locked ones.
-    """
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    columns = 4
-    lines = -(-len(curves) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.3 * lines), squeeze=False)
-    for axis in axes.flat[len(curves) :]:
-        axis.set_axis_off()
-    for axis, curve in zip(axes.flat, curves, strict=False):
-        picked = curve.truth(margin)
-        best = min(curve.best(rank) for rank in curve.ranks) + curve.higher_is_better
-        for losses in losses_by_seed(curve).values():
-            axis.plot(list(losses), list(losses.values()), "o-", color="tab:blue", alpha=0.6, markersize=4)
-        axis.axhspan(best, best + margin, color="tab:green", alpha=0.2, linewidth=0)
-        axis.axvline(picked, color="tab:red", linestyle="--", linewidth=1)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(curve.ranks, [str(rank) for rank in curve.ranks])
-        locked = ", locked" if curve.name in marked else ""
-        axis.set_title(f"{curve.name}{locked}: rank {picked}", fontsize=10)
-        axis.set_ylabel("error" if curve.higher_is_better else "loss")
-    figure.supxlabel(
-        f"rank · a line a seed · green: within {margin:g} of the best mean over seeds · red: the rank picked"
-    )
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
-def losses_by_seed(curve: GridCurve) -> dict[int, dict[int, float]]:
-    """Seed → rank → loss, or error for a share of right answers, at the learning rate that is best over the rank's seeds."""
-    found: dict[int, dict[int, float]] = {}
-    for rank in curve.ranks:
-        rate = min(curve.cells[rank], key=lambda one: curve.loss(rank, one))
-        for seed, value in curve.cells[rank][rate].items():
-            found.setdefault(seed, {})[rank] = 1 - value if curve.higher_is_better else value
-    return found
-
-
 def share(row: dict[str, Any], name: str) -> str:
     low, high = row[f"{name}_interval"]
     return f"{row[name]:.0%} ({low:.0%} to {high:.0%})"
@@ -365,7 +276,6 @@ def main() -> None:
         results = with_others_of(json.loads(options.out.read_text()), results, options.only)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, options.out.with_name("cost_against_regret.svg"))
-    draw_by_rank(whole_grids_of("real, 400 steps"), options.out.with_name("trained_and_truncated.svg"))
     options.out.with_suffix(".md").write_text(text(results) + "\n")
     print(json.dumps(results["machine"]))
     print(text(results))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine
+from benchmarks.results import read_bytes, read_json
 from benchmarks.selection import compare
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable
@@ -103,11 +104,17 @@ class WideGrid:
         return ScoreTable(self.metric, self.metric != "loss", cells, kind=self.kind)
 
 
+def arrays_beside(file: Path) -> Path:
+    """Return the file with the values of all test examples of a grid."""
+    return file.with_name(file.name.partition(".")[0] + ".npz")
+
+
 def read_grid(file: Path) -> WideGrid:
     """The grid of a JSON file and of the `.npz` file beside it."""
-    (curve,) = json.loads(file.read_text())["curves"]
-    arrays = np.load(file.with_suffix(".npz"))
-    by_score = curve["higher_is_better"] or file.stem == ANSWERS
+    (curve,) = read_json(file)["curves"]
+    arrays = np.load(arrays_beside(file))
+    name = file.name.partition(".")[0]
+    by_score = curve["higher_is_better"] or name == ANSWERS
     rows = -arrays["scores"] / 1000 if by_score else arrays["losses"] / 1000
     tokens = arrays["tokens"].astype(float)
     values = {
@@ -115,9 +122,7 @@ def read_grid(file: Path) -> WideGrid:
         for (rank, rate, seed), row in zip(arrays["cells"].tolist(), rows, strict=True)
     }
     weights = np.ones_like(tokens) if by_score else tokens
-    return WideGrid(
-        file.stem, "accuracy" if by_score else "loss", values, weights, curve["checkpoints"], curve["losses"]
-    )
+    return WideGrid(name, "accuracy" if by_score else "loss", values, weights, curve["checkpoints"], curve["losses"])
 
 
 def best_by_rank(means: Mapping[CellKey, float]) -> dict[int, CellKey]:
@@ -398,9 +403,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 def whole(folder: Path) -> tuple[list[Path], list[str]]:
     """The files of grids with every seed, and the names of the others."""
-    files = sorted(folder.glob("*.json"))
-    ready = [file for file in files if not json.loads(file.read_text())["curves"][0]["partial"]]
-    return ready, [file.stem for file in files if file not in ready]
+    files = sorted(folder.glob("*.json*"))
+    ready = [file for file in files if not read_json(file)["curves"][0]["partial"]]
+    return ready, [file.name.partition(".")[0] for file in files if file not in ready]
 
 
 def main() -> int:
@@ -426,7 +431,7 @@ def main() -> int:
         "date": datetime.now(UTC).date().isoformat(),
         "judged by": commit,
         "trained from": options.commit,
-        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for f in files for file in (f, f.with_suffix(".npz"))},
+        "sha256": {file.name: hashlib.sha256(read_bytes(file)).hexdigest() for f in files for file in (f, arrays_beside(f))},
         "left out": partial,
     }  # fmt: skip
     JUDGED.write_text(json.dumps(head | result, indent=1) + "\n")

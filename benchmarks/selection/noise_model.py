@@ -22,7 +22,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,14 +34,16 @@ from benchmarks.machine import machine
 from benchmarks.selection.tables import GridCurve, read_grids
 from rightrank.decision import evidence as evidence_module
 from rightrank.decision import seeds as seeds_module
-from rightrank.decision.evidence import Evidence
+from rightrank.decision.evidence import Evidence, compare
+from rightrank.decision.rule import ASKED_CONFIDENCE
 from rightrank.decision.seeds import NoiseParts
 from rightrank.decision.table import Cell, ScoreTable
+from rightrank.decision.verdicts import unexplained_rank
 from rightrank.schema.metrics import metric_kind
 from rightrank.schema.trials import Floats
 
 HERE = Path(__file__).parent
-FILES = ("seeded_grids.json", "grids/*.json", "locked/*.json")
+FILES = ("seeded_grids.json.xz", "grids/*.json.xz", "locked/*.json.xz")
 RESULT, PICTURE = HERE / "noise_model.json", HERE / "trade_off.svg"
 MARGINS = (0.005, 0.02, 0.05)
 CONFIDENCES = tuple(np.round(np.arange(0.5, 0.96, 0.05), 2).tolist())
@@ -51,7 +53,7 @@ DEGREES = (2.0, 3.0, 4.0, 6.0, 8.0, 15.0, 30.0)
 
 def grids() -> list[GridCurve]:
     """The long grids with three seeds and the losses of examples."""
-    files = [path for pattern in FILES for path in sorted(HERE.glob(pattern)) if path.name != "lock.json"]
+    files = [path for pattern in FILES for path in sorted(HERE.glob(pattern))]
     return [curve for file in files for curve in read_grids(file) if curve.items and len(curve.seeds) > 2]
 
 
@@ -117,6 +119,7 @@ class Case:
     margin: float
     probabilities: dict[int, float]
     picks: dict[int, float]  # rank → its true difference from the best rank
+    is_doubted: bool  # whether a larger rank is worse without a reason (`unexplained_rank`)
 
     @property
     def right(self) -> int:
@@ -165,7 +168,9 @@ def cases(curve: GridCurve, splits: int = 2) -> Iterator[Case]:
                     picks = {rank: loss - min(losses.values()) for rank, loss in losses.items()}
                     for margin in MARGINS:
                         likely = {rank: evidence.probability(rank, margin) or 0.0 for rank in evidence.contenders}
-                        yield Case(task_of(curve.name), curve.name, size, len(ours), margin, likely, picks)
+                        tested = compare(evidence, margin).at_confidence(ASKED_CONFIDENCE)
+                        doubted = unexplained_rank(tested) is not None
+                        yield Case(task_of(curve.name), curve.name, size, len(ours), margin, likely, picks, doubted)
 
 
 def predicted(curves: Sequence[GridCurve], by_task: dict[str, NoiseParts]) -> list[Case]:
@@ -239,6 +244,22 @@ def reliability(found: Sequence[Case]) -> list[dict[str, float]]:
     return rows
 
 
+def doubts(found: Sequence[Case]) -> dict[str, dict[str, int]]:
+    """Answers at the asked confidence beside a larger rank that is worse without a reason, and the others; how many are too small."""
+    rows: dict[str, dict[str, int]] = {}
+    for seeds, is_doubted in product((1, 2, 3), (True, False)):
+        answers = [
+            (answer, case.right)
+            for case in found
+            if case.seeds == seeds and case.is_doubted is is_doubted and (answer := case.answer(ASKED_CONFIDENCE))
+        ]
+        rows[f"{seeds} seeds, {'doubted' if is_doubted else 'others'}"] = {
+            "answers": len(answers),
+            "too small": sum(answer < right for answer, right in answers),
+        }
+    return rows
+
+
 def draw(rows: dict[str, Any], chosen: float, path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -279,6 +300,7 @@ def main() -> None:
         "log score by degrees": {name: round(score, 4) for name, score in scores.items()},
         "confidence": max(allowed),
         "trade_off": trade_off,
+        "larger rank worse": doubts(found),
         "reliability": {
             str(seeds): reliability([case for case in found if case.seeds == seeds]) for seeds in (1, 2, 3)
         },

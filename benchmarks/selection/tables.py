@@ -6,7 +6,7 @@ asks for. What a table does not hold (a truncation, a training stopped early) co
 
 from __future__ import annotations
 
-import json
+import lzma
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.results import read_json
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import metric_kind
@@ -128,11 +129,11 @@ def read_grids(path: Path) -> list[GridCurve]:
         ResultsError: no such file, not of this form, or no curve with a grid.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         curves = [_curve(entry) for entry in found["curves"] if entry.get("lr_grid") or entry.get("seed_grid")]
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; give a JSON file of grids") from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (lzma.LZMAError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ResultsError(
             f'{path}: not a file of grids ({type(error).__name__}: {error}); it holds {{"curves": [{{"id", "ranks", '
             '"higher_is_better", "lr_grid": {rank: {rate: value}}}]}'

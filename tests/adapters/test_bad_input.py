@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rightrank import resize
 from rightrank.cli import main
 from tests.adapters.adapters import edit_config, make_adapter, make_base, rewrite, tensors_of
 
@@ -92,6 +94,35 @@ def test_a_damaged_adapter(capsys: pytest.CaptureFixture[str], adapter: Path, tm
     assert word in complaint(capsys, "inspect", adapter, "--json")
     assert word in complaint(capsys, "resize", adapter, tmp_path / "out", "--rank", 2, "--json")
     assert [path.name for path in tmp_path.iterdir() if path.name != "adapter"] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"lora_alpha": value} for value in (0, math.nan, math.inf, True, "16", None, 1e300)),
+        *({"r": value} for value in (0, -1, 2.5, True, None, 10**30)),
+        *({"rank_pattern": value} for value in ([], {"q_proj": 0}, {"q_proj": "8"}, {"q_proj": None})),
+        *({"alpha_pattern": value} for value in ("x", {"q_proj": math.nan}, {"q_proj": True}, {"q_proj": None})),
+        *({"target_modules": value} for value in ("(", [5], [])),
+        *({name: 5} for name in ("bias", "exclude_modules", "layers_to_transform", "init_lora_weights", "eva_config")),
+    ],
+    ids=str,
+)
+def test_a_configuration_ends_in_an_adapter_or_in_one_line(
+    capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    edit_config(adapter, **changes)
+    status, _, error = run(capsys, "resize", adapter, tmp_path / "out", "--rank", 3)
+    assert (status, error.count("\n")) in ((0, 0), (2, 1))
+    assert (tmp_path / "out").exists() == (status == 0)
+
+
+def test_an_alpha_pattern_of_0_is_an_update_of_zero(adapter: Path, tmp_path: Path) -> None:
+    edit_config(adapter, alpha_pattern={"q_proj": 0})
+    resize(adapter, tmp_path / "out", rank=3)
+    tensors = tensors_of(tmp_path / "out")
+    assert {bool(value.any()) for key, value in tensors.items() if "q_proj.lora_B" in key} == {False}
+    assert {bool(value.any()) for key, value in tensors.items() if "v_proj.lora_B" in key} == {True}
 
 
 def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.models.base_models import load_base
 from rightrank.schema.errors import ModelError
-from rightrank.train.adapter_runtime import read_identity, require_base
+from rightrank.train.adapter_runtime import read_identity, require_matching_base
 from tests.adapters.adapters import edit_config, load_strictly, make_adapter, make_base
 from tests.commands import run
 from tests.tiny import ON_CPU, make_tokenizer, write_completions
 
-SMALL = ["--set", "seq_len=32", "--set", "eval_items=8", "--set", "max_steps=2", "--set", "device=cpu"]
+SMALL = ["--set", "seq_len=32", "--set", "max_eval_examples=8", "--set", "max_steps=2", "--set", "device=cpu"]
 
 
 def changed(base: Path, folder: Path, factor: float = 0.0, dtype: torch.dtype = torch.float32) -> Path:
@@ -63,7 +63,6 @@ def identified(adapter: Path, base: Path) -> Path:
     [
         "compare {0} base --model {base} --data {data} --device cpu --seq-len 32",
         "resize {0} {out} --data {data} --base {base} SMALL",
-        "fleet {0} {1} --model {base} --data {data} --out {out} SMALL",
     ],
 )
 def test_another_base_of_the_same_shapes_is_refused_in_one_line(
@@ -89,10 +88,10 @@ def test_a_copy_is_the_same_base_whatever_its_name_and_precision(base: Path, oth
     adapter = identified(make_adapter(base, tmp_path / "adapter"), base)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         copy = changed(base, tmp_path / str(dtype), dtype=dtype)
-        require_base(adapter, load_base(str(copy), ON_CPU.model_copy(update={"dtype": "bfloat16"}), None))
-        require_base(adapter, load_base(str(copy), ON_CPU, ["a", "b"]))
+        require_matching_base(adapter, load_base(str(copy), ON_CPU.model_copy(update={"dtype": "bfloat16"}), None))
+        require_matching_base(adapter, load_base(str(copy), ON_CPU, ["a", "b"]))
         with pytest.raises(ModelError, match=r"q_proj\.weight has other values"):
-            require_base(adapter, load_base(str(other), ON_CPU, None))
+            require_matching_base(adapter, load_base(str(other), ON_CPU, None))
 
 
 def test_the_configuration_tells_bases_of_equal_weights_apart(base: Path, tmp_path: Path) -> None:
@@ -100,7 +99,7 @@ def test_the_configuration_tells_bases_of_equal_weights_apart(base: Path, tmp_pa
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     with pytest.raises(ModelError, match=r"its rms_norm_eps is .*, here it is 0\.5"):
-        require_base(adapter, load_base(str(copy), ON_CPU, None))
+        require_matching_base(adapter, load_base(str(copy), ON_CPU, None))
 
 
 def test_a_damaged_identity_is_one_line(base: Path, tmp_path: Path) -> None:
@@ -108,7 +107,7 @@ def test_a_damaged_identity_is_one_line(base: Path, tmp_path: Path) -> None:
     for text in ("{", '{"name": 3}', '{"name": "x", "config": {}, "weights": {"w": [1]}}'):
         (adapter / "base.json").write_text(text)
         with pytest.raises(ModelError, match="does not identify a base") as caught:
-            require_base(adapter, load_base(str(base), ON_CPU, None))
+            require_matching_base(adapter, load_base(str(base), ON_CPU, None))
         assert "\n" not in str(caught.value)
 
 
@@ -126,4 +125,4 @@ def test_an_adapter_that_is_handed_over_keeps_what_its_base_is_known_by(
         assert read_identity(folder / "base.json").name == str(base.resolve())
         load_strictly(base, folder)  # PEFT has no remark
         with pytest.raises(ModelError, match="trained on another base"):
-            require_base(folder, load_base(str(other), ON_CPU, None))
+            require_matching_base(folder, load_base(str(other), ON_CPU, None))

@@ -57,7 +57,7 @@ def test_an_adapter_is_not_worse_than_itself(trained: Path, model_folder: Path, 
 def test_rows_that_a_run_trained_on_are_left_out(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     settings = small_settings(max_steps=2, goal="adapter")
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
-    train = [example.item_id for example in load_data(completion_file, settings).examples["train"]]
+    train = [example.example_id for example in load_data(completion_file, settings).examples["train"]]
     rows = len({line for line in completion_file.read_text().splitlines() if line})
     asked: dict[str, Any] = {"model": str(model_folder), "settings": SelectSettings(**SETTINGS)}
     found = compare("base", run / "adapter", data=completion_file, **asked)
@@ -205,9 +205,9 @@ def test_progress_is_reported_logged_and_switched_off(
     whats = list(dict.fromkeys(event.what for event in events))
     assert [what.split()[0] for what in whats] == ["A", "B"]
     for what in whats:
-        items = [event.items for event in events if event.what == what]
+        items = [event.examples for event in events if event.what == what]
         assert items == sorted(items)
-        assert items[-1] == events[0].of_items
+        assert items[-1] == events[0].total_examples
     common = ["base", trained, "--model", model_folder, "--data", completion_file, "--margin", "9", "--json", *OPTIONS]
     for option in ("--log-json", "--quiet"):
         capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,20 @@ import pytest
 import torch
 
 from rightrank import resize, select_rank
-from rightrank.adapters.held_out import scored_data
 from rightrank.adapters.resize import capped, write_resized
+from rightrank.adapters.resize_by_data import scored_data
 from rightrank.cli import main
 from rightrank.data.splits import load_data
-from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Evaluating, Listener, Notice
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter_runtime import DataUse, adapter_runtime
+from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime
 from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.loop import run_trial
-from rightrank.train.runtime import adapter_attached
+from rightrank.train.runtime import attach_adapter
 from rightrank.train.trial import TrialFolders
 from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base, tensors_of
 from tests.helpers import make_runtime
@@ -32,7 +33,7 @@ from tests.tiny import small_settings, write_completions
 
 pytestmark = pytest.mark.trains
 
-SETTINGS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"]
+SETTINGS = ["--set", "seq_len=32", "--set", "max_eval_examples=12", "--set", "batch_size=4"]
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +76,15 @@ def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
 
 def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_file: Path, tmp_path: Path) -> None:
     """The folder holds what the writer makes of the gathered moments, and not the plain SVD."""
-    settings = SelectSettings(seq_len=32, eval_items=12, batch_size=4, margin=10.0, device="cpu")
+    settings = SelectSettings(seq_len=32, max_eval_examples=12, batch_size=4, margin=10.0, device="cpu")
     found = resize(
         trained, tmp_path / "small", data=completion_file, settings=settings, ranks=(2,), train=completion_file
     )
     assert any("K-FAC over" in note for note in found.notes)
     adapter = open_adapter(trained)
-    runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
+    runtime = make_adapter_runtime(adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache"))
     steps = settings.training_steps(len(runtime.data.splits["train"]))
-    with adapter_attached(runtime, trained) as peft_model:
+    with attach_adapter(runtime, trained) as peft_model:
         moments = gather_unseen_moments(runtime, peft_model, 0, steps).moments
     chosen = capped(adapter, 2, moments)
     assert found.rank == 2 < max(chosen.values()) <= 8
@@ -99,13 +100,13 @@ def test_the_reported_value_is_that_of_the_written_folder(
     model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     """Loaded anew through PEFT, the written adapter gives the held-out loss that decided."""
-    settings = SelectSettings(seq_len=32, eval_items=12, margin=0.05)
+    settings = SelectSettings(seq_len=32, max_eval_examples=12, margin=0.05)
     resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings, train=completion_file)
     adapter = open_adapter(tmp_path / "small")
     splits = scored_data(adapter, completion_file, completion_file, settings).splits
-    runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache", splits=splits))
+    runtime = make_adapter_runtime(adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache", splits=splits))
     before = runtime.evaluate("selection").loss
-    with adapter_attached(runtime, tmp_path / "small"):
+    with attach_adapter(runtime, tmp_path / "small"):
         loss = runtime.evaluate("selection").loss
     by_rank = {entry.rank: entry.value for entry in resized.held_out}
     assert loss == pytest.approx(by_rank[resized.rank or 0], rel=1e-5)
@@ -151,9 +152,9 @@ def test_a_run_folder_tells_what_its_adapter_was_trained_on(
 ) -> None:
     settings = small_settings(max_steps=2, goal="adapter")
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
-    trained_on = {one.item_id for one in load_data(completion_file, settings).examples["train"]}
+    trained_on = {one.example_id for one in load_data(completion_file, settings).examples["train"]}
     found = scored_data(open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32))
-    scored = {one.item_id for one in found.splits.examples["selection"]}
+    scored = {one.example_id for one in found.splits.examples["selection"]}
     assert scored
     assert not scored & trained_on
     assert not found.scores_training_examples
@@ -176,7 +177,7 @@ def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path,
     arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=2)
     folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
     run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Listener())
-    with adapter_attached(runtime, tmp_path / "adapter"):
+    with attach_adapter(runtime, tmp_path / "adapter"):
         assert not torch.equal(runtime.model.model.norm.weight, before["model.norm.weight"])
     after = runtime.model.state_dict()
     assert after.keys() == before.keys()
@@ -198,6 +199,26 @@ def random_moments(adapter: AdapterFolder) -> dict[str, Moments]:
     return found
 
 
+def equal_scales(base: Path, folder: Path) -> bool:
+    """Whether PEFT scales every module as a server does: by `lora_alpha` and `r` of the configuration alone."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    model = load_strictly(base, folder)
+    scales = [module.scaling["default"] for module in model.modules() if hasattr(module, "get_delta_weight")]
+    return scales == pytest.approx([scale] * len(scales), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "alpha_pattern", "dora"])
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.8}, {"rank": 14}])
+def test_every_module_has_one_scale(base: Path, tmp_path: Path, kind: str, rule: dict[str, Any]) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    resize(adapter, tmp_path / "out", **rule)
+    assert equal_scales(base, tmp_path / "out")
+    if rule == {"rank": 14}:  # the function is the same
+        before, after = deltas(load_strictly(base, adapter)), deltas(load_strictly(base, tmp_path / "out"))
+        assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
+
+
 @pytest.mark.parametrize("kind", ["plain", "rslora"])
 @pytest.mark.parametrize("max_rank", [2, 6])
 def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: Path, kind: str, max_rank: int) -> None:
@@ -209,8 +230,9 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     chosen = dict(zip(parts, ranks, strict=True))
     resized = write_resized(adapter, tmp_path / "small", chosen, moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
-    assert config["r"] == max(ranks) <= max_rank
-    assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"])
+    assert config["r"] == 2 <= max(ranks) <= max_rank
+    assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"]) == bool(config["alpha_pattern"])
+    assert equal_scales(base, tmp_path / "small")
     assert resized.parameters_after <= 2 * sum(costs)
     loaded = deltas(load_strictly(base, tmp_path / "small"))
     for module in adapter.modules:

@@ -10,7 +10,7 @@ import pytest
 
 from rightrank import resize
 from rightrank.decision.adapter import SEARCH
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import (
     edit_config,
@@ -84,12 +84,22 @@ def test_a_base_that_is_not_found_from_here_is_one_line(
     )  # the last part is that of the name
 
 
-def test_a_rank_that_is_shared_out_is_said_with_its_r(base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_rank_that_is_shared_out_is_said_with_the_range_of_the_modules(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank=8)
-    found = resize(adapter, tmp_path / "out", data=data, ranks=(2,), margin=9.0, settings=SelectSettings(**SETTINGS))
-    r = open_adapter(tmp_path / "out").config["r"]
-    said = [note for note in found.notes if note.startswith(f"r is {r} in the written configuration")]
-    assert bool(said) == (r != found.rank == 2)
+    capsys.readouterr()
+    given = ["--data", str(data), "--ranks", "2", "--margin", "9", *SMALL]
+    assert run(["resize", str(adapter), str(tmp_path / "out"), *given], capsys)[0] == 0
+    status, out, _ = run(["resize", str(adapter), str(tmp_path / "again"), *given], capsys)
+    ranks = [module.rank for module in open_adapter(tmp_path / "out").modules]
+    words = f"rank 2 (modules from {min(ranks)} to {max(ranks)})"
+    assert status == 0
+    assert min(ranks) < max(ranks)
+    assert out.startswith(f"{tmp_path / 'again'}: {words} (by data")
+    assert f"note: {words}: the parameters of rank 2 are shared out" in out
+    resize(adapter, tmp_path / "uniform", rank=2)
+    assert open_adapter(tmp_path / "uniform").rank_text == "2"
 
 
 def test_what_lies_beside_the_factors_is_counted_and_kept(base: Path, tmp_path: Path) -> None:

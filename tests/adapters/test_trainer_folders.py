@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from rightrank import resize
 from rightrank.adapters.spectra import inspect_adapter
-from rightrank.models.adapter_files import MLX_FILE, open_adapter
-from rightrank.models.places import find_adapter, find_model
+from rightrank.models.adapter_folders import find_adapter
+from rightrank.models.adapter_reader import MLX_FILE, open_adapter
+from rightrank.models.model_sources import find_model
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import make_adapter, make_base, tensors_of
 
@@ -188,6 +189,8 @@ def test_an_adapter_whose_alpha_verl_did_not_know_is_refused(base: Path, tmp_pat
     folder = make_adapter(base, tmp_path / "lora_adapter", lora_alpha=0)
     with pytest.raises(ModelError, match="lora_alpha is 0, so that the adapter changes nothing"):
         resize(folder, tmp_path / "small", data=tmp_path / "rows.jsonl")
+    with pytest.raises(ModelError, match="lora_alpha is 0, so that the adapter changes nothing"):
+        resize(folder, tmp_path / "small", rank=2)
 
 
 def test_a_base_that_mlx_has_quantised_is_one_line(tmp_path: Path) -> None:

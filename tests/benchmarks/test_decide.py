@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.decide import calibration, printed, published, seed_coverage
-from benchmarks.decide.simulated import World
+from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, truth
+
+from rightrank.decision.rule import decision_of
 
 pytestmark = pytest.mark.trains
 
@@ -98,3 +100,22 @@ def test_an_interval_that_ignores_seeds_is_caught() -> None:
     found = seed_coverage.summary(list(seed_coverage.checks(seed_coverage.source_of("made up", grid))))
     assert found["1"]["after"]["share"] < 0.2
     assert found["3"]["own"]["share"] > 0.6
+
+
+@pytest.mark.parametrize(
+    "seeds", [1, pytest.param(2, marks=pytest.mark.trains), pytest.param(3, marks=pytest.mark.trains)]
+)
+def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int) -> None:
+    """Seed noise of twice the margin: what came out best is worse than the margin in one table of ten or more."""
+    generator = np.random.default_rng(24)
+    shown, best, tables = 0, 0, 40
+    for shape in ("power", "u_shaped", "rising"):
+        world = World(shape, seeds, 200, "heavy", seed_rank=2 * MARGIN)  # type: ignore[arg-type]
+        for _ in range(tables):
+            losses = truth(world, generator)
+            decision = decision_of(draw_table(world, losses, generator), MARGIN)
+            worse = {rank: bool(loss - losses.min() > MARGIN) for rank, loss in zip(RANKS, losses, strict=True)}
+            shown += decision.fallback_rank is not None and worse[decision.fallback_rank]
+            best += worse[decision.rank_at_hand]
+    assert shown <= 0.05 * 3 * tables
+    assert best >= 0.05 * 3 * tables

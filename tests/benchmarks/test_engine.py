@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.engine import certified, compare, held_out, items, profile_step
+from benchmarks.engine import certified, compare, profile_step
 from benchmarks.engine.common import make_runtime
 
 from rightrank.schema.events import Listener
@@ -25,18 +25,6 @@ def _trainers_may_warn() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def test_trainer_on_the_same_batches_has_the_same_losses(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    words = [model_folder, completion_file, "--steps", 4, "--seeds", "0,1", "--eval-items", 8, "--work", tmp_path]
-    result = held_out.measure(held_out.parse([str(word) for word in words]))
-    assert result["same_batches"]["largest_step_relative"] < 1e-5
-    assert result["same_batches"]["held_out_relative"] < 1e-5
-    assert len(result["ours"]) == len(result["trainer"]) == 2
-    low, high = result["own_batches"]["interval"]
-    assert low < result["own_batches"]["difference"] < high
 
 
 def test_every_contender_trains_and_is_compared(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
@@ -58,13 +46,6 @@ def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_fi
     alone = profile_step.pieces(runtime, [5, 9, 7])
     assert set(alone) == {"products", "products_at_peak", "adapters", "attention", "two_norms", "activation"}
     assert min(alone.values()) >= 0
-
-
-def test_memory_against_items_is_counted(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    measured = items.measure(3000, model_folder, completion_file, tmp_path)
-    assert 2000 < measured["train_items"] < 3000
-    assert measured["tokens_on_disk"] > measured["tokens_asked_for"] > 0
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
 
 
 def test_each_seed_has_its_turn_to_be_the_first() -> None:
-    (curve, *_) = read_grids(PUBLISHED.with_name("seeded_grids.json"))
+    (curve, *_) = read_grids(PUBLISHED.with_name("seeded_grids.json.xz"))
     turned = each_seed_first(curve)
     top, learning_rate = curve.ranks[-1], curve.learning_rates[0]
     key = (top, learning_rate)

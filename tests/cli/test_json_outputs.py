@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank import Selected, demo, select_rank
 from rightrank.api import selecting
+from rightrank.schema.trials import SCHEMA_VERSION
 from tests.adapters.adapters import make_adapter, make_base
 from tests.commands import COMMANDS, of_its_plug_in, run
 from tests.report.runs import journal_of
@@ -83,8 +84,6 @@ FINE = [
     "resize adapter small --rank 2",
     "resize adapter small --energy 0.9",
     "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
-    "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 "
-    "--set seq_len=32 --set eval_items=8 --set max_steps=2 --set device=cpu",
     f"select model data.jsonl --dry-run {SMALL}",
     *[f"export done --to {target}" for target in ("peft", "trl", "vllm")],
     f"select model data.jsonl --out run {SMALL}",
@@ -115,8 +114,6 @@ FAILING = [
     "inspect --base base --finetuned empty",
     "compare empty of_model --model model --data data.jsonl",
     "compare of_model of_model --model model --data nowhere.jsonl",
-    "fleet of_model empty --model model --data data.jsonl --out out",
-    "fleet of_model adapter --model model --data data.jsonl --out out",
     "resize empty out --rank 4",
     "resize adapter out",
     "resize adapter out --rank 0",
@@ -137,7 +134,7 @@ FAILING = [
     "demo --nonsense",
 ]
 UNFINISHED = [  # began and could not finish
-    f"select model data.jsonl --out run {SMALL.replace('1e-2', '1e9')}",
+    f"select model data.jsonl --out run {SMALL.replace('1e-2', '1e30')}",
 ]
 
 
@@ -154,7 +151,7 @@ def one_object(text: str) -> dict[str, object]:
 def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run([*command.split(), "--json"], capsys)
     assert status == 0, err
-    assert one_object(out)
+    assert one_object(out)["schema_version"] == SCHEMA_VERSION
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from rightrank.data.splits import SPLITS, load_data
+from rightrank.data.splits import SPLITS, load_data, sample_indices
 from rightrank.report.terminal import left_out
 from rightrank.schema.errors import DataError
+from rightrank.schema.settings import LOOK_ITEMS
 from tests.tiny import sentences, small_settings, write_jsonl
 
 TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sentences(120)]
@@ -216,3 +218,58 @@ def test_a_label_that_train_lacks(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "validation.jsonl", [{"text": f"v {n}", "label": 7} for n in range(10)])
     with pytest.raises(DataError, match="label 7 of the validation split does not occur in train"):
         load_data(tmp_path, small_settings())
+
+
+def test_a_sample_has_every_row_at_most_once() -> None:
+    assert sorted(sample_indices(50, 50)) == sorted(sample_indices(50, 80)) == list(range(50))
+    assert sample_indices(50, 50) != list(range(50))
+    sample = sample_indices(10**9, 1000)
+    assert len(set(sample)) == 1000
+    assert sample_indices(0, 10) == []
+
+
+def test_a_sample_depends_on_its_seed_alone() -> None:
+    first = sample_indices(1000, 20)
+    np.random.seed(1)
+    random.seed(1)
+    torch.manual_seed(1)
+    state = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
+    assert sample_indices(1000, 20) == first
+    assert sample_indices(1000, 20, seed=1) != first
+    assert (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()) == state
+
+
+@pytest.mark.parametrize("order", ["alternating", "sorted", "by random", "by numpy", "by numpy's global", "by torch"])
+def test_a_sample_has_rows_of_every_source(order: str) -> None:
+    """Of two interleaved sources, of two that lie one behind the other, and of rows that were shuffled with the sample's own seed."""
+    rows = list(range(2000)) if order == "alternating" else [*range(0, 2000, 2), *range(1, 2000, 2)]
+    if order == "by random":
+        random.Random(0).shuffle(rows)
+    elif order == "by numpy":
+        rows = [rows[index] for index in np.random.default_rng(0).permutation(2000)]
+    elif order == "by numpy's global":
+        rows = [rows[index] for index in np.random.RandomState(0).permutation(2000)]
+    elif order == "by torch":
+        rows = [rows[index] for index in torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+    for count in (100, 500, 1000):
+        odd = sum(rows[index] % 2 for index in sample_indices(2000, count))
+        assert abs(odd - count / 2) < 2 * count**0.5  # four standard deviations
+
+
+@pytest.mark.parametrize("order", ["alternating", "sorted"])
+def test_held_out_examples_are_of_every_source(tmp_path: Path, order: str) -> None:
+    """The examples that a selection scores, and the first of them that it scores during a training."""
+    one, two = ([f"{source} {number}" for number in range(2000)] for source in ("one", "two"))
+    texts = [text for pair in zip(one, two, strict=True) for text in pair] if order == "alternating" else [*one, *two]
+    for given in ("splits", "none"):
+        source = write_jsonl(tmp_path / f"{given}.jsonl", [{"text": text} for text in texts])
+        if given == "splits":
+            (tmp_path / "data").mkdir()
+            source.rename(tmp_path / "data" / "validation.jsonl")
+            write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": f"three {number}"} for number in range(100)])
+            source = tmp_path / "data"
+        settings = small_settings(eval_items=250, validation_fraction=0.2)
+        scored = load_data(source, settings).examples["selection"]
+        for examples in (scored, scored[:LOOK_ITEMS]):
+            share = sum(str(example.content["text"]).startswith("one") for example in examples) / len(examples)
+            assert 0.35 < share < 0.65

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.data.files import replacing, replacing_folder, sweep_leftovers, write_text
+from rightrank.data.files import replacing, replacing_folder, report_disk_errors, sweep_leftovers, write_text
+from rightrank.schema.errors import RunError
 
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 
@@ -116,22 +117,24 @@ def test_an_opened_old_folder_that_nfs_keeps_is_left_and_swept_later(
         (temporary / "weights").write_text("two")
     monkeypatch.undo()
     assert (tmp_path / "adapter" / "weights").read_text() == "two"
-    assert len(list(tmp_path.glob(".adapter.*.old"))) == 1
+    assert len(list(tmp_path.glob(".adapter.*.rightrank-old"))) == 1
     sweep_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_what_a_killed_process_left_is_swept_and_a_folder_moved_aside_comes_back(tmp_path: Path) -> None:
     (tmp_path / "trials").mkdir()
-    (tmp_path / "trials" / ".abc.77.tmp").mkdir()
-    (tmp_path / "trials" / ".abc.77.tmp" / "weights").write_text("half")
-    (tmp_path / ".report.html.77.tmp").write_text("half")
-    (tmp_path / ".adapter.77.old").mkdir()
-    (tmp_path / ".adapter.77.old" / "weights").write_text("whole")
+    (tmp_path / "trials" / ".abc.77.rightrank-tmp").mkdir()
+    (tmp_path / "trials" / ".abc.77.rightrank-tmp" / "weights").write_text("half")
+    (tmp_path / ".report.html.77.rightrank-tmp").write_text("half")
+    (tmp_path / ".adapter.77.rightrank-old").mkdir()
+    (tmp_path / ".adapter.77.rightrank-old" / "weights").write_text("whole")
     (tmp_path / ".lock").write_text("")
-    (tmp_path / ".notes.tmp").write_text("the user's own")
+    for own in (".notes.tmp", ".weights.1234.tmp", ".weights.5.old"):
+        (tmp_path / own).write_text("the user's own")
     sweep_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".notes.tmp", "adapter", "trials"]
+    names = [".lock", ".notes.tmp", ".weights.1234.tmp", ".weights.5.old", "adapter", "trials"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / "adapter" / "weights").read_text() == "whole"
     assert list((tmp_path / "trials").iterdir()) == []
 
@@ -154,3 +157,17 @@ def test_nothing_else_in_the_source_opens_a_final_file_for_writing() -> None:
             if "temporary" not in target:
                 found.add((str(source.relative_to(SOURCE)), target))
     assert found == allowed
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room and run the same command again"),
+        (errno.EROFS, "give a folder that you may write to"),
+        (errno.EACCES, "give a folder that you may write to"),
+    ],
+)
+def test_a_disk_error_names_what_helps(number: int, advice: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=advice) as caught, report_disk_errors(tmp_path):
+        raise OSError(number, "can't")
+    assert ("make room" in str(caught.value)) == (number == errno.ENOSPC)

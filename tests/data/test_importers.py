@@ -88,3 +88,83 @@ def test_a_database_and_mlflows_folders_are_refused_as_any_other_unknown_place(t
     (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("name: lora\n")
     with pytest.raises(ResultsError, match=r"mlruns: the folder holds no known results"):
         decide(tmp_path / "mlruns")
+
+
+def write_states(root: Path, losses: dict[str, list[float]], ranks: dict[str, int] | None = None) -> None:
+    """Write a trainer_state.json for each folder, and the adapter's configuration where `ranks` has one."""
+    for name, curve in losses.items():
+        folder = root / name
+        folder.mkdir(parents=True)
+        history = [{"step": 50 * number, "eval_loss": loss} for number, loss in enumerate(curve, start=1)]
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 50 * len(curve), "log_history": history}))
+        if ranks is not None:
+            (folder / "adapter_config.json").write_text(json.dumps({"r": ranks[name]}))
+
+
+def test_a_trainer_state_that_ends_in_nan_has_no_result(tmp_path: Path) -> None:
+    nan = float("nan")
+    write_states(tmp_path, {"r4": [2.2, 2.1, 2.05], "r16": [2.1, 2.02, 2.001], "r64": [1.9, nan, nan]})
+    decided = decide(tmp_path, margin=0.005)
+    assert {one.rank: one.value for one in decided.decision.ranks} == {4: 2.05, 16: 2.001}
+    assert "1 training without a result" in decided.understood
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["deepseek-r1-lora-r4", "deepseek-r2-lora-r8"],
+        ["DeepSeek-R1-Distill-Qwen-1.5B-r4", "DeepSeek-R1-Distill-Qwen-1.5B-r8"],
+        ["command-r7b-r4", "command-r7b-r8"],
+        ["exp-r1/lora-r4", "exp-r2/lora-r8"],
+        ["r1-sweep-rank4", "r2-sweep-rank8"],
+        ["rank4-round-r1", "rank8-round-r1"],
+        ["deepseek-r1-rank4-lr1e-4-seed0-s100", "deepseek-r1-rank8-lr1e-4-seed0-s100"],
+    ],
+)
+@pytest.mark.parametrize("kind", ["folders", "files", "column"])
+def test_the_rank_is_not_read_from_the_model_s_name(tmp_path: Path, names: list[str], kind: str) -> None:
+    losses = dict(zip(names, (2.05, 2.0), strict=True))
+    if kind == "folders":
+        write_states(tmp_path, {name: [loss] for name, loss in losses.items()})
+    elif kind == "files":
+        for name, loss in losses.items():
+            (tmp_path / f"{name.replace('/', '-')}.csv").write_text(f"eval_loss\n{loss}\n")
+    else:
+        (tmp_path / "runs.csv").write_text("run,eval_loss\n" + "".join(f"{n},{v}\n" for n, v in losses.items()))
+    decision = decide(tmp_path if kind != "column" else tmp_path / "runs.csv", margin=0.005).decision
+    assert {one.rank: one.value for one in decision.ranks} == {4: 2.05, 8: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model-r1-r4", "model-r1-r8"], "the name says rank 1 and 4; name the training so that it says one"),
+        (["lora-r1-qwen-r4", "lora-r1-qwen-r8"], "the name says rank 1 and 4"),
+        (["r4/r1", "r8/r1"], "the name says rank 4 and 1"),
+        (["rank4-rank16", "rank8-rank16"], "the name says rank 4 and 16"),
+        (["r4-lr1e-5-lr1e-3", "r8-lr1e-5-lr1e-3"], "the name says learning rate 1e-5 and 1e-3"),
+        (["r4-seed1-seed2", "r8-seed1-seed2"], "the name says seed 1 and 2"),
+        (["r4-s1-s200", "r8-s1-s200"], "the name says seed 1 and 200"),
+    ],
+)
+def test_names_with_several_numbers_of_which_none_is_certain_are_refused(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    write_states(tmp_path / "folders", {name: [2.0] for name in names})
+    table = tmp_path / "runs.csv"
+    table.write_text("run,eval_loss\n" + "".join(f"{name},{number}\n" for number, name in enumerate(names)))
+    for source in (tmp_path / "folders", table):
+        with pytest.raises(ResultsError, match=message):
+            decide(source)
+
+
+def test_a_recorded_rank_counts_before_names_that_say_several(tmp_path: Path) -> None:
+    write_states(tmp_path, {"r1-r4": [2.05], "r1-r8": [2.0]}, ranks={"r1-r4": 4, "r1-r8": 8})
+    assert [one.rank for one in decide(tmp_path, margin=0.005).decision.ranks] == [4, 8]
+
+
+def test_columns_that_name_other_ranks_are_refused(tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_text("model,run,eval_loss\nfoo-r1,lora-r4,2.05\nfoo-r2,lora-r8,2.0\n")
+    with pytest.raises(ResultsError, match="columns model and run name other ranks; give a column rank"):
+        decide(table)

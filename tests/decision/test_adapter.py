@@ -21,7 +21,7 @@ from rightrank.decision.adapter import (
 )
 from rightrank.decision.comparison import INDEPENDENT, bounds_of, estimate
 from rightrank.decision.table import spread_sentence
-from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.decision import AdapterAnswer, DifferenceSpread
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
@@ -98,6 +98,19 @@ def test_what_a_mean_hides_is_said() -> None:
         f"{found.difference:+.2g}, upper bound {found.difference_high:+.2g}). 2.5% of the examples get worse by more than 0.05, and the "
         "worst tenth by 0.025 on average."
     )
+
+
+def test_where_no_example_gets_much_worse_one_plain_sentence_says_so() -> None:
+    found = answer(TOP, trial("a", 16, 0.001, parent="top"))
+    assert found.spread is not None
+    assert (found.spread.worse, found.spread.worst_tenth > 0) == (0, True)
+    assert found.sentence.endswith("). No held-out example gets worse by more than 0.05.")
+
+
+def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
+    spread = DifferenceSpread(amount=0.05, worse=0.0004, worst_tenth=0.02)
+    assert spread_sentence(spread).startswith("Fewer than 0.1% of the examples get worse by more than 0.05, ")
+    assert spread_sentence(spread.model_copy(update={"worse": 0.02})).startswith("2% of the examples get worse ")
 
 
 @pytest.mark.parametrize(

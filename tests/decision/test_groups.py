@@ -147,10 +147,10 @@ def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> 
             repeated[key] = Cell(f"{key}", float(sums.mean()), rows, np.ones(len(rows)), groups=groups)
     of_rows, of_groups = (Evidence(ScoreTable("loss", False, cells)) for cells in (alone, repeated))
     for examples in (80, 160, 800):
-        margin = of_rows.margin_of(4, 0.95, examples=examples)
+        margin = of_rows.margins_at(0.95, examples=examples)[4]
         # not quite the same: the noise within a seed is estimated from 800 rows and not from 80
-        assert of_groups.margin_of(4, 0.95, examples=ROWS * examples) == pytest.approx(margin, rel=0.01)
-    assert margin < 0.9 * of_rows.margin_of(4, 0.95)
+        assert of_groups.margins_at(0.95, examples=ROWS * examples)[4] == pytest.approx(margin, rel=0.01)
+    assert margin < 0.9 * of_rows.margins_at(0.95)[4]
 
 
 def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, truth
 
 from rightrank.decision.comparison import estimate
 from rightrank.decision.evidence import Evidence
@@ -16,9 +15,12 @@ from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.report.answer import answer_view
 from rightrank.report.evidence_tables import evidence_table
 from rightrank.schema.decision import Decision
-from rightrank.schema.trials import TrialDiverged, TrialFinished
+from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished
+from rightrank.search import STRATEGIES
 from tests.decision.tables import bare, scored
 from tests.report.runs import made_up_run
+from tests.search import worlds
+from tests.search.worlds import make_space, run_all
 
 SATURATED = {1: 2.3, 4: 2.05, 16: 2.001, 64: 2.0}
 OTHERS = {
@@ -166,6 +168,13 @@ def looked(trial: TrialFinished, learning_rate: float) -> TrialFinished:
     )
 
 
+class FlatWorld(worlds.World):
+    """The smallest rank is the best one."""
+
+    def loss(self, arm: Arm) -> float:
+        return super().loss(arm.model_copy(update={"rank": 1})) + 1e-5 * arm.rank if arm.rank else super().loss(arm)
+
+
 def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     records = made_up_run((4, 64), (1e-3,))
     whole = [outcome for outcome in records.finished() if outcome.rank]
@@ -182,6 +191,34 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     assert (
         "lr_edge" not in decision_of(table_of([*whole, diverged], "loss", False, looks=[looked(top, 3e-4)]), 0.02).flags
     )
+
+
+@pytest.mark.parametrize(
+    ("rates", "best", "is_flagged", "suggested"),
+    [
+        ((1e-4, 3e-4, 1e-3), 1e-2, True, 3e-3),
+        ((3e-4, 1e-3, 3e-3), 1e-4, True, 9e-5),
+        ((1e-4, 3e-4, 1e-3), 3e-4, False, 0),
+    ],
+)
+def test_a_search_that_ends_at_its_highest_or_lowest_learning_rate_is_flagged(
+    rates: tuple[float, ...], best: float, is_flagged: bool, suggested: float
+) -> None:
+    """The lower ranks get one learning rate each, so it is compared with all of the run."""
+    made = run_all(STRATEGIES["bracket"](make_space(learning_rates=rates)), FlatWorld(best_learning_rate=best))
+    whole = [outcome for outcome in made if outcome.is_direct]
+    table = table_of(whole, "loss", False, looks=made)
+    decision = decision_of(table, 0.01)
+    assert (decision.rank, decision.reference_rank, table.tried_learning_rates(1)) == (1, 1, [decision.learning_rate])
+    assert ("lr_edge" in decision.flags) == is_flagged
+    runs = [run for run in decision.next_runs if run.action == "rates"]
+    assert [run.learning_rates for run in runs] == ([[pytest.approx(suggested)]] if is_flagged else [])
+
+
+def test_one_learning_rate_at_each_rank_has_no_edge() -> None:
+    values = {(4, 3e-3): 2.05, (16, 1e-3): 2.001, (64, 3e-4): 2.0}
+    cells = {(rank, lr, 0): Cell(f"{rank}", v, np.array([v]), np.ones(1)) for (rank, lr), v in values.items()}
+    assert "lr_edge" not in decision_of(ScoreTable("loss", False, cells), 0.02).flags
 
 
 def test_still_rising_is_not_said_of_means() -> None:
@@ -241,22 +278,3 @@ def test_every_page_says_whether_a_rank_is_shown(losses: dict[int, float]) -> No
     else:
         assert f"rank {found.fallback_rank} is the safe choice" in page
     assert rows[str(found.reference_rank)] == ("best so far" if found.fallback_rank is None else "yes")
-
-
-@pytest.mark.parametrize(
-    "seeds", [1, pytest.param(2, marks=pytest.mark.trains), pytest.param(3, marks=pytest.mark.trains)]
-)
-def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int) -> None:
-    """Seed noise of twice the margin: what came out best is worse than the margin in one table of ten or more."""
-    generator = np.random.default_rng(24)
-    shown, best, tables = 0, 0, 40
-    for shape in ("power", "u_shaped", "rising"):
-        world = World(shape, seeds, 200, "heavy", seed_rank=2 * MARGIN)  # type: ignore[arg-type]
-        for _ in range(tables):
-            losses = truth(world, generator)
-            decision = decision_of(draw_table(world, losses, generator), MARGIN)
-            worse = {rank: bool(loss - losses.min() > MARGIN) for rank, loss in zip(RANKS, losses, strict=True)}
-            shown += decision.fallback_rank is not None and worse[decision.fallback_rank]
-            best += worse[decision.rank_at_hand]
-    assert shown <= 0.05 * 3 * tables
-    assert best >= 0.05 * 3 * tables

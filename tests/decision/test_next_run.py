@@ -81,8 +81,7 @@ def command(wanted: dict[str, object], run: str = "out", margin: float | None = 
     if own:
         begun = begun.model_copy(update={"settings": begun.settings | {"trainer": "train"}})
     next_run = NextRun.model_validate({"sentence": "x"} | wanted)
-    decision = decide_run(made_up_run()).model_copy(update={"next_runs": [next_run]})
-    found = next_commands(begun, decision, run, margin)
+    found = next_commands(begun, [next_run], run, margin)
     assert len(found) == 1
     return found[0]
 
@@ -124,9 +123,8 @@ def test_the_command_can_be_pasted_and_has_another_margin_where_one_is_given() -
     assert command({"action": "test"}, margin=0.01) is None
 
 
-def test_a_custom_trainer_has_no_commands_and_without_a_decision_there_are_none() -> None:
+def test_a_custom_trainer_has_no_commands() -> None:
     assert command({"action": "seeds", "seeds": 3}, own=True) is None
-    assert next_commands(started(), None, "out") == []
 
 
 def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
@@ -201,7 +199,7 @@ def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[s
     sizes = (100, *SIZES)
 
     def reached(seeds: int, items: int) -> bool:
-        return any(evidence.margin_of(rank, ASKED_CONFIDENCE, seeds, items) <= margin for rank in (4, 64))
+        return min(evidence.margins_at(ASKED_CONFIDENCE, seeds, items).values()) <= margin
 
     assert [run.action for run in decision.next_runs] == actions
     for run in decision.next_runs:
@@ -355,7 +353,7 @@ def test_a_plan_ends_at_64_times_the_examples_and_at_32_seeds() -> None:
 
 def test_no_more_than_32_seeds_are_bought_or_planned() -> None:
     table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03)
-    most = min(Evidence(table).margin_of(rank, ASKED_CONFIDENCE, MAX_SEEDS) for rank in (4, 64))
+    most = min(Evidence(table).margins_at(ASKED_CONFIDENCE, MAX_SEEDS).values())
     bought = [[run.seeds for run in decision_of(table, most * near).next_runs] for near in (1 + NEAR, 1 - NEAR)]
     assert bought == [[None, MAX_SEEDS], [None]]
     one_seed = scored({4: 2.003, 64: 2.0}, seeds=(0,), items=400, noise=0.02)

@@ -90,7 +90,7 @@ def test_the_other_metric_is_judged_as_the_one_that_decides() -> None:
     trials = [trial(rank, 0, 2.0, right[rank]).model_copy(update={"points": points}) for rank in right]
     other = table_of(trials, "exact_match", True)
     answers = set()
-    for confidence, checkpoint in ((None, "last"), (0.5, "last"), (0.7, "last"), (0.7, "best")):
+    for confidence, checkpoint in ((None, "last"), (0.5, "last"), (0.9, "last"), (0.7, "best")):
         alone = decision_of(other, confidence=confidence, checkpoint=checkpoint)
         (beside,) = decision_of(
             table_of(trials, "loss", False), 0.005, others=[other], confidence=confidence, checkpoint=checkpoint

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -538,13 +541,47 @@ def test_trials_are_a_table() -> None:
     assert trials_frame(Records.of(records.started, []), examples=True).empty
 
 
+@pytest.mark.parametrize("kind", ["trials", "examples", "csv", "csv of examples", "csv with the index"])
+def test_an_exported_run_decides_without_its_truncated_and_stopped_trainings(tmp_path: Path, kind: str) -> None:
+    records = answered_run(direct=(1, 4, 16))
+    whole = next(trial for trial in records.finished() if trial.rank == 16 and trial.is_direct)
+    for number, changes in enumerate(({"stop_at": 10}, {"stop_at": 20}, {"stop_at": 20, "anneal_from": 10})):
+        records.outcomes.append(altered(whole, trial_id=f"stage-{number}", metrics={"loss": 2.0 + number}, **changes))
+    of_run = decide_run(records)
+    table: Any = trials_frame(records, examples="examples" in kind)
+    if "csv" in kind:
+        path = tmp_path / "run.csv"
+        table.to_csv(path, index="index" in kind)
+        table = path
+    read = decide(table, metric="loss", margin=of_run.margin)
+    assert [one.rank for one in read.decision.ranks] == [0, 1, 4, 16, 64]
+    assert {one.rank: one.value for one in read.decision.ranks} == {
+        one.rank: pytest.approx(one.value) for one in of_run.ranks
+    }
+    rows = 7 * (ITEMS if "examples" in kind else 1)
+    assert f"{rows} rows of truncated or stopped trainings left out" in read.understood
+
+
+def test_an_exported_run_with_one_rank_is_told_what_to_do() -> None:
+    table = trials_frame(answered_run(), examples=False)
+    with pytest.raises(
+        ResultsError, match=r"column stage says that 1 rank was trained to the end.*--goal training-rank"
+    ):
+        decide(table, metric="loss")
+
+
+def test_a_column_named_stage_of_another_table_is_no_stage_of_a_run() -> None:
+    rows = [{"rank": rank, "stage": "sft", "eval_loss": 2 + 1 / rank} for rank in (1, 4, 16)]
+    assert [one.rank for one in decide(rows).decision.ranks] == [1, 4, 16]
+    assert "not used: stage" in decide(rows).understood
+
+
 def test_the_table_of_examples_decides_as_the_run() -> None:
     records = made_up_run(seeds=(0, 1))
     table = trials_frame(records, examples=True)
     of_run = decide_run(records)
     assert len(table) == sum(len(t.item_losses) for t in records.outcomes if isinstance(t, TrialFinished))
-    of_stages = table[table.stage.isin(["whole", "base"])]
-    read = decide(of_stages, metric="loss", higher_is_better=False, margin=of_run.margin).decision
+    read = decide(table, metric="loss", higher_is_better=False, margin=of_run.margin).decision
     assert (read.rank, read.verdict) == (of_run.rank, of_run.verdict)
     for ours, theirs in zip(read.ranks, of_run.ranks, strict=True):
         assert (ours.rank, ours.value) == (theirs.rank, pytest.approx(theirs.value))

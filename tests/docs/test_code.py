@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from benchmarks.kinds.cases import make_model
 
 from tests.commands import run
 from tests.docs.pages import PAGES, SHELL, blocks, lines_of, name_of
+from tests.models.kind_cases import make_model
 from tests.tiny import make_tokenizer, write_completions, write_pairs
 
 # Run by tests of their own: the demo (in short), and what installs things or needs hours.

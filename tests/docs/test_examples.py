@@ -35,6 +35,7 @@ def test_no_example_is_left_out() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
         *ALL,
         "common.py",
+        "fleet.py",  # test_fleet_example.py
         "preference_pairs.py",
         "notebook.ipynb",
         "text_to_image.py",  # tests/interop/test_images.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,17 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import TrainingArguments
 
+from rightrank import export
+from rightrank.api.runs import status
 from rightrank.cli import cli
-from rightrank.cli.options import gather
+from rightrank.cli.options import gather_settings
 from rightrank.decision.adapter import Making
-from rightrank.interop.exports import TARGETS
-from rightrank.interop.recipe import OF_MEASURING, Recipe
+from rightrank.interop.exports import SERVERS, TARGETS
+from rightrank.interop.recipe import EVALUATION_SETTINGS, Recipe
 from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
+from rightrank.schema.errors import RunError
 from rightrank.schema.setting_table import Group
 from rightrank.schema.settings import PEFT_OPTIONS, TAKEN_FROM_BASE, SelectSettings
 
@@ -36,7 +40,7 @@ MODULES = tuple(
     for layer in range(3)
     for name in LINEAR
 )
-TRAINERS = [name for name in TARGETS if name != "vllm"]
+TRAINERS = [name for name in TARGETS if name not in SERVERS]
 SHARES = st.floats(0.01, 0.9)
 
 # Of every setting that shapes an adapter or its training, and of how the base is read.
@@ -244,10 +248,10 @@ def test_the_command_that_makes_a_smaller_adapter_again_has_the_settings(values:
     making = Making(2, 8, 0.003, 50, None, "K-FAC")
     comment = replace(recipe, making=making).comments()[-1]
     read = parsed(comment.partition("then: ")[2])
-    settings = gather(None, read["assignments"], {})
+    settings = gather_settings(None, read["assignments"], {})
     found, wanted = SelectSettings(**settings), recipe.settings
-    assert {name: getattr(found, name) for name in OF_MEASURING} == {
-        name: getattr(wanted, name) for name in OF_MEASURING
+    assert {name: getattr(found, name) for name in EVALUATION_SETTINGS} == {
+        name: getattr(wanted, name) for name in EVALUATION_SETTINGS
     }
 
 
@@ -304,4 +308,35 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
 
 def _settings_of(parameters: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in parameters.items() if name in SelectSettings.model_fields}
-    return gather(None, parameters["assignments"], given)
+    return gather_settings(None, parameters["assignments"], given)
+
+
+def test_an_export_with_own_files_is_moved_aside_and_not_replaced(small_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
+    first = export(run, "trl")
+    assert export(run, "trl") == first
+    assert not (run / "earlier-1").exists()  # one with nothing of one's own is replaced
+    (first.folder / "outputs").mkdir()
+    (first.folder / "outputs" / "weights.bin").write_text("mine")
+    again = export(run, "trl")
+    assert again.files == first.files
+    assert "held files that this one does not write (outputs)" in again.notes[-1]
+    assert (run / "earlier-1" / "trl" / "outputs" / "weights.bin").read_text() == "mine"
+    assert status(run).state == "done"
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
+    first = export(tmp_path / "run", "trl")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rightrank.interop.exports.write_export", full)
+    with pytest.raises(RunError, match="make room"):
+        export(tmp_path / "run", "trl")
+    assert sorted(path.name for path in first.folder.iterdir()) == first.files
+    assert not (tmp_path / "run" / "earlier-1").exists()

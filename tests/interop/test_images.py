@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.checks import peft_updates
-from benchmarks.kinds.images import (
+from examples.text_to_image import TextToImageTrain
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from rightrank import TrialTask, inspect, resize, select_rank_with
+from rightrank.models.adapter_reader import open_adapter
+from tests.interop.images import (
     UNET_TARGETS,
     ResNetTrain,
     captioned,
@@ -18,12 +23,7 @@ from benchmarks.kinds.images import (
     save_resnet,
     unet_output,
 )
-from examples.text_to_image import TextToImageTrain
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-
-from rightrank import TrialTask, inspect, resize, select_rank_with
-from rightrank.models.adapter_files import open_adapter
+from tests.models.kind_checks import peft_updates
 
 pytestmark = pytest.mark.trains
 
@@ -77,13 +77,13 @@ def test_a_resnet_equals_a_plain_peft_loop(resnet: ResNetTrain, tmp_path: Path) 
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        assert losses(model, range(12)).tolist() == pytest.approx(ours.item_scores, rel=2e-5)
+        assert losses(model, range(12)).tolist() == pytest.approx(ours.example_scores, rel=2e-5)
     assert ours.trainable_parameters == sum(one.numel() for one in trained)
 
 
 def test_convolutions_of_a_resnet_are_counted_inspected_and_truncated(resnet: ResNetTrain, tmp_path: Path) -> None:
     trained = resnet(task(tmp_path / "r4", 4))
-    assert resnet.evaluate(task(tmp_path / "r4", 4)).item_scores == pytest.approx(trained.item_scores, rel=2e-5)
+    assert resnet.evaluate(task(tmp_path / "r4", 4)).example_scores == pytest.approx(trained.example_scores, rel=2e-5)
     adapter = open_adapter(tmp_path / "r4")
     stored = sum(v.numel() for k, v in load_file(adapter.weights).items() if "lora_" in k)
     assert adapter.trained == stored
@@ -122,12 +122,12 @@ def test_a_judge_decides_in_place_of_the_loss(pipeline: Path, tmp_path: Path) ->
 
     result = text_to_image(pipeline, judge=judge)(task(tmp_path / "judged", 2, steps=1))
     assert result.metrics["wins"] == 0.625
-    assert result.item_scores == [1.0, 0.5, 0.0, 1.0]
+    assert result.example_scores == [1.0, 0.5, 0.0, 1.0]
     assert seen == [["red", "blue", "green", "grey"]]
 
 
 def test_held_out_losses_are_the_same_in_every_trial(pipeline: Path, tmp_path: Path) -> None:
     train = text_to_image(pipeline)
     first, again = (train(task(tmp_path / name, 2, steps=0)) for name in ("a", "b"))
-    assert first.item_scores == again.item_scores
-    assert first.item_scores == pytest.approx(train(task(tmp_path / "c", 0)).item_scores, rel=1e-6)  # B = 0
+    assert first.example_scores == again.example_scores
+    assert first.example_scores == pytest.approx(train(task(tmp_path / "c", 0)).example_scores, rel=1e-6)  # B = 0

@@ -31,37 +31,25 @@ from transformers import (
 )
 
 from rightrank import SelectSettings, SmallestAdapter, compare, export, write_report
-from rightrank.adapters.held_out import truncation_curve
-from rightrank.adapters.live import LiveAdapter, trained_adapter
-from rightrank.adapters.live_scores import HeldOutBatches, batch_loss
+from rightrank.adapters.resize_by_data import truncation_curve
+from rightrank.adapters.in_memory import LiveAdapter, trained_adapter
+from rightrank.adapters.batch_scores import HeldOutBatches, batch_loss
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.api.runs import status
 from rightrank.decision.comparison import INDEPENDENT
 from rightrank.interop.end_run import measure, measure_again
 from rightrank.interop.smallest import main
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.evaluation import Scores
-from rightrank.train.runtime import adapter_attached
+from rightrank.train.runtime import attach_adapter
 from tests.helpers import make_runtime
-from tests.interop.trainings import Listed, Rows, peft_model
+from tests.interop.trainings import Listed, Rows, peft_model, trained
 from tests.tiny import small_settings, write_completions, write_pairs
 
 pytestmark = pytest.mark.trains
-
-
-def trained(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **changes: Any) -> tuple[Trainer, Any]:
-    model = peft_model(folder)
-    settings: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "seed": 0}
-    settings |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
-    arguments = TrainingArguments(output_dir=str(out), **settings | changes)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = Trainer(model, arguments, collator, Listed(rows[:140]), Listed(rows[140:]), callbacks=list(callbacks))
-    trainer.train()
-    return trainer, model
 
 
 def scored(model: Any, batches: Sequence[Any]) -> Scores:
@@ -103,6 +91,7 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert "of the training's time; peak memory" in caplog.text
     command = next(note for note in answer.notes if note.startswith("An estimate")).partition("prove it: ")[2]
     words = shlex.split(command)
+    assert words[:4] == ["rightrank", "select", str(model_folder), "DATA"]  # the name of the rows' file is not known
     options = dict(zip(words[4::2], words[5::2], strict=True))
     assert options["--learning-rates"] == "0.01"
     assert options["--max-steps"] == "60"
@@ -124,6 +113,7 @@ def verbs_work_on(run: Path, rank: int, model_folder: Path) -> None:
     """Status, report, export and compare read the folder as that of a selection."""
     state = status(run)
     assert (state.state, state.goal, state.adapter_sentence is not None) == ("done", "adapter", True)
+    assert state.resume is None
     assert state.truncated_curve
     first = (run / "report.html").read_text(encoding="utf-8")
     assert write_report(run).read_text(encoding="utf-8") == first
@@ -148,7 +138,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
-    with adapter_attached(runtime, adapter.path) as peft_model:
+    with attach_adapter(runtime, adapter.path) as peft_model:
         read = order[: gather_unseen_moments(runtime, peft_model, seed, steps).examples]
 
     def batches(split: SplitName, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
@@ -477,8 +467,12 @@ def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: 
     assert not (tmp_path / "rightrank").exists()
 
 
-def test_a_resumed_training_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    _, whole = trained(model_folder, rows, tmp_path, [], max_steps=8, save_strategy="steps", save_steps=4)
+def test_a_resumed_training_is_measured_as_the_whole_one(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rightrank.interop.trainer_rows.MOMENT_SHARE", 0.5)  # several batches, of a training this short
+    uninterrupted = SmallestAdapter(Listed(rows[140:]), margin=0.1)
+    _, whole = trained(model_folder, rows, tmp_path, [uninterrupted], max_steps=8, save_strategy="steps", save_steps=4)
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=8, learning_rate=1e-2, per_device_train_batch_size=8, seed=0, save_strategy="no", report_to=[],
@@ -490,8 +484,11 @@ def test_a_resumed_training_is_measured(model_folder: Path, rows: Rows, tmp_path
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert callback.result is not None
+    assert uninterrupted.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
     assert callback.result.top.value == pytest.approx(scored(whole.eval(), batches).loss, rel=1e-4)
+    values = [[one.value for one in each.result.answer.candidates] for each in (uninterrupted, callback)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)  # the same examples and the same second moments
 
 
 def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -544,7 +541,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 def test_the_head_sees_few_positions_at_a_time(model_folder: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels never reach the model, and no tensor of logits has more than a chunk's positions; the losses are the model's own."""
     model = peft_model(model_folder).eval()
-    monkeypatch.setattr("rightrank.train.loss.CHUNK_LOGITS", 8 * model.config.vocab_size)
+    monkeypatch.setattr("rightrank.train.loss.MAX_CHUNK_LOGITS", 8 * model.config.vocab_size)
     head = model.get_base_model().get_output_embeddings()
     seen: list[int] = []
     head.forward = lambda hidden: (

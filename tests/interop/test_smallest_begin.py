@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from rightrank import SmallestAdapter
+from rightrank import SmallestAdapter, Squeeze
 from rightrank.interop.end_run import measure_again
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
 from tests.interop.trainings import Listed, OneShot, Rows, peft_model
@@ -163,31 +166,220 @@ def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tm
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_an_iterable_that_is_read_once_loses_no_row(
+class Lazy:
+    """What creates its generator at first use, as collators and data sets do."""
+
+    def __init__(self) -> None:
+        self.generator: Any = None
+
+    def draw(self) -> int:
+        if self.generator is None:
+            self.generator = np.random.default_rng(3)
+        return int(self.generator.integers(4))
+
+
+class LazyRows(Listed):
+    """Rows that lose tokens by a transform that creates its generator at first use."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        self.transforms = [partial(Lazy.draw, Lazy())]
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        length = len(self.rows[index]["labels"]) - self.transforms[0]()
+        return {name: values[:length] for name, values in self.rows[index].items()}
+
+
+class Collator:
+    """A collator that notes the rows and batches of the training; a copy of it notes its own."""
+
+    def __init__(self, collate: Any, lazy: Lazy | None = None) -> None:
+        self.collate, self.lazy = collate, lazy
+        self.rows: list[Any] = []
+        self.batches: list[Any] = []
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.rows += rows
+        if self.lazy is not None:
+            rows = [{name: values[self.lazy.draw() :] for name, values in row.items()} for row in rows]
+            rows = [{name: values[-min(map(len, row.values())) :] for name, values in row.items()} for row in rows]
+        self.batches.append(self.collate(rows))
+        return self.batches[-1]
+
+
+GENERATOR: Any = None  # as of a training script
+
+
+def collate_by_script(rows: list[Any]) -> list[Any]:
+    """Hide the end of rows, by a generator that a global variable gets at first use."""
+    global GENERATOR
+    if GENERATOR is None:
+        GENERATOR = np.random.default_rng(4)
+    ends = [14 - GENERATOR.integers(4) for _ in rows]
+    return [{name: values[:end] for name, values in row.items()} for row, end in zip(rows, ends, strict=True)]
+
+
+def collator_of(kind: str, folder: Path) -> Collator:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if kind == "transformers":
+        tokenizer.mask_token = "<unk>"
+        masked = transformers.DataCollatorForLanguageModeling(tokenizer, seed=5, mlm_probability=0.4)
+        return Collator(lambda rows: masked([{"input_ids": row["input_ids"]} for row in rows]))
+    if kind == "script":
+        collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+        return Collator(lambda rows: collate(collate_by_script(rows)))
+    return Collator(DataCollatorForSeq2Seq(tokenizer, padding=True), Lazy() if kind == "collator" else None)
+
+
+@pytest.mark.parametrize("kind", ["rows", "collator", "transformers", "script"])
+@pytest.mark.parametrize("callback", [SmallestAdapter, partial(Squeeze, rank=15)])
+def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
+    callback: Any, kind: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a data set's transform, of a collator such as transformers', and of a script: the training has the same batches as without the callback."""
+    batches = []
+    for number, callbacks in enumerate(([], [callback()])):
+        train = (LazyRows if kind == "rows" else Listed)(rows[:140])
+        collator = collator_of(kind, model_folder)
+        monkeypatch.setattr(sys.modules[__name__], "GENERATOR", None)
+        trainer = trainer_of(
+            peft_model(model_folder), model_folder, tmp_path / str(number), train, Listed(rows[140:]), *callbacks
+        )
+        trainer.data_collator = collator
+        trainer.train()
+        batches.append([batch["labels"] for batch in collator.batches])
+    assert len(batches[0]) >= 4  # the trainer reads ahead
+    assert all(torch.equal(*labels) for labels in zip(*batches, strict=True))
+
+
+def test_what_cannot_be_copied_is_not_read_before_the_end(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of the training set; the held-out rows that are given to the callback alone are its own."""
+    """An open file cannot: what was not checked is said, and a cut between two steps is refused."""
+    train = LazyRows(rows[:140])
+    train.file = (tmp_path / "rows").open("w")  # type: ignore[attr-defined]
+    callback, collator = SmallestAdapter(Listed(rows[140:]), margin=0.1), collator_of("collator", model_folder)
+    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, train, None, callback)
+    trainer.data_collator = collator
+    assert collator.lazy is not None
+    collator.lazy.file = train.file  # type: ignore[attr-defined]
+    trainer.train()
+    assert len(collator.rows[:32]) == 32
+    assert "the training set is not read before its end: LazyRows cannot be copied (" in caplog.text
+    assert "whether held-out rows are in it was not checked" in caplog.text
+    assert "no example was scored before the first step" in caplog.text
+    assert callback.result is not None
+    assert "truncated by singular values" not in " ".join(callback.result.notes)
+    trainer.remove_callback(callback)
+    trainer.add_callback(Squeeze(Listed(rows[140:]), rank=4))
+    trainer.state.global_step = 0
+    assert "give the trainer a collator that copy.deepcopy copies" in refused(trainer, DataError)
+    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows), train, SmallestAdapter())
+    assert "eval_dataset, LazyRows cannot be copied" in refused(trainer, DataError)
+    train.file.close()  # type: ignore[attr-defined]
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Rows without numbers; its length is known."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.left = OneShot(rows).left
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.left
+
+    def __len__(self) -> int:
+        return 140
+
+
+@pytest.mark.parametrize("kind", ["one shot", "length", "datasets"])
+def test_a_stream_loses_no_row(
+    kind: str, model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even one of `datasets`, which begins anew and would be downloaded: what was not checked is said."""
+    drawn: list[int] = []
+
+    def generate() -> Iterator[Any]:
+        for number, row in enumerate(rows[:140]):
+            drawn.append(number)
+            yield row
+
     left, weights = [], []
-    for number, callbacks in enumerate(([], [SmallestAdapter(iter(rows[140:]), margin=0.1, max_examples=40)])):
-        model, train = peft_model(model_folder), OneShot(rows[:140])
+    for number, callbacks in enumerate(([], [SmallestAdapter(Listed(rows[140:]), margin=0.1)])):
+        drawn.clear()
+        train: Any = {"one shot": OneShot, "length": Stream}.get(kind, OneShot)(rows[:140])
+        if kind == "datasets":
+            train = pytest.importorskip("datasets").IterableDataset.from_generator(generate)
+        model = peft_model(model_folder)
         trainer_of(model, model_folder, tmp_path / str(number), train, None, *callbacks).train()
-        left.append(list(train.left))
+        left.append(list(drawn) if kind == "datasets" else list(train.left))
         weights.append(dict(model.named_parameters()))
     assert left[0] == left[1] != []
-    assert "of an iterable the first 40 rows are scored; shuffle one" in caplog.text
+    assert "a stream, which is not read; whether held-out rows are in it was not checked" in caplog.text
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert callbacks[0].result is not None
     assert "truncated by singular values" in callbacks[0].result.notes[0]
+    assert any("was not checked" in note for note in callbacks[0].result.answer.notes)
 
 
-def test_held_out_rows_of_the_trainer_that_are_read_once_are_refused(
-    model_folder: Path, rows: Rows, tmp_path: Path
-) -> None:
-    held_out = OneShot(rows[140:])
-    for callback in (SmallestAdapter(), SmallestAdapter(held_out)):
+def test_a_stream_of_held_out_rows_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """No random sample of it can be drawn without reading all of it."""
+    held_out = Stream(rows[140:])
+    for callback in (SmallestAdapter(), SmallestAdapter(held_out), SmallestAdapter(iter(rows[140:]))):
         trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:40]), held_out, callback)
-        assert "no held-out rows that can be read twice" in refused(trainer, DataError)
+        assert "SmallestAdapter a list of some hundred rows" in refused(trainer, DataError)
     assert len(list(held_out.left)) == len(rows[140:])
+
+
+class LiveRow(dict[str, list[int]]):
+    """A row that can be counted as long as it is held."""
+
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+    most: ClassVar[int] = 0
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, row: dict[str, list[int]]) -> None:
+        super().__init__(row)
+        LiveRow.alive.add(self)
+        LiveRow.most = max(LiveRow.most, len(LiveRow.alive))
+
+
+class Made(Listed):
+    """Rows that are made when they are read."""
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return LiveRow(self.rows[index])
+
+
+class Begun(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            self.most = LiveRow.most
+
+
+def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Before the first step, at the end, and during the training none."""
+    LiveRow.most = 0
+    callback, begun = SmallestAdapter(Made(rows[140:]), margin=0.1), Begun()
+    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Made(rows[:140]), None, callback, begun)
+    trainer.train()
+    assert begun.most <= 32  # beside the trainer's own, which reads a batch ahead
+    assert LiveRow.most <= 32
+    assert callback.result is not None
+    assert callback.result.examples == len(rows) - 140
+
+
+def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was compared is said in the answer."""
+    monkeypatch.setattr("rightrank.interop.smallest.COMPARED_SECONDS", -1.0)
+    callback = SmallestAdapter(Listed(rows[100:]), margin=0.1)
+    trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback).train()
+    assert callback.result is not None
+    assert callback.result.examples == len(rows) - 100
+    assert any(note.startswith("0 of 140 training rows, a random sample,") for note in callback.result.answer.notes)
 
 
 def images(count: int) -> list[dict[str, Any]]:
@@ -256,36 +448,44 @@ def test_inputs_that_hold_tensors_and_are_none_are_refused(model_folder: Path, r
         assert "the batches have pixel_values as a" in refused(trainer, DataError)
 
 
-class Sorted(Listed):
-    """Rows in the order of their topics, which notes the numbers of the rows that are read."""
+@pytest.mark.parametrize("order", ["alternating", "sorted", "shuffled"])
+def test_the_scored_rows_are_a_random_sample(
+    order: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two interleaved sources both are scored, as of two that lie one behind the other, and of rows that a shuffle has mixed."""
+    monkeypatch.setattr("rightrank.interop.smallest.MOST", 40)
+    monkeypatch.setattr("rightrank.interop.smallest.FEWEST", 20)
+    easy = [{name: values[:-1] + values[-1:] * 40 for name, values in row.items()} for row in rows]
+    mixed = [row for pair in zip(rows, easy, strict=True) for row in pair] if order == "alternating" else [*rows, *easy]
+    if order == "shuffled":
+        random.Random(0).shuffle(mixed)
+    random.seed(1)
+    np.random.seed(1)
+    callback = SmallestAdapter(mixed, margin=0.1)
+    train = [{name: values[1:] for name, values in row.items()} for row in rows]
+    trainer_of(peft_model(model_folder), model_folder, tmp_path, train, None, callback, max_steps=2).train()
+    assert callback.result is not None
+    tokens = callback.result.top.example_tokens
+    assert len(tokens) == 20
+    assert 4 <= sum(count > 35 for count in tokens) <= 16  # beyond this in 1 of 400 random samples
 
-    def __init__(self, rows: Rows) -> None:
-        super().__init__(rows)
-        self.read: list[int] = []
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        self.read.append(index)
-        return super().__getitem__(index)
-
-
-def test_rows_are_taken_from_the_whole_of_a_data_set(
+def test_the_sample_is_the_same_whatever_the_global_generators_have(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of a sorted one would otherwise be of its first class."""
-    monkeypatch.setattr("rightrank.interop.smallest.MOST", 20)
-    monkeypatch.setattr("rightrank.interop.smallest.FEWEST", 10)
-    held_out = Sorted(rows[140:])
-    callback = SmallestAdapter(held_out, margin=0.1)
-    trainer_of(
-        peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), Listed(rows[140:]), callback, max_steps=2,
-    ).train()  # fmt: skip
-    count = len(rows) - 140
-    assert sorted(set(held_out.read)) == [number * count // 20 for number in range(20)]
-    assert callback.result is not None
-    scored = [
-        sum(label != -100 for label in rows[140 + number * count // 20]["labels"][1:]) for number in range(0, 20, 2)
-    ]
-    assert callback.result.top.item_tokens == scored
+    monkeypatch.setattr("rightrank.interop.smallest.FEWEST", 20)
+    tokens = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        callback = SmallestAdapter(Listed(rows[140:]), margin=0.1, max_examples=20)
+        trainer_of(
+            peft_model(model_folder), model_folder, tmp_path / str(seed), Listed(rows[:140]), None, callback, seed=seed, max_steps=1,
+        ).train()  # fmt: skip
+        assert callback.result is not None
+        tokens.append(callback.result.top.example_tokens)
+    assert tokens[0] == tokens[1]
 
 
 def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -315,3 +515,84 @@ def test_a_column_that_groups_nothing_is_refused(
     callback = SmallestAdapter(held_out, group="doc")
     trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:16]), None, callback)
     assert re.search(words, refused(trainer, DataError))
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list")
+@pytest.mark.parametrize("form", ["torch", "numpy", None])
+@pytest.mark.parametrize("marks", ["labels", "completion_mask", "prompt_ids"])
+def test_rows_with_one_prompt_belong_together_in_every_format(
+    form: str | None, marks: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """As lists, tensors and arrays, of data sets of `datasets`."""
+    datasets = pytest.importorskip("datasets")
+    held_out = []
+    for number, row in enumerate(rows[140:180]):
+        prompt, answer = [number % 10 + 5] * 3, row["input_ids"][3:]
+        held_out.append({"input_ids": prompt + answer, "labels": [-100] * 3 + answer})
+        if marks == "completion_mask":
+            held_out[-1] |= {"completion_mask": [0] * 3 + [1] * len(answer)}
+        elif marks == "prompt_ids":
+            held_out[-1] |= {"prompt_ids": prompt}
+    callback = SmallestAdapter(datasets.Dataset.from_list(held_out).with_format(form), margin=0.1)
+    trainer_of(
+        peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback, max_steps=1
+    ).train()
+    assert callback.result is not None
+    assert "Bounds are over 10 groups of 40 examples." in callback.result.answer.notes
+
+
+def test_long_values_of_a_group_column_are_told_apart(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Arrays that `repr` shortens, and whole numbers that a float does not hold."""
+    for values in (
+        [np.concatenate([np.zeros(900), [number // 4], np.zeros(900)]) for number in range(40)],
+        [2**60 + number // 4 for number in range(40)],
+    ):
+        held_out = [row | {"doc": value} for row, value in zip(rows[140:180], values, strict=True)]
+        callback = SmallestAdapter(held_out, margin=0.1, group="doc")
+        trainer_of(
+            peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback, max_steps=1
+        ).train()
+        assert callback.result is not None
+        assert "Bounds are over 10 groups of 40 examples." in callback.result.answer.notes
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"query_input_ids": [[1, 2]], "passage_input_ids": [[3, 4]]},
+        {"query": {"input_ids": [[1, 2]]}, "passage": {"input_ids": [[3, 4]]}},
+        {"input_ids": [[1, 2]], "labels": [0.5]},
+        {"input_ids": [[1, 2]], "labels": [1]},
+        {"labels": [1]},
+    ],
+    ids=["contrastive", "nested", "scores", "classes", "no inputs"],
+)
+def test_another_loss_is_refused_with_the_way(
+    batch: dict[str, Any], model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """Contrastive losses and rerankers: one line names `evaluate=`."""
+
+    def tensors(value: Any) -> Any:
+        return {key: tensors(held) for key, held in value.items()} if isinstance(value, dict) else torch.tensor(value)
+
+    callback = SmallestAdapter(Listed(rows[140:]))
+    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), None, callback)
+    trainer.data_collator = lambda _: tensors(batch)
+    assert "evaluate=evaluate" in refused(trainer, DataError)
+
+
+def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """A head of one output has no classes, whose cross-entropy would be 0 at every rank."""
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1, pad_token_id=1)
+    model: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
+    labelled = [{"input_ids": row["input_ids"], "labels": number % 2} for number, row in enumerate(rows)]
+    trainer = trainer_of(model, model_folder, tmp_path, labelled[:140], labelled[140:], SmallestAdapter())
+    trainer.data_collator = transformers.DataCollatorWithPadding(AutoTokenizer.from_pretrained(model_folder))
+    assert "evaluate=evaluate" in refused(trainer, DataError)
+
+
+def test_a_trainer_of_embedding_models_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """As of `sentence_transformers`, whose trainers call a loss of their own."""
+    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows), None, SmallestAdapter())
+    trainer.__class__ = type("CrossEncoderTrainer", (Trainer,), {"__module__": "sentence_transformers.cross_encoder"})
+    assert "evaluate=evaluate" in refused(trainer, SettingsError)

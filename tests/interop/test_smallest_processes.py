@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from rightrank import SmallestAdapter
-from rightrank.adapters.live_scores import HeldOutBatches
+from rightrank.adapters.batch_scores import HeldOutBatches
 from rightrank.interop.end_run import measure_again
 
 pytestmark = pytest.mark.trains

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from rightrank import Squeeze
-from rightrank.interop.squeeze import squeeze
+from rightrank.interop.squeeze import STUDY, squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from tests.interop.trainings import Listed, OneShot, Rows, peft_model
 from tests.tiny import write_pairs
@@ -30,6 +31,14 @@ from tests.tiny import write_pairs
 pytestmark = pytest.mark.trains
 
 STEPS = 12
+ARCHIVE = Path(__file__).parents[2] / "docs" / "explanation" / "science.md"
+
+
+def test_the_figures_of_the_study_are_those_of_the_archive() -> None:
+    figures = re.findall(r"\d+ of \d+|[-+]\d+% to [-+]\d+%", STUDY)
+    assert len(figures) == 2
+    row = next(line for line in ARCHIVE.read_text(encoding="utf-8").splitlines() if "cut inside its training" in line)
+    assert all(figure in row for figure in figures), figures
 
 
 def trainer_of(model: Any, folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **changes: Any) -> Trainer:
@@ -96,6 +105,16 @@ def test_the_training_goes_on_at_the_rank(
     assert callback.cut.parameters == sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 
+def test_an_orthogonal_start_does_not_forbid_an_odd_rank(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    model = peft_model(model_folder, init_lora_weights="orthogonal")
+    trainer = trainer_of(model, model_folder, rows, tmp_path, [Squeeze(rank=3)])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert loss_of(loaded(model_folder, tmp_path / "saved"), rows[140:145]) == pytest.approx(
+        loss_of(model, rows[140:145]), rel=1e-5
+    )
+
+
 def test_the_steps_before_the_cut_are_those_of_a_training_without_it(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
@@ -125,6 +144,30 @@ def test_a_training_resumed_after_the_cut_ends_the_same(model_folder: Path, rows
         trainer_of(model, model_folder, rows, start.parent, [Squeeze(rank=3)], **options).train(str(start))
         again = start.parent / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
         assert again.read_bytes() == end.read_bytes(), step
+
+
+def test_a_training_resumed_after_the_cut_at_the_first_rank_is_one_line(
+    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 9}
+    with caplog.at_level(logging.WARNING, "rightrank"):
+        trainer_of(peft_model(model_folder), model_folder, rows, tmp_path, [Squeeze(rank=3)], **options).train()
+    way = "give the trainer the model PeftModel.from_pretrained(base, "
+    assert f"to resume from a checkpoint after this step: {way}checkpoint, is_trainable=True)" in caplog.text
+    checkpoint = str(tmp_path / "checkpoint-9")
+    trainer = trainer_of(peft_model(model_folder), model_folder, rows, tmp_path, [Squeeze(rank=3)], **options)
+    with pytest.raises(ModelError, match="another rank than the model") as caught:
+        trainer.train(checkpoint)
+    assert f"{way}{checkpoint!r}, is_trainable=True)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_loads_adapters_as_before_once_the_training_has_begun(
+    model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    model = peft_model(model_folder)
+    trainer_of(model, model_folder, rows, tmp_path, [Squeeze(rank=3)]).train()
+    assert "load_adapter" not in vars(model)
 
 
 def test_the_best_model_is_one_after_the_cut(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -280,3 +323,50 @@ def test_an_iterable_that_is_read_once_loses_no_row(
         left.append(list(train.left))
     assert left[0] == left[1] != []
     assert "truncated by singular values" in caplog.text
+
+
+class LazyCollator:
+    """A collator that creates its generator at first use, and notes the labels of the batches that it makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
+        self.generator: torch.Generator | None = None
+        self.labels: list[Any] = []
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.generator = self.generator or torch.Generator().manual_seed(3)
+        batch = self.collate(rows)
+        batch["labels"][torch.rand(batch["labels"].shape, generator=self.generator) < 0.2] = -100
+        self.labels.append(batch["labels"])
+        return batch
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["SmallestAdapter", "Squeeze", "loop"])
+def test_a_collator_of_both_loaders_is_left_to_the_training(
+    model_folder: Path, rows: Rows, tmp_path: Path, kind: str
+) -> None:
+    """Of Lightning's callbacks, and of a cut in a loop of one's own: the training has the same batches as without them."""
+    pytest.importorskip("lightning")
+    from tests.interop import with_lightning
+
+    labels = []
+    for is_alone in (True, False):
+        collator, model = LazyCollator(model_folder), peft_model(model_folder)
+        train, held_out = (
+            torch.utils.data.DataLoader(Listed(part), 8, shuffle=True, collate_fn=collator)
+            for part in (rows[:140], rows[140:])
+        )
+        torch.manual_seed(7)
+        if kind == "loop":
+            optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
+            for number, _ in enumerate(train):
+                if number == 8 and not is_alone:
+                    squeeze(model, optimizer, train, held_out, margin=10.0)
+        else:
+            options = {"rank": None, "margin": 10.0} if kind == "Squeeze" else {"margin": 10.0}
+            callback = None if is_alone else getattr(with_lightning, kind)(held_out, **options)
+            with_lightning.fitted(model, callback, train, tmp_path / str(is_alone))
+        labels.append(collator.labels)
+    assert len(labels[0]) == len(labels[1]) > 10
+    assert all(torch.equal(*pair) for pair in zip(*labels, strict=True))

@@ -15,14 +15,17 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
 from rightrank import Selected, export, inspect, select_rank, write_report
+from rightrank.cli import cli
 from rightrank.decision.records import records_of
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, recipe_of
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.models.ranks import SERVER_RANKS, max_module_rank
-from rightrank.report.html import model_card
+from rightrank.report.html import render_model_card
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
@@ -35,7 +38,7 @@ pytestmark = pytest.mark.trains
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
     """A run of two ranks over the last two layers, with the scale alpha/sqrt(r)."""
-    settings = small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, eval_points=1)
+    settings = small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, num_evaluations=1)
     return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
 
 
@@ -54,7 +57,7 @@ def recipe(selected: Selected) -> Recipe:
 def truncated(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
     """A run with the goal adapter: rank 4 trained, and so wide a margin that rank 1 is handed over."""
     settings = small_settings(
-        strategy="bracket", goal="adapter", margin=5.0, max_steps=20, eval_points=1, scaling="alpha/sqrt(r)"
+        strategy="bracket", goal="adapter", margin=5.0, max_steps=20, num_evaluations=1, scaling="alpha/sqrt(r)"
     )
     return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
 
@@ -75,6 +78,7 @@ def test_every_target_contains_the_rank(selected: Selected, target: str) -> None
     handed_over = selected.handed_over
     assert handed_over is not None
     ranks = {"vllm": max_module_rank(handed_over.rank), "peft": handed_over.rank}
+    ranks["sglang"] = handed_over.max_module_rank
     assert str(ranks.get(target, handed_over.trained_rank)) in text
     assert exported.command
     assert exported.files == sorted(path.name for path in exported.folder.iterdir())
@@ -142,6 +146,16 @@ def test_snippets_are_python_whatever_the_names(recipe: Recipe, target: str) -> 
         ast.parse(text)
 
 
+def test_the_printed_line_can_be_pasted_and_stands_alone_if_quiet(selected: Selected, tmp_path: Path) -> None:
+    run = tmp_path / "my run; $(x)"
+    shutil.copytree(selected.run, run)
+    shown = CliRunner().invoke(cli, ["export", str(run), "--to", "trl"])
+    assert shlex.split(shown.stdout)[:4] == ["cd", str(run / "exports" / "trl"), "&&", "trl"]
+    assert "note: " in shown.stderr
+    quiet = CliRunner().invoke(cli, ["export", str(run), "--to", "trl", "--quiet"])
+    assert (quiet.stdout, quiet.stderr) == (shown.stdout, "")
+
+
 def test_what_a_target_cannot_express_is_a_note(recipe: Recipe) -> None:
     patterned = replace(recipe, rank_pattern={"q_proj": 8})
     assert TARGETS["trl"](patterned).notes == [
@@ -177,10 +191,65 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     assert trl_module.get_peft_config(model).r == selected.handed_over.trained_rank
 
 
+def test_another_rank_is_exported_by_its_own_training(selected: Selected, truncated: Selected, tmp_path: Path) -> None:
+    """A trainer gets a training at the rank, a server the run's adapter of it; a rank that was not trained is refused with those that were."""
+    trials = [trial for trial in RunFolder(selected.run).journal.read() if isinstance(trial, TrialFinished)]
+    for rank in {trial.rank for trial in trials if trial.rank and trial.arm.is_direct}:
+        folder = export(selected.run, "trl", tmp_path / f"trl{rank}", rank=rank).folder
+        assert yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"] == rank
+        folder = export(selected.run, "peft", tmp_path / f"peft{rank}", rank=rank).folder
+        assert open_adapter(folder).config["r"] == rank
+    assert truncated.handed_over is not None
+    assert (truncated.handed_over.rank, truncated.handed_over.trained_rank) == (1, 4)
+    with pytest.raises(ResultsError, match="the run has no training at rank 1; give one of 4, or leave rank out"):
+        export(truncated.run, "trl", rank=1)
+    with pytest.raises(ResultsError, match="the run has no adapter of rank 3; give one of 1, 2, 4, or leave rank out"):
+        export(truncated.run, "sglang", rank=3)
+    recipe = yaml.safe_load((written(truncated, "trl") / "trl_sft.yaml").read_text())
+    assert recipe["lora_r"] == 4  # the recipe of the adapter that is handed over
+
+
+def test_one_line_says_what_to_do(selected: Selected, truncated: Selected) -> None:
+    assert truncated.handed_over is not None
+    again = "To train again, start at rank 4 and truncate."
+    assert truncated.advice == f"Use {truncated.run / 'adapter'} now (rank 1). {again}"
+    assert selected.adapter is not None
+    assert selected.decision_or_none is not None
+    assert truncated.advice in str(truncated)
+    assert selected.advice in str(selected)
+
+
+@pytest.mark.parametrize(
+    ("handed_over", "trained", "text"),
+    [
+        ({"how": "truncated", "rank": 2, "min_module_rank": 1, "max_module_rank": 4}, 4,
+         "Use my-run/adapter now (rank 2, modules from 1 to 4). To train again, start at rank 16 and truncate, or train at rank 4."),
+        ({"how": "truncated", "rank": 8, "min_module_rank": 8, "max_module_rank": 8}, None,
+         "Use my-run/adapter now (rank 8). To train again, start at rank 16 and truncate."),
+        ({"how": "trained", "rank": 16, "min_module_rank": 16, "max_module_rank": 16}, 16,
+         "Use my-run/adapter now (rank 16). To train again, train at rank 16."),
+    ],
+)  # fmt: skip
+def test_the_line_names_each_way_to_train_again(
+    selected: Selected, handed_over: dict[str, Any], trained: int | None, text: str
+) -> None:
+    recorded = selected.answers.adapter
+    assert recorded is not None
+    assert selected.decision_or_none is not None
+    given = recorded.handed_over.model_copy(update=handed_over | {"trained_rank": 16})
+    answers = replace(
+        selected.answers,
+        adapter=recorded.model_copy(update={"handed_over": given}),
+        decision=selected.decision_or_none.model_copy(update={"rank": trained}),
+    )
+    adapter = replace(selected.adapter, path=Path("my-run/adapter"))
+    assert replace(selected, adapter=adapter, answers=answers).advice == text
+
+
 def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    assert truncated.decided is None
+    assert truncated.decision_or_none is None
     assert truncated.handed_over is not None
     assert (truncated.handed_over.rank, truncated.handed_over.how) == (1, "truncated")
     folder = written(truncated, "peft")
@@ -301,7 +370,7 @@ def test_the_card_names_a_base_of_the_hub(selected: Selected) -> None:
     records = records_of(RunFolder(selected.run).journal.read(), "the run")
     settings = records.started.settings | {"model": "someone/a-model"}
     records.started = records.started.model_copy(update={"settings": settings})
-    card = ModelCard(model_card(records, selected.decided))
+    card = ModelCard(render_model_card(records, selected.decision_or_none))
     assert card.data.to_dict()["base_model"] == "someone/a-model"
 
 

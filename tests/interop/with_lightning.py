@@ -29,6 +29,6 @@ class Module(lightning.LightningModule):
 def fitted(model: Any, callback: Any, batches: Any, out: Path) -> None:
     trainer = lightning.Trainer(
         max_steps=40, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[callback], default_root_dir=out,
+        enable_model_summary=False, callbacks=[callback] if callback is not None else [], default_root_dir=out,
     )  # fmt: skip
     trainer.fit(Module(model), batches)

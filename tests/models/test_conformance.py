@@ -1,10 +1,11 @@
-"""What holds for every kind of adapter (`benchmarks.kinds` stores the table of kinds and checks)."""
+"""What holds for every kind of adapter."""
 
 from __future__ import annotations
 
 import pytest
-from benchmarks.kinds.cases import Case, case_named
-from benchmarks.kinds.checks import CHECKS, Suite
+
+from tests.models.kind_cases import Case, case_named
+from tests.models.kind_checks import CHECKS, Suite
 
 pytestmark = pytest.mark.trains
 NAMES = ("embedding", "DoRA", "experts (Mixtral)", "unknown (lora_bias)")

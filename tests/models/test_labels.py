@@ -17,7 +17,7 @@ from rightrank import compare, export, resize, select_rank
 from rightrank.adapters.compare import labels_of_side
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import adopted_labels
-from rightrank.models.places import loading_lines
+from rightrank.models.loading_code import loading_lines
 from rightrank.runs.values import Selected
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.settings import SelectSettings
@@ -47,7 +47,7 @@ def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Se
         metrics=("macro_f1",),
         ranks=(2, 4),
         max_steps=20,
-        eval_items=48,
+        max_eval_examples=48,
     )
     return select_rank(str(model_folder), folder / "data", folder / "run", settings=settings)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from benchmarks.kinds.cases import Case
-from benchmarks.kinds.checks import CHECKS, Suite
 
 from rightrank.models import kinds
 from rightrank.models.kinds.base import AdapterKind, StoredPair
 from rightrank.models.kinds.linear import Linear
+from tests.models.kind_cases import Case
+from tests.models.kind_checks import CHECKS, Suite
 
 pytestmark = pytest.mark.trains
 

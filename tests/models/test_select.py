@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.cases import case_named, make_model
-from benchmarks.kinds.checks import Suite
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rightrank import inspect
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from tests import commands
+from tests.models.kind_cases import case_named, make_model
+from tests.models.kind_checks import Suite
 from tests.tiny import make_tokenizer, write_completions
 
 pytestmark = pytest.mark.trains
 Run = Callable[..., tuple[int, str, str]]
 FAST = (
     "--goal", "adapter", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "8", "--margin", "5", "--device", "cpu",
+    "--seq-len", "32", "--max-eval-examples", "8", "--margin", "5", "--device", "cpu",
 )  # fmt: skip
 EXPERTS = "target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj"
 
@@ -138,7 +138,7 @@ def test_adapters_on_experts_are_resized_by_held_out_data(run: Run, folder: Path
     make_tokenizer().save_pretrained(suite.trained.base)
     status, out, err = run(
         "resize", str(suite.trained.adapter), str(tmp_path / "small"), "--data", str(folder / "data.jsonl"),
-        "--margin", "5", "--set", "seq_len=32", "--set", "eval_items=8", "--set", "device=cpu", "--json",
+        "--margin", "5", "--set", "seq_len=32", "--set", "max_eval_examples=8", "--set", "device=cpu", "--json",
     )  # fmt: skip
     assert status == 0, err
     assert json.loads(out)["rank"] == 1

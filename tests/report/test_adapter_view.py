@@ -24,7 +24,7 @@ from rightrank.runs.journal import Journal
 from rightrank.runs.values import answers
 from rightrank.schema.events import RunContinued
 from tests.report.elements import Elements
-from tests.report.runs import answered_folder, answered_run
+from tests.report.runs import answered_folder, answered_run, journal_with
 
 
 def figure(records: Records) -> Figure:
@@ -139,6 +139,45 @@ def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() ->
     assert "Training rank: not asked (--goal adapter)." in text
     assert estimate.sentence in text
     assert answers(records, None, "training-rank").estimate is None
+
+
+def at_rates(records: Records, rates: tuple[float, ...]) -> Records:
+    """Return the run with trainings of the top rank at further learning rates that stopped early."""
+    top = next(trial for trial in records.finished() if trial.rank == 64)
+    records.outcomes += [
+        top.model_copy(update={"trial_id": f"{rate}", "learning_rate": rate, "stop_at": 5}) for rate in rates
+    ]
+    tried = sorted({top.learning_rate, *rates})
+    settings = records.started.settings | {"learning_rates": tried, "goal": "adapter"}
+    records.started = records.started.model_copy(update={"settings": settings})
+    return records
+
+
+@pytest.mark.parametrize(("rates", "is_flagged"), [((3e-4, 1e-3), True), ((1e-3, 1e-2), False), ((), False)])
+def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
+    tmp_path: Path, rates: tuple[float, ...], is_flagged: bool
+) -> None:
+    records = at_rates(answered_run(), rates)
+    found = answers(records, None, "adapter")
+    assert found.document()["adapter_flags"] == (["lr_edge"] if is_flagged else [])
+    run = journal_with(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
+    command = f"rightrank select --out {run} --learning-rates 0.0003,0.001,0.003,0.009"
+    state = status(run)
+    assert state.next_commands == ([command] if is_flagged else [])
+    shown = CliRunner().invoke(cli, ["status", str(run)]).output
+    assert (f"next:   {state.next_runs[0]}\n        {command}\n" in shown) if is_flagged else ("next:" not in shown)
+    selected = Selected(run, None, None, run, found, next_commands=state.next_commands)
+    for text in (str(selected), "\n".join(text for _, text in selected.view.rows())):
+        assert (command in text) == is_flagged
+    page = Elements(render_report(records, found)).text
+    assert ("train rank 64 at 0.009 too (1 training)" in page) == is_flagged
+    assert ("lr_edge" in page) == is_flagged
+
+
+def test_the_learning_rate_that_the_decision_asks_for_is_asked_for_once() -> None:
+    records = at_rates(answered_run(direct=(4, 16)), (3e-4, 1e-3))
+    runs = answers(records, decide_run(records), "training-rank").next_runs
+    assert [run.learning_rates for run in runs if run.action == "rates"] == [[pytest.approx(9e-3)]]
 
 
 def test_the_report_of_the_folder_alone_knows_the_goal(tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.report.screenshots import docs_screenshots
 
 from rightrank.decision.records import answers_of, decide_run, decision_so_far
+from rightrank.report.figure import metric_axis
+from rightrank.report.figures import figures_of
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS
-from tests.report.runs import made_up_run
+from tests.report.runs import answered_run, made_up_run
+from tests.report.screenshots import docs_screenshots
 
 pytestmark = [
     pytest.mark.trains,
@@ -166,10 +168,31 @@ def test_a_point_shows_its_numbers_inside_the_page(browser: Any, files: dict[int
         points.nth(index).hover(force=True)
         text = figure.locator(".spot").inner_text()
         assert f"LoRA rank: {(1, 4, 16, 64)[index]}\n" in text
-        assert f"held-out loss, nats: {values[index]:.5g}" in text
+        assert f"held-out loss, nats (lower is better): {values[index]:.5g}" in text
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.locator("h1").hover()
     assert not figure.locator(".spot").is_visible()
+
+
+COVERED = """() => [...document.querySelectorAll(".drawing > svg")].flatMap((svg) => {
+    const texts = [...svg.querySelectorAll("text")].map((text) => [text.textContent, text.getBoundingClientRect()]);
+    return texts.flatMap(([name, a], i) => texts.slice(i + 1)
+        .filter(([, b]) => a.left < b.right && b.left < a.right && a.top < b.bottom - 1 && b.top < a.bottom - 1)
+        .map(([other]) => `${name} / ${other}`));
+})"""
+
+
+@pytest.mark.parametrize("width", [320, 390, 1200])
+def test_no_text_of_a_plot_covers_another(browser: Any, tmp_path: Path, width: int) -> None:
+    records = answered_run(direct=(4, 16))
+    made = decide_run(records)
+    narrow = metric_axis("exact_match_of_answers", True, (10.6118, 10.6142))  # its numbers have seven characters
+    figures = [replace(figure, name=f"{figure.name}_2", y=narrow) for figure in figures_of(records, made)]
+    file = tmp_path / "report.html"
+    file.write_text(render_report(records, answers_of(records, made), figures), encoding="utf-8")
+    page = opened(browser, file, viewport={"width": width, "height": 900}).page
+    assert page.locator(".drawing > svg text", has_text="10.6125").count() == len(figures)
+    assert page.evaluate(COVERED) == []
 
 
 def test_screenshots_of_the_documentation_are_small(browser: Any, files: dict[int, Path], tmp_path: Path) -> None:

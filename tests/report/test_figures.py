@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -12,12 +14,12 @@ import pytest
 
 from rightrank.api.runs import write_report
 from rightrank.decision.records import Records, decide_run, decision_so_far
-from rightrank.report.figure import Figure, log_ticks
+from rightrank.report.figure import Axis, Figure, Series, log_ticks
 from rightrank.report.figures import figures_of, margin_steps, rank_figure
 from rightrank.report.svg import inline_svg, svg_file, write_figures
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, SettingsError
-from tests.report.runs import answered_folder, made_up_run
+from tests.report.runs import answered_folder, answered_run, made_up_run
 
 
 def decision() -> Decision:
@@ -168,6 +170,53 @@ def test_a_format_without_its_extra_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'rightrank\[figures\]'"):
         write_report(answered_folder(tmp_path / "run"), ["pdf"])
+
+
+NUMBERS = re.compile(r'<text [^>]*text-anchor="end"[^>]*>([^<]*)</text>')  # those of the y axis
+
+
+@pytest.mark.parametrize("low", [-1e9, -3.0, 0.0, 0.012345, 10.6125, 123456.0, 1e9, 1e13])
+@pytest.mark.parametrize("span", [1e-7, 0.0015, 0.02, 1.0, 700.0, 2e6, 3e9])
+def test_no_two_ticks_of_an_axis_have_one_text(low: float, span: float) -> None:
+    y = (low, low + max(span, 1e-12 * abs(low)))
+    figure = replace(
+        rank_figure(decision()), y=Axis("y", limits=y), series=(Series("s", (1, 4), y),), marks=(), bands=()
+    )
+    texts = NUMBERS.findall(inline_svg(replace(figure, levels=())))
+    assert len(texts) > 2
+    assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_the_axis_of_a_metric_says_which_direction_is_better(metric: str) -> None:
+    records = answered_run(direct=(4, 16))
+    higher = metric == "accuracy"
+    records.started = records.started.model_copy(update={"metric": metric, "higher_is_better": higher})
+    changes = {"metrics": {metric: 0.5, "loss": 3.0}}
+    records.outcomes = [outcome.model_copy(update=changes) for outcome in records.outcomes]
+    made = decide_run(records)
+    assert made.higher_is_better == higher
+    figures = {figure.name: figure for figure in figures_of(records, made)}
+    for name in ("rank_curve", "adapters", "learning_curves"):
+        assert figures[name].y.label.endswith("(higher is better)" if higher else "(lower is better)")
+        assert f">{figures[name].y.label}</text>" in inline_svg(figures[name])
+
+
+def test_learning_curves_of_another_metric_have_the_direction_of_that_metric() -> None:
+    records = made_up_run((4, 16), (1e-3,))
+    by_loss = {"metric": "accuracy", "higher_is_better": True, "points_metric": "loss"}
+    records.started = records.started.model_copy(update=by_loss)
+    assert figure_named("learning_curves", records).y.label == "held-out loss, nats (lower is better)"
+
+
+def test_a_ring_hides_neither_a_point_nor_another_ring() -> None:
+    figure = rank_figure(decision())
+    first = figure.marks[0]
+    drawing = inline_svg(replace(figure, marks=(first, replace(first, label="another", tone="second"))))
+    kinds = [group.get("class", "").split()[0] for group in ET.fromstring(drawing).iter("g") if group.get("data-label")]
+    assert kinds.index("series") > max(place for place, kind in enumerate(kinds) if kind == "ring")
+    radii = [group[0].get("r") for group in ET.fromstring(drawing).iter("g") if "ring" in group.get("class", "")]
+    assert len(set(radii)) == len(radii) == 2
 
 
 def test_names_from_outside_can_not_break_a_drawing() -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -187,8 +188,42 @@ def test_the_picture_of_a_notebook_fits_its_box() -> None:
     assert not re.search(r' (?:width|height)="', svg)
 
 
+TICK = re.compile(r"^ *(\S+)┤", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "values", [(10.6275, 10.6126, 10.613), (3.2, 3.1, 3.0), (-1e-7, 1e6, 4.0), (1e20, 1e20, 1e20), (0.0, 0.0, 0.0)]
+)
+def test_no_two_ticks_of_the_terminal_curve_have_one_text(values: tuple[float, ...]) -> None:
+    ticks = TICK.findall(terminal_curve(list(zip((1, 4, 16), values, strict=True)), 72, label="loss"))
+    assert len(set(ticks)) == len(ticks) == 4
+    steps = [high - low for low, high in pairwise(sorted(map(float, ticks)))]
+    assert max(steps) < 1.1 * min(steps)
+
+
+def test_a_truncation_at_the_place_of_a_trained_adapter_is_seen() -> None:
+    text = terminal_curve([(1, 3.2), (16, 3.0)], 72, [(4, 3.1), (16, 3.0)], label="loss")
+    frame, drawn = text.splitlines()[-1], "".join(line for line in text.splitlines() if "│" in line or "┤" in line)
+    assert [drawn.count(sign) for sign in "●○◉"] == [1, 1, 1]
+    assert "● trained, ○ truncated, ◉ both" in frame
+
+
+def test_every_terminal_curve_says_which_direction_is_better(tmp_path: Path) -> None:
+    label = "held-out loss, nats (lower is better)\n"
+    run = journal_of(tmp_path / "run")
+    assert label in CliRunner().invoke(cli, ["status", str(run)]).output
+    assert label in CliRunner().invoke(cli, ["decide", str(run)]).output
+    stream, records = io.StringIO(), made_up_run()
+    higher = records.started.model_copy(update={"metric": "accuracy", "higher_is_better": True})
+    with View(Console(file=stream)) as view:
+        view.on_event(PLANNED.model_copy(update={"started": higher}))
+        for outcome in records.outcomes:
+            view.on_event(outcome)
+    assert "held-out accuracy (higher is better)\n" in stream.getvalue()
+
+
 def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
-    text = terminal_curve([(1, 3.2), (4, 3.1), (64, 3.0)], 72)
+    text = terminal_curve([(1, 3.2), (4, 3.1), (64, 3.0)], 72, label="loss")
     line = next(line for line in text.splitlines() if line.split() == ["1", "4", "64"])
     places = [line.index(rank) for rank in ("1", "4", "64")]
     share = (places[1] - places[0]) / (places[2] - places[0])
@@ -199,7 +234,7 @@ def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
 @pytest.mark.parametrize("values", [(3.2, 3.1, 3.0), (0.5, 0.5, 0.5), (-1e-7, 1e6, 4.0)])
 def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, values: tuple[float, ...]) -> None:
     points = list(zip((1, 8, 512), values, strict=True))
-    text = terminal_curve(points, width, truncated=[(64, values[1])])
+    text = terminal_curve(points, width, truncated=[(64, values[1])], label="held-out loss, nats (lower is better)")
     assert max(map(len, text.splitlines())) <= width
     assert len([line for line in text.splitlines() if "│" in line]) == CURVE_ROWS
     assert sum(line.count("●") for line in text.splitlines() if "│" in line) == 3

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.reliability.checkpoints import save_llama
-from benchmarks.reliability.memory import MIB, limited
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank.cli import main
 from rightrank.hooks import process as processes
@@ -36,10 +35,34 @@ from rightrank.train.optimizer import load_checkpoint
 from rightrank.train.trial import TrialFolders
 from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
-from tests.tiny import small_settings
+from tests.runs import kills, leaks
+from tests.tiny import make_tokenizer, small_settings
 from tests.watch import GENEROUS_SECONDS, Watch, wait_until
 
 pytestmark = pytest.mark.trains
+
+MIB = 2**20
+LIMITED = """
+import resource, sys
+import rightrank.runs.prepare  # loaded before the limit
+from rightrank.cli import main
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]), resource.RLIM_INFINITY))
+main(sys.argv[2:])
+"""
+
+
+def save_wide_llama(folder: Path) -> Path:
+    """Save a random Llama of one layer whose adapters are large beside the base."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=2048, intermediate_size=4096, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def half_done(small_run: Path, folder: Path) -> Path:
@@ -256,12 +279,13 @@ def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.Mo
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
 def test_out_of_memory_on_a_cpu_is_recorded_and_the_rest_goes_on(completion_file: Path, tmp_path: Path) -> None:
     """A real limit on the process: rank 2,048 takes over 1.1 GB for its factors, their gradients and AdamW's moments."""
-    model = save_llama(tmp_path / "model", width=2048, layers=1)
+    model = save_wide_llama(tmp_path / "model")
     arguments = [*SELECT, "--ranks", "1,4,2048", "--max-steps", "2"]
     arguments[1:3] = [str(model), str(completion_file)]
     arguments[4] = str(tmp_path / "run")
     arguments.remove("--quiet")
-    ended = limited(arguments, 800 * MIB)
+    command = [sys.executable, "-c", LIMITED, str(800 * MIB), *arguments]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=3600)
     assert ended.returncode == 0, ended.stderr
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
     failed = [record for record in records if isinstance(record, TrialFailed)]
@@ -326,22 +350,15 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
 
 
 def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
-    """The short form of `benchmarks/resume/kill.py`."""
-    from benchmarks.resume.kill import measure
-
-    told: list[dict[str, object]] = []
-    result = measure(kills=3, seed=3, root=tmp_path, told=told.append)
+    result = kills.measure(kills=3, seed=3, root=tmp_path)
     assert result["kills"] == 3
     assert result["not_right"] == []
     assert result["trials_lost"] == result["trials_trained_twice"] == 0
-    assert told[-1] == result
 
 
 def test_a_process_that_trains_arm_after_arm_does_not_grow(tmp_path: Path) -> None:
-    """The short form of `benchmarks/reliability/leak.py`: a leak of a model's copy or of an arm's tensors shows."""
-    from benchmarks.reliability.leak import measure
-
-    result = measure(40, tmp_path)
+    """A leak of a model's copy or of an arm's tensors shows."""
+    result = leaks.measure(40, tmp_path)
     assert result["arms"] == 40
     assert result["growth_kib_an_arm"] < 400, (
         result

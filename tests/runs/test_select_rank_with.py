@@ -361,6 +361,18 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
     assert json.loads((selected.adapter.path / "adapter_config.json").read_text())["r"] == 4
     assert (selected.run / handed_over.reference_adapter / "adapter_config.json").is_file()
     assert (selected.adapter.rank, selected.training) == (4, None)
+    decision = select_rank_with(
+        train,
+        tmp_path / "run",
+        evaluate=evaluate,
+        ranks=(1, 8),
+        learning_rates=(1e-3,),
+        margin=0.01,
+        strategy="bracket",
+    ).decision
+    assert decision.adapter_sentence == decide(tmp_path / "run").decision.adapter_sentence
+    assert decision.adapter_sentence is not None
+    assert decision.adapter_sentence.startswith("The smallest adapter")
 
 
 def test_the_adapter_goal_needs_evaluate(tmp_path: Path) -> None:
@@ -387,3 +399,115 @@ def test_one_value_stands_for_a_list_and_progress_is_shown(tmp_path: Path, capsy
     assert "None" not in text
     with pytest.raises(SettingsError, match="ranks: got 4 alone"):
         select_rank_with(by_number, tmp_path / "one", ranks=4)
+
+
+def test_the_base_is_measured_by_default(tmp_path: Path) -> None:
+    """A function whose adapters are worse than the base, which no comparison of the ranks alone can show."""
+
+    def train(task: TrialTask) -> TrialResult:
+        loss = 1.0 if task.rank == 0 else 1.2 - 0.01 * min(task.rank, 4)
+        scores = [loss + 1e-3 * ease for ease in ITEMS]
+        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, item_scores=scores)
+
+    decision = select_rank_with(train, tmp_path / "run", learning_rates=(1e-3,), margin=0.005).decision
+    assert [evidence.rank for evidence in decision.ranks] == [0, 1, 4, 16, 64]
+    assert decision.verdict == "no_gain"
+    assert "not measured" not in decision.sentence
+
+
+@pytest.mark.parametrize(
+    ("ranks", "wrong", "reason"),
+    [
+        (RANKS, None, "add 0 to the ranks"),
+        ((0, *RANKS), "raises", "train raised ZeroDivisionError: division by zero"),
+        ((0, *RANKS), "returns nothing", "train returned NoneType None; return a mapping such as"),
+    ],
+)
+def test_an_answer_without_the_base_says_so(
+    tmp_path: Path, ranks: tuple[int, ...], wrong: str | None, reason: str
+) -> None:
+    def train(task: TrialTask) -> Any:
+        return None if task.rank == 0 and wrong == "returns nothing" else by_number(task)
+
+    decision = select_rank_with(train, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), margin=0.1).decision
+    assert {evidence.rank for evidence in decision.ranks} == set(RANKS)
+    said = f"The base was not measured, so no gain over it is shown ({reason}"
+    assert said in decision.sentence
+    assert said in decide(tmp_path / "run").decision.sentence
+    assert said in (tmp_path / "run" / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+
+
+def test_a_function_that_is_wrong_for_every_rank_stops_although_the_base_has_a_value(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def train(task: TrialTask) -> Any:
+        calls.append(task.rank)
+        if task.rank == 0:
+            return {"loss": 1.0}
+        raise TypeError("wrong")
+
+    with pytest.raises(AllTrialsFailedError, match="the first 3 trials failed"):
+        select_rank_with(train, tmp_path / "run", ranks=(0, 1, 2, 4, 8), learning_rates=(1e-3,))
+    assert len(calls) == 4
+
+
+def test_files_of_a_trainers_own_in_the_run_folder_stay(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def train(task: TrialTask) -> Mapping[str, float]:
+        for name in ("checkpoints", "cache", "logs"):
+            (out / name).mkdir(exist_ok=True)
+            (out / name / f"{task.rank}.bin").write_text("mine")
+        return by_number(task)
+
+    select_rank_with(train, out, ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    for name in ("checkpoints", "cache", "logs"):
+        assert sorted(path.name for path in (out / name).iterdir()) == ["1.bin", "16.bin", "4.bin"]
+
+
+def test_an_adapter_folder_with_own_files_is_moved_aside_and_not_replaced(tmp_path: Path) -> None:
+    base, out = make_base(tmp_path / "base"), tmp_path / "run"
+
+    def scored(rank: int) -> TrialResult:
+        scores = [2.0 + ease + {1: 0.1, 2: 0.05}.get(rank, 0.001 / rank) for ease in ITEMS]
+        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, item_scores=scores)
+
+    def train(task: TrialTask) -> TrialResult:
+        make_adapter(base, task.folder, rank=task.rank)
+        return scored(task.rank)
+
+    def select(margin: float) -> int:
+        select_rank_with(
+            train, out, evaluate=lambda _folder, task: scored(task.rank), goal="adapter", ranks=(1, 8), learning_rates=(1e-3,),
+            margin=margin, strategy="bracket",
+        )  # fmt: skip
+        rank: int = json.loads((out / "adapter" / "adapter_config.json").read_text())["r"]
+        return rank
+
+    assert select(0.01) == 4
+    (out / "adapter" / "converted.gguf").write_text("mine")
+    assert select(0.01) == 4  # the same answer leaves the folder alone
+    assert (out / "adapter" / "converted.gguf").read_text() == "mine"
+    assert select(0.2) == 1
+    assert not (out / "adapter" / "converted.gguf").exists()
+    assert (out / "earlier-1" / "adapter" / "converted.gguf").read_text() == "mine"
+    assert json.loads((out / "earlier-1" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert select(0.01) == 4
+    assert not (out / "earlier-2").exists()  # a folder with nothing of one's own is replaced
+
+
+def test_a_run_whose_function_never_returned_the_metric_does_not_block_its_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def train(task: TrialTask) -> Mapping[str, float]:
+        return {"accuracy": 0.5 + 0.01 * task.rank}
+
+    def select(metric: str, ranks: tuple[int, ...] = RANKS) -> str:
+        return select_rank_with(train, out, ranks=ranks, learning_rates=(1e-3,), metric=metric).decision.metric
+
+    with pytest.raises(AllTrialsFailedError, match=r"returned no 'acuracy' .* give another metric="):
+        select("max:acuracy")
+    assert select("accuracy") == "accuracy"
+    assert (out / "earlier-1" / "journal.jsonl").is_file()
+    with pytest.raises(RunFolderError, match="made with other settings"):  # this run has results
+        select("max:acuracy")

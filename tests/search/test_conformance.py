@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from benchmarks.selection.tables import recommend
 
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, steps_of
 from rightrank.search import STRATEGIES
 from rightrank.search.history import Space
-from tests.search.worlds import STEPS, World, make_space, rounds, run_all
+from tests.search.worlds import STEPS, World, make_space, recommend, rounds, run_all
 
 WORLDS = {
     "law": World,

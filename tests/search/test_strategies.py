@@ -6,7 +6,6 @@ import textwrap
 from typing import Any
 
 import pytest
-from benchmarks.selection.tables import recommend
 
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
@@ -16,7 +15,7 @@ from rightrank.search.bracket import outside_in
 from rightrank.search.history import Requests, Trials, base_arm, space_of
 from rightrank.search.learning_rates import find_learning_rate, try_rank
 from rightrank.search.protocol import Strategy
-from tests.search.worlds import STEPS, World, make_space, rounds, run_all
+from tests.search.worlds import STEPS, World, make_space, recommend, rounds, run_all
 
 
 def made(**values: Any) -> Strategy:

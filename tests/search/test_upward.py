@@ -6,14 +6,13 @@ import math
 import random
 
 import pytest
-from benchmarks.selection.tables import recommend
 
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.decision.table import collapse_of, without_collapsing
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import Space
 from rightrank.search.upward import Upward
-from tests.search.worlds import World, make_space, run_all
+from tests.search.worlds import World, make_space, recommend, run_all
 
 LOW, MIDDLE, HIGH = 1e-4, 3e-4, 1e-3
 

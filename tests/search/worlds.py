@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
 from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.history import Space
+from rightrank.search.history import Space, Trials
 from rightrank.search.protocol import Strategy
+from rightrank.search.upward import Upward
 from tests.tiny import UNMEASURED
 
 STEPS = 100
@@ -104,3 +105,29 @@ def run_all(strategy: Strategy, world: World, order: Order = list) -> list[Trial
     for _ in rounds(strategy, world, known, order):
         pass
     return known
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The smallest rank that is within the margin of the reference, by a strategy's own arms and without intervals."""
+
+    rank: int | None  # None: too few trials have finished
+    learning_rate: float | None
+    reference_rank: int | None
+
+
+def recommend(strategy: Strategy, outcomes: Sequence[TrialOutcome]) -> Recommendation:
+    """The rank that the outcomes support best. The decision, which has intervals, may differ."""
+    trials = strategy.trials(outcomes)
+    rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.smallest_that_holds()
+    learning_rate = None if rank is None else trials.best_learning_rate(rank)
+    return Recommendation(rank, learning_rate, trials.reference())
+
+
+def _smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
+    """The smallest rank that no higher one is shown to beat by more than the margin."""
+    chosen: int | None = None
+    for rank in sorted(trials.ranks()):
+        if chosen is None or (strategy.gains(trials, rank, [chosen]) and trials.excess(rank, chosen).high < 0):
+            chosen = rank
+    return chosen

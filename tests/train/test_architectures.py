@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from benchmarks.models.checks import check
-from benchmarks.models.generator import ARCHITECTURES
-from benchmarks.models.table import MARK, PAGE, RESULTS, kept, tables
 from transformers import T5Config, T5ForConditionalGeneration
 
 from rightrank.schema.errors import ModelError
@@ -19,6 +16,9 @@ from rightrank.schema.trials import Arm
 from rightrank.train.pace import multi_lora_obstacle
 from tests import commands
 from tests.tiny import GPT2_SIZES, make_tokenizer, sentences, write_jsonl
+from tests.train.architecture_cases import ARCHITECTURES
+from tests.train.architecture_checks import check
+from tests.train.architecture_table import MARK, PAGE, RESULTS, kept, tables
 from tests.train.architectures import BERT, SIZES, STEPS, make_model, make_runtime, run, runtime_of
 
 pytestmark = pytest.mark.trains

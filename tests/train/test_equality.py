@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.checks import with_first_values
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -17,6 +16,7 @@ from rightrank.train.optimizer import ArmOptimizer
 from rightrank.train.targets import lora_config
 from tests.adapters.adapters import make_base
 from tests.helpers import fresh_adapter, make_runtime, trainable_parameters
+from tests.models.kind_checks import with_first_values
 from tests.tiny import make_tokenizer, small_settings
 from tests.train.architectures import make_model, runtime_of
 from tests.train.trials import train_ours

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.checks import peft_updates
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -25,6 +24,7 @@ from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.targets import without_peft_noise
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
+from tests.models.kind_checks import peft_updates
 from tests.tiny import make_tokenizer, small_settings
 from tests.train.architectures import make_model, run, runtime_of
 from tests.watch import Watch

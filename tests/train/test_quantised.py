@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.checks import plain_losses
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from rightrank.models import base_models as models
@@ -17,6 +16,7 @@ from rightrank.schema.trials import Arm
 from rightrank.train.pace import multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
+from tests.models.kind_checks import plain_losses
 from tests.tiny import ON_CPU, make_tokenizer, small_settings
 from tests.train.architectures import SIZES, run
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.cases import make_model
 
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import prepare_model
@@ -16,6 +15,7 @@ from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
+from tests.models.kind_cases import make_model
 from tests.tiny import make_tokenizer, small_settings, write_completions
 from tests.train.trials import train_ours
 

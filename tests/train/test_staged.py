@@ -122,8 +122,9 @@ def test_a_low_rank_is_shared_out_over_the_modules(runtime: object, tmp_path: Pa
     assert config["r"] == 2
     assert 2 < max(config["rank_pattern"].values()) <= 8
     assert not json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())["rank_pattern"]
-    ranks = {module.name: module.rank for module in open_adapter(tmp_path / "shared").modules}
-    assert len(set(ranks.values())) > 1
+    modules = open_adapter(tmp_path / "shared").modules
+    assert len({module.rank for module in modules}) > 1
+    assert [module.scaling for module in modules] == pytest.approx([config["lora_alpha"] / 2] * len(modules), rel=1e-12)
     with adapter_attached(runtime, tmp_path / "shared"):  # type: ignore[arg-type]
         scores = runtime.evaluate("selection")  # type: ignore[attr-defined]
     assert scores.losses == pytest.approx(shared.item_losses, rel=1e-4)

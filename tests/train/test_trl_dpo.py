@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.kinds.checks import with_first_values
 
 from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import train_trials
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
+from tests.models.kind_checks import with_first_values
 from tests.tiny import small_settings, write_jsonl, write_pairs
 from tests.watch import Watch
 
@@ -67,9 +67,9 @@ def ours(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], Tria
 
 def theirs(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[list[float], float]:
     """Losses of TRL's steps over our batches in our order, and its held-out loss."""
-    from benchmarks.preference.trl_trainer import trainer_over
+    from tests.train.trl_trainer import trainer_over
 
-    trainer = trainer_over(runtime, ARM, model_folder, data, folder, evaluates=True)
+    trainer = trainer_over(runtime, ARM, model_folder, data, folder)
     with_first_values(runtime, ARM, trainer.model)
     trainer.train()
     return list(trainer.losses), trainer.evaluate()["eval_loss"]

@@ -15,28 +15,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rightrank.adapters.broken import Side, cause_of, difference_of_tokens
+from rightrank.adapters.conversion_faults import Side, cause_of, difference_of_tokens
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_all, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
+from rightrank.models.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
 from rightrank.models.base_models import are_unnamed, load_base
 from rightrank.models.mlx import torch_folder
-from rightrank.models.places import BASE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE, read_header
+from rightrank.models.model_sources import BASE
+from rightrank.models.safetensors_files import read_header
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating, RunStarted
 from rightrank.schema.metrics import LossKind, default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
-from rightrank.schema.settings import OF_SPLITS, SelectSettings
+from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter_runtime import report_evaluations, require_base
-from rightrank.train.evaluation import Measured, Scores
-from rightrank.train.metrics import measure, require_scorers
+from rightrank.train.adapter_runtime import report_evaluation_progress, require_matching_base
+from rightrank.train.evaluation import MetricResults, Scores
+from rightrank.train.metrics import measure_metrics, require_metric_functions
 from rightrank.train.optimizer import Progress
-from rightrank.train.runtime import Runtime, adapter_attached
-from rightrank.train.tokens import encode
-from rightrank.train.trial import finished
+from rightrank.train.runtime import Runtime, attach_adapter
+from rightrank.train.tokens import encode_splits
+from rightrank.train.trial import build_finished_trial
 
 BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
@@ -59,7 +61,7 @@ def compare_adapters(
     Raises:
         InputError: a side, the model, the data or a metric can't be used.
     """
-    require_scorers(settings)
+    require_metric_functions(settings)
     comparisons: list[MetricComparison] = []
     cause: str | None = None
     for place in data:
@@ -110,10 +112,10 @@ def _read_sides(
         else:
             runtime = base
         if is_adapter and not (number and base_b is not None and base_b not in BITS):
-            require_base(Path(place), runtime.loaded)
+            require_matching_base(Path(place), runtime.loaded)
         if is_adapter and not (Path(place) / MLX_FILE).is_file():
             read_header(Path(place) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
-        report_evaluations(runtime, f"{'AB'[number]} ({Path(place).name}) on {data.name}", on_event)
+        report_evaluation_progress(runtime, f"{'AB'[number]} ({Path(place).name}) on {data.name}", on_event)
         adapter = Path(place) if is_adapter else None
         read.append(Side(place, runtime, adapter, scored(runtime, place, adapter), other_tokens))
     return read[0], read[1], trained_on
@@ -128,7 +130,7 @@ def _unseen(splits: DataSplits, sides: Sequence[str], settings: SelectSettings, 
     seen = set[str]()
     for side in sides:
         if side != BASE and (known := splits_of_run(Path(side), settings, splits.summary.classes)) is not None:
-            seen |= {example.item_id for example in known[0].examples["train"]}
+            seen |= {example.example_id for example in known[0].examples["train"]}
     unseen = splits.without(seen)
     count, left = (len(side.examples["selection"]) for side in (splits, unseen))
     if left < 2:
@@ -145,11 +147,11 @@ def splits_of_run(
     """`(the splits that the run trained with, its data)` of an adapter in a run's `adapter/` or `trials/<trial_id>/`; None where not known."""
     parent = adapter.resolve().parent
     journal = next((place for at in (parent, parent.parent) if (place := at / "journal.jsonl").is_file()), None)
-    started = None if journal is None else next(iter(Journal(journal).read_settled()), None)
+    started = None if journal is None else next(iter(Journal(journal).read_complete_lines()), None)
     source = started.data_name if isinstance(started, RunStarted) else None
     if not isinstance(started, RunStarted) or source is None or not Path(source).exists():
         return None
-    of_run = settings.model_copy(update=started.select_settings.model_dump(include=OF_SPLITS))
+    of_run = settings.model_copy(update=started.select_settings.model_dump(include=SPLIT_SETTINGS))
     return load_data(Path(source), of_run, classes=classes), Path(source)
 
 
@@ -159,12 +161,12 @@ def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
     Raises:
         ModelError: two models of different tokenizers.
     """
-    if a.item_tokens == b.item_tokens or (metric != "loss" and len(a.item_losses) == len(b.item_losses)):
+    if a.example_tokens == b.example_tokens or (metric != "loss" and len(a.example_losses) == len(b.example_losses)):
         return
-    counts = [sum(side.item_tokens or []) for side in (a, b)]
+    counts = [sum(side.example_tokens or []) for side in (a, b)]
     raise ModelError(
-        f"A and B have different tokenizers: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.item_losses)} and "
-        f"{len(b.item_losses)} examples. Losses by token can't be compared then; compare what they answer, such as by "
+        f"A and B have different tokenizers: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.example_losses)} and "
+        f"{len(b.example_losses)} examples. Losses by token can't be compared then; compare what they answer, such as by "
         "--metric exact_match or f1"
     )
 
@@ -181,9 +183,9 @@ def _runtime(
         loaded = loaded if place == model else replace(loaded, name=model)
     numbers = loaded.tokenizer.get_vocab().items()  # of tokens
     if first is None or not first.loaded.tokenizer.get_vocab().items() <= numbers:
-        return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache), None
+        return Runtime(loaded, encode_splits(splits, loaded, settings), settings, 1, cache), None
     try:
-        other_tokens = difference_of_tokens(first, loaded.tokenizer, encode(splits, loaded, settings))
+        other_tokens = difference_of_tokens(first, loaded.tokenizer, encode_splits(splits, loaded, settings))
     except DataError as error:
         other_tokens = f"its tokenizer or chat template was changed: {error}"
     return Runtime(loaded, first.data, settings, 1, cache), other_tokens
@@ -191,8 +193,8 @@ def _runtime(
 
 def scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
     """The held-out scores of the base, or of an adapter on it, by every metric of the settings."""
-    with adapter_attached(runtime, adapter):
-        scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
+    with attach_adapter(runtime, adapter):
+        scores, measured = runtime.evaluate("selection"), measure_metrics(runtime, "selection")
     measured.require(list(measured.failed))
     trial = finished_trial(name, 1, scores, "loss")
     return trial.model_copy(update=scores.fields(measured) | {"metrics": scores.metrics | measured.values})
@@ -207,8 +209,8 @@ def _compare(sides: tuple[Side, Side], metric: str, data: Path, settings: Select
             " (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
         )
     higher = settings.is_higher_better(metric)
-    loss: LossKind = "token_loss" if a.item_correct is None else "loss"
-    loss = "pair_loss" if "reward_accuracy" in a.item_metrics else loss
+    loss: LossKind = "token_loss" if a.example_correct is None else "loss"
+    loss = "pair_loss" if "reward_accuracy" in a.example_metrics else loss
     tables = [table_of([trial], metric, higher, loss=loss) for trial in (a, b)]
     cells = [next(iter(table.cells.values())) for table in tables]
     if not all(cell.examples for cell in cells):
@@ -256,14 +258,14 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | 
         return f"{names}: BROKEN, {cause}; {figures}.{among}"
     if worst.verdict != "cannot_tell":
         told = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
-        return f"{names}: {told}; {figures}. {spread_sentence(worst.spread)}{among}"
+        return f"{names}: {told}; {figures}. {spread_sentence(worst.distribution)}{among}"
     noun = "examples" if worst.groups is None else "groups"
     cure = (
         f"about {worst.examples_needed:,} {noun} would show it"
         if worst.examples_needed is not None
         else f"more {noun} would show whether it is worse"
     )
-    return f"{names}: these examples cannot tell; {figures}; {cure}. {spread_sentence(worst.spread)}{among}"
+    return f"{names}: these examples cannot tell; {figures}; {cure}. {spread_sentence(worst.distribution)}{among}"
 
 
 def _shared_labels(sides: Sequence[str]) -> list[str] | None:
@@ -353,4 +355,4 @@ def finished_trial(
 ) -> TrialFinished:
     """Held-out scores as a record that `decide` reads."""
     arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=steps, truncate_from=truncate_from)
-    return finished(Trial(trial_id=name, arm=arm), metric, scores, Measured(), Progress())
+    return build_finished_trial(Trial(trial_id=name, arm=arm), metric, scores, MetricResults(), Progress())

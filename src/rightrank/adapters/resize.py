@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from safetensors.torch import save_file
 
 from rightrank.adapters.spectra import energy_rank, factored_distance, factored_singular_values
 from rightrank.data.files import creating, replacing_folder, require_absent
-from rightrank.models.adapter_files import AdapterFolder, AdapterModule, mlx_key, write_adapter
-from rightrank.models.places import CONFIG_FILE, MLX_FILE
-from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank
+from rightrank.models.adapter_folders import CONFIG_FILE, MLX_FILE
+from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, mlx_key
+from rightrank.models.adapter_writer import write_adapter
+from rightrank.models.ranks import equal_scale_alphas, equivalent_rank, exact_pattern, lora_scaling, max_module_rank
 from rightrank.models.truncation import Moments, new_tensors, shared_ranks
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import ModuleResize, Resized
@@ -43,7 +45,10 @@ def write_resized(
     require_absent(out)
     require_plain_update(adapter)
     tensors = write_truncated(adapter, out, chosen, moments)
-    errors = [error for pair in adapter.pairs for error in _distances(adapter, pair, _common(pair, chosen), tensors)]
+    scaling = _scaling(_resized_config(adapter, chosen))
+    errors = [
+        error for pair in adapter.pairs for error in _distances(adapter, pair, _common(pair, chosen), scaling, tensors)
+    ]
     records = [
         ModuleResize(
             name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=error / norm if norm > 0 else 0.0
@@ -67,11 +72,16 @@ def write_resized(
 
 
 def require_plain_update(adapter: AdapterFolder) -> None:
-    """Refuse an adapter whose ΔW is not s·B·A alone.
+    """Refuse an adapter whose ΔW is not s·B·A alone, or is zero whatever B·A.
 
     Raises:
-        ModelError: the initialisation changes the base on loading.
+        ModelError: the initialisation changes the base on loading, or `lora_alpha` is 0.
     """
+    if not adapter.config["lora_alpha"]:
+        raise ModelError(
+            f"{adapter.path}: lora_alpha is 0, so that the adapter changes nothing; verl's merger writes 0 where it does not know it: "
+            f"set it in {CONFIG_FILE}"
+        )
     if (init := adapter.base_changing_init) is not None:
         raise ModelError(
             f"{adapter.path}: init_lora_weights is {init!r}, which changes the base on loading, by an amount that depends on "
@@ -80,15 +90,27 @@ def require_plain_update(adapter: AdapterFolder) -> None:
 
 
 def _resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration with the largest rank as `r` and a `rank_pattern` for the others; alphas do not change."""
+    """The configuration at these ranks: every module has the scale of `lora_alpha`, which does not change, at rank `r`.
+
+    Where the modules differ, `r` is the uniform rank of as many parameters, so far as a server that reserves slots for it has room for the
+    largest module; else the largest rank.
+    """
     by_address = {pair[0].address: _common(pair, ranks) for pair in adapter.pairs}
-    largest = max(by_address.values())
-    used = {key: value for key, value in adapter.config["alpha_pattern"].items() if key not in adapter.unused_patterns}
+    largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
+    r = equivalent_rank(by_address.values(), sizes)
+    r = r if max_module_rank(r) >= largest else largest
+    alpha = adapter.config["lora_alpha"]
     return dict(adapter.config) | {
-        "r": largest,
-        "rank_pattern": exact_pattern(by_address, largest, by_address),
-        "alpha_pattern": used,
+        "r": r,
+        "rank_pattern": exact_pattern(by_address, r, by_address),
+        "alpha_pattern": exact_pattern(equal_scale_alphas(by_address, r, alpha, adapter.use_rslora), alpha, by_address),
+        "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
+        "eva_config": None,
     }
+
+
+def _scaling(config: Mapping[str, Any]) -> float:
+    return lora_scaling(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
 
 
 def _common(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
@@ -101,20 +123,39 @@ def write_truncated(
 ) -> dict[str, torch.Tensor]:
     """As `write_resized`, without the error of what is written: most of the time of a large adapter."""
     tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
+    config = _resized_config(adapter, chosen)
     for pair in adapter.pairs:
-        rank = _common(pair, chosen)
-        ratio = pair[0].scaling / lora_scaling(pair[0].lora_alpha, rank, adapter.use_rslora)
-        tensors |= new_tensors(adapter, pair, rank, ratio, moments or {})
-    write_like(adapter, out, _resized_config(adapter, chosen), tensors)
+        ratio = pair[0].scaling / _scaling(config)
+        tensors |= new_tensors(adapter, pair, _common(pair, chosen), ratio, moments or {})
+    write_like(adapter, out, config, tensors)
     return tensors
 
 
+def write_uniform(adapter: AdapterFolder, out: Path) -> None:
+    """Write the same function with one rank for all modules, the largest: further directions are zero.
+
+    Where every module has the scale of `lora_alpha` and `r`, no value of a factor changes.
+
+    Raises:
+        ModelError: an initialisation that changes the base, or `lora_alpha` is 0.
+        RunFolderError: `out` exists or cannot be written.
+    """
+    require_plain_update(adapter)
+    config, largest = adapter.config, adapter.rank
+    (alpha,) = equal_scale_alphas({"": largest}, config["r"], config["lora_alpha"], adapter.use_rslora).values()
+    widened = replace(adapter, config=dict(config) | {"lora_alpha": alpha})
+    write_truncated(widened, out, {module.name: largest for module in adapter.modules})
+
+
 def _distances(
-    adapter: AdapterFolder, pair: Sequence[AdapterModule], rank: int, tensors: Mapping[str, torch.Tensor]
+    adapter: AdapterFolder,
+    pair: Sequence[AdapterModule],
+    rank: int,
+    scaling: float,
+    tensors: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[AdapterModule, int, float, float]]:
     """`(module, its new rank, ‖ΔW' − ΔW‖_F after rounding to the dtype of the file, ‖ΔW‖_F)` of each matrix of a pair."""
     first = pair[0]
-    scaling = lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
     written = first.kind.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
     for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.pair_factors(first), strict=True):
         before, after = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())

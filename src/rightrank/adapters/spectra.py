@@ -21,8 +21,8 @@ import torch
 from safetensors import safe_open
 
 from rightrank.data.files import path_kind
-from rightrank.models.adapter_files import PREFIX, AdapterFolder, AdapterModule, natural_order, open_adapter
-from rightrank.models.places import read_header, safe_shards
+from rightrank.models.adapter_reader import PREFIX, AdapterFolder, AdapterModule, natural_order, open_adapter
+from rightrank.models.safetensors_files import read_header, safe_shards
 from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
 from rightrank.schema.trials import Floats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from rightrank.decision.records import (
     trials_frame,
 )
 from rightrank.decision.table import other_tables, table_of_results
-from rightrank.models.places import CONFIG_FILE, hub_errors
-from rightrank.report.answer import answer_view, labelled, notebook_html
-from rightrank.report.status import RunStatus, last_decided, run_status
+from rightrank.models.adapter_folders import CONFIG_FILE
+from rightrank.models.model_sources import hub_errors
+from rightrank.report.answer import build_answer_view, format_labelled_rows, render_notebook_html
+from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
-from rightrank.runs.journal import Repaired
+from rightrank.runs.journal import RepairResult
 from rightrank.schema.decision import Decision, ResultsTable
 from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, first_line
 from rightrank.schema.events import Evaluating, JournalRecord
@@ -51,17 +53,17 @@ def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
         MissingExtraError: a format that needs the extra `figures`.
     """
     from rightrank.hooks.report import write_report as write_views
-    from rightrank.report.figures import figures_of
+    from rightrank.report.figures import build_figures
     from rightrank.report.svg import write_figures
-    from rightrank.runs.values import answers
+    from rightrank.runs.values import build_answers
 
-    folder, journal, records = _opened(run, settled=False)
+    folder, journal, records = _open_run(run, settled=False)
     decision, goal = None, records.settings.goal
     if goal == "training-rank":
-        decision = decision_so_far(records) if (decided := last_decided(journal)) is None else decided.decision
+        decision = decision_so_far(records) if (decided := find_last_decision(journal)) is None else decided.decision
     with report_disk_errors(folder.path):
-        further = write_views(folder, records, answers(records, decision, goal))
-        write_figures(folder.figures, [*figures_of(records, decision), *further], figures)
+        further = write_views(folder, records, build_answers(records, decision, goal))
+        write_figures(folder.figures, [*build_figures(records, decision), *further], figures)
     return folder.report
 
 
@@ -74,17 +76,17 @@ def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
     Raises:
         RunFolderError: no run there.
     """
-    _, _, records = _opened(run, settled=True)
+    _, _, records = _open_run(run, settled=True)
     return trials_frame(records, examples)
 
 
-def begun_as(run: str | Path) -> dict[str, object]:
+def load_run_config(run: str | Path) -> dict[str, object]:
     """Return the model, the data and the settings of a run, with which `select_rank` resumes or continues it.
 
     Raises:
         RunFolderError: no run there, or one of another version that has settings this one does not know.
     """
-    folder, _, records = _opened(run, settled=True)
+    folder, _, records = _open_run(run, settled=True)
     started = records.started
     for name, place in (("model", started.model_name), ("data", started.data_name)):
         if place is None or place.startswith("in memory"):
@@ -94,10 +96,10 @@ def begun_as(run: str | Path) -> dict[str, object]:
     return dict(started.settings)
 
 
-def _opened(run: str | Path, *, settled: bool) -> tuple[RunFolder, list[JournalRecord], Records]:
+def _open_run(run: str | Path, *, settled: bool) -> tuple[RunFolder, list[JournalRecord], Records]:
     """A run to read; `settled` where its process may still be writing."""
-    folder = RunFolder.existing(run)
-    journal = folder.journal.read_settled() if settled else folder.journal.read()
+    folder = RunFolder.open_existing(run)
+    journal = folder.journal.read_complete_lines() if settled else folder.journal.read()
     return folder, journal, records_of(journal, str(folder.path))
 
 
@@ -106,6 +108,7 @@ def export(
     to: str,
     out: str | Path | None = None,
     *,
+    rank: int | None = None,
     check: str | Path | Sequence[str | Path] = (),
     kind: str | None = None,
     base: str | None = None,
@@ -119,8 +122,11 @@ def export(
 
     Args:
         run: a run folder whose selection has ended; for a merged model an adapter folder too.
-        to: peft, trl, axolotl, llamafactory, unsloth, vllm or merged.
-        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
+        to: peft, trl, axolotl, llamafactory, unsloth, vllm, sglang or merged.
+        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, which is replaced; one with
+            files of your own is moved to `earlier-N` in the run folder.
+        rank: of the run's best adapter of this rank, or for a trainer of its best training at this rank; None for the adapter that was handed
+            over, and the training that it comes from.
         check: of a merged model: held-out rows to compare on; the run's test split by default.
         kind: of a merged model: the type of its values, f32, bf16 or f16; None for f32.
         base: of a merged model from an adapter folder; None for the base that the adapter names.
@@ -132,11 +138,11 @@ def export(
     Raises:
         SettingsError: an unknown target, or an argument that goes with another one.
         RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
-        ResultsError: a rank that the server does not serve.
+        ResultsError: a rank that the server does not serve, or that the run has not trained.
         ModelError: a merged model that can't be made.
         RunError: the hub can't be reached, or refuses the upload.
     """
-    from rightrank.interop.exports import MERGED, absolute, require_target, write_export
+    from rightrank.interop.exports import LOADED, MERGED, absolute, require_target, write_export
     from rightrank.interop.recipe import recipe_of
 
     require_target(to)
@@ -148,6 +154,8 @@ def export(
         raise SettingsError(f"--to {to}: check, type and base go with {MERGED}; leave them out")
     if settings is not None and not is_adapter:
         raise SettingsError(f"{run}: a run has its own settings; leave them out, or give an adapter folder")
+    if is_adapter and rank is not None:
+        raise SettingsError(f"{run}: an adapter folder has one rank; leave rank out, or give a run folder")
     if is_adapter and to != MERGED:
         raise RunFolderError(f"{run}: an adapter folder, of which {MERGED} is made; for {to} give a run folder")
     if out is not None:
@@ -159,21 +167,50 @@ def export(
         place = Path(out)
         source: tuple[Path, str, SelectSettings, str | None] = Path(run), base, settings or SelectSettings(), None
     else:
-        folder, journal, records = _opened(run, settled=False)
-        recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
+        folder, journal, records = _open_run(run, settled=False)
+        if rank is None:
+            trial, adapter = _find_exported_trial(folder, journal, records), folder.adapter
+        else:
+            trial = _find_best_trial(records, rank, to in (*LOADED, MERGED))
+            adapter = folder.require_trial_adapter(trial.trial_id)
+        recipe = recipe_of(records.started, trial, adapter, records.finished())
         place = folder.path / "exports" / to if out is None else Path(out)
         model, data = (absolute(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
         source = recipe.adapter, model, recipe.settings, data
-    with report_disk_errors(place):
+
+    def write() -> Exported:
         if to == MERGED:
             from rightrank.interop.merge import Merge, write_merged
 
             return write_merged(Merge(*source, kind or "f32", files, on_event), place)
-        exported = write_export(to, recipe, place)
-    return exported if push_to_hub is None else replace(exported, address=_uploaded(exported.folder, push_to_hub))
+        return write_export(to, recipe, place)
+
+    with report_disk_errors(place):
+        exported = write() if out is not None else _replace_export(folder, place, write)
+    return exported if push_to_hub is None else replace(exported, address=_upload_adapter(exported.folder, push_to_hub))
 
 
-def _uploaded(adapter: Path, repo_id: str) -> str:
+def _replace_export(folder: RunFolder, place: Path, write: Callable[[], Exported]) -> Exported:
+    """Write an export over an earlier one, which stays in `earlier-N` where it holds files that the new one does not write."""
+    aside = folder.move_aside([str(place.relative_to(folder.path))])
+    try:
+        exported = write()
+    finally:
+        if aside is not None and not place.exists():
+            (aside / place.name).rename(place)
+            aside.rmdir()
+    if aside is None:
+        return exported
+    names, former = ({path.name for path in export.iterdir()} for export in (place, aside / place.name))
+    if not former - names:
+        shutil.rmtree(aside)
+        return exported
+    own = ", ".join(sorted(former - names))
+    note = f"the earlier export held files that this one does not write ({own}); it was moved to {aside / place.name}"
+    return replace(exported, notes=[*exported.notes, note])
+
+
+def _upload_adapter(adapter: Path, repo_id: str) -> str:
     """Upload a folder with an adapter and its card; the address."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
@@ -193,9 +230,9 @@ def _uploaded(adapter: Path, repo_id: str) -> str:
     return f"{hub.endpoint}/{made}"
 
 
-def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
+def _find_exported_trial(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
     """The trial whose adapter is in `adapter/`: by the answer to the first question, or where nothing was saved by the decision."""
-    decided = last_decided(journal)
+    decided = find_last_decision(journal)
     if records.adapters:
         chosen = records.adapters[-1].answer.trial_id
     elif decided is not None and decided.adapter_trial_id is not None:
@@ -210,14 +247,27 @@ def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: R
     return trial
 
 
-def repair(run: str | Path) -> Repaired:
+def _find_best_trial(records: Records, rank: int, with_truncations: bool) -> TrialFinished:
+    """The trial of a rank with the best held-out value, among trainings to their end, and truncations where these count."""
+    finished = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.stop_at is None]
+    trials = [trial for trial in finished if with_truncations or trial.arm.is_direct]
+    of_rank = [trial for trial in trials if trial.rank == rank]
+    if not of_rank:
+        ranks = ", ".join(map(str, sorted({trial.rank for trial in trials}))) or "none"
+        what = "no adapter of" if with_truncations else "no training at"
+        raise ResultsError(f"the run has {what} rank {rank}; give one of {ranks}, or leave rank out")
+    sign = -1 if records.started.higher_is_better else 1
+    return min(of_rank, key=lambda trial: (sign * trial.value, trial.seed))
+
+
+def repair(run: str | Path) -> RepairResult:
     """Keep the whole records of a damaged journal and set the damaged lines aside in a file of their own.
 
     Raises:
         RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
     """
-    folder = RunFolder.existing(run)
-    with folder.locked(), report_disk_errors(folder.path):
+    folder = RunFolder.open_existing(run)
+    with folder.lock(), report_disk_errors(folder.path):
         return folder.journal.repair()
 
 
@@ -227,16 +277,16 @@ def status(run: str | Path) -> RunStatus:
     Raises:
         RunFolderError: no run there.
     """
-    folder, journal, records = _opened(run, settled=True)
+    folder, journal, records = _open_run(run, settled=True)
     try:
         progress = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
         progress = {}  # no process runs, or it has just ended
-    return run_status(str(run), journal, records, records.settings.goal, folder.is_locked(), progress)
+    return build_run_status(str(run), journal, records, records.settings.goal, folder.is_in_use(), progress)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Decided:
+class DecisionResult:
     """A decision on results that exist, and how the table was read."""
 
     decision: Decision
@@ -255,14 +305,14 @@ class Decided:
         Raises:
             ResultsError: a run folder, which has its own report.
         """
-        from rightrank.report.html import results_report
+        from rightrank.report.html import render_results_report
 
         if self.table is None:
             raise ResultsError(
                 "a report is written of a table of trainings; that of a run folder is written by: rightrank report RUN"
             )
         with report_disk_errors(Path(path)):
-            write_text(Path(path), results_report(self.table, self.decision, source, command))
+            write_text(Path(path), render_results_report(self.table, self.decision, source, command))
         return Path(path)
 
     @property
@@ -276,15 +326,15 @@ class Decided:
         return f"Decided(rank={decision.rank}, verdict={decision.verdict!r}, margin={decision.margin:g})"
 
     def __str__(self) -> str:
-        view = answer_view(Answers(self.decision), self.next_commands)
-        rows = [("decision", view.training_rank), ("", view.safe_choice), *view.next_rows()]
-        return "\n".join([*self.understood, *labelled(rows, 10)])
+        view = build_answer_view(Answers(self.decision), self.next_commands)
+        rows = [("decision", view.training_rank), ("", view.safe_choice), *view.build_next_rows()]
+        return "\n".join([*self.understood, *format_labelled_rows(rows, 10)])
 
     def _repr_html_(self) -> str:
-        from rightrank.report.figures import rank_figure
-        from rightrank.report.svg import svg_file
+        from rightrank.report.figures import build_rank_figure
+        from rightrank.report.svg import render_svg_file
 
-        return notebook_html(answer_view(Answers(self.decision)), "", svg_file(rank_figure(self.decision)))
+        return render_notebook_html(build_answer_view(Answers(self.decision)), "", render_svg_file(build_rank_figure(self.decision)))
 
 
 def decide(
@@ -296,7 +346,7 @@ def decide(
     confidence: float | None = None,
     columns: Mapping[str, str] | None = None,
     checkpoint: Checkpoint | None = None,
-) -> Decided:
+) -> DecisionResult:
     """Decide on trainings that have finished, whoever ran them.
 
     Args:
@@ -314,7 +364,8 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.interop.tables import raw_rows, results_of_rows, rows_of_mappings
+    from rightrank.interop.table_rows import raw_rows, rows_of_mappings
+    from rightrank.interop.tables import results_of_rows
 
     further: dict[str, Any] = {} if confidence is None else {"confidence": confidence}
     if isinstance(results, str | Path):
@@ -324,7 +375,7 @@ def decide(
                 raise ResultsError(
                     "--columns: a run folder has its own columns and groups in its journal; leave it out"
                 )
-            return _decide_run(folder, metric, margin, further | {"higher": higher_is_better, "checkpoint": checkpoint})
+            return _decide_run_folder(folder, metric, margin, further | {"higher": higher_is_better, "checkpoint": checkpoint})
         where, rows = str(results), raw_rows(Path(results))
     else:
         given: Any = results
@@ -338,11 +389,13 @@ def decide(
     decision = rule.decision_of(
         table_of_results(read), margin, checkpoint=checkpoint or "last", others=others, **further
     )
-    return Decided(decision, read.understood, table=read)
+    return DecisionResult(decision, read.understood, table=read)
 
 
-def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, further: Mapping[str, Any]) -> Decided:
+def _decide_run_folder(folder: RunFolder, metric: str | None, margin: float | None, further: Mapping[str, Any]) -> DecisionResult:
     """Decide on a run folder, at the run's own metric and margin unless the question gives others."""
+    from rightrank.runs.run import add_base_note
+
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
@@ -360,7 +413,8 @@ def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, fur
     if metric == started.metric:
         outcomes = comparable(records)
         margin = records.settings.margin if margin is None else margin
-    decision = decide_on(records, outcomes, metric, margin, **further)
+    decision = add_base_note(decide_on(records, outcomes, metric, margin, **further), records)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
-    commands = next_commands(started, decision, str(folder.path), asked) if metric == started.metric else []
-    return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)
+    decision = decision.model_copy(update={"adapter_sentence": adapter})
+    commands = next_commands(started, decision.next_runs, str(folder.path), asked) if metric == started.metric else []
+    return DecisionResult(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)

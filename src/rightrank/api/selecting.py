@@ -145,7 +145,7 @@ def select_rank_with(
     train: TrainFunction,
     out: str | Path,
     *,
-    ranks: Sequence[int] | int = (1, 4, 16, 64),
+    ranks: Sequence[int] | int = (0, 1, 4, 16, 64),
     learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3),
     seeds: Sequence[int] | int | None = None,
     metric: str | None = None,
@@ -157,8 +157,8 @@ def select_rank_with(
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
 
     Args:
-        train: called with a `TrialTask`, also for the base where 0 is among the ranks; returns a mapping of held-out metrics
-            or a `TrialResult`. With `item_scores` in it (the same examples in every trial) ranks are compared example by
+        train: called with a `TrialTask`, also for the base where 0 is among the ranks, as by default; returns a mapping of held-out
+            metrics or a `TrialResult`. Where it raises for rank 0, the answer says that the base was not measured. With `item_scores` in it (the same examples in every trial) ranks are compared example by
             example, which resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
             randomness must come from `task.seed`, so that ranks differ in nothing else.
         out: the run folder. A second call with the same arguments resumes; trials that failed run again.

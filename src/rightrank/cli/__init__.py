@@ -24,7 +24,7 @@ from rightrank.version import __version__
 # In the order of `--help`: the main job, its run folder, finished results, adapters, the rest. Other plug-ins' follow.
 ORDER = (
     *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare"),
-    *("inspect", "resize", "fleet", "repair"),
+    *("inspect", "resize", "repair"),
 )
 
 

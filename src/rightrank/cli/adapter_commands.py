@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.cli.options import SettingsCommand, announce, comma, gather, setting_options, whole_numbers
+from rightrank.cli.options import SettingsCommand, announce, comma, gather, json_line, setting_options, whole_numbers
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 
@@ -41,7 +41,7 @@ def _inspect(as_json: bool, **places: Path | None) -> None:
     from rightrank.api import adapters as api
 
     inspection = api.inspect(**places)
-    click.echo(inspection.model_dump_json() if as_json else _inspection_text(inspection))
+    click.echo(json_line(inspection) if as_json else _inspection_text(inspection))
 
 
 @click.command(
@@ -99,7 +99,7 @@ def _resize(
             on_event=view.on_event,
             **rule,
         )
-    click.echo(resized.model_dump_json() if as_json else _resized_text(resized))
+    click.echo(json_line(resized) if as_json else _resized_text(resized))
 
 
 def progress_view(quiet: bool, log_json: bool = False) -> AbstractContextManager[View | JsonLog]:
@@ -158,7 +158,7 @@ def _compare(
         comparison = api.compare(
             a, b, model=model, data=list(data), settings=settings, base_b=base_b, on_event=view.on_event
         )
-    click.echo(comparison.model_dump_json() if as_json else comparison.sentence)
+    click.echo(json_line(comparison) if as_json else comparison.sentence)
     return EXIT[comparison.verdict]
 
 
@@ -206,9 +206,13 @@ def _module_row(module: ModuleSpectrum) -> list[str]:
 
 def _resized_text(resized: Resized) -> str:
     """What was written, and the error of the truncation."""
+    from rightrank.models.ranks import rank_text
     from rightrank.report.evidence_tables import candidate_table, table_lines
 
-    rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
+    lowest, highest = (limit(module.rank for module in resized.modules) for limit in (min, max))
+    rank = f"ranks by module, from {lowest} to {highest}"
+    if resized.rank is not None:
+        rank = f"rank {rank_text(resized.rank, lowest, highest)}"
     worst = max(resized.modules, key=lambda module: module.relative_delta_error)
     lines = [
         f"{resized.out}: {rank} (by {resized.chosen_by})",

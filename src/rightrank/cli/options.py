@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,6 +16,7 @@ import click
 
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.setting_table import Group, Setting, Settings, is_list
+from rightrank.schema.trials import SCHEMA_VERSION, Record
 from rightrank.version import __version__
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -22,6 +24,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def comma(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
     return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+
+
+def json_line(answer: Record | Mapping[str, object]) -> str:
+    """Return the one object that `--json` prints, with the version of its fields first."""
+    fields = json.loads(answer.model_dump_json()) if isinstance(answer, Record) else answer
+    return json.dumps({"schema_version": SCHEMA_VERSION, **fields})
 
 
 _UNITS = {"s": 1 / 3600, "sec": 1 / 3600, "m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}

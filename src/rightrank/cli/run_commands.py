@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import collector_paused, comma, gather
+from rightrank.cli.options import collector_paused, comma, gather, json_line
 
 
 @click.command("status", short_help="Show where a run stands.", epilog="Example: rightrank status run")
@@ -25,7 +24,7 @@ def _status(run: Path, as_json: bool) -> None:
 
     with collector_paused():
         status = api.status(run)
-    click.echo(status.model_dump_json() if as_json else status_lines(status, shutil.get_terminal_size().columns))
+    click.echo(json_line(status) if as_json else status_lines(status, shutil.get_terminal_size().columns))
 
 
 @click.command(
@@ -42,7 +41,7 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     from rightrank.api import runs as api
 
     path = api.write_report(run, figures or ())
-    click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+    click.echo(json_line({"report": str(path)}) if as_json else str(path))
 
 
 @click.command(
@@ -51,8 +50,9 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     epilog="Example: rightrank export run --to axolotl",
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, vllm, or merged.")
+@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, vllm, sglang, or merged.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
+@click.option("--rank", type=int, help="Another rank of the run (default: the adapter handed over, and its training).")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="peft: upload it with its card; a new repository is private.")
 @click.option(
     "--check",
@@ -66,7 +66,7 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With an adapter folder: a setting of select."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--quiet", is_flag=True, help="Print no progress and no notes.")
 def _export(
     run: Path,
     to: str,
@@ -89,11 +89,11 @@ def _export(
     with progress_view(quiet) as view:
         exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **whole)
     if as_json:
-        click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
+        click.echo(json_line(asdict(exported) | {"folder": str(exported.folder)}))
     else:
-        for note in exported.notes:
+        for note in () if quiet else exported.notes:
             click.echo(f"note: {note}", err=True)
-        click.echo(exported.address or f"cd {exported.folder} && {exported.command}")
+        click.echo(exported.address or f"cd {shlex.quote(str(exported.folder))} && {exported.command}")
     return 0 if exported.check is None else EXIT[exported.check["verdict"]]
 
 
@@ -112,7 +112,7 @@ def _repair(run: Path, as_json: bool) -> None:
     repaired = api.repair(run)
     if as_json:
         aside = None if repaired.aside is None else str(repaired.aside)
-        click.echo(json.dumps({"kept": repaired.kept, "set_aside": repaired.set_aside, "file": aside}))
+        click.echo(json_line({"kept": repaired.kept, "set_aside": repaired.set_aside, "file": aside}))
     elif repaired.aside is None:
         click.echo(f"{run}: all {repaired.kept} records are intact; nothing was changed")
     else:
@@ -183,7 +183,7 @@ def _decide(results: Path, report: Path | None, as_json: bool, **asked: Any) -> 
             "adapter_sentence": decided.adapter_sentence,
             "next_command": decided.next_command,
         }
-        click.echo(json.dumps(decided.decision.model_dump(mode="json") | further))
+        click.echo(json_line(decided.decision.model_dump(mode="json") | further))
         return
     from rightrank.report.format import visible
     from rightrank.report.terminal import decision_text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.cli.options import SettingsCommand, announce, gather, setting_options
+from rightrank.cli.options import SettingsCommand, announce, gather, json_line, setting_options
 from rightrank.schema.errors import InterruptedRun, SettingsError, TerminatedRun
 from rightrank.schema.settings import SelectSettings
 
@@ -95,13 +94,11 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
         assert selected.adapter is not None
         if not as_json:
             click.echo("\n".join(["", *labelled(selected.view.rows(), 9)]))
-            click.echo(
-                f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})"
-            )
+            click.echo(f"\nreport:  {selected.report}\n{selected.advice}")
             return
         places = {"run": selected.run, "adapter": selected.adapter.path, "report": selected.report}
         further = {"next_command": selected.next_command} | {name: str(place) for name, place in places.items()}
-        click.echo(json.dumps(selected.answers.document() | further))
+        click.echo(json_line(selected.answers.document() | further))
 
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> None:
@@ -110,7 +107,7 @@ def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> N
     from rightrank.schema.settings import SelectSettings
 
     outlook = preflight(model, data, settings=SelectSettings(**values))
-    click.echo(outlook.model_dump_json() if as_json else preflight_text(outlook))
+    click.echo(json_line(outlook) if as_json else preflight_text(outlook))
 
 
 @click.command(

@@ -22,8 +22,9 @@ from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
 }  # fmt: skip
+_NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}  # more room does not help
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # from network file systems that can't flush a folder
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.rightrank-(?P<kind>tmp|old)")  # as no other program names its own
 
 
 @contextmanager
@@ -69,6 +70,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` that is removed after the block, or by `sweep_leftovers` where the process is killed."""
+    temporary = _neighbour(path, "tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def require_absent(out: Path) -> None:
     """Require that `out` does not exist.
 
@@ -96,6 +108,11 @@ def creating(out: Path) -> Iterator[None]:
 def write_text(path: Path, text: str, flush: bool = True) -> None:
     with replacing(path, flush) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder has the name of one that a killed process left half written."""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def sweep_leftovers(folder: Path) -> None:
@@ -130,7 +147,7 @@ def flush_to_disk(path: Path) -> None:
 
 def _neighbour(path: Path, kind: str) -> Path:
     number = secrets.randbelow(10**12)  # process ids are not unique across machines that share a disk
-    return path.with_name(f".{path.name}.{number}.{kind}")
+    return path.with_name(f".{path.name}.{number}.rightrank-{kind}")
 
 
 def _rename(source: Path, target: Path) -> None:
@@ -155,6 +172,9 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
         RunError: in place of the system's error.
     """
     advice = "make room and run the same command again to resume"
+    permission = (
+        "give a folder that you may write to, or change its permissions and run the same command again to resume"
+    )
     try:
         yield
     except SafetensorError as error:
@@ -164,7 +184,9 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise RunError(f"{folder}: can't write there ({error.strerror}); {advice}") from None
+        raise RunError(
+            f"{folder}: can't write there ({error.strerror}); {permission if error.errno in _NOT_ALLOWED else advice}"
+        ) from None
 
 
 MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read at once

@@ -142,7 +142,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         if suffix == ".parquet":
             yield from _parquet_rows(path)
         elif suffix in (".csv", ".tsv"):
-            yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+            yield from _csv_rows(path)
         elif suffix == ".json" and is_list:
             yield from _json_list_rows(path)
         else:
@@ -196,13 +196,19 @@ def _json_list_rows(path: Path) -> Iterator[Row]:
         yield Row(fields, f"{path}: entry {number}")
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(_CSV_FIELD_LIMIT)
+def cell_delimiter(path: Path) -> str:
+    """Return what stands between the cells of a CSV or TSV file. Spreadsheets of many countries write semicolons."""
     with path.open(encoding="utf-8-sig", newline="") as lines:
         header = lines.readline()
-        lines.seek(0)
-        if "," not in header and ";" in header:  # spreadsheets of many countries write semicolons
-            delimiter = ";"
+    if "," not in header and ";" in header:
+        return ";"
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    delimiter = cell_delimiter(path)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for fields in reader:

@@ -36,6 +36,7 @@ MAX_SHOWN_CLASSES = 8
 MANY_GROUPS = 1000  # of which no split is too small
 FIRST_ROWS = 256  # by which a prompt is taken for a question, or for one of a few instructions
 ROWS_OF_AN_INSTRUCTION = 16  # a prompt that so many of them share on average is one
+SAMPLE_STREAM = int.from_bytes(b"rightrank")  # of `sample_indices` alone, whatever the seed
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
@@ -47,6 +48,16 @@ FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose 
     ("classification", ("text", "label")),
     ("text", ("text",)),
 )
+
+
+def sample_indices(population: int, count: int, seed: int = 0) -> list[int]:
+    """Return `count` of the numbers below `population` in random order, without replacement; all of them where there are fewer.
+
+    The sample depends on the arguments alone, whatever states global generators have. It has a stream of its own: one that a shuffle of the
+    rows with the same seed had used would undo the shuffle.
+    """
+    generator = np.random.default_rng((SAMPLE_STREAM, seed))
+    return list(map(int, generator.choice(population, min(count, population), replace=False)))
 
 
 class ExampleStore(Store[Example]):

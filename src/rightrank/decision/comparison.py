@@ -16,7 +16,7 @@ Where rows belong together (the sentences of a document), the groups are drawn, 
 the sums of groups, of their number and their sizes. A group counts by its leverage h as in CR2 (Bell and McCaffrey 2002, "Bias
 reduction in standard errors for linear regression with multi-stage samples"), and the degrees of freedom are those of groups whose rows
 are fully alike: they are few where a few groups hold most rows. Without groups the bounds take rows as independent, and are too near where
-they are not (`benchmarks/decide/grouped.py`).
+they are not (docs/explanation/science.md, archive).
 
 The model of one score (or of one paired difference) x of seed s and example i is
 
@@ -25,7 +25,7 @@ The model of one score (or of one paired difference) x of seed s and example i i
 with random seeds and examples. The mean's variance is V = V_examples + V_seeds - V_interaction: each of the first two
 contains the interaction, so it is subtracted once. Each part is taken at the quantile of its own degrees of freedom. The skewness of
 the examples shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap (Owen
-2007) covers about as well at thirty to a hundred times the cost; `benchmarks/decide` compares both.
+2007) covers about as well at thirty to a hundred times the cost.
 
 Where nothing but two files is compared (`estimate_of_files`), the degrees follow the kurtosis of the examples, and skewness widens a
 bound and never narrows it: `benchmarks/compared` shows that these bounds err less often there. No bound of a bounded score has

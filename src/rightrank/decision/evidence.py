@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import permutations
+from itertools import combinations
 
 import numpy as np
 
@@ -31,8 +31,10 @@ from rightrank.decision.comparison import (
     descending,
     estimate,
     is_within,
+    t_quantile,
     walk_down,
 )
+from rightrank.decision.posterior import JointMeans, sample_joint_means
 from rightrank.decision.seeds import (
     BARE_WITHIN_DEGREES,
     BOUND_DEGREES,
@@ -42,11 +44,9 @@ from rightrank.decision.seeds import (
     WITHIN_DEGREES,
     PairNoise,
     Prior,
-    margin_within,
     noise_of_mean,
     pair_noise,
     prior_of,
-    probability_within,
     seed_parts,
     winners_gap,
 )
@@ -196,8 +196,7 @@ class Evidence:
 
     def is_at_edge(self, rank: int) -> bool:
         """Whether the rank's best learning rate is the lowest or the highest of several that were tried."""
-        tried = self.table.tried_learning_rates(rank)
-        return len(tried) > 1 and self.contenders[rank].learning_rate in (tried[0], tried[-1])
+        return bool(self.table.rates_ending_at(self.contenders[rank].learning_rate, rank))
 
     def value(self, contender: Contender) -> Estimate:
         """The contender's own mean."""
@@ -255,27 +254,34 @@ class Evidence:
         if cells[0].units < MIN_EXAMPLES:
             noun = "examples" if cells[0].groups is None else "groups of examples"
             return f"{cells[0].units} {noun} are too few (at least {MIN_EXAMPLES})"
-        if min(variance for _, variance, _ in self._apart.values()) <= 0:
-            return "two ranks have the same scores"
-        return ""
+        variances, _ = self._apart
+        return "two ranks have the same scores" if (variances + np.eye(len(variances)) <= 0).any() else ""
 
     def probability(self, rank: int, margin: float) -> float | None:
-        """That the rank is enough, within the margin of every other rank over seeds and examples: the smallest over the others.
-
-        None where there is none (`no_probability`).
-        """
+        """That the rank is within the margin of every other rank at once, over seeds and examples; None where there is none (`no_probability`)."""
         if self.no_probability:
             return None
-        return min(probability_within(*self._apart[rank, other], margin) for other in self.contenders if other != rank)
+        return float(np.mean(self._worse_than_best[self.joint.ranks.index(rank)] <= margin))
 
-    def margin_of(self, rank: int, probability: float, seeds: int = 0, examples: int = 0) -> float:
-        """The margin from which the rank has the probability, which there must be; with so many seeds and examples, where they are given."""
-        others = [self._apart[rank, other] for other in self.contenders if other != rank]
-        seeds_now, examples_now = self.size
-        likeness = max(_noise_of(paired_cells(rival, self.reference)).likeness for rival in self.contenders.values())
-        now = NOISE.ratio(seeds_now, examples_now / likeness)
-        smaller = NOISE.ratio(seeds or seeds_now, (examples or examples_now) / likeness) / now
-        return max(margin_within(mean, variance * smaller, degrees, probability) for mean, variance, degrees in others)
+    def margins_at(self, probability: float, seeds: int = 0, examples: int = 0) -> dict[int, float]:
+        """The margin from which each rank has the probability, which there must be; with so many seeds and examples, where they are given."""
+        worse = self._worse_than_best
+        if seeds or examples:
+            seeds_now, examples_now = self.size
+            now = NOISE.ratio(seeds_now, examples_now / self._likeness)
+            planned = NOISE.ratio(seeds or seeds_now, (examples or examples_now) / self._likeness)
+            worse = self.joint.worse_than_best(math.sqrt(planned / now))
+        margins = np.quantile(worse, probability, axis=1, method="inverted_cdf")
+        return {rank: margin for rank, margin in zip(self.joint.ranks, margins.tolist(), strict=True) if rank > 0}
+
+    @cached_property
+    def _worse_than_best(self) -> Floats:
+        return self.joint.worse_than_best()
+
+    @cached_property
+    def _likeness(self) -> float:
+        """How many examples of a group count as one."""
+        return max(_noise_of(paired_cells(rival, self.reference)).likeness for rival in self.contenders.values())
 
     @property
     def size(self) -> tuple[int, int]:
@@ -284,32 +290,42 @@ class Evidence:
         return min(map(len, cells)), next(iter(cells[0].values())).examples
 
     def alike(self, confidence: float) -> list[int]:
-        """The ranks that are not worse than the best with this probability, ascending; at least two where no rank is enough with it."""
-        best = self.reference.rank
-        return [
-            rank
-            for rank in sorted(self.contenders)
-            if rank == best or probability_within(*self._apart[rank, best], 0.0) > 1 - confidence
-        ]
+        """The ranks that are not shown to be worse than the best with this confidence, or `CONFIDENCE` if that is higher, ascending."""
+        return self.joint.alike(max(CONFIDENCE, confidence))
 
     def half_width(self, confidence: float) -> float:
         """How far the differences of `alike` ranks from the best are known, either way; 0 where there is one."""
-        best, both = self.reference.rank, (1 + confidence) / 2
-        apart = [self._apart[rank, best] for rank in self.alike(confidence) if rank != best]
-        return max((margin_within(0.0, variance, degrees, both) for _, variance, degrees in apart), default=0.0)
+        errors = [self.joint.error(rank, self.reference.rank) for rank in self.alike(confidence)]
+        return max(errors) * t_quantile(self.joint.degrees, (1 + confidence) / 2)
 
     @cached_property
-    def _apart(self) -> dict[tuple[int, int], tuple[float, float, float]]:
-        """How much worse the first of two ranks (0: the base) is, the variance of that about the true difference, and its degrees."""
-        apart, place = {}, {contender.rank: number for number, contender in enumerate(self._ordered)}
-        for first, other in permutations([*self.contenders.values(), *([self.base] if self.base else [])], 2):
+    def joint(self) -> JointMeans:
+        """The joint distribution of the true means of ranks and base, which there must be (`no_probability`)."""
+        ranks, losses = zip(*((contender.rank, contender.fair_loss) for contender in self._everyone), strict=True)
+        return sample_joint_means(ranks, losses, *self._apart)
+
+    @property
+    def _everyone(self) -> list[Contender]:
+        """Ranks and base, the best first."""
+        everyone = [*self.contenders.values(), *([self.base] if self.base else [])]
+        return sorted(everyone, key=lambda contender: (contender.fair_loss, contender.rank))
+
+    @cached_property
+    def _apart(self) -> tuple[Floats, float]:
+        """[ranks, ranks] variance of each measured difference about the true one, of `_everyone`; and the degrees of freedom, of the best two ranks."""
+        place = {contender.rank: number for number, contender in enumerate(self._ordered)}
+        variances, degrees = np.zeros((len(self._everyone), len(self._everyone))), 0.0
+        best = {contender.rank for contender in self._ordered[:2]}
+        for (row, first), (column, other) in combinations(enumerate(self._everyone), 2):
             pairs = paired_cells(first, other)
-            seen, noise = estimate_of_pairs(pairs, shift=first.gap - other.gap), _noise_of(pairs)
+            noise = _noise_of(pairs)
             worse = max((first.rank, other.rank), key=lambda rank: place.get(rank, -1))
             examples = pairs[0][0].examples / noise.likeness
             prior = self._expected(worse, NOISE_DEGREES, math.inf, examples=examples)
-            apart[first.rank, other.rank] = seen.mean, *noise_of_mean(noise, prior, len(pairs), examples)
-        return apart
+            variance, of_pair = noise_of_mean(noise, prior, len(pairs), examples)
+            variances[row, column] = variances[column, row] = variance
+            degrees = of_pair if {first.rank, other.rank} == best else degrees
+        return variances, degrees
 
     def _stated(self, contender: Contender) -> float | None:
         """The variance of the contender's mean that the table states, if the evidence rests on stated deviations."""
@@ -471,14 +487,11 @@ class Comparison:
         return probability
 
     def at_confidence(self, confidence: float) -> Comparison:
-        """With the smallest rank whose probability is at least `confidence`, else the smallest that is not probably worse than the best.
-
-        As it is without probabilities, where bounds decide.
-        """
+        """With the smallest rank whose probability is at least `confidence`, else the likeliest; as it is without probabilities, where bounds decide."""
         if self.evidence.no_probability:
             return self
         enough = [rank for rank in self.ranks if self.likely(rank) >= confidence]
-        chosen = min(enough or self.evidence.alike(confidence))
+        chosen = min(enough, default=max(self.ranks, key=lambda rank: (self.likely(rank), -rank)))
         return replace(self, chosen=chosen, confidence=confidence)
 
     @property
@@ -513,6 +526,11 @@ class Comparison:
         if self.confidence is not None and self.likely(rank) <= 1 - self.confidence:
             return True
         return not compared.within if self.evidence.is_point_reading else compared.non_inferior is False
+
+    def is_clearly_worse(self, rank: int) -> bool:
+        """Whether the rank is `is_worse` with a probability of `CONFIDENCE`, where it has any."""
+        is_likely = self.confidence is not None and self.likely(rank) > 1 - CONFIDENCE
+        return self.is_worse(rank) and not (is_likely and self.by_rank[rank].non_inferior is not False)
 
 
 def compare(evidence: Evidence, margin: float) -> Comparison:
@@ -569,5 +587,4 @@ def _walked(tested: Comparison) -> Iterator[tuple[float, int]]:
 def _likely(tested: Comparison) -> list[tuple[float, int]]:
     """Margin and rank by ascending margin: where it has the confidence. The base is no rank to answer with."""
     assert tested.confidence is not None
-    margins = {rank: max(0.0, tested.evidence.margin_of(rank, tested.confidence)) for rank in tested.ranks}
-    return sorted((margin, rank) for rank, margin in margins.items())
+    return sorted((margin, rank) for rank, margin in tested.evidence.margins_at(tested.confidence).items())

@@ -22,8 +22,19 @@ from rightrank.decision.comparison import (
     settles,
 )
 from rightrank.decision.evidence import Comparison, Evidence
-from rightrank.decision.verdicts import inconclusive_rank, is_unlikely, lengths, names, possible_rival, shown_rank
-from rightrank.schema.decision import Decision, NextRun, Verdict
+from rightrank.decision.table import ScoreTable
+from rightrank.decision.verdicts import (
+    has_lower_rate,
+    inconclusive_rank,
+    is_open,
+    is_unlikely,
+    lengths,
+    names,
+    possible_rival,
+    shown_rank,
+    unexplained_rank,
+)
+from rightrank.schema.decision import NextRun, Verdict
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import MAX_SEED
 
@@ -39,11 +50,13 @@ def next_runs(tested: Comparison, verdict: Verdict, flags: list[str]) -> list[Ne
     runs: list[NextRun] = []
     if verdict == "no_gain":
         runs.append(_after_no_gain(tested.evidence))
-    elif verdict == "undecided" and is_unlikely(tested):
-        runs.extend(_purchases(tested))
     elif verdict == "undecided":
-        rank, difference = _undecided_rank(tested)
-        runs.extend(_settle(tested, rank, difference))
+        if (unexplained := unexplained_rank(tested)) is not None:
+            runs.append(_repeat(tested, unexplained))
+        if is_unlikely(tested):
+            runs.extend(_purchases(tested))
+        elif is_open(tested):
+            runs.extend(_settle(tested, *_undecided_rank(tested)))
     elif tested.chosen == tested.ranks[-1] and (verdict == "rising" or not tested.evidence.is_point_reading):
         runs.append(_extend(tested.evidence))
     if "lr_edge" in flags:
@@ -56,6 +69,24 @@ def next_runs(tested: Comparison, verdict: Verdict, flags: list[str]) -> list[Ne
         else:
             runs.append(_further_seeds(tested) if tested.rests_on_examples else _confirm(tested))
     return runs
+
+
+def _repeat(tested: Comparison, rank: int) -> NextRun:
+    """The training that probably failed once more: at a lower learning rate where none was tried, else with another seed."""
+    evidence, start = tested.evidence, f"Train rank {rank} again"
+    if has_lower_rate(tested, rank):
+        return _train_seeds(
+            evidence,
+            [rank],
+            len(evidence.contenders[rank].cells) + 1,
+            f"{start} with another seed ({{cost}}): it may have failed.",
+        )
+    rate = evidence.contenders[rank].learning_rate
+    lower = [_beyond(rate, EDGE_FACTOR * rate, _known_rates(evidence.table))] if rate > 0 else []
+    at = f"at learning rate {lower[0]:.2g} (now {rate:.2g})" if lower else "at a lower learning rate"
+    return NextRun(
+        action="rates", ranks=[rank], learning_rates=lower, trials=1, sentence=f"{start} {at}: it may have failed."
+    )
 
 
 def _undecided_rank(tested: Comparison) -> tuple[int, Estimate]:
@@ -100,8 +131,7 @@ def _purchases(tested: Comparison) -> list[NextRun]:
     cells = [cell for rank in ranks for cell in evidence.contenders[rank].cells.values()]
 
     def reach(more_seeds: int, more_examples: int) -> bool:
-        margins = (evidence.margin_of(rank, asked, more_seeds, more_examples) for rank in ranks)
-        return any(is_within(needed, margin) for needed in margins)
+        return is_within(min(evidence.margins_at(asked, more_seeds, more_examples).values()), margin)
 
     sizes = [size for size in SIZES if size > examples]
     counts = range(seeds + 1, MAX_SEEDS + 1)
@@ -116,7 +146,9 @@ def _purchases(tested: Comparison) -> list[NextRun]:
     if trained is not None or items is None:
         wanted: tuple[int, int | None] | None = (trained, None) if trained is not None else None
         if wanted is None:
-            wanted = next(((count, size) for count in counts for size in sizes if reach(count, size)), None)
+            fewest = next((count for count in counts if sizes and reach(count, sizes[-1])), None)
+            if fewest is not None:
+                wanted = fewest, next(size for size in sizes if reach(fewest, size))
         if wanted is None:
             sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {tested.chosen}, or choose another margin."
             return [NextRun(action="none", ranks=[tested.chosen], sentence=sentence)]
@@ -219,7 +251,7 @@ def _equal_lengths(evidence: Evidence) -> NextRun:
 def _extend(evidence: Evidence) -> NextRun:
     top = evidence.reference
     rate = top.learning_rate
-    lrs = [_beyond(rate, EDGE_FACTOR * rate, _known_rates(evidence)), rate] if rate > 0 else []
+    lrs = [_beyond(rate, EDGE_FACTOR * rate, _known_rates(evidence.table)), rate] if rate > 0 else []
     trials = len(lrs) or 1
     at = f" at learning rates {' and '.join(f'{lr:.2g}' for lr in lrs)}" if lrs else ""
     sentence = f"Train rank {2 * top.rank}{at} ({_cost(trials)}), or accept a larger margin."
@@ -229,9 +261,18 @@ def _extend(evidence: Evidence) -> NextRun:
 def _beyond_the_edge(tested: Comparison) -> NextRun:
     evidence, ranks = tested.evidence, sorted({tested.chosen, tested.reference.rank})
     rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
-    lrs = evidence.table.tried_learning_rates(rank)
-    edge, inner = (lrs[0], lrs[1]) if evidence.contenders[rank].learning_rate == lrs[0] else (lrs[-1], lrs[-2])
-    lr = _beyond(edge, inner, _known_rates(evidence))
+    run = run_beyond_the_edge(evidence.table, rank, evidence.contenders[rank].learning_rate, ranks)
+    assert run is not None
+    return run
+
+
+def run_beyond_the_edge(table: ScoreTable, rank: int, learning_rate: float, ranks: list[int]) -> NextRun | None:
+    """Return the run of `ranks` at the learning rate beyond the rank's best one; None where that is inside those tried."""
+    rates = table.rates_ending_at(learning_rate, rank)
+    if not rates:
+        return None
+    edge, inner = (rates[0], rates[1]) if learning_rate == rates[0] else (rates[-1], rates[-2])
+    lr = _beyond(edge, inner, _known_rates(table))
     sentence = (
         f"The best learning rate of rank {rank} is at the edge of those tried: train {_ranks(ranks)} at {lr:.2g} too "
         f"({_cost(len(ranks))})."
@@ -239,8 +280,8 @@ def _beyond_the_edge(tested: Comparison) -> NextRun:
     return NextRun(action="rates", ranks=ranks, learning_rates=[lr], trials=len(ranks), sentence=sentence)
 
 
-def _known_rates(evidence: Evidence) -> set[float]:
-    return {rate for rank in evidence.table.ranks() for rate in evidence.table.tried_learning_rates(rank)}
+def _known_rates(table: ScoreTable) -> set[float]:
+    return {rate for rank in table.ranks() for rate in table.tried_learning_rates(rank)}
 
 
 def _beyond(edge: float, inner: float, known: Iterable[float]) -> float:
@@ -323,20 +364,18 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def next_commands(
-    started: RunStarted, decision: Decision | None, run: str, margin: float | None = None
+    started: RunStarted, runs: Sequence[NextRun], run: str, margin: float | None = None
 ) -> list[str | None]:
-    """For each of the decision's next runs its command, or None if options of `select` can't express it.
+    """Return the command of each next run, or None if options of `select` can't express it.
 
     `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
     """
-    if decision is None:
-        return []
     if started.is_own:
-        return [None] * len(decision.next_runs)
+        return [None] * len(runs)
     further = [] if margin is None else ["--margin", f"{margin:g}"]
     return [
         shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
-        for options in (_further_options(started, wanted) for wanted in decision.next_runs)
+        for options in (_further_options(started, wanted) for wanted in runs)
     ]
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.adapter import Criterion, compared_adapters, making_of
+from rightrank.decision.next_run import run_beyond_the_edge
 from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
 from rightrank.decision.table import ScoreTable, table_of, without_collapsing
-from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
+from rightrank.schema.decision import AdapterCandidate, Decision, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
 from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, unknown_direction
@@ -136,7 +137,7 @@ def decide_on(
     asked = [started.metric, *settings.metrics]
     known = metrics_of(records) if started.data.form != "own" else ()
     beside = [name for name in known if name != metric and (name in asked or name not in REPORTED_ONLY)]
-    others = [run_table(records, outcomes, name) for name in beside if _direction_in(started, name) is not None]
+    others = [run_table(records, outcomes, name) for name in beside if metric_direction(started, name) is not None]
     wanted = settings.confidence if confidence is None else confidence
     return decision_of(
         run_table(records, outcomes, metric, higher),
@@ -171,14 +172,14 @@ def run_table(
         return table_of(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
     if higher is None:
-        higher = _direction_in(started, metric)
+        higher = metric_direction(started, metric)
     if higher is None:
         raise ResultsError(f"{unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
     along = started.points_metric or started.metric
     return table_of(outcomes, metric, higher, along, looks=records.outcomes, loss=started.data.loss_kind)
 
 
-def _direction_in(started: RunStarted, metric: str) -> bool | None:
+def metric_direction(started: RunStarted, metric: str) -> bool | None:
     """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
     if metric == started.metric:
         return started.higher_is_better
@@ -245,6 +246,16 @@ class Answers:
     trainings: float = 0.0  # so far
     estimate: TrainingRankEstimate | None = None  # of the training rank, where it was not asked
     started: RunStarted | None = None  # None: the results come from no run
+    # beyond the learning rate of the adapter, where that is the lowest or the highest tried
+    adapter_run: NextRun | None = None
+
+    @property
+    def next_runs(self) -> list[NextRun]:
+        """Return the next runs of both answers, those of the decision first."""
+        runs = [] if self.decision is None else self.decision.next_runs
+        planned = {rate for run in runs if run.action == "rates" for rate in run.learning_rates}
+        is_new = self.adapter_run is not None and not planned.issuperset(self.adapter_run.learning_rates)
+        return [*runs, self.adapter_run] if self.adapter_run is not None and is_new else runs
 
     @property
     def cost(self) -> dict[str, float | None]:
@@ -264,6 +275,7 @@ class Answers:
                 "adapter_sentence": adapter and adapter.answer.sentence,
                 "cost": self.cost,
                 "adapter_making": self.making,
+                "adapter_flags": [] if self.adapter_run is None else ["lr_edge"],
                 "handed_over": _fields(adapter and adapter.handed_over),
                 "adapter_answer": _fields(adapter and adapter.answer),
                 "training_rank_estimate": _fields(self.estimate),
@@ -279,8 +291,12 @@ def answers_of(
 ) -> Answers:
     adapter = records.adapters[-1] if records.adapters else None
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
-    making = None if chosen is None else making_of(chosen, records.finished()).sentence()
-    return Answers(decision, goal, adapter, making, trainings(records), estimate, records.started)
+    making = None if chosen is None else making_of(chosen, records.finished())
+    sentence = run = None
+    if making is not None:
+        sentence, rank = making.sentence(), making.trained_rank
+        run = run_beyond_the_edge(run_table(records), rank, making.learning_rate, [rank])
+    return Answers(decision, goal, adapter, sentence, trainings(records), estimate, records.started, run)
 
 
 def _fields(record: Record | None) -> Any:

@@ -25,7 +25,15 @@ from rightrank.decision.evidence import Compared, Comparison, Evidence, Unit, co
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, probability_note, sentence_of
 from rightrank.decision.table import ScoreTable, at_checkpoint
-from rightrank.decision.verdicts import alike_ranks, checkpoint_note, flags_of, grade_of, shown_rank, verdict_of
+from rightrank.decision.verdicts import (
+    alike_ranks,
+    checkpoint_note,
+    flags_of,
+    grade_of,
+    is_open,
+    shown_rank,
+    verdict_of,
+)
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import Checkpoint, default_margin
@@ -68,7 +76,10 @@ def decision_of(
     beside = [_beside(tested.by_rank, other, confidence, checkpoint) for other in comparable]
     flags = flags_of(tested, verdict, beside, checkpoints)
     runs = next_runs(tested, verdict, flags)
-    if smallest_if_alike and verdict == "undecided" and (alike := alike_ranks(tested)):
+    alike = (
+        alike_ranks(tested) if is_open(tested) else [chosen]
+    )  # a larger rank that is worse leaves the rest of the answer as it is
+    if smallest_if_alike and verdict == "undecided" and alike:
         verdict, chosen = "no_difference" if len(alike) > 1 else "saturated", alike[0]
         tested = replace(tested, chosen=chosen)
     rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, shown_rank(tested)
@@ -107,7 +118,7 @@ def _by_probability(tested: Comparison, unit: Unit) -> dict[str, Any]:
     if asked is None:
         return {}
     alike = evidence.alike(asked)
-    margins = {rank: max(0.0, unit.difference(evidence.margin_of(rank, asked))) for rank in tested.ranks}
+    margins = {rank: unit.difference(margin) for rank, margin in evidence.margins_at(asked).items()}
     return {
         "asked": asked,
         "take": take,

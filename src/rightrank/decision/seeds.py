@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, by_group, t_quantile, t_tail
+from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, by_group, t_tail
 from rightrank.schema.trials import Floats, Groups
 
-BOOTSTRAP_DRAWS = 2000  # from a fixed seed
+BOOTSTRAP_DRAWS = 2000
 
 
 def needed_seeds(deviation: float, difference: float) -> int:
@@ -109,11 +109,6 @@ def probability_within(difference: float, variance: float, degrees: float, margi
     return 1 - beyond if deviations > 0 else beyond
 
 
-def margin_within(difference: float, variance: float, degrees: float, probability: float) -> float:
-    """The margin at which `probability_within` is `probability`."""
-    return difference + math.sqrt(variance) * t_quantile(degrees, probability)
-
-
 def noise_of_mean(pair: PairNoise, prior: Prior, seeds: int, examples: float) -> tuple[float, float]:
     """The variance of a mean difference about the true one, and its degrees of freedom."""
     variance, degrees = prior.moderated(pair)
@@ -182,9 +177,22 @@ def winners_gap(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES)
     """
     if len(means) < 2:
         return 0.0
+    noise = multivariate_noise(covariance, degrees, BOOTSTRAP_DRAWS)
+    picks = np.argmin(means[:, None] + noise, axis=0)
+    return max(0.0, -float(noise[picks, np.arange(BOOTSTRAP_DRAWS)].mean()))
+
+
+def multivariate_noise(covariance: Floats, degrees: float, draws: int) -> Floats:
+    """[n, draws] of a multivariate t with mean 0, from a fixed seed; normal from `MAX_DEGREES` on.
+
+    The root of the covariance is Cholesky's. A further row changes none before it, and unlike eigenvectors, which equal variances leave open, it is
+    the same on every machine. Where no noise has this covariance, the last rows get some more variance.
+    """
+    root = np.zeros_like(covariance)
+    for row, column in zip(*np.tril_indices(len(root)), strict=True):
+        rest, pivot = covariance[row, column] - root[row, :column] @ root[column, :column], root[column, column]
+        root[row, column] = math.sqrt(max(rest, 0.0)) if row == column else rest / pivot if pivot > 0 else 0.0
     generator = np.random.default_rng(0x5EED)
-    noise = generator.multivariate_normal(np.zeros(len(means)), covariance, size=BOOTSTRAP_DRAWS, method="eigh")
-    if degrees < MAX_DEGREES:
-        noise /= np.sqrt(generator.chisquare(degrees, size=BOOTSTRAP_DRAWS) / degrees)[:, None]
-    picks = np.argmin(means + noise, axis=1)
-    return max(0.0, -float(noise[np.arange(BOOTSTRAP_DRAWS), picks].mean()))
+    scale = np.sqrt(degrees / generator.chisquare(degrees, draws)) if degrees < MAX_DEGREES else 1.0
+    noise: Floats = root @ generator.standard_normal((len(root), draws)) * scale
+    return noise

@@ -12,10 +12,12 @@ from rightrank.decision.verdicts import (
     alike_ranks,
     grade_of,
     inconclusive_rank,
+    is_open,
     lengths,
     names,
     possible_rival,
     shown_rank,
+    unexplained_rank,
 )
 from rightrank.schema.decision import RankEvidence, Verdict
 from rightrank.schema.metrics import LOSS_KINDS
@@ -153,6 +155,12 @@ def _no_difference(tested: Comparison, within: str, unit: Unit) -> str:
 
 def _undecided(tested: Comparison, within: str, unit: Unit) -> str:
     compared, reference = tested.by_rank, tested.reference.rank
+    if (unexplained := unexplained_rank(tested)) is not None:
+        without = "" if is_open(tested) else f" Without it rank {tested.chosen} looks enough{_likely(tested)}."
+        return (
+            f"Undecided: rank {unexplained} is {_compared(tested, unexplained, unit)} than rank {reference}, where a larger rank should be about as good: "
+            f"its training may have failed.{without}"
+        )
     if tested.confidence is not None:
         return cannot_tell(tested, tested.confidence, within, unit)
     inconclusive = inconclusive_rank(tested)
@@ -186,16 +194,13 @@ def cannot_tell(tested: Comparison, asked: float, within: str, unit: Unit) -> st
     evidence, take = tested.evidence, tested.chosen
     alike = evidence.alike(asked)
     worse = [rank for rank in tested.ranks if rank not in alike]
-    width, enough, least = (
-        number(unit.difference(value))
-        for value in (
-            evidence.half_width(asked),
-            evidence.margin_of(take, asked),
-            min(evidence.margin_of(rank, asked) for rank in tested.ranks),
-        )
-    )
+    margins = evidence.margins_at(asked)
+    values = (evidence.half_width(asked), margins[take], min(margins.values()))
+    width, enough, least = (number(unit.difference(value)) for value in values)
     parts = [
-        f"{names(alike).capitalize()} cannot be told apart (±{width}; the margin is {within}).",
+        f"{names(alike).capitalize()} cannot be told apart (±{width}; the margin is {within})."
+        if len(alike) > 1
+        else "",
         f"{names(worse).capitalize()} {'is' if len(worse) == 1 else 'are'} probably worse." if worse else "",
         f"Take rank {take}: {asked:.0%} likely to be within {enough} of the best, {chance(tested.likely(take))} within the margin.",
         f"The smallest margin that these data resolve is {least}." if least != enough else "",

@@ -113,6 +113,17 @@ class ScoreTable:
         """Those with a finished trial, and those that were stopped early or diverged."""
         return sorted({*self.by_learning_rate(rank), *self.tried.get(rank, ())})
 
+    def rates_ending_at(self, learning_rate: float, rank: int) -> list[float]:
+        """Return several tried learning rates whose lowest or highest is this best one of the rank; empty if there are none.
+
+        They are those of the rank, or else those of every rank at which several were tried: most ranks of a search get one
+        learning rate, the best of another rank.
+        """
+        ranks = sorted({*self._by_rank, *self.tried})
+        tried = {rank: self.tried_learning_rates(rank) for rank in ranks}
+        of_all = sorted({rate for rates in tried.values() if len(rates) > 1 for rate in rates})
+        return next((r for r in (tried[rank], of_all) if len(r) > 1 and learning_rate in (r[0], r[-1])), [])
+
     def by_learning_rate(self, rank: int) -> Mapping[float, Mapping[int, Cell]]:
         """The rank's cells by learning rate and seed, both ascending."""
         return self._by_rank.get(rank, {})
@@ -421,7 +432,11 @@ def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = fl
 
 
 def spread_sentence(spread: DifferenceSpread) -> str:
-    share = f"{spread.worse:.1%}".replace(".0%", "%")
+    """Say how many examples get much worse; the tenth that gets worst only where some do."""
+    if spread.worse == 0:
+        return f"No held-out example gets worse by more than {spread.amount:.2g}."
+    rounded = f"{spread.worse:.1%}"
+    share = "Fewer than 0.1%" if rounded == "0.0%" else rounded.replace(".0%", "%")
     return (
         f"{share} of the examples get worse by more than {spread.amount:.2g}, and the worst tenth by "
         f"{spread.worst_tenth:.2g} on average."

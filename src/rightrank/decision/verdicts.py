@@ -5,7 +5,8 @@ The verdict is the first row that applies, from the most sobering to the plaines
     ===========  =====================================================================================
     no_gain      the base itself is within the margin of the best adapter
     undecided    a rank that could change the answer is inconclusive (`inconclusive_rank`), or a larger
-                 rank may be better than the reference by more than the margin (`possible_rival`)
+                 rank may be better than the reference by more than the margin (`possible_rival`), or
+                 is worse than it without a reason (`unexplained_rank`)
     overfitting  the largest rank is worse than the margin allows on held-out data and better in training
     flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
     rising       the largest rank is chosen, and every smaller one is shown to be worse than the margin allows
@@ -33,13 +34,15 @@ from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
 from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdict
 from rightrank.schema.metrics import Checkpoint, default_margin, direction, metric_kind, published_deviation
 
+FALL_IN_MARGINS = 20.0  # below the best; without a further fall at the next rank no published curve has more than 16 (benchmarks/decide)
+RISE = 1 / 8  # of a rank's distance from the best, that its neighbour has where results get worse rank by rank
+
 
 def verdict_of(tested: Comparison) -> Verdict:
     """The first row of the table above that applies."""
     if tested.base_is_enough:
         return "no_gain"
-    by_bounds = None if tested.confidence is not None else possible_rival(tested)
-    if is_unlikely(tested) or inconclusive_rank(tested) is not None or by_bounds is not None:
+    if is_open(tested) or unexplained_rank(tested) is not None:
         return "undecided"
     if overfits(tested):
         return "overfitting"
@@ -82,6 +85,13 @@ def inconclusive_rank(tested: Comparison) -> int | None:
     if far is None or compared[far].non_inferior is False:
         return None
     return far if compared[far].non_inferior is None else below
+
+
+def is_open(tested: Comparison) -> bool:
+    """Whether the trainings as they are leave the answer undecided."""
+    if tested.confidence is not None:
+        return is_unlikely(tested)
+    return inconclusive_rank(tested) is not None or possible_rival(tested) is not None
 
 
 def is_unlikely(tested: Comparison) -> bool:
@@ -136,6 +146,45 @@ def _better_above(tested: Comparison) -> int | None:
     return min(better, key=lambda rank: lows[rank], default=None)
 
 
+def unexplained_rank(tested: Comparison) -> int | None:
+    """The smallest rank above the reference that is clearly worse without a reason; None if there is none.
+
+    A larger rank is expected to be about as good. Where one is not, its training went wrong (a learning rate that is too high, an unlucky seed), and it may
+    be the best in truth: most answers beside such a rank were too small on twelve long grids (benchmarks/selection/noise_model.json). Or it overfits: then its training values are
+    better than the reference's, or the results get worse rank by rank. Two seeds that show it by their bounds settle it too, unless it fell by
+    `FALL_IN_MARGINS` at the lowest of its learning rates. One number a rank has to fall as far.
+    """
+    larger = [rank for rank in tested.ranks if rank > tested.reference.rank]
+    for rank in larger:
+        compared = tested.by_rank[rank]
+        has_failed = not has_lower_rate(tested, rank) and not is_within(
+            compared.difference.mean, FALL_IN_MARGINS * tested.margin
+        )
+        is_shown = compared.non_inferior is False and compared.difference.seeds > 1
+        is_settled = (tested.evidence.is_point_reading or is_shown) and not has_failed
+        is_explained = _learns_more(tested, rank) or _continues_a_rise(tested, larger, rank)
+        if tested.is_clearly_worse(rank) and not is_settled and not is_explained:
+            return rank
+    return None
+
+
+def has_lower_rate(tested: Comparison, rank: int) -> bool:
+    """Whether a lower learning rate than the rank's best was tried too."""
+    return tested.evidence.table.tried_learning_rates(rank)[0] < tested.evidence.contenders[rank].learning_rate
+
+
+def _continues_a_rise(tested: Comparison, larger: Sequence[int], rank: int) -> bool:
+    """Whether the larger rank next to this one is worse too, as where ranks overfit: by a share of it below, by more above; not where the base is better."""
+    worse = {other: tested.by_rank[other].difference.mean for other in tested.by_rank}
+    if 0 in worse and worse[rank] > worse[0]:
+        return False
+    place = larger.index(rank)
+    below, above = larger[max(place - 1, 0) : place], larger[place + 1 : place + 2]
+    return any(worse[other] >= RISE * worse[rank] for other in below) or any(
+        worse[other] >= (1 + RISE) * worse[rank] for other in above
+    )
+
+
 def rises(tested: Comparison) -> bool:
     """Whether the top rank's mean is better than every smaller one's by more than the margin and its stated deviation."""
     *smaller, top = tested.ranks
@@ -148,10 +197,13 @@ def rises(tested: Comparison) -> bool:
 
 def overfits(tested: Comparison) -> bool:
     """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
-    top = tested.evidence.contenders[tested.ranks[-1]]
-    if top.rank == tested.reference.rank or not tested.is_worse(top.rank):
-        return False
-    ours, theirs = _train_value(top), _train_value(tested.reference)
+    top = tested.ranks[-1]
+    return top != tested.reference.rank and tested.is_worse(top) and _learns_more(tested, top)
+
+
+def _learns_more(tested: Comparison, rank: int) -> bool:
+    """Whether the rank is better than the reference in training."""
+    ours, theirs = _train_value(tested.evidence.contenders[rank]), _train_value(tested.reference)
     return ours is not None and theirs is not None and ours < theirs
 
 
@@ -188,6 +240,7 @@ def flags_of(
         and all(tested.by_rank[rank].low > 0 for rank in tested.ranks if rank < top),
         "lr_edge": any(evidence.is_at_edge(rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
+        "larger_rank_worse": unexplained_rank(tested) is not None,
         "unequal_length": len(lengths(evidence)) > 1,
         "collapsed": evidence.table.collapsed > 0,
         "one_seed": tested.is_indication,

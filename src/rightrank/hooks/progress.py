@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 from rightrank.report.evidence_tables import end_text
+from rightrank.report.figure import metric_label
 from rightrank.report.format import duration, size
 from rightrank.schema.events import Evaluating, Event, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import (
@@ -47,7 +48,7 @@ class Progress:
         self._ended: dict[str, tuple[int, float]] = {}
         self._costs: list[float] = []  # seconds of each training alone
         self._work: Evaluating | None = None  # besides trials
-        self._higher_is_better = False
+        self._metric, self._higher_is_better = "loss", False
         self._best: dict[int, float] = {}
         self._truncated: dict[int, float] = {}
         self._peak_bytes = 0
@@ -79,7 +80,7 @@ class Progress:
         """
         self._whole_steps = planned.steps
         self._expected = planned.expected_trainings
-        self._higher_is_better = planned.started.higher_is_better
+        self._metric, self._higher_is_better = planned.started.metric, planned.started.higher_is_better
         for outcome in planned.outcomes:
             self._end(outcome)
         top = max(planned.started.select_settings.ranks)
@@ -89,6 +90,10 @@ class Progress:
     def curves(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
         """The best trained value of each rank so far, and the best truncation."""
         return sorted(self._best.items()), sorted(self._truncated.items())
+
+    def curve_label(self) -> str:
+        """Return the name of the values of `curves`, with the better direction."""
+        return metric_label(self._metric, self._higher_is_better)
 
     def progress_line(self) -> str:
         if (work := self._work) is not None:

@@ -21,7 +21,7 @@ from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
 from rightrank.schema.events import AdapterRecorded, Event, RunStopped
 from rightrank.schema.results import Inspection
-from rightrank.schema.trials import OUTCOMES
+from rightrank.schema.trials import OUTCOMES, SCHEMA_VERSION
 
 MAX_SHARE = 0.05  # of the wall time, for writing the report while trials run
 MAX_TICKS = 12  # of the singular values, each of which is then a tick
@@ -60,7 +60,10 @@ class Report(Hook):
         """Write decision.json, once either question has an answer, and the report; see `write_report`."""
         folder, known = self._started.folder, answers(records, decision, self._started.plan.settings.goal)
         if decision is not None or records.adapters:
-            write_text(folder.decision, json.dumps(known.document(), indent=2, allow_nan=False) + "\n")
+            write_text(
+                folder.decision,
+                json.dumps({"schema_version": SCHEMA_VERSION} | known.document(), indent=2, allow_nan=False) + "\n",
+            )
         return write_report(folder, records, known)
 
 

@@ -68,7 +68,7 @@ class View(Hook):
 
     def _curve(self) -> str:
         trained, truncated = self._progress.curves()
-        return terminal_curve(trained, self._console.width, truncated)
+        return terminal_curve(trained, self._console.width, truncated, label=self._progress.curve_label())
 
 
 class LiveView(View):

@@ -7,14 +7,14 @@ and MLflow are tables that pandas holds: `study.trials_dataframe()`, `mlflow.sea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.rows import FILE_TYPES, Row
-from rightrank.schema.errors import ResultsError, did_you_mean
+from rightrank.schema.errors import ResultsError, did_you_mean, quoted
 from rightrank.schema.metrics import direction
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "std_seeds": ("n_seeds", "num_seeds", "std_seeds", "n_runs", "n"),
     "item": ("item", "item_id", "example", "example_id", "sample_id", "question_id"),
     "group": ("group", "item_group", "group_id"),
-    "weight": ("tokens", "item_tokens", "label_tokens", "n_tokens", "num_tokens", "weight"),
+    "weight": ("tokens", "item_tokens", "example_tokens", "label_tokens", "n_tokens", "num_tokens", "weight"),
     "train_value": ("train_loss", "train_value", "training_loss", "train_train_loss"),
     "step": ("step", "global_step", "train_global_step", "training_iteration", "steps", "total_steps", "num_steps"),
     "seconds": ("train_seconds", "train_runtime", "runtime", "time_total_s", "duration", "wall_seconds", "seconds"),
@@ -55,12 +55,14 @@ _MEASURED = re.compile(r"(metrics|summary)[./]", re.IGNORECASE)
 _MAX_NAMES = 12
 STATE = "trainer_state.json"
 BLANKS = ("", "-", "–", "—", "none", "null", "n/a")  # texts of cells that hold nothing
-# Parts of a name such as r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3.
+# Parts of a name such as r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3, s3: those that spell the setting out, then all of them.
+_NUMBER = r"(\d+)(?![\d.]|[bkmt](?![a-z]))"  # and not the size of a model or of its data, such as r7b
 _NAMED = {
-    "rank": re.compile(r"(?:^|[^a-z])(?:lora[-_=]?)?(?:rank|r)[-_= ]?(\d+)(?![\d.])", re.IGNORECASE),
-    "lr": re.compile(r"(?:^|[^a-z])(?:lr|learning[-_]?rate)[-_=]?(\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE),
-    "seed": re.compile(r"(?:(?:^|[^a-z])seed[-_=]?|(?:^|[-_./ ])s)(\d+)", re.IGNORECASE),
+    "rank": (rf"(?:^|[^a-z])rank[-_= ]?{_NUMBER}", rf"(?:^|[^a-z])(?:lora[-_=]?)?(?:rank|r)[-_= ]?{_NUMBER}"),
+    "lr": (r"(?:^|[^a-z])(?:lr|learning[-_]?rate)[-_=]?(\d+(?:\.\d+)?(?:e-?\d+)?)(?!\d|\.\d|e[-_+]?\d)",),
+    "seed": (rf"(?:^|[^a-z])seed[-_=]?{_NUMBER}", rf"(?:(?:^|[^a-z])seed[-_=]?|(?:^|[-_./ ])s){_NUMBER}"),
 }
+_MODELS = re.compile(r"deepseek[-_ ]?r\d+(?:[-_ ]zero)?", re.IGNORECASE)  # models whose names look like a rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +93,41 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip().lower() in BLANKS)
 
 
-def settings_of_name(name: str) -> dict[str, str]:
-    """`rank`, `lr` and `seed` in a name such as `lora-r16-lr1e-4-seed0`, where it has them."""
-    matches = {setting: pattern.search(name) for setting, pattern in _NAMED.items()}
-    return {setting: match[1] for setting, match in matches.items() if match}
+def settings_of_name(name: str, wanted: Collection[str] = tuple(_NAMED)) -> dict[str, str]:
+    """Return `rank`, `lr` and `seed` by a name such as `lora-r16-lr1e-4-seed0`, where it has them.
+
+    Of several numbers the one that the name spells out counts (`rank16`, `seed0`), else the last one if it alone follows `lora`.
+
+    Args:
+        name: of a training, or the path of its folder.
+        wanted: the settings to look for.
+
+    Raises:
+        ResultsError: a name with several numbers of which none is certain.
+    """
+    numbers = {setting: _number_in(_MODELS.sub(" ", name), setting, name) for setting in _NAMED if setting in wanted}
+    return {setting: number for setting, number in numbers.items() if number is not None}
+
+
+def _number_in(text: str, setting: str, name: str) -> str | None:
+    """Return the number of a setting in `text`, the name without those of models; None if it has none."""
+    matches: list[re.Match[str]] = []
+    for pattern in _NAMED[setting]:
+        matches = list(re.finditer(pattern, text, re.IGNORECASE))
+        if len({float(match[1]) for match in matches}) == 1:
+            return matches[-1][1]
+        if matches:
+            break
+    after_lora = [match for match in matches if "lora" in match[0].lower()]
+    if after_lora and after_lora == matches[-1:]:
+        return matches[-1][1]
+    if not matches:
+        return None
+    numbers = " and ".join(dict.fromkeys(match[1] for match in matches))
+    raise ResultsError(
+        f"{quoted(name)}: the name says {'learning rate' if setting == 'lr' else setting} {numbers}; name the training so that it says one "
+        f"({'lr1e-4' if setting == 'lr' else setting + '16' if setting == 'rank' else 'seed0'}), or give a table with a column {setting}"
+    )
 
 
 def names_of(rows: Iterable[Row]) -> list[str]:
@@ -213,22 +246,25 @@ def import_rows(source: Path) -> list[Row] | None:
 
 
 def settings_from_path(folder: Path, root: Path) -> dict[str, Any]:
-    """`rank`, `lr` and `seed` where known: from the nearest adapter_config.json up to `root`, then from names.
+    """Return `rank`, `lr` and `seed` where known: from the nearest adapter_config.json up to `root`, then from names.
 
     Raises:
-        ResultsError: an adapter_config.json that isn't JSON.
+        ResultsError: an adapter_config.json that isn't JSON, or names that say several ranks, learning rates or seeds.
     """
-    places = [folder, *(place for place in folder.parents if place == root or root in place.parents)]
-    settings: dict[str, Any] = {}
-    for place in places:
-        settings = settings_of_name(place.name) | settings
-    for place in places:
-        paths = [place / "adapter_config.json", *sorted(place.glob("*/adapter_config.json"))]
-        ranks_named = [_object(path).get("r") for path in paths if path.is_file()]
-        ranks = {rank for rank in ranks_named if isinstance(rank, int)}
-        if ranks:
-            return settings | {"rank": ranks.pop()} if len(ranks) == 1 else settings
+    folders = [folder, *(parent for parent in folder.parents if parent == root or root in parent.parents)]
+    ranks = next(filter(None, map(_recorded_ranks, folders)), set[int]())
+    settings: dict[str, Any] = {"rank": ranks.pop()} if len(ranks) == 1 else {}
+    relative_path = "/".join(path.name for path in reversed(folders) if path != root)
+    for name in (relative_path, root.name):  # the name of the root is of all trainings
+        settings = settings_of_name(name, _NAMED.keys() - settings.keys()) | settings
     return settings
+
+
+def _recorded_ranks(folder: Path) -> set[int]:
+    """Return the ranks of the adapters in a folder and in those directly below it."""
+    paths = [folder / "adapter_config.json", *sorted(folder.glob("*/adapter_config.json"))]
+    ranks = [_object(path).get("r") for path in paths if path.is_file()]
+    return {rank for rank in ranks if isinstance(rank, int)}
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ truncations, here or in a fresh process; the hooks of a selection render it, and
 from __future__ import annotations
 
 import json
-import shutil
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,19 +22,21 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, gather, put_in_place, save_trained
-from rightrank.adapters.live_scores import HeldOutBatches, gathered, is_of_classes, together
+from rightrank.adapters.batch_scores import HeldOutBatches, is_of_classes, read_batch
+from rightrank.adapters.in_memory import LiveAdapter, gather, put_in_place, save_trained
+from rightrank.adapters.preserved_state import as_it_came
+from rightrank.adapters.processes import gathered, is_partitioned, together
 from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
-from rightrank.data.files import read_json_object, report_disk_errors, write_text
+from rightrank.data.files import read_json_object, report_disk_errors, temporary_folder, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.records import Records, records_of
-from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.models.adapter_folders import BASE_FILE
+from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
-from rightrank.models.places import BASE_FILE
-from rightrank.runs.executor import Executor, Plan
+from rightrank.runs.executor import Executor, PreparedSelection
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Answered, Hook
-from rightrank.runs.prepare import environment_of
+from rightrank.runs.hook import AdapterProposal, Hook
+from rightrank.runs.prepare import describe_environment
 from rightrank.runs.run import select
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import AdapterAnswer
@@ -42,19 +44,22 @@ from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFo
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome, TrialStarted, content_hash, trial_id
-from rightrank.search.bracket import truncation
-from rightrank.search.history import Requests, Space, Trials, space_of
+from rightrank.search.bracket import make_truncation_arm
+from rightrank.search.history import Requests, Space, Trials, make_space
 from rightrank.search.protocol import Strategy
 from rightrank.train.adapter_runtime import read_identity
-from rightrank.train.covariances import Gathered
-from rightrank.train.device import peak_bytes
-from rightrank.train.evaluation import Measured
+from rightrank.train.covariances import GatheredMoments
+from rightrank.train.device import read_peak_bytes
+from rightrank.train.evaluation import MetricResults
 from rightrank.train.optimizer import Progress
-from rightrank.train.targets import without_peft_noise
-from rightrank.train.trial import finished
+from rightrank.train.targets import suppress_peft_warnings
+from rightrank.train.trial import build_finished_trial
 from rightrank.version import __version__
 
+log = logging.getLogger("rightrank")
+
 KEPT = "measure.json"  # in the run's cache
+TRAINER = "its own trainer"  # the trainer by which the journal of such a run names its kind
 # Of a `LiveAdapter`: in files of their own, or as by default.
 ELSEWHERE = ("model", "held_out", "train", "name", "write_beside")
 
@@ -66,12 +71,12 @@ class Training:
     settings: Mapping[str, Any]  # of `select`, as far as the training states them
     steps: int = 0  # 0: not known
     seconds: float | None = None  # without the end; None: not known
-    peak_bytes: int = 0  # before the end; 0: not known
+    read_peak_bytes: int = 0  # before the end; 0: not known
     kept_step: int | None = None  # of the best checkpoint, where that is measured; None: the last
     notes: Sequence[str] = ()
 
     @property
-    def checkpoint(self) -> str:
+    def get_checkpoint_path(self) -> str:
         if self.kept_step is not None:
             return f"best (step {self.kept_step})"
         return f"last (step {self.steps})" if self.steps else "last"
@@ -88,36 +93,86 @@ class Ending:
 
     @property
     def examples(self) -> int:
-        return len(self.top.item_losses)
+        return len(self.top.example_losses)
 
 
 def peak_so_far() -> int:
-    return peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return read_peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
-    """A new run in `out`, with what a fresh process needs; the run of an earlier training is replaced.
+    """Begin a run in `out` with everything that a fresh process needs, and move the result of an earlier training aside.
 
     Raises:
-        RunFolderError: the folder is in use, holds other files, or cannot be written.
+        ModelError: the model gives no logits.
+        RunFolderError: the folder is in use, holds another kind of run or other files, or cannot be written.
     """
     folder = RunFolder(out)
-    if folder.is_locked():
-        raise RunFolderError(f"{out}: another process is using this folder; wait for it")
-    for entry in out.iterdir() if folder.journal.path.is_file() else ():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    with folder.locked(), report_disk_errors(out):
-        with gathered(live.model):
-            adapter = save_trained(live.model, live.name, folder.trial_adapter("trained"))
-            identity = base_identity(live.model.get_base_model(), adapter.base_model or "")
-        write_text(adapter.path / BASE_FILE, identity.content().decode())
-        if live.write_beside is not None:
-            live.write_beside(adapter.path)
-        started = _started(live, training, adapter)
-        adapter.path.rename(folder.trial_adapter(_top(started, training.steps)))
-        _keep(live, folder, training)
-        folder.journal.append(started)
+    with folder.lock(), report_disk_errors(out):
+        _require_end_run(folder)
+        _require_logits(live)
+        # A failure leaves neither a folder without a journal, which no later run could use, nor an earlier result aside.
+        with temporary_folder(out / "begun") as temporary:
+            begun = RunFolder(temporary)
+            with gathered(live.model):
+                adapter = save_trained(live.model, live.name, begun.get_trial_folder("trained"))
+                identity = base_identity(live.model.get_base_model(), adapter.base_model or "")
+            write_text(adapter.path / BASE_FILE, identity.content().decode())
+            if live.write_beside is not None:
+                live.write_beside(adapter.path)
+            started = _started(live, training, adapter)
+            adapter.path.rename(begun.get_trial_folder(_top(started, training.steps)))
+            _keep(live, begun, training)
+            begun.journal.append(started)
+            if (aside := folder.move_aside()) is not None:
+                log.warning("rightrank: the result of an earlier training was moved to %s", aside)
+            folder.move_from(begun)
     return folder
+
+
+def _require_logits(live: LiveAdapter) -> None:
+    """Raise if the model is an encoder without a head, whose rows of one class have no scores."""
+    batch = next(iter(live.held_out), {})
+    if is_partitioned(live.model) or "labels" not in batch or not is_of_classes(batch):
+        return
+    with as_it_came(live.model, live.name), torch.no_grad():
+        output = live.model(**read_batch(live.model, batch).inputs)
+    if getattr(output, "logits", None) is None:
+        name = type(live.model.get_base_model()).__name__
+        raise ModelError(
+            f"{name} gives no logits: an encoder without a head has no scores of classes; give a model with one, such as of "
+            "AutoModelForSequenceClassification"
+        )
+
+
+def require_end_folder(out: Path) -> None:
+    """Require that a training can put its result in `out`; nothing is written there.
+
+    Raises:
+        RunFolderError: the folder is in use, or holds another kind of run or other files.
+    """
+    folder = RunFolder(out)
+    folder.require_usable()
+    if folder.is_in_use():
+        raise RunFolderError(f"{out}: another process is using this folder; wait for it, or give another folder")
+    _require_end_run(folder)
+
+
+def _require_end_run(folder: RunFolder) -> None:
+    """Raise if the folder holds a run that no end of a training wrote; of another version, it is recognised too."""
+    if not folder.journal.path.is_file():
+        return
+    with folder.journal.path.open("rb") as file:
+        line = file.readline()
+    try:
+        first = json.loads(line)
+    except ValueError:  # also bytes that are no text
+        first = None
+    settings = first.get("settings") if isinstance(first, dict) else None
+    if not isinstance(settings, dict) or settings.get("trainer") != TRAINER:
+        raise RunFolderError(
+            f"{folder.path}: holds a run that is not the result of a training's end, and it stays as it is; give another folder"
+        )
 
 
 def finish_run(live: LiveAdapter, folder: RunFolder, training: Training, hooks: Sequence[Hook] = ()) -> Ending:
@@ -127,7 +182,7 @@ def finish_run(live: LiveAdapter, folder: RunFolder, training: Training, hooks: 
         NotFiniteError: a held-out loss is NaN or infinite.
     """
     end = _End(live, training)
-    with together(), folder.locked(), report_disk_errors(folder.path):
+    with together(), folder.lock(), report_disk_errors(folder.path):
         select(end, folder, [end, *hooks])
     records = end.records
     answer = records.adapters[-1].answer
@@ -151,7 +206,7 @@ class Downward(Strategy):
         parent = trials.whole(space.top, space.learning_rates[0])
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
-            yield [truncation(parent, rank)]
+            yield [make_truncation_arm(parent, rank)]
             answer = adapter_answer(list(trials.outcomes.values()), space.criterion)
             if answer is None or answer.rank != rank:
                 return
@@ -159,7 +214,7 @@ class Downward(Strategy):
 
 def _strategy(started: RunStarted, steps: int) -> Strategy:
     settings = started.select_settings
-    space: Space = space_of(settings, steps, started.data.loss_kind)
+    space: Space = make_space(settings, steps, started.data.loss_kind)
     rates = settings.learning_rates if "learning_rates" in settings.model_fields_set else (0.0,)  # not known
     return Downward(replace(space, evaluates_base=False, learning_rates=rates))
 
@@ -181,7 +236,7 @@ def _started(live: LiveAdapter, training: Training, adapter: AdapterFolder) -> R
     given |= {} if live.margin is None else {"margin": live.margin}
     settings = SelectSettings(**{**training.settings, **given})
     stated = {*training.settings, *given}
-    values = {"trainer": "its own trainer", **settings.model_dump(mode="json", include=stated)}
+    values = {"trainer": TRAINER, **settings.model_dump(mode="json", include=stated)}
     values["model"] = adapter.base_model
     is_classifier = adapter.config["task_type"] == "SEQ_CLS"
     values["is_text"] = values["model"] is not None and (
@@ -189,11 +244,11 @@ def _started(live: LiveAdapter, training: Training, adapter: AdapterFolder) -> R
     )
     return RunStarted(
         rightrank_version=__version__,
-        fingerprint=content_hash({"settings": values, "steps": training.steps, "checkpoint": training.checkpoint}),
+        fingerprint=content_hash({"settings": values, "steps": training.steps, "checkpoint": training.get_checkpoint_path}),
         settings=values,
-        environment=environment_of(str(next(live.model.parameters()).device)),
+        environment=describe_environment(str(next(live.model.parameters()).device)),
         data=DataSummary(form=form, splits={}, splits_given=True, duplicates_across_splits=0, classes=classes),
-        evaluation_items=[],
+        evaluation_examples=[],
         metric=live.metric,
         higher_is_better=live.metric == "accuracy",
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -201,11 +256,11 @@ def _started(live: LiveAdapter, training: Training, adapter: AdapterFolder) -> R
 
 
 @dataclass(frozen=True, kw_only=True)
-class _EndPlan(Plan):
+class _EndPlan(PreparedSelection):
     end: _End
 
-    def workplace(self, folder: RunFolder, listener: Listener, records: Records) -> AbstractContextManager[Executor]:
-        return self.end.workplace(folder, listener, records)
+    def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> AbstractContextManager[Executor]:
+        return self.end.open_executor(folder, listener, records)
 
 
 class _End(Hook):
@@ -216,22 +271,24 @@ class _End(Hook):
         self._live, self._training = live, training
         self._began = time.monotonic()
         self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
-        self.moments = Gathered({}, 0, 0)  # before the first truncation
+        self.moments = GatheredMoments({}, 0, 0)  # before the first truncation
         self.folder: RunFolder
         self.listener: Listener
         self.records: Records
 
-    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
+    def prepare(
+        self, folder: RunFolder, journal: Sequence[JournalRecord], before: PreparedSelection | None = None
+    ) -> PreparedSelection:
         """As `rightrank.runs.executor.Asked`."""
         started, steps = records_of(journal, str(folder.path)).started, self._training.steps
         strategy = _strategy(started, steps)
         return _EndPlan(end=self, started=started, settings=started.select_settings, steps=steps, strategy=strategy)
 
-    def extended(self, settings: SelectSettings) -> _End:
+    def replace_settings(self, settings: SelectSettings) -> _End:
         return self
 
     @contextmanager
-    def workplace(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[_End]:
+    def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[_End]:
         """As `rightrank.runs.executor.Plan`."""
         self.folder, self.listener, self.records = folder, listener, records
         with as_it_came(self._live.model, self._live.name):
@@ -241,13 +298,13 @@ class _End(Hook):
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for trial in trials:
             self.listener.on_event(TrialStarted(**trial.fields))
-            yield self._outcome(trial, trial.arm, self.folder.trial_adapter(trial.trial_id))
+            yield self._outcome(trial, trial.arm, self.folder.get_trial_folder(trial.trial_id))
 
     def _outcome(self, trial: Trial, arm: Arm, target: Path) -> TrialFinished:
         training, begun, progress, moments = self._training, time.monotonic(), Progress(), self.moments.moments
         changes: dict[str, Any]
         if arm.truncate_from is not None:
-            trained = open_adapter(self.folder.trial_adapter(arm.truncate_from))
+            trained = open_adapter(self.folder.get_trial_folder(arm.truncate_from))
             with together():
                 write_truncated(trained, target, capped(trained, arm.rank, moments), moments)
             put_in_place(self._live.model, self._live.name, open_adapter(target))
@@ -261,15 +318,15 @@ class _End(Hook):
             raise NotFiniteError(f"rank {arm.rank}: a held-out loss is NaN or infinite; the training may have diverged")
         if len(scores.losses) < 2:
             raise DataError("fewer than two held-out examples have a label; give more")
-        outcome = finished(trial, self._live.metric, scores, Measured(), progress)
+        outcome = build_finished_trial(trial, self._live.metric, scores, MetricResults(), progress)
         return outcome.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
 
-    def on_adapter(self, answered: Answered) -> AdapterAnswer:
+    def on_adapter(self, answered: AdapterProposal) -> AdapterAnswer:
         """With the cost, and an estimate of the rank to train at."""
         training, answer, records = self._training, answered.answer, answered.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
         notes.append(next_training(answer, records.started))
-        notes.append(self._cost(len(records.by_id[answer.trained_id].item_losses)))
+        notes.append(self._cost(len(records.by_id[answer.trained_id].example_losses)))
         return answer.model_copy(update={"notes": notes})
 
     def _cost(self, examples: int) -> str:
@@ -278,7 +335,7 @@ class _End(Hook):
         more = peak_so_far() - training.peak_bytes if training.peak_bytes else 0
         above = f"{more / 2**20:.0f} MiB above" if more > 0 else "not above"
         known = f"; peak memory {above} the training's" if training.peak_bytes else ""
-        where = f"the {training.checkpoint} weights"
+        where = f"the {training.get_checkpoint_path} weights"
         return f"Measured from {where} on {examples} held-out examples in {seconds:.1f} s{share}{known}."
 
 
@@ -288,9 +345,10 @@ def next_training(answer: AdapterAnswer, started: RunStarted) -> str:
     where = f"{low}" if low == high else f"{low} to {high}"
     ranks = sorted({max(1, low // 2), low, high, answer.trained_rank})
     settings = started.select_settings.model_copy(update={"goal": "training-rank", "ranks": tuple(ranks)})
-    command = reproduce_command(started.model_name or "MODEL", "data.jsonl", settings)
+    command = reproduce_command(started.model_name or "MODEL", "DATA", settings)
     return (
-        f"An estimate, not evidence: the rank to train at next time probably is {where}. This would prove it: {command}"
+        f"An estimate, not evidence: the rank to train at next time probably is {where}. "
+        f"With the file of your rows for DATA, this would prove it: {command}"
     )
 
 
@@ -321,7 +379,7 @@ def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
         ModelError: the folder is not whole, or the base cannot be loaded or is another one.
         RunFolderError: there is no run that is not finished.
     """
-    folder = RunFolder.existing(out)
+    folder = RunFolder.open_existing(out)
     if not (folder.cache / KEPT).is_file():
         raise RunFolderError(
             f"{out}: there is no cache/{KEPT}; the measurement ended, or the training did not reach its end"
@@ -330,9 +388,9 @@ def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
     # The peak memory of the training is that of another process.
     training = Training(**asked["training"] | {"peak_bytes": 0})
     started = records_of(folder.journal.read(), str(out)).started
-    adapter = open_adapter(folder.trial_adapter(_top(started, training.steps)))
+    adapter = open_adapter(folder.get_trial_folder(_top(started, training.steps)))
     base = _base(started.model_name or "", folder, asked, adapter)
-    with without_peft_noise():
+    with suppress_peft_warnings():
         model: Any = PeftModel.from_pretrained(base, str(adapter.path))
     splits: dict[str, dict[int, dict[str, torch.Tensor]]] = {"held_out": {}, "train": {}}
     for name, tensor in load_file(folder.cache / "batches.safetensors").items():

@@ -16,15 +16,28 @@ import yaml
 from rightrank.data.files import replacing_folder
 from rightrank.data.rows import split_of
 from rightrank.interop.recipe import Recipe
-from rightrank.models.places import WEIGHTS_FILE, loading_lines, read_header
-from rightrank.models.ranks import SERVER_RANKS, SERVING, max_module_rank, rank_change_line, rate_warning, slot_bytes
-from rightrank.report.format import size
+from rightrank.models.adapter_folders import WEIGHTS_FILE
+from rightrank.models.loading_code import loading_lines
+from rightrank.models.ranks import (
+    SERVER_RANKS,
+    SERVING,
+    max_module_rank,
+    rank_change_line,
+    rank_text,
+    rate_warning,
+    slot_bytes,
+)
+from rightrank.models.safetensors_files import read_header
+from rightrank.report.format import format_bytes
 from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
 from rightrank.schema.settings import TRAINER_FIELDS
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 EXPLICIT = ("layers_to_transform", "exclude_modules", "layers_pattern")  # said by the full names of the modules
 OF_LOADING = ("load_in_4bit", "load_in_8bit", "trust_remote_code")
+SERVERS = ("vllm", "sglang")  # they load an adapter of one rank and one scale
+LOADED = ("peft", *SERVERS)  # targets for the adapter itself; the others train
+SERVED_FOLDER = "adapter"
 MERGED = "merged"  # a model without an adapter: `interop.merge`
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
@@ -108,23 +121,35 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     if name != "peft":  # its folder may be published, and needs neither the model nor the data
         model, data = (absolute(name, recipe.adapter) for name in (recipe.model, recipe.data))
         recipe = replace(recipe, model=model, data=data)
-    exported = recipe if name in ("peft", "vllm") else replace(recipe.training(), data=_train_file(recipe.data))
+    if name in SERVERS and recipe.has_patterns:
+        recipe = replace(recipe, served=folder.resolve() / SERVED_FOLDER)
+    exported = recipe if name in LOADED else replace(recipe.training(), data=_train_file(recipe.data))
     written, comments = TARGETS[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)
+        if recipe.served is not None:
+            _write_served(recipe.adapter, temporary / SERVED_FOLDER)
         for file, text in written.files.items():
             (temporary / file).write_text(_commented(file, text, comments), encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
     rows = f"the run held out {recipe.held_out:,} rows of {recipe.data}; this file trains on them too"
-    held_out = [rows] if recipe.held_out and name not in ("peft", "vllm") else []
+    held_out = [rows] if recipe.held_out and name not in LOADED else []
     rates = [rate_warning(exported.r, exported.lora_alpha, exported.learning_rate)]
-    if name not in ("peft", "vllm"):
+    if name not in LOADED:
         rates.append(
             f"for another rank: {rank_change_line(exported.r, 4 * exported.r, exported.lora_alpha, exported.settings.scaling)}"
         )
     return Exported(name, folder, files, written.command, [*written.notes, *held_out, *comments, *filter(None, rates)])
+
+
+def _write_served(adapter: Path, out: Path) -> None:
+    """Write the adapter with one rank and one scale for all modules."""
+    from rightrank.adapters.resize import write_uniform  # these bring torch, which other exports do not need
+    from rightrank.models.adapter_reader import open_adapter
+
+    write_uniform(open_adapter(adapter), out)
 
 
 def absolute(name: str, adapter: Path) -> str:
@@ -311,30 +336,45 @@ model = FastLanguageModel.get_peft_model(
 
 
 def _vllm(recipe: Recipe) -> Written:
-    """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself."""
-    rank = max([recipe.r, *recipe.rank_pattern.values()])
+    """`vllm serve` with the adapter; vLLM reserves the next of its own ranks."""
+    shapes, ranks = _served_shapes(recipe)
+    rank = max(ranks)
     if rank > SERVER_RANKS[-1]:
         raise ResultsError(
             f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {rank}: resize the adapter, or merge it into the base"
         )
     served = max_module_rank(rank)
-    header = read_header(recipe.adapter / WEIGHTS_FILE)[0]  # only its shapes: no torch is loaded for them
-    factors = {name: shape for name, shape in header.items() if ".lora_" in name and len(shape) == 2}
-    shapes = [
-        (factors[name.replace("lora_A", "lora_B")][0], shape[1]) for name, shape in factors.items() if "lora_A" in name
-    ]
     slot = (
-        f"a slot takes {size(slot_bytes(shapes, served))} at --max-lora-rank {served} (16 bits), whatever the rank of the adapter in it: this one "
+        f"a slot takes {format_bytes(slot_bytes(shapes, served))} at --max-lora-rank {served} (16 bits), whatever the rank of the adapter in it: this one "
         f"fills {recipe.r / served:.0%}, and the largest rank of all adapters of the server counts"
     )
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
-    arguments += ["--max-lora-rank", str(served)]
-    arguments += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
-    return Written(
-        {"vllm.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"},
-        "sh vllm.sh",
-        [slot, SERVING, *_serving_notes(recipe)],
-    )
+    arguments += ["--max-lora-rank", str(served), "--lora-modules", _served_adapter(recipe)]
+    return _serving("vllm", arguments, [slot, SERVING, *_serving_notes(recipe, ranks)])
+
+
+def _sglang(recipe: Recipe) -> Written:
+    """SGLang's server with the adapter; its default address is this machine."""
+    _, ranks = _served_shapes(recipe)
+    arguments = ["python", "-m", "sglang.launch_server", "--model-path", recipe.model, "--enable-lora"]
+    arguments += ["--max-lora-rank", str(max(ranks)), "--lora-paths", _served_adapter(recipe)]
+    return _serving("sglang", arguments, [SERVING, *_serving_notes(recipe, ranks)])
+
+
+def _serving(server: str, arguments: Sequence[str], notes: list[str]) -> Written:
+    return Written({f"{server}.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"}, f"sh {server}.sh", notes)
+
+
+def _served_adapter(recipe: Recipe) -> str:
+    return f"{SERVED_NAME}={recipe.served or recipe.adapter.resolve()}"
+
+
+def _served_shapes(recipe: Recipe) -> tuple[list[tuple[int, int]], list[int]]:
+    """`(rows and columns, ranks)` of the adapted matrices: only the header is read, and no torch is loaded for it."""
+    header = read_header(recipe.adapter / WEIGHTS_FILE)[0]
+    factors = {name: shape for name, shape in header.items() if ".lora_" in name and len(shape) == 2}
+    sides = [(factors[name.replace("lora_A", "lora_B")], a) for name, a in factors.items() if "lora_A" in name]
+    return [(b[0], a[1]) for b, a in sides], [recipe.r, *recipe.rank_pattern.values()]
 
 
 TARGETS: dict[str, Callable[[Recipe], Written]] = {
@@ -344,6 +384,7 @@ TARGETS: dict[str, Callable[[Recipe], Written]] = {
     "llamafactory": _llamafactory,
     "unsloth": _unsloth,
     "vllm": _vllm,
+    "sglang": _sglang,
 }
 
 
@@ -429,9 +470,15 @@ def _lacking(recipe: Recipe, who: str, has: Sequence[str] = (), reader: str = ""
     return [*notes, f"{reader} {columns}"] if reader and recipe.shape is not None else notes
 
 
-def _serving_notes(recipe: Recipe) -> list[str]:
-    """What servers do not load."""
+def _serving_notes(recipe: Recipe, ranks: Sequence[int]) -> list[str]:
+    """What servers do not load, and what was made of it."""
     notes = []
+    if recipe.served is not None:
+        text = rank_text(recipe.r, min(ranks), max(ranks))
+        notes.append(
+            f"the adapter has rank {text}, and servers load one rank and one scale for all modules: {SERVED_FOLDER}/ here is the same function "
+            f"at rank {max(ranks)}, padded with zeros"
+        )
     if recipe.modules_to_save:
         notes.append(
             f"servers do not load modules_to_save ({', '.join(recipe.modules_to_save)}): merge the adapter instead"

@@ -12,11 +12,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
-from rightrank.adapters.live import as_it_came, require_end
-from rightrank.adapters.live_scores import FAILURES, Batch, batch_loss
+from rightrank.adapters.batch_scores import Batch, batch_loss
+from rightrank.adapters.in_memory import require_end
+from rightrank.adapters.preserved_state import as_it_came
+from rightrank.adapters.processes import FAILURES
 from rightrank.interop.end_run import Ending
 from rightrank.interop.smallest import checked, keep_smallest
 from rightrank.interop.squeeze import LiveCut, cut_sentence, cut_step, require_cut, squeeze
+from rightrank.interop.trainer_rows import readable_copy
 from rightrank.schema.errors import DataError, ModelError, SettingsError, first_line
 
 log = logging.getLogger("rightrank")
@@ -39,7 +42,7 @@ class SmallestAdapter(Callback):
         model = _peft_model(pl_module)
         name = require_end(model)
         with as_it_came(model, name, self._held_out):
-            self._held_out = list(self._held_out)
+            self._held_out = list(readable_copy(self._held_out))
             if not self._held_out:
                 raise DataError("SmallestAdapter has no held-out batches: give a loader of examples to hold out")
             batch_loss(model, self._held_out[0])
@@ -72,8 +75,10 @@ class Squeeze(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps, self.cut = trainer.estimated_stepping_batches, None
         self._step = cut_step(self._at, int(steps) if steps != float("inf") else 0)
-        require_cut(_peft_model(pl_module), self._rank)
-        if len(trainer.optimizers) != 1 or (self._rank is None and not list(islice(self._held_out, 1))):
+        model = _peft_model(pl_module)
+        with as_it_came(model, require_cut(model, self._rank), self._held_out):
+            has_batches = bool(list(islice(readable_copy(self._held_out), 1)))
+        if len(trainer.optimizers) != 1 or (self._rank is None and not has_batches):
             raise SettingsError("Squeeze: give one optimizer, and a rank or held-out batches to measure truncations on")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

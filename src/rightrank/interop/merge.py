@@ -18,14 +18,14 @@ from rightrank.adapters.compare import compare_adapters, labels_of_side
 from rightrank.data.files import replacing_folder, write_text
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.interop.exports import MERGED, Exported
-from rightrank.models.adapter_files import peft_folder
+from rightrank.models.adapter_writer import peft_folder
 from rightrank.models.base_models import load_base
-from rightrank.report.format import size
+from rightrank.report.format import format_bytes
 from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError, first_line
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.adapter_runtime import require_base
-from rightrank.train.targets import without_peft_noise
+from rightrank.train.adapter_runtime import require_matching_base
+from rightrank.train.targets import suppress_peft_warnings
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 TEST_SPLIT = "the run's test split"
@@ -75,12 +75,12 @@ def _write(merge: Merge, dtype: torch.dtype, folder: Path) -> None:
     """Merge in 32 bits, and round once."""
     settings = merge.settings.model_copy(update={"dtype": "float32", "load_in_4bit": False, "load_in_8bit": False})
     loaded = load_base(merge.base, settings, labels_of_side(str(merge.adapter)))
-    require_base(merge.adapter, loaded)
+    require_matching_base(merge.adapter, loaded)
     needed = sum(parameter.numel() for parameter in loaded.model.parameters()) * dtype.itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
-            f"{folder.parent}: the model needs {size(needed)}, and {size(free)} are free; make room, or give another --out"
+            f"{folder.parent}: the model needs {format_bytes(needed)}, and {format_bytes(free)} are free; make room, or give another --out"
         )
     merged(loaded.model, merge.adapter).to(dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
@@ -93,7 +93,7 @@ def merged(model: Any, adapter: Path) -> Any:
         ModelError: PEFT can't attach or merge it.
     """
     try:
-        with without_peft_noise(), peft_folder(adapter) as place:
+        with suppress_peft_warnings(), peft_folder(adapter) as place:
             whole = PeftModel.from_pretrained(model, str(place)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{adapter}: PEFT can't merge it ({first_line(error)})") from None

@@ -15,7 +15,7 @@ from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import set_arguments
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import OF_MEASURING, SelectSettings
+from rightrank.schema.settings import EVALUATION_SETTINGS, SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
@@ -59,6 +59,7 @@ class Recipe:
     exclude_modules: Sequence[str] | str = ()
     init_lora_weights: bool | str = True
     held_out: int = 0  # rows of `data` that the training did not see
+    served: Path | None = None  # the folder that a server loads, where it is another than `adapter`
 
     @property
     def unusual(self) -> dict[str, Any]:
@@ -75,6 +76,11 @@ class Recipe:
         given = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters)}
         given |= self.settings.peft_options
         return {name: value for name, value in given.items() if value}
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether modules differ in rank, or in alpha."""
+        return bool(self.rank_pattern or self.alpha_pattern)
 
     @property
     def alpha(self) -> int | float:
@@ -102,7 +108,7 @@ class Recipe:
             return []
         rank, data = str(self.making.rank), self.data
         rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
-        given = {name: value for name in OF_MEASURING if (value := getattr(self.settings, name)) is not None}
+        given = {name: value for name in EVALUATION_SETTINGS if (value := getattr(self.settings, name)) is not None}
         rule += set_arguments(given)
         rule = ["--rank", rank] if self.making.truncation == METHODS["svd"] else rule
         command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *rule])

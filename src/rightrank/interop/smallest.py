@@ -11,37 +11,49 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import random
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter
-from rightrank.adapters.live_scores import (
-    BETA,
-    FAILURES,
-    GROUP,
-    Batch,
-    batch_loss,
-    is_partitioned,
-    positions,
-    process_index,
-    read_batch,
-    together,
-)
-from rightrank.data.token_store import IGNORED
+from rightrank.adapters.batch_scores import BETA, GROUP, OWN_EVALUATION, Batch, batch_loss, positions, read_batch
+from rightrank.adapters.in_memory import LiveAdapter, require_end, trained_adapter
+from rightrank.adapters.preserved_state import as_it_came, copy_reader
+from rightrank.adapters.processes import FAILURES, gather_objects, is_partitioned, process_index, together, world_size
+from rightrank.data.splits import sample_indices
 from rightrank.hooks.report import Report
-from rightrank.interop.end_run import KEPT, Ending, Training, begin_run, finish_run, measure_again, peak_so_far
+from rightrank.interop.end_run import (
+    KEPT,
+    Ending,
+    Training,
+    begin_run,
+    finish_run,
+    measure_again,
+    peak_so_far,
+    require_end_folder,
+)
+from rightrank.interop.trainer_rows import (
+    MIN_EXAMPLES,
+    MOMENT_BATCHES,
+    Reader,
+    find_group_key,
+    hash_inputs,
+    is_indexed,
+    number_groups,
+    read_moment_batches,
+    read_rows,
+    readable_copy,
+    require_mappings,
+    sample_batches,
+)
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook
 from rightrank.schema.command import measure_command
@@ -49,18 +61,12 @@ from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, RightrankError, SettingsError, first_line
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.covariances import MOMENT_TOKENS
 
 log = logging.getLogger("rightrank")
 
-MIN_EXAMPLES = 30
 FEWEST, MOST = 100, 1000  # examples that are scored where nothing else is asked for
 MAX_SHARE = 0.1  # of the training's time, which the end may take where FEWEST examples allow it
-MOMENT_BATCHES = 64  # of a loop of the user's own
-MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
-COMPARED_ROWS = 100_000  # of the training set, in the search for held-out rows
-# Columns that say nothing of what an example is: what follows from its tokens, what is asked of it, and numbers of rows.
-NOT_CONTENT = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
+COMPARED_ROWS, COMPARED_SECONDS = 100_000, 2.0  # of the training set, to find held-out rows in it
 
 
 @dataclass(eq=False, repr=False)
@@ -68,12 +74,12 @@ class SmallestAdapter(TrainerCallback):
     """Truncates the trained adapter at the end of `train()` and keeps the smallest one within the margin.
 
     Args:
-        eval_dataset: Held-out rows as the trainer has them, tokenized. None: the trainer's own `eval_dataset`.
+        eval_dataset: Held-out rows as the trainer has them, tokenized, with a length and numbers. None: the trainer's own `eval_dataset`.
         margin: How much worse is still enough, in nats a token; None for the default: 0.005, half a point of accuracy, 0.02 for
             preference pairs, or 1% of the loss of a classifier.
         ranks: Candidates; None for the powers of two below the adapter's rank.
         metric: `loss`, or `accuracy` of a classifier.
-        max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
+        max_examples: Held-out examples to score at most, a random sample. None: as many as a tenth of the training's time allows, from 100 to 1000.
         group: The column of `eval_dataset` that says which rows belong together, such as a document's; bounds are then over groups. None: rows
             with one prompt, which the labels leave out, belong together.
         measure: False: at the end keep what a fresh process needs, log its command, and leave the measurement to it.
@@ -82,11 +88,12 @@ class SmallestAdapter(TrainerCallback):
         result: The answer after `train()`; None before, and where it failed.
 
     Raises at the training's begin:
-        DataError: no held-out rows, fewer than two that are not in the training set, or rows that give no loss by example.
+        DataError: no held-out rows, a stream of them, fewer than two that are not in the training set, or rows that give no loss by example.
         ModelError: an adapter that cannot be truncated, or beside which another one is active.
         SettingsError: a value that is not allowed, or a loss without a value by example.
     """
 
+    _writes_run: ClassVar[bool] = True
     eval_dataset: Any = None
     _: KW_ONLY
     margin: float | None = None
@@ -96,22 +103,23 @@ class SmallestAdapter(TrainerCallback):
     group: str | None = None
     measure: bool = True
     result: Ending | None = field(default=None, init=False)
+    reads_between_steps: ClassVar[bool] = False  # whether rows are read between two steps too
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
     _trainer: Trainer | None = field(default=None, init=False)
-    _held_out: Sequence[Mapping[str, Any]] = field(default=(), init=False)
+    _held_out: Subset[Any] = field(default_factory=lambda: Subset(cast(Any, ()), ()), init=False)
     _is_training: bool = field(default=False, init=False)
-    _first_step: int = field(default=0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
-    _shared: str = field(default="", init=False)  # a line on rows that are held out and trained on
+    # On rows that are held out and trained on, or were not compared.
+    _notes: list[str] = field(default_factory=list, init=False)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work at the end, by scoring two examples."""
+        """Refuse what cannot work at the end: read the held-out rows, compare training rows with them, and score two examples."""
         self._is_training = False
         if state.is_hyper_param_search:
             return  # a search ends many trainings, and none of them is the one to hand over
-        self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
+        self._loaders, self._notes = kwargs, []
         self.result = None
         self._trainer = trainer = _trainer_of(self, control)
         if trainer is not None:  # trackers end their runs at the training's end: this callback comes before them
@@ -123,87 +131,133 @@ class SmallestAdapter(TrainerCallback):
                 )
             callbacks.insert(0, self)
         settings, model = checked(self.margin, self.ranks, self.metric), kwargs["model"]
+        if any(
+            kind.__module__.partition(".")[0] == "sentence_transformers"
+            for kind in (*type(trainer).__mro__, *type(model).__mro__)
+        ):
+            raise SettingsError(
+                f"SmallestAdapter: the losses of rerankers and embedding models have no scores here; {OWN_EVALUATION}"
+            )
         if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
             raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number from 2")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         name = require_end(model, self.ranks)
         evaluated, loader = getattr(trainer, "eval_dataset", None), kwargs["train_dataloader"]
-        given = evaluated if self.eval_dataset is None else self.eval_dataset
-        with as_it_came(model, name, given, loader.dataset, loader.collate_fn):
-            self._held_out = self._rows_to_score(given, given is not evaluated)
-            _groups(self._held_out, self.group)  # refuses a column that groups nothing
-            self._require_scores(model, args)
+        rows = evaluated if self.eval_dataset is None else self.eval_dataset
+        with as_it_came(model, name, rows, loader.dataset, loader.collate_fn):
+            reader = Reader.copied(loader)
+            if reader.collate is None and self.reads_between_steps:
+                raise DataError(
+                    f"{type(self).__name__}: {reader.reason}; give the trainer a collator that copy.deepcopy copies"
+                )
+            self._held_out = self._rows_to_score(rows, rows is not evaluated, reader)
+            self._require_scores(model, args, reader)
         self._is_training = True
         self._started = time.monotonic()
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written fails here
+            if self._writes_run:
+                require_end_folder(folder / "rightrank")
 
-    def _rows_to_score(self, rows: Any, is_own: bool) -> Sequence[Mapping[str, Any]]:
-        """The held-out rows, without those of the training set.
+    def _rows_to_score(self, rows: Any, is_own: bool, reader: Reader) -> Subset[Any]:
+        """Return a random sample of the held-out rows, without those that are found in the training set. The rows are read when they are used.
 
         Args:
             is_own: whether this callback alone reads them.
 
         Raises:
-            DataError: no rows; rows that can be read once, by the trainer; rows that are no mappings; or fewer than two are left.
+            DataError: no rows; rows without a length and numbers; rows that are no mappings, or that `group` does not group; or fewer than two
+                are left.
         """
         if isinstance(rows, Mapping):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
-        count = self.max_examples or MOST
-        held_out = some_rows(rows, count, is_own)
-        if len(held_out) < 2:
+        if not is_indexed(rows):
             raise DataError(
-                "SmallestAdapter has no held-out rows that can be read twice: give the trainer an eval_dataset with a length, or "
-                "SmallestAdapter one"
+                "SmallestAdapter has no held-out rows to draw a random sample of, which takes a length and row numbers (a stream has none): give "
+                "the trainer an eval_dataset with them, or SmallestAdapter a list of some hundred rows"
             )
-        if len(held_out) == count and not hasattr(rows, "__getitem__"):
-            log.warning(
-                "rightrank: of an iterable the first %d rows are scored; shuffle one that is in the order of its classes",
-                count,
+        try:
+            rows = copy_reader(rows)
+        except DataError as error:
+            if not is_own:
+                raise DataError(
+                    f"SmallestAdapter: the trainer's eval_dataset, {error}, and reading it may change the training; give SmallestAdapter "
+                    "held-out rows of its own, such as a list"
+                ) from None
+        sample = Subset(rows, sample_indices(len(rows), self.max_examples or MOST))
+        contents, keys = [], []
+        list(require_mappings(read_rows(reader.rows, 1)))
+        for row in require_mappings(read_rows(sample)):
+            contents.append(hash_inputs(row, reader.columns))
+            keys.append(find_group_key(row, self.group))
+        shared = self._shared_contents(contents, reader)
+        unseen = [at for at, content in enumerate(contents) if content not in shared]
+        if len(unseen) < len(contents):
+            self._note(
+                f"{len(contents) - len(unseen)} of {len(contents)} held-out rows are in the training set; they are left out"
             )
-        columns = _columns(self._loaders["train_dataloader"].dataset)
-        train = some_rows(self._loaders["train_dataloader"].dataset, COMPARED_ROWS)
-        if odd := next((row for row in [*held_out, *train[:1]] if not isinstance(row, Mapping)), None):
-            raise DataError(
-                f"SmallestAdapter: a row is a {type(odd).__name__}; give rows that are mappings, with input_ids and labels"
-            )
-        seen = {_content(row, columns) for row in train}
-        unseen = [row for row in held_out if _content(row, columns) not in seen]
-        if len(unseen) < len(held_out):
-            self._shared = f"{len(held_out) - len(unseen)} of {len(held_out)} held-out rows are in the training set; they are left out"
-            log.warning("rightrank: %s", self._shared)
         if len(unseen) < 2:
             raise DataError(
                 "SmallestAdapter: the held-out rows are in the training set; give rows that it does not hold"
+                if len(contents) > 1
+                else f"SmallestAdapter: {len(contents)} held-out rows; give some hundred"
             )
         if len(unseen) < MIN_EXAMPLES:
             log.warning("rightrank: %d held-out examples can show little; give some hundred", len(unseen))
-        return unseen
+        number_groups([keys[at] for at in unseen], self.group)  # refuses a column that groups nothing
+        return Subset(rows, [sample.indices[at] for at in unseen])
 
-    def _require_scores(self, model: Any, args: TrainingArguments) -> None:
+    def _shared_contents(self, contents: Sequence[int], reader: Reader) -> set[int]:
+        """Return the contents that are found in the training set in `COMPARED_SECONDS`; a note says what was not compared.
+
+        Of several processes each compares its share, and all of them return the same.
+        """
+        if reader.rows_reason:
+            self._note(f"{reader.rows_reason}; whether held-out rows are in it was not checked")
+            return set()
+        numbers = {content: at for at, content in reversed(list(enumerate(contents)))}
+        order = sample_indices(len(reader.rows), COMPARED_ROWS)[process_index() :: world_size()]
+        end, compared, leaked = time.monotonic() + COMPARED_SECONDS, 0, set()
+        with together():
+            for index in order:
+                if time.monotonic() > end:
+                    break
+                number = numbers.get(hash_inputs(reader.rows[index], reader.columns))
+                leaked |= set() if number is None else {number}
+                compared += 1
+        by_process = gather_objects((compared, leaked))  # numbers of rows: processes have other hashes of strings
+        total = sum(count for count, _ in by_process)
+        if total < len(reader.rows):
+            self._note(
+                f"{total:,} of {len(reader.rows):,} training rows, a random sample, were compared with the held-out rows, in {COMPARED_SECONDS:g} s at "
+                "most; whether held-out rows are among the others was not checked"
+            )
+        return {contents[number] for _, shared in by_process for number in shared}
+
+    def _note(self, text: str) -> None:
+        self._notes.append(text)
+        log.log(logging.DEBUG if process_index() else logging.WARNING, "rightrank: %s", text)
+
+    def _require_scores(self, model: Any, args: TrainingArguments, reader: Reader) -> None:
         """Score two examples in the way of the end.
 
         Raises:
             DataError: the collator's batches give no loss by example.
             SettingsError: the metric has no value by example.
         """
-        if not self._held_out:
+        if not len(self._held_out):
             return  # nothing is measured
-        loader = self._loaders["train_dataloader"]
-        try:
-            batch = _batches(self._held_out[:2], loader, 2)[0]
-            batches = _batches(self._held_out, loader, 8)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"SmallestAdapter: the trainer's collator does not take the held-out rows ({first_line(error)}); give "
-                "trainer.eval_dataset, which the trainer has tokenized"
-            ) from None
+        if reader.collate is None:
+            self._note(f"{reader.reason}; no example was scored before the first step")
+            return
+        batch = next(reader.batches(self._held_out, 2))
         beta = _beta(args, batch)
         # The passes of ZeRO-3 begin in DeepSpeed's engine; a fresh process measures.
         loss = None if is_partitioned(model) else batch_loss(model, batch, beta)
-        if not any(count >= 2 for count in accumulate(read_batch(model, part).examples for part in batches)):
+        examples = (read_batch(model, part).examples for part in reader.batches(self._held_out, 8))
+        if not any(count >= 2 for count in accumulate(examples)):
             raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
         if self.metric == "accuracy" and loss is not None and self.metric not in loss.example_metrics:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
@@ -238,34 +292,35 @@ class SmallestAdapter(TrainerCallback):
             seconds=time.monotonic() - self._started,
             peak_bytes=peak_so_far(),
             kept_step=state.best_global_step if is_best else None,
-            notes=[*([self._shared] if self._shared else []), *notes],
+            notes=[*self._notes, *notes],
         )
 
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
         loader, name = self._loaders["train_dataloader"], trained_adapter(model)
         size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-        steps = state.global_step - self._first_step
-        trained = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # With the steps before a checkpoint from which it was resumed, so that its end is that of the whole training.
+        trained = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         with as_it_came(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
-            train_rows = some_rows(loader.dataset, 64 * size)
-            random.Random(0).shuffle(train_rows)  # moments are read of the first ones
+            reader = Reader.copied(loader)
+            if not self._is_training:  # the last step was made: what cannot be copied is read as it is
+                reader = reader.completed(loader)
             # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
-            train = _batches(train_rows, loader, 1 if args.gradient_checkpointing else size)
-            tokens = trained * sum(map(positions, train)) / max(1, len(train_rows))
-            moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
-            rows, count = self._held_out, len(self._held_out)
-            if self.max_examples is None and rows:
-                sample = _batches(rows[:MIN_EXAMPLES], loader, size)
+            train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MOMENT_BATCHES * size))
+            train, tokens, moment_tokens = read_moment_batches(
+                reader, train_rows, 1 if args.gradient_checkpointing else size, trained
+            )
+            rows = self._held_out
+            if self.max_examples is None and len(rows):
+                sample = list(reader.batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
                 cost = passes * sum(map(positions, sample)) / min(len(rows), MIN_EXAMPLES)
                 # A step of the training is two passes, forward and backward.
                 count = max(FEWEST, int(2 * (MAX_SHARE * tokens - moment_tokens) / cost))
-            rows = some_rows(rows, count)
-            groups = torch.tensor(_groups(rows, self.group))
-            held_out = [
-                {**batch, GROUP: groups[place * size : (place + 1) * size]}
-                for place, batch in enumerate(_batches(rows, loader, size))
-            ]
+                rows = Subset(rows.dataset, rows.indices[:count])  # in random order
+            keys: list[Any] = []
+            held_out = list(reader.batches(rows, size, lambda row: keys.append(find_group_key(row, self.group))))
+            groups = torch.tensor(number_groups(keys, self.group))
+            held_out = [{**batch, GROUP: groups[at * size : (at + 1) * size]} for at, batch in enumerate(held_out)]
         beta = _beta(args, (held_out or train or [{}])[0])
         write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
         return LiveAdapter(
@@ -304,7 +359,7 @@ def _ended(live: LiveAdapter, out: Path, training: Training, measures: bool = Tr
 
 def _hooks() -> list[Hook]:
     """What renders a selection; for the first process."""
-    return [] if process_index() else [Report(), *plugins.listed(lambda plugin: plugin.hooks())]
+    return [] if process_index() else [Report(), *plugins.collect_items(lambda plugin: plugin.hooks())]
 
 
 def keep_smallest(
@@ -317,14 +372,15 @@ def keep_smallest(
     metric: str = "loss",
     seconds: float | None = None,
 ) -> Ending:
-    """The smallest adapter within the margin, at the end of a loop of your own or accelerate's; it is written to `out`.
+    """Write the smallest adapter within the margin to `out`, at the end of a loop of your own or accelerate's.
 
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
         held_out: Batches that the training did not see: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` of a
             number for each row says which rows belong together.
-        train: Batches of the training, of which the first are read for second moments.
-        out: The run folder.
+        train: Batches of the training for second moments: of a list a random sample is read, of a loader the first ones.
+        out: The run folder, new or with the result of an earlier training, which is moved to `earlier-N` in it, with its exports. Files that no
+            run writes stay where they are.
         margin: How much worse is still enough, in nats a token or accuracy; None for the metric's default.
         metric: `loss`, or `accuracy` of a classifier.
         seconds: How long the training took, for the share that the end takes.
@@ -332,12 +388,14 @@ def keep_smallest(
     Raises:
         DataError: no held-out batches.
         ModelError: an adapter that cannot be truncated, or parameters that ZeRO-3 holds.
-        RunError: `out` cannot be written.
+        RunFolderError: `out` holds another kind of run or other files, which stay as they are, is in use, or cannot be written.
+        RunError: the disk is full.
     """
     settings = checked(margin, None, metric)
     name, margin = require_end(model), settings.margin
     with as_it_came(model, name, held_out, train):  # a loader draws its order from the random state
-        live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
+        batches = list(readable_copy(held_out)), sample_batches(train)
+        live = LiveAdapter(model, *batches, margin, name=name, metric=metric)
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
     stated, notes = _stated(live, None)
@@ -399,85 +457,6 @@ def _stated(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str
     stated, unsaid = stated_settings(live.model.peft_config[live.name], args, **further)
     unsaid += [] if args is not None else ["the learning rate", "the steps", "the batch size of your loop"]
     return stated, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
-
-
-def some_rows(rows: Any, count: int, is_own: bool = False) -> list[Any]:
-    """Rows at even distances, since a data set may be in the order of its classes or topics; the first ones of an iterable.
-
-    None of one that is read by another too, and can't be read again, as an iterable of `datasets` can.
-    """
-    if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
-        count = min(count, len(rows))
-        return [rows[number * len(rows) // count] for number in range(count)]
-    return list(islice(iter(rows), count)) if is_own or type(rows).__module__.partition(".")[0] == "datasets" else []
-
-
-def _columns(train: Any) -> frozenset[str]:
-    """The columns that reach the collator in training; empty where they are not known."""
-    return frozenset(next((row for row in some_rows(train, 1) if isinstance(row, Mapping)), ()))
-
-
-def _content(row: Mapping[str, Any], columns: frozenset[str]) -> int:
-    """A hash of what makes two rows the same example: all bytes of its inputs."""
-    names = [name for name in sorted(row) if not columns or name in columns]
-    inputs = [name for name in names if not NOT_CONTENT.search(name)] or names
-    return hash(tuple((name, _plain(row[name])) for name in inputs))
-
-
-def _plain(value: Any) -> Hashable:
-    """A value that differs wherever its bytes do: of numbers in lists, arrays, tensors and images alike."""
-    if isinstance(value, Mapping):
-        return tuple((name, _plain(value[name])) for name in sorted(value))
-    if isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value):
-        return tuple(map(_plain, value))
-    array = np.asarray(value.detach().cpu().double() if isinstance(value, torch.Tensor) else value)
-    return (array.shape, array.astype(np.float64).tobytes()) if array.dtype.kind in "biuf" else repr(value)
-
-
-def _batches(rows: Sequence[Mapping[str, Any]], loader: Any, size: int) -> list[Batch]:
-    """Batches by the trainer's own collator, in the order of the rows."""
-    columns = _columns(loader.dataset)
-    kept = [{key: value for key, value in row.items() if not columns or key in columns} for row in rows]
-    return [loader.collate_fn(kept[start : start + size]) for start in range(0, len(kept), size)]
-
-
-def _groups(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[int]:
-    """A number for each row: those that share one belong together.
-
-    Raises:
-        DataError: a column that a row lacks, or that groups nothing.
-    """
-    keys: list[Any] = [row.get(column) if column else _prompt_of(row) for row in rows]
-    if (
-        column
-        and (missing := next((row for row, key in zip(rows, keys, strict=True) if key is None), None)) is not None
-    ):
-        raise DataError(
-            f"SmallestAdapter: a held-out row has no value in the column {column!r}; it has {', '.join(missing)}: give eval_dataset with the "
-            "column, or leave group out"
-        )
-    places: dict[str, int] = {}
-    numbers = [places.setdefault(f"row {at}" if key is None else repr(key), len(places)) for at, key in enumerate(keys)]
-    if column and len(places) in (1, len(rows)):
-        shared = "all held-out rows" if len(places) == 1 else "no two held-out rows"
-        raise DataError(
-            f"SmallestAdapter: {shared} share a value of the column {column!r}; give one with several values, each of several rows, or "
-            "leave group out"
-        )
-    return numbers
-
-
-def _prompt_of(row: Mapping[str, Any]) -> list[int] | None:
-    """The tokens before the first one that counts; None where all count, where it is not known, and of packed rows."""
-    for name in ("prompt_ids", "prompt_input_ids"):
-        if name in row:
-            return list(row[name])
-    for name in ("completion_mask", "assistant_masks", "labels"):
-        marks, ids = row.get(name), row.get("input_ids")
-        if "seq_lengths" not in row and isinstance(marks, list) and isinstance(ids, list) and len(marks) == len(ids):
-            skipped = IGNORED if name == "labels" else 0
-            return ids[: next((at for at, mark in enumerate(marks) if mark != skipped), 0)] or None
-    return None
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,29 +12,35 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import Subset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, gather, require_end, save_trained
-from rightrank.adapters.live_scores import Batch, is_sharded, world_size
+from rightrank.adapters.batch_scores import Batch
+from rightrank.adapters.in_memory import LiveAdapter, gather, require_end, save_trained
+from rightrank.adapters.preserved_state import as_it_came
+from rightrank.adapters.processes import is_sharded, world_size
 from rightrank.adapters.resize import capped, write_truncated
+from rightrank.data.splits import sample_indices
 from rightrank.interop.end_run import Ending, measure
-from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked, some_rows
-from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
+from rightrank.interop.smallest import SmallestAdapter, checked
+from rightrank.interop.trainer_rows import MIN_EXAMPLES, Reader, readable_copy, sample_batches
+from rightrank.models.adapter_reader import PREFIX, AdapterFolder, open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
-from rightrank.train.multi_lora import lora_modules
+from rightrank.train.multi_lora import find_lora_modules
 
 log = logging.getLogger("rightrank")
 
-# Against a training at the lower rank, at that rank's own best learning rate (benchmarks/squeeze).
+# Against a training at the lower rank, at that rank's own best learning rate (docs/explanation/science.md, archive).
 STUDY = "In a study, 35 of 45 such cuts ended no worse than a training at the low rank by half a margin; differences were -28% to +5% of what training gains"
+RESUME = "give the trainer the model PeftModel.from_pretrained(base, {path}, is_trainable=True)"
 LAYERWISE = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
 
 
@@ -56,15 +62,23 @@ class Squeeze(SmallestAdapter):
         DataError: no held-out rows to measure on, where no rank is given.
     """
 
+    _writes_run: ClassVar[bool] = False
+    reads_between_steps: ClassVar[bool] = True
     rank: int | None = None
     at: float = 0.5
     measure: bool = field(default=True, init=False)
     cut: LiveCut | None = field(default=None, init=False)
     _step: int = field(default=0, init=False)
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Explain in one line why the model cannot load a checkpoint after the cut, until the training begins."""
+        if hasattr(kwargs["model"], "load_adapter"):
+            kwargs["model"].load_adapter = MethodType(load_or_explain, kwargs["model"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        vars(kwargs["model"]).pop("load_adapter", None)  # a checkpoint has been loaded by now
         model, self._is_training, self.cut = kwargs["model"], False, None
         self._step = cut_step(self.at, state.max_steps)
         if state.global_step >= self._step:
@@ -78,11 +92,11 @@ class Squeeze(SmallestAdapter):
             )
         super().on_train_begin(args, state, control, **kwargs)
 
-    def _rows_to_score(self, rows: Any, is_own: bool) -> Sequence[Mapping[str, Any]]:
-        """The held-out rows; where the rank is given nothing is measured, and the training's own stand for them, if they can be read again."""
+    def _rows_to_score(self, rows: Any, is_own: bool, reader: Reader) -> Subset[Any]:
+        """Return the held-out rows; some of the training where the rank is given and nothing is measured, or none of a stream."""
         if self.rank is None:
-            return super()._rows_to_score(rows, is_own)
-        return some_rows(self._loaders["train_dataloader"].dataset, 2)
+            return super()._rows_to_score(rows, is_own, reader)
+        return Subset(reader.rows, sample_indices(len(reader.rows), MIN_EXAMPLES))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._is_training or state.global_step != self._step:
@@ -95,6 +109,10 @@ class Squeeze(SmallestAdapter):
         if state.is_world_process_zero:
             for line in [*self.cut.notes, cut_sentence(self.cut, self._step)]:
                 log.warning("rightrank: %s", line)
+            if self.cut.rank < self.cut.from_rank:
+                log.warning(
+                    "rightrank: to resume from a checkpoint after this step: %s", RESUME.format(path="checkpoint")
+                )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,6 +125,22 @@ class Squeeze(SmallestAdapter):
                 "training at rank %d certifies its truncations",
                 top, self._step, self.cut.rank, state.global_step, STUDY, top,
             )  # fmt: skip
+
+
+def load_or_explain(model: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+    """Load a checkpoint's adapter as PEFT does.
+
+    Raises:
+        ModelError: its factors have another shape than the model's.
+    """
+    try:
+        return type(model).load_adapter(model, path, *args, **kwargs)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelError(
+            f"{path}: its adapter has another rank than the model, as after a cut; to resume there: {RESUME.format(path=repr(str(path)))}"
+        ) from None
 
 
 def squeeze(
@@ -124,7 +158,8 @@ def squeeze(
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
         optimizer: That of the adapter; of accelerate, its `optimizer`.
-        train: Batches of the training, of which the first are read for second moments: dictionaries of tensors with `labels`.
+        train: Batches of the training for second moments, dictionaries of tensors with `labels`: of a list a random sample is read, of a loader the
+            first ones.
         held_out: Batches that the training did not see, to measure truncations on where no rank is given.
         rank: The rank to cut to; None for the smallest whose truncation is worse by no more than the margin.
         margin: As for `SmallestAdapter`; `metric` too.
@@ -136,7 +171,8 @@ def squeeze(
     """
     margin, name = checked(margin, None, metric).margin, require_cut(model, rank)
     with as_it_came(model, name, held_out, train):
-        live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
+        batches = list(readable_copy(held_out)), sample_batches(train)
+        live = LiveAdapter(model, *batches, margin, name=name, metric=metric)
     if rank is None and not live.held_out:
         raise DataError("squeeze: give a rank, or held-out batches to measure truncations on")
     return cut_live(live, optimizer, rank)
@@ -212,7 +248,7 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
         if rank is None:
             measured = measure(live, Path(working) / "run")
             rank, notes, lower = measured.answer.rank, measured.notes, measured.folder.adapter
-            before = open_adapter(measured.folder.trial_adapter(measured.answer.trained_id))
+            before = open_adapter(measured.folder.get_trial_folder(measured.answer.trained_id))
         else:
             before, lower = save_trained(live.model, live.name, Path(working) / "trained"), Path(working) / "lower"
             with as_it_came(live.model, live.name):
@@ -228,23 +264,28 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
 def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: AdapterFolder) -> int:
     """Put the factors of `after` in the place of those that train; returns their number of elements.
 
-    alpha stays, so that the scale is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
-    projected on the new factors (benchmarks/squeeze).
+    lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
+    projected on the new factors (docs/explanation/science.md, archive).
     """
-    name, layers = live.name, lora_modules(live.model)
-    lower, config = load_file(after.weights), live.model.peft_config[name]
+    adapter, layers = live.name, find_lora_modules(live.model)
+    lower, config = load_file(after.weights), live.model.peft_config[adapter]
     swap: Any = torch.utils.swap_tensors  # untyped in torch
     parameters = 0
     for module in after.modules:
         layer = layers[module.name]
         for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
-            parameter = factors[name].weight
+            parameter = factors[adapter].weight
             # Gradients have the old shape, as has the graph of a loss that the loop still holds.
             parameter.grad = None
             optimizer.state.pop(parameter, None)
             swap(parameter, torch.nn.Parameter(lower[f"{PREFIX}{module.name}.lora_{side}.weight"].to(parameter)))
             parameters += parameter.numel()
-        layer.r[name], layer.scaling[name] = module.rank, module.scaling
-        layer.lora_A[name].out_features = layer.lora_B[name].in_features = module.rank
-    config.r, config.rank_pattern = after.config["r"], after.config.get("rank_pattern") or {}
+        layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter] = (
+            module.rank,
+            module.lora_alpha,
+            module.scaling,
+        )
+        layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = module.rank
+    for name in ("r", "rank_pattern", "alpha_pattern", "init_lora_weights"):
+        setattr(config, name, after.config[name])
     return parameters

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from rightrank.adapters.live_scores import batch_loss
+from rightrank.adapters.batch_scores import batch_loss
 from rightrank.runs.calls import TrialResult
 
 
 @torch.no_grad()
-def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> TrialResult:
+def causal_example_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> TrialResult:
     """The result of a task: the mean loss per label token, in nats, of each example and, as `loss`, of all.
 
     An example weighs as much as it has label tokens; one without any is left out.
@@ -31,4 +31,4 @@ def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]
         counts += scored.example_tokens[kept].tolist()
     model.train(was_training)
     scores = [loss / count for loss, count in zip(losses, counts, strict=True)]
-    return TrialResult(metrics={"loss": sum(losses) / sum(counts)}, item_scores=scores, item_weights=counts)
+    return TrialResult(metrics={"loss": sum(losses) / sum(counts)}, example_scores=scores, example_weights=counts)

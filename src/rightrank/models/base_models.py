@@ -28,7 +28,8 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
-from rightrank.models.places import ModelSource, find_model, safe_shards
+from rightrank.models.model_sources import ModelSource, find_model
+from rightrank.models.safetensors_files import safe_shards
 from rightrank.schema.errors import (
     LIBRARY_ERRORS,
     DeviceMemoryError,
@@ -151,7 +152,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
-        fault = settings.fault_of("give a model that it loads")
+        fault = settings.load_error_hint("give a model that it loads")
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)}); {fault}") from None
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it

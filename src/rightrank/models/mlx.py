@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rightrank.data.files import read_json_object
-from rightrank.models.places import is_mlx, safe_shards
+from rightrank.models.model_sources import is_mlx
+from rightrank.models.safetensors_files import safe_shards
 from rightrank.schema.errors import ModelError
 
 WITHIN_WORDS = (2, 4, 8)  # bits of a value; of another number, values cross the words

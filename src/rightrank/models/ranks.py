@@ -58,6 +58,32 @@ def lora_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
 
 
+def equal_scale_alphas(ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool) -> dict[str, float]:
+    """The alpha of each module with which its scale is that of `lora_alpha` at rank `r`, whatever its own rank.
+
+    Servers scale every module by the configuration's `lora_alpha` and `r`. With these as `alpha_pattern`, PEFT does the same.
+    """
+    shares = {name: math.sqrt(rank / r) if use_rslora else rank / r for name, rank in ranks.items()}
+    alphas = {name: lora_alpha * share for name, share in shares.items()}
+    return {name: int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()}
+
+
+def equivalent_rank(ranks: Iterable[int], sizes: Iterable[int]) -> int:
+    """The smallest rank that has at least these parameters in every module.
+
+    Args:
+        ranks: of the modules.
+        sizes: the parameters of one rank of each module.
+    """
+    ranks, sizes = list(ranks), list(sizes)
+    return math.ceil(sum(rank * size for rank, size in zip(ranks, sizes, strict=True)) / sum(sizes))
+
+
+def rank_text(rank: int, lowest: int, highest: int) -> str:
+    """`2 (modules from 1 to 4)`, or `2` where every module has this rank."""
+    return f"{rank}" if lowest == highest else f"{rank} (modules from {lowest} to {highest})"
+
+
 def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float, bool]:
     """`(lora_alpha, use_rslora)` of PEFT's configuration.
 
@@ -70,7 +96,7 @@ def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float,
 
 
 def rank_change_line(rank: int, to: int, alpha: float = 32, scaling: Scaling = "alpha/r") -> str:
-    """What becomes of alpha and the learning rate when the rank changes; the figures are of `benchmarks/atlas/rates.json`.
+    """What becomes of alpha and the learning rate when the rank changes; the figures are of docs/explanation/science.md, archive.
 
     `alpha` is PEFT's at `rank`.
     """

@@ -18,8 +18,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter
-from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank, pattern_value
+from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, open_adapter
+from rightrank.models.ranks import equal_scale_alphas, exact_pattern, lora_scaling, max_module_rank, pattern_value
 from rightrank.schema.trials import Floats
 
 DAMPING = 0.01  # share of the identity in each metric: directions that few tokens have shown keep some weight
@@ -124,7 +124,7 @@ def truncated_tensors(
 
     Args:
         rank: the uniform rank, which sets the number of parameters.
-        config: of the truncated adapter; the rank of each module goes into it.
+        config: of the truncated adapter; the rank of each module goes into it, and an alpha that gives all of them one scale.
         moments: by module name; modules that have them are truncated by K-FAC, the others by singular values.
     """
     adapter = open_adapter(folder)
@@ -133,12 +133,12 @@ def truncated_tensors(
     ranks = {module.address: int(pattern_value(pattern, module.address, config.r)) for module in adapter.modules}
     if len(uniform := set(ranks.values())) == 1:
         ranks = shared_ranks(adapter, uniform.pop(), max_module_rank(rank), moments) or ranks
+    alphas = equal_scale_alphas(ranks, config.r, config.lora_alpha, bool(config.use_rslora))
     config.rank_pattern = exact_pattern(ranks, config.r, ranks)
+    config.alpha_pattern = exact_pattern(alphas, config.lora_alpha, ranks)
+    scaling = lora_scaling(config.lora_alpha, config.r, bool(config.use_rslora))
     for pair in adapter.pairs:
-        address, new_rank = pair[0].address, ranks[pair[0].address]
-        alpha = pattern_value(config.alpha_pattern or {}, address, config.lora_alpha)
-        ratio = pair[0].scaling / lora_scaling(alpha, new_rank, bool(config.use_rslora))
-        tensors |= new_tensors(adapter, pair, new_rank, ratio, moments)
+        tensors |= new_tensors(adapter, pair, ranks[pair[0].address], pair[0].scaling / scaling, moments)
     return tensors
 
 

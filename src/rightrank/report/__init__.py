@@ -1,1 +1,1 @@
-"""What is shown: figures as plain data, pages, tables and sentences from the records."""
+"""Views of a run: figures as plain data, pages, tables and sentences that are computed from its records."""

@@ -1,4 +1,4 @@
-"""Both answers of a run in words: one view, which terminal, status, notebook, report and card print."""
+"""Both answers of a run in words: one view that the terminal, the status, the notebook, the report and the model card print."""
 
 from __future__ import annotations
 
@@ -9,138 +9,146 @@ from itertools import zip_longest
 
 from rightrank.decision.records import Answers
 from rightrank.decision.sentences import number
-from rightrank.report.format import quantity, visible
-from rightrank.schema.decision import Decision, HandedOver, MetricAnswer
+from rightrank.report.format import format_quantity, make_visible
+from rightrank.schema.decision import Decision, ExportedAdapter, MetricAnswer
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerView:
-    """Both answers in words; a part that is not known yet, or was not asked, is empty."""
+    """Both answers in words. A field is empty if its answer is not available yet or was not requested."""
 
-    adapter_headline: str  # the first question in a few words
-    rank_headline: str  # the second
-    adapter: str  # the first question in a sentence
-    # How it was made, what it loads as, whether a larger one may be better, the test split.
+    adapter_headline: str  # the deployment rank in a few words
+    rank_headline: str  # the training rank in a few words
+    adapter: str  # the deployment rank in a sentence
+    # How the adapter was made, at which rank it loads, whether a larger one may be better, and its test-split result.
     adapter_notes: tuple[str, ...]
-    training_rank: str  # the second; before its answer, what is missing
-    estimate: str  # of the second, where it was not asked
+    training_rank: str  # the training rank in a sentence; until it is available, what is missing
+    estimate: str  # an estimate of the training rank if it was not requested
     verdict: str  # with the flags in brackets
-    safe_choice: str  # what is shown to be enough until an undecided answer is decided
-    metrics: tuple[str, ...]  # what further metrics say
-    next_runs: tuple[tuple[str, str | None], ...]  # each with its command, where one can be pasted
+    safe_choice: str  # a rank that is enough, while the answer is undecided
+    metrics: tuple[str, ...]  # the results by other metrics
+    next_runs: tuple[tuple[str, str | None], ...]  # each with a command that can be pasted, if there is one
 
     @property
     def headline(self) -> str:
-        """Both answers in a few words."""
+        """Summarise both answers in a few words."""
         return " · ".join(filter(None, (self.adapter_headline, self.rank_headline))) or "Running: no answer yet"
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Both answers as labelled lines; the second where it was asked, or has an estimate."""
+    def build_rows(self) -> list[tuple[str, str]]:
+        """Return both answers as `(label, text)` rows; the training rank only if it was requested or has an estimate."""
         first = [("Adapter", self.adapter), *(("", note) for note in self.adapter_notes)] if self.adapter else []
         if not (self.verdict or self.estimate):
             return first
         second = [("Training rank", f"{self.training_rank} {self.estimate}".rstrip()), ("verdict", self.verdict)]
         metrics = [("metric", metric) for metric in self.metrics]
-        return [*first, *second, *metrics, ("", self.safe_choice), *self.next_rows()]
+        return [*first, *second, *metrics, ("", self.safe_choice), *self.build_next_rows()]
 
-    def next_rows(self) -> list[tuple[str, str]]:
-        """Each next run, below it its command."""
+    def build_next_rows(self) -> list[tuple[str, str]]:
+        """Return a row for each suggested next run, followed by a row with its command."""
         return [row for run, command in self.next_runs for row in (("next", run), ("", command or ""))]
 
 
-def answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> AnswerView:
-    """The answers in words; `commands` are those of the next runs."""
-    decision, adapter, asked = answers.decision, answers.adapter, answers.goal != "adapter"
-    rank = "not known yet" if decision is None else decision.rank or decision.verdict.replace("_", " ")
-    missing = "not asked (--goal adapter)."
-    if decision is None and asked:
-        so_far = quantity(answers.trainings, "training")
-        missing = f"{so_far} so far. A comparison needs two ranks with a result."
+def build_answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> AnswerView:
+    """Describe the answers in words.
+
+    Args:
+        commands: the commands of the next runs, in the same order; None for a run without a command.
+    """
+    decision, adapter, asks_for_rank = answers.decision, answers.adapter, answers.goal != "adapter"
+    rank = "not available yet" if decision is None else decision.rank or decision.verdict.replace("_", " ")
+    rank_text = "not requested (--goal adapter)."
+    if decision is None and asks_for_rank:
+        so_far = format_quantity(answers.trainings, "training")
+        rank_text = f"{so_far} so far. A comparison needs two ranks with a result."
     return AnswerView(
-        adapter_headline=f"Adapter: rank {adapter.answer.rank}" if adapter else "",
-        rank_headline="" if not asked or not (adapter or decision) else f"Training rank: {rank}",
+        adapter_headline=f"Adapter: rank {adapter.handed_over.rank_text}" if adapter else "",
+        rank_headline="" if not asks_for_rank or not (adapter or decision) else f"Training rank: {rank}",
         adapter=adapter.answer.sentence if adapter else "",
-        adapter_notes=tuple(filter(None, _adapter_notes(answers))),
-        training_rank=decision.sentence if decision is not None else missing,
+        adapter_notes=tuple(filter(None, _format_adapter_notes(answers))),
+        training_rank=decision.sentence if decision is not None else rank_text,
         estimate=answers.estimate.sentence if answers.estimate else "",
         verdict=""
         if decision is None
         else decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else ""),
-        safe_choice="" if decision is None or decision.verdict != "undecided" else _safe_choice(decision),
-        metrics=() if decision is None else tuple(map(_metric_text, decision.other_metrics)),
-        next_runs=()
-        if decision is None
-        else tuple((run.sentence, command) for run, command in zip_longest(decision.next_runs, commands)),
+        safe_choice="" if decision is None or decision.verdict != "undecided" else _format_safe_choice(decision),
+        metrics=() if decision is None else tuple(map(_format_metric_answer, decision.other_metrics)),
+        next_runs=tuple((run.sentence, command) for run, command in zip_longest(answers.next_runs, commands)),
     )
 
 
-def _safe_choice(decision: Decision) -> str:
-    if decision.asked is not None:
-        return ""  # the sentence names the rank to take
+def _format_safe_choice(decision: Decision) -> str:
+    if decision.requested_confidence is not None:
+        return ""  # The decision's sentence already names the rank to use.
     if decision.fallback_rank is None:
-        return f"No rank is shown to be enough; rank {decision.best_so_far} came out best so far, without proof."
+        return f"No rank is proven to be enough yet; rank {decision.best_so_far} has the best value so far."
     if decision.confidence is None:
-        return f"Rank {decision.fallback_rank} is the smallest that one seed indicates to be enough at the margin of {decision.margin:g}."
-    return (
-        f"Until this is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}."
-    )
+        return f"Rank {decision.fallback_rank} is the smallest rank that is enough at the margin of {decision.margin:g}, according to one seed."
+    return f"Until the answer is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}."
 
 
-def labelled(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
-    """`label: text` in lines, the texts below each other from column `width` on; a row without a text is left out."""
+def format_labelled_rows(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
+    """Format rows as `label: text` lines whose texts start at column `width`; rows without a text are skipped."""
     return [f"{f'{label}:' if label else '':<{width - 1}} {text}" for label, text in rows if text]
 
 
-def _adapter_notes(answers: Answers) -> list[str]:
+def _format_adapter_notes(answers: Answers) -> list[str]:
     if answers.adapter is None:
         return []
     answer, handed_over = answers.adapter.answer, answers.adapter.handed_over
     return [
         f"It was {answers.making}." if answers.making else "",
-        f"It loads as rank {handed_over.loads_as}." if handed_over.loads_as else "",
-        f"Rank {answer.rank} is the largest that was trained, so a larger one may be better: --extend trains rank "
-        f"{2 * answer.rank} too, for about the price of this answer."
-        if answer.keeps_the_top
+        f"It loads as rank {handed_over.load_rank}." if handed_over.load_rank else "",
+        f"Rank {answer.rank} is the largest rank that was trained, so a larger one may be better. --extend also trains rank "
+        f"{2 * answer.rank}, at about the cost of this answer."
+        if answer.is_top_rank_required
         else "",
-        _test_text(handed_over),
+        "Its learning rate is the lowest or the highest that was tried (lr_edge), so another one may be better."
+        if answers.adapter_run
+        else "",
+        _format_test_result(handed_over),
     ]
 
 
-def _test_text(handed_over: HandedOver) -> str:
-    """The reading on the test split; empty without one, and where the adapter is the reference itself."""
+def _format_test_result(handed_over: ExportedAdapter) -> str:
+    """Describe the test-split result. Return "" if there is none, or if the exported adapter is the reference itself."""
     high = handed_over.test_difference_high
     if handed_over.test_difference is None or (handed_over.test_difference == 0 and not high):
         return ""
     bound = "" if high is None else f" (95% upper bound {high:+.2g})"
-    return f"On the test split, read once, it differs from the reference by {handed_over.test_difference:+.2g}{bound}."
+    return f"On the test split, it differs from the reference by {handed_over.test_difference:+.2g}{bound}."
 
 
-def _metric_text(other: MetricAnswer) -> str:
-    if other.conflict:
-        return other.sentence
-    answer = f"rank {other.rank}" if other.rank else other.verdict.replace("_", " ")
-    return f"{other.metric}: {answer}, at a margin of {brief(other.margin)}"
+def _format_metric_answer(metric_answer: MetricAnswer) -> str:
+    if metric_answer.conflict:
+        return metric_answer.sentence
+    answer = f"rank {metric_answer.rank}" if metric_answer.rank else metric_answer.verdict.replace("_", " ")
+    return f"{metric_answer.metric}: {answer}, at a margin of {format_brief(metric_answer.margin)}"
 
 
-def brief(value: float | None) -> str:
-    """Two significant digits; empty for None."""
+def format_brief(value: float | None) -> str:
+    """Format a number with two significant digits; return "" for None."""
     return "" if value is None else "0" if abs(value) < 1e-12 else number(value)
 
 
-def notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:
-    """The answers, each with its drawing (SVG), for a notebook; without a drawing an answer is left out."""
+def render_notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:
+    """Render each answer with its drawing (SVG) for a notebook. An answer without a drawing is left out."""
     next_run = f" Next: {view.next_runs[0][0]}" if view.next_runs else ""
-    parts = [
+    sections = [
         (view.adapter_headline, view.adapter, adapters, ""),
-        (view.rank_headline, view.training_rank, ranks, f"<p>Verdict: {_html(view.verdict)}.{_html(next_run)}</p>"),
+        (
+            view.rank_headline,
+            view.training_rank,
+            ranks,
+            f"<p>Verdict: {_escape_html(view.verdict)}.{_escape_html(next_run)}</p>",
+        ),
     ]
     style = 'role="img" style="display: block; width: 100%; height: auto"'
     return "".join(
-        f"<div><p><strong>{_html(headline)}</strong>. {_html(sentence)}</p><div style='max-width: 40em'>{drawing.replace('<svg', f'<svg {style}', 1)}</div>{further}</div>"
-        for headline, sentence, drawing, further in parts
+        f"<div><p><strong>{_escape_html(headline)}</strong>. {_escape_html(sentence)}</p><div style='max-width: 40em'>{drawing.replace('<svg', f'<svg {style}', 1)}</div>{footer}</div>"
+        for headline, sentence, drawing, footer in sections
         if drawing
     )
 
 
-def _html(value: str) -> str:
-    return escape(visible(value))
+def _escape_html(value: str) -> str:
+    return escape(make_visible(value))

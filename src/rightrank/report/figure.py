@@ -1,6 +1,6 @@
-"""Figures as plain data: pure functions compute them, backends draw them, tests check the numbers.
+"""Figures as plain data. Pure functions compute them, backends draw them, and tests check their numbers.
 
-The backends: `svg` and the curve of `terminal` (text).
+The backends are `svg` and the text curve in `terminal`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 from typing import Literal, TypeAlias
 
-from rightrank.report.format import visible
+from rightrank.report.format import make_visible
 
 Scale: TypeAlias = Literal["linear", "log2", "log10"]
 Kind: TypeAlias = Literal["line", "both", "step"]
@@ -28,22 +28,28 @@ class Axis:
     limits: tuple[float, float] | None = None  # None: all values, with a small margin
 
 
-def metric_axis(metric: str, limits: tuple[float, float]) -> Axis:
-    label = "held-out loss, nats" if metric == "loss" else f"held-out {visible(metric)}"
-    return Axis(label, limits=limits)
+def format_metric_label(metric: str, higher_is_better: bool | None) -> str:
+    """Return the label of an axis with held-out values, with the better direction if it is available."""
+    label = "held-out loss, nats" if metric == "loss" else f"held-out {make_visible(metric)}"
+    better = "" if higher_is_better is None else f" ({'higher' if higher_is_better else 'lower'} is better)"
+    return label + better
 
 
-def rank_axis(ranks: Sequence[int]) -> Axis:
+def build_metric_axis(metric: str, higher_is_better: bool | None, limits: tuple[float, float]) -> Axis:
+    return Axis(format_metric_label(metric, higher_is_better), limits=limits)
+
+
+def build_rank_axis(ranks: Sequence[int]) -> Axis:
     return Axis("LoRA rank", "log2", tuple(sorted(set(ranks))))
 
 
-def axis_from_zero(label: str, values: Sequence[float]) -> Axis:
-    """An axis of quantities whose ratio matters, such as memory and time."""
+def build_zero_based_axis(label: str, values: Sequence[float]) -> Axis:
+    """Return an axis that starts at zero, for quantities whose ratio matters, such as memory and time."""
     return Axis(label, limits=(0.0, 1.08 * max(values, default=1.0) or 1.0))
 
 
-def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Powers of ten within the limits, with 2 and 5 times them where there are fewer than three."""
+def compute_log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Return the powers of ten within the limits; if there are fewer than three, also their multiples by 2 and 5."""
     exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
     ticks: list[tuple[float, ...]] = [
         tuple(tick for power in exponents for factor in factors if low <= (tick := float(f"{factor}e{power}")) <= high)
@@ -71,7 +77,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A horizontal stripe."""
+    """A horizontal band."""
 
     label: str
     low: float
@@ -98,7 +104,10 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A plot of series over two axes. `name` is its file name, `alt` its text alternative; `rows` are its numbers."""
+    """A plot of series over two axes.
+
+    `name` is its file name, `alt` its text alternative, and `rows` are its numbers under the headings `columns`.
+    """
 
     name: str
     title: str
@@ -114,8 +123,8 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What a legend names: all series of one label, a band, a level or a mark."""
+class LegendEntry:
+    """An entry of the legend: all series with the same label, a band, a level or a mark."""
 
     label: str
     sign: str  # the kind of a series, or "band", "level", "ring"
@@ -123,16 +132,16 @@ class Part:
     dashed: bool = False
 
 
-def parts_of(figure: Figure) -> list[Part]:
-    """The entries of the legend; none where the title says enough: one series without intervals."""
-    series = {s.label: Part(s.label, s.kind, colour_name(s.tone), s.dashed) for s in reversed(figure.series)}
-    parts = list(reversed(series.values()))[:MAX_LABELS]
-    parts += [Part(mark.label, "ring", colour_name(mark.tone)) for mark in figure.marks]
-    parts += [Part(band.label, "band", "band") for band in figure.bands]
-    parts += [Part(level.label, "level", "faint") for level in figure.levels if level.label]
-    return parts if len(parts) > 1 or any(s.high for s in figure.series) else []
+def build_legend(figure: Figure) -> list[LegendEntry]:
+    """Return the legend's entries. A single series without intervals needs no legend, because the title describes it."""
+    series = {s.label: LegendEntry(s.label, s.kind, get_colour_name(s.tone), s.dashed) for s in reversed(figure.series)}
+    entries = list(reversed(series.values()))[:MAX_LABELS]
+    entries += [LegendEntry(mark.label, "ring", get_colour_name(mark.tone)) for mark in figure.marks]
+    entries += [LegendEntry(band.label, "band", "band") for band in figure.bands]
+    entries += [LegendEntry(level.label, "level", "faint") for level in figure.levels if level.label]
+    return entries if len(entries) > 1 or any(s.high for s in figure.series) else []
 
 
-def colour_name(tone: Tone) -> str:
-    """The name of a tone's colour in the style sheet."""
+def get_colour_name(tone: Tone) -> str:
+    """Return the name of a tone's colour in the style sheet."""
     return f"s{tone % 10}" if isinstance(tone, int) else tone

@@ -1,4 +1,4 @@
-"""Numbers, units and tables as text, the same in every view."""
+"""Format numbers, units and text the same way in every view."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ HIDDEN = {
 }
 
 
-def visible(text: str) -> str:
-    """The text with control characters shown as symbols, so that data cannot change how a page reads."""
+def make_visible(text: str) -> str:
+    """Replace control and invisible characters with symbols, so that data cannot change how a page reads."""
     return text.translate(CONTROL_PICTURES | HIDDEN)
 
 
-def quantity(count: float, noun: str) -> str:
-    """`1 seed`, `3 seeds`, `4.3 trainings`."""
+def format_quantity(count: float, noun: str) -> str:
+    """Format a count with its noun: `1 seed`, `3 seeds`, `4.3 trainings`."""
     text = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
     return f"{text} {noun}" + ("" if count == 1 else "s")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def size(count: float) -> str:
-    """Bytes in a binary unit: `1.50 GiB`."""
+def format_bytes(count: float) -> str:
+    """Format bytes in a binary unit: `1.50 GiB`."""
     sign, count = ("-" if count < 0 else ""), abs(count)
     for unit, spec in (("B", ".0f"), ("KiB", ".1f"), ("MiB", ".1f"), ("GiB", ".2f")):
         if count < 1024:

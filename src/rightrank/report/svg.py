@@ -1,7 +1,7 @@
-"""Figures as SVG, drawn once: the page shows the drawing, a file adds title, legend and colours to it.
+"""Draw figures as SVG. The page embeds the drawing; a file adds the title, the legend and the colours.
 
-Every series, band, level and mark is a group with its label in `data-label`; a series has its numbers in `data-x` and
-`data-y`, and the drawing has its two scales in `data-axes`. The page's script reads nothing else.
+Every series, band, level and mark is a group with its label in `data-label`. A series stores its numbers in `data-x` and
+`data-y`, and the drawing stores its two scales in `data-axes`. The page's script reads nothing else.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from pathlib import Path
 from textwrap import wrap
 
 from rightrank.data.files import replacing, write_text
-from rightrank.report.figure import MAX_LABELS, Axis, Figure, Part, Series, Tone, colour_name, parts_of
-from rightrank.report.format import visible
+from rightrank.report.figure import MAX_LABELS, Axis, Figure, LegendEntry, Series, Tone, build_legend, get_colour_name
+from rightrank.report.format import make_visible
 from rightrank.schema.errors import MissingExtraError, SettingsError
 
-WIDTH, HEIGHT = 460, 290  # of a drawing in its own units, which are pixels at its natural size
-LEFT, RIGHT, TOP, BOTTOM = 66, 12, 8, 46  # its margins
-FONT, LETTER, LINE = 12, 6.6, 17  # of texts: the size, the mean width of a letter, the height of a line
+WIDTH, HEIGHT = 460, 310  # of a drawing, in pixels at its natural size
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 30, 46  # margins of a drawing
+FONT_SIZE, LETTER_WIDTH, LINE_HEIGHT = (
+    12,
+    6.6,
+    17,
+)
 FORMATS = ("svg", "pdf", "png")
-PIXELS = 3  # of a PNG file for each unit of the drawing
-SWATCH = 30  # the width of a legend's sign with the space behind it
-# Colours of a file; in the page, the variables of its style sheet take their place.
+PNG_SCALE = 3  # pixels of a PNG file for each unit of the drawing
+SWATCH_WIDTH = 30  # with the space after it
+# Colours of a file. In the page, the variables of the style sheet replace them.
 COLOURS = {
     "ink": "#1d2b34", "faint": "#5b6b74", "line": "#d6dde1", "main": "#1c5d7f", "second": "#8a5a00", "accent": "#b5402a",
     "band": "#2a9d90", "s0": "#3b528b", "s1": "#c2571a", "s2": "#21756b", "s3": "#8e3b8a", "s4": "#7a6a00", "s5": "#b3344f",
@@ -36,31 +40,33 @@ COLOURS = {
 }  # fmt: skip
 
 
-def inline_svg(figure: Figure) -> str:
-    """The drawing for the page, in the page's colours; screen readers read the page's own text in its place."""
-    axes = json.dumps([_scale_of(figure, "x").data(figure.x.label), _scale_of(figure, "y").data(figure.y.label)])
+def render_inline_svg(figure: Figure) -> str:
+    """Render the drawing for the page, in the page's colours. It is hidden from screen readers, which read the page's text alternative."""
+    axes = json.dumps(
+        [_build_scale(figure, "x").to_list(figure.x.label), _build_scale(figure, "y").to_list(figure.y.label)]
+    )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-figure="{_text(figure.name)}" data-axes="{_text(axes)}" aria-hidden="true" '
-        f'focusable="false">{_plot(figure)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-figure="{_escape_text(figure.name)}" data-axes="{_escape_text(axes)}" aria-hidden="true" '
+        f'focusable="false">{_draw_plot(figure)}</svg>'
     )
 
 
-def svg_file(figure: Figure) -> str:
-    """The figure as a file: title, drawing and legend on white. The same figure gives the same text."""
-    title = wrap(visible(figure.title), int((WIDTH - 20) / (1.1 * LETTER)))
-    top = 10 + LINE * len(title)
-    legend = _legend(figure, top + HEIGHT + 4)
-    whole = top + HEIGHT + LINE * len(legend) + 8
+def render_svg_file(figure: Figure) -> str:
+    """Render the figure as a file: title, drawing and legend on white. Equal figures give equal text."""
+    title = wrap(make_visible(figure.title), int((WIDTH - 20) / (1.1 * LETTER_WIDTH)))
+    top = 10 + LINE_HEIGHT * len(title)
+    legend = _draw_legend(figure, top + HEIGHT + 4)
+    total_height = top + HEIGHT + LINE_HEIGHT * len(legend) + 8
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {whole:g}" font-family="system-ui, sans-serif" '
-        f'font-size="{FONT}">',
-        f"<title>{_text(figure.alt)}</title>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total_height:g}" font-family="system-ui, sans-serif" '
+        f'font-size="{FONT_SIZE}">',
+        f"<title>{_escape_text(figure.alt)}</title>",
         '<rect width="100%" height="100%" fill="#fff"/>',
         *(
-            f'<text x="12" y="{LINE * (1 + row)}" font-size="{FONT + 2}" fill="var(--ink)">{_text(line)}</text>'
+            f'<text x="12" y="{LINE_HEIGHT * (1 + row)}" font-size="{FONT_SIZE + 2}" fill="var(--ink)">{_escape_text(line)}</text>'
             for row, line in enumerate(title)
         ),
-        f'<g transform="translate(0 {top})">{_plot(figure)}</g>',
+        f'<g transform="translate(0 {top})">{_draw_plot(figure)}</g>',
         *legend,
         "</svg>",
     ]
@@ -69,46 +75,50 @@ def svg_file(figure: Figure) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """From a value to its place along one side of the drawing."""
+    """A mapping from values to positions along one axis of the drawing."""
 
     log: bool
     low: float  # the values at both ends
     high: float
-    start: float  # their places
+    start: float  # the positions of both ends
     end: float
 
     def __call__(self, value: float) -> float:
         low, at, high = (log10(v) if self.log else v for v in (self.low, value, self.high))
         return round(self.start + (self.end - self.start) * (at - low) / (high - low), 1)
 
-    def data(self, label: str) -> list[float | bool | str]:
-        """What the page's script computes the same place from, and the axis's name."""
-        return [self.log, self.low, self.high, self.start, self.end, visible(label)]
+    def to_list(self, label: str) -> list[float | bool | str]:
+        """Return the scale and the axis label in the form that the page's script reads."""
+        return [self.log, self.low, self.high, self.start, self.end, make_visible(label)]
 
 
-def _scale_of(figure: Figure, which: str) -> _Scale:
-    axis: Axis = figure.x if which == "x" else figure.y
-    ends = (LEFT, WIDTH - RIGHT) if which == "x" else (HEIGHT - BOTTOM, TOP)
+def _build_scale(figure: Figure, dimension: str) -> _Scale:
+    axis: Axis = figure.x if dimension == "x" else figure.y
+    positions = (LEFT, WIDTH - RIGHT) if dimension == "x" else (HEIGHT - BOTTOM, TOP)
     is_log = axis.scale != "linear"
     if axis.limits is not None:
-        return _Scale(is_log, *axis.limits, *ends)
-    values = [*axis.ticks, *_values(figure, which)]
+        return _Scale(is_log, *axis.limits, *positions)
+    values = [*axis.ticks, *_collect_values(figure, dimension)]
     low, high = min(values), max(values)
-    room = 0.06 * (high - low or abs(high) or 1.0)  # some room around the least and the largest value
-    return _Scale(True, low / 1.25, high * 1.25, *ends) if is_log else _Scale(False, low - room, high + room, *ends)
+    room = 0.06 * (high - low or abs(high) or 1.0)  # keeps some space around the smallest and the largest value
+    return (
+        _Scale(True, low / 1.25, high * 1.25, *positions)
+        if is_log
+        else _Scale(False, low - room, high + room, *positions)
+    )
 
 
-def _values(figure: Figure, which: str) -> list[float]:
-    """All values that must be seen along the axis."""
-    if which == "x":
+def _collect_values(figure: Figure, dimension: str) -> list[float]:
+    """Return all values that must be visible along the axis."""
+    if dimension == "x":
         return [*(x for s in figure.series for x in s.x), *(mark.x for mark in figure.marks)]
     values = [y for s in figure.series for y in (*s.y, *s.low, *s.high)]
     values += [level.value for level in figure.levels] + [mark.y for mark in figure.marks]
     return values + [end for band in figure.bands for end in (band.low, band.high)]
 
 
-def _ticks(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:
-    """The places and the texts of the ticks: those of the axis, or some round numbers."""
+def _compute_ticks(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:
+    """Return `(value, text)` for each tick: the ticks of the axis, or round numbers if it has none."""
     if axis.ticks:
         shown = axis.ticks[:: ceil(len(axis.ticks) / MAX_LABELS)]
         return [(tick, f"{tick:g}") for tick in shown if scale.low <= tick <= scale.high]
@@ -117,132 +127,148 @@ def _ticks(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:
     step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda width: abs(width - rough))
     digits = max(0, -floor(log10(step) + 1e-9))
     count = range(ceil(scale.low / step - 1e-9), floor(scale.high / step + 1e-9) + 1)
-    return [(n * step, f"{n * step:,.{digits}f}" if step < 1e5 else f"{n * step:g}") for n in count]
+    if step < 1e5:
+        return [(n * step, f"{n * step:,.{digits}f}") for n in count]
+    largest = max(abs(scale.low), abs(scale.high))
+    significant = max(
+        6, floor(log10(largest)) - floor(log10(step)) + 1
+    )  # Fewer would give several ticks the same text.
+    return [(n * step, f"{n * step:.{significant}g}") for n in count]
 
 
-def _plot(figure: Figure) -> str:
-    x, y = _scale_of(figure, "x"), _scale_of(figure, "y")
+def _draw_plot(figure: Figure) -> str:
+    x, y = _build_scale(figure, "x"), _build_scale(figure, "y")
     clip, right = f"clip-{figure.name}", WIDTH - RIGHT
     inside = f'x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{HEIGHT - TOP - BOTTOM}"'
-    parts = [f'<clipPath id="{_text(clip)}"><rect {inside}/></clipPath>', *_axes(figure, x, y)]
-    parts.append(f'<g clip-path="url(#{_text(clip)})">')
+    elements = [f'<clipPath id="{_escape_text(clip)}"><rect {inside}/></clipPath>', *_draw_axes(figure, x, y)]
+    elements.append(f'<g clip-path="url(#{_escape_text(clip)})">')
     for band in figure.bands:
-        place = f'x="{LEFT}" y="{y(band.high)}" width="{right - LEFT}" height="{round(y(band.low) - y(band.high), 1)}"'
-        drawn = f'<rect {place} fill="var(--band)" opacity=".25"/>'
-        parts.append(f'<g class="band" data-label="{_text(band.label)}">{drawn}</g>')
+        attributes = (
+            f'x="{LEFT}" y="{y(band.high)}" width="{right - LEFT}" height="{round(y(band.low) - y(band.high), 1)}"'
+        )
+        element = f'<rect {attributes} fill="var(--band)" opacity=".25"/>'
+        elements.append(f'<g class="band" data-label="{_escape_text(band.label)}">{element}</g>')
     for level in figure.levels:
         path = f'<path d="M{LEFT} 0H{right}" transform="translate(0 {y(level.value)})" stroke="var(--faint)"'
-        drawn = f'{path} stroke-width="1.4" stroke-dasharray="2 3"/>'
-        parts.append(f'<g class="level" data-label="{_text(level.label)}">{drawn}</g>')
-    parts += [*(_series(series, x, y) for series in figure.series), "</g>"]
-    for mark in figure.marks:
-        place = f'transform="translate({x(mark.x)} {y(mark.y)})"'
-        drawn = f'<circle r="10" {place} fill="none" stroke="{_colour(mark.tone)}" stroke-width="2.4"/>'
-        parts.append(f'<g class="ring {mark.tone}" data-label="{_text(mark.label)}">{drawn}</g>')
-    return "\n".join(parts)
+        element = f'{path} stroke-width="1.4" stroke-dasharray="2 3"/>'
+        elements.append(f'<g class="level" data-label="{_escape_text(level.label)}">{element}</g>')
+    elements.append("</g>")
+    for number, mark in enumerate(
+        figure.marks
+    ):  # Marks are drawn below the points and around each other, so that all are visible.
+        num_inner = sum((mark.x, mark.y) == (earlier_mark.x, earlier_mark.y) for earlier_mark in figure.marks[:number])
+        attributes = f'r="{10 + 4 * num_inner}" transform="translate({x(mark.x)} {y(mark.y)})"'
+        element = f'<circle {attributes} fill="none" stroke="{_format_colour(mark.tone)}" stroke-width="2.4"/>'
+        elements.append(f'<g class="ring {mark.tone}" data-label="{_escape_text(mark.label)}">{element}</g>')
+    series = "\n".join(_draw_series(series, x, y) for series in figure.series)
+    return "\n".join([*elements, f'<g clip-path="url(#{_escape_text(clip)})">{series}</g>'])
 
 
-def _axes(figure: Figure, x: _Scale, y: _Scale) -> Iterable[str]:
-    left, right, bottom = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM
-    yield f'<path d="M{left} {TOP}V{bottom}H{right}" fill="none" stroke="var(--faint)"/>'
-    for value, text in _ticks(figure.y, y):
-        yield f'<path d="M{left - 4} {y(value)}h4" stroke="var(--faint)"/><path d="M{left} {y(value)}H{right}" stroke="var(--line)" opacity=".5"/>'
-        yield _label(text, left - 7, y(value) + 4, "end")
+def _draw_axes(figure: Figure, x: _Scale, y: _Scale) -> Iterable[str]:
+    left_edge, right_edge, bottom = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM
+    yield f'<path d="M{left_edge} {TOP}V{bottom}H{right_edge}" fill="none" stroke="var(--faint)"/>'
+    for value, text in _compute_ticks(figure.y, y):
+        yield f'<path d="M{left_edge - 4} {y(value)}h4" stroke="var(--faint)"/><path d="M{left_edge} {y(value)}H{right_edge}" stroke="var(--line)" opacity=".5"/>'
+        yield _draw_label(text, left_edge - 7, y(value) + 4, "end")
     end = -1e9
-    for value, text in _ticks(figure.x, x):
+    for value, text in _compute_ticks(figure.x, x):
         yield f'<path d="M{x(value)} {bottom}v4" stroke="var(--faint)"/>'
-        if x(value) - LETTER * len(text) / 2 > end:  # else it would touch the text before it
-            yield _label(text, x(value), bottom + 18, "middle")
-            end = x(value) + LETTER * (len(text) / 2 + 1)
-    yield _label(figure.x.label, (left + right) / 2, HEIGHT - 6, "middle", "ink")
-    yield _label(figure.y.label, 0, 0, "middle", "ink", f' transform="translate(13 {(TOP + bottom) / 2}) rotate(-90)"')
+        if x(value) - LETTER_WIDTH * len(text) / 2 > end:  # Otherwise it would touch the previous label.
+            yield _draw_label(text, x(value), bottom + 18, "middle")
+            end = x(value) + LETTER_WIDTH * (len(text) / 2 + 1)
+    yield _draw_label(figure.x.label, (left_edge + right_edge) / 2, HEIGHT - 6, "middle", "ink")
+    yield _draw_label(figure.y.label, 12, 14, "start", "ink")  # above the numbers, so that it does not cover them
 
 
-def _label(text: str, x: float, y: float, anchor: str, colour: str = "faint", further: str = "") -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="var(--{colour})"{further}>{_text(text)}</text>'
+def _draw_label(text: str, x: float, y: float, anchor: str, colour: str = "faint") -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="var(--{colour})">{_escape_text(text)}</text>'
 
 
-def _series(series: Series, x: _Scale, y: _Scale) -> str:
-    places = [(x(a), y(b)) for a, b in zip(series.x, series.y, strict=True)]
-    parts = []
+def _draw_series(series: Series, x: _Scale, y: _Scale) -> str:
+    points = [(x(a), y(b)) for a, b in zip(series.x, series.y, strict=True)]
+    elements = []
     for value, low, high in zip(series.x, map(y, series.low), map(y, series.high), strict=False):
         caps = f"M{x(value)} {low}V{high}M{x(value) - 4:.1f} {low}h8M{x(value) - 4:.1f} {high}h8"
-        parts.append(f'<path d="{caps}" fill="none" stroke="currentColor" stroke-width="1.3" opacity=".6"/>')
+        elements.append(f'<path d="{caps}" fill="none" stroke="currentColor" stroke-width="1.3" opacity=".6"/>')
     between = "H{0}V{1}" if series.kind == "step" else "L{0} {1}"
-    path = f"M{places[0][0]} {places[0][1]}" + "".join(between.format(*place) for place in places[1:])
+    path = f"M{points[0][0]} {points[0][1]}" + "".join(between.format(*point) for point in points[1:])
     dashes = ' stroke-dasharray="6 4"' if series.dashed else ""
-    parts.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>')
+    elements.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>')
     if series.kind == "both":
-        parts += [f'<circle cx="{a}" cy="{b}" r="3.6" fill="currentColor"/>' for a, b in places]
+        elements += [f'<circle cx="{a}" cy="{b}" r="3.6" fill="currentColor"/>' for a, b in points]
     xs, ys = (" ".join(f"{value:.5g}" for value in values) for values in (series.x, series.y))
     numbers = f'data-x="{xs}" data-y="{ys}"'
-    return f'<g class="series" data-label="{_text(series.label)}" {numbers} color="{_colour(series.tone)}">{"".join(parts)}</g>'
+    return f'<g class="series" data-label="{_escape_text(series.label)}" {numbers} color="{_format_colour(series.tone)}">{"".join(elements)}</g>'
 
 
-def _colour(tone: Tone) -> str:
-    return f"var(--{colour_name(tone)})"
+def _format_colour(tone: Tone) -> str:
+    return f"var(--{get_colour_name(tone)})"
 
 
-def swatch(part: Part) -> str:
-    """The sign of a part of the figure in the legend: 22 units wide, 12 high."""
+def draw_swatch(entry: LegendEntry) -> str:
+    """Draw the symbol of a legend entry, 22 units wide and 12 high."""
     line = '<path d="M0 6h22" stroke="currentColor" stroke-width="2"{}/>'
     dot = '<circle cx="11" cy="6" r="3.5" fill="currentColor"/>'
     signs: dict[str, str] = {
         "band": '<rect y="1" width="22" height="10" fill="currentColor" opacity=".35"/>',
         "level": line.format(' stroke-dasharray="2 3"'),
         "ring": '<circle cx="11" cy="6" r="4.7" fill="none" stroke="currentColor" stroke-width="2"/>',
-        "both": line.format(' stroke-dasharray="5 3"' if part.dashed else "") + dot,
+        "both": line.format(' stroke-dasharray="5 3"' if entry.dashed else "") + dot,
     }
-    return signs.get(part.sign) or line.format(' stroke-dasharray="5 3"' if part.dashed else "")
+    return signs.get(entry.sign) or line.format(' stroke-dasharray="5 3"' if entry.dashed else "")
 
 
-def _legend(figure: Figure, y: float) -> list[str]:
-    """The legend of a file: one group for each line; a line holds as many entries as fit."""
+def _draw_legend(figure: Figure, y: float) -> list[str]:
+    """Draw the legend of a file, one group for each line. A line holds as many entries as fit."""
     rows: list[list[str]] = []
     x: float = WIDTH
-    for part in parts_of(figure):
-        needed = SWATCH + LETTER * 0.9 * len(part.label) + 14
-        if x + needed > WIDTH:
+    for entry in build_legend(figure):
+        entry_width = SWATCH_WIDTH + LETTER_WIDTH * 0.9 * len(entry.label) + 14
+        if x + entry_width > WIDTH:
             rows.append([])
             x = 12
-        place = f'transform="translate({x:g} {y + LINE * len(rows) - LINE:g})"'
-        text = f'<text x="{SWATCH - 2}" y="10" font-size="{FONT - 1}" fill="var(--ink)">{_text(part.label)}</text>'
-        rows[-1].append(f'<g {place} color="var(--{part.colour})">{swatch(part)}{text}</g>')
-        x += needed
+        attributes = f'transform="translate({x:g} {y + LINE_HEIGHT * len(rows) - LINE_HEIGHT:g})"'
+        text = f'<text x="{SWATCH_WIDTH - 2}" y="10" font-size="{FONT_SIZE - 1}" fill="var(--ink)">{_escape_text(entry.label)}</text>'
+        rows[-1].append(f'<g {attributes} color="var(--{entry.colour})">{draw_swatch(entry)}{text}</g>')
+        x += entry_width
     return ["".join(row) for row in rows]
 
 
-def _text(value: str) -> str:
-    return escape(visible(value))
+def _escape_text(value: str) -> str:
+    return escape(make_visible(value))
 
 
 def write_figures(folder: Path, figures: Sequence[Figure], formats: Collection[str] = ()) -> None:
-    """`folder/<name>.svg`, `.csv` and further formats (pdf, png) of each figure. Each file is replaced as a whole.
+    """Write each figure as `folder/<name>.svg` and `.csv`, and in the requested extra formats. Files are replaced atomically.
 
     Raises:
-        SettingsError: another format.
-        MissingExtraError: vl-convert, which makes them, is not installed.
+        SettingsError: a format is neither pdf nor png.
+        MissingExtraError: vl-convert, which converts the SVG, is not installed.
     """
-    unknown = next((ending for ending in formats if ending not in FORMATS), None)
-    if unknown is not None:
-        raise SettingsError(f"{unknown!r}: figures are written as .svg, .pdf or .png; give pdf, png or both")
+    unknown_format = next((suffix for suffix in formats if suffix not in FORMATS), None)
+    if unknown_format is not None:
+        raise SettingsError(
+            f"{unknown_format!r} is not a supported figure format; give pdf, png or both (svg is always written)"
+        )
     for figure in figures:
-        drawing = svg_file(figure)
-        for ending in ("svg", *formats):
-            made = drawing.encode() if ending == "svg" else _converted(drawing, ending)
-            with replacing(folder / f"{figure.name}.{ending}") as temporary:
-                temporary.write_bytes(made)
+        drawing = render_svg_file(figure)
+        for suffix in ("svg", *formats):
+            content = drawing.encode() if suffix == "svg" else _convert_svg(drawing, suffix)
+            with replacing(folder / f"{figure.name}.{suffix}") as temporary:
+                temporary.write_bytes(content)
         numbers = StringIO()
         csv.writer(numbers, lineterminator="\n").writerows([figure.columns, *figure.rows])
         write_text(folder / f"{figure.name}.csv", numbers.getvalue())
 
 
-def _converted(drawing: str, ending: str) -> bytes:
+def _convert_svg(drawing: str, suffix: str) -> bytes:
     try:
         import vl_convert
     except ModuleNotFoundError:
         raise MissingExtraError(
-            f"a figure as .{ending} needs vl-convert; install it with: pip install 'rightrank[figures]'"
+            f"writing a figure as .{suffix} needs vl-convert; install it with: pip install 'rightrank[figures]'"
         ) from None
-    made: bytes = vl_convert.svg_to_pdf(drawing) if ending == "pdf" else vl_convert.svg_to_png(drawing, scale=PIXELS)
-    return made
+    converted: bytes = (
+        vl_convert.svg_to_pdf(drawing) if suffix == "pdf" else vl_convert.svg_to_png(drawing, scale=PNG_SCALE)
+    )
+    return converted

@@ -1,15 +1,17 @@
-"""What the terminal shows: a decision with its evidence and its curve, a preflight, the lines of a selection before and after."""
+"""Format terminal output: a decision with its evidence and curve, a preflight, and the lines before and after a selection."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import log2
+from math import floor, log2, log10
+from textwrap import wrap
 from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.decision.records import Answers
-from rightrank.report.answer import answer_view, brief, labelled
-from rightrank.report.evidence_tables import certainty_rows, evidence_table, table_lines
-from rightrank.report.format import duration, size, visible
+from rightrank.report.answer import build_answer_view, format_brief, format_labelled_rows
+from rightrank.report.evidence_tables import build_certainty_rows, build_evidence_table, format_table
+from rightrank.report.figure import format_metric_label
+from rightrank.report.format import format_bytes, format_duration, make_visible
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import DataSummary, RunStarted
 from rightrank.schema.trials import split_name
@@ -18,83 +20,105 @@ if TYPE_CHECKING:
     from rightrank.schema.results import Preflight, PreflightCost
 
 
-def decision_text(decision: Decision, understood: list[str], width: int, commands: Sequence[str | None] = ()) -> str:
-    """The whole decision, ready to print; `commands` are those of its next runs."""
-    view = answer_view(Answers(decision), commands)
-    read = [visible(f"read:    {'; '.join(understood)}")] if understood else []
+def format_decision(decision: Decision, table_notes: list[str], width: int, commands: Sequence[str | None] = ()) -> str:
+    """Format the complete decision.
+
+    Args:
+        commands: the commands of the decision's next runs, in the same order.
+    """
+    view = build_answer_view(Answers(decision), commands)
+    table_line = [make_visible(f"read:    {'; '.join(table_notes)}")] if table_notes else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
-    curve = terminal_curve(trained, width)
-    stairs = ", ".join(f"{step.rank} from {brief(step.margin)}" for step in decision.staircase)
+    curve = draw_terminal_curve(trained, width, label=format_metric_label(decision.metric, decision.higher_is_better))
+    stairs = ", ".join(f"{step.rank} from {format_brief(step.margin)}" for step in decision.staircase)
     rows = [
         ("verdict", decision.verdict.replace("_", " ")),
         ("answer", view.training_rank),
         ("", view.safe_choice),
         ("margins", f"{stairs} (requested: {decision.margin:g})"),
-        *certainty_rows(decision),
+        *build_certainty_rows(decision),
         *(("metric", metric) for metric in view.metrics),
-        *view.next_rows(),
+        *view.build_next_rows(),
     ]
-    evidence = map(visible, table_lines(evidence_table(decision)))
-    return "\n".join([*read, "", *([curve] if curve else []), *evidence, "", *map(visible, labelled(rows, 9))])
+    evidence = map(make_visible, format_table(build_evidence_table(decision)))
+    return "\n".join(
+        [*table_line, "", *([curve] if curve else []), *evidence, "", *map(make_visible, format_labelled_rows(rows, 9))]
+    )
 
 
-def preflight_text(asked: Preflight) -> str:
-    """Everything, for a person."""
-    splits = ", ".join(f"{split.items:,} {name}" for name, split in asked.splits.items())
-    given = "given splits" if asked.splits_given else "split by content"
-    data = [f"data ({asked.form}, {given}): {splits} examples", *(f"  {line}" for line in asked.left_out)]
-    return "\n".join([*data, *preflight_lines(asked), *asked.notes, "nothing was written: this was a dry run"])
+def format_preflight(preflight: Preflight) -> str:
+    """Format the complete preflight."""
+    splits = ", ".join(f"{split.examples:,} {name}" for name, split in preflight.splits.items())
+    split_source = "given splits" if preflight.splits_given else "split by content"
+    data = [
+        f"data ({preflight.form}, {split_source}): {splits} examples",
+        *(f"  {line}" for line in preflight.left_out),
+    ]
+    return "\n".join(
+        [*data, *format_preflight_lines(preflight), *preflight.notes, "nothing was written: this was a dry run"]
+    )
 
 
-def preflight_lines(asked: Preflight) -> list[str]:
-    """Label tokens, memory and trainings, which a selection prints beside its plan."""
-    labels = ", ".join(f"{split.label_tokens:,} {name}" for name, split in asked.splits.items())
-    longest = f"longest example: {asked.longest} tokens of at most {asked.seq_len}"
-    return [f"label tokens: {labels}; {longest}", _memory_line(asked), _cost_line(asked.cost)]
+def format_preflight_lines(preflight: Preflight) -> list[str]:
+    """Format label tokens, memory and trainings, which a selection prints before it starts."""
+    labels = ", ".join(f"{split.label_tokens:,} {name}" for name, split in preflight.splits.items())
+    longest = f"longest example: {preflight.longest} tokens of at most {preflight.seq_len}"
+    return [f"label tokens: {labels}; {longest}", _format_memory(preflight), _format_cost(preflight.cost)]
 
 
-def _cost_line(cost: PreflightCost) -> str:
-    """The trainings of a selection."""
+def _format_cost(cost: PreflightCost) -> str:
+    """Describe the expected and the largest number of trainings."""
     if cost.trainings == cost.trainings_at_most:
         return f"strategy {cost.strategy}: {cost.trainings:.3g} trainings of {cost.steps} steps"
     to_adapter = cost.trainings_to_adapter
     first = f"; the adapter after about {to_adapter:.3g}" if to_adapter < cost.trainings else ""
     return (
         f"strategy {cost.strategy}: about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most "
-        f"(one stopped early counts for its part){first}"
+        f"(a training that is stopped early counts as a fraction){first}"
     )
 
 
-def _memory_line(asked: Preflight) -> str:
-    """Ranks with their memory, and the budget."""
-    known = [(row, row.needed_bytes) for row in asked.ranks if row.needed_bytes is not None]
-    if not known:
-        return f"ranks: {', '.join(str(row.rank) for row in asked.ranks)} (memory not planned for this architecture)"
-    shown = ", ".join(
-        f"{row.rank} ({size(needed)}{'' if row.fits is not False else ', does not fit'})" for row, needed in known
+def _format_memory(preflight: Preflight) -> str:
+    """List the ranks with their memory, and the budget."""
+    planned_rows = [(row, row.needed_bytes) for row in preflight.ranks if row.needed_bytes is not None]
+    if not planned_rows:
+        return (
+            f"ranks: {', '.join(str(row.rank) for row in preflight.ranks)} (memory not planned for this architecture)"
+        )
+    rank_texts = ", ".join(
+        f"{row.rank} ({format_bytes(needed_bytes)}{'' if row.fits is not False else ', does not fit'})"
+        for row, needed_bytes in planned_rows
     )
-    budget = "no budget given" if asked.memory_bytes is None else f"{size(asked.memory_bytes)} available"
-    return f"ranks and memory: {shown}; {budget}"
+    budget = (
+        "no budget given" if preflight.memory_bytes is None else f"{format_bytes(preflight.memory_bytes)} available"
+    )
+    return f"ranks and memory: {rank_texts}; {budget}"
 
 
-def time_line(expected: float, most: float, measured: str, budget_hours: float | None) -> str:
-    """The expected and the largest time of the selection in seconds, within its budget."""
-    basis = f"measured before the start: {measured}, then discarded"
-    if budget_hours is not None and most > budget_hours * 3600:
-        allowed = budget_hours * 3600
-        without = "" if expected <= allowed else f"; without the budget of time about {duration(expected)}"
-        return f"time: about {duration(min(expected, allowed))}, at most {duration(allowed)}{without} ({basis})"
-    return f"time: about {duration(expected)}, at most {duration(most)} ({basis})"
+def format_time_estimate(
+    expected_seconds: float, max_seconds: float, measurement: str, budget_hours: float | None
+) -> str:
+    """Describe the expected and the largest time of the selection, limited by its time budget."""
+    basis = f"measured before the start: {measurement}; the measured training is discarded"
+    if budget_hours is not None and max_seconds > budget_hours * 3600:
+        budget_seconds = budget_hours * 3600
+        unlimited_text = (
+            ""
+            if expected_seconds <= budget_seconds
+            else f"; without the time budget about {format_duration(expected_seconds)}"
+        )
+        return f"time: about {format_duration(min(expected_seconds, budget_seconds))}, at most {format_duration(budget_seconds)}{unlimited_text} ({basis})"
+    return f"time: about {format_duration(expected_seconds)}, at most {format_duration(max_seconds)} ({basis})"
 
 
-def plan_line(started: RunStarted, steps: int) -> str:
+def format_plan(started: RunStarted, steps: int) -> str:
     if started.data.form == "own":
         better = "higher" if started.higher_is_better else "lower"
-        length = f"trainings of {steps} steps" if steps else "trainings of the trainer's own length"
+        length = f"trainings of {steps} steps" if steps else "the trainer sets the length of a training"
         return f"trainer {started.trainer}, by {started.metric} ({better} is better); {length}"
     splits = started.data.splits
-    counts = ", ".join(f"{summary.items} {split_name(name)}" for name, summary in splits.items())
-    notes = left_out(started.data)
+    counts = ", ".join(f"{summary.examples} {split_name(name)}" for name, summary in splits.items())
+    notes = describe_data_issues(started.data)
     read = f"{started.data.rows:,} rows; " if started.data.rows else ""
     form = started.data.form + (f" (from {started.data.shape})" if started.data.shape else "")
     return (
@@ -103,55 +127,73 @@ def plan_line(started: RunStarted, steps: int) -> str:
     )
 
 
-def left_out(data: DataSummary) -> list[str]:
-    """What was left out, truncated or found doubtful while reading, with its number."""
+def describe_data_issues(data: DataSummary) -> list[str]:
+    """Describe, with their counts, the rows that were left out, truncated or look doubtful."""
     splits = data.splits.values()
     counts = (
-        (data.repeated, "equal held-out rows left out"),
-        (data.not_evaluated, "held-out rows not evaluated, beyond --eval-items"),
+        (data.repeated, "duplicate held-out rows left out"),
+        (data.not_evaluated, "held-out rows not evaluated, beyond --max-eval-examples"),
         (sum(summary.truncated for summary in splits), "truncated to the maximum length"),
-        (sum(summary.dropped for summary in splits), "dropped, no label token left"),
-        (data.equal_pairs, "pairs left out: `chosen` and `rejected` are the same"),
-        (sum(summary.equal for summary in splits), "pairs left out: the same within the maximum length"),
-        (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
-        (data.groups, f"groups of validation examples (rows with one `{data.grouped_by}`), over which the bounds are"),
-        (data.groups_across_splits, f"held-out groups (`{data.grouped_by}`) of which train has rows too"),
+        (sum(summary.dropped for summary in splits), "dropped because no label token is left"),
+        (data.equal_pairs, "pairs left out because `chosen` and `rejected` are the same"),
+        (
+            sum(summary.equal for summary in splits),
+            "pairs left out because both answers are the same within the maximum length",
+        ),
+        (data.unreadable, "rows skipped because of lone surrogates, which no tokenizer accepts"),
+        (
+            data.groups,
+            f"groups of validation examples (rows with one `{data.grouped_by}`), which the bounds treat as units",
+        ),
+        (data.groups_across_splits, f"held-out groups (`{data.grouped_by}`) that also have rows in the training split"),
         (
             data.duplicates_across_splits,
-            "held-out examples are in another split too (exact duplicates across splits), which favours high ranks",
+            "held-out examples are also in another split (exact duplicates across splits), which favours high ranks",
         ),
         (
             data.near_duplicates_across_splits,
-            "held-out examples differ from a training example in white space or case alone, which favours high ranks",
+            "held-out examples differ from a training example only in white space or case, which favours high ranks",
         ),
     )
-    return [f"{count:,} {what}" for count, what in counts if count]
+    return [f"{count:,} {description}" for count, description in counts if count]
 
 
 MAX_CURVE_WIDTH, CURVE_ROWS = 72, 10  # characters
 Points: TypeAlias = Sequence[tuple[int, float]]  # rank and value, by ascending rank
 
 
-def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
-    """Values against the logarithm of the rank as text, at most `width` characters wide; empty below two ranks.
+def draw_terminal_curve(points: Points, width: int, truncated: Points = (), *, label: str) -> str:
+    """Draw values against the logarithm of the rank as text, at most `width` characters wide.
 
-    `points` are trained adapters (●), `truncated` those truncated from a higher rank (○).
+    Args:
+        points: trained adapters (●).
+        truncated: adapters truncated from a higher rank (○; ◉ where both share a cell).
+        label: the name of the values, with the better direction.
+
+    Returns:
+        The drawing, or "" if there are fewer than two ranks.
     """
     ranks = sorted({rank for rank, _ in (*points, *truncated)})
     if len(ranks) < 2:
         return ""
     values = [value for _, value in (*points, *truncated)]
-    low, span = min(values), (max(values) - min(values)) or 1.0
-    at = {row: low + span * (1 - row / (CURVE_ROWS - 1)) for row in range(0, CURVE_ROWS, 3)}
-    ticks = {row: f"{value:#.4g}".rstrip(".") for row, value in at.items()}  # with zeros, so that they line up
+    low, span = min(values), (max(values) - min(values)) or abs(values[0]) or 1.0
+    tick_values = {row: low + span * (1 - row / (CURVE_ROWS - 1)) for row in range(0, CURVE_ROWS, 3)}
+    # Use two digits of the distance between ticks, so that all texts differ, and trailing zeros, so that they line up.
+    digits = max(4, 2 + floor(log10(max(map(abs, tick_values.values())))) - floor(log10(span / (len(tick_values) - 1))))
+    ticks = {row: f"{value:#.{digits}g}".rstrip(".") for row, value in tick_values.items()}
     margin = max(map(len, ticks.values()))
     columns = max(len(ranks), min(width, MAX_CURVE_WIDTH) - margin - 1 - len(str(ranks[-1])))
     column = {rank: round((columns - 1) * log2(rank / ranks[0]) / log2(ranks[-1] / ranks[0])) for rank in ranks}
-    cells = {
-        (round((CURVE_ROWS - 1) * (1 - (value - low) / span)), column[rank]): sign
-        for sign, drawn in (("○", truncated), ("●", points))
-        for rank, value in drawn
-    }
+    truncated_cells, trained_cells = (
+        {(round((CURVE_ROWS - 1) * (1 - (value - low) / span)), column[rank]) for rank, value in adapters}
+        for adapters in (truncated, points)
+    )
+    cells = (
+        dict.fromkeys(truncated_cells, "○")
+        | dict.fromkeys(trained_cells, "●")
+        | dict.fromkeys(truncated_cells & trained_cells, "◉")
+    )
     lines = [
         f"{ticks.get(row, ''):>{margin}}{'┤' if row in ticks else '│'}"
         + "".join(cells.get((row, x), " ") for x in range(columns))
@@ -159,15 +201,23 @@ def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
         for row in range(CURVE_ROWS)
     ]
     frame = f"{'':{margin}}┌{'─' * columns}┐", f"{'':{margin}}└{'─' * columns}┘"
-    legend = " (● trained, ○ truncated)" if truncated and columns > 33 else ""
-    names = " " * (margin + 1) + _rank_names({column[rank]: str(rank) for rank in ranks})
+    both_text = ", ◉ both" if truncated_cells & trained_cells else ""
+    legend = f" (● trained, ○ truncated{both_text})" if truncated and columns > 33 + len(both_text) else ""
+    names = " " * (margin + 1) + _format_rank_labels({column[rank]: str(rank) for rank in ranks})
     return "\n".join(
-        [frame[0], *lines, frame[1], names, f"{'':{margin + 1}}{'LoRA rank' + legend:^{columns}}".rstrip()]
+        [
+            *wrap(label, width),
+            frame[0],
+            *lines,
+            frame[1],
+            names,
+            f"{'':{margin + 1}}{'LoRA rank' + legend:^{columns}}".rstrip(),
+        ]
     )
 
 
-def _rank_names(names: Mapping[int, str]) -> str:
-    """The names from their columns on; one that would touch the name before it is left out."""
+def _format_rank_labels(names: Mapping[int, str]) -> str:
+    """Write each label at its column; a label that would touch the one before it is left out."""
     line = ""
     for column, name in names.items():
         if not line or column > len(line):

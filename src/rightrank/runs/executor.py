@@ -60,6 +60,8 @@ class Plan:
     steps: int  # optimizer steps of a whole training; 0: a custom trainer's own number
     strategy: Strategy
     notes: tuple[str, ...] = ()  # of the preparation, for a person
+    # Whether `cache/` and `checkpoints/` are this run's alone; a custom trainer may keep its own files under these names.
+    owns_working_folders: bool = True
     advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
 
     @property

@@ -13,14 +13,15 @@ from rightrank.data.files import UnreadableError, read_json_object, replacing_fo
 from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.records import Records, best_trial, compared, criterion_of, trainings
-from rightrank.models.places import BASE_FILE
+from rightrank.models.places import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from rightrank.report.html import CURVE, PICTURE
 from rightrank.runs.hook import FailingAs, Finished, Run
 from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
-from rightrank.schema.errors import AllTrialsFailedError
+from rightrank.schema.errors import AllTrialsFailedError, ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 
-CONFIG = "adapter_config.json"
+CARD_FILES = ("README.md", PICTURE, CURVE)  # in `adapter/`, by the hook that writes the views
 
 
 def answer_early(run: Run) -> None:
@@ -46,7 +47,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     What an interrupted run has done of this already is not done again.
     """
     records, folder = run.records, run.folder
-    answer = run.hooks.agreed(_final_answer(records, decision), run.records.copy)
+    answer = run.hooks.agreed(_final_answer(run, decision), run.records.copy)
     shown = [trial.trial_id for trial in records.finished() if trial.rank == 0]
     shown += [answer.trial_id, answer.reference_id]
     if decision is not None:
@@ -55,19 +56,21 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     _read_test_split(run, shown)
     saved = hand_over(run, answer)
     if decision is not None:
+        decision = decision.model_copy(update={"adapter_sentence": answer.sentence if saved else None})
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     with FailingAs("the answer"):
+        final_answers = answers(records, decision, run.plan.settings.goal)
         selected = Selected(
             folder.path,
             Answer(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,
             _training(run, decision),
             folder.report,
-            answers(records, decision, run.plan.settings.goal),
-            next_commands(records.started, decision, str(folder.path)),
+            final_answers,
+            next_commands(records.started, final_answers.next_runs, str(folder.path)),
             compared(records),
         )
     run.hooks.on_end(Finished(selected, folder, records.copy()))
-    for working in (folder.cache, folder.path / "checkpoints"):
+    for working in (folder.cache, folder.path / "checkpoints") if run.plan.owns_working_folders else ():
         shutil.rmtree(working, ignore_errors=True)
     return selected
 
@@ -101,6 +104,8 @@ def hand_over(run: Run, answer: AdapterAnswer) -> bool:
     handed_over, known = _handed_over(run.records, answer, saved), run.records.adapters
     is_new = not known or (known[-1].answer, known[-1].handed_over) != (answer, handed_over)
     if is_new or not target.is_dir():
+        _require_loadable(saved)
+        _keep_own_files(run)
         with replacing_folder(target) as temporary:
             for path in files:
                 shutil.copy2(path, temporary / path.name)
@@ -112,14 +117,62 @@ def hand_over(run: Run, answer: AdapterAnswer) -> bool:
     return True
 
 
-def _final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
+def _require_loadable(folder: Path) -> None:
+    """Load a LoRA adapter by PEFT; a custom trainer may save files of another kind, which are handed over as they are.
+
+    Raises:
+        ModelError: PEFT refuses it.
+    """
+    if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return
+    from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
+    from rightrank.models.loading import require_loadable
+
+    try:
+        adapter = open_adapter(folder)
+    except ModelError:
+        return
+    require_loadable(adapter)
+
+
+def _keep_own_files(run: Run) -> None:
+    """Move an adapter that is to be replaced aside where it holds files that no run wrote, such as a conversion."""
+    target = run.folder.adapter
+    written = {BASE_FILE, *CARD_FILES, *(path.name for path in run.folder.path.glob("trials/*/*"))}
+    own = sorted(path.name for path in target.iterdir() if path.name not in written) if target.is_dir() else []
+    if own and (aside := run.folder.set_aside([target.name])) is not None:
+        run.notice(f"{target} held files of your own ({', '.join(own)}) and was moved to {aside / target.name}")
+
+
+def _require_loadable(folder: Path) -> None:
+    """Load a LoRA adapter by PEFT; a custom trainer may save files of another kind, which are handed over as they are.
+
+    Raises:
+        ModelError: PEFT refuses it.
+    """
+    if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return
+    from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
+    from rightrank.models.loading import require_loadable
+
+    try:
+        adapter = open_adapter(folder)
+    except ModelError:
+        return
+    require_loadable(adapter)
+
+
+def _final_answer(run: Run, decision: Decision | None) -> AdapterAnswer:
     """The answer to the first question at the end of a run.
 
     It is the recorded one, or one from the candidates that a budget left, or the best trained adapter. A direct training of
     the second question takes its place where it is better.
     """
+    records = run.records
     criterion, plain = criterion_of(records), records.outcomes
-    known = records.adapters[-1].answer if records.adapters else adapter_answer(plain, criterion)
+    # Without a base in this process no answer was recorded early, and the recorded one is of an earlier call with other settings.
+    is_recorded = bool(records.adapters) and run.plan.base_identity is not None
+    known = records.adapters[-1].answer if is_recorded else adapter_answer(plain, criterion)
     if known is not None:
         return improved_by_training(known, plain, criterion) or known
     if decision is not None:
@@ -137,14 +190,16 @@ def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> Handed
     tests = {test.trial_id: test for test in records.tests}
     test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), criterion_of(records))
     try:
-        config = read_json_object(saved / CONFIG)
+        config = read_json_object(saved / CONFIG_FILE)
     except UnreadableError:  # a custom trainer may write none
         config = {}
     pattern = config.get("rank_pattern")
     of_modules = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    ranks = [answer.rank, *(rank for rank in of_modules if isinstance(rank, int))]
     return HandedOver(
         **answer.model_dump(include={*HandedOver.model_fields}),
-        max_module_rank=max([answer.rank, *(rank for rank in of_modules if isinstance(rank, int))]),
+        min_module_rank=min(ranks),
+        max_module_rank=max(ranks),
         reference_adapter=f"trials/{answer.reference_id}",
         test_difference=test and test[0],
         test_difference_high=test and test[1],

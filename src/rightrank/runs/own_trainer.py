@@ -108,6 +108,7 @@ class OwnRequest:
             settings=settings,
             steps=steps,
             strategy=make_strategy(settings.strategy, space),
+            owns_working_folders=False,
             advice="give another range of learning rates, and a new out",
         )
 
@@ -285,7 +286,12 @@ class _Executor:
             return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=f"{name} {error}")
         except RightrankError as error:  # of `InputError`, there is no adapter that can be truncated
             reason = str(error) if isinstance(error, InputError) else f"{name} {error}"
-            if isinstance(error, ReportError) and name not in {_function_of(other.arm) for other in finished}:
+            # A function that knows no rank 0 may be right for all others.
+            if (
+                isinstance(error, ReportError)
+                and arm.rank > 0
+                and name not in {_function_of(other.arm) for other in finished if other.rank > 0}
+            ):
                 self._wrong = self._wrong or reason
             return TrialFailed(**trial.fields, error="error", reason=reason)
         by_step = {point.step: point for point in (*looks, *result.points)}  # one that was returned replaces a report

@@ -32,7 +32,7 @@ from rightrank.schema.errors import (
 )
 from rightrank.schema.events import JournalRecord, RunContinued, RunStarted, RunStopped, SelectionPlanned
 from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_of_identity
-from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, trial_id
+from rightrank.schema.trials import OUTCOMES, Trial, TrialFailed, TrialFinished, TrialLook, TrialOutcome, trial_id
 
 MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
@@ -74,6 +74,7 @@ def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook]) -> Selected
 def opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None = None) -> Run:
     """A run that begins or resumes: the journal is read, data and base are loaded, and nothing is written.
 
+    A run of other settings whose function only raised or returned nothing usable is moved aside.
     Trials that have ended are not run again, except those that failed for another reason than memory.
 
     Raises:
@@ -81,6 +82,9 @@ def opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None 
     """
     journal = folder.journal.read(hooks.notice)
     plan = request.plan(folder, journal, before)
+    if _is_without_result(journal, plan.started):
+        journal, plan = [], request.plan(folder, [], before)
+        hooks.notice(f"the run in {folder.path} had other settings and no result; it was moved to {folder.set_aside()}")
     if journal:
         _require_same_run(folder, journal[0], plan.started)
     # The cause of a failure may have been removed since; a device's memory does not grow.
@@ -174,8 +178,11 @@ def loop(run: Run, executor: Executor) -> None:
         base = next((trial for trial in run.records.finished() if trial.rank == 0), None)
         for outcome in executor.run(trials, None if base is None else base.metrics.get("loss")):
             run.on_event(_with_plan(run, outcome))
-            failed = [trial for trial in run.records.outcomes if isinstance(trial, TrialFailed)]
-            if len(failed) >= MAX_FAILED_AT_START and not run.records.finished():
+            failed = [trial for trial in run.records.outcomes if isinstance(trial, TrialFailed) and trial.rank > 0]
+            # The base of a custom trainer may have a value although no training works.
+            is_own = run.plan.started.is_own
+            has_result = any(trial.rank > 0 or not is_own for trial in run.records.finished())
+            if len(failed) >= MAX_FAILED_AT_START and not has_result:
                 raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
             if outcome.rank == 0:
                 break  # trials are judged against the base's loss, which is known now
@@ -192,12 +199,23 @@ def final_decision(run: Run) -> Decision:
         raise error(f"none of {len(reasons)} trials ended with a result{first}; {run.plan.advice}")
     try:
         with FailingAs("the decision"):
-            return decide_run(run.records)
+            return with_base_note(decide_run(run.records), run.records)
     except ResultsError:
         raise AllTrialsFailedError(
             f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
             f"{run.plan.advice}, or a larger budget"
         ) from None
+
+
+def with_base_note(decision: Decision, records: Records) -> Decision:
+    """Say in the decision of a custom trainer's run that no value of the base is among its evidence."""
+    if not records.started.is_own or any(trial.rank == 0 for trial in records.finished()):
+        return decision
+    failed = next((trial for trial in records.outcomes if trial.rank == 0), None)
+    why = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason
+    return decision.model_copy(
+        update={"sentence": f"{decision.sentence} The base was not measured, so no gain over it is shown ({why})."}
+    )
 
 
 def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
@@ -221,6 +239,20 @@ def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunCont
     if "eval_items" in changed:
         return RunContinued(settings=changed, evaluation_items=started.evaluation_items, data=started.data)
     return RunContinued(settings=changed) if changed else None
+
+
+def _is_without_result(journal: Sequence[JournalRecord], started: RunStarted) -> bool:
+    """Whether the journal is of other settings, and of a custom function that never returned or reported anything usable."""
+    first = journal[0] if journal else None
+    if (
+        not isinstance(first, RunStarted)
+        or not first.is_own
+        or first.is_end
+        or first.fingerprint == started.fingerprint
+    ):
+        return False
+    ended = [record for record in journal if isinstance(record, (TrialLook, *OUTCOMES))]
+    return bool(ended) and all(isinstance(record, TrialFailed) for record in ended)
 
 
 def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:

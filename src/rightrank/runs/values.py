@@ -161,6 +161,20 @@ class Selected:
         return None if self.answers.adapter is None else self.answers.adapter.handed_over
 
     @property
+    def advice(self) -> str:
+        """What to do with the answers, in one line; empty where no adapter was saved."""
+        adapter, handed_over = self.adapter, self.handed_over
+        if adapter is None or handed_over is None:
+            return ""
+        trained, again = handed_over.trained_rank, None if self.decided is None else self.decided.rank
+        is_truncated = handed_over.how == "truncated" and handed_over.rank < trained
+        ways = [f"start at rank {trained} and truncate" if is_truncated else f"train at rank {trained}"]
+        if again is not None and again != trained:
+            ways.append(f"train at rank {again}")
+        rank = ", ".join(filter(None, [f"rank {handed_over.rank}", handed_over.module_range]))
+        return f"Use {adapter.path} now ({rank}). To train again, {', or '.join(ways)}."
+
+    @property
     def decided(self) -> Decision | None:
         """The decision on the training rank; None with goal "adapter"."""
         return self.answers.decision
@@ -198,9 +212,9 @@ class Selected:
         rows = [("run", str(self.run)), ("adapter", view.adapter)]
         if self.decided is not None:
             rows += [("training rank", view.training_rank), ("verdict", view.verdict), ("", view.safe_choice)]
-            rows += view.next_rows()[:2]
+        rows += view.next_rows()[:2]
         if self.adapter is not None:  # a custom trainer may save none
-            rows.append(("folder", f"{self.adapter.path}  (rank {self.adapter.rank})"))
+            rows.append(("use", self.advice))
         rows.append(("report", str(self.report)))
         return "\n".join(labelled(rows, 15))
 

@@ -143,11 +143,11 @@ class Decision(Record):
     grade: Grade | None = None  # how far the answer is known; None for one number a rank
     # by probabilities, where there are any; differences and margins are in the metric's unit
     asked: float | None = None  # the probability that was asked for; None: bounds decided
-    take: Whole | None = None  # the answer, or where no rank is as probable, the smallest of `alike`
+    take: Whole | None = None  # the answer, or where no rank is as probable, the likeliest
     probability: float | None = None  # of `take` at the margin
     take_within: float | None = None  # the smallest margin at which `take` is as probable
     resolves: float | None = None  # the smallest margin at which any rank is
-    alike: list[Whole] = Field(default_factory=list)  # ranks that can't be told apart from the best
+    alike: list[Whole] = Field(default_factory=list)  # ranks that are not shown to be worse than the best
     alike_within: float | None = None  # how far their differences from it are known, either way
     probably_worse: list[Whole] = Field(default_factory=list)  # the others
     # the first is the cheapest that is expected to settle the answer
@@ -155,6 +155,9 @@ class Decision(Record):
     winner_gap: float = 0.0  # the largest of the compared ranks, in the metric's unit
     checkpoint: CheckpointNote | None = None  # if evaluations during the training were given
     other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the one that decides
+    adapter_sentence: str | None = (
+        None  # the answer to the first question; None: no run, or one that handed nothing over
+    )
 
 
 class DifferenceSpread(Record):
@@ -232,6 +235,7 @@ class HandedOver(Record):
     """What `adapter/` holds. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
 
     rank: Whole
+    min_module_rank: Whole | None = None  # None: not known
     max_module_rank: Whole
     how: AdapterOrigin
     trained_rank: Whole
@@ -240,6 +244,19 @@ class HandedOver(Record):
     difference_high: float | None
     test_difference: float | None = None  # None without a test split
     test_difference_high: float | None = None
+
+    @property
+    def module_range(self) -> str:
+        """`modules from 1 to 4` where a truncation gave them different ranks; else empty."""
+        lowest = self.min_module_rank
+        if self.how == "trained" or lowest is None or lowest == self.max_module_rank:
+            return ""
+        return f"modules from {lowest} to {self.max_module_rank}"
+
+    @property
+    def rank_text(self) -> str:
+        """The rank, with the range of the modules where they differ."""
+        return f"{self.rank} ({self.module_range})" if self.module_range else f"{self.rank}"
 
     @property
     def loads_as(self) -> int | None:

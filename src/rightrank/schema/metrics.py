@@ -158,7 +158,9 @@ MetricKind: TypeAlias = LossKind | Literal["perplexity", "accuracy", "other"]
 
 LOSS_KINDS: tuple[LossKind, ...] = ("token_loss", "pair_loss", "loss")
 TOKEN_LOSS_MARGIN = 0.005  # nats per token
-PAIR_MARGIN = 0.02  # nats per preference pair: about the noise over seeds between ranks (benchmarks/preference)
+PAIR_MARGIN = (
+    0.02  # nats per preference pair: about the noise over seeds between ranks (docs/explanation/science.md, archive)
+)
 ACCURACY_MARGIN = 0.005  # half a point, as a fraction
 PERCENT_MARGIN = 0.5  # half a point, as a percentage
 RELATIVE_MARGIN = 0.01  # of the reference, for every other metric

@@ -64,7 +64,7 @@ class PlanSettings(PeftFields):
         TRAINING,
         "adapted layers run as `rightrank select` runs them; always so for more than one adapter in a pass",
     )
-    num_labels: int | None = setting(None, TRAINING, "a classification head of so many labels", gt=1)
+    num_labels: int | None = setting(None, TRAINING, "a classification head of so many labels", gt=1, le=2**20)
     eval_batch_size: int | None = setting(None, DATA, "examples in a forward pass of an evaluation", gt=0)
 
     # the device and the budget

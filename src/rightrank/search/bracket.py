@@ -3,7 +3,7 @@
 The first question as moves: the smallest adapter that one training at the top rank gives.
 
 The top adapter is truncated to every lower rank, which costs evaluations only; `decision.adapter` judges the candidates. Neither further
-steps after a truncation nor a cut inside the training gives a smaller adapter within the margin (benchmarks/squeeze).
+steps after a truncation nor a cut inside the training gives a smaller adapter within the margin (docs/explanation/science.md, archive).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rightrank.search.protocol import CostEstimate, Strategy
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 # Of the truncation that the walk starts at. By its mean alone the walk starts lower, for .2 trainings more on long real grids
-# (benchmarks/selection).
+# (docs/explanation/science.md, archive).
 START_PROBABILITY = 0.999
 STAGES = 5  # of one training at most: a look, two stages, the end, and an annealed copy
 

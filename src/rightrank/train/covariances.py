@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from rightrank.data.files import replacing
+from rightrank.data.splits import sample_indices
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.truncation import Moments, save_moments
@@ -27,8 +28,9 @@ from rightrank.train.device import memory_permitting
 from rightrank.train.multi_lora import ADAPTER, lora_modules
 from rightrank.train.runtime import Runtime, adapter_attached
 
-MOMENT_TOKENS = 4096  # see benchmarks/truncation
+MOMENT_TOKENS = 4096  # see docs/explanation/science.md, archive
 MAX_SHARE = 0.1  # of the tokens of a training
+LENGTH_ROWS = 256  # by which the mean length of a training's rows is estimated
 ROUNDING = 1e-6  # of a batch's largest gradient: below it a position has none
 
 See = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -136,7 +138,8 @@ def gather_unseen_moments(runtime: Runtime, peft_model: Any, seed: int, steps: i
     """
     examples = [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
     encoded = runtime.data.splits["train"]
-    mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
+    sample = sample_indices(len(encoded), LENGTH_ROWS)
+    mean = sum(encoded[index].length for index in sample) / len(sample)
     training = steps * runtime.settings.items_per_step * mean
     return gather_moments(runtime, peft_model, examples, max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training))))
 

@@ -8,10 +8,10 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from benchmarks.atlas.readings import READS, check, figures
 
 from rightrank.plugins.atlas.counts import ATLAS, FAMILIES, MARGINS, load
 from tests.plugins.atlas.made_up import sweep
+from tests.plugins.atlas.readings import READS, check, figures
 
 TRIED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 REFUSED = "vukrosic/qwen-lora-rank-selection"  # its licence grants nothing

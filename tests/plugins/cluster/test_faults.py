@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.scale.faults import FAULTS, Work, one_try
-from benchmarks.scale.places import Nodes, Place
+
+from tests.plugins.cluster.faults import FAULTS, Work, one_try
+from tests.plugins.cluster.places import Nodes, Place
 
 pytestmark = pytest.mark.trains
 

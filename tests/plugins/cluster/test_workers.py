@@ -15,7 +15,6 @@ from unittest.mock import MagicMock
 
 import psutil
 import pytest
-from benchmarks.scale.simulated import result_of
 
 from rightrank import select_rank
 from rightrank.plugins.cluster import on_ray
@@ -29,6 +28,7 @@ from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from tests.plugins.cluster.runs import STEPS, decision_of, trials, values_of
+from tests.plugins.cluster.simulated import result_of
 from tests.tiny import small_settings
 from tests.watch import Watch
 

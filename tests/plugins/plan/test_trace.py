@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.plan.architectures import FULL_CONFIGS
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import plan_config
@@ -109,7 +108,17 @@ def test_counts_are_those_of_peft(name: str, options: dict[str, Any], tmp_path: 
 
 def test_published_counts_of_llama_3b() -> None:
     """PEFT's own table (method_comparison, MetaMathQA, lora--llama-3.2-3B-rank32): parameters and file size."""
-    config = FULL_CONFIGS["Llama-3.2-3B"]()
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+    )
     settings = PlanSettings(ranks=(32,), target_modules=("q_proj", "v_proj"), seq_len=16)
     plan = plan_config(config, "llama", settings)
     assert plan.ranks[0].trainable_parameters == 9_175_040

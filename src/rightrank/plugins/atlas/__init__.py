@@ -1,8 +1,7 @@
-"""What others found before any training: public sweeps of ranks, counted. Nothing here enters what a selection tries or answers."""
+"""Count what public rank sweeps found, before any training. The counts do not influence what a selection tries or answers."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +9,18 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import comma, whole_numbers
-from rightrank.plugins.atlas.counts import FAMILIES, Expectation, Question, ask, counted, group_of_metric
+from rightrank.cli.options import format_json, parse_integers, split_commas
+from rightrank.plugins.atlas.counts import (
+    FAMILIES,
+    Expectation,
+    Question,
+    build_question,
+    classify_metric,
+    count_sweeps,
+)
 from rightrank.runs.plugins import Plugin
 
-SHOWN = 5  # sources in the text; --json has all
+MAX_SOURCES = 5  # in the text; --json lists all
 
 
 def expect(
@@ -28,61 +34,65 @@ def expect(
     ranks: Sequence[int] | None = None,
     margin: float | None = None,
 ) -> Expectation:
-    """What public sweeps found for models and data like these, before any training. No network.
+    """Count what public sweeps found for similar models and data, before any training. Uses no network.
 
     Args:
-        model: its name has the size of the base.
-        data: a `.jsonl` or `.csv` file, for its rows and the task family.
-        task: the family, such as `language` or `classification`.
-        parameters: of the base.
-        rows: of training data.
-        metric: `loss`, `accuracy` or another.
-        ranks: of the answer; None for powers of two to 256.
+        model: its name tells the size of the base model.
+        data: a `.jsonl` or `.csv` file, read for its number of rows and its task family.
+        task: the task family, such as `language` or `classification`.
+        parameters: number of parameters of the base model.
+        rows: number of training rows.
+        metric: `loss`, `accuracy` or another metric.
+        ranks: the ranks to count; None for the powers of two up to 256.
         margin: in nats, as a share of answers, or as a share of another metric; None for the default of each sweep's metric.
 
     Raises:
-        SettingsError: a number or rank that can't be, a family that is not there, or data that can't be read.
+        SettingsError: a number or rank is not valid, the task family is unknown, or the data cannot be read.
     """
-    question, notes = ask(model, data, Question(task, group_of_metric(metric), parameters, rows, margin))
-    return counted(question, ranks, notes)
+    question, notes = build_question(model, data, Question(task, classify_metric(metric), parameters, rows, margin))
+    return count_sweeps(question, ranks, notes)
 
 
 @click.command(
     "expect",
-    short_help="What public sweeps found for models and data like yours.",
+    short_help="Count what public sweeps found for similar models and data.",
     epilog="Example: rightrank expect Qwen/Qwen2.5-1.5B data.jsonl --task language",
 )
 @click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option("--task", metavar="FAMILY", help=f"{', '.join(FAMILIES[:-1])}, or {FAMILIES[-1]}.")
-@click.option("--parameters", type=float, help="Of the base, such as 1.5e9 (default: by MODEL's name).")
-@click.option("--rows", type=int, help="Training rows (default: those of DATA).")
+@click.option(
+    "--parameters", type=float, help="Parameters of the base model, such as 1.5e9 (default: from MODEL's name)."
+)
+@click.option("--rows", type=int, help="Number of training rows (default: the rows of DATA).")
 @click.option("--metric", help="loss, accuracy, or another.")
-@click.option("--ranks", callback=comma, help="Ranks to show (default: powers of two to 256).")
-@click.option("--margin", type=float, help="As of `decide`: nats, a share of answers, or a share of another metric.")
+@click.option("--ranks", callback=split_commas, help="Ranks to show (default: powers of two to 256).")
+@click.option(
+    "--margin", type=float, help="Margin as in `decide`: nats, a share of answers, or a share of another metric."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _expect(ranks: list[str] | None, as_json: bool, **known: Any) -> None:
-    """Say before any training in how many public sweeps each rank was enough, with their addresses.
+def _expect(ranks: list[str] | None, as_json: bool, **inputs: Any) -> None:
+    """Count in how many public sweeps each rank was enough, with links to the sweeps.
 
-    Every part may be left out. No network, no model and no GPU. What your data need is what `select` measures.
+    All arguments are optional. Needs no network, model or GPU. To measure what your own data need, run `rightrank select`.
     """
-    answer = expect(**known, ranks=whole_numbers(ranks, "--ranks"))
-    click.echo(json.dumps(asdict(answer)) if as_json else _text(answer))
+    expectation = expect(**inputs, ranks=parse_integers(ranks, "--ranks"))
+    click.echo(format_json(asdict(expectation)) if as_json else _format_expectation(expectation))
 
 
-def _text(answer: Expectation) -> str:
+def _format_expectation(answer: Expectation) -> str:
     counts = [f"{rank['rank']:>6}   {rank['enough_in']:>4} of {rank['of']}" for rank in answer.ranks]
-    sources = [f"  {sweeps:>3}   {address}" for address, sweeps in list(answer.sources.items())[:SHOWN]]
+    sources = [f"  {sweeps:>3}   {address}" for address, sweeps in list(answer.sources.items())[:MAX_SOURCES]]
     return "\n".join(
         [
-            f"{answer.sweeps} public sweeps like yours ({answer.like}), and in how many of those that say each rank was enough:",
+            f"{answer.sweeps} public sweeps are similar to yours ({answer.like}). How often each rank was enough, among the sweeps that can judge it:",
             f"{'rank':>6}   enough in",
             *counts,
-            "sweeps, and where they were published:",
+            "number of sweeps by source:",
             *sources,
-            f"  of {len(answer.sources)} sources; --json has all",
+            f"  {len(answer.sources)} sources in total; --json lists all",
             *answer.notes,
-            "other people's sweeps: `rightrank select` measures what your data need",
+            "these are other people's sweeps; run `rightrank select` to measure which rank your data need",
         ]
     )
 

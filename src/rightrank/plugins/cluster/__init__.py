@@ -1,7 +1,7 @@
-"""Trainings in workers: processes on this machine, and actors of a Ray cluster.
+"""Train in workers: processes on this machine, or actors of a Ray cluster.
 
-A worker holds one base and trains one task at a time; a driver gives out trials and takes each outcome exactly once, whatever
-workers are lost, hang or don't fit. Adapters and checkpoints go through the run folder, which all machines share.
+A worker holds one base model and trains one task at a time. A driver distributes the trials and receives each outcome exactly once, even if
+workers are lost, hang or run out of memory. Adapters and checkpoints are stored in the run folder, which all machines share.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from rightrank.runs.plugins import Plugin
 from rightrank.schema.errors import SettingsError
 
 if TYPE_CHECKING:
-    from rightrank.plugins.cluster.pool import Crew, Pool
-    from rightrank.plugins.cluster.worker import Setup
+    from rightrank.plugins.cluster.pool import WorkerBackend, WorkerPool
+    from rightrank.plugins.cluster.worker import WorkerSetup
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.local import Prepared
+    from rightrank.runs.local import LoadedSelection
     from rightrank.schema.events import Listener
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.runtime import Runtime
 
-MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pass
+MAX_TASK_TRIALS = 16  # The worker measures how many of them to train in one pass.
 
 
 @contextmanager
-def _workers(prepared: Prepared, folder: RunFolder, listener: Listener) -> Iterator[Pool]:
-    """The executor of workers in processes or on Ray. They start on demand and run as long as the block."""
-    from rightrank.plugins.cluster.pool import Pool
-    from rightrank.plugins.cluster.worker import Setup, versions
+def _open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) -> Iterator[WorkerPool]:
+    """Open an executor whose workers are processes or Ray actors. Workers start on demand and end with the context."""
+    from rightrank.plugins.cluster.pool import WorkerPool
+    from rightrank.plugins.cluster.worker import WorkerSetup, collect_versions
 
     request, on_cuda = prepared.request, prepared.runtime.loaded.device.type == "cuda"
     plan = prepared.planned
-    needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
-    with _offloaded_base(prepared.runtime):
-        setup = Setup(
+    needed_bytes = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
+    with _offload_base(prepared.runtime):
+        setup = WorkerSetup(
             request=replace(request, settings=prepared.settings),
             fingerprint=prepared.started.fingerprint,
             folder=folder.path.absolute(),
             working_folder=Path.cwd(),
         )
-        crew, workers = _crew(request.settings, setup, needed, on_cuda)
+        backend, workers = _build_backend(request.settings, setup, needed_bytes, on_cuda)
         task_trials = request.settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
-        pool = Pool(crew, workers, versions(), listener, task_trials=task_trials)
+        pool = WorkerPool(backend, workers, collect_versions(), listener, task_trials=task_trials)
         try:
             yield pool
         finally:
@@ -53,12 +53,12 @@ def _workers(prepared: Prepared, folder: RunFolder, listener: Listener) -> Itera
 
 
 @contextmanager
-def _offloaded_base(runtime: Runtime) -> Iterator[None]:
+def _offload_base(runtime: Runtime) -> Iterator[None]:
     """Move the driver's base to the CPU while workers use the accelerator."""
     import torch
 
     device = runtime.loaded.device
-    if device.type == "cpu" or runtime.settings.weight_bits is not None:  # quantised matrices can't be moved
+    if device.type == "cpu" or runtime.settings.weight_bits is not None:  # Quantised weights cannot be moved.
         yield
         return
     runtime.model.to("cpu")
@@ -69,22 +69,30 @@ def _offloaded_base(runtime: Runtime) -> Iterator[None]:
         runtime.model.to(device)
 
 
-def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: bool) -> tuple[Crew, int]:
-    """The crew and its maximum number of workers; `needed` is a worker's planned memory, None where there is no plan."""
+def _build_backend(
+    settings: SelectSettings, setup: WorkerSetup, needed_bytes: int | None, on_cuda: bool
+) -> tuple[WorkerBackend, int]:
+    """Return the backend and the maximum number of workers.
+
+    Args:
+        needed_bytes: the planned memory of a worker; None if there is no plan.
+    """
     import torch
 
     if settings.executor == "ray":
-        from rightrank.plugins.cluster.on_ray import RayCrew
+        from rightrank.plugins.cluster.on_ray import RayBackend
 
-        crew = RayCrew(setup, needed, on_cuda)
-        return crew, settings.workers or crew.room()
-    from rightrank.plugins.cluster.processes import ProcessCrew
+        backend = RayBackend(setup, needed_bytes, on_cuda)
+        return backend, settings.workers or backend.room()
+    from rightrank.plugins.cluster.processes import ProcessBackend
 
     devices = torch.cuda.device_count() if on_cuda else 0
     workers = settings.workers or devices
     if not workers:
-        raise SettingsError("executor 'processes' needs the number of workers on a CPU: give it, such as --workers 2")
-    return ProcessCrew(setup, setup.folder / "workers", devices), workers
+        raise SettingsError(
+            "executor 'processes' needs a number of workers on a CPU; give one, for example --workers 2"
+        )
+    return ProcessBackend(setup, setup.folder / "workers", devices), workers
 
 
-PLUGIN = Plugin(name="cluster", executors={"processes": _workers, "ray": _workers})
+PLUGIN = Plugin(name="cluster", executors={"processes": _open_pool, "ray": _open_pool})

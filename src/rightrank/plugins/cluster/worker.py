@@ -1,7 +1,7 @@
-"""A worker: it loads its own base, prepares the driver's request, and trains the tasks that it receives.
+"""A worker loads its own base model, prepares the driver's request, and trains the tasks that it receives.
 
-`python -m rightrank.plugins.cluster.worker N` is one in a process of its own: it receives commands and sends messages through the pipe with
-the descriptor N. When its other end closes, the driver is gone, and the worker stops at its next step with checkpoints.
+`python -m rightrank.plugins.cluster.worker N` runs a worker in a separate process. It receives commands and sends messages through the pipe
+with descriptor N. When the other end closes, the driver has ended, and the worker stops at its next step with checkpoints.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.runs.executor import Executor
-    from rightrank.runs.values import Request
+    from rightrank.runs.values import SelectionInputs
 
-STEP_SECONDS = 0.5  # between two messages of progress, at least
-DISK_SECONDS = 600.0  # for which a worker waits for a disk that is full or fails
+STEP_SECONDS = 0.5  # minimum time between two progress messages
+DISK_SECONDS = 600.0  # how long a worker waits for a disk that is full or fails
 DISK_PAUSE = 5.0  # between two attempts
-SAME_EVERYWHERE = ("torch", "transformers", "peft")
+SHARED_PACKAGES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class WorkerSetup:
     """The selection. A worker prepares the same request as the driver and must compute the same fingerprint."""
 
-    request: Request  # with the ranks that the driver settled
+    request: SelectionInputs  # with the ranks that the driver chose
     fingerprint: str
     folder: Path  # the run folder, shared by driver and workers
-    working_folder: Path  # relative paths start here
+    working_folder: Path  # for relative paths
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Trials for one worker, which trains several of them in one pass where that is faster."""
+    """Trials for one worker, which trains several of them in one pass if that is faster."""
 
     trials: list[Trial]
     base_loss: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StopTask:
     """Stop the current task at the next step and save checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    versions: dict[str, str]
-    sees_folder: bool  # the driver's run folder
+class WorkerReady:
+    collect_versions: dict[str, str]
+    sees_folder: bool  # whether it can read the driver's run folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class TaskEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """The worker can't run the selection, and no other worker could; `reason` is for the user."""
+class SelectionRefused:
+    """The worker cannot run the selection, and no other worker could; `reason` is a message for the user."""
 
     reason: str
     exit_status: int
@@ -82,44 +82,46 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker ended without being asked to. The driver's own record: no worker sends it."""
+    """A worker ended unexpectedly. The driver creates this record; no worker sends it."""
 
     reason: str
-    killed: bool = False  # by SIGKILL, as the system does when memory is short
-    with_machine: bool = False  # the machine or the network failed, whatever the worker did
+    was_killed: bool = False  # by SIGKILL, which the system sends when it runs out of memory
+    is_machine_lost: bool = False  # whether the machine or the network failed, rather than the worker
 
 
-WorkerMessage: TypeAlias = Ready | TaskEnded | Refused | Notice | StepDone | Evaluating | TrialStarted | TrialOutcome
+WorkerMessage: TypeAlias = (
+    WorkerReady | TaskEnded | SelectionRefused | Notice | StepDone | Evaluating | TrialStarted | TrialOutcome
+)
 Send: TypeAlias = Callable[[WorkerMessage], None]
 
 
 class Worker(Listener):
-    """Handles commands and sends messages, whatever carries them: tasks run on the thread that calls `run`."""
+    """Handle commands and send messages, independent of the transport. Tasks run on the thread that calls `run`."""
 
-    def __init__(self, setup: Setup, send: Send) -> None:
+    def __init__(self, setup: WorkerSetup, send: Send) -> None:
         self._setup, self._send = setup, send
         self._executor: Executor | None = None
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
-        self._said = ""  # the last notice about the disk
+        self._last_notice = ""  # the last notice about the disk
         self._last_step = 0.0
 
-    def receive(self, command: Task | Stop | None) -> None:
-        """Handle a command; may be called from any thread. None is the last: `run` stops the current task, and returns."""
+    def receive(self, command: Task | StopTask | None) -> None:
+        """Handle a command; may be called from any thread. None is the last one: `run` stops the current task and returns."""
         if isinstance(command, Task):
             self._stop.clear()
         else:
             self._stop.set()
-        if not isinstance(command, Stop):
-            self._tasks.put(command)
+        if not isinstance(command, StopTask):
+            self._tasks.set_parameters(command)
 
     def run(self) -> None:
-        """Send `Ready`, and do what is received."""
-        with suppress(OSError):  # no such folder here: then only absolute paths work
+        """Send `WorkerReady`, then run the received tasks."""
+        with suppress(OSError):  # Without this folder, only absolute paths work.
             os.chdir(self._setup.working_folder)
         try:
-            self._send(Ready(versions(), sees_folder=(self._setup.folder / "journal.jsonl").is_file()))
+            self._send(WorkerReady(collect_versions(), sees_folder=(self._setup.folder / "journal.jsonl").is_file()))
             while (task := self._tasks.get()) is not None:
                 self.run_task(task)
         finally:
@@ -142,42 +144,44 @@ class Worker(Listener):
                     if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
                         self._send(Notice(text=outcome.reason))
             except InterruptedRun:
-                break  # the trials have checkpoints
+                break  # The trials have checkpoints.
             except RightrankError as error:
-                self._send(Refused(reason=str(error), exit_status=error.exit_status))
+                self._send(SelectionRefused(reason=str(error), exit_status=error.exit_status))
                 break
             except OSError as error:
-                self._executor = None  # what it was doing is not undone
+                self._executor = None  # Its state may be inconsistent.
                 self._wait_for_disk(error, until)
         self._send(TaskEnded())
 
     def _wait_for_disk(self, error: OSError, until: float) -> None:
-        """Say that this machine's disk fails, and wait for a while."""
-        text = f"a worker on {platform.node()}: {error.filename or 'its disk'}: {error.strerror or error}"
+        """Report that this machine's disk fails, and wait before the next attempt."""
+        text = f"a worker on {platform.node()} cannot use {error.filename or 'its disk'}: {error.strerror or error}"
         if time.monotonic() > until:
-            self._send(Refused(reason=f"{text}, for {DISK_SECONDS:.0f} s; free some space", exit_status=1))
+            self._send(
+                SelectionRefused(reason=f"{text}; it tried for {DISK_SECONDS:.0f} s; free some space", exit_status=1)
+            )
             self._stop.set()
-        elif text != self._said:
-            self._send(Notice(text=f"{text}; it tries again until that has passed"))
-        self._said = text
+        elif text != self._last_notice:
+            self._send(Notice(text=f"{text}; it keeps trying for {DISK_SECONDS:.0f} s"))
+        self._last_notice = text
         self._stop.wait(DISK_PAUSE)
 
-    def make_executor(self, setup: Setup) -> Executor:
-        """The executor of this process, at the first task.
+    def make_executor(self, setup: WorkerSetup) -> Executor:
+        """Build the executor of this process, at its first task.
 
         Raises:
-            RunError: what is prepared here has another fingerprint than the driver's.
+            RunError: the request that is prepared here has another fingerprint than the driver's.
         """
         from rightrank.runs.folder import RunFolder
         from rightrank.runs.local import LocalExecutor
-        from rightrank.runs.prepare import prepare
+        from rightrank.runs.prepare import prepare_selection
 
         request = setup.request
-        prepared = prepare(request, self._scratch / "cache")
+        prepared = prepare_selection(request, self._scratch / "cache")
         if prepared.started.fingerprint != setup.fingerprint:
             raise RunError(
-                f"a worker on {platform.node()} found a different model or different data at {request.model_name} and {request.data_name}: "
-                "give paths that lead to the same files on every machine"
+                f"a worker on {platform.node()} reads a different model or different data at {request.model_name} and {request.data_name}: "
+                "give paths that point to the same files on every machine"
             )
         return LocalExecutor(prepared.runtime, RunFolder(setup.folder), self, prepared.planned)
 
@@ -194,21 +198,21 @@ class Worker(Listener):
         return self._stop.is_set()
 
 
-def versions() -> dict[str, str]:
-    """Versions that must be the same on every machine."""
-    own = {"rightrank": __version__, "python": platform.python_version()}
-    return own | {name: version(name) for name in SAME_EVERYWHERE}
+def collect_versions() -> dict[str, str]:
+    """Return the versions that must be the same on every machine."""
+    own_versions = {"rightrank": __version__, "python": platform.python_version()}
+    return own_versions | {name: version(name) for name in SHARED_PACKAGES}
 
 
 def main() -> None:
-    """Work for the driver at the other end of the pipe; what is printed goes to the worker's log."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which then stops its workers
+    """Run a worker for the driver at the other end of the pipe. Printed output goes to the worker's log."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The driver handles Ctrl-C and then stops its workers.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     driver = Connection(int(sys.argv[1]))
     make_worker, setup = driver.recv()
 
     def send(message: WorkerMessage) -> None:
-        with suppress(ConnectionError):  # the driver has ended
+        with suppress(ConnectionError):  # The driver has ended.
             driver.send(message)
 
     def follow() -> None:

@@ -1,6 +1,6 @@
-"""What fits, before any weight is loaded: the memory of every rank.
+"""Predict the memory of every rank before any weight is loaded.
 
-skeleton (the model without weights) → trace (what the real step allocates there) → peak (the most at one time) → estimate (every
+skeleton (the model without weights) → trace (the allocations of a training step) → peak (the largest total at one time) → estimate (every
 rank from two traces) → planner (the plan, and the ranks of a `select` that fit).
 """
 
@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from rightrank.cli.options import SettingsCommand, announce, collector_paused, gather, setting_options
+from rightrank.cli.options import (
+    SettingsCommand,
+    add_setting_options,
+    announce,
+    format_json,
+    gather_settings,
+    pause_collector,
+)
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
-from rightrank.report.format import size
+from rightrank.report.format import format_bytes
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.command import arguments_of
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.setting_table import given_values
 
-SILENT_SECONDS = 2.0  # after which `plan` says what it traces
+SILENT_SECONDS = 2.0  # after which `plan` reports what it traces
 
 if TYPE_CHECKING:
     from rightrank.schema.keywords import PlanKeywords
@@ -43,16 +50,16 @@ def plan(
         model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
         settings: see `PlanSettings`; None for the defaults. Without `memory_bytes` the budget is the memory of the
             CUDA device, if there is one.
-        on_progress: receives what is traced next; a model of billions of parameters takes seconds.
+        on_progress: is called with a description of each trace before it starts; a model of billions of parameters takes seconds.
         keywords: the command's options by name, such as `ranks=(8, 16), memory_bytes="24GiB"`; they override `settings`.
 
     Raises:
-        InputError: the model, its modules, a rank or a length can't be used.
+        InputError: the model, its modules, a rank or a length is not supported.
     """
-    from rightrank.models.places import require_model
+    from rightrank.models.model_sources import require_model
 
     settings = PlanSettings(**given_values(settings) | keywords)
-    require_model(model)  # before what brings torch
+    require_model(model)  # before the imports that load torch
     from rightrank.models.base_models import device_memory
     from rightrank.plugins.plan.planner import plan_config
     from rightrank.plugins.plan.skeleton import read_config
@@ -70,7 +77,7 @@ def plan(
     epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB",
 )
 @click.argument("model")
-@setting_options(PlanSettings)
+@add_setting_options(PlanSettings)
 @click.option(
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/how-to/plan.md."
 )
@@ -79,85 +86,87 @@ def plan(
 def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Predict the memory of every rank and which ranks fit, from MODEL's config.json alone.
 
-    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. What a selection on your data will do and
-    cost is `rightrank select MODEL DATA --dry-run`. The exit status is 1 if there is a memory budget and no rank fits.
+    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. To plan a selection on your data and estimate its
+    cost, run `rightrank select MODEL DATA --dry-run`. The exit status is 1 if there is a memory budget and no rank fits.
     """
-    values = gather(config_file, assignments, options)
-    announce("tracing a step of the model, in shapes alone")
-    begun = time.monotonic()
+    values = gather_settings(config_file, assignments, options)
+    announce("tracing a training step of the model without weights")
+    start_time = time.monotonic()
 
-    def say(text: str) -> None:
-        if time.monotonic() - begun > SILENT_SECONDS:
+    def report_progress(text: str) -> None:
+        if time.monotonic() - start_time > SILENT_SECONDS:
             click.echo(f"{text} …", err=True)
 
-    with collector_paused():
-        answer: Plan = plan(model, settings=PlanSettings(**values), on_progress=say)
-    click.echo(answer.model_dump_json() if as_json else _plan_text(answer))
-    return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
+    with pause_collector():
+        result: Plan = plan(model, settings=PlanSettings(**values), on_progress=report_progress)
+    click.echo(format_json(result) if as_json else _format_plan(result))
+    return 1 if result.memory_bytes is not None and result.max_rank is None else 0
 
 
-def _plan_text(plan: Plan) -> str:
-    """The whole plan in plain lines."""
-    from rightrank.report.evidence_tables import table_lines
+def _format_plan(plan: Plan) -> str:
+    """Format the complete plan as plain lines."""
+    from rightrank.report.evidence_tables import format_table
 
-    heads = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
-    heads += ["fits"] * (plan.memory_bytes is not None)
-    last = plan.ranks[-1]
-    components = (f"{name.replace('_', ' ')} {size(count)}" for name, count in last.components.items() if count)
-    parts = [
-        f"{plan.architecture}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)} of weights; "
+    heading = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
+    heading += ["fits"] * (plan.memory_bytes is not None)
+    largest = plan.ranks[-1]
+    components = (
+        f"{name.replace('_', ' ')} {format_bytes(count)}" for name, count in largest.components.items() if count
+    )
+    lines = [
+        f"{plan.architecture}: {plan.base_parameters:,} parameters, {format_bytes(plan.base_bytes)} of weights; "
         f"{plan.targets} adapted matrices",
         "",
-        *table_lines([heads, *map(_row, plan.ranks)]),
+        *format_table([heading, *map(_format_row, plan.ranks)]),
         "",
-        f"rank {last.rank}, at its peak ({last.peak_at}):",
+        f"rank {largest.rank}, at its peak ({largest.peak_at}):",
         "  " + ", ".join(components),
         "",
-        *_answer(plan),
+        *_format_answer(plan),
         *(f"note: {note}" for note in plan.notes),
     ]
-    return "\n".join(parts)
+    return "\n".join(lines)
 
 
-def _row(row: RankPlan) -> list[str]:
+def _format_row(row: RankPlan) -> list[str]:
     cells = [
         str(row.rank),
         f"{row.trainable_parameters:,}",
-        size(row.adapter_bytes),
-        size(row.peak_bytes),
-        size(row.peak_reserved_bytes),
-        size(row.needed_bytes),
+        format_bytes(row.adapter_bytes),
+        format_bytes(row.peak_bytes),
+        format_bytes(row.peak_reserved_bytes),
+        format_bytes(row.needed_bytes),
         f"{row.flops_per_step / 1e12:.3g}",
     ]
     return cells if row.fits is None else [*cells, "yes" if row.fits else "no"]
 
 
-def _answer(plan: Plan) -> Iterator[str]:
+def _format_answer(plan: Plan) -> Iterator[str]:
     last = plan.ranks[-1].rank
     yield (
-        f"peak: {plan.source}, ±{plan.error_share:.0%}; needed in addition: {size(plan.context_bytes)} for the process, "
-        "assumed, and headroom"
+        f"peak: {plan.source}, ±{plan.error_share:.0%}; with headroom also includes an assumed "
+        f"{format_bytes(plan.context_bytes)} for the process"
     )
     if plan.memory_bytes is not None:
-        yield _fits_line(plan, plan.memory_bytes)
+        yield _format_fit(plan, plan.memory_bytes)
     if len(plan.ranks) > 1:
         yield f"learning rate, {rank_change_line(plan.ranks[0].rank, last)}"
     if last >= LARGE_RANK:
         yield rate_warning(last, 2 * last)
 
 
-def _fits_line(plan: Plan, memory: int) -> str:
+def _format_fit(plan: Plan, memory: int) -> str:
     if plan.max_rank is None:
         rows = PlanSettings.model_fields
         changes = shlex.join(
             word for name, value in plan.changes.items() for word in arguments_of(name, rows[name], value)
         )
-        advice = f"it fits with {changes}" if changes else "no change of the step is enough"
-        return f"no requested rank fits in {size(memory)}; rank {plan.ranks[0].rank}: {advice}"
+        advice = f"it fits with {changes}" if changes else "no change of the step's settings makes it fit"
+        return f"no requested rank fits in {format_bytes(memory)}; rank {plan.ranks[0].rank}: {advice}"
     possible = ""
     if plan.largest_possible_rank != plan.max_rank:
         possible = f" (largest of all ranks: {plan.largest_possible_rank})"
-    return f"largest requested rank that fits in {size(memory)}: {plan.max_rank}{possible}"
+    return f"largest requested rank that fits in {format_bytes(memory)}: {plan.max_rank}{possible}"
 
 
 PLUGIN = Plugin(

@@ -1,4 +1,4 @@
-"""The plan: the memory of every rank, what fits, and what to change where nothing fits; of a model alone, and in the loop of `select`."""
+"""Plan the memory of every rank, which ranks fit, and what to change if none fits; for `plan` and for the training loop of `select`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from rightrank.models.base_models import LoadedModel, device_memory, is_known
-from rightrank.plugins.plan.estimate import Estimator, NotSharedError, UntraceableError, context_bytes
-from rightrank.report.format import size
+from rightrank.plugins.plan.estimate import Estimator, SharedPassError, UntraceableError, estimate_context_bytes
+from rightrank.report.format import format_bytes
 from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.command import arguments_of
 from rightrank.schema.errors import ModelError, SettingsError
@@ -21,32 +21,34 @@ from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
 from rightrank.train.targets import require_ranks
 from rightrank.train.tokens import EncodedData
 
-# The relative error of a peak: against torch's profiler on a CPU 0.06% at worst in 76 cases; on CUDA against three
-# published peaks 1.4%, and not measured with weights in 4 or 8 bits.
+# The relative error of a predicted peak. The largest measured error is 0.06% on a CPU (76 cases against torch's profiler)
+# and 1.4% on CUDA (three published peaks). It was not measured with weights in 4 or 8 bits.
 ON_CPU, ON_CUDA, QUANTISED = 0.01, 0.05, 0.1
 
 
 def plan_config(
     config: Any, name: str, settings: PlanSettings, on_progress: Callable[[str], None] = lambda _: None
 ) -> Plan:
-    """The plan for a configuration in memory of the model called `name`."""
-    begun = time.perf_counter()
+    """Plan a model from its configuration in memory; `name` is the name to report."""
+    start_time = time.perf_counter()
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int) and settings.seq_len > positions:
-        raise SettingsError(f"seq_len {settings.seq_len} is above the model's {positions} positions; give at most that")
+        raise SettingsError(
+            f"seq_len {settings.seq_len} is larger than the model's {positions} positions; give seq_len {positions} or less"
+        )
     if text.num_hidden_layers < 1:
-        raise ModelError("the configuration names no layers (num_hidden_layers)")
+        raise ModelError("the model's configuration has no layers: num_hidden_layers is below 1; restore config.json")
     estimator = Estimator(config, settings, on_progress)
-    if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
+    if "ranks" not in settings.model_fields_set:  # Default ranks above the limit of a matrix are left out.
         limit = estimator.rank_limit
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})
     for target in estimator.skeleton.targets:
         require_ranks(target, settings.ranks)
     rows = [estimator.estimate(rank) for rank in settings.ranks]
-    largest = _largest_rank(estimator, rows)
+    largest = _find_largest_rank(estimator, rows)
     none_fits = settings.memory_bytes is not None and largest is None
-    notes = ["the memory is unknown; give --memory to see what fits"] * (settings.memory_bytes is None)
+    notes = ["the available memory is unknown; give --memory to see which ranks fit"] * (settings.memory_bytes is None)
     return Plan(
         model=name,
         architecture=type(estimator.skeleton.base).__name__,
@@ -59,26 +61,26 @@ def plan_config(
         max_rank=max((row.rank for row in rows if row.fits), default=None),
         largest_possible_rank=largest,
         memory_bytes=settings.memory_bytes,
-        context_bytes=context_bytes(settings),
-        changes=changes_that_fit(estimator, min(settings.ranks)) if none_fits else {},
+        context_bytes=estimate_context_bytes(settings),
+        changes=find_fitting_changes(estimator, min(settings.ranks)) if none_fits else {},
         source="traced",
         error_share=(ON_CUDA if settings.weight_bits is None else QUANTISED) if settings.device == "cuda" else ON_CPU,
         notes=notes,
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start_time,
         settings=settings.model_dump(mode="json"),
     )
 
 
-def _largest_rank(estimator: Estimator, rows: Sequence[RankPlan]) -> int | None:
-    """The largest rank that fits, whether it is in the settings or not; None where none of the settings' ranks fits.
+def _find_largest_rank(estimator: Estimator, rows: Sequence[RankPlan]) -> int | None:
+    """Return the largest rank that fits, requested or not; None if no requested rank fits.
 
-    Reserved bytes may fall slightly from one rank to the next, where blocks fit better into segments. The result is the
+    Reserved bytes may fall slightly from one rank to the next, when blocks fit better into segments. The result is the
     largest rank that bisection finds, and never below the largest fitting rank of the settings.
     """
-    fitting = [row.rank for row in rows if row.fits]
-    if not fitting:
+    fitting_ranks = [row.rank for row in rows if row.fits]
+    if not fitting_ranks:
         return None
-    low = max(fitting)
+    low = max(fitting_ranks)
     high = min([row.rank for row in rows if row.rank > low], default=estimator.rank_limit + 1)
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
@@ -89,31 +91,31 @@ def _largest_rank(estimator: Estimator, rows: Sequence[RankPlan]) -> int | None:
     return low
 
 
-def changes_that_fit(estimator: Estimator, rank: int) -> dict[str, Any]:
-    """Settings with which `rank` fits, those that cost least first; empty where none of them is enough."""
-    current, taken = estimator, dict[str, Any]()
+def find_fitting_changes(estimator: Estimator, rank: int) -> dict[str, Any]:
+    """Return the settings that make `rank` fit, the cheapest first; empty if no change is enough."""
+    current, changes = estimator, dict[str, Any]()
     row = current.estimate(rank)
-    for name, value in _savings(estimator.settings):
+    for name, value in _iterate_savings(estimator.settings):
         if getattr(current.settings, name) == value:
             continue
         changed = current.variant(**{name: value})
         changed_row = changed.estimate(rank)
         if changed_row.peak_reserved_bytes < row.peak_reserved_bytes:
-            taken[name] = value
+            changes[name] = value
             current, row = changed, changed_row
         if row.fits:
-            return taken
+            return changes
     return {}
 
 
-def _savings(settings: PlanSettings) -> Iterator[tuple[str, Any]]:
-    """Changes that save memory: first those that cost no quality and no time, then time, then precision."""
+def _iterate_savings(settings: PlanSettings) -> Iterator[tuple[str, Any]]:
+    """Yield changes that save memory: first those that cost neither quality nor time, then time, then precision."""
     if settings.loss == "full" and settings.num_labels is None:
         yield "loss", "chunked"
     if settings.attn_implementation == "eager":
         yield "attn_implementation", "sdpa"
     if settings.device == "cuda":
-        if not settings.is_packed:  # `select` has 32-bit states alone
+        if not settings.is_packed:  # `select` supports only 32-bit states.
             yield "optim", "adamw_8bit"
         yield "dtype", "bfloat16"
     yield "adapters_per_pass", 1
@@ -137,10 +139,10 @@ def plan_loaded(
     settings: SelectSettings,
     notice: Callable[[str], None],
 ) -> MemoryPlan | None:
-    """The plan of a selection on loaded data; default ranks above the smallest side of a matrix are left out.
+    """Plan a selection on loaded data. Default ranks above the smallest side of a matrix are left out.
 
     Returns:
-        None for an architecture that transformers can't build from its configuration, or whose step can't be traced.
+        None for an architecture that transformers cannot build from its configuration, or whose step cannot be traced.
     """
     config, device = loaded.model.config, str(loaded.device)
     if not is_known(config, encoded.is_classification):
@@ -153,19 +155,21 @@ def plan_loaded(
         notice(str(error))
         return None
     if "ranks" not in settings.model_fields_set:
-        notice(f"ranks {', '.join(map(str, planned.ranks))} by default; --ranks gives others")
-    if (line := left_out_line(planned)) is not None:
+        notice(f"using the default ranks {', '.join(map(str, planned.ranks))}; give --ranks to choose others")
+    if (line := format_left_out_ranks(planned)) is not None:
         notice(line)
     return planned
 
 
-def left_out_line(planned: MemoryPlan) -> str | None:
-    """The ranks left out, and why; None where all fit."""
+def format_left_out_ranks(planned: MemoryPlan) -> str | None:
+    """Describe which ranks are left out and why; return None if all ranks fit."""
     left_out = [rank for rank in planned.needed_bytes if rank not in planned.ranks]
     if not left_out or planned.memory_bytes is None:
         return None
-    wanted = ", ".join(f"{rank} ({size(planned.needed_bytes[rank])})" for rank in left_out)
-    return f"left out, since they need more than the {size(planned.memory_bytes)} available: ranks {wanted}"
+    rank_texts = ", ".join(f"{rank} ({format_bytes(planned.needed_bytes[rank])})" for rank in left_out)
+    return (
+        f"ranks left out because they need more than the available {format_bytes(planned.memory_bytes)}: {rank_texts}"
+    )
 
 
 def plan_selection(
@@ -175,66 +179,79 @@ def plan_selection(
 
     Args:
         settings: without `memory_bytes`, a CUDA device's own memory is the budget.
-        longest: tokens of the longest sequence.
-        sequences: of each example; 2 for preference pairs.
+        longest: number of tokens of the longest sequence.
+        sequences: number of sequences in each example; 2 for preference pairs.
 
     Raises:
         SettingsError: fewer ranks fit than a comparison needs; the message names what to change.
     """
-    plan_settings = step_settings(config, settings, longest, device, num_labels, sequences)
+    plan_settings = build_step_settings(config, settings, longest, device, num_labels, sequences)
     memory = plan_settings.memory_bytes
     estimator = Estimator(config, plan_settings)
     ranks = settings.ranks
-    if "ranks" not in settings.model_fields_set:  # default ranks that the smallest matrix can't have are left out
-        kept = tuple(rank for rank in ranks if rank <= estimator.rank_limit)
-        ranks = kept if len(kept) > 1 else ranks[:2]
+    if "ranks" not in settings.model_fields_set:  # Default ranks above the smallest matrix's limit are left out.
+        allowed_ranks = tuple(rank for rank in ranks if rank <= estimator.rank_limit)
+        ranks = allowed_ranks if len(allowed_ranks) > 1 else ranks[:2]
     estimates = {rank: estimator.estimate(rank) for rank in ranks}
     needs = {rank: estimate.needed_bytes for rank, estimate in estimates.items()}
-    fitting = tuple(rank for rank in ranks if memory is None or needs[rank] <= memory)
-    if len(fitting) < min(2, len(ranks)):
-        raise SettingsError(_refusal(estimator, needs, memory or 0))
+    fitting_ranks = tuple(rank for rank in ranks if memory is None or needs[rank] <= memory)
+    if len(fitting_ranks) < min(2, len(ranks)):
+        raise SettingsError(_format_refusal(estimator, needs, memory or 0))
     adapters = None
-    wanted = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
-    if memory is not None and wanted > 1:
-        adapters = _max_adapters(estimator, max(fitting), wanted)
+    max_adapters = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
+    if memory is not None and max_adapters > 1:
+        adapters = _find_max_adapters(estimator, max(fitting_ranks), max_adapters)
     allocated = {rank: estimate.peak_bytes for rank, estimate in estimates.items()}
     shares: dict[int, int] = {}
-    return MemoryPlan(allocated, needs, memory, fitting, adapters, partial(_peak_of, estimator, allocated, shares))
+    return MemoryPlan(
+        allocated, needs, memory, fitting_ranks, adapters, partial(_estimate_pass_peak, estimator, allocated, shares)
+    )
 
 
-def _peak_of(
-    estimator: Estimator, alone: Mapping[int, int], shares: dict[int, int], ranks: Sequence[int]
+def _estimate_pass_peak(
+    estimator: Estimator, single_peaks: Mapping[int, int], shares: dict[int, int], ranks: Sequence[int]
 ) -> int | None:
-    """Each arm adds its own share: the traced peak of two arms of its rank, less that of one. `shares` keeps them."""
-    if not set(ranks) <= alone.keys():
+    """Estimate the peak of one pass that trains several ranks.
+
+    Each additional arm adds the traced peak of two arms of its rank minus that of one. `shares` caches these differences.
+    """
+    if not set(ranks) <= single_peaks.keys():
         return None
     if len(ranks) == 1:
-        return alone[ranks[0]]
-    if missing := set(ranks) - shares.keys():
+        return single_peaks[ranks[0]]
+    if missing_ranks := set(ranks) - shares.keys():
         pairs = estimator.variant(adapters_per_pass=2)
-        shares.update({rank: pairs.estimate(rank).peak_bytes - alone[rank] for rank in missing})
+        shares.update({rank: pairs.estimate(rank).peak_bytes - single_peaks[rank] for rank in missing_ranks})
     first = ranks[0]
-    return alone[first] - shares[first] + sum(shares[rank] for rank in ranks)
+    return single_peaks[first] - shares[first] + sum(shares[rank] for rank in ranks)
 
 
-def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
-    """Adapters in one pass: `wanted`, or the largest power of two below it that fits; 1 where the plan can't trace several."""
-    sizes = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
+def _find_max_adapters(estimator: Estimator, rank: int, max_adapters: int) -> int:
+    """Return how many adapters fit in one pass: `max_adapters`, or the largest smaller power of two.
+
+    Returns 1 if the step with several adapters cannot be traced.
+    """
+    counts = [
+        max_adapters,
+        *(2**power for power in reversed(range(max_adapters.bit_length())) if 2**power < max_adapters),
+    ]
     try:
-        several = (size for size in sizes if size == 1 or estimator.variant(adapters_per_pass=size).estimate(rank).fits)
-        return next(several, 1)
-    except NotSharedError:
+        fitting_counts = (
+            count for count in counts if count == 1 or estimator.variant(adapters_per_pass=count).estimate(rank).fits
+        )
+        return next(fitting_counts, 1)
+    except SharedPassError:
         return 1
 
 
-def step_settings(
+def build_step_settings(
     config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None, sequences: int = 1
 ) -> PlanSettings:
-    """The plan's settings for the training loop of `select`."""
+    """Return the plan's settings for the training loop of `select`."""
     kind = "cuda" if device.startswith("cuda") else "cpu"
     shared = {name: getattr(settings, name) for name in STEP_OF_SELECT}
     eager = getattr(config, "_attn_implementation", None) == "eager"
-    for name in ("batch_size", "eval_batch_size"):  # the plan's examples are sequences
+    for name in ("batch_size", "eval_batch_size"):  # The plan counts sequences as examples.
         shared[name] *= sequences
     return PlanSettings(
         **shared
@@ -243,7 +260,7 @@ def step_settings(
             "loss": "full" if num_labels else "chunked",
             "optim": "adamw_fused",
             "seq_len": max(2, longest),
-            "padding": num_labels is not None,  # a causal row never attends to padding on its right
+            "padding": num_labels is not None,  # A causal row never attends to padding on its right.
             "num_labels": num_labels,
             "attn_implementation": "eager" if eager else "sdpa",
             "device": kind,
@@ -252,15 +269,15 @@ def step_settings(
     )
 
 
-def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
+def _format_refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
     smallest = min(rank for rank, count in needs.items() if count > memory)
-    tensors = needs[smallest] - context_bytes(estimator.settings)
-    changes = changes_that_fit(estimator, min(needs))
+    tensors = needs[smallest] - estimate_context_bytes(estimator.settings)
+    changes = find_fitting_changes(estimator, min(needs))
     rows = SelectSettings.model_fields
     advice = shlex.join(
         word for name in changes if name in rows for word in arguments_of(name, rows[name], changes[name])
     )
     return (
-        f"rank {smallest} needs {size(needs[smallest])} ({size(tensors)} for tensors, the rest for the process), and "
-        f"{size(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
+        f"rank {smallest} needs {format_bytes(needs[smallest])} of memory ({format_bytes(tensors)} for tensors, the rest for the "
+        f"process), but only {format_bytes(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
     )

@@ -1,24 +1,25 @@
-"""The model without weights: built on the meta device from its configuration, with adapters attached by PEFT itself.
+"""Build the model without weights: on the meta device, from its configuration, with adapters that PEFT itself attaches.
 
 Only `config.json` (or a GGUF header) is downloaded or read, and a model's own code runs only with `trust_remote_code`.
 
-Weights in 4 or 8 bits, in the shapes and types in which bitsandbytes stores them.
+Weights in 4 or 8 bits have the shapes and types in which bitsandbytes stores them.
 
-4 bits: two weights a byte, and a float32 constant for every 64 weights. 8 bits: a byte a weight and a float32 a row. A product in 4
-bits decompresses the whole matrix into the compute type, forward and backward, and drops it. A product in 8 bits
-quantises the input rows too, keeps the original rows for the backward pass, and decompresses there; on a CPU in training
+With 4 bits, a byte stores two weights, and every 64 weights share a float32 constant. With 8 bits, a byte stores one weight, and every row has a
+float32 constant. A 4-bit product decompresses the full matrix into the compute type, forward and backward, and drops it. An 8-bit product
+also quantises the input rows, keeps the original rows for the backward pass, and decompresses there; on a CPU in training
 mode it also decompresses forward. Embeddings, norms and the output head are not quantised.
 
 Source: bitsandbytes 0.50, `autograd/_functions.py`, `functional.py`, `backends/default/ops.py`. A test compares the bytes
-with those of its own modules. Its fused 4-bit kernel on CUDA, which takes no workspace, is not modelled: it runs for few
-rows only.
+with those of its modules. Its fused 4-bit kernel on CUDA needs no workspace and runs only for a few rows; it is not modelled.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,23 +29,24 @@ from peft.tuners.lora import LoraLayer
 
 from rightrank.models.base_models import DTYPES, model_config, model_skeleton
 from rightrank.models.kinds.linear import keep_start
-from rightrank.models.places import require_model
+from rightrank.models.model_sources import require_model
 from rightrank.schema.errors import ModelError, first_line
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import TAKEN_FROM_BASE
 from rightrank.train.targets import (
     ALL_LINEAR,
     TargetModule,
-    adapted_matrices,
-    all_linear_leaves_out,
-    common_fields,
-    in_layers,
-    named_targets,
+    build_common_fields,
+    find_adapted_matrices,
+    find_target_parameters,
+    find_unadaptable_names,
     require_targets,
+    resolve_target_names,
 )
 
-MAX_LAYERS = 1000
 MAX_SIZE = 2**40
+# Counts that the plan iterates over: layers, experts, and the vocabulary, which a chunked loss processes in pieces.
+MAX_COUNTS = {re.compile(r"num_.*layers"): 1000, re.compile(r".*experts"): 2**14, re.compile(r"vocab_size"): 2**22}
 SAFETENSORS_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -63,46 +65,56 @@ class Skeleton:
     model: Any  # PeftModel
     targets: tuple[TargetModule, ...]
     arms: tuple[str, ...]  # adapter names
-    base_parameters: int  # of the model without them; a quantised weight counts its unquantised elements
+    base_parameters: int  # of the model without adapters; a quantised weight counts its unquantised elements
 
     @property
     def base(self) -> Any:
         return self.model.get_base_model()
 
-    def trainable(self) -> list[torch.nn.Parameter]:
+    def list_trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
-    """The configuration of a model folder, a GGUF file or a hub name."""
+    """Read the configuration of a model folder, a GGUF file or a hub name."""
     require_model(reference)
     config = model_config(reference, trust_remote_code, classification)
     text = config.get_text_config()
-    _require_sane_sizes(reference, text)
-    text.use_cache = False  # as Trainer trains
+    _require_sane_sizes(reference, config, text)
+    text.use_cache = False  # as the Trainer of transformers sets it
     return config
 
 
-def _require_sane_sizes(reference: str, text: Any) -> None:
-    """Refuse a configuration that would take for ever to build."""
+def _require_sane_sizes(reference: str, config: Any, text: Any) -> None:
+    """Raise if the configuration is so large that building it would never end."""
     heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
     if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % min(heads, groups)):
         raise ModelError(
             f"{reference}: {heads} heads are not a multiple of {groups} key-value heads; restore config.json"
         )
-    layers = getattr(text, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise ModelError(f"{reference}: {layers} layers are more than any model has (at most {MAX_LAYERS})")
-    for name, value in text.to_dict().items():
-        if isinstance(value, int) and abs(value) > MAX_SIZE:
-            raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {MAX_SIZE})")
+    aliases = {name: getattr(text, name, None) for name in ("num_hidden_layers", "vocab_size")}
+    for name, value in _iterate_integers(config.to_dict() | {"text": aliases}):
+        limit = min([MAX_SIZE, *(max_count for pattern, max_count in MAX_COUNTS.items() if pattern.fullmatch(name))])
+        if abs(value) > limit:
+            raise ModelError(
+                f"{reference}: {name} is {value}, more than any model has (at most {limit}); restore config.json"
+            )
+
+
+def _iterate_integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the integers of a configuration and of nested configurations, such as the one of an image encoder."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _iterate_integers(value)
+        elif isinstance(value, int):
+            yield str(name), value
 
 
 def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
-    """The model of a configuration with an adapter of `rank` for each arm, attached by PEFT.
+    """Build the model of a configuration with an adapter of `rank` for each arm, attached by PEFT.
 
     Raises:
-        ModelError: transformers cannot build it, a target that matches nothing, or one that PEFT cannot adapt.
+        ModelError: transformers cannot build the model, a target matches no module, or PEFT cannot adapt a target.
     """
     model = _build_base(config, settings)
     quantised = [module for module in model.modules() if isinstance(module, _QuantisedLinear)]
@@ -112,14 +124,14 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
     try:
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # a user cannot act on them
-            config = _lora_config(model, settings, rank)
+            config = _build_lora_config(model, settings, rank)
             config.init_lora_weights = False  # meta tensors have no values to initialise
             adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
             for name in names[1:]:
                 adapted.add_adapter(name, copy.deepcopy(config), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise ModelError(f"PEFT cannot adapt the model ({first_line(error)})") from None
-    # Others take it from the base's own weights.
+    # These methods initialise the adapter from the base model's weights, so the initial factors are stored too.
     if settings.is_packed and settings.init_lora_weights in TAKEN_FROM_BASE:
         for module in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
             for name in module.lora_A:
@@ -127,45 +139,47 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter
-    return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model())), names, parameters)
+    return Skeleton(adapted, tuple(find_adapted_matrices(adapted.get_base_model())), names, parameters)
 
 
 def _build_base(config: Any, settings: PlanSettings) -> Any:
-    """The base model on the meta device, frozen, and quantised where the settings say so."""
-    # None is transformers' own choice: torch's fused attention, for the models that can take it.
+    """Build the base model on the meta device, frozen, and quantised if the settings request it."""
+    # With None, transformers chooses: torch's fused attention for the models that support it.
     attention = "eager" if settings.attn_implementation == "eager" else None
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config  # `_quantise` below does it in shapes
-    text = plain.get_text_config()
+    unquantised_config = copy.deepcopy(config)
+    if hasattr(unquantised_config, "quantization_config"):
+        del unquantised_config.quantization_config  # `_quantise` replaces the modules instead.
+    text = unquantised_config.get_text_config()
     if settings.num_labels is not None and getattr(text, "pad_token_id", None) is None:
-        text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need one
-    dtype, trusted = DTYPES[settings.dtype], settings.trust_remote_code
-    model = model_skeleton(plain, trusted, settings.num_labels, dtype=dtype, attn_implementation=attention)
+        text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need a padding token
+    dtype, trust_remote_code = DTYPES[settings.dtype], settings.trust_remote_code
+    model = model_skeleton(
+        unquantised_config, trust_remote_code, settings.num_labels, dtype=dtype, attn_implementation=attention
+    )
     model.requires_grad_(False)
     _quantise(model, settings)
     return model
 
 
-def _lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
-    """PEFT's configuration of an adapter of `rank` under these settings."""
+def _build_lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+    """Build PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
     classification = settings.num_labels is not None
-    # PEFT needs names for layers, and `select` leaves experts out.
+    # PEFT needs module names to choose layers, and `select` excludes experts.
     by_name = settings.loss == "chunked" or settings.packed or settings.layers_to_transform is not None
-    if by_name or all_linear_leaves_out(model, classification):
-        targets, _ = named_targets(model, settings, classification)
-    parameters = in_layers(model, settings)
+    if by_name or find_unadaptable_names(model, classification):
+        targets, _ = resolve_target_names(model, settings, classification)
+    parameters = find_target_parameters(model, settings)
     return LoraConfig(
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
         target_parameters=parameters or None,
-        **common_fields(settings, settings.num_labels is not None),
+        **build_common_fields(settings, settings.num_labels is not None),
     )
 
 
 BLOCK = 64  # weights that share a 4-bit constant
-CLASSIFICATION_HEADS = ("score", "classifier")  # trained whole: PEFT's default for classification
+CLASSIFICATION_HEADS = ("score", "classifier")  # fully trained, which is PEFT's default for classification
 
 
 class _QuantisedLinear(torch.nn.Linear):
@@ -181,7 +195,7 @@ class _QuantisedLinear(torch.nn.Linear):
         code = torch.uint8 if bits == 4 else torch.int8
         self.weight = torch.nn.Parameter(torch.empty(packed, dtype=code, device="meta"), requires_grad=False)
         self.bias = bias
-        # the constants of quantisation, in float32
+        # The quantisation constants are stored in float32.
         for number, size in enumerate([self.out_features] if bits == 8 else [math.ceil(weights / BLOCK), 16]):
             self.register_buffer(f"constants_{number}", torch.empty(size, dtype=torch.float32, device="meta"))
 
@@ -193,7 +207,7 @@ class _QuantisedLinear(torch.nn.Linear):
         return out.clone() if self.copies_output else out
 
     @property
-    def W_q(self) -> torch.Tensor:  # noqa: N802 - PEFT's DoRA asks `dequantize` for the weight where there is one
+    def W_q(self) -> torch.Tensor:  # noqa: N802 - PEFT's DoRA calls `dequantize` on modules with this attribute.
         return self.weight
 
     def dequantize(self) -> torch.Tensor:
@@ -221,16 +235,19 @@ class _QuantisedProduct(torch.autograd.Function):
 
 
 def _quantise(model: Any, settings: PlanSettings) -> None:
-    """Replace the model's linear modules, except the output head, by 4-bit or 8-bit ones."""
+    """Replace the model's linear modules, except the output head, with 4-bit or 8-bit ones."""
     bits = settings.weight_bits
     if bits is None:
         return
     dtype, on_cpu = DTYPES[settings.dtype], settings.device == "cpu"
     head = model.get_output_embeddings()
-    whole = (*settings.modules_to_save, *(CLASSIFICATION_HEADS if settings.num_labels is not None else ()))
+    unquantised_modules = (
+        *settings.modules_to_save,
+        *(CLASSIFICATION_HEADS if settings.num_labels is not None else ()),
+    )
     for name, module in list(model.named_modules()):
-        linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-        if not linear or module is head or any(part in whole for part in name.split(".")):
+        is_linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        if not is_linear or module is head or any(component in unquantised_modules for component in name.split(".")):
             continue
         rows, columns = module.weight.shape
         features = (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)
@@ -239,8 +256,8 @@ def _quantise(model: Any, settings: PlanSettings) -> None:
         setattr(model.get_submodule(parent), leaf, replacement)
 
 
-def mark_adapted(model: Any, by_peft: bool) -> None:
-    """Set whether adapted 4-bit modules clone their output: PEFT's forward pass does, the multi-LoRA one does not."""
+def set_output_cloning(model: Any, by_peft: bool) -> None:
+    """Set whether adapted 4-bit modules clone their output. PEFT's forward pass does, the multi-LoRA one does not."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(base, _QuantisedLinear) and base.bits == 4:

@@ -1,27 +1,27 @@
 "use strict";
 (() => {
-  const REACH = 40; // of the pointer, in the units of a drawing
-  const short = (value) => String(Number(Number(value).toPrecision(5)));
-  const numbers = (text) => text.split(" ").map(Number);
-  const axesOf = (svg) => JSON.parse(svg.dataset.axes).map(([log, low, high, start, end, label]) => {
-    const along = log ? Math.log : Number;
-    return { label, at: (value) => start + ((end - start) * (along(value) - along(low))) / (along(high) - along(low)) };
+  const MAX_DISTANCE = 40; // from the pointer to a point, in the units of a drawing
+  const format = (value) => String(Number(Number(value).toPrecision(5)));
+  const parseNumbers = (text) => text.split(" ").map(Number);
+  const readAxes = (svg) => JSON.parse(svg.dataset.axes).map(([log, low, high, start, end, label]) => {
+    const scale = log ? Math.log : Number;
+    return { label, at: (value) => start + ((end - start) * (scale(value) - scale(low))) / (scale(high) - scale(low)) };
   });
 
-  // The point nearest to the pointer, of the series that are shown.
-  function nearest(svg, event) {
+  // Find the point of the visible series that is nearest to the pointer.
+  function findNearest(svg, event) {
     const pointer = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-    const [x, y] = axesOf(svg);
-    let found = { distance: REACH };
+    const [x, y] = readAxes(svg);
+    let nearest = { distance: MAX_DISTANCE };
     for (const series of svg.querySelectorAll(".series:not(.off)")) {
-      const ys = numbers(series.dataset.y);
-      numbers(series.dataset.x).forEach((value, i) => {
+      const ys = parseNumbers(series.dataset.y);
+      parseNumbers(series.dataset.x).forEach((value, i) => {
         const left = x.at(value), top = y.at(ys[i]), distance = Math.hypot(left - pointer.x, top - pointer.y);
-        const text = `${series.dataset.label}\n${x.label}: ${short(value)}\n${y.label}: ${short(ys[i])}`;
-        if (distance < found.distance) found = { distance, series, left, top, text };
+        const text = `${series.dataset.label}\n${x.label}: ${format(value)}\n${y.label}: ${format(ys[i])}`;
+        if (distance < nearest.distance) nearest = { distance, series, left, top, text };
       });
     }
-    return found;
+    return nearest;
   }
 
   document.querySelectorAll("figure.plot svg[data-figure]").forEach((svg) => {
@@ -29,13 +29,13 @@
     const tip = spot.appendChild(document.createElement("span")), box = svg.viewBox.baseVal;
     svg.after(spot);
     svg.addEventListener("pointermove", (event) => {
-      const { series, left, top, text } = nearest(svg, event);
+      const { series, left, top, text } = findNearest(svg, event);
       svg.querySelectorAll(".series").forEach((other) => other.classList.toggle("aside", !!series && other !== series));
       spot.hidden = !series;
       if (!series) return;
-      const [across, down] = [(100 * left) / box.width, (100 * top) / box.height];
-      Object.assign(spot.style, { left: `${across}%`, top: `${down}%`, color: series.getAttribute("color") });
-      tip.style.transform = `translateX(-${across}%)`;
+      const [xPercent, yPercent] = [(100 * left) / box.width, (100 * top) / box.height];
+      Object.assign(spot.style, { left: `${xPercent}%`, top: `${yPercent}%`, color: series.getAttribute("color") });
+      tip.style.transform = `translateX(-${xPercent}%)`;
       tip.textContent = text;
     });
     svg.addEventListener("pointerleave", () => {
@@ -47,8 +47,8 @@
       button.addEventListener("click", () => {
         const off = button.getAttribute("aria-pressed") === "true";
         button.setAttribute("aria-pressed", String(!off));
-        const named = [...svg.querySelectorAll("[data-label]")].filter((part) => part.dataset.label === button.dataset.label);
-        named.forEach((part) => part.classList.toggle("off", off));
+        const elements = [...svg.querySelectorAll("[data-label]")].filter((element) => element.dataset.label === button.dataset.label);
+        elements.forEach((element) => element.classList.toggle("off", off));
       });
     });
   });

@@ -1,1 +1,0 @@
-"""Training at the top and cutting inside the training, against training at the lower rank."""

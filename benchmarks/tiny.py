@@ -1,0 +1,129 @@
+"""Small random models and data for runs that measure no quality: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from rightrank.schema.settings import SelectSettings
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "dog",
+    "run",
+    "far",
+    "from",
+    "its",
+    "old",
+    "red",
+    "house",
+    "by",
+    "the",
+    "blue",
+    "sea",
+    "at",
+    "noon",
+]
+SIZES: dict[str, Any] = {  # of a small random model, in the names of most configurations
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "initializer_range": 0.2,
+}
+GPT2_SIZES: dict[str, Any] = {
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(4, 14))) for _ in range(count)]
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers.decoders import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<pad>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(200), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>"
+    )
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """A random 3-layer Llama with a byte-level tokenizer, saved as users have theirs."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **(SIZES | {"num_hidden_layers": 3}))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_completions(path: Path, count: int = 200, seed: int = 1) -> Path:
+    """Prompt and completion: the completion repeats the prompt's first words, which can be learned."""
+    rows = [{"prompt": f"{text} : ", "completion": " ".join(text.split()[:3])} for text in sentences(count, seed)]
+    return write_jsonl(path, rows)
+
+
+def write_pairs(path: Path, count: int = 200) -> Path:
+    """Preference pairs: the chosen answer repeats the prompt's first words, the rejected one its last, which can be learned."""
+    rows = [
+        {
+            "prompt": f"{text} : ",
+            "chosen": " ".join(text.split()[:3]),
+            "rejected": " ".join(text.split()[-2:]),
+        }
+        for text in sentences(count, seed=4)
+    ]
+    return write_jsonl(path, rows)
+
+
+def small_settings(**changes: Any) -> SelectSettings:
+    """A selection of two ranks that takes a second or two."""
+    values: dict[str, Any] = {
+        "strategy": "grid",
+        "ranks": (1, 4),
+        "learning_rates": (1e-2,),
+        "max_steps": 8,
+        "batch_size": 4,
+        "seq_len": 32,
+        "eval_items": 12,
+        "eval_points": 2,
+        "dtype": "float32",  # what is planned without a preparation has a type of its own
+    }
+    return SelectSettings(**values | changes)

@@ -1,0 +1,115 @@
+"""Load an adapter folder by PEFT without its base: on a skeleton of the adapted modules, without memory for weights.
+
+PEFT's own code reads the configuration, makes the layers and assigns the tensors, so that what it refuses there it refuses on the base too:
+an initialisation that does not take the rank, a pattern or a shape that the tensors contradict, a module that the targets do not name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from torch import nn
+
+from rightrank.models.adapter_folders import CONFIG_FILE
+from rightrank.models.adapter_reader import PREFIX, AdapterFolder, AdapterModule
+from rightrank.models.kinds import WRAPPED
+from rightrank.models.safetensors_files import read_header
+from rightrank.schema.errors import ModelError, first_line
+
+CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of A
+# They concern modules and tensors beside the factors, which the skeleton lacks, or the base's own weights.
+BESIDE_FACTORS = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "megatron_config",
+    "loftq_config",
+    "runtime_config",
+)
+
+
+def require_loadable(adapter: AdapterFolder) -> None:
+    """Load the factors of an adapter by PEFT on a skeleton of the modules that they adapt.
+
+    Raises:
+        ModelError: PEFT refuses the configuration or the tensors.
+    """
+    if adapter.mlx is not None or any(WRAPPED in module.a_key for module in adapter.modules):
+        return  # mlx-lm's format, or layers inside layers, of which the file does not say what holds them
+    shapes, _ = read_header(adapter.weights)
+    beside = {*adapter.other_keys}
+    tensors = {
+        key.removeprefix(PREFIX): torch.empty(shape, device="meta")
+        for key, shape in shapes.items()
+        if key not in beside
+    }
+    try:
+        # The load on the base shows the warnings; the random state of a training that continues is kept.
+        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):
+            model = inject_adapter_in_model(_lora_config(adapter), _skeleton(adapter, shapes), low_cpu_mem_usage=True)
+            result: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        re.error,
+    ) as error:  # a value of another type
+        raise ModelError(
+            f"{adapter.path}: PEFT can't load it ({first_line(error)}); correct its {CONFIG_FILE}"
+        ) from None
+    if result.unexpected_keys:
+        key = result.unexpected_keys[0]
+        raise ModelError(
+            f"{adapter.path}: PEFT does not load {key}, because target_modules does not name its module; correct its {CONFIG_FILE}"
+        )
+
+
+def _lora_config(adapter: AdapterFolder) -> LoraConfig:
+    """The configuration of the factors; an initialisation that would read the base's weights is left out."""
+    fields = LoraConfig.__dataclass_fields__
+    config = {name: value for name, value in adapter.config.items() if name in fields and name not in BESIDE_FACTORS}
+    if adapter.base_changing_init is not None:
+        config["init_lora_weights"] = True
+    if config.get("target_modules") == "all-linear":  # PEFT expands it on models of transformers alone
+        config["target_modules"] = [module.name for module in adapter.modules]
+    return LoraConfig(**config)
+
+
+def _skeleton(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    root = nn.Module()
+    with torch.device("meta"):
+        for pair in adapter.pairs:
+            *parents, name = pair[0].address.split(".")
+            parent = root
+            for step in parents:
+                if not hasattr(parent, step):
+                    parent.add_module(step, nn.Module())
+                parent = parent.get_submodule(step)
+            if pair[0].kind.name == "expert":
+                parent.register_parameter(name, _expert_parameter(pair))
+            else:
+                parent.add_module(name, _layer(pair[0], shapes))
+    return root
+
+
+def _expert_parameter(pair: list[AdapterModule]) -> nn.Parameter:
+    return nn.Parameter(torch.empty(len(pair), pair[0].rows, pair[0].columns), requires_grad=False)
+
+
+def _layer(module: AdapterModule, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """The layer that the factors adapt."""
+    a, b = shapes[module.a_key], shapes[module.b_key]
+    if module.kind.name == "embedding":
+        return nn.Embedding(a[1], b[0])
+    if module.kind.name == "convolution":
+        layer: nn.Module = CONVOLUTIONS[len(a)](a[1], b[0], a[2:])
+        return layer
+    return nn.Linear(math.prod(a[1:]), b[0], bias=module.bias_key is not None)

@@ -1,0 +1,145 @@
+"""A larger rank that is clearly worse than the best: its training failed, or the ranks overfit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+
+from rightrank.decision.rule import decision_of
+from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.schema.decision import Decision, Result, ResultsTable
+from tests.decision.tables import bare, scored
+
+DIVERGED = {1: 2.1, 4: 2.0, 16: 1.995, 64: 11.3}
+RAISED = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.6}  # rank 64 at 2.0 with .6 more
+FLAG = "larger_rank_worse"
+
+
+def of_seeds(
+    losses: Mapping[int, float], seeds: Sequence[int] = (0, 1), rates: Sequence[float] = (1e-3,), worse: float = 0.01
+) -> ScoreTable:
+    """One number a training; a lower rate is worse by `worse`."""
+    results = [
+        Result(
+            trial_id=f"{rank}-{rate}-{seed}",
+            rank=rank,
+            learning_rate=rate if rank else 0.0,
+            seed=seed,
+            value=loss + 0.0005 * seed * (rank % 3) + worse * (rate < max(rates)),
+        )
+        for rank, loss in losses.items()
+        for rate in (rates if rank else (0.0,))
+        for seed in (seeds if rank else (0,))
+    ]
+    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+
+
+def require_repeat(decision: Decision, rank: int) -> None:
+    assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
+    assert FLAG in decision.flags
+    assert decision.sentence.startswith(f"Undecided: rank {rank} is ")
+    assert "its training may have failed" in decision.sentence
+    assert (decision.next_runs[0].ranks, decision.next_runs[0].trials) == ([rank], 1)
+    assert decision.next_run.startswith(f"Train rank {rank} again")
+
+
+@pytest.mark.parametrize(
+    ("table", "margin"),
+    [
+        (of_seeds({0: 3.0, **DIVERGED}), 0.02),
+        (of_seeds(DIVERGED), 0.02),
+        (of_seeds(DIVERGED, seeds=(0, 1, 2)), 0.02),
+        (bare(DIVERGED), 0.02),
+        (bare(DIVERGED, std=0.001), 0.02),
+        (bare({1: 0.7, 4: 0.85, 16: 0.856, 64: 0.02}, "accuracy", higher=True), 0.01),
+        (scored(RAISED, seeds=(0,)), 0.02),
+        (scored(RAISED, seeds=(0, 1)), 0.02),
+        (scored({0: 3.0, **DIVERGED}, seeds=(0, 1)), 0.02),
+    ],
+    ids=["base", "seeds", "three seeds", "values", "stated", "accuracy", "one seed", "two seeds", "examples"],
+)
+@pytest.mark.parametrize("confidence", [None, 0.75])
+def test_a_larger_rank_that_failed_leaves_the_answer_undecided(
+    table: ScoreTable, margin: float, confidence: float | None
+) -> None:
+    decision = decision_of(table, margin, confidence=confidence)
+    require_repeat(decision, 64)
+    if "inconclusive" not in decision.sentence:
+        assert "Without it rank 4 looks enough" in decision.sentence
+
+
+def test_of_two_that_failed_alike_the_first_is_repeated() -> None:
+    require_repeat(decision_of(bare({1: 2.1, 4: 2.0, 16: 11.0, 64: 11.3}), 0.02), 16)
+    rise_over_the_base = {0: 3.0, 1: 2.1, 4: 2.0, 16: 5.0, 64: 11.3}
+    require_repeat(decision_of(bare(rise_over_the_base), 0.02), 16)
+
+
+def test_it_is_repeated_at_a_lower_rate_or_with_another_seed_where_that_was_tried() -> None:
+    lower, seed = (
+        decision_of(table, 0.02).next_runs[0] for table in (of_seeds(DIVERGED), scored_at_two_rates(RAISED, seeds=(0,)))
+    )
+    assert lower.action == "rates"
+    assert lower.learning_rates == [pytest.approx(1e-3 / 3, rel=0.15)]
+    assert "(now 0.001)" in lower.sentence
+    assert (seed.action, seed.seeds) == ("seeds", 2)
+    assert (
+        decision_of(bare(DIVERGED), 0.02).next_run
+        == "Train rank 64 again at a lower learning rate: it may have failed."
+    )
+
+
+def scored_at_two_rates(losses: Mapping[int, float], seeds: Sequence[int]) -> ScoreTable:
+    best = scored(losses, seeds=seeds)
+    lower = {(rank, 3e-4, seed): replace(cell, sums=cell.sums + 0.05) for (rank, _, seed), cell in best.cells.items()}
+    return replace(best, cells={**best.cells, **lower})
+
+
+def test_two_seeds_and_a_lower_rate_show_that_it_is_worse() -> None:
+    for table in (scored_at_two_rates(RAISED, seeds=(0, 1)), of_seeds(DIVERGED, rates=(3e-4, 1e-3))):
+        decision = decision_of(table, 0.02)
+        assert (decision.rank, decision.verdict) == (4, "saturated")
+        assert FLAG not in decision.flags
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {4: 0.331, 8: 0.361, 16: 0.396, 64: 0.499, 128: 0.541},  # DistilBERT on IMDB at its last evaluation
+        {1: 2.12, 2: 2.03, 4: 2.0, 8: 2.03, 16: 2.12},
+        {1: 2.05, 4: 2.0, 16: 2.05, 64: 2.2},
+    ],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_ranks_that_get_worse_one_after_the_other_overfit(losses: dict[int, float], train: bool) -> None:
+    training = {rank: 1.9 - 0.001 * rank for rank in losses} if train else None
+    best = min(losses, key=lambda rank: losses[rank])
+    for table in (scored(losses, train=training, seeds=(0, 1)), scored(losses, train=training, seeds=(0,))):
+        decision = decision_of(table, 0.01)
+        assert decision.rank == best
+        assert decision.verdict == ("overfitting" if train else "saturated")
+        assert FLAG not in decision.flags
+
+
+def test_a_rank_that_learns_more_overfits_however_much_worse_it_is() -> None:
+    training = {1: 1.9, 4: 1.8, 16: 1.7, 64: 1.2}
+    for seeds in ((0,), (0, 1)):
+        assert decision_of(scored(RAISED, seeds=seeds, train=training), 0.02).verdict == "overfitting"
+        diverged = {**training, 64: 9.0}
+        require_repeat(decision_of(scored(RAISED, seeds=seeds, train=diverged), 0.02), 64)
+
+
+def test_a_little_worse_is_no_failure() -> None:
+    for table in (scored({1: 2.3, 4: 2.0, 16: 2.002, 64: 2.015}, seeds=(0, 1)), bare({4: 2.0, 16: 1.9, 64: 2.0})):
+        decision = decision_of(table, 0.01)
+        assert FLAG not in decision.flags
+        assert decision.rank is not None
+
+
+def test_where_an_answer_is_wanted_all_the_same_it_is_that_of_the_other_ranks() -> None:
+    for losses in (DIVERGED, {rank: loss for rank, loss in DIVERGED.items() if rank < 64}):
+        decision = decision_of(of_seeds(losses), 0.02, smallest_if_alike=True, confidence=None)
+        assert (decision.rank, decision.verdict) == (4, "saturated")
+        assert (FLAG in decision.flags) is (64 in losses)
+        assert decision.next_run.startswith("Train rank 64 again") is (64 in losses)

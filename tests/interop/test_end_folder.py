@@ -1,0 +1,166 @@
+"""The folder of a training's end: nothing that this run did not write is deleted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from rightrank import SmallestAdapter, export
+from rightrank.api.runs import status
+from rightrank.interop.end_run import measure_again, require_end_folder
+from rightrank.interop.smallest import keep_smallest
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.errors import ModelError, RunError, RunFolderError
+from tests.interop.trainings import Rows, peft_model, trained
+
+pytestmark = pytest.mark.trains
+
+Files = dict[str, bytes | str]
+
+
+def batches(rows: Rows) -> list[dict[str, torch.Tensor]]:
+    return [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
+
+
+def read_files(folder: Path) -> Files:
+    """Return the content of every file but locks, and the target of every symbolic link."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.name != ".lock" and (path.is_symlink() or path.is_file())
+    }
+
+
+def test_another_kind_of_run_is_refused_and_stays_as_it_is(
+    small_run: Path, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run / "run", run)
+    (run / "notes.txt").write_text("mine")
+    before = read_files(run)
+    with pytest.raises(RunFolderError, match="not the result of a training's end, and it stays as it is"):
+        keep_smallest(peft_model(model_folder), batches(rows[140:170]), out=run, margin=1.0)
+    assert read_files(run) == before
+
+
+def test_a_training_with_another_kind_of_run_in_its_folder_is_refused_before_the_first_step(
+    small_run: Path, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    shutil.copytree(small_run / "run", tmp_path / "rightrank")
+    before = read_files(tmp_path / "rightrank")
+    with pytest.raises(RunFolderError, match="not the result of a training's end"):
+        trained(model_folder, rows, tmp_path, [SmallestAdapter(rows[140:])], max_steps=1)
+    assert read_files(tmp_path / "rightrank") == before
+
+
+def test_an_earlier_result_is_moved_aside_and_own_files_stay(
+    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, elsewhere = tmp_path / "rightrank", tmp_path / "elsewhere"
+    first = SmallestAdapter(rows[140:], margin=1.0, max_examples=30)
+    trained(model_folder, rows, tmp_path, [first], max_steps=2)
+    assert first.result is not None
+    export(out, "peft")
+    (out / "notes.txt").write_text("mine")
+    elsewhere.mkdir()
+    (elsewhere / "large").write_text("on another disk")
+    (out / "link").symlink_to(elsewhere, target_is_directory=True)
+    shutil.rmtree(out / "figures")
+    (out / "figures").symlink_to(Path("..") / "elsewhere", target_is_directory=True)
+    before = read_files(out)
+    second = SmallestAdapter(rows[140:], margin=0.05, max_examples=30)
+    with caplog.at_level(logging.WARNING, "rightrank"):
+        trained(model_folder, rows, tmp_path, [second], max_steps=3)
+    assert second.result is not None
+    aside = out / "earlier-1"
+    assert f"the result of an earlier training was moved to {aside}" in caplog.text
+    after = read_files(out)
+    for name, content in before.items():
+        place = name if name in ("notes.txt", "link") else f"earlier-1/{name}"
+        assert after[place] == content or name == "figures"
+    assert (aside / "figures" / "large").read_text() == "on another disk"  # the relative link leads to the same place
+    assert [path.name for path in elsewhere.iterdir()] == ["large"]
+    for folder, callback in ((aside, first), (out, second)):
+        assert status(folder).state == "done"
+        found = json.loads((folder / "decision.json").read_text(encoding="utf-8"))["adapter_answer"]
+        assert (found["margin"], found["trial_id"]) == (callback.margin, callback.result.answer.trial_id)
+    assert not (out / "exports").exists()  # those of the earlier result lie beside it
+
+
+def test_an_end_in_use_changes_nothing(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    out, model = tmp_path / "run", peft_model(model_folder)
+    keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
+    before = read_files(out)
+    with RunFolder(out).lock(), pytest.raises(RunFolderError, match="another process is using this folder"):
+        keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
+    with RunFolder(out).lock(), pytest.raises(RunFolderError, match="another process is using this folder"):
+        require_end_folder(out)
+    assert read_files(out) == before
+
+
+def test_an_end_that_fails_before_it_has_begun_moves_nothing_and_blocks_nothing(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model = tmp_path / "run", peft_model(model_folder)
+    keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
+    before = read_files(out)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for folder in (out, tmp_path / "new"):
+        with monkeypatch.context() as patch:
+            patch.setattr("rightrank.interop.end_run._keep", full)
+            with pytest.raises(RunError, match="No space left"):
+                keep_smallest(model, batches(rows[140:170]), out=folder, margin=1.0)
+    assert read_files(out) == before
+    keep_smallest(model, batches(rows[140:170]), out=tmp_path / "new", margin=1.0)
+
+
+def test_a_measurement_that_waits_is_moved_aside_and_can_still_be_made(
+    model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        waiting = SmallestAdapter(rows[140:], margin=1.0, max_examples=30, measure=False)
+        trained(model_folder, rows, tmp_path, [waiting], max_steps=2)
+    assert "rank" in measure_again(tmp_path / "rightrank" / "earlier-1")
+    assert "rank" in measure_again(tmp_path / "rightrank")
+
+
+@pytest.mark.parametrize("content", ["a file", "files", "a journal of an unknown kind", "a journal that is damaged"])
+def test_a_folder_that_no_end_wrote_is_refused_and_stays_as_it_is(
+    content: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if content == "a file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        name = "weights.bin" if content == "files" else "journal.jsonl"
+        text = b'{"settings": {"trainer": "train.train"}}\n' if "unknown" in content else b"\xff\xfe{damaged\n"
+        (out / name).write_bytes(text)
+    before = read_files(tmp_path)
+    with pytest.raises(RunFolderError, match=r"give (another|an empty or a new) folder"):
+        require_end_folder(out)
+    with pytest.raises(RunFolderError, match=r"give (another|an empty or a new) folder"):
+        keep_smallest(peft_model(model_folder), batches(rows[140:170]), out=out, margin=1.0)
+    assert read_files(tmp_path) == before
+
+
+def test_an_encoder_without_a_head_is_refused_in_one_line(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = get_peft_model(transformers.BertModel(config), LoraConfig(r=4, target_modules=["query", "value"]))
+    rows = [{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}]
+    with pytest.raises(ModelError, match=r"BertModel gives no logits: .*; give a model with one"):
+        keep_smallest(model, rows, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
