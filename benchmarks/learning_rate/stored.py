@@ -10,6 +10,7 @@ They have three or six seeds, ranks 1, 4, 16 and 64 and one to three learning ra
 from __future__ import annotations
 
 import json
+import lzma
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,10 +27,19 @@ MIN_STEPS = 400
 def read_stored(selection: Path) -> list[SeedTable]:
     """Return a table for each seed of each grid of losses in the folder of the earlier study."""
     tables: list[SeedTable] = []
-    for path in sorted(path for folder in FOLDERS for path in (selection / folder).glob("*.json")):
-        for curve in json.loads(path.read_text()).get("curves", []):
+    for path in sorted(path for folder in FOLDERS for path in (selection / folder).glob("*.json.xz")):
+        with lzma.open(path, "rt", encoding="utf-8") as file:
+            curves = json.load(file)["curves"]
+        for curve in curves:
             if curve["metric"] == "loss" and curve["steps"] >= MIN_STEPS:
-                tables += [read_seed(path, curve, seed) for seed in curve["seeds"]]
+                tables += [
+                    read_seed(path.with_name(path.name.removesuffix(".json.xz")), curve, seed)
+                    for seed in curve["seeds"]
+                ]
+    if not tables:
+        raise SystemExit(
+            f"{selection}: no stored grids (*.json.xz) in its folders {', '.join(FOLDERS)}: give the folder of the earlier study"
+        )
     return tables
 
 
@@ -70,7 +80,7 @@ def read_seed(path: Path, curve: Mapping[str, Any], seed: int) -> SeedTable:
             test = tests.get(("truncated", rank, rate), whole.test_mean + mean - whole.validation_mean)
             adapters[Key("truncated", rank, rate)] = Measured(losses, mean, None, test)
     return SeedTable(
-        path.stem, seed, adapters, weights, np.arange(len(weights)), test_weights, np.arange(len(test_weights))
+        path.name, seed, adapters, weights, np.arange(len(weights)), test_weights, np.arange(len(test_weights))
     )
 
 

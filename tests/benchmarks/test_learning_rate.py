@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -299,8 +300,10 @@ def test_a_stored_grid_of_the_earlier_study_is_read(tmp_path: Path) -> None:
         "checkpoints": {"0.25": {"64": {"0.001": {"0": 2.5}}}}, "checkpoint_items": {},
         "truncation_items": {"4": {"0.001": {"0": [1.5, 3.0]}}},
     }  # fmt: skip
+    with pytest.raises(SystemExit, match="no stored grids"):
+        stored.read_stored(tmp_path)
     (tmp_path / "wide").mkdir()
-    (tmp_path / "wide/tiny.json").write_text(json.dumps({"curves": [curve]}))
+    (tmp_path / "wide/tiny.json.xz").write_bytes(lzma.compress(json.dumps({"curves": [curve]}).encode()))
     cells = np.array([[64, 0.001, 0], [4, 0.001, 0], [64, 0.001, 1]])
     np.savez_compressed(
         tmp_path / "wide/tiny.npz",
