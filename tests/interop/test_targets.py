@@ -200,7 +200,7 @@ def test_another_rank_is_exported_by_its_own_training(selected: Selected, trunca
         folder = export(selected.run, "peft", tmp_path / f"peft{rank}", rank=rank).folder
         assert open_adapter(folder).config["r"] == rank
     assert truncated.exported_adapter is not None
-    assert (truncated.exported_adapter.rank, truncated.handed_over.trained_rank) == (1, 4)
+    assert (truncated.exported_adapter.rank, truncated.exported_adapter.trained_rank) == (1, 4)
     with pytest.raises(ResultsError, match="the run has no training at rank 1; give one of 4, or leave rank out"):
         export(truncated.run, "trl", rank=1)
     with pytest.raises(ResultsError, match="the run has no adapter of rank 3; give one of 1, 2, 4, or leave rank out"):
@@ -251,7 +251,7 @@ def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) ->
 
     assert truncated.decision_or_none is None
     assert truncated.exported_adapter is not None
-    assert (truncated.exported_adapter.rank, truncated.handed_over.method) == (1, "truncated")
+    assert (truncated.exported_adapter.rank, truncated.exported_adapter.method) == (1, "truncated")
     folder = write_target(truncated, "peft")
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
     script = (write_target(truncated, "vllm") / "vllm.sh").read_text(encoding="utf-8")
@@ -292,7 +292,7 @@ def test_files_say_how_to_make_a_smaller_adapter_again(truncated: Selected, comp
 def test_a_trained_adapter_has_no_such_line(recipe: Recipe, tmp_path: Path) -> None:
     provenance = replace(recipe.provenance, rank=recipe.r, trained_rank=recipe.r, truncation=None)
     trained = replace(recipe, provenance=provenance)
-    assert trained.comments() == []
+    assert trained.format_rebuild_comments() == []
     assert trained.training() == trained
 
 
@@ -303,7 +303,7 @@ def test_a_name_with_a_line_break_stays_in_its_comment(recipe: Recipe, tmp_path:
 
 
 def test_an_unknown_target_is_answered_with_the_targets(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"'vlm' is not known \(did you mean 'vllm'.*allowed: peft, trl"):
+    with pytest.raises(SettingsError, match=r"unknown export target 'vlm' \(did you mean 'vllm'.*allowed: peft, trl"):
         export(tmp_path, "vlm")
 
 

@@ -92,7 +92,7 @@ def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: i
 
 
 def test_a_direction_that_the_data_do_not_see_goes_first() -> None:
-    """The largest singular direction acts on an input that is always zero."""
+    """Drop the largest singular direction if it acts on an input that is always zero."""
     b, a = np.diag([10.0, 1.0, 0.5]), np.eye(3)
     inputs = np.diag([0.0, 1.0, 1.0])
     new_b, new_a = resize_arrays(b, a, 1, 1.0, compute_moments(b, a, 1.0, inputs, np.eye(3)))

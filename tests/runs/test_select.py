@@ -219,12 +219,12 @@ def test_a_diverged_arm_is_recorded_and_the_rest_goes_on(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = build_select_arguments(
-        model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e-2,1e9", "--max-steps", "12"
+        model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e-2,1e30", "--max-steps", "12"
     )
     status, out, _ = run([*arguments, "--json"], capsys)
     assert status == 0
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
-    assert {record.learning_rate for record in records if isinstance(record, TrialDiverged)} == {1e9}
+    assert {record.learning_rate for record in records if isinstance(record, TrialDiverged)} == {1e30}
     assert "unstable" in json.loads(out)["flags"]
 
 
@@ -232,7 +232,7 @@ def test_total_failure_is_exit_1(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = build_select_arguments(
-        model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e9", "--max-steps", "12"
+        model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e30", "--max-steps", "12"
     )
     status, out, err = run(arguments, capsys)
     assert status == 1
