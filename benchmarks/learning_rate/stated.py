@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from benchmarks.learning_rate.policies import SeedTable
-from rightrank.decision.rule import decision_of
+from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.schema.metrics import metric_kind
+from rightrank.schema.metrics import infer_metric_kind
 
 
 def state_probabilities(table: SeedTable, margin: float) -> dict[tuple[int, float], float]:
@@ -19,8 +19,8 @@ def state_probabilities(table: SeedTable, margin: float) -> dict[tuple[int, floa
         for (rank, rate), measured in table.trained().items()
         if measured.validation is not None and math.isfinite(measured.validation_mean)
     }
-    kind = metric_kind("loss", False, "token_loss" if (table.weights != 1).any() else "loss")
-    decision = decision_of(ScoreTable("loss", False, cells, kind=kind), margin)
+    kind = infer_metric_kind("loss", False, "token_loss" if (table.weights != 1).any() else "loss")
+    decision = decide_table(ScoreTable("loss", False, cells, kind=kind), margin)
     return {
         (evidence.rank, evidence.learning_rate): evidence.probability
         for evidence in decision.ranks

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from benchmarks.learning_rate.bases import GEMMA, MINILM_L3, MINILM_L6, SMOLLM2, Base, load_base
-from rightrank.models.ranks import max_module_rank
-from rightrank.models.truncation import Moments, components, ranks_within
+from rightrank.models.ranks import find_server_rank
+from rightrank.models.truncation import Moments, allocate_ranks, decompose_update
 
 RANKS = (4, 8, 16, 32, 64)
 TRUNCATED_RANKS = (1, 2, 4, 8, 16, 32)
@@ -393,12 +393,12 @@ def gather_moments(
 def truncate(task: Task, adapter: Mapping[str, torch.Tensor], moments: Mapping[str, Moments], ranks: Sequence[int]) -> list[dict[str, torch.Tensor]]:  # fmt: skip
     """Return the adapter cut to each rank by K-FAC; where a server reserves more, modules share the parameters of the rank."""
     names = list(task.base.shapes)
-    parts = {name: components(adapter[f"{name}.B"].double().numpy(), adapter[f"{name}.A"].double().numpy(), 1.0, moments[name]) for name in names}  # fmt: skip
+    parts = {name: decompose_update(adapter[f"{name}.B"].double().numpy(), adapter[f"{name}.A"].double().numpy(), 1.0, moments[name]) for name in names}  # fmt: skip
     costs = [sum(task.base.shapes[name]) for name in names]
     truncated = []
     for rank in ranks:
-        limit = max_module_rank(rank)
-        shared = ranks_within([parts[name].costs for name in names], costs, rank * sum(costs), limit) if limit > rank else [rank] * len(names)  # fmt: skip
+        limit = find_server_rank(rank)
+        shared = allocate_ranks([parts[name].costs for name in names], costs, rank * sum(costs), limit) if limit > rank else [rank] * len(names)  # fmt: skip
         cut = {key: value for key, value in adapter.items() if key.startswith("classifier")}
         for name, own in zip(names, shared, strict=True):
             cut[f"{name}.A"] = torch.from_numpy(parts[name].a[:own]).float().contiguous()
