@@ -246,7 +246,7 @@ def parse_command(command: str) -> dict[str, Any]:
 def test_the_command_that_makes_a_smaller_adapter_again_has_the_settings(values: dict[str, Any]) -> None:
     recipe = make_recipe(values | {"margin": 0.25, "validation_fraction": 0.2, "columns": ("prompt=ask",)}, "text")
     making = Provenance(2, 8, 0.003, 50, None, "K-FAC")
-    comment = replace(recipe, provenance=making).comments()[-1]
+    comment = replace(recipe, provenance=making).format_rebuild_comments()[-1]
     read = parse_command(comment.partition("then: ")[2])
     settings = gather_settings(None, read["assignments"], {})
     parsed_settings, expected_settings = SelectSettings(**settings), recipe.settings

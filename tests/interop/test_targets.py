@@ -293,7 +293,7 @@ def test_a_trained_adapter_has_no_such_line(recipe: Recipe, tmp_path: Path) -> N
     provenance = replace(recipe.provenance, rank=recipe.r, trained_rank=recipe.r, truncation=None)
     trained = replace(recipe, provenance=provenance)
     assert trained.format_rebuild_comments() == []
-    assert trained.training() == trained
+    assert trained.build_training_recipe() == trained
 
 
 def test_a_name_with_a_line_break_stays_in_its_comment(recipe: Recipe, tmp_path: Path) -> None:
