@@ -64,20 +64,20 @@ def read_seed(path: Path, curve: Mapping[str, Any], seed: int) -> SeedTable:
         for rate in (rate for rate in map(float, by_rate) if (int(rank), rate) not in items):
             adapters[Key("trained", int(rank), rate)] = Measured(None, math.inf, None, math.inf)
     early_items = curve.get("checkpoint_items", {})
-    for part, grid in curve["checkpoints"].items():
+    for fraction, grid in curve["checkpoints"].items():
         by_cell = {
-            (rank, rate): np.array(values) for rank, rate, values in iterate_cells(early_items.get(part, {}), seed)
+            (rank, rate): np.array(values) for rank, rate, values in iterate_cells(early_items.get(fraction, {}), seed)
         }
         for rank, rate, value in iterate_cells(grid, seed):
             losses_then = by_cell.get((rank, rate))
-            adapters[Key("trained", rank, rate, float(part))] = Measured(losses_then, float(value), None, math.nan)
+            adapters[Key("trained", rank, rate, float(fraction))] = Measured(losses_then, float(value), None, math.nan)
     top = max(rank for rank, _ in items)
     for rank, rate, values in iterate_cells(curve["truncation_items"], seed):
         losses = np.array(values)
         mean = float(losses.sum() / weights.sum())
-        whole = adapters.get(Key("trained", top, rate))
-        if whole is not None:
-            test = tests.get(("truncated", rank, rate), whole.test_mean + mean - whole.validation_mean)
+        full_adapter = adapters.get(Key("trained", top, rate))
+        if full_adapter is not None:
+            test = tests.get(("truncated", rank, rate), full_adapter.test_mean + mean - full_adapter.validation_mean)
             adapters[Key("truncated", rank, rate)] = Measured(losses, mean, None, test)
     return SeedTable(
         path.name, seed, adapters, weights, np.arange(len(weights)), test_weights, np.arange(len(test_weights))

@@ -104,27 +104,27 @@ def pick_smallest(
 
 
 def train_second_seed(
-    table: SeedTable, other: SeedTable, margin: float, _generator: np.random.Generator
+    table: SeedTable, second_table: SeedTable, margin: float, _generator: np.random.Generator
 ) -> Outcome | None:
     """Train a second seed at rank 64 and the chosen learning rate; the better of the two is truncated."""
-    return finish_second(table, other, margin, is_averaged=False)
+    return finish_second(table, second_table, margin, is_averaged=False)
 
 
 def average_two_seeds(
-    table: SeedTable, other: SeedTable, margin: float, _generator: np.random.Generator
+    table: SeedTable, second_table: SeedTable, margin: float, _generator: np.random.Generator
 ) -> Outcome | None:
     """Train a second seed at the chosen learning rate; the best of both and of their average is truncated within the margin."""
-    return finish_second(table, other, margin, is_averaged=True)
+    return finish_second(table, second_table, margin, is_averaged=True)
 
 
-def finish_second(table: SeedTable, other: SeedTable, margin: float, is_averaged: bool) -> Outcome | None:
+def finish_second(table: SeedTable, second_table: SeedTable, margin: float, is_averaged: bool) -> Outcome | None:
     """Truncate the best candidate of two seeds by validation loss."""
     rate = choose_learning_rate(table, TOP)
     if rate is None:
         return None
-    candidates = [(member, Key("trained", TOP, rate)) for member in (table, other)]
+    candidates = [(member, Key("trained", TOP, rate)) for member in (table, second_table)]
     if is_averaged:
-        later, earlier = max(table, other, key=lambda member: member.seed), min(table.seed, other.seed)
+        later, earlier = max(table, second_table, key=lambda member: member.seed), min(table.seed, second_table.seed)
         means = [key for key in later.adapters if key.kind == "average" and key.other == earlier]
         if not means:
             return None
@@ -132,9 +132,9 @@ def finish_second(table: SeedTable, other: SeedTable, margin: float, is_averaged
     usable = [(member, key) for member, key in candidates if is_usable(member, key)]
     if not usable:
         return None
-    member, whole = min(usable, key=lambda candidate: candidate[0].adapters[candidate[1]].validation_mean)
-    key = truncate_within(member, whole, margin)
-    return conclude(member, Choice(key, cost_of_search(table, TOP) + 1, (TOP, rate), whole))
+    member, full_adapter = min(usable, key=lambda candidate: candidate[0].adapters[candidate[1]].validation_mean)
+    key = truncate_within(member, full_adapter, margin)
+    return conclude(member, Choice(key, cost_of_search(table, TOP) + 1, (TOP, rate), full_adapter))
 
 
 def train_longer(is_lower: bool) -> Policy:
@@ -262,7 +262,7 @@ STOCHASTIC = ("random search", "Optuna", "ASHA")
 
 def measure_recipe(outcome: Outcome, others: Sequence[SeedTable]) -> float:
     """Return the regret of the recipe on other seeds; not a number where one of its trainings there is missing or diverged."""
-    tables = [other.trained() for other in others]
+    tables = [seed_table.trained() for seed_table in others]
     shared = set.intersection(*(set(table) for table in tables)) if tables else set()
     means = {cell: float(np.mean([table[cell].test_mean for table in tables])) for cell in shared}
     return means.get(outcome.recipe, math.nan) - min(means.values(), default=math.nan)
@@ -273,8 +273,8 @@ def iterate_outcomes(
 ) -> Iterator[tuple[SeedTable, list[SeedTable], Outcome]]:
     """Yield each case with the other seeds of its grid; the second seed of a case is the next one in a circle."""
     for table in tables:
-        others = [other for other in tables if other.grid == table.grid and other is not table]
-        later = [other for other in others if other.seed > table.seed]
+        others = [candidate for candidate in tables if candidate.grid == table.grid and candidate is not table]
+        later = [candidate for candidate in others if candidate.seed > table.seed]
         for margin in MARGINS if others else ():
             for draw in range(draws):
                 outcome = search(table, (later or others)[0], margin, np.random.default_rng([draw, table.seed]))

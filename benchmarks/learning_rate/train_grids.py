@@ -207,15 +207,15 @@ def encode_rows(base: Base, rows: Sequence[Mapping[str, str]]) -> tuple[list[Exa
             if key in row:
                 labels = [*tokenizer(row[key], add_special_tokens=False).input_ids, tokenizer.eos_token_id][:MAX_LABELS]
                 first = prompt[:1] if prompt[0] == tokenizer.bos_token_id and base.name == GEMMA else []
-                kept = [*first, *prompt[len(first) :][-(MAX_TOKENS - len(labels) - len(first)) :]]
-                positions = list(range(len(kept) - 1, len(kept) + len(labels) - 1))
-                sequences.append((kept + labels[:-1], positions, labels))
+                prompt_tokens = [*first, *prompt[len(first) :][-(MAX_TOKENS - len(labels) - len(first)) :]]
+                positions = list(range(len(prompt_tokens) - 1, len(prompt_tokens) + len(labels) - 1))
+                sequences.append((prompt_tokens + labels[:-1], positions, labels))
         examples.append(Example(sequences, row.get("group", str(number))))
     counts = Counter(
         token for example in examples for ids, _, labels in example.sequences for token in (*ids, labels[-1])
     )
     vocabulary = sorted(token for token, _ in counts.most_common(VOCABULARY))
-    places = {token: place for place, token in enumerate(vocabulary)}
+    places = {token: index for index, token in enumerate(vocabulary)}
     examples = [
         Example(
             [(ids, at, [places[label] for label in labels]) for ids, at, labels in example.sequences], example.group
@@ -313,7 +313,7 @@ def train(task: Task, cells: Sequence[tuple[int, float]], seed: int, steps: int)
     bank = Bank([first_adapter(task, rank, seed) for rank, _ in cells], trainable=True)
     scales = [ALPHA / rank for rank, _ in cells]
     plan, warmup = plan_batches(task, seed, steps), math.ceil(WARMUP * steps)
-    stops = {round(part * steps) for part in (*CHECKPOINTS, 1)}
+    stops = {round(fraction * steps) for fraction in (*CHECKPOINTS, 1)}
     rates = torch.tensor([rate for _, rate in cells])
     scaled = ScaledBank(bank, scales)
     parameters = [(start, end, tensor) for (start, end), group in zip(bank.groups, bank.tensors, strict=True) for tensor in group.values()]  # fmt: skip
@@ -379,11 +379,11 @@ def gather_moments(
             assert reduced.grad is not None
             hidden, gradient = reduced.detach()[0].double(), reduced.grad[0].double()
             size = gradient.abs().amax(1, keepdim=True)
-            seen = size > 1e-6 * size.max()
-            hidden, gradient = hidden * seen, gradient * seen
+            is_seen = size > 1e-6 * size.max()
+            hidden, gradient = hidden * is_seen, gradient * is_seen
             inputs[name] = inputs.get(name, 0) + hidden.T @ hidden
             gradients[name] = gradients.get(name, 0) + gradient.T @ gradient
-            counts[name] += int(seen.sum())
+            counts[name] += int(is_seen.sum())
     return {
         name: Moments((inputs[name] / max(1, counts[name])).numpy(), (gradients[name] / labels).numpy())
         for name in inputs
@@ -400,9 +400,9 @@ def truncate(task: Task, adapter: Mapping[str, torch.Tensor], moments: Mapping[s
         limit = find_server_rank(rank)
         shared = allocate_ranks([parts[name].costs for name in names], costs, rank * sum(costs), limit) if limit > rank else [rank] * len(names)  # fmt: skip
         cut = {key: value for key, value in adapter.items() if key.startswith("classifier")}
-        for name, own in zip(names, shared, strict=True):
-            cut[f"{name}.A"] = torch.from_numpy(parts[name].a[:own]).float().contiguous()
-            cut[f"{name}.B"] = torch.from_numpy(parts[name].b[:, :own]).float().contiguous()
+        for name, module_rank in zip(names, shared, strict=True):
+            cut[f"{name}.A"] = torch.from_numpy(parts[name].a[:module_rank]).float().contiguous()
+            cut[f"{name}.B"] = torch.from_numpy(parts[name].b[:, :module_rank]).float().contiguous()
         truncated.append(cut)
     return truncated
 
@@ -525,15 +525,17 @@ def run_seed(task: Task, name: str, seed: int, work: Path, out: Path) -> None:
         results.add(records, longer, step == 2 * STEPS)
     batches = plan_batches(task, seed, 2 * STEPS + MOMENT_STEPS)[2 * STEPS :]
     add_truncations(results, longer, batches, "long truncated", 2 * STEPS, results.find_quarter_rates())
-    for other in range(seed):
-        file = work / f"{name}_{other}.safetensors"
+    for earlier_seed in range(seed):
+        file = work / f"{name}_{earlier_seed}.safetensors"
         if file.exists():
             stored = load_file(file)
-            rates = choose_average_rates(results, SeedResults.load(task, out / f"{name}_{other}.npz"))
+            rates = choose_average_rates(results, SeedResults.load(task, out / f"{name}_{earlier_seed}.npz"))
             others = [{key.partition("/")[2]: value for key, value in stored.items() if key.startswith(f"{rate:g}/")} for rate in rates]  # fmt: skip
             means = [average([first, tops[RATES.index(rate)]]) for first, rate in zip(others, rates, strict=True)]
-            results.add([{"kind": "average", "rank": 2 * TOP, "rate": rate, "steps": STEPS, "with": other} for rate in rates], means, True)  # fmt: skip
-            add_truncations(results, means, moment_batches, "average truncated", STEPS, rates, AVERAGED_RANKS, other)
+            results.add([{"kind": "average", "rank": 2 * TOP, "rate": rate, "steps": STEPS, "with": earlier_seed} for rate in rates], means, True)  # fmt: skip
+            add_truncations(
+                results, means, moment_batches, "average truncated", STEPS, rates, AVERAGED_RANKS, earlier_seed
+            )
     results.save(out / f"{name}_{seed}.npz", history)
     print(f"  stored after {time.perf_counter() - begun:.0f} s", flush=True)
 
