@@ -162,7 +162,8 @@ def test_out_is_a_file(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     require_refusal(
-        *run(build_select_arguments(model_folder, completion_file, tmp_path / "file"), capsys), "this is a file, not a folder"
+        *run(build_select_arguments(model_folder, completion_file, tmp_path / "file"), capsys),
+        "this is a file, not a folder",
     )
     assert (tmp_path / "file").read_text() == "mine"
 
