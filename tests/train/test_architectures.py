@@ -167,4 +167,4 @@ def test_an_encoder_decoder_is_refused_by_the_command(
     arguments = commands.build_select_arguments(tmp_path / "t5", completion_file, tmp_path / "run", "--quiet", "--json")
     status, out, err = commands.run(arguments, capsys)
     assert (status, out) == (2, "")
-    assert "an encoder-decoder, as T5, which select does not train; give a causal model" in err
+    assert "an encoder-decoder model such as T5, which select can't train; give a causal model" in err

@@ -158,7 +158,7 @@ def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
         ({"init_lora_weights": "pissa", "use_dora": True}, r"init_lora_weights pissa: .*q_proj is DoRA, and PEFT supports this initialization for"),
         ({"init_lora_weights": "olora", "target_modules": ("embed_tokens", "q_proj")}, "is an embedding, and PEFT supports this initialization"),
         ({"init_lora_weights": "orthogonal", "target_modules": ("embed_tokens",)}, "is an embedding, and PEFT supports this initialization"),
-        ({"init_lora_weights": "orthogonal", "ranks": (2, 3)}, "at even ranks, got rank 3; give even ranks"),
+        ({"init_lora_weights": "orthogonal", "ranks": (2, 3)}, "only even ranks, got rank 3; give even ranks"),
     ],
 )  # fmt: skip
 def test_what_peft_does_not_start_so_is_refused_before_the_first_step(
@@ -221,7 +221,7 @@ def test_a_selection_says_at_which_rank_its_adapter_loads(
     assert selected.adapter.path is not None
     assert selected.exported_adapter is not None
     rank = selected.exported_adapter.rank
-    assert (selected.exported_adapter.method, selected.handed_over.load_rank) == ("trained", 2 * rank)
+    assert (selected.exported_adapter.method, selected.exported_adapter.load_rank) == ("trained", 2 * rank)
     model = AutoPeftModelForCausalLM.from_pretrained(str(selected.adapter.path))
     assert model.peft_config["default"].r == 2 * rank
     card = (selected.adapter.path / "README.md").read_text(encoding="utf-8")
@@ -276,7 +276,7 @@ def test_the_report_names_the_adapter_that_is_handed_over(
     assert selected.adapter is not None
     assert selected.adapter.path is not None
     config = json.loads((selected.adapter.path / "adapter_config.json").read_text())
-    assert config["r"] == (selected.exported_adapter.load_rank or selected.handed_over.rank)
+    assert config["r"] == (selected.exported_adapter.load_rank or selected.exported_adapter.rank)
     named = f"r {config['r']} · lora_alpha {config['lora_alpha']:g} · learning rate"
     assert named in selected.report.read_text(encoding="utf-8")
     assert {cut.rank for cut in selected.adapters if cut.method == "truncated"} == {1, 2}
