@@ -164,14 +164,14 @@ def test_the_training_rank_is_decided_at_the_kept_checkpoint(
     selected = select(model_folder, overfitted, run, "best", goal="training-rank")
     trials = {trial.rank: trial for trial in read_finished_trials(run) if trial.rank and trial.arm.is_direct}
     assert selected.decision.checkpoint is not None
-    assert selected.decision.checkpoint.used == "best"
+    assert selected.decision.checkpoint.checkpoint == "best"
     for evidence in selected.decision.ranks:
         if evidence.rank:
             assert evidence.value == pytest.approx(min(point.value for point in trials[evidence.rank].points), abs=1e-5)
     assert decide(run).decision == selected.decision
     at_last = decide(run, checkpoint="last").decision
     assert at_last.checkpoint is not None
-    assert (at_last.checkpoint.used, at_last.checkpoint.best) == ("last", selected.decision.checkpoint.best)
+    assert (at_last.checkpoint.checkpoint, at_last.checkpoint.best) == ("last", selected.decision.checkpoint.best)
     for evidence in at_last.ranks:
         if evidence.rank:
             assert evidence.value == pytest.approx(trials[evidence.rank].points[-1].value, abs=1e-6)
