@@ -269,7 +269,7 @@ def test_a_fault_ends_the_command_with_status_3(
     with pytest.raises(SystemExit) as ended:
         main(["compare", str(adapter), str(merged), *words])
     assert ended.value.code == 3  # though it is within the margin
-    assert "BROKEN, it is the base" in capsys.readouterr().out
+    assert "BROKEN, it equals the base model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
