@@ -291,7 +291,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(
     base: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(SettingsError, match="--type 'q3': merged is written as f32, bf16, f16"):
+    with pytest.raises(SettingsError, match="--type 'q3': merged can be written as f32, bf16, f16"):
         export(adapter, "merged", out, check=rows, kind="q3", settings=SETTINGS)
     with pytest.raises(DataError, match="give them with --check DATA"):
         export(adapter, "merged", out, settings=SETTINGS)
