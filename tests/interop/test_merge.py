@@ -299,7 +299,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(
         export(adapter, "merged", check=rows, settings=SETTINGS)
     with monkeypatch.context() as patch:
         patch.setattr("rightrank.interop.merge.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-        with pytest.raises(RunError, match=r"the model needs .* and 1 B are free; make room"):
+        with pytest.raises(RunError, match=r"the model needs .* but only 1 B are free; make room"):
             export(adapter, "merged", out, check=rows, settings=SETTINGS)
     assert not out.exists()
     assert not list(tmp_path.glob("*tmp*"))
