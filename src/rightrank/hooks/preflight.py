@@ -50,8 +50,8 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
     notes: list[str] = []
     if pace is not None:
         arms, points = strategy.estimate_arms(), settings.num_evaluations
-        expected = pace.seconds(fmean(settings.ranks), trainings.expected, arms, points)
-        at_most = pace.seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
+        expected = pace.predict_seconds(fmean(settings.ranks), trainings.expected, arms, points)
+        at_most = pace.predict_seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
         seconds_per_example = (arms + RUN_EVALUATIONS) * pace.evaluation_seconds / num_examples
         steps, examples = (
             format_quantity(len(pace.batches), "step"),

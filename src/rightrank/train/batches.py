@@ -127,9 +127,9 @@ class CacheBatches:
         self._size = size
         self._batch_numbers: dict[int, int] = {}
         self._computed: set[int] = set()  # numbers of batches
-        self.expect(expected)
+        self.add_examples(expected)
 
-    def expect(self, indices: Iterable[int]) -> None:
+    def add_examples(self, indices: Iterable[int]) -> None:
         """Batch the examples among `indices` that have no batch yet."""
         new_indices = np.asarray(sorted(set(indices) - self._batch_numbers.keys()), np.int64)
         sorted_indices: list[int] = new_indices[np.argsort(self._lengths[new_indices], kind="stable")].tolist()
@@ -138,7 +138,7 @@ class CacheBatches:
             self._batch_numbers.update(dict.fromkeys(group, len(self.batches)))
             self.batches.append(group)
 
-    def missing(self, indices: Iterable[int]) -> Iterator[list[int]]:
+    def iterate_missing(self, indices: Iterable[int]) -> Iterator[list[int]]:
         """Yield the batches of these examples that are not computed yet. A batch counts as computed when the next one is requested."""
         numbers: set[int] = set()
         for index in indices:

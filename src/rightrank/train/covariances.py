@@ -83,7 +83,7 @@ def gather_moments(
             runtime.compute_losses("train", runtime.make_batch("train", indices), 1.0, backward=True)
             encoded = [runtime.data.splits["train"][index] for index in indices]
             read = sum(example.length for example in encoded)
-            yield len(indices), read, sum(map(runtime.data.loss_weight, encoded))
+            yield len(indices), read, sum(map(runtime.data.get_loss_weight, encoded))
 
     with catch_memory_errors() as reasons, runtime.use_gradient_checkpointing(), runtime.disable_dropout():
         gathered = accumulate_moments(peft_model, linear_names, run_passes())

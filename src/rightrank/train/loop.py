@@ -185,7 +185,7 @@ class _TrainingLoop:
 
         def run_pass(batches: Sequence[Batch], number: int) -> list[torch.Tensor]:
             pairs = zip(self._running, batches, strict=True)
-            arm_batches = [training.arm_batch(batch, number) for training, batch in pairs]
+            arm_batches = [training.make_arm_batch(batch, number) for training, batch in pairs]
             return self._runtime.accumulate_gradients(self._multi_lora, arm_batches)
 
         start_time = time.perf_counter()

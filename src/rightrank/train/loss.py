@@ -385,11 +385,11 @@ class Reference:
 
     def compute_missing(self, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
         """Compute what is missing for the pairs at `indices`; yield the number of pairs in each batch."""
-        for group in self.batches[split].missing(indices):
+        for group in self.batches[split].iterate_missing(indices):
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
             yield len(group)
 
-    def of(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
+    def get_log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
         """Return the log-probabilities [2b] of the chosen and the rejected answer of each pair, in float64 on the CPU."""
         deque(self.compute_missing(split, indices), maxlen=0)
         return torch.from_numpy(self._values[split][list(indices)]).flatten()

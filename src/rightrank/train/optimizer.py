@@ -83,7 +83,7 @@ class ArmOptimizer:
         batches = [self._runtime.make_batch("train", micro_batch) for micro_batch in micro]
         examples = [self._runtime.data.splits["train"][index] for index in indices]
         self.loss_sum = 0.0
-        self.labels = sum(map(self._runtime.data.loss_weight, examples))
+        self.labels = sum(map(self._runtime.data.get_loss_weight, examples))
         self._tokens = sum(example.length for example in examples)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * self._schedule(self.progress.step)
@@ -100,7 +100,7 @@ class ArmOptimizer:
         self.progress.step += 1
         self.progress.train_tokens += self._tokens
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def collect_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a checkpoint."""
         tensors = {f"parameter.{name}": value.detach() for name, value in self.named_parameters.items()}
         for index, parameter in enumerate(self._parameters):
@@ -108,7 +108,7 @@ class ArmOptimizer:
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         return tensors | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
 
-    def parameters(self) -> dict[str, torch.Tensor]:
+    def copy_parameters(self) -> dict[str, torch.Tensor]:
         """Return a copy of the parameters on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self.named_parameters.items()}
 

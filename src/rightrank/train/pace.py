@@ -48,7 +48,7 @@ class Pace:
     matrix_elements: int  # elements of the adapted matrices
     parameters_per_rank: int  # parameters of the adapter per unit of rank
 
-    def seconds(self, rank: float, trainings: float, arms: int, num_evaluations: int) -> float:
+    def predict_seconds(self, rank: float, trainings: float, arms: int, num_evaluations: int) -> float:
         """Predict the seconds of a selection.
 
         A step multiplies the adapted matrices forward and backward, and the adapter a third time for its gradients. Loading,

@@ -80,7 +80,7 @@ class FrozenPrefix:
 
     def compute_missing(self, model: Any, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
         """Compute the missing batches of the examples at `indices`; yield the number of examples in each."""
-        for group in self.batches[split].missing(indices):
+        for group in self.batches[split].iterate_missing(indices):
             self._compute(model, self._stores[split], split, group)
             yield len(group)
 

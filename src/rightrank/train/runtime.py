@@ -131,7 +131,11 @@ class Runtime:
     def make_batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
         """Collate the examples at `indices` on the device, with the reference log-probabilities of preference pairs."""
         batch = self._collate(split, indices)
-        return batch if self._reference is None else replace(batch, reference=self._reference.of(split, indices))
+        return (
+            batch
+            if self._reference is None
+            else replace(batch, reference=self._reference.get_log_probabilities(split, indices))
+        )
 
     def _collate(self, split: SplitName, indices: Sequence[int]) -> Batch:
         return collate(self.data.splits[split], indices, self._pad_id, self.loaded.device)
@@ -309,7 +313,7 @@ class Runtime:
         """Announce examples that will be used, so that their frozen layers are computed in batches and not one by one."""
         for computed in (self.fast_paths.prefix, self._reference):
             if computed is not None:
-                computed.batches[split].expect(indices)
+                computed.batches[split].add_examples(indices)
 
 
 def build_causality_error(name: str) -> ModelError:

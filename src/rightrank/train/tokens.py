@@ -340,7 +340,7 @@ class EncodedData:
         """Return the number of tokens of the longest sequence."""
         return max(int(examples.longest_sequences.max(initial=0)) for examples in self.splits.values())
 
-    def loss_weight(self, example: EncodedExample) -> int:
+    def get_loss_weight(self, example: EncodedExample) -> int:
         """Return the weight of an example in a mean loss: its number of labels, or 1 if the loss is one of the complete example."""
         return _count_example_labels(example) if self.summary.loss_kind == "token_loss" else 1
 

@@ -132,7 +132,7 @@ class ArmTraining:
         """Return whether the next evaluation scores only the first examples. Only the end of a full training scores all examples."""
         return self.trial.arm.stop_at is not None or not self.is_done
 
-    def arm_batch(self, batch: Batch, number: int) -> ArmBatch:
+    def make_arm_batch(self, batch: Batch, number: int) -> ArmBatch:
         """Return this arm's rows of the pass over micro-batch `number` of the step."""
         per_step = self._settings.gradient_accumulation_steps
         dropout_seed = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + number
@@ -173,7 +173,7 @@ class ArmTraining:
             arm = self.trial.arm
             keeps_best = self._settings.checkpoint == "best" and arm.anneal_from is None
             if keeps_best and self._find_best_point().step == progress.step:
-                self.optimizer.best = self.optimizer.parameters()
+                self.optimizer.best = self.optimizer.copy_parameters()
 
     def _find_best_point(self) -> EvalPoint:
         """Return the evaluation with the best value, the earliest of equal ones."""
@@ -272,7 +272,7 @@ class ArmTraining:
     def save(self) -> None:
         start_time = time.perf_counter()
         state = {"trial_id": self.trial.trial_id, **self.progress.model_dump()}
-        save_checkpoint(self.folders.checkpoint, self.optimizer.tensors(), state)
+        save_checkpoint(self.folders.checkpoint, self.optimizer.collect_tensors(), state)
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - start_time
 
