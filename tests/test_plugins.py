@@ -145,16 +145,17 @@ def test_the_plug_in_of_the_docs_works(tmp_path: Path) -> None:
     assert any("rank 4" in text for text in posted)
 
 
-OF_ONE = re.compile(r"rightrank\.plugins\.(\w+)")
+PLUGIN_MODULE = re.compile(r"rightrank\.plugins\.(\w+)")
 MARK = "plug_in("
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_only_its_own_tests_import_a_plug_in(name: str) -> None:
-    """Elsewhere a test that needs it carries the marker `plug_in`."""
+    """Require the marker `plug_in` in other tests that need it. Benchmarks may use every plug-in."""
+    own_folders = (ROOT / "tests" / "plugins" / name, ROOT / "tests" / "benchmarks")
     for path in (ROOT / "tests").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        if path.is_relative_to(ROOT / "tests" / "plugins" / name) or name not in OF_ONE.findall(text):
+        if any(map(path.is_relative_to, own_folders)) or name not in PLUGIN_MODULE.findall(text):
             continue
         assert not re.search(rf"^from rightrank\.plugins\.{name}\b", text, re.MULTILINE), path
         assert f'{MARK}"{name}")' in text or "find_spec" in text, path
@@ -183,7 +184,8 @@ def test_the_remaining_tests_pass_without_plug_ins(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     for file in filter(Path.is_file, ROOT.iterdir()):
         shutil.copy(file, tmp_path / file.name)
-    shutil.rmtree(tmp_path / "tests" / "plugins")
+    for folder in ("plugins", "benchmarks"):
+        shutil.rmtree(tmp_path / "tests" / folder)
     asking = "cli or schema or test_threats or test_refusals or test_views or test_pages"
     options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not trains", "-k", asking)
     process = run_python(source, "-m", "pytest", *options, "tests", folder=tmp_path)

@@ -71,6 +71,7 @@ class Suite:
 
     def is_planned(self) -> str:
         """Check that the plan has the parameters and bytes of the adapter, and traces a step."""
+        # `test_conformance` marks this check with `plug_in("plan")`, so that it is skipped without the plug-in.
         from rightrank.plugins.plan.estimate import Estimator
         from rightrank.plugins.plan.planner import build_step_settings, plan_selection
 
