@@ -93,7 +93,7 @@ class Job:
             return TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)
 
         ended = list(train_trials(runtime, trials, None, places, on_event, per_pass))
-        seconds = clock.elapsed()[0]
+        seconds = clock.measure_elapsed()[0]
         finished = {outcome.trial_id: outcome for outcome in ended if isinstance(outcome, TrialFinished)}
         assert len(finished) == len(arms), [outcome for outcome in ended if not isinstance(outcome, TrialFinished)]
         losses = [finished[trial.trial_id].train_losses for trial in trials]

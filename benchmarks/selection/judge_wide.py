@@ -165,7 +165,7 @@ class Case:
     seeds: int
     exact: bool
     too_small: bool
-    compute_regret: float
+    regret: float
     answered: bool = True
     is_loss: bool = True
 

@@ -203,7 +203,7 @@ def compute_log_scores(curves: Sequence[GridCurve], by_task: dict[str, NoiseComp
                 for ours, theirs in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
                     a, b = rows[seed, ours], rows[other_seeds][:, theirs]
                     variance = a.var(ddof=1) * (
-                        components.ratio(1, a.size) + components.ratio(len(other_seeds), b.shape[1])
+                        components.compute_ratio(1, a.size) + components.compute_ratio(len(other_seeds), b.shape[1])
                     )
                     errors.setdefault(get_task(curve.name), []).append(
                         (float(b.mean() - a.mean()), float(variance**0.5))

@@ -17,7 +17,7 @@ from rightrank.decision.records import Records, compare_run_adapters, decide_if_
 from rightrank.report.evidence_tables import build_candidate_table
 from rightrank.report.figure import Figure
 from rightrank.report.figures import MAX_MARGINS, build_adapter_figure, build_figures
-from rightrank.report.html import render_report
+from rightrank.report.html import render_model_card, render_report
 from rightrank.report.status import format_cost
 from rightrank.report.svg import write_figures
 from rightrank.runs.journal import Journal
@@ -231,3 +231,13 @@ def test_a_notebook_shows_both(tmp_path: Path) -> None:
     alone = replace(selected, answers=replace(answers, decision=None))._repr_html_()
     assert "Training rank" not in alone
     assert alone.count("<svg") == 1
+
+
+def test_modules_of_unequal_rank_are_stated_in_the_report_and_the_model_card() -> None:
+    records = make_answered_run()
+    record = records.adapters[-1]
+    exported = record.handed_over.model_copy(update={"min_module_rank": 1, "max_module_rank": 4 * record.answer.rank})
+    records.adapters[-1] = record.model_copy(update={"handed_over": exported})
+    rank_text = f"{record.answer.rank} (modules from 1 to {4 * record.answer.rank})"
+    assert f"# LoRA adapter of rank {rank_text}" in render_model_card(records, None)
+    assert f"r {rank_text} · lora_alpha" in render_report(records, collect_answers(records, None, "adapter"))

@@ -272,7 +272,7 @@ def _build_usage(handed_over: ExportedAdapter, records: Records) -> dict[str, st
     loading = format_loading_code("adapter", model, records.started.data.classes is not None)
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({format_base_arguments(model)})"
     return {
-        "r": str(rank),
+        "r": str(handed_over.load_rank or handed_over.rank_text),
         "alpha": f"{alpha:g}",
         "learning_rate": f"{trained.learning_rate:g}",
         "code": "\n".join(["from transformers import AutoTokenizer", *loading, tokenizer]),
