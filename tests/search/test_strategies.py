@@ -290,7 +290,7 @@ def test_outside_in() -> None:
     [
         ({"strategy": "brackt"}, "did you mean 'bracket'"),
         ({"strategy": "x"}, "there are: bracket, grid"),
-        ({"ranks": (8,)}, "8 alone"),
+        ({"ranks": (8,)}, "8 only"),
         ({"budget_trainings": 1.5}, "give budget_trainings"),
         ({"budget_hours": -1}, "budget_hours"),
     ],
