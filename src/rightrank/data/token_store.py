@@ -131,12 +131,12 @@ class TokenStore(Store[EncodedExample]):
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """The number of tokens of each example [examples]."""
+        """Return the number of tokens of each example [examples]."""
         return self._read_column(lambda batch: pyarrow.compute.list_value_length(batch["input_ids"]))
 
     @property
     def longest_sequences(self) -> npt.NDArray[np.int64]:
-        """The number of tokens in the longest sequence of each example [examples]."""
+        """Return the number of tokens in the longest sequence of each example [examples]."""
         firsts = self._read_column(lambda batch: batch["first_length"])
         return np.asarray(np.maximum(firsts, self.lengths - firsts), np.int64)
 

@@ -79,7 +79,7 @@ class Recipe:
 
     @property
     def has_patterns(self) -> bool:
-        """Whether modules differ in rank or alpha."""
+        """Return whether modules differ in rank or alpha."""
         return bool(self.rank_pattern or self.alpha_pattern)
 
     @property
