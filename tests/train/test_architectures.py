@@ -144,7 +144,9 @@ def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path,
         ModelError, match=r"^GPT2LMHeadModel: the base model fails without any adapter on texts of .*seq_len"
     ):
         make_model_runtime(short, tokenizer, completion_file, tmp_path)
-    with pytest.raises(ModelError, match=r"in 8 bits on this device: leave load_in_8bit out, or choose another device$"):
+    with pytest.raises(
+        ModelError, match=r"in 8 bits on this device: leave load_in_8bit out, or choose another device$"
+    ):
         make_model_runtime(short, tokenizer, completion_file, tmp_path, load_in_8bit=True)
     odd = made(
         "StableLmForCausalLM",
