@@ -24,7 +24,7 @@ from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, write_jsonl
 
 SETTINGS = {"seq_len": 32, "device": "cpu"}
-OPTIONS = ["--seq-len", "32", "--device", "cpu"]
+OPTIONS = ["--set", "seq_len=32", "--set", "device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,19 @@ def test_exit_status_and_json(
     assert "not worse" in out
     assert out.count("\n") == 1
     tight = abs(answer["difference"])  # a margin at the very difference: the bounds lie on both sides of it
-    code, out = run(capsys, trained, "base", *common[:-6], "--margin", tight, *OPTIONS, "--json")
+    code, out = run(capsys, trained, "base", *common, "--margin", tight, "--json")
     assert code == 4
-    assert json.loads(out)["verdict"] == "cannot_tell"
+    undecided = json.loads(out)
+    assert (undecided["verdict"], undecided["tries"]) == ("cannot_tell", 1)
+    code, out = run(capsys, trained, "base", *common, "--margin", tight, "--tries", "14", "--json")
+    corrected = json.loads(out)
+    assert corrected["tries"] == 14
+    assert "95% bounds, corrected for 14 tries, " in corrected["sentence"]
+    assert corrected["difference_low"] < undecided["difference_low"] < tight < undecided["difference_high"]
+    assert undecided["difference_high"] < corrected["difference_high"]
+    code, out = run(capsys, trained, "base", *common, "--tries", "0")
+    assert (code, out.count("\n")) == (2, 1)
+    assert "--tries 0 is not allowed: give the number of candidates" in out
 
 
 def test_columns_of_other_names_are_named_as_in_select(
@@ -103,7 +113,7 @@ def test_columns_of_other_names_are_named_as_in_select(
     arguments = [trained, "base", "--model", model_folder, *OPTIONS, "--margin", "0.05", "--json"]
     answers = [
         json.loads(run(capsys, *arguments, "--data", *data)[1])["difference"]
-        for data in ([completion_file], [renamed, "--columns", "prompt=asked"])
+        for data in ([completion_file], [renamed, "--set", "columns=prompt=asked"])
     ]
     assert answers[0] == answers[1]
 
@@ -201,9 +211,7 @@ def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
         compare("base", trained, model=str(model_folder), data=single, settings=settings)
 
 
-def test_progress_is_reported_logged_and_switched_off(
-    trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_is_reported(trained: Path, model_folder: Path, completion_file: Path) -> None:
     events: list[EvaluationProgress] = []
     settings = SelectSettings(**SETTINGS)
     compare("base", trained, model=str(model_folder), data=completion_file, settings=settings, on_event=events.append)
@@ -213,15 +221,6 @@ def test_progress_is_reported_logged_and_switched_off(
         items = [event.examples for event in events if event.what == subject]
         assert items == sorted(items)
         assert items[-1] == events[0].total_examples
-    common = ["base", trained, "--model", model_folder, "--data", completion_file, "--margin", "9", "--json", *OPTIONS]
-    for option in ("--log-json", "--quiet"):
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            main(["compare", *(str(record) for record in common), option])
-        captured = capsys.readouterr()
-        assert json.loads(captured.out)["verdict"] == "not_worse"
-        logged = [json.loads(line) for line in captured.err.splitlines()]
-        assert {record["event"] for record in logged} == ({"evaluating"} if option == "--log-json" else set())
 
 
 def test_losses_per_token_of_two_tokenizers_are_not_compared(

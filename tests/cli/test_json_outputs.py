@@ -83,7 +83,7 @@ FINE = [
     "inspect --base base --finetuned finetuned",
     "resize adapter small --rank 2",
     "resize adapter small --energy 0.9",
-    "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
+    "compare of_model of_model --model model --data data.jsonl --set seq_len=32 --tries 2",
     f"select model data.jsonl --dry-run {SMALL}",
     *[f"export done --to {target}" for target in ("peft", "trl", "vllm")],
     f"select model data.jsonl --out run {SMALL}",

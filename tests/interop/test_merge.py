@@ -253,19 +253,7 @@ def test_a_fault_ends_the_command_with_status_3(
     base: Path, adapter: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     merged = save_model(drop_adapter(base, adapter), base, tmp_path / "whole")
-    words = [
-        "--model",
-        str(base),
-        "--data",
-        str(rows),
-        "--seq-len",
-        "32",
-        "--device",
-        "cpu",
-        "--quiet",
-        "--margin",
-        "9",
-    ]
+    words = ["--model", str(base), "--data", str(rows), "--set", "seq_len=32", "--set", "device=cpu", "--margin", "9"]
     with pytest.raises(SystemExit) as ended:
         main(["compare", str(adapter), str(merged), *words])
     assert ended.value.code == 3  # though it is within the margin

@@ -2,7 +2,7 @@
 
 Both sides are evaluated on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
 bound of its mean difference is below the margin, and *worse* if the lower bound is above the margin. Otherwise the
-examples cannot tell. Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
+examples cannot tell. If B is one of several candidates that were tried on these data, the bounds are corrected for their number. Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
 GGUF file, or a folder of MLX. A full model that was converted from A is *broken* if it computes another function, and the cause is named.
 """
 
@@ -18,7 +18,12 @@ from typing import Any
 from rightrank.adapters.conversion_faults import ComparedSide, describe_token_difference, diagnose_conversion
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.comparison import compute_file_bounds, compute_required_examples, estimate_file_difference
+from rightrank.decision.comparison import (
+    compute_file_bounds,
+    compute_required_examples,
+    correct_confidence,
+    estimate_file_difference,
+)
 from rightrank.decision.table import build_table, compute_distribution, compute_paired_difference, format_distribution
 from rightrank.models.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
 from rightrank.models.base_models import has_default_names, load_base
@@ -52,6 +57,7 @@ def compare_adapters(
     on_event: Callable[[EvaluationProgress], None] = lambda _: None,
     base_b: str | None = None,
     run_splits: DataSplits | None = None,
+    tries: int = 1,
 ) -> AdapterComparison:
     """Evaluate A and B on every data set and compare them by every metric; see `rightrank.compare`.
 
@@ -61,7 +67,12 @@ def compare_adapters(
     Raises:
         InputError: A side, the model, the data or a metric can't be used.
     """
+    if tries < 1:
+        raise SettingsError(
+            f"--tries {tries} is not allowed: give the number of candidates that were compared on these data, from 1"
+        )
     require_metric_functions(settings)
+    confidence = correct_confidence(tries)
     comparisons: list[MetricComparison] = []
     cause: str | None = None
     for path in data:
@@ -70,15 +81,15 @@ def compare_adapters(
                 sides, model, path, settings, Path(name), on_event, base_b, run_splits
             )
             results = (
-                _compare_metric((compared_sides[0], compared_sides[1]), spec.name, path, settings)
+                _compare_metric((compared_sides[0], compared_sides[1]), spec.name, path, settings, confidence)
                 for spec in settings.metric_specs
             )
             comparisons += [comparison.model_copy(update={"trained_on": trained_on}) for comparison in results]
             cause = cause or diagnose_conversion((compared_sides[0], compared_sides[1]), evaluate_adapter)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
-    sentence = _format_sentence(*sides, worst, len(comparisons), cause)
-    return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **fields)
+    sentence = _format_sentence(*sides, worst, len(comparisons), cause, tries)
+    return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, tries=tries, **fields)
 
 
 def _evaluate_sides(
@@ -223,7 +234,7 @@ def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> Trial
 
 
 def _compare_metric(
-    sides: tuple[ComparedSide, ComparedSide], metric: str, data: Path, settings: SelectSettings
+    sides: tuple[ComparedSide, ComparedSide], metric: str, data: Path, settings: SelectSettings, confidence: float
 ) -> MetricComparison:
     a, b = (compared_side.scores for compared_side in sides)
     _require_same_tokens(a, b, metric)
@@ -241,7 +252,7 @@ def _compare_metric(
         raise SettingsError(f"metric {metric!r} gives no score per example, so two adapters can't be compared in pairs")
     paired = compute_paired_difference(cells[1], cells[0])
     difference = paired.sums, paired.weights, paired.score_range, paired.groups
-    bounds = compute_file_bounds(*difference)
+    bounds = compute_file_bounds(*difference, confidence)
     margin = settings.margin
     if margin is None:
         margin = compute_default_margin(tables[0].kind, cells[0].value, [cells[0].value])
@@ -260,21 +271,22 @@ def _compare_metric(
         examples=cells[0].examples,
         groups=cells[0].num_groups if cells[0].groups is not None else None,
         left_out=max(compared_side.runtime.data.summary.splits["validation"].dropped for compared_side in sides),
-        examples_needed=compute_required_examples(estimate_file_difference(*difference), margin)
+        examples_needed=compute_required_examples(estimate_file_difference(*difference, confidence), margin, confidence)
         if verdict == "cannot_tell"
         else None,
     )
 
 
-def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | None) -> str:
+def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | None, tries: int) -> str:
     if Path(a).name != Path(b).name:
         a, b = Path(a).name, Path(b).name
     names = f"B ({b}) against A ({a})"
     left_out = f" ({worst.left_out} more have no label within the maximum length)" if worst.left_out else ""
     left_out += f" ({worst.trained_on:,} more are training examples of A or B)" if worst.trained_on else ""
     grouped = ", taken as independent" if worst.groups is None else f" in {worst.groups} groups"
+    corrected = "" if tries == 1 else f", corrected for {tries} tries,"
     figures = (
-        f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
+        f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds{corrected} {worst.difference_low:+.3g} to "
         f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {worst.margin:g}"
     )
     worst_text = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import View
     from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
 
@@ -110,12 +108,11 @@ def _resize(
     click.echo(format_json(resized) if as_json else _format_resize_result(resized))
 
 
-def open_progress_view(quiet: bool, log_json: bool = False) -> AbstractContextManager[View | JsonLog]:
+def open_progress_view(quiet: bool = False) -> AbstractContextManager[View]:
     """Open the view of the progress of evaluations on stderr."""
-    from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import make_view
 
-    return nullcontext(JsonLog(sys.stderr)) if log_json else make_view(quiet)
+    return make_view(quiet)
 
 
 @click.command(
@@ -135,21 +132,19 @@ def open_progress_view(quiet: bool, log_json: bool = False) -> AbstractContextMa
     type=click.Path(path_type=Path),
     help="Held-out rows; all are read. May be repeated.",
 )
-@add_setting_options(SelectSettings, "margin", "metric", "metrics", "columns", "seq_len", "device")
+@click.option("--tries", type=int, default=1, help="Candidates compared on these data; corrects the bounds.")
+@add_setting_options(SelectSettings, "margin", "metric")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
-@click.option("--quiet", is_flag=True, help="Print no progress.")
-@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
 def _compare(
     a: str,
     b: str,
     model: str,
     base_b: str | None,
     data: tuple[Path, ...],
+    tries: int,
     assignments: tuple[str, ...],
     as_json: bool,
-    quiet: bool,
-    log_json: bool,
     **options: Any,
 ) -> int:
     """Test whether B is no worse than A.
@@ -160,11 +155,10 @@ def _compare(
     from rightrank.api import adapters as api
 
     settings = SelectSettings(**gather_settings(None, assignments, options))
-    if not quiet and not log_json:
-        announce("loading model and data")
-    with open_progress_view(quiet, log_json) as view:
+    announce("loading model and data")
+    with open_progress_view() as view:
         comparison = api.compare(
-            a, b, model=model, data=list(data), settings=settings, base_b=base_b, on_event=view.on_event
+            a, b, model=model, data=list(data), settings=settings, base_b=base_b, tries=tries, on_event=view.on_event
         )
     click.echo(format_json(comparison) if as_json else comparison.sentence)
     return EXIT_STATUS[comparison.verdict]

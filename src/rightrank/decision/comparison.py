@@ -47,7 +47,7 @@ from numpy.typing import ArrayLike
 from rightrank.schema.metrics import LOSS_KINDS, MetricKind, has_percentages
 from rightrank.schema.trials import Floats, Groups
 
-CONFIDENCE = 0.95  # the confidence of each bound
+CONFIDENCE = 0.95  # the confidence of each bound, unless several candidates are tried (`correct_confidence`)
 TWO_SIDED = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2  # the quantiles of a two-sided interval
 POWER = 0.8  # the probability with which a planned run settles a comparison
 INDEPENDENCE_NOTE = (
@@ -90,13 +90,26 @@ class Bounds:
         return None if is_within(self.low, margin) else False
 
 
-def compute_bounds(estimate: Estimate) -> Bounds:
+def correct_confidence(tries: int) -> float:
+    """Return the confidence of each bound with which all of `tries` comparisons hold together with `CONFIDENCE`.
+
+    This is Bonferroni's correction. Candidates that are compared on the same examples are dependent in an unknown way, and it holds for
+    every dependence.
+    """
+    return 1 - (1 - CONFIDENCE) / tries
+
+
+def compute_bounds(estimate: Estimate, confidence: float = CONFIDENCE) -> Bounds:
     """Compute the one-sided bounds of an estimate."""
-    return Bounds(estimate.mean, estimate.compute_bound(1 - CONFIDENCE), estimate.compute_bound(CONFIDENCE))
+    return Bounds(estimate.mean, estimate.compute_bound(1 - confidence), estimate.compute_bound(confidence))
 
 
 def compute_file_bounds(
-    sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None
+    sums: Floats,
+    weights: Floats,
+    score_range: float = 0.0,
+    groups: Groups | None = None,
+    confidence: float = CONFIDENCE,
 ) -> Bounds:
     """Compute bounds for a comparison of exactly two adapters.
 
@@ -114,14 +127,14 @@ def compute_file_bounds(
     ):
         worse, better = int((sums > 0).sum()), int((sums < 0).sum())
         low, high = (
-            score_range * compute_binary_bound(*counts, len(sums), CONFIDENCE)
+            score_range * compute_binary_bound(*counts, len(sums), confidence)
             for counts in ((better, worse), (worse, better))
         )
         return Bounds(float(sums.mean()), -low, high)
-    return compute_bounds(estimate_file_difference(sums, weights, score_range, groups))
+    return compute_bounds(estimate_file_difference(sums, weights, score_range, groups, confidence), confidence)
 
 
-def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
+def compute_required_examples(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> int | None:
     """Compute the fewest examples that are expected to settle the difference, rounded up to two digits.
 
     Returns None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if there are no example scores.
@@ -132,7 +145,7 @@ def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
     for factor in takewhile(lambda factor: factor <= MAX_EXAMPLE_GROWTH, factors):
         step = 10 ** max(0, math.floor(math.log10(estimate.examples * factor)) - 1)
         size = int(math.ceil(estimate.examples * factor / step) * step)
-        if is_conclusive(estimate.scale_to(size, estimate.seeds), margin):
+        if is_conclusive(estimate.scale_to(size, estimate.seeds), margin, confidence):
             return size
     return None
 
@@ -143,12 +156,12 @@ def compute_required_seeds(estimate: Estimate, margin: float) -> int | None:
     return next((size for size in sizes if is_conclusive(estimate.scale_to(estimate.examples, size), margin)), None)
 
 
-def is_conclusive(estimate: Estimate, margin: float) -> bool:
+def is_conclusive(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> bool:
     """Return whether runs of this size settle the comparison with probability `POWER` if the true mean is the estimated one."""
     error = NORMAL.inv_cdf(POWER) * estimate.standard_error
     if estimate.mean < margin:
-        return is_within(estimate.compute_bound(CONFIDENCE) + error, margin)
-    return not is_within(estimate.compute_bound(1 - CONFIDENCE) - error, margin)
+        return is_within(estimate.compute_bound(confidence) + error, margin)
+    return not is_within(estimate.compute_bound(1 - confidence) - error, margin)
 
 
 def walk_down(ranks: Iterable[int], reference: int, is_passed: Callable[[int], bool]) -> int:
@@ -266,7 +279,13 @@ class Estimate:
         )
 
 
-def estimate_mean(sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None) -> Estimate:
+def estimate_mean(
+    sums: Floats,
+    weights: Floats,
+    score_range: float = 0.0,
+    groups: Groups | None = None,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
     """Estimate the weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
 
     With one seed the seed variance is 0 with no degrees of freedom, and the caller replaces it (`replace_seed_variance`).
@@ -276,6 +295,7 @@ def estimate_mean(sums: Floats, weights: Floats, score_range: float = 0.0, group
         weights: [examples] the tokens of each example, or ones.
         score_range: the range of one example's score; 0 for losses, which have no bound and are equal for equal functions alone.
         groups: [examples] the group of each example, numbered from 0 without gaps; None: no groups.
+        confidence: the confidence at which bounds of rare differences equal the exact ones.
     """
     seeds, examples = sums.shape
     by_seed = sums.sum(axis=1) / weights.sum()
@@ -294,7 +314,9 @@ def estimate_mean(sums: Floats, weights: Floats, score_range: float = 0.0, group
     free, count = (1.0, examples * (examples - 1)) if groups is None else (1 - weights / weights.sum(), examples**2)
     examples_variance = float((influence**2 / free).sum()) / count
     if score_range and _is_rare(int(np.count_nonzero(differing)), influence):
-        examples_variance = max(examples_variance, (RULE_OF_THREE * score_range / examples) ** 2)
+        reach = math.log(1 - confidence) / math.log(1 - CONFIDENCE)  # of the exact bound if no example differs
+        rare_error = RULE_OF_THREE * reach * NORMAL.inv_cdf(CONFIDENCE) / NORMAL.inv_cdf(confidence)
+        examples_variance = max(examples_variance, (rare_error * score_range / examples) ** 2)
     interaction_variance = 0.0
     if seeds > 1:
         residuals = (sums - np.outer(by_seed, weights)) / weights.mean() - influence
@@ -364,10 +386,14 @@ def _is_rare(differing: int, influence: Floats) -> bool:
 
 
 def estimate_file_difference(
-    sums: Floats, weights: Floats, score_range: float = 0.0, groups: Groups | None = None
+    sums: Floats,
+    weights: Floats,
+    score_range: float = 0.0,
+    groups: Groups | None = None,
+    confidence: float = CONFIDENCE,
 ) -> Estimate:
     """Estimate one paired difference of two adapters, [examples]; see `estimate_mean`."""
-    plain = estimate_mean(sums[None, :], weights, score_range, groups)
+    plain = estimate_mean(sums[None, :], weights, score_range, groups, confidence)
     influence = sum_by_group(sums - weights * plain.mean, groups)
     mean_square = float(np.mean(influence**2))
     return replace(plain, kurtosis=float(np.mean(influence**4)) / mean_square**2) if mean_square > 0 else plain
