@@ -13,6 +13,8 @@ import pytest
 
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
+from rightrank.search.bracket import Grid
+from rightrank.search.history import Requests, Trials
 from tests.adapters.adapters import make_adapter, make_base
 from tests.runs.own_functions import EXAMPLE_SCORES, compute_loss, score_pair
 from tests.watch import Watch
@@ -69,6 +71,19 @@ def test_one_number_a_trial_is_enough_to_begin_with(tmp_path: Path) -> None:
     decision = select_rank_with(compute_loss, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1).decision
     assert decision.reference_rank == 16
     assert {evidence.rank for evidence in decision.ranks} == set(RANKS)
+
+
+def test_the_strategy_is_replayed_once_for_each_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_replays, script = 0, Grid.script
+
+    def count_replays(strategy: Grid, trials: Trials) -> Requests:
+        nonlocal num_replays
+        num_replays += 1
+        return script(strategy, trials)
+
+    monkeypatch.setattr(Grid, "script", count_replays)
+    select_rank_with(compute_loss, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1)
+    assert num_replays == 2  # the grid, and the end
 
 
 def test_examples_that_belong_together_widen_the_bounds(tmp_path: Path) -> None:

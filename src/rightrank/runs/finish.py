@@ -29,9 +29,8 @@ from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 CARD_FILES = ("README.md", ADAPTERS_IMAGE, RANK_CURVE_IMAGE)  # written to `adapter/` by the hook that writes the views
 
 
-def export_provisional(run: Run) -> None:
+def export_provisional(run: Run, answer: AdapterAnswer | None) -> None:
     """Export the adapter of the deployment rank before the training rank is decided, if the trials so far give a new one."""
-    answer = run.selection.strategy.replay_trials(run.records.outcomes).adapter
     last = run.records.adapters[-1].answer if run.records.adapters else None
     if answer is None or (last and (last.margin, last.trained_id) == (answer.margin, answer.trained_id)):
         return  # unknown so far, or recorded; a continued run may have another margin or top rank

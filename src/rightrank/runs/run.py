@@ -183,16 +183,13 @@ def run_trials(run: Run, executor: Executor) -> None:
     """Run every arm that the strategy requests. Between rounds, export the adapter as soon as the deployment rank is known."""
     num_reported = 0
     while True:
-        export_provisional(run)
+        history = run.selection.strategy.replay_trials(run.records.outcomes)
+        export_provisional(run, history.adapter)
         fingerprint = run.selection.started.fingerprint
-        trials = [
-            Trial(trial_id=compute_trial_id(fingerprint, arm), arm=arm)
-            for arm in run.selection.strategy.ask(run.records.outcomes)
-        ]
-        notes = run.selection.strategy.replay_trials(run.records.outcomes).notes
-        for line in notes[num_reported:]:
+        trials = [Trial(trial_id=compute_trial_id(fingerprint, arm), arm=arm) for arm in history.waiting]
+        for line in history.notes[num_reported:]:
             run.send_notice(line)
-        num_reported = max(num_reported, len(notes))
+        num_reported = max(num_reported, len(history.notes))
         if not trials:
             return
         base = next((trial for trial in run.records.list_finished() if trial.rank == 0), None)

@@ -142,6 +142,7 @@ class Trials:
 
     space: Space
     outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
+    waiting: list[Arm] = field(default_factory=list)  # the requested arms without an outcome, which are to run now
     adapter: AdapterAnswer | None = None  # the deployment rank, once the script has found it
     # Notes of the script for the user. Later outcomes only append notes; each is printed once.
     notes: list[str] = field(default_factory=list)

@@ -89,14 +89,10 @@ class Strategy(ABC):
 
     def ask(self, outcomes: Iterable[TrialOutcome]) -> Sequence[Arm]:
         """Return the arms to run now. They may run in any order and at the same time."""
-        return self._replay(outcomes)[1]
+        return self.replay_trials(outcomes).waiting
 
     def replay_trials(self, outcomes: Iterable[TrialOutcome]) -> Trials:
-        """Return the outcomes that the script has seen, the deployment rank that it found, and its notes for the user."""
-        return self._replay(outcomes)[0]
-
-    def _replay(self, outcomes: Iterable[TrialOutcome]) -> tuple[Trials, list[Arm]]:
-        """Replay the script; return its trials and the arms that it waits for."""
+        """Replay the script. Return the outcomes that it has seen, the arms that it waits for, the deployment rank and its notes."""
         trials, outcomes_by_arm = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}
         finished = {
             outcome.trial_id: outcome for outcome in outcomes_by_arm.values() if isinstance(outcome, TrialFinished)
@@ -106,7 +102,6 @@ class Strategy(ABC):
         spent_steps, spent_seconds = 0, 0.0
         base = [[make_base_arm(self.space.lora_alpha)]] if self.space.evaluates_base else []
         for requested_arms in chain(base, self.script(trials)):
-            waiting: list[Arm] = []
             for arm in requested_arms:
                 if arm in trials.outcomes:
                     continue
@@ -116,13 +111,13 @@ class Strategy(ABC):
                 spent_steps += steps
                 seconds = spent_seconds + (pace * steps if outcome is None else 0.0)
                 if spent_steps > most_steps or seconds > most_seconds:
-                    return trials, waiting
+                    return trials
                 if outcome is None:
-                    waiting.append(arm)
+                    trials.waiting.append(arm)
                     continue
                 trials.outcomes[arm] = outcome
                 if isinstance(outcome, TrialFinished):
                     spent_seconds += compute_added_seconds(outcome, finished)
-            if waiting:
-                return trials, waiting
-        return trials, []
+            if trials.waiting:
+                break
+        return trials
