@@ -1,7 +1,8 @@
 """Compute singular spectra of updates, the ranks that they suggest, and the records of `inspect`.
 
 An update is ΔW = s·B·A with B [d, r] and A [r, k]. With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B·A are
-those of the r × r matrix R_B R_Aᵀ. All arithmetic is in float64.
+those of the r × r matrix R_B R_Aᵀ. All arithmetic is in float64. R is the Cholesky factor of the Gram matrix, or that of a QR
+decomposition if the columns are nearly dependent.
 
 The update of full fine-tuning is read one matrix at a time. Small matrices are decomposed exactly. For larger ones a randomized range
 finder with power iterations (Halko, Martinsson and Tropp 2011) gives the leading singular values; the energy ‖Δ‖²_F is exact.
@@ -31,6 +32,9 @@ ENERGY_FRACTIONS = (0.9, 0.95, 0.99)
 DEAD_FRACTION = 1e-3  # relative to the median norm of the modules
 ROUNDING = 1e-6  # relative to the largest singular value; a value below it is rounding of float32 files, and not noise
 MIN_VALUES_FOR_NOISE = 8  # the median of fewer singular values does not estimate noise
+MAX_INVERSE_GRAM = (
+    1e5  # bounds the relative error of a singular value by 1e-9; a Gram matrix squares the condition number
+)
 EXACT_SIDE = 1024  # shorter side up to which a difference is decomposed exactly
 SKETCH_RANK = 128
 OVERSAMPLING = 32
@@ -187,19 +191,26 @@ def _compute_module_spectrum(adapter: AdapterFolder, module: AdapterModule) -> M
 
 def compute_singular_values(b: Floats, a: Floats) -> Floats:
     """Compute the min(d, r, k) singular values of B·A, padded with zeros to r of them."""
-    s = np.linalg.svd(_compute_qr_triangle(b) @ _compute_qr_triangle(a.T).T, compute_uv=False)
+    s = np.linalg.svd(compute_triangle(b) @ compute_triangle(a.T).T, compute_uv=False)
     return np.pad(s, (0, max(0, b.shape[1] - len(s))))
 
 
 def compute_distance(b: Floats, a: Floats, other_b: Floats, other_a: Floats) -> float:
-    """Compute ‖B·A − B'·A'‖_F by QR decompositions of the concatenated factors."""
-    outer, inner = _compute_qr_triangle(np.hstack([b, -other_b])), _compute_qr_triangle(np.vstack([a, other_a]).T)
+    """Compute ‖B·A − B'·A'‖_F from the triangles of the concatenated factors."""
+    outer, inner = compute_triangle(np.hstack([b, -other_b])), compute_triangle(np.vstack([a, other_a]).T)
     return float(np.linalg.norm(outer @ inner.T))
 
 
-def _compute_qr_triangle(matrix: Floats) -> Floats:
-    """Return the R of a QR decomposition."""
-    triangle: Any = np.linalg.qr(matrix, mode="r")
+def compute_triangle(matrix: Floats) -> Floats:
+    """Compute R with RᵀR = MᵀM, as a QR decomposition of M [n, r] gives it, in a fifth of its time for well separated columns."""
+    gram = matrix.T @ matrix
+    norms = np.sqrt(np.diagonal(gram))
+    try:
+        root = np.linalg.cholesky(gram / np.maximum(np.outer(norms, norms), np.finfo(np.float64).tiny))
+        is_separated = bool(np.linalg.norm(np.linalg.inv(root)) ** 2 <= MAX_INVERSE_GRAM)
+    except np.linalg.LinAlgError:
+        is_separated = False
+    triangle: Any = root.T * norms if is_separated else np.linalg.qr(matrix, mode="r")
     return np.asarray(triangle, dtype=np.float64)
 
 

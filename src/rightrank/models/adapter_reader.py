@@ -187,19 +187,19 @@ class AdapterFolder:
 
     def load_pair_factors(self, module: AdapterModule) -> list[tuple[Floats, Floats]]:
         """Load the factors of every matrix that is stored in the tensors of the module."""
-        a, b = (torch.from_numpy(self._load_values(key)) for key in (module.a_key, module.b_key))
+        a, b = (self._load_values(key) for key in (module.a_key, module.b_key))
         return [
             (matrix_b.numpy(), matrix_a.numpy()) for matrix_b, matrix_a in module.kind.unpack_factors(a, b, module.rank)
         ]
 
-    def _load_values(self, key: str) -> Floats:
-        values: Floats = self.load_tensor(key).double().numpy()
-        if not (np.abs(values) <= MAX_VALUE).all():
+    def _load_values(self, key: str) -> torch.Tensor:
+        stored = self.load_tensor(key)
+        values = stored.double()
+        if not all(abs(float(bound)) <= MAX_VALUE for bound in values.aminmax()):
             raise ModelError(
                 f"{self.weights_file}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
             )
-        values[np.abs(values) < MIN_VALUE] = 0.0
-        return values
+        return values.where(values.abs() >= MIN_VALUE, 0.0) if stored.dtype == torch.float64 else values
 
 
 def _validate_config(file: Path, config: dict[str, Any]) -> None:
