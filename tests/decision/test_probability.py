@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from rightrank.cli import cli
 from rightrank.decision.records import decide_run
 from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
-from rightrank.decision.seeds import NOISE, NOISE_DEGREES, NoiseComponents
+from rightrank.decision.seeds import LOSS_NOISE, NOISE, NOISE_DEGREES, NoiseComponents, get_noise
 from rightrank.decision.sentences import format_probability
 from rightrank.decision.table import ScoreTable
 from rightrank.schema.decision import Decision
@@ -23,7 +23,7 @@ from rightrank.schema.errors import ResultsError
 from tests.decision.tables import build_example_table, build_value_table
 from tests.report import runs
 
-STUDY = Path(__file__).parents[2] / "benchmarks" / "selection" / "noise_model.json"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
 
 
@@ -38,7 +38,7 @@ def get_probabilities(decision: Decision) -> dict[int, float | None]:
 def test_the_probability_is_that_of_the_difference() -> None:
     table, margin = build_example_table({4: 2.012, 64: 2.0}, seeds=(0,)), 0.01
     worse = table.cells[4, 1e-3, 0].sums - table.cells[64, 1e-3, 0].sums
-    deviation = NOISE.compute_ratio(1, worse.size) ** 0.5 * worse.std(ddof=1)
+    deviation = LOSS_NOISE.compute_ratio(1, worse.size) ** 0.5 * worse.std(ddof=1)
     expected = student.cdf((margin - worse.mean()) / deviation, NOISE_DEGREES)
     assert get_probabilities(decide_table(table, margin))[4] == pytest.approx(expected, abs=0.015)
 
@@ -97,7 +97,7 @@ def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
     for words in (
         "the margin is 0.002 nats",
         "Rank 1 is probably worse.",
-        "Take rank 64: it is 75% likely to be within 0.00",
+        "Take rank 64: it is 60% likely to be within 0.00",
     ):
         assert words in decision.sentence
     assert decision.best_available_rank == 64
@@ -119,9 +119,10 @@ def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
 
 def test_next_runs_are_priced_by_earlier_trainings_and_evaluations() -> None:
     table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03)
+    table = replace(table, kind="accuracy")
     for train, evaluation, first in ((600.0, 1.0, "examples"), (1.0, 600.0, "seeds")):
         cells = {key: replace(cell, train_seconds=train, eval_seconds=evaluation) for key, cell in table.cells.items()}
-        runs = decide_table(replace(table, cells=cells), 0.002).next_runs
+        runs = decide_table(replace(table, cells=cells), 0.002, confidence=0.75).next_runs
         assert runs[0].action == first
         assert runs[0].minutes is not None
         assert runs[0].minutes < (runs[1].minutes or 0)
@@ -256,24 +257,62 @@ def test_a_run_is_decided_at_its_own_confidence(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_the_constants_agree_with_the_study() -> None:
-    study = json.loads(STUDY.read_text(encoding="utf-8"))
+def test_the_constants_agree_with_the_studies() -> None:
+    components = json.loads((BENCHMARKS / "selection" / "noise_model.json").read_text(encoding="utf-8"))["parts"]
     assert (
-        NoiseComponents(*(pytest.approx(study["parts"][name], rel=0.03) for name in ("seeds", "crossed", "examples")))
+        NoiseComponents(*(pytest.approx(components[name], rel=0.03) for name in ("seeds", "crossed", "examples")))
         == NOISE
     )
+    study = json.loads((BENCHMARKS / "decide" / "probability.json").read_text(encoding="utf-8"))
+    fitted = study["learning_rates"]
+    assert (LOSS_NOISE.learning_rates, NOISE.learning_rates) == (fitted["losses"], fitted["accuracies"])
     assert study["confidence"] == DEFAULT_CONFIDENCE
-    assert study["trade_off"][f"2 seeds, {DEFAULT_CONFIDENCE:g}"]["answered"] >= 0.85
-    for rows in study["reliability"].values():  # The true values are noisy, so observed frequencies tend to the middle.
-        assert all(abs(row["forecast"] - row["held"]) < 0.21 for row in rows if row["events"] >= 100)
-        assert all(row["held"] < next_row["held"] + 0.05 for row, next_row in pairwise(rows))
+    for seeds in ("1 seed", "2 seeds", "3 seeds"):  # each grid by the component of the other grids
+        scores, bins = study["brier"][f"losses, {seeds}"], study["bins"][f"losses, {seeds}"]
+        assert scores["with"] < scores["mixture"] < scores["without"]
+        assert [row["holds"] for row in bins["with"]] == [True] * 5
+        assert not all(row["holds"] for row in bins["without"])
+        answers = study["answers"][seeds]
+        now, earlier = answers["with"][f"{DEFAULT_CONFIDENCE:g}"], answers["without"]["0.75"]
+        assert earlier["answered"] - 0.07 < now["answered"] > 0.78
+        assert now["too small"] < earlier["too small"] + 0.01
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_answers_below_a_worse_larger_rank_were_mostly_too_small(seeds: int) -> None:
-    counts = json.loads(STUDY.read_text(encoding="utf-8"))["larger rank worse"]
-    doubted, undoubted = (counts[f"{seeds} seeds, {which}"] for which in ("doubted", "others"))
+def test_the_pages_state_the_stored_calibration() -> None:
+    study = json.loads((BENCHMARKS / "decide" / "probability.json").read_text(encoding="utf-8"))
+    rows = study["bins"]["losses, 1 seed"]["with"]
+    stated, true = ([f"{row[name]:.2f}"[1:] for row in rows] for name in ("stated", "true"))
+    science = (BENCHMARKS.parent / "docs" / "explanation" / "science.md").read_text(encoding="utf-8")
+    science = " ".join(science.split())
+    for values in (stated, true):
+        assert f"{', '.join(values[:-1])} and {values[-1]}" in science
+    readme = (BENCHMARKS / "decide" / "README.md").read_text(encoding="utf-8")
+    assert ", ".join(f"{first} → {second}" for first, second in zip(stated, true, strict=True)) in readme
+    answers = [study["answers"][seeds]["with"][f"{DEFAULT_CONFIDENCE:g}"] for seeds in ("1 seed", "2 seeds", "3 seeds")]
+    cells = [" · ".join(f"{100 * row[name]:.0f}" for name in ("answered", "too small", "exact")) for row in answers]
+    assert f"| **{DEFAULT_CONFIDENCE:g}** | ".replace("0.", ".") + "% | ".join(cells) + "%" in readme
+    caution = (BENCHMARKS.parent / "docs" / "explanation" / "when-not-to-trust-it.md").read_text(encoding="utf-8")
+    caution = " ".join(caution.split())
+    assert f"{rows[-1]['stated']:.2f}"[1:] + " on average" in caution
+    assert f"in {rows[-1]['true']:.0%} of the cases" in caution
+
+
+def test_the_noise_of_learning_rates_shrinks_with_neither_seeds_nor_examples() -> None:
+    assert get_noise("accuracy") == NOISE
+    for kind in ("loss", "token_loss", "pair_loss", "perplexity"):
+        ratio = get_noise(kind).compute_ratio(10**9, 10**9)  # type: ignore[arg-type]
+        assert ratio == pytest.approx(LOSS_NOISE.learning_rates, rel=1e-6)
+    table = build_one_seed_table(noise=0.05)
+    of_loss, of_accuracy = (
+        get_probabilities(decide_table(replace(table, kind=kind), 0.02))[4] or 0.0  # type: ignore[arg-type]
+        for kind in ("loss", "accuracy")
+    )
+    assert 0.5 < of_loss < of_accuracy - 0.05
+
+
+@pytest.mark.parametrize("seeds", ["1 seed", "2 seeds"])
+def test_answers_are_seldom_too_small_except_below_a_worse_larger_rank(seeds: str) -> None:
+    study = json.loads((BENCHMARKS / "decide" / "probability.json").read_text(encoding="utf-8"))["larger rank worse"]
+    doubted, others = (study[f"{seeds}, {group}"] for group in ("doubted", "others"))
     assert doubted["too small"] > doubted["answers"] / 2
-    assert undoubted["too small"] < undoubted["answers"] / 8
-    readme = (STUDY.parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"{count['too small']} of {count['answers']}" in readme for count in (doubted, undoubted))
+    assert others["too small"] < others["answers"] / 10

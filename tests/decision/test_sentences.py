@@ -30,23 +30,23 @@ def test_a_flat_curve_names_the_rank_that_looks_worst() -> None:
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        ({1: 2.3, 4: 2.0, 16: 2.002}, "Rank 4 looks enough (over 99% likely): it is the best of the ranks tried"),
+        ({1: 2.3, 4: 2.0, 16: 2.002}, "Rank 4 looks enough (98% likely): it is the best of the ranks tried"),
         (
             {1: 2.3, 4: 2.012, 16: 2.0, 64: 2.002},
-            "Rank 4 looks enough (87% likely; rank 16: over 99%): it is within 0.02 nats",
+            "Rank 4 looks enough (77% likely; rank 16: 98%): it is within 0.02 nats",
         ),
     ],
 )
 def test_a_larger_rank_is_named_where_it_is_likelier(losses: dict[int, float], expected: str) -> None:
-    decision = decide_losses(losses, 0.02, seeds=(0,), noise=0.06)
+    decision = decide_losses(losses, 0.02, seeds=(0,), noise=0.035)
     assert decision.sentence.startswith(expected)
 
 
 def test_no_rank_at_the_confidence_names_what_cannot_be_distinguished_and_what_to_take() -> None:
     decision = decide_losses({4: 2.0, 64: 2.003}, 0.005, 0.95, num_examples=100, seeds=(0,), noise=0.05)
     assert decision.sentence == (
-        "Ranks 4 and 64 cannot be distinguished (±0.025; the margin is 0.005 nats). Take rank 4: it is 95% likely to be within 0.0098 of "
-        "the best, and 90% likely to be within the margin."
+        "Ranks 4 and 64 cannot be distinguished (±0.038; the margin is 0.005 nats). Take rank 4: it is 95% likely to be within 0.02 of "
+        "the best, and 82% likely to be within the margin."
     )
 
 
@@ -100,7 +100,7 @@ def test_counts_of_seeds_are_a_range() -> None:
 
 
 def test_the_next_lower_rank_has_its_probability_where_it_is_not_shown_to_be_worse() -> None:
-    decision = decide_losses({1: 2.3, 4: 2.015, 16: 2.0, 64: 2.002}, 0.02, 0.9, seeds=(0,), noise=0.06)
+    decision = decide_losses({1: 2.3, 4: 2.015, 16: 2.0, 64: 2.002}, 0.02, 0.9, seeds=(0,), noise=0.03)
     chances = {evidence.rank: evidence.probability or 0.0 for evidence in decision.ranks}
     assert decision.rank == 16
     assert (

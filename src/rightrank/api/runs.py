@@ -366,7 +366,7 @@ def decide(
         higher_is_better: None for the direction of a metric with a known name; other metrics need it.
         margin: the loss of quality that you accept, in the metric's unit; None for the metric's default.
         confidence: name the smallest rank that is enough with this probability, if per-example scores give one; None for
-            that of a run folder, else 0.75.
+            that of a run folder, else 0.6.
         columns: canonical name → column, for columns with other names; `group` says which examples belong together.
         checkpoint: the evaluation of each training to compare, if there are several: `last` or `best`; None
             for that of a run folder, else the last.

@@ -159,7 +159,7 @@ def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str
 @click.option(
     "--confidence",
     type=float,
-    help="Name the smallest rank that is enough with this probability (default 0.75).",
+    help="Name the smallest rank that is enough with this probability (default 0.6).",
 )
 @click.option(
     "--columns",

@@ -46,6 +46,7 @@ from rightrank.decision.seeds import (
     Prior,
     compute_mean_noise,
     estimate_selection_bias,
+    get_noise,
     measure_pair_noise,
     pool_prior,
     split_seed_variance,
@@ -98,6 +99,7 @@ class Evidence:
 
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
+        self.noise = get_noise(table.kind)
         self._uncorrected = adjust_to_common_seeds([select_contender(table, rank) for rank in table.list_ranks()])
         self.contenders = {
             rank: replace(bare, selection_bias=self._estimate_selection_bias(bare))
@@ -305,8 +307,8 @@ class Evidence:
         worse = self._worse_than_best
         if seeds or examples:
             seeds_now, examples_now = self.size
-            now = NOISE.compute_ratio(seeds_now, examples_now / self._design_effect)
-            planned = NOISE.compute_ratio(seeds or seeds_now, (examples or examples_now) / self._design_effect)
+            now = self.noise.compute_ratio(seeds_now, examples_now / self._design_effect)
+            planned = self.noise.compute_ratio(seeds or seeds_now, (examples or examples_now) / self._design_effect)
             worse = self.joint.compute_losses_to_best(math.sqrt(planned / now))
         margins = np.quantile(worse, probability, axis=1, method="inverted_cdf")
         return {rank: margin for rank, margin in zip(self.joint.ranks, margins.tolist(), strict=True) if rank > 0}
@@ -369,7 +371,7 @@ class Evidence:
             worse = max((first.rank, second.rank), key=lambda rank: positions.get(rank, -1))
             examples = pairs[0][0].examples / noise.design_effect
             prior = self._build_noise_prior(worse, NOISE_DEGREES, math.inf, examples=examples)
-            variance, of_pair = compute_mean_noise(noise, prior, len(pairs), examples)
+            variance, of_pair = compute_mean_noise(noise, prior, len(pairs), examples, self.noise)
             variances[row, column] = variances[column, row] = variance
             degrees = of_pair if {first.rank, second.rank} == best else degrees
         return variances, degrees

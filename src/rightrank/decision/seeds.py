@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, compute_t_tail, sum_by_group
+from rightrank.schema.metrics import LOSS_KINDS, MetricKind
 from rightrank.schema.trials import Floats, Groups
 
 BOOTSTRAP_DRAWS = 2000
@@ -81,6 +82,7 @@ class NoiseComponents:
     seeds: float  # of the trained models: shrinks only with seeds
     crossed: float  # seeds × examples: shrinks with either
     examples: float  # shrinks only with examples
+    learning_rates: float = 0.0  # of the choice of each rank's learning rate: shrinks with neither
 
     def compute_seed_ratio(self, examples: float) -> float:
         """Return the variance of one seed about the mean over seeds on the same examples."""
@@ -88,11 +90,13 @@ class NoiseComponents:
 
     def compute_ratio(self, seeds: int, examples: float) -> float:
         """Return the variance of a mean over this many seeds and examples."""
-        return self.compute_seed_ratio(examples) / seeds + self.examples / examples
+        return self.compute_seed_ratio(examples) / seeds + self.examples / examples + self.learning_rates
 
 
 # From twelve grids of 400 and 1,500 steps with three seeds each: `benchmarks/selection/noise_model.py`. Trainings of 20 to 80 steps are noisier.
 NOISE = NoiseComponents(seeds=0.0022, crossed=0.83, examples=0.17)
+# Of losses; accuracies show none. A best learning rate of one seed is often not that of another: `benchmarks/decide/probability.py`.
+LOSS_NOISE = replace(NOISE, learning_rates=0.016)
 NOISE_DEGREES = 8.0  # of that expectation for a probability; the grids alone would allow more, but then the present seeds would change it less
 BOUND_DEGREES = (
     0.1  # for a bound, which the present seeds should decide: with half a degree, two noisy seeds are wrong in 12%
@@ -110,10 +114,17 @@ def compute_probability_within(difference: float, variance: float, degrees: floa
     return 1 - tail_probability if deviations > 0 else tail_probability
 
 
-def compute_mean_noise(pair: PairNoise, prior: Prior, seeds: int, examples: float) -> tuple[float, float]:
+def get_noise(kind: MetricKind) -> NoiseComponents:
+    """Return the noise of a difference between ranks by this kind of metric."""
+    return LOSS_NOISE if kind in LOSS_KINDS or kind == "perplexity" else NOISE
+
+
+def compute_mean_noise(
+    pair: PairNoise, prior: Prior, seeds: int, examples: float, noise: NoiseComponents = NOISE
+) -> tuple[float, float]:
     """Compute the variance of a mean difference about the true one, and its degrees of freedom."""
     variance, degrees = prior.moderate(pair)
-    return variance / seeds + NOISE.examples * pair.example_variance / examples, degrees
+    return variance / seeds + (noise.examples / examples + noise.learning_rates) * pair.example_variance, degrees
 
 
 def pool_prior(other_pairs: Sequence[PairNoise], initial_prior: Prior, rank_degrees: float) -> Prior:

@@ -307,7 +307,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     confidence: float | None = option(
         None,
         DECIDE,
-        "choose the smallest rank that is enough with this probability; 0.75 by default",
+        "choose the smallest rank that is enough with this probability; 0.6 by default",
         identity=False,
         continuable=True,
         ge=0.5,
