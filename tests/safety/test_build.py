@@ -1,19 +1,22 @@
-"""Build twice, in two folders and at two times, and compare the bytes."""
+"""Build twice, in two folders and at two times, and compare the bytes. Install the wheel alone, and use it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.report.runs import write_answered_run
 from tests.safety.audit import summarize
 
 pytestmark = pytest.mark.trains
@@ -54,6 +57,48 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", ".")) or ".." in name]
     with tarfile.open(next((tmp_path / "a" / "dist").glob("*.tar.gz"))) as archive:
         assert not [member.name for member in archive if member.issym() or member.islnk() or ".." in member.name]
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("hatchling") is None, reason="the build backend is not installed: pip install hatchling")
+def test_the_wheel_alone_answers_without_the_packages_of_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Install the wheel in a new environment, where commands that train name the package that is missing."""
+    build_files(tmp_path / "build")
+    wheel = next((tmp_path / "build" / "dist").glob("*.whl"))
+    venv.create(tmp_path / "light", with_pip=False)
+    python = tmp_path / "light" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    subprocess.run([*pip, "install", "--quiet", str(wheel)], check=True)
+    packages = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout.splitlines()
+    installed = next((tmp_path / "light" / "lib").glob("python*/site-packages"))
+    megabytes = sum(path.stat().st_size for path in installed.rglob("*") if path.is_file()) / 1e6
+    with capsys.disabled():
+        print(f"\nrightrank alone: {len(packages)} packages, {megabytes:.0f} MB")
+    stated = re.search(r"(\d+) packages, (\d+) MB", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert stated is not None
+    assert abs(int(stated[1]) - len(packages)) <= 3
+    assert abs(int(stated[2]) - megabytes) <= 0.2 * megabytes
+
+    def use(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(python.with_name("rightrank")), *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    write_answered_run(tmp_path / "run", direct=(4, 16))
+    (tmp_path / "runs.csv").write_text("rank,eval_loss\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    for command in ("expect", "decide runs.csv", "decide run", "status run", "report run", "select --help"):
+        process = use(*command.split())
+        assert (process.returncode, process.stderr) == (0, ""), command
+        assert len(process.stdout) > 10, command
+    process = use("select", "model", "data.jsonl", "--out", "new")
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].endswith("pip install 'rightrank[train]'")
+    assert not (tmp_path / "new").exists()
 
 
 FOUND = {"name": "good", "version": "1", "vulns": []}

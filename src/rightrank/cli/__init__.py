@@ -26,6 +26,10 @@ ORDER = (
     *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare"),
     *("inspect", "resize", "repair"),
 )
+# Packages of `rightrank[train]`; commands that need none of them work without them.
+TRAINING_PACKAGES = frozenset(
+    ("accelerate", "datasets", "huggingface_hub", "pandas", "peft", "pyarrow", "safetensors", "torch", "transformers")
+)
 
 
 class Commands(click.Group):
@@ -78,6 +82,14 @@ def main(arguments: list[str] | None = None) -> None:
     except RightrankError as error:
         print_error(str(error))
         sys.exit(error.exit_status)
+    except ImportError as error:  # a package is missing, or too old to have a name
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAINING_PACKAGES:
+            raise
+        print_error(
+            f"{package} can't be imported ({error}); install what this command needs: pip install 'rightrank[train]'"
+        )
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

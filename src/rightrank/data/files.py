@@ -9,13 +9,13 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from safetensors import SafetensorError
 
 from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 
@@ -182,7 +182,7 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
     )
     try:
         yield
-    except SafetensorError as error:
+    except _list_safetensors_errors() as error:
         if not re.search("IoError|I/O error", str(error)):
             raise
         raise RunError(f"{folder}: can't write there ({error}); {advice}") from None
@@ -192,6 +192,12 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
         raise RunError(
             f"{folder}: can't write there ({error.strerror}); {permission if error.errno in _PERMISSION_ERRORS else advice}"
         ) from None
+
+
+def _list_safetensors_errors() -> tuple[type[Exception], ...]:
+    """Return the error of safetensors if the package was imported; otherwise nothing can raise it."""
+    safetensors = sys.modules.get("safetensors")
+    return () if safetensors is None else (safetensors.SafetensorError,)
 
 
 MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read into memory

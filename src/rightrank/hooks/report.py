@@ -97,14 +97,14 @@ def write_report(folder: RunFolder, records: Records, answers: Answers) -> list[
 def _build_adapter_figures(adapter: Path) -> list[Figure]:
     """Build the spectrum of the exported adapter.
 
-    There is no figure before the export, nor for an adapter that is not in PEFT's format.
+    There is no figure before the export, for an adapter that is not in PEFT's format, or where torch is not installed.
     """
     if not (adapter / "adapter_config.json").exists():
         return []
-    from rightrank.adapters.spectra import (
-        inspect_adapter,  # imports torch, which a report without this figure does not need
-    )
-
+    try:
+        from rightrank.adapters.spectra import inspect_adapter
+    except ModuleNotFoundError:
+        return []
     try:
         figure = _build_spectrum_figure(inspect_adapter(adapter))
     except InputError:
