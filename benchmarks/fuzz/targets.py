@@ -15,7 +15,8 @@ from benchmarks.fuzz import seeds
 from benchmarks.tiny import make_tokenizer
 from rightrank.adapters.spectra import open_checkpoint
 from rightrank.api.adapters import inspect
-from rightrank.api.runs import decide, status
+from rightrank.api.folders import status
+from rightrank.api.runs import decide
 from rightrank.cli.options import gather_settings
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data

@@ -15,7 +15,8 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api.adapters import compare, inspect, resize
-    from rightrank.api.runs import decide, export, to_pandas, write_report
+    from rightrank.api.folders import export, write_report
+    from rightrank.api.runs import decide, to_pandas
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
     from rightrank.interop.smallest import SmallestAdapter
     from rightrank.interop.squeeze import Squeeze
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "api.adapters": ("compare", "inspect", "resize"),
-    "api.runs": ("decide", "export", "to_pandas", "write_report"),
+    "api.folders": ("export", "write_report"),
+    "api.runs": ("decide", "to_pandas"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
     "interop.smallest": ("SmallestAdapter",),
     "interop.squeeze": ("Squeeze",),

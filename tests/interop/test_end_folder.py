@@ -14,7 +14,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from rightrank import SmallestAdapter, export
-from rightrank.api.runs import status
+from rightrank.api.folders import status
 from rightrank.interop.smallest import keep_smallest
 from rightrank.interop.truncation_run import require_result_folder, resume_measurement
 from rightrank.runs.folder import RunFolder

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import TrainingArguments
 
 from rightrank import export
-from rightrank.api.runs import status
+from rightrank.api.folders import status
 from rightrank.cli import cli
 from rightrank.cli.options import gather_settings
 from rightrank.decision.adapter import Provenance

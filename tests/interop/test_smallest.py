@@ -35,7 +35,7 @@ from rightrank.adapters.batch_scores import HeldOutBatches, compute_batch_loss
 from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter
 from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.adapters.resize_by_data import measure_truncation_curve
-from rightrank.api.runs import status
+from rightrank.api.folders import status
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.interop.smallest import main
 from rightrank.interop.truncation_run import measure_truncations, resume_measurement

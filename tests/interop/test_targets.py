@@ -86,7 +86,7 @@ def test_every_target_contains_the_rank(selected: Selected, target: str) -> None
 
 def test_status_and_export_import_no_torch(selected: Selected, tmp_path: Path) -> None:
     code = (
-        "import sys; from rightrank.api.runs import export, status; run, out = sys.argv[1:]\n"
+        "import sys; from rightrank.api.folders import export, status; run, out = sys.argv[1:]\n"
         "status(run); export(run, 'vllm', out + '/vllm'); export(run, 'peft', out + '/peft')\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from rightrank import Selected
-from rightrank.api.runs import status, write_report
+from rightrank.api.folders import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import build_provenance
 from rightrank.decision.records import Records, compare_run_adapters, decide_if_possible, decide_run

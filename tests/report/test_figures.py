@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api.runs import write_report
+from rightrank.api.folders import write_report
 from rightrank.decision.records import Records, decide_if_possible, decide_run
 from rightrank.report.figure import Axis, Figure, Series, compute_log_ticks
 from rightrank.report.figures import build_figures, build_margin_steps, build_rank_figure

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import rightrank
 from rightrank import TrialResult, TrialTask
-from rightrank.api.runs import status
+from rightrank.api.folders import status
 from rightrank.cli import cli
 from rightrank.decision.records import Answers, decide_run
 from rightrank.hooks.process import JsonLog, ProgressFile

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rightrank.api.runs import decide, write_report
+from rightrank.api.folders import write_report
+from rightrank.api.runs import decide
 from rightrank.api.selecting import select_rank, select_rank_with
 from rightrank.cli import main
 from rightrank.runs.calls import TrialTask

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
-from rightrank.api.runs import status
+from rightrank.api.folders import status
 from rightrank.decision.records import Records
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError

@@ -304,7 +304,7 @@ def test_out_of_memory_anywhere_is_one_line(
     def raise_memory_error(_run: Path, _figures: object) -> Path:
         raise error
 
-    monkeypatch.setattr("rightrank.api.runs.write_report", raise_memory_error)
+    monkeypatch.setattr("rightrank.api.folders.write_report", raise_memory_error)
     status, out, err = run(["report", "run"], capsys)
     assert (status, out) == (1, "")
     assert err.startswith("rightrank: out of memory; finished trials are kept")
@@ -315,7 +315,7 @@ def test_another_error_is_not_called_out_of_memory(work: Path, monkeypatch: pyte
     def raise_other_error(_run: Path, _figures: object) -> Path:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr("rightrank.api.runs.write_report", raise_other_error)
+    monkeypatch.setattr("rightrank.api.folders.write_report", raise_other_error)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         main(["report", "run"])
 

@@ -12,7 +12,7 @@ import pytest
 from peft import AutoPeftModelForCausalLM
 
 from rightrank.api.adapters import resize
-from rightrank.api.runs import export, status, write_report
+from rightrank.api.folders import export, status, write_report
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.runs.journal import Journal

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api.runs import export
+from rightrank.api.folders import export
 from rightrank.cli import main
 from rightrank.decision.records import build_answers
 from rightrank.interop.exports import LOOPBACK

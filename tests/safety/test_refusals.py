@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 import rightrank
 from rightrank.adapters.spectra import open_checkpoint
 from rightrank.api.adapters import inspect
-from rightrank.api.runs import decide, status
+from rightrank.api.folders import status
+from rightrank.api.runs import decide
 from rightrank.data.files import read_config
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base

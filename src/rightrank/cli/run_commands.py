@@ -19,7 +19,7 @@ from rightrank.cli.options import format_json, gather_settings, pause_collector,
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
 def _status(run: Path, as_json: bool) -> None:
     """Report the state of RUN, while it runs or after its end. Nothing in the folder is written."""
-    from rightrank.api import runs as api
+    from rightrank.api import folders as api
     from rightrank.report.status import format_status
 
     with pause_collector():
@@ -38,7 +38,7 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
 
     While a selection runs, the report shows the results so far.
     """
-    from rightrank.api import runs as api
+    from rightrank.api import folders as api
 
     path = api.write_report(run, figures or ())
     click.echo(format_json({"report": str(path)}) if as_json else str(path))
@@ -89,7 +89,7 @@ def _export(
     A merged model is loaded back and compared with the adapter on its base; RUN may then be an adapter folder. Exit
     status: 0 not worse, 3 worse by more than the margin or broken, 4 the examples cannot tell.
     """
-    from rightrank.api import runs as api
+    from rightrank.api import folders as api
     from rightrank.cli.adapter_commands import EXIT_STATUS, open_progress_view
     from rightrank.schema.settings import SelectSettings
 
@@ -115,7 +115,7 @@ def _repair(run: Path, as_json: bool) -> None:
 
     `rightrank select` with the same arguments then trains only the missing trials.
     """
-    from rightrank.api import runs as api
+    from rightrank.api import folders as api
 
     repaired = api.repair(run)
     if as_json:

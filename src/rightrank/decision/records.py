@@ -223,6 +223,17 @@ def find_best_trial(records: Records, decision: Decision, rank: int) -> TrialFin
     return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
 
 
+def add_base_note(decision: Decision, records: Records) -> Decision:
+    """Say in the decision of a custom trainer's run that the base was not measured."""
+    if not records.started.is_custom_trainer or any(trial.rank == 0 for trial in records.list_finished()):
+        return decision
+    failed = next((trial for trial in records.outcomes if trial.rank == 0), None)
+    reason = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason
+    return decision.model_copy(
+        update={"sentence": f"{decision.sentence} The base was not measured, so no gain over it is shown ({reason})."}
+    )
+
+
 def decide_if_possible(records: Records) -> Decision | None:
     """Decide, or return None while fewer than two ranks have a result."""
     try:

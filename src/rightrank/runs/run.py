@@ -13,7 +13,7 @@ from dataclasses import replace
 import yaml
 
 from rightrank.data.files import write_text
-from rightrank.decision.records import Records, decide_run, get_effective_start
+from rightrank.decision.records import Records, add_base_note, decide_run, get_effective_start
 from rightrank.report.format import format_bytes
 from rightrank.runs.executor import Executor, PreparedSelection, SelectionRequest
 from rightrank.runs.finish import export_provisional, finish_run, rescore_trials
@@ -222,17 +222,6 @@ def decide_training_rank(run: Run) -> Decision:
             f"fewer than two ranks have a full training, so there is nothing to compare{first_reason}; "
             f"{run.selection.advice}, or a larger budget"
         ) from None
-
-
-def add_base_note(decision: Decision, records: Records) -> Decision:
-    """Say in the decision of a custom trainer's run that the base was not measured."""
-    if not records.started.is_custom_trainer or any(trial.rank == 0 for trial in records.list_finished()):
-        return decision
-    failed = next((trial for trial in records.outcomes if trial.rank == 0), None)
-    reason = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason
-    return decision.model_copy(
-        update={"sentence": f"{decision.sentence} The base was not measured, so no gain over it is shown ({reason})."}
-    )
 
 
 def _add_predicted_memory(run: Run, outcome: TrialOutcome) -> TrialOutcome:
