@@ -40,7 +40,7 @@ from benchmarks.tiny import (
 )
 from rightrank.models import base_models
 from rightrank.runs import prepare as preparation
-from rightrank.runs.values import SelectionInputs
+from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
@@ -205,7 +205,7 @@ def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
 
 def _build_request(
     model: str, sizes: dict[str, Any], form: str, settings: dict[str, Any], folder: Path
-) -> SelectionInputs:
+) -> SelectionRequest:
     import transformers
 
     tokenizer, base, data = make_tokenizer(), folder / "base", folder / "data.jsonl"
@@ -226,7 +226,7 @@ def _build_request(
         "batch_size": 4,
         "seq_len": 32,
     } | settings
-    return SelectionInputs(str(base), None, data, small_settings(**request_settings))
+    return SelectionRequest(str(base), None, data, small_settings(**request_settings))
 
 
 def _train_arms(runtime: Any, arms: list[Arm], folder: Path, size: int, base_loss: float) -> list[TrialFinished]:

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from rightrank import resize, select_rank
-from rightrank.adapters.resize import cap_ranks, resize_adapter
+from rightrank.adapters.resize import resize_adapter
 from rightrank.adapters.resize_by_data import load_evaluation_data
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
+from rightrank.models.resizing import cap_ranks
 from rightrank.models.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import EvaluationProgress, Listener, Notice

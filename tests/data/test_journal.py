@@ -158,11 +158,14 @@ WHOLE = seal(BODY + b"}")
         (WHOLE + b" ", "damaged: the length and the checksum at its end are missing"),
         (WHOLE.replace(b',"len":', b',"len":0'), "damaged: the length and the checksum at its end are missing"),
         (b"", "damaged: the length and the checksum at its end are missing"),
-        (b'{"schema_version":5}', "damaged: the length and the checksum at its end are missing"),
-        (seal(b'{"schema_version":5}'), "not a record of schema 5 (Unable to extract tag"),
-        (seal(b'{"type":"nonsense"}'), "not a record of schema 5 (Input tag 'nonsense' found"),
-        (seal(b'{"type":"trial_started"}'), "not a record of schema 5 (Field required)"),
-        (seal(BODY.replace(b'sion":5', b'sion":12') + b"}"), "schema 12, but this version reads 5: use the version"),
+        (b'{"schema_version":1}', "damaged: the length and the checksum at its end are missing"),
+        (seal(b'{"schema_version":1}'), f"not a record of schema {SCHEMA_VERSION} (Unable to extract tag"),
+        (seal(b'{"type":"nonsense"}'), f"not a record of schema {SCHEMA_VERSION} (Input tag 'nonsense' found"),
+        (seal(b'{"type":"trial_started"}'), f"not a record of schema {SCHEMA_VERSION} (Field required)"),
+        (
+            seal(BODY.replace(b'sion":%d' % SCHEMA_VERSION, b'sion":12') + b"}"),
+            f"schema 12, but this version reads {SCHEMA_VERSION}: use the version",
+        ),
     ],
 )
 def test_an_invalid_line_gives_a_reason(line: bytes, reason: str) -> None:

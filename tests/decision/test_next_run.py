@@ -27,7 +27,7 @@ from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
 from rightrank.decision.seeds import BOUND_DEGREES, NOISE
 from rightrank.decision.table import ScoreTable, build_table_from_results
 from rightrank.schema.decision import Decision, NextRun, Result, ResultsTable
-from rightrank.schema.events import RunStarted
+from rightrank.schema.events import RunKind, RunStarted
 from tests.decision.tables import build_example_table, build_value_table
 from tests.decision.worlds import World, build_world_table
 from tests.report.runs import make_run
@@ -81,7 +81,7 @@ def format_command(
     """Return the command of a next run, or None if `select` cannot do it."""
     started = make_run_start()
     if is_custom_trainer:
-        started = started.model_copy(update={"settings": started.settings | {"trainer": "train"}})
+        started = started.model_copy(update={"kind": RunKind.CUSTOM_TRAINER})
     next_run = NextRun.model_validate({"sentence": "x"} | next_run_fields)
     commands = build_next_commands(started, [next_run], run, margin)
     assert len(commands) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.local import LocalExecutor
+from rightrank.runs.prepare import LocalExecutor
 from rightrank.schema.events import Event
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted, compute_trial_id
 from tests.helpers import make_runtime

@@ -7,9 +7,9 @@ import re
 import textwrap
 from typing import Any
 
-import rightrank.runs.executor
+import rightrank.runs.selection
 from rightrank.runs import custom_trainer
-from rightrank.runs.executor import Executor
+from rightrank.runs.selection import Executor
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 
 
@@ -30,7 +30,7 @@ def build_trials() -> list[Trial]:
 
 def test_the_executor_of_the_docstring_yields_one_outcome_per_trial() -> None:
     executor: Executor = load_example(
-        Executor, "FormulaExecutor", **vars(rightrank.runs.executor) | vars(custom_trainer)
+        Executor, "FormulaExecutor", **vars(rightrank.runs.selection) | vars(custom_trainer)
     )()
     outcomes = list(executor.run(build_trials(), None))
     assert [outcome.arm for outcome in outcomes] == [trial.arm for trial in build_trials()]

@@ -21,9 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rightrank import resize
-from rightrank.runs.local import LoadedSelection
-from rightrank.runs.prepare import prepare_selection
-from rightrank.runs.values import SelectionInputs
+from rightrank.runs.prepare import LoadedSelection, prepare_selection
+from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import RightrankError
 from rightrank.schema.events import Listener
 from rightrank.schema.plan_settings import PlanSettings
@@ -140,7 +139,7 @@ def _check(case: Case, tokenizer: Any, folder: Path, row: Row) -> None:
     _require(row, "truncated", 1e-5)
 
 
-def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, SelectionInputs]:
+def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, SelectionRequest]:
     if not case.pads:
         tokenizer.pad_token = None
     base = folder / "base"
@@ -165,9 +164,9 @@ def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, SelectionInp
     return base, _request(case, folder)
 
 
-def _request(case: Case, folder: Path) -> SelectionInputs:
+def _request(case: Case, folder: Path) -> SelectionRequest:
     settings = build_small_settings(ranks=tuple(sorted(case.ranks)), **SETTINGS, **case.settings)
-    return SelectionInputs(str(folder / "base"), None, folder / "data.jsonl", settings)
+    return SelectionRequest(str(folder / "base"), None, folder / "data.jsonl", settings)
 
 
 def _train(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:

@@ -5,31 +5,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from rightrank.adapters.spectra import compute_distance, compute_energy_rank, compute_singular_values
-from rightrank.data.files import create_output, replace_folder, require_absent
-from rightrank.models.adapter_folders import CONFIG_FILE, MLX_FILE
-from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, convert_to_mlx_key
-from rightrank.models.adapter_writer import write_adapter
-from rightrank.models.ranks import (
-    build_exact_pattern,
-    compute_equal_scale_alphas,
-    compute_equivalent_rank,
-    compute_scaling,
-    find_server_rank,
+from rightrank.data.files import require_absent
+from rightrank.models.adapter_reader import AdapterFolder, AdapterModule
+from rightrank.models.resizing import (
+    build_resized_config,
+    compute_config_scaling,
+    find_pair_rank,
+    require_plain_update,
+    write_resized_adapter,
 )
-from rightrank.models.truncation import Moments, allocate_module_ranks, resize_pair
-from rightrank.schema.errors import ModelError, SettingsError
+from rightrank.models.truncation import Moments
+from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import ModuleResize, Resized
 
 
@@ -54,11 +48,11 @@ def resize_adapter(
     require_absent(out)
     require_plain_update(adapter)
     tensors = write_resized_adapter(adapter, out, ranks, moments)
-    scaling = _compute_scaling(_build_resized_config(adapter, ranks))
+    scaling = compute_config_scaling(build_resized_config(adapter, ranks))
     errors = [
         error
         for pair in adapter.pairs
-        for error in _measure_errors(adapter, pair, _find_pair_rank(pair, ranks), scaling, tensors)
+        for error in _measure_errors(adapter, pair, find_pair_rank(pair, ranks), scaling, tensors)
     ]
     records = [
         ModuleResize(
@@ -80,84 +74,6 @@ def resize_adapter(
         chosen_by=rule,
         notes=_build_notes(adapter, tensors),
     )
-
-
-def require_plain_update(adapter: AdapterFolder) -> None:
-    """Raise if the adapter's ΔW is not s·B·A alone, or is always zero.
-
-    Raises:
-        ModelError: The initialization changes the base model on loading, or `lora_alpha` is 0.
-    """
-    if not adapter.config["lora_alpha"]:
-        raise ModelError(
-            f"{adapter.path}: lora_alpha is 0, so the adapter has no effect; verl's merger writes 0 if it does not know the value: "
-            f"set it in {CONFIG_FILE}"
-        )
-    if (init := adapter.base_changing_init) is not None:
-        raise ModelError(
-            f"{adapter.path}: init_lora_weights is {init!r}, which changes the base model on loading by an amount that depends on "
-            "the rank; convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
-
-
-def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Build the configuration at these ranks: every module keeps the scale of `lora_alpha` at rank `r`, and `lora_alpha` does not change.
-
-    If the modules differ, `r` is the uniform rank with as many parameters, provided that a server that reserves slots for it has room for the
-    largest module; else it is the largest rank.
-    """
-    by_address = {pair[0].address: _find_pair_rank(pair, ranks) for pair in adapter.pairs}
-    largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
-    r = compute_equivalent_rank(by_address.values(), sizes)
-    r = r if find_server_rank(r) >= largest else largest
-    alpha = adapter.config["lora_alpha"]
-    return dict(adapter.config) | {
-        "r": r,
-        "rank_pattern": build_exact_pattern(by_address, r, by_address),
-        "alpha_pattern": build_exact_pattern(
-            compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora), alpha, by_address
-        ),
-        "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
-        "eva_config": None,
-    }
-
-
-def _compute_scaling(config: Mapping[str, Any]) -> float:
-    return compute_scaling(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
-
-
-def _find_pair_rank(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
-    """Return the rank of the matrices of a pair: the largest of any, because they share tensors."""
-    return max(ranks[module.name] for module in pair)
-
-
-def write_resized_adapter(
-    adapter: AdapterFolder, out: Path, ranks: Mapping[str, int], moments: Mapping[str, Moments] | None = None
-) -> dict[str, torch.Tensor]:
-    """Write the adapter as `resize_adapter` does, without measuring the error, which takes most of the time for a large adapter."""
-    tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
-    config = _build_resized_config(adapter, ranks)
-    for pair in adapter.pairs:
-        ratio = pair[0].scaling / _compute_scaling(config)
-        tensors |= resize_pair(adapter, pair, _find_pair_rank(pair, ranks), ratio, moments or {})
-    write_same_format(adapter, out, config, tensors)
-    return tensors
-
-
-def write_uniform_adapter(adapter: AdapterFolder, out: Path) -> None:
-    """Write the same function with the largest rank in all modules; the additional directions are zero.
-
-    If every module has the scale of `lora_alpha` and `r`, no value of a factor changes.
-
-    Raises:
-        ModelError: The initialization changes the base model, or `lora_alpha` is 0.
-        RunFolderError: `out` exists or cannot be written.
-    """
-    require_plain_update(adapter)
-    config, largest = adapter.config, adapter.rank
-    (alpha,) = compute_equal_scale_alphas({"": largest}, config["r"], config["lora_alpha"], adapter.use_rslora).values()
-    widened = replace(adapter, config=dict(config) | {"lora_alpha": alpha})
-    write_resized_adapter(widened, out, {module.name: largest for module in adapter.modules})
 
 
 def _measure_errors(
@@ -186,17 +102,6 @@ def _build_notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) ->
     if saved_sizes:
         notes.append(f"unchanged: {len(saved_sizes)} fully trained tensors with {sum(saved_sizes):,} parameters")
     return notes
-
-
-def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
-    """Return this rank for every module with a higher one, and the module's own rank for the others.
-
-    With moments of every module, the parameters of this rank are allocated to the modules as in a selection, up to
-    the rank that a server reserves.
-    """
-    highest = find_server_rank(rank) if adapter.mlx_config is None else rank  # mlx-lm loads one rank for all modules
-    allocated = allocate_module_ranks(adapter, rank, highest, moments or {})
-    return {module.name: min(rank, module.rank) for module in adapter.modules} if allocated is None else allocated
 
 
 def choose_uniform_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
@@ -248,42 +153,3 @@ def list_candidate_ranks(adapter: AdapterFolder, requested: Sequence[int] | None
                 raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
         return sorted({*requested, top})
     return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})
-
-
-def write_same_format(
-    adapter: AdapterFolder,
-    out: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    files: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write a changed adapter in the format of `adapter`, which is that of PEFT or mlx-lm.
-
-    In PEFT's format, the accompanying files are copied and additional `files` are written.
-
-    Raises:
-        RunFolderError: `out` exists or can't be written.
-    """
-    if adapter.mlx_config is not None:
-        _write_mlx_adapter(out, adapter.mlx_config, config, tensors)
-        return
-    write_adapter(out, config, tensors, adapter.path, files)
-
-
-def _write_mlx_adapter(
-    out: Path, stored: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Write a folder that mlx-lm loads: `stored` at the rank of `config`, and PEFT's tensors. An error leaves no folder behind.
-
-    Raises:
-        ModelError: The modules have different ranks.
-        RunFolderError: `out` exists or can't be written.
-    """
-    if config["rank_pattern"] or config["alpha_pattern"]:
-        raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
-    parameters = dict(stored["lora_parameters"]) | {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
-    with create_output(out), replace_folder(out) as temporary:
-        named = {convert_to_mlx_key(key): value.T.contiguous() for key, value in tensors.items()}
-        save_file(named, temporary / MLX_FILE, {"format": "mlx"})
-        text = json.dumps(dict(stored) | {"lora_parameters": parameters}, indent=4, sort_keys=True) + "\n"
-        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -85,14 +85,10 @@ def resize(
             f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
         )
 
-    from rightrank.adapters.resize import (
-        choose_ranks_by_energy,
-        choose_uniform_rank,
-        require_plain_update,
-        resize_adapter,
-    )
+    from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, resize_adapter
     from rightrank.data.files import require_absent
     from rightrank.models.adapter_reader import open_adapter
+    from rightrank.models.resizing import require_plain_update
 
     require_absent(Path(out))
     opened = open_adapter(folder)

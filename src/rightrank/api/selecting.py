@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from rightrank.runs.calls import EvaluateFunction, TrainFunction
     from rightrank.runs.custom_trainer import TrainerSettings
-    from rightrank.runs.values import Rows
+    from rightrank.runs.selection import Rows
 
 
 def select_rank(
@@ -66,10 +67,10 @@ def select_rank(
     from rightrank.hooks.process import SignalHandler
     from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.values import SelectionInputs, validate_inputs
+    from rightrank.runs.selection import SelectionRequest, validate_request
 
-    request = SelectionInputs(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
-    validate_inputs(request)
+    request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
+    validate_request(request)
     trackers, folder = Trackers(request.settings.report_to, Path(out)), RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = _open_views(progress, stack)
@@ -77,13 +78,13 @@ def select_rank(
         # These imports bring torch. They follow the lock, so that an unusable folder is refused at once.
         from rightrank.hooks.preflight import PreflightHook
         from rightrank.hooks.report import Report
-        from rightrank.runs.prepare import BuiltInTrainerRequest
+        from rightrank.runs.prepare import prepare_run
         from rightrank.runs.run import select
 
         plugin_hooks = plugins.collect_items(lambda plugin: plugin.hooks())
         hooks = [*views, stop, PreflightHook(), trackers, Report(), *plugin_hooks, *callbacks]
         try:
-            return select(BuiltInTrainerRequest(request), folder, hooks)
+            return select(partial(prepare_run, request), folder, hooks)
         except InterruptedRun as interruption:
             if not stop.requested:
                 raise
@@ -118,10 +119,10 @@ def preflight(
         InputError: model, data or settings can't be used.
     """
     from rightrank.hooks.trackers import resolve_trackers
-    from rightrank.runs.values import SelectionInputs, validate_inputs
+    from rightrank.runs.selection import SelectionRequest, validate_request
 
-    request = SelectionInputs(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
-    validate_inputs(request)  # before the imports that bring torch
+    request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
+    validate_request(request)  # before the imports that bring torch
     resolve_trackers(request.settings.report_to)
     from rightrank.hooks.preflight import run_preflight
     from rightrank.runs.prepare import prepare_selection
@@ -190,4 +191,4 @@ def select_rank_with(
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = _open_views(settings.get("progress", False), stack)
         plugin_hooks = plugins.collect_items(lambda plugin: plugin.hooks())
-        return select(request, folder, [*views, Report(), *plugin_hooks, *callbacks])
+        return select(request.prepare, folder, [*views, Report(), *plugin_hooks, *callbacks])

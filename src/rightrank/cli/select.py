@@ -75,9 +75,9 @@ def _select(
     rows = Path(str(original.pop("data"))) if data is None else data
     settings = SelectSettings(**original | gather_settings(config_file, assignments, options))
     if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line was printed before
-        from rightrank.runs.values import SelectionInputs, validate_inputs
+        from rightrank.runs.selection import SelectionRequest, validate_request
 
-        validate_inputs(SelectionInputs(base, None, rows, settings))  # before torch is imported
+        validate_request(SelectionRequest(base, None, rows, settings))  # before torch is imported
         announce("loading model and data", always=True)
     selected = _run_with_progress(
         lambda hooks: select_rank(base, rows, out, settings=settings, callbacks=hooks), quiet, out, log_json

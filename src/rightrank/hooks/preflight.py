@@ -11,7 +11,7 @@ from rightrank.decision.seeds import NOISE
 from rightrank.report.format import format_duration, format_quantity
 from rightrank.report.terminal import describe_data_issues, format_preflight_lines, format_time_estimate
 from rightrank.runs.hook import Hook, SelectionStart
-from rightrank.runs.local import LoadedSelection
+from rightrank.runs.prepare import LoadedSelection
 from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution

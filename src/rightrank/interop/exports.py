@@ -162,8 +162,8 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> ExportResult:
 
 def _write_served_adapter(adapter: Path, out: Path) -> None:
     """Write the adapter with the same rank and scale for all modules."""
-    from rightrank.adapters.resize import write_uniform_adapter  # imports torch, which other exports do not need
     from rightrank.models.adapter_reader import open_adapter
+    from rightrank.models.resizing import write_uniform_adapter  # imports torch, which other exports do not need
 
     write_uniform_adapter(open_adapter(adapter), out)
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,22 +25,23 @@ from rightrank.adapters.batch_scores import HeldOutBatches, has_class_labels, re
 from rightrank.adapters.distributed import gather_parameters, is_partitioned, sync_errors
 from rightrank.adapters.in_memory import InMemoryAdapter, copy_factors, gather_adapter_moments, save_trained_adapter
 from rightrank.adapters.preserved_state import preserve_state
-from rightrank.adapters.resize import cap_ranks, list_candidate_ranks, write_resized_adapter
+from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import choose_adapter, estimate_training_ranks
 from rightrank.decision.records import Records, read_records
 from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.base_models import compute_base_identity
-from rightrank.runs.executor import Executor, PreparedSelection
+from rightrank.models.resizing import cap_ranks, write_resized_adapter
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import AdapterProposal, Hook
 from rightrank.runs.prepare import describe_environment
 from rightrank.runs.run import select
+from rightrank.runs.selection import Executor, PreparedSelection
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, get_first_line
-from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
+from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunKind, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     Arm,
@@ -50,7 +50,6 @@ from rightrank.schema.trials import (
     TrialOutcome,
     TrialStarted,
     compute_trial_id,
-    hash_content,
 )
 from rightrank.search.bracket import make_truncation_arm
 from rightrank.search.history import Requests, Space, Trials, build_space
@@ -62,7 +61,6 @@ from rightrank.train.evaluation import MetricResults
 from rightrank.train.optimizer import Progress
 from rightrank.train.targets import suppress_peft_warnings
 from rightrank.train.trial import build_finished_trial
-from rightrank.version import __version__
 
 log = logging.getLogger("rightrank")
 
@@ -196,7 +194,7 @@ def finish_run(
     """
     executor = CallbackExecutor(in_memory_adapter, training)
     with sync_errors(), folder.lock(), report_disk_errors(folder.path):
-        select(executor, folder, [executor, *hooks])
+        select(executor.prepare, folder, [executor, *hooks])
     records = executor.records
     answer = records.adapters[-1].answer
     return TruncationResult(answer, records.by_id[answer.trained_id], folder, executor.moments.notices)
@@ -257,16 +255,15 @@ def _build_run_started(
     values["is_text"] = values["model"] is not None and (
         is_classifier if form == "classification" else base.can_generate()
     )
-    return RunStarted(
-        rightrank_version=__version__,
-        fingerprint=hash_content({"settings": values, "steps": training.steps, "checkpoint": training.checkpoint}),
-        settings=values,
+    return RunStarted.build(
+        RunKind.CALLBACK,
+        values,
+        {"settings": values, "steps": training.steps, "checkpoint": training.checkpoint},
         environment=describe_environment(str(next(in_memory_adapter.model.parameters()).device)),
         data=DataSummary(form=form, splits={}, splits_given=True, duplicates_across_splits=0, classes=classes),
         evaluation_examples=[],
         metric=in_memory_adapter.metric,
         higher_is_better=in_memory_adapter.metric == "accuracy",
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
@@ -285,7 +282,7 @@ class PreparedTruncations(PreparedSelection):
 class CallbackExecutor(Hook):
     """The executor of a truncation search. It loads each truncation into the model in memory and evaluates it.
 
-    It is also the request that `select` takes, and a hook that adds notes to the answer.
+    It also prepares the search for `select`, and is a hook that adds notes to the answer.
     """
 
     def __init__(self, in_memory_adapter: InMemoryAdapter, training: TrainingSummary) -> None:
@@ -298,7 +295,7 @@ class CallbackExecutor(Hook):
         self.records: Records
 
     def prepare(
-        self, folder: RunFolder, journal: Sequence[JournalRecord], previous: PreparedSelection | None = None
+        self, folder: RunFolder, journal: Sequence[JournalRecord], extended: PreparedSelection | None = None
     ) -> PreparedSelection:
         """Return the prepared search for the run in `folder`."""
         started, steps = read_records(journal, str(folder.path)).started, self._training.steps
@@ -306,9 +303,6 @@ class CallbackExecutor(Hook):
         return PreparedTruncations(
             executor=self, started=started, settings=started.select_settings, steps=steps, strategy=strategy
         )
-
-    def replace_settings(self, settings: SelectSettings) -> CallbackExecutor:
-        return self
 
     @contextmanager
     def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[CallbackExecutor]:

@@ -39,9 +39,8 @@ from rightrank.report.format import format_bytes, format_quantity, make_visible
 from rightrank.report.svg import draw_swatch, render_inline_svg
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision, ExportedAdapter, Result, ResultsTable
-from rightrank.schema.events import DataSummary, RunStarted, TestEvaluated
+from rightrank.schema.events import DataSummary, RunKind, RunStarted, TestEvaluated
 from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome
-from rightrank.version import __version__
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
 MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000
@@ -117,10 +116,9 @@ def render_results_report(results: ResultsTable, decision: Decision, source: str
         "higher_is_better": results.higher_is_better,
         "margin": decision.margin,
     }
-    started = RunStarted(
-        rightrank_version=__version__,
-        fingerprint="",
-        settings={"trainer": source, "version": "", **decision_settings},
+    started = RunStarted.build(
+        RunKind.TABLE,
+        {"trainer": source, "version": "", **decision_settings},
         environment={f"read {number}": note for number, note in enumerate(results.input_notes, 1)},
         data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
         evaluation_examples=[],
@@ -248,7 +246,7 @@ def _is_hub_name(model: str) -> bool:
 def _format_subject(started: RunStarted) -> str:
     """Describe model and data in one line, with the number of examples."""
     if started.model_name is None or started.data_name is None:
-        return started.model_name or (started.trainer if started.is_table else None) or "a custom trainer"
+        return started.model_name or (started.trainer if started.kind is RunKind.TABLE else None) or "a custom trainer"
     names = started.model_name, started.data_name
     model, data = (PurePath(name).name if name.startswith((".", "/", "~")) else name for name in names)
     counts = ", ".join(f"{split.examples:,} {name}" for name, split in started.data.splits.items())
@@ -331,6 +329,6 @@ def _describe_limits(records: Records, decision: Decision | None) -> list[str]:
         limits.append(
             f"{format_quantity(missing, 'training')} without a result; these do not count for or against a rank."
         )
-    if not records.tests and not records.started.is_table:
+    if not records.tests and records.started.kind is not RunKind.TABLE:
         limits.append("The test split. It is evaluated at the end of the run.")
     return limits

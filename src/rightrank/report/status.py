@@ -16,7 +16,7 @@ from rightrank.report.figure import format_metric_label
 from rightrank.report.format import format_quantity
 from rightrank.report.terminal import draw_terminal_curve
 from rightrank.schema.command import build_measure_command
-from rightrank.schema.events import DecisionRecorded, JournalRecord, RunStarted
+from rightrank.schema.events import DecisionRecorded, JournalRecord, RunKind, RunStarted
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
 
@@ -108,7 +108,7 @@ def _build_resume_command(started: RunStarted, run: str) -> str | None:
     """Return the command that resumes a run; None if a custom trainer in Python has to be called again."""
     if not started.is_custom_trainer:
         return shlex.join(["rightrank", "select", "--out", run])
-    return build_measure_command(run) if started.is_callback else None
+    return build_measure_command(run) if started.kind is RunKind.CALLBACK else None
 
 
 def _format_active_trial(journal: Sequence[JournalRecord], records: Records) -> str | None:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Literal, TypeAlias, TypedDict
 
 from rightrank.decision.records import Records
 from rightrank.decision.table import DROP_IN_MARGINS, detect_collapse
 from rightrank.runs.calls import EvaluateFunction, TrainFunction, TrialResult, TrialTask, call_function, parse_result
-from rightrank.runs.executor import Executor, PreparedSelection
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.selection import Executor, PreparedSelection
 from rightrank.schema.errors import (
     AllTrialsFailedError,
     InputError,
@@ -29,7 +28,7 @@ from rightrank.schema.errors import (
     SettingsError,
     suggest_name,
 )
-from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
+from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunKind, RunStarted
 from rightrank.schema.metrics import format_unknown_direction, infer_direction
 from rightrank.schema.settings import PROFILES, Goal, SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
@@ -43,11 +42,9 @@ from rightrank.schema.trials import (
     TrialFinished,
     TrialOutcome,
     TrialStarted,
-    hash_content,
 )
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
-from rightrank.version import __version__
 
 _CallResult: TypeAlias = tuple[Trial, object, float]  # the trial, the returned value or the raised error, and seconds
 
@@ -93,10 +90,11 @@ class CustomTrainerRequest:
         return None if self.trainer_settings.get("profile") != "rl" or margin is None else DROP_IN_MARGINS * margin
 
     def prepare(
-        self, folder: RunFolder, journal: Sequence[JournalRecord], previous: PreparedSelection | None = None
+        self, folder: RunFolder, journal: Sequence[JournalRecord], extended: PreparedSelection | None = None
     ) -> PreparedSelection:
-        """Prepare the selection; see `rightrank.runs.executor.SelectionRequest`."""
-        settings, steps = self.settings, self.settings.max_steps or 0
+        """Prepare the selection; see `rightrank.runs.selection.Prepare`."""
+        settings = self.settings if extended is None else extended.settings
+        steps = settings.max_steps or 0
         space = replace(
             build_space(settings, steps),
             can_stop_early=False,
@@ -106,7 +104,7 @@ class CustomTrainerRequest:
         )
         return _CustomTrainerSelection(
             request=self,
-            started=self._build_start_record(journal, steps),
+            started=self._build_start_record(settings, journal, steps),
             settings=settings,
             steps=steps,
             strategy=make_strategy(settings.strategy, space),
@@ -114,28 +112,24 @@ class CustomTrainerRequest:
             advice="give another range of learning rates, and a new out",
         )
 
-    def replace_settings(self, settings: SelectSettings) -> CustomTrainerRequest:
-        return replace(self, settings=settings)
-
-    def _build_start_record(self, journal: Sequence[JournalRecord], steps: int) -> RunStarted:
+    def _build_start_record(self, settings: SelectSettings, journal: Sequence[JournalRecord], steps: int) -> RunStarted:
         identity = {"trainer": self.name, "steps": steps}
         identity |= {"metric": self.metric, "higher_is_better": self.higher_is_better}
         values = {"model": None, "data": None, **identity}
-        values |= self.settings.model_dump(mode="json", include=self.settings.model_fields_set - {"goal", "max_steps"})
+        values |= settings.model_dump(mode="json", include=settings.model_fields_set - {"goal", "max_steps"})
         if self.trainer_settings.get("profile") is not None:
             values["profile"] = self.trainer_settings["profile"]
         original_settings = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
         system = f"{platform.system()} {platform.machine()}"
-        return RunStarted(
-            rightrank_version=__version__,
-            fingerprint=hash_content({"settings": select_identity_settings(values, original_settings)}),
-            settings=values,
+        return RunStarted.build(
+            RunKind.CUSTOM_TRAINER,
+            values,
+            {"settings": select_identity_settings(values, original_settings)},
             environment={"python": platform.python_version(), "system": system, "device": "the trainer's own"},
             data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
             evaluation_examples=[],
             metric=self.metric,
             higher_is_better=self.higher_is_better,
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
 
@@ -342,12 +336,13 @@ def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> No
     Raises:
         InputError: there is no PEFT adapter, or one of a kind that can't be truncated.
     """
-    from rightrank.adapters.resize import cap_ranks, resize_adapter
-    from rightrank.models.adapter_reader import open_adapter  # imports torch, which a custom trainer may not need
+    from rightrank.models.adapter_reader import open_adapter  # these import torch, which a custom trainer may not need
+    from rightrank.models.resizing import cap_ranks, require_plain_update, write_resized_adapter
 
     adapter, target = open_adapter(folder.get_trial_folder(parent)), folder.get_trial_folder(trial.trial_id)
     shutil.rmtree(target, ignore_errors=True)
-    resize_adapter(adapter, target, cap_ranks(adapter, trial.arm.rank))
+    require_plain_update(adapter)
+    write_resized_adapter(adapter, target, cap_ranks(adapter, trial.arm.rank))
 
 
 def build_outcome(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:

@@ -13,8 +13,8 @@ from rightrank.schema.events import AnyJournalRecord, Event, JournalRecord, List
 
 if TYPE_CHECKING:
     from rightrank.decision.records import Records
-    from rightrank.runs.executor import PreparedSelection
     from rightrank.runs.folder import RunFolder
+    from rightrank.runs.selection import PreparedSelection
     from rightrank.runs.values import Selected
     from rightrank.schema.decision import AdapterAnswer
 

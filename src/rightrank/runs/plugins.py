@@ -48,7 +48,7 @@ class Plugin:
     executors: Mapping[str, Callable[..., AbstractContextManager[Any]]] = field(default_factory=dict)
     """By value of the setting `executor`: a function that takes the prepared selection, its folder, and the listener.
 
-    It returns a context manager, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
+    It returns a context manager, within which workers run, whose value is a `rightrank.runs.selection.Executor`.
     """
     memory_plan: Callable[..., MemoryPlan | None] = lambda *selection: None
     """A function that plans the memory of a selection's ranks and returns those that fit, or None if it can't.

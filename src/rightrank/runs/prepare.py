@@ -1,4 +1,4 @@
-"""From a request to a selection that can start: load data and base, determine the ranks, compute the run's identity.
+"""Prepare a selection in this process and train its trials: load data and base, determine the ranks, compute the run's identity.
 
 Preparing the same request again, here or in another process, gives an equal runtime and the same identity.
 """
@@ -6,15 +6,15 @@ Preparing the same request again, here or in another process, gives an equal run
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.records import get_effective_start
+from rightrank.decision.records import Records, get_effective_start
 from rightrank.models.base_models import (
     DTYPES,
     LoadedModel,
@@ -25,23 +25,24 @@ from rightrank.models.base_models import (
     load_model_config,
     resolve_dtype,
 )
-from rightrank.runs.executor import PreparedSelection
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.local import LoadedSelection
-from rightrank.runs.plugins import MemoryPlan, find_first
-from rightrank.runs.values import SelectionInputs
+from rightrank.runs.plugins import MemoryPlan, collect_mapping, find_first
+from rightrank.runs.selection import Executor, PreparedSelection, SelectionRequest
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import JournalRecord, RunStarted
+from rightrank.schema.events import JournalRecord, Listener, RunKind, RunStarted, TestEvaluated
 from rightrank.schema.settings import SelectSettings, select_identity_settings
-from rightrank.schema.trials import hash_content
+from rightrank.schema.trials import SplitName, Trial, TrialFinished, TrialOutcome
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
 from rightrank.search.protocol import Strategy
-from rightrank.train.metrics import require_metric_functions
-from rightrank.train.runtime import Runtime, build_causality_error
+from rightrank.train.evaluation import MetricResults, Scores
+from rightrank.train.loop import train_trials
+from rightrank.train.metrics import measure_metrics, require_metric_functions
+from rightrank.train.pace import choose_adapters_per_pass
+from rightrank.train.runtime import Runtime, attach_adapter, build_causality_error
 from rightrank.train.targets import Targets, find_targets
 from rightrank.train.tokens import EncodedData, encode_splits
-from rightrank.version import __version__
+from rightrank.train.trial import TrialFolders
 
 Notice: TypeAlias = Callable[[str], None]
 
@@ -53,6 +54,98 @@ METRIC_DATA_FORMS = (  # kind of metric, the form of data that it needs, and the
 BIDIRECTIONAL_VALUES = (("is_decoder", False), ("causal", False), ("attn_type", "bi"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedSelection(PreparedSelection):
+    """A prepared selection whose base and data are loaded."""
+
+    request: SelectionRequest  # with the settings with which the run began
+    runtime: Runtime
+    planned: MemoryPlan | None  # None: the memory of this architecture can't be planned
+    top_origin: str  # why the highest rank was chosen, in words
+
+    @property
+    def base_identity(self) -> bytes:
+        return self.runtime.loaded.identity.to_json()
+
+    @contextmanager
+    def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[Executor]:
+        """Open the executor of this process, or the one that the settings name."""
+        if self.settings.executor == "local":
+            yield LocalExecutor(self.runtime, folder, listener, self.planned)
+            return
+        with collect_mapping(lambda plugin: plugin.executors)[self.settings.executor](
+            self, folder, listener
+        ) as executor:
+            yield executor
+
+    def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
+        return None if self.planned is None else self.planned.predict_peak_bytes(ranks)
+
+    def score_trial(self, trial: TrialFinished, adapter: Path | None) -> TrialFinished:
+        scores, measured = self._evaluate_adapter("validation", adapter)
+        values = scores.metrics | measured.values
+        value = values.get(trial.value_metric or self.started.metric, scores.loss)
+        changes = {"value": value, "metrics": values, "failed_metrics": measured.failures}
+        return trial.model_copy(update=scores.to_record_fields(measured) | changes)
+
+    def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
+        if not self.runtime.data.splits["test"]:
+            return None
+        scores, measured = self._evaluate_adapter("test", adapter)
+        metric = self.started.metric
+        measured.require_values([metric])
+        values = scores.metrics | measured.values
+        return TestEvaluated(
+            trial_id=trial.trial_id,
+            rank=trial.rank,
+            value=values.get(metric, scores.loss),
+            metric=None if metric in values else "loss",
+            metrics=values,
+            **scores.to_record_fields(MetricResults()),
+        )
+
+    def _evaluate_adapter(self, split: SplitName, adapter: Path | None) -> tuple[Scores, MetricResults]:
+        with attach_adapter(self.runtime, adapter):
+            return self.runtime.evaluate(split), measure_metrics(self.runtime, split)
+
+
+@dataclass(slots=True)
+class LocalExecutor:
+    """The executor of a single process. Errors other than running out of memory propagate with their traceback."""
+
+    _runtime: Runtime
+    _folder: RunFolder
+    _listener: Listener
+    _planned: MemoryPlan | None = None
+    _is_prepared: bool = False
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        base = [trial for trial in trials if trial.arm.rank == 0]
+        trained = [trial for trial in trials if trial.arm.rank > 0]
+        yield from train_trials(self._runtime, base, base_loss, self._get_trial_folders, self._listener)
+        if not trained:
+            return
+        if not self._is_prepared:
+            self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
+            self._is_prepared = True
+        arms = [trial.arm for trial in trained]
+        largest = self._planned.max_adapters_per_pass if self._planned else None
+        size = choose_adapters_per_pass(self._runtime, arms, self._listener.send_notice, largest)
+        yield from train_trials(self._runtime, trained, base_loss, self._get_trial_folders, self._listener, size)
+
+    def _get_trial_folders(self, trial: Trial) -> TrialFolders:
+        arm, folder = trial.arm, self._folder
+        parent = arm.truncate_from
+        return TrialFolders(
+            folder.get_checkpoint_path(trial.trial_id),
+            folder.get_trial_folder(trial.trial_id),
+            None if arm.continue_from is None else folder.get_checkpoint_path(arm.continue_from),
+            None if parent is None else folder.get_trial_folder(parent),
+            None if parent is None else folder.get_checkpoint_path(parent).with_suffix(".moments.safetensors"),
+            folder.get_answers_path(trial.trial_id),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Sources:
     splits: DataSplits
@@ -62,7 +155,7 @@ class _Sources:
 
 
 def prepare_selection(
-    request: SelectionInputs, cache: Path, notice: Notice = lambda _: None, loaded: LoadedModel | None = None
+    request: SelectionRequest, cache: Path, notice: Notice = lambda _: None, loaded: LoadedModel | None = None
 ) -> LoadedSelection:
     """Load the base, encode the data, and plan the memory.
 
@@ -127,26 +220,21 @@ def _build_strategy(runtime: Runtime, settings: SelectSettings, steps: int, star
     return make_strategy(settings.strategy, replace(space, can_truncate=reason is None))
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltInTrainerRequest:
-    """A request whose base and data are loaded here; see `rightrank.runs.executor.SelectionRequest`."""
-
-    request: SelectionInputs
-
-    def prepare(
-        self, folder: RunFolder, journal: Sequence[JournalRecord], previous: PreparedSelection | None = None
-    ) -> LoadedSelection:
-        """Load data and base for a run that may have begun in `folder`; see `prepare_selection`."""
-        notes: list[str] = []
-        loaded = previous.runtime.loaded if isinstance(previous, LoadedSelection) else None
-        prepared = prepare_selection(_restore_settings(self.request, journal), folder.cache, notes.append, loaded)
-        return replace(prepared, notes=tuple(notes))
-
-    def replace_settings(self, settings: SelectSettings) -> BuiltInTrainerRequest:
-        return BuiltInTrainerRequest(replace(self.request, settings=settings))
+def prepare_run(
+    request: SelectionRequest,
+    folder: RunFolder,
+    journal: Sequence[JournalRecord],
+    extended: PreparedSelection | None = None,
+) -> LoadedSelection:
+    """Prepare a run that may have begun in `folder`; see `rightrank.runs.selection.Prepare`."""
+    notes: list[str] = []
+    loaded = extended.runtime.loaded if isinstance(extended, LoadedSelection) else None
+    request = request if extended is None else replace(request, settings=extended.settings)
+    prepared = prepare_selection(_restore_settings(request, journal), folder.cache, notes.append, loaded)
+    return replace(prepared, notes=tuple(notes))
 
 
-def _restore_settings(request: SelectionInputs, journal: Sequence[JournalRecord]) -> SelectionInputs:
+def _restore_settings(request: SelectionRequest, journal: Sequence[JournalRecord]) -> SelectionRequest:
     """Return the request with the settings with which the journal's run began; unchanged if the journal is empty."""
     first = journal[0] if journal else None
     if not isinstance(first, RunStarted):
@@ -162,7 +250,7 @@ def _restore_settings(request: SelectionInputs, journal: Sequence[JournalRecord]
     return replace(request, settings=settings, original_settings=first.settings)
 
 
-def _resolve_auto_dtype(request: SelectionInputs) -> SelectionInputs:
+def _resolve_auto_dtype(request: SelectionRequest) -> SelectionRequest:
     """Return the request with the type that `auto` selects on this device; a model in memory keeps its own."""
     settings = request.settings
     if isinstance(request.model, str):
@@ -175,7 +263,7 @@ def _resolve_auto_dtype(request: SelectionInputs) -> SelectionInputs:
     return replace(request, settings=settings.model_copy(update={"dtype": dtype}))
 
 
-def _load_sources(request: SelectionInputs, loaded: LoadedModel | None, folder: Path) -> _Sources:
+def _load_sources(request: SelectionRequest, loaded: LoadedModel | None, folder: Path) -> _Sources:
     settings = request.settings
     require_metric_functions(settings)
     if isinstance(request.model, str) and request.tokenizer is not None:
@@ -226,7 +314,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
 
 
 def _build_start_record(
-    request: SelectionInputs, sources: _Sources, settings: SelectSettings, steps: int
+    request: SelectionRequest, sources: _Sources, settings: SelectSettings, steps: int
 ) -> RunStarted:
     values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
     identity = {
@@ -235,17 +323,16 @@ def _build_start_record(
         "data": sources.splits.fingerprint,
         "steps": steps,
     }
-    return RunStarted(
-        rightrank_version=__version__,
-        fingerprint=hash_content(identity),
-        settings=values,
+    return RunStarted.build(
+        RunKind.SELECTION,
+        values,
+        identity,
         environment=describe_environment(str(sources.loaded.device)),
         data=sources.encoded.summary,
         evaluation_examples=[example.example_id for example in sources.encoded.splits["validation"]],
         metric=settings.metric_name,
         higher_is_better=settings.is_higher_better(settings.metric_name),
         points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 

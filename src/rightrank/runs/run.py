@@ -15,10 +15,10 @@ import yaml
 from rightrank.data.files import write_text
 from rightrank.decision.records import Records, add_base_note, decide_run, get_effective_start
 from rightrank.report.format import format_bytes
-from rightrank.runs.executor import Executor, PreparedSelection, SelectionRequest
 from rightrank.runs.finish import export_provisional, finish_run, rescore_trials
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Hooks, Run, SelectionStart, wrap_hook_errors
+from rightrank.runs.selection import Executor, Prepare, PreparedSelection
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import (
@@ -30,7 +30,7 @@ from rightrank.schema.errors import (
     RunFolderError,
     SettingsError,
 )
-from rightrank.schema.events import JournalRecord, RunContinued, RunStarted, RunStopped, SelectionPlanned
+from rightrank.schema.events import JournalRecord, RunContinued, RunKind, RunStarted, RunStopped, SelectionPlanned
 from rightrank.schema.settings import CONTINUABLE_SETTINGS, SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
     OUTCOMES,
@@ -46,7 +46,7 @@ MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # if these fail and none finishes, the cause is not a single arm
 
 
-def select(request: SelectionRequest, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
+def select(prepare: Prepare, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
     """Prepare, run trials and finish. Repeat with the rank or learning rate that the result asks for, if `extend`, memory and budget allow.
 
     Steps that an interrupted run in `folder` has completed are skipped.
@@ -58,7 +58,7 @@ def select(request: SelectionRequest, folder: RunFolder, hooks: Sequence[Hook]) 
         InterruptedRun: a hook asked to stop; the journal holds the finished trials.
         HookError: a hook failed.
     """
-    run, spent = open_run(request, folder, Hooks(hooks)), None
+    run, spent = open_run(prepare, folder, Hooks(hooks)), None
     for extensions in range(MAX_EXTENSIONS + 1):
         start_run(run)
         rescore_trials(run)
@@ -72,16 +72,14 @@ def select(request: SelectionRequest, folder: RunFolder, hooks: Sequence[Hook]) 
         selected = finish_run(run, decision)
         if selected.cost["trainings"] == spent or extensions == MAX_EXTENSIONS:
             break  # the budget is spent
-        extension, spent = _extend_run(request, run, selected), selected.cost["trainings"]
+        extension, spent = _extend_run(prepare, run, selected), selected.cost["trainings"]
         if extension is None:
             break
         run = extension
     return selected
 
 
-def open_run(
-    request: SelectionRequest, folder: RunFolder, hooks: Hooks, previous: PreparedSelection | None = None
-) -> Run:
+def open_run(prepare: Prepare, folder: RunFolder, hooks: Hooks, extended: PreparedSelection | None = None) -> Run:
     """Begin or resume a run: read the journal and load data and base. Write nothing.
 
     A run of other settings whose function only raised errors or returned nothing usable is moved aside.
@@ -91,9 +89,9 @@ def open_run(
         RunFolderError: the folder was made with another model, other data or other settings.
     """
     journal = folder.journal.read(hooks.send_notice)
-    selection = request.prepare(folder, journal, previous)
+    selection = prepare(folder, journal, extended)
     if _has_no_result(journal, selection.started):
-        journal, selection = [], request.prepare(folder, [], previous)
+        journal, selection = [], prepare(folder, [], extended)
         hooks.send_notice(
             f"the run in {folder.path} had other settings and no result; it was moved to {folder.move_aside()}"
         )
@@ -135,13 +133,13 @@ def start_run(run: Run) -> None:
     )
 
 
-def _extend_run(request: SelectionRequest, run: Run, selected: Selected) -> Run | None:
+def _extend_run(prepare: Prepare, run: Run, selected: Selected) -> Run | None:
     """Open the run with a higher rank or the next learning rate; None if the result asks for neither, or memory does not suffice."""
     settings, extended_settings = run.selection.settings, extend_settings(run.selection.settings, selected)
     if extended_settings is None:
         return None
     try:
-        extended_run = open_run(request.replace_settings(extended_settings), run.folder, run.hooks, run.selection)
+        extended_run = open_run(prepare, run.folder, run.hooks, replace(run.selection, settings=extended_settings))
     except (ModelError, SettingsError) as error:  # no matrix supports the rank, or it does not fit the memory
         run.hooks.send_notice(f"not extended: {error}")
         return None
@@ -254,8 +252,7 @@ def _has_no_result(journal: Sequence[JournalRecord], started: RunStarted) -> boo
     first = journal[0] if journal else None
     if (
         not isinstance(first, RunStarted)
-        or not first.is_custom_trainer
-        or first.is_callback
+        or first.kind is not RunKind.CUSTOM_TRAINER
         or first.fingerprint == started.fingerprint
     ):
         return False

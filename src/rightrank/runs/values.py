@@ -1,105 +1,25 @@
-"""The inputs of a selection, validated before torch is imported, and its result."""
+"""The result of a selection."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
-from rightrank.data.rows import require_data_source
 from rightrank.decision.adapter import estimate_training_ranks, find_smallest_truncation
 from rightrank.decision.records import Answers, Records, build_answers, build_trials_frame, read_records
-from rightrank.models.model_sources import normalize_model_name, require_model
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.plugins import collect_mapping
 from rightrank.schema.decision import AdapterCandidate, Decision, ExportedAdapter, TrainingRankEstimate
-from rightrank.schema.errors import ModelError, ResultsError, SettingsError
-from rightrank.schema.setting_table import require_no_secret
-from rightrank.schema.settings import Goal, SelectSettings
+from rightrank.schema.errors import ResultsError
+from rightrank.schema.settings import Goal
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rightrank.report.answer import AnswerView
-
-Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionInputs:
-    """The model, the data and the settings of a selection."""
-
-    model: str | PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    data: str | Path | Rows | Mapping[str, Rows]
-    settings: SelectSettings
-    original_settings: Mapping[str, Any] | None = None  # of a resumed run: the settings with which it began
-
-    @property
-    def model_name(self) -> str:
-        return self.model if isinstance(self.model, str) else f"in memory ({type(self.model).__name__})"
-
-    @property
-    def data_name(self) -> str:
-        if not isinstance(self.data, str | Path):
-            return f"in memory ({type(self.data).__name__})"
-        return (
-            str(self.data).encode("utf-8", "backslashreplace").decode()
-        )  # a file name may contain bytes that JSON can't hold
-
-
-def validate_inputs(request: SelectionInputs) -> None:
-    """Refuse inputs with which a selection can't work.
-
-    Raises:
-        SettingsError: an unknown strategy, one that can't work within its budget, odd ranks for `orthogonal`, or workers
-            that can't read a model or data in memory.
-        DataError: a data file that is missing or of a type that is not supported.
-        ModelError: a model folder that is missing or holds no model, a name that the hub does not have, or another model than
-            the settings state.
-    """
-    settings = request.settings
-    try:
-        require_no_secret("model", request.model_name)
-        require_no_secret("data", request.data_name)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
-    make_strategy(settings.strategy, build_space(settings, settings.max_steps or 1))
-    for source in (request.data, settings.validation or None):
-        if isinstance(source, str | Path):
-            require_data_source(Path(source))
-    if isinstance(request.model, str):
-        require_model(request.model)
-    stated_base, name = (
-        settings.expected_fields.get("base_model_name_or_path"),
-        getattr(request.model, "name_or_path", request.model),
-    )
-    if (
-        stated_base
-        and isinstance(name, str)
-        and name
-        and normalize_model_name(stated_base) != normalize_model_name(name)
-    ):
-        raise ModelError(
-            f"base_model_name_or_path: got {stated_base!r}, but the model is {name!r}; give that model, or leave base_model_name_or_path out"
-        )
-    odd = next((rank for rank in settings.ranks if rank % 2), None)
-    if odd is not None and settings.init_lora_weights == "orthogonal":
-        raise SettingsError(
-            f"init_lora_weights 'orthogonal': PEFT supports only even ranks, got rank {odd}; give even ranks"
-        )
-    if settings.executor != "local" and settings.executor not in collect_mapping(lambda plugin: plugin.executors):
-        raise SettingsError(f"executor {settings.executor!r} needs the plug-in 'cluster', which is not installed")
-    for label, value in (("model", request.model), ("data", request.data)):
-        if settings.executor != "local" and not isinstance(value, str | Path):
-            raise SettingsError(
-                f"executor {settings.executor!r}: the {label} is in memory, which workers can't read; "
-                "give a path or a name, or executor 'local'"
-            )
 
 
 def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
@@ -22,7 +25,9 @@ from rightrank.schema.trials import (
     TrialFinished,
     TrialOutcome,
     TrialStarted,
+    hash_content,
 )
+from rightrank.version import __version__
 
 
 class SplitSummary(Record):
@@ -68,23 +73,36 @@ class DataSummary(Record):
         return "pair_loss" if self.form == "preference" else "loss" if self.form == "classification" else "token_loss"
 
 
+class RunKind(StrEnum):
+    """The origin of a run's trainings."""
+
+    SELECTION = "selection"  # the built-in trainer
+    CUSTOM_TRAINER = "custom_trainer"  # a function that trains
+    CALLBACK = "callback"  # a training of another trainer, whose end a callback recorded
+    TABLE = "table"  # a table of results; nothing else is known about the trainings
+
+
 class RunStarted(Record):
     """The first line of a journal: everything that the trials share."""
 
+    @classmethod
+    def build(
+        cls, kind: RunKind, settings: Mapping[str, Any], identity: dict[str, Any] | None = None, **fields: Any
+    ) -> RunStarted:
+        """Return the record of a run that begins now.
+
+        Args:
+            identity: the values (JSON) that the trials depend on; None for a run without trials of its own.
+            fields: all other fields.
+        """
+        fingerprint = "" if identity is None else hash_content(identity)
+        stated = {"rightrank_version": __version__, "started_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        return cls(kind=kind, settings=dict(settings), fingerprint=fingerprint, **stated | fields)
+
     @property
     def is_custom_trainer(self) -> bool:
-        """Return whether a custom trainer provides the model and the data."""
-        return "trainer" in self.settings
-
-    @property
-    def is_table(self) -> bool:
-        """Return whether the record stands for a table of results, so that nothing else is known about the trainings."""
-        return not self.fingerprint
-
-    @property
-    def is_callback(self) -> bool:
-        """Return whether a callback recorded the end of a custom training, rather than a function that trains."""
-        return self.is_custom_trainer and "steps" not in self.settings
+        """Return whether another trainer provides the model and the data."""
+        return self.kind is not RunKind.SELECTION
 
     @property
     def is_rl(self) -> bool:
@@ -115,6 +133,7 @@ class RunStarted(Record):
 
     type: Literal["run_started"] = "run_started"
     schema_version: BoundedInt = SCHEMA_VERSION
+    kind: RunKind = RunKind.SELECTION
     rightrank_version: str
     fingerprint: str
     settings: dict[str, JsonValue]

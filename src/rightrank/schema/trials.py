@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SCHEMA_VERSION = 5  # of the journal; other versions are not read
+SCHEMA_VERSION = 6  # of the journal; other versions are not read
 IDENTITY_VERSION = 1  # of the hashed content of a trial id; a change gives every trial a new id
 
 BoundedInt: TypeAlias = Annotated[int, Field(ge=-MAX_EXACT_INTEGER, le=MAX_EXACT_INTEGER)]

@@ -23,12 +23,12 @@ from rightrank.plugins.cluster.on_ray import RayBackend
 from rightrank.plugins.cluster.pool import WorkerBackend, WorkerPool
 from rightrank.plugins.cluster.processes import ProcessBackend
 from rightrank.plugins.cluster.worker import WorkerSetup, collect_versions
-from rightrank.runs.executor import PreparedSelection
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks, SelectionEnd
 from rightrank.runs.run import decide_training_rank, open_run, run_trials, start_run
-from rightrank.runs.values import Selected, SelectionInputs, collect_answers
-from rightrank.schema.events import DataSummary, Event, JournalRecord, RunStarted
+from rightrank.runs.selection import PreparedSelection, SelectionRequest
+from rightrank.runs.values import Selected, collect_answers
+from rightrank.schema.events import DataSummary, Event, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import make_strategy
@@ -143,27 +143,12 @@ Fault = Callable[[Site], None]
 
 def _open_backend(site: Site) -> WorkerBackend:
     (site.folder / "journal.jsonl").touch()  # which workers look for
-    request = SelectionInputs("", None, "", SelectSettings())
+    request = SelectionRequest("", None, "", SelectSettings())
     setup = WorkerSetup(request, fingerprint="", folder=site.folder, working_folder=Path.cwd())
     if site.executor == "ray":
         os.environ["RAY_ADDRESS"] = site.address or ""
         return RayBackend(setup, None, on_cuda=False, actor=StubRayWorker)
     return ProcessBackend(setup, site.folder / "workers", kind=StubWorker)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A request whose plan is known."""
-
-    planned: PreparedSelection
-
-    def prepare(
-        self, _folder: RunFolder, _journal: Sequence[JournalRecord], _before: PreparedSelection | None
-    ) -> PreparedSelection:
-        return self.planned
-
-    def replace_settings(self, _settings: SelectSettings) -> _Planned:
-        return self
 
 
 def drive(site: Site, strike: Callable[[], None], num_outcomes: int, hang_seconds: float = 600.0) -> None:
@@ -195,7 +180,7 @@ def drive(site: Site, strike: Callable[[], None], num_outcomes: int, hang_second
         report, strategy = Report(), make_strategy(settings.strategy, build_space(settings, STEPS))
         hooks = Hooks([observer, report])
         plan = PreparedSelection(started=started, settings=settings, steps=STEPS, strategy=strategy)
-        run = open_run(_Planned(plan), run_folder, hooks)
+        run = open_run(lambda *_: plan, run_folder, hooks)
         backend = _open_backend(site)
         pool = WorkerPool(backend, WORKERS, collect_versions(), run, hang_seconds=hang_seconds)
         if isinstance(backend, ProcessBackend):

@@ -12,7 +12,7 @@ from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 from tests.plugins.cluster.simulated import make_result, make_step
 
 if TYPE_CHECKING:
-    from rightrank.runs.executor import Executor
+    from rightrank.runs.selection import Executor
 
 SIGN_SECONDS = 0.2  # between two signs of progress
 

@@ -31,7 +31,7 @@ from rightrank.plugins.cluster.worker import (
     WorkerSetup,
     collect_versions,
 )
-from rightrank.runs.values import SelectionInputs
+from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
@@ -43,7 +43,7 @@ from tests.watch import Watch
 
 
 def make_setup(folder: Path) -> WorkerSetup:
-    return WorkerSetup(SelectionInputs("m", None, "d", SelectSettings()), "f", folder, Path.cwd())
+    return WorkerSetup(SelectionRequest("m", None, "d", SelectSettings()), "f", folder, Path.cwd())
 
 
 def test_processes_come_to_the_same_decision_though_one_is_killed(
@@ -128,7 +128,7 @@ def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path
 
 def test_a_worker_that_finds_other_data_refuses(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     sent: list[Any] = []
-    request = SelectionInputs(str(model_folder), None, completion_file, build_small_settings(ranks=(1, 4)))
+    request = SelectionRequest(str(model_folder), None, completion_file, build_small_settings(ranks=(1, 4)))
     worker = workers.Worker(WorkerSetup(request, "of the driver", tmp_path, Path.cwd()), sent.append)
     worker.run_task(Task(trials=make_trials(1), base_loss=None))
     worker.close()

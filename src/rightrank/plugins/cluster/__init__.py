@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rightrank.plugins.cluster.pool import WorkerBackend, WorkerPool
     from rightrank.plugins.cluster.worker import WorkerSetup
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.local import LoadedSelection
+    from rightrank.runs.prepare import LoadedSelection
     from rightrank.schema.events import Listener
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.runtime import Runtime

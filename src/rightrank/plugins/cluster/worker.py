@@ -29,8 +29,7 @@ from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStart
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.runs.executor import Executor
-    from rightrank.runs.values import SelectionInputs
+    from rightrank.runs.selection import Executor, SelectionRequest
 
 STEP_SECONDS = 0.5  # minimum time between two progress messages
 DISK_SECONDS = 600.0  # how long a worker waits for a disk that is full or fails
@@ -42,7 +41,7 @@ SHARED_PACKAGES = ("torch", "transformers", "peft")
 class WorkerSetup:
     """The selection. A worker prepares the same request as the driver and must compute the same fingerprint."""
 
-    request: SelectionInputs  # with the ranks that the driver chose
+    request: SelectionRequest  # with the ranks that the driver chose
     fingerprint: str
     folder: Path  # the run folder, shared by driver and workers
     working_folder: Path  # for relative paths
@@ -173,8 +172,7 @@ class Worker(Listener):
             RunError: the request that is prepared here has another fingerprint than the driver's.
         """
         from rightrank.runs.folder import RunFolder
-        from rightrank.runs.local import LocalExecutor
-        from rightrank.runs.prepare import prepare_selection
+        from rightrank.runs.prepare import LocalExecutor, prepare_selection
 
         request = setup.request
         prepared = prepare_selection(request, self._scratch / "cache")
