@@ -19,6 +19,7 @@ import torch
 import transformers
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -409,17 +410,26 @@ def test_another_base_is_refused_in_a_fresh_process(
     assert "rank" in resume_measurement(out)  # the base that was trained on
 
 
-def test_a_full_disk_is_one_line(
-    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_an_error_at_the_end_is_one_line_and_its_traceback_is_logged(
+    model_folder: Path,
+    rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
 
-    monkeypatch.setattr("rightrank.interop.smallest.begin_run", full)
-    with caplog.at_level(logging.WARNING, "rightrank"):
+    monkeypatch.setattr("rightrank.interop.smallest.begin_run", fail)
+    with caplog.at_level(logging.DEBUG, "rightrank"):
         trainer, _ = run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]))], max_steps=2)
-    lines = [record.getMessage() for record in caplog.records if record.name == "rightrank"]
-    assert lines == ["rightrank: the search for a smaller adapter failed: [Errno 28] No space left on device"]
+    line, traceback = (record for record in caplog.records if record.name == "rightrank")
+    assert line.getMessage() == f"rightrank: the search for a smaller adapter failed: {error}"
+    assert (line.levelno, traceback.levelno) == (logging.WARNING, logging.DEBUG)
+    assert traceback.exc_info is not None
+    assert traceback.exc_info[1] is error
     assert trainer.state.global_step == 2
 
 

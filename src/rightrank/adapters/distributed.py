@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -10,10 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from rightrank.schema.errors import LIBRARY_ERRORS, RightrankError, RunError
+from rightrank.schema.errors import RunError, get_first_line
 
-# The errors that a measurement in another program's process may raise. All others end the process anyway.
-MEASUREMENT_ERRORS = (RightrankError, MemoryError, *LIBRARY_ERRORS)
+log = logging.getLogger("rightrank")
 SHARED_ERROR_FLAG = "is_known_to_all"  # an attribute of an error that every process has raised
 
 
@@ -27,7 +27,7 @@ def sync_errors() -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
-    except MEASUREMENT_ERRORS as error:
+    except Exception as error:  # raised again below, once the other processes know of it
         if hasattr(error, SHARED_ERROR_FLAG):
             raise  # in a block within this one
         failure = error
@@ -36,6 +36,20 @@ def sync_errors() -> Iterator[None]:
         failure = failure or RunError("another process of the training failed")
         setattr(failure, SHARED_ERROR_FLAG, True)
         raise failure
+
+
+@contextmanager
+def log_failure(description: str, advise: Callable[[], str] = str) -> Iterator[None]:
+    """Log an error of the block in one line, with its traceback at debug level. The training around it has ended well and continues.
+
+    Args:
+        advise: returns the end of the line.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever it is, the program must be able to save its model
+        log.warning("rightrank: %s: %s%s", description, get_first_line(error), advise())
+        log.debug("rightrank: the error", exc_info=error)
 
 
 def gather_objects(value: Any) -> list[Any]:

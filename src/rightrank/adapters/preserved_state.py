@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rightrank.schema.errors import LIBRARY_ERRORS, DataError, get_first_line
+from rightrank.schema.errors import DataError, get_first_line
 from rightrank.train.loss import use_adapter
 from rightrank.train.multi_lora import find_lora_modules
 
@@ -91,8 +91,8 @@ def copy_data_source(source: Any) -> Any:
             for name, value in _collect_globals(function).items():
                 copied.__globals__[name] = copy.deepcopy(value, memo)
         return copy.deepcopy(source, memo)
-    except (copy.Error, *LIBRARY_ERRORS) as error:
-        raise DataError(f"{type(source).__name__} cannot be copied ({get_first_line(error)})") from None
+    except (copy.Error, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+        raise DataError(f"{type(source).__name__} cannot be copied ({get_first_line(error)})") from error
 
 
 def _collect_copied_objects(source: Any) -> tuple[list[FunctionType], list[Any]]:

@@ -13,14 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
 from rightrank.adapters.batch_scores import Batch, compute_batch_loss
-from rightrank.adapters.distributed import MEASUREMENT_ERRORS
+from rightrank.adapters.distributed import log_failure
 from rightrank.adapters.in_memory import validate_trained_adapter
 from rightrank.adapters.preserved_state import preserve_state
 from rightrank.interop.smallest import build_settings, keep_smallest
 from rightrank.interop.squeeze import RankCut, compute_cut_step, format_cut, require_cuttable, squeeze
 from rightrank.interop.trainer_rows import copy_batches
 from rightrank.interop.truncation_run import TruncationResult
-from rightrank.schema.errors import DataError, ModelError, SettingsError, get_first_line
+from rightrank.schema.errors import DataError, ModelError, SettingsError
 
 log = logging.getLogger("rightrank")
 
@@ -53,11 +53,9 @@ class SmallestAdapter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         out, seconds = Path(trainer.default_root_dir) / "rightrank", time.monotonic() - self._start_time
         batches: Any = self._held_out, trainer.train_dataloader or ()
-        try:
+        with log_failure("the search for a smaller adapter failed"):
             model, margin = _find_peft_model(pl_module), self._margin
             self.result = keep_smallest(model, *batches, out=out, margin=margin, metric=self._metric, seconds=seconds)
-        except MEASUREMENT_ERRORS as error:
-            log.warning("rightrank: the search for a smaller adapter failed: %s", get_first_line(error))
 
 
 class Squeeze(Callback):

@@ -35,11 +35,11 @@ from rightrank.adapters.batch_scores import (
     read_batch,
 )
 from rightrank.adapters.distributed import (
-    MEASUREMENT_ERRORS,
     gather_objects,
     get_process_index,
     get_world_size,
     is_partitioned,
+    log_failure,
     sync_errors,
 )
 from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter, validate_trained_adapter
@@ -75,7 +75,7 @@ from rightrank.runs.hook import Hook
 from rightrank.schema.command import build_measure_command
 from rightrank.schema.configs import convert_configs
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, ModelError, RightrankError, SettingsError, get_first_line
+from rightrank.schema.errors import DataError, ModelError, RightrankError, SettingsError
 from rightrank.schema.settings import SelectSettings
 
 log = logging.getLogger("rightrank")
@@ -299,16 +299,17 @@ class SmallestAdapter(TrainerCallback):
             return  # `on_train_begin` failed, or this is a trial of a hyperparameter search.
         self._is_training = False
         out, in_memory_adapter = Path(args.output_dir or ".") / "rightrank", None
-        try:
+
+        def advise() -> str:
+            # Before the run has begun, the folder may contain files of an earlier training.
+            has_begun = in_memory_adapter is not None and (out / "cache" / RESUME_FILE).is_file()
+            return f"; to measure again: {build_measure_command(str(out))}" if has_begun else ""
+
+        with log_failure("the search for a smaller adapter failed", advise):
             in_memory_adapter = self._build_in_memory_adapter(kwargs["model"], args, state)
             self.result = _measure_truncations(
                 in_memory_adapter, out, self._summarize_training(in_memory_adapter, args, state), self.measure
             )
-        except MEASUREMENT_ERRORS as error:
-            # Before the run has begun, the folder may contain files of an earlier training.
-            has_begun = in_memory_adapter is not None and (out / "cache" / RESUME_FILE).is_file()
-            advice = f"; to measure again: {build_measure_command(str(out))}" if has_begun else ""
-            log.warning("rightrank: the search for a smaller adapter failed: %s%s", get_first_line(error), advice)
         if self.result is not None and state.is_world_process_zero:
             self._log_to_trackers(self.result.answer)
 
@@ -369,11 +370,9 @@ class SmallestAdapter(TrainerCallback):
     def _log_to_trackers(self, answer: AdapterAnswer) -> None:
         """Log the rank to the trainer's history and trackers. TRL's override of `log` is bypassed, because it adds other metrics."""
         values = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
-        try:
+        with log_failure("a tracker did not accept the values"):
             if self._trainer is not None:
                 Trainer.log(self._trainer, {"rightrank/rank": answer.rank} | values)
-        except MEASUREMENT_ERRORS as error:
-            log.warning("rightrank: a tracker did not accept the values: %s", get_first_line(error))
 
 
 def _measure_truncations(

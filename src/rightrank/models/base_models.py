@@ -31,7 +31,6 @@ from transformers.utils import logging as transformers_logging
 from rightrank.models.model_sources import ModelSource, find_model
 from rightrank.models.safetensors_files import find_shards
 from rightrank.schema.errors import (
-    LIBRARY_ERRORS,
     DeviceMemoryError,
     MissingExtraError,
     ModelError,
@@ -47,8 +46,13 @@ DTYPES: dict[DtypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# The errors that transformers raises, depending on the model, for files that it does not know, can't read or can't build from.
-LOADING_ERRORS = (*LIBRARY_ERRORS, ImportError, SafetensorError, StrictDataclassError)
+# The errors that transformers raises, depending on the model, for files that it does not know, can't read or can't build from. A
+# damaged configuration, for example, gives a ZeroDivisionError for 0 attention heads and an AssertionError for a padding token beyond the
+# vocabulary. They are caught only around calls of transformers, and stay the cause of the error of one line.
+LOADING_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
+    ImportError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 # Values of a configuration that change a model's output and no shape of a weight.
 CONFIG_KEYS = (
     "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
@@ -155,7 +159,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         tokenizer = AutoTokenizer.from_pretrained(source.name, **arguments)
     except LOADING_ERRORS as error:
         reason = get_first_line(error)
-        raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from None
+        raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from error
     arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantization
     try:
         model = _load_weights(source.name, classes, config, arguments)
@@ -163,7 +167,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({get_first_line(error)})") from None
         hint = settings.load_error_hint("give a model that it loads")
-        raise ModelError(f"{reference}: transformers can't load it ({get_first_line(error)}); {hint}") from None
+        raise ModelError(f"{reference}: transformers can't load it ({get_first_line(error)}); {hint}") from error
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, device, _hash_files(source))
@@ -182,7 +186,7 @@ def load_model_config(reference: str, trust_remote_code: bool, classification: b
     try:
         config = AutoConfig.from_pretrained(source.name, **source.build_loading_arguments(trust_remote_code))
     except LOADING_ERRORS as error:
-        raise ModelError(f"{reference}: transformers does not know this model ({get_first_line(error)})") from None
+        raise ModelError(f"{reference}: transformers does not know this model ({get_first_line(error)})") from error
     if config.is_encoder_decoder and not classification:
         raise ModelError(
             f"{reference}: an encoder-decoder model such as T5, which select can't train; give a causal model, or use a "
@@ -224,7 +228,7 @@ def build_meta_model(config: Any, trust_remote_code: bool, num_labels: int | Non
     except LOADING_ERRORS as error:
         raise ModelError(
             f"{config.model_type}: transformers cannot build the model ({get_first_line(error)})"
-        ) from None
+        ) from error
 
 
 def _load_weights(name: str, classes: Sequence[str] | None, config: Any, arguments: Mapping[str, Any]) -> Any:

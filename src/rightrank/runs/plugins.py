@@ -18,13 +18,15 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rightrank.schema.errors import LIBRARY_ERRORS, format_one_line
+from rightrank.schema.errors import format_one_line
 
 if TYPE_CHECKING:
     import click
 
 GROUP = "rightrank.plugins"
-IMPORT_FAULTS = (ImportError, SyntaxError, NameError, *LIBRARY_ERRORS)
+# The errors of a plug-in that is damaged, was written for another version, or whose packages or compiled libraries are missing or do not
+# fit. Any other error has its own traceback.
+IMPORT_FAULTS = (ImportError, OSError, RuntimeError, SyntaxError, NameError, AttributeError, TypeError, ValueError)
 
 Value = TypeVar("Value")
 
@@ -126,9 +128,9 @@ def _load_bundled(name: str) -> Plugin:
 def _warn_import_error(name: str, error: Exception) -> None:
     """Print one line on stderr, unless the user's logging sends it elsewhere."""
     reason = format_one_line(f"{type(error).__name__}: {error}")
-    logging.getLogger("rightrank").warning(
-        f"rightrank: the plug-in {name!r} can't be imported ({reason}) and is left out"
-    )
+    log = logging.getLogger("rightrank")
+    log.warning(f"rightrank: the plug-in {name!r} can't be imported ({reason}) and is left out")
+    log.debug("rightrank: the error of the plug-in", exc_info=error)
 
 
 def _find_installed() -> Iterator[tuple[str, Callable[[], Plugin]]]:

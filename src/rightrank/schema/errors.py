@@ -12,10 +12,6 @@ from difflib import get_close_matches
 
 MAX_EXACT_INTEGER = 2**53  # Floats represent integers up to this exactly; a larger one in a file is damage.
 MAX_MESSAGE_CHARACTERS = 1500  # The middle of a longer message is removed.
-# Built-in errors that libraries raise for damaged or unknown files, in addition to errors of their own.
-LIBRARY_ERRORS = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
-)  # fmt: skip
 # Control characters, bidirectional and invisible marks, and surrogates are replaced by their escapes.
 _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {
     code: f"\\u{code:04x}"

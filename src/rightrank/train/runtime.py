@@ -20,7 +20,7 @@ from rightrank.models.adapter_folders import CONFIG_FILE
 from rightrank.models.adapter_writer import ensure_peft_format
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Factors, Routing, set_training_mode
-from rightrank.schema.errors import LIBRARY_ERRORS, InterruptedRun, ModelError, get_first_line, is_out_of_memory
+from rightrank.schema.errors import InterruptedRun, ModelError, get_first_line, is_out_of_memory
 from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
@@ -259,7 +259,7 @@ class Runtime:
             self.model.base_model(input_ids=longest.input_ids, attention_mask=longest.attention_mask)  # without a head
             real = probe.input_ids[0][probe.attention_mask[0].bool()]
             return not self.data.is_classification and can_see_later_tokens(self.model, real)
-        except LIBRARY_ERRORS as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             if is_out_of_memory(error):
                 raise
             hint = self.settings.load_error_hint("check its config.json and its code, or give a smaller seq_len")
