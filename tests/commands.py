@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import pytest
@@ -20,6 +20,7 @@ from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished
 from tests.watch import GENEROUS_SECONDS, wait_until
 
+Record = TypeVar("Record")
 SMALL = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
     "--seq-len", "32", "--max-eval-examples", "12", "--set", "num_evaluations=2", "--device", "cpu",
@@ -44,12 +45,13 @@ def build_select_arguments(model: Path, data: Path, out: Path, *more: str) -> li
     return ["select", str(model), str(data), "--out", str(out), *SMALL, *more]
 
 
+def read_journal_records(run: Path, kind: type[Record]) -> list[Record]:
+    """Return the records of one type in the journal of a run."""
+    return [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, kind)]
+
+
 def read_trial_values(folder: Path) -> dict[str, float]:
-    return {
-        record.trial_id: record.value
-        for record in Journal(folder / "journal.jsonl").read()
-        if isinstance(record, TrialFinished)
-    }
+    return {record.trial_id: record.value for record in read_journal_records(folder, TrialFinished)}
 
 
 @dataclass(frozen=True)

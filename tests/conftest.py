@@ -34,7 +34,6 @@ LONG = (
         "tests/plugins/cluster/",
         "tests/interop/",
         "tests/docs/",
-        "tests/benchmarks/test_devices.py",
     ),
     *("tests/benchmarks/", "tests/runs/", "tests/train/"),
 )
@@ -44,12 +43,12 @@ LONG = (
 # or targets, or none (0), where one alone takes a minute; `make test-all` runs all of them.
 EVERY = 5
 SAMPLED = {
-    "tests/benchmarks/test_devices.py": 0, "tests/train/test_targets.py": 16, "tests/train/test_architectures.py": 16, "tests/train/test_settings_matter.py": 8,
+    "tests/train/test_targets.py": 16, "tests/train/test_architectures.py": 16, "tests/train/test_settings_matter.py": 8,
     "tests/models/test_conformance.py": 8, "tests/adapters/test_round_trips.py": 8, "tests/interop/test_targets.py": 8,
     "tests/interop/test_merge.py": 8, "tests/interop/test_smallest.py": 8, "tests/docs/test_code.py": 8, "tests/benchmarks/": 8,
     "tests/runs/test_reliability.py": 8, "tests/test_plugins.py": 8,
     "tests/safety/test_build.py": 8, "tests/test_public.py": 0, "tests/plugins/cluster/": 0,
-    "tests/docs/test_the_method.py": 0, "tests/docs/test_examples.py": 0, "tests/docs/test_tinker_example.py": 0,
+    "tests/docs/test_examples.py": 0,
     "tests/docs/test_trl_example.py": 0, "tests/interop/test_doors.py": 0, "tests/interop/test_smallest_processes.py": 0,
 }  # fmt: skip
 

@@ -13,11 +13,15 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
+from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.loop import run_trial
 from rightrank.train.multi_lora import ADAPTER, MultiLora, find_lora_modules
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode_splits
+from rightrank.train.trial import TrialFolders
+from tests.watch import Watch
 
 
 def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
@@ -52,3 +56,17 @@ def make_trainable(peft_model: Any) -> dict[str, torch.nn.Parameter]:
     for name, parameter in peft_model.named_parameters():
         parameter.requires_grad_("default" in name.split("."))
     return list_trainable_parameters(peft_model)
+
+
+def train_ours(runtime: Any, arm: Arm, tmp_path: Path) -> tuple[TrialFinished, list[float], Path]:
+    losses: list[float] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, StepDone):
+            losses.append(event.loss)
+
+    folders = TrialFolders(tmp_path / "checkpoint.safetensors", tmp_path / "adapter")
+    trial = Trial(trial_id="t", arm=arm)
+    outcome = run_trial(runtime, trial, None, folders, Watch(on_event=note))
+    assert isinstance(outcome, TrialFinished)
+    return outcome, losses, folders.adapter

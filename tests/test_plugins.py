@@ -186,7 +186,7 @@ def test_the_remaining_tests_pass_without_plug_ins(tmp_path: Path) -> None:
         shutil.copy(file, tmp_path / file.name)
     for folder in ("plugins", "benchmarks"):
         shutil.rmtree(tmp_path / "tests" / folder)
-    asking = "cli or schema or test_threats or test_refusals or test_views or test_pages"
+    asking = "cli or schema or test_source or test_refusals or test_views or test_pages"
     options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not trains", "-k", asking)
     process = run_python(source, "-m", "pytest", *options, "tests", folder=tmp_path)
     assert process.returncode == 0, process.stdout[-2000:]

@@ -1,10 +1,14 @@
-"""Rehearse the GPU benchmarks on a CPU through the same code."""
+"""Rehearse the GPU benchmarks on a CPU, and the engine on a device that is not the CPU (`benchmarks/gpu/pretend.py`)."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks.gpu.__main__ import main
@@ -14,6 +18,8 @@ from benchmarks.gpu.parts import PARTS, VARIANTS, Job
 from rightrank.schema.errors import MissingExtraError
 
 pytestmark = pytest.mark.trains
+
+
 QUICK = [name for name in PARTS if name not in ("plan", "speed", "packs")]  # those have tests of their own
 
 
@@ -55,3 +61,38 @@ def test_minutes_that_are_over_stop_a_part(tmp_path: Path) -> None:
 def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+ROOT = Path(__file__).parents[2]
+CASES = (
+    "other ends",
+    "dropout, accumulation",
+    "classes",
+    "pairs, frozen prefix",
+    "DoRA",
+)  # all are in the benchmark
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Run in a separate process, because an installed device cannot be removed."""
+    out = tmp_path_factory.mktemp("devices") / "out.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.devices", "--cases", ";".join(CASES), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    content: dict[str, Any] = json.loads(out.read_text())
+    return content
+
+
+@pytest.mark.full  # they take minutes
+@pytest.mark.parametrize("case", CASES)
+def test_the_engine_trains_and_evaluates_there_as_on_the_cpu(case: str, result: dict[str, Any]) -> None:
+    row = next(row for row in result["cases"] if row["case"] == case)
+    assert row["losses"] < 2e-5
+    assert row["adapters"] < 1e-3
+
+
+@pytest.mark.full  # they take minutes
+def test_what_cuda_refuses_is_refused_there(result: dict[str, Any]) -> None:
+    assert all(result["refused"].values()), result["refused"]

@@ -1,23 +1,24 @@
-"""Check that the stored grids are complete, and that the locked ones are unchanged."""
+"""Check that the stored grids are complete, that the locked ones are unchanged, and that pages and pictures state the stored results."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 from benchmarks.results import read_bytes, read_json
+from benchmarks.science import PAGE, TABLES, replace_tables
 from benchmarks.selection import compare
 from benchmarks.selection.judge_wide import FOLDER, read_grid
 from benchmarks.selection.tables import read_grids
-
-pytestmark = pytest.mark.trains  # it takes seconds to read them
 
 STORED = compare.HERE
 LOCK = json.loads((STORED / "locked" / "lock.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("name", "grids", "cells", "seeds"),
     [("planted", 64, 20, 2), ("planted_new", 40, 20, 3), ("linear", 36, 24, 2)],
@@ -29,6 +30,7 @@ def test_stored_grids_are_whole(name: str, grids: int, cells: int, seeds: int) -
     assert {len(curve.seeds) for curve in curves} == {seeds}
 
 
+@pytest.mark.trains
 def test_long_grids_are_whole() -> None:
     files = [*(STORED / "grids").glob("*.json.xz"), *(STORED / "locked").glob("*.json.xz")]
     assert len(files) == 9
@@ -46,6 +48,7 @@ def test_long_grids_are_whole() -> None:
         assert set(curve.tests) <= {"trained", "truncated"} | {"recovered"} == set(entry["test_items"])
 
 
+@pytest.mark.trains
 def test_wide_grids_are_whole() -> None:
     """Check that each grid has six seeds, and the values of 4,096 test examples for every adapter."""
     files = sorted(FOLDER.glob("*.json.xz"))
@@ -61,16 +64,19 @@ def test_wide_grids_are_whole() -> None:
         assert cells == set(grid.values)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", LOCK)
 def test_a_locked_file_has_its_hash(name: str) -> None:
     content = read_bytes(STORED / "locked" / name)
     assert hashlib.sha256(content).hexdigest() == LOCK[name]["sha256"], f"{name} was touched after its lock"
 
 
+@pytest.mark.trains
 def test_every_locked_file_has_a_lock() -> None:
     assert {file.name for file in (STORED / "locked").glob("*.json.xz")} == set(LOCK)
 
 
+@pytest.mark.trains
 def test_no_table_reads_a_locked_grid() -> None:
     patterns = {pattern for files, _, _ in compare.FAMILIES.values() for pattern in files.split()}
     paths = {path for pattern in patterns for path in compare.HERE.glob(pattern)}
@@ -78,8 +84,23 @@ def test_no_table_reads_a_locked_grid() -> None:
     assert not {path.name for path in paths} & set(LOCK)
 
 
+@pytest.mark.trains
 def test_an_interval_over_grids_holds_the_mean_and_is_exact_where_all_agree() -> None:
     low, high = compare.compute_share_interval(np.array([0.0, 1.0, 0.5, 1.0]), np.array([3.0, 3.0, 6.0, 3.0]))
     assert low < 0.6 < high
     assert compare.compute_share_interval(np.ones(16), np.ones(16)) == [0.794, 1.0]
     assert compare.compute_share_interval(np.zeros(16), np.ones(16)) == [0.0, 0.206]
+
+
+@pytest.mark.trains
+def test_tables_are_those_of_the_results() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == replace_tables(page), "a result changed: run `python -m benchmarks.science`"
+
+
+@pytest.mark.trains
+def test_every_table_has_its_place_and_rows() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert re.findall(r"<!-- table: (\w+) -->", page) == list(TABLES)
+    for make in TABLES.values():
+        assert make().count("\n") >= 3

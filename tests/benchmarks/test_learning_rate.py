@@ -52,22 +52,21 @@ def make_search(quarter: dict[float, float], rank: int = 64) -> dict[Key, float]
     return at_quarter | {Key("trained", rank, rate): loss for rate, loss in quarter.items()}
 
 
-def test_the_rate_with_the_lowest_loss_at_a_quarter_is_chosen() -> None:
-    table_of_rates = make_table(make_search({3e-4: 1.2, 1e-3: 1.1, 3e-3: 1.0}))
-    assert choose_learning_rate(table_of_rates, 64) == 3e-3
-
-
-def test_the_lower_rate_is_chosen_within_one_standard_error() -> None:
-    near = make_table(make_search({3e-4: 1.2, 1e-3: 1.001, 3e-3: 1.0}), noise=0.5)
-    assert choose_learning_rate(near, 64) == 1e-3
-
-
-def test_a_rate_that_diverged_is_never_chosen() -> None:
-    losses = make_search({3e-4: 1.2, 1e-3: 1.1, 3e-3: math.inf})
-    assert choose_learning_rate(make_table(losses), 64) == 1e-3
-    nothing = make_table(make_search(dict.fromkeys(RATES, math.inf)))
-    assert choose_learning_rate(nothing, 64) is None
-    assert search_adapter(nothing, 0.02) is None
+@pytest.mark.parametrize(
+    ("losses", "noise", "rate"),
+    [
+        ((1.2, 1.1, 1.0), 0.01, 3e-3),
+        ((1.2, 1.001, 1.0), 0.5, 1e-3),  # within one standard error, the lower rate
+        ((1.2, 1.1, math.inf), 0.01, 1e-3),
+        ((math.inf, math.inf, math.inf), 0.01, None),
+    ],
+)
+def test_the_rate_with_the_lowest_loss_at_a_quarter_is_chosen(
+    losses: tuple[float, ...], noise: float, rate: float | None
+) -> None:
+    table_of_rates = make_table(make_search(dict(zip(RATES, losses, strict=True))), noise=noise)
+    assert choose_learning_rate(table_of_rates, 64) == rate
+    assert (search_adapter(table_of_rates, 0.02) is None) == (rate is None)
 
 
 def make_cuts(losses: dict[int, float]) -> SeedTable:
@@ -90,20 +89,13 @@ def test_the_bound_counts_groups_and_not_their_rows() -> None:
     assert high > mean + 1.6449 * grouped  # Student's t is wider than the normal distribution
 
 
-def test_the_costs_are_those_of_the_protocol() -> None:
+def test_the_costs_and_ranks_are_those_of_the_protocol() -> None:
     rates = (3e-4, 1e-3, 3e-3, 1e-2)
-    losses = make_search(dict.fromkeys(rates, 1.0)) | make_search(dict.fromkeys(rates, 1.0), 16)
-    four = make_table(losses)
+    four = make_table(make_search(dict.fromkeys(rates, 1.0)) | make_search(dict.fromkeys(rates, 0.9), 16))
     choices = [policy(four, 0.02) for policy in (search_adapter, search_best_adapter, tune(16))]
     assert [choice.trainings for choice in choices if choice is not None] == [1.75, 3.5, 4.0]
-
-
-def test_best_adapter_hands_over_rank_16_where_it_is_better() -> None:
-    losses = make_search(dict.fromkeys(RATES, 1.0)) | make_search(dict.fromkeys(RATES, 0.9), 16)
-    choice = search_best_adapter(make_table(losses), 0.02)
-    assert choice is not None
-    assert choice.key.rank == 16
-    assert choice.whole is None
+    best = choices[1]
+    assert (best.key.rank, best.whole) == (16, None)  # rank 16 is better
 
 
 def test_intervals_resample_grids() -> None:
@@ -164,6 +156,7 @@ def test_the_judge_measures_a_known_advantage(folder: Path) -> None:
     adapter = result["a: adapter minus 16 tuned"]
     assert adapter["mean"] == pytest.approx(-0.03 + 0.001, abs=0.002)
     assert (adapter["median rank"], adapter["failed"]) == (8, 0)
+    assert judge.convert_losses(np.array([1000, judge.DIVERGED], dtype=np.uint16), np.ones(2))[1] == math.inf
     assert {name: result["holds"][name] for name in "abc"} == {"a": True, "b": True, "c": True}
 
 
@@ -191,11 +184,6 @@ def test_truncations_that_lose_more_on_the_test_split_are_counted(folder: Path) 
     ]
     assert judge.measure_exceeding(tables)["share"] == 0
     assert judge.measure_exceeding(worse)["share"] == 1
-
-
-def test_a_diverged_training_has_an_infinite_loss() -> None:
-    losses = np.array([1000, judge.DIVERGED], dtype=np.uint16)
-    assert judge.convert_losses(losses, np.ones(2))[1] == math.inf
 
 
 @pytest.fixture
@@ -231,22 +219,16 @@ def test_the_judge_refuses_a_file_that_differs_from_its_lock(locks: Path) -> Non
     write_grid(locks, "answers", 0, 0.0)
     lock.lock_grids(locks, "commit")
     path = judge.GRIDS / "answers_0.npz"
+    write_grid(locks, "answers", 0, 0.5)
+    lock.lock_grids(locks, "later")
+    assert lock.hash_file(path) == lock.read_lock()["grids"]["answers_0.npz"]["sha256"]  # a locked file is not replaced
+    assert lock.read_lock()["grids"]["answers_0.npz"]["trained_from"] == "commit"
+    with pytest.raises(SystemExit, match="the protocol is locked"):
+        lock.lock_protocol(locks)
     path.write_bytes(path.read_bytes() + b"0")
     assert "answers_0.npz" in str(judge.find_refusal([path]))
     path.unlink()
     assert "missing: ['answers_0.npz']" in str(judge.find_refusal([]))
-
-
-def test_a_locked_file_is_not_replaced(locks: Path) -> None:
-    write_grid(locks, "answers", 0, 0.0)
-    lock.lock_grids(locks, "first")
-    before = lock.hash_file(judge.GRIDS / "answers_0.npz")
-    write_grid(locks, "answers", 0, 0.5)
-    lock.lock_grids(locks, "second")
-    assert lock.hash_file(judge.GRIDS / "answers_0.npz") == before
-    assert lock.read_lock()["grids"]["answers_0.npz"]["trained_from"] == "first"
-    with pytest.raises(SystemExit, match="the protocol is locked"):
-        lock.lock_protocol(locks)
 
 
 def test_what_is_committed_agrees_with_its_locks() -> None:
@@ -268,14 +250,12 @@ def test_the_table_has_a_row_for_each_policy_that_the_grids_support(folder: Path
     assert regrets["adapter, average of two seeds"] == pytest.approx(-0.019, abs=0.003)
     assert regrets["twice the steps, truncated"] == pytest.approx(-0.05, abs=0.002)
     best = rows["adapter"]
-    assert best is not None
     assert best["trainings"] == 1.75
     for name in (
         "random search at the cost of best-adapter",
         "Optuna TPE, median pruning, at the cost of best-adapter",
     ):
         row = rows[name]
-        assert row is not None
         assert row["trainings"] <= 4.5
         assert row["regret of the adapter"]["mean"] > regrets["best-adapter"]
     assert len(table.format_table([row for row in rows.values() if row is not None]).splitlines()) == 2 + len(regrets)

@@ -1,4 +1,4 @@
-"""Test tables of results: what is recognized, and what is refused with file and row."""
+"""Test tables of results and files of other tools: what is recognized, and what is refused with file and row."""
 
 from __future__ import annotations
 
@@ -125,11 +125,6 @@ def test_the_last_evaluation_of_a_training_counts(tmp_path: Path) -> None:
     assert decision.ranks[0].value == pytest.approx(2 - 0.001)
 
 
-def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> None:
-    path = write_table(tmp_path, "rank,lr,value\n1,1e-3,2.1\n4,1e-3,2.0\n4,1e-2,\n")
-    assert "unstable" in decide(path, higher_is_better=False).decision.flags
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -198,34 +193,59 @@ def test_bad_tables_are_refused_with_file_and_row(tmp_path: Path, text: str, mes
     assert "\n" not in str(caught.value)
 
 
-def test_repeated_rows_are_omitted_with_a_note(tmp_path: Path) -> None:
-    decided = decide(write_table(tmp_path, GOOD + "64,2.0\n"), margin=0.005, higher_is_better=False)
-    assert decided.decision.rank == 16
-    assert "1 repeated row omitted" in decided.input_notes
+WITHOUT_RESULT = "1 training without a result"
+RUNNING = "Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,%s,64,2.9\n"
 
 
-def test_another_encoding_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "runs.csv"
-    path.write_bytes("rank,größe\n1,2\n".encode("latin-1"))
-    with pytest.raises(ResultsError, match="not UTF-8"):
-        decide(path)
+@pytest.mark.parametrize(
+    ("text", "ranks", "notes", "is_unstable"),
+    [
+        ("rank,lr,eval_loss\n1,1e-3,2.1\n4,1e-3,2.0\n4,1e-2,\n", [1, 4], [WITHOUT_RESULT], True),
+        *(
+            (f"rank,eval_loss\n4,2.05\n16,2.001\n64,{word}\n", [4, 16], [WITHOUT_RESULT], True)
+            for word in ("OOM", "out of memory", "crashed", "nan", "NaN", "inf", "-Infinity")
+        ),
+        # The last value of a running training is from the middle, so rank 64 would look worse than it is.
+        *((RUNNING % state, [1, 4, 16], ["1 unfinished training omitted"], False) for state in ("running", "RUNNING", "Scheduled", "waiting")),
+        ("rank,eval_loss,state\n4,2.05,COMPLETE\n16,2.001,COMPLETE\n64,3,PRUNED\n", [4, 16], ["1 pruned training omitted"], False),
+        ("rank,eval_loss,batch_size,note,empty\n4,2.05,8,first,\n16,2.001,8,again,\n", [4, 16], ["not used: batch_size, note"], False),
+        ("rank,eval_loss\n4,2.05\n16,2.001\n16,2.001\n", [4, 16], ["1 repeated row omitted"], False),
+        (
+            "Name,State,peft_config.default.r,learning_rate,eval/loss,train/global_step\n"
+            "a,finished,4,0.0003,2.10,100\nb,finished,8,0.0003,2.05,100\nc,finished,16,0.0003,2.04,100\n"
+            "d,running,32,0.0003,2.30,40\ne,running,64,0.0003,,\nf,crashed,4,0.001,NaN,3\ng,finished,,,,\n",
+            [4, 8, 16],
+            ["1 row without a rank omitted", WITHOUT_RESULT, "2 unfinished trainings omitted"],
+            True,
+        ),
+        (
+            ",number,eval_loss,duration,params_lora_r,params_learning_rate,user_attrs_seed,state\n"
+            "0,0,2.1,0 days 00:01:02,4,0.0003,0,COMPLETE\n1,1,2.05,0 days 00:01:02,8,0.0003,0,COMPLETE\n"
+            "2,2,2.04,0 days 00:01:02,16,0.0003,0,COMPLETE\n3,3,,,32,0.0003,0,RUNNING\n4,4,2.5,,32,0.001,0,PRUNED\n",
+            [4, 8, 16],
+            ["rank from column params_lora_r", "1 unfinished training omitted"],
+            False,
+        ),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_count_are_noted(
+    tmp_path: Path, text: str, ranks: list[int], notes: list[str], is_unstable: bool
+) -> None:
+    decided = decide(write_table(tmp_path, text))
+    assert [evidence.rank for evidence in decided.decision.ranks] == ranks
+    assert set(notes) <= set(decided.input_notes)
+    assert ("unstable" in decided.decision.flags) == is_unstable
 
 
-def test_a_missing_or_empty_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="no such file"):
-        decide(tmp_path / "none.csv")
-    with pytest.raises(ResultsError, match="contains no results in a known format"):
-        decide(tmp_path)
-
-
-@pytest.mark.parametrize("status", ["running", "RUNNING", "Scheduled", "waiting"])
-def test_trainings_that_still_run_are_not_counted(tmp_path: Path, status: str) -> None:
-    """Ignore a running training: its last value is from the middle, so rank 64 would look worse than it is."""
-    text = f"Name,State,lora_r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,{status},64,2.9\n"
-    decided = decide(write_table(tmp_path, text), margin=0.005)
-    assert [evidence.rank for evidence in decided.decision.ranks] == [1, 4, 16]
-    assert "1 unfinished training omitted" in decided.input_notes
-    assert "unstable" not in decided.decision.flags
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none.csv", "no such file"), (".", "contains no results in a known format"), ("latin.csv", "not UTF-8")],
+)
+def test_a_path_without_a_table_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    if name == "latin.csv":
+        (tmp_path / name).write_bytes("rank,größe\n1,2\n".encode("latin-1"))
+    with pytest.raises(ResultsError, match=message):
+        decide(tmp_path / name)
 
 
 def test_trainings_of_unequal_length_are_flagged(tmp_path: Path) -> None:
@@ -233,33 +253,8 @@ def test_trainings_of_unequal_length_are_flagged(tmp_path: Path) -> None:
     decision = decide(write_table(tmp_path, "rank,step,eval_loss\n" + "".join(rows)), margin=0.005).decision
     assert "unequal_length" in decision.flags
     assert next(run for run in decision.next_runs if run.action == "steps").ranks == [4]
-
-
-def test_a_wandb_table_with_unfinished_and_crashed_runs(tmp_path: Path) -> None:
-    text = (
-        "Name,State,peft_config.default.r,learning_rate,eval/loss,train/global_step\n"
-        "a,finished,4,0.0003,2.10,100\nb,finished,8,0.0003,2.05,100\nc,finished,16,0.0003,2.04,100\n"
-        "d,running,32,0.0003,2.30,40\ne,running,64,0.0003,,\nf,crashed,4,0.001,NaN,3\ng,finished,,,,\n"
-    )
-    decided = decide(write_table(tmp_path, text))
-    assert [evidence.rank for evidence in decided.decision.ranks] == [4, 8, 16]
-    assert decided.input_notes[-3:] == [
-        "1 row without a rank omitted",
-        "1 training without a result",
-        "2 unfinished trainings omitted",
-    ]
-
-
-def test_optuna_s_dataframe(tmp_path: Path) -> None:
-    text = (
-        ",number,value,duration,params_lora_r,params_learning_rate,user_attrs_seed,state\n"
-        "0,0,2.1,0 days 00:01:02,4,0.0003,0,COMPLETE\n1,1,2.05,0 days 00:01:02,8,0.0003,0,COMPLETE\n"
-        "2,2,2.04,0 days 00:01:02,16,0.0003,0,COMPLETE\n3,3,,,32,0.0003,0,RUNNING\n4,4,2.5,,32,0.001,0,PRUNED\n"
-    )
-    decided = decide(write_table(tmp_path, text), higher_is_better=False)
-    assert [evidence.rank for evidence in decided.decision.ranks] == [4, 8, 16]
-    assert "rank from column params_lora_r" in decided.input_notes
-    assert "1 unfinished training omitted" in decided.input_notes
+    named_steps = [{"r": 4, "val_loss": 2.05, "steps": 100}, {"r": 16, "val_loss": 2.001, "steps": 50}]
+    assert "unequal_length" in decide(named_steps).decision.flags
 
 
 def test_one_number_per_rank_is_not_called_enough(tmp_path: Path) -> None:
@@ -267,11 +262,6 @@ def test_one_number_per_rank_is_not_called_enough(tmp_path: Path) -> None:
     assert not any("yes" in row for row in rows)
     assert "perhaps" in rows[3]
     assert "best so far" in rows[-1]
-
-
-def test_a_column_named_steps_shows_trainings_of_unequal_length() -> None:
-    rows = [{"r": 4, "val_loss": 2.05, "steps": 100}, {"r": 16, "val_loss": 2.001, "steps": 50}]
-    assert "unequal_length" in decide(rows).decision.flags
 
 
 def test_a_data_frame_is_decided_as_its_rows() -> None:
@@ -338,24 +328,6 @@ def test_a_stated_deviation_has_a_number_of_seeds(tmp_path: Path) -> None:
     path = write_table(tmp_path, "rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n")
     decision = decide(path).decision
     assert (decision.margin, decision.basis) == (0.5, "std")
-
-
-@pytest.mark.parametrize("word", ["OOM", "out of memory", "crashed", "nan", "NaN", "inf", "-Infinity"])
-def test_a_status_of_failure_means_no_result(tmp_path: Path, word: str) -> None:
-    decided = decide(write_table(tmp_path, f"rank,eval_loss\n4,2.05\n16,2.001\n64,{word}\n"))
-    assert "unstable" in decided.decision.flags
-    assert "1 training without a result" in decided.input_notes
-
-
-def test_a_pruned_training_is_not_unstable(tmp_path: Path) -> None:
-    decided = decide(write_table(tmp_path, "rank,eval_loss,state\n4,2.05,COMPLETE\n16,2.001,COMPLETE\n64,3,PRUNED\n"))
-    assert "unstable" not in decided.decision.flags
-    assert "1 pruned training omitted" in decided.input_notes
-
-
-def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
-    text = "rank,eval_loss,batch_size,note,empty\n4,2.05,8,first,\n16,2.001,8,again,\n"
-    assert "not used: batch_size, note" in decide(write_table(tmp_path, text)).input_notes
 
 
 @pytest.mark.parametrize(
@@ -512,30 +484,37 @@ def test_other_metrics_are_read_at_the_last_evaluation() -> None:
     assert {evidence.rank: evidence.value for evidence in other_metric.ranks} == {4: 0.6, 16: 0.7}
 
 
-def make_example_rows(scores: Any) -> list[dict[str, Any]]:
-    return [
-        {"rank": rank, "item": f"q{example}", "eval_loss": scores(rank, example)}
-        for rank in (4, 16)
-        for example in range(80)
-    ]
+def score_example(rank: int, example: int) -> float:
+    return 2 + example / 80 + 1 / rank
 
 
-@pytest.mark.parametrize("missing", [math.nan, None])
-def test_an_example_without_a_score_in_any_training_is_named(missing: float | None) -> None:
-    decided = decide(make_example_rows(lambda rank, example: missing if example == 7 else 2 + example / 80 + 1 / rank))
-    assert "1 example without a score omitted (q7)" in decided.input_notes
-    assert decided.decision.basis == "examples"
-    decided = decide(make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank))
-    assert not any("without a score" in line for line in decided.input_notes)
+EXAMPLE_ROWS = [
+    {"rank": rank, "item": f"q{example}", "eval_loss": score_example(rank, example)}
+    for rank in (4, 16)
+    for example in range(80)
+]
+NO_SCORE = "1 example without a score omitted (q7)"
 
 
-def test_a_training_without_any_score_has_no_result() -> None:
-    rows = [*make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank)]
-    rows += [{**row, "rank": 64, "eval_loss": math.nan} for row in rows[:80]]
+@pytest.mark.parametrize(
+    ("rows", "note"),
+    [
+        (EXAMPLE_ROWS, None),
+        *(
+            ([row | {"eval_loss": missing} if row["item"] == "q7" else row for row in EXAMPLE_ROWS], NO_SCORE)
+            for missing in (math.nan, None)
+        ),
+        # An answer that was cut, as `to_pandas(run, examples=True)` writes it, has no weight.
+        ([row | ({"tokens": 0, "eval_loss": None} if row["item"] == "q7" else {"tokens": 5}) for row in EXAMPLE_ROWS], NO_SCORE),
+        ([*EXAMPLE_ROWS, *(row | {"rank": 64, "eval_loss": math.nan} for row in EXAMPLE_ROWS[:80])], WITHOUT_RESULT),
+    ],
+    ids=["complete", "nan", "none", "no tokens", "a training without any"],
+)  # fmt: skip
+def test_examples_without_a_score_are_named(rows: list[dict[str, Any]], note: str | None) -> None:
     decided = decide(rows)
     assert [evidence.rank for evidence in decided.decision.ranks] == [4, 16]
-    assert "1 training without a result" in decided.input_notes
-    assert not any("without a score" in line for line in decided.input_notes)
+    assert decided.decision.basis == "examples"
+    assert [line for line in decided.input_notes if "without a" in line] == ([] if note is None else [note])
 
 
 def test_a_score_that_became_nan_is_missing() -> None:
@@ -545,7 +524,7 @@ def test_a_score_that_became_nan_is_missing() -> None:
             "step": step,
             "eval_loss": math.nan if (row["rank"], row["item"], step) == (16, "q7", 20) else row["eval_loss"],
         }
-        for row in make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank)
+        for row in EXAMPLE_ROWS
         for step in (10, 20)
     ]
     with pytest.raises(ResultsError, match="rank 16 has no score for example q7"):
@@ -553,10 +532,7 @@ def test_a_score_that_became_nan_is_missing() -> None:
 
 
 def test_other_metrics_of_examples_are_averaged() -> None:
-    rows = [
-        row | {"eval_accuracy": float(int(row["item"][1:]) < 79)}
-        for row in make_example_rows(lambda rank, example: example + 1 / rank)
-    ]
+    rows = [row | {"eval_accuracy": float(int(row["item"][1:]) < 79)} for row in EXAMPLE_ROWS]
     assert decide(rows, metric="eval_loss").decision.other_metrics == []
     shared = [row | {"eval_accuracy": 0.5 + row["rank"] / 100} for row in rows]
     assert [evidence.metric for evidence in decide(shared, metric="eval_loss").decision.other_metrics] == [
@@ -592,10 +568,159 @@ def test_rows_that_occur_twice_name_the_columns_in_which_they_differ() -> None:
         decide([*rows, {"rank": 16, "warmup": "a", "eval_loss": 1.9}])
 
 
-def test_an_example_without_tokens_has_no_weight() -> None:
-    """Omit examples whose answer was cut, as `to_pandas(run, examples=True)` writes them."""
-    rows = [
-        row | {"tokens": 0, "eval_loss": None} if row["item"] == "q3" else row | {"tokens": 5}
-        for row in make_example_rows(lambda rank, example: 2 + example / 80 + 1 / rank)
-    ]
-    assert "1 example without a score omitted (q3)" in decide(rows).input_notes
+TRAINER_LOSSES = {1: 2.3, 4: 2.001, 16: 2.0}
+
+
+def test_trainer_states_next_to_their_adapters(tmp_path: Path) -> None:
+    for rank, loss in TRAINER_LOSSES.items():
+        for step in (50, 100):
+            folder = tmp_path / f"run-{rank}" / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "peft_type": "LORA"}))
+            history = [{"step": at, "eval_loss": loss + (100 - at) / 100, "epoch": 1} for at in (50, 100) if at <= step]
+            history.append({"step": step, "loss": 1.0, "learning_rate": 1e-4})
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
+    decision = decide(tmp_path, margin=0.005).decision
+    assert decision.rank == 4
+    assert {e.rank: e.value for e in decision.ranks} == TRAINER_LOSSES
+
+
+def test_the_rank_may_be_in_the_folder_name(tmp_path: Path) -> None:
+    for rank, loss in TRAINER_LOSSES.items():
+        folder = tmp_path / f"llama-lora-r{rank}-lr1e-4-seed0"
+        folder.mkdir()
+        state = {"global_step": 10, "log_history": [{"step": 10, "eval_loss": loss}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    decision = decide(tmp_path, margin=0.005).decision
+    assert (decision.rank, decision.learning_rate) == (4, 1e-4)
+
+
+def test_events_beside_checkpoints_take_the_rank_from_their_adapters(tmp_path: Path) -> None:
+    from rightrank.interop.columns import infer_settings_from_path
+
+    for rank in (2, 8):
+        checkpoint = tmp_path / f"run-{'ab'[rank == 8]}" / "checkpoint-5"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        (checkpoint.parent / "runs" / "monday").mkdir(parents=True)
+    assert infer_settings_from_path(tmp_path / "run-a" / "runs" / "monday", tmp_path)["rank"] == 2
+    assert infer_settings_from_path(tmp_path / "run-b" / "checkpoint-5", tmp_path)["rank"] == 8
+
+
+def test_a_study_of_optuna_is_a_data_frame(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(direction="maximize")
+    for rank, loss in TRAINER_LOSSES.items():
+        study.enqueue_trial({"rank": rank})
+        study.optimize(lambda trial, loss=loss: -loss + 0 * trial.suggest_int("rank", 1, 64), n_trials=1)
+    frame = study.trials_dataframe()
+    frame.to_csv(tmp_path / "study.csv", index=False)
+    for source in (frame, tmp_path / "study.csv"):
+        decision = decide(source, higher_is_better=True, margin=0.005).decision
+        assert (decision.rank, {evidence.rank: -evidence.value for evidence in decision.ranks}) == (4, TRAINER_LOSSES)
+
+
+@pytest.mark.filterwarnings("ignore")  # warnings of MLflow
+def test_the_runs_of_mlflow_are_a_data_frame(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.create_experiment("lora")
+    for rank, loss in TRAINER_LOSSES.items():
+        run = client.create_run(experiment).info.run_id
+        client.log_param(run, "lora_r", rank)
+        client.log_metric(run, "eval_loss", loss)
+        client.set_terminated(run)
+    previous_uri = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    try:
+        assert decide(mlflow.search_runs([experiment]), margin=0.005).decision.rank == 4
+    finally:
+        mlflow.set_tracking_uri(previous_uri)
+
+
+def test_a_database_and_mlflow_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_bytes(b"SQLite format 3\x00")
+    with pytest.raises(ResultsError, match=r"study\.db: files of type '\.db' are not supported; give a file ending in"):
+        decide(tmp_path / "study.db")
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)
+    (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("name: lora\n")
+    with pytest.raises(ResultsError, match=r"mlruns: the folder contains no results in a known format"):
+        decide(tmp_path / "mlruns")
+
+
+def write_states(root: Path, losses: dict[str, list[float]], ranks: dict[str, int] | None = None) -> None:
+    """Write a trainer_state.json for each folder, and the adapter's configuration where `ranks` has one."""
+    for name, curve in losses.items():
+        folder = root / name
+        folder.mkdir(parents=True)
+        history = [{"step": 50 * number, "eval_loss": loss} for number, loss in enumerate(curve, start=1)]
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 50 * len(curve), "log_history": history}))
+        if ranks is not None:
+            (folder / "adapter_config.json").write_text(json.dumps({"r": ranks[name]}))
+
+
+def test_a_trainer_state_that_ends_in_nan_has_no_result(tmp_path: Path) -> None:
+    nan = float("nan")
+    write_states(tmp_path, {"r4": [2.2, 2.1, 2.05], "r16": [2.1, 2.02, 2.001], "r64": [1.9, nan, nan]})
+    decided = decide(tmp_path, margin=0.005)
+    assert {evidence.rank: evidence.value for evidence in decided.decision.ranks} == {4: 2.05, 16: 2.001}
+    assert "1 training without a result" in decided.input_notes
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["deepseek-r1-lora-r4", "deepseek-r2-lora-r8"],
+        ["DeepSeek-R1-Distill-Qwen-1.5B-r4", "DeepSeek-R1-Distill-Qwen-1.5B-r8"],
+        ["command-r7b-r4", "command-r7b-r8"],
+        ["exp-r1/lora-r4", "exp-r2/lora-r8"],
+        ["r1-sweep-rank4", "r2-sweep-rank8"],
+        ["rank4-round-r1", "rank8-round-r1"],
+        ["deepseek-r1-rank4-lr1e-4-seed0-s100", "deepseek-r1-rank8-lr1e-4-seed0-s100"],
+    ],
+)
+@pytest.mark.parametrize("kind", ["folders", "files", "column"])
+def test_the_rank_is_not_read_from_the_model_s_name(tmp_path: Path, names: list[str], kind: str) -> None:
+    losses = dict(zip(names, (2.05, 2.0), strict=True))
+    if kind == "folders":
+        write_states(tmp_path, {name: [loss] for name, loss in losses.items()})
+    elif kind == "files":
+        for name, loss in losses.items():
+            (tmp_path / f"{name.replace('/', '-')}.csv").write_text(f"eval_loss\n{loss}\n")
+    else:
+        (tmp_path / "runs.csv").write_text("run,eval_loss\n" + "".join(f"{n},{v}\n" for n, v in losses.items()))
+    decision = decide(tmp_path if kind != "column" else tmp_path / "runs.csv", margin=0.005).decision
+    assert {evidence.rank: evidence.value for evidence in decision.ranks} == {4: 2.05, 8: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model-r1-r4", "model-r1-r8"], "the name states rank 1 and 4; name the training so that it states one"),
+        (["lora-r1-qwen-r4", "lora-r1-qwen-r8"], "the name states rank 1 and 4"),
+        (["r4/r1", "r8/r1"], "the name states rank 4 and 1"),
+        (["rank4-rank16", "rank8-rank16"], "the name states rank 4 and 16"),
+        (["r4-lr1e-5-lr1e-3", "r8-lr1e-5-lr1e-3"], "the name states learning rate 1e-5 and 1e-3"),
+        (["r4-seed1-seed2", "r8-seed1-seed2"], "the name states seed 1 and 2"),
+        (["r4-s1-s200", "r8-s1-s200"], "the name states seed 1 and 200"),
+    ],
+)
+def test_names_with_ambiguous_numbers_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    write_states(tmp_path / "folders", {name: [2.0] for name in names})
+    table = tmp_path / "runs.csv"
+    table.write_text("run,eval_loss\n" + "".join(f"{name},{number}\n" for number, name in enumerate(names)))
+    for source in (tmp_path / "folders", table):
+        with pytest.raises(ResultsError, match=message):
+            decide(source)
+
+
+def test_a_recorded_rank_overrides_ambiguous_names(tmp_path: Path) -> None:
+    write_states(tmp_path, {"r1-r4": [2.05], "r1-r8": [2.0]}, ranks={"r1-r4": 4, "r1-r8": 8})
+    assert [evidence.rank for evidence in decide(tmp_path, margin=0.005).decision.ranks] == [4, 8]
+
+
+def test_columns_that_name_other_ranks_are_refused(tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_text("model,run,eval_loss\nfoo-r1,lora-r4,2.05\nfoo-r2,lora-r8,2.0\n")
+    with pytest.raises(ResultsError, match="columns model and run name other ranks; give a column rank"):
+        decide(table)

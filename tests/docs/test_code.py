@@ -1,17 +1,27 @@
-"""Run every command in a shell block and every Python block of the pages."""
+"""Run every command in a shell block and every Python block of the pages, run the action, and build the site."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+import rightrank
+from tests.adapters.adapters import load_tensors, make_adapter, write_tensors
 from tests.commands import run
-from tests.docs.pages import PAGES, SHELL, get_page_name, iterate_blocks, list_commands
-from tests.models.kind_cases import make_model
+from tests.docs.pages import PAGES, ROOT, SHELL, get_page_name, iterate_blocks, list_commands
+from tests.models.kind_checks import make_model
 from tests.tiny import make_tokenizer, write_completions, write_pairs
+
+pytestmark = pytest.mark.trains
+
 
 # Run by tests of their own: the demo (in short), and what installs things or needs hours.
 ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
@@ -19,11 +29,6 @@ FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--max-eval-
 SMALL = {"--ranks": "1,4", "--learning-rates": "1e-2"}  # where a page does not say its own
 CODE = [
     page for page in PAGES if any(block.runs and block.language in (*SHELL, "python") for block in iterate_blocks(page))
-]
-
-pytestmark = [
-    pytest.mark.trains,
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing\\w*` is deprecated:FutureWarning"),  # of TRL itself
 ]
 
 
@@ -53,6 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing\\w*` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", CODE, ids=get_page_name)
 def test_code_runs(page: Path, here: None, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Block by block in one folder, Python in one namespace; selections made small by options that pages need not show."""
@@ -93,3 +99,106 @@ def _succeed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(arguments, capsys)
     # The check of an export may find that so few examples cannot tell.
     assert status in ((0, 4) if arguments[0] == "export" else (0,)), f"{shlex.join(arguments)}: {err}"
+
+
+def read_step() -> list[str]:
+    (block,) = [block for block in iterate_blocks(ROOT / "docs" / "how-to" / "compare.md") if block.language == "yaml"]
+    steps = yaml.safe_load(block.text)["jobs"]["adapter"]["steps"]
+    (command,) = [step["run"] for step in steps if "compare" in step.get("run", "")]
+    program, *arguments = shlex.split(command)
+    assert program == "rightrank"
+    return arguments
+
+
+def test_the_step_passes_and_fails_the_job(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    write_completions(tmp_path / "held_out.jsonl", 40)
+    released = make_adapter(tmp_path / "model", tmp_path / "released" / "adapter", rank=2)
+    shutil.copytree(released, tmp_path / "candidate" / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert run(read_step(), capsys)[0] == 0
+    noise = {name: value + torch.randn_like(value) for name, value in load_tensors(released).items()}
+    write_tensors(tmp_path / "candidate" / "adapter", noise)
+    assert run(read_step(), capsys)[0] in (3, 4)
+
+
+def read_action() -> list[dict[str, str]]:
+    steps: list[dict[str, str]] = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["runs"]["steps"]
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("status", "undecided", "expected"),
+    [(0, "fail", 0), (3, "pass", 3), (4, "fail", 4), (4, "pass", 0), (2, "pass", 2)],
+)
+def test_the_action_runs_the_command_and_ends_as_it_does(
+    status: int, undecided: str, expected: int, tmp_path: Path
+) -> None:
+    """Run its script with a program of the same name that prints its arguments."""
+    program = tmp_path / "rightrank"
+    program.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@"\nexit {status}\n', encoding="utf-8")
+    program.chmod(0o755)
+    variables = {"A": "run/adapter", "B": "my model.gguf", "MODEL": "model", "DATA": "rows.jsonl", "MARGIN": "0.01"}
+    options = {"OPTIONS": "--base-b 4bit", "UNDECIDED": undecided, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (step,) = [step for step in read_action() if "rightrank compare" in step["run"]]
+    completed = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", step["run"]], env=variables | options, capture_output=True, text=True
+    )
+    assert completed.returncode == expected, completed.stderr
+    assert completed.stdout.split("\n")[:-1] == [
+        "compare", "run/adapter", "my model.gguf", "--model", "model", "--data", "rows.jsonl", "--base-b", "4bit", "--margin", "0.01",
+    ]  # fmt: skip
+
+
+def test_the_action_s_inputs_are_those_of_its_page() -> None:
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    (block,) = [block for block in iterate_blocks(ROOT / "docs" / "how-to" / "ship.md") if block.language == "yaml"]
+    steps = yaml.safe_load(block.text)["jobs"]["shipped"]["steps"]
+    used = next(step["with"] for step in steps if "with" in step)
+    required = {name for name, value in inputs.items() if value.get("required")}
+    assert required <= used.keys() <= inputs.keys()
+
+
+PROJECT = Path(__file__).parents[2]
+NOT_IN_THE_REFERENCE = {"__version__"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    completed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment, check=False)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    assert completed.stderr.strip() == ""
+    return folder
+
+
+def test_every_page_is_in_the_navigation(site: Path) -> None:
+    first = (site / "index.html").read_text(encoding="utf-8")
+    for page in (PROJECT / "docs").rglob("*.md"):
+        name = page.relative_to(PROJECT / "docs").with_suffix("").as_posix().removesuffix("index")
+        address = f"{name.rstrip('/')}/" if name else "."
+        assert (site / address / "index.html").is_file()
+        assert f'href="{address}"' in first, f"{name} is not in the navigation of mkdocs.yml"
+
+
+def test_the_reference_has_the_public_names(site: Path) -> None:
+    text = (site / "reference" / "python" / "index.html").read_text(encoding="utf-8")
+    missing = {name for name in rightrank.__all__ if f'id="rightrank.{name}"' not in text}
+    assert missing == NOT_IN_THE_REFERENCE
+
+
+def test_the_site_asks_nothing_of_others(site: Path) -> None:
+    """Check that no font, script or style comes from another host."""
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert 'src="http' not in text
+    assert not [
+        tag
+        for tag in text.split("<link")[1:]
+        if "stylesheet" in tag.split(">")[0] and 'href="http' in tag.split(">")[0]
+    ]

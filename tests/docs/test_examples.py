@@ -1,21 +1,29 @@
-"""Run every example in a small form, one of them in a separate process as a user would."""
+"""Run every example in a small form, and test the refusals of those that call services or truncate many adapters."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from examples.fleet import truncate_fleet
+from peft import PeftModel
+from safetensors import safe_open
 
-from tests.tiny import generate_sentences, write_completions, write_jsonl
+from tests.adapters.adapters import load_base, make_adapter, make_base
+from tests.commands import run
+from tests.docs import tinker_standin
+from tests.tiny import build_small_settings, generate_sentences, make_tokenizer, write_completions, write_jsonl
 from tests.watch import GENEROUS_SECONDS
-
-pytestmark = pytest.mark.trains
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WITH_DATA = (
@@ -31,16 +39,17 @@ NEEDS = {"trl_sft.py": "trl", "trl_grpo.py": "trl", "lightning_trainer.py": "lig
 OF_OTHERS = "ignore"  # a trainer's own deprecations are no failure of an example
 
 
+@pytest.mark.trains
 def test_no_example_is_left_out() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
         *ALL,
         "common.py",
-        "fleet.py",  # test_fleet_example.py
+        "fleet.py",
         "preference_pairs.py",
         "notebook.ipynb",
         "text_to_image.py",  # tests/interop/test_images.py
-        "the_method.py",  # test_the_method.py
-        "tinker_service.py",  # test_tinker_example.py
+        "the_method.py",
+        "tinker_service.py",
     }
 
 
@@ -72,6 +81,7 @@ def check_run(run: Path, printed: str) -> None:
     assert items.pop() >= 20
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", ALL[1:])
 @pytest.mark.filterwarnings(OF_OTHERS)
 def test_it_ends_with_a_decision(
@@ -93,6 +103,7 @@ def test_it_ends_with_a_decision(
     check_run(tmp_path / "run", capsys.readouterr().out)
 
 
+@pytest.mark.trains
 def test_preference_pairs_end_with_a_decision(
     model_folder: Path,
     pairs_file: Path,
@@ -119,6 +130,7 @@ def test_preference_pairs_end_with_a_decision(
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.trains
 def test_it_runs_as_a_script(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     script = EXAMPLES / ALL[0]
     command = [sys.executable, str(script), *build_arguments(script.name, tmp_path, model_folder, completion_file)]
@@ -128,6 +140,7 @@ def test_it_runs_as_a_script(model_folder: Path, completion_file: Path, tmp_path
     check_run(tmp_path / "run", completed.stdout)
 
 
+@pytest.mark.trains
 @pytest.mark.filterwarnings(OF_OTHERS)
 def test_the_notebook_runs(model_folder: Path, tmp_path: Path) -> None:
     """Run all cells in a folder with a model and data; no cell fails, and the answer and the plot are shown."""
@@ -147,3 +160,157 @@ def test_the_notebook_runs(model_folder: Path, tmp_path: Path) -> None:
     assert any("difference_high" in page for page in pages)  # the table
     named = [decision[name] for name in ("rank", "fallback_rank", "best_so_far")]
     assert str(next(rank for rank in named if rank is not None)) in shown[-1]["text/plain"]
+
+
+METHOD = Path(__file__).parents[2] / "examples" / "the_method.py"
+
+
+def test_the_page_and_the_command_name_the_same_rank(
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    margin, rank = "0.1", 8
+    rows = completion_file.read_text(encoding="utf-8").splitlines()
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    train.write_text("\n".join(rows[:140]), encoding="utf-8")
+    held_out.write_text("\n".join(rows[140:]), encoding="utf-8")
+    shared = ["--ranks", "1,2,4,8,16", "--margin", margin]
+    names = ["the_method.py", str(model_folder), str(train), str(held_out)]
+    monkeypatch.setattr(sys, "argv", [*names, *shared, "--learning-rate", "1e-2", "--steps", "100"])
+    runpy.run_path(str(METHOD), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"Rank {rank} of 16 is enough."
+    folder = ["--out", str(tmp_path / "run"), "--validation", str(held_out), "--goal", "adapter", "--json", "--quiet"]
+    chosen = ["--learning-rates", "1e-2", "--max-steps", "100", "--batch-size", "8", "--lora-alpha", "32"]
+    status, out, err = run(["select", str(model_folder), str(train), *folder, *shared, *chosen], capsys)
+    assert status == 0, err
+    assert json.loads(out)["handed_over"]["rank"] == rank
+
+
+def test_the_page_is_one_page_and_uses_nothing_of_the_package() -> None:
+    text = METHOD.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    assert "import rightrank" not in text
+    assert "from rightrank" not in text
+
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def run_tinker(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Path]:
+    def example() -> Path:
+        out = tmp_path / "run"
+        arguments = ["--model", str(model_folder), "--data", str(completion_file), "--out", str(out)]
+        monkeypatch.setitem(sys.modules, "tinker", tinker_standin)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", ["tinker_service.py", *arguments, "--steps", "4", "--held-out", "10"])
+        runpy.run_path(str(EXAMPLES / "tinker_service.py"), run_name="__main__")
+        return out
+
+    return example
+
+
+@pytest.mark.trains
+def test_it_probes_trains_in_threads_and_writes_the_modules(
+    run_tinker: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run_tinker()
+    printed = capsys.readouterr().out
+    assert printed.startswith("alpha 32 at every rank; at most 18 trainings: ")
+    assert json.loads((out / "decision.json").read_text())["sentence"] in printed
+    journal = list(map(json.loads, (out / "journal.jsonl").read_text().splitlines()))
+    assert {len(line["points"]) for line in journal if line["type"] == "trial_finished"} == {4}
+    assert len([line for line in journal if line["type"] == "trial_evaluated"]) >= 4 * 6
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    with safe_open(out / "adapter" / "adapter_model.safetensors", "pt") as file:
+        modules = {name.split(".lora_")[0].split(".")[-1] for name in file.keys()}  # noqa: SIM118 - not a mapping
+    assert set(config["target_modules"]) == modules
+    assert len(modules) == 7
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("quirk", "value", "refusal"),
+    [
+        ("alpha", lambda rank: 2 * rank, "refused: alpha differs by rank ({1: 2, 16: 32})"),
+        ("seed", lambda _: next(NUMBERS), "the service ignores seeds"),
+        ("seed", lambda _: 7, "two seeds give the same matrices A"),
+    ],
+)
+def test_it_refuses_a_service_whose_trainings_can_not_be_compared(
+    run_tinker: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    quirk: str,
+    value: object,
+    refusal: str,
+) -> None:
+    monkeypatch.setitem(tinker_standin.QUIRKS, quirk, value)
+    monkeypatch.setitem(tinker_standin.QUIRKS, "archives", quirk == "alpha")  # both ways to download an adapter
+    with pytest.raises(SystemExit) as ended:
+        run_tinker()
+    assert refusal in str(ended.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_base(tmp_path_factory.mktemp("fleet") / "base")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_completions(tmp_path_factory.mktemp("data") / "rows.jsonl", 40)
+
+
+def logits(base: Path, adapter: Path) -> torch.Tensor:
+    model: Any = PeftModel.from_pretrained(load_base(base), str(adapter)).eval()
+    with torch.no_grad():
+        output: torch.Tensor = model(input_ids=torch.arange(12)[None]).logits
+    return output
+
+
+@pytest.mark.trains
+def test_a_wide_margin_brings_all_to_rank_1(base: Path, data: Path, tmp_path: Path) -> None:
+    adapters = [
+        make_adapter(base, tmp_path / "wide", rank=8),
+        make_adapter(base, tmp_path / "low", "rslora", rank=2),
+        make_adapter(base, tmp_path / "single", rank=1),
+    ]
+    out, settings = tmp_path / "out", build_small_settings(max_steps=4, device="cpu")
+    assert truncate_fleet(adapters, out, str(base), [data], margin=50, settings=settings) == 1
+    for adapter in adapters:
+        assert json.loads((out / adapter.name / "adapter_config.json").read_text())["r"] == 1
+        assert logits(base, out / adapter.name).isfinite().all()
+    assert torch.allclose(logits(base, tmp_path / "single"), logits(base, out / "single"), atol=1e-6)
+
+
+@pytest.mark.trains
+def test_a_margin_of_nothing_keeps_every_rank(base: Path, data: Path, tmp_path: Path) -> None:
+    adapters = [make_adapter(base, tmp_path / "a", rank=4), make_adapter(base, tmp_path / "b", rank=2)]
+    out, settings = tmp_path / "out", build_small_settings(max_steps=4, device="cpu")
+    assert truncate_fleet(adapters, out, str(base), [data, data], margin=1e-9, settings=settings) == 4
+    for adapter in adapters:
+        assert torch.allclose(logits(base, adapter), logits(base, out / adapter.name), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "message"),
+    [
+        (["a"], 1, "give two or more with different names"),
+        (["a", "x/a"], 1, "give two or more with different names"),
+        (["a", "b"], 3, "3 data files for 2 adapters"),
+    ],
+)
+def test_what_makes_no_fleet_is_refused(names: list[str], files: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        truncate_fleet([tmp_path / name for name in names], tmp_path / "out", "model", [tmp_path / "d.jsonl"] * files)
+    assert not (tmp_path / "out").exists()

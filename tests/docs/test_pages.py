@@ -1,4 +1,4 @@
-"""Check that links resolve, shown commands parse, and reference pages list what exists."""
+"""Check that links and paths resolve, shown commands parse, reference pages list what exists, and the glossary's terms are used."""
 
 from __future__ import annotations
 
@@ -111,3 +111,66 @@ def test_the_page_of_file_formats_names_every_record_of_a_journal() -> None:
     table = page.split("| type | written when |")[1].split("\n\n")[0]
     types = {record.model_fields["type"].default for record in get_args(AnyJournalRecord)}
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == types
+
+
+PLACES = (ROOT, ROOT / "src" / "rightrank", ROOT / "tests", ROOT / "docs")
+NAMED = re.compile(r"(?<![\w./:@-])((?:[\w-]+/)+[\w-]+\.(?:py|md|json|jsonl|toml|yml|yaml|html|ini))(?![\w/])")
+FOLDER = re.compile(
+    r"`((?:src|tests|benchmarks|docs|examples|data|decision|models|train|search|report|runs|adapters|interop|hooks|api|cli|plugins|schema)/(?:[\w-]+/)*)`"
+)
+# Of other packages, of what a command writes, and of a reader's own files.
+PATHS_OF_OTHERS = re.compile(
+    r"^(vllm|transformers|peft|torch|aten|bitsandbytes|integrations|trl|autograd|backends|llama\.cpp|docs/features|run|my-run|study|exports|trials|path|adapter|tasks|"
+    r"work|checkpoint|model|checkpoints|raw|files|tokenizer|OUT|RUN|released|merged|gguf|new)/"
+)
+
+
+def list_texts() -> list[tuple[str, str]]:
+    """Return each page for contributors, and each comment and docstring of the code, with its file."""
+    pages = [
+        ROOT / name
+        for name in (
+            "CONTRIBUTING.md",
+            "AGENTS.md",
+            "README.md",
+            "pyproject.toml",
+            "Makefile",
+            ".ci/run",
+            ".importlinter",
+        )
+    ]
+    code = [path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    texts = [(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")) for page in pages if page.exists()]
+    for path in code:
+        text = path.read_text(encoding="utf-8")
+        comments = [*re.findall(r'"""(.*?)"""', text, re.DOTALL), *re.findall(r"#(.*)", text)]
+        texts.append((str(path.relative_to(ROOT)), "\n".join(comments)))
+    return texts
+
+
+@mark_for_every_plug_in
+@pytest.mark.parametrize(("source", "text"), list_texts(), ids=lambda value: value[:60] if "\n" not in value else "")
+def test_every_path_exists(source: str, text: str) -> None:
+    source_folder = (ROOT / source).parent
+    for name in [*NAMED.findall(text), *FOLDER.findall(text)]:
+        if (
+            PATHS_OF_OTHERS.match(name)
+            or name.startswith("rightrank/")
+            or (source.startswith("benchmarks") and name.endswith(".json"))
+        ):  # which it writes
+            continue
+        assert any((folder / name).exists() for folder in (*PLACES, source_folder)), f"{source}: {name}"
+
+
+SOURCES = sorted((ROOT / "src" / "rightrank").rglob("*.py"))
+AVOIDED = re.compile(
+    r"\b(octaves?|tally|go(es|ing)? on|dear(er|est)?|(left|lost) on the way|(is|are|was|were) told|for want of"
+    r"|los(es?|ing) nothing|selection split|within a rank)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("path", [*FRONT, *GUIDES, *SOURCES], ids=get_page_name)
+def test_terms_of_the_glossary_are_used(path: Path) -> None:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if AVOIDED.search(line)]
+    assert lines == []

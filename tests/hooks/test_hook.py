@@ -16,6 +16,7 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InterruptedRun, RunError
 from rightrank.schema.events import AdapterRecorded, Event, SelectionPlanned
 from rightrank.schema.trials import TrialFinished
+from tests.commands import read_journal_records
 
 RANKS = (1, 4, 16)
 
@@ -140,9 +141,7 @@ def test_the_next_hook_gets_a_changed_answer(tmp_path: Path) -> None:
             return answered.answer.model_copy(update={"notes": [*answered.answer.notes, self._note]})
 
     select(tmp_path / "run", Noting("first"), RecordingHook(), Noting("second"))
-    recorded = [
-        record for record in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(record, AdapterRecorded)
-    ]
+    recorded = read_journal_records(tmp_path / "run", AdapterRecorded)
     assert [record.answer.notes for record in recorded] == [["first", "second"]]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -93,86 +93,34 @@ def test_mlflow(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({run.data.tags["rightrank.group"] for run in client.search_runs([experiment.experiment_id])}) == 1
 
 
-@pytest.mark.filterwarnings("ignore")  # warnings of W&B
-def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that W&B's reader of an offline run returns the logged values, and that an exported table gives the same rank."""
-    pytest.importorskip("wandb")
-    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", "."), ("WANDB_SILENT", "true")):
-        monkeypatch.setenv(name, value)
-    assert log_all(records, "wandb") == []
-    runs = [_read_wandb_run(path) for path in sorted(Path("wandb").glob("offline-run-*/*.wandb"))]
-    assert len(runs) == len(records.outcomes) + 1
-    assert {run["group"] for run in runs} == {runs[0]["group"]}
-    last = next(run for run in runs if run["name"] == "decision")
-    assert last["summary"]["decision/verdict"] == decide_run(records).verdict
-    trained = list_trained_trials(records)
-    by_name = {run["name"]: run for run in runs}
-    for trial in trained:
-        run = next(run for name, run in by_name.items() if name.endswith(trial.trial_id[:6]))
-        assert run["summary"]["eval/loss"] == trial.metrics["loss"]
-        assert [step["train/loss"] for step in run["history"] if "train/loss" in step] == trial.train_losses
-        assert run["config"]["lora_r"] == trial.rank
-    exported = [{"name": run["name"], **run["config"], **run["summary"]} for run in runs]
-    Path("export.json").write_text(json.dumps(exported))
-    values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in trained]
-    assert decide(Path("export.json")).decision.reference_rank == decide(values).decision.reference_rank
-
-
-def _read_wandb_run(path: Path) -> dict[str, Any]:
-    """Read the records of a W&B run file, which are framed like LevelDB's log."""
-    from wandb.proto import wandb_internal_pb2
-
-    run_fields: dict[str, Any] = {"config": {}, "summary": {}, "history": []}
-    for data in _read_frames(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            run_fields |= {"name": record.run.display_name, "group": record.run.run_group}
-            run_fields["config"] |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
-        elif kind == "config":
-            run_fields["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
-        elif kind == "history":
-            run_fields["history"].append({_get_key(i): json.loads(i.value_json) for i in record.history.item})
-        elif kind == "summary":
-            run_fields["summary"] |= {_get_key(i): json.loads(i.value_json) for i in record.summary.update}
-    return run_fields
-
-
-def _read_frames(content: bytes) -> Iterator[bytes]:
-    """Yield the records of a W&B file.
-
-    After a header of 7 bytes come chunks of checksum (4), length (2) and kind (1: complete, 2 to 4: first to last section).
-    """
-    offset, chunks = 7, b""
-    while offset + 7 <= len(content):
-        if 32768 - offset % 32768 < 7:
-            offset += 32768 - offset % 32768  # the rest of the block is too short for a header
-            continue
-        length, kind = int.from_bytes(content[offset + 4 : offset + 6], "little"), content[offset + 6]
-        chunks += content[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):
-            yield chunks
-            chunks = b""
-
-
-def _get_key(example: Any) -> str:
-    return example.key or ".".join(example.nested_key)
-
-
-@pytest.mark.filterwarnings("ignore")  # warnings of Trackio
-def test_trackio(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(Path("trackio").resolve()))
-    pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    assert log_all(records, "trackio") == []
-    for trial in records.list_finished():
-        runs = [name for name in SQLiteStorage.get_runs("rightrank") if name.endswith(trial.trial_id[:6])]
-        logged = SQLiteStorage.get_logs("rightrank", runs[0])
-        assert [row["train/loss"] for row in logged if "train/loss" in row] == trial.train_losses
-        assert logged[-1]["eval/loss"] == pytest.approx(trial.metrics["loss"])
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_each_trial_is_a_run_with_its_numbers_by_step(
+    name: str, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replace the library by one that records calls, and decide by what it was given, as by an exported table."""
+    library = MagicMock()
+    monkeypatch.setitem(sys.modules, name, library)
+    monkeypatch.setattr(registry, "find_spec", lambda _name: object())
+    opened = [MagicMock() for _ in range(len(records.outcomes) + 1)]
+    for tracked in opened:
+        tracked.__enter__.return_value = tracked
+    library.init.side_effect = opened
+    assert log_all(records, name) == []
+    options = [call.kwargs for call in library.init.call_args_list]
+    assert len({run_options["group"] for run_options in options}) == 1
+    assert options[-1]["name"].endswith("decision")
+    rows = []
+    for trial in list_trained_trials(records):
+        number = next(n for n, run_options in enumerate(options) if run_options["name"].endswith(trial.trial_id[:6]))
+        logged = [call.args[0] for call in opened[number].log.call_args_list]
+        assert [step["train/loss"] for step in logged if "train/loss" in step] == trial.train_losses
+        assert logged[-1]["eval/loss"] == trial.metrics["loss"]
+        assert options[number]["config"]["lora_r"] == trial.rank
+        rows.append(options[number]["config"] | logged[-1])
+    values = [
+        {"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in list_trained_trials(records)
+    ]
+    assert decide(rows).decision.reference_rank == decide(values, higher_is_better=False).decision.reference_rank
 
 
 def test_each_trial_is_logged_once_and_a_failing_tracker_ends_nothing(

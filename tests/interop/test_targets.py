@@ -1,15 +1,18 @@
-"""Test exports of a small run: the content of each target, and which requests are refused."""
+"""Test exports of a small run: the content of each target, which requests are refused, and that files work from their own folder."""
 
 from __future__ import annotations
 
 import ast
 import csv
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
+from tests.commands import read_journal_records, run_forked
 from tests.tiny import build_small_settings
 
 pytestmark = pytest.mark.trains
@@ -49,7 +53,6 @@ def recipe(selected: Selected) -> Recipe:
     finished = [record for record in journal if isinstance(record, TrialFinished)]
     chosen = selected.answers.adapter.answer.trial_id
     trial = next(record for record in finished if record.trial_id == chosen)
-    assert selected.adapter is not None
     return build_recipe(started, trial, selected.adapter.path, finished)
 
 
@@ -76,7 +79,6 @@ def test_every_target_contains_the_rank(selected: Selected, target: str) -> None
         if path.suffix in (".py", ".yaml", ".sh", ".json")
     )
     handed_over = selected.exported_adapter
-    assert handed_over is not None
     ranks = {"vllm": find_server_rank(handed_over.rank), "peft": handed_over.rank}
     ranks["sglang"] = handed_over.max_module_rank
     assert str(ranks.get(target, handed_over.trained_rank)) in text
@@ -187,19 +189,17 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     )
     file = write_target(selected, "trl") / "trl_sft.yaml"
     _, _, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
-    assert selected.exported_adapter is not None
     assert trl_module.get_peft_config(model).r == selected.exported_adapter.trained_rank
 
 
 def test_another_rank_is_exported_by_its_own_training(selected: Selected, truncated: Selected, tmp_path: Path) -> None:
     """Export a training at the rank for a trainer, and the run's adapter for a server. The error for other ranks lists the trained ones."""
-    trials = [trial for trial in RunFolder(selected.run).journal.read() if isinstance(trial, TrialFinished)]
+    trials = read_journal_records(selected.run, TrialFinished)
     for rank in {trial.rank for trial in trials if trial.rank and trial.arm.is_direct}:
         folder = export(selected.run, "trl", tmp_path / f"trl{rank}", rank=rank).folder
         assert yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"] == rank
         folder = export(selected.run, "peft", tmp_path / f"peft{rank}", rank=rank).folder
         assert open_adapter(folder).config["r"] == rank
-    assert truncated.exported_adapter is not None
     assert (truncated.exported_adapter.rank, truncated.exported_adapter.trained_rank) == (1, 4)
     with pytest.raises(ResultsError, match="the run has no training at rank 1; give one of 4, or leave rank out"):
         export(truncated.run, "trl", rank=1)
@@ -207,16 +207,6 @@ def test_another_rank_is_exported_by_its_own_training(selected: Selected, trunca
         export(truncated.run, "sglang", rank=3)
     recipe = yaml.safe_load((write_target(truncated, "trl") / "trl_sft.yaml").read_text())
     assert recipe["lora_r"] == 4  # the recipe of the adapter that is handed over
-
-
-def test_one_line_says_what_to_do(selected: Selected, truncated: Selected) -> None:
-    assert truncated.exported_adapter is not None
-    again = "To train again, start at rank 4 and truncate."
-    assert truncated.advice == f"Use {truncated.run / 'adapter'} now (rank 1). {again}"
-    assert selected.adapter is not None
-    assert selected.decision_or_none is not None
-    assert truncated.advice in str(truncated)
-    assert selected.advice in str(selected)
 
 
 @pytest.mark.parametrize(
@@ -234,23 +224,21 @@ def test_the_line_names_each_way_to_train_again(
     selected: Selected, handed_over: dict[str, Any], trained: int | None, text: str
 ) -> None:
     recorded = selected.answers.adapter
-    assert recorded is not None
-    assert selected.decision_or_none is not None
     exported = recorded.handed_over.model_copy(update=handed_over | {"trained_rank": 16})
     answers = replace(
         selected.answers,
         adapter=recorded.model_copy(update={"handed_over": exported}),
         decision=selected.decision_or_none.model_copy(update={"rank": trained}),
     )
-    adapter = replace(selected.adapter, path=Path("my-run/adapter"))
-    assert replace(selected, adapter=adapter, answers=answers).advice == text
+    described = replace(selected, adapter=replace(selected.adapter, path=Path("my-run/adapter")), answers=answers)
+    assert described.advice == text
+    assert text in str(described)
 
 
 def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) -> None:
     from peft import AutoPeftModelForCausalLM
 
     assert truncated.decision_or_none is None
-    assert truncated.exported_adapter is not None
     assert (truncated.exported_adapter.rank, truncated.exported_adapter.method) == (1, "truncated")
     folder = write_target(truncated, "peft")
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
@@ -321,7 +309,6 @@ def test_a_folder_without_a_run_or_an_adapter_is_refused(selected: Selected, tmp
 
 
 def test_the_report_shows_the_adapter_s_spectrum(selected: Selected) -> None:
-    assert selected.adapter is not None
     rows = list(csv.DictReader((selected.run / "figures" / "spectrum.csv").read_text().splitlines()))
     inspection = inspect(selected.adapter.path)
     assert len(rows) == selected.adapter.rank
@@ -330,7 +317,6 @@ def test_the_report_shows_the_adapter_s_spectrum(selected: Selected) -> None:
 
 
 def test_the_report_is_written_again_from_the_journal_and_the_adapter(selected: Selected, tmp_path: Path) -> None:
-    assert selected.adapter is not None
     shutil.copytree(selected.adapter.path, tmp_path / "adapter")
     (tmp_path / "journal.jsonl").write_bytes((selected.run / "journal.jsonl").read_bytes())
     first = selected.report.read_text(encoding="utf-8").replace(str(selected.run), str(tmp_path))
@@ -365,7 +351,6 @@ def test_a_new_folder_is_made_with_its_parents(selected: Selected, tmp_path: Pat
 
 def test_the_card_names_a_base_of_the_hub(selected: Selected) -> None:
     """Name a base on the hub, because the hub rejects a card whose base is a folder."""
-    assert selected.adapter is not None
     file = selected.adapter.path / "README.md"
     values = ModelCard.load(file).data.to_dict()  # the hub's own reader
     assert (values["library_name"], "base_model" in values) == ("peft", False)
@@ -381,3 +366,88 @@ def test_the_plot_goes_where_the_card_goes(selected: Selected) -> None:
     assert "](rank_curve.svg)" in (folder / "README.md").read_text(encoding="utf-8")
     assert (folder / "rank_curve.svg").read_bytes() == (selected.run / "figures" / "rank_curve.svg").read_bytes()
     assert (folder / "rank_curve.svg").read_bytes().startswith(b"<svg")
+
+
+@pytest.fixture(scope="module")
+def home(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with a run whose model and data were given as relative paths."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "model").symlink_to(model_folder)
+    (folder / "data.jsonl").symlink_to(completion_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        settings = build_small_settings(max_steps=2, goal="adapter", target_modules=("q_proj", "v_proj"))
+        select_rank("./model", "data.jsonl", "run", settings=settings)
+        for target in TARGETS:
+            export("run", target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home_recipe(home: Path) -> Recipe:
+    journal = RunFolder(home / "run").journal.read()
+    started = next(record for record in journal if isinstance(record, RunStarted))
+    finished = [record for record in journal if isinstance(record, TrialFinished)]
+    return build_recipe(started, finished[-1], home / "run" / "adapter", finished)
+
+
+def test_no_file_names_a_place_relative_to_where_the_selection_ran(home: Path) -> None:
+    model, data = (home / "model").resolve(), (home / "data.jsonl").resolve()
+    for target in TARGETS:
+        folder = home / "run" / "exports" / target
+        text = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".py", ".yaml", ".sh", ".json"))
+        assert "./model" not in text
+        assert str(model) in text
+        assert '"data.jsonl"' not in text.replace(str(data), "")
+
+
+def test_an_export_from_another_folder_names_the_same_places(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = export(home / "run", "trl", tmp_path / "elsewhere")
+    settings = yaml.safe_load((result.folder / "trl_sft.yaml").read_text())
+    assert settings["model_name_or_path"] == str((home / "model").resolve())
+    assert settings["datasets"][0]["data_files"] == str((home / "data.jsonl").resolve())
+
+
+def run_trl_sft(folder: Path) -> None:
+    """Run `trl sft --config trl_sft.yaml` in this process, with TRL's own parser and script."""
+    warnings.simplefilter("ignore")
+    os.chdir(folder)
+    sys.argv = ["sft", "--config", "trl_sft.yaml", "--max_steps", "1", "--report_to", "none", "--use_cpu", "true"]
+    from trl.scripts.sft import main, make_parser
+
+    main(*make_parser().parse_args_and_config(return_remaining_strings=True)[:4])
+
+
+def test_trl_runs_from_the_exported_folder(home: Path, tmp_path: Path) -> None:
+    folder = home / "run" / "exports" / "trl"
+    status, err = run_forked(partial(run_trl_sft, folder), tmp_path / "log").end()
+    assert status == 0, err[-3000:]
+    config = json.loads((folder / "trl-output" / "adapter_config.json").read_text())
+    assert config["r"] == yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"]
+
+
+def test_unsloth_gets_bare_names(home_recipe: Recipe, tmp_path: Path) -> None:
+    full_name_recipe = replace(
+        home_recipe, target_modules=("model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj")
+    )
+    write_export("unsloth", full_name_recipe, tmp_path / "out")
+    assert "target_modules=['q_proj']" in (tmp_path / "out" / "unsloth_lora.py").read_text()
+
+
+@pytest.mark.parametrize("shape", ["alpaca", "sharegpt", "ask → prompt, reply → completion"])
+def test_trainers_read_the_columns_that_the_file_has(home_recipe: Recipe, shape: str) -> None:
+    renamed = {"prompt": "ask, then → wait", "completion": "reply"} if "→" in shape else {}
+    renamed_recipe = replace(home_recipe, shape=shape, columns=renamed)
+    dataset = yaml.safe_load(TARGETS["axolotl"](renamed_recipe).files["axolotl.yaml"])["datasets"][0]
+    entry = json.loads(TARGETS["llamafactory"](renamed_recipe).files["dataset_info.json"])["rightrank_data"]
+    if shape == "alpaca":
+        assert dataset["type"] == "alpaca"
+        assert entry["columns"]["query"] == "input"
+    elif shape == "sharegpt":
+        assert dataset["field_messages"] == entry["columns"]["messages"] == "conversations"
+    else:
+        assert dataset["type"]["field_instruction"] == entry["columns"]["prompt"] == "ask, then → wait"
+    assert any(shape in note for note in TARGETS["trl"](renamed_recipe).notes)

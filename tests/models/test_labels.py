@@ -76,7 +76,6 @@ def _read_accuracy(selected: Selected) -> float:
 
 
 def test_the_card_s_lines_load_the_classifier_in_a_fresh_python(selected: Selected) -> None:
-    assert selected.adapter is not None
     folder = selected.adapter.path
     code = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     data = str(selected.run.parent / "data" / "validation.jsonl")
@@ -101,7 +100,6 @@ def test_the_export_s_command_loads_it(selected: Selected, monkeypatch: pytest.M
 
 
 def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: Selected, tmp_path: Path) -> None:
-    assert selected.adapter is not None
     rows = [row for row in _make_rows(60, 5) if row["label"] in ("sport", "news")]
     some = write_jsonl(tmp_path / "some.jsonl", rows)
     adapter, by_accuracy = selected.adapter.path, SelectSettings(metric="accuracy", metrics=("macro_f1",))
@@ -119,7 +117,6 @@ def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: S
 
 
 def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: Path) -> None:
-    assert selected.adapter is not None
     reordered = tmp_path / "other"
     shutil.copytree(selected.adapter.path, reordered)
     stored = json.loads((reordered / "classifier.json").read_text(encoding="utf-8"))

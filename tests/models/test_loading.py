@@ -1,4 +1,4 @@
-"""PEFT loads every adapter before it counts as written, on a skeleton of its modules."""
+"""Test where a model is, and that PEFT loads every adapter, on a skeleton of its modules, before it counts as written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from rightrank import TrialResult, TrialTask, resize, select_rank_with
+from rightrank.demo import find_model_file
 from rightrank.models.adapter_reader import open_adapter
 from rightrank.models.loading import require_loadable
+from rightrank.models.model_sources import ModelSource, find_model
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import KINDS, LINEAR, edit_config, load_strictly, make_adapter, make_base
 
@@ -79,3 +81,18 @@ def test_an_adapter_that_peft_refuses_is_not_handed_over(base: Path, tmp_path: P
     with pytest.raises(ModelError, match="target_modules does not name its module"):
         select_rank_with(train, tmp_path / "run", ranks=(2, 4), learning_rates=(1e-3,), margin=0.01)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_gguf_file_is_loaded_from_its_folder() -> None:
+    path = find_model_file()
+    assert find_model(str(path)) == ModelSource(str(path.parent), path.name)
+
+
+def test_a_folder_of_gguf_files_names_the_file_to_give(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match=r"no config\.json in the folder; give the file: .*model\.gguf"):
+        find_model(str(tmp_path))
+
+
+def test_a_name_with_one_slash_is_a_hub_name() -> None:
+    assert find_model("HuggingFaceTB/SmolLM2-135M") == ModelSource("HuggingFaceTB/SmolLM2-135M", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from rightrank import inspect
 from rightrank.models.adapter_reader import open_adapter
 from tests import commands
-from tests.models.kind_cases import find_case, make_model
-from tests.models.kind_checks import Suite
+from tests.models.kind_checks import CASES, Suite, Trained, make_model
 from tests.tiny import make_tokenizer, write_completions
 
 pytestmark = pytest.mark.trains
@@ -88,10 +88,15 @@ def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_p
     assert (four, eight) == (2 * 4 * 64 + experts, 2 * 8 * 64 + 2 * experts)
 
 
-def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train an adapter on the experts of a Mixtral."""
+    return Suite.of(CASES["experts (Mixtral)"], tmp_path_factory.mktemp("experts")).trained
+
+
+def test_an_expert_that_no_token_reached_has_its_own_flag(trained: Trained, tmp_path: Path) -> None:
     """Half of the experts get no token: their B stays zero. Another one is scaled to next to nothing."""
-    suite = Suite.of(find_case("experts (Mixtral)"), tmp_path)
-    adapter = open_adapter(suite.trained.adapter)
+    adapter = open_adapter(Path(shutil.copytree(trained.adapter, tmp_path / "adapter")))
     first = next(module for module in adapter.modules if module.kind.name == "expert")
     tensors = load_file(adapter.weights_file)
     b = tensors[first.b_key].reshape(first.rows, first.rank, 4)
@@ -99,7 +104,7 @@ def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> Non
     b[:, :, 1] *= 1e-6
     save_file(tensors, adapter.weights_file, {"format": "pt"})
     flags = [
-        module.flags for module in inspect(suite.trained.adapter).modules if module.name.startswith(first.name[:-2])
+        module.flags for module in inspect(tmp_path / "adapter").modules if module.name.startswith(first.name[:-2])
     ]
     assert [[flag for flag in module_flags if flag in ("no_token", "untrained", "dead")] for module_flags in flags] == [
         [],
@@ -133,11 +138,12 @@ def test_what_a_kind_refuses_is_one_line(
     assert "Traceback" not in err
 
 
-def test_adapters_on_experts_are_resized_by_held_out_data(run: Run, folder: Path, tmp_path: Path) -> None:
-    suite = Suite.of(find_case("experts (Mixtral)"), tmp_path)
-    make_tokenizer().save_pretrained(suite.trained.base)
+def test_adapters_on_experts_are_resized_by_held_out_data(
+    run: Run, folder: Path, trained: Trained, tmp_path: Path
+) -> None:
+    make_tokenizer().save_pretrained(trained.base)
     status, out, err = run(
-        "resize", str(suite.trained.adapter), str(tmp_path / "small"), "--data", str(folder / "data.jsonl"),
+        "resize", str(trained.adapter), str(tmp_path / "small"), "--data", str(folder / "data.jsonl"),
         "--margin", "5", "--set", "seq_len=32", "--set", "max_eval_examples=8", "--set", "device=cpu", "--json",
     )  # fmt: skip
     assert status == 0, err

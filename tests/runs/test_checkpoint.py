@@ -21,6 +21,7 @@ from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import StepDone, TestEvaluated
 from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.trials import TrialFinished
+from tests.commands import read_journal_records
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, write_jsonl
 from tests.watch import Watch
@@ -72,12 +73,8 @@ def select(
     return select_rank(str(model), data, out, settings=settings, callbacks=[] if watch is None else [watch])
 
 
-def read_finished_trials(run: Path) -> list[TrialFinished]:
-    return [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-
-
 def find_trained(run: Path) -> TrialFinished:
-    return next(trial for trial in read_finished_trials(run) if trial.rank == 8 and trial.arm.is_direct)
+    return next(trial for trial in read_journal_records(run, TrialFinished) if trial.rank == 8 and trial.arm.is_direct)
 
 
 def compute_peft_loss(model: Path, adapter: Path, data: Path, cache: Path) -> float:
@@ -162,15 +159,15 @@ def test_the_training_rank_is_decided_at_the_kept_checkpoint(
     run = tmp_path / "run"
     shutil.copytree(runs["best"], run)
     selected = select(model_folder, overfitted, run, "best", goal="training-rank")
-    trials = {trial.rank: trial for trial in read_finished_trials(run) if trial.rank and trial.arm.is_direct}
-    assert selected.decision.checkpoint is not None
+    trials = {
+        trial.rank: trial for trial in read_journal_records(run, TrialFinished) if trial.rank and trial.arm.is_direct
+    }
     assert selected.decision.checkpoint.checkpoint == "best"
     for evidence in selected.decision.ranks:
         if evidence.rank:
             assert evidence.value == pytest.approx(min(point.value for point in trials[evidence.rank].points), abs=1e-5)
     assert decide(run).decision == selected.decision
     at_last = decide(run, checkpoint="last").decision
-    assert at_last.checkpoint is not None
     assert (at_last.checkpoint.checkpoint, at_last.checkpoint.best) == ("last", selected.decision.checkpoint.best)
     for evidence in at_last.ranks:
         if evidence.rank:

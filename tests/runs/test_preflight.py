@@ -1,4 +1,4 @@
-"""Test `select --dry-run`: it describes the selection and its power, and writes nothing."""
+"""Test `select --dry-run`: it describes the selection, its power and the same run as `select`, and writes nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank import preflight, select_rank
-from rightrank.schema.errors import ModelError
+from rightrank.runs.journal import Journal
+from rightrank.schema.events import RunStarted, SelectionPlanned
 from rightrank.schema.results import Preflight
 from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import TrialFinished
 from tests.commands import SMALL, run
 from tests.tiny import SIZES, build_small_settings, make_tokenizer
 from tests.watch import Watch
@@ -74,8 +76,6 @@ def test_a_preflight_accepts_peft_and_trl_configs(model_folder: Path, completion
         str(model_folder), completion_file, peft_config=config, settings=build_small_settings(max_steps=3)
     )
     assert result.cost.steps == 3
-    with pytest.raises(ModelError, match="task_type: got 'SEQ_CLS'"):
-        preflight(str(model_folder), completion_file, peft_config=LoraConfig(task_type="SEQ_CLS"))
 
 
 def test_the_first_lines_of_a_selection_hold_the_same_facts(
@@ -127,3 +127,33 @@ def test_the_first_lines_say_where_the_top_rank_comes_from(model_folder: Path, c
     wide_config = LlamaConfig(vocab_size=len(tokenizer), **(SIZES | {"hidden_size": 128, "intermediate_size": 128}))
     _, line = result(LlamaForCausalLM(wide_config), tokenizer)
     assert line.startswith("top rank 64 (the default for every data set): ")
+
+
+SMALL_SETTINGS = {
+    "learning_rates": [1e-2],
+    "batch_size": 4,
+    "max_eval_examples": 12,
+    "num_evaluations": 2,
+    "device": "cpu",
+}
+
+
+def test_dry_run_and_selection_agree(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    """Omit ranks, steps and length, so that preflight and selection must choose the same values."""
+    announced: list[SelectionPlanned] = []
+    watching = Watch(lambda event: announced.append(event) if isinstance(event, SelectionPlanned) else None)
+    selected = select_rank(str(model_folder), completion_file, tmp_path / "run", callbacks=[watching], **SMALL_SETTINGS)
+    first_preflight = preflight(str(model_folder), completion_file, **SMALL_SETTINGS)
+
+    records = Journal(tmp_path / "run" / "journal.jsonl").read()
+    started = next(record for record in records if isinstance(record, RunStarted))
+    finished = [record for record in records if isinstance(record, TrialFinished) and record.rank > 0]
+    assert started.settings["ranks"] == [row.rank for row in first_preflight.ranks]
+    assert announced[0].steps == first_preflight.cost.steps
+    assert first_preflight.longest <= started.settings["seq_len"]
+    assert announced[0].expected_trainings == first_preflight.cost.trainings
+    peaks = {row.rank: row.peak_bytes for row in first_preflight.ranks}
+    direct = [trial for trial in finished if trial.truncate_from is None and len(trial.pass_ranks or []) < 2]
+    assert direct
+    assert all(trial.predicted_peak_bytes == peaks[trial.rank] for trial in direct)
+    assert selected.cost["trainings"] > 0

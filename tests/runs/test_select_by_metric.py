@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.runs.journal import Journal
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import TrialFinished
-from tests.commands import run
+from tests.commands import read_journal_records, run
 from tests.tiny import write_jsonl
 
 SMALL = [
@@ -32,10 +31,6 @@ COUNT = """
 def length(completions):
     return [len(text) for text in completions]
 """
-
-
-def read_finished(folder: Path) -> list[TrialFinished]:
-    return [record for record in Journal(folder / "journal.jsonl").read() if isinstance(record, TrialFinished)]
 
 
 def select(
@@ -74,7 +69,7 @@ def test_one_metric_decides_and_the_others_are_kept(
         "loss",
         "length",
     }
-    trials = read_finished(tmp_path / "run")
+    trials = read_journal_records(tmp_path / "run", TrialFinished)
     assert {trial.rank for trial in trials if trial.arm.is_direct} == {0, 1, 4}
     for trial in trials:
         assert set(trial.example_metrics) == {"rougeL", "f1", "exact_match", "rouge2", "share", "length"}
@@ -83,7 +78,7 @@ def test_one_metric_decides_and_the_others_are_kept(
         written = [json.loads(line)["completion"] for line in lines]
         assert trial.example_metrics["length"] == [float(len(text)) for text in written]
         assert trial.metrics["total"] == float(sum(map(len, written)))
-    tests = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TestEvaluated)]
+    tests = read_journal_records(tmp_path / "run", TestEvaluated)
     assert all(test.value == test.metrics["rougeL"] and "length" in test.metrics for test in tests)
     again = decide(tmp_path / "run", metric="f1").decision
     assert (again.metric, again.basis, again.higher_is_better) == ("f1", "examples", True)
@@ -138,13 +133,13 @@ def test_a_function_that_fails_later_loses_nothing(
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *options)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert "the licence server is away" in err
-    assert len(read_finished(tmp_path / "run")) == 1
+    assert len(read_journal_records(tmp_path / "run", TrialFinished)) == 1
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert len(checkpoints) == 1
     program.write_text(COUNT)
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *options)
     assert status == 0, err
-    assert len([trial for trial in read_finished(tmp_path / "run") if trial.arm.is_direct]) == 3
+    assert len([trial for trial in read_journal_records(tmp_path / "run", TrialFinished) if trial.arm.is_direct]) == 3
 
 
 def test_metrics_of_classes(
@@ -155,7 +150,7 @@ def test_metrics_of_classes(
     assert status == 0, err
     answer = json.loads(out)
     assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "examples", 0.005)
-    for trial in read_finished(tmp_path / "run"):
+    for trial in read_journal_records(tmp_path / "run", TrialFinished):
         lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
         right = [json.loads(line)["completion"] == json.loads(line)["expected"] for line in lines]
         assert trial.metrics["accuracy"] == sum(right) / len(right)

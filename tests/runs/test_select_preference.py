@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import yaml
 
 from rightrank import Selected, compare, export, select_rank
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import DataError, SettingsError
+from rightrank.schema.errors import DataError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
-from tests.commands import run
 from tests.tiny import build_small_settings, write_jsonl, write_pairs
 
 pytestmark = pytest.mark.trains
@@ -53,7 +51,6 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
         assert set(trial.example_tokens) == {1}
         assert {len(values) for values in trial.example_metrics.values()} == {len(trial.example_losses)}
         weighted_scores = trial.get_weighted_scores("reward_accuracy")
-        assert weighted_scores is not None
         assert sum(weighted_scores[0]) / len(weighted_scores[0]) == trial.metrics["reward_accuracy"]
     base = next(trial for trial in trials if trial.rank == 0)
     assert base.metrics["loss"] == pytest.approx(0.6931, abs=1e-4)
@@ -64,23 +61,14 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
 
 
 def test_the_test_split_has_the_metrics_of_pairs(selected: Selected, records: list[Any]) -> None:
+    assert selected.decision.margin == 0.02
+    assert [comparison.metric for comparison in selected.decision.other_metrics] == ["reward_accuracy"]  # as requested
     tests = [record for record in records if record.type == "test_evaluated"]
     assert tests
     assert all(test.example_metrics.keys() == PAIR_METRICS for test in tests)
 
 
-def test_the_margin_is_that_of_pairs(selected: Selected) -> None:
-    assert selected.decision is not None
-    assert selected.decision.margin == 0.02
-
-
-def test_only_requested_metrics_are_reported(selected: Selected) -> None:
-    assert selected.decision is not None
-    assert [comparison.metric for comparison in selected.decision.other_metrics] == ["reward_accuracy"]
-
-
 def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: Path, model_folder: Path) -> None:
-    assert selected.adapter is not None
     settings = build_small_settings(metrics=("reward_accuracy",))
     comparison = compare(
         selected.adapter.path, selected.adapter.path, model=str(model_folder), data=pair_file, settings=settings
@@ -93,7 +81,6 @@ def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: P
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # a warning of transformers when TRL builds its arguments
 def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path) -> None:
-    assert selected.exported_adapter is not None
     values = yaml.safe_load((export(selected.run, "axolotl").folder / "axolotl.yaml").read_text())
     assert (values["rl"], values["rl_beta"]) == ("dpo", 0.5)
     assert values["datasets"][0]["type"]["field_rejected"] == "rejected"
@@ -113,32 +100,6 @@ def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path)
     _, training, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
     assert (training.beta, training.loss_type, training.max_steps) == (0.5, ["sigmoid"], 16)
     assert trl.get_peft_config(model).r == selected.exported_adapter.trained_rank
-
-
-def test_settings_that_pairs_cannot_have_are_refused(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="metric 'accuracy' needs `text` and `label`"):
-        select_rank(str(model_folder), pair_file, tmp_path / "run", settings=build_small_settings(metric="accuracy"))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a", "chosen": "b"}, r"bad\.jsonl:3: `rejected`: got nothing; give a string"),
-        ({"prompt": "a", "chosen": "b", "rejected": 7}, r"bad\.jsonl:3: `rejected`: got an int; give a string"),
-        (None, r"bad\.jsonl: \d distinct examples for the \w+ split, at least \d needed"),
-    ],
-    ids=["missing column", "wrong type", "too few rows"],
-)
-def test_bad_rows_are_one_line_and_exit_2(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any] | None, message: str
-) -> None:
-    good = {"prompt": "the cat : ", "chosen": "the", "rejected": "cat"}
-    data = write_jsonl(tmp_path / "bad.jsonl", [good, good | {"prompt": "a dog : "}, *([row] if row else [])])
-    status, _, err = run(["select", str(model_folder), str(data), "--out", str(tmp_path / "run"), "--quiet"], capsys)
-    assert status == 2
-    assert re.search(message, err)
-    assert len(err.strip().splitlines()) == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from rightrank.hooks import preflight as planned
 from rightrank.hooks.progress import Progress
 from rightrank.report.format import format_duration
 from rightrank.report.terminal import format_preflight, format_time_estimate
-from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
 from rightrank.schema.events import DurationEstimated, Event, SelectionPlanned
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
 from rightrank.train.pace import TIMED_STEPS, Pace, measure_pace
 from rightrank.train.runtime import Runtime
+from tests.commands import read_journal_records
 from tests.helpers import make_runtime
 from tests.report.runs import make_run
 from tests.tiny import build_small_settings
@@ -46,7 +46,7 @@ class Log:
 
 def read_outcomes(selected: Selected) -> list[dict[str, Any]]:
     """Return all fields of every finished trial except its times and its memory."""
-    records = [r for r in Journal(selected.run / "journal.jsonl").read() if isinstance(r, TrialFinished)]
+    records = read_journal_records(selected.run, TrialFinished)
     changing = {"train_seconds", "eval_seconds", "answer_seconds", "peak_bytes", "ended_at"}
     return [record.model_dump(exclude=changing) for record in records]
 
@@ -105,10 +105,8 @@ def test_cached_blocks_have_their_own_pace(model_folder: Path, completion_file: 
     settings = build_small_settings(layers_to_transform=(2,))
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path)
     result = measure_pace(runtime, ARM)
-    assert result is not None
     assert result.cache_seconds > 0
     again = measure_pace(runtime, ARM)
-    assert again is not None
     assert again.cache_seconds == 0  # kept for the trainings
 
 
@@ -126,7 +124,6 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path)
     modules_before = [name for name, _ in runtime.model.named_modules()]
     result = measure_pace(runtime, ARM)
-    assert result is not None
     assert result.batches == runtime.plan_batches(0)[1 : 1 + TIMED_STEPS]  # the first warms up
     assert result.training_seconds > 0
     assert result.evaluation_seconds > 0

@@ -20,6 +20,7 @@ from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import AdapterRecorded
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
+from tests.commands import read_journal_records
 from tests.report.elements import Elements
 from tests.tiny import build_small_settings
 from tests.watch import Watch
@@ -30,10 +31,6 @@ WIDE = 0.3  # a margin that a truncation of the tiny model holds
 def build_settings(goal: str, **changes: Any) -> SelectSettings:
     values = {"ranks": (1, 2, 4), "max_steps": 20, "margin": WIDE, "learning_rates": (1e-2,)}
     return build_small_settings(strategy="bracket", goal=goal, **(values | changes))
-
-
-def read_recorded_adapters(run: Path) -> list[AdapterRecorded]:
-    return [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, AdapterRecorded)]
 
 
 def read_trial_ids(run: Path) -> list[str]:
@@ -61,8 +58,9 @@ def require_first_answer(run: Path, answer: AdapterRecorded) -> None:
 
 
 def test_goal_adapter_ends_with_the_deployment_rank(answered: Path) -> None:
-    (answer,) = read_recorded_adapters(answered)
+    (answer,) = read_journal_records(answered, AdapterRecorded)
     assert answer.handed_over.rank < 4
+    assert {candidate.method for candidate in answer.answer.candidates} == {"trained", "truncated"}
     require_first_answer(answered, answer)
     document = json.loads((answered / "decision.json").read_text())
     assert (document["goal"], document["rank"], document["confidence"]) == ("adapter", None, None)
@@ -81,7 +79,6 @@ def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
 ) -> None:
     run = tmp_path / "run"
     alone = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter", ranks=(4,)))
-    assert alone.exported_adapter is not None
     assert alone.exported_adapter.trained_rank == 4
     sentence = alone.answers.estimate.sentence
     assert re.search(r"--goal training-rank --ranks [\d,]*4\.$", sentence)
@@ -96,11 +93,10 @@ def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
 def test_resize_gives_the_same_answer_from_the_same_adapter_and_data(
     answered: Path, completion_file: Path, tmp_path: Path
 ) -> None:
-    (recorded_answer,) = read_recorded_adapters(answered)
+    (recorded_answer,) = read_journal_records(answered, AdapterRecorded)
     answer = recorded_answer.answer
     settings, trained = build_settings("adapter"), answered / "trials" / answer.trained_id
     resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings)
-    assert resized.answer is not None
     assert (resized.rank, resized.answer.margin) == (answer.rank, answer.margin)
     mine = [
         (candidate.rank, candidate.difference, candidate.difference_high) for candidate in resized.answer.candidates
@@ -132,7 +128,7 @@ def test_the_same_folder_goes_on_to_the_training_rank(
     assert (
         document["cost"]["trainings"]
         > document["cost"]["trainings_to_adapter"]
-        == read_recorded_adapters(answered)[0].trainings
+        == read_journal_records(answered, AdapterRecorded)[0].trainings
     )
     trained = read_trial_ids(run)
     again = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter"))
@@ -151,7 +147,7 @@ def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(
     run, settings = tmp_path / "run", build_settings("training-rank")
     with pytest.raises(InterruptedRun):
         select_rank(str(model_folder), completion_file, run, settings=settings, callbacks=[observer])
-    (answer,) = read_recorded_adapters(run)
+    (answer,) = read_journal_records(run, AdapterRecorded)
     require_first_answer(run, answer)
     assert json.loads((run / "decision.json").read_text())["rank"] is None
     assert status(run).state == "stopped"
@@ -164,35 +160,11 @@ def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(
     earlier_ids = read_trial_ids(run)
     select_rank(str(model_folder), completion_file, run, settings=settings)
     assert read_trial_ids(run)[: len(earlier_ids)] == earlier_ids
-    assert read_recorded_adapters(run)[0] == answer
-    last = read_recorded_adapters(run)[-1]
+    assert read_journal_records(run, AdapterRecorded)[0] == answer
+    last = read_journal_records(run, AdapterRecorded)[-1]
     if last.answer.trial_id == answer.answer.trial_id:  # no training for the training rank was better
         assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     require_first_answer(run, last)
-
-
-def test_notices_before_the_start_describe_data_and_margin(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    def select_and_collect_notices(name: str, **changes: Any) -> list[str]:
-        notices: list[str] = []
-        settings = build_settings("adapter", **changes)
-        select_rank(
-            str(model_folder),
-            completion_file,
-            tmp_path / name,
-            settings=settings,
-            callbacks=[Watch(notice=notices.append)],
-        )
-        first = next(index for index, notice in enumerate(notices) if notice.startswith("adapter: "))
-        return notices[:first]
-
-    fine = select_and_collect_notices("fine")
-    assert any(line.startswith("top rank 4 (the largest that you gave): trained once") for line in fine)
-    assert {record.method for record in read_recorded_adapters(tmp_path / "fine")[0].answer.candidates} == {
-        "trained",
-        "truncated",
-    }
 
 
 def test_the_command_prints_a_sentence_per_answer(
@@ -212,12 +184,12 @@ def test_the_command_prints_a_sentence_per_answer(
         return capsys.readouterr().out
 
     out = shown("adapter")
-    assert f"Adapter: {read_recorded_adapters(run)[0].answer.sentence}" in out
+    assert f"Adapter: {read_journal_records(run, AdapterRecorded)[0].answer.sentence}" in out
     assert "It was trained at rank 4 (learning rate 0.01, 20 steps), truncated to rank " in out
     assert "Training rank: not requested (--goal adapter). An estimate, not evidence: " in out
     assert "verdict:" not in out
     out = shown("training-rank")
-    assert f"Adapter: {read_recorded_adapters(run)[-1].answer.sentence}" in out
+    assert f"Adapter: {read_journal_records(run, AdapterRecorded)[-1].answer.sentence}" in out
     document = json.loads((run / "decision.json").read_text())
     assert f"Training rank: {document['sentence']}" in out
     assert f"verdict: {document['verdict']}" in out

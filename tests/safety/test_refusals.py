@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,34 @@ from rightrank.schema.errors import DataError, InputError, ModelError, ResultsEr
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.train.optimizer import load_checkpoint
 from tests.report.runs import make_run
-from tests.safety.limits import limit_resources
 from tests.tiny import ON_CPU, build_small_settings, generate_sentences, write_jsonl
+
+SECONDS = 5.0  # of the processor, so that a busy machine fails no test
+MEMORY_BYTES = 2**30  # beyond what the process has when the block begins
+
+
+class OutOfTimeError(BaseException):
+    """Passes every `except Exception` on its way up."""
+
+
+@contextmanager
+def limit_resources() -> Iterator[None]:
+    """Raise `OutOfTimeError` or `MemoryError` in a block that exceeds a limit."""
+    address_space = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGPROF, _raise)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, address_space[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, address_space)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+
+
+def _raise(_signal: int, _frame: Any) -> None:
+    raise OutOfTimeError
 
 
 class Bomb:

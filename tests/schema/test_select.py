@@ -1,9 +1,13 @@
-"""Test settings of a selection as users write them in Python and in YAML."""
+"""Test settings of a selection as users write them in Python, in YAML, and as `LoraConfig` and `SFTConfig`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from rightrank.schema.configs import read_configs
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
@@ -61,3 +65,127 @@ def test_held_out_examples_follow_from_steps_and_data_alone() -> None:
         SelectSettings(max_steps=400, metric="exact_match").compute_max_eval_examples(10_000) == 200
     )  # the model generates answers
     assert SelectSettings(max_steps=400, max_eval_examples=30).compute_max_eval_examples(10_000) == 30
+
+
+peft = pytest.importorskip("peft")
+
+
+def make_sft_config(folder: Path, **values: Any) -> Any:
+    trl = pytest.importorskip("trl")
+    return trl.SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+def test_the_adapter_of_a_lora_config() -> None:
+    config = peft.LoraConfig(
+        r=16, lora_alpha=64, lora_dropout=0.1, use_rslora=True, target_modules=["v_proj", "q_proj"], lora_bias=True
+    )
+    settings = SelectSettings(**read_configs(config))
+    assert (settings.lora_alpha, settings.lora_dropout, settings.scaling) == (64, 0.1, "alpha/sqrt(r)")
+    assert settings.target_modules == ("q_proj", "v_proj")
+    assert settings.peft_options == {"lora_bias": True}
+    assert "ranks" not in settings.model_fields_set
+    assert read_configs(peft.LoraConfig(init_lora_weights="olora"))["init_lora_weights"] == "olora"
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
+    args = make_sft_config(
+        tmp_path, learning_rate=2e-4, max_steps=200, warmup_steps=20, per_device_train_batch_size=4, max_length=256,
+        lr_scheduler_type="cosine", adam_beta2=0.95, seed=7, dataset_text_field="body", logging_steps=1,
+    )  # fmt: skip
+    settings = SelectSettings(**read_configs(None, args))
+    assert (settings.learning_rates, settings.seeds) == ((2e-4,), (7,))
+    assert (settings.max_steps, settings.num_train_epochs, settings.warmup_ratio) == (200, None, 0.1)
+    assert (settings.batch_size, settings.seq_len, settings.adam_beta2) == (4, 256, 0.95)
+    assert (settings.lr_scheduler_type, settings.device) == ("cosine", "cpu")
+    assert settings.columns == ("text=body",)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
+        ({"target_modules": ".*_proj"}, "is a pattern"),
+        ({"layer_replication": [(0, 1)]}, "layer_replication="),
+        ({"inference_mode": True}, "inference_mode: got true"),
+    ],
+)
+def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        SelectSettings(**read_configs(peft.LoraConfig(**values)))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"packing": True}, "packing=True"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        ({"optim": "paged_adamw_8bit"}, "does not support optim='paged_adamw_8bit'"),
+        ({"warmup_steps": 50}, "warmup_steps 50 needs max_steps"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: got 'polynomial'"),
+    ],
+)
+def test_a_training_that_a_selection_cannot_run_is_refused_by_name(
+    values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        SelectSettings(**read_configs(None, make_sft_config(tmp_path, **values)))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    ("config_values", "settings"),
+    [
+        ({"use_rslora": "true"}, {"scaling": "alpha/sqrt(r)"}),
+        ({"use_rslora": False}, {"scaling": "alpha/r"}),
+        ({"r": "8,16"}, {"ranks": (8, 16)}),
+        ({"r": 8}, {"ranks": (8,)}),
+        ({"task_type": "CAUSAL_LM", "peft_type": "LORA", "bias": "none", "inference_mode": False}, {}),
+        ({"init_lora_weights": "true"}, {"init_lora_weights": "default"}),
+        ({"lora_alpha": "2r"}, {"lora_alpha": 32.0, "scaling": "constant"}),
+        ({"lora_alpha": "alpha = 0.5 * r"}, {"lora_alpha": 8.0, "scaling": "constant"}),
+        ({"lora_alpha": "64"}, {"lora_alpha": 64.0}),
+        ({"scaling": "alpha=2r"}, {"scaling": "constant"}),
+        ({"lora_bias": "true"}, {"peft_options": {"lora_bias": True}}),
+    ],
+)
+def test_fields_of_lora_config_by_their_own_names(config_values: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert SelectSettings(**config_values) == SelectSettings(**settings)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    ("config_values", "words"),
+    [
+        ({"use_rslora": True, "scaling": "constant"}, "scaling: given twice, as 'constant' and by PEFT's name as"),
+        ({"r": 8, "ranks": "4"}, "ranks: given twice"),
+        ({"rank_pattern": '{"q": 4}'}, "rank_pattern: a selection does not support this field of PEFT's LoraConfig"),
+        ({"bias": "all"}, "bias: a selection does not support"),
+        ({"lora_alpha": "large"}, "lora_alpha: got 'large'"),
+        ({"peft_type": "LOHA"}, "peft_type: got 'LOHA'"),
+        (
+            {"init_lora_weights": "pissa", "load_in_4bit": True},
+            "needs unquantized weights, got a base model in 4 bits; leave load",
+        ),
+        (
+            {"init_lora_weights": "corda"},
+            "init_lora_weights: got 'corda'; input should be 'default', 'gaussian', 'orth",
+        ),
+    ],
+)
+def test_contradictory_or_unsupported_fields_are_refused(config_values: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        SelectSettings(**config_values)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("config_values", [{"max_steps": 10**15}, {"num_train_epochs": 1e15}])
+def test_too_many_steps_are_refused(config_values: dict[str, Any]) -> None:
+    with pytest.raises(
+        SettingsError, match=rf"{next(iter(config_values))}: [\d,]+ steps of 8 examples; give at most 1,000,000"
+    ):
+        SelectSettings(**config_values).count_training_steps(80)

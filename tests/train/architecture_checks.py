@@ -24,16 +24,14 @@ from rightrank import resize
 from rightrank.runs.prepare import LoadedSelection, prepare_selection
 from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import RightrankError
-from rightrank.schema.events import Listener
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.loop import train_trials
+from rightrank.schema.trials import Arm
 from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
-from rightrank.train.trial import TrialFolders
-from tests.helpers import attach_fresh_adapter, list_trainable_parameters
+from tests.models.kind_checks import compute_example_losses, copy_initial_values, train_plain_loop
 from tests.tiny import build_small_settings, generate_sentences, make_tokenizer, write_completions, write_jsonl
 from tests.train.architecture_cases import Case, make_case, make_model
+from tests.train.architectures import run
 
 STEPS, RATE, CLASSES = 2, 1e-2, ("far", "near", "sea")
 SETTINGS: dict[str, Any] = {
@@ -112,13 +110,13 @@ def _check(case: Case, tokenizer: Any, folder: Path, row: Row) -> None:
         Arm(rank=rank, learning_rate=RATE, lora_alpha=16.0, seed=number, steps=STEPS)
         for number, rank in enumerate(case.ranks)
     ]
-    alone = _train(runtime, arms, folder / "alone", 1)
+    alone = run(runtime, arms, folder / "alone", 1)
     row.parameters = alone[-1].trainable_parameters
     for number, (trial, arm) in enumerate(zip(alone, arms, strict=True)):
         _require_as_plain(row, trial.train_losses, (runtime, arm, base, folder / "alone" / f"t{number}"))
     row.alone = find_multi_lora_obstacle(runtime, arms) or ""
     if not row.alone:
-        shared_trials = _train(runtime, arms, folder / "together", 2)
+        shared_trials = run(runtime, arms, folder / "together", 2)
         assert all(trial.adapters_per_pass == 2 for trial in shared_trials)
         row.figures["together"] = max(
             _compute_largest_difference(
@@ -129,7 +127,11 @@ def _check(case: Case, tokenizer: Any, folder: Path, row: Row) -> None:
         _require(row, "together", 1e-4)
     row.figures["loaded"] = max(
         _compute_largest_difference(
-            trial.example_losses, measure_losses(runtime, base, folder / "alone" / f"t{number}")
+            trial.example_losses,
+            compute_example_losses(
+                PeftModel.from_pretrained(load_base(runtime, base), str(folder / "alone" / f"t{number}")).eval(),
+                runtime,
+            ),
         )
         for number, trial in enumerate(alone)
     )
@@ -167,20 +169,6 @@ def _saved(case: Case, tokenizer: Any, folder: Path) -> tuple[Path, SelectionReq
 def _request(case: Case, folder: Path) -> SelectionRequest:
     settings = build_small_settings(ranks=tuple(sorted(case.ranks)), **SETTINGS, **case.settings)
     return SelectionRequest(str(folder / "base"), None, folder / "data.jsonl", settings)
-
-
-def _train(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:
-    trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
-
-    def folders(trial: Trial) -> TrialFolders:
-        return TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id)
-
-    outcomes = sorted(
-        train_trials(runtime, trials, None, folders, Listener(), size), key=lambda outcome: outcome.trial_id
-    )
-    for outcome in outcomes:
-        assert isinstance(outcome, TrialFinished), outcome
-    return outcomes  # type: ignore[return-value]  # shown above
 
 
 def load_base(runtime: Runtime, base: Path) -> Any:
@@ -234,37 +222,10 @@ def train_plainly(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: 
     config = LoraConfig.from_pretrained(str(adapter))
     config.inference_mode = False
     model: Any = get_peft_model(load_base(runtime, base), config).eval()
-    with attach_fresh_adapter(runtime, arm) as ours:
-        first = {name: value.detach().clone() for name, value in list_trainable_parameters(ours).items()}
-    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    assert named.keys() == first.keys(), sorted(named.keys() ^ first.keys())[:4]
-    with torch.no_grad():
-        for name, value in named.items():
-            value.copy_(first[name])
-    optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
-    losses = []
-    for step, indices in enumerate(runtime.plan_batches(arm.seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = arm.learning_rate * (1 - step / arm.steps)  # linear, without a warm-up
-        loss = model(**collate_plainly(runtime, "train", indices, wider)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-@torch.no_grad()
-def measure_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
-    """Return the summed losses of each validation example with the saved adapter, one at a time."""
-    model = PeftModel.from_pretrained(load_base(runtime, base), str(adapter)).eval()
-    losses = []
-    for index in range(len(runtime.data.splits["validation"])):
-        batch = collate_plainly(runtime, "validation", [index])
-        labels = 1 if runtime.data.is_classification else int((batch["labels"][:, 1:] != -100).sum())
-        losses.append(float(model(**batch).loss) * labels)
-    return losses
+    copy_initial_values(runtime, arm, model)
+    return train_plain_loop(
+        runtime, arm, model, lambda model, batch: model(**collate_plainly(runtime, "train", batch.indices, wider)).loss
+    )
 
 
 def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters: Path) -> None:

@@ -57,7 +57,7 @@ def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
 
 
 def make_model_runtime(model: Any, tokenizer: Any, data: Path, cache: Path, **changes: Any) -> Runtime:
-    settings = build_small_settings(max_steps=STEPS, num_evaluations=1, **changes)
+    settings = build_small_settings(**{"max_steps": STEPS, "num_evaluations": 1} | changes)
     loaded = prepare_model(model, tokenizer, type(model).__name__, torch.device("cpu"))
     return Runtime(loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, cache)
 

@@ -184,34 +184,19 @@ def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) ->
     assert all(item.length <= 16 for split in data.splits.values() for item in split)
 
 
-def test_all_labels_beyond_the_limit_is_an_error(loaded: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": text * 8, "completion": "x"} for text in generate_sentences(80)]
-    with pytest.raises(DataError, match="no labels left after tokenising"):
-        encode_rows(loaded, rows, tmp_path, seq_len=8)
-
-
-def test_all_rows_empty_is_an_error(loaded: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{n}", "completion": ""} for n in range(100)]
-    with pytest.raises(DataError, match="no labels left"):
-        encode_rows(loaded, rows, tmp_path)
-
-
-def test_messages_without_a_chat_template(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in generate_sentences(80)]
-    monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
-    with pytest.raises(DataError, match="no chat template"):
-        encode_rows(loaded, rows, tmp_path)
-
-
-def test_a_template_that_rewrites_earlier_turns(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        loaded.tokenizer,
-        "chat_template",
-        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
-    )
-    rows = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] * 2}
-        for text in generate_sentences(80)
-    ]
-    with pytest.raises(DataError, match="rewrites earlier turns"):
-        encode_rows(loaded, rows, tmp_path)
+@pytest.mark.parametrize(
+    ("row", "template", "message"),
+    [
+        (lambda text: {"prompt": text * 8, "completion": "x"}, "", "no labels left after tokenising"),
+        (lambda text: {"prompt": text, "completion": ""}, "", "no labels left"),
+        (lambda text: {"messages": [{"role": "assistant", "content": text}]}, None, "no chat template"),
+    ],
+    ids=["labels beyond the limit", "empty", "no template"],
+)
+def test_rows_without_a_label_are_refused(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Any, template: str | None, message: str
+) -> None:
+    if template is None:
+        monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
+    with pytest.raises(DataError, match=message):
+        encode_rows(loaded, [row(text) for text in generate_sentences(80)], tmp_path, seq_len=8)

@@ -1,7 +1,9 @@
-"""The loss of preference pairs is that of DPO on every fast path, with the base as the reference."""
+"""The loss of preference pairs is that of DPO on every fast path, and training equals TRL's `DPOTrainer` step by step."""
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ import torch.nn.functional as F
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.loop import run_trial
+from rightrank.train.loop import run_trial, train_trials
 from rightrank.train.trial import TrialFolders
-from tests.helpers import attach_fresh_adapter, make_runtime
-from tests.tiny import build_small_settings, write_pairs
-from tests.train.trials import train_ours
+from tests.helpers import attach_fresh_adapter, make_runtime, train_ours
+from tests.models.kind_checks import copy_initial_values, train_plain_loop
+from tests.tiny import build_small_settings, write_jsonl, write_pairs
 from tests.watch import Watch
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
@@ -54,22 +56,13 @@ def test_a_training_is_a_plain_loop_over_the_formula(
     assert runtime.fast_paths.sequence_packing
     finished, ours, _ = train_ours(runtime, ARM, tmp_path)
 
-    plain: list[float] = []
+    def compute_loss(model: Any, batch: Any) -> torch.Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            reference = log_probabilities(model, batch)
+        return compute_dpo_loss(model, batch, reference, 0.3).mean()
+
     with attach_fresh_adapter(runtime, ARM) as model:
-        named = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(named, lr=ARM.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: compute_schedule_factor(step))
-        for indices in runtime.plan_batches(ARM.seed):
-            batch = runtime.make_batch("train", indices)
-            with torch.no_grad(), model.disable_adapter():
-                reference = log_probabilities(model, batch)
-            loss = compute_dpo_loss(model, batch, reference, 0.3).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(named, settings.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            plain.append(float(loss.detach()))
+        plain = train_plain_loop(runtime, ARM, model, compute_loss)
         held_out = runtime.make_batch("validation", range(len(runtime.data.splits["validation"])))
         with torch.no_grad():
             losses = compute_dpo_loss(model, held_out, held_out.reference.float(), 0.3)
@@ -77,11 +70,6 @@ def test_a_training_is_a_plain_loop_over_the_formula(
     assert ours[0] == pytest.approx(LN2, abs=1e-6)
     assert finished.example_losses == pytest.approx(losses.tolist(), abs=2e-5)
     assert finished.metrics["reward_accuracy"] == pytest.approx(float((losses < LN2).float().mean()), abs=0.1)
-
-
-def compute_schedule_factor(step: int) -> float:
-    """Return the factor of a linear decay with a warm-up of 5% of 8 steps, as in transformers."""
-    return step if step < 1 else (8 - step) / 7
 
 
 def test_a_resumed_training_has_the_same_bits(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
@@ -108,3 +96,77 @@ def test_a_resumed_training_has_the_same_bits(model_folder: Path, pair_file: Pat
     assert isinstance(outcome, TrialFinished)
     assert outcome.train_losses == uninterrupted.train_losses
     assert outcome.example_losses == uninterrupted.example_losses
+
+
+TRL_ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
+OTHER = TRL_ARM.model_copy(update={"rank": 2, "learning_rate": 3e-2})
+BOUND = 2e-5
+
+
+def write_rows(path: Path, form: str) -> Path:
+    """Write the pairs of `write_pairs`, optionally as conversations or with an implicit prompt."""
+    rows = [json.loads(line) for line in write_pairs(path).read_text(encoding="utf-8").splitlines()]
+    if form == "messages":
+        rows = [
+            {"prompt": [{"role": "user", "content": row["prompt"]}]}
+            | {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
+            for row in rows
+        ]
+    if form == "implicit":
+        rows = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    return write_jsonl(path, rows)
+
+
+def train_in_one_pass(runtime: Any, folder: Path, arms: list[Arm]) -> tuple[list[float], TrialFinished]:
+    """Train all arms in one pass; return the step losses of the first arm, and its outcome."""
+    losses: list[float] = []
+
+    def note(event: Any) -> None:
+        if isinstance(event, StepDone) and event.trial_id == "t0":
+            losses.append(event.loss)
+
+    trials = [Trial(trial_id=f"t{number}", arm=arm) for number, arm in enumerate(arms)]
+    outcomes = train_trials(
+        runtime,
+        trials,
+        None,
+        lambda trial: TrialFolders(folder / f"{trial.trial_id}.safetensors", folder / trial.trial_id),
+        Watch(on_event=note),
+        len(arms),
+    )
+    first_outcome = {outcome.trial_id: outcome for outcome in outcomes}["t0"]
+    assert isinstance(first_outcome, TrialFinished)
+    return losses, first_outcome
+
+
+def train_with_trl(runtime: Any, model_folder: Path, data: Path, folder: Path) -> tuple[list[float], float]:
+    """Train with TRL over the same batches in the same order; return its step losses and its held-out loss."""
+    from tests.train.trl_trainer import make_trainer
+
+    trainer = make_trainer(runtime, TRL_ARM, model_folder, data, folder)
+    copy_initial_values(runtime, TRL_ARM, trainer.model)
+    trainer.train()
+    return list(trainer.losses), trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.trains
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("strings", {}),
+        ("messages", {"layers_to_transform": (2,), "beta": 0.3, "seq_len": 64}),
+        ("implicit", {"seq_len": 16}),
+    ],
+    ids=["strings", "messages-prefix", "implicit-truncated"],
+)
+def test_each_step_has_the_loss_of_trl(model_folder: Path, tmp_path: Path, form: str, changes: dict[str, Any]) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", form)
+    runtime = make_runtime(model_folder, data, build_small_settings(**changes), tmp_path / "cache")
+    their_losses, their_held_out = train_with_trl(runtime, model_folder, data, tmp_path / "trl")
+    for arms in ([TRL_ARM], [TRL_ARM, OTHER]):
+        losses, finished = train_in_one_pass(runtime, tmp_path / f"ours-{len(arms)}", arms)
+        assert losses == pytest.approx(their_losses, abs=BOUND)
+        assert finished.metrics["loss"] == pytest.approx(their_held_out, abs=BOUND)
+    assert abs(losses[-1] - losses[0]) > 0.01

@@ -1,25 +1,27 @@
-"""Sequence packing gives the losses and gradients of padded batches, and examples do not affect each other."""
+"""Sequence packing gives the losses and gradients of padded batches, attention is computed in float32, and the batch order is fair."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rightrank.data.splits import load_data
-from rightrank.models.base_models import prepare_model
 from rightrank.schema.trials import Arm
 from rightrank.train import batches as sequence_packing
+from rightrank.train.batches import FUSED_ATTENTION, plan_batches, use_float32_attention
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import encode_splits
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, make_tokenizer
+from tests.train.architectures import SIZES, make_model_runtime
 
 ARMS = [
     Arm(rank=rank, learning_rate=1e-2, lora_alpha=8.0, seed=seed, steps=4) for rank, seed in ((1, 0), (4, 1), (4, 2))
@@ -129,19 +131,86 @@ def test_an_arm_in_a_shared_pass_computes_what_it_computes_alone(
 def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
     completion_file: Path, tmp_path: Path, window: int | None, joins: bool
 ) -> None:
-    torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "initializer_range": 0.2,
-    }
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
-    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **sizes, **heads))
-    settings = build_small_settings()
-    loaded = prepare_model(model, tokenizer, "mistral", torch.device("cpu"))
-    runtime = Runtime(
-        loaded, encode_splits(load_data(completion_file, settings), loaded, settings), settings, 2, tmp_path
-    )
-    assert runtime.fast_paths.sequence_packing is joins
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), sliding_window=window, **SIZES))
+    assert make_model_runtime(model, tokenizer, completion_file, tmp_path).fast_paths.sequence_packing is joins
+
+
+def test_products_are_in_float32_and_the_table_is_as_before(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    original = ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION]
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(dtype="bfloat16"), tmp_path)
+    assert runtime.fast_paths.float32_attention
+    batch = runtime.make_batch("validation", range(6))
+    dtypes: list[torch.dtype] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(query: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        dtypes.append(query.dtype)
+        return real(query, *args, **options)  # type: ignore[arg-type]
+
+    torch.nn.functional.scaled_dot_product_attention = noting
+    try:
+        with torch.no_grad():
+            ours = runtime.compute_losses("validation", batch, 1.0).example_losses
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = real
+    assert set(dtypes) == {torch.float32}
+    assert ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION] is original
+    with torch.no_grad():
+        plain = runtime.objective(runtime.model, batch, 1.0).example_losses
+        with use_float32_attention():
+            widened = runtime.objective(runtime.model, batch, 1.0).example_losses
+    assert torch.equal(ours, widened)
+    assert torch.allclose(ours, plain, rtol=3e-2)
+
+
+LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
+SIGMAS = 4.5  # of a standard error, about one chance in 150,000
+
+
+def test_every_example_is_seen_once_per_pass() -> None:
+    plan = plan_batches(500, 10, 100, seed=1)  # two passes
+    for begin in (0, 50):
+        indices = [index for batch in plan[begin : begin + 50] for index in batch]
+        assert sorted(indices) == list(range(500))
+
+
+def test_a_pass_that_fills_no_batch_goes_on_in_the_next() -> None:
+    plan = plan_batches(5, 4, 5, seed=0)
+    counts = Counter(index for batch in plan for index in batch)
+    assert set(map(len, plan)) == {4}
+    assert counts == dict.fromkeys(range(5), 4)
+
+
+def test_the_seed_fixes_the_order() -> None:
+    assert plan_batches(500, 8, 50, 3) == plan_batches(500, 8, 50, 3)
+    assert plan_batches(500, 8, 50, 3) != plan_batches(500, 8, 50, 4)
+
+
+def test_a_shorter_training_is_a_prefix_of_a_longer_one() -> None:
+    assert plan_batches(500, 8, 120, 5)[:40] == plan_batches(500, 8, 40, 5)
+
+
+def collect_lengths(seeds: int, steps: int) -> np.ndarray:
+    """Return the lengths of the examples as [seeds, steps, 8]."""
+    return np.array([LENGTHS[plan_batches(500, 8, steps, seed)] for seed in range(seeds)])
+
+
+def test_length_does_not_decide_when_an_example_is_seen() -> None:
+    """Check that over many seeds the mean length at each step is that of the data: there is no curriculum by length."""
+    by_step = collect_lengths(300, 32).mean(axis=2)
+    standard_error = by_step.std(axis=0) / np.sqrt(len(by_step))
+    assert np.all(np.abs(by_step.mean(axis=0) - LENGTHS.mean()) < SIGMAS * standard_error)
+
+
+def test_length_does_not_decide_the_other_examples_of_a_batch() -> None:
+    """Check that batches do not group examples by length.
+
+    A step's loss is a mean over its labels. With batches of similar length, a label of a short example would weigh more
+    than with batches drawn at random.
+    """
+    means = collect_lengths(60, 62).mean(axis=2).reshape(-1)
+    expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)  # of a sample without replacement
+    assert abs(means.var() / expected - 1) < SIGMAS * np.sqrt(2 / len(means))

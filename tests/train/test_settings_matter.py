@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank.data.splits import load_data
-from rightrank.models.base_models import prepare_model
 from rightrank.schema.errors import ModelError
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import encode_splits
-from tests.models.kind_cases import make_model
+from tests.helpers import train_ours
+from tests.models.kind_checks import make_model
 from tests.tiny import build_small_settings, make_tokenizer, write_completions
-from tests.train.trials import train_ours
+from tests.train.architectures import make_model_runtime
 
 pytestmark = [pytest.mark.trains, pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")]
 
@@ -70,8 +67,8 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
     "beta": "preference pairs: test_preference.py",
     "columns": "data of other names: tests/data",
     "validation": "a second file: tests/data",
-    "load_in_4bit": "bitsandbytes: test_quantised.py",
-    "load_in_8bit": "bitsandbytes: test_quantised.py",
+    "load_in_4bit": "bitsandbytes: test_equality.py",
+    "load_in_8bit": "bitsandbytes: test_equality.py",
     "trust_remote_code": "a model with its own code",
     "device": "another device",
 }
@@ -89,13 +86,11 @@ CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show 
 
 
 def losses(model: str, folder: Path, **changes: Any) -> tuple[list[float], list[float]]:
-    settings = build_small_settings(**({"max_steps": STEPS, "num_evaluations": 1, "ranks": (4,)} | changes))
-    tokenizer = make_tokenizer()
-    loaded = prepare_model(
-        make_model(model, len(tokenizer)).to(getattr(torch, settings.dtype)), tokenizer, model, torch.device("cpu")
-    )
-    data = load_data(write_completions(folder / "data.jsonl", 60), settings)
-    runtime = Runtime(loaded, encode_splits(data, loaded, settings), settings, STEPS, folder / "cache")
+    values = {"max_steps": STEPS, "num_evaluations": 1, "ranks": (4,)} | changes
+    settings, tokenizer = build_small_settings(**values), make_tokenizer()
+    base = make_model(model, len(tokenizer)).to(getattr(torch, settings.dtype))
+    data = write_completions(folder / "data.jsonl", 60)
+    runtime = make_model_runtime(base, tokenizer, data, folder / "cache", **values)
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=settings.lora_alpha, seed=0, steps=STEPS)
     outcome, train_losses, _ = train_ours(runtime, arm, folder)
     return train_losses, outcome.example_losses

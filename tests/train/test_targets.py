@@ -9,18 +9,24 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.targets import find_targets, make_lora_config, suppress_peft_warnings
+from rightrank.train.targets import (
+    find_target_parameters,
+    find_targets,
+    make_lora_config,
+    require_targets,
+    suppress_peft_warnings,
+)
 from tests.tiny import build_small_settings, make_tokenizer
 from tests.train.architectures import BERT, MODELS, make_model
-
-pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 
 ARM = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=1)
 EXPERTS = r"(?<=experts\.)(down_proj|gate_up_proj)(\.\d+)?|(?<=gate\.)weight"  # of a mixture
@@ -91,6 +97,7 @@ def in_layer(name: str, layer: int) -> bool:
     return f".{layer}." in name
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("layer", [0, 1])
 def test_all_linear_in_a_layer_adapts_that_layer(model: Any, layer: int) -> None:
     everywhere = find_linear_names(model)
@@ -132,6 +139,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_adapt_what_peft_adapts(option: str, model: Any) -> None:
     model.get_input_embeddings_name = lambda: next(
@@ -159,6 +167,7 @@ def find_planned_modules(model: Any, **options: Any) -> set[str]:
     return {target.name for target in skeleton.targets}
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("option", ["exclude_modules", "modules_to_save", "target_modules"])
 def test_a_name_that_matches_nothing_is_refused(option: str) -> None:
     """Check a case that PEFT accepts."""
@@ -166,6 +175,7 @@ def test_a_name_that_matches_nothing_is_refused(option: str) -> None:
         find_our_modules(architecture("llama"), **{option: ["q_porj"]})
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_whole_name_of_another_layer_is_refused() -> None:
     """Check a case that PEFT adapts in any layer."""
     names = ["model.layers.0.self_attn.q_proj", "v_proj"]
@@ -175,6 +185,7 @@ def test_a_whole_name_of_another_layer_is_refused() -> None:
         find_our_modules(architecture("llama"), target_modules=names, layers_to_transform=[1])
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_pattern_chooses_the_layers_of_all_linear() -> None:
     layered = find_our_modules(
         architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "layers"}
@@ -184,6 +195,7 @@ def test_a_pattern_chooses_the_layers_of_all_linear() -> None:
         find_our_modules(architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "nowhere"})
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_mixture_says_what_all_linear_leaves_out() -> None:
     mixture = architecture("mixtral")
     left_out = find_targets(mixture, build_small_settings(), False).left_out
@@ -195,8 +207,31 @@ def test_a_mixture_says_what_all_linear_leaves_out() -> None:
     assert find_targets(mixture, build_small_settings(target_parameters=left_out), False).left_out == ()
 
 
-def test_the_trained_parameters_are_those_of_one_layer_of_two() -> None:
-    half = find_targets(architecture("llama"), build_small_settings(layers_to_transform=(1,)), False)
-    all_layers = find_targets(architecture("llama"), build_small_settings(), False)
-    assert 2 * len(half.modules) == len(all_layers.modules)
-    assert 2 * sum(module.max_rank for module in half.modules) == sum(module.max_rank for module in all_layers.modules)
+class Mixture(torch.nn.Module):
+    """A model of two layers with fused experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(2))
+        for layer in self.layers:
+            layer.q_proj = torch.nn.Linear(8, 8)
+            layer.fused = torch.nn.Module()
+            layer.fused.down_proj = torch.nn.Parameter(torch.zeros(4, 8, 16))
+
+
+def build_expert_settings(name: str, **changes: Any) -> SelectSettings:
+    return build_small_settings(target_modules=["q_proj"], target_parameters=[name], **changes)
+
+
+def test_layers_choose_among_parameters_too() -> None:
+    assert find_target_parameters(Mixture(), build_expert_settings("fused.down_proj", layers_to_transform=[1])) == [
+        "layers.1.fused.down_proj"
+    ]
+    assert find_target_parameters(Mixture(), build_expert_settings("fused.down_proj")) == ["fused.down_proj"]
+
+
+def test_a_parameter_that_matches_nothing_is_one_line() -> None:
+    with pytest.raises(ModelError, match="no parameter is named 'fused") as raised:
+        require_targets(Mixture(), build_expert_settings("fused.down"), False)
+    assert "fused.down_proj" in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -9,9 +9,15 @@ from itertools import pairwise
 
 import pytest
 
-from rightrank.plugins.atlas.counts import ATLAS_FILE, FAMILIES, MARGINS, load_atlas
-from tests.plugins.atlas.made_up import make_sweep
+from rightrank.plugins.atlas.counts import ATLAS_FILE, FAMILIES, MARGINS, Sweep, load_atlas
 from tests.plugins.atlas.readings import READS, check_rows, read_figures
+
+
+def make_sweep(**changes: object) -> Sweep:
+    facts = {"id": "a", "source": "s", "family": "language", "kind": "loss"}
+    figures = {"better": "low", "ranks": (1, 4, 16, 64), "values": (2.1, 2.004, 2.0, 2.001), "seeds": 1, "tuned": True}
+    return Sweep(**{**facts, **figures, **changes})  # type: ignore[arg-type]
+
 
 TRIED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 REFUSED = "vukrosic/qwen-lora-rank-selection"  # its licence grants nothing

@@ -1,16 +1,22 @@
-"""Simulate workers in simulated time, under the same pool that real ones work for."""
+"""Simulate workers in simulated time under the same pool that real ones work for, and make trials and runs for real workers."""
 
 from __future__ import annotations
 
 import heapq
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
+from typing import Any
 
+from rightrank import select_rank
 from rightrank.plugins.cluster.worker import StopTask, Task, TaskEnded, WorkerLost, WorkerMessage, WorkerReady
+from rightrank.runs.journal import Journal
 from rightrank.schema.events import StepDone
-from rightrank.schema.trials import Trial, TrialFinished, TrialStarted
-from tests.tiny import UNMEASURED
+from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted
+from tests.tiny import UNMEASURED, build_small_settings
 
 VERSIONS = {"rightrank": "simulated"}
 
@@ -134,3 +140,34 @@ def make_result(trial: Trial) -> TrialFinished:
             }
         ),
     )
+
+
+STEPS: dict[str, Any] = {"max_steps": 12, "ranks": (1, 4), "checkpoint_seconds": 0.01}
+
+
+def make_trials(count: int) -> list[Trial]:
+    arms = [Arm(rank=1 + n, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10 + n) for n in range(count)]
+    return [Trial(trial_id=f"trial-{n:03}", arm=arm) for n, arm in enumerate(arms)]
+
+
+def read_decision(run: Path) -> dict[str, Any]:
+    """Return the decision without the cost of the next run, which is measured."""
+    decision = dict(json.loads((run / "decision.json").read_text()))
+    return {name: value for name, value in decision.items() if name not in ("next_run", "next_runs")}
+
+
+def read_values(run: Path) -> dict[str, float]:
+    records = Journal(run / "journal.jsonl").read()
+    finished = [record for record in records if isinstance(record, TrialFinished)]
+    assert len({trial.trial_id for trial in finished}) == len(finished)  # none counted twice
+    return {trial.trial_id: trial.value for trial in finished}
+
+
+def main() -> None:
+    """Run a selection on the Ray cluster, in a process that a test can kill: `python -m tests.plugins.cluster.simulated MODEL DATA OUT`."""
+    model, data, out = sys.argv[1:]
+    select_rank(model, data, out, settings=build_small_settings(**STEPS, executor="ray", workers=3))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from unittest.mock import MagicMock
 
@@ -19,8 +20,7 @@ from rightrank.plugins.cluster.worker import SelectionRefused, StopTask, Task, W
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished
-from tests.plugins.cluster.runs import make_trials
-from tests.plugins.cluster.simulated import VERSIONS, Pace, SimulatedBackend, make_result, make_step
+from tests.plugins.cluster.simulated import VERSIONS, Pace, SimulatedBackend, make_result, make_step, make_trials
 from tests.watch import Watch
 
 
@@ -243,3 +243,16 @@ def test_workers_of_a_cluster_get_four_variables_of_the_environment(monkeypatch:
     backend.start("worker-0")
     assert ray.remote.return_value.options.call_args.kwargs["runtime_env"] == {"env_vars": {"PYTHONPATH": "src"}}
     ray.remote.return_value.options.return_value.remote.assert_called_once_with(setup)
+
+
+def test_many_trials_take_little_longer_than_the_lower_bound() -> None:
+    """Use trainings of 100 to 2,000 steps on 40 workers, whose pace varies by a fifth that the pool does not know."""
+    draw = random.Random(0)
+    trials = [
+        Trial(trial_id=f"t{number}", arm=trial.arm.model_copy(update={"steps": round(100 * 20 ** draw.random())}))
+        for number, trial in enumerate(make_trials(400))
+    ]
+    seconds = {trial.trial_id: trial.arm.steps * draw.lognormvariate(0, 0.2) for trial in trials}
+    backend = SimulatedBackend(Pace(trial=lambda _, trial: seconds[trial.trial_id]))
+    assert len(run_to_end(make_pool(backend, workers=40), trials)) == 400
+    assert backend.now <= 1.1 * max(sum(seconds.values()) / 40, *seconds.values())

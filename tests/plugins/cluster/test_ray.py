@@ -1,20 +1,21 @@
-"""Test a real Ray cluster of two nodes of different size on this machine: if one leaves, the decision stays the same."""
+"""Test a real Ray cluster of two nodes of different size on this machine: after a fault, the decision stays the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from rightrank import select_rank
-from rightrank.schema.events import Event
-from rightrank.schema.trials import TrialFinished
-from tests.plugins.cluster.runs import STEPS, read_decision, read_values
-from tests.tiny import build_small_settings
-from tests.watch import Watch
+from tests.plugins.cluster.simulated import read_decision, read_values
+from tests.watch import wait_until
 
 pytestmark = [
     pytest.mark.trains,
@@ -48,22 +49,58 @@ def cluster(scratch: Path) -> Iterator[Any]:
             cluster.shutdown()
 
 
-def test_a_node_leaves_and_the_decision_is_that_of_one_process(
-    cluster: Any, scratch: Path, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+def leave(cluster: Any, node: Any, _driver: subprocess.Popen[bytes]) -> None:
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def stand_still(_cluster: Any, node: Any, _driver: subprocess.Popen[bytes]) -> None:
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    processes = [raylet, *raylet.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    time.sleep(2.0)
+    for process in processes:
+        process.resume()
+
+
+def kill_driver(_cluster: Any, _node: Any, driver: subprocess.Popen[bytes]) -> None:
+    driver.kill()
+
+
+@pytest.mark.parametrize("strike", [leave, stand_still, kill_driver])
+def test_the_decision_after_a_fault_is_that_of_one_process(
+    strike: Callable[[Any, Any, subprocess.Popen[bytes]], None],
+    cluster: Any,
+    scratch: Path,
+    alone: Path,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
 ) -> None:
     nodes = [cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20) for cpus in (1, 2)]
-    removed: list[str] = []
-
-    def take_a_node(event: Event) -> None:
-        if isinstance(event, TrialFinished) and not removed:
-            removed.append(event.trial_id)
-            cluster.remove_node(nodes[0])
-
-    settings = build_small_settings(**STEPS, executor="ray", workers=3)
-    select_rank(
-        str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Watch(on_event=take_a_node)]
-    )
-    assert removed
+    journal, log = tmp_path / "run/journal.jsonl", tmp_path / "log"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.plugins.cluster.simulated",
+        str(model_folder),
+        str(completion_file),
+        str(tmp_path / "run"),
+    ]
+    with log.open("ab") as output:
+        driver = subprocess.Popen(command, stdout=output, stderr=output)
+        wait_until(
+            lambda: driver.poll() is not None or (journal.exists() and "trial_finished" in journal.read_text()),
+            "a trial has finished",
+        )
+        assert driver.poll() is None, log.read_text()
+        strike(cluster, nodes[0], driver)
+        if driver.wait() == -signal.SIGKILL:
+            assert subprocess.run(command, stdout=output, stderr=output).returncode == 0, log.read_text()
+    assert driver.returncode == (-signal.SIGKILL if strike is kill_driver else 0), log.read_text()
     assert read_decision(tmp_path / "run") == read_decision(alone)
     assert read_values(tmp_path / "run") == read_values(alone)
-    assert len(list(scratch.glob("rightrank-worker-*"))) <= 1  # that of the node that was taken
+    if strike is leave:
+        assert len(list(scratch.glob("rightrank-worker-*"))) <= 1  # that of the node that was removed
+    for node in nodes[strike is leave :]:
+        cluster.remove_node(node)

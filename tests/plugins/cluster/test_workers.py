@@ -1,4 +1,4 @@
-"""Test real workers, one of which is killed: the decision is the same as in one process."""
+"""Test real workers: after a fault, the decision is the same as in one process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -36,8 +38,7 @@ from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
-from tests.plugins.cluster.runs import STEPS, make_trials, read_decision, read_values
-from tests.plugins.cluster.simulated import make_result
+from tests.plugins.cluster.simulated import STEPS, make_result, make_trials, read_decision, read_values
 from tests.tiny import build_small_settings
 from tests.watch import Watch
 
@@ -46,27 +47,39 @@ def make_setup(folder: Path) -> WorkerSetup:
     return WorkerSetup(SelectionRequest("m", None, "d", SelectSettings()), "f", folder, Path.cwd())
 
 
-def test_processes_come_to_the_same_decision_though_one_is_killed(
-    alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    killed: list[int] = []
+def list_worker_processes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "rightrank.plugins.cluster.worker" in child.cmdline()]
 
-    def kill_once(event: Event) -> None:
-        if isinstance(event, StepDone) and not killed:
-            workers = [
-                child for child in psutil.Process().children() if "rightrank.plugins.cluster.worker" in child.cmdline()
-            ]
-            killed.append(max(worker.pid for worker in workers))
-            os.kill(killed[0], signal.SIGKILL)
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped for a while"])
+def test_processes_come_to_the_same_decision_after_a_fault(
+    fault: signal.Signals,
+    alone: Path,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker is killed or stopped while it trains, and from then on the driver's clock is off by an hour."""
+    struck: list[int] = []
+    clock = time.time
+
+    def strike_once(event: Event) -> None:
+        if isinstance(event, StepDone) and not struck:
+            struck.append(max(worker.pid for worker in list_worker_processes()))
+            os.kill(struck[0], fault)
+            monkeypatch.setattr(time, "time", lambda: clock() - 3600)
+            if fault == signal.SIGSTOP:
+                Timer(1.0, os.kill, (struck[0], signal.SIGCONT)).start()
 
     notices: list[str] = []
     settings = build_small_settings(**STEPS, executor="processes", workers=2)
-    watching = Watch(on_event=kill_once, notice=notices.append)
+    watching = Watch(on_event=strike_once, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[watching])
     assert read_decision(tmp_path / "run") == read_decision(alone)
     assert read_values(tmp_path / "run") == read_values(alone)
-    assert any("killed by signal 9" in notice for notice in notices)
-    assert not [child for child in psutil.Process().children() if "rightrank.plugins.cluster.worker" in child.cmdline()]
+    assert any("killed by signal 9" in notice for notice in notices) == (fault == signal.SIGKILL)
+    assert not list_worker_processes()
 
 
 @pytest.mark.parametrize(
