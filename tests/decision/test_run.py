@@ -609,7 +609,7 @@ def test_trials_are_a_table() -> None:
 def test_an_exported_run_decides_without_its_truncated_and_stopped_trainings(tmp_path: Path, kind: str) -> None:
     records = make_answered_run(direct=(1, 4, 16))
     complete_trial = next(trial for trial in records.list_finished() if trial.rank == 16 and trial.is_direct)
-    for number, changes in enumerate(({"stop_at": 10}, {"stop_at": 20}, {"stop_at": 20, "anneal_from": 10})):
+    for number, changes in enumerate(({"stop_at": 10}, {"stop_at": 20})):
         records.outcomes.append(
             change_trial(complete_trial, trial_id=f"stage-{number}", metrics={"loss": 2.0 + number}, **changes)
         )
@@ -624,7 +624,7 @@ def test_an_exported_run_decides_without_its_truncated_and_stopped_trainings(tmp
     assert {evidence.rank: evidence.value for evidence in read.decision.ranks} == {
         evidence.rank: pytest.approx(evidence.value) for evidence in run_decision.ranks
     }
-    rows = 7 * (ITEMS if "examples" in kind else 1)
+    rows = 6 * (ITEMS if "examples" in kind else 1)
     assert f"{rows} rows of truncated or stopped trainings omitted" in read.input_notes
 
 

@@ -32,6 +32,7 @@ SPACES = {
     "relative margin": {"margin": None},
     "no base": {"evaluates_base": False},
     "the adapter alone": {"goal": "adapter", "trusts_values": True},
+    "the best adapter": {"goal": "best-adapter"},
 }
 
 
@@ -69,8 +70,9 @@ def test_arms_lie_in_the_space_and_are_asked_for_once(name: str, world: World, s
         assert arm.rank in (0, *space.ranks) or (arm.truncate_from and arm.rank in space.truncated_ranks)
         assert arm.seed in (0, *space.seeds)
         assert arm.steps <= space.steps
-        assert arm.rank == 0 or arm.truncate_from is not None or arm.learning_rate in space.learning_rates
-        assert arm.anneal_from is None or (arm.continue_from is not None and arm.stop_at is not None)
+    rates = {arm.learning_rate for arm in arms if arm.rank > 0} - {*space.learning_rates}
+    assert len(rates) <= (space.max_added_learning_rates if name == "bracket" else 0)
+    for arm in arms:
         for parent in (arm.continue_from, arm.truncate_from):
             assert parent is None or parent in finished
 

@@ -65,22 +65,6 @@ def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, t
     assert again.value == full_training.value
 
 
-def test_an_annealed_copy_decays_and_leaves_the_training_as_it_is(runtime: object, tmp_path: Path) -> None:
-    full_training = run(runtime, "whole", ARM, tmp_path)
-    run(runtime, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
-    copy_arm = ARM.model_copy(update={"continue_from": "first", "anneal_from": 3, "stop_at": 5})
-    parent = {"continue_from": tmp_path / "first.safetensors"}
-    annealed = run(runtime, "copy", copy_arm, tmp_path, **parent)
-    plain = run(runtime, "plain", copy_arm.model_copy(update={"anneal_from": None}), tmp_path, **parent)
-    assert annealed.train_losses[:4] == pytest.approx(
-        plain.train_losses[:4], rel=1e-5
-    )  # the first step is at the full rate
-    assert annealed.value != plain.value
-    assert not (tmp_path / "copy.safetensors").exists()  # nobody resumes from it
-    second = run(runtime, "second", ARM.model_copy(update={"continue_from": "first"}), tmp_path, **parent)
-    assert second.value == pytest.approx(full_training.value, rel=1e-6)
-
-
 def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:
     full_training = run(runtime, "whole", ARM, tmp_path)
     cut = {

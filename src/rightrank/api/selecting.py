@@ -147,7 +147,7 @@ def select_rank_with(
     out: str | Path,
     *,
     ranks: Sequence[int] | int = (0, 1, 4, 16, 64),
-    learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3),
+    learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3, 1e-2),
     seeds: Sequence[int] | int | None = None,
     metric: str | None = None,
     margin: float | None = None,

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.adapter import Criterion, build_provenance, compare_adapters
+from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.decision.next_run import plan_rate_run
 from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
 from rightrank.decision.table import ScoreTable, build_table, exclude_collapsed_rates
-from rightrank.schema.decision import AdapterCandidate, Decision, NextRun, TrainingRankEstimate
+from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
 from rightrank.schema.metrics import DIAGNOSTIC_METRICS, Checkpoint, format_unknown_direction
@@ -286,6 +287,7 @@ class Answers:
     started: RunStarted | None = None  # None: the results are not from a run
     # at a learning rate beyond the adapter's, if that is the lowest or the highest one tried
     adapter_run: NextRun | None = None
+    learning_rate: LearningRateAnswer | None = None  # of the adapter; None if only one was tried
 
     @property
     def next_runs(self) -> list[NextRun]:
@@ -315,6 +317,13 @@ class Answers:
                 "adapter_provenance": self.provenance,
                 "adapter_flags": [] if self.adapter_run is None else ["lr_edge"],
                 "handed_over": _dump_record(adapter and adapter.handed_over),
+                "learning_rate": self.learning_rate.learning_rate
+                if self.learning_rate
+                else fields.get("learning_rate"),
+                "learning_rates": [candidate.model_dump() for candidate in self.learning_rate.candidates]
+                if self.learning_rate
+                else [],
+                "learning_rate_sentence": self.learning_rate and self.learning_rate.sentence,
                 "adapter_answer": _dump_record(adapter and adapter.answer),
                 "training_rank_estimate": _dump_record(self.estimate),
             }
@@ -334,7 +343,9 @@ def build_answers(
     if provenance is not None:
         sentence, rank = provenance.format_sentence(), provenance.trained_rank
         run = plan_rate_run(build_run_table(records), rank, provenance.learning_rate, [rank])
-    return Answers(decision, goal, adapter, sentence, count_trainings(records), estimate, records.started, run)
+    trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id)
+    rate = None if trained is None else describe_learning_rate(trained, records.outcomes, build_criterion(records))
+    return Answers(decision, goal, adapter, sentence, count_trainings(records), estimate, records.started, run, rate)
 
 
 def _dump_record(record: Record | None) -> Any:

@@ -22,6 +22,7 @@ class AnswerView:
     adapter: str  # the deployment rank in a sentence
     # How the adapter was made, at which rank it loads, whether a larger one may be better, and its test-split result.
     adapter_notes: tuple[str, ...]
+    learning_rate: str  # the choice of the adapter's learning rate; empty if only one was tried
     training_rank: str  # the training rank in a sentence; until it is available, what is missing
     estimate: str  # an estimate of the training rank if it was not requested
     verdict: str  # with the flags in brackets
@@ -37,6 +38,7 @@ class AnswerView:
     def build_rows(self) -> list[tuple[str, str]]:
         """Return both answers as `(label, text)` rows; the training rank only if it was requested or has an estimate."""
         first = [("Adapter", self.adapter), *(("", note) for note in self.adapter_notes)] if self.adapter else []
+        first += [("Learning rate", self.learning_rate)]
         if not (self.verdict or self.estimate):
             return first
         second = [("Training rank", f"{self.training_rank} {self.estimate}".rstrip()), ("verdict", self.verdict)]
@@ -54,9 +56,9 @@ def build_answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> 
     Args:
         commands: the commands of the next runs, in the same order; None for a run without a command.
     """
-    decision, adapter, asks_for_rank = answers.decision, answers.adapter, answers.goal != "adapter"
+    decision, adapter, asks_for_rank = answers.decision, answers.adapter, answers.goal == "training-rank"
     rank = "not available yet" if decision is None else decision.rank or decision.verdict.replace("_", " ")
-    rank_text = "not requested (--goal adapter)."
+    rank_text = f"not requested (--goal {answers.goal})."
     if decision is None and asks_for_rank:
         so_far = format_quantity(answers.trainings, "training")
         rank_text = f"{so_far} so far. A comparison needs two ranks with a result."
@@ -65,6 +67,7 @@ def build_answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> 
         rank_headline="" if not asks_for_rank or not (adapter or decision) else f"Training rank: {rank}",
         adapter=adapter.answer.sentence if adapter else "",
         adapter_notes=tuple(filter(None, _format_adapter_notes(answers))),
+        learning_rate=answers.learning_rate.sentence if answers.learning_rate else "",
         training_rank=decision.sentence if decision is not None else rank_text,
         estimate=answers.estimate.sentence if answers.estimate else "",
         verdict=""

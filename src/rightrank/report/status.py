@@ -71,12 +71,12 @@ def build_run_status(
     is_fresh = isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
     decision = decide_if_possible(records) if recorded_decision is None else recorded_decision.decision
     adapter = records.adapters[-1].answer if records.adapters else None
-    if goal == "adapter":
+    if goal != "training-rank":
         decision = None
     answers = build_answers(records, decision, goal)
     commands = build_next_commands(records.started, answers.next_runs, run)
     view = build_answer_view(answers, commands)
-    is_done = recorded_decision is not None or (goal == "adapter" and adapter is not None)
+    is_done = recorded_decision is not None or (goal != "training-rank" and adapter is not None)
     state = "running" if is_locked else "done" if is_done else "stopped"
     return RunStatus(
         run=run,

@@ -184,9 +184,9 @@ def build_custom_request(
     higher = next((direct for direct in directions if direct is not None), None)
     if higher is None:
         raise SettingsError(f"{format_unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
-    if settings.goal == "adapter" and evaluate is None:
+    if settings.goal != "training-rank" and evaluate is None:
         raise SettingsError(
-            "goal 'adapter' needs evaluate=, a function that takes an adapter folder and a TrialTask and returns held-out scores; "
+            f"goal {settings.goal!r} needs evaluate=, a function that takes an adapter folder and a TrialTask and returns held-out scores; "
             "give it, or goal 'training-rank'"
         )
     if not callable(train):

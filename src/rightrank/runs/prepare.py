@@ -212,9 +212,9 @@ def _describe_top_rank(requested: SelectSettings, planned: MemoryPlan | None) ->
 def _build_strategy(runtime: Runtime, settings: SelectSettings, steps: int, started: RunStarted) -> Strategy:
     """Build the strategy of the settings for this selection's steps and data."""
     reason = runtime.targets.untruncatable_reason
-    if reason is not None and settings.goal == "adapter":
+    if reason is not None and settings.goal != "training-rank":
         raise SettingsError(
-            f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
+            f"goal {settings.goal!r} needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
     space = build_space(settings, steps, started.data.loss_kind)
     return make_strategy(settings.strategy, replace(space, can_truncate=reason is None))

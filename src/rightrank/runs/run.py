@@ -47,7 +47,7 @@ MAX_FAILED_AT_START = 3  # if these fail and none finishes, the cause is not a s
 
 
 def select(prepare: Prepare, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
-    """Prepare, run trials and finish. Repeat with the rank or learning rate that the result asks for, if `extend`, memory and budget allow.
+    """Prepare, run trials and finish. Repeat with the rank that the result asks for, if `extend`, memory and budget allow.
 
     Steps that an interrupted run in `folder` has completed are skipped.
 
@@ -134,7 +134,7 @@ def start_run(run: Run) -> None:
 
 
 def _extend_run(prepare: Prepare, run: Run, selected: Selected) -> Run | None:
-    """Open the run with a higher rank or the next learning rate; None if the result asks for neither, or memory does not suffice."""
+    """Open the run with a higher rank; None if the result asks for none, or memory does not suffice."""
     settings, extended_settings = run.selection.settings, extend_settings(run.selection.settings, selected)
     if extended_settings is None:
         return None
@@ -147,9 +147,7 @@ def _extend_run(prepare: Prepare, run: Run, selected: Selected) -> Run | None:
         return None  # the next rank does not fit the memory
     decision = selected.decision_or_none or (selected.answers.adapter and selected.answers.adapter.answer)
     sentence = decision.sentence if decision else None
-    rank = next(iter(sorted(set(extended_settings.ranks) - set(settings.ranks))), None)
-    rate = next(iter(sorted(set(extended_settings.learning_rates) - set(settings.learning_rates))), 0.0)
-    addition = f"rank {rank}" if rank is not None else f"learning rate {rate:.3g}"
+    addition = f"rank {max(extended_settings.ranks)}"
     return replace(
         extended_run,
         selection=replace(
@@ -159,22 +157,17 @@ def _extend_run(prepare: Prepare, run: Run, selected: Selected) -> Run | None:
 
 
 def extend_settings(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
-    """Return the settings with the next higher rank, or with a learning rate beyond the edge; None if nothing is to be added."""
+    """Return the settings with the next higher rank; None if nothing is to be added."""
     if not (settings.budget_hours is not None if settings.extend is None else settings.extend):
         return None
     adapter = selected.answers.adapter
     if adapter is not None and adapter.answer.is_top_rank_required:
         return settings.model_copy(update={"ranks": (*settings.ranks, 2 * max(settings.ranks))})
     decision = selected.decision_or_none
-    if decision is None or not (decision.verdict == "rising" or "lr_edge" in decision.flags):
+    next_run = next((run for run in decision.next_runs if run.action == "rank"), None) if decision else None
+    if decision is None or decision.verdict != "rising" or next_run is None or {*next_run.ranks} <= {*settings.ranks}:
         return None
-    next_run = next((run for run in decision.next_runs if run.action in ("rank", "rates")), None)
-    if next_run is None:
-        return None
-    name = "ranks" if next_run.action == "rank" else "learning_rates"
-    values = tuple(sorted({*getattr(settings, name), *getattr(next_run, name)}))
-    extended = settings.model_copy(update={name: values})
-    return None if extended == settings else extended
+    return settings.model_copy(update={"ranks": tuple(sorted({*settings.ranks, *next_run.ranks}))})
 
 
 def run_trials(run: Run, executor: Executor) -> None:

@@ -53,8 +53,8 @@ def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
 
 
 def collect_answers(records: Records, decision: Decision | None, goal: Goal) -> Answers:
-    """Collect the deployment rank and the training rank; with goal "adapter", an estimate replaces the training rank."""
-    return build_answers(records, decision, goal, _estimate_training_rank(records) if goal == "adapter" else None)
+    """Collect the deployment rank and the training rank; with another goal than "training-rank", an estimate replaces the training rank."""
+    return build_answers(records, decision, goal, None if goal == "training-rank" else _estimate_training_rank(records))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Selected:
     run: Path
     # The smallest adapter within the margin, in `adapter/`; None if a custom trainer saved none.
     adapter: SelectedRank | None
-    training: SelectedRank | None  # None with goal "adapter"
+    training: SelectedRank | None  # None unless the goal is "training-rank"
     report: Path
     answers: Answers  # deployment rank and training rank; `document()` returns the content of decision.json
     # For each next run, the command that continues this run; None if there is none.
@@ -107,7 +107,7 @@ class Selected:
 
     @property
     def decision_or_none(self) -> Decision | None:
-        """Return the decision on the training rank; None with goal "adapter"."""
+        """Return the decision on the training rank; None unless the goal is "training-rank"."""
         return self.answers.decision
 
     @property
@@ -115,11 +115,11 @@ class Selected:
         """Return the decision on the training rank.
 
         Raises:
-            ResultsError: the goal was "adapter", so the training rank was not decided.
+            ResultsError: the training rank was not the goal.
         """
         if self.decision_or_none is None:
             raise ResultsError(
-                f"{self.run}: goal 'adapter' has no decision on the training rank; see adapter and answers, or select "
+                f"{self.run}: goal {self.answers.goal!r} has no decision on the training rank; see adapter and answers, or select "
                 "again with goal 'training-rank'"
             )
         return self.decision_or_none

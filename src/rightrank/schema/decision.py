@@ -233,6 +233,31 @@ class AdapterAnswer(Record):
         return self.rank == self.trained_rank and largest is not None and largest.difference > self.margin
 
 
+class LearningRateCandidate(Record):
+    """A learning rate compared with the chosen one, at the same step and on the same validation examples."""
+
+    learning_rate: float
+    value: float | None  # at that step, in the metric's unit and direction; None: it diverged or failed
+    difference: float | None = None  # how much worse than the chosen learning rate
+    difference_low: float | None = None  # its 95% bounds, one-sided, over examples; None without example scores
+    difference_high: float | None = None
+    is_within_margin: bool | None = None  # by the upper bound; False: not shown; None: without example scores
+    final_value: float | None = None  # at the end of the training; None if it was not finished
+
+
+class LearningRateAnswer(Record):
+    """The learning rate of the handed-over adapter, and how the others did."""
+
+    learning_rate: float
+    rank: BoundedInt  # of the training
+    metric: str
+    step: BoundedInt  # at which the learning rates were compared
+    steps: BoundedInt  # of the whole training; 0: unknown
+    margin: float  # in the metric's unit
+    candidates: list[LearningRateCandidate]  # ascending, the chosen one included
+    sentence: str
+
+
 class TrainingRankEstimate(Record):
     """The probable range of the training rank, estimated from the deployment rank. It is no evidence for that rank."""
 

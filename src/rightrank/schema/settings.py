@@ -21,7 +21,7 @@ COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
-Goal: TypeAlias = Literal["adapter", "training-rank"]
+Goal: TypeAlias = Literal["adapter", "best-adapter", "training-rank"]
 
 # `constant` scaling uses alpha too: its scale is that of alpha/r at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common choice "alpha = 2r").
@@ -241,9 +241,10 @@ class SelectSettings(PeftFields, _TrainerFields):
     """All settings of a selection other than MODEL, DATA and --out."""
 
     goal: Goal = option(
-        "training-rank",
+        "adapter",
         COMPARE,
-        "`adapter` or `training-rank`; `adapter` stops at the smallest adapter within the margin",
+        "`adapter` trains the largest rank and truncates it; `best-adapter` also trains a quarter of that rank and keeps the better; "
+        "`training-rank` finds the smallest rank to train at",
         identity=False,
     )
     strategy: str = option(
@@ -267,9 +268,9 @@ class SelectSettings(PeftFields, _TrainerFields):
         ),
     )
     learning_rates: tuple[float, ...] = option(
-        (3e-4, 1e-3, 3e-3),
+        (3e-4, 1e-3, 3e-3, 1e-2),
         COMPARE,
-        "learning rates to try at each rank",
+        "learning rates to train to a quarter; the best one is finished, and up to two are added if it is the lowest or the highest",
         continuable=True,
         foreign_names=("lr", "learning_rate"),
         split=True,
@@ -287,8 +288,8 @@ class SelectSettings(PeftFields, _TrainerFields):
     extend: bool | None = option(
         None,
         COMPARE,
-        "add a larger rank while the adapter keeps the largest one or results still improve, and the next learning rate if the best is at an "
-        "edge, up to three times within memory and budget; by default only with a time budget",
+        "add a larger rank while the adapter keeps the largest one or results still improve, up to three times within memory and budget; "
+        "by default only with a time budget",
         identity=False,
     )
     metric: str = option(

@@ -58,8 +58,6 @@ class ArmFields(Record):
     stop_at: BoundedInt | None = Field(default=None, gt=0)  # stop after this many steps; the schedule is unchanged
     continue_from: str | None = None  # id of a trial of the same arm that was stopped early
     truncate_from: str | None = None  # id of a finished trial at this rank or a higher one
-    # From this step the learning rate decays linearly to 0 at `stop_at`, in a copy that is only compared.
-    anneal_from: BoundedInt | None = None
 
     @property
     def arm(self) -> Arm:
@@ -90,8 +88,6 @@ class Arm(ArmFields):
         """Return how the arm differs from a complete training, or an empty text."""
         if self.truncate_from is not None:
             return "truncated"
-        if self.anneal_from is not None:
-            return f"annealed to step {self.stop_at}"
         return "" if self.stop_at is None else f"to step {self.stop_at}"
 
 

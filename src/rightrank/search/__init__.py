@@ -20,24 +20,25 @@ def make_strategy(name: str, space: Space) -> Strategy:
     """Make the strategy with this name for a space.
 
     Raises:
-        SettingsError: the name is unknown, the strategy does not train the largest rank although the adapter is the goal, or the budget
-            is too small to compare two ranks.
+        SettingsError: the name is unknown, the strategy does not train the largest rank although an adapter is the goal, or the budget
+            is too small.
     """
     factory = STRATEGIES.get(name)
     if factory is None:
         suggestion = suggest_name(name, STRATEGIES)
         raise SettingsError(f"unknown strategy {name!r}{suggestion}; there are: {', '.join(STRATEGIES)}")
-    if space.goal == "adapter" and name == Upward.name:
+    if space.goal != "training-rank" and name == Upward.name:
         raise SettingsError(
-            f"goal 'adapter' needs an adapter of the largest rank, but strategy {name!r} starts at the smallest rank; give "
+            f"goal {space.goal!r} needs an adapter of the largest rank, but strategy {name!r} starts at the smallest rank; give "
             "goal 'training-rank', or another strategy"
         )
     strategy = factory(space)
     minimum = strategy.estimate_cost().minimum
+    purpose = " to compare two ranks" if space.goal == "training-rank" else ""
     if space.budget_steps is not None and space.budget_steps < minimum * space.steps:
         raise SettingsError(
             f"a budget of {space.budget_steps / space.steps:.3g} trainings is too small: {name!r} with "
-            f"{len(space.learning_rates)} learning rates needs {minimum:g} to compare two ranks; give budget_trainings {minimum:g}, "
+            f"{len(space.learning_rates)} learning rates needs {minimum:g}{purpose}; give budget_trainings {minimum:g}, "
             "fewer learning rates, or a smaller max_steps"
         )
     return strategy

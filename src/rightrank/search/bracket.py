@@ -1,4 +1,4 @@
-"""The `bracket` strategy: finds the adapter first, from one training at the top rank, and then the training rank, from there downward.
+"""The `bracket` strategy: finds the learning rate and the adapter at the top rank, and then whatever the goal needs in addition.
 
 For the deployment rank, the top adapter is truncated to every lower rank, which costs only evaluations; `decision.adapter` judges the
 candidates. Neither additional steps after a truncation nor a cut during the training gives a smaller adapter within the margin
@@ -15,18 +15,33 @@ from rightrank.decision.adapter import choose_adapter
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import Requests, Space, Trials, is_likely_within
-from rightrank.search.learning_rates import ANNEAL, find_learning_rate, find_learning_rate_cost, try_rank
+from rightrank.search.learning_rates import (
+    HALF,
+    QUARTER,
+    can_stop_early,
+    estimate_search_cost,
+    find_learning_rate,
+    make_stopped_arm,
+    train_seeds,
+    try_rank,
+)
 from rightrank.search.protocol import CostEstimate, Strategy
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 # Of the truncation that the walk starts at. By its mean alone the walk starts lower, for .2 trainings more on long real grids
 # (benchmarks/README.md, archive).
 START_PROBABILITY = 0.999
-STAGES = 5  # of one training at most: a look, two stages, the end, and an annealed copy
+STAGES = 4  # of one training at most: a quarter, half, and the end, from either of the first two
+NEIGHBOURS = (
+    3  # learning rates at most that a lower rank tries: the best one of the nearest rank, and those on either side
+)
 
 
 class Bracket(Strategy):
-    """Finds the learning rate and the deployment rank at the top rank, then the training rank.
+    """Finds the learning rate and the deployment rank at the top rank; then a second adapter, or the training rank.
+
+    With goal "best-adapter", a rank at a quarter of the top one is trained too, with its own learning-rate search; the better adapter on
+    validation data is handed over (`decision.adapter.prefer_lower_loss`).
 
     For the training rank, it trains downward from the smallest truncation that would probably be within the margin with another seed,
     until a rank fails, and then adds seeds. If adapters cannot be truncated (a table of finished runs), a training at a quarter of the
@@ -37,44 +52,68 @@ class Bracket(Strategy):
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
+        if space.goal == "best-adapter" and can_stop_early(space):  # both searches in shared passes
+            yield [
+                make_stopped_arm(space, rank, rate, QUARTER)
+                for rank in dict.fromkeys((space.top, find_second_rank(space)))
+                for rate in space.learning_rates
+            ]
         learning_rate = yield from find_learning_rate(trials, space.top)
-        if learning_rate is None:
-            return
-        yield from _answer_adapter_question(trials, learning_rate)
-        if space.goal == "adapter":
-            return
-        start = yield from self.start(trials, learning_rate)
-        yield from walk(trials, start, learning_rate)
-        yield from settle(trials)
-        yield from confirm(trials)
-        yield from settle(trials)
-        yield from confirm(trials)
+        if learning_rate is not None:
+            yield from find_deployment_rank(trials, learning_rate)
+        if space.goal == "best-adapter":
+            yield from find_learning_rate(trials, find_second_rank(space))
+        elif space.goal == "training-rank" and learning_rate is not None:
+            yield from self.find_training_rank(trials, learning_rate)
 
-    def start(self, trials: Trials, learning_rate: float) -> Generator[Sequence[Arm], None, int]:
+    def find_training_rank(self, trials: Trials, learning_rate: float) -> Requests:
+        """Walk from the predicted rank to the smallest one within the margin, and add seeds where they may change it."""
+        start = yield from self.find_start(trials, learning_rate)
+        yield from walk(trials, start, learning_rate)
+        for _ in range(2):
+            yield from train_adjacent_ranks(trials)
+            yield from confirm(trials)
+
+    def find_start(self, trials: Trials, learning_rate: float) -> Generator[Sequence[Arm], None, int]:
         """Return the rank at which the walk downward begins."""
         space = self.space
-        start = _smallest_likely_truncation(trials, learning_rate)
+        start = _find_smallest_likely_truncation(trials, learning_rate)
         if start is None:
-            second = max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
+            second = find_second_rank(space)
             yield from try_rank(trials, second, learning_rate)
-            return _predicted_rank(trials, second)
+            return _predict_rank(trials, second)
         return (space.get_lower_rank(start) or start) if start == space.top else start
 
     def estimate_unbounded_cost(self) -> CostEstimate:
         space = self.space
-        search, search_at_most, least = find_learning_rate_cost(space)
-        # All learning rates at the top, three at every other rank, and every further seed.
-        tried = min(len(space.learning_rates), 3)
-        others = tried * (1 + 2 * ANNEAL) * (len(space.ranks) - 1)
-        trainings = search_at_most + others + (len(space.seeds) - 1) * tried * len(space.ranks)
-        arms = 1 + STAGES * math.ceil(trainings) + _truncations(space)
-        if space.goal == "adapter":
-            return CostEstimate(search, search_at_most, search, least - 1.0, arms)
-        expected = search + min(2.0, len(space.ranks) - 1.0) + 3.0 * (len(space.seeds) - 1)
-        return CostEstimate(expected, trainings, search, least, arms)
+        search, search_at_most = estimate_search_cost(space)
+        num_rates, num_ranks = len(space.learning_rates), len(space.ranks)
+        if space.goal != "training-rank":
+            num_searches = 1 + (space.goal == "best-adapter" and num_ranks > 1)
+            expected, at_most = num_searches * search, num_searches * search_at_most
+            arms = 1 + STAGES * math.ceil(at_most) + _count_truncations(space)
+            return CostEstimate(expected, at_most, search, search, arms)
+        is_staged = can_stop_early(space)
+        per_rank = 1.0 + (min(num_rates, NEIGHBOURS) - 1) * QUARTER * is_staged  # expected at a lower rank
+        tried_rates = min(num_rates, NEIGHBOURS)
+        more_seeds = len(space.seeds) - 1
+        num_cells = (
+            tried_rates * (num_ranks - 1) + more_seeds * (num_rates + space.max_added_learning_rates) * num_ranks
+        )
+        at_most = search_at_most + num_cells * (1.0 + QUARTER * is_staged)
+        expected = search + per_rank * min(2.0, num_ranks - 1.0) + 3.0 * per_rank * more_seeds
+        least = search + (1.0 + HALF if is_staged else 1.0)
+        return CostEstimate(
+            min(expected, at_most), at_most, search, least, 1 + STAGES * math.ceil(at_most) + _count_truncations(space)
+        )
 
 
-def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
+def find_second_rank(space: Space) -> int:
+    """Return the largest rank that is at most a quarter of the top one, or else the smallest."""
+    return max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
+
+
+def _find_smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
     """Return the result of the walk down over the plain truncations of the top rank; None if none has a result.
 
     A training at a rank usually ends worse than the truncation to it, so a truncation must be within the margin with high probability.
@@ -83,30 +122,32 @@ def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | N
     parent = trials.get_training(space.top, learning_rate)
     if parent is None:
         return None
-    known = {
+    truncations = {
         arm.rank: outcome
         for arm in trials.outcomes
         if arm.truncate_from == parent.trial_id and arm.rank in space.ranks
         if (outcome := trials.get_finished(arm)) is not None
     }
-    if not known:
+    if not truncations:
         return None
     margin = space.get_margin(trials.compute_best_loss(space.top))
-    enough = {
-        rank for rank, outcome in known.items() if is_likely_within((outcome, parent), space, margin, START_PROBABILITY)
+    likely_ranks = {
+        rank
+        for rank, outcome in truncations.items()
+        if is_likely_within((outcome, parent), space, margin, START_PROBABILITY)
     }
-    return walk_down(known, space.top, enough.__contains__)
+    return walk_down(truncations, space.top, likely_ranks.__contains__)
 
 
-def _predicted_rank(trials: Trials, second: int) -> int:
+def _predict_rank(trials: Trials, second: int) -> int:
     """Return the smallest rank r with b·(r^-c - R^-c) within the margin; R is the top rank, and b follows from R and `second`."""
     space = trials.space
     drop = trials.compute_best_loss(second) - trials.compute_best_loss(space.top)
-    b = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)
+    coefficient = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)
     margin = space.get_margin(trials.compute_best_loss(space.top))
-    if not math.isfinite(b):  # the second rank gave no result
+    if not math.isfinite(coefficient):  # the second rank gave no result
         return space.get_higher_rank(second) or space.top
-    return next(rank for rank in space.ranks if is_within(b * (rank**-DECAY - space.top**-DECAY), margin))
+    return next(rank for rank in space.ranks if is_within(coefficient * (rank**-DECAY - space.top**-DECAY), margin))
 
 
 class Grid(Strategy):
@@ -122,34 +163,33 @@ class Grid(Strategy):
         cells = product(space.seeds, space.learning_rates, order_outside_in(space.ranks))
         yield [space.make_arm(rank, learning_rate, seed) for seed, learning_rate, rank in cells]
         learning_rate = min(space.learning_rates, key=lambda lr: (trials.get_training_loss(space.top, lr), lr))
-        yield from _answer_adapter_question(trials, learning_rate)
+        yield from find_deployment_rank(trials, learning_rate)
 
     def estimate_unbounded_cost(self) -> CostEstimate:
         cells = self._count_cells()
-        return CostEstimate(cells, cells, cells, 2.0, 1 + cells + _truncations(self.space))
+        return CostEstimate(cells, cells, cells, 2.0, 1 + cells + _count_truncations(self.space))
 
 
 def order_outside_in(ranks: Sequence[int]) -> list[int]:
     """Order ranks as highest, lowest, second highest, second lowest, and so on."""
-    left = sorted(ranks)
-    order: list[int] = []
-    while left:
-        order.append(left.pop(-1 if len(order) % 2 == 0 else 0))
+    remaining, order = sorted(ranks), list[int]()
+    while remaining:
+        order.append(remaining.pop(-1 if len(order) % 2 == 0 else 0))
     return order
 
 
-def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
+def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
     """Request the truncations and store the deployment rank's answer in `trials.adapter`."""
     space = trials.space
     parent = trials.get_training(space.top, learning_rate)
     if parent is None or not space.can_truncate:
         return
     yield [make_truncation_arm(parent, rank) for rank in space.truncated_ranks]
-    own = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
-    trials.adapter = choose_adapter([parent, *own], space.criterion, parent.trial_id)
+    truncations = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
+    trials.adapter = choose_adapter([parent, *truncations], space.criterion, parent.trial_id)
 
 
-def _truncations(space: Space) -> int:
+def _count_truncations(space: Space) -> int:
     return len(space.truncated_ranks) if space.can_truncate else 0
 
 
@@ -159,15 +199,12 @@ def make_truncation_arm(parent: TrialFinished, rank: int) -> Arm:
     return parent.arm.model_copy(update=changed)
 
 
-# The moves: walk to the lowest rank that holds, confirm the result.
-
-
 def walk(trials: Trials, start: int, learning_rate: float) -> Requests:
     """Train from `start` downward until a rank fails; upward until a rank holds where `start` itself fails."""
     space = trials.space
     rank: int | None = start
     while rank is not None and rank < space.top:
-        yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
+        yield from try_rank(trials, rank, _find_nearest_learning_rate(trials, rank, learning_rate))
         if trials.is_within_margin(rank):
             break
         rank = space.get_higher_rank(rank)
@@ -175,21 +212,21 @@ def walk(trials: Trials, start: int, learning_rate: float) -> Requests:
         return
     rank = space.get_lower_rank(start)
     while rank is not None:
-        yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, learning_rate))
+        yield from try_rank(trials, rank, _find_nearest_learning_rate(trials, rank, learning_rate))
         if not trials.is_within_margin(rank):
             return
         rank = space.get_lower_rank(rank)
 
 
-def _nearest_learning_rate(trials: Trials, rank: int, otherwise: float) -> float:
+def _find_nearest_learning_rate(trials: Trials, rank: int, default_rate: float) -> float:
     """Return the best learning rate of the nearest other rank that has one."""
-    tried = [other for other in trials.list_ranks() if other != rank]
-    nearest = min(tried, key=lambda other: max(other / rank, rank / other), default=None)
+    trained_ranks = [trained for trained in trials.list_ranks() if trained != rank]
+    nearest = min(trained_ranks, key=lambda trained: max(trained / rank, rank / trained), default=None)
     best = None if nearest is None else trials.find_best_learning_rate(nearest)
-    return otherwise if best is None else best
+    return default_rate if best is None else best
 
 
-def settle(trials: Trials) -> Requests:
+def train_adjacent_ranks(trials: Trials) -> Requests:
     """Train the ranks that may change the answer.
 
     These are the next lower rank below the answer; and, if the top rank is worse than the best one by more than the
@@ -206,18 +243,18 @@ def settle(trials: Trials) -> Requests:
             else None
         )
         below = space.get_lower_rank(chosen)
-        asked = {arm.rank for arm in trials.outcomes if arm.truncate_from is None}  # whatever the outcome
-        rank = next((rank for rank in (above, below) if rank is not None and rank not in asked), None)
+        requested_ranks = {arm.rank for arm in trials.outcomes if arm.truncate_from is None}  # whatever the outcome
+        rank = next((rank for rank in (above, below) if rank is not None and rank not in requested_ranks), None)
         if rank is None:
             return
-        yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))
+        yield from try_rank(trials, rank, _find_nearest_learning_rate(trials, rank, space.learning_rates[0]))
 
 
 def confirm(trials: Trials) -> Requests:
     """Train additional seeds of the ranks that decide the answer, until the answer stays the same.
 
     These are the chosen rank, the next lower one, the reference, and the best rank above the reference, which may turn out
-    better with more seeds.
+    better with more seeds. Each seed can correct the learning rate (`train_seeds`).
     """
     space = trials.space
     for _ in range(len(space.ranks)):
@@ -227,9 +264,7 @@ def confirm(trials: Trials) -> Requests:
         lower = max((rank for rank in trials.list_ranks() if rank < chosen), default=chosen)
         above = [rank for rank in trials.list_ranks() if rank > reference]
         rival = min(above, key=lambda rank: (trials.compute_best_loss(rank), rank), default=reference)
-        best = {rank: trials.find_best_learning_rate(rank) for rank in (chosen, lower, reference, rival)}
-        yield [
-            space.make_arm(rank, lr, seed) for rank, lr in best.items() if lr is not None for seed in space.seeds[1:]
-        ]
+        for rank in dict.fromkeys((chosen, lower, reference, rival)):
+            yield from train_seeds(trials, rank)
         if trials.find_smallest_rank() == chosen and trials.find_reference() == reference:
             return

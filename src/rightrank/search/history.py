@@ -15,16 +15,14 @@ from rightrank.decision.comparison import (
     Bounds,
     Estimate,
     compute_bounds,
-    compute_score_range,
-    estimate_mean,
     is_within,
     walk_down,
 )
 from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, compute_probability_within
 from rightrank.decision.table import (
     compute_adjusted_means,
+    estimate_trial_difference,
     find_collapsed_rates,
-    number_groups,
     pair_shared_seeds,
     select_best_learning_rate,
 )
@@ -53,6 +51,7 @@ class Space:
     points_are_losses: bool = False  # whether evaluations during training measure the loss instead of the metric
     evaluates_base: bool = True  # False: there is no trial of rank 0 and no comparison with the base
     goal: Goal = "training-rank"
+    max_added_learning_rates: int = 2  # beyond the lowest or the highest one, if that one is the best; 0 for tables
     can_stop_early: bool = True  # whether trainings can stop early and resume; False for custom trainers
     can_truncate: bool = True  # whether adapters can be truncated and evaluated
     trusts_values: bool = False  # whether values without scores by example suffice to accept a truncation (tables)
@@ -267,7 +266,7 @@ def _compute_excess(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space:
     Without scores by example, the bounds are the mean.
     """
     pairs = list(pairs)
-    mean, difference = _compute_mean_difference(pairs, space), _estimate_difference(pairs, space)
+    mean, difference = _compute_mean_difference(pairs, space), estimate_difference(pairs, space, space.metric)
     return Bounds(mean, mean, mean) if difference is None else compute_bounds(replace(difference, mean=mean))
 
 
@@ -278,7 +277,7 @@ def is_likely_within(
 
     Without enough examples there is no probability; then return whether the difference itself is within the margin.
     """
-    mean, difference = _compute_mean_difference([pair], space), _estimate_difference([pair], space)
+    mean, difference = _compute_mean_difference([pair], space), estimate_difference([pair], space, space.metric)
     if difference is None or difference.examples < MIN_EXAMPLES or not difference.examples_variance:
         return is_within(mean, margin)
     examples = len((pair[0].get_weighted_scores(space.metric) or [()])[0])
@@ -290,23 +289,10 @@ def _compute_mean_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]
     return float(np.mean([orient_value(trial, space) - orient_value(reference, space) for trial, reference in pairs]))
 
 
-def _estimate_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> Estimate | None:
-    """Return the paired difference with its variance between examples; None if a pair has no scores by example."""
-    score_pairs = [
-        (trial.get_weighted_scores(space.metric), reference.get_weighted_scores(space.metric))
-        for trial, reference in pairs
-    ]
-    complete_pairs = [
-        (trial_scores, reference_scores)
-        for trial_scores, reference_scores in score_pairs
-        if trial_scores and reference_scores and len(trial_scores[0]) == len(reference_scores[0]) > 1
-    ]
-    if len(complete_pairs) < len(pairs):
-        return None
-    differences = np.array(
-        [np.subtract(trial_scores[0], reference_scores[0]) for trial_scores, reference_scores in complete_pairs]
-    )
-    weights = np.asarray(complete_pairs[0][0][1], dtype=np.float64)
-    score_range = compute_score_range(space.kind, [scores for pair in complete_pairs for scores, _ in pair], weights)
-    groups = number_groups(pairs[0][0].example_groups, len(weights))
-    return estimate_mean(-differences if space.higher_is_better else differences, weights, score_range, groups)
+def estimate_difference(
+    pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space, metric: str
+) -> Estimate | None:
+    """Estimate the paired difference by the space's metric or by the loss; None if a pair has no scores by example."""
+    if metric == space.metric:
+        return estimate_trial_difference(pairs, metric, space.kind, space.higher_is_better)
+    return estimate_trial_difference(pairs, metric, space.criterion.loss, higher_is_better=False)

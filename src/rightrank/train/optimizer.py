@@ -133,18 +133,13 @@ class ArmOptimizer:
         self.progress = Progress.model_validate(state)
 
 
-def make_schedule(settings: SelectSettings, steps: int, start: int | None = None, end: int | None = None) -> Schedule:
-    """Return transformers' learning-rate schedule over `steps` as a pure function.
-
-    The schedule of an annealed copy follows it up to `start` and then decays linearly to 0 at `end`.
-    """
+def make_schedule(settings: SelectSettings, steps: int) -> Schedule:
+    """Return transformers' learning-rate schedule over `steps` as a pure function."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = math.ceil(settings.warmup_ratio * steps)
     name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
     factor: Schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
-    if start is None or end is None:
-        return factor
-    return lambda step: factor(step) if step < start else factor(start) * (end - step) / (end - start)
+    return factor
 
 
 def _make_optimizer(

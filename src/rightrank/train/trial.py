@@ -73,7 +73,7 @@ class ArmTraining:
         truncated = self._load_truncation(config)
         plan = runtime.plan_batches(arm.seed, arm.steps) if arm.steps else []  # a truncation is not trained
         named = multi_lora.add(self.adapter, arm, config)
-        schedule = make_schedule(runtime.settings, arm.steps, arm.anneal_from, arm.stop_at)
+        schedule = make_schedule(runtime.settings, arm.steps)
         self._last_step = arm.end
         self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
         points = runtime.settings.num_evaluations
@@ -170,9 +170,7 @@ class ArmTraining:
             recent = progress.train_losses[progress.points[-1].step if progress.points else 0 :]
             value, train_value = self._compute_point_value(subset_scores), sum(recent) / len(recent)
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
-            arm = self.trial.arm
-            keeps_best = self._settings.checkpoint == "best" and arm.anneal_from is None
-            if keeps_best and self._find_best_point().step == progress.step:
+            if self._settings.checkpoint == "best" and self._find_best_point().step == progress.step:
                 self.optimizer.best = self.optimizer.copy_parameters()
 
     def _find_best_point(self) -> EvalPoint:
@@ -224,7 +222,7 @@ class ArmTraining:
             metric_results = self._measure_metrics()
             metric_results.require_values([self._settings.metric_name])
             save_adapter(self._multi_lora.peft_model, self.folders.adapter, self._runtime.loaded.name, self.adapter)
-        elif arm.anneal_from is None:
+        else:
             self.save()  # another trial may resume from here
         self._multi_lora.remove(self.adapter)
         record = build_finished_trial(self.trial, self._settings.metric_name, scores, metric_results, self.progress)
