@@ -2,7 +2,7 @@
 
     python examples/the_method.py MODEL TRAIN.jsonl HELD_OUT.jsonl --learning-rate 1e-3 --steps 200
 
-Student's t needs scipy. Rows have `prompt` and `completion`, or `text`. The steps are the same as in `rightrank select --goal adapter`, except for
+Student's t needs scipy. Rows have `prompt` and `completion`, or `text`. The steps are the same as in `rightrank select`, except for
 its learning-rate search:
 
 1. Train one adapter at the highest rank.

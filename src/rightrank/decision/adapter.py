@@ -17,10 +17,9 @@ import numpy as np
 
 from rightrank.decision.comparison import (
     CONFIDENCE,
-    Estimate,
-    compute_bounds,
+    Bounds,
+    compute_file_bounds,
     compute_score_range,
-    estimate_mean,
     is_within,
 )
 from rightrank.decision.evidence import MetricUnit
@@ -29,7 +28,6 @@ from rightrank.decision.table import (
     build_table,
     compute_distribution,
     compute_paired_difference,
-    estimate_pairs,
     find_best_point,
     format_distribution,
     number_groups,
@@ -147,7 +145,7 @@ def prefer_direct_training(
         candidate = reference_comparison.build_candidate(file)
         is_lower = file.trial.rank < answer.rank
         if candidate.is_within_margin and (
-            is_lower or compute_bounds(reference_comparison.estimate_difference(file.cell, present.cell)).high < 0
+            is_lower or reference_comparison.compute_bounds(file.cell, present.cell).high < 0
         ):
             better.append(candidate)
     if not better:
@@ -227,8 +225,10 @@ def compute_test_difference(
     (ours, weights), (theirs, _) = sides[0], sides[1]
     score_range = compute_score_range(infer_metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
     groups = number_groups(chosen.example_groups, len(weights))
-    paired = estimate_mean(sign * (ours - theirs)[None, :], weights, score_range, groups)
-    return paired.mean, compute_bounds(paired).high if paired.examples else None
+    if len(weights) < 2:
+        return float(sign * (ours - theirs).sum() / weights.sum()), None
+    bounds = compute_file_bounds(sign * (ours - theirs), weights, score_range, groups)
+    return bounds.mean, bounds.high
 
 
 def _get_test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
@@ -270,16 +270,22 @@ class ReferenceComparison:
         values = [file.cell.value for file in self.files.values()]
         return compute_default_margin(self.reference.kind, self.reference.cell.value, values)
 
-    def estimate_difference(self, cell: Cell, reference: Cell | None = None) -> Estimate:
-        """Estimate the difference from the reference, paired over examples; above 0 is worse."""
-        return estimate_pairs([(cell, reference or self.reference.cell)])
+    def compute_bounds(self, cell: Cell, reference: Cell | None = None) -> Bounds:
+        """Compute the difference from the reference with its bounds, paired over examples; above 0 is worse.
+
+        The bounds are those with which `compare` compares two adapters. Without scores by example they are the mean.
+        """
+        worse_by = compute_paired_difference(cell, reference or self.reference.cell)
+        if not cell.examples:
+            return Bounds(worse_by.loss, worse_by.loss, worse_by.loss)
+        return compute_file_bounds(worse_by.sums, worse_by.weights, worse_by.score_range, worse_by.groups)
 
     def build_candidate(self, file: AdapterFile) -> AdapterCandidate:
         difference = 0.0
         low = high = 0.0 if file is self.reference else None  # 0 is exact
         distribution = None
         if file.trial.trial_id != self.reference.trial.trial_id:
-            bounds = compute_bounds(self.estimate_difference(file.cell))
+            bounds = self.compute_bounds(file.cell)
             unit = MetricUnit(self.reference.kind, self.criterion.higher_is_better, self.reference.cell.value)
             difference = unit.convert_difference(bounds.mean)
             if file.cell.examples:

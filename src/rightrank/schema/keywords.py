@@ -9,7 +9,7 @@ from typing import Literal, TypedDict
 class SelectKeywords(TypedDict, total=False):
     """The settings that most selections use. Pass all others through `settings`."""
 
-    goal: Literal["adapter", "training-rank"]
+    goal: Literal["adapter", "best-adapter", "training-rank"]
     strategy: str
     ranks: Sequence[int] | int
     learning_rates: Sequence[float] | float
