@@ -22,7 +22,7 @@ from tests.watch import GENEROUS_SECONDS, wait_until
 
 Record = TypeVar("Record")
 SMALL = [
-    "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
+    "--goal", "training-rank", "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
     "--seq-len", "32", "--max-eval-examples", "12", "--set", "num_evaluations=2", "--device", "cpu",
 ]  # fmt: skip
 

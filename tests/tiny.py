@@ -134,6 +134,7 @@ ON_CPU = SelectSettings(dtype="float32", device="cpu")
 def build_small_settings(**changes: Any) -> SelectSettings:
     """Return the settings of a selection of two ranks that takes a second or two."""
     values: dict[str, Any] = {
+        "goal": "training-rank",
         "strategy": "grid",
         "ranks": (1, 4),
         "learning_rates": (1e-2,),

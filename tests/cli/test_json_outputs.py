@@ -26,7 +26,7 @@ pytestmark = pytest.mark.trains
 TABLE = [
     {"rank": rank, "seed": seed, "eval_loss": 1 + 1 / rank + seed / 1000} for rank in (1, 4, 16) for seed in (0, 1)
 ]
-SMALL = "--ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-len 32 --max-eval-examples 8 --device cpu"
+SMALL = "--goal training-rank --ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-len 32 --max-eval-examples 8 --device cpu"
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def make_run(
 
 
 def _make_start(model: str, ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> RunStarted:
-    settings = SelectSettings(ranks=ranks or (1,), learning_rates=rates, seeds=seeds, margin=0.02)
+    settings = SelectSettings(ranks=ranks or (1,), learning_rates=rates, seeds=seeds, margin=0.02, goal="training-rank")
     split = SplitSummary(examples=ITEMS, tokens=ITEMS * TOKENS, label_tokens=ITEMS * TOKENS, truncated=0, dropped=0)
     return RunStarted(
         rightrank_version="0.1.0",

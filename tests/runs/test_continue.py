@@ -166,12 +166,12 @@ SEEDS = NextRun(action="seeds", ranks=[4, 16], seeds=3, sentence="Train with 3 s
     ("verdict", "flags", "runs", "changed"),
     [
         ("rising", [], [UP, SEEDS], {"ranks": (1, 4, 16, 32)}),
-        ("saturated", ["lr_edge"], [OUT, SEEDS], {"learning_rates": (3e-4, 1e-3, 1e-2)}),
+        ("saturated", ["lr_edge"], [OUT, SEEDS], {}),
         ("saturated", [], [SEEDS], {}),
         ("undecided", ["one_seed"], [SEEDS], {}),
     ],
 )
-def test_extension_adds_ranks_or_rates(
+def test_extension_adds_ranks(
     verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]
 ) -> None:
     settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), extend=True)

@@ -14,7 +14,7 @@ from tests.commands import read_journal_records, run
 from tests.tiny import write_jsonl
 
 SMALL = [
-    "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
+    "--goal", "training-rank", "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
     "--seq-len", "32", "--max-eval-examples", "10", "--set", "num_evaluations=2", "--device", "cpu",
     "--set", "max_new_tokens=8", "--quiet",
 ]  # fmt: skip

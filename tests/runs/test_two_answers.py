@@ -137,6 +137,34 @@ def test_the_same_folder_goes_on_to_the_training_rank(
     assert "not requested (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
 
 
+def test_the_best_adapter_continues_the_folder_with_a_second_rank(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    run, rates = tmp_path / "run", {"learning_rates": (3e-3, 1e-2), "max_steps": 8}
+    first = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter", **rates))
+    rate = first.answers.learning_rate
+    assert rate is not None
+    document = json.loads((run / "decision.json").read_text())
+    assert document["learning_rate"] == rate.learning_rate
+    assert [row["learning_rate"] for row in document["learning_rates"]][:2] == [3e-3, 1e-2]
+    assert rate.sentence in Elements((run / "report.html").read_text(encoding="utf-8")).text
+    assert rate.sentence in str(status(run))
+    earlier_ids = read_trial_ids(run)
+    best = select_rank(str(model_folder), completion_file, run, settings=build_settings("best-adapter", **rates))
+    assert read_trial_ids(run)[: len(earlier_ids)] == earlier_ids
+    records = [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    trained = [trial for trial in records if trial.arm.is_direct and trial.rank]
+    assert {trial.rank for trial in trained} == {1, 4}
+    handed_over = best.exported_adapter
+    assert handed_over is not None
+    winner = min(trained, key=lambda trial: trial.value)
+    assert (
+        (handed_over.rank, handed_over.method) == (1, "trained") if winner.rank == 1 else handed_over.trained_rank == 4
+    )
+    assert best.decision_or_none is None
+    assert json.loads((run / "decision.json").read_text())["goal"] == "best-adapter"
+
+
 def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:

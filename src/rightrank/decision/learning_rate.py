@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_bounds, is_within
-from rightrank.decision.sentences import format_number
 from rightrank.decision.table import estimate_trial_difference
 from rightrank.schema.decision import LearningRateAnswer, LearningRateCandidate
 from rightrank.schema.metrics import compute_default_margin, infer_metric_kind
@@ -82,27 +81,21 @@ def describe_learning_rate(
 
 def _format_sentence(answer: LearningRateAnswer) -> str:
     when = f"at step {answer.step} of {answer.steps}" if answer.step < answer.steps else "at the end"
-    results = [
-        f"{candidate.learning_rate:g} {_format_result(candidate)}"
-        for candidate in answer.candidates
-        if candidate.learning_rate != answer.learning_rate
-    ]
-    equal_rates = [candidate.learning_rate for candidate in answer.candidates if candidate.is_within_margin]
-    equal = (
-        f"; {' and '.join(f'{rate:g}' for rate in equal_rates)} would be within the margin of {answer.margin:.2g}"
-        if equal_rates
-        else ""
-    )
+    others = [candidate for candidate in answer.candidates if candidate.learning_rate != answer.learning_rate]
+    results = ", ".join(_format_result(candidate) for candidate in others)
+    equal_rates = " and ".join(f"{candidate.learning_rate:g}" for candidate in others if candidate.is_within_margin)
+    equal = f" So {equal_rates} would be within the margin of {answer.margin:.2g}." if equal_rates else ""
     return (
-        f"The learning rate is {answer.learning_rate:g}. {when.capitalize()} of rank {answer.rank}, by {answer.metric}, the others were "
-        f"worse by: {', '.join(results)}{equal}. This is one seed: another may favor another learning rate."
+        f"The learning rate is {answer.learning_rate:g}. {when.capitalize()}, {answer.metric} of rank {answer.rank} was worse with the "
+        f"others: {results}.{equal} This is one seed, and another seed may favor another learning rate."
     )
 
 
 def _format_result(candidate: LearningRateCandidate) -> str:
+    rate = f"{candidate.learning_rate:g}"
     if candidate.difference is None:
-        return "(no result)"
-    if candidate.difference_low is None or candidate.difference_high is None:
-        return format_number(candidate.difference)
-    low, high = (format_number(bound) for bound in (candidate.difference_low, candidate.difference_high))
-    return f"{format_number(candidate.difference)} (from {low} to {high})"
+        return f"no result with {rate}"
+    bounds = ""
+    if candidate.difference_low is not None and candidate.difference_high is not None:
+        bounds = f" (95% bounds {candidate.difference_low:+.2g} and {candidate.difference_high:+.2g})"
+    return f"{candidate.difference:+.2g} with {rate}{bounds}"

@@ -41,6 +41,8 @@ class RunStatus(Record):
     progress: str | None  # the current step and the remaining time, as the process reports them
     cost: str
     answer: str
+    learning_rate: float | None  # of the adapter; None if only one was tried
+    learning_rate_sentence: str | None
     adapter_sentence: str | None  # the answer about the deployment rank
     rank: int | None
     verdict: str | None
@@ -90,6 +92,8 @@ def build_run_status(
         progress=str(progress["progress"]) if is_locked and is_fresh and "progress" in progress else None,
         cost=format_cost(records),
         answer=NO_ANSWER if decision is None and adapter is None else view.headline,
+        learning_rate=answers.learning_rate.learning_rate if answers.learning_rate else None,
+        learning_rate_sentence=view.learning_rate or None,
         adapter_sentence=None if adapter is None else adapter.sentence,
         rank=decision.rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
@@ -129,6 +133,7 @@ def format_status(status: RunStatus, width: int) -> str:
         ("cost", status.cost),
         ("answer", f"{status.answer}{so_far if status.answer != NO_ANSWER else ''}{verdict}"),
         ("", status.adapter_sentence),
+        ("", status.learning_rate_sentence),
         *(
             row
             for sentence, command in zip(status.next_runs, status.next_commands, strict=True)
