@@ -53,9 +53,6 @@ class GridCurve:
     averaged: Mapping[float, SeedGrid] = field(
         default_factory=dict
     )  # fraction of a training → losses of the running mean
-    annealed: Mapping[float, SeedGrid] = field(
-        default_factory=dict
-    )  # fraction of a training → losses of copies annealed from there
     truncated_items: ExampleValues = field(
         default_factory=dict
     )  # summed example losses of truncations, by rank, learning rate of the highest rank, seed
@@ -127,7 +124,6 @@ def list_seed_orders(curve: GridCurve) -> list[GridCurve]:
             cells=grid(curve.cells),
             truncated=grid(curve.truncated),
             averaged=grids(curve.averaged),
-            annealed=grids(curve.annealed),
             checkpoints=grids(curve.checkpoints),
             losses=grids(curve.losses),
             tests={kind: grid(cells) for kind, cells in curve.tests.items()},
@@ -178,7 +174,6 @@ def _parse_curve(entry: Mapping[str, Any]) -> GridCurve:
         },
         losses={float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("losses", {}).items()},
         averaged={float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("averaged", {}).items()},
-        annealed={float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("annealed", {}).items()},
         truncated_items=_parse_examples(entry.get("truncation_items", {})),
         tests={kind: _parse_seed_grid(grid) for kind, grid in entry.get("test_grids", {}).items()},
         items=_parse_examples(entry.get("item_losses", {})),
@@ -309,8 +304,6 @@ class TableRunner:
         key = self._get_key(arm)
         if arm.truncate_from is not None:
             return _get_cell(curve.truncated, key)
-        if arm.anneal_from is not None:
-            return _get_cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
         if arm.stop_at is not None:
             return _get_cell(curve.checkpoints.get(arm.stop_at / arm.steps, {}), key)
         return _get_cell(curve.cells, key)
@@ -334,8 +327,6 @@ class TableRunner:
         if arm.rank == 0:
             return curve.base_loss
         key = self._get_key(arm)
-        if arm.anneal_from is not None:
-            return _get_cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
         return _get_cell(curve.losses.get((arm.stop_at or arm.steps) / arm.steps, {}), key)
 
 
@@ -358,6 +349,7 @@ def build_space(
         metric=curve.metric,
         kind="loss" if curve.metric == "loss" else infer_metric_kind(curve.metric, curve.higher_is_better),
         can_truncate=bool(curve.truncated),
+        max_added_learning_rates=0,
         trusts_values=not curve.truncated_items,
         higher_is_better=curve.higher_is_better,
         budget_steps=None if budget is None else budget * REPLAY_STEPS,

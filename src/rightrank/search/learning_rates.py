@@ -129,23 +129,36 @@ def _finish_training(
     """
     space = trials.space
     at_quarter = make_stopped_arm(space, rank, rate, QUARTER, seed)
-    at_half = _resume_arm(trials, at_quarter, HALF)
+    stopped, at_half = at_quarter, _resume_arm(trials, at_quarter, HALF)
     yield [at_half]
-    loss = _get_loss(trials, at_half)
-    if loss is None:
+    if trials.has_diverged(at_half):
         return None
-    lower_rate = max((other for other in rates if other < rate), default=None)
-    if lower_rate is not None and loss > (_get_loss(trials, at_quarter) or 0.0):
-        lower_at_quarter = make_stopped_arm(space, rank, lower_rate, QUARTER, seed)
-        if trials.get_finished(lower_at_quarter) is not None:
-            lower_at_half = _resume_arm(trials, lower_at_quarter, HALF)
-            yield [lower_at_half]
-            lower_loss = _get_loss(trials, lower_at_half)
-            if lower_loss is not None and lower_loss < loss:
-                at_half = lower_at_half
-    end = _resume_arm(trials, at_half)
+    quarter_loss, half_loss = _get_loss(trials, at_quarter), _get_loss(trials, at_half)
+    if quarter_loss is not None and half_loss is not None:  # a table may lack the evaluation at half
+        stopped = at_half
+        if half_loss > quarter_loss:
+            lower_at_half = yield from _train_lower_rate(trials, rank, rate, rates, seed)
+            lower_loss = None if lower_at_half is None else _get_loss(trials, lower_at_half)
+            if lower_at_half is not None and lower_loss is not None and lower_loss < half_loss:
+                stopped = lower_at_half
+    end = _resume_arm(trials, stopped)
     yield [end]
     return None if trials.get_finished(end) is None else end.learning_rate
+
+
+def _train_lower_rate(
+    trials: Trials, rank: int, rate: float, rates: Sequence[float], seed: int | None
+) -> Generator[Sequence[Arm], None, Arm | None]:
+    """Train the next lower learning rate from its quarter to half, and return the arm; None if there is none with a result."""
+    lower_rate = max((candidate for candidate in rates if candidate < rate), default=None)
+    if lower_rate is None:
+        return None
+    at_quarter = make_stopped_arm(trials.space, rank, lower_rate, QUARTER, seed)
+    if trials.get_finished(at_quarter) is None:
+        return None
+    at_half = _resume_arm(trials, at_quarter, HALF)
+    yield [at_half]
+    return at_half
 
 
 def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
