@@ -171,9 +171,7 @@ SEEDS = NextRun(action="seeds", ranks=[4, 16], seeds=3, sentence="Train with 3 s
         ("undecided", ["one_seed"], [SEEDS], {}),
     ],
 )
-def test_extension_adds_ranks(
-    verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]
-) -> None:
+def test_extension_adds_ranks(verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]) -> None:
     settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), extend=True)
     extended = extend_settings(settings, build_decision(verdict, flags, runs))
     assert extended == (settings.model_copy(update=changed) if changed else None)
