@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from rightrank import resize
 from rightrank.adapters.spectra import inspect_adapter
-from rightrank.models.adapter_folders import find_adapter
-from rightrank.models.adapter_reader import MLX_FILE, open_adapter
+from rightrank.models.adapter_folders import MLX_FILE, find_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.models.model_sources import find_model
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import load_tensors, make_adapter, make_base

@@ -70,7 +70,7 @@ def resize_adapter(
         parameters_before=sum(module.parameters for module in adapter.modules),
         parameters_after=sum(new_ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights_file.stat().st_size,
-        bytes_after=(out / adapter.weights_file.name).stat().st_size,
+        bytes_after=(out if out.is_file() else out / adapter.weights_file.name).stat().st_size,
         chosen_by=rule,
         notes=_build_notes(adapter, tensors),
     )

@@ -22,7 +22,8 @@ import torch
 from safetensors import safe_open
 
 from rightrank.data.files import detect_path_kind
-from rightrank.models.adapter_reader import PEFT_PREFIX, AdapterFolder, AdapterModule, natural_sort_key, open_adapter
+from rightrank.models.adapter_folders import PEFT_PREFIX
+from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, natural_sort_key, open_adapter
 from rightrank.models.safetensors_files import find_shards, read_header
 from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum

@@ -36,7 +36,8 @@ from rightrank.data.splits import sample_indices
 from rightrank.interop.smallest import SmallestAdapter, build_settings
 from rightrank.interop.trainer_rows import MIN_EXAMPLES, RowReader, copy_batches, sample_batches
 from rightrank.interop.truncation_run import TruncationResult, measure_truncations
-from rightrank.models.adapter_reader import PEFT_PREFIX, AdapterFolder, open_adapter
+from rightrank.models.adapter_folders import PEFT_PREFIX
+from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.resizing import cap_ranks, write_resized_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.train.multi_lora import find_lora_modules

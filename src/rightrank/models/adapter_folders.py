@@ -13,6 +13,7 @@ from rightrank.schema.errors import ModelError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MLX_FILE = "adapters.safetensors"
+PEFT_PREFIX = "base_model.model."  # the prefix of PEFT's keys
 MAX_CONFIG_BYTES = 16 * 2**20
 BASE_FILE = "base.json"  # beside an adapter: values that identify its base model
 CLASSIFIER_FILE = "classifier.json"  # beside an adapter: the labels of a classifier
@@ -28,6 +29,8 @@ def require_adapter_folder(path: Path) -> None:
     """
     if not path.exists():
         raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
+    if is_single_file(path):
+        return
     if not path.is_dir():
         raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
     if (path / CONFIG_FILE).exists():
@@ -38,6 +41,12 @@ def require_adapter_folder(path: Path) -> None:
     if (path / "config.json").exists():
         hint = "it is a full model: compare two with --base A --finetuned B"
     raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {suggest_adapter_folder(path) or hint}")
+
+
+def is_single_file(path: Path) -> bool:
+    """Return whether a path is an adapter in a single file, as sd-scripts and ComfyUI write it, and not the weights of a folder."""
+    is_named = path.suffix == ".safetensors" and path.name not in (WEIGHTS_FILE, MLX_FILE)
+    return is_named and path.is_file()
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Read an adapter with safetensors alone, and check it before anything is computed.
 
-Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_config.json` define the adapter. A folder that mlx-lm wrote
-(`adapters.safetensors`) is read as the same adapter: its keys are `model.layers.0.self_attn.q_proj.lora_a` [in, r] and `….lora_b` [r, out], and
-`lora_parameters` has one rank and one scale for all modules.
+Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_config.json` define the adapter. Adapters of other programs
+(`foreign_files`) are read as the same adapter in PEFT's format.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
-from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.models.adapter_folders import (
     CONFIG_FILE,
     MLX_FILE,
+    PEFT_PREFIX,
     WEIGHTS_FILE,
+    is_single_file,
     read_adapter_config,
     require_adapter_folder,
 )
+from rightrank.models.foreign_files import ForeignFile, read_mlx_folder, read_single_file
 from rightrank.models.kinds import MAGNITUDE_KEYS, find_stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.models.ranks import (
@@ -38,7 +38,6 @@ from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
-PEFT_PREFIX = "base_model.model."  # the prefix of PEFT's keys
 FACTOR_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
@@ -55,15 +54,17 @@ def open_adapter(path: Path) -> AdapterFolder:
     Raises:
         ModelError: The folder holds no LoRA adapter, pickled weights, too few tensors, or shapes that contradict the configuration.
     """
-    stored = None
-    if (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
-        config, shapes, stored = _read_mlx_config(path)
-        _validate_config(path / CONFIG_FILE, config)
+    foreign: ForeignFile | None = None
+    shapes: Mapping[str, tuple[int, ...]] = {}
+    if is_single_file(path):
+        config, shapes, foreign = read_single_file(path)
+    elif (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
+        config, shapes, foreign = read_mlx_folder(path)
     else:
         require_adapter_folder(path)
         config = read_adapter_config(path)
-        _validate_config(path / CONFIG_FILE, config)
-        shapes = read_header(path / WEIGHTS_FILE)[0]
+    _validate_config(path / CONFIG_FILE if path.is_dir() else path, config)
+    shapes = shapes if foreign is not None else read_header(path / WEIGHTS_FILE)[0]
     pairs = _group_factor_keys(path, shapes)
     modules = tuple(
         module
@@ -75,7 +76,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     patterns = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
     addresses = dict.fromkeys(module.address for module in modules)
     unused = tuple(key for key in patterns if not any(matches_pattern(key, address) for address in addresses))
-    return AdapterFolder(path, config, modules, tuple(sorted(other_keys)), unused, stored)
+    return AdapterFolder(path, config, modules, tuple(sorted(other_keys)), unused, foreign)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +111,11 @@ class AdapterFolder:
     modules: tuple[AdapterModule, ...]
     other_keys: tuple[str, ...]  # modules_to_save, trained biases, saved embeddings
     unused_patterns: tuple[str, ...]  # keys of rank_pattern or alpha_pattern that no module matches
-    mlx_config: Mapping[str, Any] | None = None  # mlx-lm's configuration, if it wrote the folder
+    foreign: ForeignFile | None = None  # the file, if PEFT did not write it
 
     @property
     def weights_file(self) -> Path:
-        return self.path / (WEIGHTS_FILE if self.mlx_config is None else MLX_FILE)
+        return self.path / WEIGHTS_FILE if self.foreign is None else self.foreign.path
 
     @property
     def keys(self) -> list[str]:
@@ -171,11 +172,7 @@ class AdapterFolder:
         return init if init.startswith(BASE_CHANGING_INITS) else None
 
     def load_tensor(self, key: str) -> torch.Tensor:
-        with safe_open(self.weights_file, framework="pt") as file:
-            tensor: torch.Tensor = (
-                file.get_tensor(key) if self.mlx_config is None else file.get_tensor(convert_to_mlx_key(key)).T
-            )
-            return tensor
+        return (self.foreign or ForeignFile(self.weights_file, {})).load_tensor(key)
 
     def load_factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
         """Load `(B [rows, r], A [r, columns])` of a module in float64, without the scale.
@@ -239,7 +236,9 @@ def _group_factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dic
         if match is not None:
             pairs.setdefault(match["module"], {})[match["side"]] = key
     if not pairs:
-        raise ModelError(f"{path}: the weights hold no LoRA factors (…lora_A.weight); save the adapter again")
+        raise ModelError(
+            f"{path}: the weights hold no LoRA factors (…lora_A.weight or …lora_down.weight); save the adapter again"
+        )
     for module, keys in pairs.items():
         for factor in ("A", "B"):
             if factor not in keys:
@@ -310,53 +309,3 @@ def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
         (0, int(component), "") if component.isdecimal() and len(component) < 10 else (1, 0, component)
         for component in components
     ]
-
-
-def _read_mlx_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Any]]:
-    """Read the configuration and the shapes of a folder that mlx-lm wrote.
-
-    Returns:
-        PEFT's configuration, the shapes by PEFT's keys, and mlx-lm's configuration as it is stored.
-
-    Raises:
-        ModelError: The folder holds no LoRA of linear layers, or its configuration has no rank or no scale.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        stored = read_json_object(file)
-    except UnreadableError as error:
-        raise ModelError(f"{file}: not readable as JSON ({error}); mlx-lm writes it beside {MLX_FILE}") from None
-    kind, parameters = stored.get("fine_tune_type", "lora"), stored.get("lora_parameters") or {}
-    rank, scale = parameters.get("rank"), parameters.get("scale")
-    if kind != "lora" or not isinstance(rank, int) or not isinstance(scale, int | float):
-        raise ModelError(
-            f"{file}: fine_tune_type {kind!r}, rank {rank!r}, scale {scale!r}; only mlx-lm's lora with both is read"
-        )
-    shapes = read_header(folder / MLX_FILE)[0]
-    unsupported_key = next(
-        (key for key, shape in shapes.items() if not key.endswith((".lora_a", ".lora_b")) or len(shape) != 2), None
-    )
-    if unsupported_key is not None or not shapes:
-        raise ModelError(
-            f"{folder / MLX_FILE}: holds {unsupported_key or 'nothing'}; only LoRA of linear layers is read"
-        )
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": stored.get("model"),
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": sorted({key.rpartition(".")[0] for key in shapes}),
-    }
-    peft_shapes: dict[str, tuple[int, ...]] = {
-        f"{PEFT_PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": shape[::-1] for key, shape in shapes.items()
-    }
-    return config, peft_shapes, stored
-
-
-def convert_to_mlx_key(key: str) -> str:
-    """Return `model.….q_proj.lora_a` for PEFT's `base_model.model.model.….q_proj.lora_A.weight`. The matrix is transposed."""
-    module, _, factor = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-    return f"{module}.{factor.lower()}"

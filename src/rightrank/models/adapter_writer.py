@@ -18,10 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from rightrank.data.files import create_output, replace_folder, write_text
 from rightrank.models.adapter_folders import BASE_FILE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
-from rightrank.models.adapter_reader import BASE_CHANGING_INITS, AdapterFolder, convert_to_mlx_key, open_adapter
+from rightrank.models.adapter_reader import BASE_CHANGING_INITS, AdapterFolder, open_adapter
 from rightrank.models.kinds.linear import collect_combined_factors
 from rightrank.models.loading import require_loadable
-from rightrank.schema.errors import ModelError
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -148,33 +147,14 @@ def write_same_format(
     tensors: Mapping[str, torch.Tensor],
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a changed adapter in the format of `adapter`, which is that of PEFT or mlx-lm.
+    """Write a changed adapter in the format of `adapter`.
 
     In PEFT's format, the accompanying files are copied and additional `files` are written.
 
     Raises:
         RunFolderError: `out` exists or can't be written.
     """
-    if adapter.mlx_config is not None:
-        _write_mlx_adapter(out, adapter.mlx_config, config, tensors)
+    if adapter.foreign is not None:
+        adapter.foreign.write(out, config, tensors)
         return
     write_adapter(out, config, tensors, adapter.path, files)
-
-
-def _write_mlx_adapter(
-    out: Path, stored: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Write a folder that mlx-lm loads: `stored` at the rank of `config`, and PEFT's tensors. An error leaves no folder behind.
-
-    Raises:
-        ModelError: The modules have different ranks.
-        RunFolderError: `out` exists or can't be written.
-    """
-    if config["rank_pattern"] or config["alpha_pattern"]:
-        raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
-    parameters = dict(stored["lora_parameters"]) | {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
-    with create_output(out), replace_folder(out) as temporary:
-        named = {convert_to_mlx_key(key): value.T.contiguous() for key, value in tensors.items()}
-        save_file(named, temporary / MLX_FILE, {"format": "mlx"})
-        text = json.dumps(dict(stored) | {"lora_parameters": parameters}, indent=4, sort_keys=True) + "\n"
-        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")

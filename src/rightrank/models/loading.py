@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
-from rightrank.models.adapter_folders import CONFIG_FILE
-from rightrank.models.adapter_reader import PEFT_PREFIX, AdapterFolder, AdapterModule
+from rightrank.models.adapter_folders import CONFIG_FILE, PEFT_PREFIX
+from rightrank.models.adapter_reader import AdapterFolder, AdapterModule
 from rightrank.models.kinds import WRAPPER_SUFFIX
 from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError, get_first_line
@@ -40,8 +40,8 @@ def require_loadable(adapter: AdapterFolder) -> None:
     Raises:
         ModelError: PEFT refuses the configuration or the tensors.
     """
-    if adapter.mlx_config is not None or any(WRAPPER_SUFFIX in module.a_key for module in adapter.modules):
-        return  # mlx-lm's format, or layers inside layers, of which the file does not say what holds them
+    if adapter.foreign is not None or any(WRAPPER_SUFFIX in module.a_key for module in adapter.modules):
+        return  # not PEFT's format, or layers inside layers, of which the file does not say what holds them
     shapes, _ = read_header(adapter.weights_file)
     other_keys = {*adapter.other_keys}
     tensors = {

@@ -47,7 +47,7 @@ def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] 
     With moments of every module, the parameters of this rank are allocated to the modules as in a selection, up to
     the rank that a server reserves.
     """
-    highest = find_server_rank(rank) if adapter.mlx_config is None else rank  # mlx-lm loads one rank for all modules
+    highest = find_server_rank(rank) if adapter.foreign is None else rank  # mlx-lm loads one rank for all modules
     allocated = allocate_module_ranks(adapter, rank, highest, moments or {})
     return {module.name: min(rank, module.rank) for module in adapter.modules} if allocated is None else allocated
 
@@ -82,7 +82,9 @@ def write_uniform_adapter(adapter: AdapterFolder, out: Path) -> None:
 
 
 def build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Build the configuration at these ranks: every module keeps the scale of `lora_alpha` at rank `r`, and `lora_alpha` does not change.
+    """Build the configuration at these ranks: every module keeps the scale of `lora_alpha` at rank `r`.
+
+    `lora_alpha` does not change. Where PEFT did not write the adapter, the scale does not change.
 
     If the modules differ, `r` is the uniform rank with as many parameters, provided that a server that reserves slots for it has room for the
     largest module; else it is the largest rank.
@@ -91,9 +93,10 @@ def build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> di
     largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
     r = compute_equivalent_rank(by_address.values(), sizes)
     r = r if find_server_rank(r) >= largest else largest
-    alpha = adapter.config["lora_alpha"]
+    alpha = adapter.config["lora_alpha"] * (1 if adapter.foreign is None else r / adapter.config["r"])
     return dict(adapter.config) | {
         "r": r,
+        "lora_alpha": alpha,
         "rank_pattern": build_exact_pattern(by_address, r, by_address),
         "alpha_pattern": build_exact_pattern(
             compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora), alpha, by_address

@@ -70,6 +70,8 @@ def make_adapter_runtime(adapter: AdapterFolder, base: str | None, inputs: Runti
         ModelError: no base is named, the base cannot be loaded, it is not the adapter's base, or it lacks a module.
         DataError: the data cannot be used.
     """
+    if adapter.path.is_file():
+        raise ModelError(f"{adapter.path}: PEFT loads no such file onto a base model; choose by --rank or --energy")
     name = base or adapter.base_model
     if name is None:
         raise ModelError(f"{adapter.path}: the configuration names no base model; give one with --base MODEL")
