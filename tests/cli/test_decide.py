@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from click.testing import CliRunner
 
 from rightrank import decide
 from rightrank.cli import cli, main
+from rightrank.cli.run_commands import EXAMPLE_FILE
 from rightrank.schema.errors import ResultsError
 from tests.report.runs import write_answered_run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -45,6 +49,24 @@ def test_the_table_shows_input_and_next_run(table: Path) -> None:
     assert answer.exit_code == 0
     for text in ("read:", "verdict: saturated", "answer:  Rank 16", "margins:", "next:", "underpowered"):
         assert text in answer.stdout
+
+
+def test_the_example_holds_the_values_of_a_stored_grid() -> None:
+    answer = CliRunner().invoke(cli, ["decide", "--example"])
+    assert answer.exit_code == 0
+    for text in ("answer:  Rank 16", str(EXAMPLE_FILE), "rightrank decide runs.csv"):
+        assert text in answer.stdout
+    with lzma.open(ROOT / "benchmarks" / "selection" / "seeded_grids.json.xz") as file:
+        grids = {grid["id"]: grid["seed_grid"] for grid in json.load(file)["curves"]}
+    lines = [
+        f"{rank},{rate},{seed},{value}"
+        for rank, rates in grids["glosses_long_400_steps"].items()
+        for rate, seeds in rates.items()
+        for seed, value in seeds.items()
+    ]
+    assert EXAMPLE_FILE.read_text(encoding="utf-8").split() == ["rank,lr,seed,eval_loss", *lines]
+    for arguments in ([], ["runs.csv", "--example"]):
+        assert "or --example alone" in str(CliRunner().invoke(cli, ["decide", *arguments]).exception)
 
 
 def test_wins_against_a_fixed_reference_decide(tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ from typing import Any
 import click
 
 from rightrank.cli.options import format_json, gather_settings, pause_collector, split_commas
+from rightrank.schema.errors import SettingsError
+
+# Trainings of SmolLM2-135M-Instruct on glosses of a dictionary: `glosses_long_400_steps` in benchmarks/selection/seeded_grids.json.xz.
+EXAMPLE_FILE = Path(__file__).with_name("example.csv")
+EXAMPLE_ADVICE = "With your own table of the same columns: rightrank decide runs.csv"
 
 
 @click.command("status", short_help="Show where a run stands.", epilog="Example: rightrank status run")
@@ -144,7 +149,8 @@ def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str
     short_help="Decide on finished trainings of any origin.",
     epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005",
 )
-@click.argument("results", type=click.Path(path_type=Path))
+@click.argument("results", required=False, type=click.Path(path_type=Path))
+@click.option("--example", is_flag=True, help="Decide on an example: 24 trainings of a real model.")
 @click.option("--metric", help="Column of the held-out metric, or the name of the column `value`.")
 @click.option(
     "--higher-is-better/--lower-is-better",
@@ -176,7 +182,7 @@ def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str
     "--report", type=click.Path(path_type=Path), help="For a table: write the full report to this .html file."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
-def _decide(results: Path, report: Path | None, as_json: bool, **arguments: Any) -> None:
+def _decide(results: Path | None, example: bool, report: Path | None, as_json: bool, **arguments: Any) -> None:
     """Decide on finished trainings of any origin.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
@@ -184,6 +190,9 @@ def _decide(results: Path, report: Path | None, as_json: bool, **arguments: Any)
     """
     from rightrank.api import runs as api
 
+    if (results is None) != example:
+        raise SettingsError("give RESULTS, such as runs.csv, or --example alone to decide on an example")
+    results = EXAMPLE_FILE if results is None else results
     result = api.decide(results, **arguments)
     if report is not None:
         result.write_report(report, results.name, _format_command(results, arguments))
@@ -202,6 +211,8 @@ def _decide(results: Path, report: Path | None, as_json: bool, **arguments: Any)
     click.echo(format_decision(result.decision, result.input_notes, width, result.next_commands))
     if result.adapter_sentence is not None:
         click.echo(f"adapter: {make_visible(result.adapter_sentence)}")
+    if example:
+        click.echo(f"\nexample: {EXAMPLE_FILE}\n         24 trainings of SmolLM2-135M-Instruct. {EXAMPLE_ADVICE}")
 
 
 def _format_command(results: Path, arguments: Mapping[str, Any]) -> str:

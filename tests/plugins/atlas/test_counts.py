@@ -87,18 +87,28 @@ def test_what_cannot_be_is_refused_in_one_line(inputs: dict[str, object], compla
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_data_give_rows_and_family(name: str, tmp_path: Path) -> None:
-    data = tmp_path / name
+@pytest.mark.parametrize(
+    ("name", "model", "like", "command"),
+    [
+        ("rows.jsonl", ["bert-base-uncased"], ", about 110M parameters", "bert-base-uncased rows.jsonl"),
+        ("rows.csv", ["bert-base-uncased"], ", about 110M parameters", "bert-base-uncased rows.csv"),
+        ("rows.jsonl", [], "", "MODEL rows.jsonl"),
+    ],
+)
+def test_data_give_rows_and_family(
+    name: str, model: list[str], like: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     row = json.dumps({"text": "word", "label": 1}) if name.endswith("jsonl") else "word,1"
     header = "" if name.endswith("jsonl") else "text,label\n"
-    data.write_text(header + f"{row}\n" * 5000, encoding="utf-8")
-    shown = CliRunner().invoke(cli, ["expect", "bert-base-uncased", str(data), "--ranks", "4,16,64", "--json"])
+    Path(name).write_text(header + f"{row}\n" * 5000, encoding="utf-8")
+    shown = CliRunner().invoke(cli, ["expect", *model, name, "--ranks", "4,16,64", "--json"])
     assert shown.exit_code == 0, shown.output
     answer = json.loads(shown.output)
-    assert answer["like"] == "classification, about 110M parameters, about 5k rows"
+    assert answer["like"] == f"classification{like}, about 5k rows"
     assert [rank["rank"] for rank in answer["ranks"]] == [4, 16, 64]
     assert answer["sources"]
+    assert answer["next_command"] == f"rightrank select {command}"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"no json\n", b"[1, 2]\n"])
@@ -111,10 +121,18 @@ def test_a_file_that_is_no_rows_is_refused(content: bytes, tmp_path: Path) -> No
 
 def test_the_text_has_counts_and_addresses() -> None:
     text = CliRunner().invoke(cli, ["expect", "--task", "vision"]).output
+    assert (
+        CliRunner().invoke(cli, ["expect", "--task", "chat"]).output
+        == CliRunner().invoke(cli, ["expect", "--task", "language"]).output
+    )
     answer = rightrank.expect(task="vision")
     assert f"{answer.sweeps} public sweeps are similar to yours (vision)" in text
     assert f"{answer.ranks[0]['enough_in']} of {answer.ranks[0]['of']}" in text
     assert next(iter(answer.sources)) in text
+    everything = rightrank.expect(ranks=(64,))
+    (top,) = everything.ranks
+    assert f"all {everything.sweeps} sweeps, in which rank 64 was enough in {top['enough_in']} of {top['of']}" in text
+    assert text.endswith("  rightrank select MODEL DATA\n")
 
 
 def test_the_answer_comes_at_once_and_without_torch() -> None:

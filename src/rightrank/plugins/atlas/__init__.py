@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,9 @@ import click
 
 from rightrank.cli.options import format_json, parse_integers, split_commas
 from rightrank.plugins.atlas.counts import (
+    DATA_TYPES,
     FAMILIES,
+    TOP_RANK,
     Expectation,
     Question,
     build_question,
@@ -37,9 +40,9 @@ def expect(
     """Count what public sweeps found for similar models and data, before any training. Uses no network.
 
     Args:
-        model: its name tells the size of the base model.
+        model: its name tells the size of the base model. A data file in its place is read as `data`.
         data: a `.jsonl` or `.csv` file, read for its number of rows and its task family.
-        task: the task family, such as `language` or `classification`.
+        task: the task family, such as `chat`, `language` or `classification`.
         parameters: number of parameters of the base model.
         rows: number of training rows.
         metric: `loss`, `accuracy` or another metric.
@@ -49,8 +52,11 @@ def expect(
     Raises:
         SettingsError: a number or rank is not valid, the task family is unknown, or the data cannot be read.
     """
+    if data is None and model is not None and Path(model).suffix in DATA_TYPES:
+        model, data = None, model
     question, notes = build_question(model, data, Question(task, classify_metric(metric), parameters, rows, margin))
-    return count_sweeps(question, ranks, notes)
+    select = shlex.join(["rightrank", "select", model or "MODEL", str(data or "DATA")])
+    return count_sweeps(question, ranks, notes, select)
 
 
 @click.command(
@@ -60,7 +66,7 @@ def expect(
 )
 @click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
-@click.option("--task", metavar="FAMILY", help=f"{', '.join(FAMILIES[:-1])}, or {FAMILIES[-1]}.")
+@click.option("--task", metavar="FAMILY", help=f"chat, {', '.join(FAMILIES[:-1])}, or {FAMILIES[-1]}.")
 @click.option(
     "--parameters", type=float, help="Parameters of the base model, such as 1.5e9 (default: from MODEL's name)."
 )
@@ -74,7 +80,8 @@ def expect(
 def _expect(ranks: list[str] | None, as_json: bool, **inputs: Any) -> None:
     """Count in how many public sweeps each rank was enough, with links to the sweeps.
 
-    All arguments are optional. Needs no network, model or GPU. To measure what your own data need, run `rightrank select`.
+    All arguments are optional, and DATA may stand alone. Needs no network, model or GPU. To measure what your own data
+    need, run `rightrank select`.
     """
     expectation = expect(**inputs, ranks=parse_integers(ranks, "--ranks"))
     click.echo(format_json(asdict(expectation)) if as_json else _format_expectation(expectation))
@@ -91,8 +98,9 @@ def _format_expectation(answer: Expectation) -> str:
             "number of sweeps by source:",
             *sources,
             f"  {len(answer.sources)} sources in total; --json lists all",
-            *answer.notes,
-            "these are other people's sweeps; run `rightrank select` to measure which rank your data need",
+            *(f"note: {note}" for note in answer.notes),
+            f"next: train once at rank {TOP_RANK}, with a search of the learning rate, and keep the smallest adapter that is as good:",
+            f"  {answer.next_command}",
         ]
     )
 

@@ -19,11 +19,20 @@ from functools import cache
 from pathlib import Path
 
 from rightrank.schema.errors import SettingsError
+from rightrank.schema.settings import SelectSettings
 
 ATLAS_FILE = Path(__file__).with_name("atlas.json")
 FAMILIES = (
     "language", "classification", "generation", "maths", "code", "memorising", "reinforcement", "vision", "events", "science",
 )  # fmt: skip
+ALIASES = {
+    "chat": "language",
+    "instruct": "language",
+    "summarization": "generation",
+    "math": "maths",
+    "rl": "reinforcement",
+}
+DATA_TYPES = (".jsonl", ".csv")
 # Defaults of `rightrank decide`; for another metric, as a share of the best value.
 MARGINS = {"loss": 0.005, "accuracy": 0.005, "other": 0.01}
 
@@ -92,6 +101,7 @@ def load_atlas() -> Atlas:
 
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOP_RANK: int = max(SelectSettings.model_fields["ranks"].default)  # which `select` trains and truncates
 SIZE_FACTOR, ROWS_FACTOR = 4.0, 10.0  # ratio up to which sizes and numbers of rows count as similar
 ALL_SWEEPS = "all sweeps of the atlas"
 
@@ -135,9 +145,12 @@ class Expectation:
     ranks: tuple[dict[str, int], ...]  # each with `rank`, `enough_in` and `of`, the number of sweeps that can judge it
     sources: dict[str, int]  # number of sweeps by address, in descending order
     notes: tuple[str, ...]
+    next_command: str
 
 
-def count_sweeps(question: Question, ranks: Sequence[int] | None, notes: Sequence[str]) -> Expectation:
+def count_sweeps(
+    question: Question, ranks: Sequence[int] | None, notes: Sequence[str], next_command: str
+) -> Expectation:
     """Count the sweeps that are similar to a question, with notes on properties that had to be dropped."""
     atlas, shown_ranks = load_atlas(), sorted(set(ranks or RANKS))
     if shown_ranks[0] < 1:
@@ -159,6 +172,7 @@ def count_sweeps(question: Question, ranks: Sequence[int] | None, notes: Sequenc
         ranks=tuple(_count_rank(rank, sweeps, question.margin) for rank in shown_ranks),
         sources=dict(sources.most_common()),
         notes=(*notes, *relaxation_notes, *_build_notes(sweeps, question.margin)),
+        next_command=next_command,
     )
 
 
@@ -173,6 +187,8 @@ def _count_rank(rank: int, sweeps: Sequence[Sweep], margin: float | None) -> dic
 
 def _build_notes(sweeps: Sequence[Sweep], margin: float | None) -> list[str]:
     """Return what a reader should consider before trusting a count."""
+    all_sweeps = Question().select_sweeps(load_atlas())
+    top = _count_rank(TOP_RANK, all_sweeps, margin)
     tuned, seeded = sum(sweep.tuned for sweep in sweeps), sum(sweep.seeds > 1 for sweep in sweeps)
     notes = [f"{tuned} of {len(sweeps)} chose the learning rate by rank, {seeded} have seeds"]
     if not any(sweep.noise is not None and sweep.noise <= sweep.resolve_margin(margin) for sweep in sweeps):
@@ -182,7 +198,11 @@ def _build_notes(sweeps: Sequence[Sweep], margin: float | None) -> list[str]:
         notes.append(
             f"in {rising} of {len(sweeps)} the highest rank tried was the best, so a higher rank may be needed"
         )
-    return notes
+    return [
+        *notes,
+        f"the similarity of model and data did not predict better than the counts of all {len(all_sweeps)} sweeps, "
+        f"in which rank {TOP_RANK} was enough in {top['enough_in']} of {top['of']}",
+    ]
 
 
 def _format_amount(value: float) -> str:
@@ -206,9 +226,10 @@ def build_question(model: str | None, data: str | Path | None, inputs: Question)
     Returns:
         The question, and notes on inputs that could not be used.
     """
+    inputs = replace(inputs, family=ALIASES.get(inputs.family or "", inputs.family))
     if inputs.family not in (None, *FAMILIES):
         raise SettingsError(
-            f"{inputs.family!r} is not a task family of the atlas; allowed families: {', '.join(FAMILIES)}"
+            f"{inputs.family!r} is not a task family of the atlas; allowed families: {', '.join((*FAMILIES, *ALIASES))}"
         )
     for name, value in (("parameters", inputs.parameters), ("rows", inputs.rows), ("margin", inputs.margin)):
         if value is not None and not value > 0:
