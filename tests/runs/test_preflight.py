@@ -97,14 +97,15 @@ def test_the_first_lines_of_a_selection_hold_the_same_facts(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "message"),
     [
-        ([], "no run folder: give --out DIR, or --dry-run"),
-        (["--dry-run", "--strategy", "gird"], "unknown strategy 'gird'"),
+        ([], "give MODEL and DATA, or neither to continue the run in --out"),
+        (["model", "--out", "run"], "give MODEL and DATA, or neither"),
+        (["model", "data.jsonl", "--dry-run", "--strategy", "gird"], "unknown strategy 'gird'"),
     ],
 )
-def test_bad_use_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(["select", "model", "data.jsonl", *options], capsys)
+def test_bad_use_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(["select", *arguments], capsys)
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

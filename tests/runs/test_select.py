@@ -28,6 +28,7 @@ from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
 from rightrank.train import optimizer
 from rightrank.train.runtime import Runtime
 from tests.commands import (
+    SMALL,
     build_select_arguments,
     read_journal_records,
     read_trial_values,
@@ -135,11 +136,20 @@ def test_json_is_one_object_and_nothing_else(
 
 
 def test_running_again_trains_nothing_again(
-    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    finished_run: Path,
+    model_folder: Path,
+    completion_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = tmp_path / "run"
+    """Run again in the folder that is named after the data and the model."""
+    folder = tmp_path / f"{completion_file.stem}-{model_folder.name}"
     shutil.copytree(finished_run, folder)
-    status, _, _ = run(build_select_arguments(model_folder, completion_file, folder), capsys)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(["select", str(model_folder), str(completion_file), *SMALL], capsys)
+    assert f"run folder {folder.name}: loading model and data" in err
+    assert f"{folder.name}/adapter" in out
     assert status == 0
     started = [len(read_journal_records(run, TrialStarted)) for run in (folder, finished_run)]
     assert started[0] == started[1]

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     "select",
     cls=SettingsCommand,
     short_help="Find the rank that is enough, with a trained adapter.",
-    epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200",
+    epilog="Example: rightrank select ./model data.jsonl --ranks 4,16,64 --max-steps 200",
 )
 @click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Run folder; resumed by the same command, or without MODEL DATA."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Run folder (default: DATA-MODEL, such as data-SmolLM2-135M); resumed by the same command, or without MODEL DATA.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what it will do, cost and be able to show; write nothing.")
 @add_setting_options(SelectSettings)
@@ -62,10 +64,12 @@ def _select(
             raise SettingsError("--dry-run: give MODEL and DATA")
         _dry_run(model, data, gather_settings(config_file, assignments, options), as_json)
         return
-    if out is None:
-        raise SettingsError("no run folder: give --out DIR, or --dry-run to write nothing")
-    if (model is None) != (data is None):
+    if (model is None) != (data is None) or (model is None and out is None):
         raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
+    if out is None:
+        assert model is not None
+        assert data is not None
+        out = _name_run_folder(model, data)
     from rightrank.api.runs import load_run_config
     from rightrank.api.selecting import select_rank
     from rightrank.schema.settings import SelectSettings
@@ -78,11 +82,16 @@ def _select(
         from rightrank.runs.selection import SelectionRequest, validate_request
 
         validate_request(SelectionRequest(base, None, rows, settings))  # before torch is imported
-        announce("loading model and data", always=True)
+        announce(f"run folder {out}: loading model and data", always=True)
     selected = _run_with_progress(
         lambda hooks: select_rank(base, rows, out, settings=settings, callbacks=hooks), quiet, out, log_json
     )
     _print_selected(selected, as_json)
+
+
+def _name_run_folder(model: str, data: Path) -> Path:
+    """Return a folder of the working directory, named after the data and the model."""
+    return Path(f"{data.resolve().stem}-{Path(model).resolve().name.removesuffix('.gguf')}")
 
 
 def _print_selected(selected: Selected, as_json: bool) -> None:
@@ -144,7 +153,7 @@ def _run_with_progress(
 ) -> Selected:
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
-        announce("checking the request, then loading model and data")
+        announce(f"run folder {out}: checking the request, then loading model and data")
     from rightrank.hooks.process import JsonLog, ProgressFile, SignalHandler
     from rightrank.hooks.terminal import make_view
     from rightrank.runs.hook import Hooks
