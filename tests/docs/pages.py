@@ -24,6 +24,7 @@ class Block(NamedTuple):
     language: str
     text: str
     runs: bool
+    follows_block: bool  # without a line between them
 
 
 def get_page_name(page: Path) -> str:
@@ -33,7 +34,12 @@ def get_page_name(page: Path) -> str:
 def iterate_blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(match["language"], match["text"], not match["above"].strip().startswith(NOT_RUN))
+        Block(
+            match["language"],
+            match["text"],
+            runs=not match["above"].strip().startswith(NOT_RUN),
+            follows_block=not match["above"].strip(),
+        )
         for match in _FENCE.finditer(text)
     ]
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.trains
 
 # Run by tests of their own: the demo (in short), and what installs things or needs hours.
 ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
+SHOWN = ("rightrank expect", "rightrank decide --example")  # their output does not depend on the model or the data
 FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--max-eval-examples", "8", "--device", "cpu"]
 SMALL = {"--ranks": "1,4", "--learning-rates": "1e-2"}  # where a page does not say its own
 CODE = [
@@ -61,44 +62,52 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing\\w*` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", CODE, ids=get_page_name)
 def test_code_runs(page: Path, here: None, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Block by block in one folder, Python in one namespace; selections made small by options that pages need not show."""
+    """Block by block in one folder, Python in one namespace; selections made small by options that pages need not show.
+
+    A text block directly after a command of `SHOWN` is part of its output.
+    """
     namespace: dict[str, object] = {"__name__": "page"}
+    shown = ""
     for block in iterate_blocks(page):
+        if block.language == "text" and block.follows_block and shown:
+            assert block.text in shown
+        shown = ""
         if block.language == "python" and block.runs:
             exec(compile(block.text, get_page_name(page), "exec", dont_inherit=True), namespace)
         elif block.language in SHELL and block.runs:
             for command in list_commands(block.text):
                 if not command.startswith(ELSEWHERE):
-                    _run(command, runs, capsys)
+                    output = _run(command, runs, capsys)
+                    shown = output if command.startswith(SHOWN) else ""
 
 
-def _run(command: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _run(command: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> str:
     program, *arguments = shlex.split(command)
     assert program == "rightrank", f"{command!r} is neither ours nor listed as run elsewhere"
     if arguments[0] != "select":
-        _succeed(arguments, capsys)
-        return
+        return _succeed(arguments, capsys)
     if "--dry-run" in arguments:
-        _succeed([*arguments, *FAST], capsys)
-        return
-    out = Path(arguments[arguments.index("--out") + 1])
+        return _succeed([*arguments, *FAST], capsys)
+    out = Path(arguments[arguments.index("--out") + 1] if "--out" in arguments else "data-model")
     run_folder = runs / str(abs(hash(tuple(arguments))))
     if run_folder.exists() and not out.exists():
         shutil.copytree(run_folder, out)
-        return
+        return ""
     is_new = not out.exists()
     # the tiny model's matrices hold ranks up to 16
     small = [word for name, value in SMALL.items() if name not in arguments for word in (name, value)]
     fewer = ["--workers", "1"] if "--workers" in arguments else []  # `test_workers` has several
-    _succeed([*arguments, *FAST, *small, *fewer], capsys)
+    output = _succeed([*arguments, *FAST, *small, *fewer], capsys)
     if is_new:
         shutil.copytree(out, run_folder)
+    return output
 
 
-def _succeed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    status, _, err = run(arguments, capsys)
+def _succeed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    status, out, err = run(arguments, capsys)
     # The check of an export may find that so few examples cannot tell.
     assert status in ((0, 4) if arguments[0] == "export" else (0,)), f"{shlex.join(arguments)}: {err}"
+    return out
 
 
 def read_step() -> list[str]:
