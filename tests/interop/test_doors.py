@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -21,12 +22,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer
 
 from rightrank import SmallestAdapter
 from rightrank.interop.smallest import keep_smallest
 from rightrank.schema.errors import DataError, ModelError
-from tests.interop.trainings import RowList, Rows, make_peft_model
+from tests.interop.trainings import RowList, Rows, make_peft_model, make_trainer, run_training
 from tests.tiny import make_tokenizer
 
 INTERFACES = json.loads((Path(__file__).parent / "interfaces.json").read_text(encoding="utf-8"))
@@ -62,16 +63,6 @@ def axolotl(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delitem(sys.modules, "rightrank.interop.axolotl")
 
 
-def make_trainer(folder: Path, rows: Rows, out: Path, callbacks: list[Any]) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(out), max_steps=40, learning_rate=1e-2, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True
-    )  # fmt: skip
-    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder), padding=True)
-    return Trainer(
-        make_peft_model(folder), arguments, collator, RowList(rows[:140]), RowList(rows[140:]), callbacks=callbacks
-    )
-
-
 def read_decision(out: Path) -> dict[str, Any]:
     decision: dict[str, Any] = json.loads((out / "rightrank" / "decision.json").read_text(encoding="utf-8"))
     assert (out / "rightrank" / "adapter" / "adapter_model.safetensors").is_file()
@@ -89,7 +80,7 @@ def test_axolotls_plugin_measures_in_a_fresh_process(
     fields = axolotl.SmallestAdapterArguments(rightrank_margin=0.1)
     assert plugin.get_input_args() == f"{type(fields).__module__}.{type(fields).__qualname__}"
     cfg = SimpleNamespace(output_dir=str(out), **fields.model_dump())
-    trainer = make_trainer(model_folder, rows, out, [])
+    trainer = make_trainer(model_folder, rows, out)
     for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
         trainer.add_callback(callback)
     trainer.train()
@@ -98,8 +89,8 @@ def test_axolotls_plugin_measures_in_a_fresh_process(
     plugin.post_train(cfg, trainer.model)
     plugin.post_train_unload(cfg)
     separate_answer = read_decision(out)["adapter_answer"]
-    here = SmallestAdapter(margin=0.1)
-    make_trainer(model_folder, rows, tmp_path / "here", [here]).train()
+    here = run_training(model_folder, rows, tmp_path / "here", partial(SmallestAdapter, margin=0.1))
+    assert here.result is not None
     assert separate_answer["rank"] == here.result.answer.rank
     assert separate_answer["difference"] == pytest.approx(here.result.answer.difference, abs=1e-6)
 
@@ -110,39 +101,35 @@ def test_axolotls_plugin_leaves_a_training_without_an_end_alone(axolotl: Any, tm
     assert not any(tmp_path.iterdir())
 
 
-@pytest.fixture
-def ms_swift_callbacks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    for name in ("swift", "swift.callbacks"):
-        monkeypatch.setitem(sys.modules, name, StoredProgram(name))
-    callbacks: dict[str, Any] = {}
-    sys.modules["swift.callbacks"].callbacks_map = callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
 @pytest.mark.trains
-def test_ms_swift_loads_the_file_of_the_page(
-    ms_swift_callbacks: dict[str, Any], model_folder: Path, rows: Rows, tmp_path: Path
+@pytest.mark.parametrize("program", ["swift.callbacks", "llamafactory.train.sft.workflow"])
+def test_the_code_of_the_page_adds_the_callback(
+    program: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Run the page's lines for ms-swift, which looks up a name, and for LLaMA-Factory, which creates the trainer itself."""
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "other-trainers.md").read_text(encoding="utf-8")
     blocks = [section.partition("```")[0] for section in page.split("```python\n")[1:]]
+    packages = program.split(".")
+    for name in [".".join(packages[: end + 1]) for end in range(len(packages))] + ["llamafactory.train.tuner"]:
+        monkeypatch.setitem(sys.modules, name, StoredProgram(name))
+    stored: Any = sys.modules[program]
+    monkeypatch.setattr(sys.modules[program.rpartition(".")[0]], packages[-1], stored, raising=False)
+    stored.callbacks_map, stored.CustomSeq2SeqTrainer = {}, Trainer
+
+    def train(_: Any = None) -> None:
+        monkeypatch.setattr("tests.interop.trainings.Trainer", stored.CustomSeq2SeqTrainer)
+        trainer = make_trainer(model_folder, rows, tmp_path)
+        for make_callback in stored.callbacks_map.values():
+            trainer.add_callback(make_callback(trainer.args, trainer))
+        trainer.train()
+
+    sys.modules["llamafactory.train.tuner"].run_exp = train  # type: ignore[attr-defined]
     file = tmp_path / "plugin.py"
-    file.write_text(next(block for block in blocks if "swift.callbacks" in block), encoding="utf-8")
+    file.write_text(next(block for block in blocks if packages[0] in block and "callback" in block), encoding="utf-8")
     runpy.run_path(str(file))
-    trainer = make_trainer(model_folder, rows, tmp_path / "out", [])
-    trainer.add_callback(ms_swift_callbacks["rightrank"](trainer.args, trainer))
-    trainer.train()
-    assert read_decision(tmp_path / "out")["adapter_answer"]["margin"] == 0.01
-
-
-@pytest.mark.trains
-def test_the_callback_of_run_exp_takes_the_trainers_held_out_rows(
-    model_folder: Path, rows: Rows, tmp_path: Path
-) -> None:
-    """Give no data set: LLaMA-Factory creates the trainer itself."""
-    callback = SmallestAdapter(margin=0.1)
-    make_trainer(model_folder, rows, tmp_path / "out", [callback]).train()
-    assert read_decision(tmp_path / "out")["adapter_answer"]["rank"] == callback.result.answer.rank
-    assert callback.result.num_examples == 60
+    if stored.callbacks_map:
+        train()
+    assert read_decision(tmp_path)["adapter_answer"]["margin"] == 0.01
 
 
 @pytest.mark.trains
@@ -154,12 +141,12 @@ def test_a_loop_whose_measurement_is_killed_is_measured_by_the_command_that_it_l
 
     """In a process that imports no program which is not asked for."""
     model, out = make_peft_model(model_folder), tmp_path / "out" / "rightrank"
-    monkeypatch.setattr("rightrank.interop.smallest.finish_run", killed)
+    monkeypatch.setattr("rightrank.interop.measurement.finish_run", killed)
     with pytest.raises(KeyboardInterrupt):
         keep_smallest(model, make_loader(rows[140:]), make_loader(rows[:40]), out=out, margin=0.1)
     program, *command = shlex.split(caplog.messages[-1].partition("to measure again: ")[2])
-    assert program == "python"
-    listed = [sys.executable, "-X", "importtime", *command]
+    assert (program, command[0]) == ("rightrank", "resume")
+    listed = [sys.executable, "-X", "importtime", "-m", program, *command]
     imports = subprocess.run(listed, check=True, capture_output=True, text=True).stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports.splitlines()}
     assert {"rightrank", "peft"} <= imported
@@ -187,6 +174,7 @@ def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, 
         make_loader(rows[:140], shuffle=True),
         tmp_path / "out",
     )
+    assert callback.result is not None
     assert read_decision(tmp_path / "out")["handed_over"]["rank"] == callback.result.answer.rank < 16
 
     model: Any = make_peft_model(model_folder, lora_dropout=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,16 @@ from peft import LoraConfig, get_peft_model
 
 from rightrank import SmallestAdapter, export
 from rightrank.api.folders import status
+from rightrank.interop.measurement import resume_measurement
 from rightrank.interop.smallest import keep_smallest
-from rightrank.interop.truncation_run import require_result_folder, resume_measurement
+from rightrank.interop.truncation_run import require_result_folder
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ModelError, RunError, RunFolderError
-from tests.interop.trainings import Rows, make_peft_model, run_training
+from tests.interop.trainings import Rows, make_batches, make_peft_model, run_training
 
 pytestmark = pytest.mark.trains
 
 Files = dict[str, bytes | str]
-
-
-def make_batches(rows: Rows) -> list[dict[str, torch.Tensor]]:
-    return [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
 
 
 def read_files(folder: Path) -> Files:
@@ -42,31 +40,24 @@ def read_files(folder: Path) -> Files:
 def test_another_kind_of_run_is_refused_and_stays_as_it_is(
     small_run: Path, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "rightrank"
     shutil.copytree(small_run / "run", run)
     (run / "notes.txt").write_text("mine")
     files_before = read_files(run)
     with pytest.raises(RunFolderError, match="a run of another kind, which is left unchanged"):
         keep_smallest(make_peft_model(model_folder), make_batches(rows[140:170]), out=run, margin=1.0)
+    with pytest.raises(RunFolderError, match="a run of another kind"):  # before the first step
+        run_training(model_folder, rows, tmp_path, SmallestAdapter)
     assert read_files(run) == files_before
-
-
-def test_a_training_with_another_kind_of_run_in_its_folder_is_refused_before_the_first_step(
-    small_run: Path, model_folder: Path, rows: Rows, tmp_path: Path
-) -> None:
-    shutil.copytree(small_run / "run", tmp_path / "rightrank")
-    files_before = read_files(tmp_path / "rightrank")
-    with pytest.raises(RunFolderError, match="a run of another kind"):
-        run_training(model_folder, rows, tmp_path, [SmallestAdapter(rows[140:])], max_steps=1)
-    assert read_files(tmp_path / "rightrank") == files_before
 
 
 def test_an_earlier_result_is_moved_aside_and_own_files_stay(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, elsewhere = tmp_path / "rightrank", tmp_path / "elsewhere"
-    first = SmallestAdapter(rows[140:], margin=1.0, max_examples=30)
-    run_training(model_folder, rows, tmp_path, [first], max_steps=2)
+    first = run_training(
+        model_folder, rows, tmp_path, partial(SmallestAdapter, margin=1.0, max_examples=30), max_steps=2
+    )
     assert first.result is not None
     export(out, "peft")
     (out / "notes.txt").write_text("mine")
@@ -76,9 +67,10 @@ def test_an_earlier_result_is_moved_aside_and_own_files_stay(
     shutil.rmtree(out / "figures")
     (out / "figures").symlink_to(Path("..") / "elsewhere", target_is_directory=True)
     files_before = read_files(out)
-    second = SmallestAdapter(rows[140:], margin=0.05, max_examples=30)
     with caplog.at_level(logging.WARNING, "rightrank"):
-        run_training(model_folder, rows, tmp_path, [second], max_steps=3)
+        second = run_training(
+            model_folder, rows, tmp_path, partial(SmallestAdapter, margin=0.05, max_examples=30), max_steps=3
+        )
     assert second.result is not None
     aside = out / "earlier-1"
     assert f"the result of an earlier training was moved to {aside}" in caplog.text
@@ -129,10 +121,10 @@ def test_a_measurement_that_waits_is_moved_aside_and_can_still_be_made(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
     for _ in range(2):
-        waiting = SmallestAdapter(rows[140:], margin=1.0, max_examples=30, measure=False)
-        run_training(model_folder, rows, tmp_path, [waiting], max_steps=2)
-    assert "rank" in resume_measurement(tmp_path / "rightrank" / "earlier-1")
-    assert "rank" in resume_measurement(tmp_path / "rightrank")
+        waiting = partial(SmallestAdapter, margin=1.0, max_examples=30, measure=False)
+        run_training(model_folder, rows, tmp_path, waiting, max_steps=2)
+    for folder in (tmp_path / "rightrank" / "earlier-1", tmp_path / "rightrank"):
+        assert resume_measurement(folder).adapter is not None
 
 
 @pytest.mark.parametrize("content", ["a file", "files", "a journal of an unknown kind", "a journal that is damaged"])

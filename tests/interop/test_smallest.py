@@ -7,9 +7,11 @@ import copy
 import json
 import logging
 import random
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,10 @@ import torch
 import transformers
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
@@ -38,16 +38,25 @@ from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.adapters.resize_by_data import measure_truncation_curve
 from rightrank.api.folders import status
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
-from rightrank.interop.smallest import main
-from rightrank.interop.truncation_run import measure_truncations, resume_measurement
+from rightrank.interop.measurement import resume_measurement
+from rightrank.interop.truncation_run import measure_truncations
 from rightrank.models.adapter_reader import open_adapter
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import attach_adapter
+from tests.commands import run
 from tests.helpers import make_runtime
-from tests.interop.trainings import RowList, Rows, make_peft_model, run_training
+from tests.interop.trainings import (
+    RowList,
+    Rows,
+    list_messages,
+    make_batches,
+    make_peft_model,
+    make_trainer,
+    run_training,
+)
 from tests.tiny import build_small_settings, write_completions, write_pairs
 
 pytestmark = pytest.mark.trains
@@ -72,14 +81,39 @@ def compute_peft_losses(folder: Path, adapter: Path, rows: Rows) -> list[float]:
         ]
 
 
+class RecordingTracker(TrainerCallback):
+    """A tracker that closes its run when the training ends."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+        self.is_open = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        assert self.is_open
+        self.logged |= logs
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.is_open = False
+
+
+def find_callback(trainer: Trainer) -> Any:
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SmallestAdapter))
+
+
 def test_the_end_of_a_training_has_the_smallest_adapter(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
+    tracker = RecordingTracker()
+    trainer = make_trainer(
+        model_folder, rows, tmp_path / "out", lambda _: tracker, partial(SmallestAdapter, margin=0.1), max_steps=60
+    )
     with caplog.at_level(logging.WARNING, "rightrank"):
-        trainer, model = run_training(model_folder, rows, tmp_path / "out", [callback])
-    assert callback.result is not None
-    answer = callback.result.answer
+        trainer.train()
+    model: Any = trainer.model
+    answer = find_callback(trainer).result.answer
+    assert INDEPENDENCE_NOTE in answer.notes
+    assert tracker.logged["rightrank/rank"] == answer.rank
+    assert tracker.logged["rightrank/difference_high"] == answer.difference_high
     folder = tmp_path / "out" / "rightrank"
     document = json.loads((folder / "decision.json").read_text(encoding="utf-8"))
     assert document["handed_over"]["rank"] == answer.rank < 16
@@ -131,7 +165,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     model_folder: Path, completion_file: Path, rows: Rows, tmp_path: Path
 ) -> None:
     """Use the same examples and the same training rows for second moments: the values and bounds of all candidates agree."""
-    _, model = run_training(model_folder, rows, tmp_path / "out", [])
+    model = run_training(model_folder, rows, tmp_path / "out", max_steps=60).model
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, build_small_settings(margin=0.1), tmp_path / "cache")
@@ -160,20 +194,11 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
         assert candidate.difference == pytest.approx(by_rank[candidate.rank].difference, abs=1e-4)
 
 
-def test_a_training_with_it_is_the_same_to_the_bit(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    _, alone = run_training(model_folder, rows, tmp_path / "alone", [], max_steps=8)
-    _, watched = run_training(
-        model_folder, rows, tmp_path / "watched", [SmallestAdapter(RowList(rows[140:]))], max_steps=8
-    )
-    watched_parameters = dict(watched.named_parameters())
-    assert all(torch.equal(value, watched_parameters[name]) for name, value in alone.named_parameters())
-
-
 def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     model = make_peft_model(model_folder)
     model.train()
     model.base_model.model.model.layers[0].eval()
-    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
+    batches = make_batches(rows[:40])
     torch.autograd.backward(compute_batch_loss(model, batches[0]).total)
     initial_values = {name: value.detach().clone() for name, value in model.named_parameters()}
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
@@ -201,35 +226,35 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     assert [vars(module) for module in model.modules()] == layers  # nothing is replaced, added or taken away
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_examples_packed_in_one_row_have_their_own_losses(model_folder: Path, rows: Rows) -> None:
+    """Pack by hand, and join rows as TRL's collator without padding does."""
     model = make_peft_model(model_folder).eval()
-    alone = score_batches(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
+    alone = score_batches(model, make_batches(rows[:3]))
     joined = {key: torch.tensor([[token for row in rows[:3] for token in row[key]]]) for key in ("input_ids", "labels")}
     joined["position_ids"] = torch.tensor([[index for row in rows[:3] for index in range(len(row["labels"]))]])
-    packed = score_batches(model, [joined])
-    assert packed.tokens == alone.tokens
-    assert packed.losses[0] == pytest.approx(alone.losses[0], abs=1e-4)  # the first sees nothing before it
+    collators = pytest.importorskip("trl.trainer.sft_trainer")
+    collator = collators.DataCollatorForLanguageModeling(pad_token_id=1, padding_free=True)
+    by_trl = collator([dict(row) for row in rows[:3]])
+    for batch in (joined, {key: by_trl[key] for key in ("input_ids", "labels", "position_ids")}):
+        packed = score_batches(model, [batch])
+        assert packed.tokens == alone.tokens
+        assert packed.losses == pytest.approx(alone.losses, rel=1e-3)  # the first sees nothing before it
 
 
 def test_rows_that_belong_together_are_compared_by_groups(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     held_out = [row | {"doc": number // 6} for number, row in enumerate(rows[140:])]
-    prompted_rows = [{**row, "labels": [-100] * 3 + row["input_ids"][3:]} for row in held_out]
-    for number, row in enumerate(prompted_rows):
-        row["input_ids"] = [number % 20 + 1] * 3 + row["input_ids"][3:]  # 20 prompts
-    callbacks = [
-        SmallestAdapter(held_out_rows, margin=0.1, group=group)
-        for held_out_rows, group in ((held_out, "doc"), (held_out, None), (prompted_rows, None))
-    ]
-    for number, callback in enumerate(callbacks):
-        run_training(model_folder, rows, tmp_path / str(number), [callback], max_steps=10)
-    grouped, alone, prompted = [callback.result.answer for callback in callbacks if callback.result is not None]
+    alone, grouped = (
+        run_training(
+            model_folder, rows, tmp_path / str(group), partial(SmallestAdapter, group=group), held_out=held_out
+        ).result.answer
+        for group in (None, "doc")
+    )
     assert [candidate.difference for candidate in grouped.candidates] == [
         candidate.difference for candidate in alone.candidates
     ]
     assert grouped.candidates[-1].difference_high != alone.candidates[-1].difference_high
     assert "Bounds are over 10 groups of 60 examples." in grouped.notes
-    assert INDEPENDENCE_NOTE in alone.notes
-    assert "Bounds are over 20 groups of 60 examples." in prompted.notes
 
 
 def test_examples_packed_in_rows_belong_to_the_groups_of_these(model_folder: Path, rows: Rows) -> None:
@@ -244,109 +269,51 @@ def test_examples_packed_in_rows_belong_to_the_groups_of_these(model_folder: Pat
     assert score_batches(model, [flat]).groups is None
 
 
+class BrokenTracker(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "rightrank/rank" in logs:
+            raise OSError(28, "No space left on device")
+
+
 @pytest.mark.parametrize(
-    ("changes", "data", "error"),
+    ("function", "line"),
     [
-        ({"use_dora": True}, "rows", ModelError),
-        ({"r": 1}, "rows", ModelError),
-        ({}, None, DataError),
-        ({}, "texts", DataError),
-        ({}, "several", DataError),
-        ({}, "trained on", DataError),
+        (
+            "rightrank.interop.measurement.finish_run",
+            "the search .* failed: {error}; to measure again: rightrank resume .*",
+        ),
+        ("rightrank.interop.measurement.begin_run", "the search .* failed: {error}"),
+        ("rightrank.interop.smallest.read_moment_batches", "the search .* failed: {error}"),
+        ("", "a tracker did not accept the values: {error}"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_first_step(
-    changes: dict[str, Any], data: str | None, error: type[Exception], model_folder: Path, rows: Rows, tmp_path: Path
-) -> None:
-    held_out = {
-        "rows": rows[140:],
-        "texts": [{"text": "a"}] * 40,
-        "several": {"one": rows[140:], "two": rows[140:]},
-        "trained on": rows[:16],
-        None: None,
-    }[data]
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
-    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
-    callback = SmallestAdapter(held_out)
-    trainer = Trainer(
-        make_peft_model(model_folder, **changes), arguments, collator, RowList(rows[:16]), callbacks=[callback]
-    )
-    with pytest.raises(error):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
 def test_what_fails_at_the_end_is_one_line(
-    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    function: str,
+    line: str,
+    model_folder: Path,
+    rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def full(*_: Any) -> None:
+    """Check that the traceback is in the log at debug level, and that a measurement of an earlier training is not named."""
+
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rightrank.interop.smallest.finish_run", full)
-    with caplog.at_level(logging.WARNING, "rightrank"):
-        trainer, _ = run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]))], max_steps=2)
-    assert trainer.state.global_step == 2
-    last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
-    assert last.startswith(
-        "rightrank: the search for a smaller adapter failed: [Errno 28] No space left on device; to measure again: python"
-    )
-    assert "\n" not in last
-
-
-def test_an_end_that_has_not_begun_names_no_measurement_of_an_earlier_training(
-    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    first_callback = SmallestAdapter(RowList(rows[140:]), measure=False)
-    run_training(model_folder, rows, tmp_path, [first_callback], max_steps=2)
-    assert (tmp_path / "rightrank" / "cache" / "measure.json").is_file()
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(SmallestAdapter, "_build_in_memory_adapter", full)
-    with caplog.at_level(logging.WARNING, "rightrank"):
-        run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]))], max_steps=2)
-    last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
-    assert last == "rightrank: the search for a smaller adapter failed: [Errno 28] No space left on device"
-
-
-class RecordingTracker(TrainerCallback):
-    """A tracker that closes its run when the training ends."""
-
-    def __init__(self) -> None:
-        self.logged: dict[str, float] = {}
-        self.is_open = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        assert self.is_open
-        self.logged |= logs
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.is_open = False
-
-
-def test_the_answer_reaches_the_trackers(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    tracker, callback = RecordingTracker(), SmallestAdapter(RowList(rows[140:]), margin=0.1)
-    run_training(model_folder, rows, tmp_path, [tracker, callback], max_steps=8)
-    assert callback.result is not None
-    assert tracker.logged["rightrank/rank"] == callback.result.answer.rank
-    assert tracker.logged["rightrank/difference_high"] == callback.result.answer.difference_high
-
-
-def test_a_tracker_that_fails_at_the_end_is_one_line(
-    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "rightrank/rank" in logs:
-                raise ConnectionError("no route to the tracker")
-
-    with caplog.at_level(logging.WARNING, "rightrank"):
-        run_training(
-            model_folder, rows, tmp_path, [Broken(), SmallestAdapter(RowList(rows[140:]), margin=0.1)], max_steps=2
-        )
-    assert "a tracker did not accept the values: no route to the tracker" in caplog.text
-    assert (tmp_path / "rightrank" / "adapter").is_dir()
+    if function.endswith("read_moment_batches"):
+        run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, measure=False), max_steps=1)
+        assert (tmp_path / "rightrank" / "cache" / "measure.json").is_file()
+    if function:
+        monkeypatch.setattr(function, full)
+    trainer = make_trainer(model_folder, rows, tmp_path, lambda _: BrokenTracker(), SmallestAdapter, max_steps=1)
+    with caplog.at_level(logging.DEBUG, "rightrank"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    error = re.escape("[Errno 28] No space left on device")
+    assert re.fullmatch("rightrank: " + line.format(error=error), list_messages(caplog)[-1])
+    assert "Traceback" in caplog.text
+    assert function or (tmp_path / "rightrank" / "adapter").is_dir()
 
 
 def test_a_measurement_that_was_cut_off_is_made_again(
@@ -358,175 +325,113 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Run the command that is printed first. `test_doors` runs it in a fresh process."""
+    callback, folder = partial(SmallestAdapter, margin=0.1), tmp_path / "cut" / "rightrank"
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
-        patch.setattr("rightrank.interop.smallest.finish_run", raise_interrupt)
+        patch.setattr("rightrank.interop.measurement.finish_run", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_training(
-                model_folder, rows, tmp_path / "cut", [SmallestAdapter(RowList(rows[140:]), margin=0.1)], max_steps=8
-            )
-    line = next(record.getMessage() for record in caplog.records if "to measure again: " in record.getMessage())
+            run_training(model_folder, rows, tmp_path / "cut", callback)
+    line = next(line for line in list_messages(caplog) if "to measure again: " in line)
     command = shlex.split(line.split("to measure again: ")[1])
-    assert command[:3] == ["python", "-m", "rightrank.interop.smallest"]
-    weights = next((tmp_path / "cut" / "rightrank" / "trials").iterdir()) / "adapter_model.safetensors"
+    assert command == ["rightrank", "resume", str(folder)]
+    assert status(folder).resume == shlex.join(command)
+    weights = next((folder / "trials").iterdir()) / "adapter_model.safetensors"
     original_bytes = weights.read_bytes()
     weights.write_bytes(original_bytes[: len(original_bytes) // 2])
     capsys.readouterr()  # what the training said
-    assert main(command[3:]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    exit_status, _, error = run([*command[1:], "--quiet"], capsys)
+    assert (exit_status, error.count("\n")) == (2, 1)
     weights.write_bytes(original_bytes)
-    assert main(command[3:]) == 0
-    callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
-    run_training(model_folder, rows, tmp_path / "whole", [callback], max_steps=8)
-    assert callback.result is not None
-    answer = json.loads((tmp_path / "cut" / "rightrank" / "decision.json").read_text(encoding="utf-8"))[
-        "adapter_answer"
-    ]
-    assert answer["rank"] == callback.result.answer.rank
-    assert answer["difference_high"] == pytest.approx(callback.result.answer.difference_high, abs=1e-5)
-    assert not (tmp_path / "cut" / "rightrank" / "cache").exists()
+    exit_status, printed, _ = run([*command[1:], "--json", "--quiet"], capsys)
+    assert exit_status == 0
+    answer = json.loads(printed)["adapter_answer"]
+    expected = run_training(model_folder, rows, tmp_path / "whole", callback).result.answer
+    assert answer["rank"] == expected.rank
+    assert answer["difference_high"] == pytest.approx(expected.difference_high, abs=1e-5)
+    assert not (folder / "cache").exists()
+    assert run(["resume", str(folder)], capsys)[0] == 2  # it is finished
 
 
-@pytest.mark.parametrize("change", ["weights", "vocabulary"])
-def test_another_base_is_refused_in_a_fresh_process(
-    change: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_base_is_refused_in_a_fresh_process(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out" / "rightrank"
     shutil.copytree(model_folder, base)
-    with monkeypatch.context() as patch:
-        patch.setattr("rightrank.interop.smallest.finish_run", raise_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run_training(
-                base, rows, tmp_path / "out", [SmallestAdapter(RowList(rows[140:]), max_examples=30)], max_steps=1
-            )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if change == "weights":
-        torch.nn.init.normal_(model.get_input_embeddings().weight)
-    else:
-        model.resize_token_embeddings(model.config.vocab_size + 8)
-    model.save_pretrained(base)
-    with pytest.raises(ModelError, match=r"not the base model of the training \(.* has other values|cannot be loaded"):
-        resume_measurement(out)
+    waiting = partial(SmallestAdapter, max_examples=30, measure=False)
+    run_training(base, rows, tmp_path / "out", waiting, model=make_peft_model(base), max_steps=1)
+    for change in ("weights", "vocabulary"):
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        if change == "weights":
+            torch.nn.init.normal_(model.get_input_embeddings().weight)
+        else:
+            model.resize_token_embeddings(model.config.vocab_size + 8)
+        model.save_pretrained(base)
+        with pytest.raises(
+            ModelError, match=r"not the base model of the training \(.* has other values|cannot be loaded"
+        ):
+            resume_measurement(out)
     shutil.copytree(model_folder, base, dirs_exist_ok=True)
-    assert "rank" in resume_measurement(out)  # the base that was trained on
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_an_error_at_the_end_is_one_line_and_its_traceback_is_logged(
-    model_folder: Path,
-    rows: Rows,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    error: Exception,
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("rightrank.interop.smallest.begin_run", fail)
-    with caplog.at_level(logging.DEBUG, "rightrank"):
-        trainer, _ = run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]))], max_steps=2)
-    line, traceback = (record for record in caplog.records if record.name == "rightrank")
-    assert line.getMessage() == f"rightrank: the search for a smaller adapter failed: {error}"
-    assert (line.levelno, traceback.levelno) == (logging.WARNING, logging.DEBUG)
-    assert traceback.exc_info is not None
-    assert traceback.exc_info[1] is error
-    assert trainer.state.global_step == 2
+    assert resume_measurement(out).adapter is not None  # the base that was trained on
 
 
 def test_rows_of_the_training_set_are_counted_and_left_out(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback = SmallestAdapter(RowList(rows[130:165]), margin=0.1)
+    """Give other rows than the trainer's."""
+    callback = partial(SmallestAdapter, eval_dataset=RowList(rows[130:165]), margin=0.1)
     with caplog.at_level(logging.WARNING, "rightrank"):
-        run_training(model_folder, rows, tmp_path, [callback], max_steps=2)
+        result = run_training(model_folder, rows, tmp_path, callback, max_steps=2).result
     assert "10 of 35 held-out rows are also in the training set; they are left out" in caplog.text
     assert "25 held-out examples are too few" in caplog.text
-    assert callback.result is not None
-    assert callback.result.num_examples == 25
+    assert result.num_examples == 25
     assert "10 of 35" in (tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8")
 
 
 def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
     changes = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10, "max_steps": 40}
     # At this rate the last step is not the best one.
-    _, model = run_training(
-        model_folder,
-        rows,
-        tmp_path,
-        [callback],
-        **changes,
-        load_best_model_at_end=True,
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-    )
+    changes |= {"load_best_model_at_end": True, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    callback = run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, margin=0.1), **changes)
     document = json.loads((tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8"))
     assert any("Measured on the best (step " in note for note in document["adapter_answer"]["notes"])
-    assert callback.result is not None
-    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
-    assert callback.result.trained_trial.value == pytest.approx(score_batches(model.eval(), batches).loss, rel=1e-4)
+    value = score_batches(callback.trainer.model.eval(), make_batches(rows[140:])).loss
+    assert callback.result.trained_trial.value == pytest.approx(value, rel=1e-4)
 
 
 def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """Cover trials that end and trials that Optuna prunes, because both end with the same event."""
     optuna = pytest.importorskip("optuna")
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="no",
-    )  # fmt: skip
-    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
-    callback = SmallestAdapter(RowList(rows[140:]))
-    trainer = Trainer(
-        args=arguments, data_collator=collator, train_dataset=RowList(rows[:16]), eval_dataset=RowList(rows[140:160]),
-        model_init=lambda _=None: make_peft_model(model_folder), callbacks=[callback],
-    )  # fmt: skip
+    trainer = make_trainer(
+        model_folder, rows, tmp_path, SmallestAdapter, max_steps=2, eval_strategy="steps", eval_steps=1
+    )
+    trainer.model_init = lambda _=None: make_peft_model(model_folder)
     study = {"pruner": optuna.pruners.ThresholdPruner(upper=0.0, n_warmup_steps=1), "direction": "minimize"}
     with contextlib.suppress(ValueError):  # every trial was pruned, and Optuna has no best one
         trainer.hyperparameter_search(
             lambda trial: {"seed": trial.suggest_int("seed", 0, 1)}, n_trials=1, backend="optuna", **study
         )
-    assert callback.result is None
+    assert find_callback(trainer).result is None
     assert not (tmp_path / "rightrank").exists()
 
 
 def test_a_resumed_training_is_measured_as_the_whole_one(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "rightrank.interop.trainer_rows.MOMENT_TOKEN_FRACTION", 0.5
-    )  # several batches, of a training this short
-    uninterrupted = SmallestAdapter(RowList(rows[140:]), margin=0.1)
-    _, complete = run_training(
-        model_folder, rows, tmp_path, [uninterrupted], max_steps=8, save_strategy="steps", save_steps=4
-    )
-    callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=8, learning_rate=1e-2, per_device_train_batch_size=8, seed=0, save_strategy="no", report_to=[],
-        disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
-    trainer = Trainer(
-        make_peft_model(model_folder),
-        arguments,
-        collator,
-        RowList(rows[:140]),
-        RowList(rows[140:]),
-        callbacks=[callback],
-    )
+    # several batches, of a training this short
+    monkeypatch.setattr("rightrank.interop.trainer_rows.MOMENT_TOKEN_FRACTION", 0.5)
+    callback = partial(SmallestAdapter, margin=0.1)
+    whole = run_training(model_folder, rows, tmp_path, callback, max_steps=8, save_strategy="steps", save_steps=4)
+    trainer = make_trainer(model_folder, rows, tmp_path, callback, max_steps=8)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert callback.result is not None
-    assert uninterrupted.result is not None
-    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
-    assert callback.result.trained_trial.value == pytest.approx(score_batches(complete.eval(), batches).loss, rel=1e-4)
-    values = [[candidate.value for candidate in each.result.answer.candidates] for each in (uninterrupted, callback)]
+    resumed = find_callback(trainer).result
+    value = score_batches(whole.trainer.model.eval(), make_batches(rows[140:])).loss
+    assert resumed.trained_trial.value == pytest.approx(value, rel=1e-4)
+    values = [[candidate.value for candidate in result.answer.candidates] for result in (whole.result, resumed)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)  # the same examples and the same second moments
 
 
 def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     model = make_peft_model(model_folder)
-    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
+    batches = make_batches(rows[:40])
     alone = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "alone")
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
     assert find_trained_adapter(model) == "default"
@@ -560,7 +465,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 
         return linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, hidden)) * linear(mlp.up_proj, hidden))
 
-    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
+    batches = make_batches(rows[:40])
     mlp.forward = fused
     result = measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     note = (
@@ -580,7 +485,7 @@ def test_the_head_sees_few_positions_at_a_time(model_folder: Path, rows: Rows, m
     head.forward = lambda hidden: (
         position_counts.append(hidden.shape[:-1].numel()) or torch.nn.functional.linear(hidden, head.weight)
     )
-    scores = score_batches(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
+    scores = score_batches(model, make_batches(rows[:3]))
     assert max(position_counts) <= 8
     del head.forward
     for number, row in enumerate(rows[:3]):
@@ -604,25 +509,28 @@ def test_logits_that_the_model_changes_after_the_head_are_scored_whole(rows: Row
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_path: Path, metric: str) -> None:
-    """Use the trainer's own collator. The trained head is kept."""
+    """Use the trainer's own rows and metric. The trained head is kept."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = [json.loads(line) for line in class_file.read_text(encoding="utf-8").splitlines()]
     encoded = [{**tokenizer(row["text"]), "label": int(row["label"] == "cat")} for row in rows]
-    callback = SmallestAdapter(encoded[200:], metric=metric, margin=0.05)
     base = AutoModelForSequenceClassification.from_pretrained(
         model_folder, num_labels=2, pad_token_id=tokenizer.pad_token_id
     )
     model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=60, learning_rate=1e-2, per_device_train_batch_size=8, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=True,
+        report_to=[], disable_tqdm=True, use_cpu=True, metric_for_best_model=None if metric == "loss" else "eval_accuracy",
     )  # fmt: skip
     collator = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model, arguments, collator, encoded[:200], encoded[200:], callbacks=[callback])
+    trainer = Trainer(model, arguments, collator, encoded[:200], encoded[200:])
+    callback = SmallestAdapter(trainer, margin=0.05)
+    trainer.add_callback(callback)
     trainer.train()
     card = (tmp_path / "out" / "rightrank" / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "AutoPeftModelForSequenceClassification.from_pretrained('this/folder', **head)" in card
     assert callback.result is not None
+    assert callback.metric == (None if metric == "loss" else "accuracy")
+    assert callback.result.trained_trial.value == callback.result.trained_trial.metrics[metric]
     if metric == "accuracy":
         return
     assert callback.result.trained_trial.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
@@ -633,9 +541,6 @@ def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_p
         for adapter_path in (tmp_path / "trained", folder)
     ]
     assert values[1] - values[0] == pytest.approx(callback.result.answer.difference, abs=1e-4)
-    trainer.add_callback(SmallestAdapter(encoded[200:]))
-    with pytest.raises(SettingsError, match="the trainer has two of these callbacks, which would both write to"):
-        trainer.train()
 
 
 def compute_class_loss(folder: Path, adapter: Path, rows: Sequence[Any], collator: Any) -> float:
@@ -648,19 +553,12 @@ def compute_class_loss(folder: Path, adapter: Path, rows: Sequence[Any], collato
         return sum(float(model(**collator([row])).loss) for row in rows) / len(rows)
 
 
-def test_a_metric_without_examples_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="accuracy is defined only for classifiers"):
-        run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]), metric="accuracy")])
-    with pytest.raises(SettingsError, match="allowed are loss and accuracy"):
-        run_training(model_folder, rows, tmp_path, [SmallestAdapter(RowList(rows[140:]), metric="rouge")])
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("changes", [{}, {"precompute_ref_log_probs": True, "beta": 0.5}])
 def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
     """Compare the loss of pairs with TRL's loss and its reference, and the adapter's difference with the callback's."""
     trainer, held_out = make_dpo_trainer(model_folder, tmp_path, max_steps=30, **changes)
-    callback = SmallestAdapter(held_out, margin=0.05)
+    callback = SmallestAdapter(trainer, margin=0.05)
     trainer.add_callback(callback)
     trainer.train()
     assert callback.result is not None
@@ -686,14 +584,20 @@ def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"loss_type": "aot"}, "loss_type .*aot.*"), ({"loss_weights": [3.0]}, "loss_weights")]
+    ("changes", "reference", "named"),
+    [
+        ({"loss_type": "aot"}, None, "loss_type .*aot.*"),
+        ({"loss_weights": [3.0]}, None, "loss_weights"),
+        ({}, torch.nn.Identity(), "ref_model"),
+    ],
 )
 def test_a_loss_of_pairs_that_is_not_plain_is_refused(
-    model_folder: Path, tmp_path: Path, changes: dict[str, Any], named: str
+    model_folder: Path, tmp_path: Path, changes: dict[str, Any], reference: Any, named: str
 ) -> None:
-    trainer, held_out = make_dpo_trainer(model_folder, tmp_path, max_steps=1, **changes)
-    trainer.add_callback(SmallestAdapter(held_out))
-    with pytest.raises(SettingsError, match=rf"{named}: preference pairs are measured only by the loss sigmoid"):
+    trainer, _ = make_dpo_trainer(model_folder, tmp_path, max_steps=1, **changes)
+    trainer.ref_model = reference
+    trainer.add_callback(SmallestAdapter(trainer))
+    with pytest.raises(SettingsError, match=f"{named}: "):
         trainer.train()
 
 
@@ -718,20 +622,6 @@ def make_dpo_trainer(model_folder: Path, folder: Path, **changes: Any) -> tuple[
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
     return trainer, trainer.eval_dataset
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_padding_free_rows_of_trl_have_their_own_losses(model_folder: Path, rows: Rows) -> None:
-    """Join several rows into one, as TRL's collator does. Each row keeps its loss."""
-    collators = pytest.importorskip("trl.trainer.sft_trainer")
-    model = make_peft_model(model_folder).eval()
-    alone = score_batches(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:4]])
-    collator = collators.DataCollatorForLanguageModeling(pad_token_id=1, padding_free=True)
-    joined = {key: value for key, value in collator([dict(row) for row in rows[:4]]).items() if torch.is_tensor(value)}
-    unpadded = {key: joined[key] for key in ("input_ids", "labels", "position_ids")}
-    packed = score_batches(model, [unpadded])
-    assert packed.tokens == alone.tokens
-    assert packed.losses == pytest.approx(alone.losses, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -759,7 +649,7 @@ def test_the_end_of_a_trl_training(model_folder: Path, completion_file: Path, tm
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
-    callback = SmallestAdapter(trainer.eval_dataset, margin=0.1)
+    callback = SmallestAdapter(trainer, margin=0.1)
     trainer.add_callback(callback)
     trainer.train()
     assert callback.result is not None

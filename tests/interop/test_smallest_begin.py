@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,42 +18,28 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from rightrank import SmallestAdapter, Squeeze
-from rightrank.interop.truncation_run import resume_measurement
+from rightrank.interop.measurement import resume_measurement
+from rightrank.interop.trainer_rows import find_group_key, number_groups
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
-from tests.interop.trainings import OneTimeRows, RowList, Rows, make_peft_model
+from tests.interop.trainings import OneTimeRows, RowList, Rows, make_peft_model, make_trainer, run_training
 
 pytestmark = pytest.mark.trains
 
 
-def make_trainer(
-    model: Any, folder: Path, out: Path, train: Any, held_out: Any, *callbacks: Any, **changes: Any
-) -> Trainer:
-    settings: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "no", "seed": 0}
-    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "per_device_train_batch_size": 8}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Trainer(
-        model,
-        TrainingArguments(output_dir=str(out), **settings | changes),
-        DataCollatorForSeq2Seq(tokenizer, padding=True),
-        train,
-        held_out,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
-
-
-def require_refusal(trainer: Trainer, error: type[InputError]) -> str:
-    with pytest.raises(error) as raised:
+def refuse(trainer: Trainer, words: str, error: type[InputError] = DataError) -> None:
+    """Require that the training is refused in one line before its first step."""
+    with pytest.raises(error, match=words) as raised:
         trainer.train()
     assert trainer.state.global_step == 0
     assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "arguments", "error", "words"),
     [
         ({"target_modules": ["embed_tokens", "q_proj"]}, {}, ModelError, "embed_tokens.*linear layers"),
+        ({"use_dora": True}, {}, ModelError, "only LoRA of linear layers"),
+        ({"r": 1}, {}, ModelError, "rank 1"),
         ({"init_lora_weights": "pissa"}, {}, ModelError, "pissa.*changes the base"),
         ({"init_lora_weights": "olora"}, {}, ModelError, "olora.*changes the base"),
         ({}, {"ranks": [64]}, SettingsError, "rank 64 cannot be reached"),
@@ -64,6 +49,8 @@ def require_refusal(trainer: Trainer, error: type[InputError]) -> str:
         ({}, {"margin": "1%"}, SettingsError, "margin"),
         ({}, {"margin": -1}, SettingsError, "margin"),
         ({}, {"max_examples": 1}, SettingsError, "max_examples 1: give a whole number of 2 or more"),
+        ({}, {"metric": "accuracy"}, SettingsError, "accuracy is defined only for classifiers"),
+        ({}, {"metric": "rouge"}, SettingsError, "allowed are loss and accuracy"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word")
@@ -76,10 +63,8 @@ def test_a_wrong_value_is_refused(
     rows: Rows,
     tmp_path: Path,
 ) -> None:
-    callback = SmallestAdapter(RowList(rows[140:]), **arguments)
     model = make_peft_model(model_folder, **changes)
-    message = require_refusal(make_trainer(model, model_folder, tmp_path, RowList(rows[:40]), None, callback), error)
-    assert re.search(words, message)
+    refuse(make_trainer(model_folder, rows, tmp_path, partial(SmallestAdapter, **arguments), model=model), words, error)
 
 
 def remove_labels(rows: Rows) -> Rows:
@@ -89,18 +74,38 @@ def remove_labels(rows: Rows) -> Rows:
 @pytest.mark.parametrize(
     ("held_out", "words"),
     [
+        (lambda _: None, "SmallestAdapter a list of a few hundred rows"),
+        (lambda rows: iter(rows[140:]), "SmallestAdapter a list of a few hundred rows"),
+        (lambda _: [{"text": "a"}] * 40, "does not accept the held-out rows"),
+        (lambda rows: {"one": rows[140:], "two": rows[140:]}, r"has 2 data sets \(one, two\)"),
+        (lambda rows: rows[:16], "the held-out rows are in the training set"),
         (lambda rows: RowList(remove_labels(rows[140:])), "fewer than two held-out rows have a label"),
         (lambda rows: RowList([*remove_labels(rows[140:160]), rows[160]]), "fewer than two held-out rows have a label"),
         (lambda rows: [(row["input_ids"], row["labels"]) for row in rows[140:]], "a row is a tuple"),
         (lambda rows: [row["input_ids"] for row in rows[140:]], "a row is a list"),
     ],
 )
-def test_rows_without_a_loss_are_refused(
+def test_rows_that_cannot_be_scored_are_refused(
     held_out: Callable[[Rows], Any], words: str, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    callback = SmallestAdapter(held_out(rows))
-    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:40]), None, callback)
-    assert words in require_refusal(trainer, DataError)
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter)
+    trainer.eval_dataset = held_out(rows)
+    refuse(trainer, words)
+
+
+def test_the_callback_of_another_trainer_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Refuse rows in place of the trainer, the callback of another trainer, and two callbacks."""
+    trainer = make_trainer(model_folder, rows, tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"first argument is a RowList, .* trainer.add_callback\(Squeeze\(trainer\)\)"
+    ):
+        Squeeze(trainer.eval_dataset)  # type: ignore[arg-type]
+    refuse(
+        make_trainer(model_folder, rows, tmp_path, lambda _: SmallestAdapter(trainer)), "another trainer", SettingsError
+    )
+    refuse(
+        make_trainer(model_folder, rows, tmp_path, SmallestAdapter, Squeeze), "two of these callbacks", SettingsError
+    )
 
 
 def test_an_adapter_active_beside_the_trained_one_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -109,10 +114,8 @@ def test_an_adapter_active_beside_the_trained_one_is_refused(model_folder: Path,
     model.base_model.set_adapter(["frozen", "default"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("default" in name)
-    trainer = make_trainer(
-        model, model_folder, tmp_path, RowList(rows[:40]), None, SmallestAdapter(RowList(rows[140:]))
-    )
-    assert "the adapters default, frozen are active at the same time" in require_refusal(trainer, ModelError)
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, model=model)
+    refuse(trainer, "the adapters default, frozen are active at the same time", ModelError)
 
 
 @pytest.mark.parametrize("scaling", ["set_scale", "scale_layer", "config"])
@@ -125,13 +128,8 @@ def test_a_scale_that_peft_does_not_save_is_refused(
             module.set_scale("default", 0.5) if scaling == "set_scale" else module.scale_layer(0.5)
     if scaling == "config":
         model.peft_config["default"].lora_alpha = 16
-    trainer = make_trainer(
-        model, model_folder, tmp_path, RowList(rows[:40]), None, SmallestAdapter(RowList(rows[140:]))
-    )
-    assert "the saved adapter would differ" in require_refusal(trainer, ModelError)
-
-
-GLOBAL = np.random.default_rng(0)
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, model=model)
+    refuse(trainer, "the saved adapter would differ", ModelError)
 
 
 class RandomRows(RowList):
@@ -142,7 +140,7 @@ class RandomRows(RowList):
         self.own, self.transforms = np.random.default_rng(0), [torch.Generator().manual_seed(0), random.Random(0)]
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        draws = [torch.rand(1).item(), np.random.rand(), random.random(), self.own.random(), GLOBAL.random()]
+        draws = [torch.rand(1).item(), np.random.rand(), random.random(), self.own.random()]
         draws += [torch.rand(1, generator=self.transforms[0]).item(), self.transforms[1].random()]
         row = self.rows[index]
         length = len(row["labels"]) - round(sum(draws)) % 4
@@ -152,23 +150,20 @@ class RandomRows(RowList):
 def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """Train on data sets that draw random numbers, and compare bit by bit."""
     weights = []
-    for number, callbacks in enumerate(([], [SmallestAdapter(RandomRows(rows[140:]))])):
-        GLOBAL.bit_generator.state = np.random.default_rng(0).bit_generator.state
-        model = make_peft_model(model_folder)
-        train, held_out = RandomRows(rows[:140]), RandomRows(rows[140:])
+    for number, callbacks in enumerate(([], [SmallestAdapter])):
         trainer = make_trainer(
-            model,
             model_folder,
+            rows,
             tmp_path / str(number),
-            train,
-            held_out,
             *callbacks,
+            train=RandomRows(rows[:140]),
+            held_out=RandomRows(rows[140:]),
             eval_strategy="steps",
             eval_steps=2,
         )
         trainer.train()
-        weights.append(dict(model.named_parameters()))
-    assert callbacks[0].result is not None
+        weights.append(dict(trainer.model.named_parameters()))  # type: ignore[union-attr]
+    assert (tmp_path / "1" / "rightrank" / "adapter").is_dir()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
@@ -238,24 +233,21 @@ def make_collator(kind: str, folder: Path) -> Collator:
 
 
 @pytest.mark.parametrize("kind", ["rows", "collator", "transformers", "script"])
-@pytest.mark.parametrize("callback", [SmallestAdapter, partial(Squeeze, rank=15)])
 def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
-    callback: Any, kind: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cover a data set's transform, a collator such as transformers', and a script. The batches are the same as without the callback."""
+    """Cover a data set's transform, a collator such as transformers', and a script. The batches are the same as without the callbacks."""
     batches = []
-    for number, callbacks in enumerate(([], [callback()])):
-        train = (LazyRows if kind == "rows" else RowList)(rows[:140])
-        collator = make_collator(kind, model_folder)
+    for number, callbacks in enumerate(([], [SmallestAdapter], [partial(Squeeze, rank=15)])):
+        collator, train = make_collator(kind, model_folder), (LazyRows if kind == "rows" else RowList)(rows[:140])
         monkeypatch.setattr(sys.modules[__name__], "GENERATOR", None)
-        trainer = make_trainer(
-            make_peft_model(model_folder), model_folder, tmp_path / str(number), train, RowList(rows[140:]), *callbacks
-        )
+        trainer = make_trainer(model_folder, rows, tmp_path / str(number), *callbacks, train=train)
         trainer.data_collator = collator
         trainer.train()
         batches.append([batch["labels"] for batch in collator.batches])
     assert len(batches[0]) >= 4  # the trainer reads ahead
-    assert all(torch.equal(*labels) for labels in zip(*batches, strict=True))
+    for other in batches[1:]:
+        assert all(torch.equal(*labels) for labels in zip(batches[0], other, strict=True))
 
 
 def test_what_cannot_be_copied_is_not_read_before_the_end(
@@ -264,8 +256,8 @@ def test_what_cannot_be_copied_is_not_read_before_the_end(
     """Use an open file, which cannot be copied. A note lists unchecked rows, and a cut between two steps is refused."""
     train = LazyRows(rows[:140])
     train.file = (tmp_path / "rows").open("w")  # type: ignore[attr-defined]
-    callback, collator = SmallestAdapter(RowList(rows[140:]), margin=0.1), make_collator("collator", model_folder)
-    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, train, None, callback)
+    collator = make_collator("collator", model_folder)
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, train=train)
     trainer.data_collator = collator
     assert collator.lazy is not None
     collator.lazy.file = train.file  # type: ignore[attr-defined]
@@ -274,16 +266,14 @@ def test_what_cannot_be_copied_is_not_read_before_the_end(
     assert "the training set is not read before the training ends: LazyRows cannot be copied (" in caplog.text
     assert "held-out rows were not looked for in it" in caplog.text
     assert "no example was scored before the first step" in caplog.text
-    assert callback.result is not None
+    callback: Any = trainer.callback_handler.callbacks[0]
     assert "truncated by singular values" not in " ".join(callback.result.notes)
     trainer.remove_callback(callback)
-    trainer.add_callback(Squeeze(RowList(rows[140:]), rank=4))
+    trainer.add_callback(Squeeze(trainer, rank=4))
     trainer.state.global_step = 0
-    assert "give the trainer a collator that copy.deepcopy copies" in require_refusal(trainer, DataError)
-    trainer = make_trainer(
-        make_peft_model(model_folder), model_folder, tmp_path, RowList(rows), train, SmallestAdapter()
-    )
-    assert "eval_dataset, LazyRows cannot be copied" in require_refusal(trainer, DataError)
+    refuse(trainer, "give the trainer a collator that copy.deepcopy copies")
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, held_out=train)
+    refuse(trainer, "eval_dataset, LazyRows cannot be copied")
     train.file.close()  # type: ignore[attr-defined]
 
 
@@ -313,31 +303,29 @@ def test_a_stream_loses_no_row(
             yield row
 
     remaining, weights = [], []
-    for number, callbacks in enumerate(([], [SmallestAdapter(RowList(rows[140:]), margin=0.1)])):
+    for number, callbacks in enumerate(([], [SmallestAdapter])):
         drawn.clear()
         train: Any = {"one shot": OneTimeRows, "length": Stream}.get(kind, OneTimeRows)(rows[:140])
         if kind == "datasets":
             train = pytest.importorskip("datasets").IterableDataset.from_generator(generate)
-        model = make_peft_model(model_folder)
-        make_trainer(model, model_folder, tmp_path / str(number), train, None, *callbacks).train()
+        trainer = make_trainer(model_folder, rows, tmp_path / str(number), *callbacks, train=train)
+        trainer.train()
         remaining.append(list(drawn) if kind == "datasets" else list(train.left))
-        weights.append(dict(model.named_parameters()))
+        weights.append(dict(trainer.model.named_parameters()))  # type: ignore[union-attr]
     assert remaining[0] == remaining[1] != []
     assert "a stream and is not read; held-out rows were not looked for in it" in caplog.text
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert callbacks[0].result is not None
-    assert "truncated by singular values" in callbacks[0].result.notes[0]
-    assert any("were not looked for" in note for note in callbacks[0].result.answer.notes)
+    result = trainer.callback_handler.callbacks[0].result
+    assert "truncated by singular values" in result.notes[0]
+    assert any("were not looked for" in note for note in result.answer.notes)
 
 
 def test_a_stream_of_held_out_rows_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """Refuse a stream, because a random sample would require reading all of it."""
     held_out = Stream(rows[140:])
-    for callback in (SmallestAdapter(), SmallestAdapter(held_out), SmallestAdapter(iter(rows[140:]))):
-        trainer = make_trainer(
-            make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:40]), held_out, callback
-        )
-        assert "SmallestAdapter a list of a few hundred rows" in require_refusal(trainer, DataError)
+    for arguments in ({}, {"eval_dataset": held_out}):
+        callback = partial(SmallestAdapter, **arguments)
+        refuse(make_trainer(model_folder, rows, tmp_path, callback, held_out=held_out), "a list of a few hundred rows")
     assert len(list(held_out.left)) == len(rows[140:])
 
 
@@ -371,14 +359,13 @@ class StepRecorder(TrainerCallback):
 def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """Count rows before the first step and at the end. No rows are in memory during the training."""
     CountedRow.max_alive = 0
-    callback, begun = SmallestAdapter(GeneratedRows(rows[140:]), margin=0.1), StepRecorder()
-    trainer = make_trainer(
-        make_peft_model(model_folder), model_folder, tmp_path, GeneratedRows(rows[:140]), None, callback, begun
-    )
-    trainer.train()
+    begun = StepRecorder()
+    callback = run_training(
+        model_folder, rows, tmp_path, SmallestAdapter, lambda _: begun,
+        train=GeneratedRows(rows[:140]), held_out=GeneratedRows(rows[140:]),
+    )  # fmt: skip
     assert begun.max_alive <= 32  # beside the trainer's own, which reads a batch ahead
     assert CountedRow.max_alive <= 32
-    assert callback.result is not None
     assert callback.result.num_examples == len(rows) - 140
 
 
@@ -386,12 +373,10 @@ def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check that the answer states how many rows were compared."""
-    monkeypatch.setattr("rightrank.interop.smallest.MAX_COMPARISON_SECONDS", -1.0)
-    callback = SmallestAdapter(RowList(rows[100:]), margin=0.1)
-    make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback).train()
-    assert callback.result is not None
-    assert callback.result.num_examples == len(rows) - 100
-    assert any(note.startswith("0 of 140 training rows (a random sample)") for note in callback.result.answer.notes)
+    monkeypatch.setattr("rightrank.interop.held_out.MAX_COMPARISON_SECONDS", -1.0)
+    result = run_training(model_folder, rows, tmp_path, SmallestAdapter, held_out=RowList(rows[100:])).result
+    assert result.num_examples == len(rows) - 100
+    assert any(note.startswith("0 of 140 training rows (a random sample)") for note in result.answer.notes)
 
 
 def make_images(count: int) -> list[dict[str, Any]]:
@@ -417,12 +402,14 @@ def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, cap
     base = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["classifier"])
     model: Any = get_peft_model(base, lora)
-    callback = SmallestAdapter(rows[80:], metric="accuracy", margin=0.05)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=30, learning_rate=1e-2, per_device_train_batch_size=8, save_strategy="no",
         report_to=[], disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
     )  # fmt: skip
-    Trainer(model, arguments, train_dataset=rows[:80], callbacks=[callback]).train()
+    trainer: Any = Trainer(model, arguments, train_dataset=rows[:80], eval_dataset=rows[80:])  # type: ignore[arg-type]
+    callback = SmallestAdapter(trainer, metric="accuracy", margin=0.05)
+    trainer.add_callback(callback)
+    trainer.train()
     assert "are also in the training set" not in caplog.text
     assert callback.result is not None
     assert callback.result.num_examples == 80
@@ -432,35 +419,9 @@ def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, cap
         assert callback.result.trained_trial.value == pytest.approx(
             float((model.eval()(pixels).logits.argmax(-1) == labels).float().mean())
         )
-    assert "are also in the training set" in find_shared(rows, model, arguments, caplog)
-
-
-def find_shared(
-    rows: list[dict[str, Any]], model: Any, arguments: TrainingArguments, caplog: pytest.LogCaptureFixture
-) -> str:
-    Trainer(model, arguments, train_dataset=rows[:80], callbacks=[SmallestAdapter(rows[70:120])]).train()
-    return caplog.text
-
-
-def test_inputs_that_hold_tensors_and_are_none_are_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Use inputs such as images of several sizes."""
-    for pixel_values in ([torch.zeros(2)], {"a": (torch.zeros(2),)}):
-        callback = SmallestAdapter(RowList(rows[140:]), margin=0.1)
-        trainer = make_trainer(
-            make_peft_model(model_folder),
-            model_folder,
-            tmp_path,
-            RowList(rows[:140]),
-            RowList(rows[140:]),
-            callback,
-            max_steps=2,
-        )
-        collate = trainer.data_collator
-        trainer.data_collator = lambda batch_rows, collate=collate, pixel_values=pixel_values: {
-            **collate(batch_rows),
-            "pixel_values": pixel_values,
-        }
-        assert "the batches have pixel_values as a" in require_refusal(trainer, DataError)
+    callback.eval_dataset, arguments.max_steps = rows[70:120], 1
+    trainer.train()
+    assert "are also in the training set" in caplog.text
 
 
 @pytest.mark.parametrize("order", ["alternating", "sorted", "shuffled"])
@@ -476,10 +437,8 @@ def test_the_scored_rows_are_a_random_sample(
         random.Random(0).shuffle(mixed)
     random.seed(1)
     np.random.seed(1)
-    callback = SmallestAdapter(mixed, margin=0.1)
     train = [{name: values[1:] for name, values in row.items()} for row in rows]
-    make_trainer(make_peft_model(model_folder), model_folder, tmp_path, train, None, callback, max_steps=2).train()
-    assert callback.result is not None
+    callback = run_training(model_folder, rows, tmp_path, SmallestAdapter, train=train, held_out=mixed, max_steps=2)
     tokens = callback.result.trained_trial.example_tokens
     assert len(tokens) == 20
     assert 4 <= sum(count > 35 for count in tokens) <= 16  # beyond this in 1 of 400 random samples
@@ -494,18 +453,14 @@ def test_the_sample_is_the_same_whatever_the_global_generators_have(
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        callback = SmallestAdapter(RowList(rows[140:]), margin=0.1, max_examples=20)
-        make_trainer(
-            make_peft_model(model_folder), model_folder, tmp_path / str(seed), RowList(rows[:140]), None, callback, seed=seed, max_steps=1,
-        ).train()  # fmt: skip
-        assert callback.result is not None
-        tokens.append(callback.result.trained_trial.example_tokens)
+        callback = partial(SmallestAdapter, max_examples=20)
+        result = run_training(model_folder, rows, tmp_path / str(seed), callback, seed=seed, max_steps=1).result
+        tokens.append(result.trained_trial.example_tokens)
     assert tokens[0] == tokens[1]
 
 
 def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    callback = SmallestAdapter(RowList(rows[140:]), margin=1.0, measure=False)
-    make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:40]), None, callback).train()
+    run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, margin=1.0, measure=False))
     resume_measurement(tmp_path / "rightrank")
     for folder in [tmp_path / "rightrank" / "adapter", *(tmp_path / "rightrank" / "trials").iterdir()]:
         loaded = AutoTokenizer.from_pretrained(folder)
@@ -526,18 +481,14 @@ def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, t
 def test_a_column_that_groups_nothing_is_refused(
     documents: int | None, words: str, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    held_out = [row | ({"doc": at % documents} if documents else {}) for at, row in enumerate(rows[100:140])]
-    callback = SmallestAdapter(held_out, group="doc")
-    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:16]), None, callback)
-    assert re.search(words, require_refusal(trainer, DataError))
+    held_out = [row | ({"doc": at % documents} if documents else {}) for at, row in enumerate(rows[140:180])]
+    refuse(make_trainer(model_folder, rows, tmp_path, partial(SmallestAdapter, group="doc"), held_out=held_out), words)
 
 
 @pytest.mark.filterwarnings("ignore:Creating a tensor from a list")
 @pytest.mark.parametrize("form", ["torch", "numpy", None])
 @pytest.mark.parametrize("marks", ["labels", "completion_mask", "prompt_ids"])
-def test_rows_with_one_prompt_belong_together_in_every_format(
-    form: str | None, marks: str, model_folder: Path, rows: Rows, tmp_path: Path
-) -> None:
+def test_rows_with_one_prompt_belong_together_in_every_format(form: str | None, marks: str, rows: Rows) -> None:
     """Cover lists, tensors and arrays from `datasets`."""
     datasets = pytest.importorskip("datasets")
     held_out = []
@@ -548,56 +499,44 @@ def test_rows_with_one_prompt_belong_together_in_every_format(
             held_out[-1] |= {"completion_mask": [0] * 3 + [1] * len(answer)}
         elif marks == "prompt_ids":
             held_out[-1] |= {"prompt_ids": prompt}
-    callback = SmallestAdapter(datasets.Dataset.from_list(held_out).with_format(form), margin=0.1)
-    make_trainer(
-        make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback, max_steps=1
-    ).train()
-    assert callback.result is not None
-    assert "Bounds are over 10 groups of 40 examples." in callback.result.answer.notes
+    keys = [find_group_key(row, None) for row in datasets.Dataset.from_list(held_out).with_format(form)]
+    assert number_groups(keys, None) == [number % 10 for number in range(40)]
 
 
-def test_long_values_of_a_group_column_are_told_apart(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+def test_long_values_of_a_group_column_are_told_apart() -> None:
     """Use arrays that `repr` shortens, and integers that a float cannot represent."""
     for values in (
         [np.concatenate([np.zeros(900), [number // 4], np.zeros(900)]) for number in range(40)],
         [2**60 + number // 4 for number in range(40)],
     ):
-        held_out = [row | {"doc": value} for row, value in zip(rows[140:180], values, strict=True)]
-        callback = SmallestAdapter(held_out, margin=0.1, group="doc")
-        make_trainer(
-            make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback, max_steps=1
-        ).train()
-        assert callback.result is not None
-        assert "Bounds are over 10 groups of 40 examples." in callback.result.answer.notes
+        keys = [find_group_key({"doc": value}, "doc") for value in values]
+        assert number_groups(keys, "doc") == [number // 4 for number in range(40)]
+
+
+IDS = torch.tensor([[1, 2]])
 
 
 @pytest.mark.parametrize(
-    "batch",
+    ("change", "words"),
     [
-        {"query_input_ids": [[1, 2]], "passage_input_ids": [[3, 4]]},
-        {"query": {"input_ids": [[1, 2]]}, "passage": {"input_ids": [[3, 4]]}},
-        {"input_ids": [[1, 2]], "labels": [0.5]},
-        {"input_ids": [[1, 2]], "labels": [1]},
-        {"labels": [1]},
+        (lambda _: {"query_input_ids": IDS, "passage_input_ids": IDS}, "evaluate=evaluate"),
+        (lambda _: {"query": {"input_ids": IDS}, "passage": {"input_ids": IDS}}, "evaluate=evaluate"),
+        (lambda _: {"input_ids": IDS, "labels": torch.tensor([0.5])}, "evaluate=evaluate"),
+        (lambda _: {"input_ids": IDS, "labels": torch.tensor([1])}, "evaluate=evaluate"),
+        (lambda _: {"labels": torch.tensor([1])}, "evaluate=evaluate"),
+        (lambda batch: {**batch, "pixel_values": [torch.zeros(2)]}, "the batches have pixel_values as a list"),
+        (lambda batch: {**batch, "pixel_values": {"a": (torch.zeros(2),)}}, "the batches have pixel_values as a dict"),
     ],
-    ids=["contrastive", "nested", "scores", "classes", "no inputs"],
+    ids=["contrastive", "nested", "scores", "classes", "no inputs", "several sizes", "nested tensors"],
 )
 def test_another_loss_is_refused_with_the_way(
-    batch: dict[str, Any], model_folder: Path, rows: Rows, tmp_path: Path
+    change: Callable[[Any], Any], words: str, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    """Use contrastive losses and rerankers. The error names `evaluate=`."""
-
-    def tensors(value: Any) -> Any:
-        return (
-            {key: tensors(element) for key, element in value.items()}
-            if isinstance(value, dict)
-            else torch.tensor(value)
-        )
-
-    callback = SmallestAdapter(RowList(rows[140:]))
-    trainer = make_trainer(make_peft_model(model_folder), model_folder, tmp_path, RowList(rows[:140]), None, callback)
-    trainer.data_collator = lambda _: tensors(batch)
-    assert "evaluate=evaluate" in require_refusal(trainer, DataError)
+    """Use contrastive losses, rerankers, and inputs such as images of several sizes. The error names `evaluate=`."""
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda batch_rows: change(collate(batch_rows))
+    refuse(trainer, words)
 
 
 def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -605,15 +544,15 @@ def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_
     base = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1, pad_token_id=1)
     model: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
     labelled = [{"input_ids": row["input_ids"], "labels": number % 2} for number, row in enumerate(rows)]
-    trainer = make_trainer(model, model_folder, tmp_path, labelled[:140], labelled[140:], SmallestAdapter())
+    trainer = make_trainer(
+        model_folder, rows, tmp_path, SmallestAdapter, model=model, train=labelled[:140], held_out=labelled[140:]
+    )
     trainer.data_collator = transformers.DataCollatorWithPadding(AutoTokenizer.from_pretrained(model_folder))
-    assert "evaluate=evaluate" in require_refusal(trainer, DataError)
+    refuse(trainer, "evaluate=evaluate")
 
 
 def test_a_trainer_of_embedding_models_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """Use a trainer of `sentence_transformers`, which computes its own loss."""
-    trainer = make_trainer(
-        make_peft_model(model_folder), model_folder, tmp_path, RowList(rows), None, SmallestAdapter()
-    )
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter)
     trainer.__class__ = type("CrossEncoderTrainer", (Trainer,), {"__module__": "sentence_transformers.cross_encoder"})
-    assert "evaluate=evaluate" in require_refusal(trainer, SettingsError)
+    refuse(trainer, "evaluate=evaluate", SettingsError)

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from rightrank import Squeeze
 from rightrank.interop.squeeze import STUDY_RESULT, squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError
-from tests.interop.trainings import OneTimeRows, RowList, Rows, make_peft_model
+from tests.interop import trainings
+from tests.interop.trainings import OneTimeRows, RowList, Rows, make_batches, make_peft_model
 from tests.tiny import write_pairs
 
 pytestmark = pytest.mark.trains
 
-STEPS = 12
+STEPS, RANK_3 = 12, partial(Squeeze, rank=3)
 ARCHIVE = Path(__file__).parents[2] / "benchmarks" / "README.md"
 
 
@@ -41,12 +40,7 @@ def test_the_figures_of_the_study_are_those_of_the_archive() -> None:
     assert all(figure in row for figure in figures), figures
 
 
-def make_trainer(model: Any, folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **changes: Any) -> Trainer:
-    settings: dict[str, Any] = {"max_steps": STEPS, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "seed": 0}
-    settings |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
-    arguments = TrainingArguments(output_dir=str(out), **settings | changes)
-    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder), padding=True)
-    return Trainer(model, arguments, collator, RowList(rows[:140]), RowList(rows[140:]), callbacks=list(callbacks))
+make_trainer = partial(trainings.make_trainer, max_steps=STEPS, per_device_train_batch_size=4)
 
 
 def compute_loss(model: Any, rows: Rows) -> float:
@@ -59,6 +53,10 @@ def load_adapter(folder: Path, adapter: Path, **options: Any) -> Any:
     return PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter, **options
     )
+
+
+def find_cut(trainer: Any) -> Any:
+    return next(callback.cut for callback in trainer.callback_handler.callbacks if isinstance(callback, Squeeze))
 
 
 class StepRecorder(TrainerCallback):
@@ -86,8 +84,11 @@ def test_the_training_goes_on_at_the_rank(
     model_folder: Path, rows: Rows, tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Check each step under every option of the trainer. The saved adapter loads in PEFT and gives the same losses."""
-    recorder, callback, model = StepRecorder(), Squeeze(rank=3, at=0.5), make_peft_model(model_folder)
-    trainer = make_trainer(model, model_folder, rows, tmp_path, [callback, recorder], logging_steps=1, **changes)
+    recorder, model = StepRecorder(), make_peft_model(model_folder)
+    squeeze_callback = partial(Squeeze, rank=3, at=0.5)
+    trainer = make_trainer(
+        model_folder, rows, tmp_path, squeeze_callback, lambda _: recorder, model=model, logging_steps=1, **changes
+    )
     with caplog.at_level(logging.WARNING, "rightrank"):
         trainer.train()
     assert recorder.ranks[:6] == [16] * 6
@@ -95,21 +96,19 @@ def test_the_training_goes_on_at_the_rank(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == STEPS
     assert sum(losses[-3:]) < sum(losses[:3])
-    assert callback.cut is not None
-    assert (callback.cut.top_rank, callback.cut.rank) == (16, 3)
+    cut = find_cut(trainer)
+    assert (cut.top_rank, cut.rank) == (16, 3)
     trainer.save_model(str(tmp_path / "saved"))
     assert compute_loss(load_adapter(model_folder, tmp_path / "saved"), rows[140:150]) == pytest.approx(
         compute_loss(model, rows[140:150]), rel=2e-3 if "bf16" in changes else 1e-5
     )
     assert f"rank 16 to step 6, then rank 3 to step {STEPS}. In a study" in caplog.text
-    assert callback.cut.num_parameters == sum(
-        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-    )
+    assert cut.num_parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_an_orthogonal_start_does_not_forbid_an_odd_rank(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     model = make_peft_model(model_folder, init_lora_weights="orthogonal")
-    trainer = make_trainer(model, model_folder, rows, tmp_path, [Squeeze(rank=3)])
+    trainer = make_trainer(model_folder, rows, tmp_path, RANK_3, model=model)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert compute_loss(load_adapter(model_folder, tmp_path / "saved"), rows[140:145]) == pytest.approx(
@@ -122,8 +121,8 @@ def test_the_steps_before_the_cut_are_those_of_a_training_without_it(
 ) -> None:
     """Compare bit by bit, and require that the optimizer's state covers only the steps after the cut."""
     logs = []
-    for callbacks in ([], [Squeeze(rank=3)]):
-        trainer = make_trainer(make_peft_model(model_folder), model_folder, rows, tmp_path, callbacks, logging_steps=1)
+    for callbacks in ([], [RANK_3]):
+        trainer = make_trainer(model_folder, rows, tmp_path, *callbacks, logging_steps=1)
         trainer.train()
         logs.append(
             [
@@ -143,15 +142,13 @@ def test_the_steps_before_the_cut_are_those_of_a_training_without_it(
 def test_a_training_resumed_after_the_cut_ends_the_same(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     """Resume from checkpoints before, at and after the cut, and compare byte by byte."""
     options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 4}
-    make_trainer(
-        make_peft_model(model_folder), model_folder, rows, tmp_path / "whole", [Squeeze(rank=3)], **options
-    ).train()
+    make_trainer(model_folder, rows, tmp_path / "whole", RANK_3, **options).train()
     end = tmp_path / "whole" / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
     for step in (3, 6, 9):
         start = tmp_path / f"from-{step}" / f"checkpoint-{step}"
         shutil.copytree(tmp_path / "whole" / start.name, start)
         model = make_peft_model(model_folder) if step < 6 else load_adapter(model_folder, start, is_trainable=True)
-        make_trainer(model, model_folder, rows, start.parent, [Squeeze(rank=3)], **options).train(str(start))
+        make_trainer(model_folder, rows, start.parent, RANK_3, model=model, **options).train(str(start))
         again = start.parent / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
         assert again.read_bytes() == end.read_bytes(), step
 
@@ -161,23 +158,17 @@ def test_a_training_resumed_after_the_cut_at_the_first_rank_is_one_line(
 ) -> None:
     options = {"save_strategy": "steps", "save_steps": 9}
     with caplog.at_level(logging.WARNING, "rightrank"):
-        make_trainer(make_peft_model(model_folder), model_folder, rows, tmp_path, [Squeeze(rank=3)], **options).train()
+        first = make_trainer(model_folder, rows, tmp_path, RANK_3, **options)
+        first.train()
+    assert "load_adapter" not in vars(first.model)  # the model loads adapters as before
     advice = "give the trainer the model PeftModel.from_pretrained(base, "
     assert f"to resume from a checkpoint after this step: {advice}checkpoint, is_trainable=True)" in caplog.text
     checkpoint = str(tmp_path / "checkpoint-9")
-    trainer = make_trainer(make_peft_model(model_folder), model_folder, rows, tmp_path, [Squeeze(rank=3)], **options)
+    trainer = make_trainer(model_folder, rows, tmp_path, RANK_3, **options)
     with pytest.raises(ModelError, match="another rank than the model") as caught:
         trainer.train(checkpoint)
     assert f"{advice}{checkpoint!r}, is_trainable=True)" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_the_model_loads_adapters_as_before_once_the_training_has_begun(
-    model_folder: Path, rows: Rows, tmp_path: Path
-) -> None:
-    model = make_peft_model(model_folder)
-    make_trainer(model, model_folder, rows, tmp_path, [Squeeze(rank=3)]).train()
-    assert "load_adapter" not in vars(model)
 
 
 def test_the_best_model_is_one_after_the_cut(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -189,7 +180,7 @@ def test_the_best_model_is_one_after_the_cut(model_folder: Path, rows: Rows, tmp
         "greater_is_better": True,
     }
     model = make_peft_model(model_folder)  # the largest loss is the first, before the cut
-    trainer = make_trainer(model, model_folder, rows, tmp_path, [Squeeze(rank=3)], **options)
+    trainer = make_trainer(model_folder, rows, tmp_path, RANK_3, model=model, **options)
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best is not None
@@ -203,25 +194,19 @@ def test_the_rank_is_measured_at_the_cut(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Cut to the smallest rank within the margin, or not at all if every truncation loses more."""
-    loose, strict = Squeeze(margin=1.0), Squeeze(margin=1e-9)
+    cuts = []
     with caplog.at_level(logging.WARNING, "rightrank"):
-        for callback in (loose, strict):
-            model = make_peft_model(model_folder)
-            make_trainer(model, model_folder, rows, tmp_path, [callback], learning_rate=3e-2).train()
-    assert loose.cut is not None
-    assert strict.cut is not None
-    assert loose.cut.rank == 1
-    assert loose.cut.measurement is not None
-    assert loose.cut.measurement.answer.difference_high < 1.0
-    assert (
-        strict.cut.rank
-        == strict.cut.top_rank
-        == max(
-            parameter.shape[0]
-            for parameter in model.parameters()
-            if parameter.requires_grad and parameter.shape[0] <= 16
-        )
-    )
+        for margin in (1.0, 1e-9):
+            trainer: Any = make_trainer(
+                model_folder, rows, tmp_path, partial(Squeeze, margin=margin), learning_rate=3e-2
+            )
+            trainer.train()
+            cuts.append(find_cut(trainer))
+    loose, strict = cuts
+    assert loose.rank == 1
+    assert loose.measurement.answer.difference_high < 1.0
+    shapes = [parameter.shape[0] for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert strict.rank == strict.top_rank == max(size for size in shapes if size <= 16)
     assert "no truncation is within the margin, so the training continues at rank 16" in caplog.text
 
 
@@ -242,18 +227,18 @@ def test_the_rank_is_measured_at_the_cut(
 def test_what_cannot_work_is_refused_before_the_first_step(
     model_folder: Path, rows: Rows, tmp_path: Path, options: Any, changes: Any, model_changes: Any, match: str
 ) -> None:
-    trainer = make_trainer(make_peft_model(model_folder, **model_changes), model_folder, rows, tmp_path, [], **changes)
-    callback = Squeeze(**options)
-    state = trainer.state
-    state.max_steps = STEPS
-    with pytest.raises((ModelError, SettingsError), match=match):
-        callback.on_train_begin(
-            trainer.args, state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader()
+    model = make_peft_model(model_folder, **model_changes)
+    trainer: Any = make_trainer(model_folder, rows, tmp_path, partial(Squeeze, **options), model=model, **changes)
+    trainer.state.max_steps = STEPS
+    arguments = trainer.args, trainer.state, trainer.control
+    with pytest.raises((ModelError, SettingsError), match=match):  # `train` would compile first
+        trainer.callback_handler.callbacks[-1].on_train_begin(
+            *arguments, model=model, train_dataloader=trainer.get_train_dataloader()
         )
 
 
 def test_a_loop_of_ones_own(model_folder: Path, rows: Rows) -> None:
-    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
+    batches = make_batches(rows)
     model = make_peft_model(model_folder)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2, amsgrad=True
@@ -300,11 +285,9 @@ def test_trainings_of_trl(model_folder: Path, completion_file: Path, tmp_path: P
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
-    callback = Squeeze(margin=10.0)
-    trainer.add_callback(callback)
+    trainer.add_callback(Squeeze(trainer, margin=10.0))
     trainer.train()
-    assert callback.cut is not None
-    assert callback.cut.rank == 1
+    assert find_cut(trainer).rank == 1
     assert trainer.model.peft_config["default"].r < 16
     trainer.save_model(str(tmp_path / "saved"))
     again = load_adapter(model_folder, tmp_path / "saved")
@@ -338,10 +321,9 @@ def test_an_iterable_that_is_read_once_loses_no_row(
 ) -> None:
     """Require that a training with a cut reads the same rows as one without."""
     remaining = []
-    for number, callbacks in enumerate(([], [Squeeze(rank=2)])):
-        trainer = make_trainer(make_peft_model(model_folder), model_folder, rows, tmp_path / str(number), callbacks)
-        trainer.train_dataset = train = OneTimeRows(rows[:140])
-        trainer.train()
+    for number, callbacks in enumerate(([], [partial(Squeeze, rank=2)])):
+        train = OneTimeRows(rows[:140])
+        make_trainer(model_folder, rows, tmp_path / str(number), *callbacks, train=train).train()
         remaining.append(list(train.left))
     assert remaining[0] == remaining[1] != []
     assert "truncated by singular values" in caplog.text

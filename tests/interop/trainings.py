@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -47,13 +48,45 @@ class OneTimeRows(torch.utils.data.IterableDataset[Any]):
         return self.left
 
 
-def run_training(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **changes: Any) -> tuple[Trainer, Any]:
-    model = make_peft_model(folder)
-    settings: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "seed": 0}
+def make_trainer(
+    folder: Path,
+    rows: Rows,
+    out: Path,
+    *callbacks: Any,
+    model: Any = None,
+    train: Any = None,
+    held_out: Any = None,
+    **changes: Any,
+) -> Trainer:
+    """Return a trainer of an adapter of rank 16. Callbacks are classes, or functions of the trainer such as `partial(Squeeze, rank=4)`."""
+    settings: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "seed": 0}
     settings |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
-    arguments = TrainingArguments(output_dir=str(out), **settings | changes)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = Trainer(model, arguments, collator, RowList(rows[:140]), RowList(rows[140:]), callbacks=list(callbacks))
+    trainer = Trainer(
+        make_peft_model(folder) if model is None else model,
+        TrainingArguments(output_dir=str(out), **settings | changes),
+        DataCollatorForSeq2Seq(tokenizer, padding=True),
+        RowList(rows[:140]) if train is None else train,
+        RowList(rows[140:]) if held_out is None else held_out,
+        processing_class=tokenizer,
+    )
+    for make_callback in callbacks:
+        trainer.add_callback(make_callback(trainer))
+    return trainer
+
+
+def run_training(folder: Path, rows: Rows, out: Path, *callbacks: Any, **changes: Any) -> Any:
+    """Train and return the first callback, or the trainer if there is none."""
+    trainer = make_trainer(folder, rows, out, *callbacks, **changes)
+    added = trainer.callback_handler.callbacks[-len(callbacks) :] if callbacks else [trainer]
     trainer.train()
-    return trainer, model
+    return added[0]
+
+
+def make_batches(rows: Rows) -> list[dict[str, torch.Tensor]]:
+    return [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
+
+
+def list_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings of the package."""
+    return [r.getMessage() for r in caplog.records if r.name == "rightrank" and r.levelname == "WARNING"]

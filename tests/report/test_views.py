@@ -71,7 +71,7 @@ def test_status_on_the_command_line(tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli, ["status", str(run)])
     assert shown.exit_code == 0
     assert "stopped, 8 trainings so far" in shown.output
-    assert f"resume: rightrank select --out {run}" in shown.output
+    assert f"resume: rightrank resume {run}" in shown.output
     answer = json.loads(CliRunner().invoke(cli, ["status", str(run), "--json"]).stdout)
     assert answer["trials_ended"] == 9
     assert "answer: Training rank: " in shown.output

@@ -38,12 +38,10 @@ from rightrank.schema.results import AdapterComparison, ComparisonVerdict, Metri
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter_runtime import report_evaluation_progress, require_matching_base
-from rightrank.train.evaluation import MetricResults, Scores
+from rightrank.train.evaluation import MetricResults, Progress, Scores, build_finished_trial
 from rightrank.train.metrics import measure_metrics, require_metric_functions
-from rightrank.train.optimizer import Progress
 from rightrank.train.runtime import Runtime, attach_adapter
 from rightrank.train.tokens import encode_splits
-from rightrank.train.trial import build_finished_trial
 
 BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # the settings for values of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}

@@ -24,16 +24,15 @@ def sync_errors() -> Iterator[None]:
     Raises:
         RunError: Another process failed.
     """
-    failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # raised again below, once the other processes know of it
-        if hasattr(error, SHARED_ERROR_FLAG):
-            raise  # in a block within this one
-        failure = error
-    failed = any(gather_objects(failure is not None))
-    if failed:
-        failure = failure or RunError("another process of the training failed")
+    except Exception as error:
+        if not hasattr(error, SHARED_ERROR_FLAG):  # else raised in a block within this one
+            gather_objects(True)
+            setattr(error, SHARED_ERROR_FLAG, True)
+        raise
+    if any(gather_objects(False)):
+        failure = RunError("another process of the training failed")
         setattr(failure, SHARED_ERROR_FLAG, True)
         raise failure
 

@@ -27,7 +27,7 @@ from rightrank.models.kinds import find_kind
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.resizing import require_plain_update
 from rightrank.schema.errors import ModelError
-from rightrank.train.covariances import MOMENT_TOKENS, GatheredMoments, accumulate_moments
+from rightrank.train.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
 from rightrank.train.multi_lora import find_lora_modules
 
 

@@ -18,48 +18,26 @@ from rightrank.schema.errors import DataError, get_first_line
 from rightrank.train.loss import use_adapter
 from rightrank.train.multi_lora import find_lora_modules
 
-SEARCH_DEPTH, MAX_SEARCHED_ENTRIES = (
-    5,
-    64,
-)  # limits of the search for generators: steps from a data set, entries of a list
+MAX_SEARCHED_ENTRIES = 64  # a longer list is shared with the copy
 MAX_COPIED_OBJECTS = 10_000  # a data set or collator with more objects is not copied
+# The errors of objects that cannot be copied: no support for it, an open file or stream, a tensor with a graph, an empty variable.
+COPY_ERRORS = (copy.Error, AttributeError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
-def preserve_random_states(*sources: Any) -> Iterator[None]:
-    """Restore every random state after the block: the global ones, and those of generators that the sources hold."""
-    generators = {id(generator): generator for source in sources for generator in _find_generators(source)}.values()
+def preserve_random_states(*loaders: Any) -> Iterator[None]:
+    """Restore the global random states after the block, and those of the loaders' generators."""
+    samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
+    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
+    generators = {getattr(owner, "generator", None) for owner in (*loaders, *samplers)}
     with ExitStack() as restored:
         restored.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         restored.callback(np.random.set_state, np.random.get_state())
         restored.callback(random.setstate, random.getstate())
         for generator in generators:
-            if isinstance(generator, np.random.Generator):
-                restored.callback(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-            elif isinstance(generator, random.Random):
-                restored.callback(generator.setstate, generator.getstate())
-            else:
+            if isinstance(generator, torch.Generator):
                 restored.callback(generator.set_state, generator.get_state())
         yield
-
-
-def _find_generators(source: Any, depth: int = SEARCH_DEPTH) -> Iterator[Any]:
-    """Yield the random generators in an object's attributes, recursively, and in the variables that a function uses."""
-    if isinstance(source, np.random.Generator | np.random.RandomState | torch.Generator | random.Random):
-        yield source
-    if depth == 0 or isinstance(source, torch.nn.Module | torch.Tensor | np.ndarray | type | ModuleType):
-        return
-    values = list(getattr(source, "__dict__", {}).values())
-    values += [getattr(type(source), name, None) for name in ("__getitem__", "__call__", "__iter__")]
-    if isinstance(source, list | tuple | dict) and len(source) <= MAX_SEARCHED_ENTRIES:
-        values += list(source.values() if isinstance(source, dict) else source)
-    elif isinstance(source, FunctionType):
-        values += [source.__globals__.get(name) for name in source.__code__.co_names]
-        values += [getattr(cell, "cell_contents", None) for cell in source.__closure__ or ()]
-    elif isinstance(source, MethodType | partial):
-        values += [source.__self__] if isinstance(source, MethodType) else [source.func, source.args, source.keywords]
-    for value in values:
-        yield from _find_generators(value, depth - 1)
 
 
 def copy_data_source(source: Any) -> Any:
@@ -91,7 +69,7 @@ def copy_data_source(source: Any) -> Any:
             for name, value in _collect_globals(function).items():
                 copied.__globals__[name] = copy.deepcopy(value, memo)
         return copy.deepcopy(source, memo)
-    except (copy.Error, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+    except COPY_ERRORS as error:
         raise DataError(f"{type(source).__name__} cannot be copied ({get_first_line(error)})") from error
 
 
@@ -153,7 +131,7 @@ def _is_array(value: Any) -> bool:
 
 
 @contextmanager
-def preserve_state(model: Any, name: str, *sources: Any) -> Iterator[None]:
+def preserve_state(model: Any, name: str, *loaders: Any) -> Iterator[None]:
     """Evaluate the model with the adapter `name` within the block, and restore the model and random states exactly after it."""
     layers = find_lora_modules(model).values()
     factors = [
@@ -169,7 +147,7 @@ def preserve_state(model: Any, name: str, *sources: Any) -> Iterator[None]:
         for parameter, _, _ in parameters:
             parameter.grad = None
         model.eval()
-        with use_adapter(model, name), preserve_random_states(*sources):
+        with use_adapter(model, name), preserve_random_states(*loaders):
             yield
     finally:
         with torch.no_grad():

@@ -37,8 +37,9 @@ from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
-from rightrank.train.covariances import GatheredMoments, gather_moments, gather_unseen_moments
+from rightrank.train.covariances import gather_moments, gather_unseen_moments
 from rightrank.train.evaluation import Scores
+from rightrank.train.moments import GatheredMoments
 from rightrank.train.runtime import Runtime, attach_adapter
 
 

@@ -37,7 +37,6 @@ MAX_SHOWN_CLASSES = 8
 MAX_COUNTED_GROUPS = 1000  # with more groups no split is too small
 MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
 MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
-SAMPLE_STREAM = int.from_bytes(b"rightrank")  # used only by `sample_indices`, for every seed
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("validation", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
@@ -49,16 +48,6 @@ FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # The first form whose 
     ("classification", ("text", "label")),
     ("text", ("text",)),
 )
-
-
-def sample_indices(population: int, count: int, seed: int = 0) -> list[int]:
-    """Return `count` random numbers below `population` without replacement, or all of them if there are fewer.
-
-    The sample depends only on the arguments, not on global generators. It uses its own random stream: with the stream that shuffled
-    the rows under the same seed, the sample would undo the shuffle.
-    """
-    generator = np.random.default_rng((SAMPLE_STREAM, seed))
-    return list(map(int, generator.choice(population, min(count, population), replace=False)))
 
 
 class ExampleStore(Store[Example]):

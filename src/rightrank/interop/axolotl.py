@@ -36,12 +36,10 @@ class SmallestAdapterPlugin(BasePlugin):  # type: ignore[misc]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """Return the callback that checks the training at its beginning and saves what the measurement needs."""
-        return [
-            SmallestAdapter(trainer.eval_dataset, margin=cfg.rightrank_margin, ranks=cfg.rightrank_ranks, measure=False)
-        ]
+        return [SmallestAdapter(trainer, margin=cfg.rightrank_margin, ranks=cfg.rightrank_ranks, measure=False)]
 
     def post_train_unload(self, cfg: Any) -> None:
         """Measure in a fresh process. A failure is logged in one line, and the training's own result is unaffected."""
         folder = Path(cfg.output_dir) / "rightrank"
         if (folder / "cache" / RESUME_FILE).is_file() and os.environ.get("RANK", "0") == "0":
-            subprocess.run([sys.executable, "-m", "rightrank.interop.smallest", str(folder)], check=False)
+            subprocess.run([sys.executable, "-m", "rightrank", "resume", str(folder)], check=False)

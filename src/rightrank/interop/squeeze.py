@@ -1,7 +1,7 @@
 """Cut the adapter to a lower rank during the training, with the Trainer of transformers or TRL.
 
-    trainer.add_callback(Squeeze(margin=0.005))        # the smallest rank within the margin, measured half-way
-    trainer.add_callback(Squeeze(rank=4, at=0.5))      # a given rank
+    trainer.add_callback(Squeeze(trainer, margin=0.005))        # the smallest rank within the margin, measured half-way
+    trainer.add_callback(Squeeze(trainer, rank=4, at=0.5))      # a given rank
 
 After the cut the trainer continues at the lower rank, with the same schedule and batches and a new optimizer state. Its checkpoints and its
 result are adapters of that rank. To resume after the cut, load the model from the checkpoint:
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
@@ -32,8 +32,9 @@ from rightrank.adapters.in_memory import (
     validate_trained_adapter,
 )
 from rightrank.adapters.preserved_state import preserve_state
-from rightrank.data.splits import sample_indices
-from rightrank.interop.smallest import SmallestAdapter, build_settings
+from rightrank.data.sampling import sample_indices
+from rightrank.interop.measurement import build_settings
+from rightrank.interop.smallest import SmallestAdapter
 from rightrank.interop.trainer_rows import MIN_EXAMPLES, RowReader, copy_batches, sample_batches
 from rightrank.interop.truncation_run import TruncationResult, measure_truncations
 from rightrank.models.adapter_folders import PEFT_PREFIX
@@ -50,11 +51,12 @@ RESUME_ADVICE = "give the trainer the model PeftModel.from_pretrained(base, {pat
 LAYERWISE_OPTIMIZERS = ("layerwise", "lomo")  # fragments of the names of optimizers that step inside the backward pass
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, repr=False)
 class Squeeze(SmallestAdapter):
     """Cut the adapter to a lower rank at a fraction of the training, which continues at that rank.
 
     Args:
+        trainer: The trainer that the callback is added to.
         eval_dataset, margin, ranks, metric, max_examples: for the measurement at the cut, as for `SmallestAdapter`.
         rank: The rank to cut to; None for the smallest rank whose truncation loses no more than the margin at the cut.
         at: When to cut, as a fraction of the training's steps.
@@ -70,16 +72,19 @@ class Squeeze(SmallestAdapter):
 
     _writes_run: ClassVar[bool] = False
     reads_between_steps: ClassVar[bool] = True
+    _: KW_ONLY
     rank: int | None = None
     at: float = 0.5
     measure: bool = field(default=True, init=False)
     cut: RankCut | None = field(default=None, init=False)
     _step: int = field(default=0, init=False)
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Replace `load_adapter` until the training begins, to explain why a checkpoint after the cut cannot be loaded."""
-        if hasattr(kwargs["model"], "load_adapter"):
-            kwargs["model"].load_adapter = MethodType(load_or_explain, kwargs["model"])
+    def __post_init__(self) -> None:
+        """Replace the model's `load_adapter` until the training begins, to explain why a checkpoint after the cut cannot be loaded."""
+        super().__post_init__()
+        model: Any = self.trainer.model
+        if hasattr(model, "load_adapter"):
+            model.load_adapter = MethodType(load_or_explain, model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,10 +103,10 @@ class Squeeze(SmallestAdapter):
             )
         super().on_train_begin(args, state, control, **kwargs)
 
-    def _select_held_out_rows(self, rows: Any, is_separate: bool, reader: RowReader) -> Subset[Any]:
+    def _select_held_out_rows(self, reader: RowReader) -> Subset[Any]:
         """Return the held-out rows. If the rank is given, return a few training rows instead, or none for a stream."""
         if self.rank is None:
-            return super()._select_held_out_rows(rows, is_separate, reader)
+            return super()._select_held_out_rows(reader)
         return Subset(reader.rows, sample_indices(len(reader.rows), MIN_EXAMPLES))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

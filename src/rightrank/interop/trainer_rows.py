@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset, Subset
 
 from rightrank.adapters.batch_scores import Batch, count_positions
 from rightrank.adapters.preserved_state import copy_data_source
-from rightrank.data.splits import sample_indices
+from rightrank.data.sampling import sample_indices
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import DataError, get_first_line
-from rightrank.train.covariances import MOMENT_TOKENS
+from rightrank.train.moments import MOMENT_TOKENS
 
 MIN_EXAMPLES = 30
 MAX_MOMENT_BATCHES = 64  # batches that are read for second moments

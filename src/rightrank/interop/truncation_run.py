@@ -17,16 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rightrank.adapters.batch_scores import HeldOutBatches, has_class_labels, read_batch
 from rightrank.adapters.distributed import gather_parameters, is_partitioned, sync_errors
 from rightrank.adapters.in_memory import InMemoryAdapter, copy_factors, gather_adapter_moments, save_trained_adapter
 from rightrank.adapters.preserved_state import preserve_state
 from rightrank.adapters.resize import list_candidate_ranks
-from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
+from rightrank.data.files import create_temporary_folder, report_disk_errors, write_text
 from rightrank.decision.adapter import choose_adapter, estimate_training_ranks
 from rightrank.decision.records import Records, read_records
 from rightrank.models.adapter_folders import BASE_FILE
@@ -35,12 +33,12 @@ from rightrank.models.base_models import compute_base_identity
 from rightrank.models.resizing import cap_ranks, write_resized_adapter
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import AdapterProposal, Hook
-from rightrank.runs.prepare import describe_environment
 from rightrank.runs.run import select
 from rightrank.runs.selection import Executor, PreparedSelection
+from rightrank.runs.values import Selected
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, get_first_line
+from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunKind, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
@@ -51,16 +49,11 @@ from rightrank.schema.trials import (
     TrialStarted,
     compute_trial_id,
 )
-from rightrank.search.bracket import make_truncation_arm
-from rightrank.search.history import Requests, Space, Trials, build_space
+from rightrank.search.history import Requests, Space, Trials, build_space, make_truncation_arm
 from rightrank.search.protocol import Strategy
-from rightrank.train.adapter_runtime import read_identity
-from rightrank.train.covariances import GatheredMoments
-from rightrank.train.device import read_peak_bytes
-from rightrank.train.evaluation import MetricResults
-from rightrank.train.optimizer import Progress
-from rightrank.train.targets import suppress_peft_warnings
-from rightrank.train.trial import build_finished_trial
+from rightrank.train.device import describe_environment, read_peak_bytes
+from rightrank.train.evaluation import MetricResults, Progress, build_finished_trial
+from rightrank.train.moments import GatheredMoments
 
 log = logging.getLogger("rightrank")
 
@@ -130,7 +123,7 @@ def begin_run(in_memory_adapter: InMemoryAdapter, out: Path, training: TrainingS
             if in_memory_adapter.write_tokenizer is not None:
                 in_memory_adapter.write_tokenizer(adapter.path)
             started = _build_run_started(in_memory_adapter, training, adapter)
-            adapter.path.rename(temporary_run.get_trial_folder(_compute_training_id(started, training.steps)))
+            adapter.path.rename(temporary_run.get_trial_folder(compute_training_id(started, training.steps)))
             _write_resume_files(in_memory_adapter, temporary_run, training)
             temporary_run.journal.append(started)
             if (earlier_folder := folder.move_aside()) is not None:
@@ -186,7 +179,7 @@ def _require_truncation_run(folder: RunFolder) -> None:
 
 def finish_run(
     in_memory_adapter: InMemoryAdapter, folder: RunFolder, training: TrainingSummary, hooks: Sequence[Hook] = ()
-) -> TruncationResult:
+) -> tuple[TruncationResult, Selected]:
     """Evaluate truncations from the highest rank down until one loses more than the margin, and export the smallest one within it.
 
     Raises:
@@ -194,16 +187,16 @@ def finish_run(
     """
     executor = CallbackExecutor(in_memory_adapter, training)
     with sync_errors(), folder.lock(), report_disk_errors(folder.path):
-        select(executor.prepare, folder, [executor, *hooks])
+        selected = select(executor.prepare, folder, [executor, *hooks])
     records = executor.records
     answer = records.adapters[-1].answer
-    return TruncationResult(answer, records.by_id[answer.trained_id], folder, executor.moments.notices)
+    return TruncationResult(answer, records.by_id[answer.trained_id], folder, executor.moments.notices), selected
 
 
 def measure_truncations(in_memory_adapter: InMemoryAdapter, out: Path) -> TruncationResult:
     """Begin a run and finish it immediately, without reports."""
     training = TrainingSummary({})
-    return finish_run(in_memory_adapter, begin_run(in_memory_adapter, out, training), training)
+    return finish_run(in_memory_adapter, begin_run(in_memory_adapter, out, training), training)[0]
 
 
 class DescendingStrategy(Strategy):
@@ -230,7 +223,7 @@ def _build_strategy(started: RunStarted, steps: int) -> Strategy:
     return DescendingStrategy(replace(space, evaluates_base=False, learning_rates=rates))
 
 
-def _compute_training_id(started: RunStarted, steps: int) -> str:
+def compute_training_id(started: RunStarted, steps: int) -> str:
     """Return the id that the training has among the trials of the run."""
     (training,) = _build_strategy(started, steps).ask([])
     return compute_trial_id(started.fingerprint, training)
@@ -395,48 +388,3 @@ def _write_resume_files(in_memory_adapter: InMemoryAdapter, folder: RunFolder, t
         "training": asdict(training),
     }
     write_text(folder.cache / RESUME_FILE, json.dumps(resume_values, indent=2, default=list))
-
-
-def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> str:
-    """Finish a run that `begin_run` began in another process, and return its sentences.
-
-    Raises:
-        ModelError: the folder is incomplete, or the base model cannot be loaded or differs from the one in training.
-        RunFolderError: there is no unfinished run.
-    """
-    folder = RunFolder.open_existing(out)
-    if not (folder.cache / RESUME_FILE).is_file():
-        raise RunFolderError(
-            f"{out}: there is no cache/{RESUME_FILE}; either the measurement is finished, or the training did not reach its end"
-        )
-    resume_values = read_json_object(folder.cache / RESUME_FILE)
-    # The training's peak memory was measured in another process and cannot be compared.
-    training = TrainingSummary(**resume_values["training"] | {"peak_bytes": 0})
-    started = read_records(folder.journal.read(), str(out)).started
-    adapter = open_adapter(folder.get_trial_folder(_compute_training_id(started, training.steps)))
-    base = _load_base(started.model_name or "", folder, resume_values, adapter)
-    with suppress_peft_warnings():
-        model: Any = PeftModel.from_pretrained(base, str(adapter.path))
-    splits: dict[str, dict[int, dict[str, torch.Tensor]]] = {"held_out": {}, "train": {}}
-    for name, tensor in load_file(folder.cache / "batches.safetensors").items():
-        split, number, key = name.split(".", 2)
-        splits[split].setdefault(int(number), {})[key] = tensor
-    held_out, train = ([batches[number] for number in sorted(batches)] for batches in splits.values())
-    in_memory_adapter = InMemoryAdapter(model, held_out, train, **resume_values["in_memory_adapter"])
-    result = finish_run(in_memory_adapter, folder, training, hooks)
-    return f"{result.answer.sentence} {folder.adapter}\n{result.answer.notes[-1]}"
-
-
-def _load_base(name: str, folder: RunFolder, resume_values: Mapping[str, Any], adapter: AdapterFolder) -> Any:
-    if not name:
-        raise ModelError("the base model cannot be loaded, because it has no name: the training created it in memory")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder.cache / "base")
-        base_class = getattr(transformers, resume_values["base_class"])
-        base = base_class.from_pretrained(name, config=config, dtype=getattr(torch, resume_values["dtype"]))
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise ModelError(f"{name}: the base model cannot be loaded ({get_first_line(error)})") from None
-    difference = read_identity(adapter.path / BASE_FILE).find_difference(compute_base_identity(base, name))
-    if difference is not None:
-        raise ModelError(f"{name}: this is not the base model of the training ({difference})")
-    return base

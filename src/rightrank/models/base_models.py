@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -28,6 +28,7 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
+from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.models.model_sources import ModelSource, find_model
 from rightrank.models.safetensors_files import find_shards
 from rightrank.schema.errors import (
@@ -376,6 +377,20 @@ def _hash_parameters(model: Any) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def read_identity(file: Path) -> BaseIdentity:
+    """Read the `base.json` of an adapter.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    try:
+        return BaseIdentity.model_validate(read_json_object(file))
+    except (UnreadableError, ValidationError) as error:
+        raise ModelError(
+            f"{file}: this file does not identify a base model ({get_first_line(error)}); copy the adapter again, or remove the file"
+        ) from None
 
 
 def compute_base_identity(model: Any, name: str) -> BaseIdentity:

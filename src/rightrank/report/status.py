@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -15,8 +14,8 @@ from rightrank.report.evidence_tables import format_cost
 from rightrank.report.figure import format_metric_label
 from rightrank.report.format import format_quantity
 from rightrank.report.terminal import draw_terminal_curve
-from rightrank.schema.command import build_measure_command
-from rightrank.schema.events import DecisionRecorded, JournalRecord, RunKind, RunStarted
+from rightrank.schema.command import build_resume_command
+from rightrank.schema.events import DecisionRecorded, JournalRecord, RunKind
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
 
@@ -80,6 +79,8 @@ def build_run_status(
     view = build_answer_view(answers, commands)
     is_done = recorded_decision is not None or (goal != "training-rank" and adapter is not None)
     state = "running" if is_locked else "done" if is_done else "stopped"
+    started = records.started
+    can_resume = state != "done" and (started.kind is RunKind.CALLBACK or not started.is_custom_trainer)
     return RunStatus(
         run=run,
         state=state,
@@ -88,7 +89,7 @@ def build_run_status(
         trials_ended=len(records.outcomes),
         trials_without_result=len(records.outcomes) - len(records.list_finished()),
         running=_format_active_trial(journal, records) if is_locked else None,
-        resume=None if state == "done" else _build_resume_command(records.started, run),
+        resume=build_resume_command(run) if can_resume else None,
         progress=str(progress["progress"]) if is_locked and is_fresh and "progress" in progress else None,
         cost=format_cost(records),
         answer=NO_ANSWER if decision is None and adapter is None else view.headline,
@@ -106,13 +107,6 @@ def build_run_status(
         else _find_best_by_rank(records, True),
         truncated_curve=_find_best_by_rank(records, False),
     )
-
-
-def _build_resume_command(started: RunStarted, run: str) -> str | None:
-    """Return the command that resumes a run; None if a custom trainer in Python has to be called again."""
-    if not started.is_custom_trainer:
-        return shlex.join(["rightrank", "select", "--out", run])
-    return build_measure_command(run) if started.kind is RunKind.CALLBACK else None
 
 
 def _format_active_trial(journal: Sequence[JournalRecord], records: Records) -> str | None:

@@ -5,7 +5,6 @@ Preparing the same request again, here or in another process, gives an equal run
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from rightrank.schema.trials import SplitName, Trial, TrialFinished, TrialOutcom
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
 from rightrank.search.protocol import Strategy
+from rightrank.train.device import describe_environment
 from rightrank.train.evaluation import MetricResults, Scores
 from rightrank.train.loop import train_trials
 from rightrank.train.metrics import measure_metrics, require_metric_functions
@@ -334,23 +334,3 @@ def _build_start_record(
         higher_is_better=settings.is_higher_better(settings.metric_name),
         points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,
     )
-
-
-def describe_environment(device: str) -> dict[str, str]:
-    """Return the versions and the hardware that a run's numbers depend on; no names of people, machines or paths."""
-    import peft
-    import torch
-    import transformers
-
-    environment = {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-    }
-    if device.startswith("cuda"):
-        environment["gpu"] = torch.cuda.get_device_name(device)
-    return environment

@@ -25,9 +25,9 @@ def build_reproduce_command(model: str | None, data: str | None, settings: Selec
     return shlex.join(["rightrank", "select", model, data, "--out", "run", *arguments])
 
 
-def build_measure_command(run: str) -> str:
-    """Return the command that measures the end of a training in a fresh process."""
-    return shlex.join(["python", "-m", "rightrank.interop.smallest", run])
+def build_resume_command(run: str) -> str:
+    """Return the command that continues a selection, or the measurement at the end of a training."""
+    return shlex.join(["rightrank", "resume", run])
 
 
 def build_set_arguments(settings: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,8 @@ from itertools import product
 
 from rightrank.decision.adapter import choose_adapter
 from rightrank.decision.comparison import is_within, walk_down
-from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import Requests, Space, Trials, is_likely_within
+from rightrank.schema.trials import Arm
+from rightrank.search.history import Requests, Space, Trials, is_likely_within, make_truncation_arm
 from rightrank.search.learning_rates import (
     HALF,
     QUARTER,
@@ -191,12 +191,6 @@ def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
 
 def _count_truncations(space: Space) -> int:
     return len(space.truncated_ranks) if space.can_truncate else 0
-
-
-def make_truncation_arm(parent: TrialFinished, rank: int) -> Arm:
-    """Return the arm that truncates the adapter of `parent` to `rank`."""
-    changed = {"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
-    return parent.arm.model_copy(update=changed)
 
 
 def walk(trials: Trials, start: int, learning_rate: float) -> Requests:

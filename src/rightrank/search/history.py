@@ -100,6 +100,12 @@ class Space:
         return next((high for low, high in pairwise(self.ranks) if low == rank), None)
 
 
+def make_truncation_arm(parent: TrialFinished, rank: int) -> Arm:
+    """Return the arm that truncates the adapter of `parent` to `rank`."""
+    changed = {"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
+    return parent.arm.model_copy(update=changed)
+
+
 def make_base_arm(lora_alpha: float) -> Arm:
     """Return the arm of rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
     return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)

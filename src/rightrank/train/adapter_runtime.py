@@ -7,15 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.models.adapter_folders import BASE_FILE, CONFIG_FILE
 from rightrank.models.adapter_reader import AdapterFolder
-from rightrank.models.base_models import BaseIdentity, LoadedModel, load_base
+from rightrank.models.base_models import LoadedModel, load_base, read_identity
 from rightrank.models.model_sources import normalize_model_name, require_model
-from rightrank.schema.errors import ModelError, SettingsError, get_first_line
+from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.runtime import Runtime
@@ -134,20 +132,6 @@ def require_matching_base(adapter: Path, base: LoadedModel) -> None:
             f"{adapter}: it was trained on {configured_name!r}, not on {base.name!r}; give that base, or if they are the same model, write the "
             f"new name into its {CONFIG_FILE} (base_model_name_or_path)"
         )
-
-
-def read_identity(file: Path) -> BaseIdentity:
-    """Read the `base.json` of an adapter.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    try:
-        return BaseIdentity.model_validate(read_json_object(file))
-    except (UnreadableError, ValidationError) as error:
-        raise ModelError(
-            f"{file}: this file does not identify a base model ({get_first_line(error)}); copy the adapter again, or remove the file"
-        ) from None
 
 
 def _read_string(file: Path, key: str) -> str | None:

@@ -1,8 +1,9 @@
-"""Out-of-memory errors, and the peak memory that the device or the operating system reports."""
+"""The device and its software, out-of-memory errors, and the peak memory that the device or the operating system reports."""
 
 from __future__ import annotations
 
 import gc
+import platform
 import resource
 import sys
 from collections.abc import Iterator
@@ -92,3 +93,22 @@ def enable_kv_cache(model: Any) -> Iterator[None]:
 
 def _find_checkpointed_modules(model: Any) -> list[Any]:
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def describe_environment(device: str) -> dict[str, str]:
+    """Return the versions and the hardware that a run's numbers depend on; no names of people, machines or paths."""
+    import peft
+    import transformers
+
+    environment = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }
+    if device.startswith("cuda"):
+        environment["gpu"] = torch.cuda.get_device_name(device)
+    return environment

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from operator import add
 from typing import Any
 
+from pydantic import BaseModel
+
 from rightrank.schema.errors import MetricError
+from rightrank.schema.trials import EvalPoint, Trial, TrialFinished
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +77,38 @@ class Scores:
     @property
     def metrics(self) -> dict[str, float]:
         return {"loss": self.loss} | {name: sum(each) / len(each) for name, each in self.example_metrics.items()}
+
+
+class Progress(BaseModel):
+    """The progress of a training, which a checkpoint stores with the tensors."""
+
+    step: int = 0
+    train_losses: list[float] = []  # nats per label, one per step
+    points: list[EvalPoint] = []
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    eval_seconds: float = 0.0
+    answer_seconds: float = 0.0  # the fraction of eval_seconds for the final metrics
+
+
+def build_finished_trial(
+    trial: Trial, metric: str, scores: Scores, metric_results: MetricResults, progress: Progress
+) -> TrialFinished:
+    """Build the record of a trial that trained nothing, such as the base.
+
+    If `metric` was not measured, the value is the loss.
+    """
+    metrics = scores.metrics | metric_results.values
+    return TrialFinished(
+        **trial.fields,
+        value=metrics.get(metric, scores.loss),
+        value_metric=None if metric in metrics else "loss",
+        metrics=metrics,
+        **scores.to_record_fields(metric_results),
+        failed_metrics=metric_results.failures,
+        train_value=progress.points[-1].train_value if progress.points else None,
+        trainable_parameters=0,
+        peak_bytes=0,
+        pass_ranks=[0],
+        **progress.model_dump(exclude={"step"}),
+    )

@@ -21,14 +21,14 @@ from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutc
 from rightrank.train.batches import Batch
 from rightrank.train.covariances import ensure_moments
 from rightrank.train.device import catch_memory_errors, free_memory, read_peak_bytes, reset_peak_memory
+from rightrank.train.evaluation import Progress, build_finished_trial
 from rightrank.train.metrics import measure_metrics
 from rightrank.train.multi_lora import MultiLora
-from rightrank.train.optimizer import Progress, take_step
+from rightrank.train.optimizer import take_step
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import (
     ArmTraining,
     TrialFolders,
-    build_finished_trial,
     evaluate_adapters,
     format_adapter_name,
 )

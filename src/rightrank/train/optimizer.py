@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import get_scheduler
@@ -19,8 +18,8 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from rightrank.data.files import UnreadableError, parse_json, replace_file
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import EvalPoint
 from rightrank.train.batches import Batch
+from rightrank.train.evaluation import Progress
 from rightrank.train.runtime import Runtime
 
 BEST_PREFIX = "best."  # prefix of the best parameters among a checkpoint's tensors
@@ -28,18 +27,6 @@ Schedule: TypeAlias = Callable[[int], float]  # step (from 0) → factor of the 
 # The same patterns as in transformers' Trainer.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 RunPass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
-
-
-class Progress(BaseModel):
-    """The progress of a training, which a checkpoint stores with the tensors."""
-
-    step: int = 0
-    train_losses: list[float] = []  # nats per label, one per step
-    points: list[EvalPoint] = []
-    train_seconds: float = 0.0
-    train_tokens: int = 0
-    eval_seconds: float = 0.0
-    answer_seconds: float = 0.0  # the fraction of eval_seconds for the final metrics
 
 
 def take_step(optimizers: Sequence[ArmOptimizer], run_pass: RunPass) -> None:

@@ -23,10 +23,10 @@ from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
-from rightrank.train.evaluation import MetricResults, Scores
+from rightrank.train.evaluation import MetricResults, Progress, Scores, build_finished_trial
 from rightrank.train.metrics import measure_metrics
 from rightrank.train.multi_lora import ArmBatch, MultiLora
-from rightrank.train.optimizer import ArmOptimizer, Progress, load_checkpoint, make_schedule, save_checkpoint
+from rightrank.train.optimizer import ArmOptimizer, load_checkpoint, make_schedule, save_checkpoint
 from rightrank.train.runtime import Runtime
 
 MAX_CHECKPOINT_FRACTION = 0.015  # the largest fraction of the time for writing checkpoints
@@ -284,26 +284,3 @@ def evaluate_adapters(
     subset = range(min(EVAL_SUBSET_SIZE, len(runtime.data.splits["validation"])))
     subset_scores = runtime.evaluate_adapters("validation", multi_lora, adapters, subset)
     return [scores.take_first(EVAL_SUBSET_SIZE) for scores in subset_scores]
-
-
-def build_finished_trial(
-    trial: Trial, metric: str, scores: Scores, metric_results: MetricResults, progress: Progress
-) -> TrialFinished:
-    """Build the record of a trial that trained nothing, such as the base.
-
-    If `metric` was not measured, the value is the loss.
-    """
-    metrics = scores.metrics | metric_results.values
-    return TrialFinished(
-        **trial.fields,
-        value=metrics.get(metric, scores.loss),
-        value_metric=None if metric in metrics else "loss",
-        metrics=metrics,
-        **scores.to_record_fields(metric_results),
-        failed_metrics=metric_results.failures,
-        train_value=progress.points[-1].train_value if progress.points else None,
-        trainable_parameters=0,
-        peak_bytes=0,
-        pass_ranks=[0],
-        **progress.model_dump(exclude={"step"}),
-    )
