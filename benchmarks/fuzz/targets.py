@@ -139,8 +139,11 @@ def read_model(data: bytes, folder: Path) -> None:
 
 
 def read_journal(data: bytes, folder: Path) -> None:
-    """Read a run folder's status, decision and report."""
+    """Read a run folder's status, decision, figures and report."""
+    from matplotlib.figure import Figure as Canvas
+
     from rightrank.decision.records import decide_if_possible, read_records
+    from rightrank.report.figures import build_figures
     from rightrank.report.status import find_last_decision
 
     (folder / "journal.jsonl").write_bytes(_seal_journal(data))
@@ -151,6 +154,8 @@ def read_journal(data: bytes, folder: Path) -> None:
     decided = find_last_decision(journal)
     decision = decide_if_possible(records) if decided is None else decided.decision
     render_report(records, build_answers(records, decision)).encode()
+    for figure in build_figures(records, decision):
+        figure.plot(Canvas().subplots())
 
 
 def _seal_journal(data: bytes) -> bytes:

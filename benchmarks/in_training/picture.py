@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rightrank.report.figure import Axis, Band, Figure, Mark, Series, build_rank_axis
-from rightrank.report.svg import render_svg_file
+from rightrank.report.figure import Figure
+from rightrank.report.figures import RANK, draw_band, draw_points, draw_ring, set_log_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
 IMAGE = HERE.parents[1] / "docs" / "images" / "in_training.svg"
@@ -22,41 +25,33 @@ def read_result() -> dict[str, Any]:
     return result
 
 
-def render_figure() -> str:
-    return render_svg_file(build_figure(read_result()))
-
-
 def build_figure(result: dict[str, Any]) -> Figure:
     """Plot how much worse each truncation is than the trained adapter, with the upper bound and the margin."""
-    top, margin, chosen = result["trained_rank"], result["margin"], result["rank"]
+    top, share = result["trained_rank"], result["cost"]["share"]
     rows = sorted((int(rank), values[1], values[2]) for rank, values in result["candidates"].items())
-    ranks = tuple(rank for rank, _, _ in rows)
-    ends = [high for _, _, high in rows] + [difference for _, difference, _ in rows] + [margin, 0.0]
-    room = 0.08 * (max(ends) - min(ends))
-    share = result["cost"]["share"]
     unit = "loss, nats" if result["metric"] == "loss" else result["metric"]
+
+    def draw(ax: Axes) -> None:
+        draw_band(ax, 0.0, result["margin"], "within the margin")
+        draw_ring(
+            ax,
+            result["rank"],
+            {rank: value for rank, value, _ in rows}[result["rank"]],
+            f"exported: rank {result['rank']}",
+        )
+        draw_points(ax, [(rank, value, value, high) for rank, value, high in rows], "truncated, 95% upper bound", "C0")
+        set_log_ticks(ax, "x", [rank for rank, _, _ in rows])
+
     return Figure(
         name="in_training",
-        title=f"One training at rank {top}, {result['steps']} steps; its end took {share:.0%} of its time and found rank {chosen}",
-        alt=f"Held-out loss of the truncations of a rank {top} adapter against that adapter: "
-        + "; ".join(f"rank {rank} {difference:+.4f}, at most {high:+.4f}" for rank, difference, high in rows),
-        x=build_rank_axis(ranks),
-        y=Axis(f"worse than rank {top}: {unit}", limits=(min(ends) - room, max(ends) + room)),
-        series=(
-            Series(
-                "truncated, 95% upper bound",
-                ranks,
-                tuple(difference for _, difference, _ in rows),
-                tuple(difference for _, difference, _ in rows),
-                tuple(high for _, _, high in rows),
-            ),
-        ),
-        bands=(Band("within the margin", 0.0, margin),),
-        marks=(Mark(f"taken home: rank {chosen}", chosen, next(value for rank, value, _ in rows if rank == chosen)),),
+        title=f"One training at rank {top}, {result['steps']} steps; its end took {share:.0%} of its time and found rank {result['rank']}",
+        x_label=RANK,
+        y_label=f"worse than rank {top}: {unit}",
         columns=("rank", "difference", "upper bound"),
-        rows=tuple(rows),
+        rows=rows,
+        draw=draw,
     )
 
 
 if __name__ == "__main__":
-    IMAGE.write_text(render_figure(), encoding="utf-8")
+    IMAGE.write_text(build_figure(read_result()).svg, encoding="utf-8")

@@ -71,6 +71,8 @@ def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"rightrank.{module}"), name)
+    if name == "plots":
+        return import_module("rightrank.plots")
     if not name.startswith("_"):
         from rightrank.runs import plugins
 

@@ -1,4 +1,4 @@
-"""Test the deployment rank in every view: figure, table, report, status, notebook and terminal, separate from the training rank."""
+"""Test the deployment rank in every view: table, report, status, notebook and terminal, separate from the training rank."""
 
 from __future__ import annotations
 
@@ -15,73 +15,15 @@ from rightrank.cli import cli
 from rightrank.decision.adapter import build_provenance
 from rightrank.decision.records import Records, compare_run_adapters, decide_if_possible, decide_run
 from rightrank.report.evidence_tables import build_candidate_table
-from rightrank.report.figure import Figure
-from rightrank.report.figures import MAX_MARGINS, build_adapter_figure, build_figures
+from rightrank.report.figure import write_figures
+from rightrank.report.figures import build_figures
 from rightrank.report.html import render_model_card, render_report
 from rightrank.report.status import format_cost
-from rightrank.report.svg import write_figures
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import collect_answers
 from rightrank.schema.events import RunContinued
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, write_answered_run, write_records
-
-
-def build_figure(records: Records) -> Figure:
-    figure = build_adapter_figure(records)
-    assert figure is not None
-    return figure
-
-
-def test_the_figure_has_trained_and_truncated_adapters_by_rank() -> None:
-    figure = build_figure(make_answered_run(direct=(4, 16)))
-    assert {series.label: series.x for series in figure.series} == {
-        "trained at that rank": (4, 16, 64),
-        "truncated from the highest rank": (4, 8, 16, 32),
-    }
-    assert [(row[0], row[1]) for row in figure.rows[:2]] == [(64, "trained"), (32, "truncated")]
-    (mark,) = figure.marks
-    assert (mark.x, mark.label) == (8, "exported: rank 8, truncated")
-
-
-def test_an_adapter_holds_where_its_whisker_ends_inside_the_band() -> None:
-    records = make_answered_run(direct=(1, 4))
-    figure = build_figure(records)
-    high = figure.bands[0].high
-    inside = {
-        (rank, series.label.split()[0]): end < high
-        for series in figure.series
-        for rank, end in zip(series.x, series.high, strict=True)
-    }
-    holds = {(adapter.rank, adapter.method): adapter.is_within_margin for adapter in compare_run_adapters(records)}
-    assert inside == holds
-    assert set(inside.values()) == {True, False}
-
-
-def test_whiskers_are_the_paired_bounds_of_the_difference() -> None:
-    records = make_answered_run()
-    values = {(adapter.rank, adapter.method): adapter for adapter in compare_run_adapters(records)}
-    adapter, reference = values[16, "truncated"], values[64, "trained"]
-    assert adapter.difference_low is not None
-    assert adapter.difference_high is not None
-    assert adapter.difference_low < adapter.difference < adapter.difference_high
-    assert adapter.difference == pytest.approx(adapter.value - reference.value)
-    series = next(series for series in build_figure(records).series if series.label.startswith("truncated from"))
-    index = series.x.index(16)
-    assert series.high[index] == pytest.approx(reference.value + adapter.difference_high)
-    assert series.low[index] == pytest.approx(reference.value + adapter.difference_low)
-
-
-def test_an_adapter_far_behind_is_off_the_scale_and_named() -> None:
-    records = make_answered_run()
-    far = next(trial for trial in records.list_finished() if trial.rank == 4)
-    items = [loss + 20 * MAX_MARGINS * 0.02 for loss in far.example_losses]
-    worse = far.model_copy(update={"example_losses": items, "metrics": {"loss": far.value + MAX_MARGINS * 0.02}})
-    records.outcomes = [worse if outcome is far else outcome for outcome in records.outcomes]
-    figure = build_figure(records)
-    assert "off the scale: rank 4" in figure.title
-    assert figure.y.limits is not None
-    assert figure.y.limits[1] < worse.metrics["loss"]
 
 
 def test_the_table_has_each_candidate_with_its_bound() -> None:
@@ -240,4 +182,6 @@ def test_modules_of_unequal_rank_are_stated_in_the_report_and_the_model_card() -
     records.adapters[-1] = record.model_copy(update={"handed_over": exported})
     rank_text = f"{record.answer.rank} (modules from 1 to {4 * record.answer.rank})"
     assert f"# LoRA adapter of rank {rank_text}" in render_model_card(records, None)
+    assert "adapters.svg" in render_model_card(records, None)
+    assert "adapters.svg" not in render_model_card(records, None, images=[])
     assert f"r {rank_text} · lora_alpha" in render_report(records, collect_answers(records, None, "adapter"))

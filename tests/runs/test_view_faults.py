@@ -22,9 +22,9 @@ from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Event
 from tests.commands import run
 
 VIEWS = [
-    "rightrank.hooks.report.build_adapter_figure",
+    "rightrank.hooks.report.build_figures",
     "rightrank.hooks.report.render_model_card",
-    "rightrank.hooks.report._build_adapter_figures",
+    "rightrank.hooks.report._build_spectrum_figures",
     "rightrank.hooks.report.write_figures",
     "rightrank.hooks.report.collect_answers",
     "rightrank.hooks.report.render_report",
@@ -100,7 +100,7 @@ def test_a_failing_view_keeps_the_adapter_of_a_custom_trainer(tmp_path: Path, mo
         return TrialResult(metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * 4)
 
     arguments: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-3,)}
-    for view in ("rightrank.hooks.report.build_adapter_figure", "rightrank.hooks.report.render_report"):
+    for view in ("rightrank.hooks.report.build_figures", "rightrank.hooks.report.render_report"):
         with monkeypatch.context() as patched:
             break_view(patched, view, KeyError("x"))
             with pytest.raises(RunError, match=r"failed \(KeyError"):

@@ -16,6 +16,7 @@ from rightrank.models.model_sources import list_hub_errors
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import RepairResult
+from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, get_first_line
 from rightrank.schema.events import EvaluationProgress, JournalRecord
 from rightrank.schema.settings import SelectSettings
@@ -34,25 +35,30 @@ def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
     Raises:
         RunFolderError: there is no run.
         SettingsError: another format.
-        MissingExtraError: a format that needs the extra `figures`.
+        MissingExtraError: a format is given, and matplotlib is not installed.
     """
     from rightrank.hooks.report import write_report as write_views
-    from rightrank.report.figures import build_figures
-    from rightrank.report.svg import write_figures
     from rightrank.runs.values import collect_answers
 
-    folder, journal, records = open_run(run, is_live=False)
-    decision, goal = None, records.settings.goal
-    if goal == "training-rank":
-        decision = (
-            decide_if_possible(records)
-            if (last_decision := find_last_decision(journal)) is None
-            else last_decision.decision
-        )
+    folder, records, decision = read_run(run, is_live=False)
     with report_disk_errors(folder.path):
-        extra_figures = write_views(folder, records, collect_answers(records, decision, goal))
-        write_figures(folder.figures, [*build_figures(records, decision), *extra_figures], figures)
+        write_views(folder, records, collect_answers(records, decision, records.settings.goal), figures)
     return folder.report
+
+
+def read_run(run: str | Path, *, is_live: bool) -> tuple[RunFolder, Records, Decision | None]:
+    """Read a run with its decision on the training rank, which is None if it was not requested or if fewer than two ranks have a result.
+
+    With `is_live`, another process may still be writing.
+
+    Raises:
+        RunFolderError: there is no run.
+    """
+    folder, journal, records = open_run(run, is_live=is_live)
+    if records.settings.goal != "training-rank":
+        return folder, records, None
+    last_decision = find_last_decision(journal)
+    return folder, records, decide_if_possible(records) if last_decision is None else last_decision.decision
 
 
 def export(

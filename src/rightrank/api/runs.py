@@ -119,11 +119,8 @@ class DecisionResult:
 
     def _repr_html_(self) -> str:
         from rightrank.report.figures import build_rank_figure
-        from rightrank.report.svg import render_svg_file
 
-        return render_notebook_html(
-            build_answer_view(Answers(self.decision)), "", render_svg_file(build_rank_figure(self.decision))
-        )
+        return render_notebook_html(build_answer_view(Answers(self.decision)), "", build_rank_figure(self.decision).svg)
 
 
 def decide(

@@ -10,8 +10,7 @@ import time
 from dataclasses import dataclass
 
 from rightrank.report.evidence_tables import format_trial_end
-from rightrank.report.figure import format_metric_label
-from rightrank.report.format import format_bytes, format_duration
+from rightrank.report.format import format_bytes, format_duration, format_metric_label
 from rightrank.schema.events import DurationEstimated, EvaluationProgress, Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import (
     ArmFields,

@@ -134,12 +134,12 @@ def format_brief(value: float | None) -> str:
 
 
 def render_notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:
-    """Render each answer with its drawing (SVG) for a notebook. An answer without a drawing is left out."""
+    """Render each answer with its drawing (SVG) for a notebook. An answer that is not available is left out."""
     next_run = f" Next: {view.next_runs[0][0]}" if view.next_runs else ""
     sections = [
         (view.adapter_headline, view.adapter, adapters, ""),
         (
-            view.rank_headline,
+            view.rank_headline if view.verdict else "",
             view.training_rank,
             ranks,
             f"<p>Verdict: {_escape_html(view.verdict)}.{_escape_html(next_run)}</p>",
@@ -149,7 +149,7 @@ def render_notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:
     return "".join(
         f"<div><p><strong>{_escape_html(headline)}</strong>. {_escape_html(sentence)}</p><div style='max-width: 40em'>{drawing.replace('<svg', f'<svg {style}', 1)}</div>{footer}</div>"
         for headline, sentence, drawing, footer in sections
-        if drawing
+        if headline
     )
 
 

@@ -1,147 +1,167 @@
-"""Figures as plain data. Pure functions compute them, backends draw them, and tests check their numbers.
+"""A figure of the report: its numbers as a table, and a function that draws them on matplotlib axes.
 
-The backends are `svg` and the text curve in `terminal`.
+Matplotlib is imported when a figure is drawn. Without it, a figure still has its numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, floor, log10
-from typing import Literal, TypeAlias
+from functools import cached_property
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rightrank.data.files import replace_file, write_text
 from rightrank.report.format import make_visible
+from rightrank.schema.errors import MissingExtraError, SettingsError
 
-Scale: TypeAlias = Literal["linear", "log2", "log10"]
-Kind: TypeAlias = Literal["line", "both", "step"]
-Tone: TypeAlias = Literal["main", "second", "accent", "faint"] | int  # an integer: position in a sequence of colours
-Number: TypeAlias = float | int
-Cell: TypeAlias = str | float | int | None
-MAX_LABELS = 12  # ticks of an axis and series of a legend
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    label: str
-    scale: Scale = "linear"
-    ticks: tuple[Number, ...] = ()  # empty: the backend chooses
-    limits: tuple[float, float] | None = None  # None: all values, with a small margin
-
-
-def format_metric_label(metric: str, higher_is_better: bool | None) -> str:
-    """Return the label of an axis with held-out values, with the better direction if it is available."""
-    label = "held-out loss, nats" if metric == "loss" else f"held-out {make_visible(metric)}"
-    better = "" if higher_is_better is None else f" ({'higher' if higher_is_better else 'lower'} is better)"
-    return label + better
-
-
-def build_metric_axis(metric: str, higher_is_better: bool | None, limits: tuple[float, float]) -> Axis:
-    return Axis(format_metric_label(metric, higher_is_better), limits=limits)
-
-
-def build_rank_axis(ranks: Sequence[int]) -> Axis:
-    return Axis("LoRA rank", "log2", tuple(sorted(set(ranks))))
+TableCell: TypeAlias = str | float | int | None
+FORMATS = ("svg", "pdf", "png")
+INSTALL_HINT = "figures need matplotlib; install it with: pip install 'rightrank[plots]'"
+WIDTH, HEIGHT, LEGEND_ROW_HEIGHT = 5.0, 3.4, 0.21  # inches
+TITLE_WIDTH, LABEL_WIDTH, LEGEND_WIDTH = 50, 38, 58  # characters
+PNG_DPI = 200
+# The colours of a file. In the page, each one is the variable of the style sheet with this name, which follows the colour scheme.
+COLOURS = {
+    "paper": "#ffffff", "ink": "#1d2b34", "faint": "#5b6b74", "line": "#d6dde1", "s0": "#1c5d7f", "s1": "#c2571a", "s2": "#21756b",
+    "s3": "#8e3b8a", "s4": "#7a6a00", "s5": "#b3344f", "s6": "#2f6fb0", "s7": "#5c7f1e", "s8": "#6a4c93", "s9": "#444444",
+}  # fmt: skip
+STYLE = {
+    "svg.fonttype": "none", "font.size": 11, "figure.facecolor": COLOURS["paper"], "savefig.facecolor": "auto", "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+    "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.formatter.useoffset": False,
+    "legend.frameon": False, "legend.fontsize": 10, "grid.color": COLOURS["line"], "text.color": COLOURS["ink"],
+    "axes.titlecolor": COLOURS["ink"], "axes.labelcolor": COLOURS["ink"], "axes.edgecolor": COLOURS["faint"],
+    "xtick.color": COLOURS["faint"], "ytick.color": COLOURS["faint"],
+}  # fmt: skip
 
 
-def build_zero_based_axis(label: str, values: Sequence[float]) -> Axis:
-    """Return an axis that starts at zero, for quantities whose ratio matters, such as memory and time."""
-    return Axis(label, limits=(0.0, 1.08 * max(values, default=1.0) or 1.0))
-
-
-def compute_log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Return the powers of ten within the limits; if there are fewer than three, also their multiples by 2 and 5."""
-    exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
-    ticks: list[tuple[float, ...]] = [
-        tuple(tick for power in exponents for factor in factors if low <= (tick := float(f"{factor}e{power}")) <= high)
-        for factors in ((1,), (1, 2, 5))
-    ]
-    return ticks[0] if len(ticks[0]) >= 3 else ticks[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """Points in the order of x; `low` and `high` are the ends of intervals, empty without intervals.
-
-    Series with the same label share one legend entry.
-    """
-
-    label: str
-    x: tuple[Number, ...]
-    y: tuple[Number, ...]
-    low: tuple[Number, ...] = ()
-    high: tuple[Number, ...] = ()
-    kind: Kind = "both"
-    dashed: bool = False
-    tone: Tone = "main"
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """A horizontal band."""
-
-    label: str
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """A horizontal line."""
-
-    label: str
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A ring around one point."""
-
-    label: str
-    x: float
-    y: float
-    tone: Tone = "accent"
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Figure:
-    """A plot of series over two axes.
+    """A plot and its numbers.
 
-    `name` is its file name, `alt` its text alternative, and `rows` are its numbers under the headings `columns`.
+    `name` is its file name, `rows` are its numbers under the headings `columns`, and `draw` draws it on axes.
     """
 
     name: str
     title: str
-    alt: str
-    x: Axis
-    y: Axis
-    series: tuple[Series, ...]
+    x_label: str
+    y_label: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    bands: tuple[Band, ...] = ()
-    levels: tuple[Level, ...] = ()
-    marks: tuple[Mark, ...] = ()
+    rows: Sequence[tuple[TableCell, ...]]
+    draw: Callable[[Axes], object]
+
+    def plot(self, ax: Axes) -> Axes:
+        """Draw the figure with its title, labels and legend; return the axes."""
+        title, x_label, y_label = map(escape_label, (self.title, self.x_label, self.y_label))
+        ax.set(title=fill(title, TITLE_WIDTH), xlabel=x_label, ylabel=fill(y_label, LABEL_WIDTH))
+        self.draw(ax)
+        if len(ax.get_legend_handles_labels()[1]) > 1:
+            ax.legend()
+        return ax
+
+    @cached_property
+    def svg(self) -> str:
+        """Return the drawing as SVG, the same text for the same figure; empty if matplotlib is not installed."""
+        if not is_matplotlib_installed():
+            return ""
+        drawing = StringIO()
+        with self._open_canvas() as canvas:
+            canvas.savefig(drawing, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        text = drawing.getvalue()
+        text = text[text.index("<svg") :].replace("<svg", '<svg font-family="system-ui, sans-serif"', 1)
+        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+        # A page may hold several drawings, and an id must be unique in it. Nothing refers to the ids of groups.
+        text = re.sub(r'<g id="[^"]*"', "<g", text)
+        return re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{self.name}-", text)
+
+    @property
+    def inline_svg(self) -> str:
+        """Return the drawing for the page, in the page's colours. Its size is set by the style sheet."""
+        names = {colour: name for name, colour in COLOURS.items()}
+        text = re.sub("#[0-9a-f]{6}", lambda match: f"var(--{names.get(match[0], 'faint')})", self.svg)
+        text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+        return re.sub(r' (?:width|height)="[\d.]+pt"', "", text).replace("<svg", '<svg aria-hidden="true"', 1)
+
+    def save(self, path: Path) -> None:
+        """Write the drawing as PDF or PNG, in the format that the file's ending names."""
+        with replace_file(path) as temporary, self._open_canvas() as canvas:
+            metadata = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
+            canvas.savefig(temporary, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)
+
+    @contextmanager
+    def _open_canvas(self) -> Iterator[Canvas]:
+        """Draw the figure in the style of the report, with its legend below the axes."""
+        from matplotlib import rc_context, rcParamsDefault
+        from matplotlib.figure import Figure as Canvas
+        from matplotlib.rcsetup import cycler
+
+        cycle = cycler(color=[COLOURS[f"s{number}"] for number in range(10)])
+        defaults = {name: value for name, value in rcParamsDefault.items() if not name.startswith("backend")}
+        style: Any = {**defaults, **STYLE, "axes.prop_cycle": cycle, "svg.hashsalt": self.name}
+        with rc_context(style), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # The font that measures a text may lack some of its letters.
+            canvas = Canvas(figsize=(WIDTH, HEIGHT), layout="constrained")
+            ax = self.plot(canvas.subplots())
+            if (legend := ax.get_legend()) is not None:
+                legend.remove()
+                handles, labels = ax.get_legend_handles_labels()
+                columns = max(1, min(4, len(labels), LEGEND_WIDTH // (max(map(len, labels)) + 7)))
+                canvas.legend(handles, labels, loc="outside lower left", ncols=columns)
+                canvas.set_figheight(HEIGHT + LEGEND_ROW_HEIGHT * -(-len(labels) // columns))
+            yield canvas
 
 
-@dataclass(frozen=True, slots=True)
-class LegendEntry:
-    """An entry of the legend: all series with the same label, a band, a level or a mark."""
-
-    label: str
-    sign: str  # the kind of a series, or "band", "level", "ring"
-    colour: str  # its name in the style sheet
-    dashed: bool = False
+def is_matplotlib_installed() -> bool:
+    return find_spec("matplotlib") is not None
 
 
-def build_legend(figure: Figure) -> list[LegendEntry]:
-    """Return the legend's entries. A single series without intervals needs no legend, because the title describes it."""
-    series = {s.label: LegendEntry(s.label, s.kind, get_colour_name(s.tone), s.dashed) for s in reversed(figure.series)}
-    entries = list(reversed(series.values()))[:MAX_LABELS]
-    entries += [LegendEntry(mark.label, "ring", get_colour_name(mark.tone)) for mark in figure.marks]
-    entries += [LegendEntry(band.label, "band", "band") for band in figure.bands]
-    entries += [LegendEntry(level.label, "level", "faint") for level in figure.levels if level.label]
-    return entries if len(entries) > 1 or any(s.high for s in figure.series) else []
+def require_matplotlib() -> None:
+    """Raise if figures cannot be drawn.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    if not is_matplotlib_installed():
+        raise MissingExtraError(INSTALL_HINT)
 
 
-def get_colour_name(tone: Tone) -> str:
-    """Return the name of a tone's colour in the style sheet."""
-    return f"s{tone % 10}" if isinstance(tone, int) else tone
+def escape_label(text: str) -> str:
+    """Return text that matplotlib shows as it is: names from data contain no mathematics."""
+    return make_visible(text).replace("$", r"\$")
+
+
+def write_figures(folder: Path, figures: Sequence[Figure], formats: Collection[str] = ()) -> None:
+    """Write the numbers of each figure as `folder/<name>.csv`, its drawing as SVG if matplotlib is installed, and in the requested formats.
+
+    Raises:
+        SettingsError: a format is neither pdf nor png.
+        MissingExtraError: a requested format needs matplotlib, which is not installed.
+    """
+    unknown_format = next((suffix for suffix in formats if suffix not in FORMATS), None)
+    if unknown_format is not None:
+        raise SettingsError(
+            f"{unknown_format!r} is not a supported figure format; give pdf, png or both (svg is always written)"
+        )
+    if formats:
+        require_matplotlib()
+    for figure in figures:
+        numbers = StringIO()
+        csv.writer(numbers, lineterminator="\n").writerows([figure.columns, *figure.rows])
+        write_text(folder / f"{figure.name}.csv", numbers.getvalue())
+        if figure.svg:
+            write_text(folder / f"{figure.name}.svg", figure.svg)
+        for suffix in formats:
+            if suffix != "svg":
+                figure.save(folder / f"{figure.name}.{suffix}")

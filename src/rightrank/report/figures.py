@@ -1,29 +1,51 @@
-"""Figures of a run, computed from its records: ranks, adapters, learning curves, memory and time."""
+"""Figures of a run, computed from its records: ranks, adapters, learning rates, learning curves, memory, time and spectrum."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import log2
-from statistics import fmean
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.records import Records, compare_run_adapters, get_metric_direction
+from rightrank.decision.table import Cell, ScoreTable, build_table, estimate_pairs, pair_shared_seeds
 from rightrank.report.evidence_tables import ENOUGH, format_interval_label, get_metric_unit
-from rightrank.report.figure import (
-    Axis,
-    Band,
-    Figure,
-    Level,
-    Mark,
-    Series,
-    Tone,
-    build_metric_axis,
-    build_rank_axis,
-    build_zero_based_axis,
-    compute_log_ticks,
-)
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
+from rightrank.report.figure import Figure, escape_label
+from rightrank.report.format import format_metric_label
+from rightrank.schema.decision import AdapterCandidate, Decision, RankEvidence
 from rightrank.schema.trials import TrialFinished
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from rightrank.schema.results import Inspection, Plan
+
+MIB = 2**20
+# Adapters that are worse than the reference by more margins are off the scale, so that the margin stays readable.
+MAX_MARGINS = 6.0
+# Fraction of the steps whose values may be off the scale. Otherwise the end of the curve would look flat.
+FIRST_SHOWN = 0.1
+MAX_TICKS = 10  # of a logarithmic axis
+MAX_LABELLED_CURVES = 12
+METHODS = {"trained": "trained at that rank", "truncated": "truncated from the highest rank"}
+RANK = "LoRA rank"
+Interval: TypeAlias = tuple[float, float, float, float]  # x, the value, and both ends of its whisker
+
+
+def build_figures(records: Records, decision: Decision | None) -> list[Figure]:
+    """Build every figure that the records support, the rank curve first."""
+    of_decision = [] if decision is None else [build_rank_figure(decision), build_margin_figure(decision)]
+    of_records = [
+        build_adapter_figure(records),
+        build_learning_rate_figure(records),
+        build_learning_figure(records, decision),
+        build_memory_figure(records),
+        build_time_figure(records),
+    ]
+    return [*of_decision, *(figure for figure in of_records if figure is not None)]
 
 
 def build_rank_figure(decision: Decision) -> Figure:
@@ -35,45 +57,40 @@ def build_rank_figure(decision: Decision) -> Figure:
     """
     trained = [evidence for evidence in decision.ranks if evidence.rank > 0]
     base = next((evidence.value for evidence in decision.ranks if evidence.rank == 0), None)
-    reference = next(evidence for evidence in trained if evidence.rank == decision.reference_rank)
     sign = -1 if decision.higher_is_better else 1
-    ends = [e.value if e.difference_high is None else reference.value + sign * e.difference_high for e in trained]
-    ranks = tuple(e.rank for e in trained)
-    points = Series(
-        f"held-out, best learning rate; whisker: paired {format_interval_label(decision, 'bound')}",
-        ranks,
-        tuple(e.value for e in trained),
-        tuple(min(e.value, end) for e, end in zip(trained, ends, strict=True)),
-        tuple(max(e.value, end) for e, end in zip(trained, ends, strict=True)),
-    )
-    edge = reference.value + sign * decision.margin
-    band = Band("within the margin of the best", min(reference.value, edge), max(reference.value, edge))
-    limits = _compute_limits([*points.low, *points.high, band.low, band.high], base)
-    levels: list[Level] = []
-    if base is not None:  # A base value off the scale is drawn at the edge and labelled.
-        room = 0.01 * (limits[1] - limits[0])
-        visible_value = min(max(base, limits[0] + room), limits[1] - room)
-        off_scale_text = "" if limits[0] <= base <= limits[1] else " (off the scale)"
-        levels.append(Level(f"base, no adapter: {base:.4g}{off_scale_text}", visible_value if off_scale_text else base))
-    values = ", ".join(f"rank {e.rank} {e.value:.4f}" for e in trained)
+    reference = next(evidence.value for evidence in trained if evidence.rank == decision.reference_rank)
+    ends = [e.value if e.difference_high is None else reference + sign * e.difference_high for e in trained]
+    edge = reference + sign * decision.margin
+    limits = _compute_limits([*(e.value for e in trained), *ends, reference, edge], base)
+
+    def draw(ax: Axes) -> None:
+        draw_band(ax, reference, edge, "within the margin of the best")
+        for size, (label, rank, colour) in zip((13, 18), _find_marks(decision, trained), strict=False):
+            value = next(e.value for e in trained if e.rank == rank)
+            draw_ring(ax, rank, value, label, colour, size)
+        bound = format_interval_label(decision, "bound")
+        points = [(e.rank, e.value, e.value, end) for e, end in zip(trained, ends, strict=True)]
+        draw_points(ax, points, f"best learning rate; whisker: paired {bound}", "C0")
+        if base is not None:  # A base value off the scale is drawn at the edge and labelled.
+            visible_value = min(max(base, limits[0]), limits[1])
+            off_scale_text = "" if visible_value == base else " (off the scale)"
+            label = f"base, no adapter: {base:.4g}{off_scale_text}"
+            ax.axhline(visible_value, color="0.5", linestyle=":", label=label)
+        set_log_ticks(ax, "x", [e.rank for e in trained])
+        ax.set_ylim(*limits)
+
     return Figure(
         name="rank_curve",
         title="Performance against rank",
-        alt=f"Held-out {decision.metric} against LoRA rank: {values}"
-        + (f"; base without an adapter {base:.4f}" if base is not None else "")
-        + f". {decision.sentence}",
-        x=build_rank_axis(ranks),
-        y=build_metric_axis(decision.metric, decision.higher_is_better, limits),
-        series=(points,),
-        bands=(band,),
-        levels=tuple(levels),
-        marks=tuple(_build_marks(decision, trained)),
+        x_label=RANK,
+        y_label=format_metric_label(decision.metric, decision.higher_is_better),
         columns=("rank", "value", "low", "high", "paired bound"),
-        rows=tuple((e.rank, e.value, e.low, e.high, e.difference_high) for e in decision.ranks),
+        rows=[(e.rank, e.value, e.low, e.high, e.difference_high) for e in decision.ranks],
+        draw=draw,
     )
 
 
-def _compute_limits(values: list[float], base: float | None) -> tuple[float, float]:
+def _compute_limits(values: Collection[float], base: float | None = None) -> tuple[float, float]:
     """Return the limits of the y axis.
 
     They include all of `values`, and also the base model unless that would compress the values into less than a third of the axis.
@@ -102,36 +119,45 @@ def _find_diminishing_rank(decision: Decision) -> int | None:
     return smallest
 
 
-def _build_marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
-    values = {e.rank: e.value for e in trained}
-    marks: list[Mark] = []
+def _find_marks(decision: Decision, trained: Sequence[RankEvidence]) -> Iterable[tuple[str, int, str]]:
+    """Yield the label, the rank and the colour of each ring: the chosen rank, and where doublings stop to gain the margin."""
+    chosen = decision.best_available_rank
+    if any(e.rank == chosen and e.non_inferior is not False for e in trained):
+        fallback = "shown to be enough so far" if decision.fallback_rank is not None else "best so far"
+        yield f"{'chosen' if decision.rank is not None else fallback}: rank {chosen}", chosen, "C5"
     diminishing = _find_diminishing_rank(decision)
     if diminishing is not None:
-        marks.append(Mark("doubling gains less than the margin", diminishing, values[diminishing], "second"))
-    chosen = decision.best_available_rank
-    refused = any(e.rank == chosen and e.non_inferior is False for e in trained)
-    if chosen in values and not refused:
-        fallback = "shown to be enough so far" if decision.fallback_rank is not None else "best so far"
-        label = "chosen" if decision.rank is not None else fallback
-        marks.append(Mark(f"{label}: rank {chosen}", chosen, values[chosen]))
-    return marks
+        yield "doubling gains less than the margin", diminishing, "C4"
 
 
-MIB = 2**20
+def draw_points(ax: Axes, points: Sequence[Interval], label: str, colour: str, line: str = "-") -> None:
+    """Draw points with whiskers and a line through them. A whisker includes its point."""
+    x, y, low, high = zip(*points, strict=True)
+    lengths = [[max(0.0, p[1] - min(p[2:])) for p in points], [max(0.0, max(p[2:]) - p[1]) for p in points]]
+    options: dict[str, Any] = {"markersize": 5, "capsize": 4, "elinewidth": 1, "label": escape_label(label)}
+    ax.errorbar(x, y, lengths if low != high else None, fmt=f"o{line}", color=colour, **options)
 
 
-def build_figures(records: Records, decision: Decision | None) -> list[Figure]:
-    """Build every figure that the records support, the rank curve first."""
-    figures: list[Figure | None] = []
-    if decision is not None:
-        figures += [build_rank_figure(decision), _build_staircase_figure(decision)]
-    figures += [
-        _build_learning_figure(records, decision),
-        build_adapter_figure(records),
-        _build_memory_figure(records),
-        _build_time_figure(records),
-    ]
-    return [figure for figure in figures if figure is not None]
+def draw_band(ax: Axes, first: float, second: float, label: str) -> None:
+    ax.axhspan(min(first, second), max(first, second), facecolor="C2", alpha=0.25, linewidth=0, label=label)
+
+
+def draw_ring(ax: Axes, x: float, y: float, label: str, colour: str = "C5", size: int = 13) -> None:
+    """Draw a ring below the points. Rings of several sizes around one point are all visible."""
+    style: Any = {"marker": "o", "linestyle": "none", "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 1.5}
+    ax.plot([x], [y], color=colour, markersize=size, label=escape_label(label), **style)
+
+
+def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
+    """Make an axis logarithmic, with a tick at each value. A value whose label would touch the previous one has no tick."""
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value / ticks[-1] >= 0.999 * (max(values) / min(values)) ** (1 / MAX_TICKS):
+            ticks.append(value)
+    set_scale, axis = (ax.set_xscale, ax.xaxis) if dimension == "x" else (ax.set_yscale, ax.yaxis)
+    set_scale("log")
+    axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def build_margin_steps(decision: Decision) -> list[tuple[float, int]]:
@@ -145,97 +171,89 @@ def _find_rank_at_margin(steps: Sequence[tuple[float, int]], margin: float) -> i
     return next(rank for needed, rank in reversed(steps) if needed <= margin)
 
 
-def _build_staircase_figure(decision: Decision) -> Figure:
+def build_margin_figure(decision: Decision) -> Figure:
     """Plot the smallest sufficient rank against the margin."""
-    steps = build_margin_steps(decision)
-    margins = [margin for margin, _ in steps if margin > 0]
+    steps, margin = build_margin_steps(decision), decision.margin
+    margins = [needed for needed, _ in steps if needed > 0]
     # Start below the first step and end above the one at which the smallest rank is enough.
-    low, high = (
-        min([decision.margin / 5, *(m / 2 for m in margins)]),
-        max([decision.margin * 5, *(m * 2 for m in margins)]),
-    )
-    corners = [(low, _find_rank_at_margin(steps, low))] + [step for step in steps if low < step[0] < high]
-    corners.append((high, _find_rank_at_margin(steps, high)))
-    ranks = sorted({rank for _, rank in corners})
-    steps_text = "; ".join(f"from {margins:.2g} on, rank {rank}" for margins, rank in corners[1:-1])
+    low, high = min([margin / 5, *(m / 2 for m in margins)]), max([margin * 5, *(m * 2 for m in margins)])
+    x = [low, *(needed for needed in margins if low < needed < high), high]
+    y = [_find_rank_at_margin(steps, needed) for needed in x]
+
+    def draw(ax: Axes) -> None:
+        ax.step(x, y, where="post", linewidth=2, color="C0", label="smallest rank that is enough")
+        draw_ring(ax, margin, _find_rank_at_margin(steps, margin), f"this margin: {margin:g}")
+        set_log_ticks(ax, "x", [float(f"{value:.2g}") for value in x])
+        set_log_ticks(ax, "y", y)
+
     return Figure(
         name="staircase",
         title="Which rank is enough at which margin",
-        alt=f"Staircase of the smallest rank whose bound is within the margin. At a margin of {low:.2g}, rank {corners[0][1]}"
-        + (f"; {steps_text}." if steps_text else " at every margin shown."),
-        x=Axis(f"margin, {get_metric_unit(decision.metric)}", "log10", compute_log_ticks(low, high), (low, high)),
-        y=Axis("smallest rank enough", "log2", tuple(ranks)),
-        series=(
-            Series("enough", tuple(c[0] for c in corners), tuple(c[1] for c in corners), kind="step", tone="main"),
-        ),
-        marks=(Mark("this margin", decision.margin, _find_rank_at_margin(steps, decision.margin)),),
+        x_label=f"margin, {get_metric_unit(decision.metric)}",
+        y_label=RANK,
         columns=("margin from", "rank"),
-        rows=tuple(steps),
+        rows=steps,
+        draw=draw,
     )
 
 
-def _build_memory_figure(records: Records) -> Figure | None:
+def build_memory_figure(records: Records) -> Figure | None:
     """Plot peak memory by rank, measured and planned for the same trainings.
 
     On a CPU the measured peak covers the entire process and the planned one only tensors. They are not comparable there, so the
     plan is listed among the numbers but not drawn.
     """
-    trials_by_rank = _group_by_rank(
-        [trial for trial in records.list_finished() if trial.steps > 0 and trial.peak_bytes > 0]
-    )
-    highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trials_by_rank.items() if rank > 0}
+    trials_by_rank = _group_by_rank([t for t in records.list_finished() if t.rank > 0 and t.steps > 0 and t.peak_bytes])
+    highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trials_by_rank.items()}
     peaks = {rank: trial.peak_bytes / MIB for rank, trial in highest.items()}
     planned = {rank: trial.predicted_peak_bytes / MIB for rank, trial in highest.items() if trial.predicted_peak_bytes}
-    if not peaks:
-        return None
-    on_cpu = records.started.environment.get("device") == "cpu"
-    series = [Series("measured", tuple(peaks), tuple(peaks.values()))]
-    if planned and not on_cpu:
-        series.append(Series("planned", tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
-    columns = {"measured MiB": peaks, "planned, tensors only, MiB" if on_cpu else "planned MiB": planned}
-    title = "Peak memory of a training" + (", entire process" if on_cpu else "")
-    alt = f"Peak memory by rank: {_format_rank_values(peaks, 'MiB')}."
-    return _build_cost_figure("memory", title, alt, "peak memory, MiB", series, columns)
+    is_cpu = records.started.environment.get("device") == "cpu"
+    columns = {"measured": peaks, "planned, tensors only" if is_cpu else "planned": planned}
+    title = "Peak memory of a training" + (", entire process" if is_cpu else "")
+    return _build_cost_figure("memory", title, "peak memory, MiB", columns, ["measured"] if is_cpu else [*columns])
 
 
-def _build_time_figure(records: Records) -> Figure | None:
+def build_plan_figure(plan: Plan) -> Figure | None:
+    """Plot the planned memory by rank: the peak of the tensors, what the device must hold, and what it has."""
+    columns = {
+        "peak of the tensors": {rank.rank: rank.peak_bytes / MIB for rank in plan.ranks},
+        "needed, with process and headroom": {rank.rank: rank.needed_bytes / MIB for rank in plan.ranks},
+    }
+    if plan.memory_bytes is not None:
+        columns["available"] = dict.fromkeys(columns["peak of the tensors"], plan.memory_bytes / MIB)
+    return _build_cost_figure("memory", "Planned memory of a training", "memory, MiB", columns, [*columns])
+
+
+def build_time_figure(records: Records) -> Figure | None:
     """Plot the mean seconds of training and of evaluation by rank."""
     groups = _group_by_rank([trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct])
-    if not any(trial.seconds for trials in groups.values() for trial in trials):  # A table may have no times.
+    columns = {
+        "training": {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()},
+        "evaluation": {rank: fmean(trial.eval_seconds for trial in trials) for rank, trials in groups.items()},
+    }
+    if not any(value for column in columns.values() for value in column.values()):  # A table may have no times.
         return None
-    train = {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()}
-    evaluation = {rank: fmean(trial.eval_seconds for trial in trials) for rank, trials in groups.items()}
-    series = [
-        Series("training", tuple(train), tuple(train.values())),
-        Series("evaluation", tuple(evaluation), tuple(evaluation.values()), tone="second"),
-    ]
-    alt = f"Seconds per training by rank: {_format_rank_values(train, 's')}."
-    columns = {"training seconds": train, "evaluation seconds": evaluation}
-    return _build_cost_figure("time", "Time of a training", alt, "seconds", series, columns)
+    return _build_cost_figure("time", "Time of a training", "seconds", columns, [*columns])
 
 
 def _build_cost_figure(
-    name: str, title: str, alt: str, label: str, series: Sequence[Series], columns: Mapping[str, Mapping[int, float]]
-) -> Figure:
-    """Plot a cost of training by rank. `columns` are the figure's numbers; the first column has a value for every rank."""
-    first, *_ = columns.values()
-    values = [value for column in columns.values() for value in column.values()]
-    rows = tuple((rank, *(column.get(rank) for column in columns.values())) for rank in first)
-    return Figure(
-        name=name,
-        title=title,
-        alt=alt,
-        x=build_rank_axis(list(first)),
-        y=build_zero_based_axis(label, values),
-        series=tuple(series),
-        columns=("rank", *columns),
-        rows=rows,
-    )
+    name: str, title: str, label: str, columns: Mapping[str, Mapping[int, float]], drawn: Sequence[str]
+) -> Figure | None:
+    """Plot a cost of training by rank, from zero. The first column has a value for every rank; None if it is empty."""
+    ranks, *_ = columns.values()
+    if not ranks:
+        return None
 
+    def draw(ax: Axes) -> None:
+        for number, column in enumerate(drawn):
+            if columns[column]:
+                values = columns[column]
+                ax.plot([*values], [*values.values()], ("o-", "s--", ":")[number], color=f"C{number}", label=column)
+        set_log_ticks(ax, "x", ranks)
+        ax.set_ylim(0, 1.08 * max(value for column in drawn for value in columns[column].values()))
 
-def _format_rank_values(values: Mapping[int, float], unit: str) -> str:
-    texts = {rank: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for rank, value in values.items()}
-    return ", ".join(f"rank {rank} {text} {unit}" for rank, text in texts.items())
+    rows = [(rank, *(column.get(rank) for column in columns.values())) for rank in ranks]
+    return Figure(name, title, RANK, label, ("rank", *columns), rows, draw)
 
 
 def _select_best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
@@ -255,54 +273,52 @@ def _group_by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinis
     return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
 
 
-# Fraction of the steps whose values may be off the scale. Otherwise the end of the curve would look flat.
-FIRST_SHOWN = 0.1
-
-
-def _build_learning_figure(records: Records, decision: Decision | None) -> Figure | None:
+def build_learning_figure(records: Records, decision: Decision | None) -> Figure | None:
     """Plot held-out values and the training loss by step, each rank at its best learning rate, averaged over seeds."""
-    best = _select_best_trials(records, decision)
-    finished = records.by_id
-    metric = records.started.points_metric or records.started.metric
+    finished, started = records.by_id, records.started
+    metric = started.points_metric or started.metric
     base = next((trial.metrics.get(metric) for trial in finished.values() if trial.rank == 0), None)
-    series: list[Series] = []
-    rows: list[tuple[int, int, float, float | None]] = []
-    for tone, (rank, trials) in enumerate(best.items()):
-        curves = [_collect_held_out_values(trial, finished, metric) for trial in trials]
-        # The mean training loss since the previous evaluation, averaged over the trials.
-        losses = [(p.step, p.train_value) for trial in trials for p in trial.points if p.train_value is not None]
-        training_losses = {
-            at: fmean(value for step, value in losses if step == at) for at in sorted({at for at, _ in losses})
-        }
-        shared_steps = sorted(set.intersection(*map(set, curves)))
-        held_out = {step: fmean(curve[step] for curve in curves) for step in shared_steps}
-        rows += [(rank, step, value, training_losses.get(step)) for step, value in held_out.items()]
-        if held_out and min(held_out) > 0 and base is not None:  # At step 0 the adapter does not change the base model.
-            held_out = {0: base, **held_out}
-        if held_out:
-            series.append(Series(f"rank {rank}", tuple(held_out), tuple(held_out.values()), tone=tone))
-        if len(training_losses) > 1 and metric == "loss":  # A line needs two values.
-            x, y = tuple(training_losses), tuple(training_losses.values())
-            series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=tone))
-    if not series:
+    held_out: dict[int, dict[int, float]] = {}
+    training: dict[int, dict[int, float]] = {}
+    for rank, trials in _select_best_trials(records, decision).items():
+        held_out[rank] = _average([_collect_held_out_values(trial, finished, metric) for trial in trials])
+        # The mean training loss since the previous evaluation.
+        training[rank] = _average(
+            [{p.step: p.train_value for p in t.points if p.train_value is not None} for t in trials]
+        )
+    held_out = {rank: values for rank, values in held_out.items() if values}
+    if not held_out:
         return None
-    begin = FIRST_SHOWN * max(curve.x[-1] for curve in series)
-    late = [value for curve in series for step, value in zip(curve.x, curve.y, strict=True) if step >= begin]
-    room = 0.06 * ((max(late) - min(late)) or abs(late[0]) or 1.0)
-    means = {rank: fmean(t.metrics.get(metric, t.value) for t in trials) for rank, trials in best.items()}
-    end_values = ", ".join(f"rank {rank} {mean:.4g}" for rank, mean in means.items())
+    # A line needs two values.
+    drawn_training = {r: values for r, values in training.items() if len(values) > 1 and metric == "loss"}
+
+    def draw(ax: Axes) -> None:
+        for number, (rank, values) in enumerate(held_out.items()):
+            # At step 0 the adapter does not change the base model.
+            curve = values if base is None or min(values) == 0 else {0: base, **values}
+            label = f"rank {rank}" if number < MAX_LABELLED_CURVES else None
+            ax.plot([*curve], [*curve.values()], "o-", color=f"C{number % 10}", markersize=5, label=label)
+            losses = drawn_training.get(rank, {})
+            ax.plot([*losses], [*losses.values()], "--", color=f"C{number % 10}", linewidth=1)
+        begin = FIRST_SHOWN * max(step for values in held_out.values() for step in values)
+        curves = [*held_out.values(), *drawn_training.values()]
+        ax.set_ylim(*_compute_limits([value for c in curves for step, value in c.items() if step >= begin]))
+
     return Figure(
         name="learning_curves",
-        title=f"Learning curves{' (training dashed)' if any(curve.dashed for curve in series) else ''}",
-        alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {end_values}.",
-        x=Axis("step"),
-        y=build_metric_axis(
-            metric, get_metric_direction(records.started, metric), (min(late) - room, max(late) + room)
-        ),
-        series=tuple(series),
+        title=f"Learning curves{' (training dashed)' if drawn_training else ''}",
+        x_label="step",
+        y_label=format_metric_label(metric, get_metric_direction(started, metric)),
         columns=("rank", "step", "held-out", "training"),
-        rows=tuple(rows),
+        rows=[(r, step, v, training[r].get(step)) for r, values in held_out.items() for step, v in values.items()],
+        draw=draw,
     )
+
+
+def _average(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Average curves at the steps that all of them have."""
+    shared_steps = sorted(set.intersection(*map(set, curves)))
+    return {step: fmean(curve[step] for curve in curves) for step in shared_steps}
 
 
 def _collect_held_out_values(
@@ -318,95 +334,161 @@ def _collect_held_out_values(
     return values
 
 
-SERIES: dict[str, tuple[str, Tone]] = {
-    "trained": ("trained at that rank", "main"),
-    "truncated": ("truncated from the highest rank", "second"),
-}
-# Adapters that are worse than the reference by more margins are off the scale, so that the margin stays readable.
-MAX_MARGINS = 6.0
+def build_learning_rate_figure(records: Records) -> Figure | None:
+    """Plot values against the learning rate of the largest rank, early in training and at its end, and mark the chosen rate.
+
+    The early step is the one at which most learning rates were evaluated: a quarter of the training. A whisker spans the paired 95%
+    bounds of the difference from the best learning rate at the same step.
+
+    Returns:
+        None if only one learning rate has a value.
+    """
+    started = records.started
+    metric = started.points_metric or started.metric
+    higher_is_better = bool(get_metric_direction(started, metric))
+    arms = [o for o in records.outcomes if o.rank > 0 and o.truncate_from is None and o.learning_rate > 0]
+    arms = [arm for arm in arms if arm.rank == max(arm.rank for arm in arms)]
+    trials = [arm for arm in arms if isinstance(arm, TrialFinished)]
+    rates_by_step: dict[int, set[float]] = {}
+    for trial in trials:
+        if trial.stop_at is not None:
+            rates_by_step.setdefault(trial.stop_at, set()).add(trial.learning_rate)
+    early = max(rates_by_step, key=lambda step: (len(rates_by_step[step]), step), default=None)
+    steps = {} if early is None else {f"after {early} of {trials[0].steps} steps": early}
+    stages: dict[str, list[Interval]] = {}
+    for text, stop_at in {**steps, "at the end": None}.items():
+        outcomes = [trial for trial in trials if trial.stop_at == stop_at]
+        table = build_table(outcomes, metric, higher_is_better, loss=started.data.loss_kind)
+        if table.cells:
+            stages[text] = _compare_learning_rates(table)
+    rates = {rate for points in stages.values() for rate, *_ in points}
+    if len(rates) < 2:
+        return None
+    finished = [trial for trial in trials if trial.stop_at is None]
+    trained_id = records.adapters[-1].answer.trained_id if records.adapters else None
+    sign = -1 if started.higher_is_better else 1
+    # The training that the adapter comes from, or while there is no adapter the best complete one.
+    chosen = min(finished, key=lambda trial: (trial.trial_id != trained_id, sign * trial.value), default=None)
+
+    def draw(ax: Axes) -> None:
+        for number, (text, points) in enumerate(stages.items()):
+            has_whiskers = any(low < high for _, _, low, high in points)
+            draw_points(ax, points, text + "; whiskers: paired 95% bounds" * has_whiskers, f"C{number}")
+        if chosen is not None:
+            label = f"chosen: {chosen.learning_rate:g}"
+            ax.axvline(chosen.learning_rate, color="0.5", linestyle=":", label=label)
+        set_log_ticks(ax, "x", rates)
+
+    failed = ", ".join(
+        f"{rate:g}" for rate in sorted({arm.learning_rate for arm in arms} - {t.learning_rate for t in trials})
+    )
+    return Figure(
+        name="learning_rates",
+        title=f"Learning rates at rank {arms[0].rank}" + (f" (no result: {failed})" if failed else ""),
+        x_label="learning rate",
+        y_label=format_metric_label(metric, higher_is_better),
+        columns=("trained", "learning rate", "value", "low", "high"),
+        rows=[(text, *point) for text, points in stages.items() for point in points],
+        draw=draw,
+    )
+
+
+def _compare_learning_rates(table: ScoreTable) -> list[Interval]:
+    """Return the value of each learning rate with the paired bounds of its difference from the best one."""
+    cells_by_rate: dict[float, dict[int, Cell]] = {}
+    for (_, rate, seed), cell in sorted(table.cells.items()):
+        cells_by_rate.setdefault(rate, {})[seed] = cell
+    best = min(cells_by_rate.values(), key=lambda cells: fmean(cell.loss for cell in cells.values()))
+    points: list[Interval] = []
+    for rate, cells in cells_by_rate.items():
+        value = fmean(cell.value for cell in cells.values())
+        ends = [value, value]
+        pairs = [] if cells is best else pair_shared_seeds(cells, best)
+        if pairs and (estimate := estimate_pairs(pairs)).examples > 1:
+            bounds = compute_bounds(estimate)
+            for index, difference in enumerate((bounds.low - bounds.mean, bounds.high - bounds.mean)):
+                oriented = -difference if table.higher_is_better else difference
+                ends[index] = value * math.exp(difference) if table.kind == "perplexity" else value + oriented
+        points.append((rate, value, min(ends), max(ends)))
+    return points
 
 
 def build_adapter_figure(records: Records) -> Figure | None:
-    """Plot held-out values by rank of trained and truncated adapters; return None before the first answer."""
-    if not records.adapters:
-        return None
-    answer = records.adapters[-1].answer
-    started = records.started
-    return build_comparison_figure(answer, compare_run_adapters(records), started.metric, started.higher_is_better)
-
-
-def build_comparison_figure(
-    answer: AdapterAnswer, adapters: Sequence[AdapterCandidate], metric: str, higher_is_better: bool
-) -> Figure:
-    """Plot adapters that were compared with the answer's reference.
+    """Plot held-out values by rank of trained and truncated adapters; return None before the first answer.
 
     A whisker spans the 95% bounds of the paired difference, starting from the reference's value. An adapter is good enough if its
     whisker ends inside the band.
     """
-    sign = -1 if higher_is_better else 1
+    if not records.adapters:
+        return None
+    answer, started, adapters = records.adapters[-1].answer, records.started, compare_run_adapters(records)
+    sign = -1 if started.higher_is_better else 1
     reference = next(adapter.value - sign * adapter.difference for adapter in adapters)
     edge = reference + sign * answer.margin
-    visible_adapters = [adapter for adapter in adapters if adapter.difference <= MAX_MARGINS * answer.margin]
-    ends = [reference + sign * end for adapter in visible_adapters for end in _get_bounds(adapter)] + [edge, reference]
-    room = 0.06 * (max(ends) - min(ends) or 1.0)
-    chosen_adapter = next(adapter for adapter in adapters if adapter.trial_id == answer.trial_id)
-    off_scale_ranks = sorted({adapter.rank for adapter in adapters} - {adapter.rank for adapter in visible_adapters})
+    points = {adapter.trial_id: _build_adapter_point(adapter, reference, sign) for adapter in adapters}
+    visible = [adapter for adapter in adapters if adapter.difference <= MAX_MARGINS * answer.margin]
+    off_scale_ranks = sorted({adapter.rank for adapter in adapters} - {adapter.rank for adapter in visible})
     off_scale_text = f" (off the scale: rank {', '.join(map(str, off_scale_ranks))})" if off_scale_ranks else ""
+    chosen = next(adapter for adapter in adapters if adapter.trial_id == answer.trial_id)
+
+    def draw(ax: Axes) -> None:
+        draw_band(ax, reference, edge, "within the margin; whiskers: paired 95% bounds")
+        draw_ring(ax, chosen.rank, chosen.value, f"exported: rank {chosen.rank}, {chosen.method}")
+        for number, (method, label) in enumerate(METHODS.items()):
+            series = sorted(points[adapter.trial_id] for adapter in adapters if adapter.method == method)
+            if series:
+                draw_points(ax, series, label, f"C{number}", "-" if method == "trained" else "--")
+        set_log_ticks(ax, "x", [adapter.rank for adapter in adapters])
+        ax.set_ylim(*_compute_limits([reference, edge, *(v for a in visible for v in points[a.trial_id][1:])]))
+
     return Figure(
         name="adapters",
         title=f"Trained and truncated adapters by rank{off_scale_text}",
-        alt=f"Held-out {metric} by LoRA rank. "
-        + " ".join(f"Rank {adapter.rank}, {adapter.method}: worse by {adapter.difference:.2g}." for adapter in adapters)
-        + f" {answer.sentence}",
-        x=build_rank_axis([adapter.rank for adapter in adapters]),
-        y=build_metric_axis(metric, higher_is_better, (min(ends) - room, max(ends) + room)),
-        series=tuple(
-            _build_adapter_series(how, adapters, reference, sign)
-            for how in SERIES
-            if any(a.method == how for a in adapters)
-        ),
-        bands=(Band("within the margin; whiskers: paired 95% bounds", min(reference, edge), max(reference, edge)),),
-        marks=(
-            Mark(
-                f"exported: rank {chosen_adapter.rank}, {chosen_adapter.method}",
-                chosen_adapter.rank,
-                chosen_adapter.value,
-            ),
-        ),
+        x_label=RANK,
+        y_label=format_metric_label(started.metric, started.higher_is_better),
         columns=("rank", "method", "value", "difference", "lower bound", "upper bound", "holds"),
-        rows=tuple(
-            (
-                file.rank,
-                file.method,
-                file.value,
-                file.difference,
-                file.difference_low,
-                file.difference_high,
-                ENOUGH[file.is_within_margin],
-            )
-            for file in adapters
-        ),
+        rows=[
+            (a.rank, a.method, a.value, a.difference, a.difference_low, a.difference_high, ENOUGH[a.is_within_margin])
+            for a in adapters
+        ],
+        draw=draw,
     )
 
 
-def _build_adapter_series(how: str, adapters: Sequence[AdapterCandidate], reference: float, sign: int) -> Series:
-    series_adapters = sorted(
-        (adapter for adapter in adapters if adapter.method == how), key=lambda adapter: adapter.rank
-    )
-    ends = [sorted(reference + sign * end for end in _get_bounds(adapter)) for adapter in series_adapters]
-    label, tone = SERIES[how]
-    return Series(
-        label,
-        tuple(adapter.rank for adapter in series_adapters),
-        tuple(adapter.value for adapter in series_adapters),
-        tuple(min(adapter.value, low) for adapter, (low, _) in zip(series_adapters, ends, strict=True)),
-        tuple(max(adapter.value, high) for adapter, (_, high) in zip(series_adapters, ends, strict=True)),
-        dashed=how != "trained",
-        tone=tone,
-    )
+def _build_adapter_point(adapter: AdapterCandidate, reference: float, sign: int) -> Interval:
+    """Return the rank, the value and the bounds of an adapter. Without bounds, both are the value that the difference implies."""
+    bounds = [adapter.difference if b is None else b for b in (adapter.difference_low, adapter.difference_high)]
+    low, high = sorted(reference + sign * bound for bound in bounds)
+    return adapter.rank, adapter.value, low, high
 
 
-def _get_bounds(adapter: AdapterCandidate) -> tuple[float, float]:
-    """Return the bounds of the difference, or the difference itself if it has no bounds."""
-    low = adapter.difference if adapter.difference_low is None else adapter.difference_low
-    return low, adapter.difference if adapter.difference_high is None else adapter.difference_high
+def build_spectrum_figure(inspection: Inspection) -> Figure | None:
+    """Plot the median of the singular values over the modules, in descending order, with the smallest and the largest."""
+    spectra = [module.singular_values for module in inspection.modules if any(v > 0 for v in module.singular_values)]
+    if not spectra:
+        return None
+    columns = [[s[k] for s in spectra if k < len(s) and s[k] > 0] for k in range(max(map(len, spectra)))]
+    rows = [(k, median(v), min(v), max(v), len(v)) for k, v in enumerate(columns, 1) if v]
+
+    def draw(ax: Axes) -> None:
+        from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+
+        numbers, medians, smallest, largest, _ = zip(*rows, strict=True)
+        ax.plot(numbers, medians, "o-", color="C0", markersize=4, label="median module")
+        ax.fill_between(numbers, smallest, largest, color="C0", alpha=0.2, linewidth=0, label="smallest to largest")
+        ax.set_yscale("log")
+        is_narrow = max(largest) / min(smallest) < 1000
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.set_yticks([], minor=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return Figure(
+        name="spectrum",
+        title=f"Singular values of the adapter, {len(spectra)} modules",
+        x_label="singular value, largest first",
+        y_label="size",
+        columns=("number", "median", "smallest", "largest", "modules"),
+        rows=rows,
+        draw=draw,
+    )

@@ -18,6 +18,13 @@ def make_visible(text: str) -> str:
     return text.translate(CONTROL_PICTURES | HIDDEN)
 
 
+def format_metric_label(metric: str, higher_is_better: bool | None) -> str:
+    """Return the label of an axis with held-out values, with the better direction if it is available."""
+    label = "held-out loss, nats" if metric == "loss" else f"held-out {make_visible(metric)}"
+    better = "" if higher_is_better is None else f" ({'higher' if higher_is_better else 'lower'} is better)"
+    return label + better
+
+
 def format_quantity(count: float, noun: str) -> str:
     """Format a count with its noun: `1 seed`, `3 seeds`, `4.3 trainings`."""
     text = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"

@@ -1,6 +1,6 @@
 """Render `report.html`: one file that opens from disk without a network and shows all values from data as text.
 
-Plots are inline SVG. With JavaScript, a point shows its numbers and a legend entry hides its series.
+Figures are inline SVG in the colours of the page, which follow the system's colour scheme.
 The Content-Security-Policy allows only this file's own script, by its hash. The model card of an adapter and the page of
 its truncations use the same templates.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path, PurePath
@@ -33,10 +33,9 @@ from rightrank.report.evidence_tables import (
     format_trial_end,
     get_metric_unit,
 )
-from rightrank.report.figure import Figure, build_legend
+from rightrank.report.figure import INSTALL_HINT, Figure, is_matplotlib_installed
 from rightrank.report.figures import build_figures
 from rightrank.report.format import format_bytes, format_quantity, make_visible
-from rightrank.report.svg import draw_swatch, render_inline_svg
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision, ExportedAdapter, Result, ResultsTable
 from rightrank.schema.events import DataSummary, RunKind, RunStarted, TestEvaluated
@@ -51,7 +50,7 @@ MAX_NUMBER_ROWS = 200  # in the report; the figure's CSV file has all rows
 def render_report(
     records: Records,
     answers: Answers,
-    extra_figures: Sequence[Figure] = (),
+    figures: Sequence[Figure] = (),
     *,
     run: str = "RUN",
     exports: Sequence[str] = (),
@@ -61,14 +60,14 @@ def render_report(
 
     Args:
         answers: the final answers of the records, or the answers so far.
-        extra_figures: figures to show after those of the records and the decision.
+        figures: the figures to show.
         run: the run folder as commands name it.
         exports: names of the folders in `exports/` next to the report.
         command: the command that repeats the run; None to derive it from the settings.
     """
     adapter, decision, started = answers.adapter, answers.decision, records.started
-    plots = {figure.name: figure for figure in (*build_figures(records, decision), *extra_figures)}
-    script = _read_asset("figures.js") + "\n" + _read_asset("page.js")
+    plots = {figure.name: figure for figure in figures}
+    script = _read_asset("page.js")
     return (
         load_templates()
         .get_template("report.html")
@@ -90,6 +89,7 @@ def render_report(
             certainty=build_certainty_rows(decision) if decision else [],
             margin=f"{decision.margin:.4g} {get_metric_unit(decision.metric)}" if decision else "",
             plots=plots,
+            figure_hint="" if is_matplotlib_installed() else INSTALL_HINT,
             extra_plots=[figure for name, figure in plots.items() if name not in SECTION_FIGURES],
             rows=[_build_trial_row(outcome) for outcome in records.outcomes[-MAX_ROWS:]],
             trials=len(records.outcomes),
@@ -128,7 +128,7 @@ def render_results_report(results: ResultsTable, decision: Decision, source: str
     )
     records = Records.from_journal(started, [])
     records.outcomes.extend(map(partial(_build_outcome, metric=results.metric), results.results))
-    return render_report(records, Answers(decision), command=command)
+    return render_report(records, Answers(decision), build_figures(records, decision), command=command)
 
 
 def _build_outcome(result: Result, metric: str) -> TrialOutcome:
@@ -169,13 +169,7 @@ def load_templates(autoescape: bool = True) -> Environment:
         lstrip_blocks=True,
         finalize=lambda value: make_visible(value) if autoescape and type(value) is str else value,
     )
-    environment.globals |= {
-        "max_numbers": MAX_NUMBER_ROWS,
-        "build_legend": build_legend,
-        "render_svg": render_inline_svg,
-        "draw_swatch": draw_swatch,
-    }
-    environment.globals["style"] = _read_asset("report.css")
+    environment.globals |= {"max_numbers": MAX_NUMBER_ROWS, "style": _read_asset("report.css")}
     environment.filters["cell"] = _format_cell
     return environment
 
@@ -211,11 +205,14 @@ def _build_trial_row(outcome: TrialOutcome) -> dict[str, Any]:
     return row
 
 
-ADAPTERS_IMAGE, RANK_CURVE_IMAGE = "adapters.svg", "rank_curve.svg"
+CARD_IMAGES = ADAPTERS_IMAGE, RANK_CURVE_IMAGE = "adapters.svg", "rank_curve.svg"
 
 
-def render_model_card(records: Records, decision: Decision | None) -> str:
-    """Render the model card of `adapter/`: front matter for the hub, the answers, the evidence and how to load the adapter."""
+def render_model_card(records: Records, decision: Decision | None, images: Collection[str] = CARD_IMAGES) -> str:
+    """Render the model card of `adapter/`: front matter for the hub, the answers, the evidence and how to load the adapter.
+
+    `images` are the files next to the card.
+    """
     started, adapter_record = records.started, records.adapters[-1]
     answer = adapter_record.answer
     trial = records.by_id[answer.trial_id]
@@ -233,8 +230,8 @@ def render_model_card(records: Records, decision: Decision | None) -> str:
         tests=_build_test_rows(records),
         classification=started.data.form == "classification",
         loading="\n".join(loading),
-        picture=ADAPTERS_IMAGE,
-        curve=RANK_CURVE_IMAGE,
+        picture=ADAPTERS_IMAGE if ADAPTERS_IMAGE in images else None,
+        curve=RANK_CURVE_IMAGE if RANK_CURVE_IMAGE in images else None,
     )
 
 

@@ -11,8 +11,7 @@ from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import Records, build_answers, count_trainings, decide_if_possible
 from rightrank.report.answer import build_answer_view, format_labelled_rows
 from rightrank.report.evidence_tables import format_cost
-from rightrank.report.figure import format_metric_label
-from rightrank.report.format import format_quantity
+from rightrank.report.format import format_metric_label, format_quantity
 from rightrank.report.terminal import draw_terminal_curve
 from rightrank.schema.command import build_resume_command
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunKind

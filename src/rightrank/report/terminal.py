@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from rightrank.decision.records import Answers
 from rightrank.report.answer import build_answer_view, format_brief, format_labelled_rows
 from rightrank.report.evidence_tables import build_certainty_rows, build_evidence_table, format_table
-from rightrank.report.figure import format_metric_label
-from rightrank.report.format import format_bytes, format_duration, make_visible
+from rightrank.report.format import format_bytes, format_duration, format_metric_label, make_visible
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import DataSummary, RunStarted
 

@@ -1,0 +1,114 @@
+"""Plots of a run on matplotlib axes, to edit, to combine and to save.
+
+    from rightrank import plots
+
+    ax = plots.rank_curve("run")
+    ax.figure.savefig("rank_curve.pdf")
+
+Each function draws on `ax`, or on the axes of a new figure, and returns the axes. A run is a folder, or the result of `select_rank`.
+All functions raise `RunFolderError` if there is no run, `ResultsError` if it has nothing to plot yet, and `MissingExtraError` if
+matplotlib is not installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from rightrank.api.folders import read_run
+from rightrank.api.runs import DecisionResult
+from rightrank.decision.records import Records
+from rightrank.models.adapter_folders import CONFIG_FILE
+from rightrank.report import figures
+from rightrank.report.figure import Figure, require_matplotlib
+from rightrank.runs.values import Selected
+from rightrank.schema.decision import Decision
+from rightrank.schema.errors import ResultsError, SettingsError
+from rightrank.schema.results import Inspection, Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["adapters", "learning_curves", "learning_rates", "memory", "rank_curve", "spectrum"]
+
+Run: TypeAlias = str | Path | Selected
+
+
+def rank_curve(run: Run | DecisionResult | Decision, ax: Axes | None = None) -> Axes:
+    """Plot held-out values against rank, with the paired bounds, the margin and the chosen rank.
+
+    A run without a decision on the training rank is plotted as by `adapters`.
+
+    Args:
+        run: a run, or what `decide` returns.
+    """
+    if isinstance(run, DecisionResult | Decision):
+        return _plot(figures.build_rank_figure(run if isinstance(run, Decision) else run.decision), ax)
+    _, decision = _read_records(run)
+    return adapters(run, ax) if decision is None else _plot(figures.build_rank_figure(decision), ax)
+
+
+def adapters(run: Run, ax: Axes | None = None) -> Axes:
+    """Plot the held-out values of trained and truncated adapters against their rank, with the paired bounds and the margin."""
+    records, _ = _read_records(run)
+    return _plot(figures.build_adapter_figure(records), ax)
+
+
+def learning_rates(run: Run, ax: Axes | None = None) -> Axes:
+    """Plot held-out values against the learning rate at the largest rank, early in training and at its end."""
+    records, _ = _read_records(run)
+    return _plot(figures.build_learning_rate_figure(records), ax)
+
+
+def learning_curves(run: Run, ax: Axes | None = None) -> Axes:
+    """Plot held-out values and the training loss by step, each rank at its best learning rate."""
+    return _plot(figures.build_learning_figure(*_read_records(run)), ax)
+
+
+def memory(run: Run | Plan, ax: Axes | None = None) -> Axes:
+    """Plot the peak memory of a training by rank.
+
+    Args:
+        run: a run, whose memory was measured, or what `plan` returns.
+    """
+    if isinstance(run, Plan):
+        return _plot(figures.build_plan_figure(run), ax)
+    records, _ = _read_records(run)
+    return _plot(figures.build_memory_figure(records), ax)
+
+
+def spectrum(run: Run | Inspection, ax: Axes | None = None) -> Axes:
+    """Plot the singular values of an adapter: their median over the modules, and their range.
+
+    Args:
+        run: a run, whose exported adapter is plotted, the folder of an adapter, or what `inspect` returns.
+    """
+    if isinstance(run, Inspection):
+        return _plot(figures.build_spectrum_figure(run), ax)
+    from rightrank.adapters.spectra import inspect_adapter
+
+    path = _get_path(run)
+    adapter = path if (path / CONFIG_FILE).is_file() else read_run(path, is_live=True)[0].adapter
+    return _plot(figures.build_spectrum_figure(inspect_adapter(adapter)), ax)
+
+
+def _get_path(run: Run) -> Path:
+    if not isinstance(run, str | Path | Selected):
+        raise SettingsError(f"{type(run).__name__} cannot be plotted; give a run folder, or the result of select_rank")
+    return run.run if isinstance(run, Selected) else Path(run)
+
+
+def _read_records(run: Run) -> tuple[Records, Decision | None]:
+    _, records, decision = read_run(_get_path(run), is_live=True)
+    return records, decision
+
+
+def _plot(figure: Figure | None, ax: Axes | None) -> Axes:
+    require_matplotlib()
+    if figure is None:
+        raise ResultsError("there is nothing to plot yet: no training of the run has the values that this plot shows")
+    if ax is None:
+        from matplotlib import pyplot
+
+        _, ax = pyplot.subplots(layout="constrained")
+    return figure.plot(ax)

@@ -1,0 +1,421 @@
+"""Test figures by reading the artists on their axes. Files are only tested to be images."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from click.testing import CliRunner
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+import rightrank
+from rightrank import Selected, plots
+from rightrank.api.folders import write_report
+from rightrank.cli import cli
+from rightrank.decision.comparison import compute_bounds
+from rightrank.decision.records import Records, compare_run_adapters, decide_if_possible, decide_run
+from rightrank.decision.table import build_table, estimate_pairs
+from rightrank.report.figure import COLOURS, Figure, write_figures
+from rightrank.report.figures import MAX_MARGINS, build_figures, build_margin_steps, build_rank_figure
+from rightrank.report.html import render_report
+from rightrank.runs.values import collect_answers
+from rightrank.schema.decision import Decision
+from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
+from rightrank.schema.results import Inspection, ModuleSpectrum, Plan, RankPlan
+from rightrank.schema.trials import TrialFinished
+from tests.report.elements import Elements
+from tests.report.runs import make_answered_run, make_run, write_answered_run, write_journal, write_records
+
+Points: TypeAlias = dict[float, tuple[float, float, float]]  # x → value, lower and upper end of the whisker
+
+
+@pytest.fixture(autouse=True)
+def closed_figures() -> Iterator[None]:
+    yield
+    pyplot.close("all")
+
+
+def draw(figure: Figure) -> Axes:
+    return figure.plot(Canvas().subplots())
+
+
+def draw_run(name: str, records: Records, decision: Decision | None = None) -> Axes:
+    return draw(next(figure for figure in build_figures(records, decision) if figure.name == name))
+
+
+def read_series(ax: Axes) -> dict[str, Points]:
+    """Read the points of each labelled series with their whiskers."""
+    series: dict[str, Points] = {}
+    for container in ax.containers:
+        line, _, bars = container.lines
+        points = list(zip(*line.get_data(), strict=True))
+        segments = bars[0].get_segments() if bars else [[(x, y), (x, y)] for x, y in points]
+        ends = [(y, segment[0][1], segment[1][1]) for (_, y), segment in zip(points, segments, strict=True)]
+        series[str(container.get_label())] = dict(zip([x for x, _ in points], ends, strict=True))
+    for line in ax.lines:
+        if not line.get_label().startswith("_"):
+            series[str(line.get_label())] = {x: (y, y, y) for x, y in zip(*line.get_data(), strict=True)}
+    return series
+
+
+def find_series(ax: Axes, start: str) -> Points:
+    return next(points for label, points in read_series(ax).items() if label.startswith(start))
+
+
+def read_band(ax: Axes) -> tuple[float, float]:
+    (patch,) = ax.patches
+    low, high = patch.get_extents().transformed(ax.transData.inverted()).intervaly
+    return float(low), float(high)
+
+
+def list_ring_ranks(ax: Axes, start: str) -> list[float]:
+    return [x for label, points in read_series(ax).items() if label.startswith(start) for x in points]
+
+
+def test_the_rank_curve_is_the_decision() -> None:
+    decision = decide_run(make_run())
+    ax = draw(build_rank_figure(decision))
+    points = find_series(ax, "best learning rate")
+    trained = {e.rank: e for e in decision.ranks if e.rank > 0}
+    assert {rank: value for rank, (value, _, _) in points.items()} == {rank: e.value for rank, e in trained.items()}
+    reference = trained[decision.reference_rank].value
+    low, high = read_band(ax)
+    assert (low, high) == pytest.approx((reference, reference + decision.margin))
+    # A rank is enough if its whisker ends inside the band.
+    assert {rank: end < high for rank, (_, _, end) in points.items()} == {r: e.non_inferior for r, e in trained.items()}
+    assert list_ring_ranks(ax, "chosen") == [decision.rank]
+    # 3 + 0.2/r: from 1 to 4 a doubling gains 0.075, from 4 to 16 0.019, from 16 on less
+    assert list_ring_ranks(ax, "doubling gains less than the margin") == [4]
+    assert ax.get_xlabel() == "LoRA rank"
+    refused = [e.model_copy(update={"non_inferior": False}) if e.rank == decision.rank else e for e in decision.ranks]
+    assert list_ring_ranks(draw(build_rank_figure(decision.model_copy(update={"ranks": refused}))), "chosen") == []
+
+
+def test_rings_around_one_point_have_several_sizes_and_lie_below_the_points() -> None:
+    decision = decide_run(make_run())
+    ranks = [evidence.model_copy(update={"non_inferior": True}) for evidence in decision.ranks]
+    ax = draw(build_rank_figure(decision.model_copy(update={"rank": 4, "ranks": ranks})))
+    rings = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    assert len({line.get_markersize() for line in rings}) == len(rings) == 2
+    assert max(line.get_zorder() for line in rings) < ax.containers[0].lines[0].get_zorder()
+
+
+def test_the_margin_figure_agrees_with_the_rule_at_every_margin() -> None:
+    decision = decide_run(make_run())
+    steps = build_margin_steps(decision)
+    assert len({rank for _, rank in steps}) > 1
+    ax = draw_run("staircase", make_run(), decision)
+    drawn = find_series(ax, "smallest rank")
+    for step in decision.staircase:
+        assert [rank for needed, rank in steps if needed <= step.margin][-1] == step.rank
+        if step.margin > 0:
+            assert drawn[step.margin][0] == step.rank
+    assert list_ring_ranks(ax, "this margin") == [decision.margin]
+
+
+def test_adapters_are_drawn_by_method_with_their_paired_bounds() -> None:
+    records = make_answered_run(direct=(1, 4, 16))
+    ax = draw_run("adapters", records)
+    series = {label.split()[0]: points for label, points in read_series(ax).items()}
+    assert sorted(series["trained"]) == [1, 4, 16, 64]
+    assert sorted(series["truncated"]) == [4, 8, 16, 32]
+    compared = {(a.rank, a.method): a for a in compare_run_adapters(records)}
+    high = read_band(ax)[1]
+    inside = {(rank, method): series[method][rank][2] < high for rank, method in compared}
+    assert inside == {key: adapter.is_within_margin for key, adapter in compared.items()}
+    assert set(inside.values()) == {True, False}
+    adapter, reference = compared[16, "truncated"], compared[64, "trained"]
+    assert adapter.difference_low is not None
+    assert adapter.difference_high is not None
+    ends = reference.value + adapter.difference_low, reference.value + adapter.difference_high
+    assert series["truncated"][16] == pytest.approx((adapter.value, *ends))
+    answer = records.adapters[-1].answer
+    assert list_ring_ranks(ax, f"exported: rank {answer.rank}, {answer.method}") == [answer.rank]
+
+
+def test_an_adapter_far_behind_is_off_the_scale_and_named() -> None:
+    records = make_answered_run()
+    far = next(trial for trial in records.list_finished() if trial.rank == 4)
+    items = [loss + 20 * MAX_MARGINS * 0.02 for loss in far.example_losses]
+    worse = far.model_copy(update={"example_losses": items, "metrics": {"loss": far.value + MAX_MARGINS * 0.02}})
+    records.outcomes = [worse if outcome is far else outcome for outcome in records.outcomes]
+    ax = draw_run("adapters", records)
+    assert "off the scale: rank 4" in ax.get_title().replace("\n", " ")
+    assert ax.get_ylim()[1] < worse.metrics["loss"]
+
+
+def stop_early(trial: TrialFinished, rate: float, added_loss: float) -> TrialFinished:
+    """Return the training at another learning rate, stopped at a quarter with examples that are worse in proportion."""
+    losses = [loss + added_loss * (20 + index) for index, loss in enumerate(trial.example_losses)]
+    value = sum(losses) / sum(trial.example_tokens)
+    changes = {"trial_id": f"{rate}", "learning_rate": rate, "stop_at": 10, "example_losses": losses}
+    return trial.model_copy(update=changes | {"value": value, "metrics": {"loss": value}})
+
+
+def test_learning_rates_are_compared_early_and_at_the_end() -> None:
+    records = make_run((1, 16), (3e-3,), diverged=[(1, 1e-2)])
+    end = next(trial for trial in records.list_finished() if trial.rank == 16)
+    early = [stop_early(end, rate, added) for rate, added in ((1e-3, 0.3), (3e-3, 0.2), (1e-2, 0.4))]
+    diverged = make_run((16,), (3e-2,), diverged=[(16, 3e-2)]).outcomes[-1]
+    records.outcomes += [*early, stop_early(end, 5e-3, 0.1).model_copy(update={"stop_at": 20}), diverged]
+    ax = draw_run("learning_rates", records)
+    points = find_series(ax, "after 10 of 40 steps")
+    assert [*points] == [1e-3, 3e-3, 1e-2]
+    assert [value for value, _, _ in points.values()] == pytest.approx([trial.value for trial in early])
+    table = build_table(early, "loss", False)
+    worse, best = table.cells[16, 1e-3, 0], table.cells[16, 3e-3, 0]
+    bounds = compute_bounds(estimate_pairs([(worse, best)]))
+    assert points[1e-3] == pytest.approx((worse.value, best.value + bounds.low, best.value + bounds.high))
+    assert points[3e-3][1] == points[3e-3][2]  # the best one is compared with nothing
+    assert find_series(ax, "at the end") == {3e-3: (end.value,) * 3}
+    assert list_ring_ranks(ax, "chosen: 0.003") == [3e-3]
+    assert ax.get_xscale() == "log"
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0.001", "0.003", "0.01"]
+    assert ax.get_title() == "Learning rates at rank 16 (no result: 0.03)"
+
+
+def test_learning_rates_of_complete_trainings_are_compared_at_the_end_by_seeds() -> None:
+    records = make_run((1, 16), (1e-3, 3e-3), seeds=(0, 1))
+    ax = draw_run("learning_rates", records)
+    ((label, points),) = [(label, p) for label, p in read_series(ax).items() if not label.startswith("chosen")]
+    assert label.startswith("at the end")
+    for rate, (value, low, high) in points.items():
+        values = [t.value for t in records.list_finished() if (t.rank, t.learning_rate) == (16, rate)]
+        assert value == pytest.approx(sum(values) / 2)
+        assert (low < value < high) == (rate == 1e-3)
+    names = {figure.name for figure in build_figures(make_run((1, 16), (1e-3,)), None)}
+    assert "learning_rates" not in names
+
+
+def test_learning_curves_have_every_stage_of_a_training_and_its_training_loss() -> None:
+    records = make_run((4,), (1e-3,))
+    ax = draw_run("learning_curves", records)
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 10, 20, 40], [10, 20, 40]]
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--"]
+    assert ax.get_title() == "Learning curves (training dashed)"
+    trial = records.list_finished()[-1]
+    first = trial.model_copy(update={"trial_id": "first", "stop_at": 3, "metrics": {"loss": 4.0}, "points": []})
+    second = first.model_copy(
+        update={"trial_id": "second", "stop_at": 5, "continue_from": "first", "metrics": {"loss": 3.9}}
+    )
+    records.outcomes[-1:] = [first, second, trial.model_copy(update={"continue_from": "second"})]
+    points = find_series(draw_run("learning_curves", records), "rank 4")
+    assert [*points] == [0, 3, 5, 10, 20, 40]
+    assert [points[step][0] for step in (3, 5)] == [4.0, 3.9]
+
+
+def test_a_training_loss_of_one_evaluation_is_among_the_numbers_alone() -> None:
+    records = make_run((4,), (1e-3,))
+    trial = records.list_finished()[-1]
+    records.outcomes[-1] = trial.model_copy(update={"points": trial.points[-1:]})
+    figure = next(figure for figure in build_figures(records, None) if figure.name == "learning_curves")
+    assert figure.title == "Learning curves"
+    assert figure.rows[-1][-1] == trial.points[-1].train_value
+
+
+def test_memory_is_drawn_from_zero_and_beside_what_it_can_be_compared_with() -> None:
+    """The plan is drawn next to the measurement on CUDA, but not on a CPU, where the measurement covers the entire process."""
+    records = make_run()
+    records.outcomes = [
+        outcome.model_copy(update={"predicted_peak_bytes": 2**31}) if outcome.rank == 4 else outcome
+        for outcome in records.outcomes
+    ]
+    parent = records.list_finished()[-1]
+    update = {"trial_id": "truncated", "rank": 2, "steps": 0, "truncate_from": parent.trial_id}
+    records.outcomes.append(parent.model_copy(update=update))
+    ax = draw_run("memory", records)
+    assert ax.get_title() == "Peak memory of a training, entire process"
+    assert {label: [*points] for label, points in read_series(ax).items()} == {"measured": [1, 4, 16, 64]}
+    assert ax.get_ylim()[0] == 0
+    environment = records.started.environment | {"device": "cuda"}
+    records.started = records.started.model_copy(update={"environment": environment})
+    assert find_series(draw_run("memory", records), "planned") == {4: (2048.0,) * 3}
+
+
+def make_plan() -> Plan:
+    ranks = [RankPlan.model_construct(rank=r, peak_bytes=r * 2**20, needed_bytes=r * 2**21) for r in (4, 16)]
+    return Plan.model_construct(ranks=ranks, memory_bytes=2**25)
+
+
+def make_inspection() -> Inspection:
+    modules = [
+        ModuleSpectrum.model_construct(singular_values=values) for values in ([4.0, 1.0], [2.0, 0.5, 0.1], [0.0])
+    ]
+    return Inspection.model_construct(modules=modules)
+
+
+def test_records_of_plan_and_inspect_can_be_plotted() -> None:
+    series = read_series(plots.memory(make_plan()))
+    assert {label: [value for value, _, _ in points.values()] for label, points in series.items()} == {
+        "peak of the tensors": [4, 16],
+        "needed, with process and headroom": [8, 32],
+        "available": [32, 32],
+    }
+    ax = plots.spectrum(make_inspection())
+    assert ax.get_title() == "Singular values of the adapter, 2 modules"
+    assert {x: value for x, (value, _, _) in find_series(ax, "median").items()} == {1: 3.0, 2: 0.75, 3: 0.1}
+    corners = ax.collections[0].get_paths()[0].vertices
+    assert {(x, y) for x, y in corners} >= {(1, 2.0), (1, 4.0), (2, 0.5), (2, 1.0), (3, 0.1)}
+
+
+@pytest.mark.parametrize("name", plots.__all__)
+def test_a_plot_takes_a_folder_or_a_result_and_draws_on_the_given_axes(name: str, tmp_path: Path) -> None:
+    plot: Callable[..., Axes] = getattr(rightrank.plots, name)
+    run = write_answered_run(tmp_path / "run", direct=(4, 16))
+    records = make_answered_run(direct=(4, 16))
+    top = next(trial for trial in records.list_finished() if trial.rank == 64)
+    records.outcomes += [top.model_copy(update={"trial_id": "other", "learning_rate": 1e-3})]
+    write_records(tmp_path / "two", [records.started, *records.outcomes, *records.adapters])
+    selected = Selected(tmp_path / "two", None, None, run, collect_answers(records, None, "adapter"))
+    sources: Sequence[Any] = [make_inspection()] if name == "spectrum" else [str(tmp_path / "two"), selected]
+    for source in sources:
+        ax = Canvas().subplots()
+        assert plot(source, ax=ax) is ax
+        assert ax.get_title()
+        assert plot(source) is not ax
+    with pytest.raises(
+        SettingsError, match=r"^int cannot be plotted; give a run folder, or the result of select_rank$"
+    ):
+        plot(3)
+    if name != "spectrum":
+        with pytest.raises(ResultsError, match="there is nothing to plot yet"):
+            plot(write_journal(tmp_path / "empty", upto=0))
+
+
+def test_a_decision_is_plotted_like_its_run(tmp_path: Path) -> None:
+    run = write_journal(tmp_path / "run")
+    result = rightrank.decide(run)
+    assert read_series(plots.rank_curve(result)) == read_series(plots.rank_curve(run))
+    adapter_run = write_answered_run(tmp_path / "adapter", "adapter")
+    assert read_series(plots.rank_curve(adapter_run)) == read_series(plots.adapters(adapter_run))
+
+
+@pytest.mark.parametrize("ranks", [(), (4,), (4, 8)])
+def test_few_trials_give_the_figures_that_there_are(ranks: tuple[int, ...]) -> None:
+    records = make_run(ranks)
+    names = {figure.name for figure in build_figures(records, decide_if_possible(records))}
+    assert ("rank_curve" in names) == (len(ranks) == 2)
+    assert ("time" in names) == bool(ranks)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_the_axis_of_a_metric_says_which_direction_is_better(metric: str) -> None:
+    records = make_answered_run(direct=(4, 16))
+    higher = metric == "accuracy"
+    records.started = records.started.model_copy(update={"metric": metric, "higher_is_better": higher})
+    changes = {"metrics": {metric: 0.5, "loss": 3.0}}
+    records.outcomes = [outcome.model_copy(update=changes) for outcome in records.outcomes]
+    decision = decide_run(records)
+    assert decision.higher_is_better == higher
+    for name in ("rank_curve", "adapters", "learning_curves"):
+        label = draw_run(name, records, decision).get_ylabel().replace("\n", " ")
+        assert label.endswith("(higher is better)" if higher else "(lower is better)")
+    by_loss = {"metric": "accuracy", "higher_is_better": True, "points_metric": "loss"}
+    records.started = records.started.model_copy(update=by_loss)
+    label = draw_run("learning_curves", records).get_ylabel().replace("\n", " ")
+    assert label == "held-out loss, nats (lower is better)"
+
+
+TICKS = re.compile(r"text-anchor: end[^>]*>([^<]*)</text>")  # the numbers of the y axis
+
+
+@pytest.mark.parametrize("low", [-1e9, 0.0, 10.6125, 1e13])
+@pytest.mark.parametrize("span", [1e-7, 0.0015, 700.0, 3e9])
+def test_no_two_ticks_of_an_axis_have_one_text(low: float, span: float) -> None:
+    y = (low, low + max(span, 1e-12 * abs(low)))
+    figure = Figure("ticks", "t", "x", "y", (), [], lambda ax: ax.plot((1, 4), y))
+    texts = TICKS.findall(figure.svg)
+    assert len(set(texts)) == len(texts) > 2
+    ranks = [2**power for power in range(14)]
+    ax = draw_run("memory", make_run(ranks, (1e-3,)))
+    labels = [text.get_text() for text in ax.get_xticklabels()]
+    assert len(set(labels)) == len(labels) <= 12
+    assert labels[0] == "1"
+
+
+def test_names_from_outside_cannot_break_a_drawing() -> None:
+    decision = decide_run(make_run()).model_copy(update={"metric": "a$b$ <script>\x07 & 'c' 字"})
+    text = build_rank_figure(decision).svg
+    shown = "".join(element.text or "" for element in ET.fromstring(text).iter())
+    assert "<script" not in text
+    assert "a$b$ <script>␇ & 'c' 字" in shown
+
+
+def test_drawings_of_one_page_share_no_id_and_follow_the_colour_scheme() -> None:
+    records = make_answered_run(direct=(4, 16))
+    figures = build_figures(records, decide_run(records))
+    page = render_report(records, collect_answers(records, None, "adapter"), figures)
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]*)', page)) <= set(ids)
+    for figure in figures:
+        assert not re.search("#[0-9a-f]{6}", figure.inline_svg)
+        for name in re.findall(r"var\(--(\w+)\)", figure.inline_svg):
+            assert name in COLOURS
+            assert len(re.findall(rf"--{name}: #", page)) == 2  # in light and in dark
+
+
+def test_every_figure_is_written_the_same_in_every_format(tmp_path: Path) -> None:
+    run = write_answered_run(tmp_path / "run")
+    write_report(run, ["pdf", "png"])
+    first = {path.name: path.read_bytes() for path in (run / "figures").iterdir()}
+    assert len(first) == 4 * len({path.stem for path in (run / "figures").iterdir()})
+    begins = {".svg": b"<svg", ".pdf": b"%PDF-", ".png": b"\x89PNG"}
+    assert all(content.startswith(begins.get(Path(name).suffix, b"")) for name, content in first.items())
+    write_report(run, ["pdf", "png"])
+    assert {path.name: path.read_bytes() for path in (run / "figures").iterdir()} == first
+    with pytest.raises(SettingsError, match=r"not a supported figure format; give pdf, png or both"):
+        write_report(run, ["gif"])
+    figures = build_figures(make_run(), None)
+    write_figures(tmp_path / "other", figures)
+    for figure in figures:
+        rows = list(csv.reader(StringIO((tmp_path / "other" / f"{figure.name}.csv").read_text())))
+        assert rows[0] == list(figure.columns)
+        assert len(rows) == len(figure.rows) + 1
+
+
+def test_without_matplotlib_the_report_has_its_tables_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = write_answered_run(tmp_path / "run", direct=(4, 16))
+    hint = "figures need matplotlib; install it with: pip install 'rightrank[plots]'"
+    elements = Elements(write_report(run).read_text(encoding="utf-8"))
+    assert hint.capitalize() in elements.text
+    assert "svg" not in {tag for tag, _ in elements.tags}
+    assert elements.text.count("Numbers and files") == len(list((run / "figures").iterdir())) > 3
+    assert {path.suffix for path in (run / "figures").iterdir()} == {".csv"}
+    links = [attributes.get("href") or "" for tag, attributes in elements.tags if tag == "a"]
+    assert [link for link in links if link.startswith("figures") and not (run / link).exists()] == []
+    shown = CliRunner().invoke(cli, ["report", str(run), "--figures", "pdf"])
+    assert isinstance(shown.exception, MissingExtraError)
+    assert (str(shown.exception), shown.exception.exit_status) == (hint, 2)
+    with pytest.raises(MissingExtraError, match=re.escape(hint)):
+        plots.rank_curve(run)
+    assert "<svg" not in rightrank.decide(run)._repr_html_()
+
+
+def test_matplotlib_is_imported_for_figures_alone(tmp_path: Path) -> None:
+    run = write_journal(tmp_path / "run")
+    script = f"""
+import sys
+from click.testing import CliRunner
+import rightrank, rightrank.plots
+from rightrank.cli import cli
+for arguments in (["--help"], ["status", {str(run)!r}], ["decide", {str(run)!r}]):
+    assert CliRunner().invoke(cli, arguments).exit_code == 0, arguments
+assert "matplotlib" not in sys.modules
+rightrank.plots.rank_curve({str(run)!r})
+assert "matplotlib" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
