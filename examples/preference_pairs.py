@@ -14,6 +14,7 @@ selected = select_rank(
     arguments.model,
     read_rows(arguments.data),
     out=arguments.out,
+    goal="training-rank",
     ranks=(1, 4, 16),
     metrics=["reward_accuracy"],
     max_steps=arguments.steps,
