@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 import rightrank
-from tests.adapters.adapters import load_tensors, make_adapter, write_tensors
 from tests.commands import run
 from tests.docs.pages import PAGES, ROOT, SHELL, get_page_name, iterate_blocks, list_commands
 from tests.models.kind_checks import make_model
@@ -108,29 +106,6 @@ def _succeed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     # The check of an export may find that so few examples cannot tell.
     assert status in ((0, 4) if arguments[0] == "export" else (0,)), f"{shlex.join(arguments)}: {err}"
     return out
-
-
-def read_step() -> list[str]:
-    (block,) = [block for block in iterate_blocks(ROOT / "docs" / "how-to" / "compare.md") if block.language == "yaml"]
-    steps = yaml.safe_load(block.text)["jobs"]["adapter"]["steps"]
-    (command,) = [step["run"] for step in steps if "compare" in step.get("run", "")]
-    program, *arguments = shlex.split(command)
-    assert program == "rightrank"
-    return arguments
-
-
-def test_the_step_passes_and_fails_the_job(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(model_folder, tmp_path / "model")
-    write_completions(tmp_path / "held_out.jsonl", 40)
-    released = make_adapter(tmp_path / "model", tmp_path / "released" / "adapter", rank=2)
-    shutil.copytree(released, tmp_path / "candidate" / "adapter")
-    monkeypatch.chdir(tmp_path)
-    assert run(read_step(), capsys)[0] == 0
-    noise = {name: value + torch.randn_like(value) for name, value in load_tensors(released).items()}
-    write_tensors(tmp_path / "candidate" / "adapter", noise)
-    assert run(read_step(), capsys)[0] in (3, 4)
 
 
 def read_action() -> list[dict[str, str]]:

@@ -2,7 +2,8 @@
 
 Both sides are evaluated on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
 bound of its mean difference is below the margin, and *worse* if the lower bound is above the margin. Otherwise the
-examples cannot tell. If B is one of several candidates that were tried on these data, the bounds are corrected for their number. Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
+examples cannot tell. If B is the best of several candidates that were tried on these data, the bounds are corrected for their number.
+Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
 GGUF file, or a folder of MLX. A full model that was converted from A is *broken* if it computes another function, and the cause is named.
 """
 
@@ -19,6 +20,7 @@ from rightrank.adapters.conversion_faults import ComparedSide, describe_token_di
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.comparison import (
+    CONFIDENCE,
     compute_file_bounds,
     compute_required_examples,
     correct_confidence,
@@ -75,15 +77,17 @@ def compare_adapters(
     cause: str | None = None
     for path in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            *compared_sides, trained_on = _evaluate_sides(
+            first, second, trained_on = _evaluate_sides(
                 sides, model, path, settings, Path(name), on_event, base_b, run_splits
             )
             results = (
-                _compare_metric((compared_sides[0], compared_sides[1]), spec.name, path, settings, confidence)
+                compare_trials(first.scores, second.scores, spec.name, str(path), settings, confidence)
                 for spec in settings.metric_specs
             )
-            comparisons += [comparison.model_copy(update={"trained_on": trained_on}) for comparison in results]
-            cause = cause or diagnose_conversion((compared_sides[0], compared_sides[1]), evaluate_adapter)
+            left_out = max(side.runtime.data.summary.splits["validation"].dropped for side in (first, second))
+            counts = {"trained_on": trained_on, "left_out": left_out}
+            comparisons += [comparison.model_copy(update=counts) for comparison in results]
+            cause = cause or diagnose_conversion((first, second), evaluate_adapter)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _format_sentence(*sides, worst, len(comparisons), cause, tries)
@@ -104,9 +108,9 @@ def _evaluate_sides(
     trained_on = 0
     if run_splits is None:
         all_splits, settings = load_held_out(
-            data, settings.model_copy(update={"cache_prefix": False}), _find_shared_labels(sides)
+            data, settings.model_copy(update={"cache_prefix": False}), find_shared_labels(sides)
         )
-        splits = _drop_training_examples(all_splits, sides, settings, data)
+        splits = drop_training_examples(all_splits, sides, settings, data)
         trained_on = len(all_splits.examples["validation"]) - len(splits.examples["validation"])
     else:
         splits, settings = run_splits, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
@@ -143,10 +147,10 @@ def _evaluate_sides(
     return compared_sides[0], compared_sides[1], trained_on
 
 
-def _drop_training_examples(
+def drop_training_examples(
     splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path
 ) -> DataSplits:
-    """Return the rows that neither adapter was trained on, as far as the run folders around them record it.
+    """Return the rows that no adapter was trained on, as far as the run folders around them record it.
 
     Raises:
         DataError: Fewer than two rows are left.
@@ -162,8 +166,8 @@ def _drop_training_examples(
     count, num_unseen = (len(side_name.examples["validation"]) for side_name in (splits, unseen))
     if num_unseen < 2:
         raise DataError(
-            f"{data}: {count - num_unseen} of {count} distinct rows are among the training examples of A or B; give rows that "
-            "neither was trained on"
+            f"{data}: {count - num_unseen} of {count} distinct rows are among the training examples of the adapters; give rows "
+            "that none of them was trained on"
         )
     return unseen
 
@@ -231,10 +235,24 @@ def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> Trial
     return trial.model_copy(update=scores.to_record_fields(measured) | {"metrics": scores.metrics | measured.values})
 
 
-def _compare_metric(
-    sides: tuple[ComparedSide, ComparedSide], metric: str, data: Path, settings: SelectSettings, confidence: float
+def compare_trials(
+    a: TrialFinished,
+    b: TrialFinished,
+    metric: str,
+    data: str,
+    settings: SelectSettings,
+    confidence: float = CONFIDENCE,
 ) -> MetricComparison:
-    a, b = (compared_side.scores for compared_side in sides)
+    """Compare the scores of B with those of A on the same examples by one metric.
+
+    Args:
+        data: The name of the examples.
+        confidence: The confidence of each bound.
+
+    Raises:
+        ModelError: The models have different tokenizers.
+        SettingsError: The metric was not measured, or gives no score per example.
+    """
     _require_same_tokens(a, b, metric)
     if metric not in a.metrics:
         raise SettingsError(
@@ -256,7 +274,7 @@ def _compare_metric(
         margin = compute_default_margin(tables[0].kind, cells[0].value, [cells[0].value])
     verdict = VERDICTS[bounds.is_enough(margin)]
     return MetricComparison(
-        data=str(data),
+        data=data,
         metric=metric,
         verdict=verdict,
         value_a=cells[0].value,
@@ -268,7 +286,6 @@ def _compare_metric(
         margin=margin,
         examples=cells[0].examples,
         groups=cells[0].num_groups if cells[0].groups is not None else None,
-        left_out=max(compared_side.runtime.data.summary.splits["validation"].dropped for compared_side in sides),
         examples_needed=compute_required_examples(estimate_file_difference(*difference, confidence), margin, confidence)
         if verdict == "cannot_tell"
         else None,
@@ -302,7 +319,7 @@ def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause:
     return f"{names}: these examples cannot tell; {figures}; {advice}. {format_distribution(worst.distribution)}{worst_text}"
 
 
-def _find_shared_labels(sides: Sequence[str]) -> list[str] | None:
+def find_shared_labels(sides: Sequence[str]) -> list[str] | None:
     """Return the labels that both sides have, or None if neither is a classifier.
 
     Raises:

@@ -9,7 +9,7 @@ from rightrank.models.adapter_folders import CONFIG_FILE, find_adapter, require_
 from rightrank.models.model_sources import BASE_SIDE
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
-from rightrank.schema.results import AdapterComparison, Inspection, Resized
+from rightrank.schema.results import AdapterComparison, Averaged, Inspection, Resized
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
 
@@ -109,6 +109,44 @@ def resize(
         chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
         resized = resize_adapter(opened, Path(out), chosen_ranks, rule=chosen_by)
     return resized.model_copy(update={"notes": [choice, *resized.notes]}) if choice else resized
+
+
+def average(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    data: str | Path,
+    margin: float | None = None,
+    base: str | None = None,
+    settings: SelectSettings | None = None,
+    on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
+) -> Averaged:
+    """Write the mean of several adapters' updates to `out`, at the smallest rank within the margin of the best candidate.
+
+    The candidates are the adapters and the ranks of their mean. One half of the rows chooses; the differences are measured on the other.
+
+    Args:
+        adapters: two or more LoRA folders of PEFT or mlx-lm that adapt the same modules of one base. Ranks and scales may differ.
+        out: the folder to write, which must not exist.
+        data: held-out rows.
+        margin: the accepted loss of quality; None for the metric's default.
+        base: the base model; None for the one that the first adapter names.
+        settings: settings for loading models and reading rows; see `SelectSettings`.
+        on_event: receives the progress of each evaluation, and each line for a person.
+
+    Raises:
+        InputError: an adapter, the data or `out` can't be used; nothing was written.
+    """
+    folders = [find_adapter(Path(adapter))[0] for adapter in adapters]
+    for folder in folders:
+        require_adapter_folder(folder)
+
+    from rightrank.adapters.average import AverageRequest, average_adapters
+    from rightrank.data.files import require_absent
+
+    require_absent(Path(out))
+    read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
+    return average_adapters(AverageRequest(folders, Path(data), base, read, on_event), Path(out))
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""`inspect`, `resize` and `compare` (a gate for CI): commands on adapters."""
+"""`inspect`, `resize`, `average` and `compare` (a gate for CI): commands on adapters."""
 
 from __future__ import annotations
 
@@ -106,6 +106,36 @@ def _resize(
             **rule,
         )
     click.echo(format_json(resized) if as_json else _format_resize_result(resized))
+
+
+@click.command(
+    "average",
+    short_help="Average adapters, at the smallest rank that is enough.",
+    epilog="Example: rightrank average seed0 seed1 mean --data held_out.jsonl --margin 0.005",
+)
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Held-out rows.")
+@click.option("--margin", type=float, help="The accepted loss of quality (default 0.005 nats per token).")
+@click.option("--base", help="The base model (default: the one that the first adapter names).")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _average(
+    adapters: tuple[Path, ...],
+    out: Path,
+    data: Path,
+    margin: float | None,
+    base: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write the mean of the updates of two or more ADAPTERS to OUT."""
+    from rightrank.api import adapters as api
+
+    settings = SelectSettings(**gather_settings(None, assignments, {"margin": margin}))
+    with open_progress_view() as view:
+        averaged = api.average(adapters, out, data=data, base=base, settings=settings, on_event=view.on_event)
+    click.echo(format_json(averaged) if as_json else averaged.sentence)
 
 
 def open_progress_view(quiet: bool = False) -> AbstractContextManager[View]:
@@ -237,4 +267,4 @@ def _format_number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
-COMMANDS = (_inspect, _resize, _compare)
+COMMANDS = (_inspect, _resize, _average, _compare)

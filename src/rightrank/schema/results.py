@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, DifferenceDistribution
 from rightrank.schema.events import SplitSummary
 from rightrank.schema.trials import BoundedInt, Record
 
@@ -215,3 +215,17 @@ class AdapterComparison(_ComparisonResult):
     comparisons: list[MetricComparison]
     cause: str | None = None  # of `broken`: what B is in place of A
     tries: BoundedInt = 1  # candidates that were compared on these data; the bounds are corrected for them
+
+
+class Averaged(Record):
+    """The object of `average --json`."""
+
+    out: str
+    rank: BoundedInt  # of the written adapter; its parameters may be distributed over the modules
+    trial_id: str  # the written candidate
+    reference_id: str  # the best candidate
+    member_id: str  # the best member
+    candidates: list[AdapterCandidate]  # members and ranks of the average, on the rows that choose
+    against_best: MetricComparison  # of the written adapter with the best candidate, on the other rows
+    against_member: MetricComparison  # of the written adapter with the best member, on the other rows
+    sentence: str
