@@ -1,9 +1,10 @@
-"""`resize`: by moments with a rank for each module; `--data` by the rule of `select`."""
+"""`resize`: by moments with a rank for each module; `--data` by the rule of `select`; what it says, and what it keeps beside the factors."""
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rightrank.adapters.resize import resize_adapter
 from rightrank.adapters.resize_by_data import load_evaluation_data
 from rightrank.cli import main
 from rightrank.data.splits import load_data
+from rightrank.decision.adapter import SEARCH_OPTION
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.resizing import cap_ranks
 from rightrank.models.truncation import Moments, allocate_ranks, decompose_update
@@ -28,11 +30,21 @@ from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import attach_adapter
 from rightrank.train.trial import TrialFolders
-from tests.adapters.adapters import compute_deltas, load_strictly, load_tensors, make_adapter, make_base
+from tests.adapters.adapters import (
+    compute_deltas,
+    edit_config,
+    load_strictly,
+    load_tensors,
+    make_adapter,
+    make_base,
+    write_tensors,
+)
+from tests.commands import COMMANDS, run
 from tests.helpers import make_runtime
-from tests.tiny import build_small_settings, write_completions
+from tests.tiny import build_small_settings, make_tokenizer, write_completions
 
 pytestmark = pytest.mark.trains
+
 
 SETTINGS = ["--set", "seq_len=32", "--set", "max_eval_examples=12", "--set", "batch_size=4"]
 
@@ -255,3 +267,112 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
         p.numel() for name, p in load_strictly(base, tmp_path / "small").named_parameters() if "lora_" in name
     )
     assert num_parameters == resized.parameters_after
+
+
+SMALL = ["--set", "seq_len=32", "--set", "device=cpu"]
+SHORT_SETTINGS = {"seq_len": 32, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def base_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_base(tmp_path_factory.mktemp("bases") / "base")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_completions(tmp_path_factory.mktemp("data") / "rows.jsonl", 30)
+
+
+def test_an_adapter_that_learned_nothing_has_no_gain(base_with_tokenizer: Path, data: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=4)
+    write_tensors(adapter, {key: value * ("lora_B" not in key) for key, value in load_tensors(adapter).items()})
+    resized = resize(adapter, tmp_path / "out", data=data, ranks=(1,), settings=SelectSettings(**SHORT_SETTINGS))
+    assert resized.no_gain
+    values = {entry.rank: entry.value for entry in resized.held_out}
+    assert resized.answer.sentence.startswith(
+        f"No gain: the base model alone has {values[0]:.4f} and the adapter {values[4]:.4f}"
+    )
+    changed = make_adapter(base_with_tokenizer, tmp_path / "changed", rank=4)
+    resized = resize(
+        changed, tmp_path / "out2", data=data, ranks=(1,), margin=1e-6, settings=SelectSettings(**SHORT_SETTINGS)
+    )
+    assert not resized.no_gain
+
+
+def test_advice_is_a_command_that_select_takes(base_with_tokenizer: Path, data: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=4)
+    resized = resize(adapter, tmp_path / "out", data=data, margin=1e-9, settings=SelectSettings(**SHORT_SETTINGS))
+    notes = [note for note in resized.answer.notes if "direct training" in note]
+    assert notes
+    assert SEARCH_OPTION not in notes[0]
+    words = shlex.split(notes[0].partition("(")[2].partition(")")[0])
+    assert words[:2] == ["rightrank", "select"]
+    options = {option for parameter in COMMANDS["select"].params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options
+    assert words[words.index("--ranks") + 1] == "1,2,4"
+
+
+def test_a_base_that_is_not_found_from_here_is_one_line(
+    base_with_tokenizer: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=4)
+    edit_config(adapter, base_model_name_or_path="models/base")
+    capsys.readouterr()
+    status, out, err = run(["resize", str(adapter), str(tmp_path / "out"), "--data", str(data), *SMALL], capsys)
+    assert (status, out) == (2, "")
+    assert f"names the base 'models/base', which cannot be found from {Path.cwd()}; give it with --base MODEL" in err
+    arguments = ["--data", str(data), "--margin", "9", "--base", str(base_with_tokenizer), "--json", *SMALL]
+    assert (
+        run(["resize", str(adapter), str(tmp_path / "out"), *arguments], capsys)[0] == 0
+    )  # the last part is that of the name
+
+
+def test_a_rank_that_is_shared_out_is_said_with_the_range_of_the_modules(
+    base_with_tokenizer: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=8)
+    capsys.readouterr()
+    arguments = ["--data", str(data), "--ranks", "2", "--margin", "9", *SMALL]
+    assert run(["resize", str(adapter), str(tmp_path / "out"), *arguments], capsys)[0] == 0
+    status, out, _ = run(["resize", str(adapter), str(tmp_path / "again"), *arguments], capsys)
+    ranks = [module.rank for module in open_adapter(tmp_path / "out").modules]
+    words = f"rank 2 (modules from {min(ranks)} to {max(ranks)})"
+    assert status == 0
+    assert min(ranks) < max(ranks)
+    assert out.startswith(f"{tmp_path / 'again'}: {words} (by data")
+    assert f"note: {words}: the parameters of rank 2 are shared out" in out
+    resize(adapter, tmp_path / "uniform", rank=2)
+    assert open_adapter(tmp_path / "uniform").rank_text == "2"
+
+
+def test_what_lies_beside_the_factors_is_counted_and_kept(base_with_tokenizer: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", "modules_to_save", rank=4)
+    make_tokenizer().save_pretrained(adapter)
+    resized = resize(adapter, tmp_path / "out", rank=2)
+    other_keys = open_adapter(adapter).other_keys
+    count = sum(load_tensors(adapter)[key].numel() for key in other_keys)
+    assert f"unchanged: {len(other_keys)} fully trained tensors with {count:,} parameters" in resized.notes
+    assert set(other_keys) <= set(load_tensors(tmp_path / "out"))
+    for file in adapter.glob("*token*"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_folder_of_named_adapters_names_them(
+    base_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(base_with_tokenizer, tmp_path / "all" / "default", rank=4)
+    capsys.readouterr()
+    assert run(["resize", str(tmp_path / "all"), str(tmp_path / "only"), "--rank", "2"], capsys)[0] == 0
+    status, _, err = run(["inspect", str(tmp_path / "all")], capsys)
+    assert status == 2
+    assert f"give {tmp_path / 'all' / 'default'}, the adapter in it" in err
+    make_adapter(base_with_tokenizer, tmp_path / "all" / "second", rank=4)
+    capsys.readouterr()
+    status, _, err = run(["inspect", str(tmp_path / "all")], capsys)
+    assert status == 2
+    assert f"give one of the adapters in it: {tmp_path / 'all' / 'default'}, {tmp_path / 'all' / 'second'}" in err
+    arguments = ["resize", str(tmp_path / "all" / "second"), str(tmp_path / "out"), "--rank", "2", "--json"]
+    status, out, _ = run(arguments, capsys)
+    assert (status, json.loads(out)["rank"]) == (0, 2)

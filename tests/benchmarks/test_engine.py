@@ -27,6 +27,7 @@ def _trainers_may_warn() -> Iterator[None]:
         yield
 
 
+@pytest.mark.full
 def test_every_contender_trains_and_is_compared(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     words = [model_folder, completion_file, "--job", "tail", "--layers", "1,2", "--steps", 2, "--max-eval-examples", 4]
     words += ["--rounds", 1, "--work", tmp_path, "--out", tmp_path / "tail.json"]

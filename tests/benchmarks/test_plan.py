@@ -20,6 +20,7 @@ from tests.plugins.plan import CONFIGS as PROFILED_CONFIGS
 pytestmark = pytest.mark.trains
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 def test_every_case_is_traced() -> None:
     """Trace one of the small architectures at a short length, with each case's own step."""

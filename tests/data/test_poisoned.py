@@ -107,12 +107,6 @@ def test_empty_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: An
     assert count_examples(data, "examples") == 150
 
 
-def test_nothing_but_empty_completions_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [{"prompt": f"say {number}", "completion": ""} for number in range(200)]
-    with pytest.raises(DataError, match=r"no labels left after tokenising"):
-        encode_rows(tmp_path / "d.jsonl", rows, tokenizer)
-
-
 def test_the_counts_are_shown(tmp_path: Path) -> None:
     records = make_run()
     data = records.started.data.model_copy(update={"unreadable": 3})

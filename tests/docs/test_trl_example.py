@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rightrank import EvalPoint, TrialTask, select_rank_with
 from rightrank.runs.calls import call_function
@@ -55,7 +58,6 @@ def make_grpo(model: Path, reward: Any = reward_letters, **more: Any) -> Any:
 
 
 def make_dataset(rows: list[dict[str, str]]) -> Any:
-    from datasets import Dataset
 
     return Dataset.from_list(rows)
 
@@ -81,8 +83,6 @@ def test_a_seed_repeats_a_training_and_another_does_not(model_folder: Path, tmp_
 
 def test_the_best_look_is_what_is_saved_and_measured(model_folder: Path, tmp_path: Path) -> None:
     """Reward only the untrained adapter's answers, so that the evaluation before the first step is the best."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     train = make_grpo(model_folder)
     untrained = train(make_task(tmp_path / "base", rank=0))
@@ -194,7 +194,6 @@ def test_a_reward_that_does_not_apply_counts_nothing(model_folder: Path, tmp_pat
 
 
 def test_greedy_rewards_do_not_depend_on_the_batch(model_folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     model.train()

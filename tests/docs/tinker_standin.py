@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUIRKS: dict[str, Any] = {"alpha": lambda rank: 32, "seed": lambda seed: seed, "archives": False}
 _LOCK = threading.RLock()  # one model at a time; the service that it stands for has a queue
@@ -78,8 +80,6 @@ class TrainingClient:
     """A base with one adapter and its optimizer."""
 
     def __init__(self, base_model: str, rank: int, seed: int, folder: Path) -> None:
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
 
         self.base_model, self.place = base_model, folder
         config = LoraConfig(r=rank, lora_alpha=QUIRKS["alpha"](rank), target_modules="all-linear")
@@ -91,7 +91,6 @@ class TrainingClient:
         )
 
     def get_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.base_model)
 

@@ -11,7 +11,14 @@ import torch
 from examples.text_to_image import TextToImageTrain
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from rightrank import TrialTask, inspect, resize, select_rank_with
 from rightrank.models.adapter_reader import open_adapter
@@ -54,7 +61,6 @@ def compute_unet_output(unet: Any) -> torch.Tensor:
 def save_pipeline(folder: Path) -> Path:
     """Save a tiny random Stable Diffusion pipeline."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     words = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
     letters = list("abcdefghijklmnopqrstuvwxyz")
@@ -93,7 +99,6 @@ def make_captioned_images(count: int, seed: int) -> list[tuple[torch.Tensor, str
 
 
 def save_resnet(folder: Path) -> Path:
-    from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)

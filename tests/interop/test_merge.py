@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rightrank import compare, export
 from rightrank.cli import main
@@ -108,7 +108,6 @@ ROWS = 40
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a random Llama whose rows are as long as a quantization group of MLX, with a tokenizer and its template."""
-    from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("whole") / "base"
     tokenizer = make_tokenizer()

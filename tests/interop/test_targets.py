@@ -20,6 +20,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.cli import cli
@@ -99,8 +101,6 @@ def test_status_and_export_import_no_torch(selected: Selected, tmp_path: Path) -
 
 
 def test_peft_s_config_makes_the_same_adapter_again(selected: Selected, model_folder: Path) -> None:
-    from peft import AutoPeftModelForCausalLM, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     folder = write_target(selected, "peft")
     names: dict[str, Any] = {}
@@ -236,7 +236,6 @@ def test_the_line_names_each_way_to_train_again(
 
 
 def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) -> None:
-    from peft import AutoPeftModelForCausalLM
 
     assert truncated.decision_or_none is None
     assert (truncated.exported_adapter.rank, truncated.exported_adapter.method) == (1, "truncated")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig
 
 from rightrank import compare, export, resize, select_rank
 from rightrank.adapters.compare import read_labels
@@ -134,7 +135,6 @@ def test_numbers_are_classes_in_the_order_of_numbers() -> None:
 
 
 def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForMaskedLM
 
     folder = save_tiny_llama(tmp_path / "model")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -145,7 +145,6 @@ def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_pat
 
 
 def test_a_model_in_memory_keeps_the_order_of_its_labels() -> None:
-    from transformers import LlamaConfig
 
     named = LlamaConfig(id2label={0: "pos", 1: "neg"}, label2id={"pos": 0, "neg": 1})
     assert align_labels(named, ["neg", "pos"]) == ["pos", "neg"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
 from rightrank.api.runs import decide
 from rightrank.cli import main
@@ -114,7 +115,6 @@ def test_groups_of_rows_are_in_the_journal_the_answers_and_the_report(
 
 
 def test_the_adapter_loads_as_it_is_and_its_card_holds_the_evidence(finished_run: Path) -> None:
-    from peft import AutoPeftModelForCausalLM
 
     model = AutoPeftModelForCausalLM.from_pretrained(finished_run / "adapter")
     assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) > 0
@@ -308,8 +308,6 @@ def test_classification(
     base = next(entry["value"] for entry in answer["ranks"] if entry["rank"] == 0)
     best = max(entry["value"] for entry in answer["ranks"])
     assert best > base
-
-    from peft import AutoPeftModelForSequenceClassification
 
     loaded: Any = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter", num_labels=2)
     assert loaded.peft_config["default"].modules_to_save

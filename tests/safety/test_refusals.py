@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -28,6 +29,7 @@ from rightrank.models.base_models import load_base
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import SelectSettings
 from rightrank.train.optimizer import load_checkpoint
 from tests.report.runs import make_run
 from tests.tiny import ON_CPU, build_small_settings, generate_sentences, write_jsonl
@@ -217,7 +219,6 @@ ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
 )
 def test_configs_that_are_more_than_plain_values(tmp_path: Path, text: str, message: str) -> None:
-    from rightrank.schema.settings import SelectSettings
 
     path = tmp_path / "config.yaml"
     path.write_text(text)
@@ -301,7 +302,6 @@ def test_a_run_folder_may_itself_be_a_link_and_hold_links_inside(tmp_path: Path)
 
 @pytest.mark.parametrize("filename", ["../secret.arrow", "/etc/passwd", "sub/data.arrow"])
 def test_a_saved_dataset_that_names_files_elsewhere(tmp_path: Path, filename: str) -> None:
-    import datasets
 
     datasets.Dataset.from_list([{"text": text} for text in generate_sentences(30)]).save_to_disk(tmp_path / "d")
     state = json.loads((tmp_path / "d" / "state.json").read_text())
@@ -311,7 +311,6 @@ def test_a_saved_dataset_that_names_files_elsewhere(tmp_path: Path, filename: st
 
 def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read rows that name a file or an address as their image, which must not be opened."""
-    import datasets
 
     text, named = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     rows = [

@@ -68,7 +68,7 @@ def _draw_kind(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("name", SelectSettings.model_fields)
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_setting_survives_the_command_line(name: str, data: st.DataObject) -> None:
     chosen = SelectSettings(**REQUIRED_SETTINGS.get(name, {}) | {name: data.draw(draw_values(name))})

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from rightrank.models import base_models as models
 from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
@@ -42,7 +50,7 @@ def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[floa
     [
         {},
         {"layers_to_transform": (2,)},  # two frozen layers below, computed once
-        {"scaling": "alpha/sqrt(r)", "target_modules": ("q_proj", "down_proj")},
+        {"scaling": "alpha/sqrt(r)", "target_modules": ("q_proj", "down_proj"), "max_grad_norm": 0.02},
         {"gradient_checkpointing": True},
     ],
     ids=["all-linear", "prefix", "rslora", "checkpointing"],
@@ -117,7 +125,6 @@ def test_initial_a_is_nested(
 
 def test_what_decays_is_what_decays_in_trainer(completion_file: Path, tmp_path: Path) -> None:
     """Check that neither biases of adapters and of saved modules decay, nor norms, whatever their names."""
-    from transformers import Trainer, TrainingArguments
 
     changes = {
         "weight_decay": 0.5,
