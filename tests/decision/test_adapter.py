@@ -20,7 +20,7 @@ from rightrank.decision.adapter import (
 from rightrank.decision.adapter import (
     compute_test_difference as difference_on_test,
 )
-from rightrank.decision.comparison import INDEPENDENCE_NOTE, compute_bounds, estimate_mean
+from rightrank.decision.comparison import INDEPENDENCE_NOTE, compute_file_bounds
 from rightrank.decision.table import format_distribution
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
@@ -285,7 +285,7 @@ def test_no_answer_before_a_training_is_truncated() -> None:
 
 def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
     low = find_adapter(TOP, make_trial("a", 8, 0.001, parent="top"), make_trial("b", 4, 0.05, parent="top"))
-    search = "the search for the training rank (--goal training-rank, the default) tries it."
+    search = "the search for the training rank (--goal training-rank) tries it."
     assert low.notes == [f"At rank 4 a direct training can beat a truncation; {search}", INDEPENDENCE_NOTE]
     better = find_adapter(TOP, make_trial("a", 32, -0.001, parent="top"), make_trial("b", 16, -0.03, parent="top"))
     assert better.notes == [
@@ -442,8 +442,8 @@ def test_one_differing_test_example_has_the_bound_of_a_rare_difference(metric: s
     ]
     difference = difference_on_test(sides[1], sides[0], Criterion(metric, True, None))
     assert difference is not None
-    expected = estimate_mean(np.subtract(ours, theirs, dtype=float)[None, :], np.ones(40), float(scale))
-    assert difference == (pytest.approx(scale / 40), pytest.approx(compute_bounds(expected).high))
+    expected = compute_file_bounds(np.subtract(ours, theirs, dtype=float), np.ones(40), float(scale))
+    assert difference == (pytest.approx(scale / 40), pytest.approx(expected.high))
     assert difference[1] is not None
     assert difference[1] > scale * (1 + 3) / 40
 
@@ -453,8 +453,8 @@ def test_a_fraction_on_the_test_split_has_the_range_0_to_1() -> None:
     ours, theirs = [0.5] * 40, [*[0.5] * 39, 0.0]
     sides = [make_test_evaluation(0.5, example_metrics={"f1": scores}) for scores in (theirs, ours)]
     difference = difference_on_test(sides[0], sides[1], Criterion("f1", True, None))
-    expected = estimate_mean(np.subtract(ours, theirs)[None, :], np.ones(40), 1.0)
-    assert difference == (pytest.approx(0.5 / 40), pytest.approx(compute_bounds(expected).high))
+    expected = compute_file_bounds(np.subtract(ours, theirs), np.ones(40), 1.0)
+    assert difference == (pytest.approx(0.5 / 40), pytest.approx(expected.high))
 
 
 def test_the_provenance_describes_training_and_truncation() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rightrank.adapters.compare import _compare_metric
+from rightrank.adapters.compare import compare_trials
 from rightrank.adapters.resize_by_data import find_smallest_adapter
 from rightrank.decision.records import Records, build_criterion, decide_run
 from rightrank.interop.truncation_run import DescendingStrategy
@@ -48,8 +46,5 @@ def test_every_command_has_the_margin_of_the_kind_of_loss(form: str, margin: flo
     }
     extra_fields["classification"] = {"example_correct": [1] * len(top.example_losses)}
     file = top.model_copy(update=extra_fields.get(form, {}))
-    read = SimpleNamespace(splits={"validation": SimpleNamespace(dropped=0)})
-    runtime = SimpleNamespace(data=SimpleNamespace(summary=read))
-    adapter: Any = SimpleNamespace(scores=file, runtime=runtime)
-    compared = _compare_metric((adapter, adapter), "loss", Path("rows.jsonl"), settings)
+    compared = compare_trials(file, file, "loss", "rows.jsonl", settings)
     assert compared.margin == file_answer.margin
