@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from rightrank.api.runs import DecisionResult, decide
+from rightrank.data.groups import number_groups
 from rightrank.data.sampling import sample_indices
-from rightrank.data.splits import SPLITS, DataSplits, load_data, number_groups
+from rightrank.data.splits import SPLITS, DataSplits, load_data
 from rightrank.report.terminal import describe_data_issues
 from rightrank.schema.errors import DataError, ResultsError
 from rightrank.schema.settings import EVAL_SUBSET_SIZE

@@ -1,4 +1,4 @@
-"""Convert rows to a form of data: renamed columns, Alpaca, ShareGPT, question and answer."""
+"""Detect the form of the data and convert rows to it: renamed columns, Alpaca, ShareGPT, question and answer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
-from rightrank.data.rows import Row
+from rightrank.data.rows import Row, RowsBySplit
 from rightrank.schema.errors import DataError, suggest_name
 
+DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]
 RowConversion: TypeAlias = Callable[[Row], Mapping[str, Any]]
 
+FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # The first form whose columns all exist is used.
+    ("preference", ("prompt", "chosen", "rejected")),
+    ("preference", ("chosen", "rejected")),  # both begin with the prompt
+    ("messages", ("messages",)),
+    ("prompt_completion", ("prompt", "completion")),
+    ("classification", ("text", "label")),
+    ("text", ("text",)),
+)
 COMPLETION_COLUMNS = (  # other names of prompt and completion, in order of preference
     ("prompt", "response"),
     ("question", "answer"),
@@ -43,7 +53,39 @@ class Shape:
         return Row(self.convert(row), row.origin)
 
 
-def detect_shape(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape | None:
+def detect_form(
+    rows: RowsBySplit, name: str, column_settings: Sequence[str]
+) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]:
+    """Detect the form of the first row.
+
+    Returns:
+        `(form, its columns, shape of the rows, all rows converted to these columns)`.
+    """
+    first: Row | None = None
+    restored: RowsBySplit = {}
+    for split, in_split in rows.items():
+        row = next(in_split, None) if first is None else None
+        restored[split] = in_split if row is None else chain([row], in_split)
+        first = first or row
+    if first is None:
+        raise DataError(f"{name}: no rows; give at least one row of text")
+    form_columns = {column for _, columns in FORMS for column in columns} | {"group"}
+    shape = _detect_shape(first, [entry for entry in column_settings if not entry.startswith("group=")], form_columns)
+    first_converted = first if shape is None else shape(first)
+    if shape is not None:
+        restored = {split: map(shape, in_split) for split, in_split in restored.items()}
+    for form, columns in FORMS:
+        if all(column in first_converted.fields for column in columns):
+            return form, columns, shape, restored
+    allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
+    column_names = ", ".join(f"`{column}`" for column in first.fields) or "none"
+    raise DataError(
+        f"{first.origin}: the columns ({column_names}) fit no form; give {allowed}, or name your columns, such as "
+        "--columns text=review,label=stars"
+    )
+
+
+def _detect_shape(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape | None:
     """Return how to convert rows like `first`, or None if they already have the columns of a form.
 
     Args:
@@ -154,9 +196,6 @@ class Example:
     content: Mapping[str, Any]  # of JSON values
     origin: str  # file and row
     group: int = 0  # 64 bits, equal for rows of one group
-
-
-DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]
 
 
 def build_example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:

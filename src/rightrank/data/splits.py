@@ -7,79 +7,36 @@ examples stay in their split when the data set grows.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 import re
-from array import array
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, takewhile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow
 
+from rightrank.data.example_store import (
+    ExampleStore,
+    HashSample,
+    compute_fingerprint,
+    find_members,
+    hash_normalized_text,
+)
 from rightrank.data.files import is_encodable
-from rightrank.data.forms import DataForm, Example, Shape, build_example, detect_shape, to_json_value
-from rightrank.data.rows import Row, RowsBySplit, read_held_out_rows, read_rows
-from rightrank.data.token_store import Store
+from rightrank.data.forms import DataForm, Example, build_example, detect_form
+from rightrank.data.groups import Grouping, detect_prompt_groups, number_groups
+from rightrank.data.rows import RowsBySplit, read_held_out_rows, read_rows
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary
 from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES, NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.schema.trials import SplitName
 
 MAX_SHOWN_CLASSES = 8
-MAX_COUNTED_GROUPS = 1000  # with more groups no split is too small
-MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
-MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("validation", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
-FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # The first form whose columns all exist is used.
-    ("preference", ("prompt", "chosen", "rejected")),
-    ("preference", ("chosen", "rejected")),  # both begin with the prompt
-    ("messages", ("messages",)),
-    ("prompt_completion", ("prompt", "completion")),
-    ("classification", ("text", "label")),
-    ("text", ("text",)),
-)
-
-
-class ExampleStore(Store[Example]):
-    """Examples in the order in which they were read."""
-
-    schema = pyarrow.schema(
-        {
-            "number": pyarrow.uint64(),
-            "group": pyarrow.uint64(),
-            "near_hash": pyarrow.uint64(),
-            "content": pyarrow.large_string(),
-            "origin": pyarrow.large_binary(),
-        }
-    )
-
-    def row(self, entry: Example) -> Mapping[str, Any]:
-        content = _serialize_content(entry)
-        origin = os.fsencode(entry.origin)
-        numbers = {
-            "number": int(entry.example_id, 16),
-            "group": entry.group,
-            "near_hash": _hash_normalized_text(content),
-        }
-        return {**numbers, "content": content, "origin": origin}
-
-    def entry(self, row: Mapping[str, Any]) -> Example:
-        content = json.loads(row["content"])
-        return Example(f"{row['number']:016x}", content, os.fsdecode(row["origin"]), row["group"])
-
-    def numbers(self, column: str = "number") -> Iterator[npt.NDArray[np.uint64]]:
-        """Yield a numeric column in batches: identities (`number`), groups (`group`) or hashes of the normalized text (`near_hash`)."""
-        return (batch[column].to_numpy() for batch in self.batches())
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +81,8 @@ def load_data(
     name = str(source) if isinstance(source, Path) else "the data"
     if settings.validation:
         rows = _add_validation(rows, Path(settings.validation), name)
-    form, columns, shape, rows = _detect_form(rows, name, settings.columns)
-    by_prompt, rows = _detect_prompt_groups(rows)
+    form, columns, shape, rows = detect_form(rows, name, settings.columns)
+    by_prompt, rows = detect_prompt_groups(rows)
     reader = _ExampleReader(form, columns, settings, by_prompt)
     train_examples = ExampleStore(reader.read_training_examples(rows), folder)
     examples: dict[SplitName, Sequence[Example]] = {"train": train_examples}
@@ -139,20 +96,18 @@ def load_data(
     are_splits_given = None not in rows
     held_out = sum(len(sample.ids) for sample in reader.held_out.values())
     count = len(train_examples) + held_out + reader.unreadable + reader.equal_pairs
-    reader.require_groups(name)
-    _require_split_sizes(examples, settings, name, None if are_splits_given else count, reader.num_groups)
+    reader.grouping.require_groups(name)
+    _require_split_sizes(examples, settings, name, None if are_splits_given else count, reader.grouping.num_groups)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
     grouped = {split: number_groups(examples[split]) for split in HELD_OUT}
     validation, test = (np.unique(np.frombuffer(reader.held_out[split].ids, np.uint64)) for split in HELD_OUT)
     groups = np.unique(np.array([example.group for example in evaluated], np.uint64))
     distinct = len(validation) + len(test)
     held_out_ids = np.union1d(validation, test)
-    leaked = held_out_ids[_find_members(held_out_ids, train_examples.numbers())]  # that are also in train
+    leaked = held_out_ids[find_members(held_out_ids, train_examples.numbers())]  # that are also in train
     leaked_ids = set(leaked.tolist())
     near_hashes = [
-        _hash_normalized_text(_serialize_content(example))
-        for example in evaluated
-        if int(example.example_id, 16) not in leaked_ids
+        hash_normalized_text(example) for example in evaluated if int(example.example_id, 16) not in leaked_ids
     ]
     distinct_hashes = np.unique(np.array(near_hashes, np.uint64))
     summary = DataSummary(
@@ -163,7 +118,7 @@ def load_data(
         duplicates_across_splits=int(
             np.isin(validation, leaked).sum() + np.isin(test, np.union1d(validation, leaked)).sum()
         ),
-        near_duplicates_across_splits=int(_find_members(distinct_hashes, train_examples.numbers("near_hash")).sum()),
+        near_duplicates_across_splits=int(find_members(distinct_hashes, train_examples.numbers("near_hash")).sum()),
         classes=_list_classes(reader.labels, examples, name, classes) if form == "classification" else None,
         unreadable=reader.unreadable,
         rows=count,
@@ -172,12 +127,14 @@ def load_data(
         shape=None if shape is None else shape.name,
         renamed={} if shape is None else dict(shape.renamed),
         equal_pairs=reader.equal_pairs,
-        grouped_by=reader.grouped_by if any(grouped.values()) else None,
-        groups_across_splits=int(_find_members(groups, train_examples.numbers("group")).sum())
+        grouped_by=reader.grouping.grouped_by if any(grouped.values()) else None,
+        groups_across_splits=int(find_members(groups, train_examples.numbers("group")).sum())
         if any(grouped.values())
         else 0,
     )
-    return DataSplits(summary, examples, _compute_fingerprint(train_examples, initial_splits))
+    return DataSplits(
+        summary, examples, compute_fingerprint(train_examples, {split: initial_splits[split] for split in HELD_OUT})
+    )
 
 
 def load_held_out(
@@ -203,17 +160,14 @@ class _ExampleReader:
     """A single pass over the rows. It yields training examples, and samples and counts the held-out ones."""
 
     def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings, by_prompt: bool) -> None:
-        self.held_out: dict[SplitName, _HashSample] = {
-            split: _HashSample(settings.max_eval_examples or DEFAULT_MAX_EVAL_EXAMPLES) for split in HELD_OUT
+        self.held_out: dict[SplitName, HashSample] = {
+            split: HashSample(settings.max_eval_examples or DEFAULT_MAX_EVAL_EXAMPLES) for split in HELD_OUT
         }
         self.labels: Counter[str] = Counter()  # classification: counts of the training examples' labels
         self.unreadable = 0
         self.equal_pairs = 0
-        self.grouped_by = settings.group or ("prompt" if by_prompt else "group")
-        self._form, self._columns, self._settings, self._by_prompt = form, columns, settings, by_prompt
-        # Maps each group to its first example. It stops growing at `MAX_COUNTED_GROUPS`, once some group has two examples.
-        self._first_example_ids: dict[int, str] = {}
-        self._is_shared = False  # whether a group has several examples
+        self.grouping = Grouping(settings.group, by_prompt)
+        self._form, self._columns, self._settings = form, columns, settings
 
     def read_training_examples(self, rows: RowsBySplit) -> Iterator[Example]:
         """Yield the training examples. Held-out examples are added to the samples in `num_held_out`."""
@@ -226,7 +180,7 @@ class _ExampleReader:
                 if self._form == "preference" and example.content["chosen"] == example.content["rejected"]:
                     self.equal_pairs += 1  # Such a pair has no preference to learn.
                     continue
-                example = replace(example, group=self._compute_group(row, example))
+                example = replace(example, group=self.grouping.compute_group(row, example))
                 assigned_split = _assign_split(split, example, rows, self._settings)
                 if assigned_split != "train":
                     self.held_out[assigned_split].add(example)
@@ -234,96 +188,6 @@ class _ExampleReader:
                 if self._form == "classification":
                     self.labels[str(example.content["label"])] += 1
                 yield example
-
-    def _compute_group(self, row: Row, example: Example) -> int:
-        """Return a hash of the row's value in the group column, else of the prompt, else of the example."""
-        column = self._settings.group
-        value = row.fields.get(column or "group")
-        is_missing = value is None or (isinstance(value, str) and not value)
-        is_missing |= isinstance(value, float) and math.isnan(value)
-        if is_missing and column:
-            raise DataError(
-                f"{row.origin}: the row has no value in column {column!r}, which --columns names for `group`; its columns are {', '.join(row.fields)}. Name "
-                "a column that every row has, or leave `group` out"
-            )
-        prompt = _extract_prompt(example.content) if self._by_prompt and is_missing else None
-        if is_missing:
-            key = (
-                example.example_id
-                if prompt is None
-                else f"prompt:{json.dumps(prompt, sort_keys=True, default=to_json_value)}"
-            )
-        else:
-            key = (
-                f"group:{value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=to_json_value)}"
-            )
-            self.grouped_by = column or "group"
-        group = int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
-        if len(self._first_example_ids) < MAX_COUNTED_GROUPS or (column and not self._is_shared):
-            first = self._first_example_ids.setdefault(group, example.example_id)
-            self._is_shared |= first != example.example_id
-        return group
-
-    @property
-    def num_groups(self) -> int:
-        """The number of groups, or 0 if there are `MAX_COUNTED_GROUPS` or more, or if every group has one example."""
-        return (
-            len(self._first_example_ids) if self._is_shared and len(self._first_example_ids) < MAX_COUNTED_GROUPS else 0
-        )
-
-    def require_groups(self, name: str) -> None:
-        """Raise if the group column has the same value in all rows, or a different value in each row."""
-        column = self._settings.group
-        if column and (len(self._first_example_ids) == 1 or (self._first_example_ids and not self._is_shared)):
-            fault = "all rows share" if self._is_shared else "no two rows share"
-            raise DataError(
-                f"{name}: {fault} a value of {column!r}, which --columns names for `group`; name a column in which several "
-                "rows share each value, or leave it out: rows are then treated as independent"
-            )
-
-
-def _serialize_content(example: Example) -> str:
-    return json.dumps(dict(example.content), ensure_ascii=False, default=to_json_value)
-
-
-def _hash_normalized_text(content: str) -> int:
-    """Return a hash that is equal for examples that differ only in white space and case."""
-    for escaped in ("\\n", "\\r", "\\t", "\\f"):
-        content = content.replace(escaped, " ")
-    text = "".join(content.casefold().split())
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
-
-
-def _detect_prompt_groups(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
-    """Return whether rows with the same prompt form a group, and all rows.
-
-    They do not if the first rows share a few prompts, which then are instructions rather than questions.
-    """
-    for split, in_split in rows.items():
-        if first_rows := list(islice(in_split, MAX_DETECTION_ROWS)):
-            prompts = {
-                json.dumps(_extract_prompt(row.fields), sort_keys=True, default=to_json_value) for row in first_rows
-            }
-            min_prompts = max(2, len(first_rows) // MIN_ROWS_PER_INSTRUCTION)
-            return len(first_rows) == 1 or len(prompts) >= min_prompts, {**rows, split: chain(first_rows, in_split)}
-    return True, rows
-
-
-def _extract_prompt(content: Mapping[str, Any]) -> Any:
-    """Return the prompt, or the turns before the first assistant turn. Return None without a prompt or user turn."""
-    messages = content.get("messages")
-    if not isinstance(messages, list):
-        return content.get("prompt") or None
-    turns = [turn for turn in messages if isinstance(turn, Mapping)]
-    prompt_turns = list(takewhile(lambda turn: turn.get("role") != "assistant", turns))
-    return prompt_turns if any(turn.get("role") == "user" for turn in prompt_turns) else None
-
-
-def number_groups(examples: Iterable[Example]) -> list[int] | None:
-    """Assign group numbers in order of appearance. Return None if no examples share a group or all share one."""
-    numbers_by_group: dict[int, int] = {}
-    numbers = [numbers_by_group.setdefault(example.group, len(numbers_by_group)) for example in examples]
-    return numbers if 1 < len(numbers_by_group) < len(numbers) else None
 
 
 def _iterate_strings(value: Any) -> Iterator[str]:
@@ -338,44 +202,6 @@ def _iterate_strings(value: Any) -> Iterator[str]:
             yield from _iterate_strings(inner)
 
 
-class _HashSample:
-    """The `limit` distinct examples with the smallest hashes, so that few examples change when the data set grows."""
-
-    def __init__(self, limit: int) -> None:
-        self.ids = array("Q")  # of all examples that were added
-        self._limit = limit
-        self._examples_by_id: dict[str, Example] = {}
-
-    def add(self, example: Example) -> None:
-        self.ids.append(int(example.example_id, 16))
-        self._examples_by_id[example.example_id] = example
-        if len(self._examples_by_id) > 2 * self._limit + 1000:
-            self._examples_by_id = {example.example_id: example for example in self.select_examples()}
-
-    def select_examples(self) -> list[Example]:
-        return [self._examples_by_id[example_id] for example_id in sorted(self._examples_by_id)[: self._limit]]
-
-
-def _find_members(numbers: npt.NDArray[np.uint64], chunks: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
-    """Return for each of `numbers`, which are sorted, whether any chunk contains it. The chunks are never joined in memory."""
-    is_member = np.zeros(len(numbers), np.bool_)
-    for chunk in chunks if len(numbers) else ():
-        positions = np.searchsorted(numbers[:-1], chunk)
-        is_member[positions[numbers[positions] == chunk]] = True
-    return is_member
-
-
-def _compute_fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
-    digest = hashlib.sha256(b"train:")
-    for numbers in train.numbers():
-        digest.update("".join(f"{number:016x}" for number in numbers.tolist()).encode())
-    for split in HELD_OUT:
-        digest.update(f"{split}:".encode())
-        for example in examples[split]:
-            digest.update(example.example_id.encode())
-    return digest.hexdigest()
-
-
 def _add_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
     """Return `rows` with the rows of `file` as the validation split. Rows without a split become the train split."""
     if "validation" in rows:
@@ -386,38 +212,6 @@ def _add_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
     )
     other_splits: RowsBySplit = {"train" if split is None else split: read for split, read in rows.items()}
     return {**other_splits, "validation": validation_rows}
-
-
-def _detect_form(
-    rows: RowsBySplit, name: str, column_settings: Sequence[str]
-) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]:
-    """Detect the form of the first row.
-
-    Returns:
-        `(form, its columns, shape of the rows, all rows converted to these columns)`.
-    """
-    first: Row | None = None
-    restored: RowsBySplit = {}
-    for split, in_split in rows.items():
-        row = next(in_split, None) if first is None else None
-        restored[split] = in_split if row is None else chain([row], in_split)
-        first = first or row
-    if first is None:
-        raise DataError(f"{name}: no rows; give at least one row of text")
-    form_columns = {column for _, columns in FORMS for column in columns} | {"group"}
-    shape = detect_shape(first, [entry for entry in column_settings if not entry.startswith("group=")], form_columns)
-    first_converted = first if shape is None else shape(first)
-    if shape is not None:
-        restored = {split: map(shape, in_split) for split, in_split in restored.items()}
-    for form, columns in FORMS:
-        if all(column in first_converted.fields for column in columns):
-            return form, columns, shape, restored
-    allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
-    column_names = ", ".join(f"`{column}`" for column in first.fields) or "none"
-    raise DataError(
-        f"{first.origin}: the columns ({column_names}) fit no form; give {allowed}, or name your columns, such as "
-        "--columns text=review,label=stars"
-    )
 
 
 def _assign_split(

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 from jinja2 import TemplateError
 
 from rightrank.data.forms import DataForm, Example
-from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, number_groups
+from rightrank.data.groups import number_groups
+from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits
 from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
 from rightrank.models.base_models import LoadedModel
 from rightrank.schema.errors import DataError
