@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rightrank.data.files import replace_file, write_text
 from rightrank.decision.records import Answers, Records, decide_if_possible
+from rightrank.models.adapter_folders import CARD_IMAGES
 from rightrank.report.figure import Figure, write_figures
 from rightrank.report.figures import build_figures, build_spectrum_figure
-from rightrank.report.html import CARD_IMAGES, render_model_card, render_report
+from rightrank.report.html import render_model_card, render_report
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, SelectionEnd, SelectionStart
 from rightrank.runs.values import collect_answers

@@ -17,6 +17,10 @@ PEFT_PREFIX = "base_model.model."  # the prefix of PEFT's keys
 MAX_CONFIG_BYTES = 16 * 2**20
 BASE_FILE = "base.json"  # beside an adapter: values that identify its base model
 CLASSIFIER_FILE = "classifier.json"  # beside an adapter: the labels of a classifier
+CARD_IMAGES = ADAPTERS_IMAGE, RANK_CURVE_IMAGE = (
+    "adapters.svg",
+    "rank_curve.svg",
+)  # beside an adapter: the figures of its card
 TRAINER_STATE = "trainer_state.json"  # written by transformers
 RESULTS_FOLDER = "rightrank"  # in a trainer's output: the measurement at its end
 

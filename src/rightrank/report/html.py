@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.adapter import build_provenance
 from rightrank.decision.records import Answers, Records
+from rightrank.models.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
 from rightrank.models.loading_code import format_base_arguments, format_loading_code
 from rightrank.models.ranks import convert_scaling
 from rightrank.report.answer import build_answer_view
@@ -203,9 +204,6 @@ def _build_trial_row(outcome: TrialOutcome) -> dict[str, Any]:
     row["parameters"] = f"{outcome.trainable_parameters:,}" if outcome.trainable_parameters else ""
     row["memory"] = format_bytes(outcome.peak_bytes) if outcome.peak_bytes else ""
     return row
-
-
-CARD_IMAGES = ADAPTERS_IMAGE, RANK_CURVE_IMAGE = "adapters.svg", "rank_curve.svg"
 
 
 def render_model_card(records: Records, decision: Decision | None, images: Collection[str] = CARD_IMAGES) -> str:

@@ -19,15 +19,19 @@ from rightrank.decision.adapter import (
 )
 from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import Records, build_criterion, compare_run_adapters, count_trainings, find_best_trial
-from rightrank.models.adapter_folders import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
-from rightrank.report.html import ADAPTERS_IMAGE, RANK_CURVE_IMAGE
+from rightrank.models.adapter_folders import (
+    BASE_FILE,
+    CARD_IMAGES,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+)
 from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
 from rightrank.runs.values import Selected, SelectedRank, collect_answers
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import AllTrialsFailedError, ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 
-CARD_FILES = ("README.md", ADAPTERS_IMAGE, RANK_CURVE_IMAGE)  # written to `adapter/` by the hook that writes the views
+CARD_FILES = ("README.md", *CARD_IMAGES)  # written to `adapter/` by the hook that writes the views
 
 
 def export_provisional(run: Run, answer: AdapterAnswer | None) -> None:
