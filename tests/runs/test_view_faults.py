@@ -6,6 +6,7 @@ The adapter is exported, the journal is complete, and one line names the failure
 from __future__ import annotations
 
 import importlib
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,12 +110,18 @@ def test_a_failing_view_keeps_the_adapter_of_a_custom_trainer(tmp_path: Path, mo
         assert select_rank_with(train, tmp_path / view, **arguments).adapter.path == tmp_path / view / "adapter"
 
 
-def test_a_hook_that_raises_is_named_in_one_line() -> None:
+def test_a_hook_that_raises_is_named_in_one_line_and_its_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    error = KeyError("mine")
+
     class Broken(Hook):
         def on_event(self, event: Event) -> None:
-            raise KeyError("mine")
+            raise error
 
-    with pytest.raises(
-        RunError, match=r"^Broken failed \(KeyError: 'mine'\); finished trials are kept, and the same call resumes$"
+    with (
+        caplog.at_level(logging.DEBUG, "rightrank"),
+        pytest.raises(
+            RunError, match=r"^Broken failed \(KeyError: 'mine'\); finished trials are kept, and the same call resumes$"
+        ),
     ):
         Hooks([Broken()]).send_notice("going")
+    assert [record.exc_info and record.exc_info[1] for record in caplog.records] == [error]

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from rightrank.schema.errors import RunError, get_first_line
+from rightrank.schema.errors import RunError, get_first_line, log_traceback
 
 log = logging.getLogger("rightrank")
 SHARED_ERROR_FLAG = "is_known_to_all"  # an attribute of an error that every process has raised
@@ -46,9 +46,9 @@ def log_failure(description: str, advise: Callable[[], str] = str) -> Iterator[N
     """
     try:
         yield
-    except Exception as error:  # whatever it is, the program must be able to save its model
+    except Exception as error:  # noqa: BLE001 - the program must be able to save its model
         log.warning("rightrank: %s: %s%s", description, get_first_line(error), advise())
-        log.debug("rightrank: the error", exc_info=error)
+        log_traceback(error)
 
 
 def gather_objects(value: Any) -> list[Any]:

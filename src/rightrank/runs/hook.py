@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rightrank.schema.errors import RightrankError, RunError, describe_error
+from rightrank.schema.errors import RightrankError, RunError, describe_error, log_traceback
 from rightrank.schema.events import AnyJournalRecord, Event, JournalRecord, Listener, RunContinued, RunStarted
 
 if TYPE_CHECKING:
@@ -178,5 +178,6 @@ class _HookErrorWrapper(AbstractContextManager[None]):
     ) -> None:
         if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
             return
+        log_traceback(error)
         advice = "finished trials are kept, and the same call resumes"
         raise HookError(f"{self._name} failed ({describe_error(error)}); {advice}") from error

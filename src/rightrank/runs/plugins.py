@@ -18,7 +18,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rightrank.schema.errors import format_one_line
+from rightrank.schema.errors import format_one_line, log_traceback
 
 if TYPE_CHECKING:
     import click
@@ -128,9 +128,10 @@ def _load_bundled(name: str) -> Plugin:
 def _warn_import_error(name: str, error: Exception) -> None:
     """Print one line on stderr, unless the user's logging sends it elsewhere."""
     reason = format_one_line(f"{type(error).__name__}: {error}")
-    log = logging.getLogger("rightrank")
-    log.warning(f"rightrank: the plug-in {name!r} can't be imported ({reason}) and is left out")
-    log.debug("rightrank: the error of the plug-in", exc_info=error)
+    logging.getLogger("rightrank").warning(
+        f"rightrank: the plug-in {name!r} can't be imported ({reason}) and is left out"
+    )
+    log_traceback(error)
 
 
 def _find_installed() -> Iterator[tuple[str, Callable[[], Plugin]]]:

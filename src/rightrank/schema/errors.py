@@ -6,6 +6,7 @@ All errors can be pickled: they carry one string and nothing else.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -136,6 +137,11 @@ def describe_error(error: BaseException) -> str:
     """Return a text such as `KeyError: 'x'`, or the type alone if the error has no message."""
     kind, text = type(error).__name__, get_first_line(error)
     return kind if text == kind else f"{kind}: {text}"
+
+
+def log_traceback(error: BaseException) -> None:
+    """Log the traceback of an error that is reported in one line, at debug level."""
+    logging.getLogger("rightrank").debug("rightrank: %s", describe_error(error), exc_info=error)
 
 
 def quote_value(value: object, limit: int = 60) -> str:
