@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,16 @@ def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
         ("greedy", "missing 1 required positional argument: 'temperature'"),
     ],
 )
-def test_a_bad_function_is_one_line(function: str, message: str) -> None:
+def test_a_bad_function_is_one_line_and_its_traceback_is_logged(
+    function: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     Path("mine.py").write_text(FUNCTIONS)
-    with pytest.raises(MetricError) as caught:
+    with caplog.at_level(logging.DEBUG, "rightrank"), pytest.raises(MetricError) as caught:
         score_answers(*parse_metrics(f"mine.py:{function}"), ANSWERS)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    tracebacks = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert tracebacks == ([caught.value.__cause__] if "raised" in message or "missing" in message else [])
 
 
 def test_an_invalid_function_is_refused_before_the_start() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import random
 import re
@@ -128,7 +129,7 @@ def test_the_saved_adapter_is_handed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.trains
-def test_resuming_repeats_only_failed_trials(tmp_path: Path) -> None:
+def test_resuming_repeats_only_failed_trials(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     calls: list[int] = []
     broken = True
 
@@ -138,7 +139,9 @@ def test_resuming_repeats_only_failed_trials(tmp_path: Path) -> None:
             raise ZeroDivisionError("no\nluck")
         return compute_loss(task)
 
-    first = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    with caplog.at_level(logging.DEBUG, "rightrank"):
+        first = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    assert "in train\n" in caplog.text  # the traceback of the function
     assert "train raised ZeroDivisionError: no luck" in first.report.read_text(encoding="utf-8")
     assert "unstable" in first.decision.flags
     broken = False

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from pydantic import Field, ValidationError
 
-from rightrank.schema.errors import NotFiniteError, ReportError, RunError, quote_value
+from rightrank.schema.errors import NotFiniteError, ReportError, RunError, log_traceback, quote_value
 from rightrank.schema.trials import BoundedInt, EvalPoint, Record
 
 
@@ -82,19 +82,20 @@ def call_function(function: TrainFunction, task: TrialTask) -> object:
         raise
     except ValidationError as error:
         if error.title not in RESULT_RECORDS:
-            raise RunError(_describe_exception(error)) from error
+            raise _report_exception(error) from error
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "its fields"
         fields = f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
         kind = NotFiniteError if first["type"] == "finite_number" else ReportError
         raise kind(f"gave {field} = {quote_value(first['input'])}: {first['msg']}{fields}") from error
     except Exception as error:
-        raise RunError(_describe_exception(error)) from error
+        raise _report_exception(error) from error
 
 
-def _describe_exception(error: BaseException) -> str:
+def _report_exception(error: Exception) -> RunError:
+    log_traceback(error)
     text = " ".join(str(error).split())
-    return f"raised {type(error).__name__}" + (f": {text}" if text else "")
+    return RunError(f"raised {type(error).__name__}" + (f": {text}" if text else ""))
 
 
 def parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:

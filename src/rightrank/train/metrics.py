@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.data.files import replace_file
-from rightrank.schema.errors import MetricError, SettingsError
+from rightrank.schema.errors import MetricError, SettingsError, log_traceback
 from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
@@ -230,6 +230,7 @@ def _call_function(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
         with redirect_stdout(sys.stderr):
             returned = function(**{name: value for name, value in arguments.items() if accepts_any or name in names})
     except Exception as error:
+        log_traceback(error)
         raise MetricError(
             f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_shorten(str(error))}"
         ) from error
@@ -247,10 +248,11 @@ def _load_function(spec: MetricSpec) -> Callable[..., Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = _import_file(location) if location.endswith(".py") else importlib.import_module(location)
-    except Exception as error:  # noqa: BLE001 - user code may raise anything on import
+    except Exception as error:  # user code may raise anything on import
+        log_traceback(error)
         raise SettingsError(
             f"metric {spec.name!r}: can't import {location!r} ({type(error).__name__}: {_shorten(str(error))})"
-        ) from None
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         function_names = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
