@@ -26,11 +26,10 @@ import numpy as np
 
 from benchmarks.decide.simulated import MARGIN, Floats, Shape
 from benchmarks.machine import describe_machine
-from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence, compare_ranks, compute_covariance_to_best
 from rightrank.decision.seeds import estimate_selection_bias
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.decision.verdicts import determine_verdict, find_shown_rank
+from rightrank.decision.verdicts import find_shown_rank
 
 OUT = Path(__file__).with_name("printed.json")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -62,9 +61,6 @@ class Shares:
     lower: float
     refuted: float  # share of ranks that are reported as worse than the margin
     refuted_wrongly: float
-    decided: float  # share of tables that name a rank
-    false: float  # share of tables that name a rank worse than the margin
-    too_large: float  # share of tables that name more than twice the right rank
     false_fallback: float  # share of tables whose `fallback_rank` is worse than the margin
 
 
@@ -156,9 +152,6 @@ def _judge_comparison(comparison: Comparison, losses: Floats) -> list[float]:
     reference, best = comparison.reference.rank, losses.min(axis=1)
     differences = [(comparison.by_rank[rank], true[rank] - true[reference]) for rank in RANKS if rank != reference]
     excess = {rank: loss - float(best.min()) for rank, loss in true.items()}
-    behind = dict(zip(RANKS, best - best.min(), strict=True))
-    right = walk_down(RANKS, RANKS[int(np.argmin(best))], lambda rank: is_within(float(behind[rank]), MARGIN))
-    named = None if determine_verdict(comparison) == "undecided" else comparison.chosen
     fallback = find_shown_rank(comparison)
     return [
         float(np.mean([difference <= rank_comparison.high for rank_comparison, difference in differences])),
@@ -172,9 +165,6 @@ def _judge_comparison(comparison: Comparison, losses: Floats) -> list[float]:
                 ]
             )
         ),
-        float(named is not None),
-        float(named is not None and excess[named] > MARGIN),
-        float(named is not None and named > 2 * right),
         float(fallback is not None and excess[fallback] > MARGIN),
     ]
 

@@ -30,8 +30,7 @@ import numpy as np
 from benchmarks.learning_rate.judge import BINS, resample_cases
 from benchmarks.machine import describe_machine
 from benchmarks.selection.tables import GridCurve, read_grids
-from rightrank.decision.evidence import Evidence, compare_ranks
-from rightrank.decision.rule import DEFAULT_CONFIDENCE
+from rightrank.decision.evidence import DEFAULT_CONFIDENCE, Evidence, compare_ranks
 from rightrank.decision.seeds import NOISE
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.decision.verdicts import find_unexplained_rank
@@ -117,7 +116,7 @@ def iterate_cases(curve: GridCurve, tests: Values) -> Iterator[Case]:
         cells = {key: cell for key, cell in all_cells.items() if key[2] in chosen}
         table = ScoreTable(curve.metric, curve.higher_is_better, cells, kind=kind)
         evidence = Evidence(table)
-        if not unseen or evidence.probability_obstacle:
+        if not unseen or evidence.lacks_uncertainty:
             continue
         true = {
             (rank, rate): float(np.mean([tests.get((rank, rate, seed), math.inf) for seed in unseen]))
@@ -128,7 +127,7 @@ def iterate_cases(curve: GridCurve, tests: Values) -> Iterator[Case]:
             component_evidence.noise = replace(NOISE, learning_rates=component)
         best = min(true.values())
         for margin in MARGINS:
-            tested = compare_ranks(evidence, margin).apply_confidence(DEFAULT_CONFIDENCE)
+            tested = compare_ranks(evidence, margin)
             yield Case(
                 grid=curve.name,
                 kind="accuracies" if curve.higher_is_better else "losses",

@@ -311,7 +311,7 @@ def judge_answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> di
                 if not unseen_seeds:
                     continue
                 choices += 1
-                decision = decide_table(source.table(chosen), confidence=None)
+                decision = decide_table(source.table(chosen))
                 if decision.rank is not None:
                     unseen_evidence = Evidence(source.table(unseen_seeds))
                     loss = unseen_evidence.contenders[decision.rank].adjusted_loss

@@ -94,16 +94,6 @@ def with_quiet_seeds(world: World) -> World:
     return replace(world, name="quiet seeds", item_rank=0.015, seed_level=0.0005, seed_rank=0.0003, example_noise=0.03)
 
 
-def scale_noise(world: World, factor: float) -> World:
-    """Return the world with all noise of a paired difference multiplied by `factor`."""
-    return replace(
-        world,
-        item_rank=world.item_rank * factor,
-        seed_rank=world.seed_rank * factor,
-        example_noise=world.example_noise * factor,
-    )
-
-
 def _draw_noise(world: World, generator: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     """Draw values of mean 0 and deviation 1: normal, or log-normal with a long right tail (skewness 4)."""
     normal = generator.standard_normal(shape)

@@ -213,7 +213,7 @@ LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
 )
 def test_a_gap_that_grows_late_may_show_limited_capacity(gaps: list[float], limited: bool, higher: bool) -> None:
     chosen = [(step, value + gap) for (step, value), gap in zip(LEVEL, gaps, strict=True)]
-    decision = decide_table(build_table_with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
+    decision = decide_table(build_table_with_points([chosen], [LEVEL], higher), 0.005)
     assert (decision.rank, decision.reference_rank) == (4, 16)
     assert ("may_be_capacity_limited" in decision.flags) is limited
 

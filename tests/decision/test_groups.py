@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -123,17 +122,6 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
     )  # type: ignore[operator]
     decided, plain = decide_table(grouped, 0.005), decide_table(alone, 0.005)
     assert [evidence.value for evidence in decided.ranks] == [evidence.value for evidence in plain.ranks]
-
-
-def test_the_next_run_asks_for_groups() -> None:
-    (run,) = [
-        next_run
-        for next_run in decide_table(build_grouped_table(0.9), 0.003, confidence=None).next_runs
-        if next_run.examples
-    ]
-    assert re.search(r"(Score|and score) about [\d,]+ groups of held-out examples \(now 80\)", run.sentence)
-    needed = int(re.findall(r"about ([\d,]+) groups", run.sentence)[0].replace(",", ""))
-    assert run.examples == 10 * needed
 
 
 def test_correlated_examples_count_as_fewer() -> None:

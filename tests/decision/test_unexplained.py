@@ -62,11 +62,8 @@ def require_repeat(decision: Decision, rank: int) -> None:
     ],
     ids=["base", "seeds", "three seeds", "values", "stated", "accuracy", "one seed", "two seeds", "examples"],
 )
-@pytest.mark.parametrize("confidence", [None, 0.75])
-def test_a_larger_rank_that_failed_leaves_the_answer_undecided(
-    table: ScoreTable, margin: float, confidence: float | None
-) -> None:
-    decision = decide_table(table, margin, confidence=confidence)
+def test_a_larger_rank_that_failed_leaves_the_answer_undecided(table: ScoreTable, margin: float) -> None:
+    decision = decide_table(table, margin)
     require_repeat(decision, 64)
     if "inconclusive" not in decision.sentence:
         assert "Without it, rank 4 looks enough" in decision.sentence
@@ -148,7 +145,7 @@ def test_a_slightly_worse_rank_is_not_a_failure() -> None:
 
 def test_a_forced_answer_is_that_of_the_other_ranks() -> None:
     for losses in (DIVERGED, {rank: loss for rank, loss in DIVERGED.items() if rank < 64}):
-        decision = decide_table(build_seed_table(losses), 0.02, smallest_if_undecided=True, confidence=None)
+        decision = decide_table(build_seed_table(losses), 0.02, smallest_if_undecided=True)
         assert (decision.rank, decision.verdict) == (4, "saturated")
         assert (FLAG in decision.flags) is (64 in losses)
         assert decision.next_run.startswith("Train rank 64 again") is (64 in losses)

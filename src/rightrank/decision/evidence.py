@@ -15,10 +15,10 @@ the noise over seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import accumulate, combinations
 
 import numpy as np
 
@@ -38,7 +38,6 @@ from rightrank.decision.posterior import JointMeans, sample_joint_means
 from rightrank.decision.seeds import (
     BARE_WITHIN_DEGREES,
     BOUND_DEGREES,
-    MIN_EXAMPLES,
     NOISE,
     NOISE_DEGREES,
     WITHIN_DEGREES,
@@ -69,6 +68,9 @@ from rightrank.schema.decision import Basis, StaircaseStep
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import Floats
 
+DEFAULT_CONFIDENCE = (
+    0.6  # with it, two seeds answer 80% of the cases of twenty grids: `benchmarks/decide/probability.py`
+)
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
 # The power law's exponent: 61 candidates, with a prior twice as wide as that of 26 published curves (median .57, quartiles .38 and .64).
 EXPONENTS, TYPICAL_EXPONENT, EXPONENT_WIDTH = np.geomspace(0.1, 2.0, 61), 0.57, 0.8
@@ -269,36 +271,17 @@ class Evidence:
     def has_several_seeds(self) -> bool:
         return any(len(contender.cells) > 1 for contender in self.contenders.values())
 
-    @cached_property
-    def probability_obstacle(self) -> str:
-        """Return the reason why the ranks have no probability, as a clause; empty if each has one."""
-        contenders = list(self.contenders.values())
-        cells = [cell for contender in contenders for cell in contender.cells.values()]
-        if not self.has_examples:
-            return "there is one number per training, which shows no noise"
-        if self.table.kind == "other":
-            return f"how {self.table.metric} varies between seeds is not known"
-        if not set.intersection(*(set(contender.cells) for contender in contenders if contender.rank > 0)):
-            return "the ranks have no seed in common"
-        if len({cell.steps for cell in cells}) > 1:
-            return "the trainings have unequal numbers of steps"
-        if cells[0].num_groups < MIN_EXAMPLES:
-            noun = "examples" if cells[0].groups is None else "groups of examples"
-            return f"{cells[0].num_groups} {noun} are too few (at least {MIN_EXAMPLES})"
-        variances, _ = self._pairwise_posteriors
-        return "two ranks have the same scores" if (variances + np.eye(len(variances)) <= 0).any() else ""
-
     def compute_probability(self, rank: int, margin: float) -> float | None:
         """Compute the probability that the rank is within the margin of every other rank at once, over seeds and examples.
 
-        Returns None if there are no probabilities (`probability_obstacle`).
+        Returns None if the values have no uncertainty (`lacks_uncertainty`).
         """
-        if self.probability_obstacle:
+        if self.lacks_uncertainty:
             return None
         return float(np.mean(self._worse_than_best[self.joint.ranks.index(rank)] <= margin))
 
     def compute_margins(self, probability: float, seeds: int = 0, examples: int = 0) -> dict[int, float]:
-        """Compute the margin from which each rank has the probability. There must be probabilities (`probability_obstacle`).
+        """Compute the margin from which each rank has the probability. The values must have an uncertainty.
 
         Args:
             seeds: a planned number of seeds; 0: the present one.
@@ -306,12 +289,17 @@ class Evidence:
         """
         worse = self._worse_than_best
         if seeds or examples:
-            seeds_now, examples_now = self.size
-            now = self.noise.compute_ratio(seeds_now, examples_now / self._design_effect)
-            planned = self.noise.compute_ratio(seeds or seeds_now, (examples or examples_now) / self._design_effect)
-            worse = self.joint.compute_losses_to_best(math.sqrt(planned / now))
+            worse = self.joint.compute_losses_to_best(math.sqrt(self._compute_planned_variance(seeds, examples)))
         margins = np.quantile(worse, probability, axis=1, method="inverted_cdf")
         return {rank: margin for rank, margin in zip(self.joint.ranks, margins.tolist(), strict=True) if rank > 0}
+
+    def _compute_planned_variance(self, seeds: int, examples: int) -> float:
+        """Compute the variance at a planned size divided by the present one; arguments as in `compute_margins`."""
+        seeds_now, examples_now = self.size
+        if examples_now == 0:
+            return seeds_now / (seeds or seeds_now)
+        now = self.noise.compute_ratio(seeds_now, examples_now / self._design_effect)
+        return self.noise.compute_ratio(seeds or seeds_now, (examples or examples_now) / self._design_effect) / now
 
     @cached_property
     def _worse_than_best(self) -> Floats:
@@ -347,7 +335,7 @@ class Evidence:
 
     @cached_property
     def joint(self) -> JointMeans:
-        """Return the joint distribution of the true means of ranks and base model. There must be one (`probability_obstacle`)."""
+        """Return the joint distribution of the true means of ranks and base model."""
         ranks, losses = zip(
             *((contender.rank, contender.adjusted_loss) for contender in self._all_contenders), strict=True
         )
@@ -366,12 +354,17 @@ class Evidence:
         variances, degrees = np.zeros((len(self._all_contenders), len(self._all_contenders))), 0.0
         best = {contender.rank for contender in self._ordered[:2]}
         for (row, first), (column, second) in combinations(enumerate(self._all_contenders), 2):
-            pairs = pair_cells(first, second)
-            noise = _measure_pair_noise(pairs)
-            worse = max((first.rank, second.rank), key=lambda rank: positions.get(rank, -1))
-            examples = pairs[0][0].examples / noise.design_effect
-            prior = self._build_noise_prior(worse, NOISE_DEGREES, math.inf, examples=examples)
-            variance, of_pair = compute_mean_noise(noise, prior, len(pairs), examples, self.noise)
+            worse = max((first, second), key=lambda contender: positions.get(contender.rank, -1))
+            if self.has_examples:
+                pairs = pair_cells(first, second)
+                noise = _measure_pair_noise(pairs)
+                examples = pairs[0][0].examples / noise.design_effect
+                prior = self._build_noise_prior(worse.rank, NOISE_DEGREES, math.inf, examples=examples)
+                variance, of_pair = compute_mean_noise(noise, prior, len(pairs), examples, self.noise)
+                of_pair = max(1.0, min(of_pair, examples - 1))
+            else:
+                difference = self.estimate_difference(worse, first if worse is second else second)
+                variance, of_pair = difference.variance, difference.degrees
             variances[row, column] = variances[column, row] = variance
             degrees = of_pair if {first.rank, second.rank} == best else degrees
         return variances, degrees
@@ -508,9 +501,8 @@ class RankComparison:
     predictive: (
         Estimate | None
     )  # the difference that one additional seed would show; None if the seed noise was not measured
-    is_enough: bool  # enough by the upper bound, or by the mean if the values have no uncertainty
+    is_enough: bool  # whether the mean is within the margin
     non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
-    threshold: float  # the smallest margin at which the rank is enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,7 +513,7 @@ class Comparison:
     by_rank: dict[int, RankComparison]  # the base model is rank 0
     margin: float  # oriented unit
     chosen: int
-    confidence: float | None = None  # the requested probability, if it chose the rank
+    confidence: float | None  # the requested probability; None if the values have no uncertainty
 
     @property
     def reference(self) -> Contender:
@@ -541,19 +533,6 @@ class Comparison:
         probability = self.compute_probability(rank)
         assert probability is not None
         return probability
-
-    def apply_confidence(self, confidence: float) -> Comparison:
-        """Choose the smallest rank whose probability is at least `confidence`, else the likeliest.
-
-        Without probabilities the comparison is unchanged: bounds decide.
-        """
-        if self.evidence.probability_obstacle:
-            return self
-        sufficient_ranks = [rank for rank in self.ranks if self.require_probability(rank) >= confidence]
-        chosen = min(
-            sufficient_ranks, default=max(self.ranks, key=lambda rank: (self.require_probability(rank), -rank))
-        )
-        return replace(self, chosen=chosen, confidence=confidence)
 
     @property
     def is_base_enough(self) -> bool:
@@ -589,7 +568,7 @@ class Comparison:
         compared = self.by_rank[rank]
         if self.confidence is not None and self.require_probability(rank) <= 1 - self.confidence:
             return True
-        return not compared.is_enough if self.evidence.lacks_uncertainty else compared.non_inferior is False
+        return compared.non_inferior is False if self.confidence is not None else not compared.is_enough
 
     def is_clearly_worse(self, rank: int) -> bool:
         """Return whether the rank is worse (`is_worse`) with a probability of `CONFIDENCE`, if there are probabilities."""
@@ -597,23 +576,31 @@ class Comparison:
         return self.is_worse(rank) and not (is_likely and self.by_rank[rank].non_inferior is not False)
 
 
-def compare_ranks(evidence: Evidence, margin: float) -> Comparison:
-    """Compare every rank, and the base model if the table has it, and walk down from the reference."""
+def compare_ranks(evidence: Evidence, margin: float, confidence: float = DEFAULT_CONFIDENCE) -> Comparison:
+    """Compare every rank, and the base model if the table has it, and choose a rank.
+
+    The choice is the smallest rank whose probability is at least `confidence`, else the likeliest. For values without uncertainty it is
+    the smallest rank that a walk down from the reference reaches.
+    """
     contenders = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
     by_rank = {contender.rank: _compare_rank(contender, evidence, margin) for contender in contenders}
-    chosen = walk_down(by_rank, evidence.reference.rank, lambda rank: by_rank[rank].is_enough)
-    return Comparison(evidence, by_rank, margin, chosen)
+    if evidence.lacks_uncertainty:
+        chosen = walk_down(by_rank, evidence.reference.rank, lambda rank: by_rank[rank].is_enough)
+        return Comparison(evidence, by_rank, margin, chosen, None)
+    likely = {rank: evidence.compute_probability(rank, margin) or 0.0 for rank in sorted(evidence.contenders)}
+    sufficient_ranks = [rank for rank in likely if likely[rank] >= confidence]
+    chosen = min(sufficient_ranks, default=max(likely, key=lambda rank: (likely[rank], -rank)))
+    return Comparison(evidence, by_rank, margin, chosen, confidence)
 
 
 def _compare_rank(contender: Contender, evidence: Evidence, margin: float) -> RankComparison:
     mean = evidence.estimate_value(contender)
     if contender.rank == evidence.reference.rank:
-        return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, None, True, True, 0.0)
+        return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, None, True, True)
     difference, gap = evidence.estimate_difference(contender), evidence.reference_bias
     bounds = Bounds(
         difference.mean, difference.compute_bound(1 - CONFIDENCE) - gap, difference.compute_bound(CONFIDENCE)
     )
-    tested_bound = bounds.mean if evidence.lacks_uncertainty else bounds.high
     predictive = difference.predict_extra_seed() if evidence.has_seed_noise and contender.rank > 0 else None
     return RankComparison(
         contender,
@@ -622,17 +609,16 @@ def _compare_rank(contender: Contender, evidence: Evidence, margin: float) -> Ra
         bounds.low,
         bounds.high,
         predictive,
-        is_within(tested_bound, margin),
+        is_within(bounds.mean, margin),
         None if evidence.basis == "values" else bounds.is_enough(margin),
-        max(tested_bound, 0.0),
     )
 
 
 def build_staircase(comparison: Comparison, unit: MetricUnit) -> list[StaircaseStep]:
     """Return the chosen rank as a step function of the margin: a step at each margin from which a smaller rank is enough."""
-    by_bounds = comparison.confidence is None
-    steps = [StaircaseStep(margin=0.0, rank=comparison.reference.rank if by_bounds else comparison.ranks[-1])]
-    for threshold, rank in _iterate_thresholds(comparison) if by_bounds else _list_margins(comparison):
+    start = comparison.reference.rank if comparison.confidence is None else comparison.ranks[-1]
+    steps = [StaircaseStep(margin=0.0, rank=start)]
+    for threshold, rank in _list_thresholds(comparison):
         margin = unit.convert_difference(threshold)
         if rank >= steps[-1].rank:
             continue
@@ -642,15 +628,11 @@ def build_staircase(comparison: Comparison, unit: MetricUnit) -> list[StaircaseS
     return steps
 
 
-def _iterate_thresholds(comparison: Comparison) -> Iterator[tuple[float, int]]:
-    """Yield each rank with the margin at which the walk down reaches it."""
-    threshold = 0.0
-    for rank in list_lower_ranks(comparison.by_rank, comparison.reference.rank):
-        threshold = max(threshold, comparison.by_rank[rank].threshold)
-        yield threshold, rank
-
-
-def _list_margins(comparison: Comparison) -> list[tuple[float, int]]:
-    """List each rank with the margin at which it has the confidence, by ascending margin, without the base model."""
-    assert comparison.confidence is not None
-    return sorted((margin, rank) for rank, margin in comparison.evidence.compute_margins(comparison.confidence).items())
+def _list_thresholds(comparison: Comparison) -> list[tuple[float, int]]:
+    """List each rank, without the base model, with the margin from which it is enough, by ascending margin."""
+    if comparison.confidence is not None:
+        margins = comparison.evidence.compute_margins(comparison.confidence)
+        return sorted((margin, rank) for rank, margin in margins.items())
+    ranks = list_lower_ranks(comparison.by_rank, comparison.reference.rank)
+    means = [max(comparison.by_rank[rank].difference.mean, 0.0) for rank in ranks]
+    return list(zip(accumulate(means, max), ranks, strict=True))

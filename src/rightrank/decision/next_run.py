@@ -9,14 +9,10 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import islice
 
 from rightrank.decision.comparison import (
-    MAX_EXAMPLE_GROWTH,
     MAX_SEEDS,
-    Estimate,
-    compute_required_examples,
     compute_required_seeds,
     is_conclusive,
     is_within,
@@ -24,14 +20,10 @@ from rightrank.decision.comparison import (
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.table import ScoreTable
 from rightrank.decision.verdicts import (
-    find_inconclusive_rank,
-    find_possible_rival,
-    find_shown_rank,
     find_unexplained_rank,
     format_rank_names,
     has_lower_rate,
     is_open,
-    is_unlikely,
     list_lengths,
 )
 from rightrank.schema.decision import NextRun, Verdict
@@ -39,7 +31,6 @@ from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import MAX_SEED
 
 MIN_SEEDS = 2  # the fewest seeds that measure the noise over seeds
-CHEAP_EXAMPLE_GROWTH = 24  # Scoring up to so many times the examples usually costs less than more trainings.
 CONFIRM_SEEDS = 3
 EXAMPLE_COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # numbers of held-out examples to suggest
 EDGE_FACTOR = 3  # the factor beyond the best learning rate if no other rate suggests one
@@ -53,10 +44,8 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
     elif verdict == "undecided":
         if (unexplained := find_unexplained_rank(comparison)) is not None:
             runs.append(_plan_repetition(comparison, unexplained))
-        if is_unlikely(comparison):
+        if is_open(comparison):
             runs.extend(_plan_runs_for_confidence(comparison))
-        elif is_open(comparison):
-            runs.extend(_plan_settling_runs(comparison, *_find_undecided_rank(comparison)))
     elif comparison.chosen == comparison.ranks[-1] and (
         verdict == "rising" or not comparison.evidence.lacks_uncertainty
     ):
@@ -93,40 +82,6 @@ def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
     )
 
 
-def _find_undecided_rank(comparison: Comparison) -> tuple[int, Estimate]:
-    """Find the rank that leaves the answer undecided, and the difference to compare with the margin."""
-    rank = find_inconclusive_rank(comparison)
-    if rank is not None:
-        return rank, comparison.by_rank[rank].difference
-    rival = find_possible_rival(comparison)
-    assert rival is not None
-    better = comparison.by_rank[rival].difference
-    return rival, replace(better, mean=-better.mean, skewness=-better.skewness)  # how much worse the reference is
-
-
-def _plan_settling_runs(comparison: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
-    """Plan more examples or more seeds at `rank` and the reference, the cheaper first; suggest another margin if neither is enough."""
-    ranks = sorted({rank, comparison.reference.rank} - {0})
-    compared = _format_rank_list(sorted({rank, comparison.reference.rank}))
-    runs = []
-    examples = compute_required_examples(difference, comparison.margin)
-    seeds = None if comparison.needs_extra_seeds else compute_required_seeds(difference, comparison.margin)
-    if examples is not None:
-        noun, size = _describe_sampling_unit(comparison)
-        sentence = f"Score about {examples:,} {noun} (now {difference.examples:,}) at {compared} to settle it."
-        runs.append(NextRun(action="examples", ranks=ranks, examples=round(examples * size), sentence=sentence))
-    if seeds is not None:
-        sentence = f"Train {compared} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
-        runs.append(_build_seed_run(comparison.evidence, ranks, seeds, sentence))
-    if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
-        runs.reverse()
-    if comparison.needs_extra_seeds:
-        runs.append(_plan_extra_seeds(comparison, rank))
-    elif not runs:
-        runs.append(_plan_seeds_and_examples(comparison, rank, difference))
-    return runs
-
-
 def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
     """Plan runs that would give a rank the requested probability by more examples, more seeds, or both, the cheaper first."""
     evidence, confidence, margin = comparison.evidence, comparison.confidence, comparison.margin
@@ -137,7 +92,7 @@ def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
     def is_reached(more_seeds: int, more_examples: int) -> bool:
         return is_within(min(evidence.compute_margins(confidence, more_seeds, more_examples).values()), margin)
 
-    sizes = [size for size in EXAMPLE_COUNTS if size > examples]
+    sizes = [size for size in EXAMPLE_COUNTS if size > examples > 0]
     counts = range(seeds + 1, MAX_SEEDS + 1)
     needed_examples = next((size for size in sizes if is_reached(seeds, size)), None)
     needed_seeds = next((count for count in counts if is_reached(count, examples)), None)
@@ -145,7 +100,7 @@ def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
     if needed_examples is not None:
         minutes = _convert_to_minutes(needed_examples * sum(cell.eval_seconds for cell in cells) / examples)
         remark = "" if needed_seeds is not None else "; more seeds alone would not be enough"
-        sentence = f"To test the margin, score about {needed_examples:,} held-out examples (now {examples:,}) at {_format_rank_list(ranks)}{format_time(minutes)}{remark}."
+        sentence = f"To test the margin, score about {needed_examples:,} held-out examples (now {examples:,}) at {format_rank_names(ranks)}{format_time(minutes)}{remark}."
         runs.append(
             NextRun(action="examples", ranks=ranks, examples=needed_examples, minutes=minutes, sentence=sentence)
         )
@@ -165,7 +120,7 @@ def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
             / len(cells)
         )
         scoring = "" if size is None else f" and score about {size:,} held-out examples (now {examples:,})"
-        sentence = f"Train {_format_rank_list(ranks)} with {count} seeds (now {seeds}){scoring} to test it ({{cost}}{format_time(minutes, ', ')})."
+        sentence = f"Train {format_rank_names(ranks)} with {count} seeds (now {seeds}){scoring} to test it ({{cost}}{format_time(minutes, ', ')})."
         runs.append(_build_seed_run(evidence, ranks, count, sentence, size).model_copy(update={"minutes": minutes}))
     return sorted(runs, key=lambda run: math.inf if run.minutes is None else run.minutes)
 
@@ -188,40 +143,12 @@ def format_time(minutes: float | None, prefix: str = " (") -> str:
     return f"{prefix}about {duration}{')' * prefix.endswith('(')}"
 
 
-def _plan_seeds_and_examples(comparison: Comparison, rank: int, difference: Estimate) -> NextRun:
-    """Plan the fewest additional seeds with which more examples settle it; suggest another margin if no number does."""
-    ranks = sorted({rank, comparison.reference.rank} - {0})
-    for seeds in range(difference.seeds + 1, MAX_SEEDS + 1):
-        examples = compute_required_examples(difference.scale_to(difference.examples, seeds), comparison.margin)
-        if examples is not None:
-            noun, size = _describe_sampling_unit(comparison)
-            sentence = (
-                f"Train {_format_rank_list(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} {noun} "
-                f"(now {difference.examples:,}) to settle it ({{cost}})."
-            )
-            return _build_seed_run(comparison.evidence, ranks, seeds, sentence, round(examples * size))
-    best_rank = find_shown_rank(comparison) or comparison.reference.rank
-    examples_too = f" with {MAX_EXAMPLE_GROWTH} times the examples" if difference.examples else ""
-    sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_format_rank(rank)} at this noise: take rank {best_rank}, or choose another margin."
-    return NextRun(action="none", ranks=[best_rank], sentence=sentence)
-
-
-def _describe_sampling_unit(comparison: Comparison) -> tuple[str, float]:
-    """Return the name of the independent units that bounds are over, and the number of examples in each."""
-    cell = next(iter(comparison.reference.cells.values()))
-    return f"{'' if cell.groups is None else 'groups of '}held-out examples", cell.examples / cell.num_groups
-
-
-def _plan_extra_seeds(comparison: Comparison, undecided: int | None = None) -> NextRun:
+def _plan_extra_seeds(comparison: Comparison) -> NextRun:
     """Plan the seeds that are expected to turn an indication into a decision, at the seed noise of earlier grids."""
     evidence, reference = comparison.evidence, comparison.reference.rank
-    compared = {comparison.chosen, comparison.next_lower_rank or comparison.chosen, undecided or comparison.chosen} - {
-        reference
-    }
+    compared = {comparison.chosen, comparison.next_lower_rank or comparison.chosen} - {reference}
     tested_ranks = [
-        rank
-        for rank in sorted(compared)
-        if rank in (comparison.chosen, undecided) or comparison.by_rank[rank].non_inferior is False
+        rank for rank in sorted(compared) if rank == comparison.chosen or comparison.by_rank[rank].non_inferior is False
     ]
     sizes = range(MIN_SEEDS, MAX_SEEDS + 1)
     needed = [
@@ -238,7 +165,7 @@ def _plan_extra_seeds(comparison: Comparison, undecided: int | None = None) -> N
     sufficient = [seeds for seeds in needed if seeds is not None]
     seeds = max(sufficient, default=MIN_SEEDS) if len(sufficient) == len(needed) else MIN_SEEDS
     ranks = sorted(compared | {reference})
-    start = f"Train {_format_rank_list(ranks)} with {seeds} seeds (now 1)"
+    start = f"Train {format_rank_names(ranks)} with {seeds} seeds (now 1)"
     if len(sufficient) == len(needed):
         sentence = (
             f"{start} to turn the indication into a decision, if the seed noise is that of earlier grids ({{cost}})."
@@ -259,7 +186,7 @@ def _plan_equal_lengths(evidence: Evidence) -> NextRun:
         for rank, contender in sorted(evidence.contenders.items())
     }
     ranks, trials = [rank for rank in shorter_trials if shorter_trials[rank]], sum(shorter_trials.values())
-    sentence = f"Train {_format_rank_list(ranks)} for {steps} steps too ({_format_cost(trials)}): the compared trainings have unequal lengths."
+    sentence = f"Train {format_rank_names(ranks)} for {steps} steps too ({_format_cost(trials)}): the compared trainings have unequal lengths."
     return NextRun(action="steps", ranks=ranks, steps=steps, trials=trials, sentence=sentence)
 
 
@@ -289,7 +216,7 @@ def plan_rate_run(table: ScoreTable, rank: int, learning_rate: float, ranks: lis
     edge, inner = (rates[0], rates[1]) if learning_rate == rates[0] else (rates[-1], rates[-2])
     lr = _extrapolate_rate(edge, inner, _collect_tried_rates(table))
     sentence = (
-        f"The best learning rate of rank {rank} is at the edge of those tried: train {_format_rank_list(ranks)} at {lr:.2g} too "
+        f"The best learning rate of rank {rank} is at the edge of those tried: train {format_rank_names(ranks)} at {lr:.2g} too "
         f"({_format_cost(len(ranks))})."
     )
     return NextRun(action="rates", ranks=ranks, learning_rates=[lr], trials=len(ranks), sentence=sentence)
@@ -322,9 +249,9 @@ def _plan_proof(comparison: Comparison) -> NextRun:
     needed = compute_required_seeds(difference, comparison.margin) if difference.variance > 0 else None
     ranks = sorted({rank, reference})
     if needed is None:
-        sentence = f"One number per rank can't show the answer: score {_format_rank_list(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
+        sentence = f"One number per rank can't show the answer: score {format_rank_names(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
         return NextRun(action="examples", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
-    sentence = f"Train {_format_rank_list(ranks)} with {needed} seeds each to show it ({{cost}})."
+    sentence = f"Train {format_rank_names(ranks)} with {needed} seeds each to show it ({{cost}})."
     return _build_seed_run(comparison.evidence, ranks, needed, sentence)
 
 
@@ -332,9 +259,9 @@ def _plan_confirmation(comparison: Comparison) -> NextRun:
     """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
     ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower_rank or comparison.chosen})
     if _count_missing_trainings(comparison.evidence, ranks, CONFIRM_SEEDS) == 0:
-        sentence = f"No more training is needed: evaluate {_format_rank_list(ranks)} once on held-out data that was not used for any choice."
+        sentence = f"No more training is needed: evaluate {format_rank_names(ranks)} once on held-out data that was not used for any choice."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
-    sentence = f"Train {_format_rank_list(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
+    sentence = f"Train {format_rank_names(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
     return _build_seed_run(comparison.evidence, ranks, CONFIRM_SEEDS, sentence)
 
 
@@ -368,15 +295,6 @@ def _build_seed_run(
 
 def _format_cost(trials: int) -> str:
     return "1 training" if trials == 1 else f"{trials} trainings"
-
-
-def _format_rank(rank: int) -> str:
-    return "the base" if rank == 0 else f"rank {rank}"
-
-
-def _format_rank_list(ranks: list[int]) -> str:
-    """Format ranks as `ranks 4 and 64` or `the base and rank 4`."""
-    return " and ".join(_format_rank(rank) for rank in ranks) if 0 in ranks else format_rank_names(ranks)
 
 
 def build_next_commands(

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.adapter import Criterion, build_provenance, compare_adapters
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.evidence import DEFAULT_CONFIDENCE
 from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.decision.next_run import plan_rate_run
-from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
+from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table, exclude_collapsed_rates
 from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
@@ -164,9 +166,7 @@ def decide_by_metric(
         checkpoint=checkpoint or settings.checkpoint,
         other_tables=other_tables,
         smallest_if_undecided=started.is_rl,
-        confidence=None
-        if requested_confidence is None and started.is_rl
-        else requested_confidence or DEFAULT_CONFIDENCE,
+        confidence=requested_confidence or (CONFIDENCE if started.is_rl else DEFAULT_CONFIDENCE),
     )
 
 

@@ -1,16 +1,13 @@
 """The decision rule: the smallest rank that is not worse than the best by more than the margin.
 
-The reference is the rank with the best mean, each rank at its best learning rate. The ranks below it are tested from the
-top downward, each by the 95% upper bound of its paired difference from the reference, until one fails. A fixed sequence
-of tests needs no correction for multiplicity.
+The probability of a rank is that of being within the margin of every other rank at once, each at its best learning rate, by the joint
+distribution of their means (`Evidence.joint`). The answer is the smallest rank whose probability is at least `DEFAULT_CONFIDENCE`, or
+another confidence that the caller requests. The 95% bounds of each rank's paired difference from the reference, the rank with the
+best mean, are evidence beside it: whether they show the answer too is stated as a grade. One seed gives an indication: the decision
+has the flag `one_seed`, and its `confidence` is None, since bounds exclude the noise over seeds.
 
-A table with one number per rank proves nothing. There the rule compares the values themselves, as a careful reader of a
-published table would; the decision has the flag `underpowered`, and `non_inferior` is None.
-
-If ranks have a probability of being enough (`Evidence.probability_obstacle` says why they may not), the answer is the smallest rank
-whose probability is at least `DEFAULT_CONFIDENCE`, or another confidence that the caller requests, with one seed and with several.
-Whether the 95% bounds show it too is stated as a grade. Without probabilities the bounds choose the rank. One seed gives an
-indication: the decision has the flag `one_seed`, and its `confidence` is None, since bounds exclude the noise over seeds.
+A table with one number per rank proves nothing. There the rule compares the values themselves, as a careful reader of a published table
+would; the decision has the flag `underpowered`, and `non_inferior` is None.
 """
 
 from __future__ import annotations
@@ -21,7 +18,15 @@ from dataclasses import replace
 from typing import Any
 
 from rightrank.decision.comparison import CONFIDENCE, TWO_SIDED
-from rightrank.decision.evidence import Comparison, Evidence, MetricUnit, RankComparison, build_staircase, compare_ranks
+from rightrank.decision.evidence import (
+    DEFAULT_CONFIDENCE,
+    Comparison,
+    Evidence,
+    MetricUnit,
+    RankComparison,
+    build_staircase,
+    compare_ranks,
+)
 from rightrank.decision.next_run import plan_next_runs
 from rightrank.decision.sentences import format_basis_note, format_conflict, format_probability_note, format_sentence
 from rightrank.decision.table import ScoreTable, select_checkpoint
@@ -38,10 +43,6 @@ from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import Checkpoint, compute_default_margin
 
-DEFAULT_CONFIDENCE = (
-    0.6  # with it, two seeds answer 80% of the cases of twenty grids: `benchmarks/decide/probability.py`
-)
-
 
 def decide_table(
     table: ScoreTable,
@@ -49,7 +50,7 @@ def decide_table(
     *,
     other_tables: Sequence[ScoreTable] = (),
     smallest_if_undecided: bool = False,
-    confidence: float | None = DEFAULT_CONFIDENCE,
+    confidence: float = DEFAULT_CONFIDENCE,
     checkpoint: Checkpoint = "last",
 ) -> Decision:
     """Decide on a table.
@@ -58,7 +59,7 @@ def decide_table(
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
         other_tables: the same trials by other metrics, each compared at its default margin.
         smallest_if_undecided: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
-        confidence: choose the smallest rank that is enough with this probability, if there are any; None for the rule on bounds.
+        confidence: choose the smallest rank that is enough with this probability.
         checkpoint: the evaluation of each training that is compared, if the table has evaluations during training.
 
     Raises:
@@ -67,11 +68,9 @@ def decide_table(
     full_table, table = table, select_checkpoint(table, checkpoint)
     evidence, unit, margin = _prepare_comparison(table, margin)
     checkpoint_comparison = compare_checkpoints(full_table, evidence, checkpoint, unit.convert_margin(margin))
-    comparison = compare_ranks(evidence, unit.convert_margin(margin))
-    if confidence is not None:
-        if not 0.5 <= confidence < 1:
-            raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")
-        comparison = comparison.apply_confidence(confidence)
+    if not 0.5 <= confidence < 1:
+        raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")
+    comparison = compare_ranks(evidence, unit.convert_margin(margin), confidence)
     chosen = comparison.chosen
     verdict = determine_verdict(comparison)
     comparable = [other_table for other_table in other_tables if len(other_table.list_ranks()) > 1]
@@ -121,7 +120,7 @@ def decide_table(
 
 
 def _build_probability_fields(comparison: Comparison, unit: MetricUnit) -> dict[str, Any]:
-    """Return the fields of a decision by probabilities; empty if bounds decided."""
+    """Return the fields of a decision by probabilities; empty if the values decided."""
     evidence, confidence, recommended = comparison.evidence, comparison.confidence, comparison.chosen
     if confidence is None:
         return {}
@@ -140,7 +139,7 @@ def _build_probability_fields(comparison: Comparison, unit: MetricUnit) -> dict[
 
 
 def _decide_other_metric(
-    by_rank: Mapping[int, RankComparison], other_table: ScoreTable, confidence: float | None, checkpoint: Checkpoint
+    by_rank: Mapping[int, RankComparison], other_table: ScoreTable, confidence: float, checkpoint: Checkpoint
 ) -> MetricAnswer:
     """Return the answer by another metric, and whether the two conflict."""
     answer = decide_table(other_table, confidence=confidence, checkpoint=checkpoint)

@@ -10,10 +10,7 @@ from rightrank.decision.evidence import Comparison, Evidence, MetricUnit
 from rightrank.decision.seeds import compute_needed_seeds
 from rightrank.decision.verdicts import (
     determine_grade,
-    find_inconclusive_rank,
     find_indistinguishable_ranks,
-    find_possible_rival,
-    find_shown_rank,
     find_unexplained_rank,
     format_rank_names,
     is_open,
@@ -95,10 +92,11 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
             if comparison.next_lower_rank is None:
                 return f"{start}, and the smallest tried{caution}."
             next_lower = f"{start}, and the next lower rank ({comparison.next_lower_rank}) is"
-            if comparison.confidence is not None and not comparison.is_worse(comparison.next_lower_rank):
+            is_shown = (
+                comparison.confidence is None or comparison.by_rank[comparison.next_lower_rank].non_inferior is False
+            )
+            if not is_shown:
                 return f"{next_lower} {format_probability(comparison.require_probability(comparison.next_lower_rank))} likely{caution}."
-            if not comparison.is_worse(comparison.next_lower_rank):
-                return f"{next_lower} inconclusive at {_format_difference(comparison, comparison.next_lower_rank, unit)}{caution}."
             return f"{next_lower} {_format_difference(comparison, comparison.next_lower_rank, unit)}{caution}."
 
 
@@ -110,8 +108,6 @@ def _format_difference(comparison: Comparison, rank: int, unit: MetricUnit) -> s
 
 def _format_probabilities(comparison: Comparison) -> str:
     """Format the probabilities of the chosen rank and of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
-    if comparison.confidence is None and comparison.evidence.has_several_seeds:
-        return ""
     probabilities = {
         rank: likely for rank in comparison.ranks if (likely := comparison.compute_probability(rank)) is not None
     }
@@ -129,12 +125,12 @@ def _format_probabilities(comparison: Comparison) -> str:
 
 def format_probability_note(evidence: Evidence) -> str:
     """Explain what the probabilities mean, or why there are none."""
-    if evidence.probability_obstacle:
-        return f"No probability: {evidence.probability_obstacle}."
-    return (
-        "The probability of a rank is that of being within the margin of the best, over seeds and over examples like these. It is computed "
-        "from the variation of seeds and examples here and on earlier grids."
-    )
+    if evidence.lacks_uncertainty:
+        return "No probability: there is one number per rank, which shows no noise."
+    start = "The probability of a rank is that of being within the margin of the best, over seeds"
+    if not evidence.has_examples:
+        return f"{start}. It is computed from the variation of seeds here."
+    return f"{start} and over examples like these. It is computed from the variation of seeds and examples here and on earlier grids."
 
 
 def _format_no_difference(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
@@ -164,7 +160,7 @@ def _format_no_difference(comparison: Comparison, margin_text: str, unit: Metric
 
 
 def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
-    compared, reference = comparison.by_rank, comparison.reference.rank
+    reference = comparison.reference.rank
     if (unexplained := find_unexplained_rank(comparison)) is not None:
         remark = (
             ""
@@ -175,42 +171,13 @@ def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit
             f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {reference}, although a larger rank should be about as good: "
             f"its training may have failed.{remark}"
         )
-    if comparison.confidence is not None:
-        return format_cannot_tell(comparison, comparison.confidence, margin_text, unit)
-    inconclusive = find_inconclusive_rank(comparison)
-    if inconclusive is None:
-        rival = find_possible_rival(comparison)
-        assert rival is not None
-        better = format_number(unit.convert_difference(-compared[rival].low))
-        return (
-            f"Undecided: rank {reference} has the best mean, but rank {rival} may be better by up to {better}, "
-            f"more than the margin of {margin_text}."
-        )
-    low, high = (
-        format_number(unit.convert_difference(value))
-        for value in (compared[inconclusive].low, compared[inconclusive].high)
-    )
-    worse = _format_difference(comparison, inconclusive, unit)
-    if inconclusive == 0:
-        return (
-            f"Undecided whether there is any gain: the base model is {worse} than the best adapter (bounds {low} to {high}), "
-            f"and the margin is {margin_text}."
-        )
-    smallest = find_shown_rank(comparison)
-    if smallest is None:
-        best_text = f"rank {reference} is the best so far"
-    else:
-        best_text = f"rank {smallest} is within {margin_text} of the best (rank {reference})"
-    probability = comparison.compute_probability(inconclusive)
-    likely = "" if probability is None else f", {format_probability(probability)} likely enough"
-    return (
-        f"Undecided: {best_text}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high}{likely})."
-    )
+    return format_cannot_tell(comparison, margin_text, unit)
 
 
-def format_cannot_tell(comparison: Comparison, confidence: float, margin_text: str, unit: MetricUnit) -> str:
+def format_cannot_tell(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
     """Format the indistinguishable ranks, the recommended rank with its probability, and the margin that the data resolve."""
-    evidence, recommended = comparison.evidence, comparison.chosen
+    evidence, recommended, confidence = comparison.evidence, comparison.chosen, comparison.confidence
+    assert confidence is not None  # values without uncertainty can tell
     indistinguishable = evidence.find_indistinguishable_ranks(confidence)
     worse_ranks = [rank for rank in comparison.ranks if rank not in indistinguishable]
     margins = evidence.compute_margins(confidence)

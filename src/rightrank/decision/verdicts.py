@@ -4,9 +4,8 @@ The verdict is the first row that applies, from the most sobering to the plaines
 
     ===========  =====================================================================================
     no_gain      the base model itself is within the margin of the best adapter
-    undecided    a rank that could change the answer is inconclusive (`find_inconclusive_rank`), or a
-                 larger rank may be better than the reference by more than the margin
-                 (`find_possible_rival`), or is worse than it without a reason (`find_unexplained_rank`)
+    undecided    no rank has the requested probability, or a rank above the reference is clearly worse than
+                 it without a reason (`find_unexplained_rank`)
     overfitting  the largest rank is worse than the margin allows on held-out data and better in training
     flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
     rising       the largest rank is chosen, and every smaller one is shown to be worse than the margin allows
@@ -15,10 +14,8 @@ The verdict is the first row that applies, from the most sobering to the plaines
 
 `no_difference` replaces `undecided` if the caller wants the smallest rank then (`find_indistinguishable_ranks`).
 
-If a confidence chose the rank (`Comparison.apply_confidence`), the answer is `undecided` if no rank is as probable, and "shown" in
-the other rows means "as probable".
-
-If the values have no uncertainty (`Evidence.lacks_uncertainty`), nothing is inconclusive: ranks are compared by their values.
+"Shown" means by the 95% bounds or with the requested probability. If the values have no uncertainty (`Evidence.lacks_uncertainty`),
+nothing is undecided for lack of evidence: ranks are compared by their values.
 """
 
 from __future__ import annotations
@@ -59,52 +56,10 @@ def determine_verdict(comparison: Comparison) -> Verdict:
     return "saturated"
 
 
-def find_inconclusive_rank(comparison: Comparison) -> int | None:
-    """Find the rank (0: the base model) that leaves the answer undecided.
-
-    Returns None if the answer is known within a factor of two, or if a confidence chose the rank. The base model is returned if it is
-    inconclusive. Otherwise, with "next" the highest rank below the chosen one, and "far" the highest rank below half of it:
-
-        ================  ========================  ================  ========
-        next              the chosen rank           far               returns
-        ================  ========================  ================  ========
-        none, or refuted  any                       any               None
-        inconclusive      is the largest tried      any               next
-        inconclusive      is not the largest tried  none, or refuted  None
-        inconclusive      is not the largest tried  inconclusive      far
-        inconclusive      is not the largest tried  shown enough      next
-        ================  ========================  ================  ========
-
-    So a rank within a factor of two below the chosen one may stay inconclusive: too large a rank costs memory, too small a rank
-    costs quality. Below the largest rank it may not, since the curve might still rise.
-    """
-    if comparison.evidence.lacks_uncertainty or comparison.confidence is not None:
-        return None
-    compared, below = comparison.by_rank, comparison.next_lower_rank
-    if 0 in compared and compared[0].non_inferior is None:
-        return 0
-    if below is None or compared[below].non_inferior is False:
-        return None
-    if comparison.chosen == comparison.ranks[-1]:
-        return below
-    far = max((rank for rank in comparison.ranks if 2 * rank < comparison.chosen), default=None)
-    if far is None or compared[far].non_inferior is False:
-        return None
-    return far if compared[far].non_inferior is None else below
-
-
 def is_open(comparison: Comparison) -> bool:
-    """Return whether the present trainings leave the answer undecided."""
-    if comparison.confidence is not None:
-        return is_unlikely(comparison)
-    return find_inconclusive_rank(comparison) is not None or find_possible_rival(comparison) is not None
-
-
-def is_unlikely(comparison: Comparison) -> bool:
     """Return whether no rank has the requested probability."""
-    return (
-        comparison.confidence is not None and comparison.require_probability(comparison.chosen) < comparison.confidence
-    )
+    confidence = comparison.confidence
+    return confidence is not None and comparison.require_probability(comparison.chosen) < confidence
 
 
 def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
@@ -116,6 +71,8 @@ def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
     smallest = comparison.reference.rank if find_shown_rank(comparison) is None else find_shown_rank(comparison)
     if verdict == "no_gain":
         is_shown = comparison.by_rank[0].non_inferior is True
+    elif verdict == "rising":
+        is_shown = all(comparison.by_rank[rank].non_inferior is False for rank in comparison.ranks[:-1])
     else:
         is_shown = smallest is not None and smallest <= comparison.chosen and _find_better_above(comparison) is None
     return "shown" if is_shown and not comparison.is_indication else "likely"
@@ -130,11 +87,6 @@ def find_indistinguishable_ranks(comparison: Comparison) -> list[int]:
     if 0 in comparison.by_rank and comparison.by_rank[0].non_inferior is not False:
         return []
     return [rank for rank in comparison.ranks if comparison.by_rank[rank].difference.compute_bound(1 - CONFIDENCE) <= 0]
-
-
-def find_possible_rival(comparison: Comparison) -> int | None:
-    """Find the rank that leaves the answer undecided since it may be better; None if the values have no uncertainty."""
-    return None if comparison.evidence.lacks_uncertainty else _find_better_above(comparison)
 
 
 def find_shown_rank(comparison: Comparison) -> int | None:

@@ -84,8 +84,6 @@ def _format_safe_choice(decision: Decision) -> str:
         return ""  # The decision's sentence already names the rank to use.
     if decision.fallback_rank is None:
         return f"No rank is proven to be enough yet; rank {decision.best_so_far} has the best value so far."
-    if decision.confidence is None:
-        return f"Rank {decision.fallback_rank} is the smallest rank that is enough at the margin of {decision.margin:g}, according to one seed."
     return f"Until the answer is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}."
 
 

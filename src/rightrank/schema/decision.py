@@ -147,7 +147,7 @@ class Decision(Record):
     probability_note: str = ""  # what the ranks' probabilities mean, or why there are none
     grade: Grade | None = None  # how well the answer is known; None for one number a rank
     # The fields of a decision by probabilities, if there are any. Differences and margins are in the metric's unit.
-    requested_confidence: float | None = None  # the requested probability; None: bounds decided
+    requested_confidence: float | None = None  # the requested probability; None: values decided
     recommended_rank: BoundedInt | None = (
         None  # the answer, or the likeliest rank if no rank is as probable as requested
     )
