@@ -549,10 +549,3 @@ def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_
     )
     trainer.data_collator = transformers.DataCollatorWithPadding(AutoTokenizer.from_pretrained(model_folder))
     refuse(trainer, "evaluate=evaluate")
-
-
-def test_a_trainer_of_embedding_models_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Use a trainer of `sentence_transformers`, which computes its own loss."""
-    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter)
-    trainer.__class__ = type("CrossEncoderTrainer", (Trainer,), {"__module__": "sentence_transformers.cross_encoder"})
-    refuse(trainer, "evaluate=evaluate", SettingsError)

@@ -7,10 +7,10 @@ row for classification, else one label per token. Labels are never passed to the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -29,6 +29,7 @@ from rightrank.train.loss import (
 )
 
 Batch = Mapping[str, Any]  # as the trainer's collator makes it
+TrainerLossFunction: TypeAlias = Callable[[Batch], BatchLoss]  # the loss of a trainer that computes its own
 BETA = 0.1  # of the loss of preference pairs, TRL's default
 
 
@@ -182,8 +183,10 @@ class HeldOutBatches:
     batches. If the model is sharded, all processes call it equally often.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Batch], beta: float = BETA) -> None:
-        self._model, self._beta = model, beta
+    def __init__(
+        self, model: Any, batches: Sequence[Batch], beta: float = BETA, trainer_loss: TrainerLossFunction | None = None
+    ) -> None:
+        self._model, self._beta, self._trainer_loss = model, beta, trainer_loss
         self._batches = list(batches[get_process_index() :: get_world_size()])
         fewer = len(self._batches) < -(-len(batches) // get_world_size())
         self._in_step = batches[0] if fewer and is_sharded(model) else None
@@ -197,14 +200,18 @@ class HeldOutBatches:
         groups: list[int] = []
         with sync_errors():
             for number, batch in enumerate(self._batches):
-                self._batches[number] = add_reference(self._model, batch)
-                rows = read_batch(self._model, self._batches[number])
-                scored = rows.compute_loss(self._model, self._beta)
+                if self._trainer_loss is not None:
+                    scored, batch_groups = self._trainer_loss(batch), batch.get(GROUP_KEY, torch.zeros(0)).tolist()
+                else:
+                    self._batches[number] = add_reference(self._model, batch)
+                    rows = read_batch(self._model, self._batches[number])
+                    scored = rows.compute_loss(self._model, self._beta)
+                    batch_groups = rows.get_example_groups(scored.example_tokens.nonzero()[:, 0])
                 example_numbers = scored.example_tokens.nonzero()[:, 0]
                 losses += scored.example_losses[example_numbers].tolist()
                 tokens += scored.example_tokens[example_numbers].tolist()
                 correct += scored.example_metrics.get("accuracy", torch.zeros(0)).tolist()
-                groups += rows.get_example_groups(example_numbers)
+                groups += batch_groups
             if self._in_step is not None:
                 compute_batch_loss(self._model, self._in_step, self._beta)
         losses, tokens, correct, groups = (
@@ -220,7 +227,11 @@ def has_class_labels(batch: Batch) -> bool:
     return bool(labels.dim() == 1 or labels.shape[1] == 1)
 
 
+def count_rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
 def count_positions(batch: Batch) -> int:
     """Count the positions that a pass computes: tokens with padding, or rows if there are no tokens."""
-    tokens = batch.get("input_ids")
-    return len(batch["labels"]) if tokens is None else int(tokens.numel())
+    tokens = [value for key, value in batch.items() if key.endswith("input_ids") and isinstance(value, torch.Tensor)]
+    return sum(value.numel() for value in tokens) or count_rows(batch)

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rightrank.adapters.batch_scores import BETA, Batch, compute_batch_loss, count_positions
+from rightrank.adapters.batch_scores import BETA, Batch, TrainerLossFunction, compute_batch_loss, count_positions
 from rightrank.adapters.distributed import is_partitioned, sync_errors
 from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
@@ -27,6 +27,7 @@ from rightrank.models.kinds import find_kind
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.resizing import require_plain_update
 from rightrank.schema.errors import ModelError
+from rightrank.train.loss import BatchLoss
 from rightrank.train.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
 from rightrank.train.multi_lora import find_lora_modules
 
@@ -47,6 +48,12 @@ class InMemoryAdapter:
     beta: float = BETA  # of the loss of preference pairs
     moment_tokens: int = MOMENT_TOKENS  # the maximum number of tokens of `train` that are read
     write_tokenizer: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
+    trainer_loss: TrainerLossFunction | None = None  # replaces the losses of `batch_scores`
+
+    def compute_loss(self, batch: Batch) -> BatchLoss:
+        if self.trainer_loss is not None:
+            return self.trainer_loss(batch)
+        return compute_batch_loss(self.model, batch, self.beta)
 
 
 def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
@@ -158,7 +165,7 @@ def _run_passes(in_memory_adapter: InMemoryAdapter) -> Iterator[tuple[int, int, 
     for batch in in_memory_adapter.train:
         if num_positions >= in_memory_adapter.moment_tokens:
             return
-        loss = compute_batch_loss(in_memory_adapter.model, batch, in_memory_adapter.beta)
+        loss = in_memory_adapter.compute_loss(batch)
         torch.autograd.backward(loss.total)
         num_positions += count_positions(batch)
         yield len(loss.example_losses), count_positions(batch), int(loss.example_tokens.sum())

@@ -50,6 +50,7 @@ class DataSplits:
     @property
     def form(self) -> DataForm:
         assert self.summary.form != "custom"
+        assert self.summary.form != "ranking"
         return self.summary.form
 
     def exclude_examples(self, example_ids: Container[str]) -> DataSplits:

@@ -15,7 +15,6 @@ from rightrank.data.sampling import sample_indices
 from rightrank.interop.trainer_rows import (
     MIN_EXAMPLES,
     RowReader,
-    find_group_key,
     hash_inputs,
     is_indexable,
     iterate_rows,
@@ -63,7 +62,7 @@ def select_held_out_rows(
     list(require_mappings(iterate_rows(reader.rows, 1)))
     for row in require_mappings(iterate_rows(sample)):
         input_hashes.append(hash_inputs(row, reader.columns))
-        group_keys.append(find_group_key(row, group))
+        group_keys.append(reader.find_group_key(row, group))
     shared_hashes, notes = _find_shared_inputs(input_hashes, reader)
     unseen_indices = [index for index, input_hash in enumerate(input_hashes) if input_hash not in shared_hashes]
     if len(unseen_indices) < len(input_hashes):

@@ -62,12 +62,8 @@ def find_smallest_adapter(
                 level, "rightrank: the adapter and the held-out rows are saved; to measure truncations: %s", command
             )
             return None
-        log.log(
-            level,
-            "rightrank: measuring truncations on %d batches; to measure again: %s",
-            len(in_memory_adapter.held_out),
-            command,
-        )
+        advice = "" if in_memory_adapter.trainer_loss is not None else f"; to measure again: {command}"
+        log.log(level, "rightrank: measuring truncations on %d batches%s", len(in_memory_adapter.held_out), advice)
         result, _ = finish_run(in_memory_adapter, folder, training, load_hooks())
     for note in result.answer.notes:
         log.log(level, "rightrank: %s", note)

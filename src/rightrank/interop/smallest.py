@@ -14,7 +14,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -39,12 +39,13 @@ from rightrank.adapters.preserved_state import preserve_state
 from rightrank.data.sampling import sample_indices
 from rightrank.interop.held_out import select_held_out_rows
 from rightrank.interop.measurement import build_settings, collect_stated_settings, find_smallest_adapter
+from rightrank.interop.sentence_transformers import TrainerLoss, find_adapted_model, is_sentence_transformers
 from rightrank.interop.trainer_rows import (
     MAX_MOMENT_BATCHES,
     MIN_EXAMPLES,
     RowReader,
     copy_batches,
-    find_group_key,
+    iterate_rows,
     number_groups,
     read_moment_batches,
     sample_batches,
@@ -106,6 +107,7 @@ class SmallestAdapter(TrainerCallback):
     result: TruncationResult | None = field(default=None, init=False)
     reads_between_steps: ClassVar[bool] = False  # whether a subclass also reads rows between two steps
     _loader: Any = field(default=None, init=False)
+    _trainer_loss: TrainerLoss | None = field(default=None, init=False)  # of rerankers and embedding models
     _held_out: Subset[Any] = field(default_factory=lambda: Subset(cast(Any, ()), ()), init=False)
     _is_training: bool = field(default=False, init=False)
     _start_time: float = field(default_factory=time.monotonic, init=False)
@@ -129,20 +131,21 @@ class SmallestAdapter(TrainerCallback):
             return  # A hyperparameter search ends many trainings, and none of their adapters is the final one.
         self._require_own_trainer(args)
         settings, model = build_settings(self.margin, self.ranks, self.metric), kwargs["model"]
-        if any(
-            kind.__module__.partition(".")[0] == "sentence_transformers"
-            for kind in (*type(self.trainer).__mro__, *type(model).__mro__)
-        ):
-            raise SettingsError(
-                f"SmallestAdapter cannot score rerankers and embedding models; {CUSTOM_EVALUATION_HINT}"
-            )
+        self._trainer_loss = TrainerLoss(self.trainer) if is_sentence_transformers(self.trainer) else None
+        if self._trainer_loss is not None:
+            model = find_adapted_model(model)
+            if self.metric == "accuracy" or not self.measure or self.reads_between_steps:
+                raise SettingsError(
+                    f"{type(self).__name__}: rerankers and embedding models are measured by their trainer's loss at the end of the training; "
+                    f"leave metric and measure out, or {CUSTOM_EVALUATION_HINT}"
+                )
         if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
             raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number of 2 or more")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         name = validate_trained_adapter(model, self.ranks)
         self._loader = kwargs["train_dataloader"]
         with preserve_state(model, name):
-            reader = RowReader.from_loader(self._loader)
+            reader = self._make_reader()
             if reader.collate is None and self.reads_between_steps:
                 raise DataError(
                     f"{type(self).__name__}: {reader.collate_unused_reason}; give the trainer a collator that copy.deepcopy copies"
@@ -175,6 +178,12 @@ class SmallestAdapter(TrainerCallback):
             )
         callbacks.insert(0, self)
 
+    def _make_reader(self) -> RowReader:
+        reader = RowReader.from_loader(self._loader)
+        # The first column of a reranker or an embedding model has the queries.
+        has_queries = self._trainer_loss is not None and len(reader.rows)
+        return replace(reader, query=next(iter(reader.rows[0]))) if has_queries else reader
+
     def _select_held_out_rows(self, reader: RowReader) -> Subset[Any]:
         """Return a random sample of the held-out rows that are not in the training set."""
         own_rows = getattr(self.trainer, "eval_dataset", None)
@@ -202,6 +211,9 @@ class SmallestAdapter(TrainerCallback):
         if reader.collate is None:
             self._add_note(f"{reader.collate_unused_reason}; no example was scored before the first step")
             return
+        if self._trainer_loss is not None:
+            self._set_example_unit(args, reader, self._trainer_loss)
+            return
         batch = next(reader.read_batches(self._held_out, 2))
         beta = _read_dpo_beta(self.trainer, batch)
         # With ZeRO-3 only DeepSpeed's engine can run the model, so a fresh process measures.
@@ -216,6 +228,33 @@ class SmallestAdapter(TrainerCallback):
             self.metric = "accuracy"
         if self.metric == "accuracy" and loss is not None and not has_accuracy:
             raise SettingsError("metric 'accuracy': accuracy is defined only for classifiers; leave the metric out")
+
+    def _set_example_unit(self, args: TrainingArguments, reader: RowReader, loss: TrainerLoss) -> None:
+        """Find out whether an example is a row or a batch. Of rows with one query, batches contain the first.
+
+        Raises:
+            DataError: the loss cannot be computed, or there are fewer than two batches.
+        """
+        rows = self._held_out
+        first_rows = Subset(rows, range(min(4, len(rows))))
+        batch, row_batches = next(reader.read_batches(first_rows, 4)), list(reader.read_batches(first_rows, 1))
+        self._trainer_loss = loss = loss.compare_rows(batch, row_batches)
+        if loss.is_pointwise:
+            return
+        size, by_query = _get_batch_size(args), dict[Any, int]()
+        for index, row in zip(rows.indices, iterate_rows(rows), strict=True):
+            by_query.setdefault(reader.find_group_key(row, self.group), index)
+        count = len(by_query) // size
+        if count < 2:
+            raise DataError(
+                f"SmallestAdapter: the loss compares the rows of a batch, so each batch of {size} is one example, and {len(by_query)} held-out "
+                f"queries give {count}; give more rows, or a smaller per_device_eval_batch_size"
+            )
+        if count < MIN_EXAMPLES:
+            self._add_note(
+                f"the loss compares the rows of a batch, so there are only {count} examples of {size} rows each"
+            )
+        self._held_out = Subset(rows.dataset, list(by_query.values())[: count * size])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -256,21 +295,23 @@ class SmallestAdapter(TrainerCallback):
         )
 
     def _build_in_memory_adapter(self, model: Any, args: TrainingArguments, state: TrainerState) -> InMemoryAdapter:
-        loader, name = self._loader, find_trained_adapter(model)
-        size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        model = model if self._trainer_loss is None else find_adapted_model(model)
+        loader, name, size = self._loader, find_trained_adapter(model), _get_batch_size(args)
+        is_batched = self._trainer_loss is not None and not self._trainer_loss.is_pointwise
         # The step count includes steps before a resume, so this covers the complete training.
         num_trained_rows = (
             state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
         with preserve_state(model, name):  # Reading rows may draw random numbers.
-            reader = RowReader.from_loader(loader)
+            reader = self._make_reader()
             if not self._is_training:  # After the last step the originals may be read.
                 reader = reader.with_originals(loader)
             # Evaluation mode does not recompute activations, so single rows keep it below the memory of a training with gradient checkpointing.
             train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MAX_MOMENT_BATCHES * size))
             train, tokens, moment_tokens = read_moment_batches(
-                reader, train_rows, 1 if args.gradient_checkpointing else size, num_trained_rows
+                reader, train_rows, size if is_batched or not args.gradient_checkpointing else 1, num_trained_rows
             )
+            size = 1 if self._trainer_loss is not None and not is_batched else size
             rows = self._held_out
             if self.max_examples is None and len(rows):
                 sample = list(reader.read_batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
@@ -278,15 +319,18 @@ class SmallestAdapter(TrainerCallback):
                 cost = passes * sum(map(count_positions, sample)) / min(len(rows), MIN_EXAMPLES)
                 # A training step costs about two passes, forward and backward.
                 count = max(MIN_SAMPLE_SIZE, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
+                count = max(2, count // size) * size if is_batched else count
                 rows = Subset(rows.dataset, rows.indices[:count])  # in random order
             group_keys: list[Any] = []
             held_out = list(
-                reader.read_batches(rows, size, lambda row: group_keys.append(find_group_key(row, self.group)))
+                reader.read_batches(rows, size, lambda row: group_keys.append(reader.find_group_key(row, self.group)))
             )
             groups = torch.tensor(number_groups(group_keys, self.group))
-            held_out = [
-                {**batch, GROUP_KEY: groups[index * size : (index + 1) * size]} for index, batch in enumerate(held_out)
-            ]
+            if not is_batched:
+                held_out = [
+                    {**batch, GROUP_KEY: groups[index * size : (index + 1) * size]}
+                    for index, batch in enumerate(held_out)
+                ]
         beta = _read_dpo_beta(self.trainer, (held_out or train or [{}])[0])
         save_processor = getattr(self.trainer.processing_class, "save_pretrained", None)
         return InMemoryAdapter(
@@ -300,12 +344,17 @@ class SmallestAdapter(TrainerCallback):
             beta,
             moment_tokens,
             save_processor,
+            self._trainer_loss,
         )
 
     def _log_to_trackers(self, answer: AdapterAnswer) -> None:
         """Log the rank to the trainer's history and trackers. TRL's override of `log` is bypassed, because it adds other metrics."""
         values = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
         Trainer.log(self.trainer, {"rightrank/rank": answer.rank} | values)
+
+
+def _get_batch_size(args: TrainingArguments) -> int:
+    return min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
 
 
 def keep_smallest(

@@ -40,6 +40,7 @@ class RowReader:
     collate: Callable[[list[Any]], Batch] | None
     collate_unused_reason: str  # why the collator is not used; empty if it is
     columns: frozenset[str]  # columns that reach the collator in training; empty if unknown
+    query: str | None = None  # the column whose value identifies a group by default, if it is not the prompt
 
     @classmethod
     def from_loader(cls, loader: Any) -> RowReader:
@@ -61,7 +62,11 @@ class RowReader:
     def with_originals(self, loader: Any) -> RowReader:
         """Return a reader that uses the originals of what could not be copied. Call this only after the last step."""
         rows = loader.dataset if self.rows_unread_reason and is_indexable(loader.dataset) else self.rows
-        return RowReader(rows, "", self.collate or loader.collate_fn, "", _read_column_names(rows))
+        return RowReader(rows, "", self.collate or loader.collate_fn, "", _read_column_names(rows), self.query)
+
+    def find_group_key(self, row: Mapping[str, Any], column: str | None) -> Hashable:
+        """Return the value that rows of one group share: that in `column`, in the column of queries, or the prompt."""
+        return find_group_key(row, column or self.query)
 
     def read_batches(self, rows: Any, size: int, on_row: Callable[[Any], None] = lambda _: None) -> Iterator[Batch]:
         """Yield batches from the trainer's own collator, in the order of the rows. `on_row` is called with each row.

@@ -60,7 +60,7 @@ log = logging.getLogger("rightrank")
 RESUME_FILE = "measure.json"  # in the run's cache
 TRAINER_NAME = "its own trainer"  # identifies the kind of run in its journal
 # Fields of `InMemoryAdapter` that are saved in separate files or have their default values.
-EXCLUDED_FIELDS = ("model", "held_out", "train", "name", "write_tokenizer")
+EXCLUDED_FIELDS = ("model", "held_out", "train", "name", "write_tokenizer", "trainer_loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,8 @@ def begin_run(in_memory_adapter: InMemoryAdapter, out: Path, training: TrainingS
                 in_memory_adapter.write_tokenizer(adapter.path)
             started = _build_run_started(in_memory_adapter, training, adapter)
             adapter.path.rename(temporary_run.get_trial_folder(compute_training_id(started, training.steps)))
-            _write_resume_files(in_memory_adapter, temporary_run, training)
+            if in_memory_adapter.trainer_loss is None:  # which another process does not have
+                _write_resume_files(in_memory_adapter, temporary_run, training)
             temporary_run.journal.append(started)
             if (earlier_folder := folder.move_aside()) is not None:
                 log.warning("rightrank: the result of an earlier training was moved to %s", earlier_folder)
@@ -234,8 +235,12 @@ def _build_run_started(
 ) -> RunStarted:
     base = in_memory_adapter.model.get_base_model()
     batch, classes = in_memory_adapter.held_out[0], None
-    form: Literal["preference", "classification", "custom"] = "preference" if "completion_mask" in batch else "custom"
-    if form == "custom" and has_class_labels(batch):
+    form: Literal["preference", "classification", "ranking", "custom"] = "custom"
+    if in_memory_adapter.trainer_loss is not None:
+        form = "ranking"
+    elif "completion_mask" in batch:
+        form = "preference"
+    elif has_class_labels(batch):
         form, classes = "classification", [str(name) for _, name in sorted(base.config.id2label.items())]
     ranks = list_candidate_ranks(adapter, in_memory_adapter.ranks)
     overrides: dict[str, Any] = {"goal": "adapter", "metric": in_memory_adapter.metric, "ranks": ranks}
@@ -281,7 +286,9 @@ class CallbackExecutor(Hook):
     def __init__(self, in_memory_adapter: InMemoryAdapter, training: TrainingSummary) -> None:
         self._in_memory_adapter, self._training = in_memory_adapter, training
         self._start_time = time.monotonic()
-        self._held_out = HeldOutBatches(in_memory_adapter.model, in_memory_adapter.held_out, in_memory_adapter.beta)
+        self._held_out = HeldOutBatches(
+            in_memory_adapter.model, in_memory_adapter.held_out, in_memory_adapter.beta, in_memory_adapter.trainer_loss
+        )
         self.moments = GatheredMoments({}, 0, 0)  # filled by `open_executor`
         self.folder: RunFolder
         self.listener: Listener
@@ -340,7 +347,8 @@ class CallbackExecutor(Hook):
         """Add the cost and an estimate of the rank to train at to the notes of the answer."""
         training, answer, records = self._training, proposal.answer, proposal.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
-        notes.append(format_training_rank_estimate(answer, records.started))
+        if self._in_memory_adapter.trainer_loss is None:  # `select` trains no rerankers and embedding models
+            notes.append(format_training_rank_estimate(answer, records.started))
         notes.append(self._format_cost(len(records.by_id[answer.trained_id].example_losses)))
         return answer.model_copy(update={"notes": notes})
 

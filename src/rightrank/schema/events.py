@@ -44,8 +44,8 @@ class SplitSummary(Record):
 class DataSummary(Record):
     """A summary of the data and how it was read."""
 
-    # `custom`: a custom trainer reads the data.
-    form: Literal["text", "prompt_completion", "messages", "classification", "preference", "custom"]
+    # `custom`: a custom trainer reads the data. `ranking`: rows of a trainer of rerankers or embedding models.
+    form: Literal["text", "prompt_completion", "messages", "classification", "preference", "ranking", "custom"]
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: BoundedInt
@@ -70,7 +70,8 @@ class DataSummary(Record):
     @property
     def loss_kind(self) -> LossKind:
         """Return the kind of loss: per token, per example or per pair."""
-        return "pair_loss" if self.form == "preference" else "loss" if self.form == "classification" else "token_loss"
+        kinds: dict[str, LossKind] = {"preference": "pair_loss", "classification": "loss", "ranking": "loss"}
+        return kinds.get(self.form, "token_loss")
 
 
 class RunKind(StrEnum):
