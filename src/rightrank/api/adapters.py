@@ -15,29 +15,50 @@ from rightrank.schema.settings import SelectSettings
 
 
 def inspect(
-    adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
+    adapter: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    finetuned: str | Path | None = None,
+    data: str | Path | None = None,
+    settings: SelectSettings | None = None,
+    on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> Inspection:
     """Compute the singular spectra of an adapter, or of the changes of full fine-tuning.
 
     Args:
         adapter: a folder of PEFT or mlx-lm, or a file of sd-scripts or ComfyUI.
-        base: with `finetuned`: the base model's folder.
+        base: with `finetuned`: the base model's folder. With `data`: the base model; None for the one that the adapter names.
         finetuned: instead of `adapter`: a checkpoint folder to compare with `base`.
+        data: held-out rows, on which the adapter is measured without each kind of module and each block of layers.
+        settings: with data: settings for loading models and reading rows; see `SelectSettings`.
+        on_event: receives the progress of each evaluation, and each line for a person.
 
     Raises:
-        InputError: not a readable adapter or checkpoint, or two that don't belong together.
+        InputError: not a readable adapter or checkpoint, two that don't belong together, or unusable data.
     """
-    if adapter is not None and base is None and finetuned is None:
+    if adapter is not None and finetuned is None and (base is None or data is not None):
         require_adapter_folder(Path(adapter))
 
         from rightrank.adapters.spectra import inspect_adapter
 
-        return inspect_adapter(Path(adapter))
-    if adapter is None and base is not None and finetuned is not None:
+        inspection = inspect_adapter(Path(adapter))
+        if data is None:
+            return inspection
+        from rightrank.adapters.parts import group_modules, measure_parts  # imports transformers
+        from rightrank.models.adapter_reader import open_adapter
+
+        opened, name = open_adapter(Path(adapter)), None if base is None else str(base)
+        parts = group_modules(opened.modules)
+        values, note = measure_parts(opened, parts, Path(data), name, settings or SelectSettings(), on_event)
+        summary = inspection.summary.model_copy(update={"notes": [*inspection.summary.notes, note]})
+        return inspection.model_copy(update={"parts": values, "summary": summary})
+    if adapter is None and base is not None and finetuned is not None and data is None:
         from rightrank.adapters.spectra import inspect_checkpoints
 
         return inspect_checkpoints(Path(base), Path(finetuned))
-    raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
+    raise SettingsError(
+        "give an adapter folder (and --data with --base), or two checkpoints as base and finetuned (--base A --finetuned B)"
+    )
 
 
 def resize(
@@ -52,6 +73,7 @@ def resize(
     ranks: Sequence[int] | None = None,
     base: str | None = None,
     uniform: bool = False,
+    without: Sequence[str] = (),
     settings: SelectSettings | None = None,
     on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> Resized:
@@ -60,13 +82,14 @@ def resize(
     Args:
         adapter: a folder of PEFT or mlx-lm, a file of sd-scripts or ComfyUI, or a trainer's output folder with checkpoints.
         out: the folder or file to write, which must not exist.
-        rank: one rank for all modules; a rank above the current one pads. Give exactly one of `rank`, `energy` and `data`.
+        rank: one rank for all modules; a rank above the current one pads. Give exactly one of `rank`, `energy`, `data` and `without`.
         energy: use for each module the fewest singular values that hold this fraction of its energy.
         data: held-out rows; use the smallest rank whose loss on them is not worse by the margin.
         margin: with data: the accepted loss of quality; None for the metric's default.
         train: with data: the training data of the adapter. These rows are not scored.
         ranks: with data: the ranks to measure; None for the powers of two.
         base: with data: the base model; None for the one that the adapter names.
+        without: remove the modules whose names end in one of these patterns, and measure the loss on `data` if it is given.
         uniform: with energy: one rank for all modules, the largest needed.
         settings: with data: settings for loading models and reading rows; see `SelectSettings`.
         on_event: receives the progress of each evaluation, and each line for a person.
@@ -80,9 +103,9 @@ def resize(
     require_adapter_folder(folder)
     if choice:
         on_event(Notice(text=choice))
-    if len(names) != 1:
+    if names not in ([], ["--data"]) if without else len(names) != 1:
         raise SettingsError(
-            f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
+            f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data, or --without, alone or with --data"
         )
 
     from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, resize_adapter
@@ -93,7 +116,16 @@ def resize(
     require_absent(Path(out))
     opened = open_adapter(folder)
     require_plain_update(opened)
-    if data is not None:
+    if without:
+        from rightrank.adapters.parts import measure_parts, remove_modules, select_modules
+
+        removed, label = select_modules(opened, without), ", ".join(without)
+        resized = remove_modules(opened, removed, Path(out), f"without {label}")
+        if data is not None:
+            read = settings or SelectSettings()
+            (value,), note = measure_parts(opened, {label: removed}, Path(data), base, read, on_event)
+            resized = resized.model_copy(update={"removed": value, "notes": [note]})
+    elif data is not None:
         from rightrank.adapters.resize_by_data import ResizeRequest, resize_by_data  # imports torch and transformers
 
         read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))

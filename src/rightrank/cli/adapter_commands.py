@@ -21,8 +21,10 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rightrank.hooks.terminal import View
-    from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
+    from rightrank.schema.results import Inspection, ModuleSpectrum, PartValue, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
 EXIT_STATUS = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
@@ -34,19 +36,28 @@ EXIT_STATUS = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
     epilog="Example: rightrank inspect run/adapter",
 )
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="With --finetuned: the base model's folder.")
+@click.option(
+    "--base",
+    help="The base model: the folder to compare with --finetuned; with --data, another than the adapter names.",
+)
 @click.option(
     "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
 )
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Held-out rows: also the loss without each kind of module and block.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _inspect(as_json: bool, **folders: Path | None) -> None:
+def _inspect(as_json: bool, **sources: Any) -> None:
     """Show the singular spectrum of every module of a LoRA ADAPTER.
 
     With --base A --finetuned B: of every matrix that full fine-tuning changed.
     """
     from rightrank.api import adapters as api
 
-    inspection = api.inspect(**folders)
+    with open_progress_view(quiet=sources["data"] is None) as view:
+        inspection = api.inspect(**sources, on_event=view.on_event)
     click.echo(format_json(inspection) if as_json else _format_inspection(inspection))
 
 
@@ -74,6 +85,12 @@ def _inspect(as_json: bool, **folders: Path | None) -> None:
 )
 @click.option("--ranks", callback=split_commas, help="With --data: ranks to measure (default: powers of two).")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
+@click.option(
+    "--without",
+    callback=split_commas,
+    metavar="NAMES",
+    help="Remove these modules, such as q_proj,k_proj; with --data, measure the loss.",
+)
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -93,6 +110,7 @@ def _resize(
 
     data_options = {"--margin": margin, "--ranks": ranks, "--set": assignments}
     data_options |= {f"--{name}": rule[name] for name in ("train", "base")}
+    rule["without"] = rule["without"] or ()
     orphan = next((option for option, value in data_options.items() if value), None)
     if orphan is not None and rule["data"] is None:
         raise SettingsError(f"{orphan} works only with --data FILE, which was not given; give both, or leave it out")
@@ -221,7 +239,20 @@ def _format_inspection(inspection: Inspection) -> str:
         ("changed, not a matrix", ", ".join(summary.not_matrices)),
         *(("note", note) for note in summary.notes),
     ]
-    return "\n".join([*lines, *format_labelled_rows(facts, 23), "", summary.sentence])
+    return "\n".join([*lines, *_format_parts(inspection.parts), *format_labelled_rows(facts, 23), "", summary.sentence])
+
+
+def _format_parts(parts: Sequence[PartValue]) -> list[str]:
+    """Format the held-out results without each part; no lines without parts."""
+    from rightrank.report.evidence_tables import format_table
+
+    rows = [
+        [part.part, str(part.modules), f"{part.parameters:,}", f"{part.value_without:.4f}", f"{part.worse_by:+.4f}",
+         f"{part.worse_by_low:+.4f} to {part.worse_by_high:+.4f}"]
+        for part in parts
+    ]  # fmt: skip
+    heading = ["without", "modules", "parameters", "held-out", "worse by", "95% bounds"]
+    return ["", *format_table([heading, *rows], left_columns=(0,)), ""] if parts else []
 
 
 def _format_module_row(module: ModuleSpectrum) -> list[str]:
@@ -255,6 +286,7 @@ def _format_resize_result(resized: Resized) -> str:
         f"error of ΔW {resized.relative_delta_error:.3g} of its norm; worst {worst.relative_delta_error:.3g} "
         f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
     ]
+    lines += _format_parts([] if resized.removed is None else [resized.removed])
     if resized.answer is not None:
         lines += [*format_table(build_candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes

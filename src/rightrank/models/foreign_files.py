@@ -63,7 +63,7 @@ class ForeignFile:
             return
         stored = {self.keys.get(key, key): value.contiguous() for key, value in tensors.items()}
         scaling = compute_scaling(config["lora_alpha"], config["r"], use_rslora=False)
-        ranks = {key.removesuffix(".lora_A.weight"): len(tensors[key]) for key in self.keys if ".lora_A." in key}
+        ranks = {key.removesuffix(".lora_A.weight"): len(tensors[key]) for key in tensors if ".lora_A." in key}
         for module, rank in ranks.items():
             if scaling != 1 or f"{module}.alpha" in self.keys:
                 stored[f"{module.removeprefix(PEFT_PREFIX)}.alpha"] = torch.tensor(scaling * rank)

@@ -139,11 +139,24 @@ class InspectionSummary(Record):
     sentence: str
 
 
+class PartValue(Record):
+    """The held-out result of an adapter without one of its parts."""
+
+    part: str  # a kind of module, a block of layers, or a tower of a vision-language model
+    modules: int
+    parameters: int
+    value_without: float  # metric's unit
+    worse_by: float  # than the complete adapter, on the same examples
+    worse_by_low: float  # 95% bounds, one-sided
+    worse_by_high: float
+
+
 class Inspection(Record):
     """The object of `inspect --json`."""
 
     modules: list[ModuleSpectrum]
     summary: InspectionSummary
+    parts: list[PartValue] = Field(default_factory=list)  # with data
 
 
 class ModuleResize(Record):
@@ -178,6 +191,7 @@ class Resized(Record):
     scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
     no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
+    removed: PartValue | None = None  # with `without` and data
     notes: list[str] = Field(default_factory=list)
 
 
