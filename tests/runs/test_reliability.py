@@ -20,10 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank.cli import main
 from rightrank.hooks import process as processes
-from rightrank.runs import prepare as preparation
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.runs.prepare import LocalExecutor
+from rightrank.schema import events
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
@@ -134,7 +134,7 @@ def test_a_clock_set_back_changes_nothing(
     start = time.time()
     calls = iter(range(1, 10**9))
     monkeypatch.setattr(time, "time", lambda: start - 3600 * next(calls))
-    monkeypatch.setattr(preparation, "datetime", _Backwards)
+    monkeypatch.setattr(events, "datetime", _Backwards)
     monkeypatch.setattr(processes, "datetime", _Backwards)
     journal_before = (work / "journal.jsonl").read_bytes()
     assert run_selection(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
