@@ -11,7 +11,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").rglob("*.md"))
 FRONT = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "SECURITY", "CONTRIBUTING", "AGENTS")]
-PAGES = [*FRONT, *GUIDES, *sorted((ROOT / "benchmarks").rglob("*.md"))]
+PAGES = [*FRONT, *GUIDES, *(page for name in ("benchmarks", "skills") for page in sorted((ROOT / name).rglob("*.md")))]
 SHELL = ("sh", "bash", "console")
 NOT_RUN = "<!-- not run:"  # in the line above a block, with the reason
 _FENCE = re.compile(
