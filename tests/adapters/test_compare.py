@@ -191,7 +191,17 @@ def test_an_adapter_of_another_task_than_the_data_is_one_line(
 def test_a_metric_that_the_rows_do_not_have_is_one_line(
     trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["base", trained, "--model", model_folder, "--data", completion_file, "--metric", "accuracy", *OPTIONS]
+    arguments = [
+        "base",
+        trained,
+        "--model",
+        model_folder,
+        "--data",
+        completion_file,
+        "--set",
+        "metric=accuracy",
+        *OPTIONS,
+    ]
     code, out = run(capsys, *arguments)
     assert (code, out.count("\n")) == (2, 1)
     assert "metric 'accuracy'" in out

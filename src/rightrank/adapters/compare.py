@@ -201,7 +201,7 @@ def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> Non
     raise ModelError(
         f"A and B have different tokenizers: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.example_losses)} and "
         f"{len(b.example_losses)} examples. Losses per token can't be compared then; compare the generated answers, for example with "
-        "--metric exact_match or f1"
+        "--set metric=exact_match or f1"
     )
 
 

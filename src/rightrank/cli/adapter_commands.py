@@ -181,7 +181,7 @@ def open_progress_view(quiet: bool = False) -> AbstractContextManager[View]:
     help="Held-out rows; all are read. May be repeated.",
 )
 @click.option("--tries", type=int, default=1, help="Candidates compared on these data; corrects the bounds.")
-@add_setting_options(SelectSettings, "margin", "metric")
+@add_setting_options(SelectSettings, "margin")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
 def _compare(
