@@ -26,7 +26,8 @@ import numpy as np
 
 from benchmarks.decide.simulated import MARGIN, Floats, Shape
 from benchmarks.machine import describe_machine
-from rightrank.decision.evidence import Comparison, Evidence, compare_ranks, compute_covariance_to_best
+from rightrank.decision.evidence import Evidence, compute_covariance_to_best
+from rightrank.decision.ranks import Comparison, compare_ranks
 from rightrank.decision.seeds import estimate_selection_bias
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.decision.verdicts import find_shown_rank

@@ -30,7 +30,8 @@ import numpy as np
 from benchmarks.learning_rate.judge import BINS, resample_cases
 from benchmarks.machine import describe_machine
 from benchmarks.selection.tables import GridCurve, read_grids
-from rightrank.decision.evidence import DEFAULT_CONFIDENCE, Evidence, compare_ranks
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.ranks import DEFAULT_CONFIDENCE, compare_ranks
 from rightrank.decision.seeds import NOISE
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.decision.verdicts import find_unexplained_rank

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rightrank.decision.evidence import DEFAULT_CONFIDENCE, Evidence, compare_ranks
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.ranks import DEFAULT_CONFIDENCE, compare_ranks
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable
 

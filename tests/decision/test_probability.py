@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from scipy.stats import t as student
 
 from rightrank.cli import cli
-from rightrank.decision.evidence import DEFAULT_CONFIDENCE
+from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.records import decide_run
 from rightrank.decision.rule import decide_table
 from rightrank.decision.seeds import LOSS_NOISE, NOISE, NOISE_DEGREES, NoiseComponents, get_noise

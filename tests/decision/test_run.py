@@ -11,7 +11,7 @@ import pytest
 from rightrank.api.runs import decide
 from rightrank.decision.adapter import Provenance
 from rightrank.decision.comparison import CONFIDENCE
-from rightrank.decision.evidence import DEFAULT_CONFIDENCE
+from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.records import (
     Records,
     build_answers,

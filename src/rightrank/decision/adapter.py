@@ -22,7 +22,7 @@ from rightrank.decision.comparison import (
     compute_score_range,
     is_within,
 )
-from rightrank.decision.evidence import MetricUnit
+from rightrank.decision.ranks import MetricUnit
 from rightrank.decision.table import (
     Cell,
     build_table,

@@ -17,7 +17,8 @@ from rightrank.decision.comparison import (
     is_conclusive,
     is_within,
 )
-from rightrank.decision.evidence import Comparison, Evidence
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import ScoreTable
 from rightrank.decision.verdicts import (
     find_unexplained_rank,

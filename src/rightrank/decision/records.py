@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.adapter import Criterion, build_provenance, compare_adapters
 from rightrank.decision.comparison import CONFIDENCE
-from rightrank.decision.evidence import DEFAULT_CONFIDENCE
 from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.decision.next_run import plan_rate_run
+from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table, exclude_collapsed_rates
 from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun, TrainingRankEstimate

@@ -18,16 +18,16 @@ from dataclasses import replace
 from typing import Any
 
 from rightrank.decision.comparison import CONFIDENCE, TWO_SIDED
-from rightrank.decision.evidence import (
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.next_run import plan_next_runs
+from rightrank.decision.ranks import (
     DEFAULT_CONFIDENCE,
     Comparison,
-    Evidence,
     MetricUnit,
     RankComparison,
     build_staircase,
     compare_ranks,
 )
-from rightrank.decision.next_run import plan_next_runs
 from rightrank.decision.sentences import format_basis_note, format_conflict, format_probability_note, format_sentence
 from rightrank.decision.table import ScoreTable, select_checkpoint
 from rightrank.decision.verdicts import (

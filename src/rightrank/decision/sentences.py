@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rightrank.decision.comparison import is_within
-from rightrank.decision.evidence import Comparison, Evidence, MetricUnit
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.ranks import Comparison, MetricUnit
 from rightrank.decision.seeds import compute_needed_seeds
 from rightrank.decision.verdicts import (
     determine_grade,

@@ -26,7 +26,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
-from rightrank.decision.evidence import Comparison, Evidence
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import Contender, ScoreTable, select_checkpoint
 from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdict
 from rightrank.schema.metrics import (
