@@ -8,9 +8,8 @@ from scipy.stats import t as student
 
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.posterior import sample_joint_means
 from rightrank.decision.rule import decide_table
-from rightrank.decision.seeds import NOISE, sample_multivariate_noise
+from rightrank.decision.seeds import NOISE, sample_joint_means, sample_multivariate_noise
 from rightrank.decision.table import Cell, ScoreTable
 from tests.decision.tables import build_example_table
 

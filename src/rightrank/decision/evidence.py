@@ -30,13 +30,13 @@ from rightrank.decision.comparison import (
     estimate_mean,
     sum_by_group,
 )
-from rightrank.decision.posterior import JointMeans, sample_joint_means
 from rightrank.decision.seeds import (
     BARE_WITHIN_DEGREES,
     BOUND_DEGREES,
     NOISE,
     NOISE_DEGREES,
     WITHIN_DEGREES,
+    JointMeans,
     PairNoise,
     Prior,
     compute_mean_noise,
@@ -44,6 +44,7 @@ from rightrank.decision.seeds import (
     get_noise,
     measure_pair_noise,
     pool_prior,
+    sample_joint_means,
     split_seed_variance,
 )
 from rightrank.decision.table import (

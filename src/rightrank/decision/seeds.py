@@ -1,4 +1,4 @@
-"""The noise over seeds of a paired difference, measured on shared seeds and moderated.
+"""The noise over seeds of a paired difference, measured on shared seeds and moderated, and what it says about several ranks at once.
 
 Two or three seeds measure a variance badly. As in limma (Smyth 2004, "Linear models and empirical Bayes methods", SAGMB 3),
 the variance of a rank's difference is therefore a weighted mean of its own and of an expected one, by their degrees of
@@ -7,7 +7,9 @@ example similarly also differ little from seed to seed. The ratio of the two sta
 (`NOISE`) and follows the other ranks that came out at least as good, so a worse or noisier rank changes no other bound.
 
 With one seed nothing is measured, and no value replaces a measurement in an interval. The noise of earlier grids (`NOISE`) gives
-every rank a probability besides (`compute_probability_within`), with one seed and with several.
+every rank a probability besides, with one seed and with several: from the joint distribution of the ranks' true means given the measured
+ones (`JointMeans`). Its prior is flat. Its noise is a multivariate t, drawn from a fixed seed of its own, whose covariance has the variances
+of all paired differences. The level that all ranks share cancels in every difference and is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from rightrank.schema.metrics import LOSS_KINDS, MetricKind
 from rightrank.schema.trials import Floats, Groups
 
 BOOTSTRAP_DRAWS = 2000
+DRAWS = 10_000  # of the joint distribution: a probability is known to .005
 
 
 def compute_needed_seeds(deviation: float, difference: float) -> int:
@@ -212,3 +215,62 @@ def sample_multivariate_noise(covariance: Floats, degrees: float, draws: int) ->
     scale = np.sqrt(degrees / generator.chisquare(degrees, draws)) if degrees < MAX_DEGREES else 1.0
     noise: Floats = root @ generator.standard_normal((len(root), draws)) * scale
     return noise
+
+
+@dataclass(frozen=True, slots=True)
+class JointMeans:
+    """Draws of the oriented means: lower is better. The base model, if present, is rank 0 and never counts as the best."""
+
+    ranks: tuple[int, ...]
+    means: Floats  # [ranks]
+    noise: Floats  # [ranks, draws] of the means
+    errors: Floats  # [ranks, ranks] standard errors of the differences
+    degrees: float
+
+    @property
+    def _rivals(self) -> list[int]:
+        """Return the indices of the ranks that can be the best."""
+        return [index for index, rank in enumerate(self.ranks) if rank > 0]
+
+    def compute_losses_to_best(self, noise: float = 1.0) -> Floats:
+        """Return [ranks, draws] how much worse each rank truly is than the best, with the noise scaled by `noise`."""
+        true = self.means[:, None] + noise * self.noise
+        worse: Floats = true - true[self._rivals].min(axis=0)
+        return worse
+
+    def find_indistinguishable_ranks(self, confidence: float) -> list[int]:
+        """Return the ranks that are not shown to be worse than the best, in ascending order.
+
+        A rank that equals the best is excluded with the remaining probability, although the best is the best of several: its difference
+        is compared with that of equal ranks (Gupta 1965, "On some multiple decision (selection and ranking) rules", Technometrics
+        7). The clearest rank is tested first, and an excluded rank is no rival to the next.
+        """
+        rivals = self._rivals
+        best = min(rivals, key=lambda index: (self.means[index], self.ranks[index]))
+        differences = self.means - self.means[best]
+        for index in sorted(
+            rivals, key=lambda index: differences[index] / (self.errors[index, best] or 1.0), reverse=True
+        ):
+            equal_differences = self.noise[index] - self.noise[rivals].min(axis=0)
+            if differences[index] <= np.quantile(equal_differences, confidence):
+                break
+            rivals.remove(index)
+        return sorted(self.ranks[index] for index in rivals)
+
+    def get_standard_error(self, rank: int, other_rank: int) -> float:
+        """Return the standard error of the difference of two ranks."""
+        return float(self.errors[self.ranks.index(rank), self.ranks.index(other_rank)])
+
+
+def sample_joint_means(ranks: Sequence[int], means: Sequence[float], variances: Floats, degrees: float) -> JointMeans:
+    """Draw the joint distribution of the true means, each minus that of the first rank.
+
+    Ranks are in order from best to worst, so that a worse one changes no draw of the others.
+
+    Args:
+        variances: [ranks, ranks] of each paired difference. If no covariance has all of them, some of them become larger.
+        degrees: the degrees of freedom of the variances.
+    """
+    covariance = (variances[0] + variances[:, :1] - variances) / 2
+    noise = sample_multivariate_noise(covariance, degrees, DRAWS)
+    return JointMeans(tuple(ranks), np.array(means), noise, np.sqrt(variances), degrees)
