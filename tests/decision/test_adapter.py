@@ -15,7 +15,6 @@ from rightrank.decision.adapter import (
     estimate_training_ranks,
     find_smallest_truncation,
     prefer_direct_training,
-    prefer_lower_loss,
 )
 from rightrank.decision.adapter import (
     compute_test_difference as difference_on_test,
@@ -551,18 +550,3 @@ def test_groups_of_the_test_split_widen_the_bound() -> None:
     assert grouped[1] is not None
     assert alone[1] is not None
     assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])
-
-
-@pytest.mark.parametrize(("shift", "rank"), [(-0.02, 16), (0.001, 8)])
-def test_the_best_adapter_is_the_training_with_the_lower_loss_or_the_truncation(shift: float, rank: int) -> None:
-    """Compare a training at rank 16 with the whole training at rank 64, whose truncation to rank 8 is within the margin."""
-    truncated = make_trial("cut", 8, 0.002, parent="top")
-    direct = make_trial("direct", 16, shift)
-    answer = find_adapter(TOP, truncated)
-    better = prefer_lower_loss(answer, [TOP, truncated, direct], LOSS) or answer
-    assert better.rank == rank
-    assert better.trained_id == better.reference_id == "top"
-    if rank == 16:
-        assert (better.method, better.trial_id) == ("trained", "direct")
-        assert better.difference == pytest.approx(shift, abs=1e-6)
-        assert "trained at rank 16" in better.sentence

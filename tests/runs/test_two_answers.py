@@ -137,7 +137,7 @@ def test_the_same_folder_goes_on_to_the_training_rank(
     assert "not requested (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
 
 
-def test_the_best_adapter_continues_the_folder_with_a_second_rank(
+def test_the_best_adapter_continues_the_folder_with_twice_the_steps(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     run, rates = tmp_path / "run", {"learning_rates": (3e-3, 1e-2), "max_steps": 8}
@@ -154,15 +154,14 @@ def test_the_best_adapter_continues_the_folder_with_a_second_rank(
     assert read_trial_ids(run)[: len(earlier_ids)] == earlier_ids
     records = [record for record in Journal(run / "journal.jsonl").read() if isinstance(record, TrialFinished)]
     trained = [trial for trial in records if trial.arm.is_direct and trial.rank]
-    assert {trial.rank for trial in trained} == {1, 4}
-    handed_over = best.exported_adapter
-    assert handed_over is not None
+    assert [(trial.rank, trial.steps) for trial in trained] == [(4, 8), (4, 16)]
     winner = min(trained, key=lambda trial: trial.value)
-    assert (
-        (handed_over.rank, handed_over.method) == (1, "trained") if winner.rank == 1 else handed_over.trained_rank == 4
-    )
+    assert best.answers.adapter is not None
+    assert best.answers.adapter.answer.trained_id == winner.trial_id
+    assert best.cost["trainings"] == pytest.approx(first.cost["trainings"] + 2)
+    decided = select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank", **rates))
+    assert "unequal_length" not in decided.decision.flags
     assert best.decision_or_none is None
-    assert json.loads((run / "decision.json").read_text())["goal"] == "best-adapter"
 
 
 def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(

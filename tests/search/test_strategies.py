@@ -9,7 +9,7 @@ import pytest
 
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.bracket import order_outside_in
 from rightrank.search.history import Requests, Trials, build_space
@@ -127,12 +127,34 @@ def test_the_next_lower_learning_rate_is_preferred_within_one_standard_error(gap
     assert {outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank == 64} == {chosen}
 
 
-def test_the_best_adapter_searches_two_ranks_and_later_goals_reuse_the_trainings() -> None:
+@pytest.mark.parametrize(("gain", "steps"), [(-0.05, 200), (0.05, 100)])
+def test_the_best_adapter_is_that_of_twice_the_steps_if_these_are_better(gain: float, steps: int) -> None:
+    class Longer(World):
+        def loss(self, arm: Any) -> float:
+            return super().loss(arm) + (gain if arm.steps == 200 or self.is_cut_from_long(arm) else 0.0)
+
+        def is_cut_from_long(self, arm: Arm) -> bool:
+            return arm.truncate_from is not None and self.arms[arm.truncate_from].steps == 200
+
+    strategy = STRATEGIES["bracket"](make_space(goal="best-adapter", trusts_values=True))
+    trials = strategy.replay_trials(run_all(strategy, Longer(gain=0.02)))
+    assert trials.adapter is not None
+    parent = next(trial for trial in trials.outcomes.values() if trial.trial_id == trials.adapter.trained_id)
+    assert parent.steps == steps
+    notes = [*trials.adapter.notes, *trials.notes]
+    assert any(note.startswith("With 200 instead of 100 steps, rank 64 is ") for note in notes)
+
+
+def test_later_goals_reuse_the_trainings() -> None:
     world = World(gain=0.02)
     adapter = run_all(STRATEGIES["bracket"](make_space(goal="adapter")), world)
     best = run_all(STRATEGIES["bracket"](make_space(goal="best-adapter")), world)
     assert {outcome.arm for outcome in adapter} < {outcome.arm for outcome in best}
-    assert {outcome.rank for outcome in best if outcome.arm.is_direct and outcome.rank} == {16, 64}
+    assert {(outcome.rank, outcome.steps) for outcome in best if outcome.arm.is_direct} == {
+        (0, 0),
+        (64, 100),
+        (64, 200),
+    }
     every = run_all(STRATEGIES["bracket"](make_space()), world)
     assert {outcome.arm for outcome in adapter} < {outcome.arm for outcome in every}
 

@@ -186,7 +186,7 @@ def _decide_run_folder(
     """Decide on a run folder, at the run's own metric and margin unless others are given."""
     records = read_records(folder.journal.read(), str(folder.path))
     started = records.started
-    direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
+    direct = list_comparable_outcomes(records)
     metric, requested_margin = metric or started.metric, margin
     metrics = list_metrics(records)
     if metric not in metrics or (started.data.form == "custom" and metric != started.metric):

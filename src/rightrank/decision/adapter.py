@@ -159,33 +159,6 @@ def prefer_direct_training(
     )
 
 
-def prefer_lower_loss(
-    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
-) -> AdapterAnswer | None:
-    """Return the answer with the best training of a lower rank in place of the truncation; None if the top training has the best value."""
-    files = build_adapter_files(outcomes, criterion)
-    if answer.reference_id not in files or answer.trial_id not in files:
-        return None
-    reference_comparison = _compare_with_reference(answer, files, criterion)
-    trained = [file for file in files.values() if file.method == "trained"]
-    best = min(trained, key=lambda file: (file.cell.loss, file.trial.rank, file.trial.trial_id))
-    top = files[answer.trained_id]
-    if best.cell.loss >= top.cell.loss:
-        return None
-    candidate = reference_comparison.build_candidate(best)
-    bounds = ""
-    if candidate.difference_low is not None and candidate.difference_high is not None:
-        bounds = f" (95% bounds {candidate.difference_low:+.2g} and {candidate.difference_high:+.2g})"
-    sentence = (
-        f"The better adapter on validation data was trained at rank {best.trial.rank}: its {criterion.metric} differs from that of "
-        f"rank {top.trial.rank} by {candidate.difference:+.2g}{bounds}; below 0 is better."
-    )
-    return answer.model_copy(
-        update={name: getattr(candidate, name) for name in ANSWER_FIELDS}
-        | {"candidates": [*answer.candidates, candidate], "sentence": sentence}
-    )
-
-
 def compare_adapters(
     answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
 ) -> list[AdapterCandidate]:

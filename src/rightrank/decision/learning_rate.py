@@ -37,7 +37,7 @@ def describe_learning_rate(
     chosen = at_step.get(trained.learning_rate)
     if not isinstance(chosen, TrialFinished):
         return None
-    is_loss = step < trained.steps and "loss" in chosen.metrics
+    is_loss = step < chosen.steps and "loss" in chosen.metrics
     metric = "loss" if is_loss else criterion.metric
     higher_is_better = criterion.higher_is_better and not is_loss
     kind = criterion.loss if is_loss else infer_metric_kind(metric, higher_is_better, criterion.loss)
@@ -47,7 +47,7 @@ def describe_learning_rate(
     final_values = {
         outcome.learning_rate: outcome.metrics[criterion.metric]
         for outcome in trainings
-        if isinstance(outcome, TrialFinished) and outcome.is_direct
+        if isinstance(outcome, TrialFinished) and outcome.is_direct and outcome.steps == chosen.steps
     }
     candidates = []
     for rate, outcome in sorted(at_step.items()):
@@ -71,7 +71,7 @@ def describe_learning_rate(
         rank=trained.rank,
         metric=metric,
         step=step,
-        steps=trained.steps,
+        steps=chosen.steps,
         margin=margin,
         candidates=candidates,
         sentence="",

@@ -189,6 +189,8 @@ def build_custom_request(
             f"goal {settings.goal!r} needs evaluate=, a function that takes an adapter folder and a TrialTask and returns held-out scores; "
             "give it, or goal 'training-rank'"
         )
+    if settings.goal == "best-adapter" and settings.max_steps is None:
+        raise SettingsError("goal 'best-adapter' trains for twice the steps: give max_steps, or goal 'adapter'")
     if not callable(train):
         raise SettingsError(f"train: got a {type(train).__name__}; give a function that takes a TrialTask")
     if evaluate is not None and not callable(evaluate):

@@ -15,7 +15,6 @@ from rightrank.decision.adapter import (
     choose_adapter,
     compute_test_difference,
     prefer_direct_training,
-    prefer_lower_loss,
 )
 from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import Records, build_criterion, compare_run_adapters, count_trainings, find_best_trial
@@ -160,7 +159,7 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
     """Choose the adapter that is exported at the end of a run.
 
     It is the recorded one, or the smallest one among the candidates if a budget ended the run early, or else the best trained
-    adapter. A direct training at a lower rank replaces it if it is better; with goal "best-adapter", the training with the best value.
+    adapter. A direct training at a lower rank replaces it if it is better.
     """
     records = run.records
     criterion, plain = build_criterion(records), records.outcomes
@@ -168,8 +167,7 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
     is_recorded = bool(records.adapters) and run.selection.base_identity is not None
     answer = records.adapters[-1].answer if is_recorded else choose_adapter(plain, criterion)
     if answer is not None:
-        prefer = prefer_lower_loss if run.selection.settings.goal == "best-adapter" else prefer_direct_training
-        return prefer(answer, plain, criterion) or answer
+        return prefer_direct_training(answer, plain, criterion) or answer
     if decision is not None:
         ranks = (decision.best_available_rank, decision.reference_rank)
         chosen, reference = (find_best_trial(records, decision, rank) for rank in ranks)

@@ -35,7 +35,8 @@ def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
     rank_range = f"{low}" if low == high else f"{low} to {high}"
     ranks = records.settings.ranks
     ranks_to_compare = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
-    steps = max((trial.steps for trial in records.list_finished() if trial.arm.is_direct), default=1) or 1
+    lengths = [trial.steps for trial in records.list_finished() if trial.arm.is_direct and trial.rank > 0]
+    steps = min(lengths, default=1) or 1
     unlimited = dict.fromkeys(("budget_trainings", "budget_hours"))
     settings = records.settings.model_copy(update={**unlimited, "goal": "training-rank", "ranks": ranks_to_compare})
     space = build_space(settings, steps, records.started.data.loss_kind)

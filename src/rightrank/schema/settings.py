@@ -243,7 +243,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     goal: Goal = option(
         "adapter",
         COMPARE,
-        "`adapter` trains the largest rank and truncates it; `best-adapter` also trains a quarter of that rank and keeps the better; "
+        "`adapter` trains the largest rank and truncates it; `best-adapter` also trains it for twice the steps and keeps the better; "
         "`training-rank` finds the smallest rank to train at",
         identity=False,
     )

@@ -12,16 +12,24 @@ from collections.abc import Generator, Sequence
 from itertools import product
 
 from rightrank.decision.adapter import choose_adapter
-from rightrank.decision.comparison import is_within, walk_down
+from rightrank.decision.comparison import compute_bounds, is_within, walk_down
+from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm
-from rightrank.search.history import Requests, Space, Trials, is_likely_within, make_truncation_arm
+from rightrank.search.history import (
+    Requests,
+    Space,
+    Trials,
+    estimate_difference,
+    is_likely_within,
+    make_truncation_arm,
+    orient_value,
+)
 from rightrank.search.learning_rates import (
     HALF,
     QUARTER,
     can_stop_early,
     estimate_search_cost,
     find_learning_rate,
-    make_stopped_arm,
     train_seeds,
     try_rank,
 )
@@ -32,6 +40,7 @@ DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves
 # (benchmarks/README.md, archive).
 START_PROBABILITY = 0.999
 STAGES = 4  # of one training at most: a quarter, half, and the end, from either of the first two
+LONGER = 2  # the length of the second training of goal "best-adapter", in trainings
 NEIGHBOURS = (
     3  # learning rates at most that a lower rank tries: the best one of the nearest rank, and those on either side
 )
@@ -40,8 +49,8 @@ NEIGHBOURS = (
 class Bracket(Strategy):
     """Finds the learning rate and the deployment rank at the top rank; then a second adapter, or the training rank.
 
-    With goal "best-adapter", a rank at a quarter of the top one is trained too, with its own learning-rate search; the better adapter on
-    validation data is handed over (`decision.adapter.prefer_lower_loss`).
+    With goal "best-adapter", the top rank is also trained for twice the steps, and the better training is truncated: on eight locked
+    grids this gains ten times as much as a second rank does (benchmarks/learning_rate/README.md).
 
     For the training rank, it trains downward from the smallest truncation that would probably be within the margin with another seed,
     until a rank fails, and then adds seeds. If adapters cannot be truncated (a table of finished runs), a training at a quarter of the
@@ -52,18 +61,11 @@ class Bracket(Strategy):
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
-        if space.goal == "best-adapter" and can_stop_early(space):  # both searches in shared passes
-            yield [
-                make_stopped_arm(space, rank, rate, QUARTER)
-                for rank in dict.fromkeys((space.top, find_second_rank(space)))
-                for rate in space.learning_rates
-            ]
         learning_rate = yield from find_learning_rate(trials, space.top)
-        if learning_rate is not None:
-            yield from find_deployment_rank(trials, learning_rate)
-        if space.goal == "best-adapter":
-            yield from find_learning_rate(trials, find_second_rank(space))
-        elif space.goal == "training-rank" and learning_rate is not None:
+        if learning_rate is None:
+            return
+        yield from find_deployment_rank(trials, learning_rate)
+        if space.goal == "training-rank":
             yield from self.find_training_rank(trials, learning_rate)
 
     def find_training_rank(self, trials: Trials, learning_rate: float) -> Requests:
@@ -89,10 +91,11 @@ class Bracket(Strategy):
         search, search_at_most = estimate_search_cost(space)
         num_rates, num_ranks = len(space.learning_rates), len(space.ranks)
         if space.goal != "training-rank":
-            num_searches = 1 + (space.goal == "best-adapter" and num_ranks > 1)
-            expected, at_most = num_searches * search, num_searches * search_at_most
+            more_trainings = LONGER if space.goal == "best-adapter" else 0
+            expected, at_most = search + more_trainings, search_at_most + more_trainings
             arms = 1 + STAGES * math.ceil(at_most) + _count_truncations(space)
-            return CostEstimate(expected, at_most, search, search, arms)
+            arms += bool(more_trainings) * (1 + _count_truncations(space))
+            return CostEstimate(expected, at_most, search, expected, arms)
         is_staged = can_stop_early(space)
         per_rank = 1.0 + (min(num_rates, NEIGHBOURS) - 1) * QUARTER * is_staged  # expected at a lower rank
         tried_rates = min(num_rates, NEIGHBOURS)
@@ -166,8 +169,10 @@ class Grid(Strategy):
         yield from find_deployment_rank(trials, learning_rate)
 
     def estimate_unbounded_cost(self) -> CostEstimate:
-        cells = self._count_cells()
-        return CostEstimate(cells, cells, cells, 2.0, 1 + cells + _count_truncations(self.space))
+        cells, num_truncations = self._count_cells(), _count_truncations(self.space)
+        longer = LONGER if self.space.goal == "best-adapter" else 0
+        arms = 1 + cells + num_truncations + bool(longer) * (1 + num_truncations)
+        return CostEstimate(cells + longer, cells + longer, cells, 2.0, arms)
 
 
 def order_outside_in(ranks: Sequence[int]) -> list[int]:
@@ -179,14 +184,39 @@ def order_outside_in(ranks: Sequence[int]) -> list[int]:
 
 
 def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
-    """Request the truncations and store the deployment rank's answer in `trials.adapter`."""
+    """Truncate the top rank and store the answer in `trials.adapter`; with goal "best-adapter", also that of a longer training if it is better."""
     space = trials.space
     parent = trials.get_training(space.top, learning_rate)
     if parent is None or not space.can_truncate:
         return
-    yield [make_truncation_arm(parent, rank) for rank in space.truncated_ranks]
+    trials.adapter = yield from _truncate_training(trials, parent)
+    if space.goal != "best-adapter":
+        return
+    long_arm = space.make_arm(space.top, learning_rate).model_copy(update={"steps": LONGER * space.steps})
+    yield [long_arm]
+    long_training = trials.get_finished(long_arm)
+    if long_training is None:
+        return
+    difference = orient_value(long_training, space) - orient_value(parent, space)
+    estimate = estimate_difference([(long_training, parent)], space, space.metric)
+    bounds = None if estimate is None else compute_bounds(estimate)
+    bounds_text = "" if bounds is None else f" (95% bounds {bounds.low:+.2g} and {bounds.high:+.2g})"
+    result = (
+        f"With {long_arm.steps} instead of {space.steps} steps, rank {space.top} is "
+        f"{'better' if difference < 0 else 'worse'} by {abs(difference):.2g}{bounds_text}."
+    )
+    answer = (yield from _truncate_training(trials, long_training)) if difference < 0 else None
+    if answer is None:
+        trials.notes.append(f"{result} The adapter of {space.steps} steps is handed over.")
+    else:
+        trials.adapter = answer.model_copy(update={"notes": [result, *answer.notes]})
+
+
+def _truncate_training(trials: Trials, parent: TrialFinished) -> Generator[Sequence[Arm], None, AdapterAnswer | None]:
+    """Request the truncations of a training at the top rank, and choose the smallest adapter within the margin."""
+    yield [make_truncation_arm(parent, rank) for rank in trials.space.truncated_ranks]
     truncations = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
-    trials.adapter = choose_adapter([parent, *truncations], space.criterion, parent.trial_id)
+    return choose_adapter([parent, *truncations], trials.space.criterion, parent.trial_id)
 
 
 def _count_truncations(space: Space) -> int:

@@ -173,7 +173,8 @@ class Trials:
     def _index_trainings(self) -> dict[int, dict[float, dict[int, TrialFinished]]]:
         """Return the full trainings by rank, learning rate and seed."""
         for arm, outcome in islice(self.outcomes.items(), self._indexed, None):
-            if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished):
+            is_training = arm.is_direct and arm.rank > 0 and arm.steps == self.space.steps
+            if is_training and isinstance(outcome, TrialFinished):
                 self._trainings.setdefault(arm.rank, {}).setdefault(arm.learning_rate, {})[arm.seed] = outcome
         self._indexed = len(self.outcomes)
         return self._trainings

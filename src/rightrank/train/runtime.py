@@ -302,7 +302,8 @@ class Runtime:
         """Return the indices of a split's examples that the arms will use."""
         if split != "train":
             return set(range(len(self.data.splits[split])))
-        extended_steps = self.steps + math.ceil(MOMENT_STEPS_FRACTION * self.steps)
+        longer = 1.0 if self.settings.goal == "best-adapter" else MOMENT_STEPS_FRACTION  # it trains twice the steps
+        extended_steps = self.steps + math.ceil(longer * self.steps)
         plans = [
             self.plan_batches(self.settings.seeds[0], extended_steps),
             *map(self.plan_batches, self.settings.seeds[1:]),
