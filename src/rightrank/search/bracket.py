@@ -14,7 +14,7 @@ from itertools import product
 from rightrank.decision.adapter import choose_adapter
 from rightrank.decision.comparison import compute_bounds, is_within, walk_down
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.trials import Arm
+from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import (
     Requests,
     Space,
