@@ -44,25 +44,23 @@ def rank_curve(run: Run | DecisionResult | Decision, ax: Axes | None = None) -> 
     """
     if isinstance(run, DecisionResult | Decision):
         return _plot(figures.build_rank_figure(run if isinstance(run, Decision) else run.decision), ax)
-    _, decision = _read_records(run)
+    decision = _read_run(run)[1]
     return adapters(run, ax) if decision is None else _plot(figures.build_rank_figure(decision), ax)
 
 
 def adapters(run: Run, ax: Axes | None = None) -> Axes:
     """Plot the held-out values of trained and truncated adapters against their rank, with the paired bounds and the margin."""
-    records, _ = _read_records(run)
-    return _plot(figures.build_adapter_figure(records), ax)
+    return _plot(figures.build_adapter_figure(_read_run(run)[0]), ax)
 
 
 def learning_rates(run: Run, ax: Axes | None = None) -> Axes:
     """Plot held-out values against the learning rate at the largest rank, early in training and at its end."""
-    records, _ = _read_records(run)
-    return _plot(figures.build_learning_rate_figure(records), ax)
+    return _plot(figures.build_learning_rate_figure(_read_run(run)[0]), ax)
 
 
 def learning_curves(run: Run, ax: Axes | None = None) -> Axes:
     """Plot held-out values and the training loss by step, each rank at its best learning rate."""
-    return _plot(figures.build_learning_figure(*_read_records(run)), ax)
+    return _plot(figures.build_learning_figure(*_read_run(run)), ax)
 
 
 def memory(run: Run | Plan, ax: Axes | None = None) -> Axes:
@@ -73,8 +71,7 @@ def memory(run: Run | Plan, ax: Axes | None = None) -> Axes:
     """
     if isinstance(run, Plan):
         return _plot(figures.build_plan_figure(run), ax)
-    records, _ = _read_records(run)
-    return _plot(figures.build_memory_figure(records), ax)
+    return _plot(figures.build_memory_figure(_read_run(run)[0]), ax)
 
 
 def spectrum(run: Run | Inspection, ax: Axes | None = None) -> Axes:
@@ -98,7 +95,7 @@ def _get_path(run: Run) -> Path:
     return run.run if isinstance(run, Selected) else Path(run)
 
 
-def _read_records(run: Run) -> tuple[Records, Decision | None]:
+def _read_run(run: Run) -> tuple[Records, Decision | None]:
     _, records, decision = read_run(_get_path(run), is_live=True)
     return records, decision
 

@@ -97,6 +97,12 @@ def _format_enough(evidence: RankEvidence, decision: Decision) -> str:
     return "perhaps" if is_within(evidence.difference or 0.0, decision.margin) else "unlikely"
 
 
+def build_margin_steps(decision: Decision) -> list[tuple[float, int]]:
+    """Return `(margin, rank)` pairs: from each margin on, this rank is enough. The first margin is 0."""
+    steps = [(step.margin, step.rank) for step in decision.staircase]
+    return steps if steps and steps[0][0] == 0 else [(0.0, decision.reference_rank), *steps]
+
+
 def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     """Return `(label, sentence)` rows that explain how certain the answer is: checkpoint, basis, optimism and flags."""
     optimism = (

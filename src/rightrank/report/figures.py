@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
-from math import log2
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rightrank.decision.comparison import compute_bounds
-from rightrank.decision.records import Records, compare_run_adapters, get_metric_direction
-from rightrank.decision.table import Cell, ScoreTable, build_table, estimate_pairs, pair_shared_seeds
-from rightrank.report.evidence_tables import ENOUGH, format_interval_label, get_metric_unit
+from rightrank.decision.learning_rate import describe_learning_rate
+from rightrank.decision.records import Records, build_criterion, compare_run_adapters, get_metric_direction
+from rightrank.report.evidence_tables import ENOUGH, format_interval_label
 from rightrank.report.figure import Figure, escape_label
 from rightrank.report.format import format_metric_label
-from rightrank.schema.decision import AdapterCandidate, Decision, RankEvidence
+from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateCandidate
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:
@@ -37,15 +33,15 @@ Interval: TypeAlias = tuple[float, float, float, float]  # x, the value, and bot
 
 def build_figures(records: Records, decision: Decision | None) -> list[Figure]:
     """Build every figure that the records support, the rank curve first."""
-    of_decision = [] if decision is None else [build_rank_figure(decision), build_margin_figure(decision)]
-    of_records = [
+    figures = [
+        None if decision is None else build_rank_figure(decision),
         build_adapter_figure(records),
         build_learning_rate_figure(records),
         build_learning_figure(records, decision),
         build_memory_figure(records),
         build_time_figure(records),
     ]
-    return [*of_decision, *(figure for figure in of_records if figure is not None)]
+    return [figure for figure in figures if figure is not None]
 
 
 def build_rank_figure(decision: Decision) -> Figure:
@@ -65,9 +61,10 @@ def build_rank_figure(decision: Decision) -> Figure:
 
     def draw(ax: Axes) -> None:
         draw_band(ax, reference, edge, "within the margin of the best")
-        for size, (label, rank, colour) in zip((13, 18), _find_marks(decision, trained), strict=False):
-            value = next(e.value for e in trained if e.rank == rank)
-            draw_ring(ax, rank, value, label, colour, size)
+        for e in trained:
+            if e.rank == decision.best_available_rank and e.non_inferior is not False:
+                fallback = "shown to be enough so far" if decision.fallback_rank is not None else "best so far"
+                draw_ring(ax, e.rank, e.value, f"{'chosen' if decision.rank is not None else fallback}: rank {e.rank}")
         bound = format_interval_label(decision, "bound")
         points = [(e.rank, e.value, e.value, end) for e, end in zip(trained, ends, strict=True)]
         draw_points(ax, points, f"best learning rate; whisker: paired {bound}", "C0")
@@ -103,33 +100,6 @@ def _compute_limits(values: Collection[float], base: float | None = None) -> tup
     return low - padding, high + padding
 
 
-def _find_diminishing_rank(decision: Decision) -> int | None:
-    """Return the smallest rank from which no measured doubling gains more than the margin; None if the last one still does.
-
-    The result depends on the margin and on the ranks that were tried.
-    """
-    ranks = [e for e in decision.ranks if e.rank > 0]
-    sign = -1 if decision.higher_is_better else 1
-    smallest = None
-    for lower, upper in reversed(list(pairwise(ranks))):
-        gain = sign * (lower.value - upper.value) / log2(upper.rank / lower.rank)
-        if gain > decision.margin:
-            break
-        smallest = lower.rank
-    return smallest
-
-
-def _find_marks(decision: Decision, trained: Sequence[RankEvidence]) -> Iterable[tuple[str, int, str]]:
-    """Yield the label, the rank and the colour of each ring: the chosen rank, and where doublings stop to gain the margin."""
-    chosen = decision.best_available_rank
-    if any(e.rank == chosen and e.non_inferior is not False for e in trained):
-        fallback = "shown to be enough so far" if decision.fallback_rank is not None else "best so far"
-        yield f"{'chosen' if decision.rank is not None else fallback}: rank {chosen}", chosen, "C5"
-    diminishing = _find_diminishing_rank(decision)
-    if diminishing is not None:
-        yield "doubling gains less than the margin", diminishing, "C4"
-
-
 def draw_points(ax: Axes, points: Sequence[Interval], label: str, colour: str, line: str = "-") -> None:
     """Draw points with whiskers and a line through them. A whisker includes its point."""
     x, y, low, high = zip(*points, strict=True)
@@ -142,10 +112,10 @@ def draw_band(ax: Axes, first: float, second: float, label: str) -> None:
     ax.axhspan(min(first, second), max(first, second), facecolor="C2", alpha=0.25, linewidth=0, label=label)
 
 
-def draw_ring(ax: Axes, x: float, y: float, label: str, colour: str = "C5", size: int = 13) -> None:
-    """Draw a ring below the points. Rings of several sizes around one point are all visible."""
-    style: Any = {"marker": "o", "linestyle": "none", "markerfacecolor": "none", "markeredgewidth": 2, "zorder": 1.5}
-    ax.plot([x], [y], color=colour, markersize=size, label=escape_label(label), **style)
+def draw_ring(ax: Axes, x: float, y: float, label: str) -> None:
+    """Draw a ring below the points."""
+    style: Any = {"markerfacecolor": "none", "markersize": 13, "markeredgewidth": 2, "zorder": 1.5}
+    ax.plot([x], [y], "o", color="C5", label=escape_label(label), **style)
 
 
 def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
@@ -158,43 +128,6 @@ def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
     set_scale("log")
     axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axis.set_ticks([], minor=True)
-
-
-def build_margin_steps(decision: Decision) -> list[tuple[float, int]]:
-    """Return `(margin, rank)` pairs: from each margin on, this rank is enough. The first margin is 0."""
-    steps = [(step.margin, step.rank) for step in decision.staircase]
-    return steps if steps and steps[0][0] == 0 else [(0.0, decision.reference_rank), *steps]
-
-
-def _find_rank_at_margin(steps: Sequence[tuple[float, int]], margin: float) -> int:
-    """Return the smallest rank that is enough at a margin."""
-    return next(rank for needed, rank in reversed(steps) if needed <= margin)
-
-
-def build_margin_figure(decision: Decision) -> Figure:
-    """Plot the smallest sufficient rank against the margin."""
-    steps, margin = build_margin_steps(decision), decision.margin
-    margins = [needed for needed, _ in steps if needed > 0]
-    # Start below the first step and end above the one at which the smallest rank is enough.
-    low, high = min([margin / 5, *(m / 2 for m in margins)]), max([margin * 5, *(m * 2 for m in margins)])
-    x = [low, *(needed for needed in margins if low < needed < high), high]
-    y = [_find_rank_at_margin(steps, needed) for needed in x]
-
-    def draw(ax: Axes) -> None:
-        ax.step(x, y, where="post", linewidth=2, color="C0", label="smallest rank that is enough")
-        draw_ring(ax, margin, _find_rank_at_margin(steps, margin), f"this margin: {margin:g}")
-        set_log_ticks(ax, "x", [float(f"{value:.2g}") for value in x])
-        set_log_ticks(ax, "y", y)
-
-    return Figure(
-        name="staircase",
-        title="Which rank is enough at which margin",
-        x_label=f"margin, {get_metric_unit(decision.metric)}",
-        y_label=RANK,
-        columns=("margin from", "rank"),
-        rows=steps,
-        draw=draw,
-    )
 
 
 def build_memory_figure(records: Records) -> Figure | None:
@@ -335,82 +268,64 @@ def _collect_held_out_values(
 
 
 def build_learning_rate_figure(records: Records) -> Figure | None:
-    """Plot values against the learning rate of the largest rank, early in training and at its end, and mark the chosen rate.
+    """Plot values against the learning rate at the step at which all were compared and at the end, and mark the chosen rate.
 
-    The early step is the one at which most learning rates were evaluated: a quarter of the training. A whisker spans the paired 95%
-    bounds of the difference from the best learning rate at the same step.
+    They are those of the training that the adapter comes from or, while there is no adapter, of the best one at the largest rank. A
+    whisker spans the paired 95% bounds of the difference from the chosen learning rate.
 
     Returns:
-        None if only one learning rate has a value.
+        None if only one learning rate was tried.
     """
     started = records.started
-    metric = started.points_metric or started.metric
-    higher_is_better = bool(get_metric_direction(started, metric))
-    arms = [o for o in records.outcomes if o.rank > 0 and o.truncate_from is None and o.learning_rate > 0]
-    arms = [arm for arm in arms if arm.rank == max(arm.rank for arm in arms)]
-    trials = [arm for arm in arms if isinstance(arm, TrialFinished)]
-    rates_by_step: dict[int, set[float]] = {}
-    for trial in trials:
-        if trial.stop_at is not None:
-            rates_by_step.setdefault(trial.stop_at, set()).add(trial.learning_rate)
-    early = max(rates_by_step, key=lambda step: (len(rates_by_step[step]), step), default=None)
-    steps = {} if early is None else {f"after {early} of {trials[0].steps} steps": early}
-    stages: dict[str, list[Interval]] = {}
-    for text, stop_at in {**steps, "at the end": None}.items():
-        outcomes = [trial for trial in trials if trial.stop_at == stop_at]
-        table = build_table(outcomes, metric, higher_is_better, loss=started.data.loss_kind)
-        if table.cells:
-            stages[text] = _compare_learning_rates(table)
-    rates = {rate for points in stages.values() for rate, *_ in points}
-    if len(rates) < 2:
-        return None
-    finished = [trial for trial in trials if trial.stop_at is None]
+    finished = [trial for trial in records.list_finished() if trial.arm.is_direct and trial.learning_rate > 0]
     trained_id = records.adapters[-1].answer.trained_id if records.adapters else None
     sign = -1 if started.higher_is_better else 1
-    # The training that the adapter comes from, or while there is no adapter the best complete one.
-    chosen = min(finished, key=lambda trial: (trial.trial_id != trained_id, sign * trial.value), default=None)
+    trained = min(finished, key=lambda t: (t.trial_id != trained_id, -t.rank, sign * t.value), default=None)
+    answer = trained and describe_learning_rate(trained, records.outcomes, build_criterion(records))
+    if not answer:
+        return None
+    rates = answer.candidates
+    is_same_metric = answer.metric == started.metric
+    points = [
+        (c.learning_rate, c.value, *_get_ends(c.value, c, sign if is_same_metric else 1))
+        for c in rates
+        if c.value is not None
+    ]
+    final_points = [(c.learning_rate, c.final_value) for c in rates if c.final_value is not None and is_same_metric]
+    failed = ", ".join(f"{c.learning_rate:g}" for c in rates if c.value is None)
 
     def draw(ax: Axes) -> None:
-        for number, (text, points) in enumerate(stages.items()):
-            has_whiskers = any(low < high for _, _, low, high in points)
-            draw_points(ax, points, text + "; whiskers: paired 95% bounds" * has_whiskers, f"C{number}")
-        if chosen is not None:
-            label = f"chosen: {chosen.learning_rate:g}"
-            ax.axvline(chosen.learning_rate, color="0.5", linestyle=":", label=label)
-        set_log_ticks(ax, "x", rates)
+        has_whiskers = any(low < high for _, _, low, high in points)
+        label = f"after {answer.step} of {answer.steps} steps" if answer.step < answer.steps else "at the end"
+        draw_points(ax, points, label + "; whiskers: paired 95% bounds" * has_whiskers, "C0")
+        if answer.step < answer.steps and final_points:
+            ax.plot(*zip(*final_points, strict=True), "s--", color="C1", label="at the end")
+        ax.axvline(answer.learning_rate, color="0.5", linestyle=":", label=f"chosen: {answer.learning_rate:g}")
+        set_log_ticks(ax, "x", [rate for rate, *_ in points])
 
-    failed = ", ".join(
-        f"{rate:g}" for rate in sorted({arm.learning_rate for arm in arms} - {t.learning_rate for t in trials})
-    )
     return Figure(
         name="learning_rates",
-        title=f"Learning rates at rank {arms[0].rank}" + (f" (no result: {failed})" if failed else ""),
+        title=f"Learning rates at rank {answer.rank}" + (f" (no result: {failed})" if failed else ""),
         x_label="learning rate",
-        y_label=format_metric_label(metric, higher_is_better),
-        columns=("trained", "learning rate", "value", "low", "high"),
-        rows=[(text, *point) for text, points in stages.items() for point in points],
+        y_label=format_metric_label(answer.metric, started.higher_is_better and is_same_metric),
+        columns=("learning rate", "value", "difference", "lower bound", "upper bound", "value at the end"),
+        rows=[
+            (c.learning_rate, c.value, c.difference, c.difference_low, c.difference_high, c.final_value) for c in rates
+        ],
         draw=draw,
     )
 
 
-def _compare_learning_rates(table: ScoreTable) -> list[Interval]:
-    """Return the value of each learning rate with the paired bounds of its difference from the best one."""
-    cells_by_rate: dict[float, dict[int, Cell]] = {}
-    for (_, rate, seed), cell in sorted(table.cells.items()):
-        cells_by_rate.setdefault(rate, {})[seed] = cell
-    best = min(cells_by_rate.values(), key=lambda cells: fmean(cell.loss for cell in cells.values()))
-    points: list[Interval] = []
-    for rate, cells in cells_by_rate.items():
-        value = fmean(cell.value for cell in cells.values())
-        ends = [value, value]
-        pairs = [] if cells is best else pair_shared_seeds(cells, best)
-        if pairs and (estimate := estimate_pairs(pairs)).examples > 1:
-            bounds = compute_bounds(estimate)
-            for index, difference in enumerate((bounds.low - bounds.mean, bounds.high - bounds.mean)):
-                oriented = -difference if table.higher_is_better else difference
-                ends[index] = value * math.exp(difference) if table.kind == "perplexity" else value + oriented
-        points.append((rate, value, min(ends), max(ends)))
-    return points
+def _get_ends(value: float, compared: AdapterCandidate | LearningRateCandidate, sign: int) -> tuple[float, float]:
+    """Return the ends of a whisker: the value that the paired difference is from, plus the bounds of the difference.
+
+    Without bounds in the unit of the values, both ends are the value: those of perplexities are of their logarithms.
+    """
+    difference, low, high = compared.difference, compared.difference_low, compared.difference_high
+    if difference is None or low is None or high is None or not low <= difference <= high:
+        return value, value
+    ends = value + sign * (low - difference), value + sign * (high - difference)
+    return min(ends), max(ends)
 
 
 def build_adapter_figure(records: Records) -> Figure | None:
@@ -425,7 +340,7 @@ def build_adapter_figure(records: Records) -> Figure | None:
     sign = -1 if started.higher_is_better else 1
     reference = next(adapter.value - sign * adapter.difference for adapter in adapters)
     edge = reference + sign * answer.margin
-    points = {adapter.trial_id: _build_adapter_point(adapter, reference, sign) for adapter in adapters}
+    points = {a.trial_id: (a.rank, a.value, *_get_ends(a.value, a, sign)) for a in adapters}
     visible = [adapter for adapter in adapters if adapter.difference <= MAX_MARGINS * answer.margin]
     off_scale_ranks = sorted({adapter.rank for adapter in adapters} - {adapter.rank for adapter in visible})
     off_scale_text = f" (off the scale: rank {', '.join(map(str, off_scale_ranks))})" if off_scale_ranks else ""
@@ -453,13 +368,6 @@ def build_adapter_figure(records: Records) -> Figure | None:
         ],
         draw=draw,
     )
-
-
-def _build_adapter_point(adapter: AdapterCandidate, reference: float, sign: int) -> Interval:
-    """Return the rank, the value and the bounds of an adapter. Without bounds, both are the value that the difference implies."""
-    bounds = [adapter.difference if b is None else b for b in (adapter.difference_low, adapter.difference_high)]
-    low, high = sorted(reference + sign * bound for bound in bounds)
-    return adapter.rank, adapter.value, low, high
 
 
 def build_spectrum_figure(inspection: Inspection) -> Figure | None:

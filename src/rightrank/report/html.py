@@ -30,6 +30,7 @@ from rightrank.report.evidence_tables import (
     build_candidate_table,
     build_certainty_rows,
     build_evidence_table,
+    build_margin_steps,
     format_cost,
     format_trial_end,
     get_metric_unit,
@@ -44,7 +45,7 @@ from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, 
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
 MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000
-SECTION_FIGURES = ("adapters", "rank_curve", "staircase")
+SECTION_FIGURES = ("adapters", "rank_curve")
 MAX_NUMBER_ROWS = 200  # in the report; the figure's CSV file has all rows
 
 
@@ -92,6 +93,7 @@ def render_report(
             plots=plots,
             figure_hint="" if is_matplotlib_installed() else INSTALL_HINT,
             extra_plots=[figure for name, figure in plots.items() if name not in SECTION_FIGURES],
+            margin_steps=build_margin_steps(decision) if decision else [],
             rows=[_build_trial_row(outcome) for outcome in records.outcomes[-MAX_ROWS:]],
             trials=len(records.outcomes),
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
