@@ -32,7 +32,7 @@ def test_the_answer_its_confidence_and_its_cost_come_first() -> None:
     assert f"Rank {decision.rank}" in start
     assert decision.sentence in start
     assert "An indication, paired over 30 held-out examples and 1 seed per rank" in start
-    assert "95%" not in start
+    assert "95% confidence" not in start
     assert "Cost: 8 trainings" in start
 
 

@@ -353,6 +353,8 @@ class Evidence:
                 prior = self._build_noise_prior(worse.rank, NOISE_DEGREES, math.inf, examples=examples)
                 variance, of_pair = compute_mean_noise(noise, prior, len(pairs), examples, self.noise)
                 of_pair = max(1.0, min(of_pair, examples - 1))
+                if noise.example_variance == 0:  # Bounded scores that are all equal are no proof of equal adapters.
+                    variance = max(variance, estimate_pairs(pairs).examples_variance)
             else:
                 difference = self.estimate_difference(worse, first if worse is second else second)
                 variance, of_pair = difference.variance, difference.degrees
