@@ -9,6 +9,7 @@ from typing import get_args
 
 import click
 import pytest
+import yaml
 
 from rightrank.cli import cli
 from rightrank.schema.decision import Basis, Decision, Verdict
@@ -97,6 +98,17 @@ def test_make_targets_in_the_docs_exist() -> None:
 def test_every_command_is_described() -> None:
     text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
     assert {name for name in COMMANDS if not re.search(rf"^\| `{name}|, `{name}", text, re.MULTILINE)} == set()
+
+
+def test_the_skill_has_the_front_matter_that_agents_load_and_five_commands() -> None:
+    page = ROOT / "skills" / "lora-rank" / "SKILL.md"
+    front_matter = yaml.safe_load(page.read_text(encoding="utf-8").split("---\n")[1])
+    assert front_matter.keys() == {"name", "description"}
+    assert front_matter["name"] == page.parent.name
+    assert "Use " in front_matter["description"]
+    commands = list_shell_commands(page)
+    assert [command.split()[1] for command in commands] == ["expect", "select", "status", "resize", "compare"]
+    assert all("--json" in command for command in commands)
 
 
 def test_the_decision_is_described_whole() -> None:
