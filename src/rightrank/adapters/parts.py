@@ -6,7 +6,6 @@ without it. A large rank is seldom needed everywhere, but truncation saves far m
 
 from __future__ import annotations
 
-import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,20 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rightrank.adapters.compare import build_trial_record
 from rightrank.adapters.resize_by_data import load_evaluation_data
-from rightrank.adapters.spectra import compute_singular_values
-from rightrank.data.files import require_absent
 from rightrank.decision.comparison import compute_file_bounds
 from rightrank.decision.table import build_table, compute_paired_difference
 from rightrank.models.adapter_reader import AdapterFolder, AdapterModule
-from rightrank.models.adapter_writer import write_same_format
 from rightrank.models.ranks import matches_pattern
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
-from rightrank.schema.results import ModuleResize, PartValue, Resized
+from rightrank.schema.results import PartValue
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
 from rightrank.train.runtime import attach_adapter
@@ -139,47 +133,3 @@ def select_modules(adapter: AdapterFolder, patterns: Sequence[str]) -> list[Adap
     if adapter.foreign is not None and adapter.foreign.mlx_config is not None:
         raise SettingsError("--without does not write mlx-lm's format, which has one list of keys for all layers")
     return removed
-
-
-def remove_modules(adapter: AdapterFolder, removed: Sequence[AdapterModule], out: Path, rule: str) -> Resized:
-    """Write the adapter without these modules.
-
-    Raises:
-        RunFolderError: `out` exists or cannot be written.
-    """
-    require_absent(out)
-    removed_keys = {module.a_key for module in removed}
-    remaining = [module for module in adapter.modules if module.a_key not in removed_keys]
-    keys = {key for m in remaining for key in (m.a_key, m.b_key, m.magnitude_key, m.bias_key) if key}
-    linear = sorted({module.address for module in remaining if module.kind.name != "expert"})
-    experts = sorted({module.address for module in remaining if module.kind.name == "expert"})
-    config = dict(adapter.config) | {"target_modules": linear, "layers_to_transform": None, "layers_pattern": None}
-    if experts:
-        config["target_parameters"] = experts
-    tensors = {key: adapter.load_tensor(key) for key in (*sorted(keys), *adapter.other_keys)}
-    write_same_format(adapter, out, config, tensors)
-    norms = {
-        module.name: float(np.linalg.norm(module.scaling * compute_singular_values(*adapter.load_factors(module))))
-        for module in adapter.modules
-    }
-    removed_norm, norm = (math.hypot(*(norms[m.name] for m in modules)) for modules in (removed, adapter.modules))
-    ranks = {module.rank for module in remaining}
-    return Resized(
-        rank=ranks.pop() if len(ranks) == 1 else None,
-        relative_delta_error=removed_norm / norm if norm > 0 else 0.0,
-        modules=[
-            ModuleResize(
-                name=module.name,
-                from_rank=module.rank,
-                rank=0 if module.a_key in removed_keys else module.rank,
-                relative_delta_error=float(module.a_key in removed_keys),
-            )
-            for module in adapter.modules
-        ],
-        out=str(out),
-        parameters_before=sum(module.parameters for module in adapter.modules),
-        parameters_after=sum(module.parameters for module in remaining),
-        bytes_before=adapter.weights_file.stat().st_size,
-        bytes_after=(out if out.is_file() else out / adapter.weights_file.name).stat().st_size,
-        chosen_by=rule,
-    )

@@ -117,10 +117,11 @@ def resize(
     opened = open_adapter(folder)
     require_plain_update(opened)
     if without:
-        from rightrank.adapters.parts import measure_parts, remove_modules, select_modules
+        from rightrank.adapters.parts import measure_parts, select_modules
 
         removed, label = select_modules(opened, without), ", ".join(without)
-        resized = remove_modules(opened, removed, Path(out), f"without {label}")
+        new_ranks = {module.name: module.rank for module in opened.modules} | {module.name: 0 for module in removed}
+        resized = resize_adapter(opened, Path(out), new_ranks, rule=f"without {label}")
         if data is not None:
             read = settings or SelectSettings()
             (value,), note = measure_parts(opened, {label: removed}, Path(data), base, read, on_event)
