@@ -24,6 +24,21 @@ METHODS = (
     "Optuna TPE + median",
     "ASHA (Optuna)",
 )
+POLICIES = {  # of benchmarks/learning_rate, as the page names them
+    "16 at 0.001": "rank 16 at .001",
+    "64 at 0.001": "rank 64 at .001",
+    "16, rate tuned by whole trainings": "rank 16, learning rate tuned by whole trainings",
+    "64, rate tuned by whole trainings, truncated": "rank 64, the same, truncated",
+    "whole grid": "the whole grid",
+    "random search at the cost of best-adapter": "random search",
+    "Optuna TPE, median pruning, at the cost of best-adapter": "Optuna TPE + median",
+    "ASHA at the cost of best-adapter": "ASHA (Optuna)",
+    "adapter": "`--goal adapter`",
+    "adapter, a second seed": "the better of two seeds",
+    "adapter, average of two seeds": "the average of two seeds",
+    "best-adapter": "the better of ranks 64 and 16",
+    "twice the steps, truncated": "twice the steps",
+}
 WITHOUT_LOOKS = ("real, short, no early looks",)  # older grids that cannot judge the search; see benchmarks/selection
 
 HALVES = ("planted, first half", "planted, second half")  # one family here
@@ -76,6 +91,56 @@ def format_adapters() -> str:
     return format_table(head, lines)
 
 
+def format_policies() -> str:
+    """Format what each policy loses against the best trained adapter of its seed, on the locked grids."""
+    rows = {row["policy"]: row for row in read_stored("learning_rate/table_new.json")["rows"]}
+    lines = [
+        [name, f"{rows[key]['median rank']:g}", f"{rows[key]['trainings']:.3g}", *_format_regrets(rows[key])]
+        for key, name in POLICIES.items()
+    ]
+    return format_table(["policy", "median rank", "trainings", "regret of the adapter", "regret of the recipe"], lines)
+
+
+def _format_regrets(row: dict[str, Any]) -> list[str]:
+    regrets = [row["regret of the adapter"], row["regret of the recipe"]]
+    return [f"{regret['mean']:.3f} ({regret['low']:.3f} to {regret['high']:.3f})" for regret in regrets]
+
+
+def format_judged() -> str:
+    """Format the primary endpoints of the learning-rate judgement."""
+    judged = read_stored("learning_rate/judged.json")
+    lines = []
+    for key, text in (
+        ("a: adapter minus 16 tuned", "`--goal adapter`"),
+        ("b: best-adapter minus 16 tuned", "the better of ranks 64 and 16"),
+    ):
+        result = judged[key]
+        lines.append(
+            [
+                f"{text}, minus rank 16 tuned",
+                f"{result['mean']:+.3f} ({result['low']:+.3f} to {result['high']:+.3f})",
+                "holds" if judged["holds"][key[0]] else "fails",
+            ]
+        )
+    truncated = judged["c: truncations beyond the margin"]
+    lines.append(
+        [
+            "truncated adapters that exceed the margin on the test split",
+            f"{truncated['share']:.0%} of {truncated['truncated']}",
+            "holds" if judged["holds"]["c"] else "fails",
+        ]
+    )
+    bins = judged["d: stated probabilities"]["bins"]
+    lines.append(
+        [
+            "stated probabilities, and how often they came true",
+            ", ".join(f"{row['stated']:.2f}: {row['true']:.2f}" for row in bins),
+            "holds" if judged["holds"]["d"] else "fails",
+        ]
+    )
+    return format_table(["endpoint", "measured", "result"], lines)
+
+
 def format_published() -> str:
     scores = read_stored("decide/published.json")["scores"]
     head = ["acceptable", "too small", "too large"]
@@ -120,6 +185,8 @@ def format_memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "strategies": format_strategies,
     "adapters": format_adapters,
+    "judged": format_judged,
+    "policies": format_policies,
     "published": format_published,
     "coverage": format_coverage,
     "memory": format_memory,
