@@ -192,6 +192,7 @@ def measure_selection(job: Job) -> Iterator[Row]:
     """Run a selection with both answers, and check that PEFT loads the adapter and gives the reported loss."""
     chosen: Row = {
         "device": job.device,
+        "goal": "training-rank",
         "ranks": (1, 4, 16),
         "learning_rates": (3e-4, 1e-3),
         "seeds": (0,),

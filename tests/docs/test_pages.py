@@ -132,7 +132,7 @@ FOLDER = re.compile(
 )
 # Of other packages, of what a command writes, and of a reader's own files.
 PATHS_OF_OTHERS = re.compile(
-    r"^(vllm|transformers|peft|torch|aten|bitsandbytes|integrations|trl|autograd|backends|llama\.cpp|docs/features|run|my-run|study|exports|trials|path|adapter|tasks|"
+    r"^(vllm|transformers|peft|torch|aten|bitsandbytes|integrations|trl|autograd|backends|llama\.cpp|docs/features|run|my-run|data-model|study|exports|trials|path|adapter|tasks|"
     r"work|checkpoint|model|checkpoints|raw|files|tokenizer|OUT|RUN|released|merged|gguf|new)/"
 )
 
