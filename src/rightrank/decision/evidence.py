@@ -258,10 +258,6 @@ class Evidence:
         variance = NOISE.compute_seed_ratio(paired.examples) * _measure_pair_noise(pairs).example_variance / seeds
         return replace(paired, seeds=seeds).replace_seed_variance(variance, BOUND_DEGREES + seeds - 1)
 
-    @property
-    def has_several_seeds(self) -> bool:
-        return any(len(contender.cells) > 1 for contender in self.contenders.values())
-
     def compute_probability(self, rank: int, margin: float) -> float | None:
         """Compute the probability that the rank is within the margin of every other rank at once, over seeds and examples.
 
