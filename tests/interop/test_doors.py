@@ -141,7 +141,7 @@ def test_a_loop_whose_measurement_is_killed_is_measured_by_the_command_that_it_l
 
     """In a process that imports no program which is not asked for."""
     model, out = make_peft_model(model_folder), tmp_path / "out" / "rightrank"
-    monkeypatch.setattr("rightrank.interop.measurement.finish_run", killed)
+    monkeypatch.setattr("rightrank.interop.truncation_run.finish_run", killed)
     with pytest.raises(KeyboardInterrupt):
         keep_smallest(model, make_loader(rows[140:]), make_loader(rows[:40]), out=out, margin=0.1)
     program, *command = shlex.split(caplog.messages[-1].partition("to measure again: ")[2])

@@ -16,9 +16,8 @@ from peft import LoraConfig, get_peft_model
 
 from rightrank import SmallestAdapter, export
 from rightrank.api.folders import status
-from rightrank.interop.measurement import resume_measurement
 from rightrank.interop.smallest import keep_smallest
-from rightrank.interop.truncation_run import require_result_folder
+from rightrank.interop.truncation_run import require_result_folder, resume_measurement
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ModelError, RunError, RunFolderError
 from tests.interop.trainings import Rows, make_batches, make_peft_model, run_training

@@ -38,8 +38,7 @@ from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.adapters.resize_by_data import measure_truncation_curve
 from rightrank.api.folders import status
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
-from rightrank.interop.measurement import resume_measurement
-from rightrank.interop.truncation_run import measure_truncations
+from rightrank.interop.truncation_run import measure_truncations, resume_measurement
 from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.trials import SplitName
@@ -279,10 +278,10 @@ class BrokenTracker(TrainerCallback):
     ("function", "line"),
     [
         (
-            "rightrank.interop.measurement.finish_run",
+            "rightrank.interop.truncation_run.finish_run",
             "the search .* failed: {error}; to measure again: rightrank resume .*",
         ),
-        ("rightrank.interop.measurement.begin_run", "the search .* failed: {error}"),
+        ("rightrank.interop.truncation_run.begin_run", "the search .* failed: {error}"),
         ("rightrank.interop.smallest.read_moment_batches", "the search .* failed: {error}"),
         ("", "a tracker did not accept the values: {error}"),
     ],
@@ -327,7 +326,7 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     """Run the command that is printed first. `test_doors` runs it in a fresh process."""
     callback, folder = partial(SmallestAdapter, margin=0.1), tmp_path / "cut" / "rightrank"
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
-        patch.setattr("rightrank.interop.measurement.finish_run", raise_interrupt)
+        patch.setattr("rightrank.interop.truncation_run.finish_run", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_training(model_folder, rows, tmp_path / "cut", callback)
     line = next(line for line in list_messages(caplog) if "to measure again: " in line)

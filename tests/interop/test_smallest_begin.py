@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from rightrank import SmallestAdapter, Squeeze
-from rightrank.interop.measurement import resume_measurement
 from rightrank.interop.trainer_rows import find_group_key, number_groups
+from rightrank.interop.truncation_run import resume_measurement
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
 from tests.interop.trainings import OneTimeRows, RowList, Rows, make_peft_model, make_trainer, run_training
 

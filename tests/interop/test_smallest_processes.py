@@ -31,7 +31,7 @@ from transformers import (
 
 from rightrank import SmallestAdapter
 from rightrank.adapters.batch_scores import HeldOutBatches
-from rightrank.interop.measurement import resume_measurement
+from rightrank.interop.truncation_run import resume_measurement
 
 pytestmark = pytest.mark.trains
 STRATEGIES = ("ddp", "fsdp2")

@@ -240,3 +240,19 @@ def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["select", "nowhere", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "run"), "--no-extend"])
     assert stop.value.code == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_resume_continues_a_selection_with_its_model_data_and_settings(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(small_run, folder)
+    monkeypatch.chdir(folder)
+    run, journal = Path("run"), Path("run", "journal.jsonl")
+    values, lines = collect_values(run), journal.read_bytes().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if b"trial_finished" in line)
+    journal.write_bytes(b"".join(lines[: first + 1]))
+    assert collect_values(run).keys() < values.keys()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["resume", "run", "--quiet"])
+    assert collect_values(run) == values

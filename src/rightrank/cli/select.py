@@ -166,7 +166,7 @@ def _resume(context: click.Context, run: Path, as_json: bool, quiet: bool) -> No
     if open_run(run, is_live=True)[2].started.kind is not RunKind.CALLBACK:
         context.invoke(_select, out=run, as_json=as_json, quiet=quiet)
         return
-    from rightrank.interop.measurement import resume_measurement
+    from rightrank.interop.truncation_run import resume_measurement
 
     _print_selected(_run_with_progress(lambda hooks: resume_measurement(run, hooks), quiet, run), as_json)
 

@@ -16,11 +16,10 @@ from rightrank.adapters.batch_scores import Batch, compute_batch_loss
 from rightrank.adapters.distributed import log_failure
 from rightrank.adapters.in_memory import validate_trained_adapter
 from rightrank.adapters.preserved_state import preserve_state
-from rightrank.interop.measurement import build_settings
 from rightrank.interop.smallest import keep_smallest
 from rightrank.interop.squeeze import RankCut, compute_cut_step, format_cut, require_cuttable, squeeze
 from rightrank.interop.trainer_rows import copy_batches
-from rightrank.interop.truncation_run import TruncationResult
+from rightrank.interop.truncation_run import TruncationResult, build_settings
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 
 log = logging.getLogger("rightrank")

@@ -38,7 +38,6 @@ from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter, 
 from rightrank.adapters.preserved_state import preserve_state
 from rightrank.data.sampling import sample_indices
 from rightrank.interop.held_out import select_held_out_rows
-from rightrank.interop.measurement import build_settings, collect_stated_settings, find_smallest_adapter
 from rightrank.interop.sentence_transformers import TrainerLoss, find_adapted_model, is_sentence_transformers
 from rightrank.interop.trainer_rows import (
     MAX_MOMENT_BATCHES,
@@ -54,6 +53,9 @@ from rightrank.interop.truncation_run import (
     RESUME_FILE,
     TrainingSummary,
     TruncationResult,
+    build_settings,
+    collect_stated_settings,
+    find_smallest_adapter,
     measure_peak_bytes,
     require_result_folder,
 )

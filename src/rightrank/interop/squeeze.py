@@ -33,10 +33,9 @@ from rightrank.adapters.in_memory import (
 )
 from rightrank.adapters.preserved_state import preserve_state
 from rightrank.data.sampling import sample_indices
-from rightrank.interop.measurement import build_settings
 from rightrank.interop.smallest import SmallestAdapter
 from rightrank.interop.trainer_rows import MIN_EXAMPLES, RowReader, copy_batches, sample_batches
-from rightrank.interop.truncation_run import TruncationResult, measure_truncations
+from rightrank.interop.truncation_run import TruncationResult, build_settings, measure_truncations
 from rightrank.models.adapter_folders import PEFT_PREFIX
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.resizing import cap_ranks, write_resized_adapter
