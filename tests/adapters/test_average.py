@@ -27,6 +27,7 @@ from tests.adapters.adapters import (
     make_base,
     write_tensors,
 )
+from tests.adapters.test_trainer_folders import write_mlx
 from tests.commands import run
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings
@@ -58,6 +59,15 @@ def test_the_full_average_is_the_mean_of_the_updates(kinds: list[str], precision
     for name, mean in deltas.pop().items():
         expected = torch.stack([delta[name] for delta in deltas]).mean(0)
         assert torch.linalg.norm(mean - expected) <= precision * torch.linalg.norm(expected)
+
+
+def test_an_adapter_of_mlx_is_averaged_with_one_of_peft(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    peft = [make_adapter(base, tmp_path / f"{rank}", rank=rank) for rank in (8, 4)]
+    stored = [write_mlx(tmp_path / "mlx", peft[0], base), peft[1]]
+    write_average([open_adapter(folder) for folder in stored], tmp_path / "mean")
+    first, second, mean = (compute_deltas(load_strictly(base, folder)) for folder in (*peft, tmp_path / "mean"))
+    assert all(torch.allclose(mean[name], (first[name] + second[name]) / 2, atol=1e-6) for name in mean)
 
 
 @pytest.fixture(scope="module")

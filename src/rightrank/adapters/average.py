@@ -170,7 +170,7 @@ def _measure_candidates(
         with attach_adapter(runtime, folder / trial_id):  # a member has its absolute path
             return build_trial_record(trial_id, rank, runtime.evaluate(split), settings.metric)
 
-    names = {str(member.path): str(given) for member, given in zip(members, request.members, strict=True)}
+    names = {str(member.path): str(path) for member, path in zip(members, request.members, strict=True)}
     trials = [evaluate(str(member.path), member.rank, "validation") for member in members]
     curve = measure_truncation_curve(
         average, runtime, list_candidate_ranks(average), folder, cross_fit=True, on_event=request.on_event
