@@ -28,6 +28,9 @@ from benchmarks.learning_rate.policies import (
 )
 from transformers import LlamaConfig, LlamaModel
 
+from rightrank.decision.sentences import MEASURED_PROBABILITIES
+from rightrank.report.answer import LONGER_ADVICE
+
 RATES = (3e-4, 1e-3, 3e-3)
 EXAMPLES = 200
 
@@ -239,6 +242,18 @@ def test_what_is_committed_agrees_with_its_locks() -> None:
 
 
 # The table of policies.
+
+
+def test_the_sentences_have_the_numbers_of_the_judgement() -> None:
+    bins = json.loads(judge.JUDGED.read_text())["d: stated probabilities"]["bins"]
+    for measured in bins:
+        assert f"{measured['stated']:.2f}" in MEASURED_PROBABILITIES
+        assert f"{measured['true']:.0%}" in MEASURED_PROBABILITIES
+    rows = {row["policy"]: row for row in json.loads((lock.HERE / "table_new.json").read_text())["rows"]}
+    regrets = {policy: row["regret of the adapter"]["mean"] for policy, row in rows.items()}
+    gains = {policy: regrets["adapter"] - regret for policy, regret in regrets.items()}
+    assert f"{gains['twice the steps, truncated']:.3f} nats" in LONGER_ADVICE
+    assert max(gains["adapter, a second seed"], gains["best-adapter"]) <= 0.002 + 5e-4
 
 
 def test_the_table_has_a_row_for_each_policy_that_the_grids_support(folder: Path) -> None:

@@ -14,7 +14,7 @@ import click
 from rightrank.cli.options import format_json, gather_settings, pause_collector, split_commas
 from rightrank.schema.errors import SettingsError
 
-# Trainings of SmolLM2-135M-Instruct on glosses of a dictionary: `glosses_long_400_steps` in benchmarks/selection/seeded_grids.json.xz
+# Trainings of SmolLM2-135M-Instruct on glosses of a dictionary: `glosses_long_400_steps` of the grids in benchmarks/selection
 EXAMPLE_FILE = Path(__file__).with_name("example.csv")
 EXAMPLE_ADVICE = "With your own table of the same columns: rightrank decide runs.csv"
 

@@ -11,6 +11,13 @@ from rightrank.decision.records import Answers
 from rightrank.decision.sentences import format_number
 from rightrank.report.format import format_quantity, make_visible
 from rightrank.schema.decision import Decision, ExportedAdapter, MetricAnswer
+from rightrank.schema.events import RunKind, RunStarted
+
+# From benchmarks/learning_rate/table_new.json; `tests/benchmarks/test_learning_rate.py` compares the numbers.
+LONGER_ADVICE = (
+    "The next trainings are best spent on more steps: on eight locked grids, twice the steps lowered the loss by 0.024 nats, and a "
+    "second seed or rank by at most 0.002. --goal best-adapter continues this run with twice the steps and keeps the better adapter."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,13 @@ def _format_adapter_notes(answers: Answers) -> list[str]:
         if answers.adapter_run
         else "",
         _format_test_result(handed_over),
+        LONGER_ADVICE if answers.goal == "adapter" and _is_built_in(answers.started) else "",
     ]
+
+
+def _is_built_in(started: RunStarted | None) -> bool:
+    """Return whether the trainings are those of the built-in trainer, which can train for other numbers of steps."""
+    return started is not None and started.kind is RunKind.SELECTION
 
 
 def _format_test_result(handed_over: ExportedAdapter) -> str:
