@@ -212,13 +212,20 @@ def get_metric_direction(started: RunStarted, metric: str) -> bool | None:
 
 
 def list_comparable_outcomes(records: Records) -> list[TrialOutcome]:
-    """List the outcomes that may be compared: complete trainings of the usual length.
+    """List the outcomes that may be compared: complete trainings."""
+    return exclude_collapsed_rates(exclude_longer_trainings([o for o in records.outcomes if o.is_direct]))
+
+
+def exclude_longer_trainings(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
+    """Keep the shortest training of each rank, learning rate and seed.
 
     The training of twice the steps, which goal "best-adapter" makes, is compared with the others as an adapter only.
     """
-    direct = [outcome for outcome in records.outcomes if outcome.is_direct]
-    steps = min((outcome.steps for outcome in direct if outcome.rank > 0), default=0)
-    return exclude_collapsed_rates([outcome for outcome in direct if outcome.rank == 0 or outcome.steps == steps])
+    keys = [(outcome.rank, outcome.learning_rate, outcome.seed) for outcome in outcomes]
+    fewest: dict[tuple[int, float, int], int] = {}
+    for key, outcome in zip(keys, outcomes, strict=True):
+        fewest[key] = min(outcome.steps, fewest.get(key, outcome.steps))
+    return [outcome for key, outcome in zip(keys, outcomes, strict=True) if outcome.steps == fewest[key]]
 
 
 def find_best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
@@ -274,8 +281,8 @@ def count_trainings(records: Records) -> float:
     """
     by_id = records.by_id
     finished = [trial for trial in by_id.values() if trial.rank > 0]
-    lengths = [trial.steps for trial in finished if trial.truncate_from is None and trial.rank > 0]
-    steps_per_training = min(lengths, default=0)
+    trainings = exclude_longer_trainings([trial for trial in finished if trial.truncate_from is None])
+    steps_per_training = max([0, *(trial.steps for trial in trainings)])
     steps = sum(count_added_steps(trial, by_id) for trial in finished)
     return round(steps / steps_per_training, 3) if steps_per_training else float(len(finished))
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rightrank.decision.adapter import estimate_training_ranks, find_smallest_truncation
-from rightrank.decision.records import Answers, Records, build_answers, build_trials_frame, read_records
+from rightrank.decision.records import (
+    Answers,
+    Records,
+    build_answers,
+    build_trials_frame,
+    list_comparable_outcomes,
+    read_records,
+)
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.decision import AdapterCandidate, Decision, ExportedAdapter, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError
@@ -35,8 +42,7 @@ def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
     rank_range = f"{low}" if low == high else f"{low} to {high}"
     ranks = records.settings.ranks
     ranks_to_compare = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
-    lengths = [trial.steps for trial in records.list_finished() if trial.arm.is_direct and trial.rank > 0]
-    steps = min(lengths, default=1) or 1
+    steps = max((trial.steps for trial in list_comparable_outcomes(records)), default=1) or 1
     unlimited = dict.fromkeys(("budget_trainings", "budget_hours"))
     settings = records.settings.model_copy(update={**unlimited, "goal": "training-rank", "ranks": ranks_to_compare})
     space = build_space(settings, steps, records.started.data.loss_kind)
