@@ -1,4 +1,4 @@
-"""Screenshots of a run's report in Chromium: two widths, light and dark, and as printed.
+"""Screenshots of a run's report in Chromium: two widths, light and dark.
 
     python -m tests.report.screenshots RUN --out shots             # all of them, full pages
     python -m tests.report.screenshots RUN --docs docs/images      # those of the documentation, small
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -42,29 +41,17 @@ def open_chromium() -> Iterator[Any]:
         browser.close()
 
 
-def take_screenshot(
-    browser: Any, report: Path, screen: str, scheme: str, *, full_page: bool = True, printed: bool = False
-) -> bytes:
-    """Return the report as PNG bytes on a `phone` or a `desktop`; `printed` emulates the print style on the screen."""
+def take_screenshot(browser: Any, report: Path, screen: str, scheme: str, *, full_page: bool = True) -> bytes:
+    """Return the report as PNG bytes on a `phone` or a `desktop`."""
     context = browser.new_context(
         viewport={"width": WIDTHS[screen], "height": HEIGHT[screen]},
         color_scheme=scheme,
     )
     page = context.new_page()
     page.goto(report.resolve().as_uri())
-    if printed:
-        page.emulate_media(media="print")
     image: bytes = page.screenshot(full_page=full_page)
     context.close()
     return image
-
-
-def print_pdf(browser: Any, report: Path, path: Path) -> None:
-    """Print the report to a PDF, as the browser's print dialogue does."""
-    page = browser.new_page(viewport={"width": WIDTHS["desktop"], "height": HEIGHT["desktop"]})
-    page.goto(report.resolve().as_uri())
-    page.pdf(path=str(path), prefer_css_page_size=True, print_background=True)
-    page.close()
 
 
 def compress(image: bytes) -> bytes:
@@ -78,21 +65,13 @@ def compress(image: bytes) -> bytes:
 
 
 def take_all_screenshots(browser: Any, report: Path, folder: Path) -> list[Path]:
-    """Take every width and colour scheme, the printed style, the PDF, and its pages as images if `pdftoppm` is installed."""
+    """Take every width and colour scheme."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for screen in WIDTHS:
         for scheme in SCHEMES:
             written.append(folder / f"{screen}-{scheme}.png")
             written[-1].write_bytes(compress(take_screenshot(browser, report, screen, scheme)))
-    written.append(folder / "printed.pdf")
-    print_pdf(browser, report, written[-1])
-    if shutil.which("pdftoppm"):
-        subprocess.run(["pdftoppm", "-png", "-r", "80", str(written[-1]), str(folder / "printed")], check=True)
-        written += sorted(folder.glob("printed-*.png"))
-    else:
-        written.append(folder / "printed.png")
-        written[-1].write_bytes(compress(take_screenshot(browser, report, "desktop", "light", printed=True)))
     return written
 
 

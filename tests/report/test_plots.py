@@ -23,7 +23,7 @@ from rightrank import Selected, plots
 from rightrank.api.folders import write_report
 from rightrank.cli import cli
 from rightrank.decision.comparison import compute_bounds
-from rightrank.decision.records import Records, compare_run_adapters, decide_if_possible, decide_run
+from rightrank.decision.records import Records, compare_run_adapters, decide_run
 from rightrank.decision.table import build_table, estimate_pairs
 from rightrank.report.evidence_tables import build_margin_steps
 from rightrank.report.figure import COLOURS, Figure, write_figures
@@ -201,15 +201,6 @@ def test_learning_curves_have_every_stage_of_a_training_and_its_training_loss() 
     assert [points[step][0] for step in (3, 5)] == [4.0, 3.9]
 
 
-def test_a_training_loss_of_one_evaluation_is_among_the_numbers_alone() -> None:
-    records = make_run((4,), (1e-3,))
-    trial = records.list_finished()[-1]
-    records.outcomes[-1] = trial.model_copy(update={"points": trial.points[-1:]})
-    figure = next(figure for figure in build_figures(records, None) if figure.name == "learning_curves")
-    assert figure.title == "Learning curves"
-    assert figure.rows[-1][-1] == trial.points[-1].train_value
-
-
 def test_memory_is_drawn_from_zero_and_beside_what_it_can_be_compared_with() -> None:
     """The plan is drawn next to the measurement on CUDA, but not on a CPU, where the measurement covers the entire process."""
     records = make_run()
@@ -285,14 +276,6 @@ def test_a_decision_is_plotted_like_its_run(tmp_path: Path) -> None:
     assert read_series(plots.rank_curve(result)) == read_series(plots.rank_curve(run))
     adapter_run = write_answered_run(tmp_path / "adapter", "adapter")
     assert read_series(plots.rank_curve(adapter_run)) == read_series(plots.adapters(adapter_run))
-
-
-@pytest.mark.parametrize("ranks", [(), (4,), (4, 8)])
-def test_few_trials_give_the_figures_that_there_are(ranks: tuple[int, ...]) -> None:
-    records = make_run(ranks)
-    names = {figure.name for figure in build_figures(records, decide_if_possible(records))}
-    assert ("rank_curve" in names) == (len(ranks) == 2)
-    assert ("time" in names) == bool(ranks)
 
 
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
