@@ -65,7 +65,7 @@ def write_average(members: Sequence[AdapterFolder], out: Path) -> AdapterFolder:
             share = module.scaling / len(members)
             scaled_factors.append([(share * b, a) for b, a in member.load_pair_factors(module)])
         factors = [
-            tuple(torch.cat([torch.from_numpy(factor[side]) for factor in matrix], 1 - side) for side in (0, 1))
+            tuple(torch.cat([torch.from_numpy(factor[index]) for factor in matrix], 1 - index) for index in (0, 1))
             for matrix in zip(*scaled_factors, strict=True)
         ]
         old_a, old_b = first.load_tensor(pair.a_key), first.load_tensor(pair.b_key)

@@ -84,7 +84,9 @@ def compare_adapters(
                 compare_trials(first.scores, second.scores, spec.name, str(path), settings, confidence)
                 for spec in settings.metric_specs
             )
-            left_out = max(side.runtime.data.summary.splits["validation"].dropped for side in (first, second))
+            left_out = max(
+                compared_side.runtime.data.summary.splits["validation"].dropped for compared_side in (first, second)
+            )
             counts = {"trained_on": trained_on, "left_out": left_out}
             comparisons += [comparison.model_copy(update=counts) for comparison in results]
             cause = cause or diagnose_conversion((first, second), evaluate_adapter)
