@@ -34,12 +34,12 @@ from transformers import (
 from rightrank import SelectSettings, SmallestAdapter, compare, export, write_report
 from rightrank.adapters.batch_scores import HeldOutBatches, compute_batch_loss
 from rightrank.adapters.in_memory import InMemoryAdapter, find_trained_adapter
-from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.adapters.resize_by_data import measure_truncation_curve
 from rightrank.api.folders import status
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.interop.truncation_run import measure_truncations, resume_measurement
 from rightrank.models.adapter_reader import open_adapter
+from rightrank.models.resizing import list_candidate_ranks
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.train.covariances import gather_unseen_moments

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from rightrank.adapters.compare import build_trial_record, compare_trials, drop_training_examples, find_shared_labels
-from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.adapters.resize_by_data import measure_truncation_curve
 from rightrank.data.splits import DataSplits, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, build_adapter_files
@@ -26,7 +25,7 @@ from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.adapter_writer import write_adapter
 from rightrank.models.ranks import build_exact_pattern
-from rightrank.models.resizing import require_plain_update
+from rightrank.models.resizing import list_candidate_ranks, require_plain_update
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import Averaged, ComparisonVerdict, MetricComparison

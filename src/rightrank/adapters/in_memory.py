@@ -20,12 +20,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.batch_scores import BETA, Batch, TrainerLossFunction, compute_batch_loss, count_positions
 from rightrank.adapters.distributed import is_partitioned, sync_errors
-from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.adapter_writer import save_adapter
 from rightrank.models.kinds import find_kind
 from rightrank.models.kinds.linear import Linear
-from rightrank.models.resizing import require_plain_update
+from rightrank.models.resizing import list_candidate_ranks, require_plain_update
 from rightrank.schema.errors import ModelError
 from rightrank.train.loss import BatchLoss
 from rightrank.train.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments

@@ -139,22 +139,3 @@ def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: boo
         s = compute_singular_values(*adapter.load_factors(module))
         ranks[module.name] = max(1, compute_energy_rank(s, fraction) or module.rank)
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
-
-
-def list_candidate_ranks(adapter: AdapterFolder, requested: Sequence[int] | None = None) -> list[int]:
-    """Return the ranks to measure: the requested ones, or every power of two below the adapter's largest rank, and that rank.
-
-    Raises:
-        SettingsError: A rank is above the adapter's, or the adapter has rank 1.
-    """
-    top = adapter.rank
-    if top == 1:
-        raise SettingsError(
-            f"{adapter.path}: its rank is 1, and there is no lower rank to measure; give an adapter of a higher rank"
-        )
-    if requested:
-        for rank in requested:
-            if not 1 <= rank <= top:
-                raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
-        return sorted({*requested, top})
-    return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})

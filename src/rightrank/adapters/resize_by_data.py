@@ -15,7 +15,7 @@ from typing import TypeAlias
 from peft import LoraConfig
 
 from rightrank.adapters.compare import build_trial_record, load_run_splits, read_labels
-from rightrank.adapters.resize import list_candidate_ranks, resize_adapter
+from rightrank.adapters.resize import resize_adapter
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
@@ -25,7 +25,7 @@ from rightrank.decision.table import build_table, compute_paired_difference
 from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.adapter_writer import write_same_format
-from rightrank.models.resizing import cap_ranks, require_plain_update, write_resized_adapter
+from rightrank.models.resizing import cap_ranks, list_candidate_ranks, require_plain_update, write_resized_adapter
 from rightrank.models.truncation import Moments
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.configs import convert_configs

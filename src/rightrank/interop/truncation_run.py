@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -27,21 +27,17 @@ from rightrank.adapters.batch_scores import HeldOutBatches, has_class_labels, re
 from rightrank.adapters.distributed import gather_parameters, get_process_index, is_partitioned, sync_errors
 from rightrank.adapters.in_memory import InMemoryAdapter, copy_factors, gather_adapter_moments, save_trained_adapter
 from rightrank.adapters.preserved_state import preserve_state
-from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import choose_adapter, estimate_training_ranks
 from rightrank.decision.records import Records, read_records
-from rightrank.hooks.report import Report
 from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.base_models import compute_base_identity, read_identity
-from rightrank.models.resizing import cap_ranks, write_resized_adapter
+from rightrank.models.resizing import cap_ranks, list_candidate_ranks, write_resized_adapter
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import AdapterProposal, Hook
-from rightrank.runs.run import select
 from rightrank.runs.selection import Executor, PreparedSelection
-from rightrank.runs.values import Selected
 from rightrank.schema.command import build_reproduce_command, build_resume_command
 from rightrank.schema.configs import convert_configs
 from rightrank.schema.decision import AdapterAnswer
@@ -62,6 +58,9 @@ from rightrank.train.device import describe_environment, read_peak_bytes
 from rightrank.train.evaluation import MetricResults, Progress, build_finished_trial
 from rightrank.train.moments import GatheredMoments
 from rightrank.train.targets import suppress_peft_warnings
+
+if TYPE_CHECKING:
+    from rightrank.runs.values import Selected
 
 log = logging.getLogger("rightrank")
 
@@ -194,6 +193,8 @@ def finish_run(
     Raises:
         NotFiniteError: a held-out loss is NaN or infinite.
     """
+    from rightrank.runs.run import select
+
     executor = CallbackExecutor(in_memory_adapter, training)
     with sync_errors(), folder.lock(), report_disk_errors(folder.path):
         selected = select(executor.prepare, folder, [executor, *hooks])
@@ -436,6 +437,8 @@ def find_smallest_adapter(
 
 def _load_hooks() -> list[Hook]:
     """Return the hooks that report the result, or none in other processes than the first."""
+    from rightrank.hooks.report import Report  # not needed before the training has ended, as `select` in `finish_run`
+
     return [] if get_process_index() else [Report(), *plugins.collect_items(lambda plugin: plugin.hooks())]
 
 

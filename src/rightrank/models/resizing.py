@@ -20,7 +20,7 @@ from rightrank.models.ranks import (
     find_server_rank,
 )
 from rightrank.models.truncation import Moments, allocate_module_ranks, resize_pair
-from rightrank.schema.errors import ModelError
+from rightrank.schema.errors import ModelError, SettingsError
 
 
 def require_plain_update(adapter: AdapterFolder) -> None:
@@ -126,3 +126,22 @@ def compute_config_scaling(config: Mapping[str, Any]) -> float:
 def find_pair_rank(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
     """Return the rank of the matrices of a pair: the largest of any, because they share tensors."""
     return max(ranks[module.name] for module in pair)
+
+
+def list_candidate_ranks(adapter: AdapterFolder, requested: Sequence[int] | None = None) -> list[int]:
+    """Return the ranks to measure: the requested ones, or every power of two below the adapter's largest rank, and that rank.
+
+    Raises:
+        SettingsError: A rank is above the adapter's, or the adapter has rank 1.
+    """
+    top = adapter.rank
+    if top == 1:
+        raise SettingsError(
+            f"{adapter.path}: its rank is 1, and there is no lower rank to measure; give an adapter of a higher rank"
+        )
+    if requested:
+        for rank in requested:
+            if not 1 <= rank <= top:
+                raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
+        return sorted({*requested, top})
+    return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})
