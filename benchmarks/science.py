@@ -25,12 +25,9 @@ METHODS = (
     "ASHA (Optuna)",
 )
 POLICIES = {  # of benchmarks/learning_rate, as the page names them
-    "16 at 0.001": "rank 16 at .001",
     "64 at 0.001": "rank 64 at .001",
     "16, rate tuned by whole trainings": "rank 16, learning rate tuned by whole trainings",
     "64, rate tuned by whole trainings, truncated": "rank 64, the same, truncated",
-    "whole grid": "the whole grid",
-    "random search at the cost of best-adapter": "random search",
     "Optuna TPE, median pruning, at the cost of best-adapter": "Optuna TPE + median",
     "ASHA at the cost of best-adapter": "ASHA (Optuna)",
     "adapter": "`--goal adapter`",
