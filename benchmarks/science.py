@@ -98,6 +98,22 @@ def format_policies() -> str:
     return format_table(["policy", "median rank", "trainings", "regret of the adapter", "regret of the recipe"], lines)
 
 
+def format_margins() -> str:
+    """Format what the default goal loses at each margin, on the locked grids."""
+    lines = []
+    for row in read_stored("learning_rate/table_new.json")["margins"]:
+        tuned, truncation = row["minus rank 16 tuned"], row["lost by the truncation"]
+        lines.append(
+            [
+                f"{row['margin']:g}",
+                f"{row['median rank']:g}",
+                f"{tuned['mean']:+.3f} ({tuned['low']:+.3f} to {tuned['high']:+.3f})",
+                f"{truncation['mean']:.4f}",
+            ]
+        )
+    return format_table(["margin", "median rank", "minus rank 16 tuned", "of which the truncation"], lines)
+
+
 def _format_regrets(row: dict[str, Any]) -> list[str]:
     regrets = [row["regret of the adapter"], row["regret of the recipe"]]
     return [f"{regret['mean']:.3f} ({regret['low']:.3f} to {regret['high']:.3f})" for regret in regrets]
@@ -184,6 +200,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapters": format_adapters,
     "judged": format_judged,
     "policies": format_policies,
+    "margins": format_margins,
     "published": format_published,
     "coverage": format_coverage,
     "memory": format_memory,

@@ -258,6 +258,42 @@ def list_searches() -> dict[str, Search]:
 
 
 STOCHASTIC = ("random search", "Optuna", "ASHA")
+TRUNCATION_MARGINS = (0.0025, 0.005, 0.01, 0.02, 0.05)
+
+
+def summarise_margins(tables: Sequence[SeedTable]) -> list[dict[str, Any]]:
+    """Return, for each margin, what `--goal adapter` loses against rank 16 tuned, and how much of it the truncation loses.
+
+    The margin 0 keeps the adapter at its full rank.
+    """
+    rows = []
+    for margin in TRUNCATION_MARGINS:
+        against_tuned: dict[str, list[float]] = {}
+        by_truncation: dict[str, list[float]] = {}
+        ranks = []
+        for table in tables:
+            truncated, full, tuned = (
+                conclude(table, policy(table, limit))
+                for policy, limit in (
+                    (PRIMARY["adapter"], margin),
+                    (PRIMARY["adapter"], 0.0),
+                    (PRIMARY["16, rate tuned by whole trainings"], margin),
+                )
+            )
+            if truncated is None or full is None or tuned is None:
+                continue
+            against_tuned.setdefault(table.grid, []).append(truncated.test - tuned.test)
+            by_truncation.setdefault(table.grid, []).append(truncated.test - full.test)
+            ranks.append(truncated.rank)
+        rows.append(
+            {
+                "margin": margin,
+                "median rank": median(ranks),
+                "minus rank 16 tuned": resample_grids(against_tuned),
+                "lost by the truncation": resample_grids(by_truncation),
+            }
+        )
+    return rows
 
 
 def measure_recipe(outcome: Outcome, others: Sequence[SeedTable]) -> float:
@@ -351,7 +387,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.grids == "new" and not JUDGED.exists():
-        print("table: the new grids have not judged yet: run benchmarks.learning_rate.judge first")
+        print("table: the new grids have not been judged yet: run benchmarks.learning_rate.judge first")
         return 2
     tables = (
         read_stored(options.folder)
@@ -362,11 +398,12 @@ def main() -> int:
     if options.grids == "stored":
         result["endpoints"] = judge(tables)  # a rehearsal: the policies were chosen on these grids
     else:
+        result["margins"] = summarise_margins(tables)
         scored = [path for path in sorted(GRIDS.glob("*.npz")) if path.stem.rpartition("_")[0] in SCORED]
         result["rows in shares of wrong answers"] = summarise_all([read_shares(path) for path in scored])
     (HERE / f"table_{options.grids}.json").write_text(json.dumps(result, indent=1) + "\n")
     for title, rows in result.items():
-        if title != "endpoints":
+        if title not in ("endpoints", "margins"):
             print(f"{title}\n\n{format_table(rows)}\n")
     return 0
 
