@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rightrank.decision.adapter import Criterion
@@ -52,8 +53,66 @@ def test_the_others_are_compared_with_the_chosen_one_at_a_quarter() -> None:
     assert close.difference == pytest.approx(0.002, abs=1e-9)
     assert (chosen.difference, chosen.value, chosen.final_value) == (None, pytest.approx(2.0), pytest.approx(1.5))
     assert (lost.learning_rate, lost.value) == (1e-2, None)
-    for words in ("is 0.003", "step 25 of 100", "no result with 0.01", "0.001 would be within the margin", "one seed"):
+    for words in ("is 0.003", "step 25 of 100, loss of rank 64 was worse with the others", "0.01 diverged at step 3."):
         assert words in answer.sentence
+    for words in ("0.001 was within the margin of 0.01.", "one seed"):
+        assert words in answer.sentence
+
+
+def test_a_learning_rate_that_was_better_early_is_not_said_to_be_worse() -> None:
+    _, outcomes = make_search()
+    arm = make_trial(3e-3, 0.0, 100).arm
+    diverged = TrialDiverged(trial_id="y", step=80, reason="the loss is NaN", **arm.model_dump())
+    answer = describe_learning_rate(make_trial(1e-3, -0.4, 100), [*outcomes[:-2], diverged], CRITERION)
+    assert answer is not None
+    assert "worse" not in answer.sentence
+    assert "-0.002 with 0.003" in answer.sentence
+    assert "0.003 diverged at step 80." in answer.sentence
+    assert [candidate.failure for candidate in answer.candidates] == [
+        None, None, "diverged at step 80", "diverged at step 3"
+    ]  # fmt: skip
+
+
+def test_a_preference_for_the_lower_of_two_close_learning_rates_is_explained() -> None:
+    _, outcomes = make_search()
+    close = describe_learning_rate(make_trial(1e-3, -0.4, 100), outcomes[:-2], CRITERION)
+    assert close is not None
+    assert "0.003 was better by less than one standard error, and the lower one is then preferred" in close.sentence
+    halves = [make_trial(1e-3, -0.1, 50), make_trial(3e-3, 0.3, 50)]
+    later = describe_learning_rate(make_trial(1e-3, -0.4, 100), [*outcomes[:-2], *halves], CRITERION)
+    assert later is not None
+    assert "At step 50, loss was 2.3 with 0.003 and 1.9 with 0.001." in later.sentence
+    assert "standard error" not in later.sentence
+
+
+def test_differences_and_bounds_of_a_perplexity_are_in_its_unit() -> None:
+    generator = np.random.default_rng(0)
+    difficulties = np.exp(generator.normal(0, 1, EXAMPLES))
+    scores = {
+        rate: (level * difficulties * np.exp(generator.normal(0, 0.01, EXAMPLES))).tolist()
+        for rate, level in ((1e-3, 22.0), (3e-3, 20.0))
+    }
+    trials = [
+        make_trial(
+            rate, 0.0, 100, value=float(np.exp(np.log(values).mean())), metrics={"perplexity": float(np.exp(np.log(values).mean()))},
+            example_losses=[], example_tokens=[], example_scores=values,
+        )
+        for rate, values in scores.items()
+    ]  # fmt: skip
+    answer = describe_learning_rate(trials[1], trials, Criterion("perplexity", higher_is_better=False, margin=None))
+    assert answer is not None
+    other, reference = answer.candidates[0], trials[1].value
+    assert other.difference == pytest.approx(0.1 * reference, rel=0.1)
+    assert other.difference_low is not None
+    assert other.difference_high is not None
+    assert 0.09 < other.difference_low / reference < 0.1 < other.difference_high / reference < 0.11
+    assert answer.margin == pytest.approx(0.005 * reference)
+
+
+def test_a_metric_that_has_no_value_gives_no_comparison() -> None:
+    trials = [make_trial(rate, 0.0, 100) for rate in (1e-3, 3e-3)]
+    unmeasured = [trials[0].model_copy(update={"metrics": {"loss": 2.0}}), trials[1]]
+    assert describe_learning_rate(trials[1], unmeasured, Criterion("f1", higher_is_better=True, margin=None)) is None
 
 
 def test_without_an_early_stop_the_ends_are_compared_by_the_metric() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_bounds, is_within
-from rightrank.decision.table import estimate_trial_difference
+from rightrank.decision.ranks import MetricUnit
+from rightrank.decision.table import Cell, build_table, estimate_pairs
 from rightrank.schema.decision import LearningRateAnswer, LearningRateCandidate
-from rightrank.schema.metrics import compute_default_margin, infer_metric_kind
-from rightrank.schema.trials import TrialFinished, TrialOutcome
+from rightrank.schema.metrics import compute_default_margin
+from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFinished, TrialOutcome
 
 
 def describe_learning_rate(
@@ -40,31 +41,33 @@ def describe_learning_rate(
     is_loss = step < chosen.steps and "loss" in chosen.metrics
     metric = "loss" if is_loss else criterion.metric
     higher_is_better = criterion.higher_is_better and not is_loss
-    kind = criterion.loss if is_loss else infer_metric_kind(metric, higher_is_better, criterion.loss)
+    compared = [outcome for outcome in at_step.values() if isinstance(outcome, TrialFinished)]
+    table = build_table(compared, metric, higher_is_better, loss=criterion.loss)
+    cells = {rate: cell for (_, rate, _), cell in table.cells.items()}
+    if chosen.learning_rate not in cells:
+        return None
+    reference = cells[chosen.learning_rate]
+    unit = MetricUnit(table.kind, higher_is_better, reference.value)
     margin = criterion.margin if metric == criterion.metric else None
     if margin is None:
-        margin = compute_default_margin(kind, abs(chosen.metrics[metric]), [abs(chosen.metrics[metric])])
+        margin = compute_default_margin(table.kind, abs(reference.value), [abs(value) for value in table.list_values()])
     final_values = {
-        outcome.learning_rate: outcome.metrics[criterion.metric]
+        outcome.learning_rate: outcome.metrics.get(criterion.metric)
         for outcome in trainings
         if isinstance(outcome, TrialFinished) and outcome.is_direct and outcome.steps == chosen.steps
     }
+    failures = {outcome.learning_rate: text for outcome in trainings if (text := _format_failure(outcome))}
     candidates = []
-    for rate, outcome in sorted(at_step.items()):
-        value = outcome.metrics[metric] if isinstance(outcome, TrialFinished) else None
-        candidate = LearningRateCandidate(learning_rate=rate, value=value, final_value=final_values.get(rate))
-        if isinstance(outcome, TrialFinished) and outcome is not chosen and value is not None:
-            sign = -1.0 if higher_is_better else 1.0
-            estimate = estimate_trial_difference([(outcome, chosen)], metric, kind, higher_is_better)
-            bounds = None if estimate is None else compute_bounds(estimate)
-            candidate = candidate.model_copy(
-                update={
-                    "difference": sign * (value - chosen.metrics[metric]),
-                    "difference_low": bounds and bounds.low,
-                    "difference_high": bounds and bounds.high,
-                    "is_within_margin": bounds and is_within(bounds.high, margin),
-                }
-            )
+    for rate in sorted(at_step):
+        cell = cells.get(rate)
+        candidate = LearningRateCandidate(
+            learning_rate=rate,
+            value=cell and cell.value,
+            final_value=final_values.get(rate),
+            failure=failures.get(rate) or (None if cell else "failed"),
+        )
+        if cell is not None and cell is not reference:
+            candidate = _compare(candidate, cell, reference, unit, margin)
         candidates.append(candidate)
     answer = LearningRateAnswer(
         learning_rate=trained.learning_rate,
@@ -76,26 +79,80 @@ def describe_learning_rate(
         candidates=candidates,
         sentence="",
     )
-    return answer.model_copy(update={"sentence": _format_sentence(answer)})
+    halves = {outcome.learning_rate: outcome for outcome in trainings if step < outcome.end < chosen.steps}
+    return answer.model_copy(update={"sentence": _format_sentence(answer, halves)})
 
 
-def _format_sentence(answer: LearningRateAnswer) -> str:
-    when = f"at step {answer.step} of {answer.steps}" if answer.step < answer.steps else "at the end"
-    others = [candidate for candidate in answer.candidates if candidate.learning_rate != answer.learning_rate]
-    results = ", ".join(_format_result(candidate) for candidate in others)
-    equal_rates = " and ".join(f"{candidate.learning_rate:g}" for candidate in others if candidate.is_within_margin)
-    equal = f" So {equal_rates} would be within the margin of {answer.margin:.2g}." if equal_rates else ""
-    return (
-        f"The learning rate is {answer.learning_rate:g}. {when.capitalize()}, {answer.metric} of rank {answer.rank} was worse with the "
-        f"others: {results}.{equal} This is one seed, and another seed may favor another learning rate."
+def _compare(
+    candidate: LearningRateCandidate, cell: Cell, reference: Cell, unit: MetricUnit, margin: float
+) -> LearningRateCandidate:
+    """Return the candidate with its difference from the chosen learning rate, in the metric's unit."""
+    difference = unit.convert_difference(cell.loss - reference.loss)
+    if not cell.examples:
+        return candidate.model_copy(update={"difference": difference})
+    bounds = compute_bounds(estimate_pairs([(cell, reference)]))
+    high = unit.convert_difference(bounds.high)
+    return candidate.model_copy(
+        update={
+            "difference": difference,
+            "difference_low": unit.convert_difference(bounds.low),
+            "difference_high": high,
+            "is_within_margin": is_within(high, margin),
+        }
     )
 
 
+def _format_failure(outcome: TrialOutcome) -> str:
+    """Describe how a training ended without a result; empty for one with a result."""
+    if isinstance(outcome, TrialFinished):
+        return ""
+    if isinstance(outcome, TrialDiverged | TrialCollapsed):
+        return f"{'diverged' if isinstance(outcome, TrialDiverged) else 'collapsed'} at step {outcome.step}"
+    return "ran out of memory" if outcome.error == "out_of_memory" else "failed"
+
+
+def _format_sentence(answer: LearningRateAnswer, halves: Mapping[float, TrialOutcome]) -> str:
+    when = f"at step {answer.step} of {answer.steps}" if answer.step < answer.steps else "at the end"
+    others = [candidate for candidate in answer.candidates if candidate.learning_rate != answer.learning_rate]
+    measured = [candidate for candidate in others if candidate.difference is not None]
+    sentences = [f"The learning rate is {answer.learning_rate:g}."]
+    if measured:
+        is_best = all(candidate.difference > 0 for candidate in measured if candidate.difference is not None)
+        verb = "was worse with the others" if is_best else "differed with the others (below 0 is better)"
+        results = ", ".join(map(_format_result, measured))
+        sentences.append(f"{when.capitalize()}, {answer.metric} of rank {answer.rank} {verb}: {results}.")
+    sentences += [
+        f"{candidate.learning_rate:g} {candidate.failure}." for candidate in others if candidate.failure is not None
+    ]
+    sentences += [
+        reason
+        for candidate in measured
+        if candidate.difference is not None and candidate.difference < 0 and candidate.failure is None
+        if (reason := _format_preference(candidate.learning_rate, answer, halves))
+    ]
+    equal_rates = [f"{candidate.learning_rate:g}" for candidate in measured if candidate.is_within_margin]
+    if equal_rates:
+        verb = "was" if len(equal_rates) == 1 else "were"
+        sentences.append(f"{' and '.join(equal_rates)} {verb} within the margin of {answer.margin:.2g}.")
+    return " ".join([*sentences, "This is one seed, and another seed may favor another learning rate."])
+
+
+def _format_preference(rate: float, answer: LearningRateAnswer, halves: Mapping[float, TrialOutcome]) -> str:
+    """Say why a learning rate that was better at the step of the comparison was not chosen; empty if no rule of the search says it."""
+    later, chosen_later = halves.get(rate), halves.get(answer.learning_rate)
+    if isinstance(later, TrialFinished) and isinstance(chosen_later, TrialFinished):
+        values = f"{later.value:.4g} with {rate:g} and {chosen_later.value:.4g} with {answer.learning_rate:g}"
+        return f"At step {later.end}, {later.value_metric or answer.metric} was {values}."
+    next_lower = max((c.learning_rate for c in answer.candidates if c.learning_rate < rate), default=None)
+    if next_lower == answer.learning_rate and answer.step < answer.steps:
+        return (
+            f"{rate:g} was better by less than one standard error, and the lower one is then preferred, because early losses favor learning "
+            "rates that are too high at the end."
+        )
+    return ""
+
+
 def _format_result(candidate: LearningRateCandidate) -> str:
-    rate = f"{candidate.learning_rate:g}"
-    if candidate.difference is None:
-        return f"no result with {rate}"
-    bounds = ""
-    if candidate.difference_low is not None and candidate.difference_high is not None:
-        bounds = f" (95% bounds {candidate.difference_low:+.2g} and {candidate.difference_high:+.2g})"
-    return f"{candidate.difference:+.2g} with {rate}{bounds}"
+    low, high = candidate.difference_low, candidate.difference_high
+    bounds = "" if low is None or high is None else f" (95% bounds {low:+.2g} and {high:+.2g})"
+    return f"{candidate.difference:+.2g} with {candidate.learning_rate:g}{bounds}"

@@ -317,12 +317,9 @@ def build_learning_rate_figure(records: Records) -> Figure | None:
 
 
 def _get_ends(value: float, compared: AdapterCandidate | LearningRateCandidate, sign: int) -> tuple[float, float]:
-    """Return the ends of a whisker: the value that the paired difference is from, plus the bounds of the difference.
-
-    Without bounds in the unit of the values, both ends are the value: those of perplexities are of their logarithms.
-    """
+    """Return the ends of a whisker: the value that the paired difference is from, plus the bounds of the difference."""
     difference, low, high = compared.difference, compared.difference_low, compared.difference_high
-    if difference is None or low is None or high is None or not low <= difference <= high:
+    if difference is None or low is None or high is None:
         return value, value
     ends = value + sign * (low - difference), value + sign * (high - difference)
     return min(ends), max(ends)

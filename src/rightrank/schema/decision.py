@@ -243,6 +243,7 @@ class LearningRateCandidate(Record):
     difference_high: float | None = None
     is_within_margin: bool | None = None  # by the upper bound; False: not shown; None: without example scores
     final_value: float | None = None  # at the end of the training; None if it was not finished
+    failure: str | None = None  # how its training ended without a result, such as "diverged at step 40"
 
 
 class LearningRateAnswer(Record):
