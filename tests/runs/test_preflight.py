@@ -11,6 +11,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank import preflight, select_rank
+from rightrank.decision.seeds import LOSS_NOISE, NOISE
+from rightrank.hooks.preflight import estimate_resolutions
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import RunStarted, SelectionPlanned
 from rightrank.schema.results import Preflight
@@ -158,3 +160,10 @@ def test_dry_run_and_selection_agree(model_folder: Path, completion_file: Path, 
     assert direct
     assert all(trial.predicted_peak_bytes == peaks[trial.rank] for trial in direct)
     assert selected.cost["trainings"] > 0
+
+
+def test_the_choice_of_the_learning_rate_limits_what_examples_and_seeds_resolve() -> None:
+    by_kind = {kind: estimate_resolutions(kind, 10**9, None)[-1] for kind in ("token_loss", "accuracy")}
+    noise = LOSS_NOISE.seeds + LOSS_NOISE.learning_rates
+    assert by_kind["token_loss"].expected_half_width == pytest.approx(1.645 * 0.08 * noise**0.5, rel=1e-3)
+    assert by_kind["accuracy"].expected_half_width == pytest.approx(1.645 * 0.4 * NOISE.seeds**0.5, rel=1e-3)

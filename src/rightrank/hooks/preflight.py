@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
-from rightrank.decision.seeds import NOISE
+from rightrank.decision.seeds import get_noise
 from rightrank.report.format import format_duration, format_quantity
 from rightrank.report.terminal import describe_data_issues, format_preflight_lines, format_time_estimate
 from rightrank.runs.hook import Hook, SelectionStart
@@ -112,12 +112,12 @@ def estimate_resolutions(kind: MetricKind, num_examples: int, seconds_per_exampl
     std = EXAMPLE_STD.get(kind)
     if std is None:
         return []
-    half_width_factor = NORMAL.inv_cdf(CONFIDENCE) * std
+    noise, half_width_factor = get_noise(kind), NORMAL.inv_cdf(CONFIDENCE) * std
     return [
         Resolution(
             examples=examples,
-            expected_half_width=half_width_factor * math.sqrt(NOISE.compute_ratio(1, examples)),
-            expected_half_width_of_two_seeds=half_width_factor * math.sqrt(NOISE.compute_ratio(2, examples)),
+            expected_half_width=half_width_factor * math.sqrt(noise.compute_ratio(1, examples)),
+            expected_half_width_of_two_seeds=half_width_factor * math.sqrt(noise.compute_ratio(2, examples)),
             seconds=None if seconds_per_example is None else max(0.0, (examples - num_examples) * seconds_per_example),
         )
         for examples in sorted({*RESOLUTION_COUNTS, num_examples})
