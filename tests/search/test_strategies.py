@@ -92,6 +92,64 @@ def test_a_budget_leaves_out_added_learning_rates_and_still_finishes_the_best() 
     assert [outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank == 64] == [3e-3]
 
 
+@pytest.mark.parametrize(
+    ("rates", "best", "added"),
+    [
+        ((1.1e-4, 1.2e-4, 1.3e-4), 1e-3, {1.42e-4, 1.54e-4}),
+        ((1e-4, 1.1e-4, 1.2e-4), 1e-3, {1.32e-4, 1.44e-4}),
+        ((1.4e-4, 1.5e-4), 1e-5, {1.31e-4, 1.22e-4}),
+    ],
+)
+def test_added_learning_rates_lie_beyond_the_edge_on_narrow_grids(
+    rates: tuple[float, ...], best: float, added: set[float]
+) -> None:
+    space = make_space(goal="adapter", learning_rates=rates)
+    outcomes = run_all(STRATEGIES["bracket"](space), World(best_learning_rate=best))
+    assert {outcome.learning_rate for outcome in outcomes if outcome.rank == 64} - {*rates} == added
+
+
+@pytest.mark.parametrize("goal", ["adapter", "best-adapter", "training-rank"])
+@pytest.mark.parametrize("best", [1e-3, 1e-2])
+@pytest.mark.parametrize("spare", [0.0, 0.25, 0.5])
+def test_the_search_leaves_the_budget_that_the_goal_needs(goal: str, best: float, spare: float) -> None:
+    """The loss rises at half, and the best learning rate may lie beyond the edge: both cost a quarter more."""
+
+    class Rises(World):
+        def loss(self, arm: Arm) -> float:
+            return super().loss(arm) + (0.3 if arm.stop_at == 50 else 0.0)
+
+    least = STRATEGIES["bracket"](make_space(goal=goal)).estimate_cost().minimum
+    space = make_space(goal=goal, budget_steps=(least + spare) * STEPS)
+    outcomes = run_all(STRATEGIES["bracket"](space), Rises(best_learning_rate=best))
+    ends = {(outcome.rank, outcome.steps) for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
+    assert (64, 100) in ends
+    assert goal != "best-adapter" or (64, 200) in ends
+    assert goal != "training-rank" or len({rank for rank, _ in ends}) > 1
+
+
+def test_a_budget_that_ends_the_run_is_noted() -> None:
+    limited = STRATEGIES["bracket"](make_space(goal="best-adapter", budget_seconds=250.0))
+    trials = limited.replay_trials(run_all(limited, World(gain=0.02)))
+    assert [note.partition(" (")[0] for note in trials.notes] == ["The budget ends before r=64 lr=0.001 seed=0"]
+    unlimited = STRATEGIES["bracket"](make_space(goal="best-adapter"))
+    assert not any("budget" in note for note in unlimited.replay_trials(run_all(unlimited, World(gain=0.02))).notes)
+
+
+def test_truncations_are_evaluated_although_the_time_is_over() -> None:
+    class Slow(World):
+        """Simulate a training whose last half takes longer than the pace before predicts."""
+
+        def run(self, arm: Arm) -> Any:
+            outcome = super().run(arm)
+            is_slow = isinstance(outcome, TrialFinished) and arm.rank and arm.is_direct
+            return outcome.model_copy(update={"train_seconds": 1000.0}) if is_slow else outcome
+
+    strategy = STRATEGIES["bracket"](make_space(goal="adapter", budget_seconds=200.0, trusts_values=True))
+    trials = strategy.replay_trials(run_all(strategy, Slow(gain=0.001)))
+    assert trials.adapter is not None
+    assert trials.adapter.rank == 1
+
+
 def test_the_highest_learning_rate_that_learned_nothing_adds_none() -> None:
     class Broken(World):
         def loss(self, arm: Any) -> float:

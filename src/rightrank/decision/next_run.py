@@ -76,7 +76,7 @@ def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
             f"{start} with another seed ({{cost}}): it may have failed.",
         )
     rate = evidence.contenders[rank].learning_rate
-    lower = [_extrapolate_rate(rate, EDGE_FACTOR * rate, _collect_tried_rates(evidence.table))] if rate > 0 else []
+    lower = [extrapolate_rate(rate, EDGE_FACTOR * rate, _collect_tried_rates(evidence.table))] if rate > 0 else []
     at = f"at learning rate {lower[0]:.2g} (now {rate:.2g})" if lower else "at a lower learning rate"
     return NextRun(
         action="rates", ranks=[rank], learning_rates=lower, trials=1, sentence=f"{start} {at}: it may have failed."
@@ -194,7 +194,7 @@ def _plan_equal_lengths(evidence: Evidence) -> NextRun:
 def _plan_larger_rank(evidence: Evidence) -> NextRun:
     top = evidence.reference
     rate = top.learning_rate
-    lrs = [_extrapolate_rate(rate, EDGE_FACTOR * rate, _collect_tried_rates(evidence.table)), rate] if rate > 0 else []
+    lrs = [extrapolate_rate(rate, EDGE_FACTOR * rate, _collect_tried_rates(evidence.table)), rate] if rate > 0 else []
     trials = len(lrs) or 1
     at = f" at learning rates {' and '.join(f'{lr:.2g}' for lr in lrs)}" if lrs else ""
     sentence = f"Train rank {2 * top.rank}{at} ({_format_cost(trials)}), or accept a larger margin."
@@ -215,7 +215,7 @@ def plan_rate_run(table: ScoreTable, rank: int, learning_rate: float, ranks: lis
     if not rates:
         return None
     edge, inner = (rates[0], rates[1]) if learning_rate == rates[0] else (rates[-1], rates[-2])
-    lr = _extrapolate_rate(edge, inner, _collect_tried_rates(table))
+    lr = extrapolate_rate(edge, inner, _collect_tried_rates(table))
     sentence = (
         f"The best learning rate of rank {rank} is at the edge of those tried: train {format_rank_names(ranks)} at {lr:.2g} too "
         f"({_format_cost(len(ranks))})."
@@ -227,7 +227,7 @@ def _collect_tried_rates(table: ScoreTable) -> set[float]:
     return {rate for rank in table.list_ranks() for rate in table.list_tried_rates(rank)}
 
 
-def _extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float]) -> float:
+def extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float] = ()) -> float:
     """Return a learning rate beyond the edge by the step between the edge and its neighbor.
 
     A rate that was tried at another rank is preferred if one is near, else a round number.
@@ -239,7 +239,7 @@ def _extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float]) -
     for candidate in (*sorted(tried_rates), float(f"{lr:.0e}")):
         if candidate and abs(math.log(candidate / lr)) < abs(math.log(factor)) / 4:
             return candidate
-    return lr
+    return float(f"{lr:.3g}")
 
 
 def _plan_proof(comparison: Comparison) -> NextRun:

@@ -11,22 +11,21 @@ import math
 from collections.abc import Generator, Sequence
 from itertools import product
 
-from rightrank.decision.adapter import choose_adapter
-from rightrank.decision.comparison import compute_bounds, is_within, walk_down
+from rightrank.decision.adapter import ReferenceComparison, build_adapter_files, choose_adapter
+from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import (
+    HALF,
+    LONGER,
+    QUARTER,
     Requests,
     Space,
     Trials,
-    estimate_difference,
     is_likely_within,
     make_truncation_arm,
-    orient_value,
 )
 from rightrank.search.learning_rates import (
-    HALF,
-    QUARTER,
     can_stop_early,
     estimate_search_cost,
     find_learning_rate,
@@ -40,7 +39,6 @@ DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves
 # (benchmarks/README.md, archive).
 START_PROBABILITY = 0.999
 STAGES = 4  # of one training at most: a quarter, half, and the end, from either of the first two
-LONGER = 2  # the length of the second training of goal "best-adapter", in trainings
 NEIGHBOURS = (
     3  # learning rates at most that a lower rank tries: the best one of the nearest rank, and those on either side
 )
@@ -197,15 +195,16 @@ def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
     long_training = trials.get_finished(long_arm)
     if long_training is None:
         return
-    difference = orient_value(long_training, space) - orient_value(parent, space)
-    estimate = estimate_difference([(long_training, parent)], space, space.metric)
-    bounds = None if estimate is None else compute_bounds(estimate)
-    bounds_text = "" if bounds is None else f" (95% bounds {bounds.low:+.2g} and {bounds.high:+.2g})"
+    files = build_adapter_files([parent, long_training], space.criterion)
+    reference_comparison = ReferenceComparison(files[parent.trial_id], files, space.criterion)
+    compared = reference_comparison.build_candidate(files[long_training.trial_id])
+    low, high = compared.difference_low, compared.difference_high
+    bounds = "" if low is None or high is None else f" (95% bounds {low:+.2g} and {high:+.2g})"
     result = (
         f"With {long_arm.steps} instead of {space.steps} steps, rank {space.top} is "
-        f"{'better' if difference < 0 else 'worse'} by {abs(difference):.2g}{bounds_text}."
+        f"{'better' if compared.difference < 0 else 'worse'} by {abs(compared.difference):.2g}{bounds}."
     )
-    answer = (yield from _truncate_training(trials, long_training)) if difference < 0 else None
+    answer = (yield from _truncate_training(trials, long_training)) if compared.difference < 0 else None
     if answer is None:
         trials.notes.append(f"{result} The adapter of {space.steps} steps is handed over.")
     else:

@@ -32,6 +32,9 @@ from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margi
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 
+QUARTER, HALF = 0.25, 0.5  # fractions of a training
+LONGER = 2  # the length of the second training of goal "best-adapter", in trainings
+
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # yielded by a script: arms that may run at the same time
 
 
@@ -78,6 +81,12 @@ class Space:
             seed=self.seeds[0] if seed is None else seed,
             steps=self.steps,
         )
+
+    @property
+    def reserved_steps(self) -> int:
+        """Return the steps of the budget that the learning-rate search leaves for what follows it."""
+        followed_by = {"best-adapter": LONGER, "training-rank": 1.0 + HALF if self.can_stop_early else 1.0}
+        return math.ceil(followed_by.get(self.goal, 0.0) * self.steps)
 
     def get_margin(self, reference_loss: float) -> float:
         """Return the margin, which depends on the loss of the reference if the settings do not give one."""
@@ -153,6 +162,16 @@ class Trials:
     notes: list[str] = field(default_factory=list)
     _trainings: dict[int, dict[float, dict[int, TrialFinished]]] = field(default_factory=dict)  # rank → rate → seed
     _indexed: int = 0  # number of outcomes in `_trainings`; outcomes are only appended
+
+    spent_steps: int = 0  # of all requested arms
+    spent_seconds: float = 0.0  # of those with an outcome
+
+    def can_afford(self, steps: int) -> bool:
+        """Return whether the budget suffices for this number of further steps, at the pace so far."""
+        space, pace = self.space, self.spent_seconds / self.spent_steps if self.spent_steps else 0.0
+        return (space.budget_steps is None or self.spent_steps + steps <= space.budget_steps) and (
+            space.budget_seconds is None or self.spent_seconds + pace * steps <= space.budget_seconds
+        )
 
     def get_finished(self, arm: Arm) -> TrialFinished | None:
         outcome = self.outcomes.get(arm)

@@ -16,12 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+from rightrank.decision.next_run import extrapolate_rate
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import Requests, Space, Trials, estimate_difference, make_base_arm, orient_value
+from rightrank.search.history import (
+    HALF,
+    QUARTER,
+    Requests,
+    Space,
+    Trials,
+    estimate_difference,
+    make_base_arm,
+    orient_value,
+)
 
 LearningRateSearch = Generator[Sequence[Arm], None, float | None]
 
-QUARTER, HALF = 0.25, 0.5  # fractions of a training
 MIN_STEPS = 4  # of a training that can stop at a quarter
 # In margins, from 44 grids: a learning rate at which the top rank is worse by more than .9 never helped a lower rank.
 MAX_DEFICIT_AT_TOP = 2.0
@@ -41,18 +50,19 @@ def find_learning_rate(
     """
     space = trials.space
     rates = list(learning_rates or space.learning_rates)
+    reserved_steps = 0 if learning_rates else space.reserved_steps
     if can_stop_early(space) and len(rates) > 1:
         yield [make_stopped_arm(space, rank, rate, QUARTER, seed) for rate in rates]
-        for _ in range(0 if learning_rates else _count_addable_rates(space)):
+        for _ in range(0 if learning_rates else space.max_added_learning_rates):
             added_rate = _find_rate_beyond_edge(trials, rank, rates, seed)
-            if added_rate is None:
+            if added_rate is None or not trials.can_afford(space.steps + reserved_steps):
                 break
             rates = sorted([*rates, added_rate])
             yield [make_stopped_arm(space, rank, added_rate, QUARTER, seed)]
         quarter_arms = [make_stopped_arm(space, rank, rate, QUARTER, seed) for rate in rates]
         ordered_rates = order_learning_rates(trials, quarter_arms)
         while ordered_rates:
-            finished_rate = yield from _finish_training(trials, rank, ordered_rates[0], rates, seed)
+            finished_rate = yield from _finish_training(trials, rank, ordered_rates[0], rates, seed, reserved_steps)
             if finished_rate is not None:
                 return finished_rate
             ordered_rates = [
@@ -88,14 +98,6 @@ def order_learning_rates(trials: Trials, stopped_arms: Sequence[Arm]) -> list[fl
     return [outcome.learning_rate for outcome in ordered]
 
 
-def _count_addable_rates(space: Space) -> int:
-    """Return how many learning rates can be added so that the budget still suffices to finish the best one."""
-    if space.budget_steps is None:
-        return space.max_added_learning_rates
-    spare_trainings = space.budget_steps / space.steps - estimate_search_cost(space)[0]
-    return min(space.max_added_learning_rates, max(0, int(spare_trainings / QUARTER)))
-
-
 def _find_rate_beyond_edge(trials: Trials, rank: int, rates: Sequence[float], seed: int | None) -> float | None:
     """Return the next learning rate beyond the lowest or highest one if that one is the best and has learned something."""
     space = trials.space
@@ -109,7 +111,7 @@ def _find_rate_beyond_edge(trials: Trials, rank: int, rates: Sequence[float], se
     factor = outer / inner
     if is_highest and not _has_learned(trials, make_stopped_arm(space, rank, ordered[0], QUARTER, seed)):
         return None
-    return float(f"{ordered[0] * factor:.1g}")
+    return extrapolate_rate(ordered[0], ordered[0] / factor)
 
 
 def _has_learned(trials: Trials, stopped_arm: Arm) -> bool:
@@ -122,9 +124,11 @@ def _has_learned(trials: Trials, stopped_arm: Arm) -> bool:
 
 
 def _finish_training(
-    trials: Trials, rank: int, rate: float, rates: Sequence[float], seed: int | None
+    trials: Trials, rank: int, rate: float, rates: Sequence[float], seed: int | None, reserved_steps: int
 ) -> LearningRateSearch:
     """Resume the training of `rate` from its quarter to its end, or that of the next lower learning rate if the loss rises.
+
+    The next lower one costs a quarter more, which is trained only if the budget then suffices for the end and for `reserved_steps`.
 
     Returns:
         The learning rate of the finished training; None if it diverged or failed.
@@ -140,7 +144,7 @@ def _finish_training(
     quarter_loss, half_loss = _get_loss(trials, at_quarter), _get_loss(trials, at_half)
     if quarter_loss is not None and half_loss is not None:  # a table may lack the evaluation at half
         stopped = at_half
-        if half_loss > quarter_loss:
+        if half_loss > quarter_loss and trials.can_afford(space.steps - at_quarter.end + reserved_steps):
             lower_at_half = yield from _train_lower_rate(trials, rank, rate, rates, seed)
             lower_loss = None if lower_at_half is None else _get_loss(trials, lower_at_half)
             if lower_at_half is not None and lower_loss is not None and lower_loss < half_loss:

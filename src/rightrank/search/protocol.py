@@ -101,7 +101,6 @@ class Strategy(ABC):
         }
         limits = self.space.budget_steps, self.space.budget_seconds
         most_steps, most_seconds = (math.inf if limit is None else limit for limit in limits)
-        spent_steps, spent_seconds = 0, 0.0
         base = [[make_base_arm(self.space.lora_alpha)]] if self.space.evaluates_base else []
         for requested_arms in chain(base, self.script(trials)):
             for arm in requested_arms:
@@ -109,17 +108,22 @@ class Strategy(ABC):
                     continue
                 steps = count_added_steps(arm, finished)
                 outcome = outcomes_by_arm.get(arm)
-                pace = spent_seconds / spent_steps if spent_steps else 0.0
-                spent_steps += steps
-                seconds = spent_seconds + (pace * steps if outcome is None else 0.0)
-                if spent_steps > most_steps or seconds > most_seconds:
+                pace = trials.spent_seconds / trials.spent_steps if trials.spent_steps else 0.0
+                trials.spent_steps += steps
+                seconds = trials.spent_seconds + (pace * steps if outcome is None else 0.0)
+                # The evaluation of a truncation is short, and without it a training hands over no smaller adapter.
+                if steps and (trials.spent_steps > most_steps or seconds > most_seconds):
+                    if not trials.waiting:
+                        trials.notes.append(
+                            f"The budget ends before {arm.format_label()} ({steps} steps); with a larger one, the same command continues."
+                        )
                     return trials
                 if outcome is None:
                     trials.waiting.append(arm)
                     continue
                 trials.outcomes[arm] = outcome
                 if isinstance(outcome, TrialFinished):
-                    spent_seconds += compute_added_seconds(outcome, finished)
+                    trials.spent_seconds += compute_added_seconds(outcome, finished)
             if trials.waiting:
                 break
         return trials
