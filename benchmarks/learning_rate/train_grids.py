@@ -243,9 +243,9 @@ def split_examples(examples: Sequence[Example]) -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def load_task(name: str, bases: Path, data: Path, work: Path) -> Task:
+def load_task(name: str, base_name: str, bases: Path, data: Path, work: Path) -> Task:
     """Encode the rows of a grid and compute the hidden states before the last block, once."""
-    base = load_base(bases, GRIDS[name])
+    base = load_base(bases, base_name)
     with (data / f"{name}.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     examples, classes, head = encode_rows(base, rows)
@@ -582,7 +582,7 @@ def main() -> None:
             ]
             if missing:
                 begun = time.perf_counter()
-                task = load_task(name, options.bases, options.data, options.work)
+                task = load_task(name, GRIDS[name], options.bases, options.data, options.work)
                 sizes = {split: len(indices) for split, indices in task.splits.items()}
                 print(
                     f"{name}: {sizes}, head {tuple(task.head.shape)}, prepared in {time.perf_counter() - begun:.0f} s",
