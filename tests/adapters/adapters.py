@@ -12,9 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from rightrank.models.adapter_folders import MLX_FILE
 from tests.tiny import build_tiny_llama_config
 
 VOCABULARY = 400
+PEFT = "base_model.model."
+MLX: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 3, "max_seq_length": 64, "seed": 0}
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -114,3 +117,18 @@ def compute_logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=ids).logits
     return result
+
+
+def write_mlx(folder: Path, adapter: Path, base: Path, **changes: Any) -> Path:
+    """Write a PEFT adapter of rank 8 and alpha 16 as mlx-lm stores it."""
+    folder.mkdir()
+    tensors = {key.removeprefix(PEFT): value for key, value in load_tensors(adapter).items()}
+    renamed = {
+        key.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): value.T.contiguous()
+        for key, value in tensors.items()
+    }
+    save_file(renamed, folder / MLX_FILE)
+    parameters = {"rank": 8, "scale": 2.0, "dropout": 0.0}
+    config = MLX | {"model": str(base), "lora_parameters": parameters} | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

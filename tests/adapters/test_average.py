@@ -25,9 +25,9 @@ from tests.adapters.adapters import (
     load_tensors,
     make_adapter,
     make_base,
+    write_mlx,
     write_tensors,
 )
-from tests.adapters.test_trainer_folders import write_mlx
 from tests.commands import run
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings

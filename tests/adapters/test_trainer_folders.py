@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rightrank import resize
 from rightrank.adapters.spectra import inspect_adapter
@@ -18,10 +18,7 @@ from rightrank.models.adapter_folders import MLX_FILE, find_adapter
 from rightrank.models.adapter_reader import open_adapter
 from rightrank.models.model_sources import find_model
 from rightrank.schema.errors import ModelError
-from tests.adapters.adapters import load_tensors, make_adapter, make_base
-
-PEFT = "base_model.model."
-MLX: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 3, "max_seq_length": 64, "seed": 0}
+from tests.adapters.adapters import MLX, make_adapter, make_base, write_mlx
 
 LAYOUTS = {
     "transformers": (["checkpoint-20", "checkpoint-100"], "checkpoint-100"),
@@ -61,21 +58,6 @@ def compute_mlx_updates(folder: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / MLX_FILE)
     names = {key.rpartition(".")[0] for key in tensors}
     return {name: (scale * tensors[f"{name}.lora_b"].T) @ tensors[f"{name}.lora_a"].T for name in names}
-
-
-def write_mlx(folder: Path, adapter: Path, base: Path, **changes: Any) -> Path:
-    """Write a PEFT adapter of rank 8 and alpha 16 as mlx-lm stores it."""
-    folder.mkdir()
-    tensors = {key.removeprefix(PEFT): value for key, value in load_tensors(adapter).items()}
-    renamed = {
-        key.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): value.T.contiguous()
-        for key, value in tensors.items()
-    }
-    save_file(renamed, folder / MLX_FILE)
-    parameters = {"rank": 8, "scale": 2.0, "dropout": 0.0}
-    config = MLX | {"model": str(base), "lora_parameters": parameters} | changes
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
