@@ -116,8 +116,7 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
     shown = CliRunner().invoke(cli, ["status", str(run)]).output
     assert (f"next:   {state.next_runs[0]}\n        {command}\n" in shown) if is_flagged else ("next:" not in shown)
     selected = Selected(run, None, None, run, answers, next_commands=state.next_commands)
-    for text in (str(selected), "\n".join(text for _, text in selected.view.build_rows())):
-        assert (command in text) == is_flagged
+    assert (command in str(selected)) == is_flagged
     page = Elements(render_report(records, answers)).text
     assert ("train rank 64 at 0.009 too (1 training)" in page) == is_flagged
     assert ("lr_edge" in page) == is_flagged

@@ -24,7 +24,8 @@ from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, View, make_view
 from rightrank.report.answer import build_answer_view, render_notebook_html
 from rightrank.report.figures import build_rank_figure
-from rightrank.report.terminal import CURVE_ROWS, draw_terminal_curve, format_plan
+from rightrank.report.terminal import format_plan
+from rightrank.report.terminal_curve import CURVE_ROWS, draw_terminal_curve
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
@@ -213,11 +214,11 @@ def test_every_terminal_curve_says_which_direction_is_better(tmp_path: Path) -> 
     assert label in CliRunner().invoke(cli, ["decide", str(run)]).output
     stream, records = io.StringIO(), make_run()
     higher = records.started.model_copy(update={"metric": "accuracy", "higher_is_better": True})
-    with View(Console(file=stream)) as view:
+    with LiveView(Console(file=stream, force_terminal=True, width=100, height=40)) as view:
         view.on_event(PLANNED.model_copy(update={"started": higher}))
         for outcome in records.outcomes:
             view.on_event(outcome)
-    assert "held-out accuracy (higher is better)\n" in stream.getvalue()
+    assert "held-out accuracy (higher is better)" in stream.getvalue()
 
 
 def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:

@@ -215,7 +215,7 @@ def test_a_selection_says_at_which_rank_its_adapter_loads(
         "**Note:** init_lora_weights pissa: an adapter that is trained at rank r loads on the base as a plain" in card
     )
     sentence = f"It loads as rank {2 * rank}."
-    assert sentence in str(selected) + selected.report.read_text(encoding="utf-8")
+    assert sentence in selected.report.read_text(encoding="utf-8")
     again = export(selected.run, "peft", tmp_path / "peft")
     assert again.files
     assert {module.rank for module in inspect(tmp_path / "peft").modules} == {2 * rank}

@@ -244,4 +244,8 @@ def status(run: str | Path) -> RunStatus:
         progress = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
         progress = {}  # no process is running, or it has just ended
-    return build_run_status(str(run), journal, records, records.settings.goal, folder.is_in_use(), progress)
+    from rightrank.runs.values import estimate_training_rank
+
+    goal = records.settings.goal
+    estimate = None if goal == "training-rank" else estimate_training_rank(records)
+    return build_run_status(str(run), journal, records, goal, folder.is_in_use(), progress, estimate)

@@ -96,14 +96,12 @@ def _name_run_folder(model: str, data: Path) -> Path:
 
 def _print_selected(selected: Selected, as_json: bool) -> None:
     """Print the result. An error in its text becomes one line, since the run is complete."""
-    from rightrank.report.answer import format_labelled_rows
     from rightrank.runs.hook import wrap_hook_errors
 
     with wrap_hook_errors("the text of the result"):
         assert selected.adapter is not None
         if not as_json:
-            click.echo("\n".join(["", *format_labelled_rows(selected.view.build_rows(), 9)]))
-            click.echo(f"\nreport:  {selected.report}\n{selected.advice}")
+            click.echo(str(selected))
             return
         paths = {"run": selected.run, "adapter": selected.adapter.path, "report": selected.report}
         extra_fields = {"next_command": selected.next_command} | {name: str(path) for name, path in paths.items()}

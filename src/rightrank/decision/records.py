@@ -295,6 +295,7 @@ class Answers:
     goal: Goal = "training-rank"
     adapter: AdapterRecorded | None = None
     provenance: str | None = None  # how the adapter was made, as a sentence
+    adapter_rate: float = 0.0  # the learning rate of the adapter's training; 0: unknown
     trainings: float = 0.0  # so far
     estimate: TrainingRankEstimate | None = None  # of the training rank, if that was not requested
     started: RunStarted | None = None  # None: the results are not from a run
@@ -353,12 +354,25 @@ def build_answers(
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
     provenance = None if chosen is None else build_provenance(chosen, records.list_finished())
     sentence = run = None
+    adapter_rate = 0.0
     if provenance is not None:
+        adapter_rate = provenance.learning_rate
         sentence, rank = provenance.format_sentence(), provenance.trained_rank
         run = plan_rate_run(build_run_table(records), rank, provenance.learning_rate, [rank])
     trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id)
     rate = None if trained is None else describe_learning_rate(trained, records.outcomes, build_criterion(records))
-    return Answers(decision, goal, adapter, sentence, count_trainings(records), estimate, records.started, run, rate)
+    return Answers(
+        decision,
+        goal,
+        adapter,
+        sentence,
+        adapter_rate,
+        count_trainings(records),
+        estimate,
+        records.started,
+        run,
+        rate,
+    )
 
 
 def _dump_record(record: Record | None) -> Any:

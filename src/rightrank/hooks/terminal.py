@@ -11,7 +11,8 @@ from rich.text import Text
 
 from rightrank.hooks.progress import Progress
 from rightrank.report.format import format_quantity
-from rightrank.report.terminal import draw_terminal_curve, format_plan
+from rightrank.report.terminal import format_plan
+from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.runs.hook import Hook
 from rightrank.schema.events import Event, Notice, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES
@@ -37,8 +38,7 @@ class View(Hook):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is None and (curve := self._format_curve()):
-            self.print_line(curve)
+        """Do nothing: plain lines need no end."""
 
     def on_event(self, event: Event) -> None:
         line = self._progress.record_event(event)
@@ -66,10 +66,6 @@ class View(Hook):
             self._last_line = time.monotonic()
             self.print_line(self._progress.format_progress())
 
-    def _format_curve(self) -> str:
-        trained, truncated = self._progress.get_curves()
-        return draw_terminal_curve(trained, self._console.width, truncated, label=self._progress.format_curve_label())
-
 
 class LiveView(View):
     """Redraws the progress and the curve in place; lines of finished trials scroll by above them."""
@@ -84,7 +80,6 @@ class LiveView(View):
 
     def __exit__(self, *error: Any) -> None:
         self._live.__exit__(*error)
-        super().__exit__(*error)
 
     def print_line(self, text: str) -> None:
         self._console.print(Text.from_ansi(text), highlight=False)
@@ -92,6 +87,10 @@ class LiveView(View):
     def _redraw(self) -> None:
         lines = [Text.from_ansi(self._format_curve()), Text(self._progress.format_best_rank())]
         self._live.update(Group(*lines, Text(self._progress.format_progress(), style="bold")))
+
+    def _format_curve(self) -> str:
+        trained, truncated = self._progress.get_curves()
+        return draw_terminal_curve(trained, self._console.width, truncated, label=self._progress.format_curve_label())
 
 
 def make_view(quiet: bool, console: Console | None = None) -> View:

@@ -42,16 +42,6 @@ class AnswerView:
         """Summarise both answers in a few words."""
         return " · ".join(filter(None, (self.adapter_headline, self.rank_headline))) or "Running: no answer yet"
 
-    def build_rows(self) -> list[tuple[str, str]]:
-        """Return both answers as `(label, text)` rows; the training rank only if it was requested or has an estimate."""
-        first = [("Adapter", self.adapter), *(("", note) for note in self.adapter_notes)] if self.adapter else []
-        first += [("Learning rate", self.learning_rate)]
-        if not (self.verdict or self.estimate):
-            return first
-        second = [("Training rank", f"{self.training_rank} {self.estimate}".rstrip()), ("verdict", self.verdict)]
-        metrics = [("metric", metric) for metric in self.metrics]
-        return [*first, *second, *metrics, ("", self.safe_choice), *self.build_next_rows()]
-
     def build_next_rows(self) -> list[tuple[str, str]]:
         """Return a row for each suggested next run, followed by a row with its command."""
         return [row for run, command in self.next_runs for row in (("next", run), ("", command or ""))]
@@ -114,8 +104,19 @@ def _format_adapter_notes(answers: Answers) -> list[str]:
         if answers.adapter_run
         else "",
         _format_test_result(handed_over),
+        _format_repetition(answers, handed_over),
         LONGER_ADVICE if answers.goal == "adapter" and _is_built_in(answers.started) else "",
     ]
+
+
+def _format_repetition(answers: Answers, handed_over: ExportedAdapter) -> str:
+    """Describe the ranks at which to train again."""
+    trained, decided = handed_over.trained_rank, None if answers.decision is None else answers.decision.rank
+    is_truncated = handed_over.method == "truncated" and handed_over.rank < trained
+    ways = [f"start at rank {trained} and truncate" if is_truncated else f"train at rank {trained}"]
+    if decided is not None and decided != trained:
+        ways.append(f"train at rank {decided}")
+    return f"To train again, {', or '.join(ways)}."
 
 
 def _is_built_in(started: RunStarted | None) -> bool:

@@ -12,8 +12,9 @@ from rightrank.decision.records import Records, build_answers, count_trainings, 
 from rightrank.report.answer import build_answer_view, format_labelled_rows
 from rightrank.report.evidence_tables import format_cost
 from rightrank.report.format import format_metric_label, format_quantity
-from rightrank.report.terminal import draw_terminal_curve
+from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.schema.command import build_resume_command
+from rightrank.schema.decision import TrainingRankEstimate
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunKind
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
@@ -42,7 +43,11 @@ class RunStatus(Record):
     learning_rate: float | None  # of the adapter; None if only one was tried
     learning_rate_sentence: str | None
     adapter_sentence: str | None  # the answer about the deployment rank
+    adapter_notes: list[str] = Field(
+        default_factory=list
+    )  # how the adapter was made, what it was tested on, and what to do
     rank: int | None
+    sentence: str | None = None  # the answer about the training rank, or its estimate
     verdict: str | None
     next_runs: list[str] = Field(default_factory=list)  # suggested next runs, the most useful first
     next_commands: list[str | None] = Field(default_factory=list)  # the command for each of them, if it can be pasted
@@ -59,6 +64,7 @@ def build_run_status(
     goal: Goal,
     is_locked: bool,
     progress: Mapping[str, object],
+    estimate: TrainingRankEstimate | None = None,
 ) -> RunStatus:
     """Build the status of a run.
 
@@ -66,6 +72,7 @@ def build_run_status(
         goal: the goal of the last `select`.
         is_locked: whether a process holds the run folder.
         progress: the content of the progress file; empty if there is none.
+        estimate: of the training rank, if that is not the goal.
     """
     recorded_decision, at = find_last_decision(journal), progress.get("at")
     is_fresh = isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
@@ -73,7 +80,7 @@ def build_run_status(
     adapter = records.adapters[-1].answer if records.adapters else None
     if goal != "training-rank":
         decision = None
-    answers = build_answers(records, decision, goal)
+    answers = build_answers(records, decision, goal, estimate)
     commands = build_next_commands(records.started, answers.next_runs, run)
     view = build_answer_view(answers, commands)
     is_done = recorded_decision is not None or (goal != "training-rank" and adapter is not None)
@@ -95,7 +102,11 @@ def build_run_status(
         learning_rate=answers.learning_rate.learning_rate if answers.learning_rate else None,
         learning_rate_sentence=view.learning_rate or None,
         adapter_sentence=None if adapter is None else adapter.sentence,
+        adapter_notes=[] if adapter is None else [*view.adapter_notes, *adapter.notes],
         rank=decision.rank if decision is not None else None,
+        sentence=" ".join(filter(None, (view.training_rank, view.safe_choice, *view.metrics)))
+        if decision is not None
+        else view.estimate or None,
         verdict=decision.verdict if decision is not None else None,
         next_runs=[sentence for sentence, _ in view.next_runs],
         next_commands=commands,
@@ -125,8 +136,11 @@ def format_status(status: RunStatus, width: int) -> str:
     rows: list[tuple[str, str | None]] = [
         ("cost", status.cost),
         ("answer", f"{status.answer}{so_far if status.answer != NO_ANSWER else ''}{verdict}"),
+        ("", status.sentence if status.verdict is not None else None),
         ("", status.adapter_sentence),
+        *(("", note) for note in status.adapter_notes),
         ("", status.learning_rate_sentence),
+        ("", status.sentence if status.verdict is None else None),
         *(
             row
             for sentence, command in zip(status.next_runs, status.next_commands, strict=True)

@@ -1,16 +1,15 @@
-"""Format terminal output: a decision with its evidence and curve, a preflight, and the lines before and after a selection."""
+"""Format terminal output: a decision with its evidence and curve, a preflight, and the lines before a selection."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import floor, log2, log10
-from textwrap import wrap
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rightrank.decision.records import Answers
 from rightrank.report.answer import build_answer_view, format_brief, format_labelled_rows
 from rightrank.report.evidence_tables import build_certainty_rows, build_evidence_table, format_table
 from rightrank.report.format import format_bytes, format_duration, format_metric_label, make_visible
+from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import DataSummary, RunStarted
 
@@ -154,70 +153,3 @@ def describe_data_issues(data: DataSummary) -> list[str]:
         ),
     )
     return [f"{count:,} {description}" for count, description in counts if count]
-
-
-MAX_CURVE_WIDTH, CURVE_ROWS = 72, 10  # characters
-Points: TypeAlias = Sequence[tuple[int, float]]  # rank and value, by ascending rank
-
-
-def draw_terminal_curve(points: Points, width: int, truncated: Points = (), *, label: str) -> str:
-    """Draw values against the logarithm of the rank as text, at most `width` characters wide.
-
-    Args:
-        points: trained adapters (●).
-        truncated: adapters truncated from a higher rank (○; ◉ where both share a cell).
-        label: the name of the values, with the better direction.
-
-    Returns:
-        The drawing, or "" if there are fewer than two ranks.
-    """
-    ranks = sorted({rank for rank, _ in (*points, *truncated)})
-    if len(ranks) < 2:
-        return ""
-    values = [value for _, value in (*points, *truncated)]
-    low, span = min(values), (max(values) - min(values)) or abs(values[0]) or 1.0
-    tick_values = {row: low + span * (1 - row / (CURVE_ROWS - 1)) for row in range(0, CURVE_ROWS, 3)}
-    # Use two digits of the distance between ticks, so that all texts differ, and trailing zeros, so that they line up.
-    digits = max(4, 2 + floor(log10(max(map(abs, tick_values.values())))) - floor(log10(span / (len(tick_values) - 1))))
-    ticks = {row: f"{value:#.{digits}g}".rstrip(".") for row, value in tick_values.items()}
-    margin = max(map(len, ticks.values()))
-    columns = max(len(ranks), min(width, MAX_CURVE_WIDTH) - margin - 1 - len(str(ranks[-1])))
-    column = {rank: round((columns - 1) * log2(rank / ranks[0]) / log2(ranks[-1] / ranks[0])) for rank in ranks}
-    truncated_cells, trained_cells = (
-        {(round((CURVE_ROWS - 1) * (1 - (value - low) / span)), column[rank]) for rank, value in adapters}
-        for adapters in (truncated, points)
-    )
-    cells = (
-        dict.fromkeys(truncated_cells, "○")
-        | dict.fromkeys(trained_cells, "●")
-        | dict.fromkeys(truncated_cells & trained_cells, "◉")
-    )
-    lines = [
-        f"{ticks.get(row, ''):>{margin}}{'┤' if row in ticks else '│'}"
-        + "".join(cells.get((row, x), " ") for x in range(columns))
-        + "│"
-        for row in range(CURVE_ROWS)
-    ]
-    frame = f"{'':{margin}}┌{'─' * columns}┐", f"{'':{margin}}└{'─' * columns}┘"
-    both_text = ", ◉ both" if truncated_cells & trained_cells else ""
-    legend = f" (● trained, ○ truncated{both_text})" if truncated and columns > 33 + len(both_text) else ""
-    names = " " * (margin + 1) + _format_rank_labels({column[rank]: str(rank) for rank in ranks})
-    return "\n".join(
-        [
-            *wrap(label, width),
-            frame[0],
-            *lines,
-            frame[1],
-            names,
-            f"{'':{margin + 1}}{'LoRA rank' + legend:^{columns}}".rstrip(),
-        ]
-    )
-
-
-def _format_rank_labels(names: Mapping[int, str]) -> str:
-    """Write each label at its column; a label that would touch the one before it is left out."""
-    line = ""
-    for column, name in names.items():
-        if not line or column > len(line):
-            line = line.ljust(column) + name
-    return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from rightrank.report.answer import AnswerView
 
 
-def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
+def estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
     """Estimate the training rank from the plain truncations of the top adapter; None without a deployment rank.
 
     Above rank 4 a training loses more than a truncation to the same rank, at lower ranks it may lose less. So the smallest
@@ -61,7 +62,7 @@ def _estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
 
 def collect_answers(records: Records, decision: Decision | None, goal: Goal) -> Answers:
     """Collect the deployment rank and the training rank; with another goal than "training-rank", an estimate replaces the training rank."""
-    return build_answers(records, decision, goal, None if goal == "training-rank" else _estimate_training_rank(records))
+    return build_answers(records, decision, goal, None if goal == "training-rank" else estimate_training_rank(records))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +100,6 @@ class Selected:
         return None if self.answers.adapter is None else self.answers.adapter.handed_over
 
     @property
-    def advice(self) -> str:
-        """Return one line on how to use the adapter and at which rank to train again; empty if no adapter was saved."""
-        adapter, handed_over = self.adapter, self.exported_adapter
-        if adapter is None or handed_over is None:
-            return ""
-        trained, again = handed_over.trained_rank, None if self.decision_or_none is None else self.decision_or_none.rank
-        is_truncated = handed_over.method == "truncated" and handed_over.rank < trained
-        ways = [f"start at rank {trained} and truncate" if is_truncated else f"train at rank {trained}"]
-        if again is not None and again != trained:
-            ways.append(f"train at rank {again}")
-        rank = ", ".join(filter(None, [f"rank {handed_over.rank}", handed_over.module_rank_range]))
-        return f"Use {adapter.path} now ({rank}). To train again, {', or '.join(ways)}."
-
-    @property
     def decision_or_none(self) -> Decision | None:
         """Return the decision on the training rank; None unless the goal is "training-rank"."""
         return self.answers.decision
@@ -143,18 +130,18 @@ class Selected:
         return f"Selected(adapter={adapter}, training={training}, verdict={verdict!r}, run={str(self.run)!r})"
 
     def __str__(self) -> str:
-        """Return the result in a few lines; the fields hold the details."""
-        from rightrank.report.answer import format_labelled_rows
+        """Return the final screen: the result in at most twelve lines. The fields hold the details."""
+        from rightrank.report.final_screen import FinishedRun, format_final_screen
 
-        view = self.view
-        rows = [("run", str(self.run)), ("adapter", view.adapter)]
-        if self.decision_or_none is not None:
-            rows += [("training rank", view.training_rank), ("verdict", view.verdict), ("", view.safe_choice)]
-        rows += view.build_next_rows()[:2]
-        if self.adapter is not None:  # a custom trainer may save no adapter
-            rows.append(("use", self.advice))
-        rows.append(("report", str(self.report)))
-        return "\n".join(format_labelled_rows(rows, 15))
+        finished = FinishedRun(
+            self.answers,
+            self.adapters,
+            self.next_commands,
+            self.run,
+            None if self.adapter is None else self.adapter.path,
+            self.report,
+        )
+        return format_final_screen(finished, shutil.get_terminal_size((80, 24)).columns)
 
     def to_pandas(self, *, examples: bool = False) -> DataFrame:
         """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""

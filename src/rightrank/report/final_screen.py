@@ -1,0 +1,204 @@
+"""Format the final screen of a selection, in at most twelve lines: the answer in a sentence, the curve, the adapter and the next command.
+
+`rightrank status RUN` and the report have everything else.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+
+from rich.cells import cell_len
+
+from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.records import Answers
+from rightrank.decision.sentences import format_probability
+from rightrank.models.loading_code import format_loading_code
+from rightrank.report.answer import format_brief, format_labelled_rows
+from rightrank.report.format import format_metric_label, format_quantity, make_visible
+from rightrank.report.terminal_curve import draw_small_curve
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision
+from rightrank.schema.events import RunKind, RunStarted
+
+MAX_LINES, MAX_CURVE_LINES = 12, 7
+MIN_WIDTH, LABEL_WIDTH = 40, 9  # characters
+# What the command of a next run adds, by its action.
+ADDITIONS = {
+    "seeds": "more seeds",
+    "examples": "more held-out examples",
+    "rank": "a larger rank",
+    "rates": "another learning rate",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """The facts of a finished selection that its final screen shows."""
+
+    answers: Answers
+    candidates: Sequence[AdapterCandidate]  # every adapter of the run
+    next_commands: Sequence[str | None]  # of the next runs, in the same order
+    run: Path
+    adapter: Path | None  # None: a custom trainer saved no files
+    report: Path
+
+
+def format_final_screen(finished: FinishedRun, width: int) -> str:
+    """Format the screen for a terminal of `width` characters.
+
+    The curve takes the lines that the texts leave free. Commands and paths are not wrapped, so that they can be pasted.
+    """
+    width = max(width, MIN_WIDTH)
+    headline = wrap(make_visible(describe_result(finished.answers)), width)
+    rows = [
+        ("adapter", "the trainer saved none" if finished.adapter is None else str(finished.adapter)),
+        ("load", _format_loading(finished)),
+        *_format_next_step(finished, width),
+        ("details", f"{finished.report} and: {shlex.join(['rightrank', 'status', str(finished.run)])}"),
+    ]
+    lines = list(map(make_visible, format_labelled_rows(rows, LABEL_WIDTH)))
+    free_lines = MAX_LINES - sum(-(-cell_len(line) // width) for line in (*headline, *lines))
+    return "\n".join([*headline, *_draw_curve(finished, width, min(free_lines, MAX_CURVE_LINES)), *lines])
+
+
+def _draw_curve(finished: FinishedRun, width: int, num_lines: int) -> list[str]:
+    decision, started = finished.answers.decision, finished.answers.started
+    if started is None:
+        return []
+    by_method: dict[str, dict[int, float]] = {"trained": {}, "truncated": {}}
+    better = max if started.higher_is_better else min
+    for candidate in finished.candidates:
+        values = by_method[candidate.method]
+        values[candidate.rank] = better(candidate.value, values.get(candidate.rank, candidate.value))
+    if decision is not None:  # its values are means over seeds
+        by_method["trained"] = {evidence.rank: evidence.value for evidence in decision.ranks if evidence.rank > 0}
+    trained, truncated = (sorted(values.items()) for values in by_method.values())
+    label = format_metric_label(started.metric, started.higher_is_better)
+    return draw_small_curve(trained, width, num_lines, truncated, label=label)
+
+
+def describe_result(answers: Answers) -> str:
+    """Describe the result in a sentence: the rank, the learning rate, the certainty and the cost."""
+    cost = f"it took {format_quantity(round(answers.trainings, 1), 'training')}"
+    if answers.decision is None:
+        return f"{_describe_adapter(answers)}; {cost}."
+    saved = ""
+    if answers.adapter is not None:
+        claim = f", {_format_claim(answers, answers.adapter.answer, with_margin=False)}"
+        has_gain = answers.decision.verdict != "no_gain"
+        saved = f"the adapter has rank {answers.adapter.answer.rank}{claim if has_gain else ''}"
+    return f"{'; '.join(filter(None, [_describe_decision(answers.decision), saved, cost]))}."
+
+
+def _describe_adapter(answers: Answers) -> str:
+    """Describe the adapter that is handed over, if the training rank is not the goal."""
+    if answers.adapter is None:
+        return "The trainer saved no adapter"
+    answer = answers.adapter.answer
+    rate = f"learning rate {answers.adapter_rate:g}" if answers.adapter_rate else ""
+    claim = _format_claim(answers, answer, with_margin=True)
+    if answer.trial_id == answer.reference_id:
+        return f"Rank {answer.rank}: {', '.join(filter(None, [rate, claim]))}"
+    source = f"truncated from rank {answer.trained_rank}" if answer.method == "truncated" else "trained at this rank"
+    return f"Rank {answer.rank} is enough: {source}{f' ({rate})' if rate else ''}, {claim}"
+
+
+def _format_claim(answers: Answers, answer: AdapterAnswer, with_margin: bool) -> str:
+    """Describe the evidence for the adapter's rank, compared with its reference."""
+    metric = answers.started.metric if answers.started else "value"
+    margin = _format_amount(f"{answer.margin:.4g}", metric)
+    if answer.trial_id == answer.reference_id:
+        has_lower = any(candidate.rank < answer.rank for candidate in answer.candidates)
+        unshown = f"no lower rank is shown to be within {f'the margin of {margin}' if with_margin else 'the margin'}"
+        return unshown if has_lower else "no smaller adapter was compared"
+    ranks = [candidate.rank for candidate in answer.candidates if candidate.trial_id == answer.reference_id]
+    is_source = answer.method == "truncated" and ranks == [answer.trained_rank] and with_margin
+    named = f"rank {ranks[0]}" if ranks and ranks[0] != answer.rank else "the best adapter"
+    reference = "it" if is_source else named
+    margin_text = f"margin {answer.margin:.4g}" if with_margin else ""
+    if answer.difference_high is None:
+        amount = _format_amount(format_brief(abs(answer.difference)), metric)
+        limits = ", ".join(filter(None, ["no confidence bound", margin_text]))
+        return f"{amount} {'worse' if answer.difference > 0 else 'better'} than {reference} ({limits})"
+    bound = _format_amount(format_brief(abs(answer.difference_high)), metric)
+    limits = ", ".join(filter(None, [f"{CONFIDENCE:.0%} confidence", margin_text]))
+    direction = f"at least {bound} better" if answer.difference_high < 0 else f"at most {bound} worse"
+    return f"{direction} than {reference} ({limits})"
+
+
+def _describe_decision(decision: Decision) -> str:
+    """Describe the training rank and how certain it is."""
+    margin = _format_amount(f"{decision.margin:.4g}", decision.metric)
+    reference, rank = decision.reference_rank, decision.best_available_rank
+    if decision.verdict == "no_gain":
+        likely = "" if decision.grade == "shown" else "probably "
+        return f"No gain: the base model is {likely}within {margin} of the best adapter (rank {reference})"
+    probability = next((evidence.probability for evidence in decision.ranks if evidence.rank == rank), None)
+    likely = "" if probability is None else f"{format_probability(probability)} likely "
+    rate = f"learning rate {decision.learning_rate:g}" if decision.learning_rate else ""
+    seed = "one seed" if "one_seed" in decision.flags else ""
+    if decision.rank is None:
+        details = ", ".join(filter(None, [f"{likely}within {margin} of the best", seed]))
+        return f"Undecided; use rank {rank} until it is settled ({details})"
+    evidence = f"{likely}within {margin} of the best"
+    if decision.verdict == "rising":
+        evidence = f"the largest tried, better than all others by more than {margin}"
+    elif rank == reference and probability is None:
+        evidence = "the best of those tried"
+    return f"Train at rank {rank} ({', '.join(filter(None, [evidence, rate, seed]))})"
+
+
+def _format_amount(number: str, metric: str) -> str:
+    """Format a number with its unit, if the metric has one."""
+    return f"{number} nats" if metric == "loss" else number
+
+
+def _format_loading(finished: FinishedRun) -> str:
+    """Return one line of Python that loads the adapter, or the file that has more of them; empty for a custom trainer's files."""
+    started, folder = finished.answers.started, finished.adapter
+    if started is None or folder is None or started.kind is not RunKind.SELECTION:
+        return ""
+    if started.model_name is None:
+        return f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+    code = format_loading_code(str(folder), started.model_name, started.data.classes is not None)
+    return f"peft.{code[-1].removeprefix('model = ')}" if len(code) == 2 else f"the code in {folder / 'README.md'}"
+
+
+def _format_next_step(finished: FinishedRun, width: int) -> list[tuple[str, str]]:
+    """Return rows with the most useful next command or, without one, with the sentence on the next run."""
+    runs = finished.answers.next_runs
+    for next_run, command in zip(runs, finished.next_commands, strict=False):
+        if command is not None:
+            return [(f"next ({ADDITIONS[next_run.action]})", command)]
+    if runs:
+        lines = wrap(make_visible(runs[0].sentence), width - LABEL_WIDTH)
+        return [("next" * (number == 0), line) for number, line in enumerate(lines)]
+    return _choose_next_command(finished)
+
+
+def _choose_next_command(finished: FinishedRun) -> list[tuple[str, str]]:
+    """Return a row with the next command after an answer that asks for no further run."""
+    answers, run = finished.answers, str(finished.run)
+    started, adapter = answers.started, answers.adapter
+    if started is None or adapter is None or started.kind is RunKind.CUSTOM_TRAINER:
+        return []
+    reason, arguments = "serve it", ["export", run, "--to", "peft" if started.data.classes is not None else "vllm"]
+    if started.kind is RunKind.SELECTION:
+        if len(adapter.answer.candidates) == 1 and (budget := _double_budget(started)):
+            reason, arguments = "a larger budget", ["select", "--out", run, *budget]
+        elif adapter.answer.is_top_rank_required:
+            reason, arguments = "a larger rank", ["select", "--out", run, "--extend"]
+        elif answers.goal == "adapter":
+            reason, arguments = "twice the steps", ["select", "--out", run, "--goal", "best-adapter"]
+    return [(f"next ({reason})", shlex.join(["rightrank", *arguments]))]
+
+
+def _double_budget(started: RunStarted) -> list[str]:
+    """Return the options that double the budget of a run; empty if it has none."""
+    settings = started.select_settings
+    trainings, hours = settings.budget_trainings, settings.budget_hours
+    options = [] if trainings is None else ["--set", f"budget_trainings={2 * trainings:g}"]
+    return options + ([] if hours is None else ["--time", f"{2 * hours:g}h"])

@@ -1,0 +1,209 @@
+"""Test the final screen of a selection: at most twelve lines for every goal and outcome, with commands that can be pasted."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from rich.cells import cell_len
+
+from rightrank import Selected
+from rightrank.cli import cli
+from rightrank.decision.adapter import build_trained_answer
+from rightrank.decision.next_run import build_next_commands
+from rightrank.decision.records import Answers, Records, build_criterion, compare_run_adapters, decide_if_possible
+from rightrank.decision.rule import decide_table
+from rightrank.report.final_screen import MAX_LINES, FinishedRun, describe_result, format_final_screen
+from rightrank.runs.values import SelectedRank, collect_answers
+from rightrank.schema.decision import Decision
+from rightrank.schema.events import RunKind
+from rightrank.schema.settings import Goal
+from tests.commands import COMMANDS
+from tests.decision.worlds import build_world_table, build_worlds
+from tests.report.runs import make_answered_run, make_run
+
+Case = Callable[[], tuple[Records, Goal]]
+
+
+def make_adapter_run() -> tuple[Records, Goal]:
+    return make_answered_run(), "adapter"
+
+
+def make_best_adapter_run() -> tuple[Records, Goal]:
+    return make_answered_run(), "best-adapter"
+
+
+def make_training_rank_run() -> tuple[Records, Goal]:
+    return make_answered_run(direct=(4, 16)), "training-rank"
+
+
+def make_edge_run() -> tuple[Records, Goal]:
+    """Make a run whose best learning rate is the highest one tried."""
+    records = make_answered_run()
+    top = next(trial for trial in records.list_finished() if trial.rank == 64)
+    records.outcomes += [
+        top.model_copy(update={"trial_id": str(rate), "learning_rate": rate, "stop_at": 5}) for rate in (3e-4, 1e-3)
+    ]
+    return set_settings(records, learning_rates=[3e-4, 1e-3, 3e-3]), "adapter"
+
+
+def make_no_gain_run() -> tuple[Records, Goal]:
+    """Make a run whose base model is as good as its adapters."""
+    records = make_answered_run(direct=(4, 16))
+    (base,) = [trial for trial in records.list_finished() if trial.rank == 0]
+    (top,) = [trial for trial in records.list_finished() if trial.rank == 64]
+    copied = base.model_copy(update={name: getattr(top, name) for name in ("value", "metrics", "example_losses")})
+    records.outcomes[records.outcomes.index(base)] = copied
+    return records, "training-rank"
+
+
+def make_undecided_run() -> tuple[Records, Goal]:
+    """Make a run whose margin its examples cannot resolve."""
+    return set_settings(make_run((512, 1024), (1e-3,)), margin=0.0001), "training-rank"
+
+
+def make_run_out_of_budget() -> tuple[Records, Goal]:
+    """Make a run whose budget ended before any truncation."""
+    records = make_run((64,), (3e-3,))
+    (trial,) = [trial for trial in records.list_finished() if trial.rank]
+    (answered,) = make_answered_run().adapters
+    answer = build_trained_answer(trial, build_criterion(records))
+    exported = answered.handed_over.model_copy(update={"rank": 64, "method": "trained"})
+    records.adapters.append(answered.model_copy(update={"answer": answer, "handed_over": exported}))
+    return set_settings(records, budget_trainings=1.5), "adapter"
+
+
+def make_custom_run() -> tuple[Records, Goal]:
+    """Make a run of a custom trainer that saved no files."""
+    records = make_run()
+    settings = {name: value for name, value in records.started.settings.items() if name not in ("model", "data")}
+    records.started = records.started.model_copy(
+        update={"kind": RunKind.CUSTOM_TRAINER, "settings": settings | {"trainer": "train"}, "metric": "loss"}
+    )
+    return records, "training-rank"
+
+
+def make_callback_run() -> tuple[Records, Goal]:
+    records = make_answered_run()
+    records.started = records.started.model_copy(update={"kind": RunKind.CALLBACK})
+    return records, "adapter"
+
+
+def set_settings(records: Records, **changes: object) -> Records:
+    records.started = records.started.model_copy(update={"settings": records.started.settings | changes})
+    return records
+
+
+CASES: list[Case] = [
+    make_adapter_run,
+    make_best_adapter_run,
+    make_training_rank_run,
+    make_edge_run,
+    make_no_gain_run,
+    make_undecided_run,
+    make_run_out_of_budget,
+    make_custom_run,
+    make_callback_run,
+]
+
+
+def finish(case: Case, run: Path) -> FinishedRun:
+    records, goal = case()
+    decision: Decision | None = decide_if_possible(records) if goal == "training-rank" else None
+    answers = collect_answers(records, decision, goal)
+    commands = build_next_commands(records.started, answers.next_runs, str(run))
+    adapter = run / "adapter" if records.adapters else None
+    return FinishedRun(answers, compare_run_adapters(records), commands, run, adapter, run / "report.html")
+
+
+def list_screen_commands(screen: str) -> list[list[str]]:
+    return [shlex.split(text)[1:] for text in re.findall(r"(?m): (rightrank .*)$", screen)]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_the_screen_has_at_most_twelve_lines(case: Case, width: int) -> None:
+    """Count the lines of the terminal, in which a long line takes several."""
+    screen = format_final_screen(finish(case, Path("data-model")), width)
+    assert sum(-(-cell_len(line) // width) for line in screen.splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("run", ["data-model", "my run's folder/it", "daten-größe", "数据-模型"])
+@pytest.mark.parametrize("width", [20, 40, 80])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_commands_and_paths_stay_whole_in_any_terminal(case: Case, width: int, run: str) -> None:
+    finished = finish(case, Path(run))
+    screen = format_final_screen(finished, width)
+    assert len(screen.splitlines()) <= MAX_LINES
+    commands = list_screen_commands(screen)
+    assert ["status", run] in commands
+    for name, *arguments in commands:
+        with click.Context(cli) as parent:
+            COMMANDS[name].make_context(name, arguments, parent=parent)
+    if finished.adapter is not None:
+        assert f"adapter: {finished.adapter}\n" in screen
+    for loading in re.findall(r"(?m)^load: +(peft.*)$", screen):
+        assert [node.value for node in ast.walk(ast.parse(loading)) if isinstance(node, ast.Constant)] == [
+            str(finished.adapter)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("case", "texts"),
+    [
+        (make_adapter_run, ["Rank 8 is enough: truncated from rank 64 (learning rate 0.003), at most ", " nats worse",
+                            "(95% confidence, margin 0.02); it took 1 training.", "next (twice the steps): rightrank select --out"]),
+        (make_best_adapter_run, ["Rank 8 is enough", "next (serve it): rightrank export data-model --to vllm"]),
+        (make_training_rank_run, ["Train at rank 16 (over 99% likely within 0.02 nats of the best", "the adapter has rank 8",
+                                  "next (more seeds): rightrank select --out data-model --seeds 0,1"]),
+        (make_edge_run, ["next (another learning rate): rightrank select --out data-model --learning-rates"]),
+        (make_no_gain_run, ["No gain: the base model is probably within 0.02 nats", "next:    Check that the labels"]),
+        (make_undecided_run, ["Undecided; use rank "]),
+        (make_run_out_of_budget, ["Rank 64: learning rate 0.003, no smaller adapter was compared",
+                                  "next (a larger budget): rightrank select --out data-model --set budget_trainings=3"]),
+        (make_custom_run, ["adapter: the trainer saved none", "next:    "]),
+        (make_callback_run, ["Rank 8 is enough", "next (serve it): "]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_the_screen_has_the_answer_and_the_next_step(case: Case, texts: list[str]) -> None:
+    screen = format_final_screen(finish(case, Path("data-model")), 200)
+    assert [text for text in texts if text not in screen] == []
+
+
+@pytest.mark.parametrize("case", [make_adapter_run, make_best_adapter_run, make_training_rank_run])
+def test_each_goal_shows_its_curve_and_its_adapter_in_eighty_columns(case: Case) -> None:
+    lines = format_final_screen(finish(case, Path("data-model")), 80).splitlines()
+    assert sum("┤" in line for line in lines) == 2
+    assert any(line.startswith("held-out loss, nats (lower is better); ● trained, ○ truncated") for line in lines)
+    assert "load:    peft.AutoPeftModelForCausalLM.from_pretrained('data-model/adapter')" in lines
+    assert lines[-1] == "details: data-model/report.html and: rightrank status data-model"
+
+
+@pytest.mark.parametrize("name", build_worlds())
+def test_every_verdict_has_a_short_sentence(name: str) -> None:
+    world = build_worlds()[name]
+    decision = decide_table(build_world_table(world), world.margin)
+    sentence = describe_result(Answers(decision, trainings=3.2))
+    assert len(sentence) < 160
+    assert f"rank {decision.best_available_rank}" in sentence or decision.verdict == "no_gain"
+
+
+def test_a_result_prints_its_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    finished = finish(make_adapter_run, Path("data-model"))
+    selected = Selected(
+        finished.run,
+        SelectedRank(8, "", Path("data-model/adapter")),
+        None,
+        finished.report,
+        finished.answers,
+        finished.next_commands,
+        list(finished.candidates),
+    )
+    assert str(selected) == format_final_screen(finished, 80)
