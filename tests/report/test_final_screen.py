@@ -194,6 +194,18 @@ def test_every_verdict_has_a_short_sentence(name: str) -> None:
     assert f"rank {decision.best_available_rank}" in sentence or decision.verdict == "no_gain"
 
 
+def test_the_next_command_of_a_run_with_a_budget_raises_it() -> None:
+    records, goal = make_edge_run()
+    set_settings(records, budget_trainings=2.0, budget_hours=0.5)
+    finished = finish(lambda: (records, goal), Path("data-model"))
+    (command,) = [command for command in finished.next_commands if command is not None]
+    assert command.endswith("--set budget_trainings=3 --time 1h")
+    records, goal = make_adapter_run()
+    set_settings(records, budget_hours=2.0)
+    screen = format_final_screen(finish(lambda: (records, goal), Path("data-model")), 200)
+    assert "rightrank select --out data-model --goal best-adapter --time 4h\n" in screen
+
+
 def test_a_result_prints_its_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     finished = finish(make_adapter_run, Path("data-model"))

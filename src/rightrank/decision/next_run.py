@@ -27,9 +27,10 @@ from rightrank.decision.verdicts import (
     is_open,
     list_lengths,
 )
+from rightrank.schema.command import build_arguments
 from rightrank.schema.decision import NextRun, Verdict
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import MAX_SEED
+from rightrank.schema.settings import MAX_SEED, SelectSettings
 
 MIN_SEEDS = 2  # the fewest seeds that measure the noise over seeds
 CONFIRM_SEEDS = 3
@@ -308,9 +309,26 @@ def build_next_commands(
     if started.is_custom_trainer:
         return [None] * len(runs)
     margin_options = [] if margin is None else ["--margin", f"{margin:g}"]
+    commands: list[str | None] = []
+    for next_run in runs:
+        options = _build_options(started, next_run)
+        budget = build_budget_options(started.select_settings, next_run.trials)
+        command = shlex.join(["rightrank", "select", "--out", run, *options, *margin_options, *budget])
+        commands.append(command if options else None)
+    return commands
+
+
+def build_budget_options(settings: SelectSettings, trainings: float) -> list[str]:
+    """Return options that add a number of trainings to the budget and double its time; empty without a budget."""
+    budgets = {
+        "budget_trainings": settings.budget_trainings and settings.budget_trainings + trainings,
+        "budget_hours": settings.budget_hours and float(f"{2 * settings.budget_hours:.3g}"),
+    }
     return [
-        shlex.join(["rightrank", "select", "--out", run, *options, *margin_options]) if options else None
-        for options in (_build_options(started, next_run) for next_run in runs)
+        argument
+        for name, budget in budgets.items()
+        if budget
+        for argument in build_arguments(name, SelectSettings.model_fields[name], budget)
     ]
 
 

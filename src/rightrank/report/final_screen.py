@@ -14,6 +14,7 @@ from textwrap import wrap
 from rich.cells import cell_len
 
 from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.next_run import build_budget_options
 from rightrank.decision.records import Answers
 from rightrank.decision.sentences import format_probability
 from rightrank.models.loading_code import format_loading_code
@@ -21,10 +22,11 @@ from rightrank.report.answer import format_brief, format_labelled_rows
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
 from rightrank.report.terminal_curve import draw_small_curve
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision
-from rightrank.schema.events import RunKind, RunStarted
+from rightrank.schema.events import RunKind
 
 MAX_LINES, MAX_CURVE_LINES = 12, 7
 MIN_WIDTH, LABEL_WIDTH = 40, 9  # characters
+LONGER_TRAININGS = 2  # additional trainings of goal "best-adapter"
 # What the command of a next run adds, by its action.
 ADDITIONS = {
     "seeds": "more seeds",
@@ -116,7 +118,7 @@ def _format_claim(answers: Answers, answer: AdapterAnswer, with_margin: bool) ->
         return unshown if has_lower else "no smaller adapter was compared"
     ranks = [candidate.rank for candidate in answer.candidates if candidate.trial_id == answer.reference_id]
     is_source = answer.method == "truncated" and ranks == [answer.trained_rank] and with_margin
-    named = f"rank {ranks[0]}" if ranks and ranks[0] != answer.rank else "the best adapter"
+    named = f"rank {ranks[0]}" if ranks and ranks[0] != answer.rank else f"another rank {answer.rank} adapter"
     reference = "it" if is_source else named
     margin_text = f"margin {answer.margin:.4g}" if with_margin else ""
     if answer.difference_high is None:
@@ -185,20 +187,16 @@ def _choose_next_command(finished: FinishedRun) -> list[tuple[str, str]]:
     started, adapter = answers.started, answers.adapter
     if started is None or adapter is None or started.kind is RunKind.CUSTOM_TRAINER:
         return []
-    reason, arguments = "serve it", ["export", run, "--to", "peft" if started.data.classes is not None else "vllm"]
+    target = "peft" if started.data.classes is not None else "vllm"
+    reason, command = "serve it", ["rightrank", "export", run, "--to", target]
     if started.kind is RunKind.SELECTION:
-        if len(adapter.answer.candidates) == 1 and (budget := _double_budget(started)):
-            reason, arguments = "a larger budget", ["select", "--out", run, *budget]
+        settings, select = started.select_settings, ["rightrank", "select", "--out", run]
+        budget = settings.budget_trainings or 1.0
+        if len(adapter.answer.candidates) == 1 and (larger_budget := build_budget_options(settings, budget)):
+            reason, command = "a larger budget", [*select, *larger_budget]
         elif adapter.answer.is_top_rank_required:
-            reason, arguments = "a larger rank", ["select", "--out", run, "--extend"]
+            reason, command = "a larger rank", [*select, "--extend", *build_budget_options(settings, budget)]
         elif answers.goal == "adapter":
-            reason, arguments = "twice the steps", ["select", "--out", run, "--goal", "best-adapter"]
-    return [(f"next ({reason})", shlex.join(["rightrank", *arguments]))]
-
-
-def _double_budget(started: RunStarted) -> list[str]:
-    """Return the options that double the budget of a run; empty if it has none."""
-    settings = started.select_settings
-    trainings, hours = settings.budget_trainings, settings.budget_hours
-    options = [] if trainings is None else ["--set", f"budget_trainings={2 * trainings:g}"]
-    return options + ([] if hours is None else ["--time", f"{2 * hours:g}h"])
+            longer_budget = build_budget_options(settings, LONGER_TRAININGS)
+            reason, command = "twice the steps", [*select, "--goal", "best-adapter", *longer_budget]
+    return [(f"next ({reason})", shlex.join(command))]

@@ -56,7 +56,7 @@ def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
     if isinstance(value, tuple) and not row.split:
         return [argument for entry in value for argument in _format_option(row.option, entry)]
     if name == "budget_hours":
-        return _format_option(row.option, f"{Decimal(repr(value)):f}h")
+        return _format_option(row.option, f"{Decimal(repr(value)).normalize():f}h")
     if name == "memory_bytes":
         return _format_option(row.option, f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value}B")
     return _format_option(
