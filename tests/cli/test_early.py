@@ -76,8 +76,8 @@ def test_a_package_that_is_not_installed_is_one_line(files: Path) -> None:
         ["plan", "model"],
         ["compare", "base", "base", "--model", "model", "--data", "train.jsonl"],
         ["inspect", "adapter"],
-        ["resize", "adapter", "run", "--rank", "1", "--quiet"],
-        ["export", "adapter", "--to", "merged", "--base", "model", "--out", "run", "--quiet"],
+        ["resize", "adapter", "run", "--rank", "1"],
+        ["export", "adapter", "--to", "merged", "--base", "model", "--out", "run"],
     ]
     process = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)], capture_output=True, text=True, cwd=files

@@ -305,7 +305,7 @@ def test_the_command_checks_on_the_run_s_own_test_split(
 ) -> None:
     monkeypatch.chdir(small_run)
     with pytest.raises(SystemExit) as ended:
-        main(["export", "run", "--to", "merged", "--out", str(tmp_path / "out"), "--type", "bf16", "--quiet", "--json"])
+        main(["export", "run", "--to", "merged", "--out", str(tmp_path / "out"), "--type", "bf16", "--json"])
     answer = json.loads(capsys.readouterr().out)
     assert ended.value.code == {"not_worse": 0, "cannot_tell": 4}[answer["check"]["verdict"]]
     assert answer["check"]["comparisons"][0]["data"] == TEST_SPLIT

@@ -10,6 +10,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from filelock import FileLock
@@ -27,7 +28,7 @@ from rightrank.report.figures import build_rank_figure
 from rightrank.report.terminal import format_plan
 from rightrank.report.terminal_curve import CURVE_ROWS, draw_terminal_curve
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
-from tests.commands import COMMANDS
+from tests.commands import COMMANDS, mark_for_every_plug_in
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, make_run, write_answered_run, write_journal
 
@@ -166,6 +167,12 @@ def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
         command, 35
     )  # one line for each option, two for each group
     assert lines[-1].strip().startswith(("Example: rightrank", "Example: eval"))
+
+
+@mark_for_every_plug_in
+def test_the_commands_have_few_options() -> None:
+    parameters = [parameter for command in COMMANDS.values() for parameter in command.params]
+    assert sum(isinstance(parameter, click.Option) for parameter in parameters) <= 110
 
 
 def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:

@@ -254,5 +254,5 @@ def test_resume_continues_a_selection_with_its_model_data_and_settings(
     journal.write_bytes(b"".join(lines[: first + 1]))
     assert collect_values(run).keys() < values.keys()
     with pytest.raises(SystemExit, match=r"^0$"):
-        main(["resume", "run", "--quiet"])
+        main(["resume", "run"])
     assert collect_values(run) == values

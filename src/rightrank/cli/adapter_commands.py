@@ -94,7 +94,6 @@ def _inspect(as_json: bool, **sources: Any) -> None:
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", is_flag=True, help="Print no progress.")
 def _resize(
     adapter: Path,
     out: Path,
@@ -102,7 +101,6 @@ def _resize(
     ranks: list[str] | None,
     assignments: tuple[str, ...],
     as_json: bool,
-    quiet: bool,
     **rule: Any,
 ) -> None:
     """Write ADAPTER to OUT at another rank and report the truncation error."""
@@ -114,7 +112,7 @@ def _resize(
     orphan = next((option for option, value in data_options.items() if value), None)
     if orphan is not None and rule["data"] is None:
         raise SettingsError(f"{orphan} works only with --data FILE, which was not given; give both, or leave it out")
-    with open_progress_view(quiet) as view:
+    with open_progress_view() as view:
         resized = api.resize(
             adapter,
             out,

