@@ -88,6 +88,14 @@ def format_command(
     return commands[0]
 
 
+def test_a_command_that_adds_a_learning_rate_has_those_that_the_search_added() -> None:
+    added = NextRun(action="rates", ranks=[4], learning_rates=[0.1], sentence="x")
+    seeds = NextRun(action="seeds", ranks=[4], seeds=3, sentence="x")
+    commands = build_next_commands(make_run_start(), [added, seeds], "out", tried_rates={3e-3, 1e-2, 0.0333333333})
+    assert commands[0] == "rightrank select --out out --learning-rates 0.001,0.003,0.01,0.0333333333,0.1"
+    assert commands[1] == "rightrank select --out out --seeds 0,1,2"
+
+
 @pytest.mark.parametrize(
     ("next_run_fields", "options"),
     [

@@ -28,6 +28,7 @@ from rightrank.decision.records import (
     read_records,
 )
 from rightrank.decision.table import build_table
+from rightrank.report.figures import build_time_figure
 from rightrank.report.status import build_run_status, find_last_decision
 from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
@@ -592,6 +593,33 @@ def test_trials_are_a_table() -> None:
     assert list(table[table.status == "diverged"].reason) == ["training loss is nan"] * 2
     assert build_trials_frame(Records.from_journal(records.started, []), examples=False).empty
     assert build_trials_frame(Records.from_journal(records.started, []), examples=True).empty
+
+
+def test_the_time_of_a_rank_is_that_of_its_usual_trainings() -> None:
+    records = make_run(seeds=(0, 1))
+    expected = build_time_figure(records)
+    usual = next(trial for trial in records.list_finished() if trial.rank == 64)
+    records.outcomes.append(change_trial(usual, trial_id="longer", steps=2 * usual.steps, train_seconds=1e6))
+    figure = build_time_figure(records)
+    assert figure is not None
+    assert expected is not None
+    assert figure.rows == expected.rows
+
+
+@pytest.mark.parametrize("examples", [False, True])
+def test_an_exported_run_decides_without_its_longer_training(examples: bool) -> None:
+    records = make_run(seeds=(0, 1))
+    usual = next(trial for trial in records.list_finished() if trial.rank == 64 and trial.seed == 0)
+    losses = [0.5 * loss for loss in usual.example_losses]
+    changes = {"metrics": {"loss": 0.5 * usual.metrics["loss"]}, "value": 0.5 * usual.value, "example_losses": losses}
+    longer = change_trial(usual, trial_id="longer", steps=2 * usual.steps, **changes)
+    expected = decide_run(records)
+    records.outcomes.append(longer)
+    table: Any = build_trials_frame(records, examples=examples)
+    assert set(table[table.stage == "longer"].trial_id) == {"longer"}
+    decision = decide(table, metric="loss", margin=expected.margin).decision
+    assert [evidence.value for evidence in decision.ranks] == pytest.approx([e.value for e in expected.ranks])
+    assert "unequal_length" not in decision.flags
 
 
 @pytest.mark.parametrize("kind", ["trials", "examples", "csv", "csv of examples", "csv with the index"])

@@ -36,11 +36,11 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
     return read_records(Journal(tmp_path / "run" / "journal.jsonl").read(), "run")
 
 
-def log_all(records: Records, name: str) -> list[str]:
+def log_all(records: Records, name: str, steps: int = 0) -> list[str]:
     """Send all events to one tracker and return its warnings."""
     notices: list[str] = []
     trackers = Trackers([name], Path("run"))
-    plan: Any = SimpleNamespace(started=records.started)
+    plan: Any = SimpleNamespace(started=records.started, steps=steps)
     trackers.on_start(
         SelectionStart(plan, RunFolder(Path("run")), records.copy, lambda event: notices.append(event.text))
     )  # type: ignore[union-attr]
@@ -73,6 +73,14 @@ def test_tensorboard(records: Records) -> None:
     scalars = read_tensorboard_scalars(folder)
     assert [value for _, value in scalars["train/loss"]] == pytest.approx(trial.train_losses)
     assert scalars["eval/loss"][-1] == (trial.steps, pytest.approx(trial.metrics["loss"]))
+
+
+def test_a_longer_training_is_no_point_of_the_curve(records: Records) -> None:
+    pytest.importorskip("tensorboard")
+    trial = next(outcome for outcome in records.list_finished() if outcome.rank > 0 and outcome.arm.is_direct)
+    records.outcomes.append(trial.model_copy(update={"trial_id": "longer", "steps": 2 * trial.steps}))
+    assert log_all(records, "tensorboard", trial.steps) == []
+    assert "stage/loss" in read_tensorboard_scalars(Path("run/tensorboard/stage-longer"))
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of MLflow

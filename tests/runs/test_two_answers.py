@@ -162,6 +162,18 @@ def test_the_best_adapter_continues_the_folder_with_twice_the_steps(
     decided = select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank", **rates))
     assert "unequal_length" not in decided.decision.flags
     assert best.decision_or_none is None
+    assert winner.steps == 16
+    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    again = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter", **rates))
+    for selected in (decided, again):  # no goal replaces the better adapter by that of the shorter training
+        assert selected.answers.adapter is not None
+        assert selected.answers.adapter.answer.trained_id == winner.trial_id
+    if again.answers.adapter == best.answers.adapter:
+        assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    stricter = build_settings("adapter", **rates, margin=0.1)
+    other_margin = select_rank(str(model_folder), completion_file, run, settings=stricter).answers.adapter
+    assert other_margin is not None
+    assert (other_margin.answer.trained_id, other_margin.answer.margin) == (winner.trial_id, 0.1)
 
 
 def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(

@@ -18,6 +18,7 @@ from rightrank.decision.records import (
     decide_by_metric,
     list_comparable_outcomes,
     list_metrics,
+    list_tried_rates,
     read_records,
 )
 from rightrank.decision.table import build_other_tables, build_table_from_results
@@ -205,7 +206,7 @@ def _decide_run_folder(
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     decision = decision.model_copy(update={"adapter_sentence": adapter})
     commands = (
-        build_next_commands(started, decision.next_runs, str(folder.path), requested_margin)
+        build_next_commands(started, decision.next_runs, str(folder.path), requested_margin, list_tried_rates(records))
         if metric == started.metric
         else []
     )

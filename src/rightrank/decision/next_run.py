@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 from rightrank.decision.comparison import (
@@ -300,18 +300,23 @@ def _format_cost(trials: int) -> str:
 
 
 def build_next_commands(
-    started: RunStarted, runs: Sequence[NextRun], run: str, margin: float | None = None
+    started: RunStarted,
+    runs: Sequence[NextRun],
+    run: str,
+    margin: float | None = None,
+    tried_rates: Collection[float] = (),
 ) -> list[str | None]:
     """Return the command of each next run, or None if options of `select` can't express it.
 
-    A `margin` other than the run's own is added to the command, so that the continued run answers at this margin.
+    A command that adds learning rates has all of `tried_rates`, so that the new ones are compared with those that the search added. A
+    `margin` other than the run's own is added to the command, so that the continued run answers at this margin.
     """
     if started.is_custom_trainer:
         return [None] * len(runs)
     margin_options = [] if margin is None else ["--margin", f"{margin:g}"]
     commands: list[str | None] = []
     for next_run in runs:
-        options = _build_options(started, next_run)
+        options = _build_options(started, next_run, tried_rates)
         budget = build_budget_options(started.select_settings, next_run.trials)
         command = shlex.join(["rightrank", "select", "--out", run, *options, *margin_options, *budget])
         commands.append(command if options else None)
@@ -332,7 +337,7 @@ def build_budget_options(settings: SelectSettings, trainings: float) -> list[str
     ]
 
 
-def _build_options(started: RunStarted, next_run: NextRun) -> list[str]:
+def _build_options(started: RunStarted, next_run: NextRun, tried_rates: Collection[float]) -> list[str]:
     settings, options = started.select_settings, list[str]()
     held_out = (
         len(started.evaluation_examples) + started.data.not_evaluated
@@ -350,12 +355,12 @@ def _build_options(started: RunStarted, next_run: NextRun) -> list[str]:
         options += _format_added_values("--seeds", seeds, [*seeds, *islice(unused_seeds, next_run.seeds - len(seeds))])
     if next_run.action == "rank":
         options += _format_added_values("--ranks", ranks, [*ranks, *next_run.ranks])
-    if next_run.action in ("rank", "rates"):
-        options += _format_added_values("--learning-rates", rates, [*rates, *next_run.learning_rates])
+    if next_run.action in ("rank", "rates") and not {*next_run.learning_rates} <= {*rates}:
+        options += _format_added_values("--learning-rates", rates, [*rates, *tried_rates, *next_run.learning_rates])
     return options
 
 
 def _format_added_values(option: str, values: Sequence[float], extended_values: Sequence[float]) -> list[str]:
     """Return the option with all values, or an empty list if no value was added."""
     sorted_values = sorted(set(extended_values))
-    return [option, ",".join(f"{value:g}" for value in sorted_values)] if set(extended_values) > set(values) else []
+    return [option, ",".join(map(str, sorted_values))] if set(extended_values) > set(values) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rightrank.decision.adapter import Criterion, build_provenance, compare_adapters
 from rightrank.decision.comparison import CONFIDENCE
@@ -204,6 +204,11 @@ def build_run_table(
     )
 
 
+def list_tried_rates(records: Records) -> set[float]:
+    """List the learning rates of all trainings, including those that the search added to the settings."""
+    return {outcome.learning_rate for outcome in records.outcomes if outcome.rank > 0 and outcome.learning_rate > 0}
+
+
 def get_metric_direction(started: RunStarted, metric: str) -> bool | None:
     """Return whether higher is better by a metric of the run, from its settings or else its name; None: not known."""
     if metric == started.metric:
@@ -216,13 +221,17 @@ def list_comparable_outcomes(records: Records) -> list[TrialOutcome]:
     return exclude_collapsed_rates(exclude_longer_trainings([o for o in records.outcomes if o.is_direct]))
 
 
-def exclude_longer_trainings(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
+Outcome = TypeVar("Outcome", bound=TrialOutcome)
+
+
+def exclude_longer_trainings(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Keep the shortest training of each rank, learning rate and seed.
 
     The training of twice the steps, which goal "best-adapter" makes, is compared with the others as an adapter only.
     """
-    keys = [(outcome.rank, outcome.learning_rate, outcome.seed) for outcome in outcomes]
-    fewest: dict[tuple[int, float, int], int] = {}
+    # Truncations have no steps, and are compared with each other alone.
+    keys = [(outcome.rank, outcome.learning_rate, outcome.seed, outcome.truncate_from is None) for outcome in outcomes]
+    fewest: dict[tuple[int, float, int, bool], int] = {}
     for key, outcome in zip(keys, outcomes, strict=True):
         fewest[key] = min(outcome.steps, fewest.get(key, outcome.steps))
     return [outcome for key, outcome in zip(keys, outcomes, strict=True) if outcome.steps == fewest[key]]
@@ -331,9 +340,7 @@ class Answers:
                 "adapter_provenance": self.provenance,
                 "adapter_flags": [] if self.adapter_run is None else ["lr_edge"],
                 "handed_over": _dump_record(adapter and adapter.handed_over),
-                "learning_rate": self.learning_rate.learning_rate
-                if self.learning_rate
-                else fields.get("learning_rate"),
+                "learning_rate": self.adapter_rate or fields.get("learning_rate"),
                 "learning_rates": [candidate.model_dump() for candidate in self.learning_rate.candidates]
                 if self.learning_rate
                 else [],
@@ -385,33 +392,44 @@ _TRIAL_FIELDS = (
 
 
 def build_trials_frame(records: Records, examples: bool) -> DataFrame:
-    """Return a table with a row for each trial and its metrics, or with a row for each held-out example of each finished trial."""
+    """Return a table with a row for each trial and its metrics, or with a row for each held-out example of each finished trial.
+
+    The column `stage` tells complete trainings (`whole`) from longer, stopped and truncated ones, which are not compared with them.
+    """
     from pandas import DataFrame, concat
 
+    usual_ids = {outcome.trial_id for outcome in exclude_longer_trainings(records.outcomes)}
+    stages = {
+        outcome.trial_id: "base"
+        if outcome.rank == 0
+        else outcome.arm.format_stage() or ("whole" if outcome.trial_id in usual_ids else "longer")
+        for outcome in records.outcomes
+    }
     if not examples:
-        return DataFrame(map(_build_trial_row, records.outcomes))
+        return DataFrame([_build_trial_row(outcome, stages[outcome.trial_id]) for outcome in records.outcomes])
     started = records.started  # The example scores of a custom trainer belong to the deciding metric.
     columns = [
-        _build_example_columns(trial, (started.metric,) if started.is_custom_trainer else trial.metrics)
+        _build_example_columns(
+            trial, stages[trial.trial_id], (started.metric,) if started.is_custom_trainer else trial.metrics
+        )
         for trial in records.list_finished()
     ]
     frames = [DataFrame(trial_columns) for trial_columns in columns if trial_columns]
     return concat(frames, ignore_index=True) if frames else DataFrame()
 
 
-def _get_identity(trial: TrialOutcome) -> dict[str, Any]:
-    stage = "base" if trial.rank == 0 else trial.arm.format_stage() or "whole"
+def _get_identity(trial: TrialOutcome, stage: str) -> dict[str, Any]:
     arm = {name: getattr(trial, name) for name in ("rank", "learning_rate", "lora_alpha", "seed", "steps")}
     return {"trial_id": trial.trial_id, "stage": stage, **arm}
 
 
-def _build_trial_row(trial: TrialOutcome) -> dict[str, Any]:
+def _build_trial_row(trial: TrialOutcome, stage: str) -> dict[str, Any]:
     metrics = dict(trial.metrics) if isinstance(trial, TrialFinished) else {}
     recorded_fields = {name: getattr(trial, name) for name in _TRIAL_FIELDS if hasattr(trial, name)}
-    return {**_get_identity(trial), "status": trial.type.removeprefix("trial_"), **metrics, **recorded_fields}
+    return {**_get_identity(trial, stage), "status": trial.type.removeprefix("trial_"), **metrics, **recorded_fields}
 
 
-def _build_example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, Any]:
+def _build_example_columns(trial: TrialFinished, stage: str, metrics: Iterable[str]) -> dict[str, Any]:
     """Return columns with each example's score by each metric, and its weight; empty without example scores."""
     scores = {metric: items for metric in metrics if (items := trial.get_weighted_scores(metric)) is not None}
     if not scores:
@@ -421,4 +439,4 @@ def _build_example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict
         columns[metric] = [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
     if trial.example_groups is not None:
         columns["group"] = trial.example_groups
-    return {**_get_identity(trial), **columns, "tokens": next(iter(scores.values()))[1]}
+    return {**_get_identity(trial, stage), **columns, "tokens": next(iter(scores.values()))[1]}

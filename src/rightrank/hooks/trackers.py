@@ -79,9 +79,9 @@ class Trackers(Hook):
         group = f"{self._folder.resolve().name}-{started.fingerprint[:6]}"
         if isinstance(event, SelectionPlanned):  # trials that an interrupted run did not log
             for outcome in event.outcomes:
-                self._log(_convert_trial(started, outcome, group))
+                self._log(_convert_trial(started, outcome, group, self._start.selection.steps))
         elif isinstance(event, OUTCOMES):
-            self._log(_convert_trial(started, event, group))
+            self._log(_convert_trial(started, event, group, self._start.selection.steps))
         elif isinstance(event, DecisionRecorded):
             self._log(_convert_decision(started, event.decision, group))
 
@@ -201,21 +201,22 @@ def _write_trackio(run: _TrackedRun, _folder: Path) -> None:
     opened.finish()
 
 
-def _convert_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> _TrackedRun:
-    """Convert a trial to a run.
+def _convert_trial(started: RunStarted, outcome: TrialOutcome, group: str, steps: int) -> _TrackedRun:
+    """Convert a trial to a run. `steps` are those of a complete training.
 
-    A training that was stopped early or truncated is not a point of the curve. Its rank is logged as `stage_rank` and its
+    A training that was stopped early or truncated, or is longer than the others, is not a point of the curve. Its rank is logged as `stage_rank` and its
     values as `stage/…`, which separates them from the others in the tracker's charts.
     """
     arm = outcome.arm
-    is_direct = arm.is_direct
+    is_longer = 0 < steps < arm.steps
+    is_direct = arm.is_direct and not is_longer
     config: dict[str, TrackedValue] = {
         "lora_r" if is_direct else "stage_rank": arm.rank,
         "learning_rate": arm.learning_rate,
         "seed": arm.seed,
         "lora_alpha": arm.lora_alpha,
         "steps": arm.steps,
-        "stage": arm.format_stage() or "whole",
+        "stage": arm.format_stage() or ("longer" if is_longer else "whole"),
     }
     config |= {f"settings/{name}": _convert_value(value) for name, value in started.settings.items()}
     name = f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}"
@@ -223,8 +224,8 @@ def _convert_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> _T
         summary = {"outcome": outcome.type, "reason": outcome.reason}
         return _TrackedRun(outcome.trial_id, name, group, config, summary=summary, failed=True)
     name = name if is_direct else f"stage-{outcome.trial_id}"
-    steps = _collect_steps(started, outcome, "eval" if is_direct else "stage")
-    return _TrackedRun(outcome.trial_id, name, group, config, steps, {"outcome": outcome.type})
+    numbers = _collect_steps(started, outcome, "eval" if is_direct else "stage")
+    return _TrackedRun(outcome.trial_id, name, group, config, numbers, {"outcome": outcome.type})
 
 
 def _convert_decision(started: RunStarted, decision: Decision, group: str) -> _TrackedRun:

@@ -18,7 +18,7 @@ DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(e[-+]?\d+)?", re.IGNORECASE)
 DECIMAL_POINT = re.compile(r"[-+]?\d*\.\d+(e[-+]?\d+)?", re.IGNORECASE)
 THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
 MAX_DEPTH = 8
-STAGE_PATTERN = re.compile(r"base|whole|truncated|to step \d+")  # cells of the column `stage` of an exported run
+STAGE_PATTERN = re.compile(r"base|whole|longer|truncated|to step \d+")  # cells of the column `stage` of an exported run
 COMPARED_STAGES = {"base", "whole"}
 
 

@@ -7,7 +7,13 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.decision.learning_rate import describe_learning_rate
-from rightrank.decision.records import Records, build_criterion, compare_run_adapters, get_metric_direction
+from rightrank.decision.records import (
+    Records,
+    build_criterion,
+    compare_run_adapters,
+    exclude_longer_trainings,
+    get_metric_direction,
+)
 from rightrank.report.evidence_tables import ENOUGH, format_interval_label
 from rightrank.report.figure import Figure, escape_label
 from rightrank.report.format import format_metric_label
@@ -159,7 +165,8 @@ def build_plan_figure(plan: Plan) -> Figure | None:
 
 def build_time_figure(records: Records) -> Figure | None:
     """Plot the mean seconds of training and of evaluation by rank."""
-    groups = _group_by_rank([trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct])
+    direct = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct]
+    groups = _group_by_rank(exclude_longer_trainings(direct))
     columns = {
         "training": {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()},
         "evaluation": {rank: fmean(trial.eval_seconds for trial in trials) for rank, trials in groups.items()},

@@ -8,7 +8,13 @@ from datetime import UTC, datetime
 from pydantic import Field
 
 from rightrank.decision.next_run import build_next_commands
-from rightrank.decision.records import Records, build_answers, count_trainings, decide_if_possible
+from rightrank.decision.records import (
+    Records,
+    build_answers,
+    count_trainings,
+    decide_if_possible,
+    list_tried_rates,
+)
 from rightrank.report.answer import build_answer_view, format_labelled_rows
 from rightrank.report.evidence_tables import format_cost
 from rightrank.report.format import format_metric_label, format_quantity
@@ -40,8 +46,8 @@ class RunStatus(Record):
     progress: str | None  # the current step and the remaining time, as the process reports them
     cost: str
     answer: str
-    learning_rate: float | None  # of the adapter; None if only one was tried
-    learning_rate_sentence: str | None
+    learning_rate: float | None  # of the adapter
+    learning_rate_sentence: str | None  # None if only one was tried
     adapter_sentence: str | None  # the answer about the deployment rank
     adapter_notes: list[str] = Field(
         default_factory=list
@@ -81,7 +87,7 @@ def build_run_status(
     if goal != "training-rank":
         decision = None
     answers = build_answers(records, decision, goal, estimate)
-    commands = build_next_commands(records.started, answers.next_runs, run)
+    commands = build_next_commands(records.started, answers.next_runs, run, tried_rates=list_tried_rates(records))
     view = build_answer_view(answers, commands)
     is_done = recorded_decision is not None or (goal != "training-rank" and adapter is not None)
     state = "running" if is_locked else "done" if is_done else "stopped"
@@ -99,7 +105,7 @@ def build_run_status(
         progress=str(progress["progress"]) if is_locked and is_fresh and "progress" in progress else None,
         cost=format_cost(records),
         answer=NO_ANSWER if decision is None and adapter is None else view.headline,
-        learning_rate=answers.learning_rate.learning_rate if answers.learning_rate else None,
+        learning_rate=answers.adapter_rate or None,
         learning_rate_sentence=view.learning_rate or None,
         adapter_sentence=None if adapter is None else adapter.sentence,
         adapter_notes=[] if adapter is None else [*view.adapter_notes, *adapter.notes],

@@ -17,7 +17,14 @@ from rightrank.decision.adapter import (
     prefer_direct_training,
 )
 from rightrank.decision.next_run import build_next_commands
-from rightrank.decision.records import Records, build_criterion, compare_run_adapters, count_trainings, find_best_trial
+from rightrank.decision.records import (
+    Records,
+    build_criterion,
+    compare_run_adapters,
+    count_trainings,
+    find_best_trial,
+    list_tried_rates,
+)
 from rightrank.models.adapter_folders import (
     BASE_FILE,
     CARD_IMAGES,
@@ -36,6 +43,8 @@ CARD_FILES = ("README.md", *CARD_IMAGES)  # written to `adapter/` by the hook th
 def export_provisional(run: Run, answer: AdapterAnswer | None) -> None:
     """Export the adapter of the deployment rank before the training rank is decided, if the trials so far give a new one."""
     last = run.records.adapters[-1].answer if run.records.adapters else None
+    if answer is not None and run.selection.settings.goal != "best-adapter":
+        answer = _prefer_longer_training(run.records, answer)
     if answer is None or (last and (last.margin, last.trained_id) == (answer.margin, answer.trained_id)):
         return  # unknown so far, or recorded; a continued run may have another margin or top rank
     if run.selection.base_identity is None:
@@ -47,6 +56,27 @@ def export_provisional(run: Run, answer: AdapterAnswer | None) -> None:
     run.send_notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
     for note in answer.notes:
         run.send_notice(note)
+
+
+def _prefer_longer_training(records: Records, answer: AdapterAnswer) -> AdapterAnswer:
+    """Return the answer of a longer training that is better, which goal "best-adapter" made before another goal continues the run."""
+    trained, criterion = records.by_id[answer.trained_id], build_criterion(records)
+    sign = -1 if criterion.higher_is_better else 1
+    longer = next(
+        (
+            trial
+            for trial in records.list_finished()
+            if (trial.rank, trial.learning_rate, trial.seed) == (trained.rank, trained.learning_rate, trained.seed)
+            if trial.arm.is_direct and trial.steps > trained.steps and sign * trial.value < sign * trained.value
+        ),
+        None,
+    )
+    if longer is None:
+        return answer
+    last = records.adapters[-1].answer if records.adapters else None
+    if last is not None and (last.margin, last.trained_id) == (answer.margin, longer.trial_id):
+        return last
+    return choose_adapter(records.outcomes, criterion, longer.trial_id) or answer
 
 
 def finish_run(run: Run, decision: Decision | None) -> Selected:
@@ -74,7 +104,9 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
             _select_training_rank(run, decision),
             folder.report,
             final_answers,
-            build_next_commands(records.started, final_answers.next_runs, str(folder.path)),
+            build_next_commands(
+                records.started, final_answers.next_runs, str(folder.path), tried_rates=list_tried_rates(records)
+            ),
             compare_run_adapters(records),
         )
     run.hooks.on_end(SelectionEnd(selected, folder, records.copy()))
