@@ -1,4 +1,4 @@
-"""Repeat all measurements of docs/explanation/engine.md and store them in `results/`; takes about twenty minutes on two idle cores (estimated).
+"""Repeat all measurements of docs/explanation/engine.md and store them in `results/`; takes about fifteen minutes on two idle cores (estimated).
 
     python -m benchmarks.engine.measure MODEL DATA
 
@@ -39,9 +39,6 @@ def build_commands(model: str, data: str, work: Path) -> tuple[list[list[str]], 
             str(RESULTS / "one_arm.json"),
         ],
         ["compare", *base, "--job", "tail", "--steps", "6", "--rounds", "1", "--out", str(RESULTS / "tail.json")],
-        ["growth", *base, "--out", str(RESULTS / "growth.json")],
-        ["profile_step", *base, "--steps", "3", "--out", str(RESULTS / "profile_float32.json")],
-        ["profile_step", *base, "--steps", "3", "--dtype", "bfloat16", "--out", str(RESULTS / "profile_bfloat16.json")],
     ]
     untimed = [["certified", *base, "--out", str(RESULTS / "certified.json")]]
     for number, command in enumerate(timed + untimed):

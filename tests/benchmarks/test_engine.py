@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.engine import certified, compare, profile_step
-from benchmarks.engine.common import make_runtime
+from benchmarks.engine import certified, compare
 
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
@@ -37,18 +36,6 @@ def test_every_contender_trains_and_is_compared(model_folder: Path, completion_f
     assert row["ours float32"]["held_out"] == pytest.approx(row["ours float32 pack of 8"]["held_out"], rel=1e-4)
     assert set(result["speedup"]["ours float32"]) == set(row) - {"ours float32"}
     assert (tmp_path / "tail.json").exists()
-
-
-def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(
-        str(model_folder), completion_file, 2, tmp_path, max_eval_examples=2, ranks=(profile_step.RANK,)
-    )
-    shares = profile_step.measure(runtime, 1, 2, tmp_path)["share"]
-    assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(shares)
-    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
-    alone = profile_step.time_components(runtime, [5, 9, 7])
-    assert set(alone) == {"products", "products_at_peak", "adapters", "attention", "two_norms", "activation"}
-    assert min(alone.values()) >= 0
 
 
 def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
