@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import rightrank
 from rightrank.schema.errors import InputError
 from tests.commands import run
 
+ROOT = Path(__file__).parents[2]
 BLOCK = "down_blocks_1_attentions_0_transformer_blocks_0_attn1"
 SHAPES = {
     "kohya": {
@@ -84,6 +86,16 @@ def test_files_are_inspected_and_truncated_with_their_keys(tmp_path: Path, style
     assert metadata["ss_network_dim"] == "3"
     assert "sshs_model_hash" not in metadata
     assert {tensor.dtype for key, tensor in load_file(out).items() if "alpha" not in key} == {torch.float16}
+
+
+def test_the_page_compares_the_errors_and_the_time_with_those_of_sd_scripts() -> None:
+    page = (ROOT / "docs" / "how-to" / "resize.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "benchmarks" / "consumers" / "sd_scripts.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        assert row["rightrank"]["error"] == pytest.approx(row["sd-scripts"]["error"], rel=1e-6)
+        assert f"{row['rightrank']['error']:.4f}" in page
+    ours, theirs = (max(row[program]["seconds"] for row in rows) for program in ("rightrank", "sd-scripts"))
+    assert f"in {ours:.2f} s of processor time instead of {theirs:.2f}" in page
 
 
 def test_ranks_by_energy_differ_in_a_file(tmp_path: Path) -> None:
