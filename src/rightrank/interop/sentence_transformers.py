@@ -71,7 +71,9 @@ def find_adapted_model(model: Any) -> AdaptedModel:
     peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
     base = model.transformers_model if peft_model is None else peft_model.get_base_model()
     if not getattr(base, "peft_config", None):
-        raise ModelError("the model has no PEFT adapter; add one by model.add_adapter(LoraConfig(...))")
+        raise ModelError(
+            "the model has no PEFT adapter; add one by get_peft_model or model.add_adapter(LoraConfig(...))"
+        )
     return AdaptedModel(model, base)
 
 

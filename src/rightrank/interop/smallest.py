@@ -66,7 +66,7 @@ from rightrank.schema.errors import DataError, ModelError, SettingsError
 log = logging.getLogger("rightrank")
 
 MIN_SAMPLE_SIZE, MAX_SAMPLE_SIZE = 100, 1000  # limits of the number of scored examples if `max_examples` is None
-# The fraction of the training's time that the measurement takes at most, unless `MIN_SAMPLE_SIZE` examples take longer.
+# The fraction of the training's time that the measurement takes at most, unless `MIN_SAMPLE_SIZE` examples, or `MIN_EXAMPLES` that are batches, take longer.
 MAX_TIME_FRACTION = 0.1
 
 
@@ -320,7 +320,8 @@ class SmallestAdapter(TrainerCallback):
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
                 cost = passes * sum(map(count_positions, sample)) / min(len(rows), MIN_EXAMPLES)
                 # A training step costs about two passes, forward and backward.
-                count = max(MIN_SAMPLE_SIZE, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
+                min_count = MIN_EXAMPLES * size if is_batched else MIN_SAMPLE_SIZE
+                count = max(min_count, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
                 count = max(2, count // size) * size if is_batched else count
                 rows = Subset(rows.dataset, rows.indices[:count])  # in random order
             group_keys: list[Any] = []
