@@ -36,9 +36,11 @@ POLICIES = {  # of benchmarks/learning_rate, as the page names them
     "best-adapter": "the better of ranks 64 and 16",
     "twice the steps, truncated": "twice the steps",
 }
-WITHOUT_LOOKS = ("real, short, no early looks",)  # older grids that cannot judge the search; see benchmarks/selection
-
-HALVES = ("planted, first half", "planted, second half")  # one family here
+OMITTED = (
+    "real, short, no early looks",
+    "planted, first half",
+    "planted, second half",
+)  # no early evaluations; rules were tuned on them
 
 
 def read_stored(name: str) -> Any:
@@ -50,13 +52,13 @@ def read_compared(name: str) -> list[dict[str, Any]]:
     judged = ROOT / "benchmarks" / "selection" / "judged.json"
     judged_rows = read_stored("selection/judged.json")["compare"][name] if judged.exists() else []
     rows = [*read_stored("selection/results.json")[name], *judged_rows]
-    return [row | {"family": row["family"].partition(", ")[0]} if row["family"] in HALVES else row for row in rows]
+    return [row for row in rows if row["family"] not in OMITTED]
 
 
 def format_strategies() -> str:
     """Format, over all margins of a family, how often a strategy selects the full grid's rank and how many trainings it needs."""
     rows = read_compared("table")
-    families = list(dict.fromkeys(row["family"] for row in rows if row["family"] not in WITHOUT_LOOKS))
+    families = list(dict.fromkeys(row["family"] for row in rows))
     lines = []
     for method in METHODS:
         cells: list[str] = [method]
@@ -77,7 +79,7 @@ def format_adapters() -> str:
     """Format the results for the deployment rank, over all margins of a family."""
     rows = read_compared("adapters")
     lines = []
-    for family in dict.fromkeys(row["family"] for row in rows if row["family"] not in WITHOUT_LOOKS):
+    for family in dict.fromkeys(row["family"] for row in rows):
         family_rows = [row for row in rows if row["family"] == family]
         grids = sum(row["curves"] for row in family_rows)
         names = ("exact", "under_picks", "false_passes", "not_above_direct")
@@ -92,10 +94,11 @@ def format_policies() -> str:
     """Format what each policy loses against the best trained adapter of its seed, on the locked grids."""
     rows = {row["policy"]: row for row in read_stored("learning_rate/table_new.json")["rows"]}
     lines = [
-        [name, f"{rows[key]['median rank']:g}", f"{rows[key]['trainings']:.3g}", *_format_regrets(rows[key])]
+        [name, f"{row['median rank']:g}", f"{row['trainings']:.3g}", _format_interval(row["regret of the adapter"])]
         for key, name in POLICIES.items()
+        for row in [rows[key]]
     ]
-    return format_table(["policy", "median rank", "trainings", "regret of the adapter", "regret of the recipe"], lines)
+    return format_table(["policy", "median rank", "trainings", "regret of the adapter"], lines)
 
 
 def format_margins() -> str:
@@ -114,9 +117,24 @@ def format_margins() -> str:
     return format_table(["margin", "median rank", "minus rank 16 tuned", "of which the truncation"], lines)
 
 
-def _format_regrets(row: dict[str, Any]) -> list[str]:
-    regrets = [row["regret of the adapter"], row["regret of the recipe"]]
-    return [f"{regret['mean']:.3f} ({regret['low']:.3f} to {regret['high']:.3f})" for regret in regrets]
+def format_averages() -> str:
+    """Format what the average of two seeds, and twice the steps, gain over the two seeds at the same rank."""
+    stored = read_stored("learning_rate/averages.json")
+    ranks, lines = (64, 16, 4), []
+    for row in stored["rows"]:
+        cells = [f"{row['grid']}, {row['base']}"]
+        for adapter in ("average", "twice the steps"):
+            values = [row["differences"][f"{adapter}, {rank}"] for rank in ranks]
+            cells.append(", ".join(f"{mean:.3f}±{high - mean:.3f}" for mean, _, high in values))
+        lines.append(cells)
+    for rank in ranks:
+        means = [stored["mean"][f"{adapter}, {rank}"] for adapter in ("average", "twice the steps")]
+        lines.append([f"mean, rank {rank}", *map(_format_interval, means)])
+    return format_table(["grid, base", "average: ranks 64, 16, 4", "twice the steps: ranks 64, 16, 4"], lines)
+
+
+def _format_interval(interval: dict[str, Any]) -> str:
+    return f"{interval['mean']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
 
 
 def format_judged() -> str:
@@ -201,6 +219,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "judged": format_judged,
     "policies": format_policies,
     "margins": format_margins,
+    "averages": format_averages,
     "published": format_published,
     "coverage": format_coverage,
     "memory": format_memory,

@@ -1,4 +1,4 @@
-"""Resize one file by `rightrank resize` and by `networks/resize_lora.py` of a checkout of kohya's sd-scripts, and compare the updates and the time.
+"""Resize one file by `rightrank resize` and by the script resize_lora of a checkout of kohya's sd-scripts, and compare the updates and the time.
 
     OMP_NUM_THREADS=1 python -m benchmarks.consumers.sd_scripts CHECKOUT COMMIT    # writes sd_scripts.json
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.learning_rate import judge, lock, stored, table, train_grids
+from benchmarks.learning_rate import averages, judge, lock, stored, table, train_grids
 from benchmarks.learning_rate.bases import DECODER_NAMES, Base
 from benchmarks.learning_rate.policies import (
     Key,
@@ -241,7 +241,14 @@ def test_what_is_committed_agrees_with_its_locks() -> None:
         assert lock.hash_file(lock.GRIDS / name) == entry["sha256"], name
 
 
-# The table of policies.
+# The table of policies, and that of averages.
+
+
+def test_the_stored_averages_are_those_of_the_grids() -> None:
+    stored = {row["grid"]: row for row in json.loads(averages.RESULTS.read_text(encoding="utf-8"))["rows"]}
+    assert averages.compare_grid("words") == stored["words"]
+    assert len(stored) == 8
+    assert {row["pairs"] for row in stored.values()} == {3}
 
 
 def test_the_sentences_have_the_numbers_of_the_judgement() -> None:
