@@ -32,6 +32,14 @@ COMPLETION_COLUMNS = (  # other names of prompt and completion, in order of pref
     ("input", "output"),
 )
 PROMPT_COLUMNS = ("question", "query", "instruction", "input")  # other names of a preference pair's prompt
+MEDIA_COLUMNS = (
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "pixel_values",
+)  # not read; without them rows would be scored as text
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ALPACA_TEMPLATE = (
@@ -69,6 +77,12 @@ def detect_form(
         first = first or row
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
+    media = next((column for column in MEDIA_COLUMNS if first.fields.get(column)), None)
+    if media is not None:
+        raise DataError(
+            f"{first.origin}: the column `{media}`: only text is read here; add SmallestAdapter(trainer) to the trainer that reads it, or score "
+            "adapters by your own function (select_rank_with), or leave the column out"
+        )
     form_columns = {column for _, columns in FORMS for column in columns} | {"group"}
     shape = _detect_shape(first, [entry for entry in column_settings if not entry.startswith("group=")], form_columns)
     first_converted = first if shape is None else shape(first)

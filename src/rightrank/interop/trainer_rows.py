@@ -161,12 +161,14 @@ def _to_hashable(value: Any) -> Hashable:
         return tuple((name, _to_hashable(value[name])) for name in sorted(value))
     if isinstance(value, list | tuple) and not all(isinstance(element, int | float) for element in value):
         return tuple(map(_to_hashable, value))
+    if getattr(value, "palette", None) is not None:  # an image of indices, whose colours are in its palette
+        value = value.convert("RGBA")
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
-        return repr(value)
+        return repr(array.tolist() if isinstance(value, np.ndarray) else value)  # repr shortens long arrays
     return array.shape, array.astype(np.float64 if array.dtype.kind == "f" else np.int64).tobytes()
 
 
