@@ -18,6 +18,7 @@ import pytest
 import rightrank.runs.selection
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
 from rightrank.runs import custom_trainer
+from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 from rightrank.schema.trials import Arm, Trial, TrialFinished
@@ -439,6 +440,38 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
     ).decision
     assert decision.adapter_sentence == decide(tmp_path / "run").decision.adapter_sentence
     assert decision.adapter_sentence.startswith("The smallest adapter")
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(("metric", "sign"), [("perplexity", 1.0), ("accuracy", -1.0)])
+def test_the_best_adapter_by_any_metric_is_that_of_twice_the_steps(tmp_path: Path, metric: str, sign: float) -> None:
+    base = make_base(tmp_path / "base")
+
+    def measure(task: TrialTask, steps: int) -> TrialResult:
+        score = 0.5 + sign * 0.01 * (2 * (task.rank < 8) - (steps == 20))
+        return TrialResult(metrics={metric: score}, example_scores=[score] * 100)
+
+    def train(task: TrialTask) -> TrialResult:
+        make_adapter(base, task.folder, rank=task.rank)
+        (task.folder / "steps.txt").write_text(str(task.steps))
+        return measure(task, task.steps)
+
+    selected = select_rank_with(
+        train, tmp_path / "run", evaluate=lambda _folder, task: measure(task, 0), goal="best-adapter", metric=metric, ranks=(1, 8),
+        learning_rates=(1e-3,), max_steps=10, strategy="bracket",
+    )  # fmt: skip
+    assert (selected.adapter.rank, (selected.adapter.path / "steps.txt").read_text()) == (8, "20")
+
+
+@pytest.mark.parametrize(
+    ("metric", "margin"), [("perplexity", 0.1), ("accuracy", 0.005), ("min:cost", 0.2), ("loss", 0.005)]
+)
+def test_the_strategy_searches_at_the_default_margin_of_the_metric(tmp_path: Path, metric: str, margin: float) -> None:
+    values = {"ranks": (1, 4), "learning_rates": (1e-3,), "seeds": (0,), "margin": None}
+    request = custom_trainer.build_custom_request(compute_loss, None, metric, values, {})
+    space = request.prepare(RunFolder(tmp_path / "run"), []).strategy.space
+    assert space.metric == metric.removeprefix("min:")
+    assert space.get_margin(20.0 if metric != "accuracy" else -0.8) == pytest.approx(margin)
 
 
 @pytest.mark.trains

@@ -29,7 +29,7 @@ from rightrank.schema.errors import (
     suggest_name,
 )
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunKind, RunStarted
-from rightrank.schema.metrics import format_unknown_direction, infer_direction
+from rightrank.schema.metrics import format_unknown_direction, infer_direction, infer_metric_kind
 from rightrank.schema.settings import PROFILES, Goal, SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
     Arm,
@@ -100,6 +100,8 @@ class CustomTrainerRequest:
             can_stop_early=False,
             evaluates_base=self.evaluates_base,
             can_truncate="evaluate" in self.functions,
+            metric=self.metric,
+            kind=infer_metric_kind(self.metric, self.higher_is_better),
             higher_is_better=self.higher_is_better,
         )
         return _CustomTrainerSelection(
