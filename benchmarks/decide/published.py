@@ -18,9 +18,10 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from rightrank.decision.rule import decide_table
-from rightrank.decision.table import build_table_from_results
-from rightrank.schema.decision import Decision, Result, ResultsTable
+from rightrank.decision.table import build_table
+from rightrank.schema.decision import Decision
 from rightrank.schema.metrics import get_published_deviation, infer_metric_kind
+from rightrank.schema.trials import Arm, TrialFinished
 
 HERE = Path(__file__).parent
 CURVES = HERE / "published_curves.json"
@@ -36,29 +37,38 @@ def read_curves() -> list[Curve]:
 
 def decide_curve(curve: Curve) -> Decision:
     """Decide on one number for each rank, with the curve's stated deviation if there is one."""
-    results = [
-        Result(trial_id=str(rank), rank=rank, value=value, std=curve["std"])
+    trials = [
+        _make_trial(curve, rank, 0.0, value, curve["std"])
         for rank, value in zip(curve["ranks"], curve["values"], strict=True)
     ]
-    return _decide(curve, results)
+    return _decide(curve, trials)
 
 
 def decide_grid(curve: Curve) -> Decision:
     """Decide on the complete rank × learning rate grid."""
-    results = [
-        Result(trial_id=f"{rank} {rate}", rank=int(rank), learning_rate=float(rate), value=value)
+    trials = [
+        _make_trial(curve, int(rank), float(rate), value)
         for rank, rates in curve["lr_grid"].items()
         for rate, value in rates.items()
         if value is not None
     ]
-    return _decide(curve, results)
+    return _decide(curve, trials)
 
 
-def _decide(curve: Curve, results: list[Result]) -> Decision:
-    named = {"metric": curve["metric"], "higher_is_better": curve["higher_is_better"]}
-    return decide_table(
-        build_table_from_results(ResultsTable(**named, results=results, input_notes=[])), curve["margin"]
-    )
+def _make_trial(
+    curve: Curve, rank: int, rate: float, value: float, seed_deviation: float | None = None
+) -> TrialFinished:
+    fields = {
+        "trial_id": f"{rank} {rate:g}" if rate else str(rank),
+        "value": value,
+        "metrics": {curve["metric"]: value},
+    }
+    arm = Arm(rank=rank, learning_rate=rate, lora_alpha=1, seed=0, steps=0)
+    return TrialFinished(**arm.model_dump(), **fields, seed_deviation=seed_deviation)
+
+
+def _decide(curve: Curve, trials: list[TrialFinished]) -> Decision:
+    return decide_table(build_table(trials, curve["metric"], curve["higher_is_better"]), curve["margin"])
 
 
 def orient_values(curve: Curve) -> dict[int, float]:

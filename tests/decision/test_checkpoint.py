@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from rightrank.decision.rule import decide_table
-from rightrank.decision.table import Cell, ScoreTable, build_table_from_results, select_checkpoint
+from rightrank.decision.table import Cell, ScoreTable, build_table, select_checkpoint
 from rightrank.report.evidence_tables import build_certainty_rows
-from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint
 from tests.commands import run
+from tests.decision.tables import make_trial
 
 # The loss of DistilBERT on IMDB at the last and at the best evaluation, from a public table without the best step.
 LAST = {4: 0.331, 8: 0.361, 16: 0.396, 64: 0.499, 128: 0.541}
@@ -24,20 +24,19 @@ BEST = {4: 0.309, 8: 0.307, 16: 0.304, 64: 0.297, 128: 0.295}
 
 def build_imdb_table(higher: bool = False) -> ScoreTable:
     sign = -1.0 if higher else 1.0
+    metric = "eval_loss" if not higher else "negated"
     results = [
-        Result(
+        make_trial(
             trial_id=str(rank),
             rank=rank,
+            metric=metric,
             value=sign * LAST[rank],
             steps=200,
             points=[(100, sign * BEST[rank]), (200, sign * LAST[rank])],
         )
         for rank in LAST
     ]
-    metric = "eval_loss" if not higher else "negated"
-    return build_table_from_results(
-        ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[])
-    )
+    return build_table(results, metric, higher)
 
 
 @pytest.mark.parametrize("higher", [False, True])
@@ -91,18 +90,16 @@ def test_a_run_with_the_best_checkpoint_has_only_values_at_its_last(higher: bool
 def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
     """Compare trainings by their values if the best evaluation is not the last, whose scores per example are stored."""
     results = [
-        Result(
+        make_trial(
             trial_id=f"{rank}",
             rank=rank,
             value=2.0,
-            example_values=np.full(20, 2.0).tolist(),
+            example_scores=np.full(20, 2.0).tolist(),
             points=[(10, 1.9 if rank == 4 else 2.1), (20, 2.0)],
         )
         for rank in (1, 4)
     ]
-    table = build_table_from_results(
-        ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
-    )
+    table = build_table(results, "eval_loss", False)
     assert decide_table(table).basis == "examples"
     best = decide_table(table, checkpoint="best")
     assert (best.basis, best.rank) == ("values", 4)

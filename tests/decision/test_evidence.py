@@ -13,12 +13,12 @@ from rightrank.decision.table import (
     Contender,
     ScoreTable,
     adjust_to_common_seeds,
-    build_table_from_results,
+    build_table,
     pair_cells,
     select_best_learning_rate,
     select_contender,
 )
-from rightrank.schema.decision import Result, ResultsTable
+from tests.decision.tables import make_trial
 
 
 def make_contender(rank: int, **losses: float) -> Contender:
@@ -156,10 +156,8 @@ def test_a_rank_without_a_seed_is_adjusted_for_its_effect() -> None:
 
 def test_results_without_a_value_are_counted_by_rank() -> None:
     rows = [(4, 0, 1.0), (4, 1, None), (16, 0, None), (16, 1, None), (64, 0, 2.0)]
-    results = [Result(trial_id=f"{rank}-{seed}", rank=rank, seed=seed, value=value) for rank, seed, value in rows]
-    table = build_table_from_results(
-        ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
-    )
+    results = [make_trial(trial_id=f"{rank}-{seed}", rank=rank, seed=seed, value=value) for rank, seed, value in rows]
+    table = build_table(results, "eval_loss", False)
     assert table.missing == {4: 1, 16: 2}
     assert list(table.cells) == [(4, 0.0, 0), (64, 0.0, 0)]
 
@@ -181,9 +179,11 @@ Points = list[tuple[int, float]]
 def build_table_with_points(chosen: list[Points], best: list[Points], higher: bool) -> ScoreTable:
     """Build a table of ranks 4 and 16 by seed, each with its values during the training; the last value counts."""
     sign = -1.0 if higher else 1.0
+    metric = "negated" if higher else "eval_loss"
     results = [
-        Result(
+        make_trial(
             trial_id=f"{rank}-{seed}",
+            metric=metric,
             rank=rank,
             seed=seed,
             value=sign * points[-1][1],
@@ -192,10 +192,7 @@ def build_table_with_points(chosen: list[Points], best: list[Points], higher: bo
         for rank, seeds in ((4, chosen), (16, best))
         for seed, points in enumerate(seeds)
     ]
-    metric = "negated" if higher else "eval_loss"
-    return build_table_from_results(
-        ResultsTable(metric=metric, higher_is_better=higher, results=results, input_notes=[])
-    )
+    return build_table(results, metric, higher)
 
 
 LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
@@ -250,3 +247,27 @@ def test_learning_rates_with_fewer_seeds_are_compared_one_after_the_other(
     losses = {rate: dict.fromkeys(of_rate, 2.0) for rate, of_rate in seeds.items()}
     assert select_best_learning_rate(losses, lambda rate, other_rate: True) == best
     assert select_best_learning_rate(losses, lambda rate, other_rate: False) == 1e-3
+
+
+def test_a_base_with_one_number_is_compared_by_example() -> None:
+    """Take the base's number as its score on each example, and not as the sum over all of them."""
+    generator = np.random.default_rng(4)
+    ease = generator.normal(0, 0.1, 40)
+    trials = [
+        make_trial(trial_id=f"{rank}", rank=rank, value=float(scores.mean()), example_scores=scores.tolist())
+        for rank, level in ((4, 2.0), (16, 1.9))
+        for scores in [level + ease + generator.normal(0, 0.01, 40)]
+    ]
+    decision = decide_table(build_table([make_trial("base", 0, 2.5), *trials], "eval_loss", False), 0.05)
+    base, *ranks = decision.ranks
+    assert base.difference is not None
+    assert base.difference == pytest.approx(2.5 - ranks[1].value)
+    assert base.difference_low is not None
+    assert 0 < base.difference_low < base.difference
+    assert decision.basis == "examples"
+
+
+def test_trainings_without_example_scores_are_compared_by_their_values() -> None:
+    scored = make_trial("4", 4, 2.0, example_scores=[1.0, 3.0])
+    table = build_table([scored, make_trial("16", 16, 1.9)], "eval_loss", False)
+    assert [(cell.value, cell.examples) for cell in table.cells.values()] == [(2.0, 0), (1.9, 0)]

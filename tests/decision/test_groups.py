@@ -20,12 +20,12 @@ from rightrank.decision.seeds import measure_pair_noise
 from rightrank.decision.table import (
     Cell,
     ScoreTable,
-    build_table_from_results,
+    build_table,
     compute_paired_difference,
     number_groups,
 )
-from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import Floats, Groups
+from tests.decision.tables import make_trial
 
 ROWS = 10
 
@@ -156,18 +156,17 @@ def test_identical_examples_count_as_their_number_of_groups() -> None:
 
 def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> None:
     results = [
-        Result(
+        make_trial(
             trial_id=f"{rank}",
             rank=rank,
             value=2.0,
             steps=7,
-            example_values=[1.0, 3.0, 2.0, 2.0],
+            example_scores=[1.0, 3.0, 2.0, 2.0],
             example_groups=groups,
         )
         for rank, groups in ((4, [5, 5, 1, 1]), (16, None))
     ]
-    read = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
-    cells = build_table_from_results(read).cells
+    cells = build_table(results, "eval_loss", False).cells
     assert cells[4, 0.0, 0].groups.tolist() == [1, 1, 0, 0]  # type: ignore[union-attr]
     assert cells[16, 0.0, 0].groups is None
     assert [cell.steps for cell in cells.values()] == [7, 7]

@@ -25,10 +25,10 @@ from rightrank.decision.next_run import EXAMPLE_COUNTS, build_next_commands, for
 from rightrank.decision.records import decide_run
 from rightrank.decision.rule import decide_table
 from rightrank.decision.seeds import BOUND_DEGREES, NOISE
-from rightrank.decision.table import ScoreTable, build_table_from_results
-from rightrank.schema.decision import Decision, NextRun, Result, ResultsTable
+from rightrank.decision.table import ScoreTable, build_table
+from rightrank.schema.decision import Decision, NextRun
 from rightrank.schema.events import RunKind, RunStarted
-from tests.decision.tables import build_example_table, build_value_table
+from tests.decision.tables import build_example_table, build_value_table, make_trial
 from tests.decision.worlds import World, build_world_table
 from tests.report.runs import make_run
 
@@ -273,12 +273,10 @@ def test_existing_seeds_are_not_trained_again(seeds_by_rank: dict[int, tuple[int
 def build_rate_table(values: Mapping[tuple[int, float], float]) -> ScoreTable:
     """Build a table with one number for each rank and learning rate."""
     results = [
-        Result(trial_id=f"{rank} {rate}", rank=rank, learning_rate=rate, value=value)
+        make_trial(trial_id=f"{rank} {rate}", rank=rank, learning_rate=rate, value=value)
         for (rank, rate), value in values.items()
     ]
-    return build_table_from_results(
-        ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
-    )
+    return build_table(results, "eval_loss", False)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.rule import decide_table
-from rightrank.decision.table import ScoreTable, build_table_from_results
-from rightrank.schema.decision import Result, ResultsTable
+from rightrank.decision.table import ScoreTable, build_table
+from tests.decision.tables import make_trial
 
 PROMPTS, SEEDS = 200, 3
 EASE = (np.arange(PROMPTS) + 0.5) / PROMPTS
@@ -20,16 +20,19 @@ def draw_table(levels: dict[int, float], noise: float) -> ScoreTable:
     """Draw a table in which each rank answers the prompts below its level correctly; the level varies by seed."""
     generator = np.random.default_rng(3)
     results = [
-        Result(
-            trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(scores.mean()), example_values=scores.tolist()
+        make_trial(
+            trial_id=f"{rank} {seed}",
+            rank=rank,
+            seed=seed,
+            value=float(scores.mean()),
+            metric="reward",
+            example_scores=scores.tolist(),
         )
         for rank, level in levels.items()
         for seed in range(SEEDS if rank else 1)
         for scores in [(level + generator.normal(0, noise if rank else 0) > EASE).astype(float)]
     ]
-    return build_table_from_results(
-        ResultsTable(metric="reward", higher_is_better=True, results=results, input_notes=[])
-    )
+    return build_table(results, "reward", True)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +71,17 @@ def test_no_difference_replaces_undecided(
 def write_sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") -> str:
     """Return the sentence of a decision on trainings by rank, seed and scores, at a margin of 0.02."""
     results = [
-        Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(np.mean(scores)), example_values=scores)
+        make_trial(
+            trial_id=f"{rank} {seed}",
+            rank=rank,
+            seed=seed,
+            value=float(np.mean(scores)),
+            metric=metric,
+            example_scores=scores,
+        )
         for rank, seed, scores in rows
     ]
-    results_table = ResultsTable(metric=metric, higher_is_better=True, results=results, input_notes=[])
-    decision = decide_table(
-        build_table_from_results(results_table), 0.02, smallest_if_undecided=True, confidence=CONFIDENCE
-    )
+    decision = decide_table(build_table(results, metric, True), 0.02, smallest_if_undecided=True, confidence=CONFIDENCE)
     assert decision.verdict == "no_difference"
     return decision.sentence
 

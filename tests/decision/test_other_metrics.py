@@ -7,14 +7,14 @@ import pytest
 
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import build_other_tables, build_table
-from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint, TrialFinished
+from tests.decision.tables import make_trial
 from tests.tiny import UNMEASURED
 
 NUM_EXAMPLES = 800  # if no example differs, the bound of 3 / 800 is below the margin
 
 
-def make_trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
+def make_scored_trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
     """Make a trial whose examples scatter around these means in the same way at every rank."""
     generator = np.random.default_rng(seed)
     losses = (
@@ -40,7 +40,7 @@ def make_trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished
 
 
 def decide_with_other_metrics(losses: dict[int, float], right: dict[int, float]):  # type: ignore[no-untyped-def]
-    trials = [make_trial(rank, seed, losses[rank], right[rank]) for rank in losses for seed in (0, 1, 2)]
+    trials = [make_scored_trial(rank, seed, losses[rank], right[rank]) for rank in losses for seed in (0, 1, 2)]
     other_tables = [build_table(trials, "exact_match", True), build_table(trials, "bleu", True)]
     return decide_table(build_table(trials, "loss", False), 0.005, other_tables=other_tables)
 
@@ -72,7 +72,7 @@ def test_metrics_that_agree_raise_no_flag() -> None:
 
 
 def test_trials_without_examples_of_a_metric_are_compared_by_value() -> None:
-    trials = [make_trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
+    trials = [make_scored_trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     ragged = [trials[0].model_copy(update={"example_metrics": {}}), *trials[1:]]
     assert all(cell.examples == 0 for cell in build_table(ragged, "exact_match", True).cells.values())
     gone = trials[0].model_copy(update={"metrics": {"loss": 2.0}, "failed_metrics": {"exact_match": "away"}})
@@ -82,7 +82,7 @@ def test_trials_without_examples_of_a_metric_are_compared_by_value() -> None:
 
 
 def test_a_metric_that_is_zero_everywhere_has_a_margin() -> None:
-    trials = [make_trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
+    trials = [make_scored_trial(rank, seed, 2.0, 0.5) for rank in (1, 4) for seed in (0, 1)]
     none = [
         t.model_copy(update={"metrics": {"rougeL": 0.0}, "example_metrics": {"rougeL": [0.0] * NUM_EXAMPLES}})
         for t in trials
@@ -94,7 +94,7 @@ def test_a_metric_that_is_zero_everywhere_has_a_margin() -> None:
 def test_the_other_metric_is_judged_as_the_one_that_decides() -> None:
     right = {1: 0.5, 4: 0.5025, 16: 0.505}
     points = [EvalPoint(step=5, value=0.9), EvalPoint(step=10, value=0.5)]
-    trials = [make_trial(rank, 0, 2.0, right[rank]).model_copy(update={"points": points}) for rank in right]
+    trials = [make_scored_trial(rank, 0, 2.0, right[rank]).model_copy(update={"points": points}) for rank in right]
     other_table = build_table(trials, "exact_match", True)
     answers = set()
     for confidence, checkpoint in ((0.5, "last"), (0.9, "last"), (0.7, "best")):
@@ -119,17 +119,17 @@ def test_metrics_that_differ_on_the_base_alone_are_no_conflict() -> None:
 
 def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
     results = [
-        Result(
+        make_trial(
             trial_id=f"{rank}",
             rank=rank,
             value=2.0,
-            example_values=[1.0, 3.0],
+            metric="loss",
+            example_scores=[1.0, 3.0],
             other_metrics={"f1": right, "vram": 3.0},
         )
         for rank, right in ((4, 0.25), (16, 0.5))
     ]
-    read = ResultsTable(metric="loss", higher_is_better=False, results=results, input_notes=[])
-    (table,) = build_other_tables(read)  # the direction of `vram` is not known
+    (table,) = build_other_tables(results, "loss")  # the direction of `vram` is not known
     assert (table.metric, table.higher_is_better) == ("f1", True)
     assert [(cell.value, cell.examples) for cell in table.cells.values()] == [
         (0.25, 0),
@@ -139,12 +139,18 @@ def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
 
 def test_other_columns_of_weighted_examples_have_one_number_per_training() -> None:
     """Use only the values of `eval/accuracy`, since the weights of the examples belong to the loss."""
-    example_scores = {"example_values": [1.0, 3.0], "example_weights": [2.0, 5.0]}
+    example_scores = {"example_scores": [1.0, 3.0], "example_weights": [2.0, 5.0]}
     results = [
-        Result(trial_id=f"{rank}", rank=rank, value=2.0, other_metrics={"eval/accuracy": right}, **example_scores)
+        make_trial(
+            trial_id=f"{rank}",
+            rank=rank,
+            value=2.0,
+            metric="loss",
+            other_metrics={"eval/accuracy": right},
+            **example_scores,
+        )
         for rank, right in ((4, 0.25), (16, 0.5))
     ]
-    read = ResultsTable(metric="loss", higher_is_better=False, results=results, input_notes=[])
-    (table,) = build_other_tables(read)
+    (table,) = build_other_tables(results, "loss")
     assert (table.metric, table.higher_is_better) == ("eval/accuracy", True)
     assert [cell.weights.tolist() for cell in table.cells.values()] == [[1.0], [1.0]]

@@ -9,9 +9,9 @@ import pytest
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.decision.rule import decide_table
 from rightrank.decision.sentences import format_number, format_probability
-from rightrank.decision.table import build_table_from_results
-from rightrank.schema.decision import Decision, Result, ResultsTable
-from tests.decision.tables import build_example_table, build_value_table
+from rightrank.decision.table import build_table
+from rightrank.schema.decision import Decision
+from tests.decision.tables import build_example_table, build_value_table, make_trial
 
 
 def decide_losses(losses: dict[int, float], margin: float, confidence: float | None = 0.7, **table: Any) -> Decision:
@@ -103,16 +103,13 @@ def test_one_number_per_rank_may_rise_and_a_stated_deviation_counts() -> None:
     assert decide_table(build_value_table(losses, std=0.05), 0.02).verdict == "rising"
     assert decide_table(build_value_table(losses, std=0.11), 0.02).verdict != "rising"
     assert decide_table(build_value_table(losses), 0.11).verdict != "rising"
-    only_lower = build_table_from_results(
-        ResultsTable(
-            metric="eval_loss",
-            higher_is_better=False,
-            results=[
-                Result(trial_id=f"{rank}", rank=rank, value=value, std=None if rank == 16 else 0.01)
-                for rank, value in losses.items()
-            ],
-            input_notes=[],
-        )
+    only_lower = build_table(
+        [
+            make_trial(trial_id=f"{rank}", rank=rank, value=value, seed_deviation=None if rank == 16 else 0.01)
+            for rank, value in losses.items()
+        ],
+        "eval_loss",
+        False,
     )
     assert decide_table(only_lower, 0.02).verdict == "rising"  # the best has no deviation
 

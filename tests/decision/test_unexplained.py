@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from rightrank.decision.rule import decide_table
-from rightrank.decision.table import ScoreTable, build_table_from_results
-from rightrank.schema.decision import Decision, Result, ResultsTable
-from tests.decision.tables import build_example_table, build_value_table
+from rightrank.decision.table import ScoreTable, build_table
+from rightrank.schema.decision import Decision
+from tests.decision.tables import build_example_table, build_value_table, make_trial
 
 DIVERGED = {1: 2.1, 4: 2.0, 16: 1.995, 64: 11.3}
 RAISED = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.6}  # rank 64 is at 2.0 plus .6
@@ -22,7 +22,7 @@ def build_seed_table(
 ) -> ScoreTable:
     """Build a table with one number per training, where the lower learning rates are worse by `worse`."""
     results = [
-        Result(
+        make_trial(
             trial_id=f"{rank}-{rate}-{seed}",
             rank=rank,
             learning_rate=rate if rank else 0.0,
@@ -33,9 +33,7 @@ def build_seed_table(
         for rate in (rates if rank else (0.0,))
         for seed in (seeds if rank else (0,))
     ]
-    return build_table_from_results(
-        ResultsTable(metric="eval_loss", higher_is_better=False, results=results, input_notes=[])
-    )
+    return build_table(results, "eval_loss", False)
 
 
 def require_repeat(decision: Decision, rank: int) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from rightrank.decision.rule import decide_table
-from rightrank.decision.table import ScoreTable, build_table_from_results
-from rightrank.schema.decision import Decision, Result, ResultsTable
+from rightrank.decision.table import ScoreTable, build_table
+from rightrank.schema.decision import Decision
 from rightrank.schema.metrics import infer_metric_kind
+from rightrank.schema.trials import TrialOutcome
+from tests.decision.tables import make_trial
 
 Curve = Callable[[int], float]
 
@@ -67,7 +69,7 @@ def build_world_table(world: World) -> ScoreTable:
     generator = np.random.default_rng(world.seed)
     ease = 0.4 * generator.standard_normal(max(world.num_examples, 1)) * (world.num_examples > 0)
     weights = generator.integers(1, 9, size=max(world.num_examples, 1)).astype(float) if world.weighted else None
-    results: list[Result] = []
+    results: list[TrialOutcome] = []
     for rank in ((0,) if world.base is not None else ()) + world.ranks:
         for learning_rate in world.learning_rates if rank else (0.0,):
             for seed in world.seeds if rank else (0,):
@@ -78,33 +80,32 @@ def build_world_table(world: World) -> ScoreTable:
                 if world.metric == "perplexity":
                     scores = np.exp(scores)
                 results.append(_make_result(world, rank, learning_rate, seed, scores, weights))
-    results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
-    table = build_table_from_results(
-        ResultsTable(metric=world.metric, higher_is_better=higher, results=results, input_notes=[])
-    )
+    results += [make_trial(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
+    table = build_table(results, world.metric, higher)
     return table if world.token_loss else replace(table, kind=infer_metric_kind(world.metric, higher, "loss"))
 
 
-def _make_result(world: World, rank: int, learning_rate: float, seed: int, scores: Any, weights: Any) -> Result:
+def _make_result(world: World, rank: int, learning_rate: float, seed: int, scores: Any, weights: Any) -> TrialOutcome:
     value = float(np.average(scores, weights=weights))
     octave = float(np.log2(rank)) if rank else 0.0
     points: Sequence[tuple[int, float]] = ()
     if world.points:
         parting = world.parting / max(rank, 1)
         points = [(step, value + parting * (step - 100) / 100 + (100 - step) / 50) for step in (25, 50, 75, 100)]
-    return Result(
+    return make_trial(
         trial_id=f"{rank}-{learning_rate:g}-{seed}",
         rank=rank,
         learning_rate=learning_rate,
         seed=seed,
         value=value,
-        example_values=scores.tolist() if world.num_examples else [],
-        example_weights=weights.tolist() if world.num_examples and world.weighted else [],
-        std=world.std,
-        std_seeds=3 if world.std is not None else 1,
+        metric=world.metric,
+        example_scores=scores.tolist() if world.num_examples else None,
+        example_weights=weights.tolist() if world.num_examples and world.weighted else None,
+        seed_deviation=world.std,
+        averaged_seeds=3 if world.std is not None else 1,
         train_value=None if world.trained is None else 1.9 - world.trained * octave,
-        steps=100 if world.points else None,
-        points=list(points),
+        steps=100 if world.points else 0,
+        points=points,
         other_metrics={world.other_metric: 0.5 + 0.1 * octave} if world.other_metric else {},
     )
 

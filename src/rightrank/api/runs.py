@@ -21,10 +21,10 @@ from rightrank.decision.records import (
     list_tried_rates,
     read_records,
 )
-from rightrank.decision.table import build_other_tables, build_table_from_results
+from rightrank.decision.table import build_other_tables, build_table
 from rightrank.report.answer import build_answer_view, format_labelled_rows, render_notebook_html
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.decision import Decision, ResultsTable
+from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.metrics import Checkpoint
@@ -81,7 +81,7 @@ class DecisionResult:
     input_notes: list[str]
     adapter_sentence: str | None = None  # on the deployment rank, if a run folder has one
     next_commands: Sequence[str | None] = ()  # of a run folder: for each next run, the command that continues the run
-    table: ResultsTable | None = None  # the trainings; None for a run folder
+    records: Records | None = None  # the trainings of a table; None for a run folder
 
     def write_report(self, path: str | Path, source: str = "a table of results", command: str = "") -> Path:
         """Write the report of a table: the result, the curve, the evidence by rank and all trainings, in one HTML file.
@@ -93,14 +93,14 @@ class DecisionResult:
         Raises:
             ResultsError: the results are a run folder, which has its own report.
         """
-        from rightrank.report.html import render_results_report
+        from rightrank.report.html import render_table_report
 
-        if self.table is None:
+        if self.records is None:
             raise ResultsError(
                 "a report is written of a table of trainings; that of a run folder is written by: rightrank report RUN"
             )
         with report_disk_errors(Path(path)):
-            write_text(Path(path), render_results_report(self.table, self.decision, source, command))
+            write_text(Path(path), render_table_report(self.records, self.decision, source, command))
         return Path(path)
 
     @property
@@ -152,7 +152,7 @@ def decide(
         ResultsError: the table can't be used; the message names file and row.
     """
     from rightrank.interop.table_rows import build_rows, read_result_rows
-    from rightrank.interop.tables import build_results_table
+    from rightrank.interop.tables import build_table_records
 
     options: dict[str, Any] = {} if confidence is None else {"confidence": confidence}
     if isinstance(results, str | Path):
@@ -173,12 +173,16 @@ def decide(
                 higher_is_better = table_source.directions[0].name == "MAXIMIZE"
             table_source = table_source.trials_dataframe()
         source, rows = "results", build_rows(table_source)
-    table = build_results_table(rows, source, metric, higher_is_better, margin, columns or {})
-    other_metrics = build_other_tables(table)
+    records = build_table_records(rows, source, metric, higher_is_better, margin, columns or {})
+    started, outcomes = records.started, records.outcomes
     decision = rule.decide_table(
-        build_table_from_results(table), margin, checkpoint=checkpoint or "last", other_tables=other_metrics, **options
+        build_table(outcomes, started.metric, started.higher_is_better),
+        margin,
+        checkpoint=checkpoint or "last",
+        other_tables=build_other_tables(outcomes, started.metric),
+        **options,
     )
-    return DecisionResult(decision, table.input_notes, table=table)
+    return DecisionResult(decision, list(started.environment.values()), records=records)
 
 
 def _decide_run_folder(

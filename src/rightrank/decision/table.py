@@ -24,7 +24,7 @@ from rightrank.decision.comparison import (
     compute_score_range,
     estimate_mean,
 )
-from rightrank.schema.decision import DifferenceDistribution, Result, ResultsTable
+from rightrank.schema.decision import DifferenceDistribution
 from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, infer_direction, infer_metric_kind
 from rightrank.schema.trials import (
     EvalPoint,
@@ -162,7 +162,7 @@ def build_table(
     outcomes = list(outcomes)
     kind = infer_metric_kind(metric, higher_is_better, loss)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
-    examples = [trial.get_weighted_scores(metric) for trial in scored]
+    examples = _collect_example_scores(scored, metric)
     sizes = {0 if items is None else len(items[0]) for items in examples}
     if len(sizes) > 1 or 0 in sizes:  # Trials with different examples, or none, can't be paired.
         examples = [([trial.metrics[metric]], [1.0]) for trial in scored]
@@ -174,10 +174,9 @@ def build_table(
     losses = (sums.sum(axis=1) / weights.sum(axis=1)).tolist()
     cells: dict[tuple[int, float, int], Cell] = {}
     for trial, values, oriented, weight, loss in zip(scored, scores, sums, weights, losses, strict=True):
-        cell = _build_cell(trial, metric, oriented, weight, compute_score_range(kind, values, weight))
-        vars(cell)["loss"] = (
-            loss  # the same value, computed for all trials at once, which takes a hundredth of the time
-        )
+        cell = _build_cell(trial, metric, kind, oriented, weight, compute_score_range(kind, values, weight))
+        # The same value, computed for all trials at once, which takes a hundredth of the time.
+        vars(cell)["loss"] = loss
         cells[trial.rank, trial.learning_rate, trial.seed] = cell
     if points_metric not in (None, metric):
         cells = {key: replace(cell, points=()) for key, cell in cells.items()}
@@ -188,6 +187,23 @@ def build_table(
         if outcome.rank > 0 and outcome.truncate_from is None and not isinstance(outcome, TrialFailed):
             tried_rates.setdefault(outcome.rank, set()).add(outcome.learning_rate)
     return ScoreTable(metric, higher_is_better, cells, missing, kind, tried_rates, collapsed)
+
+
+def _collect_example_scores(
+    trials: Sequence[TrialFinished], metric: MetricName
+) -> list[tuple[Sequence[float], Sequence[float]] | None]:
+    """Return `(scores times weights, weights)` by example of each trial, or None for a trial with one number.
+
+    A base with one number has this score on each example of the ranks.
+    """
+    examples = [trial.get_weighted_scores(metric) for trial in trials]
+    weights = next((items[1] for trial, items in zip(trials, examples, strict=True) if items and trial.rank), None)
+    if weights is None:
+        return examples
+    return [
+        ([trial.metrics[metric] * weight for weight in weights], weights) if items is None and not trial.rank else items
+        for trial, items in zip(trials, examples, strict=True)
+    ]
 
 
 def number_groups(numbers: Sequence[int] | None, examples: int) -> Groups | None:
@@ -210,7 +226,12 @@ def _orient_scores(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
     return np.log(values) if kind == "perplexity" else -values if higher else values
 
 
-def _build_cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Floats, score_range: float) -> Cell:
+def _build_cell(
+    trial: TrialFinished, metric: MetricName, kind: MetricKind, sums: Floats, weights: Floats, score_range: float
+) -> Cell:
+    deviation = trial.seed_deviation
+    if deviation is not None and kind == "perplexity":
+        deviation = math.log1p(deviation / trial.metrics[metric])
     return Cell(
         trial_id=trial.trial_id,
         value=trial.metrics[metric],
@@ -219,7 +240,9 @@ def _build_cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights:
         score_range=score_range,
         groups=number_groups(trial.example_groups, len(weights)),
         train_value=trial.train_value,
-        steps=trial.steps,
+        deviation=deviation,
+        deviation_seeds=trial.averaged_seeds,
+        steps=trial.steps or None,
         train_seconds=trial.train_seconds,
         eval_seconds=trial.eval_seconds / max(1, len(trial.points)),
         checkpoint_step=trial.checkpoint_step,
@@ -228,67 +251,18 @@ def _build_cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights:
     )
 
 
-def build_table_from_results(results: ResultsTable) -> ScoreTable:
-    kind = infer_metric_kind(results.metric, results.higher_is_better)
-    cells: dict[tuple[int, float, int], Cell] = {}
-    missing: dict[int, int] = {}
-    for result in results.results:
-        if result.value is None:
-            missing[result.rank] = missing.get(result.rank, 0) + 1
-        else:
-            cells[result.rank, result.learning_rate, result.seed] = _build_result_cell(
-                result, result.value, kind, results.higher_is_better
-            )
-    return ScoreTable(results.metric, results.higher_is_better, cells, missing, kind)
-
-
-def build_other_tables(results: ResultsTable) -> list[ScoreTable]:
-    """Build the tables by each other metric whose direction is known, with one number a training."""
-    tables = []
-    for name in dict.fromkeys(name for result in results.results for name in result.other_metrics):
-        if (higher := infer_direction(name)) is None:
-            continue
-        rows = [
-            result.model_copy(
-                update={
-                    "value": result.other_metrics.get(name),
-                    "example_values": [],
-                    "example_weights": [],
-                    "std": None,
-                    "points": [],
-                    "other_metrics": {},
-                }
-            )
-            for result in results.results
-        ]
-        tables.append(
-            build_table_from_results(
-                results.model_copy(update={"metric": name, "higher_is_better": higher, "results": rows})
-            )
-        )
-    return tables
-
-
-def _build_result_cell(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
-    scores = result.example_values or [value]
-    weights = np.asarray(result.example_weights or np.ones(len(scores)))
-    deviation = result.std
-    if deviation is not None and kind == "perplexity":
-        deviation = math.log1p(deviation / value)
-    return Cell(
-        trial_id=result.trial_id,
-        value=value,
-        sums=_orient_scores(scores, kind, higher_is_better) * weights,
-        weights=weights,
-        score_range=compute_score_range(kind, scores),
-        groups=number_groups(result.example_groups, len(weights)),
-        train_value=result.train_value,
-        deviation=deviation,
-        deviation_seeds=result.std_seeds,
-        steps=result.steps,
-        points=tuple(EvalPoint(step=step, value=value) for step, value in result.points),
-        other_metrics=result.other_metrics,
-    )
+def build_other_tables(outcomes: Iterable[TrialOutcome], metric: MetricName) -> list[ScoreTable]:
+    """Build the tables by each metric but `metric` whose direction is known, with one number for each training."""
+    single_value: dict[str, Any] = {
+        "example_scores": None,
+        "example_weights": None,
+        "points": [],
+        "seed_deviation": None,
+    }
+    bare = [o.model_copy(update=single_value) if isinstance(o, TrialFinished) else o for o in outcomes]
+    names = dict.fromkeys(name for o in bare if isinstance(o, TrialFinished) for name in o.metrics if name != metric)
+    directions = {name: infer_direction(name) for name in names}
+    return [build_table(bare, name, higher) for name, higher in directions.items() if higher is not None]
 
 
 def select_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:

@@ -1,12 +1,14 @@
-"""Build the results of a table: group its rows by training, and check that the trainings can be compared."""
+"""Read the trainings of a table as trials: group its rows by training, and check that the trainings can be compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rightrank.data.rows import Row
+from rightrank.decision.records import Records
 from rightrank.interop.columns import (
     Columns,
     format_names,
@@ -18,10 +20,11 @@ from rightrank.interop.columns import (
 )
 from rightrank.interop.table_cells import Outcome, ResultRow, TrainingKey, parse_row, to_float
 from rightrank.interop.table_rows import add_settings_from_names, flatten_rows, select_comparable_stages
-from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import ResultsError, quote_value
+from rightrank.schema.events import DataSummary, RunKind, RunStarted
 from rightrank.schema.metrics import format_unknown_direction, has_percentages, infer_metric_kind
 from rightrank.schema.settings import TRAINER_FIELDS, PeftFields, SelectSettings
+from rightrank.schema.trials import EvalPoint, TrialFailed, TrialFinished, TrialOutcome
 
 # Trainings that differ in one of these columns cannot be compared: task, kind of adapter, and shared settings under any of their names.
 SHARED_SETTINGS = ("batch_size", "seq_len", "num_train_epochs")
@@ -34,15 +37,15 @@ CONDITION_COLUMNS = {
 ALPHA_COLUMNS = {"lora_alpha", "alpha", "network_alpha"}
 
 
-def build_results_table(
+def build_table_records(
     rows: list[Row],
     table_name: str,
     metric: str | None,
     higher_is_better: bool | None,
     margin: float | None,
     mapping: Mapping[str, str],
-) -> ResultsTable:
-    """Return the trainings in a table, and notes on how each column was read. `table_name` appears in error messages.
+) -> Records:
+    """Return the trainings in a table, with notes on how it was read as their environment. `table_name` appears in error messages.
 
     Raises:
         ResultsError: trainings that cannot be compared; the message names file and row.
@@ -55,15 +58,19 @@ def build_results_table(
     metric = columns.metric
     ranked_rows = [row for row in named_rows if not is_blank(row.fields.get(columns.by_role["rank"]))]
     result_rows = [parse_row(row, columns, metric) for row in ranked_rows]
-    results, value_notes = _build_results(result_rows, columns)
+    outcomes, value_notes = _build_outcomes(result_rows, columns)
     groups = _number_groups(result_rows, mapping.get("group"), table_name)
-    results = [run.model_copy(update={"example_groups": groups}) if run.example_values else run for run in results]
-    _require_comparable(results, table_name)
+    outcomes = [
+        outcome.model_copy(update={"example_groups": groups}) if isinstance(outcome, TrialFinished) else outcome
+        for outcome in outcomes
+    ]
+    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
+    _require_comparable(finished, table_name)
     if groups is None:
         columns = replace(columns, by_role={name: title for name, title in columns.by_role.items() if name != "group"})
     higher_is_better, reason = _resolve_direction(metric, higher_is_better, table_name)
     if infer_metric_kind(metric, higher_is_better) == "accuracy":
-        _require_one_unit(results, metric, table_name)
+        _require_one_unit(finished, metric, table_name)
     if margin is None and infer_metric_kind(metric, higher_is_better) == "other":
         notes.append(
             f"margin: 1% of the best value, because the name {metric!r} states no unit (--metric NAME or --margin changes it)"
@@ -84,12 +91,22 @@ def build_results_table(
         if num_partial
         else []
     )
-    return ResultsTable(
+    num_bare = sum(trial.example_scores is None and trial.rank > 0 for trial in finished)
+    if 0 < num_bare < sum(trial.rank > 0 for trial in finished):
+        omissions.append(f"scores by example not used: {num_bare} training{'s' * (num_bare != 1)} without them")
+    started = RunStarted.build(
+        RunKind.TABLE,
+        {},
+        environment={
+            f"read {number}": note for number, note in enumerate([*roles, *notes, *omissions, *value_notes], start=1)
+        },
+        data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
+        evaluation_examples=[],
         metric=metric,
         higher_is_better=higher_is_better,
-        results=results,
-        input_notes=[*roles, *notes, *omissions, *value_notes],
+        started_at="",
     )
+    return Records(started, outcomes)
 
 
 def _collect_texts(rows: Iterable[Row], column: str) -> list[str]:
@@ -147,8 +164,8 @@ def _merge_details(result_rows: Sequence[ResultRow]) -> dict[str, float]:
     return {name: number for name, number in details.items() if math.isfinite(number)}
 
 
-def _build_results(result_rows: Sequence[ResultRow], columns: Columns) -> tuple[list[Result], list[str]]:
-    """Return `(a result for each training, notes on omitted rows)`."""
+def _build_outcomes(result_rows: Sequence[ResultRow], columns: Columns) -> tuple[list[TrialOutcome], list[str]]:
+    """Return `(the outcome of each training, notes on omitted rows)`."""
     trainings: dict[TrainingKey, dict[tuple[str, int], ResultRow]] = {}
     rows_without_value: dict[Outcome, dict[TrainingKey, list[ResultRow]]] = {
         name: {} for name in ("failed", "unfinished", "pruned")
@@ -176,13 +193,13 @@ def _build_results(result_rows: Sequence[ResultRow], columns: Columns) -> tuple[
         if not training:
             trainings.pop(key, None)
     _require_same_examples(trainings, missing_scores)
-    results = [_build_result(list(training.values()), columns) for training in trainings.values()]
+    outcomes: list[TrialOutcome] = [_build_finished([*training.values()], columns) for training in trainings.values()]
     failed_trainings = [
         failed_rows[0] for key, failed_rows in rows_without_value["failed"].items() if key not in trainings
     ]
     for row in failed_trainings:
-        rank, learning_rate, seed = row.key
-        results.append(Result(trial_id=row.origin, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
+        reason = "the table has no result for this training"
+        outcomes.append(TrialFailed(trial_id=row.origin, **_build_arm_fields(row.key), error="error", reason=reason))
     examples = sorted({example for key in trainings for example in missing_scores.get(key, ())})
     omitted_counts = (
         (num_repeated, "repeated row", "omitted"),
@@ -191,7 +208,7 @@ def _build_results(result_rows: Sequence[ResultRow], columns: Columns) -> tuple[
         (len(rows_without_value["unfinished"]), "unfinished training", "omitted"),
         (len(rows_without_value["pruned"].keys() - trainings.keys()), "pruned training", "omitted"),
     )
-    return results, [
+    return outcomes, [
         f"{count} {noun}{'s' * (count != 1)} {description}" for count, noun, description in omitted_counts if count
     ]
 
@@ -252,29 +269,33 @@ def _select_final_scores(result_rows: Iterable[ResultRow]) -> dict[str, ResultRo
     return dict(sorted(final_rows.items()))
 
 
-def _build_result(result_rows: Sequence[ResultRow], columns: Columns) -> Result:
-    """Return the result of a training: the mean over its examples, or its last evaluation."""
-    (rank, learning_rate, seed), examples = result_rows[0].key, _select_final_scores(result_rows).values()
+def _build_arm_fields(key: TrainingKey, steps: int = 0) -> dict[str, Any]:
+    """Return the fields of `Arm`. The alpha of a table is the same for all trainings, up to its scaling rule."""
+    rank, learning_rate, seed = key
+    return {"rank": rank, "learning_rate": learning_rate, "lora_alpha": 1, "seed": seed, "steps": steps}
+
+
+def _build_finished(result_rows: Sequence[ResultRow], columns: Columns) -> TrialFinished:
+    """Return the outcome of a training: the mean over its examples, or its last evaluation."""
+    examples = _select_final_scores(result_rows).values()
     points = sorted((row.step, row.value) for row in result_rows if not row.example and row.value is not None)
     values = [row.value for row in examples if row.value is not None]
     weights = [row.weight for row in examples]
     mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights) if values else points[-1][1]
     steps = max((step for step, _ in points), default=0)
     details = _merge_details(result_rows)
-    return Result(
+    other_metrics = {name: details[name] for name in columns.other_metrics if name in details}
+    return TrialFinished(
         trial_id=result_rows[0].trial,
-        rank=rank,
-        learning_rate=learning_rate,
-        seed=seed,
+        **_build_arm_fields(result_rows[0].key, steps),
         value=mean,
-        example_values=values,
-        example_weights=weights if columns.by_role.get("weight") else [],
-        std=details.get("std"),
-        std_seeds=int(details.get("std_seeds", 1)) if "std" in details else 1,
+        metrics={**other_metrics, columns.metric: mean},
+        example_scores=values or None,
+        example_weights=weights if values and "weight" in columns.by_role else None,
         train_value=details.get("train_value"),
-        steps=steps or None,
-        points=points if steps else [],
-        other_metrics={name: details[name] for name in columns.other_metrics if name in details},
+        points=[EvalPoint(step=step, value=value) for step, value in points] if steps else [],
+        seed_deviation=details.get("std"),
+        averaged_seeds=int(details.get("std_seeds", 1)) if "std" in details else 1,
     )
 
 
@@ -332,9 +353,9 @@ def _require_same_examples(
             )
 
 
-def _require_comparable(results: list[Result], table_name: str) -> None:
-    trainings = [result for result in results if result.rank > 0 and result.value is not None]
-    ranks = {result.rank for result in trainings}
+def _require_comparable(finished: list[TrialFinished], table_name: str) -> None:
+    trainings = [trial for trial in finished if trial.rank > 0]
+    ranks = {trial.rank for trial in trainings}
     if not ranks:
         raise ResultsError(f"{table_name}: no row has both a rank and a held-out value; give one row for each training")
     if len(ranks) < 2:
@@ -342,23 +363,23 @@ def _require_comparable(results: list[Result], table_name: str) -> None:
             f"{table_name}: the trainings have only rank {ranks.pop()}; give two or more ranks to compare"
         )
     if (
-        len({result.value for result in trainings}) == 1
-        and len({tuple(result.example_values) for result in trainings}) == 1
+        len({trial.value for trial in trainings}) == 1
+        and len({tuple(trial.example_scores or ()) for trial in trainings}) == 1
     ):
         raise ResultsError(
             f"{table_name}: every training has the value {trainings[0].value:g}, so there is nothing to compare; give the held-out metric"
         )
-    has_rate_values = {result.learning_rate > 0 for result in trainings}
+    has_rate_values = {trial.learning_rate > 0 for trial in trainings}
     if len(has_rate_values) > 1:
-        result_without_rate = next(result for result in trainings if result.learning_rate == 0)
+        trial_without_rate = next(trial for trial in trainings if trial.learning_rate == 0)
         raise ResultsError(
-            f"{result_without_rate.trial_id}: this row has no learning rate, but other rows have one; add it, or remove the column"
+            f"{trial_without_rate.trial_id}: this row has no learning rate, but other rows have one; add it, or remove the column"
         )
 
 
-def _require_one_unit(results: list[Result], metric: str, table_name: str) -> None:
+def _require_one_unit(finished: list[TrialFinished], metric: str, table_name: str) -> None:
     """Raise if some accuracies are fractions and others are percentages."""
-    values = sorted(result.value for result in results if result.value)
+    values = sorted(trial.value for trial in finished if trial.value)
     if values and (values[0] < 0 or values[-1] > 100 or (has_percentages(values) and values[0] <= 1)):
         raise ResultsError(
             f"{table_name}: {metric} is {values[0]:g} in one training and {values[-1]:g} in another; write all as fractions from 0 to 1, or all "

@@ -13,7 +13,8 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Sequence
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
@@ -39,9 +40,9 @@ from rightrank.report.figure import INSTALL_HINT, Figure, is_matplotlib_installe
 from rightrank.report.figures import build_figures
 from rightrank.report.format import format_bytes, format_quantity, make_visible
 from rightrank.schema.command import build_reproduce_command
-from rightrank.schema.decision import Decision, ExportedAdapter, Result, ResultsTable
-from rightrank.schema.events import DataSummary, RunKind, RunStarted, TestEvaluated
-from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.schema.decision import Decision, ExportedAdapter
+from rightrank.schema.events import RunKind, RunStarted, TestEvaluated
+from rightrank.schema.trials import TrialFinished, TrialOutcome
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
 MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000
@@ -107,58 +108,18 @@ def render_report(
     )
 
 
-def render_results_report(results: ResultsTable, decision: Decision, source: str, command: str) -> str:
-    """Render the report of a table of finished trainings, whose model and data are not available.
+def render_table_report(records: Records, decision: Decision, source: str, command: str) -> str:
+    """Render the decision on a table of results as the page of a run without an adapter.
 
     Args:
-        source: the table's name.
+        records: the trainings of the table.
+        source: the table's name, as shown on the page.
         command: the command that decides on the table; empty for none.
     """
-    decision_settings = {
-        "metric": results.metric,
-        "higher_is_better": results.higher_is_better,
-        "margin": decision.margin,
-    }
-    started = RunStarted.build(
-        RunKind.TABLE,
-        {"trainer": source, "version": "", **decision_settings},
-        environment={f"read {number}": note for number, note in enumerate(results.input_notes, 1)},
-        data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
-        evaluation_examples=[],
-        metric=results.metric,
-        higher_is_better=results.higher_is_better,
-        started_at="",
-    )
-    records = Records.from_journal(started, [])
-    records.outcomes.extend(map(partial(_build_outcome, metric=results.metric), results.results))
+    started = records.started
+    settings = {"trainer": source, "version": "", **started.model_dump(include={"metric", "higher_is_better"})}
+    records = replace(records, started=started.model_copy(update={"settings": {**settings, "margin": decision.margin}}))
     return render_report(records, Answers(decision), build_figures(records, decision), command=command)
-
-
-def _build_outcome(result: Result, metric: str) -> TrialOutcome:
-    arm = Arm(
-        rank=result.rank, learning_rate=result.learning_rate, lora_alpha=1, seed=result.seed, steps=result.steps or 0
-    )
-    if result.value is None:
-        reason = "the table has no result for this training"
-        return TrialFailed(trial_id=result.trial_id, **arm.model_dump(), error="error", reason=reason)
-    return TrialFinished(
-        trial_id=result.trial_id,
-        **arm.model_dump(),
-        value=result.value,
-        metrics={metric: result.value, **result.other_metrics},
-        example_losses=[],
-        example_tokens=[],
-        example_scores=result.example_values or None,
-        example_weights=result.example_weights or None,
-        example_groups=result.example_groups,
-        train_value=result.train_value,
-        points=[EvalPoint(step=step, value=value) for step, value in result.points],
-        trainable_parameters=0,
-        train_seconds=0.0,
-        train_tokens=0,
-        eval_seconds=0.0,
-        peak_bytes=0,
-    )
 
 
 @cache

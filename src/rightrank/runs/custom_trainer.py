@@ -352,4 +352,4 @@ def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> No
 def build_outcome(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
     """Build the outcome of a finished trial from the function's result."""
     returned = dict(result) | {"train_seconds": seconds if result.train_seconds is None else result.train_seconds}
-    return TrialFinished(**trial.fields, **returned, value=result.metrics[metric], example_losses=[], example_tokens=[])
+    return TrialFinished(**trial.fields, **returned, value=result.metrics[metric])

@@ -1,4 +1,4 @@
-"""Input and output of `decide`: tables of results, and the decision with its evidence."""
+"""The decision with its evidence, and the answers on the adapter and the learning rate."""
 
 from __future__ import annotations
 
@@ -19,35 +19,6 @@ Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "no_d
 
 
 Grade: TypeAlias = Literal["shown", "likely", "cannot tell"]
-
-
-class Result(Record):
-    """One training in a table from another tool. `value` is None if it ended without a result."""
-
-    trial_id: str
-    rank: BoundedInt
-    learning_rate: float = 0.0  # 0: unknown
-    seed: BoundedInt = 0
-    value: float | None
-    # Examples in the same order for all results of a table; each value is a mean over the example's tokens.
-    example_values: list[float] = Field(default_factory=list)
-    example_weights: list[float] = Field(default_factory=list)  # tokens of each example; empty: equal weights
-    example_groups: list[BoundedInt] | None = None  # the group number of each example; None: no groups
-    std: float | None = None  # stated standard deviation over seeds
-    std_seeds: BoundedInt = 1  # number of seeds that the value averages
-    train_value: float | None = None
-    steps: BoundedInt | None = None
-    points: list[tuple[BoundedInt, float]] = Field(default_factory=list)  # (step, value) during the training
-    other_metrics: dict[str, float] = Field(default_factory=dict)
-
-
-class ResultsTable(Record):
-    """A table of finished trainings, with notes on how it was read."""
-
-    metric: str
-    higher_is_better: bool
-    results: list[Result]
-    input_notes: list[str]  # the role of each column, and the rows that were skipped
 
 
 class RankEvidence(Record):

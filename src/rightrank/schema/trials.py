@@ -137,10 +137,11 @@ class TrialFinished(ArmFields):
     trial_id: str
     value: float  # of the deciding metric, on the validation split
     metrics: dict[str, float]  # all metrics measured on the validation split
-    example_losses: list[float]  # summed over the example's label tokens, nats
-    example_tokens: list[BoundedInt]  # label tokens of the example
+    # summed over the example's label tokens, nats
+    example_losses: list[float] = Field(default_factory=list)
+    example_tokens: list[BoundedInt] = Field(default_factory=list)  # label tokens of the example
     example_correct: list[BoundedInt] | None = None  # classification: 1 if the prediction is correct
-    example_scores: list[float] | None = None  # custom trainers: the metric of each example
+    example_scores: list[float] | None = None  # custom trainers and tables: the metric of each example
     example_weights: list[float] | None = None  # of example_scores; None: equal weights
     example_groups: list[BoundedInt] | None = None  # the group number of each example; None: no groups
     # metric of generated answers → one value per example
@@ -151,14 +152,17 @@ class TrialFinished(ArmFields):
     value_metric: str | None = (
         None  # the metric of `value`, if it is not the deciding one: early stopping generates no answers
     )
-    train_value: float | None  # mean training loss since the last point
-    points: list[EvalPoint]
-    trainable_parameters: BoundedInt
-    train_seconds: float
-    train_tokens: BoundedInt  # with and without labels, excluding padding
-    eval_seconds: float
+    train_value: float | None = None  # mean training loss since the last point
+    points: list[EvalPoint] = Field(default_factory=list)
+    seed_deviation: float | None = None  # tables: the stated standard deviation over seeds
+    averaged_seeds: BoundedInt = 1  # tables: the number of seeds that `value` averages
+    # The cost; 0: unknown.
+    trainable_parameters: BoundedInt = 0
+    train_seconds: float = 0.0
+    train_tokens: BoundedInt = 0  # with and without labels, excluding padding
+    eval_seconds: float = 0.0
     answer_seconds: float = 0.0  # included in eval_seconds: generating and scoring the model's answers
-    peak_bytes: BoundedInt  # allocated on the device; on the CPU, growth of the resident memory
+    peak_bytes: BoundedInt = 0  # allocated on the device; on the CPU, growth of the resident memory
     predicted_peak_bytes: BoundedInt | None = None  # planned bytes of tensors; None: not planned
     # The number of adapters that share the passes and the peak; seconds are divided evenly.
     adapters_per_pass: BoundedInt = 1
