@@ -15,7 +15,7 @@ import pandas
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.report.evidence_tables import build_evidence_table
+from rightrank.report.answer import build_evidence_table
 from rightrank.schema.errors import ResultsError
 
 GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"

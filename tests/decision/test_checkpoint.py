@@ -12,7 +12,7 @@ import pytest
 
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable, build_table, select_checkpoint
-from rightrank.report.evidence_tables import build_certainty_rows
+from rightrank.report.answer import build_certainty_rows
 from rightrank.schema.trials import EvalPoint
 from tests.commands import run
 from tests.decision.tables import make_trial

@@ -26,7 +26,7 @@ from rightrank.decision.comparison import (
 from rightrank.decision.rule import decide_table
 from rightrank.decision.seeds import estimate_selection_bias, split_seed_variance
 from rightrank.decision.table import Cell, build_table, compute_paired_difference
-from rightrank.report.evidence_tables import build_evidence_table
+from rightrank.report.answer import build_evidence_table
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import TrialFinished
 from tests.decision.tables import build_value_table

@@ -25,7 +25,7 @@ from rightrank.cli import cli
 from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.records import Records, compare_run_adapters, decide_run
 from rightrank.decision.table import build_table, estimate_pairs
-from rightrank.report.evidence_tables import build_margin_steps
+from rightrank.report.answer import build_margin_steps
 from rightrank.report.figure import COLOURS, Figure, write_figures
 from rightrank.report.figures import MAX_MARGINS, build_figures, build_rank_figure
 from rightrank.report.html import render_report

@@ -212,8 +212,7 @@ def _compare(
 
 def _format_inspection(inspection: Inspection) -> str:
     """Format the modules, or those that use the most and the least of their rank, and the summary."""
-    from rightrank.report.answer import format_labelled_rows
-    from rightrank.report.evidence_tables import format_table
+    from rightrank.report.answer import format_labelled_rows, format_table
 
     summary, modules = inspection.summary, inspection.modules
     by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
@@ -242,7 +241,7 @@ def _format_inspection(inspection: Inspection) -> str:
 
 def _format_parts(parts: Sequence[PartValue]) -> list[str]:
     """Format the held-out results without each part; no lines without parts."""
-    from rightrank.report.evidence_tables import format_table
+    from rightrank.report.answer import format_table
 
     rows = [
         [part.part, str(part.modules), f"{part.parameters:,}", f"{part.value_without:.4f}", f"{part.worse_by:+.4f}",
@@ -270,7 +269,7 @@ def _format_module_row(module: ModuleSpectrum) -> list[str]:
 def _format_resize_result(resized: Resized) -> str:
     """Format the written rank and the truncation error."""
     from rightrank.models.ranks import format_rank
-    from rightrank.report.evidence_tables import build_candidate_table, format_table
+    from rightrank.report.answer import build_candidate_table, format_table
 
     lowest, highest = (limit(module.rank for module in resized.modules) for limit in (min, max))
     rank = f"ranks by module, from {lowest} to {highest}"

@@ -22,9 +22,9 @@ from rightrank.decision.comparison import (
     compute_score_range,
     is_within,
 )
-from rightrank.decision.ranks import MetricUnit
 from rightrank.decision.table import (
     Cell,
+    MetricUnit,
     build_table,
     compute_distribution,
     compute_paired_difference,

@@ -218,6 +218,14 @@ class Evidence:
         """Return whether the rank's best learning rate is the lowest or the highest of several that were tried."""
         return bool(self.table.list_edge_rates(self.contenders[rank].learning_rate, rank))
 
+    def has_lower_rate(self, rank: int) -> bool:
+        """Return whether a lower learning rate than the rank's best was tried too."""
+        return self.table.list_tried_rates(rank)[0] < self.contenders[rank].learning_rate
+
+    def list_lengths(self) -> set[int]:
+        """Return the different numbers of steps of the compared trainings, if the table states them."""
+        return {cell.steps for contender in self.contenders.values() for cell in contender.cells.values() if cell.steps}
+
     def estimate_value(self, contender: Contender) -> Estimate:
         """Estimate the contender's own mean."""
         cells = list(contender.cells.values())

@@ -1,16 +1,18 @@
-"""Describe the choice of the learning rate: how the others did at the step at which all of them were compared."""
+"""Describe the choice of the learning rate, at the step at which all of them were compared, and extrapolate beyond the tried ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_bounds, is_within
-from rightrank.decision.ranks import MetricUnit
-from rightrank.decision.table import Cell, build_table, estimate_pairs
+from rightrank.decision.table import Cell, MetricUnit, build_table, estimate_pairs
 from rightrank.schema.decision import LearningRateAnswer, LearningRateCandidate
 from rightrank.schema.metrics import compute_default_margin
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFinished, TrialOutcome
+
+EDGE_FACTOR = 3  # the factor beyond the best learning rate if no other rate suggests one
 
 
 def describe_learning_rate(
@@ -156,3 +158,18 @@ def _format_result(candidate: LearningRateCandidate) -> str:
     low, high = candidate.difference_low, candidate.difference_high
     bounds = "" if low is None or high is None else f" (95% bounds {low:+.2g} and {high:+.2g})"
     return f"{candidate.difference:+.2g} with {candidate.learning_rate:g}{bounds}"
+
+
+def extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float] = ()) -> float:
+    """Return a learning rate beyond the edge by the step between the edge and its neighbor.
+
+    A rate that was tried at another rank is preferred if one is near, else a round number.
+    """
+    if edge == 0 or inner == 0:
+        return edge * EDGE_FACTOR or inner / EDGE_FACTOR
+    factor = edge / inner
+    lr = edge * factor
+    for candidate in (*sorted(tried_rates), float(f"{lr:.0e}")):
+        if candidate and abs(math.log(candidate / lr)) < abs(math.log(factor)) / 4:
+            return candidate
+    return float(f"{lr:.3g}")

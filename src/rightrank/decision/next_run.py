@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 from rightrank.decision.comparison import (
@@ -18,14 +18,12 @@ from rightrank.decision.comparison import (
     is_within,
 )
 from rightrank.decision.evidence import Evidence
+from rightrank.decision.learning_rate import EDGE_FACTOR, extrapolate_rate
 from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import ScoreTable
 from rightrank.decision.verdicts import (
     find_unexplained_rank,
     format_rank_names,
-    has_lower_rate,
-    is_open,
-    list_lengths,
 )
 from rightrank.schema.command import build_arguments
 from rightrank.schema.decision import NextRun, Verdict
@@ -35,7 +33,6 @@ from rightrank.schema.settings import MAX_SEED, SelectSettings
 MIN_SEEDS = 2  # the fewest seeds that measure the noise over seeds
 CONFIRM_SEEDS = 3
 EXAMPLE_COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # numbers of held-out examples to suggest
-EDGE_FACTOR = 3  # the factor beyond the best learning rate if no other rate suggests one
 
 
 def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
@@ -46,7 +43,7 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
     elif verdict == "undecided":
         if (unexplained := find_unexplained_rank(comparison)) is not None:
             runs.append(_plan_repetition(comparison, unexplained))
-        if is_open(comparison):
+        if comparison.is_open:
             runs.extend(_plan_runs_for_confidence(comparison))
     elif comparison.chosen == comparison.ranks[-1] and (
         verdict == "rising" or not comparison.evidence.lacks_uncertainty
@@ -69,7 +66,7 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
 def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
     """Plan to repeat the training that probably failed: at a lower learning rate if none was tried, else with another seed."""
     evidence, start = comparison.evidence, f"Train rank {rank} again"
-    if has_lower_rate(comparison, rank):
+    if comparison.evidence.has_lower_rate(rank):
         return _build_seed_run(
             evidence,
             [rank],
@@ -182,7 +179,7 @@ def _plan_extra_seeds(comparison: Comparison) -> NextRun:
 
 def _plan_equal_lengths(evidence: Evidence) -> NextRun:
     """Plan to train all ranks for as many steps as the longest training."""
-    steps = max(list_lengths(evidence))
+    steps = max(evidence.list_lengths())
     shorter_trials = {
         rank: sum(cell.steps not in (None, steps) for cell in contender.cells.values())
         for rank, contender in sorted(evidence.contenders.items())
@@ -226,21 +223,6 @@ def plan_rate_run(table: ScoreTable, rank: int, learning_rate: float, ranks: lis
 
 def _collect_tried_rates(table: ScoreTable) -> set[float]:
     return {rate for rank in table.list_ranks() for rate in table.list_tried_rates(rank)}
-
-
-def extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float] = ()) -> float:
-    """Return a learning rate beyond the edge by the step between the edge and its neighbor.
-
-    A rate that was tried at another rank is preferred if one is near, else a round number.
-    """
-    if edge == 0 or inner == 0:
-        return edge * EDGE_FACTOR or inner / EDGE_FACTOR
-    factor = edge / inner
-    lr = edge * factor
-    for candidate in (*sorted(tried_rates), float(f"{lr:.0e}")):
-        if candidate and abs(math.log(candidate / lr)) < abs(math.log(factor)) / 4:
-            return candidate
-    return float(f"{lr:.3g}")
 
 
 def _plan_proof(comparison: Comparison) -> NextRun:

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import accumulate
 
 from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, is_within, list_lower_ranks, walk_down
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.table import Contender
+from rightrank.decision.table import Contender, MetricUnit
 from rightrank.schema.decision import StaircaseStep
-from rightrank.schema.metrics import MetricKind
 
 # With it, two seeds answer 80% of the cases of twenty grids: `benchmarks/decide/probability.py`.
 DEFAULT_CONFIDENCE = 0.6
 ZERO_DIFFERENCE = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)  # the difference of the reference from itself
-MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
-
-
-@dataclass(frozen=True, slots=True)
-class MetricUnit:
-    """Conversion from the oriented unit (lower is better, nats for a perplexity) to the metric's unit."""
-
-    kind: MetricKind
-    higher_is_better: bool
-    reference: float  # the reference's value in the metric's unit
-
-    def convert_value(self, oriented: float) -> float:
-        if self.kind == "perplexity":
-            return math.exp(min(oriented, MAX_EXPONENT))
-        return -oriented if self.higher_is_better else oriented
-
-    def convert_difference(self, oriented: float) -> float:
-        """Convert an oriented difference from the reference to the metric's unit; above 0 is worse."""
-        return self.reference * math.expm1(min(oriented, MAX_EXPONENT)) if self.kind == "perplexity" else oriented
-
-    def convert_margin(self, margin: float) -> float:
-        return math.log1p(margin / self.reference) if self.kind == "perplexity" else margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +59,11 @@ class Comparison:
         probability = self.compute_probability(rank)
         assert probability is not None
         return probability
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether no rank has the requested probability."""
+        return self.confidence is not None and self.require_probability(self.chosen) < self.confidence
 
     @property
     def is_base_enough(self) -> bool:

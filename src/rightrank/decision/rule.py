@@ -23,13 +23,12 @@ from rightrank.decision.next_run import plan_next_runs
 from rightrank.decision.ranks import (
     DEFAULT_CONFIDENCE,
     Comparison,
-    MetricUnit,
     RankComparison,
     build_staircase,
     compare_ranks,
 )
 from rightrank.decision.sentences import format_basis_note, format_conflict, format_probability_note, format_sentence
-from rightrank.decision.table import ScoreTable, select_checkpoint
+from rightrank.decision.table import MetricUnit, ScoreTable, select_checkpoint
 from rightrank.decision.verdicts import (
     collect_flags,
     compare_checkpoints,
@@ -37,7 +36,6 @@ from rightrank.decision.verdicts import (
     determine_verdict,
     find_indistinguishable_ranks,
     find_shown_rank,
-    is_open,
 )
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
@@ -80,7 +78,7 @@ def decide_table(
     flags = collect_flags(comparison, verdict, other_answers, checkpoint_comparison)
     runs = plan_next_runs(comparison, verdict, flags)
     indistinguishable = (
-        find_indistinguishable_ranks(comparison) if is_open(comparison) else [chosen]
+        find_indistinguishable_ranks(comparison) if comparison.is_open else [chosen]
     )  # A larger rank that is worse does not change the rest of the answer.
     if smallest_if_undecided and verdict == "undecided" and indistinguishable:
         verdict, chosen = "no_difference" if len(indistinguishable) > 1 else "saturated", indistinguishable[0]

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.ranks import Comparison, MetricUnit
+from rightrank.decision.ranks import Comparison
 from rightrank.decision.seeds import compute_needed_seeds
+from rightrank.decision.table import MetricUnit
 from rightrank.decision.verdicts import (
     determine_grade,
     find_indistinguishable_ranks,
     find_unexplained_rank,
     format_rank_names,
-    is_open,
-    list_lengths,
 )
 from rightrank.schema.decision import RankEvidence, Verdict
 from rightrank.schema.metrics import LOSS_KINDS
@@ -51,7 +50,7 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
     caution = "; this is an indication from one seed, and more seeds may change it" if comparison.is_indication else ""
     if evidence.lacks_uncertainty:
         caution = "; one number per rank suggests this but does not show it"
-    if len(steps := list_lengths(evidence)) > 1:
+    if len(steps := evidence.list_lengths()) > 1:
         caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, so the comparison is not fair"
     conclusion = f"Rank {chosen} {verb} enough{_format_probabilities(comparison)}"
     qualifier = "probably " if comparison.confidence is not None and verb == "looks" else ""
@@ -172,7 +171,7 @@ def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit
     if (unexplained := find_unexplained_rank(comparison)) is not None:
         remark = (
             ""
-            if is_open(comparison)
+            if comparison.is_open
             else f" Without it, rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
         )
         return (

@@ -42,6 +42,7 @@ LARGE_DIFFERENCE_MARGINS = (
 )
 DROP_IN_MARGINS = 2.5  # a fall by more than this is a collapse: five points at a margin of two
 SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several evaluations is optimistic by about two
+MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 RIDGE = 1e-4  # keeps seed effects at 0 if the shared seeds do not determine them
 
 
@@ -224,6 +225,27 @@ def _orient_scores(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
     """Orient scores so that lower is better; perplexities become logarithms."""
     values = np.asarray(scores)
     return np.log(values) if kind == "perplexity" else -values if higher else values
+
+
+@dataclass(frozen=True, slots=True)
+class MetricUnit:
+    """Conversion from the oriented unit (lower is better, nats for a perplexity) to the metric's unit."""
+
+    kind: MetricKind
+    higher_is_better: bool
+    reference: float  # the reference's value in the metric's unit
+
+    def convert_value(self, oriented: float) -> float:
+        if self.kind == "perplexity":
+            return math.exp(min(oriented, MAX_EXPONENT))
+        return -oriented if self.higher_is_better else oriented
+
+    def convert_difference(self, oriented: float) -> float:
+        """Convert an oriented difference from the reference to the metric's unit; above 0 is worse."""
+        return self.reference * math.expm1(min(oriented, MAX_EXPONENT)) if self.kind == "perplexity" else oriented
+
+    def convert_margin(self, margin: float) -> float:
+        return math.log1p(margin / self.reference) if self.kind == "perplexity" else margin
 
 
 def _build_cell(

@@ -46,7 +46,7 @@ def determine_verdict(comparison: Comparison) -> Verdict:
     """Return the first row of the table above that applies."""
     if comparison.is_base_enough:
         return "no_gain"
-    if is_open(comparison) or find_unexplained_rank(comparison) is not None:
+    if comparison.is_open or find_unexplained_rank(comparison) is not None:
         return "undecided"
     if is_overfitting(comparison):
         return "overfitting"
@@ -55,12 +55,6 @@ def determine_verdict(comparison: Comparison) -> Verdict:
     if is_rising(comparison) and all(comparison.is_worse(rank) for rank in comparison.ranks[:-1]):
         return "rising"
     return "saturated"
-
-
-def is_open(comparison: Comparison) -> bool:
-    """Return whether no rank has the requested probability."""
-    confidence = comparison.confidence
-    return confidence is not None and comparison.require_probability(comparison.chosen) < confidence
 
 
 def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
@@ -122,7 +116,7 @@ def find_unexplained_rank(comparison: Comparison) -> int | None:
     larger = [rank for rank in comparison.ranks if rank > comparison.reference.rank]
     for rank in larger:
         compared = comparison.by_rank[rank]
-        has_failed = not has_lower_rate(comparison, rank) and not is_within(
+        has_failed = not comparison.evidence.has_lower_rate(rank) and not is_within(
             compared.difference.mean, FALL_IN_MARGINS * comparison.margin
         )
         is_shown = compared.non_inferior is False and compared.difference.seeds > 1
@@ -131,11 +125,6 @@ def find_unexplained_rank(comparison: Comparison) -> int | None:
         if comparison.is_clearly_worse(rank) and not is_settled and not is_explained:
             return rank
     return None
-
-
-def has_lower_rate(comparison: Comparison, rank: int) -> bool:
-    """Return whether a lower learning rate than the rank's best was tried too."""
-    return comparison.evidence.table.list_tried_rates(rank)[0] < comparison.evidence.contenders[rank].learning_rate
 
 
 def _is_gradual_rise(comparison: Comparison, larger: Sequence[int], rank: int) -> bool:
@@ -215,7 +204,7 @@ def collect_flags(
         "lr_edge": any(evidence.is_at_edge(rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
         "larger_rank_worse": find_unexplained_rank(comparison) is not None,
-        "unequal_length": len(list_lengths(evidence)) > 1,
+        "unequal_length": len(evidence.list_lengths()) > 1,
         "collapsed": evidence.table.collapsed > 0,
         "one_seed": comparison.is_indication,
         "selection_bias": max(evidence.contenders[rank].selection_bias for rank in answer) > comparison.margin / 2,
@@ -238,11 +227,6 @@ def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
         below is None or compared[below].non_inferior is False
     )
     return comparison.evidence.basis == "values" or not is_settled
-
-
-def list_lengths(evidence: Evidence) -> set[int]:
-    """Return the different numbers of steps of the compared trainings, if the table states them."""
-    return {cell.steps for contender in evidence.contenders.values() for cell in contender.cells.values() if cell.steps}
 
 
 def _has_metric_conflict(evidence: Evidence, chosen: int, name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from rightrank.report.evidence_tables import format_trial_end
+from rightrank.report.answer import format_trial_end
 from rightrank.report.format import format_bytes, format_duration, format_metric_label
 from rightrank.schema.events import DurationEstimated, EvaluationProgress, Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import (

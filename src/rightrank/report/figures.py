@@ -14,7 +14,7 @@ from rightrank.decision.records import (
     exclude_longer_trainings,
     get_metric_direction,
 )
-from rightrank.report.evidence_tables import ENOUGH, format_interval_label
+from rightrank.report.answer import ENOUGH, format_interval_label
 from rightrank.report.figure import Figure, escape_label
 from rightrank.report.format import format_metric_label
 from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateCandidate

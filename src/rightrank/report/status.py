@@ -15,8 +15,7 @@ from rightrank.decision.records import (
     decide_if_possible,
     list_tried_rates,
 )
-from rightrank.report.answer import build_answer_view, format_labelled_rows
-from rightrank.report.evidence_tables import format_cost
+from rightrank.report.answer import build_answer_view, format_cost, format_labelled_rows
 from rightrank.report.format import format_metric_label, format_quantity
 from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.schema.command import build_resume_command

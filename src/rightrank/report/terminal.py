@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rightrank.decision.records import Answers
-from rightrank.report.answer import build_answer_view, format_brief, format_labelled_rows
-from rightrank.report.evidence_tables import build_certainty_rows, build_evidence_table, format_table
+from rightrank.report.answer import (
+    build_answer_view,
+    build_certainty_rows,
+    build_evidence_table,
+    format_brief,
+    format_labelled_rows,
+    format_table,
+)
 from rightrank.report.format import format_bytes, format_duration, format_metric_label, make_visible
 from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.schema.decision import Decision

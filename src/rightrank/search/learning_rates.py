@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from rightrank.decision.next_run import extrapolate_rate
+from rightrank.decision.learning_rate import extrapolate_rate
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import (
     HALF,

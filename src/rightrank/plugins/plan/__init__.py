@@ -105,7 +105,7 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
 
 def _format_plan(plan: Plan) -> str:
     """Format the complete plan as plain lines."""
-    from rightrank.report.evidence_tables import format_table
+    from rightrank.report.answer import format_table
 
     heading = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
     heading += ["fits"] * (plan.memory_bytes is not None)
