@@ -157,7 +157,7 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
         json.dumps(json.loads(line)) for line in lines[:150]
     }
     assert "training examples of the adapter are left out" in evaluation_data.note
-    with pytest.raises(DataError, match="are among the adapter's training examples"):
+    with pytest.raises(DataError, match="are among the training examples of the adapters"):
         load_evaluation_data(
             adapter,
             train,

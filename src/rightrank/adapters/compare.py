@@ -157,21 +157,11 @@ def drop_training_examples(
     Raises:
         DataError: Fewer than two rows are left.
     """
-    trained_ids = set[str]()
-    for side_name in sides:
-        if (
-            side_name != BASE_SIDE
-            and (run_data := load_run_splits(Path(side_name), settings, splits.summary.classes)) is not None
-        ):
-            trained_ids |= {example.example_id for example in run_data[0].examples["train"]}
-    unseen = splits.exclude_examples(trained_ids)
-    count, num_unseen = (len(side_name.examples["validation"]) for side_name in (splits, unseen))
-    if num_unseen < 2:
-        raise DataError(
-            f"{data}: {count - num_unseen} of {count} distinct rows are among the training examples of the adapters; give rows "
-            "that none of them was trained on"
-        )
-    return unseen
+    paths = [Path(side_name) for side_name in sides if side_name != BASE_SIDE]
+    run_data = filter(None, [load_run_splits(path, settings, splits.summary.classes) for path in paths])
+    return splits.exclude_training_examples(
+        (example for run_splits, _ in run_data for example in run_splits.examples["train"]), data
+    )
 
 
 def load_run_splits(
@@ -406,8 +396,8 @@ def _sort_labels(id2label: Any) -> list[str]:
 
 
 def build_trial_record(
-    name: str, rank: int, scores: Scores, metric: str, *, steps: int = 0, truncate_from: str | None = None
+    name: str, rank: int, scores: Scores, metric: str, *, truncate_from: str | None = None
 ) -> TrialFinished:
     """Build a trial record from held-out scores, as `decide` reads it."""
-    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=steps, truncate_from=truncate_from)
+    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=0, truncate_from=truncate_from)
     return build_finished_trial(Trial(trial_id=name, arm=arm), metric, scores, MetricResults(), Progress())

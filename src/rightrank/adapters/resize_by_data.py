@@ -88,14 +88,8 @@ def load_evaluation_data(
         raise DataError(
             f"{data}: has the form {all_splits.form}, and the adapter's training data {training_splits.form}"
         )
-    trained_ids = {example.example_id for example in training_splits.examples["train"]}
-    unseen = [example for example in all_examples if example.example_id not in trained_ids]
+    unseen = all_splits.exclude_training_examples(training_splits.examples["train"], data).examples["validation"]
     left_out = len(all_examples) - len(unseen)
-    if len(unseen) < 2:
-        raise DataError(
-            f"{data}: {left_out} of {len(all_examples)} distinct rows are among the adapter's training examples; "
-            "give rows that it was not trained on"
-        )
     description = f"{data} (not in its training data); {left_out:,} training examples of the adapter are left out"
     return _replace_validation_split(training_splits, _limit_examples(unseen, settings), description)
 

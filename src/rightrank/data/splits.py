@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -53,10 +53,20 @@ class DataSplits:
         assert self.summary.form != "ranking"
         return self.summary.form
 
-    def exclude_examples(self, example_ids: Container[str]) -> DataSplits:
-        """Return the splits of `load_held_out` without some examples."""
-        remaining = [example for example in self.examples["validation"] if example.example_id not in example_ids]
-        return replace(self, examples=dict.fromkeys(self.examples, remaining))
+    def exclude_training_examples(self, trained: Iterable[Example], source: Path) -> DataSplits:
+        """Return the splits of `load_held_out` without examples that adapters were trained on.
+
+        Raises:
+            DataError: Fewer than two examples are left.
+        """
+        example_ids, held_out = {example.example_id for example in trained}, self.examples["validation"]
+        unseen = [example for example in held_out if example.example_id not in example_ids]
+        if len(unseen) < 2:
+            raise DataError(
+                f"{source}: {len(held_out) - len(unseen)} of {len(held_out)} distinct rows are among the training examples of the "
+                "adapters; give rows that none of them was trained on"
+            )
+        return replace(self, examples=dict.fromkeys(self.examples, unseen))
 
 
 def load_data(
