@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,19 @@ def make_trainer(folder: Path, processor: Any, out: Path) -> Any:
     return trainer
 
 
+def compute_loss(folder: Path, adapter: Path, trainer: Any) -> float:
+    """Return the mean held-out loss of an adapter that PEFT loads, over tokens, with the trainer's collator."""
+    model = PeftModel.from_pretrained(Idefics3ForConditionalGeneration.from_pretrained(folder), adapter).eval()
+    total = count = 0.0
+    for row in trainer.eval_dataset.select(range(32)):
+        batch = trainer.data_collator([row])
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(**batch).loss) * labels
+        count += labels
+    return total / count
+
+
 def test_the_end_of_a_training_with_images(tmp_path: Path) -> None:
     """Load the handed-over adapter by PEFT, and compute its loss with the trainer's batches."""
     processor = make_processor()
@@ -92,21 +106,18 @@ def test_the_end_of_a_training_with_images(tmp_path: Path) -> None:
     assert answer.rank < 8
 
     adapter = tmp_path / "out" / "rightrank" / "adapter"
-    model = PeftModel.from_pretrained(Idefics3ForConditionalGeneration.from_pretrained(folder), adapter).eval()
-    total = count = 0.0
-    for row in trainer.eval_dataset.select(range(32)):
-        batch = trainer.data_collator([row])
-        labels = int((batch["labels"][:, 1:] != -100).sum())
-        with torch.no_grad():
-            total += float(model(**batch).loss) * labels
-        count += labels
-    assert total / count == pytest.approx(callback.result.trained_trial.value + answer.difference, abs=1e-4)
+    value = callback.result.trained_trial.value
+    assert compute_loss(folder, adapter, trainer) == pytest.approx(value + answer.difference, abs=1e-4)
 
     parts = group_modules(open_adapter(adapter).modules)
     assert {"vision tower", "projector", "language model"} <= parts.keys()
     resize(adapter, tmp_path / "text", without=[".*vision_model.*"])
     assert "vision tower" not in group_modules(open_adapter(tmp_path / "text").modules)
-    PeftModel.from_pretrained(Idefics3ForConditionalGeneration.from_pretrained(folder), tmp_path / "text")
+    trained = callback.result.folder.get_trial_folder(answer.trained_id)
+    resize(trained, tmp_path / "trained_text", without=[".*vision_model.*"])
+    worse_by = compute_loss(folder, tmp_path / "trained_text", trainer) - value
+    (note,) = (note for note in answer.notes if "vision tower" in note)
+    assert float(re.findall(r"is worse by ([+-][\d.e-]+)", note)[0]) == pytest.approx(worse_by, rel=0.1, abs=1e-3)
 
     rows = [{"prompt": "<image> : ", "completion": "the cat", "images": [f"{n}.png"]} for n in range(30)]
     with pytest.raises(InputError, match="column `images`: only text is read here; add SmallestAdapter") as raised:

@@ -23,12 +23,13 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import PartValue
 from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
 from rightrank.train.runtime import attach_adapter
 
 MAX_BLOCKS = 4  # of layers; each costs one evaluation
-LANGUAGE_MODEL = "language model"
-TOWERS = {"projector": r"projector|connector|merger", "vision tower": r"vision|visual|image"}  # the first that matches
+LANGUAGE_MODEL, VISION_TOWER = "language model", "vision tower"
+TOWERS = {"projector": r"projector|connector|merger", VISION_TOWER: r"vision|visual|image"}  # the first that matches
 
 Parts = Mapping[str, Sequence[AdapterModule]]
 
@@ -73,7 +74,6 @@ def measure_parts(
     """
     evaluation_data = load_evaluation_data(adapter, data, None, settings)
     on_event(Notice(text=evaluation_data.note))
-    values: list[PartValue] = []
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         inputs = RuntimeInputs(data, settings, Path(name), splits=evaluation_data.splits)
         runtime = make_adapter_runtime(adapter, base, inputs)
@@ -84,23 +84,31 @@ def measure_parts(
                 report_evaluation_progress(runtime, f"without {label}" if label else "the adapter", on_event)
                 with _disable_modules(peft_model, modules):
                     trials.append(build_trial_record(label, number, runtime.evaluate("validation"), metric))
-        table = build_table(trials, metric, runtime.settings.is_higher_better(metric))
-        reference, *others = table.cells.values()
-        for (label, modules), cell in zip(parts.items(), others, strict=True):
-            worse = compute_paired_difference(cell, reference)
-            bounds = compute_file_bounds(worse.sums, worse.weights, worse.score_range, worse.groups)
-            values.append(
-                PartValue(
-                    part=label,
-                    modules=len(modules),
-                    parameters=sum(module.parameters for module in modules),
-                    value_without=cell.value,
-                    worse_by=bounds.mean,
-                    worse_by_low=bounds.low,
-                    worse_by_high=bounds.high,
-                )
-            )
+        values = compute_part_values(parts, trials, metric, runtime.settings.is_higher_better(metric))
     return values, evaluation_data.note
+
+
+def compute_part_values(
+    parts: Parts, trials: Sequence[TrialFinished], metric: str, is_higher_better: bool
+) -> list[PartValue]:
+    """Compare the scores without each part with those of the complete adapter, which is the first trial."""
+    reference, *others = build_table(trials, metric, is_higher_better).cells.values()
+    values: list[PartValue] = []
+    for (label, modules), cell in zip(parts.items(), others, strict=True):
+        worse = compute_paired_difference(cell, reference)
+        bounds = compute_file_bounds(worse.sums, worse.weights, worse.score_range, worse.groups)
+        values.append(
+            PartValue(
+                part=label,
+                modules=len(modules),
+                parameters=sum(module.parameters for module in modules),
+                value_without=cell.value,
+                worse_by=bounds.mean,
+                worse_by_low=bounds.low,
+                worse_by_high=bounds.high,
+            )
+        )
+    return values
 
 
 @contextmanager
