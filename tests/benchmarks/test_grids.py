@@ -11,7 +11,6 @@ import pytest
 from benchmarks.results import read_bytes, read_json
 from benchmarks.science import PAGE, TABLES, replace_tables
 from benchmarks.selection import compare
-from benchmarks.selection.judge_wide import FOLDER, read_grid
 from benchmarks.selection.tables import read_grids
 
 STORED = compare.HERE
@@ -51,17 +50,19 @@ def test_long_grids_are_whole() -> None:
 @pytest.mark.trains
 def test_wide_grids_are_whole() -> None:
     """Check that each grid has six seeds, and the values of 4,096 test examples for every adapter."""
-    files = sorted(FOLDER.glob("*.json.xz"))
+    files = sorted((STORED / "wide").glob("*.json.xz"))
     assert len(files) == 8
     for file in files:
-        grid, (curve,) = read_grid(file), read_grids(file)
+        (curve,) = read_grids(file)
         assert curve.seeds == list(range(6))
-        assert grid.ranks == curve.ranks
-        assert {len(values) for values in grid.values.values()} == {len(grid.weights)} == {4096}
+        with np.load(file.with_name(file.name.replace(".json.xz", ".npz"))) as arrays:
+            assert len(arrays["tokens"]) == 4096
+            assert arrays["losses"].shape == (len(arrays["cells"]), 4096)
+            stored_cells = {(int(rank), float(rate), int(seed)) for rank, rate, seed in arrays["cells"]}
         cells = {
             (rank, rate, seed) for rank, by_rate in curve.cells.items() for rate, row in by_rate.items() for seed in row
         }
-        assert cells == set(grid.values)
+        assert cells == stored_cells
 
 
 @pytest.mark.trains
