@@ -115,19 +115,6 @@ def write_completions(path: Path, count: int = 200, seed: int = 1) -> Path:
     return write_jsonl(path, rows)
 
 
-UNMEASURED: dict[str, Any] = {  # fields of a `TrialFinished` that its test does not read
-    "example_losses": [],
-    "example_tokens": [],
-    "train_value": None,
-    "points": [],
-    "trainable_parameters": 0,
-    "train_seconds": 0.0,
-    "train_tokens": 0,
-    "eval_seconds": 0.0,
-    "peak_bytes": 0,
-}
-
-
 ON_CPU = SelectSettings(dtype="float32", device="cpu")
 
 

@@ -278,13 +278,8 @@ class TableRunner:
             example_losses=items if is_loss else [],
             example_tokens=self._curve.item_tokens if items and is_loss else [],
             example_scores=items if items and not is_loss else None,
-            train_value=None,
             points=self._build_points(arm),
             trainable_parameters=arm.rank,
-            train_seconds=0.0,
-            train_tokens=0,
-            eval_seconds=0.0,
-            peak_bytes=0,
         )
 
     def _build_points(self, arm: Arm) -> list[EvalPoint]:

@@ -25,7 +25,6 @@ from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
-from tests.tiny import UNMEASURED
 
 EXAMPLES, TOKENS = 400, 10
 LOSS = Criterion(metric="loss", higher_is_better=False, margin=0.005)
@@ -46,7 +45,8 @@ def make_trial(name: str, rank: int, shift: float, *, parent: str | None = None,
         truncate_from=parent,
         value=float(losses.sum() / (EXAMPLES * TOKENS)),
         metrics={"loss": float(losses.sum() / (EXAMPLES * TOKENS))},
-        **(UNMEASURED | {"example_losses": losses.tolist(), "example_tokens": [TOKENS] * EXAMPLES}),
+        example_losses=losses.tolist(),
+        example_tokens=[TOKENS] * EXAMPLES,
     )
 
 

@@ -30,7 +30,6 @@ from rightrank.report.answer import build_evidence_table
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import TrialFinished
 from tests.decision.tables import build_value_table
-from tests.tiny import UNMEASURED
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_thirty_scores_of_zero_give_no_evidence() -> None:
     trials = [
         TrialFinished(
             trial_id=f"{rank}", rank=rank, learning_rate=1e-3, lora_alpha=32, seed=0, steps=10, value=0.0,
-            metrics={"f1": 0.0}, example_metrics={"f1": [0.0] * 30}, **UNMEASURED,
+            metrics={"f1": 0.0}, example_metrics={"f1": [0.0] * 30},
         )
         for rank in (4, 16)
     ]  # fmt: skip

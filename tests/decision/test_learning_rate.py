@@ -10,7 +10,6 @@ import pytest
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialOutcome
-from tests.tiny import UNMEASURED
 
 CRITERION = Criterion("loss", higher_is_better=False, margin=0.01)
 SHIFTS = {3e-4: 0.1, 1e-3: 0.002, 3e-3: 0.0}
@@ -26,7 +25,7 @@ def make_trial(rate: float, shift: float, end: int, **changes: Any) -> TrialFini
         "stop_at": None if end == 100 else end, "value": value, "metrics": {"loss": value},
     }  # fmt: skip
     scores = {"example_losses": losses, "example_tokens": [1] * EXAMPLES}
-    return TrialFinished(**(fields | UNMEASURED | scores | changes))
+    return TrialFinished(**(fields | scores | changes))
 
 
 def make_search() -> tuple[TrialFinished, list[TrialOutcome]]:

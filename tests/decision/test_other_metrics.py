@@ -9,7 +9,6 @@ from rightrank.decision.rule import decide_table
 from rightrank.decision.table import build_other_tables, build_table
 from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.decision.tables import make_trial
-from tests.tiny import UNMEASURED
 
 NUM_EXAMPLES = 800  # if no example differs, the bound of 3 / 800 is below the margin
 
@@ -35,7 +34,9 @@ def make_scored_trial(rank: int, seed: int, loss: float, right: float) -> TrialF
         value=float(losses.mean()),
         metrics={"loss": float(losses.mean()), "exact_match": float(scores.mean()), "bleu": 20.0 + rank / 64},
         example_metrics={"exact_match": scores.tolist()},
-        **(UNMEASURED | {"example_losses": losses.tolist(), "example_tokens": [1] * NUM_EXAMPLES, "train_value": 1.0}),
+        example_losses=losses.tolist(),
+        example_tokens=[1] * NUM_EXAMPLES,
+        train_value=1.0,
     )
 
 

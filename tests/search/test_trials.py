@@ -7,7 +7,6 @@ import pytest
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import Trials
 from tests.search.worlds import make_space
-from tests.tiny import UNMEASURED
 
 THREE = {0: 6.0598, 1: 6.0617, 2: 6.0624}
 
@@ -28,7 +27,6 @@ def finished(arm: Arm, loss: float) -> TrialFinished:
         **arm.model_dump(),
         value=loss,
         metrics={"loss": loss},
-        **UNMEASURED,
     )
 
 

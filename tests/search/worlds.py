@@ -21,7 +21,6 @@ from rightrank.schema.trials import (
 from rightrank.search.history import Space, Trials
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
-from tests.tiny import UNMEASURED
 
 STEPS = 100
 
@@ -80,7 +79,9 @@ class World:
             **arm.model_dump(),
             value=self.loss(arm),
             metrics={"loss": self.loss(arm)},
-            **(UNMEASURED | {"points": points, "trainable_parameters": arm.rank, "train_seconds": float(end)}),
+            points=points,
+            trainable_parameters=arm.rank,
+            train_seconds=float(end),
         )
 
     def _cannot(self, arm: Arm) -> bool:

@@ -107,8 +107,6 @@ def build_finished_trial(
         **scores.to_record_fields(metric_results),
         failed_metrics=metric_results.failures,
         train_value=progress.points[-1].train_value if progress.points else None,
-        trainable_parameters=0,
-        peak_bytes=0,
         pass_ranks=[0],
         **progress.model_dump(exclude={"step"}),
     )

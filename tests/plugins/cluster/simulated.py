@@ -16,7 +16,7 @@ from rightrank.plugins.cluster.worker import StopTask, Task, TaskEnded, WorkerLo
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted
-from tests.tiny import UNMEASURED, build_small_settings
+from tests.tiny import build_small_settings
 
 VERSIONS = {"rightrank": "simulated"}
 
@@ -130,15 +130,10 @@ def make_result(trial: Trial) -> TrialFinished:
         **trial.arm.model_dump(),
         value=value,
         metrics={"loss": value},
-        **(
-            UNMEASURED
-            | {
-                "example_losses": [value] * 4,
-                "example_tokens": [1] * 4,
-                "trainable_parameters": trial.arm.rank,
-                "train_seconds": 1.0,
-            }
-        ),
+        example_losses=[value] * 4,
+        example_tokens=[1] * 4,
+        trainable_parameters=trial.arm.rank,
+        train_seconds=1.0,
     )
 
 
