@@ -23,7 +23,8 @@ pytestmark = pytest.mark.trains
 
 # Run by tests of their own: the demo (in short), and what installs things or needs hours.
 ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
-SHOWN = ("rightrank expect", "rightrank decide --example")  # their output does not depend on the model or the data
+# Their output does not depend on the model or the data.
+SHOWN = ("rightrank expect", "rightrank decide --example", "rightrank export")
 FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--max-eval-examples", "8", "--device", "cpu"]
 SMALL = {"--ranks": "1,4", "--learning-rates": "1e-2"}  # where a page does not say its own
 CODE = [
@@ -59,11 +60,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing\\w*` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", CODE, ids=get_page_name)
-def test_code_runs(page: Path, here: None, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_runs(
+    page: Path, here: None, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Block by block in one folder, Python in one namespace; selections made small by options that pages need not show.
 
-    A text block directly after a command of `SHOWN` is part of its output.
+    A text block directly after Python or after a command of `SHOWN` is part of its output.
     """
+    monkeypatch.setenv("COLUMNS", "80")
     namespace: dict[str, object] = {"__name__": "page"}
     shown = ""
     for block in iterate_blocks(page):
@@ -72,6 +76,7 @@ def test_code_runs(page: Path, here: None, runs: Path, capsys: pytest.CaptureFix
         shown = ""
         if block.language == "python" and block.runs:
             exec(compile(block.text, get_page_name(page), "exec", dont_inherit=True), namespace)
+            shown = capsys.readouterr().out
         elif block.language in SHELL and block.runs:
             for command in list_commands(block.text):
                 if not command.startswith(ELSEWHERE):

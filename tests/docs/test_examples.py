@@ -45,6 +45,7 @@ def test_no_example_is_left_out() -> None:
         *ALL,
         "common.py",
         "fleet.py",
+        "mcp_server.py",  # tests/docs/test_mcp_server.py
         "preference_pairs.py",
         "notebook.ipynb",
         "text_to_image.py",  # tests/interop/test_images.py

@@ -95,6 +95,21 @@ def test_make_targets_in_the_docs_exist() -> None:
                 assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
 
 
+def test_pages_stay_short() -> None:
+    words = {page: len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "README.md", *GUIDES)}
+    assert words[ROOT / "README.md"] <= 600
+    assert sum(words[page] for page in GUIDES) <= 25_000
+
+
+def test_there_is_a_short_recipe_for_each_of_five_audiences() -> None:
+    recipes = (ROOT / "docs" / "start.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    titles = [recipe.partition("\n")[0] for recipe in recipes]
+    audiences = ["train now", "have trained", "serve", "do research", "do reinforcement learning"]
+    assert titles == [f"You {audience}" for audience in audiences]
+    assert all(len(recipe.split()) < 300 for recipe in recipes)
+    assert all("```" in recipe for recipe in recipes)
+
+
 def test_every_command_is_described() -> None:
     text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
     assert {name for name in COMMANDS if not re.search(rf"^\| `{name}|, `{name}", text, re.MULTILINE)} == set()

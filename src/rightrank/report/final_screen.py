@@ -89,9 +89,10 @@ def describe_result(answers: Answers) -> str:
         return f"{_describe_adapter(answers)}; {cost}."
     saved = ""
     if answers.adapter is not None:
-        claim = f", {_format_claim(answers, answers.adapter.answer, with_margin=False)}"
-        has_gain = answers.decision.verdict != "no_gain"
-        saved = f"the adapter has rank {answers.adapter.answer.rank}{claim if has_gain else ''}"
+        answer = answers.adapter.answer
+        claim = f", {_format_claim(answers, answer, with_margin=False)}"
+        is_compared = answer.trial_id != answer.reference_id and answers.decision.verdict != "no_gain"
+        saved = f"the adapter has rank {answer.rank}{claim if is_compared else ''}"
     return f"{'; '.join(filter(None, [_describe_decision(answers.decision), saved, cost]))}."
 
 
