@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.trains
 ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
 # Their output does not depend on the model or the data.
 SHOWN = ("rightrank expect", "rightrank decide --example", "rightrank export")
+SCREEN_ROWS = re.compile(r"^(adapter|load|next|details)\b", re.MULTILINE)  # of the final screen
 FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--max-eval-examples", "8", "--device", "cpu"]
 SMALL = {"--ranks": "1,4", "--learning-rates": "1e-2"}  # where a page does not say its own
 CODE = [
@@ -65,15 +67,19 @@ def test_code_runs(
 ) -> None:
     """Block by block in one folder, Python in one namespace; selections made small by options that pages need not show.
 
-    A text block directly after Python or after a command of `SHOWN` is part of its output.
+    A text block directly after Python or after a command of `SHOWN` is part of its output. After a selection, whose numbers
+    depend on the model, it has the same rows.
     """
     monkeypatch.setenv("COLUMNS", "80")
     namespace: dict[str, object] = {"__name__": "page"}
-    shown = ""
+    shown, is_selection = "", False
     for block in iterate_blocks(page):
         if block.language == "text" and block.follows_block and shown:
-            assert block.text in shown
-        shown = ""
+            if is_selection:
+                assert SCREEN_ROWS.findall(block.text) == SCREEN_ROWS.findall(shown) != []
+            else:
+                assert block.text in shown
+        shown, is_selection = "", False
         if block.language == "python" and block.runs:
             exec(compile(block.text, get_page_name(page), "exec", dont_inherit=True), namespace)
             shown = capsys.readouterr().out
@@ -81,7 +87,8 @@ def test_code_runs(
             for command in list_commands(block.text):
                 if not command.startswith(ELSEWHERE):
                     output = _run(command, runs, capsys)
-                    shown = output if command.startswith(SHOWN) else ""
+                    is_selection = command.startswith("rightrank select") and "--dry-run" not in command
+                    shown = output if is_selection or command.startswith(SHOWN) else ""
 
 
 def _run(command: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -53,7 +53,7 @@ def _load_plugin_commands() -> dict[str, click.Command]:
 def cli() -> None:
     """Find the LoRA rank that is enough and no more: measured on your model and your data.
 
-    Start with `rightrank demo`, then `rightrank select MODEL DATA --out DIR`.
+    Start with `rightrank expect`, which needs no model, then `rightrank select MODEL DATA`.
     """
 
 

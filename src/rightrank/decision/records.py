@@ -100,7 +100,9 @@ def read_records(journal: Sequence[JournalRecord], source: str) -> Records:
         RunFolderError: the journal is empty, or does not begin with the start of a run.
     """
     if not journal or not isinstance(journal[0], RunStarted):
-        raise RunFolderError(f"{source}: no run has started here; give a folder that `rightrank select --out` made")
+        raise RunFolderError(
+            f"{source}: no run has started here; give the run folder of `rightrank select`, such as data-model"
+        )
     return Records.from_journal(get_effective_start(journal), journal)
 
 

@@ -47,7 +47,9 @@ class RunFolder:
         """
         folder = cls(Path(path))
         if not folder.journal.path.is_file():
-            raise RunFolderError(f"{path}: no journal.jsonl there; give a folder that `rightrank select --out` made")
+            raise RunFolderError(
+                f"{path}: no journal.jsonl there; give the run folder of `rightrank select`, such as data-model"
+            )
         return folder
 
     def get_checkpoint_path(self, trial_id: str) -> Path:

@@ -12,6 +12,7 @@ import click
 
 from rightrank.cli.options import format_json, parse_integers, split_commas
 from rightrank.plugins.atlas.counts import (
+    ALL_SWEEPS,
     DATA_TYPES,
     FAMILIES,
     TOP_RANK,
@@ -90,9 +91,14 @@ def _expect(ranks: list[str] | None, as_json: bool, **inputs: Any) -> None:
 def _format_expectation(answer: Expectation) -> str:
     counts = [f"{rank['rank']:>6}   {rank['enough_in']:>4} of {rank['of']}" for rank in answer.ranks]
     sources = [f"  {sweeps:>3}   {address}" for address, sweeps in list(answer.sources.items())[:MAX_SOURCES]]
+    opening = f"{answer.sweeps} public sweeps are similar to yours ({answer.like})."
+    if answer.like == ALL_SWEEPS:
+        opening = (
+            f"These are all {answer.sweeps} public sweeps; MODEL, DATA, --task and --rows select those like yours."
+        )
     return "\n".join(
         [
-            f"{answer.sweeps} public sweeps are similar to yours ({answer.like}). How often each rank was enough, among the sweeps that can judge it:",
+            f"{opening} How often each rank was enough, among the sweeps that can judge it:",
             f"{'rank':>6}   enough in",
             *counts,
             "number of sweeps by source:",
