@@ -68,7 +68,7 @@ def test_records_are_sorted_by_kind() -> None:
 
 @pytest.mark.parametrize("headless", [[], [make_trial_start(make_run().list_finished()[0])]], ids=["empty", "no start"])
 def test_a_journal_without_a_start_is_no_run(headless: list[JournalRecord]) -> None:
-    with pytest.raises(RunFolderError, match=r"here: no run has started here; give a folder"):
+    with pytest.raises(RunFolderError, match=r"here: no run has started here; give the run folder"):
         read_records(headless, "here")
 
 
