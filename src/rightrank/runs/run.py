@@ -65,7 +65,9 @@ def select(prepare: Prepare, folder: RunFolder, hooks: Sequence[Hook]) -> Select
         try:
             with run.selection.open_executor(folder, run, run.records) as executor:
                 run_trials(run, executor)
-            decision = decide_training_rank(run) if run.selection.settings.goal == "training-rank" else None
+            first_reason = require_result(run)
+            is_rank_requested = run.selection.settings.goal == "training-rank"
+            decision = decide_training_rank(run, first_reason) if is_rank_requested else None
         except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as error:
             run.on_event(RunStopped(reason=str(error)))
             raise
@@ -196,15 +198,28 @@ def run_trials(run: Run, executor: Executor) -> None:
                 break  # the next trials are run with the base's loss, which is known now
 
 
-def decide_training_rank(run: Run) -> Decision:
-    """Decide on every full training in the folder, including those from before the run was continued."""
+def require_result(run: Run) -> str:
+    """Raise an error if no trial, or no full training, ended with a result. Return why the first trial without one has none, in brackets."""
     trained = [outcome for outcome in run.records.outcomes if outcome.rank > 0]
     reasons = [outcome.reason for outcome in trained if not isinstance(outcome, TrialFinished)]
     first_reason = f" (the first: {reasons[0]})" if reasons else ""
-    if len(reasons) == len(trained):
+    if trained and len(reasons) == len(trained):
         memory = all(isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory" for outcome in trained)
-        error = DeviceMemoryError if memory and trained else AllTrialsFailedError
+        error = DeviceMemoryError if memory else AllTrialsFailedError
         raise error(f"none of {len(reasons)} trials ended with a result{first_reason}; {run.selection.advice}")
+    if any(trial.arm.is_direct for trial in run.records.list_finished() if trial.rank > 0):
+        return first_reason
+    if reasons:
+        raise AllTrialsFailedError(
+            f"no training reached its last step{first_reason}; {run.selection.advice}, or a larger budget"
+        )
+    raise AllTrialsFailedError(
+        "the budget ended before the first training did; the same command with a larger one continues"
+    )
+
+
+def decide_training_rank(run: Run, first_reason: str) -> Decision:
+    """Decide on every full training in the folder, including those from before the run was continued."""
     try:
         with wrap_hook_errors("the decision"):
             return add_base_note(decide_run(run.records), run.records)
