@@ -127,6 +127,18 @@ def test_the_search_leaves_the_budget_that_the_goal_needs(goal: str, best: float
     assert goal != "training-rank" or len({rank for rank, _ in ends}) > 1
 
 
+@pytest.mark.parametrize(("steps", "is_staged"), [(1, False), (3, False), (5, False), (6, True), (8, True)])
+def test_learning_rates_are_not_compared_after_the_first_step_of_a_warm_up(steps: int, is_staged: bool) -> None:
+    class WarmsUp(World):
+        def loss(self, arm: Arm) -> float:
+            return 1.6 if arm.rank and arm.end <= 1 < arm.steps else super().loss(arm)
+
+    space = make_space(goal="adapter", steps=steps)
+    outcomes = run_all(STRATEGIES["bracket"](space), WarmsUp(best_learning_rate=1e-3))
+    finished = {outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
+    assert finished == ({1e-3} if is_staged else {*space.learning_rates})
+
+
 def test_a_budget_that_ends_the_run_is_noted() -> None:
     limited = STRATEGIES["bracket"](make_space(goal="best-adapter", budget_seconds=250.0))
     trials = limited.replay_trials(run_all(limited, World(gain=0.02)))
