@@ -122,6 +122,24 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
     assert ("lr_edge" in page) == is_flagged
 
 
+@pytest.mark.parametrize("has_scores", [True, False])
+def test_an_adapter_that_gains_nothing_is_flagged_in_every_view(tmp_path: Path, has_scores: bool) -> None:
+    records = make_answered_run()
+    base = next(trial for trial in records.list_finished() if trial.rank == 0)
+    chosen = records.by_id[records.adapters[-1].answer.trial_id]
+    scores = {"example_losses": chosen.example_losses if has_scores else [], "example_tokens": chosen.example_tokens}
+    scores |= {} if has_scores else {"example_tokens": []}
+    copied = base.model_copy(update={"value": chosen.value, "metrics": chosen.metrics, **scores})
+    assert collect_answers(records, None, "adapter").build_document()["adapter_flags"] == []
+    records.outcomes[records.outcomes.index(base)] = copied
+    answers = collect_answers(records, None, "adapter")
+    assert answers.build_document()["adapter_flags"] == ["no_gain"]
+    run = write_records(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
+    sentence = "No gain is shown: the base model differs from it by +0"
+    assert any(note.startswith(sentence) for note in status(run).adapter_notes)
+    assert sentence in Elements(render_report(records, answers)).text
+
+
 def test_the_learning_rate_that_the_decision_asks_for_is_asked_for_once() -> None:
     records = add_learning_rates(make_answered_run(direct=(4, 16)), (3e-4, 1e-3))
     runs = collect_answers(records, decide_run(records), "training-rank").next_runs

@@ -62,6 +62,10 @@ def make_no_gain_run() -> tuple[Records, Goal]:
     return records, "training-rank"
 
 
+def make_adapter_without_gain() -> tuple[Records, Goal]:
+    return make_no_gain_run()[0], "adapter"
+
+
 def make_undecided_run() -> tuple[Records, Goal]:
     """Make a run whose margin its examples cannot resolve."""
     return set_settings(make_run((512, 1024), (1e-3,)), margin=0.0001), "training-rank"
@@ -105,6 +109,7 @@ CASES: list[Case] = [
     make_training_rank_run,
     make_edge_run,
     make_no_gain_run,
+    make_adapter_without_gain,
     make_undecided_run,
     make_run_out_of_budget,
     make_custom_run,
@@ -163,6 +168,7 @@ def test_commands_and_paths_stay_whole_in_any_terminal(case: Case, width: int, r
                                   "next (more seeds): rightrank select --out data-model --seeds 0,1"]),
         (make_edge_run, ["next (another learning rate): rightrank select --out data-model --learning-rates"]),
         (make_no_gain_run, ["No gain: the base model is probably within 0.02 nats", "next:    Check that the labels"]),
+        (make_adapter_without_gain, ["No gain is shown: the base model is within 0.02 nats of the adapter (rank 8, learning rate 0.003)"]),
         (make_undecided_run, ["Undecided; use rank "]),
         (make_run_out_of_budget, ["Rank 64: learning rate 0.003, no smaller adapter was compared",
                                   "next (a larger budget): rightrank select --out data-model --set budget_trainings=3"]),

@@ -185,6 +185,29 @@ def compare_adapters(
     ]
 
 
+def describe_missing_gain(trial: TrialFinished, base: TrialFinished | None, criterion: Criterion, margin: float) -> str:
+    """Say that the base model is within the margin of an adapter; empty if the adapter is better, or the base was not measured."""
+    if base is None:
+        return ""
+    table = build_table([base, trial], criterion.metric, criterion.higher_is_better, loss=criterion.loss)
+    cells = {rank: cell for (rank, *_), cell in table.cells.items()}
+    if len(cells) < 2:
+        return ""
+    unit = MetricUnit(table.kind, criterion.higher_is_better, cells[trial.rank].value)
+    worse_by = compute_paired_difference(cells[0], cells[trial.rank])
+    difference, bounds_text = round(unit.convert_difference(worse_by.loss), 12) + 0.0, ""
+    if not is_within(difference, margin):
+        return ""
+    if cells[0].examples:
+        bounds = compute_file_bounds(worse_by.sums, worse_by.weights, worse_by.score_range, worse_by.groups)
+        low, high = unit.convert_difference(bounds.low), unit.convert_difference(bounds.high)
+        bounds_text = f" (95% bounds {low:+.2g} and {high:+.2g})"
+    return (
+        f"No gain is shown: the base model differs from it by {difference:+.2g}{bounds_text}, and the margin is {margin:.4g}. Check that the "
+        "data match the task; then train at higher learning rates, or for more steps."
+    )
+
+
 def compute_test_difference(
     chosen: TestEvaluated | None, reference: TestEvaluated | None, criterion: Criterion
 ) -> tuple[float, float | None] | None:

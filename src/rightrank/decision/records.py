@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rightrank.decision.adapter import Criterion, build_provenance, compare_adapters
+from rightrank.decision.adapter import Criterion, build_provenance, compare_adapters, describe_missing_gain
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.decision.next_run import plan_rate_run
@@ -313,6 +313,7 @@ class Answers:
     # at a learning rate beyond the adapter's, if that is the lowest or the highest one tried
     adapter_run: NextRun | None = None
     learning_rate: LearningRateAnswer | None = None  # of the adapter; None if only one was tried
+    missing_gain: str = ""  # a sentence if the base model is within the margin of the adapter
 
     @property
     def next_runs(self) -> list[NextRun]:
@@ -340,7 +341,7 @@ class Answers:
                 "adapter_sentence": adapter and adapter.answer.sentence,
                 "cost": self.cost,
                 "adapter_provenance": self.provenance,
-                "adapter_flags": [] if self.adapter_run is None else ["lr_edge"],
+                "adapter_flags": ["lr_edge"] * (self.adapter_run is not None) + ["no_gain"] * bool(self.missing_gain),
                 "handed_over": _dump_record(adapter and adapter.handed_over),
                 "learning_rate": self.adapter_rate or fields.get("learning_rate"),
                 "learning_rates": [candidate.model_dump() for candidate in self.learning_rate.candidates]
@@ -370,6 +371,10 @@ def build_answers(
         run = plan_rate_run(build_run_table(records), rank, provenance.learning_rate, [rank])
     trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id)
     rate = None if trained is None else describe_learning_rate(trained, records.outcomes, build_criterion(records))
+    missing_gain = ""
+    if adapter is not None and chosen is not None:
+        base = next((trial for trial in records.list_finished() if trial.rank == 0), None)
+        missing_gain = describe_missing_gain(chosen, base, build_criterion(records), adapter.answer.margin)
     return Answers(
         decision,
         goal,
@@ -381,6 +386,7 @@ def build_answers(
         records.started,
         run,
         rate,
+        missing_gain,
     )
 
 

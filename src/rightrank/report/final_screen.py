@@ -102,6 +102,10 @@ def _describe_adapter(answers: Answers) -> str:
         return "The trainer saved no adapter"
     answer = answers.adapter.answer
     rate = f"learning rate {answers.adapter_rate:g}" if answers.adapter_rate else ""
+    if answers.missing_gain:
+        margin = _format_amount(f"{answer.margin:.4g}", answers.started.metric if answers.started else "value")
+        details = ", ".join(filter(None, [f"rank {answer.rank}", rate]))
+        return f"No gain is shown: the base model is within {margin} of the adapter ({details})"
     claim = _format_claim(answers, answer, with_margin=True)
     if answer.trial_id == answer.reference_id:
         return f"Rank {answer.rank}: {', '.join(filter(None, [rate, claim]))}"
