@@ -15,6 +15,7 @@ from rightrank.api.adapters import resize
 from rightrank.api.folders import export, status, write_report
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
+from rightrank.report.final_screen import MAX_LINES
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import AdapterRecorded
@@ -206,7 +207,7 @@ def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(
     require_first_answer(run, last)
 
 
-def test_the_command_prints_a_sentence_per_answer(
+def test_the_command_ends_with_a_short_screen_and_status_has_a_sentence_per_answer(
     answered: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -216,20 +217,24 @@ def test_the_command_prints_a_sentence_per_answer(
         f"--set num_evaluations=2 --margin {WIDE} --quiet"
     ).split()
 
-    def shown(goal: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main(["select", str(model_folder), str(completion_file), "--out", str(run), *small, "--goal", goal])
-        assert ended.value.code == 0
+    def read_output(*arguments: str) -> str:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main([*arguments])
         return capsys.readouterr().out
 
-    out = shown("adapter")
-    assert f"Adapter: {read_journal_records(run, AdapterRecorded)[0].answer.sentence}" in out
-    assert "It was trained at rank 4 (learning rate 0.01, 20 steps), truncated to rank " in out
-    assert "Training rank: not requested (--goal adapter). An estimate, not evidence: " in out
-    assert "verdict:" not in out
-    out = shown("training-rank")
-    assert f"Adapter: {read_journal_records(run, AdapterRecorded)[-1].answer.sentence}" in out
+    def show_details(goal: str) -> str:
+        select = ["select", str(model_folder), str(completion_file), "--out", str(run), *small, "--goal", goal]
+        screen = read_output(*select)
+        assert len(screen.splitlines()) <= MAX_LINES
+        assert f"adapter: {run / 'adapter'}\n" in screen
+        return read_output("status", str(run))
+
+    details = show_details("adapter")
+    assert read_journal_records(run, AdapterRecorded)[0].answer.sentence in details
+    assert "It was trained at rank 4 (learning rate 0.01, 20 steps), truncated to rank " in details
+    assert "An estimate, not evidence: " in details
+    details = show_details("training-rank")
+    assert read_journal_records(run, AdapterRecorded)[-1].answer.sentence in details
     document = json.loads((run / "decision.json").read_text())
-    assert f"Training rank: {document['sentence']}" in out
-    assert f"verdict: {document['verdict']}" in out
-    assert "An estimate" not in out
+    assert document["sentence"] in details
+    assert "An estimate" not in details
