@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from rightrank.adapters.compare import build_trial_record, compare_trials, drop_training_examples, find_shared_labels
+from rightrank.adapters.compare import compare_trials, drop_training_examples, find_shared_labels
 from rightrank.adapters.resize_by_data import measure_truncation_curve
 from rightrank.data.splits import DataSplits, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, build_adapter_files
@@ -37,6 +37,7 @@ from rightrank.train.adapter_runtime import (
     report_evaluation_progress,
     require_matching_base,
 )
+from rightrank.train.evaluation import build_trial_record
 from rightrank.train.runtime import Runtime, attach_adapter
 
 CLAIMS: dict[ComparisonVerdict, str] = {

@@ -38,9 +38,9 @@ from rightrank.schema.events import EvaluationProgress, RunStarted
 from rightrank.schema.metrics import LossKind, compute_default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
-from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import report_evaluation_progress, require_matching_base
-from rightrank.train.evaluation import MetricResults, Progress, Scores, build_finished_trial
+from rightrank.train.evaluation import build_trial_record
 from rightrank.train.metrics import measure_metrics, require_metric_functions
 from rightrank.train.runtime import Runtime, attach_adapter
 from rightrank.train.tokens import encode_splits
@@ -393,11 +393,3 @@ def _sort_labels(id2label: Any) -> list[str]:
     if sorted(by_number) != list(range(len(by_number))):
         raise ValueError(f"id2label numbers {', '.join(map(str, sorted(by_number)))}")
     return [by_number[number] for number in range(len(by_number))]
-
-
-def build_trial_record(
-    name: str, rank: int, scores: Scores, metric: str, *, truncate_from: str | None = None
-) -> TrialFinished:
-    """Build a trial record from held-out scores, as `decide` reads it."""
-    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=0, truncate_from=truncate_from)
-    return build_finished_trial(Trial(trial_id=name, arm=arm), metric, scores, MetricResults(), Progress())

@@ -1,31 +1,20 @@
-"""Measure what the parts of an adapter are worth: the held-out loss without a kind of module, a block of layers, or a tower.
+"""The parts of an adapter, which are kinds of modules, blocks of layers and towers, and what each is worth by the same examples.
 
-A part is switched off by PEFT, so that its modules compute what the base model does, and the same examples are scored with and
-without it. A large rank is seldom needed everywhere, but truncation saves far more parameters for the same loss than removal does.
+A part is switched off, so that its modules compute what the base model does (`ablation.py`). A large rank is seldom needed everywhere, but truncation saves far more parameters for the same loss than removal does.
 """
 
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from rightrank.adapters.compare import build_trial_record
-from rightrank.adapters.resize_by_data import load_evaluation_data
 from rightrank.decision.comparison import compute_file_bounds
 from rightrank.decision.table import build_table, compute_paired_difference
 from rightrank.models.adapter_reader import AdapterFolder, AdapterModule
 from rightrank.models.ranks import matches_pattern
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import PartValue
-from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
-from rightrank.train.runtime import attach_adapter
 
 MAX_BLOCKS = 4  # of layers; each costs one evaluation
 LANGUAGE_MODEL, VISION_TOWER = "language model", "vision tower"
@@ -56,38 +45,6 @@ def group_modules(modules: Sequence[AdapterModule]) -> Parts:
     return kinds | (blocks if len(blocks) > 1 else {}) | (towers if len(towers) > 1 else {})
 
 
-def measure_parts(
-    adapter: AdapterFolder,
-    parts: Parts,
-    data: Path,
-    base: str | None,
-    settings: SelectSettings,
-    on_event: Callable[[EvaluationProgress | Notice], None],
-) -> tuple[list[PartValue], str]:
-    """Score the held-out examples with the adapter, and without each part of it.
-
-    Returns:
-        The parts in their order, and a sentence that says which examples were scored.
-
-    Raises:
-        InputError: The adapter or the data can't be used, or the adapter does not fit the base model.
-    """
-    evaluation_data = load_evaluation_data(adapter, data, None, settings)
-    on_event(Notice(text=evaluation_data.note))
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        inputs = RuntimeInputs(data, settings, Path(name), splits=evaluation_data.splits)
-        runtime = make_adapter_runtime(adapter, base, inputs)
-        metric = runtime.settings.metric_name
-        with attach_adapter(runtime, adapter.path) as peft_model:
-            trials = []
-            for number, (label, modules) in enumerate({"": (), **parts}.items()):
-                report_evaluation_progress(runtime, f"without {label}" if label else "the adapter", on_event)
-                with _disable_modules(peft_model, modules):
-                    trials.append(build_trial_record(label, number, runtime.evaluate("validation"), metric))
-        values = compute_part_values(parts, trials, metric, runtime.settings.is_higher_better(metric))
-    return values, evaluation_data.note
-
-
 def compute_part_values(
     parts: Parts, trials: Sequence[TrialFinished], metric: str, is_higher_better: bool
 ) -> list[PartValue]:
@@ -109,19 +66,6 @@ def compute_part_values(
             )
         )
     return values
-
-
-@contextmanager
-def _disable_modules(peft_model: Any, modules: Sequence[AdapterModule]) -> Iterator[None]:
-    """Let modules compute what the base model does within the block."""
-    layers = [peft_model.get_submodule(module.a_key.rpartition(".lora_")[0]) for module in modules]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def select_modules(adapter: AdapterFolder, patterns: Sequence[str]) -> list[AdapterModule]:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from peft import LoraConfig
 
-from rightrank.adapters.compare import build_trial_record, load_run_splits, read_labels
+from rightrank.adapters.compare import load_run_splits, read_labels
 from rightrank.adapters.resize import resize_adapter
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
@@ -38,7 +38,7 @@ from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
 from rightrank.train.covariances import gather_moments, gather_unseen_moments
-from rightrank.train.evaluation import Scores
+from rightrank.train.evaluation import Scores, build_trial_record
 from rightrank.train.moments import GatheredMoments
 from rightrank.train.runtime import Runtime, attach_adapter
 

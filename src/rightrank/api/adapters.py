@@ -44,7 +44,8 @@ def inspect(
         inspection = inspect_adapter(Path(adapter))
         if data is None:
             return inspection
-        from rightrank.adapters.parts import group_modules, measure_parts  # imports transformers
+        from rightrank.adapters.ablation import measure_parts  # imports transformers
+        from rightrank.adapters.parts import group_modules
         from rightrank.models.adapter_reader import open_adapter
 
         opened, name = open_adapter(Path(adapter)), None if base is None else str(base)
@@ -117,7 +118,8 @@ def resize(
     opened = open_adapter(folder)
     require_plain_update(opened)
     if without:
-        from rightrank.adapters.parts import measure_parts, select_modules
+        from rightrank.adapters.ablation import measure_parts
+        from rightrank.adapters.parts import select_modules
 
         removed, label = select_modules(opened, without), ", ".join(without)
         new_ranks = {module.name: module.rank for module in opened.modules} | {module.name: 0 for module in removed}

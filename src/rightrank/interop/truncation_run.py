@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 from rightrank.adapters.batch_scores import HeldOutBatches, has_class_labels, read_batch
 from rightrank.adapters.distributed import gather_parameters, get_process_index, is_partitioned, sync_errors
 from rightrank.adapters.in_memory import InMemoryAdapter, copy_factors, gather_adapter_moments, save_trained_adapter
+from rightrank.adapters.parts import VISION_TOWER, compute_part_values, group_modules
 from rightrank.adapters.preserved_state import preserve_state
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import choose_adapter, estimate_training_ranks
@@ -55,7 +56,7 @@ from rightrank.schema.trials import (
 from rightrank.search.history import Requests, Space, Trials, build_space, make_truncation_arm
 from rightrank.search.protocol import Strategy
 from rightrank.train.device import describe_environment, read_peak_bytes
-from rightrank.train.evaluation import MetricResults, Progress, Scores, build_finished_trial
+from rightrank.train.evaluation import MetricResults, Progress, Scores, build_finished_trial, build_trial_record
 from rightrank.train.moments import GatheredMoments
 from rightrank.train.multi_lora import find_lora_modules
 from rightrank.train.targets import suppress_peft_warnings
@@ -358,9 +359,6 @@ class CallbackExecutor(Hook):
 
     def _measure_tower(self, adapter: AdapterFolder, scores: Scores) -> str | None:
         """Return what the modules in a vision tower are worth, because servers load them only on request. Return None if there are none."""
-        from rightrank.adapters.compare import build_trial_record  # not needed by other trainings
-        from rightrank.adapters.parts import VISION_TOWER, compute_part_values, group_modules
-
         modules = group_modules(adapter.modules).get(VISION_TOWER)
         if modules is None:
             return None
