@@ -198,6 +198,26 @@ def format_coverage() -> str:
     return format_table(["simulated tables", "share"], rows)
 
 
+def format_rerankers() -> str:
+    """Format how the base, the trained adapter and the one that the callback hands over rank held-out documents."""
+    lines = []
+    for line in (ROOT / "benchmarks" / "in_training" / "rerankers.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        negatives = f", {'hard' if row['hard'] else 'random'} negatives" if row["kind"] == "reranker" else ""
+        mean, low, high = row["mrr_difference"]
+        lines.append(
+            [
+                f"{row['kind']}{negatives}, {row['steps']} steps",
+                *(f"{row['metrics'][name]['mrr']:.3f}" for name in ("base", "trained")),
+                f"{row['metrics']['handed over']['mrr']:.3f}: {mean:+.3f} ({low:+.3f} to {high:+.3f})",
+                row["rank"],
+                f"{row['difference_high']:.4f} of {row['margin']:.4f}",
+            ]
+        )
+    head = ["training", "base", "rank 64", "handed over", "its rank", "bound and margin of the loss"]
+    return format_table(head, lines)
+
+
 def format_memory() -> str:
     cases = read_stored("plan/results/published.json")["cases"]
     return format_table(
@@ -223,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "averages": format_averages,
     "published": format_published,
     "coverage": format_coverage,
+    "rerankers": format_rerankers,
     "memory": format_memory,
 }
 
