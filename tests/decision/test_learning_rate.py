@@ -58,6 +58,16 @@ def test_the_others_are_compared_with_the_chosen_one_at_a_quarter() -> None:
         assert words in answer.sentence
 
 
+def test_stopped_trainings_are_compared_by_their_loss_if_another_metric_decides() -> None:
+    quarters = [make_trial(rate, shift, 25, metrics={"loss": 2.0 + shift, "f1": 0.5}) for rate, shift in SHIFTS.items()]
+    end = make_trial(3e-3, -0.5, 100, metrics={"loss": 1.5, "f1": 0.8})
+    answer = describe_learning_rate(end, [*quarters, end], Criterion("f1", True, 0.01))
+    assert answer is not None
+    assert answer.metric == "loss"
+    assert answer.candidates[0].difference == pytest.approx(0.1, abs=1e-9)
+    assert answer.candidates[2].final_value == 0.8
+
+
 def test_a_learning_rate_that_was_better_early_is_not_said_to_be_worse() -> None:
     _, outcomes = make_search()
     arm = make_trial(3e-3, 0.0, 100).arm
