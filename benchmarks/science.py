@@ -154,6 +154,9 @@ def format_judged() -> str:
                 "holds" if judged["holds"][key[0]] else "fails",
             ]
         )
+    more = read_stored("learning_rate/halving.json")["new"]["quarter minus 16 tuned"]
+    interval = f"{more['mean']:+.3f} ({more['low']:+.3f} to {more['high']:+.3f})"
+    lines.insert(1, [f"the same on {more['grids']} grids that were locked later", interval, "fails"])
     truncated = judged["c: truncations beyond the margin"]
     lines.append(
         [

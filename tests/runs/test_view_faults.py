@@ -92,7 +92,7 @@ def test_a_failing_view_keeps_adapter_and_journal(
     assert f"failed ({type(error).__name__}" in stderr
     status, printed, stderr = run(arguments, capsys)
     assert (status, stderr) == (0, "")
-    assert "Adapter:" in printed
+    assert "adapter: " in printed
 
 
 def test_a_failing_view_keeps_the_adapter_of_a_custom_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
