@@ -131,6 +131,9 @@ def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
         if not ticks or value / ticks[-1] >= 0.999 * (max(values) / min(values)) ** (1 / MAX_TICKS):
             ticks.append(value)
     set_scale, axis = (ax.set_xscale, ax.xaxis) if dimension == "x" else (ax.set_yscale, ax.yaxis)
+    if len(ticks) == 1:  # matplotlib widens a range without an extent with a warning
+        set_limits = ax.set_xlim if dimension == "x" else ax.set_ylim
+        set_limits(ticks[0] / 2, ticks[0] * 2)
     set_scale("log")
     axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axis.set_ticks([], minor=True)
