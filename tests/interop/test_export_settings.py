@@ -27,7 +27,7 @@ from rightrank.cli.options import gather_settings
 from rightrank.decision.adapter import Provenance
 from rightrank.interop.exports import SERVERS, TARGETS
 from rightrank.interop.recipe import EVALUATION_SETTINGS, Recipe
-from rightrank.models.ranks import convert_scaling
+from rightrank.models.rank_math import convert_scaling
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.configs import convert_configs
 from rightrank.schema.errors import RunError

@@ -29,7 +29,7 @@ from rightrank.decision.records import read_records
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, build_recipe
 from rightrank.models.adapter_reader import open_adapter
-from rightrank.models.ranks import SERVER_RANKS, find_server_rank
+from rightrank.models.rank_math import SERVER_RANKS, find_server_rank
 from rightrank.report.answer import build_answer_view
 from rightrank.report.html import render_model_card
 from rightrank.runs.folder import RunFolder

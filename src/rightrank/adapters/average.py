@@ -24,7 +24,7 @@ from rightrank.decision.adapter import Criterion, ReferenceComparison, build_ada
 from rightrank.models.adapter_folders import BASE_FILE
 from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.adapter_writer import write_adapter
-from rightrank.models.ranks import build_exact_pattern
+from rightrank.models.rank_math import build_exact_pattern
 from rightrank.models.resizing import list_candidate_ranks, require_plain_update
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from rightrank.decision.comparison import compute_file_bounds
 from rightrank.decision.table import build_table, compute_paired_difference
 from rightrank.models.adapter_reader import AdapterFolder, AdapterModule
-from rightrank.models.ranks import matches_pattern
+from rightrank.models.rank_math import matches_pattern
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import PartValue
 from rightrank.schema.trials import TrialFinished

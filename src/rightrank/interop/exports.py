@@ -20,7 +20,7 @@ from rightrank.data.rows import parse_split_name
 from rightrank.interop.recipe import Recipe
 from rightrank.models.adapter_folders import WEIGHTS_FILE
 from rightrank.models.loading_code import format_loading_code
-from rightrank.models.ranks import (
+from rightrank.models.rank_math import (
     SERVER_RANKS,
     SERVING_COSTS,
     compute_slot_bytes,

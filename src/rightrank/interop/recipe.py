@@ -11,7 +11,7 @@ from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.adapter import TRUNCATION_METHODS, Provenance, build_provenance
-from rightrank.models.ranks import convert_scaling
+from rightrank.models.rank_math import convert_scaling
 from rightrank.schema.command import build_set_arguments
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted

@@ -27,7 +27,7 @@ from rightrank.models.adapter_folders import (
 from rightrank.models.foreign_files import ForeignFile, read_mlx_folder, read_single_file
 from rightrank.models.kinds import MAGNITUDE_KEYS, find_stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
-from rightrank.models.ranks import (
+from rightrank.models.rank_math import (
     compute_equivalent_rank,
     compute_scaling,
     format_rank,

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from rightrank.data.files import UnreadableError, create_output, read_json_object, replace_file, replace_folder
 from rightrank.models.adapter_folders import CONFIG_FILE, MLX_FILE, PEFT_PREFIX
-from rightrank.models.ranks import build_exact_pattern, compute_scaling
+from rightrank.models.rank_math import build_exact_pattern, compute_scaling
 from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError
 

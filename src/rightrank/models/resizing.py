@@ -12,7 +12,7 @@ import torch
 from rightrank.models.adapter_folders import CONFIG_FILE
 from rightrank.models.adapter_reader import AdapterFolder, AdapterModule
 from rightrank.models.adapter_writer import write_same_format
-from rightrank.models.ranks import (
+from rightrank.models.rank_math import (
     build_exact_pattern,
     compute_equal_scale_alphas,
     compute_equivalent_rank,

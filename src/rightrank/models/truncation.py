@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, open_adapter
-from rightrank.models.ranks import (
+from rightrank.models.rank_math import (
     build_exact_pattern,
     compute_equal_scale_alphas,
     compute_scaling,

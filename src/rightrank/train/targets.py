@@ -19,7 +19,7 @@ from rightrank.models.base_models import find_device
 from rightrank.models.kinds import WRAPPER_SUFFIX, find_kind
 from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
-from rightrank.models.ranks import convert_scaling
+from rightrank.models.rank_math import convert_scaling
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
 from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS, PeftFields, SelectSettings
 from rightrank.schema.trials import Arm

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import rightrank
 from rightrank.cli import cli
-from rightrank.models.ranks import format_rank_change, format_rate_warning
+from rightrank.models.rank_math import format_rank_change, format_rate_warning
 from rightrank.plugins.atlas.counts import RANKS, classify_metric, load_atlas, parse_model_size
 from rightrank.schema.errors import SettingsError
 

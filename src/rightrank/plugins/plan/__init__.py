@@ -23,7 +23,7 @@ from rightrank.cli.options import (
     gather_settings,
     pause_collector,
 )
-from rightrank.models.ranks import LARGE_RANK, format_rank_change, format_rate_warning
+from rightrank.models.rank_math import LARGE_RANK, format_rank_change, format_rate_warning
 from rightrank.report.format import format_bytes
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.command import build_arguments
