@@ -164,7 +164,7 @@ def test_only_its_own_tests_import_a_plug_in(name: str) -> None:
 def copy_without(names: Sequence[str], folder: Path) -> Path:
     """Copy the project without these plug-ins and their tests."""
     source = copy_source_without(names, folder)
-    for tree in ("tests", "benchmarks", "examples", "docs"):
+    for tree in ("tests", "benchmarks", "examples", "docs", "skills"):
         shutil.copytree(ROOT / tree, folder / tree, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     for file in filter(Path.is_file, ROOT.iterdir()):
         shutil.copy(file, folder / file.name)
@@ -180,7 +180,7 @@ def test_the_remaining_tests_pass_without_plug_ins(tmp_path: Path) -> None:
     `test_only_its_own_tests_import_a_plug_in` checks that a test of one plug-in needs no other.
     """
     source = copy_source_without(FOLDERS, tmp_path)
-    for folder in ("tests", "benchmarks", "examples", "docs"):
+    for folder in ("tests", "benchmarks", "examples", "docs", "skills"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     for file in filter(Path.is_file, ROOT.iterdir()):
         shutil.copy(file, tmp_path / file.name)

@@ -61,7 +61,7 @@ def write_identity(adapter: Path, base: Path) -> Path:
 @pytest.mark.parametrize(
     "command",
     [
-        "compare {0} base --model {base} --data {data} --device cpu --seq-len 32",
+        "compare {0} base --model {base} --data {data} --set device=cpu --set seq_len=32",
         "resize {0} {out} --data {data} --base {base} SMALL",
     ],
 )

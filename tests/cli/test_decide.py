@@ -104,7 +104,9 @@ def test_a_table_has_a_report(table: Path) -> None:
 def test_scores_per_example_and_run_folders_have_reports(tmp_path: Path) -> None:
     rows = [{"rank": rank, "item": n, "value": 2 + n % 7 + 1 / rank} for rank in (1, 4, 16) for n in range(40)]
     decided = decide(rows, metric="eval_loss", margin=0.1)
-    assert "40 examples" in decided.write_report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "variation over held-out examples" in decided.write_report(tmp_path / "page.html").read_text(
+        encoding="utf-8"
+    )
     run_result = decide(write_answered_run(tmp_path / "run", direct=(1, 4)))
     with pytest.raises(ResultsError, match="rightrank report RUN"):
         run_result.write_report(tmp_path / "other.html")

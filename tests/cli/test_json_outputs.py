@@ -79,6 +79,7 @@ FINE = [
     "report made_up",
     "report done",
     "repair done",
+    "resume done",
     "inspect adapter",
     "inspect --base base --finetuned finetuned",
     "resize adapter small --rank 2",
@@ -104,6 +105,7 @@ FAILING = [
     "report empty",
     "report damaged",
     "repair empty",
+    "resume empty",
     "repair damaged",
     "export made_up --to moon",
     "export made_up --to peft",
@@ -131,7 +133,6 @@ FAILING = [
     "select model table.jsonl --out run --metrics acc=nowhere:score",
     "select model table.jsonl --out run --report-to nobody",
     "select model data.jsonl --out run --set nonsense=1",
-    "select model data.jsonl",
     "demo --out table.jsonl/below",
     "demo --nonsense",
 ]

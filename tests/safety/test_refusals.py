@@ -326,7 +326,8 @@ def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: 
         raise AssertionError("the image was opened")
 
     monkeypatch.setattr(datasets.Image, "decode_example", never)
-    assert load_data(tmp_path / "d", build_small_settings()).form == "text"
+    with pytest.raises(DataError, match="`image`: only text is read here"):
+        load_data(tmp_path / "d", build_small_settings())
 
 
 # code that comes with a model

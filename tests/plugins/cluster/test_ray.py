@@ -49,6 +49,9 @@ def cluster(scratch: Path) -> Iterator[Any]:
             cluster.shutdown()
 
 
+STANDSTILL_SECONDS = 2.0  # the length of the fault; nothing waits for its end
+
+
 def leave(cluster: Any, node: Any, _driver: subprocess.Popen[bytes]) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
@@ -58,7 +61,7 @@ def stand_still(_cluster: Any, node: Any, _driver: subprocess.Popen[bytes]) -> N
     processes = [raylet, *raylet.children(recursive=True)]
     for process in processes:
         process.suspend()
-    time.sleep(2.0)
+    time.sleep(STANDSTILL_SECONDS)
     for process in processes:
         process.resume()
 
