@@ -60,7 +60,7 @@ def compute_updates(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return all updates, alpha / rank · up · down, as one vector in 64 bits."""
     updates = []
     for name in SHAPES:
-        up, down = (tensors[f"{name}.lora_{side}.weight"].double().flatten(1) for side in ("up", "down"))
+        up, down = (tensors[f"{name}.lora_{factor}.weight"].double().flatten(1) for factor in ("up", "down"))
         updates.append((float(tensors[f"{name}.alpha"]) / len(down) * up @ down).flatten())
     return torch.cat(updates)
 

@@ -68,7 +68,7 @@ def conclude(table: SeedTable, choice: Choice | None) -> Outcome | None:
 
 def use(policy: Policy) -> Search:
     """Return a search that follows a policy of one seed."""
-    return lambda table, _other, margin, _generator: conclude(table, policy(table, margin))
+    return lambda table, _second_table, margin, _generator: conclude(table, policy(table, margin))
 
 
 def fix(rank: int, rate: float) -> Policy:
@@ -156,7 +156,9 @@ def train_longer(is_lower: bool) -> Policy:
 def search_randomly(budget: Policy) -> Search:
     """Return a search that finishes random cells until it has spent what another policy spends."""
 
-    def search(table: SeedTable, _other: SeedTable, margin: float, generator: np.random.Generator) -> Outcome | None:
+    def search(
+        table: SeedTable, _second_table: SeedTable, margin: float, generator: np.random.Generator
+    ) -> Outcome | None:
         reference, trained = budget(table, margin), table.trained()
         if reference is None:
             return None
@@ -180,7 +182,9 @@ def search_with_optuna(budget: Policy, is_tpe: bool) -> Search:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-    def search(table: SeedTable, _other: SeedTable, margin: float, generator: np.random.Generator) -> Outcome | None:
+    def search(
+        table: SeedTable, _second_table: SeedTable, margin: float, generator: np.random.Generator
+    ) -> Outcome | None:
         reference, trained = budget(table, margin), table.trained()
         if reference is None:
             return None

@@ -38,23 +38,23 @@ def test_the_loss_without_a_part(
     )
 
     inspection = inspect(adapter, data=data, settings=SETTINGS)
-    parts = {part.part: part for part in inspection.parts}
+    values = {value.part: value for value in inspection.parts}
     kinds = {"q_proj", "v_proj", "down_proj"}
-    blocks = [part for name, part in parts.items() if name.startswith("layer")]
-    assert parts.keys() == kinds | {part.part for part in blocks}
-    assert sum(parts[name].parameters for name in kinds) == sum(part.parameters for part in blocks)
-    part = parts["q_proj"]
-    assert part.worse_by_low <= part.worse_by <= part.worse_by_high
+    blocks = [value for name, value in values.items() if name.startswith("layer")]
+    assert values.keys() == kinds | {block.part for block in blocks}
+    assert sum(values[name].parameters for name in kinds) == sum(block.parameters for block in blocks)
+    queries = values["q_proj"]
+    assert queries.worse_by_low <= queries.worse_by <= queries.worse_by_high
 
     resized = resize(adapter, tmp_path / "out", without=["q_proj"], data=data, settings=SETTINGS)
-    assert resized.removed == part
+    assert resized.removed == queries
     assert load_tensors(tmp_path / "out").keys() == tensors.keys() - removed_keys
     load_strictly(model_folder, tmp_path / "out")
     written = compare(adapter, tmp_path / "out", model=str(model_folder), data=data, settings=SETTINGS)
-    assert written.difference == pytest.approx(part.worse_by, abs=1e-6)
+    assert written.difference == pytest.approx(queries.worse_by, abs=1e-6)
     if kind == "plain":
         zeroed = compare(adapter, tmp_path / "zeroed", model=str(model_folder), data=data, settings=SETTINGS)
-        assert zeroed.difference == pytest.approx(part.worse_by, abs=1e-6)
+        assert zeroed.difference == pytest.approx(queries.worse_by, abs=1e-6)
         status, table, _ = run(["inspect", str(adapter), "--data", str(data)], capsys)
         assert status == 0
         assert re.search(r"^q_proj +3 .* to ", table, re.MULTILINE)

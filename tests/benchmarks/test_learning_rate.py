@@ -267,18 +267,18 @@ def test_the_sentences_have_the_numbers_of_the_judgement() -> None:
     assert max(gains["adapter, a second seed"], gains["best-adapter"]) <= 0.002 + 5e-4
 
 
-def test_the_loss_at_each_margin_is_that_of_the_learning_rate_and_that_of_the_truncation(folder: Path) -> None:
+def test_the_loss_at_each_margin_is_that_learning_rate_loss_and_that_of_the_truncation(folder: Path) -> None:
     tables = [judge.read_seed(path) for path in sorted(folder.glob("answers*.npz"))]
     rows = table.summarise_margins(tables)
     full = [table.conclude(seed, table.PRIMARY["adapter"](seed, 0.0)) for seed in tables]
     tuned = [table.conclude(seed, table.PRIMARY["16, rate tuned by whole trainings"](seed, 0.0)) for seed in tables]
     pairs = [(a.test, b.test) for a, b in zip(full, tuned, strict=True) if a is not None and b is not None]
-    of_the_learning_rate = float(np.mean([a - b for a, b in pairs]))
+    learning_rate_loss = float(np.mean([a - b for a, b in pairs]))
     assert [row["median rank"] for row in rows] == sorted((row["median rank"] for row in rows), reverse=True)
     assert rows[0]["median rank"] == 8  # the only truncation of these grids is to rank 8
     for row in rows:
         lost = row["lost by the truncation"]["mean"]
-        assert row["minus rank 16 tuned"]["mean"] == pytest.approx(of_the_learning_rate + lost, abs=2e-5)
+        assert row["minus rank 16 tuned"]["mean"] == pytest.approx(learning_rate_loss + lost, abs=2e-5)
 
 
 def test_the_table_has_a_row_for_each_policy_that_the_grids_support(folder: Path) -> None:

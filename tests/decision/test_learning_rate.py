@@ -110,11 +110,11 @@ def test_differences_and_bounds_of_a_perplexity_are_in_its_unit() -> None:
     ]  # fmt: skip
     answer = describe_learning_rate(trials[1], trials, Criterion("perplexity", higher_is_better=False, margin=None))
     assert answer is not None
-    other, reference = answer.candidates[0], trials[1].value
-    assert other.difference == pytest.approx(0.1 * reference, rel=0.1)
-    assert other.difference_low is not None
-    assert other.difference_high is not None
-    assert 0.09 < other.difference_low / reference < 0.1 < other.difference_high / reference < 0.11
+    lower_rate, reference = answer.candidates[0], trials[1].value
+    assert lower_rate.difference == pytest.approx(0.1 * reference, rel=0.1)
+    assert lower_rate.difference_low is not None
+    assert lower_rate.difference_high is not None
+    assert 0.09 < lower_rate.difference_low / reference < 0.1 < lower_rate.difference_high / reference < 0.11
     assert answer.margin == pytest.approx(0.005 * reference)
 
 

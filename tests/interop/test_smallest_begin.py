@@ -246,8 +246,8 @@ def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
         trainer.train()
         batches.append([batch["labels"] for batch in collator.batches])
     assert len(batches[0]) >= 4  # the trainer reads ahead
-    for other in batches[1:]:
-        assert all(torch.equal(*labels) for labels in zip(batches[0], other, strict=True))
+    for observed in batches[1:]:
+        assert all(torch.equal(*labels) for labels in zip(batches[0], observed, strict=True))
 
 
 def test_what_cannot_be_copied_is_not_read_before_the_end(

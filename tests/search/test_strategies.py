@@ -86,8 +86,8 @@ def test_an_edge_that_is_best_adds_the_next_learning_rates(best: float, tried: s
 
 
 def test_a_budget_leaves_out_added_learning_rates_and_still_finishes_the_best() -> None:
-    least = STRATEGIES["bracket"](make_space(goal="adapter")).estimate_cost().minimum
-    space = make_space(goal="adapter", budget_steps=least * STEPS)
+    minimum_cost = STRATEGIES["bracket"](make_space(goal="adapter")).estimate_cost().minimum
+    space = make_space(goal="adapter", budget_steps=minimum_cost * STEPS)
     outcomes = run_all(STRATEGIES["bracket"](space), World(best_learning_rate=1e-2))
     assert [outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank == 64] == [3e-3]
 
@@ -118,8 +118,8 @@ def test_the_search_leaves_the_budget_that_the_goal_needs(goal: str, best: float
         def loss(self, arm: Arm) -> float:
             return super().loss(arm) + (0.3 if arm.stop_at == 50 else 0.0)
 
-    least = STRATEGIES["bracket"](make_space(goal=goal)).estimate_cost().minimum
-    space = make_space(goal=goal, budget_steps=(least + spare) * STEPS)
+    minimum_cost = STRATEGIES["bracket"](make_space(goal=goal)).estimate_cost().minimum
+    space = make_space(goal=goal, budget_steps=(minimum_cost + spare) * STEPS)
     outcomes = run_all(STRATEGIES["bracket"](space), Rises(best_learning_rate=best))
     ends = {(outcome.rank, outcome.steps) for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
     assert (64, 100) in ends

@@ -59,7 +59,7 @@ class Grouping:
 
     @property
     def num_groups(self) -> int:
-        """The number of groups, or 0 if there are `MAX_COUNTED_GROUPS` or more, or if every group has one example."""
+        """Return the number of groups, or 0 if there are `MAX_COUNTED_GROUPS` or more, or if every group has one example."""
         return (
             len(self._first_example_ids) if self._is_shared and len(self._first_example_ids) < MAX_COUNTED_GROUPS else 0
         )

@@ -72,7 +72,7 @@ class Recipe:
 
     @property
     def non_plain_options(self) -> dict[str, Any]:
-        """The options that make the adapter another kind than plain LoRA, in PEFT's names."""
+        """Return the options that make the adapter another kind than plain LoRA, in PEFT's names."""
         options = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters)}
         options |= self.settings.peft_options
         return {name: value for name, value in options.items() if value}

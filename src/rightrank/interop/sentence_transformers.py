@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from rightrank.adapters.batch_scores import GROUP_KEY, Batch, count_rows
 from rightrank.adapters.distributed import get_world_size
 from rightrank.models.adapter_folders import PEFT_PREFIX, WEIGHTS_FILE
-from rightrank.schema.errors import DataError, ModelError, describe_error
+from rightrank.schema.errors import DataError, ModelError, describe_error, log_traceback
 from rightrank.train.loss import BatchLoss
 
 POINTWISE_TOLERANCE = 1e-3  # relative, between the loss of a batch and the mean of the losses of its rows
@@ -99,12 +99,15 @@ class TrainerLoss:
             DataError: the loss cannot be computed from the batch.
         """
         try:
-            together = float(self(batch).example_losses) / count_rows(batch)
-            alone = sum(float(self(row_batch).example_losses) for row_batch in row_batches) / len(row_batches)
+            batch_loss = float(self(batch).example_losses) / count_rows(batch)
+            mean_row_loss = sum(float(self(row_batch).example_losses) for row_batch in row_batches) / len(row_batches)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            log_traceback(error)
             name = type(self.trainer.loss).__name__
             raise DataError(
                 f"{name}: no loss can be computed from the held-out rows ({describe_error(error)}); give rows like those of "
                 "the training"
             ) from error
-        return replace(self, is_pointwise=math.isclose(together, alone, rel_tol=POINTWISE_TOLERANCE, abs_tol=1e-6))
+        return replace(
+            self, is_pointwise=math.isclose(batch_loss, mean_row_loss, rel_tol=POINTWISE_TOLERANCE, abs_tol=1e-6)
+        )

@@ -23,10 +23,10 @@ from rightrank.report.format import format_metric_label, format_quantity, make_v
 from rightrank.report.terminal_curve import draw_small_curve
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision
 from rightrank.schema.events import RunKind
+from rightrank.schema.settings import LONGER_TRAININGS
 
 MAX_LINES, MAX_CURVE_LINES = 12, 7
 MIN_WIDTH, LABEL_WIDTH = 40, 9  # characters
-LONGER_TRAININGS = 2  # additional trainings of goal "best-adapter"
 # What the command of a next run adds, by its action.
 ADDITIONS = {
     "seeds": "more seeds",

@@ -22,6 +22,7 @@ DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "best-adapter", "training-rank"]
+LONGER_TRAININGS = 2  # the length of the second training of goal "best-adapter", in trainings
 
 # `constant` scaling uses alpha too: its scale is that of alpha/r at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common choice "alpha = 2r").

@@ -14,10 +14,10 @@ from itertools import product
 from rightrank.decision.adapter import ReferenceComparison, build_adapter_files, choose_adapter
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.settings import LONGER_TRAININGS
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import (
     HALF,
-    LONGER,
     QUARTER,
     Requests,
     Space,
@@ -89,7 +89,7 @@ class Bracket(Strategy):
         search, search_at_most = estimate_search_cost(space)
         num_rates, num_ranks = len(space.learning_rates), len(space.ranks)
         if space.goal != "training-rank":
-            more_trainings = LONGER if space.goal == "best-adapter" else 0
+            more_trainings = LONGER_TRAININGS if space.goal == "best-adapter" else 0
             expected, at_most = search + more_trainings, search_at_most + more_trainings
             arms = 1 + STAGES * math.ceil(at_most) + _count_truncations(space)
             arms += bool(more_trainings) * (1 + _count_truncations(space))
@@ -168,7 +168,7 @@ class Grid(Strategy):
 
     def estimate_unbounded_cost(self) -> CostEstimate:
         cells, num_truncations = self._count_cells(), _count_truncations(self.space)
-        longer = LONGER if self.space.goal == "best-adapter" else 0
+        longer = LONGER_TRAININGS if self.space.goal == "best-adapter" else 0
         arms = 1 + cells + num_truncations + bool(longer) * (1 + num_truncations)
         return CostEstimate(cells + longer, cells + longer, cells, 2.0, arms)
 
@@ -190,7 +190,7 @@ def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
     trials.adapter = yield from _truncate_training(trials, parent)
     if space.goal != "best-adapter":
         return
-    long_arm = space.make_arm(space.top, learning_rate).model_copy(update={"steps": LONGER * space.steps})
+    long_arm = space.make_arm(space.top, learning_rate).model_copy(update={"steps": LONGER_TRAININGS * space.steps})
     yield [long_arm]
     long_training = trials.get_finished(long_arm)
     if long_training is None:

@@ -29,11 +29,10 @@ from rightrank.decision.table import (
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
-from rightrank.schema.settings import Goal, SelectSettings
+from rightrank.schema.settings import LONGER_TRAININGS, Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 
 QUARTER, HALF = 0.25, 0.5  # fractions of a training
-LONGER = 2  # the length of the second training of goal "best-adapter", in trainings
 
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # yielded by a script: arms that may run at the same time
 
@@ -85,7 +84,7 @@ class Space:
     @property
     def reserved_steps(self) -> int:
         """Return the steps of the budget that the learning-rate search leaves for what follows it."""
-        followed_by = {"best-adapter": LONGER, "training-rank": 1.0 + HALF if self.can_stop_early else 1.0}
+        followed_by = {"best-adapter": LONGER_TRAININGS, "training-rank": 1.0 + HALF if self.can_stop_early else 1.0}
         return math.ceil(followed_by.get(self.goal, 0.0) * self.steps)
 
     def get_margin(self, reference_loss: float) -> float:
