@@ -200,18 +200,22 @@ class HeldOutBatches:
         groups: list[int] = []
         with sync_errors():
             for number, batch in enumerate(self._batches):
+                rows = None
                 if self._trainer_loss is not None:
-                    scored, batch_groups = self._trainer_loss(batch), batch.get(GROUP_KEY, torch.zeros(0)).tolist()
+                    scored = self._trainer_loss(batch)
                 else:
                     self._batches[number] = add_reference(self._model, batch)
                     rows = read_batch(self._model, self._batches[number])
                     scored = rows.compute_loss(self._model, self._beta)
-                    batch_groups = rows.get_example_groups(scored.example_tokens.nonzero()[:, 0])
                 example_numbers = scored.example_tokens.nonzero()[:, 0]
                 losses += scored.example_losses[example_numbers].tolist()
                 tokens += scored.example_tokens[example_numbers].tolist()
                 correct += scored.example_metrics.get("accuracy", torch.zeros(0)).tolist()
-                groups += batch_groups
+                groups += (
+                    batch.get(GROUP_KEY, torch.zeros(0)).tolist()
+                    if rows is None
+                    else rows.get_example_groups(example_numbers)
+                )
             if self._in_step is not None:
                 compute_batch_loss(self._model, self._in_step, self._beta)
         losses, tokens, correct, groups = (

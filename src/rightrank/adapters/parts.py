@@ -1,6 +1,7 @@
 """The parts of an adapter, which are kinds of modules, blocks of layers and towers, and what each is worth by the same examples.
 
-A part is switched off, so that its modules compute what the base model does (`ablation.py`). A large rank is seldom needed everywhere, but truncation saves far more parameters for the same loss than removal does.
+A part is switched off, so that its modules compute what the base model does (`ablation.py`). A large rank is seldom needed everywhere,
+but truncation saves far more parameters for the same loss than removal does.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def group_modules(modules: Sequence[AdapterModule]) -> Parts:
         if layer is not None and tower == LANGUAGE_MODEL:
             layers.setdefault(layer, []).append(module)
     numbers, blocks = sorted(layers), {}
-    for index in range(min(MAX_BLOCKS, len(numbers))):
-        count = min(MAX_BLOCKS, len(numbers))
+    count = min(MAX_BLOCKS, len(numbers))
+    for index in range(count):
         block = numbers[index * len(numbers) // count : (index + 1) * len(numbers) // count]
         label = f"layers {block[0]}–{block[-1]}" if len(block) > 1 else f"layer {block[0]}"
         blocks[label] = [module for number in block for module in layers[number]]
