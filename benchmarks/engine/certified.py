@@ -19,9 +19,9 @@ from benchmarks.engine.common import describe_machine, make_runtime
 from rightrank.schema.errors import RunError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.loop import run_trial, train_trials
-from rightrank.train.runtime import Runtime
-from rightrank.train.trial import TrialFolders
+from rightrank.training.loop import run_trial, train_trials
+from rightrank.training.runtime import Runtime
+from rightrank.training.trial import TrialFolders
 
 ARMS = (
     (16, 0),

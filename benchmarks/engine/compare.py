@@ -32,12 +32,12 @@ from peft import get_peft_model
 from benchmarks.engine.common import build_trainer_rows, describe_machine, limit_to_one_pass, make_runtime
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train import fast_paths
-from rightrank.train.device import read_peak_bytes, reset_peak_memory
-from rightrank.train.loop import train_trials
-from rightrank.train.runtime import Runtime
-from rightrank.train.targets import make_lora_config
-from rightrank.train.trial import TrialFolders
+from rightrank.training import fast_paths
+from rightrank.training.device import read_peak_bytes, reset_peak_memory
+from rightrank.training.loop import train_trials
+from rightrank.training.runtime import Runtime
+from rightrank.training.targets import make_lora_config
+from rightrank.training.trial import TrialFolders
 
 BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the held-out loss of the first is reported
 TAIL_LAYERS = (28, 29)

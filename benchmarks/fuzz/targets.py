@@ -28,7 +28,7 @@ from rightrank.runs.journal import seal
 from rightrank.schema.errors import InputError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.tokens import encode_splits
+from rightrank.training.tokens import encode_splits
 
 PART = b"\n--part--\n"  # between the files of one input
 
@@ -132,7 +132,7 @@ def read_weights(data: bytes, folder: Path) -> None:
 
 def read_model(data: bytes, folder: Path) -> None:
     """Plan a model from its configuration."""
-    from rightrank.plugins.plan import plan
+    from rightrank.planning import plan
 
     (folder / "config.json").write_bytes(data)
     plan(str(folder), settings=PlanSettings(ranks=(2,), batch_size=1, seq_len=16)).model_dump_json()

@@ -38,22 +38,22 @@ from benchmarks.tiny import (
     write_jsonl,
     write_pairs,
 )
-from rightrank.models import base_models
+from rightrank.bases import base_models
 from rightrank.runs import prepare as preparation
 from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
-from rightrank.train import targets
-from rightrank.train.loop import run_trial, train_trials
-from rightrank.train.loss import chunked_cross_entropy
-from rightrank.train.pace import choose_adapters_per_pass, measure_pace
-from rightrank.train.runtime import Runtime
-from rightrank.train.trial import TrialFolders
+from rightrank.training import targets
+from rightrank.training.loop import run_trial, train_trials
+from rightrank.training.loss import chunked_cross_entropy
+from rightrank.training.pace import choose_adapters_per_pass, measure_pace
+from rightrank.training.runtime import Runtime
+from rightrank.training.trial import TrialFolders
 
 STEPS = 3
 SOURCES = Path(base_models.__file__).parents[1]
-COUNTED = ("train", "models/kinds", "plugins/plan")
+COUNTED = ("training", "adapters/kinds", "planning")
 MIXTURE = SIZES | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {
     "target_modules": ("q_proj", "v_proj"),
@@ -178,9 +178,9 @@ SILENT = Listener()
 
 def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
     """Plan a tiny model for CUDA, as a table and within a selection, without a device."""
-    from rightrank.plugins import plan as plan_command
-    from rightrank.plugins.plan.planner import plan_selection
-    from rightrank.plugins.plan.skeleton import read_config
+    from rightrank import plan as plan_command
+    from rightrank.planning.planner import plan_selection
+    from rightrank.planning.skeleton import read_config
 
     request = _build_request("Llama", SIZES, "language", {}, folder)
     plans = []

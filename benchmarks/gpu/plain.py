@@ -13,10 +13,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.schema.trials import Arm
-from rightrank.train.multi_lora import ADAPTER, MultiLora, find_lora_modules
-from rightrank.train.optimizer import make_schedule
-from rightrank.train.runtime import Runtime
-from rightrank.train.targets import suppress_peft_warnings
+from rightrank.training.multi_lora import ADAPTER, MultiLora, find_lora_modules
+from rightrank.training.optimizer import make_schedule
+from rightrank.training.runtime import Runtime
+from rightrank.training.targets import suppress_peft_warnings
 
 
 @contextmanager

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from benchmarks.learning_rate.bases import GEMMA, MINILM_L3, MINILM_L6, SMOLLM2, Base, load_base
-from rightrank.models.rank_math import find_server_rank
-from rightrank.models.truncation import Moments, allocate_ranks, decompose_update
+from rightrank.adapters.rank_math import find_server_rank
+from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 
 RANKS = (4, 8, 16, 32, 64)
 TRUNCATED_RANKS = (1, 2, 4, 8, 16, 32)

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import measure
-from rightrank.plugins.plan.planner import plan_config
+from rightrank.planning.planner import plan_config
 from rightrank.schema.plan_settings import PlanSettings
 
 LIMIT = 0.03

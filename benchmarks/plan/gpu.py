@@ -23,7 +23,7 @@ import torch
 from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS, Configs
 from benchmarks.plan.measure import measure
-from rightrank.plugins.plan.planner import plan_config
+from rightrank.planning.planner import plan_config
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.results import Plan
 

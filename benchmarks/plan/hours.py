@@ -20,13 +20,13 @@ from typing import Any
 from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import FULL_CONFIGS
 from benchmarks.results import store_result
-from rightrank.plugins.plan.estimate import Estimator
+from rightrank.planning.estimate import Estimator
 from rightrank.report.format import format_duration
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
-from rightrank.train.pace import RUN_EVALUATIONS
+from rightrank.training.pace import RUN_EVALUATIONS
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "hours.json", HERE / "hours.md"

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.batches import Batch
-from rightrank.train.device import enable_gradient_checkpointing
-from rightrank.train.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
-from rightrank.train.multi_lora import ArmBatch, MultiLora
-from rightrank.train.targets import find_targets, make_lora_config
+from rightrank.training.batches import Batch
+from rightrank.training.device import enable_gradient_checkpointing
+from rightrank.training.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
+from rightrank.training.multi_lora import ArmBatch, MultiLora
+from rightrank.training.targets import find_targets, make_lora_config
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from rightrank.api.folders import export, write_report
     from rightrank.api.runs import decide, to_pandas
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
-    from rightrank.interop.smallest import SmallestAdapter
-    from rightrank.interop.squeeze import Squeeze
-    from rightrank.runs.calls import TrialResult, TrialTask
     from rightrank.runs.values import Selected
     from rightrank.schema.decision import Decision
     from rightrank.schema.plan_settings import PlanSettings
     from rightrank.schema.settings import SelectSettings
     from rightrank.schema.trials import EvalPoint
+    from rightrank.trainers.calls import TrialResult, TrialTask
+    from rightrank.trainers.smallest import SmallestAdapter
+    from rightrank.trainers.squeeze import Squeeze
 
 _MODULES = {
     "api.adapters": ("average", "compare", "inspect", "resize"),
     "api.folders": ("export", "write_report"),
     "api.runs": ("decide", "to_pandas"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
-    "interop.smallest": ("SmallestAdapter",),
-    "interop.squeeze": ("Squeeze",),
-    "runs.calls": ("TrialResult", "TrialTask"),
+    "trainers.smallest": ("SmallestAdapter",),
+    "trainers.squeeze": ("Squeeze",),
+    "trainers.calls": ("TrialResult", "TrialTask"),
     "runs.values": ("Selected",),
     "schema.decision": ("Decision",),
     "schema.plan_settings": ("PlanSettings",),

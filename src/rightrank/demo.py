@@ -67,7 +67,7 @@ def prepare_model_folder(folder: Path, notice: Callable[[str], None]) -> Path:
         raise RunFolderError(f"{folder}: holds files but no model; give another --out")
     gguf = find_model_file()
     notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
-    from rightrank.models.base_models import load_base
+    from rightrank.bases.base_models import load_base
 
     loaded = load_base(str(gguf), SelectSettings(dtype="float32", device="cpu"), None)
     model: Any = loaded.model

@@ -15,10 +15,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.folders import read_run
 from rightrank.api.runs import DecisionResult
 from rightrank.decision.records import Records
-from rightrank.models.adapter_folders import CONFIG_FILE
 from rightrank.report import figures
 from rightrank.report.figure import Figure, require_matplotlib
 from rightrank.runs.values import Selected

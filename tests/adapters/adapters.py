@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from rightrank.models.adapter_folders import MLX_FILE
+from rightrank.adapters.adapter_folders import MLX_FILE
 from tests.tiny import build_tiny_llama_config
 
 VOCABULARY = 400

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rightrank.models.base_models import load_base, read_identity
+from rightrank.bases.base_models import load_base, read_identity
 from rightrank.schema.errors import ModelError
-from rightrank.train.adapter_runtime import require_matching_base
+from rightrank.training.adapter_runtime import require_matching_base
 from tests.adapters.adapters import edit_config, load_strictly, make_adapter, make_base
 from tests.commands import run
 from tests.tiny import ON_CPU, make_tokenizer, write_completions

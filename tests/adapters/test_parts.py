@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from rightrank import compare, inspect, resize
+from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.parts import group_modules
-from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.errors import InputError
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import load_strictly, load_tensors, make_adapter, write_tensors

@@ -13,23 +13,23 @@ import pytest
 import torch
 
 from rightrank import resize, select_rank
+from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.resize import resize_adapter
-from rightrank.adapters.resize_by_data import load_evaluation_data
+from rightrank.adapters.resizing import cap_ranks
+from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.decision.adapter import SEARCH_OPTION
-from rightrank.models.adapter_reader import AdapterFolder, open_adapter
-from rightrank.models.resizing import cap_ranks
-from rightrank.models.truncation import Moments, allocate_ranks, decompose_update
+from rightrank.runs.resize_by_data import load_evaluation_data
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import EvaluationProgress, Listener, Notice
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime
-from rightrank.train.covariances import gather_unseen_moments
-from rightrank.train.loop import run_trial
-from rightrank.train.runtime import attach_adapter
-from rightrank.train.trial import TrialFolders
+from rightrank.training.adapter_runtime import RuntimeInputs, make_adapter_runtime
+from rightrank.training.covariances import gather_unseen_moments
+from rightrank.training.loop import run_trial
+from rightrank.training.runtime import attach_adapter
+from rightrank.training.trial import TrialFolders
 from tests.adapters.adapters import (
     compute_deltas,
     edit_config,

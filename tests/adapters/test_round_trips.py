@@ -112,7 +112,7 @@ def test_a_sharded_base(tmp_path: Path) -> None:
 
 
 def test_a_pattern_on_a_name_that_ends_another_is_anchored() -> None:
-    from rightrank.models.rank_math import build_exact_pattern, get_pattern_value
+    from rightrank.adapters.rank_math import build_exact_pattern, get_pattern_value
 
     names = ["layers.0.q_proj", "vision.layers.0.q_proj", "layers.1.q_proj"]
     ranks = {"layers.0.q_proj": 2, "vision.layers.0.q_proj": 8, "layers.1.q_proj": 4}

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from rightrank import resize
+from rightrank.adapters.adapter_folders import MLX_FILE, find_adapter
+from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.spectra import inspect_adapter
-from rightrank.models.adapter_folders import MLX_FILE, find_adapter
-from rightrank.models.adapter_reader import open_adapter
-from rightrank.models.model_sources import find_model
+from rightrank.bases.model_sources import find_model
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import MLX, make_adapter, make_base, write_mlx
 

@@ -11,8 +11,8 @@ from benchmarks.engine import certified, compare
 
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.loop import run_trial
-from rightrank.train.trial import TrialFolders
+from rightrank.training.loop import run_trial
+from rightrank.training.trial import TrialFolders
 from tests import helpers
 from tests.tiny import build_small_settings
 

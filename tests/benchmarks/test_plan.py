@@ -11,11 +11,11 @@ from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.gpu import CASES, dry_run
 from benchmarks.plan.measure import measure
 
-from rightrank.plugins.plan.estimate import CPU_PROCESS_BYTES
-from rightrank.plugins.plan.planner import plan_config
+from rightrank.planning.estimate import CPU_PROCESS_BYTES
+from rightrank.planning.planner import plan_config
 from rightrank.report.format import format_duration
 from rightrank.schema.plan_settings import PlanSettings
-from tests.plugins.plan import CONFIGS as PROFILED_CONFIGS
+from tests.planning import CONFIGS as PROFILED_CONFIGS
 
 pytestmark = pytest.mark.trains
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from benchmarks.consumers.check import require_one_rank
 
+from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resize import resize_adapter
 from rightrank.decision.adapter import Provenance
-from rightrank.interop.exports import write_export
-from rightrank.interop.recipe import Recipe, _select_adapter_fields
-from rightrank.models.adapter_reader import open_adapter
+from rightrank.exports.exports import write_export
+from rightrank.exports.recipe import Recipe, _select_adapter_fields
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import compute_deltas, load_strictly, load_tensors, make_adapter, make_base
 

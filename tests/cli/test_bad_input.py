@@ -14,7 +14,7 @@ import torch
 
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFailed, TrialFinished
-from rightrank.train import optimizer as steps
+from rightrank.training import optimizer as steps
 from tests.commands import build_select_arguments, run
 
 pytestmark = pytest.mark.trains

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from rightrank.cli import cli
-from rightrank.interop.exports import MERGED, TARGETS
+from rightrank.exports.exports import MERGED, TARGETS
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS

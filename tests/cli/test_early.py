@@ -151,7 +151,7 @@ def test_help_loads_neither_settings_nor_numbers() -> None:
 
 def test_the_core_imports_no_engine() -> None:
     """Check that the core imports no engine, since a custom trainer may use no torch."""
-    script = 'import rightrank.runs.run, rightrank.runs.custom_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
+    script = 'import rightrank.runs.run, rightrank.trainers.custom_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -146,7 +146,7 @@ def test_all_final_files_are_written_atomically() -> None:
         ("train/prefix.py", "path"),  # a memory-mapped file, which every run creates again
         ("runs/journal.py", "self.path"),  # appending a line and truncating a torn one
         ("train/device.py", "_CLEAR_REFS_FILE"),  # a file of the kernel
-        ("plugins/cluster/processes.py", "log"),  # a worker's stderr, streamed
+        ("cluster/processes.py", "log"),  # a worker's stderr, streamed
         ("adapters/conversion_faults.py", "(copy / CONFIG_FILE)"),  # a copy in a temporary folder
         ("models/mlx.py", '(copy / "config.json")'),  # the same
     }

@@ -17,7 +17,7 @@ from rightrank.decision.records import build_answers
 from rightrank.report.html import render_report
 from rightrank.report.terminal import format_plan
 from rightrank.schema.errors import DataError
-from rightrank.train.tokens import EncodedData, encode_splits
+from rightrank.training.tokens import EncodedData, encode_splits
 from tests.commands import run
 from tests.report.runs import make_run
 from tests.tiny import build_small_settings, generate_sentences, make_tokenizer

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from rightrank.adapters.compare import compare_trials
-from rightrank.adapters.resize_by_data import find_smallest_adapter
 from rightrank.decision.records import Records, build_criterion, decide_run
-from rightrank.interop.truncation_run import DescendingStrategy
+from rightrank.runs.compare import compare_trials
+from rightrank.runs.resize_by_data import find_smallest_adapter
 from rightrank.schema.metrics import compute_default_margin, infer_metric_kind
 from rightrank.schema.settings import SelectSettings
 from rightrank.search.history import build_space
+from rightrank.trainers.truncation_run import DescendingStrategy
 from tests.report.runs import make_answered_run
 
 FORMS = {"text": 0.005, "preference": 0.02, "classification": None}  # None: 1% of the reference

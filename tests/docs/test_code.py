@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 import rightrank
+from tests.adapters.kind_checks import make_model
 from tests.commands import run
 from tests.docs.pages import PAGES, ROOT, SHELL, get_page_name, iterate_blocks, list_commands
-from tests.models.kind_checks import make_model
 from tests.tiny import make_tokenizer, write_completions, write_pairs
 
 pytestmark = pytest.mark.trains

@@ -48,7 +48,7 @@ def test_no_example_is_left_out() -> None:
         "mcp_server.py",  # tests/docs/test_mcp_server.py
         "preference_pairs.py",
         "notebook.ipynb",
-        "text_to_image.py",  # tests/interop/test_images.py
+        "text_to_image.py",  # tests/trainers/test_images.py
         "the_method.py",
         "tinker_service.py",
     }

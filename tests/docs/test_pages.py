@@ -143,7 +143,7 @@ def test_the_page_of_file_formats_names_every_record_of_a_journal() -> None:
 PLACES = (ROOT, ROOT / "src" / "rightrank", ROOT / "tests", ROOT / "docs")
 NAMED = re.compile(r"(?<![\w./:@-])((?:[\w-]+/)+[\w-]+\.(?:py|md|json|jsonl|toml|yml|yaml|html|ini))(?![\w/])")
 FOLDER = re.compile(
-    r"`((?:src|tests|benchmarks|docs|examples|data|decision|models|train|search|report|runs|adapters|interop|hooks|api|cli|plugins|schema)/(?:[\w-]+/)*)`"
+    r"`((?:src|tests|benchmarks|docs|examples|data|decision|bases|training|search|report|runs|adapters|trainers|tables|exports|planning|atlas|cluster|api|cli|schema)/(?:[\w-]+/)*)`"
 )
 # Of other packages, of what a command writes, and of a reader's own files.
 PATHS_OF_OTHERS = re.compile(

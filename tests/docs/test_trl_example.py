@@ -15,10 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rightrank import EvalPoint, TrialTask, select_rank_with
-from rightrank.runs.calls import call_function
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError, NotFiniteError, ReportError, RunError
 from rightrank.schema.trials import TrialCollapsed
+from rightrank.trainers.calls import call_function
 from tests.tiny import generate_sentences
 
 pytestmark = [

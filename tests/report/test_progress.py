@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from rightrank.cli.options import parse_hours
-from rightrank.hooks.progress import Progress
+from rightrank.report.progress import Progress
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted

@@ -21,12 +21,12 @@ from rightrank import TrialResult, TrialTask
 from rightrank.api.folders import status
 from rightrank.cli import cli
 from rightrank.decision.records import Answers, decide_run
-from rightrank.hooks.process import JsonLog, ProgressFile
-from rightrank.hooks.terminal import LiveView, View, make_view
 from rightrank.report.answer import build_answer_view, render_notebook_html
 from rightrank.report.figures import build_rank_figure
 from rightrank.report.terminal import format_plan
 from rightrank.report.terminal_curve import CURVE_ROWS, draw_terminal_curve
+from rightrank.runs.process import JsonLog, ProgressFile
+from rightrank.runs.terminal_view import LiveView, View, make_view
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.commands import COMMANDS, mark_for_every_plug_in
 from tests.report.elements import Elements

@@ -15,7 +15,6 @@ from rightrank.api.runs import decide
 from rightrank.api.selecting import select_rank, select_rank_with
 from rightrank.cli import main
 from rightrank.decision.records import Answers, read_records
-from rightrank.runs.calls import TrialTask
 from rightrank.runs.journal import Journal
 from rightrank.runs.run import extend_settings
 from rightrank.runs.values import Selected
@@ -24,6 +23,7 @@ from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunContinued
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished, TrialStarted
+from rightrank.trainers.calls import TrialTask
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 from tests.watch import Watch
 

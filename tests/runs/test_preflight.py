@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank import preflight, select_rank
 from rightrank.decision.seeds import LOSS_NOISE, NOISE
-from rightrank.hooks.preflight import estimate_resolutions
 from rightrank.runs.journal import Journal
+from rightrank.runs.preflight import estimate_resolutions
 from rightrank.schema.events import RunStarted, SelectionPlanned
 from rightrank.schema.results import Preflight
 from rightrank.schema.settings import SelectSettings

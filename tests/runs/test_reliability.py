@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank.cli import main
-from rightrank.hooks import process as processes
+from rightrank.runs import process as processes
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.runs.prepare import LocalExecutor
@@ -27,10 +27,10 @@ from rightrank.schema import events
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
-from rightrank.train import loop as training_loop
-from rightrank.train import trial as arm_training
-from rightrank.train.optimizer import load_checkpoint
-from rightrank.train.trial import TrialFolders
+from rightrank.training import loop as training_loop
+from rightrank.training import trial as arm_training
+from rightrank.training.optimizer import load_checkpoint
+from rightrank.training.trial import TrialFolders
 from tests.commands import SELECT, read_journal_records, run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, make_tokenizer

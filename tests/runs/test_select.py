@@ -18,16 +18,16 @@ import pytest
 import yaml
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
+from rightrank.adapters import adapter_writer
 from rightrank.api.runs import decide
 from rightrank.cli import main
-from rightrank.models import adapter_writer
 from rightrank.report import html
 from rightrank.runs import finish
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
-from rightrank.train import optimizer
-from rightrank.train.runtime import Runtime
+from rightrank.training import optimizer
+from rightrank.training.runtime import Runtime
 from tests.commands import (
     SMALL,
     build_select_arguments,

@@ -17,13 +17,13 @@ import pytest
 
 import rightrank.runs.selection
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
-from rightrank.runs import custom_trainer
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.search.bracket import Grid
 from rightrank.search.history import Requests, Trials
+from rightrank.trainers import custom_trainer
 from tests.adapters.adapters import make_adapter, make_base
 from tests.watch import Watch
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from rightrank.api.selecting import preflight, select_rank
-from rightrank.hooks import preflight as planned
-from rightrank.hooks.progress import Progress
 from rightrank.report.format import format_duration
+from rightrank.report.progress import Progress
 from rightrank.report.terminal import format_preflight, format_time_estimate
+from rightrank.runs import preflight as planned
 from rightrank.runs.values import Selected
 from rightrank.schema.events import DurationEstimated, Event, SelectionPlanned
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
-from rightrank.train.pace import TIMED_STEPS, Pace, measure_pace
-from rightrank.train.runtime import Runtime
+from rightrank.training.pace import TIMED_STEPS, Pace, measure_pace
+from rightrank.training.runtime import Runtime
 from tests.commands import read_journal_records
 from tests.helpers import make_runtime
 from tests.report.runs import make_run

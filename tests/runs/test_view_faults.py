@@ -15,20 +15,19 @@ from typing import Any
 import pytest
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.hooks import Hook
-from rightrank.runs.hook import Hooks
+from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import RunError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Event
 from tests.commands import run
 
 VIEWS = [
-    "rightrank.hooks.report.build_figures",
-    "rightrank.hooks.report.render_model_card",
-    "rightrank.hooks.report._build_spectrum_figures",
-    "rightrank.hooks.report.write_figures",
-    "rightrank.hooks.report.collect_answers",
-    "rightrank.hooks.report.render_report",
+    "rightrank.runs.views.build_figures",
+    "rightrank.runs.views.render_model_card",
+    "rightrank.runs.views._build_spectrum_figures",
+    "rightrank.runs.views.write_figures",
+    "rightrank.runs.views.collect_answers",
+    "rightrank.runs.views.render_report",
     "rightrank.runs.finish.collect_answers",
     "rightrank.runs.finish.compare_run_adapters",
     "rightrank.runs.finish.build_next_commands",
@@ -101,7 +100,7 @@ def test_a_failing_view_keeps_the_adapter_of_a_custom_trainer(tmp_path: Path, mo
         return TrialResult(metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * 4)
 
     arguments: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-3,)}
-    for view in ("rightrank.hooks.report.build_figures", "rightrank.hooks.report.render_report"):
+    for view in ("rightrank.runs.views.build_figures", "rightrank.runs.views.render_report"):
         with monkeypatch.context() as patched:
             break_view(patched, view, KeyError("x"))
             with pytest.raises(RunError, match=r"failed \(KeyError"):

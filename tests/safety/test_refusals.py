@@ -23,14 +23,14 @@ from rightrank.adapters.spectra import open_checkpoint
 from rightrank.api.adapters import inspect
 from rightrank.api.folders import status
 from rightrank.api.runs import decide
+from rightrank.bases.base_models import load_base
 from rightrank.data.files import read_config
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import load_base
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.optimizer import load_checkpoint
+from rightrank.training.optimizer import load_checkpoint
 from tests.report.runs import make_run
 from tests.tiny import ON_CPU, build_small_settings, generate_sentences, write_jsonl
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rightrank import select_rank_with
-from rightrank.hooks import trackers
+from rightrank.runs import trackers
 from rightrank.schema.errors import (
     RunError,
     SettingsError,
@@ -27,7 +27,7 @@ from tests.commands import COMMANDS, run
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}
 # Between the driver and the workers that it started itself, and never from a file.
-MAY_PICKLE = {"plugins/cluster/processes.py", "plugins/cluster/worker.py"}
+MAY_PICKLE = {"cluster/processes.py", "cluster/worker.py"}
 FORBIDDEN_CALLS = {
     "torch.load", "torch.hub.load", "np.load", "numpy.load", "pickle.load", "pickle.loads", "yaml.unsafe_load",
     "yaml.full_load", "os.system", "os.popen", "eval", "exec", "compile", "__import__", "tempfile.mktemp",
@@ -213,7 +213,7 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
         raise OSError(f"401 for {FORMS['a query']}")
 
     monkeypatch.setitem(trackers._WRITERS, "mlflow", unreachable)
-    monkeypatch.setattr("rightrank.hooks.trackers.find_spec", lambda _: True)
+    monkeypatch.setattr("rightrank.runs.trackers.find_spec", lambda _: True)
     out = tmp_path / "run"
     ranks = {"ranks": (1, 4, 16), "learning_rates": (1e-3,)}
     select_rank_with(train, out, **ranks, metric="loss", callbacks=[trackers.Trackers(["mlflow"], out)])
@@ -232,7 +232,7 @@ def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
 
 
 def test_each_threat_has_tests_that_exist() -> None:
-    """Check each named test. A plug-in's test is named with its file, which is removed together with the plug-in."""
+    """Check each named test."""
     section = (ROOT / "SECURITY.md").read_text(encoding="utf-8").split("## Threats")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| **")]
     assert len(rows) >= 6
@@ -242,7 +242,6 @@ def test_each_threat_has_tests_that_exist() -> None:
         for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     for row in rows:
-        named = re.findall(r"`(?:plugins/(\w+)/\w+\.py::)?(test_\w+)`", row.split("|")[-2])
+        named = re.findall(r"`(?:cluster/\w+\.py::)?(test_\w+)`", row.split("|")[-2])
         assert named, f"{row}: no test"
-        gone = [plug_in for plug_in, _ in named if plug_in and not (ROOT / "tests" / "plugins" / plug_in).is_dir()]
-        assert not [name for plug_in, name in named if plug_in not in gone and name not in every], row
+        assert not [name for name in named if name not in every], row

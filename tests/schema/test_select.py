@@ -44,7 +44,7 @@ def test_auto_is_bfloat16_where_the_cuda_device_computes_in_it(
 ) -> None:
     import torch
 
-    from rightrank.models.base_models import resolve_dtype
+    from rightrank.bases.base_models import resolve_dtype
 
     assert resolve_dtype("auto", "cpu") == "float32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

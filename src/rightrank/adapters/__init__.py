@@ -1,1 +1,1 @@
-"""Compare, resize and inspect finished adapters, and truncate adapters of a model in memory."""
+"""Adapter files: read, write, truncate, resize and inspect them, with no training and no base model in memory."""

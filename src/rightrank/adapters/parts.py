@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule
+from rightrank.adapters.rank_math import matches_pattern
 from rightrank.decision.comparison import compute_file_bounds
 from rightrank.decision.table import build_table, compute_paired_difference
-from rightrank.models.adapter_reader import AdapterFolder, AdapterModule
-from rightrank.models.rank_math import matches_pattern
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import PartValue
 from rightrank.schema.trials import TrialFinished

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rightrank.adapters.spectra import compute_distance, compute_energy_rank, compute_singular_values
-from rightrank.data.files import require_absent
-from rightrank.models.adapter_reader import AdapterFolder, AdapterModule
-from rightrank.models.resizing import (
+from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule
+from rightrank.adapters.resizing import (
     build_resized_config,
     compute_config_scaling,
     find_pair_rank,
     require_plain_update,
     write_resized_adapter,
 )
-from rightrank.models.truncation import Moments
+from rightrank.adapters.spectra import compute_distance, compute_energy_rank, compute_singular_values
+from rightrank.adapters.truncation import Moments
+from rightrank.data.files import require_absent
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import ModuleResize, Resized
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from rightrank.adapters.adapter_folders import PEFT_PREFIX
+from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, natural_sort_key, open_adapter
+from rightrank.bases.safetensors_files import find_shards, read_header
 from rightrank.data.files import detect_path_kind
-from rightrank.models.adapter_folders import PEFT_PREFIX
-from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, natural_sort_key, open_adapter
-from rightrank.models.safetensors_files import find_shards, read_header
 from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
 from rightrank.schema.trials import Floats

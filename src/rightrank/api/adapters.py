@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.models.adapter_folders import CONFIG_FILE, find_adapter, require_adapter_folder, suggest_adapter_folder
-from rightrank.models.model_sources import BASE_SIDE
+from rightrank.adapters.adapter_folders import CONFIG_FILE, find_adapter, require_adapter_folder, suggest_adapter_folder
+from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import AdapterComparison, Averaged, Inspection, Resized
@@ -44,9 +44,9 @@ def inspect(
         inspection = inspect_adapter(Path(adapter))
         if data is None:
             return inspection
-        from rightrank.adapters.ablation import measure_parts  # imports transformers
+        from rightrank.adapters.adapter_reader import open_adapter
         from rightrank.adapters.parts import group_modules
-        from rightrank.models.adapter_reader import open_adapter
+        from rightrank.runs.ablation import measure_parts  # imports transformers
 
         opened, name = open_adapter(Path(adapter)), None if base is None else str(base)
         parts = group_modules(opened.modules)
@@ -109,17 +109,17 @@ def resize(
             f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data, or --without, alone or with --data"
         )
 
+    from rightrank.adapters.adapter_reader import open_adapter
     from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, resize_adapter
+    from rightrank.adapters.resizing import require_plain_update
     from rightrank.data.files import require_absent
-    from rightrank.models.adapter_reader import open_adapter
-    from rightrank.models.resizing import require_plain_update
 
     require_absent(Path(out))
     opened = open_adapter(folder)
     require_plain_update(opened)
     if without:
-        from rightrank.adapters.ablation import measure_parts
         from rightrank.adapters.parts import select_modules
+        from rightrank.runs.ablation import measure_parts
 
         removed, label = select_modules(opened, without), ", ".join(without)
         new_ranks = {module.name: module.rank for module in opened.modules} | {module.name: 0 for module in removed}
@@ -129,7 +129,7 @@ def resize(
             (value,), note = measure_parts(opened, {label: removed}, Path(data), base, read, on_event)
             resized = resized.model_copy(update={"removed": value, "notes": [note]})
     elif data is not None:
-        from rightrank.adapters.resize_by_data import ResizeRequest, resize_by_data  # imports torch and transformers
+        from rightrank.runs.resize_by_data import ResizeRequest, resize_by_data  # imports torch and transformers
 
         read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
@@ -176,8 +176,8 @@ def average(
     for folder in folders:
         require_adapter_folder(folder)
 
-    from rightrank.adapters.average import AverageRequest, average_adapters
     from rightrank.data.files import require_absent
+    from rightrank.runs.average import AverageRequest, average_adapters
 
     require_absent(Path(out))
     read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
@@ -214,7 +214,7 @@ def compare(
     for adapter in (a, b):
         _require_comparable(str(adapter))  # before the imports that bring torch
 
-    from rightrank.adapters.compare import compare_adapters
+    from rightrank.runs.compare import compare_adapters
 
     files = [data] if isinstance(data, str | Path) else list(data)
     paths = [Path(file) for file in files]

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
+from rightrank.bases.model_sources import list_hub_errors
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision.records import Records, decide_if_possible
-from rightrank.models.adapter_folders import CONFIG_FILE
-from rightrank.models.model_sources import list_hub_errors
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import RepairResult
@@ -23,7 +23,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:
-    from rightrank.interop.exports import ExportResult
+    from rightrank.exports.exports import ExportResult
 
 
 def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
@@ -37,8 +37,8 @@ def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
         SettingsError: another format.
         MissingExtraError: a format is given, and matplotlib is not installed.
     """
-    from rightrank.hooks.report import write_report as write_views
     from rightrank.runs.values import collect_answers
+    from rightrank.runs.views import write_report as write_views
 
     folder, records, decision = read_run(run, is_live=False)
     with report_disk_errors(folder.path):
@@ -100,8 +100,8 @@ def export(
         ModelError: a merged model that can't be made.
         RunError: the hub can't be reached, or refuses the upload.
     """
-    from rightrank.interop.exports import ADAPTER_TARGETS, MERGED, require_target, resolve_path, write_export
-    from rightrank.interop.recipe import build_recipe
+    from rightrank.exports.exports import ADAPTER_TARGETS, MERGED, require_target, resolve_path, write_export
+    from rightrank.exports.recipe import build_recipe
 
     require_target(to)
     if push_to_hub is not None and to != "peft":
@@ -140,7 +140,7 @@ def export(
 
     def write() -> ExportResult:
         if to == MERGED:
-            from rightrank.interop.merge import MergeRequest, write_merged_model
+            from rightrank.exports.merge import MergeRequest, write_merged_model
 
             return write_merged_model(MergeRequest(*source, kind or "f32", files, on_event), target)
         return write_export(to, recipe, target)

@@ -151,8 +151,8 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.interop.table_rows import build_rows, read_result_rows
-    from rightrank.interop.tables import build_table_records
+    from rightrank.tables.table_rows import build_rows, read_result_rows
+    from rightrank.tables.tables import build_table_records
 
     options: dict[str, Any] = {} if confidence is None else {"confidence": confidence}
     if isinstance(results, str | Path):

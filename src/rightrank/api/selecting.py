@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from rightrank.runs.calls import EvaluateFunction, TrainFunction
-    from rightrank.runs.custom_trainer import TrainerSettings
     from rightrank.runs.selection import Rows
+    from rightrank.trainers.calls import EvaluateFunction, TrainFunction
+    from rightrank.trainers.custom_trainer import TrainerSettings
 
 
 def select_rank(
@@ -50,7 +50,7 @@ def select_rank(
         out: the run folder. A second call with the same arguments resumes an unfinished run.
         tokenizer: the tokenizer of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
-        callbacks: hooks that watch the selection or take part in it; see `rightrank.hooks.Hook`.
+        callbacks: hooks that watch the selection or take part in it; see `rightrank.runs.hook.Hook`.
         progress: show the progress on stderr.
         peft_config: the configuration of your current adapter. Its values override `settings`. The ranks replace `r`; values that
             a selection can't honour are refused by name.
@@ -64,10 +64,10 @@ def select_rank(
         KeyboardInterrupt: Ctrl-C; the step ended and checkpoints were written. The same call resumes.
     """
     from rightrank.data.files import report_disk_errors
-    from rightrank.hooks.process import SignalHandler
-    from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
+    from rightrank.runs.process import SignalHandler
     from rightrank.runs.selection import SelectionRequest, validate_request
+    from rightrank.runs.trackers import Trackers
 
     request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
     validate_request(request)
@@ -76,10 +76,10 @@ def select_rank(
         views = _open_views(progress, stack)
         stop = stack.enter_context(SignalHandler(Hooks([*views, *callbacks]).send_notice))
         # These imports bring torch. They follow the lock, so that an unusable folder is refused at once.
-        from rightrank.hooks.preflight import PreflightHook
-        from rightrank.hooks.report import Report
+        from rightrank.runs.preflight import PreflightHook
         from rightrank.runs.prepare import prepare_run
         from rightrank.runs.run import select
+        from rightrank.runs.views import Report
 
         plugin_hooks = plugins.collect_items(lambda plugin: plugin.hooks())
         hooks = [*views, stop, PreflightHook(), trackers, Report(), *plugin_hooks, *callbacks]
@@ -95,7 +95,7 @@ def _open_views(progress: bool, stack: ExitStack) -> list[Hook]:
     """Open the view on stderr if `progress` asks for it."""
     if not progress:
         return []
-    from rightrank.hooks.terminal import make_view
+    from rightrank.runs.terminal_view import make_view
 
     return [stack.enter_context(make_view(quiet=False))]
 
@@ -118,13 +118,13 @@ def preflight(
     Raises:
         InputError: model, data or settings can't be used.
     """
-    from rightrank.hooks.trackers import resolve_trackers
     from rightrank.runs.selection import SelectionRequest, validate_request
+    from rightrank.runs.trackers import resolve_trackers
 
     request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
     validate_request(request)  # before the imports that bring torch
     resolve_trackers(request.settings.report_to)
-    from rightrank.hooks.preflight import run_preflight
+    from rightrank.runs.preflight import run_preflight
     from rightrank.runs.prepare import prepare_selection
 
     notes: list[str] = []
@@ -171,7 +171,7 @@ def select_rank_with(
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it, the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest one within the margin is
             exported (the deployment rank).
-        callbacks: hooks that watch the selection or take part in it, such as `rightrank.hooks.trackers.Trackers`.
+        callbacks: hooks that watch the selection or take part in it, such as `rightrank.runs.trackers.Trackers`.
         settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, workers, progress.
 
     Raises:
@@ -180,10 +180,10 @@ def select_rank_with(
         InterruptedRun: `should_stop` of a callback returned True.
     """
     from rightrank.data.files import report_disk_errors
-    from rightrank.hooks.report import Report
-    from rightrank.runs.custom_trainer import build_custom_request
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.run import select
+    from rightrank.runs.views import Report
+    from rightrank.trainers.custom_trainer import build_custom_request
 
     arguments = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
     request = build_custom_request(train, evaluate, metric, arguments | {"margin": margin}, settings)

@@ -23,7 +23,7 @@ from rightrank.schema.settings import SelectSettings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rightrank.hooks.terminal import View
+    from rightrank.runs.terminal_view import View
     from rightrank.schema.results import Inspection, ModuleSpectrum, PartValue, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
@@ -156,7 +156,7 @@ def _average(
 
 def open_progress_view(quiet: bool = False) -> AbstractContextManager[View]:
     """Open the view of the progress of evaluations on stderr."""
-    from rightrank.hooks.terminal import make_view
+    from rightrank.runs.terminal_view import make_view
 
     return make_view(quiet)
 
@@ -268,7 +268,7 @@ def _format_module_row(module: ModuleSpectrum) -> list[str]:
 
 def _format_resize_result(resized: Resized) -> str:
     """Format the written rank and the truncation error."""
-    from rightrank.models.rank_math import format_rank
+    from rightrank.adapters.rank_math import format_rank
     from rightrank.report.answer import build_candidate_table, format_table
 
     lowest, highest = (limit(module.rank for module in resized.modules) for limit in (min, max))

@@ -162,7 +162,7 @@ def _resume(context: click.Context, run: Path, as_json: bool) -> None:
     if open_run(run, is_live=True)[2].started.kind is not RunKind.CALLBACK:
         context.invoke(_select, out=run, as_json=as_json)
         return
-    from rightrank.interop.truncation_run import resume_measurement
+    from rightrank.trainers.truncation_run import resume_measurement
 
     _print_selected(_run_with_progress(lambda hooks: resume_measurement(run, hooks), run), as_json)
 
@@ -173,9 +173,9 @@ def _run_with_progress(
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
         announce(f"run folder {out}: checking the request, then loading model and data")
-    from rightrank.hooks.process import JsonLog, ProgressFile, SignalHandler
-    from rightrank.hooks.terminal import make_view
     from rightrank.runs.hook import Hooks
+    from rightrank.runs.process import JsonLog, ProgressFile, SignalHandler
+    from rightrank.runs.terminal_view import make_view
 
     with ExitStack() as stack:
         view = JsonLog(sys.stderr) if log_json else stack.enter_context(make_view(quiet))

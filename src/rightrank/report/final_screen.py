@@ -13,11 +13,11 @@ from textwrap import wrap
 
 from rich.cells import cell_len
 
+from rightrank.adapters.loading_code import format_loading_code
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.next_run import build_budget_options
 from rightrank.decision.records import Answers
 from rightrank.decision.sentences import format_probability
-from rightrank.models.loading_code import format_loading_code
 from rightrank.report.answer import format_brief, format_labelled_rows
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
 from rightrank.report.terminal_curve import draw_small_curve

@@ -21,11 +21,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from rightrank.adapters.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
+from rightrank.adapters.loading_code import format_base_arguments, format_loading_code
+from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.adapter import build_provenance
 from rightrank.decision.records import Answers, Records
-from rightrank.models.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
-from rightrank.models.loading_code import format_base_arguments, format_loading_code
-from rightrank.models.rank_math import convert_scaling
 from rightrank.report.answer import (
     build_answer_view,
     build_candidate_table,

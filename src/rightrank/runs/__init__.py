@@ -1,1 +1,1 @@
-"""The main job: validate a request, prepare it, train, decide and export. The journal is its only state."""
+"""The main job: prepare a selection, train, decide, finish and report to hooks, and the comparisons that evaluate adapters. How an arm trains belongs to `training`."""

@@ -9,6 +9,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from rightrank.adapters.adapter_folders import (
+    BASE_FILE,
+    CARD_IMAGES,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+)
 from rightrank.data.files import UnreadableError, read_json_object, replace_folder
 from rightrank.decision.adapter import (
     build_trained_answer,
@@ -24,12 +30,6 @@ from rightrank.decision.records import (
     count_trainings,
     find_best_trial,
     list_tried_rates,
-)
-from rightrank.models.adapter_folders import (
-    BASE_FILE,
-    CARD_IMAGES,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
 )
 from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
 from rightrank.runs.values import Selected, SelectedRank, collect_answers
@@ -166,8 +166,8 @@ def _require_loadable(folder: Path) -> None:
     """
     if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         return
-    from rightrank.models.adapter_reader import open_adapter  # these bring torch, which a trainer may not need
-    from rightrank.models.loading import require_loadable
+    from rightrank.adapters.adapter_reader import open_adapter  # these bring torch, which a trainer may not need
+    from rightrank.adapters.loading import require_loadable
 
     try:
         adapter = open_adapter(folder)

@@ -1,6 +1,6 @@
 """The interface of plug-ins, which extend the core. The core imports none of them.
 
-A plug-in is an instance of `Plugin`: the `PLUGIN` of a folder of `rightrank.plugins`, or an object that another distribution
+A plug-in is an instance of `Plugin`: the `PLUGIN` of the packages in `BUNDLED`, or an object that another distribution
 names in the entry point group `rightrank.plugins`. If a plug-in can't be imported, a warning names it and it is left out.
 """
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rightrank.schema.errors import format_one_line, log_traceback
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     import click
 
 GROUP = "rightrank.plugins"
+BUNDLED = ("atlas", "cluster", "planning")
 # The errors of a plug-in that is damaged, was written for another version, or whose packages or compiled libraries are missing or do not
 # fit. Any other error has its own traceback.
 IMPORT_FAULTS = (ImportError, OSError, RuntimeError, SyntaxError, NameError, AttributeError, TypeError, ValueError)
@@ -46,7 +46,7 @@ class Plugin:
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Functions of the Python API by name: `rightrank.NAME`."""
     hooks: Callable[[], Sequence[Any]] = tuple
-    """New hooks for one selection; see `rightrank.hooks.Hook`."""
+    """New hooks for one selection; see `rightrank.runs.hook.Hook`."""
     executors: Mapping[str, Callable[..., AbstractContextManager[Any]]] = field(default_factory=dict)
     """By value of the setting `executor`: a function that takes the prepared selection, its folder, and the listener.
 
@@ -107,11 +107,7 @@ def _query_plugins(query: Callable[[Plugin], Value]) -> Iterator[Value]:
 def _load_plugins() -> dict[str, Plugin]:
     """Import all plug-ins: those of this package, then those of other distributions."""
     loaded: dict[str, Plugin] = {}
-    loaders: list[tuple[str, Callable[[], Plugin]]] = []
-    # Bundled plug-ins are found as folders, since a source tree may be newer than the installed metadata.
-    with suppress(ModuleNotFoundError):
-        names = [module.name for module in iter_modules(import_module(GROUP).__path__)]
-        loaders = [(name, partial(_load_bundled, name)) for name in names]
+    loaders: list[tuple[str, Callable[[], Plugin]]] = [(name, partial(_load_bundled, name)) for name in BUNDLED]
     for name, load in [*loaders, *_find_installed()]:
         try:
             loaded.setdefault(name, load())
@@ -121,7 +117,7 @@ def _load_plugins() -> dict[str, Plugin]:
 
 
 def _load_bundled(name: str) -> Plugin:
-    plugin: Plugin = import_module(f"{GROUP}.{name}").PLUGIN
+    plugin: Plugin = import_module(f"rightrank.{name}").PLUGIN
     return plugin
 
 

@@ -11,10 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from rightrank.data.forms import DataForm
-from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.records import Records, get_effective_start
-from rightrank.models.base_models import (
+from rightrank.bases.base_models import (
     DTYPES,
     LoadedModel,
     adopt_model,
@@ -24,6 +21,9 @@ from rightrank.models.base_models import (
     load_model_config,
     resolve_dtype,
 )
+from rightrank.data.forms import DataForm
+from rightrank.data.splits import DataSplits, load_data
+from rightrank.decision.records import Records, get_effective_start
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import MemoryPlan, collect_mapping, find_first
 from rightrank.runs.selection import Executor, PreparedSelection, SelectionRequest
@@ -34,15 +34,15 @@ from rightrank.schema.trials import SplitName, Trial, TrialFinished, TrialOutcom
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
 from rightrank.search.protocol import Strategy
-from rightrank.train.device import describe_environment
-from rightrank.train.evaluation import MetricResults, Scores
-from rightrank.train.loop import train_trials
-from rightrank.train.metrics import measure_metrics, require_metric_functions
-from rightrank.train.pace import choose_adapters_per_pass
-from rightrank.train.runtime import Runtime, attach_adapter, build_causality_error
-from rightrank.train.targets import Targets, find_targets
-from rightrank.train.tokens import EncodedData, encode_splits
-from rightrank.train.trial import TrialFolders
+from rightrank.training.device import describe_environment
+from rightrank.training.evaluation import MetricResults, Scores
+from rightrank.training.loop import train_trials
+from rightrank.training.metrics import measure_metrics, require_metric_functions
+from rightrank.training.pace import choose_adapters_per_pass
+from rightrank.training.runtime import Runtime, attach_adapter, build_causality_error
+from rightrank.training.targets import Targets, find_targets
+from rightrank.training.tokens import EncodedData, encode_splits
+from rightrank.training.trial import TrialFolders
 
 Notice: TypeAlias = Callable[[str], None]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from rightrank.bases.model_sources import normalize_model_name, require_model
 from rightrank.data.rows import require_data_source
 from rightrank.decision.records import Records
-from rightrank.models.model_sources import normalize_model_name, require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import collect_mapping
 from rightrank.schema.errors import ModelError, SettingsError

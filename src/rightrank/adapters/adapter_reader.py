@@ -1,0 +1,311 @@
+"""Read an adapter with safetensors alone, and check it before anything is computed.
+
+Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_config.json` define the adapter. Adapters of other programs
+(`foreign_files`) are read as the same adapter in PEFT's format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rightrank.adapters.adapter_folders import (
+    CONFIG_FILE,
+    MLX_FILE,
+    PEFT_PREFIX,
+    WEIGHTS_FILE,
+    is_single_file,
+    read_adapter_config,
+    require_adapter_folder,
+)
+from rightrank.adapters.foreign_files import ForeignFile, read_mlx_folder, read_single_file
+from rightrank.adapters.kinds import MAGNITUDE_KEYS, find_stored_kind
+from rightrank.adapters.kinds.base import AdapterKind, Layout, StoredPair
+from rightrank.adapters.rank_math import (
+    compute_equivalent_rank,
+    compute_scaling,
+    format_rank,
+    get_pattern_value,
+    matches_pattern,
+)
+from rightrank.bases.safetensors_files import read_header
+from rightrank.schema.errors import ModelError
+from rightrank.schema.trials import Floats
+
+FACTOR_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
+MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
+# Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
+MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
+# Options with which the adapter's update is not s·B·A.
+UNSUPPORTED_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
+# Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+def open_adapter(path: Path) -> AdapterFolder:
+    """Read and check the configuration and the header of an adapter folder of PEFT or mlx-lm.
+
+    Raises:
+        ModelError: The folder holds no LoRA adapter, pickled weights, too few tensors, or shapes that contradict the configuration.
+    """
+    foreign: ForeignFile | None = None
+    shapes: Mapping[str, tuple[int, ...]] = {}
+    if is_single_file(path):
+        config, shapes, foreign = read_single_file(path)
+    elif (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
+        config, shapes, foreign = read_mlx_folder(path)
+    else:
+        require_adapter_folder(path)
+        config = read_adapter_config(path)
+    _validate_config(path / CONFIG_FILE if path.is_dir() else path, config)
+    shapes = shapes if foreign is not None else read_header(path / WEIGHTS_FILE)[0]
+    pairs = _group_factor_keys(path, shapes)
+    modules = tuple(
+        module
+        for name in sorted(pairs, key=natural_sort_key)
+        for module in _read_modules(path, config, name, pairs[name], shapes)
+    )
+    optional = {f"{name}.{suffix}" for name in pairs for suffix in ("lora_B.bias", *MAGNITUDE_KEYS)}
+    other_keys = shapes.keys() - optional - {key for keys in pairs.values() for key in keys.values()}
+    patterns = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
+    addresses = dict.fromkeys(module.address for module in modules)
+    unused = tuple(key for key in patterns if not any(matches_pattern(key, address) for address in addresses))
+    return AdapterFolder(path, config, modules, tuple(sorted(other_keys)), unused, foreign)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """An adapted matrix: its tensors, their shapes and its scale. The experts of one parameter share their tensors."""
+
+    name: str  # in the base model
+    kind: AdapterKind
+    rank: int
+    rows: int  # of ΔW: out features; of an embedding, its width
+    columns: int  # of ΔW: in features; of a convolution, times the kernel; of an embedding, the vocabulary
+    lora_alpha: float
+    scaling: float
+    a_key: str
+    b_key: str
+    magnitude_key: str | None  # DoRA
+    bias_key: str | None  # lora_bias
+    address: str  # the name by which PEFT's patterns address it
+    index_in_pair: int = 0  # the index among the matrices of the pair
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.rows + self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A checked adapter, whose tensors are read on access."""
+
+    path: Path
+    config: Mapping[str, Any]
+    modules: tuple[AdapterModule, ...]
+    other_keys: tuple[str, ...]  # modules_to_save, trained biases, saved embeddings
+    unused_patterns: tuple[str, ...]  # keys of rank_pattern or alpha_pattern that no module matches
+    foreign: ForeignFile | None = None  # the file, if PEFT did not write it
+
+    @property
+    def weights_file(self) -> Path:
+        return self.path / WEIGHTS_FILE if self.foreign is None else self.foreign.path
+
+    @property
+    def keys(self) -> list[str]:
+        factor_keys = [
+            (module.a_key, module.b_key, module.magnitude_key, module.bias_key) for (module, *_) in self.pairs
+        ]
+        return [*(key for keys in factor_keys for key in keys if key), *self.other_keys]
+
+    @property
+    def pairs(self) -> list[list[AdapterModule]]:
+        """Group the modules by the tensors that hold them: one module in each group, or the experts of a parameter."""
+        grouped: dict[str, list[AdapterModule]] = {}
+        for module in self.modules:
+            grouped.setdefault(module.a_key, []).append(module)
+        return list(grouped.values())
+
+    @property
+    def rank(self) -> int:
+        """Return the largest rank of any module."""
+        return max(module.rank for module in self.modules)
+
+    @property
+    def rank_text(self) -> str:
+        """Describe the rank in words, with the range of the modules if they differ."""
+        ranks = [module.rank for module in self.modules]
+        sizes = [module.rows + module.columns for module in self.modules]
+        return format_rank(compute_equivalent_rank(ranks, sizes), min(ranks), max(ranks))
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Count the trainable parameters of the adapted modules: factors, DoRA's magnitudes and biases."""
+        magnitudes_and_biases = sum(
+            module.rows * bool(key) for (module, *_) in self.pairs for key in (module.magnitude_key, module.bias_key)
+        )
+        return magnitudes_and_biases + sum(module.parameters for module in self.modules)
+
+    @property
+    def use_rslora(self) -> bool:
+        return bool(self.config.get("use_rslora"))
+
+    @property
+    def use_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    @property
+    def base_model(self) -> str | None:
+        name = self.config.get("base_model_name_or_path")
+        return str(name) if name else None
+
+    @property
+    def base_changing_init(self) -> str | None:
+        """Return the name of the initialization if it changes the base model on loading, else None."""
+        init = str(self.config.get("init_lora_weights", ""))
+        return init if init.startswith(BASE_CHANGING_INITS) else None
+
+    def load_tensor(self, key: str) -> torch.Tensor:
+        return (self.foreign or ForeignFile(self.weights_file, {})).load_tensor(key)
+
+    def load_factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
+        """Load `(B [rows, r], A [r, columns])` of a module in float64, without the scale.
+
+        Raises:
+            ModelError: A value is NaN or infinite.
+        """
+        return self.load_pair_factors(module)[module.index_in_pair]
+
+    def load_pair_factors(self, module: AdapterModule) -> list[tuple[Floats, Floats]]:
+        """Load the factors of every matrix that is stored in the tensors of the module."""
+        a, b = (self._load_values(key) for key in (module.a_key, module.b_key))
+        return [
+            (matrix_b.numpy(), matrix_a.numpy()) for matrix_b, matrix_a in module.kind.unpack_factors(a, b, module.rank)
+        ]
+
+    def _load_values(self, key: str) -> torch.Tensor:
+        stored = self.load_tensor(key)
+        values = stored.double()
+        if not all(abs(float(bound)) <= MAX_VALUE for bound in values.aminmax()):
+            raise ModelError(
+                f"{self.weights_file}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
+            )
+        return values.where(values.abs() >= MIN_VALUE, 0.0) if stored.dtype == torch.float64 else values
+
+
+def _validate_config(file: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
+    if not _is_valid_alpha(alpha):
+        raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}")
+    for name in UNSUPPORTED_OPTIONS:
+        if config.get(name):
+            raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name)
+        if pattern is None:
+            config[name] = {}
+        elif not isinstance(pattern, dict):
+            raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
+    for name, value in config["alpha_pattern"].items():
+        if not _is_valid_alpha(value):
+            raise ModelError(f"{file}: alpha_pattern has {value!r} for {name!r}; it must be a number")
+
+
+def _is_valid_alpha(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
+
+
+def _group_factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
+    """Return the keys of `A` and `B` for each module."""
+    pairs: dict[str, dict[str, str]] = {}
+    for key in shapes:
+        match = FACTOR_KEY.match(key)
+        if match is not None:
+            pairs.setdefault(match["module"], {})[match["side"]] = key
+    if not pairs:
+        raise ModelError(
+            f"{path}: the weights hold no LoRA factors (…lora_A.weight or …lora_down.weight); save the adapter again"
+        )
+    for module, keys in pairs.items():
+        for factor in ("A", "B"):
+            if factor not in keys:
+                raise ModelError(
+                    f"{path}: {module} has no lora_{factor}: a tensor is missing; save or copy the adapter again"
+                )
+    return pairs
+
+
+def _read_modules(
+    path: Path,
+    config: Mapping[str, Any],
+    key: str,
+    keys: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[AdapterModule]:
+    embedding = ".lora_embedding_" in keys["A"]
+    pair = StoredPair(key.removeprefix(PEFT_PREFIX), embedding, shapes[keys["A"]], shapes[keys["B"]], config)
+    if len(pair.a) < 2 or len(pair.b) < 2 or 0 in pair.a + pair.b:
+        raise ModelError(
+            f"{path}: {pair.module} has factors of shapes {list(pair.a)} and {list(pair.b)}; they must be matrices"
+        )
+    kind = find_stored_kind(pair)
+    if kind is None:
+        raise ModelError(f"{path}: {pair.module} is of a kind that rightrank can't read; load it with PEFT")
+    address = kind.get_address(pair)
+    layout = _read_layout(path, kind, pair, get_pattern_value(config["rank_pattern"], address, config["r"]))
+    alpha = float(get_pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
+    for index, name in enumerate(layout.names):
+        yield AdapterModule(
+            name=name,
+            kind=kind,
+            rank=layout.rank,
+            rows=layout.rows,
+            columns=layout.columns,
+            lora_alpha=alpha,
+            scaling=compute_scaling(alpha, layout.rank, bool(config.get("use_rslora"))),
+            a_key=keys["A"],
+            b_key=keys["B"],
+            magnitude_key=next((stored for name in MAGNITUDE_KEYS if (stored := f"{key}.{name}") in shapes), None),
+            bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
+            address=address,
+            index_in_pair=index,
+        )
+
+
+def _read_layout(path: Path, kind: AdapterKind, pair: StoredPair, rank: int) -> Layout:
+    """Return the layout of a pair, after a check that the weights and the configuration agree on `rank`."""
+    layout = kind.build_layout(pair, rank)
+    if layout is None:
+        groups = " (adapters on convolutions in groups are not supported)" if len(pair.a) > 2 else ""
+        raise ModelError(
+            f"{path}: {pair.module} has A {list(pair.a)} and B {list(pair.b)}, which do not multiply{groups}; "
+            "save the adapter again"
+        )
+    if layout.rank != rank:
+        raise ModelError(
+            f"{path}: {pair.module} has rank {layout.rank} in the weights and {rank} in {CONFIG_FILE}; "
+            "give the config and weights of one adapter"
+        )
+    return layout
+
+
+def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
+    """Return a sort key that puts layer 2 before layer 10."""
+    components = name.split(".")
+    return [
+        (0, int(component), "") if component.isdecimal() and len(component) < 10 else (1, 0, component)
+        for component in components
+    ]

@@ -1,0 +1,193 @@
+"""Read and write adapters that PEFT did not write: mlx-lm's folders, and the single files of kohya's sd-scripts and of ComfyUI.
+
+| written by | keys of a module | scale |
+|---|---|---|
+| mlx-lm | `model.layers.0.self_attn.q_proj.lora_a` [in, r] and `….lora_b` [r, out] | one rank and one scale in `lora_parameters` |
+| sd-scripts | `lora_unet_….lora_down.weight`, `….lora_up.weight` | `….alpha` divided by the rank; 1 without it |
+| ComfyUI | `diffusion_model.….lora_A.weight`, `….lora_B.weight` | as for sd-scripts |
+
+Each is read as the same adapter in PEFT's format. The names of the modules do not change, so no converter between models is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rightrank.adapters.adapter_folders import CONFIG_FILE, MLX_FILE, PEFT_PREFIX
+from rightrank.adapters.rank_math import build_exact_pattern, compute_scaling
+from rightrank.bases.safetensors_files import read_header
+from rightrank.data.files import UnreadableError, create_output, read_json_object, replace_file, replace_folder
+from rightrank.schema.errors import ModelError
+
+Shapes = Mapping[str, tuple[int, ...]]  # by key
+FACTOR_SUFFIXES = {".lora_down.weight": "A", ".lora_up.weight": "B", ".lora_A.weight": "A", ".lora_B.weight": "B"}
+UNSUPPORTED_KEY = re.compile(r"\.(hada_|lokr_|oft_|lora_mid|dora_scale)")  # other updates than s·B·A
+STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash")  # of the tensors before the change
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignFile:
+    """The file of an adapter that PEFT did not write."""
+
+    path: Path
+    keys: Mapping[str, str]  # keys in the file of factors (and alphas) by PEFT's keys
+    mlx_config: Mapping[str, Any] | None = None  # of mlx-lm, whose factors are transposed; None: a single file
+    metadata: Mapping[str, str] | None = None  # of a single file
+
+    def load_tensor(self, key: str) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(self.keys.get(key, key))
+            return tensor if self.mlx_config is None else tensor.T
+
+    def write(self, out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a changed adapter, whose modules all have one scale, in this format. An error leaves nothing behind.
+
+        Raises:
+            ModelError: The modules have different ranks, which mlx-lm cannot load.
+            RunFolderError: `out` exists or can't be written.
+        """
+        if self.mlx_config is not None:
+            self._write_mlx_folder(out, self.mlx_config, config, tensors)
+            return
+        stored = {self.keys.get(key, key): value.contiguous() for key, value in tensors.items()}
+        scaling = compute_scaling(config["lora_alpha"], config["r"], use_rslora=False)
+        ranks = {key.removesuffix(".lora_A.weight"): len(tensors[key]) for key in tensors if ".lora_A." in key}
+        for module, rank in ranks.items():
+            if scaling != 1 or f"{module}.alpha" in self.keys:
+                stored[f"{module.removeprefix(PEFT_PREFIX)}.alpha"] = torch.tensor(scaling * rank)
+        metadata = {name: value for name, value in (self.metadata or {}).items() if name not in STALE_METADATA}
+        if "ss_network_dim" in metadata:
+            (rank_text, alpha_text), *others = {(str(rank), str(scaling * rank)) for rank in ranks.values()}
+            dynamic = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}  # as sd-scripts writes it
+            metadata |= dynamic if others else {"ss_network_dim": rank_text, "ss_network_alpha": alpha_text}
+        with create_output(out), replace_file(out) as temporary:
+            save_file(stored, temporary, metadata)
+
+    def _write_mlx_folder(
+        self,
+        out: Path,
+        mlx_config: Mapping[str, Any],
+        config: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        if config["rank_pattern"] or config["alpha_pattern"]:
+            raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
+        parameters = {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
+        changed = dict(mlx_config) | {"lora_parameters": dict(mlx_config["lora_parameters"]) | parameters}
+        with create_output(out), replace_folder(out) as temporary:
+            named = {self.keys[key]: value.T.contiguous() for key, value in tensors.items()}
+            save_file(named, temporary / MLX_FILE, {"format": "mlx"})
+            text = json.dumps(changed, indent=4, sort_keys=True) + "\n"
+            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
+    """Read the header and the alphas of a file of sd-scripts or ComfyUI.
+
+    Returns:
+        PEFT's configuration, the shapes by PEFT's keys, and the file.
+
+    Raises:
+        ModelError: The file is not readable, belongs to PEFT or diffusers, or holds another kind of update than s·B·A.
+    """
+    stored_shapes, metadata = read_header(path)
+    if DIFFUSERS_METADATA in metadata or any(key.startswith(PEFT_PREFIX) for key in stored_shapes):
+        raise ModelError(
+            f"{path}: its alphas are not in its tensors; give the folder that PEFT's save_pretrained wrote, "
+            "or a file with the keys of sd-scripts or ComfyUI"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    keys: dict[str, str] = {}
+    for key, shape in stored_shapes.items():
+        if UNSUPPORTED_KEY.search(key):
+            raise ModelError(
+                f"{path}: {key}: only LoRA is read, and not LoHa, LoKr, OFT, DoRA or a Tucker decomposition"
+            )
+        suffix = next((suffix for suffix in FACTOR_SUFFIXES if key.endswith(suffix)), None)
+        if suffix is not None:
+            keys[f"{PEFT_PREFIX}{key.removesuffix(suffix)}.lora_{FACTOR_SUFFIXES[suffix]}.weight"] = key
+        elif key.endswith(".alpha") and math.prod(shape) == 1:
+            keys[f"{PEFT_PREFIX}{key}"] = key
+        else:
+            shapes[key] = shape
+    file = ForeignFile(path, keys, metadata=metadata)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for peft_key, key in keys.items():
+        if peft_key.endswith(".alpha"):
+            continue
+        shapes[peft_key] = stored_shapes[key]
+        module = peft_key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+        if ".lora_A." in peft_key and stored_shapes[key]:
+            ranks[module] = stored_shapes[key][0]
+            has_alpha = f"{PEFT_PREFIX}{module}.alpha" in keys
+            alphas[module] = float(file.load_tensor(f"{module}.alpha")) if has_alpha else ranks[module]
+    rank = max(ranks.values(), default=1)
+    scalings = Counter(
+        compute_scaling(alphas[module], ranks[module], use_rslora=False) for module in ranks if ranks[module]
+    )
+    alpha = rank * (scalings.most_common(1)[0][0] if scalings else 1)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": build_exact_pattern(ranks, rank, ranks),
+        "alpha_pattern": build_exact_pattern(alphas, alpha, ranks),
+        "target_modules": sorted(ranks),
+    }
+    return config, shapes, file
+
+
+def read_mlx_folder(folder: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
+    """Read the configuration and the shapes of a folder that mlx-lm wrote.
+
+    Returns:
+        PEFT's configuration, the shapes by PEFT's keys, and the file.
+
+    Raises:
+        ModelError: The folder holds no LoRA of linear layers, or its configuration has no rank or no scale.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        stored = read_json_object(file)
+    except UnreadableError as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}); mlx-lm writes it beside {MLX_FILE}") from None
+    kind, parameters = stored.get("fine_tune_type", "lora"), stored.get("lora_parameters") or {}
+    rank, scale = parameters.get("rank"), parameters.get("scale")
+    if kind != "lora" or not isinstance(rank, int) or not isinstance(scale, int | float):
+        raise ModelError(
+            f"{file}: fine_tune_type {kind!r}, rank {rank!r}, scale {scale!r}; only mlx-lm's lora with both is read"
+        )
+    shapes = read_header(folder / MLX_FILE)[0]
+    unsupported_key = next(
+        (key for key, shape in shapes.items() if not key.endswith((".lora_a", ".lora_b")) or len(shape) != 2), None
+    )
+    if unsupported_key is not None or not shapes:
+        raise ModelError(
+            f"{folder / MLX_FILE}: holds {unsupported_key or 'nothing'}; only LoRA of linear layers is read"
+        )
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": stored.get("model"),
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": sorted({key.rpartition(".")[0] for key in shapes}),
+    }
+    keys = {f"{PEFT_PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": key for key in shapes}
+    peft_shapes = {peft_key: shapes[key][::-1] for peft_key, key in keys.items()}
+    return config, peft_shapes, ForeignFile(folder / MLX_FILE, keys, stored)

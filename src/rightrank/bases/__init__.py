@@ -1,0 +1,1 @@
+"""Base models: find, identify and load them. What knows an adapter belongs to `adapters`."""

@@ -1,0 +1,451 @@
+"""Load a base model and its tokenizer from a local folder, a hub name, or a GGUF file."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from pydantic import JsonValue, ValidationError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils import logging as transformers_logging
+
+from rightrank.bases.model_sources import ModelSource, find_model
+from rightrank.bases.safetensors_files import find_shards
+from rightrank.data.files import UnreadableError, read_json_object
+from rightrank.schema.errors import (
+    DeviceMemoryError,
+    MissingExtraError,
+    ModelError,
+    SettingsError,
+    get_first_line,
+    is_out_of_memory,
+)
+from rightrank.schema.settings import AutoDtype, DtypeName, SelectSettings
+from rightrank.schema.trials import Record
+
+DTYPES: dict[DtypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# The errors that transformers raises, depending on the model, for files that it does not know, can't read or can't build from. A
+# damaged configuration, for example, gives a ZeroDivisionError for 0 attention heads and an AssertionError for a padding token beyond the
+# vocabulary. They are caught only around calls of transformers, and stay the cause of the error of one line.
+LOADING_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
+    ImportError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+# Values of a configuration that change a model's output and no shape of a weight.
+CONFIG_KEYS = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
+    "sliding_window",
+)  # fmt: skip
+IDENTITY_MATRICES = 64  # number of matrices whose values identify a base model
+_FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
+
+
+class BaseIdentity(Record):
+    """Values that identify a base model among others of the same shapes: the content of `base.json` beside an adapter."""
+
+    name: str
+    config: dict[str, JsonValue]  # values that change the output and no shape
+    weights: dict[str, tuple[float, float]]  # values at a quarter and at three quarters of some matrices
+
+    def to_json(self) -> bytes:
+        """Return the content of `base.json`."""
+        return self.model_dump_json(indent=1).encode()
+
+    def find_difference(self, other_identity: BaseIdentity) -> str | None:
+        """Describe the first configuration value or weight in which two base models differ; return None if they are the same.
+
+        Weights of one precision must be equal. If one model is a copy in 16 bits, they may differ by its rounding.
+        """
+        for key in CONFIG_KEYS:
+            values = [base.config.get(key) for base in (self, other_identity)]
+            if None not in values and values[0] != values[1]:
+                return f"its {key} is {values[0]}, here it is {values[1]}"
+        common = [name for name in self.weights if name in other_identity.weights]
+        precisions = {
+            _find_coarsest_dtype([value for name in common for value in base.weights[name]])
+            for base in (self, other_identity)
+        }
+        relative, absolute = (2.0**-7, 1e-6) if len(precisions) > 1 else (0.0, 0.0)
+        differing_names = [
+            name
+            for name in common
+            for ours, theirs in zip(self.weights[name], other_identity.weights[name], strict=True)
+            if not math.isclose(ours, theirs, rel_tol=relative, abs_tol=absolute)
+        ]
+        num_differing = len(dict.fromkeys(differing_names))
+        return (
+            f"{differing_names[0]} has other values ({num_differing} of {len(common)} compared weights differ)"
+            if differing_names
+            else None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A frozen base model in evaluation mode on its device, with its tokenizer."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+    device: torch.device
+    identity: BaseIdentity  # stored in an adapter's folder
+
+
+def resolve_dtype(name: AutoDtype, device: str) -> DtypeName:
+    """Return the dtype that `auto` means on a device: bfloat16 if it is a CUDA device that computes in it, else float32.
+
+    Raises:
+        SettingsError: The device does not exist.
+    """
+    if name != "auto":
+        return name
+    torch_device = find_device(device)
+    has_bfloat16 = torch_device.type == "cuda" and torch.cuda.get_device_capability(torch_device) >= (8, 0)
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] | None) -> LoadedModel:
+    """Load a causal language model, or a model with a classification head if `classes` are given.
+
+    With 4 or 8 bits, bitsandbytes quantizes the matrices on loading.
+
+    Raises:
+        ModelError: There are no weights or no tokenizer, or transformers can't load the model.
+        DeviceMemoryError: The device is out of memory.
+        SettingsError: The device does not exist, or does not support quantized matrices.
+        MissingExtraError: Quantized weights need bitsandbytes.
+    """
+    trust_remote_code, weight_bits = settings.trust_remote_code, settings.weight_bits
+    device, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
+    source = find_model(reference)
+    if source.gguf_file is None and Path(source.name).is_dir():
+        find_shards(Path(source.name))
+    config = load_model_config(reference, trust_remote_code, classes is not None)
+    quantization: dict[str, Any] = {}
+    if weight_bits is not None:
+        skeleton = build_meta_model(config, trust_remote_code, None if classes is None else len(classes))
+        trained_modules = [
+            *settings.modules_to_save,
+            *(SEQ_CLS_HEAD_NAMES if classes is not None else ()),
+        ]  # PEFT trains these modules in full precision
+        quantization = _build_quantisation_arguments(
+            weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained_modules]
+        )
+    arguments = source.build_loading_arguments(trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **arguments)
+    except LOADING_ERRORS as error:
+        reason = get_first_line(error)
+        raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from error
+    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantization
+    try:
+        model = _load_weights(source.name, classes, config, arguments)
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise DeviceMemoryError(f"{reference}: out of memory while loading ({get_first_line(error)})") from None
+        hint = settings.load_error_hint("give a model that it loads")
+        raise ModelError(f"{reference}: transformers can't load it ({get_first_line(error)}); {hint}") from error
+    local = Path(source.name).exists()
+    name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
+    return prepare_model(model, tokenizer, name, device, _hash_files(source))
+
+
+def load_model_config(reference: str, trust_remote_code: bool, classification: bool) -> Any:
+    """Load the configuration of a trainable model, before any weight is read.
+
+    Raises:
+        ModelError: There is no configuration, or the architecture is unknown, an encoder-decoder, or needs its own code.
+    """
+    source = find_model(reference)
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(source.name, **source.build_loading_arguments(trust_remote_code))
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{reference}: transformers does not know this model ({get_first_line(error)})") from error
+    if config.is_encoder_decoder and not classification:
+        raise ModelError(
+            f"{reference}: an encoder-decoder model such as T5, which select can't train; give a causal model, or use a "
+            "custom trainer (select_rank_with)"
+        )
+    if not is_supported(config, classification) and not trust_remote_code:
+        kind = "sequence classification" if classification else "causal language"
+        hint = (
+            ""
+            if not is_supported(config, True)
+            else "; `text` and `label` train a classifier, which is planned with num_labels"
+        )
+        raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{hint}")
+    return config
+
+
+def is_supported(config: Any, classification: bool) -> bool:
+    """Return whether transformers has a causal language (or classification) model for this configuration."""
+    auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
+    return type(config) in auto._model_mapping
+
+
+def build_meta_model(config: Any, trust_remote_code: bool, num_labels: int | None, **options: Any) -> Any:
+    """Build the modules of a model on the meta device, without weights; with a classification head if `num_labels` is given.
+
+    Args:
+        options: Additional arguments of transformers' `from_config`.
+
+    Raises:
+        ModelError: transformers can't build a model from the configuration.
+    """
+    config = copy.deepcopy(config)
+    auto: Any = AutoModelForCausalLM
+    if num_labels is not None:
+        auto, config.num_labels = AutoModelForSequenceClassification, num_labels
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code, **options)
+    except LOADING_ERRORS as error:
+        raise ModelError(
+            f"{config.model_type}: transformers cannot build the model ({get_first_line(error)})"
+        ) from error
+
+
+def _load_weights(name: str, classes: Sequence[str] | None, config: Any, arguments: Mapping[str, Any]) -> Any:
+    torch.manual_seed(0)  # the same new classification head in every run
+    if classes is None:
+        return AutoModelForCausalLM.from_pretrained(name, config=config, **arguments)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {label: number for number, label in enumerate(classes)}
+    return AutoModelForSequenceClassification.from_pretrained(name, config=config, **arguments)
+
+
+def prepare_model(
+    model: Any, tokenizer: Any, name: str, device: torch.device, fingerprint: str | None = None
+) -> LoadedModel:
+    """Freeze a model, put it in evaluation mode and move it to `device`."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{name}: the tokenizer has no padding, end or unknown token to pad with; set tokenizer.pad_token"
+        )
+    model.requires_grad_(False)
+    model.eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU, bitsandbytes repacks 4-bit weights in evaluation mode for a product without a gradient:
+            # adapters would then silently learn nothing.
+            module.support_avx512bf16_for_cpu = False
+    if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
+        model.to(device)
+    identity = compute_base_identity(model, name)
+    return LoadedModel(model, tokenizer, name, fingerprint or _hash_parameters(model), device, identity)
+
+
+def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
+    """Freeze a model in memory, put it in evaluation mode, and move it to the device.
+
+    Raises:
+        ModelError: It is no transformers model, has no tokenizer, or its head does not match the classes of the data.
+        SettingsError: The device does not exist.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"model: got a {type(model).__name__}; give a transformers model, a folder, or a hub name")
+    if tokenizer is None:
+        raise ModelError("model: it is in memory and has no tokenizer; give tokenizer=...")
+    if classes is not None and getattr(model.config, "num_labels", None) != len(classes):
+        raise ModelError(
+            f"model: a head of {getattr(model.config, 'num_labels', 0)} labels for data of {len(classes)} classes "
+            f"({', '.join(classes[:5])}); give a sequence classification model with num_labels={len(classes)}"
+        )
+    name = model.name_or_path or type(model).__name__
+    return prepare_model(model, tokenizer, name, find_device(device))
+
+
+def align_labels(config: Any, classes: Sequence[str]) -> list[str]:
+    """Return the labels in the order of the head of a model in memory.
+
+    A head without label names gets those of the data.
+
+    Raises:
+        ModelError: The model has other labels than the data.
+    """
+    names = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    if len(names) != len(classes) and not set(classes) <= set(names):
+        return list(classes)  # `adopt_model` refuses the number
+    if has_default_names(names):
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {label: number for number, label in enumerate(classes)}
+        return list(classes)
+    if set(classes) <= set(names):
+        return names
+    if list(classes) == [str(number) for number in range(len(names))]:
+        return list(classes)
+    raise ModelError(
+        f"model: its labels are {', '.join(names)}, and those of the data {', '.join(classes)}; give data with the model's "
+        "labels, or with the numbers of its logits"
+    )
+
+
+def has_default_names(names: Sequence[str]) -> bool:
+    return all(name == f"LABEL_{number}" for number, name in enumerate(names))
+
+
+def _build_quantisation_arguments(
+    bits: int, dtype: DtypeName, device: torch.device, unquantised: Sequence[str]
+) -> dict[str, Any]:
+    """Return the arguments with which transformers quantizes a model on loading.
+
+    With 4 bits the matrices are NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). With 8 bits they are LLM.int8().
+
+    Args:
+        unquantised: Ends of the names of modules that are not quantized.
+
+    Raises:
+        SettingsError: The device does not support quantized matrices.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    if device.type not in ("cuda", "cpu"):
+        raise SettingsError(
+            f"load_in_{bits}bit: bitsandbytes has no {bits}-bit matrices on {device}; give device cuda or cpu"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"load_in_{bits}bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
+
+    make: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig  # untyped in transformers
+    options: dict[str, Any] = {"llm_int8_skip_modules": [*unquantised], f"load_in_{bits}bit": True}
+    if bits == 4:
+        options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
+    return {"quantization_config": make(**options), "device_map": {"": device}}
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device with a name; `auto` is CUDA if there is one, else MPS, else the CPU.
+
+    Raises:
+        SettingsError: The device is unknown or does not exist.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name == "auto":
+        return torch.device(available[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError(f"device {name!r} is not known; this machine has {', '.join(available)}") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in available or (device.index or 0) >= count:
+        raise SettingsError(f"device {name!r} does not exist; this machine has {', '.join(available)}")
+    return device
+
+
+def read_device_memory() -> int | None:
+    """Return the memory of the first CUDA device in bytes, or None without CUDA."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _hash_parameters(model: Any) -> str:
+    """Return a hash of the names, shapes and first values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().reshape(-1)[:64].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_identity(file: Path) -> BaseIdentity:
+    """Read the `base.json` of an adapter.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    try:
+        return BaseIdentity.model_validate(read_json_object(file))
+    except (UnreadableError, ValidationError) as error:
+        raise ModelError(
+            f"{file}: this file does not identify a base model ({get_first_line(error)}); copy the adapter again, or remove the file"
+        ) from None
+
+
+def compute_base_identity(model: Any, name: str) -> BaseIdentity:
+    """Compute the identity of a base model in memory, with or without an adapter.
+
+    Quantized matrices and classification heads are left out.
+    """
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    prefix = f"{model.base_model_prefix}." if is_classifier else ""
+    matrices = {
+        clean: parameter
+        for path, parameter in model.named_parameters()
+        if (clean := path.replace(".base_layer.", ".")).startswith(prefix) and ".lora_" not in path
+    }
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    embedding_names = [key for key, parameter in matrices.items() if parameter is embedding]
+    # The choice does not depend on a head: the embedding, and the matrices whose names have the lowest hashes.
+    sorted_names = sorted(
+        (name for name, parameter in matrices.items() if parameter.dtype in DTYPES.values() and parameter.dim() > 1),
+        key=lambda key: (key not in embedding_names, hashlib.sha256(key.encode()).digest()),
+    )
+    weights: dict[str, tuple[float, float]] = {}
+    for key in sorted_names[:IDENTITY_MATRICES]:
+        gather_parameter: Any = getattr(matrices[key], "full_tensor", None)  # of a sharded one
+        flat = (matrices[key] if gather_parameter is None else gather_parameter()).detach().reshape(-1)
+        sample = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
+        if all(map(math.isfinite, sample)):
+            weights[key] = sample
+    config = model.config.to_dict()
+    config_values = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
+    return BaseIdentity(name=name, config=config_values, weights=weights)
+
+
+def _find_coarsest_dtype(values: Sequence[float]) -> torch.dtype:
+    """Return the coarsest dtype that represents all values exactly."""
+    exact = torch.tensor(values, dtype=torch.float64)
+    types = (torch.bfloat16, torch.float16)
+    return next((dtype for dtype in types if torch.equal(exact.to(dtype).double(), exact)), torch.float32)
+
+
+def _hash_files(source: ModelSource) -> str | None:
+    """Return a hash of the configuration and of the size, beginning and end of each weight file, or None for a hub name."""
+    folder = Path(source.name)
+    if not folder.is_dir():
+        return None
+    if source.gguf_file is not None:
+        files = [folder / source.gguf_file]
+    else:
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()

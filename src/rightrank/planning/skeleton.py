@@ -1,0 +1,264 @@
+"""Build the model without weights: on the meta device, from its configuration, with adapters that PEFT itself attaches.
+
+Only `config.json` (or a GGUF header) is downloaded or read, and a model's own code runs only with `trust_remote_code`.
+
+Weights in 4 or 8 bits have the shapes and types in which bitsandbytes stores them.
+
+With 4 bits, a byte stores two weights, and every 64 weights share a float32 constant. With 8 bits, a byte stores one weight, and every row has a
+float32 constant. A 4-bit product decompresses the full matrix into the compute type, forward and backward, and drops it. An 8-bit product
+also quantises the input rows, keeps the original rows for the backward pass, and decompresses there; on a CPU in training
+mode it also decompresses forward. Embeddings, norms and the output head are not quantised.
+
+Source: bitsandbytes 0.50, `autograd/_functions.py`, `functional.py`, `backends/default/ops.py`. A test compares the bytes
+with those of its modules. Its fused 4-bit kernel on CUDA needs no workspace and runs only for a few rows; it is not modelled.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from rightrank.adapters.kinds.linear import store_initial_factors
+from rightrank.bases.base_models import DTYPES, build_meta_model, load_model_config
+from rightrank.bases.model_sources import require_model
+from rightrank.schema.errors import ModelError, get_first_line
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS
+from rightrank.training.targets import (
+    ALL_LINEAR,
+    TargetModule,
+    build_common_fields,
+    find_adapted_matrices,
+    find_target_parameters,
+    find_unadaptable_names,
+    require_targets,
+    resolve_target_names,
+)
+
+MAX_SIZE = 2**40
+# Counts that the plan iterates over: layers, experts, and the vocabulary, which a chunked loss processes in pieces.
+MAX_COUNTS = {re.compile(r"num_.*layers"): 1000, re.compile(r".*experts"): 2**14, re.compile(r"vocab_size"): 2**22}
+SAFETENSORS_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A PEFT model on the meta device."""
+
+    model: Any  # PeftModel
+    targets: tuple[TargetModule, ...]
+    arms: tuple[str, ...]  # adapter names
+    base_parameters: int  # of the model without adapters; a quantised weight counts its unquantised elements
+
+    @property
+    def base(self) -> Any:
+        return self.model.get_base_model()
+
+    def list_trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
+    """Read the configuration of a model folder, a GGUF file or a hub name."""
+    require_model(reference)
+    config = load_model_config(reference, trust_remote_code, classification)
+    text = config.get_text_config()
+    _require_sane_sizes(reference, config, text)
+    text.use_cache = False  # as the Trainer of transformers sets it
+    return config
+
+
+def _require_sane_sizes(reference: str, config: Any, text: Any) -> None:
+    """Raise if the configuration is so large that building it would never end."""
+    heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
+    if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % min(heads, groups)):
+        raise ModelError(
+            f"{reference}: {heads} heads are not a multiple of {groups} key-value heads; restore config.json"
+        )
+    aliases = {name: getattr(text, name, None) for name in ("num_hidden_layers", "vocab_size")}
+    for name, value in _iterate_integers(config.to_dict() | {"text": aliases}):
+        limit = min([MAX_SIZE, *(max_count for pattern, max_count in MAX_COUNTS.items() if pattern.fullmatch(name))])
+        if abs(value) > limit:
+            raise ModelError(
+                f"{reference}: {name} is {value}, more than any model has (at most {limit}); restore config.json"
+            )
+
+
+def _iterate_integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the integers of a configuration and of nested configurations, such as the one of an image encoder."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _iterate_integers(value)
+        elif isinstance(value, int):
+            yield str(name), value
+
+
+def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
+    """Build the model of a configuration with an adapter of `rank` for each arm, attached by PEFT.
+
+    Raises:
+        ModelError: transformers cannot build the model, a target matches no module, or PEFT cannot adapt a target.
+    """
+    model = _build_base(config, settings)
+    quantised = [module for module in model.modules() if isinstance(module, _QuantisedLinear)]
+    packed = sum(module.in_features * module.out_features - module.weight.numel() for module in quantised)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) + packed
+    require_targets(model, settings, settings.num_labels is not None)
+    names = ("default", *(f"arm_{number}" for number in range(1, arms)))
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # a user cannot act on them
+            config = _build_lora_config(model, settings, rank)
+            config.init_lora_weights = False  # meta tensors have no values to initialise
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+            for name in names[1:]:
+                adapted.add_adapter(name, copy.deepcopy(config), low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"PEFT cannot adapt the model ({get_first_line(error)})") from None
+    # These methods initialise the adapter from the base model's weights, so the initial factors are stored too.
+    if settings.is_packed and settings.init_lora_weights in BASE_DEPENDENT_INITIALIZATIONS:
+        for module in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
+            for name in module.lora_A:
+                store_initial_factors(module.lora_A[name], module.lora_B[name])
+    for name, parameter in adapted.named_parameters():
+        if not set(names[1:]).isdisjoint(name.split(".")):
+            parameter.requires_grad_(True)  # PEFT trains only the active adapter
+    return Skeleton(adapted, tuple(find_adapted_matrices(adapted.get_base_model())), names, parameters)
+
+
+def _build_base(config: Any, settings: PlanSettings) -> Any:
+    """Build the base model on the meta device, frozen, and quantised if the settings request it."""
+    # With None, transformers chooses: torch's fused attention for the models that support it.
+    attention = "eager" if settings.attn_implementation == "eager" else None
+    unquantised_config = copy.deepcopy(config)
+    if hasattr(unquantised_config, "quantization_config"):
+        del unquantised_config.quantization_config  # `_quantise` replaces the modules instead.
+    text = unquantised_config.get_text_config()
+    if settings.num_labels is not None and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need a padding token
+    dtype, trust_remote_code = DTYPES[settings.dtype], settings.trust_remote_code
+    model = build_meta_model(
+        unquantised_config, trust_remote_code, settings.num_labels, dtype=dtype, attn_implementation=attention
+    )
+    model.requires_grad_(False)
+    _quantise(model, settings)
+    return model
+
+
+def _build_lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+    """Build PEFT's configuration of an adapter of `rank` under these settings."""
+    targets = settings.target_modules
+    classification = settings.num_labels is not None
+    # PEFT needs module names to choose layers, and `select` excludes experts.
+    by_name = settings.loss == "chunked" or settings.packed or settings.layers_to_transform is not None
+    if by_name or find_unadaptable_names(model, classification):
+        targets, _ = resolve_target_names(model, settings, classification)
+    parameters = find_target_parameters(model, settings)
+    return LoraConfig(
+        r=rank,
+        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
+        target_parameters=parameters or None,
+        **build_common_fields(settings, settings.num_labels is not None),
+    )
+
+
+BLOCK = 64  # weights that share a 4-bit constant
+CLASSIFICATION_HEADS = ("score", "classifier")  # fully trained, which is PEFT's default for classification
+
+
+class _QuantisedLinear(torch.nn.Linear):
+    """A linear module on the meta device with a weight in 4 or 8 bits."""
+
+    def __init__(self, features: tuple[int, int], bias: Any, bits: int, dtype: torch.dtype, on_cpu: bool) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = features
+        self.bits, self.compute_dtype, self.on_cpu = bits, dtype, on_cpu
+        self.copies_output = False  # PEFT clones the output of an adapted 4-bit module
+        weights = self.in_features * self.out_features
+        packed = (math.ceil(weights / 2), 1) if bits == 4 else (self.out_features, self.in_features)
+        code = torch.uint8 if bits == 4 else torch.int8
+        self.weight = torch.nn.Parameter(torch.empty(packed, dtype=code, device="meta"), requires_grad=False)
+        self.bias = bias
+        # The quantisation constants are stored in float32.
+        for number, size in enumerate([self.out_features] if bits == 8 else [math.ceil(weights / BLOCK), 16]):
+            self.register_buffer(f"constants_{number}", torch.empty(size, dtype=torch.float32, device="meta"))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product: Any = _QuantisedProduct.apply  # untyped in torch
+        out: torch.Tensor = product(input.to(self.compute_dtype), self)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        return out.clone() if self.copies_output else out
+
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802 - PEFT's DoRA calls `dequantize` on modules with this attribute.
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        return torch.empty((self.out_features, self.in_features), dtype=self.compute_dtype, device="meta")
+
+
+class _QuantisedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, module: _QuantisedLinear) -> torch.Tensor:
+        ctx.module = module
+        if module.bits == 4:
+            return input @ module.dequantize().t()
+        ctx.rows = input  # kept for the backward pass
+        if module.on_cpu and module.training:
+            return input @ module.dequantize().t()
+        rows = input.numel() // module.in_features
+        _halves = input.to(torch.float16)
+        _codes = torch.empty((rows, module.in_features), dtype=torch.int8, device="meta")
+        _sums = torch.empty((rows, module.out_features), dtype=torch.int32, device="meta")
+        return torch.empty((*input.shape[:-1], module.out_features), dtype=input.dtype, device="meta")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] @ ctx.module.dequantize(), None
+
+
+def _quantise(model: Any, settings: PlanSettings) -> None:
+    """Replace the model's linear modules, except the output head, with 4-bit or 8-bit ones."""
+    bits = settings.weight_bits
+    if bits is None:
+        return
+    dtype, on_cpu = DTYPES[settings.dtype], settings.device == "cpu"
+    head = model.get_output_embeddings()
+    unquantised_modules = (
+        *settings.modules_to_save,
+        *(CLASSIFICATION_HEADS if settings.num_labels is not None else ()),
+    )
+    for name, module in list(model.named_modules()):
+        is_linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        if not is_linear or module is head or any(component in unquantised_modules for component in name.split(".")):
+            continue
+        rows, columns = module.weight.shape
+        features = (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)
+        replacement = _QuantisedLinear(features, module.bias, bits, dtype, on_cpu)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, replacement)
+
+
+def set_output_cloning(model: Any, by_peft: bool) -> None:
+    """Set whether adapted 4-bit modules clone their output. PEFT's forward pass does, the multi-LoRA one does not."""
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, _QuantisedLinear) and base.bits == 4:
+            base.copies_output = by_peft

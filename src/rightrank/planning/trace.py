@@ -1,0 +1,398 @@
+"""Run one training step or evaluation batch on the meta device, and record its allocations and operations.
+
+On the meta device torch takes the slow composite path of attention and cannot evaluate a branch on a value. A function mode
+therefore imitates the device: attention uses the fused kernel that the device would choose (flash without a mask,
+memory-efficient with one, the CPU's flash kernel there), and a branch on a mask follows the settings, with or without
+padding.
+
+Source: torch's `aten/src/ATen/native/transformers` (choice of kernel, conversion of boolean masks, workspace of the
+backward kernels), torch 2.x.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from rightrank.adapters.kinds.base import Routing
+from rightrank.planning.skeleton import Skeleton, set_output_cloning
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.training.device import enable_gradient_checkpointing
+from rightrank.training.loss import OutputHead, chunked_cross_entropy
+from rightrank.training.multi_lora import install_forward
+
+DeviceKind: TypeAlias = Literal["cuda", "cpu"]
+Phase: TypeAlias = Literal["forward", "backward"]
+
+# torch's FLOP table lists these operations only under their out-of-place variants.
+_IN_PLACE: dict[Any, Any] = {
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+}
+
+
+class Origin(NamedTuple):
+    """The operation in the step that allocated a storage."""
+
+    op: str
+    module: str  # name of the module that ran; empty outside every module
+    phase: Phase
+    has_vocabulary: bool  # one of its dimensions is the vocabulary size
+
+
+@dataclass(slots=True)
+class StepTrace:
+    """Allocations of a step, in order: +n is the birth and −n the death of allocation n−1. Without a death it lives until the step ends."""
+
+    sizes: list[int] = field(default_factory=list)  # bytes, not rounded
+    origins: list[Origin] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    flops: int = 0  # a multiply and an add are two
+    gradients: frozenset[int] = frozenset()  # allocations that hold gradients of trained parameters at the end
+
+    def add(self, size: int, origin: Origin) -> int:
+        """Record a birth, and return its number."""
+        self.sizes.append(size)
+        self.origins.append(origin)
+        self.events.append(len(self.sizes))
+        return len(self.sizes)
+
+
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+    """A dispatch mode that fills a `StepTrace` while it is active. The storages of `existing_tensors` are not recorded."""
+
+    def __init__(self, existing_tensors: Iterable[torch.Tensor], vocabulary: int, device: DeviceKind) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = StepTrace()
+        self.phase: Phase = "forward"
+        self._vocabulary = vocabulary
+        self._device: DeviceKind = device
+        self._existing_storages = {tensor.untyped_storage()._cdata for tensor in existing_tensors}
+        self.alive: dict[int, int] = {}
+        self._modules: list[str] = []
+        self.deaths: list[weakref.ref[Any]] = []  # a weak reference that is dropped calls nothing
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return 0  # Meta tensors have no values; `_DeviceKernels` decides branches on values.
+        # In the backward pass, function modes would intercept every tensor access in this block.
+        with torch._C.DisableTorchFunction():
+            out, flops = _run_operation(func, args, kwargs or {})
+            scratch = _compute_scratch_bytes(func, args, self._device)
+            numbers = [self.trace.add(size, self._build_origin(func, False)) for size in scratch]
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self._record_tensor(tensor, func)
+        self.trace.events += [-number for number in reversed(numbers)]
+        self.trace.flops += flops
+        return out
+
+    @contextmanager
+    def record_modules(self, model: torch.nn.Module) -> Iterator[None]:
+        """Record, inside the context, the module that runs with each storage."""
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: torch.nn.Module, _inputs: Any) -> None:
+            self._modules.append(names.get(id(module), ""))
+
+        def leave(_module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
+            self._modules.pop()
+
+        hooks = (
+            torch.nn.modules.module.register_module_forward_pre_hook(enter),
+            torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _record_tensor(self, tensor: torch.Tensor, func: Any) -> None:
+        if tensor.device.type != "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._existing_storages or key in self.alive:
+            return
+        origin = self._build_origin(func, self._vocabulary in tensor.shape)
+        self.alive[key] = self.trace.add(storage.nbytes(), origin)
+        self.deaths.append(weakref.ref(storage, lambda _: self.trace.events.append(-self.alive.pop(key))))
+
+    def _build_origin(self, func: Any, has_vocabulary: bool) -> Origin:
+        module = self._modules[-1] if self._modules else ""
+        return Origin(func.__name__, module, self.phase, has_vocabulary)
+
+
+# Maps an operation and the forms of its arguments to the size, stride and type of its result, and its FLOPs.
+_RESULT_CACHE: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype, int]] = {}
+MAX_CACHED_RESULTS = 4096
+
+
+@cache
+def _inspect_operation(func: Any) -> tuple[bool, Any]:
+    """Return whether the operation's results are new tensors, and the function that counts its FLOPs if it is a product."""
+    schema, packet = func._schema, func._overloadpacket
+    makes_new = not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
+    return makes_new, flop_registry.get(_IN_PLACE.get(packet, packet))
+
+
+def _run_operation(func: Any, args: Any, keywords: Any) -> tuple[Any, int]:
+    """Run an operation and return its result and FLOPs.
+
+    An operation that creates a new tensor runs only once for each form of its arguments, since the model's blocks are equal.
+    """
+    makes_new, formula = _inspect_operation(func)
+    key = (func, _build_form_key(args), _build_form_key(tuple(keywords.items()))) if makes_new else None
+    try:
+        if key in _RESULT_CACHE:
+            size, stride, dtype, flops = _RESULT_CACHE[key]
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta"), flops
+    except TypeError:  # An argument is not hashable.
+        key = None
+    out = func(*args, **keywords)
+    flops = int(formula(*args, **keywords, out_val=out)) if formula is not None else 0
+    if (
+        key is not None
+        and isinstance(out, torch.Tensor)
+        and out.device.type == "meta"
+        and len(_RESULT_CACHE) < MAX_CACHED_RESULTS
+    ):
+        storage = out.untyped_storage()
+        tensors = (argument for argument in args if isinstance(argument, torch.Tensor))
+        # Views are not cached. `_unsafe_view` returns one although its schema does not say so.
+        if all(storage._cdata != tensor.untyped_storage()._cdata for tensor in tensors):
+            fresh = torch.empty_strided(out.size(), out.stride(), dtype=out.dtype, device="meta")
+            if storage.nbytes() == fresh.untyped_storage().nbytes():
+                _RESULT_CACHE[key] = out.size(), out.stride(), out.dtype, flops
+    return out, flops
+
+
+def _build_form_key(value: Any) -> Any:
+    """Return the value with each tensor replaced by its shape, stride, type and device."""
+    if isinstance(value, torch.Tensor):
+        return value.size(), value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_build_form_key, value))
+    return type(value), value
+
+
+def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True) -> StepTrace:
+    """Trace the allocations of a training step, or of an evaluation batch if `training` is false."""
+    model, device = skeleton.model, settings.device
+    tracer = _Tracer([*model.parameters(), *model.buffers()], skeleton.base.config.get_text_config().vocab_size, device)
+    batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
+    model.train(training and settings.loss == "full" and not settings.is_packed)  # `select` trains in evaluation mode
+    with ExitStack() as stack:
+        stack.enter_context(_install_multi_lora(skeleton, settings, batch))
+        if not training:
+            stack.enter_context(torch.no_grad())
+        elif settings.gradient_checkpointing:
+            stack.enter_context(enable_gradient_checkpointing(skeleton.base))
+        stack.enter_context(tracer.record_modules(model))
+        library: Any = torch
+        stack.callback(setattr, torch, "autocast", torch.autocast)
+        library.autocast = lambda *_, **__: nullcontext()  # PEFT uses it for experts; meta tensors do not support it.
+        for mode in (tracer, _DeviceKernels(device, settings.padding), torch.device("meta")):
+            stack.enter_context(mode)
+        loss = _compute_loss(skeleton, settings, batch * len(skeleton.arms))
+        tracer.phase = "backward"
+        if training:
+            # Equivalent to `loss.backward()`, but with the function modes active. Torch disables them inside
+            # `Tensor.backward`, so checkpointed blocks would run on other kernels than in the forward pass.
+            engine: Any = torch.autograd.graph._engine_run_backward
+            loss_gradients = (torch.ones_like(loss),)
+            engine((loss,), loss_gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+            gradients = (
+                parameter.grad for parameter in skeleton.list_trainable_parameters() if parameter.grad is not None
+            )
+            storages = (gradient.untyped_storage()._cdata for gradient in gradients)
+            tracer.trace.gradients = frozenset(tracer.alive[storage] - 1 for storage in storages)
+    tracer.deaths.clear()  # The remaining allocations live until the step ends.
+    for parameter in skeleton.list_trainable_parameters():
+        parameter.grad = None
+    return tracer.trace
+
+
+def _compute_loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> torch.Tensor:
+    ids = torch.empty((rows, settings.seq_len), dtype=torch.long)
+    mask = {"attention_mask": torch.empty_like(ids)} if settings.padding else {}
+    if settings.num_labels is not None:
+        out = skeleton.model(input_ids=ids, **mask)
+        labels = torch.empty((rows,), dtype=torch.long)
+        return F.cross_entropy(out.logits.float(), labels)
+    if settings.loss == "full":
+        loss: torch.Tensor = skeleton.model(input_ids=ids, labels=torch.empty_like(ids), use_cache=False, **mask).loss
+        return loss
+    base = skeleton.base
+    hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    predicting_states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    targets = ids[:, 1:].reshape(-1)
+    return chunked_cross_entropy(predicting_states, targets, OutputHead(base), 1.0)[0].sum()
+
+
+@contextmanager
+def _install_multi_lora(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
+    """Let adapted layers run PEFT's forward pass or, for packed arms, the multi-LoRA one, inside the context.
+
+    Args:
+        rows: number of rows of each arm.
+    """
+    by_peft = not settings.is_packed or any(target.kind.unshared_reason for target in skeleton.targets)
+    set_output_cloning(skeleton.model, by_peft=by_peft)
+    if not settings.is_packed:
+        yield
+        return
+    count = len(skeleton.arms)
+    seed = 0 if settings.lora_dropout else None
+    routing = Routing.from_padded(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
+    adapted: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in skeleton.base.named_modules()
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper)
+    ]
+    for name, module in adapted:
+        install_forward(name, module, lambda: routing)
+    try:
+        yield
+    finally:
+        for _, module in adapted:
+            del module.__dict__["forward"]
+
+
+FLASH_HEAD_LIMIT = 256  # largest head width that the flash kernel supports
+FLASH_TYPES = (torch.float16, torch.bfloat16)
+
+aten = torch.ops.aten
+
+# The products of rows with the matrix of each row's expert, if this torch version has them.
+_GROUPED: frozenset[Any] = frozenset(
+    getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)
+)
+
+
+@dataclass(slots=True)
+class _DeviceKernels(TorchFunctionMode):
+    """A function mode that selects the device's kernels during a traced step."""
+
+    device: DeviceKind
+    padded: bool
+
+    def __post_init__(self) -> None:
+        TorchFunctionMode.__init__(self)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _run_attention(self.device, *args, **keywords)
+        if func in _GROUPED:
+            product: Any = _GroupedProduct.apply  # untyped in torch
+            return product(args[0], args[1])
+        if func is torch.tensor and isinstance(args[0], int):  # a size that the model computes, such as DeBERTa's span
+            return func(*args, **keywords | {"device": "cpu"})
+        if func is torch.Tensor.__bool__:
+            return not self.padded  # The only branches test for the absence of padding.
+        return func(*args, **keywords)
+
+
+def _run_attention(
+    device: DeviceKind,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    widths_differ = query.shape[-1] != value.shape[-1]
+    if device == "cpu" and (dropout_p or widths_differ):  # There is no fused kernel; torch runs the composite one.
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    bias = attn_mask
+    if attn_mask is not None and attn_mask.dtype is torch.bool:  # Torch converts it to an additive mask in every call.
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        bias = torch.where(attn_mask, zero, zero)
+    if device == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
+        )[0]
+    is_flash = query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_HEAD_LIMIT and not widths_differ
+    if bias is None and is_flash:
+        return _run_flash_attention(query, key, value, dropout_p, is_causal, scale)
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if bias is not None:  # The kernel needs rows of a multiple of 16 elements and copies the mask if necessary.
+        length = bias.shape[-1]
+        bias = F.pad(bias, [0, -length % 16])[..., :length] if length % 16 else bias
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """A grouped product in any type. Torch supports meta tensors only in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights)  # Frozen experts do not need the rows.
+        return torch.mm(rows, weights[0])  # each row is multiplied by the matrix of one expert
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        _, weights = ctx.saved_tensors
+        row_gradients = torch.mm(gradients[0], weights[0].t()) if ctx.needs_input_grad[0] else None
+        return row_gradients, torch.empty_like(weights) if ctx.needs_input_grad[1] else None
+
+
+def _run_flash_attention(
+    query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None
+) -> Any:
+    """Run the flash kernel, which pads heads to a multiple of 8."""
+    width = query.shape[-1]
+    missing = -width % 8
+    if missing:
+        scale = scale or 1 / math.sqrt(width)
+        query, key, value = (F.pad(tensor, [0, missing]) for tensor in (query, key, value))
+    out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return out[..., :width] if missing else out
+
+
+def _compute_scratch_bytes(func: Any, args: Any, device: DeviceKind) -> tuple[int, ...]:
+    """Return the workspace in bytes that a kernel allocates and frees while it runs."""
+    if device != "cuda":
+        return ()
+    if func is aten._scaled_dot_product_flash_attention_backward.default:
+        return _compute_flash_scratch_bytes(args[1], args[2])
+    if func is aten._scaled_dot_product_efficient_attention_backward.default:
+        batch, heads, length, width = args[1].shape
+        rows = batch * heads * length
+        return (rows * 4, rows * width * 4)  # delta, and the float32 accumulator of the query's gradient
+    return ()
+
+
+def _compute_flash_scratch_bytes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, ...]:
+    """Return the bytes of softmax_d and dq_accum (float32, rows padded to 128) and, for grouped heads, of expanded dk and dv."""
+    batch, heads, length, width = query.shape
+    rows = batch * heads * (-(-length // 128) * 128)
+    sizes = [rows * 4, rows * (-(-width // 32) * 32) * 4]
+    if key.shape[1] != heads:
+        sizes += [batch * heads * key.shape[2] * width * query.element_size()] * 2
+    return tuple(sizes)

@@ -1,0 +1,395 @@
+"""`compare`: decide whether adapter B is no worse than adapter A.
+
+Both sides are evaluated on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
+bound of its mean difference is below the margin, and *worse* if the lower bound is above the margin. Otherwise the
+examples cannot tell. If B is the best of several candidates that were tried on these data, the bounds are corrected for their number.
+Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
+GGUF file, or a folder of MLX. A full model that was converted from A is *broken* if it computes another function, and the cause is named.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rightrank.adapters.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
+from rightrank.bases.base_models import has_default_names, load_base
+from rightrank.bases.mlx import ensure_torch_format
+from rightrank.bases.model_sources import BASE_SIDE
+from rightrank.bases.safetensors_files import read_header
+from rightrank.data.files import UnreadableError, read_json_object
+from rightrank.data.splits import DataSplits, load_data, load_held_out
+from rightrank.decision.comparison import (
+    CONFIDENCE,
+    compute_file_bounds,
+    compute_required_examples,
+    correct_confidence,
+    estimate_file_difference,
+)
+from rightrank.decision.table import build_table, compute_distribution, compute_paired_difference, format_distribution
+from rightrank.runs.conversion_faults import ComparedSide, describe_token_difference, diagnose_conversion
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.events import EvaluationProgress, RunStarted
+from rightrank.schema.metrics import LossKind, compute_default_margin
+from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
+from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
+from rightrank.schema.trials import TrialFinished
+from rightrank.training.adapter_runtime import report_evaluation_progress, require_matching_base
+from rightrank.training.evaluation import build_trial_record
+from rightrank.training.metrics import measure_metrics, require_metric_functions
+from rightrank.training.runtime import Runtime, attach_adapter
+from rightrank.training.tokens import encode_splits
+
+BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # the settings for values of `--base-b`
+VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
+
+
+def compare_adapters(
+    sides: tuple[str, str],
+    model: str,
+    data: Sequence[Path],
+    settings: SelectSettings,
+    on_event: Callable[[EvaluationProgress], None] = lambda _: None,
+    base_b: str | None = None,
+    run_splits: DataSplits | None = None,
+    tries: int = 1,
+) -> AdapterComparison:
+    """Evaluate A and B on every data set and compare them by every metric; see `rightrank.compare`.
+
+    Args:
+        run_splits: Examples whose validation split is scored in place of the rows of `data`, which then holds one name.
+
+    Raises:
+        InputError: A side, the model, the data or a metric can't be used.
+    """
+    if tries < 1:
+        raise SettingsError(
+            f"--tries {tries} is not allowed: give the number of candidates that were compared on these data, from 1"
+        )
+    require_metric_functions(settings)
+    confidence = correct_confidence(tries)
+    comparisons: list[MetricComparison] = []
+    cause: str | None = None
+    for path in data:
+        with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+            first, second, trained_on = _evaluate_sides(
+                sides, model, path, settings, Path(name), on_event, base_b, run_splits
+            )
+            results = (
+                compare_trials(first.scores, second.scores, spec.name, str(path), settings, confidence)
+                for spec in settings.metric_specs
+            )
+            left_out = max(
+                compared_side.runtime.data.summary.splits["validation"].dropped for compared_side in (first, second)
+            )
+            counts = {"trained_on": trained_on, "left_out": left_out}
+            comparisons += [comparison.model_copy(update=counts) for comparison in results]
+            cause = cause or diagnose_conversion((first, second), evaluate_adapter)
+    worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
+    fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
+    sentence = _format_sentence(*sides, worst, len(comparisons), cause, tries)
+    return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, tries=tries, **fields)
+
+
+def _evaluate_sides(
+    sides: tuple[str, str],
+    model: str,
+    data: Path,
+    settings: SelectSettings,
+    cache: Path,
+    on_event: Callable[[EvaluationProgress], None],
+    base_b: str | None,
+    run_splits: DataSplits | None,
+) -> tuple[ComparedSide, ComparedSide, int]:
+    """Evaluate both sides, and count the rows that an adapter was trained on, which are left out."""
+    trained_on = 0
+    if run_splits is None:
+        all_splits, settings = load_held_out(
+            data, settings.model_copy(update={"cache_prefix": False}), find_shared_labels(sides)
+        )
+        splits = drop_training_examples(all_splits, sides, settings, data)
+        trained_on = len(all_splits.examples["validation"]) - len(splits.examples["validation"])
+    else:
+        splits, settings = run_splits, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
+    compared_sides: list[ComparedSide] = []
+    base: Runtime | None = None
+    for index, side_name in enumerate(sides):
+        is_adapter = (Path(side_name) / CONFIG_FILE).is_file()
+        uses_base = is_adapter or side_name == BASE_SIDE
+        source, side_settings = model if uses_base else side_name, settings
+        if index and base_b in BITS:
+            side_settings = settings.model_copy(update={BITS[base_b]: True})
+        elif index and base_b is not None and uses_base:
+            source = base_b
+        token_difference = None
+        if not uses_base or base is None or (index and base_b is not None):
+            first = (
+                compared_sides[0].runtime if compared_sides and compared_sides[0].adapter is not None else None
+            )  # B is made of A
+            runtime, token_difference = _build_runtime(source, splits, side_settings, cache / str(index), first)
+            base = runtime if uses_base and base is None else base
+        else:
+            runtime = base
+        if is_adapter and not (index and base_b is not None and base_b not in BITS):
+            require_matching_base(Path(side_name), runtime.loaded)
+        if is_adapter and not (Path(side_name) / MLX_FILE).is_file():
+            read_header(
+                Path(side_name) / WEIGHTS_FILE
+            )  # raises a clear error for a damaged file, before PEFT fails on it
+        report_evaluation_progress(runtime, f"{'AB'[index]} ({Path(side_name).name}) on {data.name}", on_event)
+        adapter = Path(side_name) if is_adapter else None
+        compared_sides.append(
+            ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter), token_difference)
+        )
+    return compared_sides[0], compared_sides[1], trained_on
+
+
+def drop_training_examples(
+    splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path
+) -> DataSplits:
+    """Return the rows that no adapter was trained on, as far as the run folders around them record it.
+
+    Raises:
+        DataError: Fewer than two rows are left.
+    """
+    paths = [Path(side_name) for side_name in sides if side_name != BASE_SIDE]
+    run_data = filter(None, [load_run_splits(path, settings, splits.summary.classes) for path in paths])
+    return splits.exclude_training_examples(
+        (example for run_splits, _ in run_data for example in run_splits.examples["train"]), data
+    )
+
+
+def load_run_splits(
+    adapter: Path, settings: SelectSettings, classes: Sequence[str] | None
+) -> tuple[DataSplits, Path] | None:
+    """Load the splits that an adapter's run was trained with, and the path of its data.
+
+    The run is known for an adapter in `adapter/` or `trials/<trial_id>/` of a run folder. For other adapters the result is None.
+    """
+    parent = adapter.resolve().parent
+    journal = next((path for folder in (parent, parent.parent) if (path := folder / "journal.jsonl").is_file()), None)
+    started = None if journal is None else next(iter(Journal(journal).read_complete_lines()), None)
+    source = started.data_name if isinstance(started, RunStarted) else None
+    if not isinstance(started, RunStarted) or source is None or not Path(source).exists():
+        return None
+    run_settings = settings.model_copy(update=started.select_settings.model_dump(include=SPLIT_SETTINGS))
+    return load_data(Path(source), run_settings, classes=classes), Path(source)
+
+
+def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> None:
+    """Raise if the two sides have different examples, or losses over different tokens.
+
+    Raises:
+        ModelError: The models have different tokenizers.
+    """
+    if a.example_tokens == b.example_tokens or (metric != "loss" and len(a.example_losses) == len(b.example_losses)):
+        return
+    counts = [sum(trial.example_tokens or []) for trial in (a, b)]
+    raise ModelError(
+        f"A and B have different tokenizers: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.example_losses)} and "
+        f"{len(b.example_losses)} examples. Losses per token can't be compared then; compare the generated answers, for example with "
+        "--set metric=exact_match or f1"
+    )
+
+
+def _build_runtime(
+    model: str, splits: DataSplits, settings: SelectSettings, cache: Path, first: Runtime | None
+) -> tuple[Runtime, str | None]:
+    """Build the runtime of a model, and describe how its own tokens differ from those of A.
+
+    A model that was converted from the adapter of `first` is evaluated on that adapter's tokens if it has the same vocabulary. Its own
+    tokenizer and template may give other tokens; the second value then says so.
+    """
+    with ensure_torch_format(model) as location:
+        loaded = load_base(location, settings, splits.summary.classes)
+        loaded = loaded if location == model else replace(loaded, name=model)
+    vocabulary = loaded.tokenizer.get_vocab().items()  # of tokens
+    if first is None or not first.loaded.tokenizer.get_vocab().items() <= vocabulary:
+        return Runtime(loaded, encode_splits(splits, loaded, settings), settings, 1, cache), None
+    try:
+        token_difference = describe_token_difference(first, loaded.tokenizer, encode_splits(splits, loaded, settings))
+    except DataError as error:
+        token_difference = f"its tokenizer or chat template was changed: {error}"
+    return Runtime(loaded, first.data, settings, 1, cache), token_difference
+
+
+def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
+    """Evaluate the base model, or an adapter on it, on the validation split by every metric of the settings."""
+    with attach_adapter(runtime, adapter):
+        scores, measured = runtime.evaluate("validation"), measure_metrics(runtime, "validation")
+    measured.require_values(list(measured.failures))
+    trial = build_trial_record(name, 1, scores, "loss")
+    return trial.model_copy(update=scores.to_record_fields(measured) | {"metrics": scores.metrics | measured.values})
+
+
+def compare_trials(
+    a: TrialFinished,
+    b: TrialFinished,
+    metric: str,
+    data: str,
+    settings: SelectSettings,
+    confidence: float = CONFIDENCE,
+) -> MetricComparison:
+    """Compare the scores of B with those of A on the same examples by one metric.
+
+    Args:
+        data: The name of the examples.
+        confidence: The confidence of each bound.
+
+    Raises:
+        ModelError: The models have different tokenizers.
+        SettingsError: The metric was not measured, or gives no score per example.
+    """
+    _require_same_tokens(a, b, metric)
+    if metric not in a.metrics:
+        raise SettingsError(
+            f"metric {metric!r}: the examples of {data} have none; they have {', '.join(sorted(a.metrics))}"
+            " (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
+        )
+    higher = settings.is_higher_better(metric)
+    loss: LossKind = "token_loss" if a.example_correct is None else "loss"
+    loss = "pair_loss" if "reward_accuracy" in a.example_metrics else loss
+    tables = [build_table([trial], metric, higher, loss=loss) for trial in (a, b)]
+    cells = [next(iter(table.cells.values())) for table in tables]
+    if not all(cell.examples for cell in cells):
+        raise SettingsError(f"metric {metric!r} gives no score per example, so two adapters can't be compared in pairs")
+    paired = compute_paired_difference(cells[1], cells[0])
+    difference = paired.sums, paired.weights, paired.score_range, paired.groups
+    bounds = compute_file_bounds(*difference, confidence)
+    margin = settings.margin
+    if margin is None:
+        margin = compute_default_margin(tables[0].kind, cells[0].value, [cells[0].value])
+    verdict = VERDICTS[bounds.is_enough(margin)]
+    return MetricComparison(
+        data=data,
+        metric=metric,
+        verdict=verdict,
+        value_a=cells[0].value,
+        value_b=cells[1].value,
+        difference=bounds.mean,
+        difference_low=bounds.low,
+        difference_high=bounds.high,
+        distribution=compute_distribution(paired, margin),
+        margin=margin,
+        examples=cells[0].examples,
+        groups=cells[0].num_groups if cells[0].groups is not None else None,
+        examples_needed=compute_required_examples(estimate_file_difference(*difference, confidence), margin, confidence)
+        if verdict == "cannot_tell"
+        else None,
+    )
+
+
+def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | None, tries: int) -> str:
+    if Path(a).name != Path(b).name:
+        a, b = Path(a).name, Path(b).name
+    names = f"B ({b}) against A ({a})"
+    left_out = f" ({worst.left_out} more have no label within the maximum length)" if worst.left_out else ""
+    left_out += f" ({worst.trained_on:,} more are training examples of A or B)" if worst.trained_on else ""
+    grouped = ", taken as independent" if worst.groups is None else f" in {worst.groups} groups"
+    corrected = "" if tries == 1 else f", corrected for {tries} tries,"
+    figures = (
+        f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds{corrected} {worst.difference_low:+.3g} to "
+        f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {worst.margin:g}"
+    )
+    worst_text = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
+    if cause is not None:
+        return f"{names}: BROKEN, {cause}; {figures}.{worst_text}"
+    if worst.verdict != "cannot_tell":
+        verdict = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
+        return f"{names}: {verdict}; {figures}. {format_distribution(worst.distribution)}{worst_text}"
+    noun = "examples" if worst.groups is None else "groups"
+    advice = (
+        f"about {worst.examples_needed:,} {noun} would show it"
+        if worst.examples_needed is not None
+        else f"more {noun} would show whether it is worse"
+    )
+    return f"{names}: these examples cannot tell; {figures}; {advice}. {format_distribution(worst.distribution)}{worst_text}"
+
+
+def find_shared_labels(sides: Sequence[str]) -> list[str] | None:
+    """Return the labels that both sides have, or None if neither is a classifier.
+
+    Raises:
+        ModelError: The sides are classifiers with different labels, or with another order of them.
+    """
+    labels_by_side = [(model_name, labels) for model_name in sides if (labels := read_labels(model_name)) is not None]
+    if not labels_by_side:
+        return None
+    (first, labels), *other_sides = labels_by_side
+    for model_name, side_labels in other_sides:
+        if side_labels != labels:
+            raise ModelError(
+                f"{model_name}: its labels are {', '.join(side_labels)}, and those of {first} are {', '.join(labels)}: classifiers can only be "
+                "compared if they have the same labels in the same order"
+            )
+    return labels
+
+
+def _read_classifier_labels(folder: Path) -> list[str] | None:
+    """Read the labels in the order of the logits from an adapter's folder; return None if it does not state them.
+
+    Raises:
+        ModelError: The file names no labels.
+    """
+    file = folder / CLASSIFIER_FILE
+    if not file.is_file():
+        return None
+    try:
+        return _sort_labels(read_json_object(file).get("id2label"))
+    except (UnreadableError, ValueError) as error:
+        raise ModelError(
+            f"{file}: no labels ({error}); give id2label as {{'0': 'first label', '1': …}}, in the order of the logits"
+        ) from None
+
+
+def read_labels(model: str) -> list[str] | None:
+    """Read the labels of an adapter or of a full model without loading it.
+
+    The result is None for `base`, a GGUF file, and a model without a classification head. Labels without names are numbered.
+    """
+    folder = Path(model)
+    if model == BASE_SIDE:
+        return None
+    if (folder / CONFIG_FILE).is_file():
+        stored = _read_classifier_labels(folder)
+        count = None if stored is not None else _count_head_rows(folder)
+        return stored if count is None else [str(number) for number in range(count)]
+    return _read_model_labels(folder / "config.json")
+
+
+def _count_head_rows(folder: Path) -> int | None:
+    """Count the rows of the classification head in an adapter's weights; return None if it has no head."""
+    task = read_json_object(folder / CONFIG_FILE).get("task_type")
+    weights = folder / WEIGHTS_FILE
+    if task != "SEQ_CLS" or not weights.is_file():
+        return None
+    pattern = re.compile(
+        r"\.(score|classifier)\.(?!.*\.?lora_).*weight$"
+    )  # names of the head's weights in PEFT's files
+    rows = [shape[0] for name, shape in read_header(weights)[0].items() if pattern.search(name)]
+    return rows[-1] if rows else None
+
+
+def _read_model_labels(file: Path) -> list[str] | None:
+    config = read_json_object(file) if file.is_file() else {}
+    if not any("SequenceClassification" in str(name) for name in config.get("architectures") or ()):
+        return None
+    try:
+        names = _sort_labels(config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"})
+    except ValueError:
+        return None
+    return [str(number) for number in range(len(names))] if has_default_names(names) else names
+
+
+def _sort_labels(id2label: Any) -> list[str]:
+    if not isinstance(id2label, Mapping) or not id2label:
+        raise ValueError("id2label is missing")
+    by_number = {int(number): str(label) for number, label in id2label.items()}
+    if sorted(by_number) != list(range(len(by_number))):
+        raise ValueError(f"id2label numbers {', '.join(map(str, sorted(by_number)))}")
+    return [by_number[number] for number in range(len(by_number))]

@@ -1,0 +1,197 @@
+"""The preflight: what a selection will do and cost, before any training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from statistics import fmean
+
+from rightrank.decision.comparison import CONFIDENCE, NORMAL
+from rightrank.decision.seeds import get_noise
+from rightrank.report.format import format_duration, format_quantity
+from rightrank.report.terminal import describe_data_issues, format_preflight_lines, format_time_estimate
+from rightrank.runs.hook import Hook, SelectionStart
+from rightrank.runs.prepare import LoadedSelection
+from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
+from rightrank.schema.metrics import MetricKind
+from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
+from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES
+from rightrank.schema.trials import Arm, TrialFinished
+from rightrank.training.pace import RUN_EVALUATIONS, Pace, measure_pace
+
+WITH_MARGIN = ("token_loss", "pair_loss", "accuracy")  # kinds of metrics whose default margin is a number
+
+
+def run_preflight(prepared: LoadedSelection) -> Preflight:
+    """Report what a prepared selection will do and cost, measured by a few real steps at its highest rank."""
+    return _build_preflight(prepared, _measure_top_pace(prepared))
+
+
+def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
+    """Measure the pace of the highest rank in a few real steps; None if trainings run in workers, or memory runs out."""
+    settings = prepared.settings
+    if settings.executor != "local":
+        return None
+    arm = Arm(
+        rank=max(settings.ranks),
+        learning_rate=min(settings.learning_rates),
+        lora_alpha=settings.lora_alpha,
+        seed=settings.seeds[0],
+        steps=prepared.steps,
+    )
+    return measure_pace(prepared.runtime, arm)
+
+
+def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
+    """Build the preflight. The expected time uses the mean pace of the ranks, the maximum that of the highest rank."""
+    settings, data, planned, strategy = prepared.settings, prepared.started.data, prepared.planned, prepared.strategy
+    num_examples, space, trainings = data.splits["validation"].examples, strategy.space, strategy.estimate_cost()
+    expected = at_most = seconds_per_example = None
+    notes: list[str] = []
+    if pace is not None:
+        arms, points = strategy.estimate_arms(), settings.num_evaluations
+        expected = pace.predict_seconds(fmean(settings.ranks), trainings.expected, arms, points)
+        at_most = pace.predict_seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
+        seconds_per_example = (arms + RUN_EVALUATIONS) * pace.evaluation_seconds / num_examples
+        steps, examples = (
+            format_quantity(len(pace.batches), "step"),
+            format_quantity(len(pace.evaluated), "validation example"),
+        )
+        basis = f"{steps} of rank {pace.rank} and {examples}"
+        notes.append(format_time_estimate(expected, at_most, basis, settings.budget_hours))
+    has_margin = space.margin is not None or space.kind in WITH_MARGIN  # otherwise it is a fraction of a value
+    peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
+    preflight = Preflight(
+        metric=settings.metric_name,
+        margin=space.get_margin(0.0) if has_margin else None,
+        goal=settings.goal,
+        form=data.form,
+        splits=dict(data.splits),
+        splits_given=data.splits_given,
+        left_out=describe_data_issues(data),
+        longest=prepared.runtime.data.max_sequence_length,
+        seq_len=settings.seq_len,
+        ranks=[
+            PreflightRank(
+                rank=rank,
+                peak_bytes=peaks.get(rank),
+                needed_bytes=needed.get(rank),
+                fits=None if planned is None or planned.memory_bytes is None else rank in planned.ranks,
+            )
+            for rank in sorted(peaks) or settings.ranks
+        ],
+        memory_bytes=planned.memory_bytes if planned else None,
+        cost=PreflightCost(
+            strategy=strategy.name,
+            steps=prepared.steps,
+            trainings=trainings.expected,
+            trainings_at_most=trainings.maximum,
+            trainings_to_adapter=trainings.expected_until_adapter,
+            seconds=expected,
+            seconds_at_most=at_most,
+        ),
+        seeds=len(settings.seeds),
+        not_evaluated=data.not_evaluated,
+        resolutions=estimate_resolutions(space.kind, num_examples, seconds_per_example),
+    )
+    notes += [*_format_resolution(preflight), *_format_adapter_notes(prepared)]
+    return preflight.model_copy(update={"notes": notes})
+
+
+# Standard deviation between examples of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
+EXAMPLE_STD: dict[MetricKind, float] = {"token_loss": 0.08, "pair_loss": 0.5, "loss": 0.5, "accuracy": 0.4}
+RESOLUTION_COUNTS = (200, 500, DEFAULT_MAX_EVAL_EXAMPLES)  # examples
+
+
+def estimate_resolutions(kind: MetricKind, num_examples: int, seconds_per_example: float | None) -> list[Resolution]:
+    """Estimate what a selection resolves on 200, 500, 2,000 and `num_examples` validation examples.
+
+    Args:
+        seconds_per_example: of all evaluations of the selection; None if not measured.
+    """
+    std = EXAMPLE_STD.get(kind)
+    if std is None:
+        return []
+    noise, half_width_factor = get_noise(kind), NORMAL.inv_cdf(CONFIDENCE) * std
+    return [
+        Resolution(
+            examples=examples,
+            expected_half_width=half_width_factor * math.sqrt(noise.compute_ratio(1, examples)),
+            expected_half_width_of_two_seeds=half_width_factor * math.sqrt(noise.compute_ratio(2, examples)),
+            seconds=None if seconds_per_example is None else max(0.0, (examples - num_examples) * seconds_per_example),
+        )
+        for examples in sorted({*RESOLUTION_COUNTS, num_examples})
+    ]
+
+
+def _format_resolution(preflight: Preflight) -> Iterator[str]:
+    """Yield the margin that the validation examples resolve, and whether more examples or another seed improve it."""
+    num_examples = preflight.splits["validation"].examples
+    by_count = {row.examples: row for row in preflight.resolutions}
+    if num_examples not in by_count:
+        return
+    other_counts = ", ".join(
+        f"{count:,}: ±{row.expected_half_width:.2g}" for count, row in by_count.items() if count != num_examples
+    )
+    current, largest = by_count[num_examples], by_count[max(by_count)]
+    suggestion, cost = "", preflight.cost
+    if largest.examples > num_examples:
+        minutes = "" if largest.seconds is None else f" (about {format_duration(largest.seconds)} more)"
+        seed = "" if cost.seconds is None else f" (about {format_duration(cost.seconds / preflight.seeds)} more)"
+        suggestion = f"; {largest.examples:,} examples{minutes} make it ±{largest.expected_half_width:.2g}, another seed{seed} ±{current.expected_half_width_of_two_seeds:.2g}"
+        if largest.examples > num_examples + preflight.not_evaluated:
+            suggestion += "; the data set has fewer: give more rows or a larger validation_fraction"
+    yield (
+        f"{num_examples:,} validation examples are expected to resolve differences of ±{current.expected_half_width:.2g} with one seed ({other_counts}){suggestion}"
+    )
+
+
+def _format_adapter_notes(prepared: LoadedSelection) -> Iterator[str]:
+    """Yield notes on the kind of the adapters and on the top rank."""
+    targets = prepared.runtime.targets
+    if targets.unshared_reason is not None:
+        yield targets.unshared_reason
+    if skipped_parameters := ",".join(targets.left_out):
+        yield (
+            f"all-linear adapts only modules, while PEFT also adapts the parameters {skipped_parameters}. To adapt them, with one "
+            f"adapter per pass: --set target_parameters={skipped_parameters}"
+        )
+    if targets.untruncatable_reason is not None:
+        yield f"no adapter is truncated ({targets.untruncatable_reason}): the training rank is decided from trainings alone"
+        return
+    top = max(prepared.settings.ranks)
+    yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks to find the adapter"
+
+
+MIN_MEASURED_STEPS = 30  # in shorter trainings, the measured steps would be a noticeable fraction of the time
+
+
+class PreflightHook(Hook):
+    """Reports the expected cost of the selection. If trainings are long, it measures a few steps."""
+
+    is_required = False
+    _start: SelectionStart
+
+    def on_start(self, start: SelectionStart) -> None:
+        self._start = start
+
+    def on_event(self, event: Event) -> None:
+        if not isinstance(event, SelectionPlanned):
+            return
+        prepared, tell = self._start.selection, self._start.emit
+        assert isinstance(prepared, LoadedSelection)
+        # A finished trial has a measured time.
+        has_result = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
+        pace = _measure_top_pace(prepared) if prepared.steps >= MIN_MEASURED_STEPS and not has_result else None
+        preflight = _build_preflight(prepared, pace)
+        if preflight.cost.seconds is not None:
+            tell(DurationEstimated(expected_seconds=preflight.cost.seconds))
+        lines = [*format_preflight_lines(preflight), *preflight.notes]
+        if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_eval_metric]:
+            lines.append(
+                f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
+                f"{prepared.started.data.splits['validation'].examples} examples, at most {prepared.settings.max_new_tokens} new tokens "
+                "each if the model generates text; the time is reported after the base"
+            )
+        for line in lines:
+            tell(Notice(text=line))

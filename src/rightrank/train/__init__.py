@@ -1,1 +1,0 @@
-"""How arms train: tokens, batches, the frozen prefix, adapters, losses, the loop, evaluation."""

@@ -1,0 +1,364 @@
+"""Selection with a custom trainer: the executor calls the user's function, which trains with any library."""
+
+from __future__ import annotations
+
+import platform
+import queue
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, TypedDict
+
+from rightrank.decision.records import Records
+from rightrank.decision.table import DROP_IN_MARGINS, detect_collapse
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.selection import Executor, PreparedSelection
+from rightrank.schema.errors import (
+    AllTrialsFailedError,
+    InputError,
+    InterruptedRun,
+    NotFiniteError,
+    ReportError,
+    RightrankError,
+    SettingsError,
+    suggest_name,
+)
+from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunKind, RunStarted
+from rightrank.schema.metrics import format_unknown_direction, infer_direction, infer_metric_kind
+from rightrank.schema.settings import PROFILES, Goal, SelectSettings, select_identity_settings
+from rightrank.schema.trials import (
+    Arm,
+    EvalPoint,
+    Trial,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialEvaluated,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    TrialStarted,
+)
+from rightrank.search import make_strategy
+from rightrank.search.history import build_space
+from rightrank.trainers.calls import (
+    EvaluateFunction,
+    TrainFunction,
+    TrialResult,
+    TrialTask,
+    call_function,
+    parse_result,
+)
+
+_CallResult: TypeAlias = tuple[Trial, object, float]  # the trial, the returned value or the raised error, and seconds
+
+
+class TrainerSettings(TypedDict, total=False):
+    """The settings of `select_rank_with` besides its own parameters."""
+
+    goal: Goal
+    """"adapter" stops at the deployment rank and needs `evaluate`; "training-rank" continues to the training rank."""
+    profile: Literal["rl"] | None
+    """"rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, and a margin of 0.02 if none is given. A
+    training whose held-out value falls far below its own best has collapsed and has no result. If no difference between ranks
+    can be shown, the smallest rank is chosen."""
+    strategy: str | None
+    """None for "grid", or the strategy of the profile."""
+    lora_alpha: float
+    """Passed to `train` in the task, and recorded for the adapters; 32 by default."""
+    max_steps: int
+    """Passed to `train` in the task as `steps`; 0 lets the function choose the length."""
+    workers: int
+    """The number of parallel calls, in threads of this process; use more than 1 for functions that wait for a service."""
+    progress: bool
+    """Show the progress on stderr."""
+
+
+@dataclass(frozen=True, slots=True)
+class CustomTrainerRequest:
+    """A request for a selection with a custom trainer. Its arguments are validated."""
+
+    settings: SelectSettings
+    metric: str
+    higher_is_better: bool
+    name: str  # of the function
+    # "train", and optionally "evaluate" of an adapter in the task's folder, which the deployment rank needs
+    functions: Mapping[str, TrainFunction]
+    evaluates_base: bool
+    trainer_settings: TrainerSettings
+
+    @property
+    def collapse_drop(self) -> float | None:
+        """Return the fall of the held-out value that counts as a collapse; None except for reinforcement learning."""
+        margin = self.settings.margin
+        return None if self.trainer_settings.get("profile") != "rl" or margin is None else DROP_IN_MARGINS * margin
+
+    def prepare(
+        self, folder: RunFolder, journal: Sequence[JournalRecord], extended: PreparedSelection | None = None
+    ) -> PreparedSelection:
+        """Prepare the selection; see `rightrank.runs.selection.Prepare`."""
+        settings = self.settings if extended is None else extended.settings
+        steps = settings.max_steps or 0
+        space = replace(
+            build_space(settings, steps),
+            can_stop_early=False,
+            evaluates_base=self.evaluates_base,
+            can_truncate="evaluate" in self.functions,
+            metric=self.metric,
+            kind=infer_metric_kind(self.metric, self.higher_is_better),
+            higher_is_better=self.higher_is_better,
+        )
+        return _CustomTrainerSelection(
+            request=self,
+            started=self._build_start_record(settings, journal, steps),
+            settings=settings,
+            steps=steps,
+            strategy=make_strategy(settings.strategy, space),
+            owns_working_folders=False,
+            advice="give another range of learning rates, and a new out",
+        )
+
+    def _build_start_record(self, settings: SelectSettings, journal: Sequence[JournalRecord], steps: int) -> RunStarted:
+        identity = {"trainer": self.name, "steps": steps}
+        identity |= {"metric": self.metric, "higher_is_better": self.higher_is_better}
+        values = {"model": None, "data": None, **identity}
+        values |= settings.model_dump(mode="json", include=settings.model_fields_set - {"goal", "max_steps"})
+        if self.trainer_settings.get("profile") is not None:
+            values["profile"] = self.trainer_settings["profile"]
+        original_settings = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
+        system = f"{platform.system()} {platform.machine()}"
+        return RunStarted.build(
+            RunKind.CUSTOM_TRAINER,
+            values,
+            {"settings": select_identity_settings(values, original_settings)},
+            environment={"python": platform.python_version(), "system": system, "device": "the trainer's own"},
+            data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
+            evaluation_examples=[],
+            metric=self.metric,
+            higher_is_better=self.higher_is_better,
+        )
+
+
+def build_custom_request(
+    train: TrainFunction,
+    evaluate: EvaluateFunction | None,
+    metric: str | None,
+    values_to_compare: Mapping[str, object],
+    trainer_settings: TrainerSettings,
+) -> CustomTrainerRequest:
+    """Validate the arguments and build the request; the profile replaces values that are None.
+
+    Args:
+        values_to_compare: ranks, learning_rates, seeds and margin.
+
+    Raises:
+        SettingsError: an argument that is not allowed, or a metric without a known direction.
+    """
+    allowed = TrainerSettings.__annotations__
+    if unknown := next((name for name in trainer_settings if name not in allowed), None):
+        raise SettingsError(
+            f"{unknown} is not a setting{suggest_name(unknown, allowed)}; allowed: {', '.join(allowed)}"
+        )
+    if trainer_settings.get("profile") not in PROFILES:
+        raise SettingsError(f"unknown profile {trainer_settings.get('profile')!r}; allowed: 'rl'")
+    profile, ranks, evaluates_base = PROFILES[trainer_settings.get("profile")], values_to_compare["ranks"], False
+    if isinstance(ranks, Sequence) and len(ranks) > 1 and 0 in ranks:
+        values_to_compare, evaluates_base = {**values_to_compare, "ranks": [rank for rank in ranks if rank]}, True
+    sign, colon, name = (metric or "").partition(":")
+    stated_direction = sign == "max" if colon and sign in ("max", "min") else None
+    metric = metric if stated_direction is None else name
+    values = {**values_to_compare, "strategy": trainer_settings.get("strategy") or None}
+    values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
+    values |= {
+        "goal": trainer_settings.get("goal", "training-rank"),
+        "lora_alpha": trainer_settings.get("lora_alpha", 32.0),
+    }
+    settings = SelectSettings(**values, max_steps=trainer_settings.get("max_steps") or None)
+    make_strategy(settings.strategy, build_space(settings, 1))  # an unknown name is refused first
+    trainer_metric, trainer_direction = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
+    # The trainer's per-example scores are values of its own metric.
+    if isinstance(trainer_metric, str) and metric not in (None, trainer_metric):
+        raise SettingsError(
+            f"metric {metric!r}: {type(train).__name__} scores examples by {trainer_metric!r}; leave metric out, or give another train function"
+        )
+    metric = metric or (trainer_metric if isinstance(trainer_metric, str) else profile["metric"])
+    directions = (
+        stated_direction,
+        trainer_direction if isinstance(trainer_direction, bool) else None,
+        infer_direction(metric),
+    )
+    higher = next((direct for direct in directions if direct is not None), None)
+    if higher is None:
+        raise SettingsError(f"{format_unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
+    if settings.goal != "training-rank" and evaluate is None:
+        raise SettingsError(
+            f"goal {settings.goal!r} needs evaluate=, a function that takes an adapter folder and a TrialTask and returns held-out scores; "
+            "give it, or goal 'training-rank'"
+        )
+    if settings.goal == "best-adapter" and settings.max_steps is None:
+        raise SettingsError("goal 'best-adapter' trains for twice the steps: give max_steps, or goal 'adapter'")
+    if not callable(train):
+        raise SettingsError(f"train: got a {type(train).__name__}; give a function that takes a TrialTask")
+    if evaluate is not None and not callable(evaluate):
+        raise SettingsError(
+            f"evaluate: got a {type(evaluate).__name__}; give a function that takes an adapter folder and a TrialTask"
+        )
+    workers: object = trainer_settings.get("workers", 1)
+    if not isinstance(workers, int) or workers < 1:
+        raise SettingsError(f"workers: got {workers!r}; give the number of parallel calls, a whole number of 1 or more")
+    functions: dict[str, TrainFunction] = {"train": train}
+    if evaluate is not None:
+        functions["evaluate"] = lambda task: evaluate(task.folder, task)
+    name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
+    return CustomTrainerRequest(settings, metric, higher, name, functions, evaluates_base, trainer_settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CustomTrainerSelection(PreparedSelection):
+    """A prepared selection with a custom trainer."""
+
+    request: CustomTrainerRequest
+
+    def open_executor(
+        self, folder: RunFolder, listener: Listener, records: Records
+    ) -> AbstractContextManager[Executor]:
+        return nullcontext(_FunctionExecutor(self.request, folder, listener, records))
+
+
+class _FunctionExecutor:
+    """Runs trials by calling a function. An error in the function fails the trial and not the run.
+
+    A result that can't be used ends the run at once, unless the same function has returned a valid one before.
+    """
+
+    def __init__(self, request: CustomTrainerRequest, folder: RunFolder, listener: Listener, records: Records) -> None:
+        self._request, self._folder, self._listener, self._records = request, folder, listener, records
+        self._first_fault: str | None = None  # the description of the first result that can't be used
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        for ended, called in enumerate(self._run_calls(trials), 1):
+            yield self._build_outcome(*called)
+            if self._first_fault is None and self._listener.should_stop():
+                raise InterruptedRun(f"stopped after {ended} trials")
+        if self._first_fault is not None:
+            raise AllTrialsFailedError(
+                f"{self._first_fault}; finished trials are kept: correct the function, and call again with the same arguments"
+            )
+
+    def _run_calls(self, trials: Sequence[Trial]) -> Iterator[_CallResult]:
+        """Yield calls as they end; if the iterator is closed early, wait for the running ones.
+
+        A single call runs on this thread. Evaluations and results of several calls pass through one queue, so that only this
+        thread writes to the journal.
+        """
+        waiting, running, parallel = deque(trials), 0, self._request.trainer_settings.get("workers", 1)
+        arrived: queue.SimpleQueue[TrialEvaluated | Future[_CallResult]] = queue.SimpleQueue()
+        with ThreadPoolExecutor(parallel) as threads:
+            while (waiting and self._first_fault is None) or running:
+                while waiting and self._first_fault is None and running < parallel:
+                    trial = waiting.popleft()
+                    self._listener.on_event(TrialStarted(**trial.fields))
+                    if parallel == 1:
+                        yield self._call_function(trial, self._listener.on_event)
+                        continue
+                    threads.submit(self._call_function, trial, arrived.put).add_done_callback(arrived.put)
+                    running += 1
+                if not running:
+                    return
+                event = arrived.get()
+                if isinstance(event, TrialEvaluated):
+                    self._listener.on_event(event)
+                else:
+                    running -= 1
+                    yield event.result()
+
+    def _call_function(self, trial: Trial, on_evaluation: Callable[[TrialEvaluated], None]) -> _CallResult:
+        arm, request, folder = trial.arm, self._request, self._folder.get_trial_folder(trial.trial_id)
+
+        def receive(point: EvalPoint) -> None:
+            on_evaluation(TrialEvaluated(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value"})))
+
+        fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
+        drop = request.collapse_drop
+        task = TrialTask(trial_id=trial.trial_id, folder=folder, collapse_drop=drop, report_callback=receive, **fields)
+        start = time.perf_counter()
+        try:
+            if arm.truncate_from is not None:
+                _write_truncated_adapter(self._folder, arm.truncate_from, trial)
+            folder.mkdir(parents=True, exist_ok=True)
+            returned = call_function(request.functions[_choose_function(arm)], task)
+        except RightrankError as error:
+            returned = error
+        return trial, returned, time.perf_counter() - start
+
+    def _build_outcome(self, trial: Trial, returned: object, seconds: float) -> TrialOutcome:
+        """Build the outcome of a call. With a profile that detects collapses, a fall of the held-out value is a collapse."""
+        arm, request, records = trial.arm, self._request, self._records
+        evaluations, finished, name = (
+            records.evaluations.get(trial.trial_id, []),
+            records.list_finished(),
+            _choose_function(trial.arm),
+        )
+        examples = next((len(earlier.example_scores) for earlier in finished if earlier.example_scores), None)
+        try:
+            if isinstance(returned, RightrankError):
+                raise returned
+            result = parse_result(returned, request.metric, examples)
+        except NotFiniteError as error:
+            return TrialDiverged(
+                **trial.fields, step=evaluations[-1].step if evaluations else 0, reason=f"{name} {error}"
+            )
+        except RightrankError as error:  # an `InputError`: there is no adapter that can be truncated
+            reason = str(error) if isinstance(error, InputError) else f"{name} {error}"
+            # A function that does not support rank 0 may be correct for all other ranks.
+            if (
+                isinstance(error, ReportError)
+                and arm.rank > 0
+                and name not in {_choose_function(earlier.arm) for earlier in finished if earlier.rank > 0}
+            ):
+                self._first_fault = self._first_fault or reason
+            return TrialFailed(**trial.fields, error="error", reason=reason)
+        # Returned points replace reported ones.
+        by_step = {point.step: point for point in (*evaluations, *result.points)}
+        result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
+        outcome = build_outcome(trial, result, request.metric, seconds)
+        if (drop := request.collapse_drop) is not None and arm.rank > 0:
+            ends = [(0, base) for base in finished if base.rank == 0] + [(arm.steps, outcome)]
+            end_points = [
+                EvalPoint(step=step, value=end.value, example_scores=end.example_scores) for step, end in ends
+            ]
+            for points in (result.points, end_points):
+                if (collapse := detect_collapse(points, drop, request.higher_is_better)) is not None:
+                    fields = {"points": result.points, "train_seconds": outcome.train_seconds}
+                    return TrialCollapsed(**trial.fields, **collapse, **fields)
+        return outcome
+
+
+def _choose_function(arm: Arm) -> Literal["train", "evaluate"]:
+    return "train" if arm.truncate_from is None else "evaluate"
+
+
+def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> None:
+    """Truncate the PEFT adapter of a trial by its singular values, and write it as the adapter of another trial.
+
+    Raises:
+        InputError: there is no PEFT adapter, or one of a kind that can't be truncated.
+    """
+    from rightrank.adapters.adapter_reader import (
+        open_adapter,  # these import torch, which a custom trainer may not need
+    )
+    from rightrank.adapters.resizing import cap_ranks, require_plain_update, write_resized_adapter
+
+    adapter, target = open_adapter(folder.get_trial_folder(parent)), folder.get_trial_folder(trial.trial_id)
+    shutil.rmtree(target, ignore_errors=True)
+    require_plain_update(adapter)
+    write_resized_adapter(adapter, target, cap_ranks(adapter, trial.arm.rank))
+
+
+def build_outcome(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
+    """Build the outcome of a finished trial from the function's result."""
+    returned = dict(result) | {"train_seconds": seconds if result.train_seconds is None else result.train_seconds}
+    return TrialFinished(**trial.fields, **returned, value=result.metrics[metric])

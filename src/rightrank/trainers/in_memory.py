@@ -1,0 +1,170 @@
+"""Save an adapter of a model that another program trained, and evaluate its truncations with the model in memory.
+
+Each truncation replaces the trained factors for one evaluation. Afterwards the model is restored: parameters, modes,
+gradients, hooks, configurations and random states. If several processes train it, all of them must make the same calls with the same data.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
+from rightrank.adapters.adapter_writer import save_adapter
+from rightrank.adapters.kinds import find_kind
+from rightrank.adapters.kinds.linear import Linear
+from rightrank.adapters.resizing import list_candidate_ranks, require_plain_update
+from rightrank.schema.errors import ModelError
+from rightrank.trainers.batch_scores import BETA, Batch, TrainerLossFunction, compute_batch_loss, count_positions
+from rightrank.trainers.distributed import is_partitioned, sync_errors
+from rightrank.training.loss import BatchLoss
+from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
+from rightrank.training.multi_lora import find_lora_modules
+
+
+@dataclass(frozen=True, slots=True)
+class InMemoryAdapter:
+    """An adapter of a model in memory, with the batches and settings to measure its truncations."""
+
+    model: Any  # a PEFT model with a LoRA adapter of linear layers
+    held_out: Sequence[Batch]  # batches of examples that the training did not see
+    # Batches of training examples for second moments; without them, adapters are truncated by singular values.
+    train: Sequence[Batch] = ()
+    # The accepted loss of quality, in nats per token (or accuracy); None: the metric's default.
+    margin: float | None = None
+    ranks: Sequence[int] | None = None  # candidates; None: the powers of two below the adapter's rank
+    name: str = "default"  # the adapter's name in PEFT
+    metric: str = "loss"  # or `accuracy` of a classifier
+    beta: float = BETA  # of the loss of preference pairs
+    moment_tokens: int = MOMENT_TOKENS  # the maximum number of tokens of `train` that are read
+    write_tokenizer: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
+    trainer_loss: TrainerLossFunction | None = None  # replaces the losses of `batch_scores`
+
+    def compute_loss(self, batch: Batch) -> BatchLoss:
+        if self.trainer_loss is not None:
+            return self.trainer_loss(batch)
+        return compute_batch_loss(self.model, batch, self.beta)
+
+
+def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
+    """Save an adapter of a model in memory, and check that the saved one is the same.
+
+    Raises:
+        ModelError: PEFT saves an adapter with another scale, or one that can't be truncated.
+    """
+    base = model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path
+    save_adapter(model, folder, base or "", name)
+    adapter, layers = open_adapter(folder), find_lora_modules(model)
+    require_plain_update(adapter)
+    for module in adapter.modules:
+        scale = layers[module.name].scaling[name]
+        if not math.isclose(scale, module.scaling, rel_tol=1e-6):
+            raise ModelError(
+                f"{module.name}: its scale is {scale:g} (set_scale, scale_layer) and PEFT saves {module.scaling:g}, so the saved "
+                "adapter would differ; set lora_alpha before the training"
+            )
+    return adapter
+
+
+def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> str:
+    """Return the name of the adapter in training, after every check of the final measurement that needs no examples.
+
+    Raises:
+        ModelError: The adapter can't be truncated.
+        SettingsError: A rank is not a possible truncation.
+    """
+    name = find_trained_adapter(model)
+    if not is_partitioned(model):  # a fresh process measures a partitioned model
+        with sync_errors(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+            list_candidate_ranks(save_trained_adapter(model, name, Path(folder) / "begin"), ranks)
+    return name
+
+
+def find_trained_adapter(model: Any) -> str:
+    """Return the name of the adapter in training, which must be the only active one.
+
+    Raises:
+        ModelError: The model is no PEFT model or uses FSDP1, or the adapter is one of several active ones, no LoRA of linear layers, merged, or of
+            rank 1.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active: list[str] = sorted({name for layer in layers for name in layer.active_adapters}) or ["default"]
+    if len(active) > 1:
+        raise ModelError(
+            f"the adapters {', '.join(active)} are active at the same time, and only one adapter can be truncated: "
+            "merge the others into the base model, and train on that"
+        )
+    name = active[0]
+    config = getattr(model, "peft_config", {}).get(name)
+    if config is None:
+        raise ModelError("the model has no PEFT adapter; give a model that PEFT has wrapped")
+    modules = {module: layer for module, layer in find_lora_modules(model).items() if name in layer.r}
+    unsupported = [module for module, layer in modules.items() if not isinstance(find_kind(layer), Linear)]
+    if not modules or unsupported or config.use_dora:
+        name_or_type = unsupported[0] if unsupported else config.peft_type
+        raise ModelError(
+            f"{name_or_type}: only LoRA of linear layers can be truncated in memory; save the adapter and use rightrank resize --data"
+        )
+    if any(layer.merged for layer in modules.values()):
+        raise ModelError(f"the adapter {name!r} is merged into the base; call unmerge_adapter() before the measurement")
+    if config.r < 2:
+        raise ModelError("the adapter has rank 1, and there is no lower rank")
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ModelError(
+            "FSDP1 holds the factors in flat parameters; shard by FSDP2 (fsdp_version 2), or use rightrank resize --data"
+        )
+    return name
+
+
+def copy_factors(model: Any, name: str, adapter: AdapterFolder) -> None:
+    """Copy the factors of an adapter folder into the leading rows and columns of an adapter in memory; the others become zero.
+
+    The module in memory multiplies by its own scale s, the folder's adapter by s'. B is therefore multiplied by s'/s.
+    """
+    layers = find_lora_modules(model)
+    for module in adapter.modules:
+        layer = layers[module.name]
+        b, a = (torch.from_numpy(factor) for factor in adapter.load_factors(module))
+        ratio = module.scaling / layer.scaling[name]
+        for weight, factor in ((layer.lora_B[name].weight, b * ratio), (layer.lora_A[name].weight, a)):
+            padded = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+            padded[: factor.shape[0], : factor.shape[1]].copy_(factor)
+            if isinstance(weight, DTensor):
+                padded = distribute_tensor(padded, weight.device_mesh, weight.placements)
+            with torch.no_grad():
+                weight.copy_(padded)
+
+
+def gather_adapter_moments(in_memory_adapter: InMemoryAdapter) -> GatheredMoments:
+    """Gather second moments over about `moment_tokens` tokens of training examples."""
+    if not in_memory_adapter.train:
+        return GatheredMoments(
+            {}, 0, 0, ("truncated by singular values: no training examples were given for second moments",)
+        )
+    names = [
+        name
+        for name, layer in find_lora_modules(in_memory_adapter.model).items()
+        if in_memory_adapter.name in layer.lora_A
+    ]
+    return accumulate_moments(in_memory_adapter.model, names, _run_passes(in_memory_adapter), in_memory_adapter.name)
+
+
+def _run_passes(in_memory_adapter: InMemoryAdapter) -> Iterator[tuple[int, int, int]]:
+    """Run forward and backward passes over training batches; yield the numbers of rows, positions and labels of each."""
+    num_positions = 0
+    for batch in in_memory_adapter.train:
+        if num_positions >= in_memory_adapter.moment_tokens:
+            return
+        loss = in_memory_adapter.compute_loss(batch)
+        torch.autograd.backward(loss.total)
+        num_positions += count_positions(batch)
+        yield len(loss.example_losses), count_positions(batch), int(loss.example_tokens.sum())

@@ -1,0 +1,437 @@
+"""Find the smallest adapter within the margin after a training with the Trainer of transformers or TRL.
+
+    trainer.add_callback(SmallestAdapter(trainer, margin=0.005))
+    trainer.train()   # ends with one sentence, and writes <output_dir>/rightrank/adapter
+
+Problems that can be detected early raise before the first step. After the training no error is raised: a failure is logged in one line,
+and the training's own result is unaffected.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rightrank.data.sampling import sample_indices
+from rightrank.schema.command import build_resume_command
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.trainers.batch_scores import (
+    BETA,
+    CUSTOM_EVALUATION_HINT,
+    GROUP_KEY,
+    REFERENCE_KEYS,
+    Batch,
+    compute_batch_loss,
+    count_positions,
+    read_batch,
+)
+from rightrank.trainers.distributed import get_process_index, is_partitioned, log_failure
+from rightrank.trainers.held_out import select_held_out_rows
+from rightrank.trainers.in_memory import InMemoryAdapter, find_trained_adapter, validate_trained_adapter
+from rightrank.trainers.preserved_state import preserve_state
+from rightrank.trainers.sentence_transformers import TrainerLoss, find_adapted_model, is_sentence_transformers
+from rightrank.trainers.trainer_rows import (
+    MAX_MOMENT_BATCHES,
+    MIN_EXAMPLES,
+    RowReader,
+    copy_batches,
+    iterate_rows,
+    number_groups,
+    read_moment_batches,
+    sample_batches,
+)
+from rightrank.trainers.truncation_run import (
+    RESUME_FILE,
+    TrainingSummary,
+    TruncationResult,
+    build_settings,
+    collect_stated_settings,
+    find_smallest_adapter,
+    measure_peak_bytes,
+    require_result_folder,
+)
+
+log = logging.getLogger("rightrank")
+
+MIN_SAMPLE_SIZE, MAX_SAMPLE_SIZE = 100, 1000  # limits of the number of scored examples if `max_examples` is None
+# The fraction of the training's time that the measurement takes at most, unless `MIN_SAMPLE_SIZE` examples, or `MIN_EXAMPLES` that are batches, take longer.
+MAX_TIME_FRACTION = 0.1
+
+
+@dataclass(eq=False, repr=False)
+class SmallestAdapter(TrainerCallback):
+    """Truncate the trained adapter at the end of `train()` and keep the smallest one within the margin.
+
+    Args:
+        trainer: The trainer that the callback is added to. Rows, collator and loss are its own.
+        eval_dataset: Other held-out rows than the trainer's `eval_dataset`, in its format: tokenized, with a length and access by index.
+        margin: The loss of quality that you accept, in nats per token. None for the default: 0.005, half a percentage point of accuracy, 0.02 for
+            preference pairs, or 1% of the loss of a classifier.
+        ranks: Candidate ranks; None for the powers of two below the adapter's rank.
+        metric: `loss`, or `accuracy` for classifiers. None: `accuracy` if the trainer selects a classifier's best checkpoint by it, else `loss`.
+        max_examples: The maximum number of held-out examples to score, as a random sample. None: as many as fit in a tenth of the training's time,
+            from 100 to 1000.
+        group: The column of the held-out rows that identifies rows which belong together, such as the rows of a document. Bounds are then computed
+            over groups. None: rows with the same prompt (the tokens without labels) form a group.
+        measure: False: at the end, save what a fresh process needs and log the command that runs the measurement.
+
+    Attributes:
+        result: The result after `train()`; None before, and if the measurement failed.
+
+    Raises at the beginning of the training:
+        DataError: no held-out rows, a stream of rows, fewer than two rows that are not in the training set, or rows without a loss per example.
+        ModelError: an adapter that cannot be truncated, or several active adapters.
+        SettingsError: an invalid value, a loss without a value per example, or another trainer.
+    """
+
+    _writes_run: ClassVar[bool] = True
+    trainer: Trainer
+    _: KW_ONLY
+    eval_dataset: Any = None
+    margin: float | None = None
+    ranks: Sequence[int] | None = None
+    metric: str | None = None
+    max_examples: int | None = None
+    group: str | None = None
+    measure: bool = True
+    result: TruncationResult | None = field(default=None, init=False)
+    reads_between_steps: ClassVar[bool] = False  # whether a subclass also reads rows between two steps
+    _loader: Any = field(default=None, init=False)
+    _trainer_loss: TrainerLoss | None = field(default=None, init=False)  # of rerankers and embedding models
+    _held_out: Subset[Any] = field(default_factory=lambda: Subset(cast(Any, ()), ()), init=False)
+    _is_training: bool = field(default=False, init=False)
+    _start_time: float = field(default_factory=time.monotonic, init=False)
+    # Notes on held-out rows that are in the training set, and on rows that were not compared.
+    _notes: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.trainer, Trainer):
+            name = type(self).__name__
+            raise SettingsError(
+                f"{name}: the first argument is a {type(self.trainer).__name__}, not a Trainer of transformers; write "
+                f"trainer.add_callback({name}(trainer)), and give other held-out rows as eval_dataset="
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check everything that the end needs: read the held-out rows, compare training rows with them, and score two examples."""
+        self._is_training, self._notes, self.result = False, [], None
+        if state.is_hyper_param_search:
+            return  # A hyperparameter search ends many trainings, and none of their adapters is the final one.
+        self._require_own_trainer(args)
+        settings, model = build_settings(self.margin, self.ranks, self.metric), kwargs["model"]
+        self._trainer_loss = TrainerLoss(self.trainer) if is_sentence_transformers(self.trainer) else None
+        if self._trainer_loss is not None:
+            model = find_adapted_model(model)
+            if self.metric == "accuracy" or not self.measure or self.reads_between_steps:
+                raise SettingsError(
+                    f"{type(self).__name__}: rerankers and embedding models are measured by their trainer's loss at the end of the training; "
+                    f"leave metric and measure out, or {CUSTOM_EVALUATION_HINT}"
+                )
+        if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
+            raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number of 2 or more")
+        self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
+        name = validate_trained_adapter(model, self.ranks)
+        self._loader = kwargs["train_dataloader"]
+        with preserve_state(model, name):
+            reader = self._make_reader()
+            if reader.collate is None and self.reads_between_steps:
+                raise DataError(
+                    f"{type(self).__name__}: {reader.collate_unused_reason}; give the trainer a collator that copy.deepcopy copies"
+                )
+            self._held_out = self._select_held_out_rows(reader)
+            self._require_example_losses(model, args, reader)
+        self._is_training = True
+        self._start_time = time.monotonic()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir or ".")
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # Raise here if the folder cannot be written.
+            if self._writes_run:
+                require_result_folder(folder / "rightrank")
+
+    def _require_own_trainer(self, args: TrainingArguments) -> None:
+        """Raise if the events come from another trainer, or if it has two of these callbacks, and move this one to the front.
+
+        Trackers close their runs in `on_train_end`, so the callback that logs to them must come first.
+        """
+        callbacks = self.trainer.callback_handler.callbacks
+        if self not in callbacks or args is not self.trainer.args:
+            raise SettingsError(
+                f"{type(self).__name__}: it was created for another trainer than the one that trains; create one for each trainer"
+            )
+        callbacks.remove(self)
+        if any(isinstance(callback, SmallestAdapter) for callback in callbacks):
+            raise SettingsError(
+                f"SmallestAdapter: the trainer has two of these callbacks, which would both write to {args.output_dir}/rightrank; add one"
+            )
+        callbacks.insert(0, self)
+
+    def _make_reader(self) -> RowReader:
+        reader = RowReader.from_loader(self._loader)
+        # The first column of a reranker or an embedding model has the queries.
+        has_queries = self._trainer_loss is not None and len(reader.rows)
+        return replace(reader, query=next(iter(reader.rows[0]))) if has_queries else reader
+
+    def _select_held_out_rows(self, reader: RowReader) -> Subset[Any]:
+        """Return a random sample of the held-out rows that are not in the training set."""
+        own_rows = getattr(self.trainer, "eval_dataset", None)
+        rows = own_rows if self.eval_dataset is None else self.eval_dataset
+        sample, notes = select_held_out_rows(
+            rows, reader, self.max_examples or MAX_SAMPLE_SIZE, self.group, is_separate=rows is not own_rows
+        )
+        for note in notes:
+            self._add_note(note)
+        return sample
+
+    def _add_note(self, text: str) -> None:
+        self._notes.append(text)
+        log.log(logging.DEBUG if get_process_index() else logging.WARNING, "rightrank: %s", text)
+
+    def _require_example_losses(self, model: Any, args: TrainingArguments, reader: RowReader) -> None:
+        """Score two examples in the same way as at the end of the training.
+
+        Raises:
+            DataError: the collator's batches give no loss per example.
+            SettingsError: the metric has no value per example.
+        """
+        if not len(self._held_out):
+            return  # Nothing is measured.
+        if reader.collate is None:
+            self._add_note(f"{reader.collate_unused_reason}; no example was scored before the first step")
+            return
+        if self._trainer_loss is not None:
+            self._set_example_unit(args, reader, self._trainer_loss)
+            return
+        batch = next(reader.read_batches(self._held_out, 2))
+        beta = _read_dpo_beta(self.trainer, batch)
+        # With ZeRO-3 only DeepSpeed's engine can run the model, so a fresh process measures.
+        loss = None if is_partitioned(model) else compute_batch_loss(model, batch, beta)
+        example_counts = (
+            read_batch(model, small_batch).examples for small_batch in reader.read_batches(self._held_out, 8)
+        )
+        if not any(count >= 2 for count in accumulate(example_counts)):
+            raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
+        has_accuracy = loss is not None and "accuracy" in loss.example_metrics
+        if self.metric is None and has_accuracy and str(args.metric_for_best_model).removeprefix("eval_") == "accuracy":
+            self.metric = "accuracy"
+        if self.metric == "accuracy" and loss is not None and not has_accuracy:
+            raise SettingsError("metric 'accuracy': accuracy is defined only for classifiers; leave the metric out")
+
+    def _set_example_unit(self, args: TrainingArguments, reader: RowReader, loss: TrainerLoss) -> None:
+        """Find out whether an example is a row or a batch. Of rows with one query, batches contain the first.
+
+        Raises:
+            DataError: the loss cannot be computed, or there are fewer than two batches.
+        """
+        rows = self._held_out
+        first_rows = Subset(rows, range(min(4, len(rows))))
+        batch, row_batches = next(reader.read_batches(first_rows, 4)), list(reader.read_batches(first_rows, 1))
+        self._trainer_loss = loss = loss.compare_rows(batch, row_batches)
+        if loss.is_pointwise:
+            return
+        size, by_query = _get_batch_size(args), dict[Any, int]()
+        for index, row in zip(rows.indices, iterate_rows(rows), strict=True):
+            by_query.setdefault(reader.find_group_key(row, self.group), index)
+        count = len(by_query) // size
+        if count < 2:
+            raise DataError(
+                f"SmallestAdapter: the loss compares the rows of a batch, so each batch of {size} is one example, and {len(by_query)} held-out "
+                f"queries give {count}; give more rows, or a smaller per_device_eval_batch_size"
+            )
+        if count < MIN_EXAMPLES:
+            self._add_note(
+                f"the loss compares the rows of a batch, so there are only {count} examples of {size} rows each"
+            )
+        self._held_out = Subset(rows.dataset, list(by_query.values())[: count * size])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluate the truncations, write `<output_dir>/rightrank/`, and log the sentence."""
+        if not self._is_training:
+            return  # `on_train_begin` failed, or this is a trial of a hyperparameter search.
+        self._is_training = False
+        out, in_memory_adapter = Path(args.output_dir or ".") / "rightrank", None
+
+        def advise() -> str:
+            # Before the run has begun, the folder may contain files of an earlier training.
+            has_begun = in_memory_adapter is not None and (out / "cache" / RESUME_FILE).is_file()
+            return f"; to measure again: {build_resume_command(str(out))}" if has_begun else ""
+
+        with log_failure("the search for a smaller adapter failed", advise):
+            in_memory_adapter = self._build_in_memory_adapter(kwargs["model"], args, state)
+            summary = self._summarize_training(in_memory_adapter, args, state)
+            self.result = find_smallest_adapter(in_memory_adapter, out, summary, self.measure)
+        if self.result is not None and state.is_world_process_zero:
+            with log_failure("a tracker did not accept the values"):
+                self._log_to_trackers(self.result.answer)
+
+    def _summarize_training(
+        self, in_memory_adapter: InMemoryAdapter, args: TrainingArguments, state: TrainerState
+    ) -> TrainingSummary:
+        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        stated_args = copy.copy(args)
+        stated_args.max_steps = state.max_steps  # `args` may state epochs instead
+        settings, notes = collect_stated_settings(in_memory_adapter, stated_args)
+        return TrainingSummary(
+            settings,
+            steps=state.global_step,
+            seconds=time.monotonic() - self._start_time,
+            peak_bytes=measure_peak_bytes(),
+            checkpoint_step=state.best_global_step if is_best else None,
+            notes=[*self._notes, *notes],
+        )
+
+    def _build_in_memory_adapter(self, model: Any, args: TrainingArguments, state: TrainerState) -> InMemoryAdapter:
+        model = model if self._trainer_loss is None else find_adapted_model(model)
+        loader, name, size = self._loader, find_trained_adapter(model), _get_batch_size(args)
+        is_batched = self._trainer_loss is not None and not self._trainer_loss.is_pointwise
+        # The step count includes steps before a resume, so this covers the complete training.
+        num_trained_rows = (
+            state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        with preserve_state(model, name):  # Reading rows may draw random numbers.
+            reader = self._make_reader()
+            if not self._is_training:  # After the last step the originals may be read.
+                reader = reader.with_originals(loader)
+            # Evaluation mode does not recompute activations, so single rows keep it below the memory of a training with gradient checkpointing.
+            train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MAX_MOMENT_BATCHES * size))
+            train, tokens, moment_tokens = read_moment_batches(
+                reader, train_rows, size if is_batched or not args.gradient_checkpointing else 1, num_trained_rows
+            )
+            size = 1 if self._trainer_loss is not None and not is_batched else size
+            rows = self._held_out
+            if self.max_examples is None and len(rows):
+                sample = list(reader.read_batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
+                passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
+                cost = passes * sum(map(count_positions, sample)) / min(len(rows), MIN_EXAMPLES)
+                # A training step costs about two passes, forward and backward.
+                min_count = MIN_EXAMPLES * size if is_batched else MIN_SAMPLE_SIZE
+                count = max(min_count, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
+                count = max(2, count // size) * size if is_batched else count
+                rows = Subset(rows.dataset, rows.indices[:count])  # in random order
+            group_keys: list[Any] = []
+            held_out = list(
+                reader.read_batches(rows, size, lambda row: group_keys.append(reader.find_group_key(row, self.group)))
+            )
+            groups = torch.tensor(number_groups(group_keys, self.group))
+            if not is_batched:
+                held_out = [
+                    {**batch, GROUP_KEY: groups[index * size : (index + 1) * size]}
+                    for index, batch in enumerate(held_out)
+                ]
+        beta = _read_dpo_beta(self.trainer, (held_out or train or [{}])[0])
+        save_processor = getattr(self.trainer.processing_class, "save_pretrained", None)
+        return InMemoryAdapter(
+            model,
+            held_out,
+            train,
+            self.margin,
+            self.ranks,
+            name,
+            self.metric or "loss",
+            beta,
+            moment_tokens,
+            save_processor,
+            self._trainer_loss,
+        )
+
+    def _log_to_trackers(self, answer: AdapterAnswer) -> None:
+        """Log the rank to the trainer's history and trackers. TRL's override of `log` is bypassed, because it adds other metrics."""
+        values = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
+        Trainer.log(self.trainer, {"rightrank/rank": answer.rank} | values)
+
+
+def _get_batch_size(args: TrainingArguments) -> int:
+    return min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+
+
+def keep_smallest(
+    model: Any,
+    held_out: Iterable[Batch],
+    train: Iterable[Batch] = (),
+    *,
+    out: str | Path,
+    margin: float | None = None,
+    metric: str = "loss",
+    seconds: float | None = None,
+) -> TruncationResult:
+    """Write the smallest adapter within the margin to `out`, after a custom training loop or one with accelerate.
+
+    Args:
+        model: PEFT's model in memory. With accelerate, `accelerator.unwrap_model(model)`.
+        held_out: Batches that were not used for training: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` with a
+            number for each row identifies rows that belong together.
+        train: Training batches for second moments. A random sample of a list is read, or the first batches of a loader.
+        out: The run folder. It may be new or contain the result of an earlier training, which is moved to the subfolder `earlier-N` together with
+            its exports. Other files stay in place.
+        margin: The loss of quality that you accept, in nats per token or in accuracy; None for the metric's default.
+        metric: `loss`, or `accuracy` for classifiers.
+        seconds: The duration of the training. The cost is then stated as a percentage of it.
+
+    Raises:
+        DataError: no held-out batches.
+        ModelError: an adapter that cannot be truncated, or parameters that ZeRO-3 has partitioned.
+        RunFolderError: `out` contains another kind of run or other files, is in use, or cannot be written. Existing files stay in place.
+        RunError: the disk is full.
+    """
+    settings = build_settings(margin, None, metric)
+    name, margin = validate_trained_adapter(model), settings.margin
+    with preserve_state(model, name, held_out, train):  # A loader draws its order from the random state.
+        batches = list(copy_batches(held_out)), sample_batches(train)
+        in_memory_adapter = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
+    if not in_memory_adapter.held_out:
+        raise DataError("there are no held-out batches; give a few hundred examples that were not used for training")
+    stated_settings, notes = collect_stated_settings(in_memory_adapter, None)
+    result = find_smallest_adapter(
+        in_memory_adapter,
+        Path(out),
+        TrainingSummary(stated_settings, seconds=seconds, peak_bytes=measure_peak_bytes(), notes=notes),
+    )
+    if result is None:
+        raise ModelError(
+            "ZeRO-3 partitions each parameter, so truncations cannot be loaded into the model; measure in a fresh process"
+        )
+    return result
+
+
+def _read_dpo_beta(trainer: Trainer, batch: Batch) -> float:
+    """Return the `beta` of TRL's loss for preference pairs.
+
+    Raises:
+        SettingsError: a loss other than `sigmoid`, or additional loss terms.
+    """
+    dpo_args: Any = trainer.args
+    if "completion_mask" not in batch or not hasattr(dpo_args, "beta"):
+        return BETA
+    if getattr(trainer, "ref_model", None) is not None and REFERENCE_KEYS[0] not in batch:
+        raise SettingsError("ref_model: a separate reference is not evaluated here; set precompute_ref_log_probs=True")
+    unsupported_names = [
+        name for name in ("ld_alpha", "use_weighting", "sync_ref_model") if getattr(dpo_args, name, None)
+    ]
+    unsupported_names += (
+        []
+        if str(getattr(dpo_args, "f_divergence_type", "reverse_kl")).endswith("reverse_kl")
+        else ["f_divergence_type"]
+    )
+    unsupported_names += [] if getattr(dpo_args, "loss_weights", None) in (None, [1], (1,)) else ["loss_weights"]
+    if unsupported_names or dpo_args.loss_type not in ("sigmoid", ["sigmoid"]):
+        raise SettingsError(
+            f"{unsupported_names[0] if unsupported_names else f'loss_type {dpo_args.loss_type}'}: preference pairs are measured only by the loss sigmoid without additional terms; "
+            "save the adapter and use rightrank resize --data"
+        )
+    return float(dpo_args.beta)

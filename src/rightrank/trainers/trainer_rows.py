@@ -1,0 +1,233 @@
+"""Read a trainer's rows without affecting the training, and find groups and duplicates among them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, Subset
+
+from rightrank.data.sampling import sample_indices
+from rightrank.data.token_store import IGNORED
+from rightrank.schema.errors import DataError, get_first_line
+from rightrank.trainers.batch_scores import Batch, count_positions
+from rightrank.trainers.preserved_state import copy_data_source
+from rightrank.training.moments import MOMENT_TOKENS
+
+MIN_EXAMPLES = 30
+MAX_MOMENT_BATCHES = 64  # batches that are read for second moments
+MOMENT_TOKEN_FRACTION = 0.02  # of the training's tokens; used for second moments
+# Columns that do not identify an example: masks and labels, which follow from its tokens, and row numbers.
+NON_INPUT_COLUMNS = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
+
+
+def is_indexable(rows: Any) -> bool:
+    """Return whether rows have a length and access by index. Streams do not: reading them takes rows from other readers."""
+    return not isinstance(rows, IterableDataset) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Copies of a trainer's training set and collator. Reading through them does not affect the training."""
+
+    rows: Any  # of the training set; empty if they cannot be read
+    rows_unread_reason: str  # why the rows are not read; empty if they are
+    collate: Callable[[list[Any]], Batch] | None
+    collate_unused_reason: str  # why the collator is not used; empty if it is
+    columns: frozenset[str]  # columns that reach the collator in training; empty if unknown
+    query: str | None = None  # the column whose value identifies a group by default, if it is not the prompt
+
+    @classmethod
+    def from_loader(cls, loader: Any) -> RowReader:
+        """Copy the data set and collator of a loader, or record why they cannot be copied."""
+        rows, collate, reasons = (), None, ["", ""]
+        if not is_indexable(loader.dataset):
+            reasons[0] = "the training set is a stream and is not read"
+        else:
+            try:
+                rows = copy_data_source(loader.dataset)
+            except DataError as error:
+                reasons[0] = f"the training set is not read before the training ends: {error}"
+        try:
+            collate = copy_data_source(loader.collate_fn)
+        except DataError as error:
+            reasons[1] = f"the collator is not used before the training ends: {error}"
+        return cls(rows, reasons[0], collate, reasons[1], _read_column_names(rows))
+
+    def with_originals(self, loader: Any) -> RowReader:
+        """Return a reader that uses the originals of what could not be copied. Call this only after the last step."""
+        rows = loader.dataset if self.rows_unread_reason and is_indexable(loader.dataset) else self.rows
+        return RowReader(rows, "", self.collate or loader.collate_fn, "", _read_column_names(rows), self.query)
+
+    def find_group_key(self, row: Mapping[str, Any], column: str | None) -> Hashable:
+        """Return the value that rows of one group share: that in `column`, in the column of queries, or the prompt."""
+        return find_group_key(row, column or self.query)
+
+    def read_batches(self, rows: Any, size: int, on_row: Callable[[Any], None] = lambda _: None) -> Iterator[Batch]:
+        """Yield batches from the trainer's own collator, in the order of the rows. `on_row` is called with each row.
+
+        Raises:
+            DataError: the collator does not accept the rows.
+        """
+        assert self.collate is not None
+        remaining_rows = iterate_rows(rows)
+        while chunk := list(islice(remaining_rows, size)):
+            for row in chunk:
+                on_row(row)
+            inputs = [
+                {key: value for key, value in row.items() if not self.columns or key in self.columns} for row in chunk
+            ]
+            try:
+                batch = self.collate(inputs)
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"SmallestAdapter: the trainer's collator does not accept the held-out rows ({get_first_line(error)}); give "
+                    "trainer.eval_dataset, which the trainer has tokenized"
+                ) from None
+            yield batch
+
+
+def iterate_rows(rows: Any, count: int | None = None) -> Iterator[Any]:
+    """Yield at most `count` rows by index, so that an IndexError of the data set is raised instead of ending the iteration."""
+    return map(rows.__getitem__, range(len(rows) if count is None else min(count, len(rows))))
+
+
+def require_mappings(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield rows, and raise if one is not a mapping."""
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"SmallestAdapter: a row is a {type(row).__name__}; give mappings with input_ids and labels"
+            )
+        yield row
+
+
+def _read_column_names(rows: Any) -> frozenset[str]:
+    """Return the columns of the first row, or none if there is no row."""
+    return frozenset(next((row for row in iterate_rows(rows, 1) if isinstance(row, Mapping)), ()))
+
+
+def read_moment_batches(
+    reader: RowReader, rows: Subset[Any], size: int, trained_rows: int
+) -> tuple[list[Batch], float, int]:
+    """Read batches for second moments until they have enough tokens.
+
+    Returns:
+        `(batches, estimated tokens of the training, tokens to use for moments)`.
+    """
+    batches: list[Batch] = []
+    tokens, moment_tokens, read_tokens = 0.0, 1, 0
+    for batch in reader.read_batches(rows, size):
+        batches.append(batch)
+        read_tokens += count_positions(batch)
+        count = min(len(batches) * size, len(rows))
+        tokens = trained_rows * read_tokens / count
+        moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_TOKEN_FRACTION * tokens)))
+        if read_tokens >= moment_tokens and count >= MIN_EXAMPLES:
+            break
+    return batches, tokens, moment_tokens
+
+
+def sample_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """Return a random sample of `MAX_MOMENT_BATCHES` batches of a list, or the first batches of a loader."""
+    if isinstance(batches, list | tuple):
+        return [batches[index] for index in sample_indices(len(batches), MAX_MOMENT_BATCHES)]
+    return list(islice(copy_batches(batches), MAX_MOMENT_BATCHES))
+
+
+def copy_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Return a copy of a loader, or the original if it cannot be copied, such as a generator."""
+    try:
+        return cast(Iterable[Batch], copy_data_source(batches))
+    except DataError:
+        return batches
+
+
+def hash_inputs(row: Mapping[str, Any], columns: frozenset[str]) -> int:
+    """Return a hash of all bytes of a row's inputs. Rows with equal hashes are the same example."""
+    names = [name for name in sorted(row) if not columns or name in columns]
+    inputs = [name for name in names if not NON_INPUT_COLUMNS.search(name)] or names
+    return hash(tuple((name, _to_hashable(row[name])) for name in inputs))
+
+
+def _to_hashable(value: Any) -> Hashable:
+    """Convert a value to a hashable one that keeps all its bytes. Equal numbers in lists, arrays, tensors and images stay equal."""
+    if isinstance(value, Mapping):
+        return tuple((name, _to_hashable(value[name])) for name in sorted(value))
+    if isinstance(value, list | tuple) and not all(isinstance(element, int | float) for element in value):
+        return tuple(map(_to_hashable, value))
+    if getattr(value, "palette", None) is not None:  # an image of indices, whose colours are in its palette
+        value = value.convert("RGBA")
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        return repr(array.tolist() if isinstance(value, np.ndarray) else value)  # repr shortens long arrays
+    return array.shape, array.astype(np.float64 if array.dtype.kind == "f" else np.int64).tobytes()
+
+
+def find_group_key(row: Mapping[str, Any], column: str | None) -> Hashable:
+    """Return the value that rows of one group share: their value in `column`, or their prompt. Return None if there is none.
+
+    Raises:
+        DataError: the row has no value in the column.
+    """
+    value = row.get(column) if column else _find_prompt_tokens(row)
+    is_missing = value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
+    if column and is_missing:
+        raise DataError(
+            f"SmallestAdapter: a held-out row has no value in the column {column!r}; it has {', '.join(row)}: give eval_dataset with the "
+            "column, or leave group out"
+        )
+    return None if is_missing else (_to_hashable(value),)
+
+
+def number_groups(keys: Sequence[Hashable], column: str | None) -> list[int]:
+    """Return the number of each row's group.
+
+    Raises:
+        DataError: the column has one value in all rows, or a different value in each row.
+    """
+    numbers_by_key: dict[Hashable, int] = {}
+    numbers = [
+        numbers_by_key.setdefault(index if key is None else key, len(numbers_by_key)) for index, key in enumerate(keys)
+    ]
+    if column and len(numbers_by_key) in (1, len(keys)):
+        subject = "all held-out rows" if len(numbers_by_key) == 1 else "no two held-out rows"
+        raise DataError(
+            f"SmallestAdapter: {subject} share a value of the column {column!r}; give a column in which several rows share each value, or "
+            "leave group out"
+        )
+    return numbers
+
+
+def _find_prompt_tokens(row: Mapping[str, Any]) -> list[int] | None:
+    """Return the tokens before the first one with a loss.
+
+    Return None if all tokens have a loss, if it is unknown which ones do, and for packed rows.
+    """
+    for name in ("prompt_ids", "prompt_input_ids"):
+        if name in row:
+            return _to_list(row[name])
+    ids = _to_list(row.get("input_ids"))
+    for name in ("completion_mask", "assistant_masks", "labels"):
+        mask = _to_list(row.get(name))
+        if "seq_lengths" not in row and mask is not None and ids is not None and len(mask) == len(ids):
+            ignored_value = IGNORED if name == "labels" else 0
+            return ids[: next((index for index, value in enumerate(mask) if value != ignored_value), 0)] or None
+    return None
+
+
+def _to_list(value: Any) -> list[Any] | None:
+    """Return the values of a cell as a list, for every format of `datasets`. Return None for a single value or none."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().tolist()
+    elif hasattr(value, "__array__"):
+        value = np.asarray(value).tolist()
+    return list(value) if isinstance(value, list | tuple) else None

@@ -1,0 +1,234 @@
+"""The speed of training on this device, measured on a few real steps: predicts the time of a selection and chooses how many
+adapters to train in one pass.
+
+Adapters share a pass as long as memory allows it and the time per arm falls. On a CPU a larger batch hardly lowers the time per
+example, so arms are trained one after the other unless the settings give a number. On an accelerator the time of a step is measured
+with 1, 2, 4, … adapters until doubling no longer pays or no longer fits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from rightrank.schema.errors import MultiLoraError
+from rightrank.schema.settings import EVAL_SUBSET_SIZE
+from rightrank.schema.trials import Arm
+from rightrank.training.batches import Batch, batch_by_length
+from rightrank.training.device import catch_memory_errors, free_memory
+from rightrank.training.multi_lora import ArmBatch, MultiLora
+from rightrank.training.optimizer import ArmOptimizer, make_schedule, take_step
+from rightrank.training.runtime import Runtime
+
+MAX_ADAPTERS_PER_PASS = 16
+MAX_TIME_RATIO = 0.95  # doubling pays if the time per arm falls below this fraction of the previous time
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of example losses
+WARM_UP_STEPS, TIMED_STEPS = 1, 3
+SCRATCH = "scratch"  # name of the temporary adapter
+RUN_EVALUATIONS = 4  # one of the base, and three of the test split, which is about as large
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The seconds of a training of one rank on this device, measured on a few real steps."""
+
+    rank: int
+    batches: list[list[int]]  # training examples of each timed step
+    evaluated: list[int]  # validation examples of the timed batch
+    training_seconds: float  # all steps of a full training
+    evaluation_seconds: float  # one pass over the validation examples
+    subset_fraction: float  # fraction of the validation examples that an evaluation during training scores
+    cache_seconds: float  # everything that is computed once per example: frozen blocks, or reference log-probabilities
+    matrix_elements: int  # elements of the adapted matrices
+    parameters_per_rank: int  # parameters of the adapter per unit of rank
+
+    def predict_seconds(self, rank: float, trainings: float, arms: int, num_evaluations: int) -> float:
+        """Predict the seconds of a selection.
+
+        A step multiplies the adapted matrices forward and backward, and the adapter a third time for its gradients. Loading,
+        checkpoints, samples and the report are not counted.
+
+        Args:
+            rank: the (mean) rank of the trainings.
+            trainings: the number of full trainings, one after the other.
+            arms: the number of arms, including those that stop early or are truncated.
+            eval_points: the number of evaluations during a training.
+        """
+        training_cost, measured_cost = (
+            2 * self.matrix_elements + 3 * self.parameters_per_rank * count for count in (rank, self.rank)
+        )
+        num_end_evaluations = max(0.0, arms - 1 - trainings)  # evaluations of arms that stop early or are truncations
+        evaluations = (
+            training_cost
+            / measured_cost
+            * (trainings * (1 + self.subset_fraction * (num_evaluations - 1)) + num_end_evaluations)
+            + RUN_EVALUATIONS
+        )
+        steps = training_cost / measured_cost * trainings * self.training_seconds
+        return steps + evaluations * self.evaluation_seconds + self.cache_seconds
+
+
+def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
+    """Train a temporary adapter of `arm` for a few steps and evaluate it on a batch; return None if memory runs out."""
+    with catch_memory_errors():
+        return _time_training(runtime, arm)
+    free_memory(runtime.loaded.device)
+    return None
+
+
+def _time_training(runtime: Runtime, arm: Arm) -> Pace:
+    full_plan = runtime.plan_batches(arm.seed)
+    plan = full_plan[: WARM_UP_STEPS + TIMED_STEPS]
+    batches = batch_by_length(runtime.data.splits["validation"], runtime.settings.eval_batch_size)
+    eval_indices = list(batches[len(batches) // 2])
+    train_indices = [index for indices in plan for index in indices]
+    fill_seconds, num_filled = _time_task(runtime, lambda: runtime.fill_caches("train", train_indices))
+    runtime.fill_caches("validation", eval_indices)
+    with (
+        MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
+        runtime.use_gradient_checkpointing(),
+    ):
+        parameters = multi_lora.add(SCRATCH, arm, runtime.make_config(arm))
+        schedule = make_schedule(runtime.settings, arm.steps)
+        optimizer = ArmOptimizer(runtime, parameters, arm.learning_rate, plan, schedule)
+
+        def run_pass(batches: Sequence[Batch], _: int) -> list[torch.Tensor]:
+            arm_batches = [ArmBatch(SCRATCH, batches[0], 1 / optimizer.labels, 0)]
+            return runtime.accumulate_gradients(multi_lora, arm_batches)
+
+        seconds = [_time_task(runtime, partial(take_step, [optimizer], run_pass))[0] for _ in plan]
+        evaluate = partial(runtime.evaluate_adapters, "validation", multi_lora, [SCRATCH], eval_indices)
+        eval_seconds = _time_task(runtime, evaluate)[0]
+    timed_steps = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
+    num_held_out = len(runtime.data.splits["validation"])
+    examples = (
+        len({index for indices in full_plan for index in indices}) + num_held_out + len(runtime.data.splits["test"])
+    )
+    return Pace(
+        arm.rank,
+        plan[timed_steps],
+        eval_indices,
+        training_seconds=sum(seconds[timed_steps])
+        * _count_positions(runtime, full_plan)
+        / _count_positions(runtime, plan[timed_steps]),
+        evaluation_seconds=eval_seconds * num_held_out / len(eval_indices),
+        subset_fraction=min(1.0, EVAL_SUBSET_SIZE / num_held_out),
+        cache_seconds=fill_seconds * examples / num_filled if num_filled else 0.0,
+        matrix_elements=sum(module.in_features * module.out_features for module in runtime.targets.modules),
+        parameters_per_rank=sum(module.in_features + module.out_features for module in runtime.targets.modules),
+    )
+
+
+def _count_positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:
+    """Count the positions that the model computes in these steps, including padding."""
+    train, size = runtime.data.splits["train"], runtime.settings.batch_size
+    if runtime.fast_paths.sequence_packing:
+        return sum(int(train.lengths[batch].sum()) for batch in batches)
+    longest = train.longest_sequences
+    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    return sum(len(rows) * int(longest[rows].max()) for rows in micro)
+
+
+def choose_adapters_per_pass(
+    runtime: Runtime, arms: Sequence[Arm], notice: Callable[[str], None], limit: int | None = None
+) -> int:
+    """Choose the number of arms to train in one pass.
+
+    Args:
+        notice: receives a message if the number is lower than the settings request.
+        limit: the largest number that fits in memory according to the plan; None if the plan does not say.
+    """
+    requested = runtime.settings.adapters_per_pass
+    on_cpu = runtime.loaded.device.type == "cpu"
+    if requested == 1 or len(arms) < 2 or (requested is None and on_cpu):
+        return 1
+    obstacle = find_multi_lora_obstacle(runtime, arms)
+    if obstacle is not None:
+        notice(f"arms are trained one after the other: {obstacle}")
+        return 1
+    if requested is None:
+        return _find_fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
+    if limit is not None and limit < requested:
+        notice(f"adapters_per_pass {requested} may not fit in memory according to the plan: continuing with {limit}")
+        return limit
+    return requested
+
+
+def find_multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
+    """Return the reason why two arms cannot share a pass over this model, tested on a batch of real data; None if they can."""
+    reason = runtime.targets.unshared_reason
+    if reason is not None:
+        return reason
+    try:
+        with catch_memory_errors() as reasons:
+            shared, alone = _compute_probe_losses(runtime, arms[:2])
+    except MultiLoraError as error:
+        return str(error)
+    if reasons:
+        return f"two adapters don't fit on {runtime.loaded.device}"
+    tolerance = CHECK_TOLERANCE[next(runtime.model.parameters()).dtype]
+    if not torch.allclose(shared, alone, rtol=tolerance, atol=tolerance):
+        return "this model's losses differ when two arms share a pass"
+    return None
+
+
+def _find_fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
+    """Double the number of adapters up to `limit` while that saves time; stop when memory runs out."""
+    best, count = _measure_seconds_per_arm(runtime, arms[:1]), 1
+    while count * 2 <= min(limit, len(arms)):
+        with catch_memory_errors() as reasons:
+            seconds = _measure_seconds_per_arm(runtime, arms[: count * 2])
+        if reasons or seconds > MAX_TIME_RATIO * best:
+            break
+        best, count = seconds, count * 2
+    return count
+
+
+def _measure_seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
+    """Return the time of the fastest of a few passes, forward and backward, over temporary adapters of these arms, per arm."""
+    with (
+        MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
+        runtime.use_gradient_checkpointing(),
+    ):
+        for number, arm in enumerate(arms):
+            multi_lora.add(f"scratch_{number}", arm, runtime.make_config(arm))
+        batch = runtime.make_batch("train", runtime.plan_batches(arms[0].seed)[0][: runtime.settings.batch_size])
+        arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
+        run_pass = partial(runtime.accumulate_gradients, multi_lora, arm_batches)
+        times = [_time_task(runtime, run_pass)[0] for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
+    return min(times[WARM_UP_STEPS:]) / len(arms)
+
+
+def _compute_probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute example losses of two arms with random adapters on two batches: in one shared pass, and in one pass each."""
+    names = [f"scratch_{number}" for number in range(len(arms))]
+    generator = torch.Generator().manual_seed(0)
+    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora:
+        for name, arm in zip(names, arms, strict=True):
+            for parameter in multi_lora.add(name, arm, runtime.make_config(arm)).values():
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.data.copy_(parameter.data + drawn.to(parameter))
+        plan, size = runtime.plan_batches(arms[0].seed)[0], runtime.settings.batch_size
+        batches = [
+            runtime.make_batch("train", plan[:size]),
+            runtime.make_batch("train", list(reversed(plan))[: max(1, size // 2)]),
+        ]
+        arm_batches = [ArmBatch(name, batch, 1.0, None) for name, batch in zip(names, batches, strict=True)]
+        shared = torch.cat(runtime.accumulate_gradients(multi_lora, arm_batches))
+        alone = torch.cat([runtime.accumulate_gradients(multi_lora, [arm_batch])[0] for arm_batch in arm_batches])
+    return shared, alone
+
+
+def _time_task(runtime: Runtime, task: Callable[[], Result]) -> tuple[float, Result]:
+    """Return `(seconds, result)` of a task, including the work that it queued on the device."""
+    start_time = time.perf_counter()
+    result = task()
+    if runtime.loaded.device.type == "cuda":
+        torch.cuda.synchronize(runtime.loaded.device)
+    return time.perf_counter() - start_time, result

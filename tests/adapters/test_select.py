@@ -1,0 +1,163 @@
+"""Kinds of adapters on the command line: select, plan, inspect, export, and errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rightrank import inspect
+from rightrank.adapters.adapter_reader import open_adapter
+from tests import commands
+from tests.adapters.kind_checks import CASES, Suite, Trained, make_model
+from tests.tiny import make_tokenizer, write_completions
+
+pytestmark = pytest.mark.trains
+Run = Callable[..., tuple[int, str, str]]
+FAST = (
+    "--goal", "adapter", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4",
+    "--seq-len", "32", "--max-eval-examples", "8", "--margin", "5", "--device", "cpu",
+)  # fmt: skip
+EXPERTS = "target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a Llama and a Mixtral, with data."""
+    models = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    for name in ("llama", "mixtral"):
+        make_model(name, len(tokenizer)).save_pretrained(models / name)
+        tokenizer.save_pretrained(models / name)
+    write_completions(models / "data.jsonl", 80)
+    return models
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return lambda *arguments: commands.run(list(arguments), capsys)
+
+
+def select(run: Run, folder: Path, model: str, out: Path, *more: str) -> tuple[int, str, str]:
+    return run("select", str(folder / model), str(folder / "data.jsonl"), "--out", str(out), *FAST, *more)
+
+
+def test_dora_is_selected_and_exported(run: Run, folder: Path, tmp_path: Path) -> None:
+    status, out, err = select(run, folder, "llama", tmp_path / "run", "--set", "use_dora=true", "--json")
+    assert status == 0, err
+    assert err.count("DoRA runs through PEFT's own forward pass, one adapter at a time") == 1
+    adapter = Path(json.loads(out)["adapter"])
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
+    loaded: Any = PeftModel.from_pretrained(base, str(adapter))
+    assert any("lora_magnitude_vector" in name for name, _ in loaded.named_parameters())
+    for target, text in (("peft", "use_dora=True"), ("trl", "use_dora: true"), ("axolotl", "peft_use_dora: true")):
+        status, out, err = run("export", str(tmp_path / "run"), "--to", target, "--json")
+        assert status == 0, err
+        written = Path(json.loads(out)["folder"])
+        assert any(text in path.read_text() for path in written.iterdir() if path.suffix in (".py", ".yaml"))
+    status, _, err = run("export", str(tmp_path / "run"), "--to", "vllm")
+    assert "servers load plain LoRA; this adapter has use_dora: merge it instead" in err
+
+
+@pytest.mark.plug_in("plan")
+def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_path: Path) -> None:
+    more = ("--set", "target_modules=q_proj", "--set", EXPERTS, "--json")
+    status, out, err = select(run, folder, "mixtral", tmp_path / "run", *more)
+    assert status == 0, err
+    adapter = Path(json.loads(out)["adapter"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    status, out, _ = run("inspect", str(adapter), "--json")
+    modules = {module["name"]: module for module in json.loads(out)["modules"]}
+    assert modules["model.layers.0.mlp.experts.gate_up_proj.3"]["kind"] == "expert"
+    status, out, err = run(
+        "plan", str(folder / "mixtral"), "--ranks", "4,8", "--target-modules", "q_proj", "--seq-len", "32",
+        "--dtype", "float32", "--set", EXPERTS, "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    four, eight = (row["trainable_parameters"] for row in json.loads(out)["ranks"])
+    experts = 4 * 2 * 4 * ((32 + 96) + (48 + 32))  # rank 4 in each of two layers' four experts
+    assert (four, eight) == (2 * 4 * 64 + experts, 2 * 8 * 64 + 2 * experts)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train an adapter on the experts of a Mixtral."""
+    return Suite.of(CASES["experts (Mixtral)"], tmp_path_factory.mktemp("experts")).trained
+
+
+def test_an_expert_that_no_token_reached_has_its_own_flag(trained: Trained, tmp_path: Path) -> None:
+    """Half of the experts get no token: their B stays zero. Another one is scaled to next to nothing."""
+    adapter = open_adapter(Path(shutil.copytree(trained.adapter, tmp_path / "adapter")))
+    first = next(module for module in adapter.modules if module.kind.name == "expert")
+    tensors = load_file(adapter.weights_file)
+    b = tensors[first.b_key].reshape(first.rows, first.rank, 4)
+    b[:, :, 2] = 0.0
+    b[:, :, 1] *= 1e-6
+    save_file(tensors, adapter.weights_file, {"format": "pt"})
+    flags = [
+        module.flags for module in inspect(tmp_path / "adapter").modules if module.name.startswith(first.name[:-2])
+    ]
+    assert [[flag for flag in module_flags if flag in ("no_token", "untrained", "dead")] for module_flags in flags] == [
+        [],
+        ["dead"],
+        ["no_token"],
+        [],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # PEFT's remark that it can't be merged
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ("mixtral", ("target_parameters=mlp.experts.up",), "target_parameters: no parameter is named 'mlp.experts.up'"),
+        ("llama", ("target_parameters=experts.w1",), "the model's expert parameters are: none"),
+        ("mixtral", ("use_dora=true", EXPERTS), "does not work with use_dora=True"),
+        ("mixtral", ("lora_dropout=0.1", EXPERTS), "does not work with lora_dropout != 0"),
+        ("llama", ("use_dora=true", "lora_bias=true"), "lora_bias=True is not supported for DoRA"),
+        ("llama", ("kasa_config=1",), "unknown setting 'kasa_config'"),
+        ("llama", ("lora_bias=true",), "goal 'adapter' needs adapters that can be truncated"),
+    ],
+)  # fmt: skip
+def test_what_a_kind_refuses_is_one_line(
+    run: Run, model: str, settings: tuple[str, ...], message: str, folder: Path, tmp_path: Path
+) -> None:
+    options = [word for setting_text in settings for word in ("--set", setting_text)]
+    status, _, err = select(run, folder, model, tmp_path / "run", "--target-modules", "q_proj", *options)
+    assert status == 2, err
+    last = err.strip().splitlines()[-1]
+    assert message in last
+    assert "Traceback" not in err
+
+
+def test_adapters_on_experts_are_resized_by_held_out_data(
+    run: Run, folder: Path, trained: Trained, tmp_path: Path
+) -> None:
+    make_tokenizer().save_pretrained(trained.base)
+    status, out, err = run(
+        "resize", str(trained.adapter), str(tmp_path / "small"), "--data", str(folder / "data.jsonl"),
+        "--margin", "5", "--set", "seq_len=32", "--set", "max_eval_examples=8", "--set", "device=cpu", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads(out)["rank"] == 1
+    assert {module.rank for module in open_adapter(tmp_path / "small").modules} == {1}
+
+
+@pytest.mark.plug_in("plan")
+def test_a_plan_of_dora_with_dropout_is_traced(run: Run, folder: Path) -> None:
+    status, out, err = run(
+        "plan", str(folder / "llama"), "--ranks", "4", "--target-modules", "q_proj", "--seq-len", "32", "--dtype",
+        "float32", "--use-dora", "--set", "lora_dropout=0.1", "--set", "packed=true", "--set", "device=cpu", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    plan = json.loads(out)
+    assert plan["ranks"][0]["trainable_parameters"] == 2 * (4 * 64 + 32)
+    assert plan["source"] == "traced"

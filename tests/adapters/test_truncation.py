@@ -1,0 +1,186 @@
+"""Truncation and padding of factors agree with dense decompositions, and truncation by moments with dense covariances."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rightrank.adapters.spectra import compute_distance
+from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update, resize_factors
+from rightrank.schema.trials import Floats
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
+
+
+def draw_factors(rows: int, columns: int, rank: int, seed: int) -> tuple[Floats, Floats]:
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((rows, rank)), generator.standard_normal((rank, columns))
+
+
+def draw_covariance(size: int, seed: int) -> Floats:
+    """Draw the covariance of correlated features with different scales."""
+    generator = np.random.default_rng(seed)
+    mixed = generator.standard_normal((3 * size, size)) @ generator.standard_normal((size, size))
+    return mixed.T @ mixed / len(mixed)
+
+
+def resize_arrays(
+    b: Floats, a: Floats, rank: int, ratio: float, moments: Moments | None = None, scale: float = 1.0
+) -> tuple[Floats, Floats]:
+    new_b, new_a = resize_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio, moments, scale)
+    return new_b.numpy(), new_a.numpy()
+
+
+def compute_moments(b: Floats, a: Floats, scale: float, inputs: Floats, gradients: Floats) -> Moments:
+    """Compute the moments that result from covariances C [k, k] and G [d, d]."""
+    return Moments(a @ inputs @ a.T, scale**2 * b.T @ gradients @ b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(1, 12), st.floats(0.1, 10))
+def test_identity_covariances_give_the_plain_svd(size: tuple[int, int, int, int], rank: int, scale: float) -> None:
+    rows, columns, present, seed = size
+    b, a = draw_factors(rows, columns, present, seed)
+    moments = compute_moments(b, a, scale, np.eye(columns), np.eye(rows))
+    plain_b, plain_a = resize_arrays(b, a, rank, scale)
+    ours_b, ours_a = resize_arrays(b, a, rank, scale, moments, scale)
+    size_of = np.linalg.norm(scale * b @ a)
+    values = np.linalg.svd(b @ a, compute_uv=False)
+    nearest_tie = np.min(-np.diff(values), initial=np.inf)
+    if nearest_tie > 1e-3 * values[0]:  # equal singular values leave the choice of directions free
+        assert np.linalg.norm(ours_b @ ours_a - plain_b @ plain_a) <= 1e-5 * size_of
+    plain_error = np.linalg.norm(scale * b @ a - plain_b @ plain_a)
+    assert np.linalg.norm(scale * b @ a - ours_b @ ours_a) == pytest.approx(plain_error, abs=1e-5 * size_of)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(0, 8), st.floats(0.1, 10))
+def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
+    size: tuple[int, int, int, int], rank: int, scale: float
+) -> None:
+    """½·tr(G·E·C·Eᵀ) with the whole covariances, which gathering never forms."""
+    rows, columns, present, seed = size
+    b, a = draw_factors(rows, columns, present, seed)
+    inputs, gradients = draw_covariance(columns, seed + 1), draw_covariance(rows, seed + 2)
+    update = decompose_update(b, a, scale, compute_moments(b, a, scale, inputs, gradients), damping=0.0)
+    kept_b, kept_a = update.b[:, :rank], update.a[:rank]
+    error = scale * (b @ a - kept_b @ kept_a)
+    loss = 0.5 * np.trace(gradients @ error @ inputs @ error.T)
+    assert loss == pytest.approx(update.costs[rank:].sum(), rel=1e-5, abs=1e-6 * update.costs[0])
+    assert (np.diff(update.costs) <= 1e-9 * update.costs[0]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(1, 4))
+def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: int) -> None:
+    rows, columns, present, seed = size
+    b, a = draw_factors(rows, columns, present, seed)
+    inputs, gradients = draw_covariance(columns, seed + 1), draw_covariance(rows, seed + 2)
+
+    def loss(new_b: Floats, new_a: Floats) -> float:
+        error = b @ a - new_b @ new_a
+        return float(0.5 * np.trace(gradients @ error @ inputs @ error.T))
+
+    best = decompose_update(b, a, 1.0, compute_moments(b, a, 1.0, inputs, gradients), damping=0.0)
+    u, sigma, vt = np.linalg.svd(b @ a)
+    plain = loss(u[:, :rank] * sigma[:rank], vt[: len(sigma)][:rank]) if rank <= len(sigma) else 0.0
+    scale = loss(np.zeros((rows, 0)), np.zeros((0, columns)))
+    assert loss(best.b[:, :rank], best.a[:rank]) <= plain + 1e-6 * scale
+
+
+def test_a_direction_that_the_data_do_not_see_goes_first() -> None:
+    """Drop the largest singular direction if it acts on an input that is always zero."""
+    b, a = np.diag([10.0, 1.0, 0.5]), np.eye(3)
+    inputs = np.diag([0.0, 1.0, 1.0])
+    new_b, new_a = resize_arrays(b, a, 1, 1.0, compute_moments(b, a, 1.0, inputs, np.eye(3)))
+    assert abs((new_b @ new_a)[1, 1]) == pytest.approx(1.0, rel=0.01)
+    plain_b, plain_a = resize_arrays(b, a, 1, 1.0)
+    assert (plain_b @ plain_a)[0, 0] == pytest.approx(10.0)
+
+
+def test_moments_without_a_gradient_fall_back_to_the_plain_metric() -> None:
+    b, a = draw_factors(6, 5, 4, 0)
+    nothing = Moments(np.zeros((4, 4)), np.zeros((4, 4)))
+    for factor, plain_factor in zip(resize_arrays(b, a, 2, 1.0, nothing), resize_arrays(b, a, 2, 1.0), strict=True):
+        assert np.allclose(np.abs(factor), np.abs(plain_factor), atol=1e-6)
+    assert np.array_equal(decompose_update(b, a, 2.0, nothing).costs, decompose_update(b, a, 2.0).costs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(2, 40), st.integers(1, 16)), min_size=1, max_size=6),
+    st.integers(1, 16),
+    st.integers(0, 3),
+    st.integers(0, 10_000),
+)
+def test_ranks_within_keep_the_budget_and_the_cap(
+    modules: list[tuple[int, int]], rank: int, above: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    costs = [cost for cost, _ in modules]
+    spectra = [np.sort(generator.exponential(size=length))[::-1] for _, length in modules]
+    max_rank = rank + above
+    ranks = allocate_ranks(spectra, costs, rank * sum(costs), max_rank)
+    assert all(1 <= module_rank <= min(max_rank, len(s)) for module_rank, s in zip(ranks, spectra, strict=True))
+    assert sum(module_rank * cost for module_rank, cost in zip(ranks, costs, strict=True)) <= rank * sum(costs)
+    if above == 0:
+        assert ranks == [min(rank, len(s)) for s in spectra]
+
+
+def test_ranks_within_go_where_the_worth_is() -> None:
+    spectra = [np.array([8.0, 7.0, 6.0, 5.0]), np.array([1.0, 0.1, 0.1, 0.1])]
+    assert allocate_ranks(spectra, [10, 10], 40, 4) == [3, 1]
+    assert allocate_ranks(spectra, [10, 10], 40, 2) == [2, 2]
+    assert allocate_ranks(spectra, [100, 1], 202, 4)[1] == 4  # parameters count, not ranks
+
+
+def test_a_budget_buys_the_most_energy_a_parameter() -> None:
+    strong, weak = np.array([10.0, 9.0, 8.0, 7.0]) ** 2, np.array([1.0, 0.1]) ** 2
+    assert allocate_ranks([strong, weak], [10, 10], 50, 4) == [4, 1]
+    assert allocate_ranks([strong, weak], [10, 10], 20, 4) == [1, 1]
+    assert allocate_ranks([strong, strong], [10, 1000], 1040, 4) == [4, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(1, 12), st.floats(0.1, 10))
+def test_truncation_error_is_the_discarded_energy(size: tuple[int, int, int, int], rank: int, ratio: float) -> None:
+    """Eckart and Young: no approximation of that rank is nearer, and its distance is the tail of the spectrum."""
+    rows, columns, present, seed = size
+    generator = np.random.default_rng(seed)
+    b, a = generator.standard_normal((rows, present)), generator.standard_normal((present, columns))
+    new_b, new_a = (x.numpy() for x in resize_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio))
+    assert new_b.shape == (rows, rank)
+    assert new_a.shape == (rank, columns)
+    dense = np.linalg.svd(b @ a, compute_uv=False)
+    tail = np.sqrt(np.sum(dense[rank:] ** 2)) * ratio
+    assert np.linalg.norm(new_b @ new_a - ratio * (b @ a)) == pytest.approx(tail, abs=1e-9 * ratio * dense[0])
+    distance = compute_distance(b * ratio, a, new_b, new_a)
+    assert distance == pytest.approx(tail, abs=1e-9 * ratio * dense[0])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_factors_in_float32_are_truncated_in_float32(rank: int) -> None:
+    torch.manual_seed(0)
+    a, b, ratio = torch.randn(6, 11), torch.randn(9, 6), 1.7
+    new_b, new_a = resize_factors(b, a, rank, ratio)
+    product = ratio * b @ a
+    dropped = torch.linalg.svdvals(product)[rank:]
+    assert (new_b.dtype, new_a.dtype) == (torch.float32, torch.float32)
+    assert (new_b.shape, new_a.shape) == ((9, rank), (rank, 11))
+    assert torch.dist(new_b @ new_a, product) == pytest.approx(float(dropped.norm()), abs=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 7])
+def test_a_direction_without_energy_can_still_be_trained(rank: int) -> None:
+    """B of rank 1 among four columns: the product is kept, and no row of A is zero beside a zero column of B."""
+    torch.manual_seed(0)
+    b = torch.zeros(9, 4)
+    b[:, 0] = torch.randn(9)
+    a = torch.randn(4, 11)
+    for start in (b, torch.zeros(9, 4)):
+        new_b, new_a = resize_factors(start.double(), a.double(), rank, 0.5)
+        assert torch.allclose(new_b @ new_a, 0.5 * (start @ a).double())
+        assert (new_a.norm(dim=1) > 0.1).all()

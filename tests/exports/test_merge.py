@@ -1,0 +1,378 @@
+"""Test `export --to merged`, and `compare` with six common faults of merged models in each format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from rightrank import compare, export
+from rightrank.bases.base_models import load_base
+from rightrank.bases.mlx import ensure_torch_format
+from rightrank.cli import main
+from rightrank.exports.merge import TEST_SPLIT
+from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError
+from rightrank.schema.results import AdapterComparison
+from rightrank.schema.settings import SelectSettings
+from tests.adapters.adapters import edit_config, make_adapter
+from tests.tiny import build_tiny_llama_config, generate_sentences, make_tokenizer, write_jsonl
+
+pytestmark = pytest.mark.trains
+
+
+GROUP = 64  # values of a row with a scale and a bias in common
+
+
+def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str) -> Path:
+    """Write a Llama with tied embeddings and a byte-pair tokenizer; `kind` is the type of its matrices."""
+    config, writer = model.config, gguf.GGUFWriter(file, "llama")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    tokenizer_data = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {token["id"] for token in tokenizer_data["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_types([3 if number in special else 1 for number in range(len(tokenizer))])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer_data["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_unk_token_id(tokenizer.unk_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, value in model.state_dict().items():
+        if key == "lm_head.weight":
+            continue
+        name, tensor = names.get_name(key, try_suffixes=(".weight",)), value.float()
+        if count := {"attn_q": heads, "attn_k": groups}.get(name.split(".")[-2]):
+            # llama.cpp rotates neighbouring values, transformers the two halves of a head.
+            tensor = tensor.reshape(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        stored = gguf.GGMLQuantizationType[(kind if tensor.dim() > 1 else "f32").upper()]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def write_mlx(model: Path, folder: Path, bits: int) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Quantize the matrices of a model folder. Return the new folder, and the resulting values by name."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization"] = {"group_size": GROUP, "bits": bits, "mode": "affine"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    for key, matrix in list(tensors.items()):
+        if matrix.dim() == 1:
+            continue
+        groups = matrix.float().reshape(len(matrix), -1, GROUP)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = (high - low) / (2**bits - 1)
+        packed = ((groups - low) / scale).round().long()
+        words = packed.reshape(len(matrix), -1, 32 // bits) << torch.arange(0, 32, bits)  # the lowest bits first
+        name = key.removesuffix(".weight")
+        tensors |= {
+            key: words.sum(-1).to(torch.uint32),
+            f"{name}.scales": scale.squeeze(-1),
+            f"{name}.biases": low.squeeze(-1),
+        }
+        values[key] = (packed * scale + low).reshape(matrix.shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
+    return folder, values
+
+
+SETTINGS = SelectSettings(seq_len=32, device="cpu", margin=0.05)
+ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a random Llama whose rows are as long as a quantization group of MLX, with a tokenizer and its template."""
+
+    folder = tmp_path_factory.mktemp("whole") / "base"
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = build_tiny_llama_config(len(tokenizer))
+    config.hidden_size, config.intermediate_size, config.head_dim, config.initializer_range = 64, 128, 16, 0.05
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write conversations, so that the template is part of every example."""
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": " ".join(text.split()[:3])}]
+        for text in generate_sentences(ROWS, seed=5)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"messages": turn} for turn in turns])
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return make_adapter(base, tmp_path / "adapter")
+
+
+def merge_by_hand(base: Path, adapter: Path) -> Any:
+    """Merge as PEFT's documentation does."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+def save_model(model: Any, base: Path, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def compare_merged(adapter: Path, merged: Path, base: Path, rows: Path) -> AdapterComparison:
+    return compare(adapter, merged, model=str(base), data=rows, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "alpha_pattern", "dora", "modules_to_save"])
+def test_a_merged_model_is_that_of_peft(kind: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    result = export(adapter, "merged", tmp_path / "out", check=rows, settings=SETTINGS)
+    assert (result.check["verdict"], result.check["cause"]) == ("not_worse", None)
+    assert abs(result.check["difference"]) < 1e-5
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    theirs = merge_by_hand(base, adapter).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
+    stored = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
+    assert stored["check"] == result.check
+    assert result.check["sentence"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
+def test_a_gguf_file_is_read_as_transformers_reads_it(
+    kind: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    merged, tokenizer = merge_by_hand(base, adapter), AutoTokenizer.from_pretrained(base)
+    file = write_gguf(merged, tokenizer, tmp_path / "model.gguf", kind)
+    answer = compare_merged(adapter, file, base, rows)
+    assert answer.cause is None
+    assert abs(answer.difference) < {"q4_0": 0.2, "q8_0": 0.02}.get(kind, 0.005)
+    read = load_base(str(file), SETTINGS.model_copy(update={"dtype": "float32"}), None)
+    assert read.tokenizer.chat_template == tokenizer.chat_template
+    assert read.tokenizer("one dog, 12")["input_ids"] == tokenizer("one dog, 12")["input_ids"]
+    for name, value in merged.state_dict().items():
+        off = torch.linalg.vector_norm(read.model.state_dict()[name] - value) / torch.linalg.vector_norm(value)
+        assert float(off) < {"q4_0": 0.15, "q8_0": 0.02}.get(kind, 0.01), name
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_mlx_folder_is_read_as_mlx_computes(
+    bits: int, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    merged = save_model(merge_by_hand(base, adapter), base, tmp_path / "whole")
+    folder, values = write_mlx(merged, tmp_path / "mlx", bits)
+    answer = compare_merged(adapter, folder, base, rows)
+    assert answer.cause is None
+    assert abs(answer.difference) < {4: 0.2, 8: 0.02}[bits]
+    with ensure_torch_format(str(folder)) as torch_folder:
+        read = load_file(Path(torch_folder) / "model.safetensors")
+    assert read.keys() == load_file(merged / "model.safetensors").keys()
+    assert all(torch.equal(read[name], value) for name, value in values.items())
+
+
+def test_what_mlx_packs_in_other_ways_is_refused(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    folder, _ = write_mlx(base, tmp_path / "mlx", 4)
+    for change, message in (({"mode": "mxfp4"}, "mode 'mxfp4'"), ({"bits": 6}, "6 bits"), ({"lm_head": {}}, "lm_head")):
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"} | change
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ModelError, match=f"MLX quantized it with .*{message}"):
+            compare_merged(adapter, folder, base, rows)
+
+
+def drop_adapter(base: Path, adapter: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+def _merge_with_changes(**changes: Any) -> Callable[[Path, Path], Any]:
+    def make(base: Path, adapter: Path) -> Any:
+        copy = Path(shutil.copytree(adapter, adapter.parent / "changed"))
+        edit_config(copy, **changes)
+        if changes.get("use_dora") is False:
+            tensors = load_file(copy / "adapter_model.safetensors")
+            save_file({k: v for k, v in tensors.items() if "magnitude" not in k}, copy / "adapter_model.safetensors")
+        return merge_by_hand(base, copy)
+
+    return make
+
+
+def merge_into_other_base(base: Path, adapter: Path) -> Any:
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * parameter.std() if parameter.dim() > 1 else parameter.data
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path, Path], Any], str]] = {
+    "adapter dropped": ("plain", drop_adapter, "it equals the base model: the adapter was dropped"),
+    "alpha lost": (
+        "plain",
+        _merge_with_changes(lora_alpha=8),
+        "another scale (alpha was lost and r was used): its scale is 1, and the adapter's is 2",
+    ),
+    "rsLoRA lost": (
+        "rslora",
+        _merge_with_changes(use_rslora=False),
+        "without rsLoRA: its scale is 2, and the adapter's is 5.66",
+    ),
+    "DoRA lost": ("dora", _merge_with_changes(use_dora=False), "it is the adapter without DoRA's magnitudes"),
+    "another base": ("plain", merge_into_other_base, "it has another base model than"),
+}
+
+
+@pytest.mark.parametrize("form", ["merged", "mlx"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_named(fault: str, form: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    kind, make, cause = FAULTS[fault]
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    merged = save_model(make(base, adapter), base, tmp_path / "whole")
+    if form == "mlx":  # what another converter did to it in 8 bits
+        merged, _ = write_mlx(merged, tmp_path / "mlx", 8)
+    comparison = compare_merged(adapter, merged, base, rows)
+    assert comparison.verdict == "broken"
+    assert comparison.cause is not None
+    assert cause in comparison.cause
+    assert "BROKEN" in comparison.sentence
+
+
+@pytest.mark.parametrize("difference", ["chat template", "tokenizer", "tokenizer or chat template"])
+def test_other_tokens_are_found_and_named(
+    difference: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    merged = save_model(merge_by_hand(base, adapter), base, tmp_path / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if difference == "chat template":
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+        tokenizer.save_pretrained(merged)
+    elif difference == "tokenizer or chat template":  # the assistant's turns can't be found
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>{{", "<|im_start|>the {{")
+        tokenizer.save_pretrained(merged)
+    else:
+        file = merged / "tokenizer.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["model"]["merges"] = content["model"]["merges"][:20]
+        file.write_text(json.dumps(content), encoding="utf-8")
+    comparison = compare_merged(adapter, merged, base, rows)
+    assert comparison.verdict == "broken"
+    assert comparison.cause is not None
+    assert f"its {difference} was changed" in comparison.cause
+    assert abs(comparison.difference) < 1e-5  # the weights are those of the adapter
+
+
+def test_a_lossy_but_faithful_model_is_not_called_broken(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    """Merge a 4-bit base and store it in 16 bits."""
+    model = merge_by_hand(base, adapter)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.model.layers.parameters():
+        parameter.data += (
+            torch.randn(parameter.shape, generator=generator) * parameter.std() * (0.15 if parameter.dim() > 1 else 0.0)
+        )
+    comparison = compare_merged(adapter, save_model(model, base, tmp_path / "whole"), base, rows)
+    assert comparison.cause is None
+    assert comparison.verdict != "broken"
+
+
+def test_the_command_checks_on_the_run_s_own_test_split(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(small_run)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--to", "merged", "--out", str(tmp_path / "out"), "--type", "bf16", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert ended.value.code == {"not_worse": 0, "cannot_tell": 4}[answer["check"]["verdict"]]
+    assert answer["check"]["comparisons"][0]["data"] == TEST_SPLIT
+    assert answer["check"]["examples"] > 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--to", "merged", "--set", "seq_len=8"])
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "rightrank: run: a run has its own settings; leave them out, or give an adapter folder\n"
+    )
+
+
+def test_a_fault_ends_the_command_with_status_3(
+    base: Path, adapter: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = save_model(drop_adapter(base, adapter), base, tmp_path / "whole")
+    words = ["--model", str(base), "--data", str(rows), "--set", "seq_len=32", "--set", "device=cpu", "--margin", "9"]
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(adapter), str(merged), *words])
+    assert ended.value.code == 3  # though it is within the margin
+    assert "BROKEN, it equals the base model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_an_adapter_over_a_quantised_base(bits: str, base: Path, adapter: Path, rows: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    comparison = compare(adapter, adapter, model=str(base), data=rows, base_b=bits, settings=SETTINGS)
+    assert 0 < abs(comparison.difference) < 0.5
+    assert comparison.cause is None
+
+
+def test_an_adapter_over_another_form_of_its_base(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    file = write_gguf(model, tokenizer, tmp_path / "base.gguf", "q4_0")
+    comparison = compare(adapter, adapter, model=str(base), data=rows, base_b=str(file), settings=SETTINGS)
+    assert 0 < abs(comparison.difference) < 0.5
+
+
+def test_bad_input_is_one_line_and_nothing_is_lost(
+    base: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SettingsError, match="--type 'q3': merged can be written as f32, bf16, f16"):
+        export(adapter, "merged", out, check=rows, kind="q3", settings=SETTINGS)
+    with pytest.raises(DataError, match="give them with --check DATA"):
+        export(adapter, "merged", out, settings=SETTINGS)
+    with pytest.raises(SettingsError, match="give --out FOLDER"):
+        export(adapter, "merged", check=rows, settings=SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr("rightrank.exports.merge.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+        with pytest.raises(RunError, match=r"the model needs .* but only 1 B are free; make room"):
+            export(adapter, "merged", out, check=rows, settings=SETTINGS)
+    assert not out.exists()
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_a_half_written_folder_is_refused(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    merged = save_model(merge_by_hand(base, adapter), base, tmp_path / "whole")
+    content = (merged / "model.safetensors").read_bytes()
+    (merged / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError) as refused:
+        compare_merged(adapter, merged, base, rows)
+    assert "\n" not in str(refused.value)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(ModelError) as refused:
+        compare_merged(adapter, cut, base, rows)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,217 @@
+"""Test `select --memory`: what cannot fit is left out or refused before any training, and peaks are recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank.cli import main
+from rightrank.planning.estimate import Estimator
+from rightrank.planning.planner import build_step_settings, format_left_out_ranks, plan_selection
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import TrialFinished
+from tests.adapters.adapters import make_base
+from tests.commands import build_select_arguments, run
+from tests.tiny import build_small_settings, build_tiny_llama_config, generate_sentences, make_tokenizer, write_jsonl
+
+pytestmark = pytest.mark.trains
+
+SMALL = (
+    "--learning-rates",
+    "1e-2",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--seq-len",
+    "32",
+    "--max-eval-examples",
+    "6",
+)
+SETS = ("--set", "num_evaluations=1", "--strategy", "grid", "--quiet")
+
+
+def one_block() -> Any:
+    """Return a configuration whose step is traced in the least time."""
+    config = build_tiny_llama_config(400)
+    config.num_hidden_layers = 1
+    return config
+
+
+def command(model: Path, data: Path, out: Path, *more: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["select", str(model), str(data), "--out", str(out), *SMALL, *SETS, *more])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def direct(trials: list[TrialFinished]) -> list[TrialFinished]:
+    """Trainings from the start, without the base and the truncations."""
+    return [trial for trial in trials if trial.rank > 0 and trial.truncate_from is None]
+
+
+def test_predicted_and_measured_peaks_are_recorded(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert command(model_folder, completion_file, out, "--ranks", "1,2,4", "--memory", "24GiB") == 0
+    capsys.readouterr()
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    predicted = {trial.rank: trial.predicted_peak_bytes for trial in direct(trials)}
+    assert set(predicted) == {1, 2, 4}
+    assert 0 < (predicted[1] or 0) < (predicted[2] or 0) < (predicted[4] or 0)
+    assert all(trial.peak_bytes > 0 for trial in trials)
+
+
+def test_too_little_memory_is_refused_before_the_start(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert command(model_folder, completion_file, out, "--ranks", "1,4", "--memory", "1MiB") == 2
+    error = capsys.readouterr().err
+    assert "rank 1 needs" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not any(isinstance(record, TrialFinished) for record in Journal(out / "journal.jsonl").read())
+
+
+def test_where_only_the_lowest_rank_fits_the_next_one_is_named() -> None:
+    config = one_block()
+    planned = plan_selection(config, build_small_settings(ranks=(1, 16), memory_bytes=2**40), 32, "cpu")
+    between = (planned.needed_bytes[1] + planned.needed_bytes[16]) // 2
+    settings = build_small_settings(ranks=(1, 16), memory_bytes=between, goal="adapter")
+    with pytest.raises(SettingsError, match=r"rank 16 needs .* are available; give more --memory, lower ranks"):
+        plan_selection(config, settings, 32, "cpu")
+
+
+def test_a_preference_pair_is_planned_as_two_sequences() -> None:
+    config = one_block()
+    pairs = plan_selection(config, build_small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)
+    texts = plan_selection(config, build_small_settings(batch_size=8, eval_batch_size=8), 32, "cpu")
+    assert pairs.peak_bytes == texts.peak_bytes
+    assert pairs.needed_bytes == texts.needed_bytes
+
+
+def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
+    settings = build_small_settings(ranks=(1, 8), adapters_per_pass=6)
+    config = one_block()
+    assert plan_selection(config, settings, 32, "cpu").max_adapters_per_pass is None
+    alone = plan_selection(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu")
+    assert alone.max_adapters_per_pass == 6
+    tight = settings.model_copy(update={"memory_bytes": alone.needed_bytes[8]})
+    assert plan_selection(config, tight, 32, "cpu").max_adapters_per_pass == 1
+    needs = {}
+    for arms in (4, 6):
+        changed = Estimator(
+            config, build_step_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
+        ).build_variant(adapters_per_pass=arms)
+        needs[arms] = changed.estimate(8).needed_bytes
+    between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
+    assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
+
+
+def test_two_arms_of_a_rank_are_traced_once_for_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan_selection(one_block(), build_small_settings(ranks=(1, 8)), 32, "cpu")
+    traced: list[int] = []
+    estimate = Estimator.estimate
+
+    def counted(self: Estimator, rank: int) -> Any:
+        traced.append(rank)
+        return estimate(self, rank)
+
+    monkeypatch.setattr(Estimator, "estimate", counted)
+    first, second = planned.predict_peak_bytes([8, 1, 8]), planned.predict_peak_bytes([8, 8, 1])
+    assert first is not None
+    assert first == second > planned.peak_bytes[8]
+    assert sorted(traced) == [1, 8]
+
+
+def test_fewer_adapters_per_pass_where_memory_is_short(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = build_small_settings(ranks=(1, 4), max_eval_examples=6, seq_len=16)
+    need = plan_selection(build_tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
+    out = tmp_path / "run"
+    memory = (
+        "--ranks",
+        "1,4",
+        "--memory",
+        f"{need / 2**20 + 0.01:.3f}MiB",
+        "--adapters-per-pass",
+        "2",
+        "--seq-len",
+        "16",
+    )
+    assert command(model_folder, completion_file, out, *memory) == 0
+    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+    assert [trial.adapters_per_pass for trial in direct(trials)] == [1, 1]
+
+
+def test_ranks_that_do_not_fit_are_left_out() -> None:
+    """Keep two ranks with a budget between the needs of the second and the third rank."""
+    settings = build_small_settings(ranks=(1, 8, 32))
+    config = one_block()
+    free = plan_selection(config, settings, 32, "cpu")
+    assert free.ranks == (1, 8, 32)
+    assert format_left_out_ranks(free) is None
+    budget = (free.needed_bytes[8] + free.needed_bytes[32]) // 2
+    tight = plan_selection(config, settings.model_copy(update={"memory_bytes": budget}), 32, "cpu")
+    assert tight.ranks == (1, 8)
+    assert ": 32 (" in (format_left_out_ranks(tight) or "")
+
+
+def test_default_ranks_are_those_that_the_matrices_can_have() -> None:
+    """Use a model whose smallest adapted matrix has 16 rows."""
+    config, default = one_block(), SelectSettings(device="cpu", dtype="float32")
+    assert plan_selection(config, default, 32, "cpu").ranks == (1, 4, 16)
+
+
+def test_several_adapters_per_pass_and_classifications_have_a_prediction(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in generate_sentences(120)])
+    assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--adapters-per-pass", "2") == 0
+    capsys.readouterr()
+    trials = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TrialFinished)]
+    trained = direct(trials)
+    assert [trial.adapters_per_pass for trial in trained] == [2, 2]
+    several, alone = trained[0].predicted_peak_bytes, _alone()
+    assert several is not None
+    assert alone < several
+    assert trained[1].predicted_peak_bytes == pytest.approx(several, rel=0.01)
+    assert "planned, tensors only" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def _alone() -> int:
+    settings = build_small_settings(ranks=(1, 4))
+    return plan_selection(build_tiny_llama_config(400), settings, 16, "cpu", num_labels=2).peak_bytes[4]
+
+
+def test_adapters_whose_pass_cannot_be_planned_train_alone(
+    completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several adapters of the head: the plan falls back to one a pass, as its page says, and refuses nothing."""
+    base = make_base(tmp_path / "base", "embedding")  # its head is not tied
+    make_tokenizer().save_pretrained(base)
+    arguments = ["--memory", "8GiB", "--target-modules", "lm_head", "--set", "adapters_per_pass=2", "--json"]
+    status, out, err = run(build_select_arguments(base, completion_file, tmp_path / "run", *arguments), capsys)
+    assert status == 0, err
+    assert "continuing with 1" in err
+    assert json.loads(out)["handed_over"]["rank"] in (1, 2, 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dora_over_quantised_matrices_is_planned(bits: int) -> None:
+    config = one_block()
+    settings = build_small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
+    plain = settings.model_copy(update={"use_dora": False})
+    steps = (build_step_settings(config, step_setting, 32, "cpu", None) for step_setting in (settings, plain))
+    with_magnitudes, without = (
+        Estimator(config, step_setting).get_inventory(4).trainable_parameters for step_setting in steps
+    )
+    assert with_magnitudes > without
+    assert plan_selection(config, settings, 32, "cpu").ranks == settings.ranks

@@ -1,0 +1,259 @@
+"""`compare`: two adapters on the same examples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import compare, resize, select_rank
+from rightrank.cli import main
+from rightrank.data.splits import load_data
+from rightrank.schema.errors import DataError, ModelError
+from rightrank.schema.events import EvaluationProgress, Listener
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Arm, Trial
+from rightrank.training.loop import run_trial
+from rightrank.training.trial import TrialFolders
+from tests.adapters.adapters import edit_config
+from tests.helpers import make_runtime
+from tests.tiny import build_small_settings, write_jsonl
+
+SETTINGS = {"seq_len": 32, "device": "cpu"}
+OPTIONS = ["--set", "seq_len=32", "--set", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train an adapter that learned something."""
+    root = tmp_path_factory.mktemp("compared")
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(max_steps=60), root / "cache")
+    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=60)
+    run_trial(runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(root / "c", root / "adapter"), Listener())
+    return root / "adapter"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *(str(argument) for argument in arguments)])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out + captured.err
+
+
+def test_an_adapter_is_not_worse_than_itself(trained: Path, model_folder: Path, completion_file: Path) -> None:
+    comparison = compare(
+        trained, trained, model=str(model_folder), data=completion_file, settings=SelectSettings(**SETTINGS)
+    )
+    assert (comparison.verdict, comparison.difference, comparison.difference_high) == ("not_worse", 0.0, 0.0)
+    assert comparison.sentence.startswith(f"B ({trained}) against A ({trained})")  # two folders of one name
+    assert comparison.examples == len({line for line in completion_file.read_text().splitlines() if line})
+
+
+def test_rows_that_a_run_trained_on_are_left_out(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    settings = build_small_settings(max_steps=2, goal="adapter")
+    run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
+    train = [example.example_id for example in load_data(completion_file, settings).examples["train"]]
+    rows = len({line for line in completion_file.read_text().splitlines() if line})
+    arguments: dict[str, Any] = {"model": str(model_folder), "settings": SelectSettings(**SETTINGS)}
+    comparison = compare("base", run / "adapter", data=completion_file, **arguments)
+    assert (comparison.trained_on, comparison.examples) == (len(train), rows - len(train))
+    assert f"({len(train)} more are training examples of A or B)" in comparison.sentence
+    all_rows = [json.loads(line) for line in completion_file.read_text().splitlines()]
+    training_examples = load_data(completion_file, settings).examples["train"]
+    only = write_jsonl(
+        tmp_path / "seen.jsonl",
+        [row for row in all_rows if row in [dict(training_example.content) for training_example in training_examples]],
+    )
+    with pytest.raises(DataError, match="are among the training examples of the adapters"):
+        compare("base", run / "adapter", data=only, **arguments)
+
+
+def test_exit_status_and_json(
+    trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", model_folder, "--data", completion_file, "--margin", "0.05", *OPTIONS]
+    code, out = run(capsys, trained, "base", *common, "--json")
+    answer = json.loads(out)
+    assert code == 3
+    assert answer["verdict"] == "worse"
+    assert answer["difference_low"] > 0.05
+    assert {"difference", "difference_high", "examples"} <= answer.keys()
+    code, out = run(capsys, "base", trained, *common)
+    assert code == 0
+    assert "not worse" in out
+    assert out.count("\n") == 1
+    tight = abs(answer["difference"])  # a margin at the very difference: the bounds lie on both sides of it
+    code, out = run(capsys, trained, "base", *common, "--margin", tight, "--json")
+    assert code == 4
+    undecided = json.loads(out)
+    assert (undecided["verdict"], undecided["tries"]) == ("cannot_tell", 1)
+    code, out = run(capsys, trained, "base", *common, "--margin", tight, "--tries", "14", "--json")
+    corrected = json.loads(out)
+    assert corrected["tries"] == 14
+    assert "95% bounds, corrected for 14 tries, " in corrected["sentence"]
+    assert corrected["difference_low"] < undecided["difference_low"] < tight < undecided["difference_high"]
+    assert undecided["difference_high"] < corrected["difference_high"]
+    code, out = run(capsys, trained, "base", *common, "--tries", "0")
+    assert (code, out.count("\n")) == (2, 1)
+    assert "--tries 0 is not allowed: give the number of candidates" in out
+
+
+def test_columns_of_other_names_are_named_as_in_select(
+    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in completion_file.read_text().splitlines()]
+    renamed = write_jsonl(
+        tmp_path / "renamed.jsonl", [{"asked": r["prompt"], "completion": r["completion"]} for r in rows]
+    )
+    arguments = [trained, "base", "--model", model_folder, *OPTIONS, "--margin", "0.05", "--json"]
+    answers = [
+        json.loads(run(capsys, *arguments, "--data", *data)[1])["difference"]
+        for data in ([completion_file], [renamed, "--set", "columns=prompt=asked"])
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_several_data_sets_give_the_worst_verdict(
+    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    second_file = tmp_path / "other.jsonl"
+    second_file.write_text("".join(completion_file.read_text().splitlines(keepends=True)[:20]))
+    settings = SelectSettings(**SETTINGS | {"margin": 0.05})
+    comparison = compare(
+        trained, "base", model=str(model_folder), data=[completion_file, second_file], settings=settings
+    )
+    assert [result.data for result in comparison.comparisons] == [str(completion_file), str(second_file)]
+    assert comparison.verdict == "worse"
+
+
+def test_a_whole_model_can_be_a_side(model_folder: Path, completion_file: Path) -> None:
+    settings = SelectSettings(**SETTINGS)
+    comparison = compare(model_folder, "base", model=str(model_folder), data=completion_file, settings=settings)
+    assert comparison.difference == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_side_that_is_neither_is_one_line(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ModelError, match="neither an adapter folder"):
+        compare("base", tmp_path, model=str(model_folder), data=completion_file)
+    code, out = run(capsys, "base", tmp_path, "--model", model_folder, "--data", completion_file)
+    assert (code, out.count("\n")) == (2, 1)
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "only pickled weights"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "there is no adapter_model.safetensors"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 40), "not a readable safetensors file"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "not readable as JSON"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), "one JSON object"),
+        (lambda folder: edit_config(folder, r=3), "PEFT cannot attach it"),
+        (lambda folder: edit_config(folder, r="x"), "PEFT cannot attach it"),
+        (lambda folder: edit_config(folder, peft_type="NONE"), "PEFT cannot attach it"),
+    ],
+)
+def test_a_damaged_side_is_one_line(
+    damage: Callable[[Path], object],
+    words: str,
+    trained: Path,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damaged = Path(shutil.copytree(trained, tmp_path / "side"))
+    damage(damaged)
+    code, out = run(capsys, "base", damaged, "--model", model_folder, "--data", completion_file, *OPTIONS)
+    assert words in out
+    assert code == 2
+    assert out.splitlines()[-1].startswith("rightrank: ")
+
+
+def test_an_adapter_of_another_task_than_the_data_is_one_line(
+    trained: Path, model_folder: Path, class_file: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"an adapter of a language model .* need a classifier"):
+        compare("base", trained, model=str(model_folder), data=class_file)
+    with pytest.raises(ModelError, match="an adapter of a language model"):
+        resize(trained, trained.parent / "smaller", data=class_file)
+
+
+def test_a_metric_that_the_rows_do_not_have_is_one_line(
+    trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "base",
+        trained,
+        "--model",
+        model_folder,
+        "--data",
+        completion_file,
+        "--set",
+        "metric=accuracy",
+        *OPTIONS,
+    ]
+    code, out = run(capsys, *arguments)
+    assert (code, out.count("\n")) == (2, 1)
+    assert "metric 'accuracy'" in out
+    assert "they have loss" in out
+
+
+def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
+    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    lines = list(dict.fromkeys(completion_file.read_text().splitlines(keepends=True)))
+    few, single = tmp_path / "few.jsonl", tmp_path / "single.jsonl"
+    few.write_text("".join(lines[:3]))
+    single.write_text(lines[0])
+    settings = SelectSettings(**SETTINGS)
+    assert compare("base", trained, model=str(model_folder), data=few, settings=settings).examples == 3
+    with pytest.raises(DataError, match="1 rows; give 2 or more"):
+        compare("base", trained, model=str(model_folder), data=single, settings=settings)
+
+
+def test_progress_is_reported(trained: Path, model_folder: Path, completion_file: Path) -> None:
+    events: list[EvaluationProgress] = []
+    settings = SelectSettings(**SETTINGS)
+    compare("base", trained, model=str(model_folder), data=completion_file, settings=settings, on_event=events.append)
+    subjects = list(dict.fromkeys(event.what for event in events))
+    assert [subject.split()[0] for subject in subjects] == ["A", "B"]
+    for subject in subjects:
+        items = [event.examples for event in events if event.what == subject]
+        assert items == sorted(items)
+        assert items[-1] == events[0].total_examples
+
+
+def test_losses_per_token_of_two_tokenizers_are_not_compared(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    changed = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    merged = json.loads((changed / "tokenizer.json").read_text())
+    merged["model"]["merges"] = merged["model"]["merges"][:20]
+    (changed / "tokenizer.json").write_text(json.dumps(merged))
+    with pytest.raises(ModelError, match="different tokenizers") as caught:
+        compare(
+            model_folder, changed, model=str(model_folder), data=completion_file, settings=SelectSettings(**SETTINGS)
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_examples_without_a_label_are_counted(model_folder: Path, tmp_path: Path) -> None:
+    long = " ".join(["the cat sat on a mat"] * 20)
+    rows = [{"prompt": f"{number} cats", "completion": " sat on a mat"} for number in range(10)]
+    rows += [{"prompt": f"{long} {number}", "completion": " sat"} for number in range(3)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    comparison = compare("base", "base", model=str(model_folder), data=data, settings=SelectSettings(**SETTINGS))
+    assert (comparison.examples, comparison.left_out) == (10, 3)
+    assert (
+        "on 10 examples, taken as independent (3 more have no label within the maximum length)" in comparison.sentence
+    )

@@ -1,0 +1,172 @@
+"""Classifiers: labels and their order go from the data into the adapter's folder, and from there into every later use."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig
+
+from rightrank import compare, export, resize, select_rank
+from rightrank.adapters.loading_code import format_loading_code
+from rightrank.bases.base_models import align_labels
+from rightrank.data.splits import load_data
+from rightrank.runs.compare import read_labels
+from rightrank.runs.values import Selected
+from rightrank.schema.errors import DataError, ModelError
+from rightrank.schema.settings import SelectSettings
+from tests.tiny import build_small_settings, save_tiny_llama, write_jsonl
+
+LABELS = ["news", "art", "sport", "law"]  # not in the order of the alphabet
+WORDS = {"news": "the cat sat", "art": "red house", "sport": "run far", "law": "blue sea"}
+
+
+def _make_rows(count: int, seed: int, labels: list[str] = LABELS) -> list[dict[str, Any]]:
+    generator = random.Random(seed)
+    chosen = generator.choices(labels, weights=[6, 3, 2, 1][: len(labels)], k=count)
+    return [{"text": f"{WORDS[label]} by noon {generator.randint(0, 9**6)}", "label": label} for label in chosen]
+
+
+@pytest.fixture(scope="module")
+def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """Train a classifier of four labels."""
+    folder = tmp_path_factory.mktemp("classifier")
+    (folder / "data").mkdir()
+    write_jsonl(folder / "data" / "train.jsonl", _make_rows(160, 0))
+    write_jsonl(folder / "data" / "validation.jsonl", _make_rows(48, 1))
+    settings = build_small_settings(
+        goal="adapter",
+        strategy="bracket",
+        metric="accuracy",
+        metrics=("macro_f1",),
+        ranks=(2, 4),
+        max_steps=20,
+        max_eval_examples=48,
+    )
+    return select_rank(str(model_folder), folder / "data", folder / "run", settings=settings)
+
+
+ACCURACY = """
+import torch
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(model.base_model.config.name_or_path or model.config._name_or_path)
+rows = [json.loads(line) for line in open({data!r}, encoding="utf-8")]
+batch = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True, truncation=True, max_length=32)
+batch.pop("token_type_ids", None)
+with torch.no_grad():
+    logits = model.eval()(**batch).logits
+named = [model.config.id2label[number] for number in logits.argmax(-1).tolist()]
+print(sum(name == row["label"] for name, row in zip(named, rows)) / len(rows))
+"""
+
+
+def _read_accuracy(selected: Selected) -> float:
+    """Read the accuracy of the exported adapter from the journal."""
+    name = Path(selected.answers.adapter.answer.trial_id).name
+    lines = map(json.loads, (selected.run / "journal.jsonl").read_text(encoding="utf-8").splitlines())
+    record = next(line for line in lines if line["type"] == "trial_finished" and line["trial_id"] == name)
+    return float(record["metrics"]["accuracy"])
+
+
+def test_the_card_s_lines_load_the_classifier_in_a_fresh_python(selected: Selected) -> None:
+    folder = selected.adapter.path
+    code = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    data = str(selected.run.parent / "data" / "validation.jsonl")
+    script = code.replace("this/folder", str(folder)) + ACCURACY.format(data=data)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) == pytest.approx(_read_accuracy(selected), abs=1e-9)
+    assert "0 art, 1 law, 2 news, 3 sport" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # one line is short
+def test_the_export_s_command_loads_it(selected: Selected, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = export(selected.run, "peft")
+    program, option, code = shlex.split(exported.command)
+    assert (program, option) == ("python", "-c")
+    monkeypatch.chdir(exported.folder)
+    exec(code, {})
+    stored = json.loads((exported.folder / "classifier.json").read_text(encoding="utf-8"))
+    assert stored["id2label"] == {"0": "art", "1": "law", "2": "news", "3": "sport"}
+    assert stored["label2id"] == {"art": 0, "law": 1, "news": 2, "sport": 3}
+    assert stored["num_labels"] == 4
+
+
+def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: Selected, tmp_path: Path) -> None:
+    rows = [row for row in _make_rows(60, 5) if row["label"] in ("sport", "news")]
+    some = write_jsonl(tmp_path / "some.jsonl", rows)
+    adapter, by_accuracy = selected.adapter.path, SelectSettings(metric="accuracy", metrics=("macro_f1",))
+    model = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    comparison = compare(adapter, adapter, model=model, data=some, settings=by_accuracy)
+    assert [result.metric for result in comparison.comparisons] == ["accuracy", "macro_f1"]  # neither is refused
+    assert comparison.comparisons[1].difference_high > 0  # the examples agree: no bound of zero width
+    assert comparison.examples == len({row["text"] for row in rows})
+    smaller = resize(adapter, tmp_path / "smaller", rank=1)
+    assert smaller.rank == 1
+    assert read_labels(str(tmp_path / "smaller")) == sorted(LABELS)
+    alone = write_jsonl(tmp_path / "new.jsonl", [*rows, {"text": "the sea", "label": "weather"}])
+    with pytest.raises(DataError, match="'weather' is not one of the classifier's 4"):
+        compare(adapter, adapter, model=model, data=alone, settings=by_accuracy)
+
+
+def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: Path) -> None:
+    reordered = tmp_path / "other"
+    shutil.copytree(selected.adapter.path, reordered)
+    stored = json.loads((reordered / "classifier.json").read_text(encoding="utf-8"))
+    stored["id2label"] = {"0": "law", "1": "art", "2": "news", "3": "sport"}
+    (reordered / "classifier.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(ModelError, match="the same labels in the same order"):
+        compare(selected.adapter.path, reordered, model="unused", data=tmp_path / "unused.jsonl")
+    (reordered / "classifier.json").unlink()  # as PEFT alone writes it: the rows of the head are numbered
+    assert read_labels(str(reordered)) == ["0", "1", "2", "3"]
+
+
+def test_numbers_are_classes_in_the_order_of_numbers() -> None:
+    rows = [{"text": f"row {number} {copy}", "label": number} for number in range(12) for copy in range(20)]
+    assert load_data(rows, build_small_settings()).summary.classes == [str(number) for number in range(12)]
+
+
+def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_path: Path) -> None:
+
+    folder = save_tiny_llama(tmp_path / "model")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=400, max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    rows = [{"id": number, "text": f"some text {number}", "sentiment": number % 3} for number in range(120)]
+    with pytest.raises(ModelError, match="or `text` and `label` to train a classifier"):
+        select_rank(str(folder), rows, tmp_path / "run", settings=build_small_settings())
+
+
+def test_a_model_in_memory_keeps_the_order_of_its_labels() -> None:
+
+    named = LlamaConfig(id2label={0: "pos", 1: "neg"}, label2id={"pos": 0, "neg": 1})
+    assert align_labels(named, ["neg", "pos"]) == ["pos", "neg"]
+    assert align_labels(named, ["0", "1"]) == ["0", "1"]
+    with pytest.raises(ModelError, match="its labels are pos, neg, and those of the data bad, good"):
+        align_labels(named, ["bad", "good"])
+    unnamed = LlamaConfig(num_labels=3)
+    assert align_labels(unnamed, ["a", "b", "c"]) == ["a", "b", "c"]
+    assert unnamed.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_a_base_in_a_gguf_file_is_loaded_by_folder_and_file() -> None:
+    lines = format_loading_code("adapter", "/models/small.Q4_1.gguf", is_classifier=False)
+    assert lines[-2:] == [
+        "base = AutoModelForCausalLM.from_pretrained('/models', gguf_file='small.Q4_1.gguf')",
+        "model = PeftModel.from_pretrained(base, 'adapter')",
+    ]
+    classifier = format_loading_code("adapter", "/models/small.gguf", is_classifier=True)
+    assert (
+        "base = AutoModelForSequenceClassification.from_pretrained('/models', gguf_file='small.gguf', **head)"
+        in classifier
+    )
+    assert format_loading_code("adapter", "org/model", is_classifier=False)[-1].startswith(
+        "model = AutoPeftModelForCausalLM"
+    )

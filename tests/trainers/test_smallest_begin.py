@@ -1,0 +1,551 @@
+"""Test the beginning of a training with `SmallestAdapter`: problems raise before the first step, and reading rows has no side effects."""
+
+from __future__ import annotations
+
+import random
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+from rightrank import SmallestAdapter, Squeeze
+from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
+from rightrank.trainers.trainer_rows import find_group_key, number_groups
+from rightrank.trainers.truncation_run import resume_measurement
+from tests.trainers.trainings import OneTimeRows, RowList, Rows, make_peft_model, make_trainer, run_training
+
+pytestmark = pytest.mark.trains
+
+
+def refuse(trainer: Trainer, words: str, error: type[InputError] = DataError) -> None:
+    """Require that the training is refused in one line before its first step."""
+    with pytest.raises(error, match=words) as raised:
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "error", "words"),
+    [
+        ({"target_modules": ["embed_tokens", "q_proj"]}, {}, ModelError, "embed_tokens.*linear layers"),
+        ({"use_dora": True}, {}, ModelError, "only LoRA of linear layers"),
+        ({"r": 1}, {}, ModelError, "rank 1"),
+        ({"init_lora_weights": "pissa"}, {}, ModelError, "pissa.*changes the base"),
+        ({"init_lora_weights": "olora"}, {}, ModelError, "olora.*changes the base"),
+        ({}, {"ranks": [64]}, SettingsError, "rank 64 cannot be reached"),
+        ({}, {"ranks": [0, 2]}, SettingsError, "rank 0 is not allowed"),
+        ({}, {"ranks": 32}, SettingsError, "rank 32 cannot be reached"),
+        ({}, {"margin": float("nan")}, SettingsError, "margin"),
+        ({}, {"margin": "1%"}, SettingsError, "margin"),
+        ({}, {"margin": -1}, SettingsError, "margin"),
+        ({}, {"max_examples": 1}, SettingsError, "max_examples 1: give a whole number of 2 or more"),
+        ({}, {"metric": "accuracy"}, SettingsError, "accuracy is defined only for classifiers"),
+        ({}, {"metric": "rouge"}, SettingsError, "allowed are loss and accuracy"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word")
+def test_a_wrong_value_is_refused(
+    changes: dict[str, Any],
+    arguments: dict[str, Any],
+    error: type[InputError],
+    words: str,
+    model_folder: Path,
+    rows: Rows,
+    tmp_path: Path,
+) -> None:
+    model = make_peft_model(model_folder, **changes)
+    refuse(make_trainer(model_folder, rows, tmp_path, partial(SmallestAdapter, **arguments), model=model), words, error)
+
+
+def remove_labels(rows: Rows) -> Rows:
+    return [row | {"labels": [-100] * len(row["labels"])} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "words"),
+    [
+        (lambda _: None, "SmallestAdapter a list of a few hundred rows"),
+        (lambda rows: iter(rows[140:]), "SmallestAdapter a list of a few hundred rows"),
+        (lambda _: [{"text": "a"}] * 40, "does not accept the held-out rows"),
+        (lambda rows: {"one": rows[140:], "two": rows[140:]}, r"has 2 data sets \(one, two\)"),
+        (lambda rows: rows[:16], "the held-out rows are in the training set"),
+        (lambda rows: RowList(remove_labels(rows[140:])), "fewer than two held-out rows have a label"),
+        (lambda rows: RowList([*remove_labels(rows[140:160]), rows[160]]), "fewer than two held-out rows have a label"),
+        (lambda rows: [(row["input_ids"], row["labels"]) for row in rows[140:]], "a row is a tuple"),
+        (lambda rows: [row["input_ids"] for row in rows[140:]], "a row is a list"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_refused(
+    held_out: Callable[[Rows], Any], words: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter)
+    trainer.eval_dataset = held_out(rows)
+    refuse(trainer, words)
+
+
+def test_the_callback_of_another_trainer_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Refuse rows in place of the trainer, the callback of another trainer, and two callbacks."""
+    trainer = make_trainer(model_folder, rows, tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"first argument is a RowList, .* trainer.add_callback\(Squeeze\(trainer\)\)"
+    ):
+        Squeeze(trainer.eval_dataset)  # type: ignore[arg-type]
+    refuse(
+        make_trainer(model_folder, rows, tmp_path, lambda _: SmallestAdapter(trainer)), "another trainer", SettingsError
+    )
+    refuse(
+        make_trainer(model_folder, rows, tmp_path, SmallestAdapter, Squeeze), "two of these callbacks", SettingsError
+    )
+
+
+def test_an_adapter_active_beside_the_trained_one_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    model = make_peft_model(model_folder)
+    model.add_adapter("frozen", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["frozen", "default"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("default" in name)
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, model=model)
+    refuse(trainer, "the adapters default, frozen are active at the same time", ModelError)
+
+
+@pytest.mark.parametrize("scaling", ["set_scale", "scale_layer", "config"])
+def test_a_scale_that_peft_does_not_save_is_refused(
+    scaling: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    model = make_peft_model(model_folder)
+    for module in model.modules():
+        if scaling != "config" and hasattr(module, scaling):
+            module.set_scale("default", 0.5) if scaling == "set_scale" else module.scale_layer(0.5)
+    if scaling == "config":
+        model.peft_config["default"].lora_alpha = 16
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, model=model)
+    refuse(trainer, "the saved adapter would differ", ModelError)
+
+
+class RandomRows(RowList):
+    """Rows that lose a random token, drawn from every kind of generator."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        self.own, self.transforms = np.random.default_rng(0), [torch.Generator().manual_seed(0), random.Random(0)]
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        draws = [torch.rand(1).item(), np.random.rand(), random.random(), self.own.random()]
+        draws += [torch.rand(1, generator=self.transforms[0]).item(), self.transforms[1].random()]
+        row = self.rows[index]
+        length = len(row["labels"]) - round(sum(draws)) % 4
+        return {name: values[:length] for name, values in row.items()}
+
+
+def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Train on data sets that draw random numbers, and compare bit by bit."""
+    weights = []
+    for number, callbacks in enumerate(([], [SmallestAdapter])):
+        trainer = make_trainer(
+            model_folder,
+            rows,
+            tmp_path / str(number),
+            *callbacks,
+            train=RandomRows(rows[:140]),
+            held_out=RandomRows(rows[140:]),
+            eval_strategy="steps",
+            eval_steps=2,
+        )
+        trainer.train()
+        weights.append(dict(trainer.model.named_parameters()))  # type: ignore[union-attr]
+    assert (tmp_path / "1" / "rightrank" / "adapter").is_dir()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+class LazyGenerator:
+    """An object that creates its generator at first use, as collators and data sets do."""
+
+    def __init__(self) -> None:
+        self.generator: Any = None
+
+    def draw(self) -> int:
+        if self.generator is None:
+            self.generator = np.random.default_rng(3)
+        return int(self.generator.integers(4))
+
+
+class LazyRows(RowList):
+    """Rows that lose tokens in a transform that creates its generator at first use."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        self.transforms = [partial(LazyGenerator.draw, LazyGenerator())]
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        length = len(self.rows[index]["labels"]) - self.transforms[0]()
+        return {name: values[:length] for name, values in self.rows[index].items()}
+
+
+class Collator:
+    """A collator that records the rows and batches of the training. A copy has its own records."""
+
+    def __init__(self, collate: Any, lazy: LazyGenerator | None = None) -> None:
+        self.collate, self.lazy = collate, lazy
+        self.rows: list[Any] = []
+        self.batches: list[Any] = []
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.rows += rows
+        if self.lazy is not None:
+            rows = [{name: values[self.lazy.draw() :] for name, values in row.items()} for row in rows]
+            rows = [{name: values[-min(map(len, row.values())) :] for name, values in row.items()} for row in rows]
+        self.batches.append(self.collate(rows))
+        return self.batches[-1]
+
+
+GENERATOR: Any = None  # as of a training script
+
+
+def collate_by_script(rows: list[Any]) -> list[Any]:
+    """Hide the end of rows with a generator that is stored in a global variable at first use."""
+    global GENERATOR
+    if GENERATOR is None:
+        GENERATOR = np.random.default_rng(4)
+    ends = [14 - GENERATOR.integers(4) for _ in rows]
+    return [{name: values[:end] for name, values in row.items()} for row, end in zip(rows, ends, strict=True)]
+
+
+def make_collator(kind: str, folder: Path) -> Collator:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if kind == "transformers":
+        tokenizer.mask_token = "<unk>"
+        masked = transformers.DataCollatorForLanguageModeling(tokenizer, seed=5, mlm_probability=0.4)
+        return Collator(lambda rows: masked([{"input_ids": row["input_ids"]} for row in rows]))
+    if kind == "script":
+        collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+        return Collator(lambda rows: collate(collate_by_script(rows)))
+    return Collator(DataCollatorForSeq2Seq(tokenizer, padding=True), LazyGenerator() if kind == "collator" else None)
+
+
+@pytest.mark.parametrize("kind", ["rows", "collator", "transformers", "script"])
+def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
+    kind: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cover a data set's transform, a collator such as transformers', and a script. The batches are the same as without the callbacks."""
+    batches = []
+    for number, callbacks in enumerate(([], [SmallestAdapter], [partial(Squeeze, rank=15)])):
+        collator, train = make_collator(kind, model_folder), (LazyRows if kind == "rows" else RowList)(rows[:140])
+        monkeypatch.setattr(sys.modules[__name__], "GENERATOR", None)
+        trainer = make_trainer(model_folder, rows, tmp_path / str(number), *callbacks, train=train)
+        trainer.data_collator = collator
+        trainer.train()
+        batches.append([batch["labels"] for batch in collator.batches])
+    assert len(batches[0]) >= 4  # the trainer reads ahead
+    for observed in batches[1:]:
+        assert all(torch.equal(*labels) for labels in zip(batches[0], observed, strict=True))
+
+
+def test_what_cannot_be_copied_is_not_read_before_the_end(
+    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Use an open file, which cannot be copied. A note lists unchecked rows, and a cut between two steps is refused."""
+    train = LazyRows(rows[:140])
+    train.file = (tmp_path / "rows").open("w")  # type: ignore[attr-defined]
+    collator = make_collator("collator", model_folder)
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, train=train)
+    trainer.data_collator = collator
+    assert collator.lazy is not None
+    collator.lazy.file = train.file  # type: ignore[attr-defined]
+    trainer.train()
+    assert len(collator.rows[:32]) == 32
+    assert "the training set is not read before the training ends: LazyRows cannot be copied (" in caplog.text
+    assert "held-out rows were not looked for in it" in caplog.text
+    assert "no example was scored before the first step" in caplog.text
+    callback: Any = trainer.callback_handler.callbacks[0]
+    assert "truncated by singular values" not in " ".join(callback.result.notes)
+    trainer.remove_callback(callback)
+    trainer.add_callback(Squeeze(trainer, rank=4))
+    trainer.state.global_step = 0
+    refuse(trainer, "give the trainer a collator that copy.deepcopy copies")
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, held_out=train)
+    refuse(trainer, "eval_dataset, LazyRows cannot be copied")
+    train.file.close()  # type: ignore[attr-defined]
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Rows without access by index but with a known length."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.left = OneTimeRows(rows).left
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.left
+
+    def __len__(self) -> int:
+        return 140
+
+
+@pytest.mark.parametrize("kind", ["one shot", "length", "datasets"])
+def test_a_stream_loses_no_row(
+    kind: str, model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never read streams, not even those of `datasets`, which restart and would be downloaded. A note says so."""
+    drawn: list[int] = []
+
+    def generate() -> Iterator[Any]:
+        for number, row in enumerate(rows[:140]):
+            drawn.append(number)
+            yield row
+
+    remaining, weights = [], []
+    for number, callbacks in enumerate(([], [SmallestAdapter])):
+        drawn.clear()
+        train: Any = {"one shot": OneTimeRows, "length": Stream}.get(kind, OneTimeRows)(rows[:140])
+        if kind == "datasets":
+            train = pytest.importorskip("datasets").IterableDataset.from_generator(generate)
+        trainer = make_trainer(model_folder, rows, tmp_path / str(number), *callbacks, train=train)
+        trainer.train()
+        remaining.append(list(drawn) if kind == "datasets" else list(train.left))
+        weights.append(dict(trainer.model.named_parameters()))  # type: ignore[union-attr]
+    assert remaining[0] == remaining[1] != []
+    assert "a stream and is not read; held-out rows were not looked for in it" in caplog.text
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    result = trainer.callback_handler.callbacks[0].result
+    assert "truncated by singular values" in result.notes[0]
+    assert any("were not looked for" in note for note in result.answer.notes)
+
+
+def test_a_stream_of_held_out_rows_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Refuse a stream, because a random sample would require reading all of it."""
+    held_out = Stream(rows[140:])
+    for arguments in ({}, {"eval_dataset": held_out}):
+        callback = partial(SmallestAdapter, **arguments)
+        refuse(make_trainer(model_folder, rows, tmp_path, callback, held_out=held_out), "a list of a few hundred rows")
+    assert len(list(held_out.left)) == len(rows[140:])
+
+
+class CountedRow(dict[str, list[int]]):
+    """A row that is counted while it is in memory."""
+
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+    max_alive: ClassVar[int] = 0
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, row: dict[str, list[int]]) -> None:
+        super().__init__(row)
+        CountedRow.alive.add(self)
+        CountedRow.max_alive = max(CountedRow.max_alive, len(CountedRow.alive))
+
+
+class GeneratedRows(RowList):
+    """Rows that are created when they are read."""
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return CountedRow(self.rows[index])
+
+
+class StepRecorder(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            self.max_alive = CountedRow.max_alive
+
+
+def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Count rows before the first step and at the end. No rows are in memory during the training."""
+    CountedRow.max_alive = 0
+    begun = StepRecorder()
+    callback = run_training(
+        model_folder, rows, tmp_path, SmallestAdapter, lambda _: begun,
+        train=GeneratedRows(rows[:140]), held_out=GeneratedRows(rows[140:]),
+    )  # fmt: skip
+    assert begun.max_alive <= 32  # beside the trainer's own, which reads a batch ahead
+    assert CountedRow.max_alive <= 32
+    assert callback.result.num_examples == len(rows) - 140
+
+
+def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that the answer states how many rows were compared."""
+    monkeypatch.setattr("rightrank.trainers.held_out.MAX_COMPARISON_SECONDS", -1.0)
+    result = run_training(model_folder, rows, tmp_path, SmallestAdapter, held_out=RowList(rows[100:])).result
+    assert result.num_examples == len(rows) - 100
+    assert any(note.startswith("0 of 140 training rows (a random sample)") for note in result.answer.notes)
+
+
+def make_images(count: int) -> list[dict[str, Any]]:
+    """Make random images that differ only in the middle, which `str` omits. The label says which half is brighter."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(count):
+        pixels = torch.zeros(3, 32, 32)
+        pixels[:, 8:24, 8:24] = torch.rand(3, 16, 16, generator=draw)
+        pixels[:, 8:24, 8:16] += number % 2
+        rows.append({"pixel_values": pixels, "labels": number % 2})
+    return rows
+
+
+def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Distinguish rows by all their bytes, and compare the accuracy with a plain pass by PEFT."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    base, rows = transformers.ViTForImageClassification(config), make_images(160)
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["classifier"])
+    model: Any = get_peft_model(base, lora)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=30, learning_rate=1e-2, per_device_train_batch_size=8, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer: Any = Trainer(model, arguments, train_dataset=rows[:80], eval_dataset=rows[80:])  # type: ignore[arg-type]
+    callback = SmallestAdapter(trainer, metric="accuracy", margin=0.05)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert "are also in the training set" not in caplog.text
+    assert callback.result is not None
+    assert callback.result.num_examples == 80
+    pixels = torch.stack([row["pixel_values"] for row in rows[80:]])
+    labels = torch.tensor([row["labels"] for row in rows[80:]])
+    with torch.no_grad():
+        assert callback.result.trained_trial.value == pytest.approx(
+            float((model.eval()(pixels).logits.argmax(-1) == labels).float().mean())
+        )
+    callback.eval_dataset, arguments.max_steps = rows[70:120], 1
+    trainer.train()
+    assert "are also in the training set" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["alternating", "sorted", "shuffled"])
+def test_the_scored_rows_are_a_random_sample(
+    order: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sample from interleaved sources, consecutive sources, and shuffled rows."""
+    monkeypatch.setattr("rightrank.trainers.smallest.MAX_SAMPLE_SIZE", 40)
+    monkeypatch.setattr("rightrank.trainers.smallest.MIN_SAMPLE_SIZE", 20)
+    easy = [{name: values[:-1] + values[-1:] * 40 for name, values in row.items()} for row in rows]
+    mixed = [row for pair in zip(rows, easy, strict=True) for row in pair] if order == "alternating" else [*rows, *easy]
+    if order == "shuffled":
+        random.Random(0).shuffle(mixed)
+    random.seed(1)
+    np.random.seed(1)
+    train = [{name: values[1:] for name, values in row.items()} for row in rows]
+    callback = run_training(model_folder, rows, tmp_path, SmallestAdapter, train=train, held_out=mixed, max_steps=2)
+    tokens = callback.result.trained_trial.example_tokens
+    assert len(tokens) == 20
+    assert 4 <= sum(count > 35 for count in tokens) <= 16  # beyond this in 1 of 400 random samples
+
+
+def test_the_sample_is_the_same_whatever_the_global_generators_have(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rightrank.trainers.smallest.MIN_SAMPLE_SIZE", 20)
+    tokens = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        callback = partial(SmallestAdapter, max_examples=20)
+        result = run_training(model_folder, rows, tmp_path / str(seed), callback, seed=seed, max_steps=1).result
+        tokens.append(result.trained_trial.example_tokens)
+    assert tokens[0] == tokens[1]
+
+
+def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, margin=1.0, measure=False))
+    resume_measurement(tmp_path / "rightrank")
+    for folder in [tmp_path / "rightrank" / "adapter", *(tmp_path / "rightrank" / "trials").iterdir()]:
+        loaded = AutoTokenizer.from_pretrained(folder)
+        assert loaded("a b") == AutoTokenizer.from_pretrained(model_folder)("a b")
+
+
+@pytest.mark.parametrize(
+    ("documents", "words"),
+    [
+        (
+            None,
+            r"no value in the column 'doc'; it has .*input_ids.*: give eval_dataset with the column, or leave group out",
+        ),
+        (1, "all held-out rows share a value of the column 'doc'"),
+        (40, "no two held-out rows share a value of the column 'doc'"),
+    ],
+)
+def test_a_column_that_groups_nothing_is_refused(
+    documents: int | None, words: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    held_out = [row | ({"doc": at % documents} if documents else {}) for at, row in enumerate(rows[140:180])]
+    refuse(make_trainer(model_folder, rows, tmp_path, partial(SmallestAdapter, group="doc"), held_out=held_out), words)
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list")
+@pytest.mark.parametrize("form", ["torch", "numpy", None])
+@pytest.mark.parametrize("marks", ["labels", "completion_mask", "prompt_ids"])
+def test_rows_with_one_prompt_belong_together_in_every_format(form: str | None, marks: str, rows: Rows) -> None:
+    """Cover lists, tensors and arrays from `datasets`."""
+    datasets = pytest.importorskip("datasets")
+    held_out = []
+    for number, row in enumerate(rows[140:180]):
+        prompt, answer = [number % 10 + 5] * 3, row["input_ids"][3:]
+        held_out.append({"input_ids": prompt + answer, "labels": [-100] * 3 + answer})
+        if marks == "completion_mask":
+            held_out[-1] |= {"completion_mask": [0] * 3 + [1] * len(answer)}
+        elif marks == "prompt_ids":
+            held_out[-1] |= {"prompt_ids": prompt}
+    keys = [find_group_key(row, None) for row in datasets.Dataset.from_list(held_out).with_format(form)]
+    assert number_groups(keys, None) == [number % 10 for number in range(40)]
+
+
+def test_long_values_of_a_group_column_are_told_apart() -> None:
+    """Use arrays that `repr` shortens, and integers that a float cannot represent."""
+    for values in (
+        [np.concatenate([np.zeros(900), [number // 4], np.zeros(900)]) for number in range(40)],
+        [2**60 + number // 4 for number in range(40)],
+    ):
+        keys = [find_group_key({"doc": value}, "doc") for value in values]
+        assert number_groups(keys, "doc") == [number // 4 for number in range(40)]
+
+
+IDS = torch.tensor([[1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda _: {"query_input_ids": IDS, "passage_input_ids": IDS}, "evaluate=evaluate"),
+        (lambda _: {"query": {"input_ids": IDS}, "passage": {"input_ids": IDS}}, "evaluate=evaluate"),
+        (lambda _: {"input_ids": IDS, "labels": torch.tensor([0.5])}, "evaluate=evaluate"),
+        (lambda _: {"input_ids": IDS, "labels": torch.tensor([1])}, "evaluate=evaluate"),
+        (lambda _: {"labels": torch.tensor([1])}, "evaluate=evaluate"),
+        (lambda batch: {**batch, "pixel_values": [torch.zeros(2)]}, "the batches have pixel_values as a list"),
+        (lambda batch: {**batch, "pixel_values": {"a": (torch.zeros(2),)}}, "the batches have pixel_values as a dict"),
+    ],
+    ids=["contrastive", "nested", "scores", "classes", "no inputs", "several sizes", "nested tensors"],
+)
+def test_another_loss_is_refused_with_the_way(
+    change: Callable[[Any], Any], words: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """Use contrastive losses, rerankers, and inputs such as images of several sizes. The error names `evaluate=`."""
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda batch_rows: change(collate(batch_rows))
+    refuse(trainer, words)
+
+
+def test_a_reranker_is_refused_with_the_way(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Use a head with one output. It has no classes, and its cross-entropy would be 0 at every rank."""
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1, pad_token_id=1)
+    model: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
+    labelled = [{"input_ids": row["input_ids"], "labels": number % 2} for number, row in enumerate(rows)]
+    trainer = make_trainer(
+        model_folder, rows, tmp_path, SmallestAdapter, model=model, train=labelled[:140], held_out=labelled[140:]
+    )
+    trainer.data_collator = transformers.DataCollatorWithPadding(AutoTokenizer.from_pretrained(model_folder))
+    refuse(trainer, "evaluate=evaluate")

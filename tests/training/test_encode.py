@@ -1,0 +1,202 @@
+"""Labels of encoded examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2 import TemplateError
+
+from rightrank.bases.base_models import load_base
+from rightrank.data.splits import load_data
+from rightrank.data.token_store import IGNORED
+from rightrank.schema.errors import DataError
+from rightrank.training.tokens import encode_splits
+from tests.tiny import ON_CPU, build_small_settings, generate_sentences, make_tokenizer, write_jsonl
+from tests.training.chat_templates import MARKED, OTHERWISE, PLAIN, REASONED, REWRITING, trl_templates
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> Any:
+    return load_base(str(model_folder), ON_CPU, None)
+
+
+def labelled_text(loaded: Any, item: Any) -> str:
+    text: str = loaded.tokenizer.decode([label for label in item.labels if label != IGNORED])
+    return text
+
+
+def encode_rows(loaded: Any, rows: list[dict[str, Any]], path: Path, **changes: Any) -> Any:
+    settings = build_small_settings(**({"seq_len": 100} | changes))
+    return encode_splits(load_data(write_jsonl(path / "d.jsonl", rows), settings), loaded, settings)
+
+
+def test_only_the_completion_is_labelled(loaded: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{text} -> ", "completion": f"{text[::-1]}"} for text in generate_sentences(80)]
+    data = encode_rows(loaded, rows, tmp_path)
+    completions = {row["completion"] for row in rows}
+    for item in data.splits["train"]:
+        # a token across the border counts as completion, so a space of the prompt may come along
+        assert labelled_text(loaded, item).removesuffix("<|im_end|>").lstrip() in completions
+        assert item.labels[-1] == loaded.tokenizer.eos_token_id
+
+
+def test_every_assistant_turn_and_nothing_else_is_labelled(loaded: Any, tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "first"},
+                {"role": "user", "content": "again"},
+                {"role": "assistant", "content": "second"},
+            ]
+        }
+        for text in generate_sentences(80)
+    ]
+    data = encode_rows(loaded, rows, tmp_path)
+    for item in data.splits["train"]:
+        assert labelled_text(loaded, item) == "first<|im_end|>\nsecond<|im_end|>\n"
+
+
+TURNS = ("ua", "sua", "uaua", "suaua", "a", "aua", "saua")  # system, user, assistant
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+
+
+def conversations() -> list[list[dict[str, str]]]:
+    words = iter(generate_sentences(1000))
+    return [[{"role": ROLES[turn], "content": next(words)} for turn in turns] for turns in TURNS * 8]
+
+
+def mask_by_template(tokenizer: Any, messages: Any) -> tuple[list[int], list[int]]:
+    """Return `(token ids, labels)` from the markers of a template, as TRL's `assistant_only_loss` computes them."""
+    tokens = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids = list(tokens["input_ids"])
+    return ids, [token if mask else IGNORED for token, mask in zip(ids, tokens["assistant_masks"], strict=True)]
+
+
+@pytest.mark.parametrize("name", [*MARKED, *trl_templates()])
+def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None:
+    plain, marked = (MARKED | trl_templates())[name]
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token, tokenizer.chat_template = "<unk>", marked
+    expected, refused = [], []
+    for messages in conversations():
+        try:
+            expected.append((messages, *mask_by_template(tokenizer, messages)))
+        except TemplateError:
+            refused.append(messages)
+    tokenizer.chat_template = plain
+    base = replace(loaded, tokenizer=tokenizer)
+    rows = [{"messages": messages} for messages, *_ in expected]
+    splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
+    settings = build_small_settings(seq_len=1000)
+    data = encode_splits(load_data(splits, settings), base, settings)
+    assert [(list(item.input_ids), list(item.labels)) for item in data.splits["train"]] == [row[1:] for row in expected]
+    if refused:
+        refusing = load_data(splits | {"train": [*rows, {"messages": refused[0]}]}, settings)
+        with pytest.raises(DataError, match="the chat template rejects the conversation"):
+            encode_splits(refusing, base, settings)
+
+
+def collect_labelled_texts(tokenizer: Any, labels: list[int]) -> list[str]:
+    """Return the texts of consecutive labels."""
+    groups = groupby(labels, key=lambda label: label != IGNORED)
+    return [tokenizer.decode(list(group)) for is_label, group in groups if is_label]
+
+
+def encoded_conversations(loaded: Any, template: str, rows: list[list[dict[str, str]]]) -> tuple[Any, list[list[str]]]:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>", "<|return|>"]})
+    tokenizer.bos_token, tokenizer.chat_template = "<unk>", template
+    splits = {name: [{"messages": messages} for messages in rows] for name in ("train", "validation", "test")}
+    settings = build_small_settings(seq_len=1000)
+    data = encode_splits(load_data(splits, settings), replace(loaded, tokenizer=tokenizer), settings)
+    items = list(data.splits["train"])
+    for item, messages in zip(items, rows, strict=True):
+        assert tokenizer.decode(item.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    return tokenizer, [collect_labelled_texts(tokenizer, item.labels) for item in items]
+
+
+@pytest.mark.parametrize("name", REWRITING)
+def test_labels_where_the_template_writes_earlier_turns_otherwise(name: str, loaded: Any) -> None:
+    template, *expected = REWRITING[name]
+    for messages, answers in zip((REASONED, PLAIN), expected, strict=True):
+        rows = [
+            [
+                {**message, "content": f"{n} {message['content']}"} if message["role"] == "user" else message
+                for message in messages
+            ]
+            for n in range(4)
+        ]
+        if isinstance(answers, str):
+            with pytest.raises(
+                DataError, match=f"the chat template {answers}.*; give `prompt` and `completion`, with one row per"
+            ):
+                encoded_conversations(loaded, template, rows)
+        else:
+            assert encoded_conversations(loaded, template, rows)[1] == [answers] * 4
+
+
+@pytest.mark.parametrize("name", trl_templates(OTHERWISE))
+def test_labels_lie_within_those_of_trl(name: str, loaded: Any) -> None:
+    """Compare with TRL, whose labels begin at the header or at a `<think>` of the prompt for an answer; both end at the same token."""
+    plain, marked = trl_templates(OTHERWISE)[name]
+    begins = (["user", "assistant"], ["system", "user"])
+    rows = [messages for messages in conversations() if [message["role"] for message in messages[:2]] in begins]
+    tokenizer, ours = encoded_conversations(loaded, plain, rows)
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows]
+    tokenizer.chat_template = marked
+    compared = 0
+    for messages, text, answers in zip(rows, texts, ours, strict=True):
+        if text != tokenizer.apply_chat_template(messages, tokenize=False):
+            continue  # in TRL's templates of some families earlier turns keep their reasoning
+        theirs = collect_labelled_texts(tokenizer, mask_by_template(tokenizer, messages)[1])
+        prefixes = {their.removesuffix(our) for our, their in zip(answers, theirs, strict=True)}
+        assert prefixes <= {"", "<｜Assistant｜>", "<|start|>assistant", "<think></think>", "<think>\n"}, prefixes
+        compared += 1
+    assert compared >= 8
+
+
+def test_conversational_completion_is_labelled_alone(loaded: Any, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "old"},
+                {"role": "user", "content": "go"},
+            ],
+            "completion": [{"role": "assistant", "content": "new"}],
+        }
+        for text in generate_sentences(80)
+    ]
+    data = encode_rows(loaded, rows, tmp_path)
+    assert {labelled_text(loaded, item) for item in data.splits["train"]} == {"new<|im_end|>\n"}
+
+
+def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) -> None:
+    rows = [{"text": text * 4} for text in generate_sentences(80)]
+    data = encode_rows(loaded, rows, tmp_path, seq_len=16)
+    summary = data.summary.splits["train"]
+    assert summary.truncated > 0
+    assert all(item.length <= 16 for split in data.splits.values() for item in split)
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "message"),
+    [
+        (lambda text: {"prompt": text * 8, "completion": "x"}, "", "no labels left after tokenising"),
+        (lambda text: {"prompt": text, "completion": ""}, "", "no labels left"),
+        (lambda text: {"messages": [{"role": "assistant", "content": text}]}, None, "no chat template"),
+    ],
+    ids=["labels beyond the limit", "empty", "no template"],
+)
+def test_rows_without_a_label_are_refused(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Any, template: str | None, message: str
+) -> None:
+    if template is None:
+        monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
+    with pytest.raises(DataError, match=message):
+        encode_rows(loaded, [row(text) for text in generate_sentences(80)], tmp_path, seq_len=8)

@@ -1,0 +1,160 @@
+"""Generation in batches with left padding and a key-value cache equals generation of single prompts without a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rightrank.schema.errors import DataError
+from rightrank.schema.trials import Arm
+from rightrank.training import generation
+from rightrank.training.generation import build_prompts, generate_answers
+from rightrank.training.multi_lora import MultiLora
+from rightrank.training.runtime import Runtime
+from rightrank.training.tokens import Chat
+from tests.helpers import make_runtime
+from tests.tiny import build_small_settings, generate_sentences, make_tokenizer, write_jsonl
+from tests.training.chat_templates import PLAIN, REWRITING
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def runtime(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    settings = build_small_settings(metric="f1", max_new_tokens=NEW, eval_batch_size=5, max_eval_examples=16)
+    return make_runtime(model_folder, completion_file, settings, tmp_path_factory.mktemp("answers"))
+
+
+def generate_greedily(runtime: Runtime, prompt: str) -> str:
+    """Generate token by token over the complete text: no batch, no padding, no cache."""
+    tokenizer: Any = runtime.loaded.tokenizer
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    begin = len(ids)
+    with torch.no_grad(), runtime.disable_dropout():
+        for _ in range(NEW):
+            token = int(runtime.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            ids.append(token)
+            if token == tokenizer.eos_token_id:
+                break
+    text: str = tokenizer.decode(ids[begin:], skip_special_tokens=True)
+    return text
+
+
+def perturb(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None:
+    answers = generate_answers(runtime, "validation")
+    assert len(answers) == len(runtime.data.splits["validation"])
+    assert len({len(answer.prompt) for answer in answers}) > 3
+    assert len({answer.completion for answer in answers}) > 1
+    for answer in answers:
+        assert answer.completion == generate_greedily(runtime, answer.prompt)
+
+
+def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> None:
+    arms = [Arm(rank=r, learning_rate=1e-3, lora_alpha=32, seed=0, steps=1) for r in (2, 4)]
+    plain = [answer.completion for answer in generate_answers(runtime, "validation")]
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+        for number, arm in enumerate(arms):
+            perturb(multi_lora.add(f"arm{number}", arm, runtime.make_config(arm)), number)
+        batched = []
+        for number in range(2):
+            with multi_lora.route_alone(f"arm{number}"):
+                batched.append([answer.completion for answer in generate_answers(runtime, "validation")])
+    assert batched[0] != batched[1]
+    assert plain not in batched
+    for number, arm in enumerate(arms):
+        with MultiLora(runtime.model, runtime.settings) as multi_lora:
+            perturb(multi_lora.add("only", arm, runtime.make_config(arm)), number)
+            with multi_lora.route_alone("only"):
+                assert [answer.completion for answer in generate_answers(runtime, "validation")] == batched[number]
+    assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
+
+
+def test_checkpointing_does_not_keep_the_cache_away(runtime: Runtime) -> None:
+    plain = [answer.completion for answer in generate_answers(runtime, "validation")]
+    recomputed = runtime.settings.model_copy(update={"gradient_checkpointing": True})
+    plain_settings, runtime.settings = runtime.settings, recomputed
+    try:
+        with runtime.use_gradient_checkpointing():
+            assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
+    finally:
+        runtime.settings = plain_settings
+
+
+def test_out_of_memory_halves_the_batch_of_prompts(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = generate_answers(runtime, "validation")
+    sizes: list[int] = []
+    generate_batch = generation._generate_batch
+
+    def small(runtime: Runtime, token_ids: list[list[int]], config: Any) -> list[str]:
+        sizes.append(len(token_ids))
+        if len(token_ids) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate_batch(runtime, token_ids, config)
+
+    monkeypatch.setattr(generation, "_generate_batch", small)
+    assert generate_answers(runtime, "validation") == plain
+    assert sizes[:2] == [5, 2]
+    assert set(sizes[1:]) <= {1, 2}
+
+
+def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_path: Path) -> None:
+    talks = [
+        [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "one"},
+            {"role": "user", "content": "and"},
+            {"role": "assistant", "content": f"two {number}"},
+        ]
+        for number, text in enumerate(generate_sentences(80))
+    ]
+    talks += [[{"role": "assistant", "content": f"first {number}"}] for number in range(40)]
+    data = write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
+    settings = build_small_settings(metric="f1", seq_len=120, max_new_tokens=2)
+    runtime = make_runtime(model_folder, data, settings, tmp_path / "cache")
+    assert build_prompts(runtime, "validation")
+    for prompt in build_prompts(runtime, "validation"):
+        if prompt.expected.startswith("first "):  # no turn precedes it
+            assert prompt.text == "<|im_start|>assistant\n"
+            continue
+        assert prompt.expected.startswith("two ")
+        assert prompt.text.endswith("<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n")
+        assert prompt.end == "<|im_end|>\n"
+    config = generation._make_generation_config(runtime, build_prompts(runtime, "validation"))
+    assert runtime.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") in config.eos_token_id
+    assert all(answer.expected.startswith(("two ", "first ")) for answer in generate_answers(runtime, "validation"))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "end"),
+    [
+        ("qwen 3", "say 2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>\n"),
+        ("nemotron 3", "say 2<|im_end|>\n<|im_start|>assistant\n<think></think>", "<|im_end|>\n"),
+        ("deepseek r1", "say 2<|Assistant|>", "<|end of sentence|>"),
+        ("gpt-oss", "say 2<|end|><|start|>assistant<|channel|>final<|message|>", "<|return|>"),
+    ],
+)
+@pytest.mark.parametrize("answer", ["two", "e"])
+def test_a_prompt_is_what_precedes_the_answer_in_training(name: str, header: str, end: str, answer: str) -> None:
+    """Check that the prompt includes the text that the template writes before every answer, so that the model writes the answer alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = REWRITING[name][0]
+    prompt, suffix = Chat(tokenizer).split_around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])
+    assert prompt.endswith(header)
+    assert suffix == end
+
+
+def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in generate_sentences(120)])
+    runtime = make_runtime(model_folder, data, build_small_settings(), tmp_path / "cache")
+    with pytest.raises(DataError, match=r"has no prompt"):
+        build_prompts(runtime, "validation")

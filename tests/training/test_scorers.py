@@ -1,0 +1,90 @@
+"""Test user functions that score: their arguments, the values that they may return, and how invalid values are reported."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from rightrank.schema.errors import MetricError, SettingsError
+from rightrank.schema.metrics import parse_metrics
+from rightrank.schema.settings import SelectSettings
+from rightrank.training.generation import ModelAnswer
+from rightrank.training.metrics import MetricScore, require_metric_functions, score_answers
+
+pytestmark = pytest.mark.trains
+
+NASTY = ["$(touch owned)", "`touch owned`", "; touch owned", "a\nb\u2028c", "'\"\\", "", "{file}", "-n"]
+ANSWERS = [ModelAnswer(str(n), text, text, "expected") for n, text in enumerate(NASTY)]
+
+
+@pytest.fixture(autouse=True)
+def work_in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+FUNCTIONS = """
+def by_item(completions, expected):
+    print("noise on stdout")
+    return [float(len(text)) for text in completions]
+
+def whole(prompts, completions, expected, **others):
+    return sum(len(text) for text in completions)
+
+def wrong_count(completions):
+    return [1.0]
+
+def raises(completions):
+    raise ValueError("not\\ntoday")
+
+def nothing(completions):
+    return None
+
+def greedy(completions, temperature):
+    return 1.0
+
+A_NUMBER = 3
+"""
+
+
+def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("scores_of_mine.py").write_text(FUNCTIONS)
+    lengths = [float(len(text)) for text in NASTY]
+    assert score_answers(*parse_metrics("scores_of_mine:by_item"), ANSWERS) == MetricScore(sum(lengths) / 8, lengths)
+    assert score_answers(*parse_metrics("scores_of_mine.py:whole"), ANSWERS) == MetricScore(sum(lengths), None)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("wrong_count", "1 scores for 8 examples"),
+        ("raises", "raised ValueError: not today"),
+        ("nothing", "the function returned None"),
+        ("greedy", "missing 1 required positional argument: 'temperature'"),
+    ],
+)
+def test_a_bad_function_is_one_line_and_its_traceback_is_logged(
+    function: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("mine.py").write_text(FUNCTIONS)
+    with caplog.at_level(logging.DEBUG, "rightrank"), pytest.raises(MetricError) as caught:
+        score_answers(*parse_metrics(f"mine.py:{function}"), ANSWERS)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    tracebacks = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert tracebacks == ([caught.value.__cause__] if "raised" in message or "missing" in message else [])
+
+
+def test_an_invalid_function_is_refused_before_the_start() -> None:
+    Path("mine.py").write_text(FUNCTIONS)
+    Path("broken.py").write_text("import json\n1 / 0\n")
+    for reference, message in (
+        ("mine.py:A_NUMBER", "no function"),
+        ("absent.py:f", "No such file"),
+        ("broken.py:f", "ZeroDivisionError"),
+        ("nowhere_at_all:f", "No module named"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            require_metric_functions(SelectSettings(metrics=(f"max:{reference}",)))

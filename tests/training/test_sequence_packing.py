@@ -1,0 +1,216 @@
+"""Sequence packing gives the losses and gradients of padded batches, attention is computed in float32, and the batch order is fair."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rightrank.schema.trials import Arm
+from rightrank.training import batches as sequence_packing
+from rightrank.training.batches import FUSED_ATTENTION, plan_batches, use_float32_attention
+from rightrank.training.multi_lora import ArmBatch, MultiLora
+from rightrank.training.runtime import Runtime
+from tests.helpers import make_runtime
+from tests.tiny import build_small_settings, make_tokenizer
+from tests.training.architectures import SIZES, make_model_runtime
+
+ARMS = [
+    Arm(rank=rank, learning_rate=1e-2, lora_alpha=8.0, seed=seed, steps=4) for rank, seed in ((1, 0), (4, 1), (4, 2))
+]
+
+
+@contextmanager
+def add_random_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, dict[str, dict[str, Any]]]]:
+    """Add arms with nonzero B, so that every tensor has a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+        named = {
+            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.make_config(arm)) for number, arm in enumerate(arms)
+        }
+        for parameters in named.values():
+            for parameter in parameters.values():
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        yield multi_lora, named
+
+
+def compute_gradients(
+    runtime: Runtime, multi_lora: MultiLora, arm_batches: list[ArmBatch], parameters: dict[str, Any]
+) -> tuple[Any, list[torch.Tensor]]:
+    """Return the example losses of every arm, and the gradients of one."""
+    losses = runtime.accumulate_gradients(multi_lora, arm_batches)
+    gradients = [parameter.grad.clone() for parameter in parameters.values()]
+    multi_lora.peft_model.zero_grad(set_to_none=True)
+    return losses, gradients
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layers_to_transform": (2,)}, {"gradient_checkpointing": True}],
+    ids=["plain", "prefix", "checkpointing"],
+)
+def test_packed_sequences_have_the_losses_and_gradients_of_padded_ones(
+    model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(**changes), tmp_path / "cache")
+    assert runtime.fast_paths.sequence_packing
+    with add_random_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.use_gradient_checkpointing():
+        batch = runtime.make_batch("train", range(7))
+        assert len(set(batch.attention_mask.sum(1).tolist())) > 1
+        arm_batches = [ArmBatch("a0", batch, 0.1, None)]
+        ours, gradients = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
+        runtime.fast_paths.sequence_packing = False
+        theirs, expected = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
+def test_attention_of_all_examples_in_one_call_is_that_of_each_alone(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the variant for devices on which calls are expensive."""
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path / "cache")
+    with add_random_arms(runtime, ARMS[1:2]) as (multi_lora, named):
+        arm_batches = [ArmBatch("a0", runtime.make_batch("train", range(7)), 0.1, None)]
+        theirs, expected = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
+        monkeypatch.setattr(sequence_packing, "PER_EXAMPLE_DEVICES", ())
+        ours, gradients = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
+    assert not torch.equal(ours[0], theirs[0])  # another order of sums
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
+def test_nothing_passes_from_example_to_example(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path / "cache")
+    first = runtime.make_batch("train", [0, 1, 2])
+    with torch.no_grad():
+        packed_losses = runtime.compute_losses("train", first, 1.0).example_losses
+        for neighbour in (3, 4):  # another example of another length, another position
+            changed = runtime.compute_losses(
+                "train", runtime.make_batch("train", [neighbour, 1, 2]), 1.0
+            ).example_losses
+            assert torch.equal(changed[1:], packed_losses[1:])
+            assert changed[0] != packed_losses[0]
+        moved = runtime.compute_losses("train", runtime.make_batch("train", [2, 0, 1]), 1.0).example_losses
+    assert torch.equal(moved, packed_losses[[2, 0, 1]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_arm_in_a_shared_pass_computes_what_it_computes_alone(
+    model_folder: Path, completion_file: Path, tmp_path: Path, dtype: str
+) -> None:
+    """Share the pass with arms of other ranks on other examples, and compare bits."""
+    bound = 1e-6 if dtype == "float32" else 1e-3
+    runtime = make_runtime(
+        model_folder, completion_file, build_small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
+    )
+    with add_random_arms(runtime, ARMS) as (multi_lora, named):
+        batches = [runtime.make_batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
+        arm_batches = [ArmBatch(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
+        for number, arm_batch in enumerate(arm_batches):
+            shared_losses, shared_gradients = compute_gradients(
+                runtime, multi_lora, arm_batches, named[arm_batch.adapter]
+            )
+            alone, expected = compute_gradients(runtime, multi_lora, [arm_batch], named[arm_batch.adapter])
+            assert torch.allclose(shared_losses[number], alone[0], rtol=bound)
+            for gradient, reference in zip(shared_gradients, expected, strict=True):
+                assert float((gradient - reference).norm()) <= bound * float(reference.norm())
+
+
+@pytest.mark.parametrize(("window", "joins"), [(None, True), (64, True), (8, False)])
+def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
+    completion_file: Path, tmp_path: Path, window: int | None, joins: bool
+) -> None:
+    tokenizer = make_tokenizer()
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), sliding_window=window, **SIZES))
+    assert make_model_runtime(model, tokenizer, completion_file, tmp_path).fast_paths.sequence_packing is joins
+
+
+def test_products_are_in_float32_and_the_table_is_as_before(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    original = ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION]
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(dtype="bfloat16"), tmp_path)
+    assert runtime.fast_paths.float32_attention
+    batch = runtime.make_batch("validation", range(6))
+    dtypes: list[torch.dtype] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(query: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        dtypes.append(query.dtype)
+        return real(query, *args, **options)  # type: ignore[arg-type]
+
+    torch.nn.functional.scaled_dot_product_attention = noting
+    try:
+        with torch.no_grad():
+            ours = runtime.compute_losses("validation", batch, 1.0).example_losses
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = real
+    assert set(dtypes) == {torch.float32}
+    assert ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION] is original
+    with torch.no_grad():
+        plain = runtime.objective(runtime.model, batch, 1.0).example_losses
+        with use_float32_attention():
+            widened = runtime.objective(runtime.model, batch, 1.0).example_losses
+    assert torch.equal(ours, widened)
+    assert torch.allclose(ours, plain, rtol=3e-2)
+
+
+LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
+SIGMAS = 4.5  # of a standard error, about one chance in 150,000
+
+
+def test_every_example_is_seen_once_per_pass() -> None:
+    plan = plan_batches(500, 10, 100, seed=1)  # two passes
+    for begin in (0, 50):
+        indices = [index for batch in plan[begin : begin + 50] for index in batch]
+        assert sorted(indices) == list(range(500))
+
+
+def test_a_pass_that_fills_no_batch_goes_on_in_the_next() -> None:
+    plan = plan_batches(5, 4, 5, seed=0)
+    counts = Counter(index for batch in plan for index in batch)
+    assert set(map(len, plan)) == {4}
+    assert counts == dict.fromkeys(range(5), 4)
+
+
+def test_the_seed_fixes_the_order() -> None:
+    assert plan_batches(500, 8, 50, 3) == plan_batches(500, 8, 50, 3)
+    assert plan_batches(500, 8, 50, 3) != plan_batches(500, 8, 50, 4)
+
+
+def test_a_shorter_training_is_a_prefix_of_a_longer_one() -> None:
+    assert plan_batches(500, 8, 120, 5)[:40] == plan_batches(500, 8, 40, 5)
+
+
+def collect_lengths(seeds: int, steps: int) -> np.ndarray:
+    """Return the lengths of the examples as [seeds, steps, 8]."""
+    return np.array([LENGTHS[plan_batches(500, 8, steps, seed)] for seed in range(seeds)])
+
+
+def test_length_does_not_decide_when_an_example_is_seen() -> None:
+    """Check that over many seeds the mean length at each step is that of the data: there is no curriculum by length."""
+    by_step = collect_lengths(300, 32).mean(axis=2)
+    standard_error = by_step.std(axis=0) / np.sqrt(len(by_step))
+    assert np.all(np.abs(by_step.mean(axis=0) - LENGTHS.mean()) < SIGMAS * standard_error)
+
+
+def test_length_does_not_decide_the_other_examples_of_a_batch() -> None:
+    """Check that batches do not group examples by length.
+
+    A step's loss is a mean over its labels. With batches of similar length, a label of a short example would weigh more
+    than with batches drawn at random.
+    """
+    means = collect_lengths(60, 62).mean(axis=2).reshape(-1)
+    expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)  # of a sample without replacement
+    assert abs(means.var() / expected - 1) < SIGMAS * np.sqrt(2 / len(means))

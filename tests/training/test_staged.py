@@ -1,0 +1,116 @@
+"""Trainings in stages, and adapters truncated to a lower rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.schema.events import Listener
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.training.loop import run_trial
+from rightrank.training.runtime import attach_adapter
+from rightrank.training.trial import TrialFolders
+from tests.helpers import make_runtime
+from tests.tiny import build_small_settings
+
+ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
+
+
+def run(runtime: object, name: str, arm: Arm, tmp: Path, **parents: Path) -> TrialFinished:
+    folders = TrialFolders(tmp / f"{name}.safetensors", tmp / name, **parents)
+    outcome = run_trial(runtime, Trial(trial_id=name, arm=arm), None, folders, Listener())  # type: ignore[arg-type]
+    assert isinstance(outcome, TrialFinished)
+    return outcome
+
+
+@pytest.fixture
+def runtime(model_folder: Path, completion_file: Path, tmp_path: Path) -> object:
+    return make_runtime(model_folder, completion_file, build_small_settings(num_evaluations=4), tmp_path / "cache")
+
+
+def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
+    full_training = run(runtime, "whole", ARM, tmp_path)
+    first = run(runtime, "first", ARM.model_copy(update={"stop_at": 3}), tmp_path)
+    assert not (tmp_path / "first").exists()  # a part of a training leaves no adapter
+    second_arm = ARM.model_copy(update={"continue_from": "first"})
+    second = run(runtime, "second", second_arm, tmp_path, continue_from=tmp_path / "first.safetensors")
+    assert second.value == pytest.approx(full_training.value, rel=1e-6)
+    assert [point.step for point in second.points] == [point.step for point in full_training.points]
+    assert first.value != pytest.approx(full_training.value, rel=1e-4)
+
+
+def test_looks_score_the_first_examples_and_the_end_scores_all(
+    runtime: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rightrank.training.trial.EVAL_SUBSET_SIZE", 5)
+    full_training = run(runtime, "whole", ARM, tmp_path)
+    assert len(full_training.example_losses) == 12
+    assert full_training.value == pytest.approx(sum(full_training.example_losses) / sum(full_training.example_tokens))
+    first = sum(full_training.example_losses[:5]) / sum(full_training.example_tokens[:5])
+    assert full_training.points[-1].value == pytest.approx(
+        first
+    )  # the last point is of the same examples as those before
+    look = run(runtime, "look", ARM.model_copy(update={"stop_at": 4}), tmp_path)
+    assert look.example_tokens == full_training.example_tokens[:5]
+    assert look.value == pytest.approx(full_training.points[1].value, rel=1e-6)
+
+
+def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
+    full_training = run(runtime, "whole", ARM, tmp_path)
+    arm = ARM.model_copy(update={"continue_from": "gone"})
+    again = run(runtime, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
+    assert again.value == full_training.value
+
+
+def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:
+    full_training = run(runtime, "whole", ARM, tmp_path)
+    cut = {
+        rank: run(
+            runtime,
+            f"cut{rank}",
+            ARM.model_copy(update={"rank": rank, "steps": 0, "truncate_from": "whole"}),
+            tmp_path,
+            truncate_from=tmp_path / "whole",
+        )
+        for rank in (4, 1)
+    }
+    assert cut[4].value == pytest.approx(full_training.value, abs=1e-5)
+    assert cut[1].value != pytest.approx(full_training.value, abs=1e-5)
+    assert cut[1].trainable_parameters < cut[4].trainable_parameters
+
+
+def test_a_truncation_gathers_moments_once_and_uses_them(runtime: object, tmp_path: Path) -> None:
+    run(runtime, "whole", ARM, tmp_path)
+    arm = ARM.model_copy(update={"rank": 1, "steps": 0, "truncate_from": "whole"})
+    parents = {"truncate_from": tmp_path / "whole", "moments": tmp_path / "whole.moments.safetensors"}
+    first = run(runtime, "first", arm, tmp_path, **parents)
+    gathered = parents["moments"].read_bytes()
+    again = run(runtime, "again", arm, tmp_path, **parents)
+    plain = run(runtime, "plain", arm, tmp_path, truncate_from=tmp_path / "whole")
+    assert parents["moments"].read_bytes() == gathered
+    assert again.value == first.value
+    assert first.value != pytest.approx(plain.value, abs=1e-7)
+
+
+def test_a_low_rank_is_shared_out_over_the_modules(runtime: object, tmp_path: Path) -> None:
+    """Check ranks per module up to the rank that a server reserves, with no more parameters; PEFT reads them."""
+    arm = ARM.model_copy(update={"rank": 16, "learning_rate": 3e-2})
+    run(runtime, "whole", arm, tmp_path)
+    parents = {"truncate_from": tmp_path / "whole", "moments": tmp_path / "whole.moments.safetensors"}
+    lower = arm.model_copy(update={"rank": 2, "steps": 0, "truncate_from": "whole"})
+    shared = run(runtime, "shared", lower, tmp_path, **parents)
+    uniform = run(runtime, "uniform", lower, tmp_path, truncate_from=tmp_path / "whole")
+    assert shared.trainable_parameters <= uniform.trainable_parameters
+    config = json.loads((tmp_path / "shared" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    assert 2 < max(config["rank_pattern"].values()) <= 8
+    assert not json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())["rank_pattern"]
+    modules = open_adapter(tmp_path / "shared").modules
+    assert len({module.rank for module in modules}) > 1
+    assert [module.scaling for module in modules] == pytest.approx([config["lora_alpha"] / 2] * len(modules), rel=1e-12)
+    with attach_adapter(runtime, tmp_path / "shared"):  # type: ignore[arg-type]
+        scores = runtime.evaluate("validation")  # type: ignore[attr-defined]
+    assert scores.losses == pytest.approx(shared.example_losses, rel=1e-4)
