@@ -32,7 +32,7 @@ from urllib.request import urlopen
 from tests.watch import GENEROUS_SECONDS
 
 Fetch = Callable[[str], str]
-OURS = Path(__file__).parents[3] / "benchmarks" / "selection"
+OURS = Path(__file__).parents[2] / "benchmarks" / "selection"
 csv.field_size_limit(1 << 27)
 
 

@@ -16,7 +16,7 @@ from rightrank.atlas.counts import RANKS, classify_metric, load_atlas, parse_mod
 from rightrank.cli import cli
 from rightrank.schema.errors import SettingsError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 AT_ONCE = """
 import sys, time
 sys.path[:0] = [sys.argv[1] + "/src"]
