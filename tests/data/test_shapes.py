@@ -9,10 +9,13 @@ from typing import Any
 
 import pandas
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rightrank.data.forms import build_example
+from rightrank.data.forms import MEDIA_COLUMNS, build_example
 from rightrank.data.rows import Row
 from rightrank.data.splits import DataSplits, load_data
+from rightrank.report.terminal import describe_data_issues
 from rightrank.schema.errors import DataError
 from rightrank.schema.settings import SelectSettings, select_identity_settings
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
@@ -131,6 +134,49 @@ def test_every_row_is_counted(tmp_path: Path) -> None:
 def test_wrong_columns_are_named(tmp_path: Path, columns: tuple[str, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_rows(tmp_path, [{"question": "a", "answer": "b"}], columns=columns)
+
+
+CHAT_ROWS = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]} for text in TEXTS]
+
+
+@given(
+    column=st.sampled_from(["system", "context", "prompt", "text", "id", "conversations"]),
+    value=st.sampled_from(["a text", 3, 0, False, ["a"], {"a": None}]),
+    position=st.integers(0, len(CHAT_ROWS) - 1),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_conversation_loses_no_column_in_silence(column: str, value: Any, position: int) -> None:
+    rows = [*CHAT_ROWS]
+    rows[position] = rows[position] | {column: value}
+    with pytest.raises(DataError, match=rf"row {position + 1}: .*`{column}`.*--set columns=ignore={column}$"):
+        load_data(rows, build_small_settings())
+    empty = [row | {column: None} for row in CHAT_ROWS]
+    for allowed, columns in ((rows, {"ignore": [column]}), (rows, [f"ignore={column}", "ignore=other"]), (empty, ())):
+        splits = load_data(allowed, build_small_settings(columns=columns))
+        assert splits.fingerprint == load_data(CHAT_ROWS, build_small_settings()).fingerprint
+
+
+def test_columns_of_other_rows_that_are_not_used_are_named() -> None:
+    rows = [{"instruction": text, "context": "c", "response": "r", "category": "q"} for text in TEXTS]
+    assert "columns not used: context, category" in describe_data_issues(
+        load_data(rows, build_small_settings()).summary
+    )
+
+
+@given(
+    column=st.sampled_from(MEDIA_COLUMNS),
+    position=st.integers(0, len(TEXTS) - 1),
+    split=st.sampled_from(["train", "validation", None]),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_picture_in_any_row_is_refused(column: str, position: int, split: str | None) -> None:
+    rows: list[dict[str, Any]] = [{"text": text, column: None} for text in TEXTS]
+    plain: Any = [{"text": text} for text in generate_sentences(20, seed=3)]
+    rows[position] = rows[position] | {column: b"pixels"}
+    data: Any = rows if split is None else {"train": plain, "validation": plain} | {split: rows}
+    with pytest.raises(DataError, match=rf"row {position + 1}: the column `{column}`: only text is read here"):
+        load_data(data, build_small_settings())
+    assert load_data(data, build_small_settings(columns=f"ignore={column}")).summary.rows >= len(TEXTS)
 
 
 def test_columns_as_python_gives_them() -> None:

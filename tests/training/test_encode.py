@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +17,7 @@ from rightrank.data.splits import load_data
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import DataError
 from rightrank.training.tokens import encode_splits
-from tests.tiny import ON_CPU, build_small_settings, generate_sentences, make_tokenizer, write_jsonl
+from tests.tiny import CHAT_TEMPLATE, ON_CPU, build_small_settings, generate_sentences, make_tokenizer, write_jsonl
 from tests.training.chat_templates import MARKED, OTHERWISE, PLAIN, REASONED, REWRITING, trl_templates
 
 
@@ -174,6 +176,56 @@ def test_conversational_completion_is_labelled_alone(loaded: Any, tmp_path: Path
     ]
     data = encode_rows(loaded, rows, tmp_path)
     assert {labelled_text(loaded, item) for item in data.splits["train"]} == {"new<|im_end|>\n"}
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["a"]}}}
+WITH_TOOLS = "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>\n{% endif %}" + CHAT_TEMPLATE
+WITH_DOCUMENTS = "{% for d in documents %}{{ d.title }}: {{ d.text }}\n{% endfor %}" + CHAT_TEMPLATE
+
+
+def make_chat_row(form: str, number: int) -> dict[str, Any]:
+    question, answer, other = (
+        [{"role": role, "content": f"{content} {number}"}]
+        for role, content in (("user", "add"), ("assistant", "yes"), ("assistant", "no"))
+    )
+    return {
+        "messages": {"messages": [*question, *answer]},
+        "completion": {"prompt": question, "completion": answer},
+        "preference": {"prompt": question, "chosen": answer, "rejected": other},
+        "conversations": {
+            "conversations": [{"from": "human", "value": f"add {number}"}, {"from": "gpt", "value": "yes"}]
+        },
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["messages", "completion", "preference", "conversations"])
+@pytest.mark.parametrize(
+    ("template", "inputs", "cell"),
+    [
+        (WITH_TOOLS, {"tools": [TOOL]}, [TOOL]),
+        (WITH_TOOLS, {"tools": [TOOL]}, json.dumps([TOOL])),
+        (WITH_TOOLS, {"tools": [TOOL]}, [TOOL | {"strict": None}]),  # as Arrow reads mappings with different keys
+        (WITH_DOCUMENTS, {"documents": [{"title": "t", "text": "x"}]}, [{"title": "t", "text": "x"}]),
+    ],
+)
+def test_the_chat_template_receives_tools_and_documents(
+    loaded: Any, form: str, template: str, inputs: dict[str, Any], cell: Any
+) -> None:
+    tokenizer, (column,) = make_tokenizer(), inputs
+    base, settings = replace(loaded, tokenizer=tokenizer), build_small_settings(seq_len=1000)
+    rows = [make_chat_row(form, number) | {column: cell} for number in range(60)]
+    tokenizer.chat_template = template
+    turn = {"role": "user", "content": ""}
+    beginning = tokenizer.apply_chat_template([turn], tokenize=False, **inputs).removesuffix("<|im_end|>\n")
+    data = encode_splits(load_data(rows, settings), base, settings)
+    for item in data.splits["train"]:
+        assert tokenizer.decode(item.input_ids).startswith(beginning)
+        assert re.sub(r"[ 0-9]|<\|im_end\|>\n", "", labelled_text(loaded, item)) in ("yes", "yesno")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with pytest.raises(DataError, match=f"the chat template does not use the column `{column}`.*ignore={column}"):
+        encode_splits(load_data(rows, settings), base, settings)
+    ignoring = build_small_settings(seq_len=1000, columns={"ignore": [column]})
+    assert encode_splits(load_data(rows, ignoring), base, ignoring).splits["train"]
 
 
 def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) -> None:

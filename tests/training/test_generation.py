@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from rightrank.data.forms import Example
 from rightrank.schema.errors import DataError
 from rightrank.schema.trials import Arm
 from rightrank.training import generation
@@ -151,6 +152,13 @@ def test_a_prompt_is_what_precedes_the_answer_in_training(name: str, header: str
     prompt, suffix = Chat(tokenizer).split_around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])
     assert prompt.endswith(header)
     assert suffix == end
+
+
+def test_a_prompt_has_the_tools_of_its_row(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + runtime.loaded.tokenizer.chat_template
+    monkeypatch.setattr(runtime.loaded.tokenizer, "chat_template", template)
+    example = Example("1", {"messages": PLAIN, "tools": [{"name": "add"}]}, "row 1")
+    assert generation._build_prompt(runtime, example).text.startswith('[{"name": "add"}]<|im_start|>')
 
 
 def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:

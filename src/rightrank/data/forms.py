@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, Literal, TypeAlias
 
+from rightrank.data.files import UnreadableError, parse_json
 from rightrank.data.rows import Row, RowsBySplit
 from rightrank.schema.errors import DataError, suggest_name
 
@@ -41,6 +43,7 @@ MEDIA_COLUMNS = (
     "pixel_values",
 )  # not read; without them rows would be scored as text
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+TEMPLATE_COLUMNS = ("tools", "documents")  # of a chat row: passed to the chat template under these names
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ALPACA_TEMPLATE = (
     "Below is an instruction that describes a task{input_clause}. Write a response that appropriately completes the request.\n\n"
@@ -55,48 +58,107 @@ class Shape:
 
     name: str  # "alpaca", "sharegpt", or the renamed columns; used in reports
     convert: RowConversion
+    columns: tuple[str, ...]  # the columns of the file that it reads
     renamed: Mapping[str, str] = field(default_factory=dict)  # column of the form → its name in the file
 
     def __call__(self, row: Row) -> Row:
         return Row(self.convert(row), row.origin)
 
 
-def detect_form(
-    rows: RowsBySplit, name: str, column_settings: Sequence[str]
-) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The form of the data, and how its rows have that form."""
+
+    form: DataForm
+    columns: tuple[str, ...]  # of the form
+    shape: Shape | None  # None: the rows have the columns of the form
+    unused_columns: tuple[str, ...]  # of the first row
+
+
+def detect_form(rows: RowsBySplit, name: str, column_settings: Sequence[str]) -> tuple[Layout, RowsBySplit]:
     """Detect the form of the first row.
 
     Returns:
-        `(form, its columns, shape of the rows, all rows converted to these columns)`.
+        `(layout, all rows converted to the columns of the form)`. While it is iterated, a row raises a `DataError` if it has a picture,
+        sound or video, or if it is a conversation with a column that is neither used nor ignored.
     """
+    ignored = {entry.removeprefix("ignore=") for entry in column_settings if entry.startswith("ignore=")}
+    group = next((entry.removeprefix("group=") for entry in column_settings if entry.startswith("group=")), "group")
+    renaming = [entry for entry in column_settings if not entry.startswith(("ignore=", "group="))]
     first: Row | None = None
     restored: RowsBySplit = {}
     for split, in_split in rows.items():
-        row = next(in_split, None) if first is None else None
-        restored[split] = in_split if row is None else chain([row], in_split)
+        selected = map(partial(_drop_columns, ignored), in_split) if ignored else in_split
+        row = next(selected, None) if first is None else None
+        restored[split] = selected if row is None else chain([row], selected)
         first = first or row
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
-    media = next((column for column in MEDIA_COLUMNS if first.fields.get(column)), None)
-    if media is not None:
-        raise DataError(
-            f"{first.origin}: the column `{media}`: only text is read here; add SmallestAdapter(trainer) to the trainer that reads it, or score "
-            "adapters by your own function (select_rank_with), or leave the column out"
-        )
+    _require_text_columns(first)
     form_columns = {column for _, columns in FORMS for column in columns} | {"group"}
-    shape = _detect_shape(first, [entry for entry in column_settings if not entry.startswith("group=")], form_columns)
+    shape = _detect_shape(first, renaming, form_columns)
     first_converted = first if shape is None else shape(first)
-    if shape is not None:
-        restored = {split: map(shape, in_split) for split, in_split in restored.items()}
+    form, columns = _match_form(first, first_converted)
+    used = {*columns, *(shape.columns if shape is not None else ()), group, "group"}
+    checked: RowsBySplit = {
+        split: map(partial(_convert_row, shape, columns, used), in_split) for split, in_split in restored.items()
+    }
+    unused_columns = tuple(column for column in first.fields if column not in used)
+    return Layout(form, columns, shape, () if _is_chat(first_converted, columns) else unused_columns), checked
+
+
+def _drop_columns(ignored: Collection[str], row: Row) -> Row:
+    return Row({name: value for name, value in row.fields.items() if name not in ignored}, row.origin)
+
+
+def _match_form(first: Row, first_converted: Row) -> tuple[DataForm, tuple[str, ...]]:
+    """Return the first form whose columns all exist, with these columns."""
     for form, columns in FORMS:
         if all(column in first_converted.fields for column in columns):
-            return form, columns, shape, restored
+            return form, columns
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     column_names = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
         f"{first.origin}: the columns ({column_names}) fit no form; give {allowed}, or name your columns, such as "
         "--columns text=review,label=stars"
     )
+
+
+def _convert_row(shape: Shape | None, columns: Sequence[str], used: Collection[str], row: Row) -> Row:
+    """Convert a row, and refuse it if the conversion would lose content in silence."""
+    _require_text_columns(row)
+    converted = row if shape is None else shape(row)
+    if not _is_chat(converted, columns):
+        return converted
+    unused_columns = [
+        name
+        for name, value in row.fields.items()
+        if name not in used and name not in TEMPLATE_COLUMNS and not _is_empty(value)
+    ]
+    if unused_columns:
+        names = ", ".join(f"`{name}`" for name in unused_columns)
+        option = ",".join(f"ignore={name}" for name in unused_columns)
+        raise DataError(
+            f"{row.origin}: nothing uses the columns {names} of this conversation; leave them out, or ignore them: --set columns={option}"
+        )
+    return converted
+
+
+def _is_chat(row: Row, columns: Sequence[str]) -> bool:
+    return any(isinstance(row.fields.get(column), list) for column in columns)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
+
+
+def _require_text_columns(row: Row) -> None:
+    media = next((column for column in MEDIA_COLUMNS if not _is_empty(row.fields.get(column))), None)
+    if media is not None:
+        raise DataError(
+            f"{row.origin}: the column `{media}`: only text is read here; add SmallestAdapter(trainer) to the trainer that reads it, or score "
+            f"adapters by your own function (select_rank_with), or ignore the column: --set columns=ignore={media}"
+        )
 
 
 def _detect_shape(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape | None:
@@ -115,7 +177,12 @@ def _detect_shape(first: Row, columns: Sequence[str], form_columns: Collection[s
     further_shape = _match_shape(renaming.convert(first))
     if further_shape is None:
         return renaming
-    return Shape(renaming.name, lambda row: further_shape.convert(renaming(row)), renaming.renamed)
+    return Shape(
+        renaming.name,
+        lambda row: further_shape.convert(renaming(row)),
+        (*renaming.columns, *further_shape.columns),
+        renaming.renamed,
+    )
 
 
 def _parse_renaming(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape:
@@ -142,6 +209,7 @@ def _build_renaming_shape(names: Mapping[str, str]) -> Shape:
     return Shape(
         ", ".join(f"{column} → {name}" for name, column in names.items()),
         lambda row: {**row.fields, **{name: row.fields.get(column) for name, column in names.items()}},
+        tuple(names.values()),
         names,
     )
 
@@ -154,11 +222,13 @@ def _match_shape(fields: Mapping[str, Any]) -> Shape | None:
         return _build_renaming_shape({"prompt": prompt})
     conversation = next((name for name in CONVERSATION_COLUMNS if name in fields), None)
     if conversation is not None and (conversation != "messages" or _is_sharegpt(fields[conversation])):
-        return Shape("sharegpt", lambda row: {**row.fields, "messages": _convert_sharegpt(row, conversation)})
+        return Shape(
+            "sharegpt", lambda row: {**row.fields, "messages": _convert_sharegpt(row, conversation)}, (conversation,)
+        )
     if {"prompt", "completion"} <= fields.keys() or "messages" in fields or "text" in fields:
         return None
     if {"instruction", "output"} <= fields.keys():
-        return Shape("alpaca", _convert_alpaca)
+        return Shape("alpaca", _convert_alpaca, ("instruction", "input", "output"))
     pair = next((pair for pair in COMPLETION_COLUMNS if fields.keys() >= set(pair)), None)
     if pair is not None:
         names = zip(("prompt", "completion"), pair, strict=True)
@@ -226,10 +296,50 @@ def build_example(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example
         content["label"] = int(label)
     for column, value in content.items():
         _CHECKS[column](value, f"{row.origin}: `{column}`")
+    inputs = _read_template_inputs(row) if _is_chat(row, columns) else {}
     if form == "preference":
         content = _build_preference_pair(content, row.origin)
+    content |= inputs
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=to_json_value)
     return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.origin)
+
+
+def select_template_inputs(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the chat template receives in addition to the messages of an example."""
+    return {name: content[name] for name in TEMPLATE_COLUMNS if name in content}
+
+
+def _read_template_inputs(row: Row) -> dict[str, Any]:
+    """Read the columns that a chat template receives: lists of mappings, or such lists as JSON, as for TRL.
+
+    Raises:
+        DataError: a column has something else.
+    """
+    inputs: dict[str, Any] = {}
+    for name in TEMPLATE_COLUMNS:
+        value = row.fields.get(name)
+        if _is_empty(value):
+            continue
+        try:
+            value = parse_json(value) if isinstance(value, str) else value
+        except UnreadableError as error:
+            raise DataError(
+                f"{row.origin}: `{name}`: not JSON ({error}); give a list of mappings, or such a list as JSON"
+            ) from None
+        if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+            raise DataError(
+                f"{row.origin}: `{name}`: got {_describe_type(value)}; give a list of mappings, or such a list as JSON"
+            )
+        if value:
+            inputs[name] = _drop_missing_values(value)
+    return inputs
+
+
+def _drop_missing_values(value: Any) -> Any:
+    """Drop keys without a value at every depth: Arrow tables give all mappings of a list the same keys."""
+    if isinstance(value, Mapping):
+        return {name: _drop_missing_values(inner) for name, inner in value.items() if inner is not None}
+    return [_drop_missing_values(inner) for inner in value] if isinstance(value, list) else value
 
 
 def to_json_value(value: Any) -> Any:

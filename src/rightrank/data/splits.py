@@ -25,7 +25,7 @@ from rightrank.data.example_store import (
     hash_normalized_text,
 )
 from rightrank.data.files import is_encodable
-from rightrank.data.forms import DataForm, Example, build_example, detect_form
+from rightrank.data.forms import TEMPLATE_COLUMNS, DataForm, Example, Layout, build_example, detect_form
 from rightrank.data.groups import Grouping, detect_prompt_groups, number_groups
 from rightrank.data.rows import RowsBySplit, read_held_out_rows, read_rows
 from rightrank.schema.errors import DataError
@@ -92,9 +92,9 @@ def load_data(
     name = str(source) if isinstance(source, Path) else "the data"
     if settings.validation:
         rows = _add_validation(rows, Path(settings.validation), name)
-    form, columns, shape, rows = detect_form(rows, name, settings.columns)
+    layout, rows = detect_form(rows, name, settings.columns)
     by_prompt, rows = detect_prompt_groups(rows)
-    reader = _ExampleReader(form, columns, settings, by_prompt)
+    form, shape, reader = layout.form, layout.shape, _ExampleReader(layout, settings, by_prompt)
     train_examples = ExampleStore(reader.read_training_examples(rows), folder)
     examples: dict[SplitName, Sequence[Example]] = {"train": train_examples}
     limit = settings.compute_max_eval_examples(len(train_examples))
@@ -137,6 +137,7 @@ def load_data(
         not_evaluated=distinct - len(evaluated),
         shape=None if shape is None else shape.name,
         renamed={} if shape is None else dict(shape.renamed),
+        unused_columns=list(layout.unused_columns),
         equal_pairs=reader.equal_pairs,
         grouped_by=reader.grouping.grouped_by if any(grouped.values()) else None,
         groups_across_splits=int(find_members(groups, train_examples.numbers("group")).sum())
@@ -170,7 +171,7 @@ def load_held_out(
 class _ExampleReader:
     """A single pass over the rows. It yields training examples, and samples and counts the held-out ones."""
 
-    def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings, by_prompt: bool) -> None:
+    def __init__(self, layout: Layout, settings: SelectSettings, by_prompt: bool) -> None:
         self.held_out: dict[SplitName, HashSample] = {
             split: HashSample(settings.max_eval_examples or DEFAULT_MAX_EVAL_EXAMPLES) for split in HELD_OUT
         }
@@ -178,13 +179,14 @@ class _ExampleReader:
         self.unreadable = 0
         self.equal_pairs = 0
         self.grouping = Grouping(settings.group, by_prompt)
-        self._form, self._columns, self._settings = form, columns, settings
+        self._form, self._columns, self._settings = layout.form, layout.columns, settings
 
     def read_training_examples(self, rows: RowsBySplit) -> Iterator[Example]:
         """Yield the training examples. Held-out examples are added to the samples in `num_held_out`."""
         for split in (None, *SPLITS):
             for row in rows.get(split, ()):
-                if not all(map(is_encodable, _iterate_strings([row.fields.get(name) for name in self._columns]))):
+                cells = [row.fields.get(name) for name in (*self._columns, *TEMPLATE_COLUMNS)]
+                if not all(map(is_encodable, _iterate_strings(cells))):
                     self.unreadable += 1  # A lone surrogate cannot be encoded as UTF-8.
                     continue
                 example = build_example(row, self._form, self._columns)

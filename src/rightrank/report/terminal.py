@@ -158,4 +158,5 @@ def describe_data_issues(data: DataSummary) -> list[str]:
             "held-out examples differ from a training example only in white space or case, which favours high ranks",
         ),
     )
-    return [f"{count:,} {description}" for count, description in counts if count]
+    unused_columns = [f"columns not used: {', '.join(data.unused_columns)}"] if data.unused_columns else []
+    return [*(f"{count:,} {description}" for count, description in counts if count), *unused_columns]

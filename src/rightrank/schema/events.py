@@ -60,6 +60,7 @@ class DataSummary(Record):
     shape: str | None = None  # how rows of another shape were converted to the form, for the user
     # Columns of the form that have another name in the file → that name.
     renamed: dict[str, str] = Field(default_factory=dict)
+    unused_columns: list[str] = Field(default_factory=list)  # of the first row
     equal_pairs: BoundedInt = 0  # rows skipped because `chosen` and `rejected` are the same
 
     # The column that defines groups of held-out rows, or `prompt`; None: rows are treated as independent.

@@ -63,6 +63,17 @@ def _parse_bytes(text: object) -> object:
 # Checks of values beyond their types.
 
 
+def _list_columns(value: object) -> object:
+    """Convert a mapping, such as `{"prompt": "ask", "ignore": ["id", "source"]}`, to entries; return any other value unchanged."""
+    if not isinstance(value, Mapping):
+        return value
+    return [
+        f"{name}={column}"
+        for name, columns in value.items()
+        for column in (columns if isinstance(columns, list | tuple) else [columns])
+    ]
+
+
 def _require_columns(entries: tuple[str, ...]) -> tuple[str, ...]:
     for entry in entries:
         name, equals, column = entry.partition("=")
@@ -397,10 +408,10 @@ class SelectSettings(PeftFields, _TrainerFields):
     columns: tuple[str, ...] = option(
         (),
         DATA,
-        "columns with other names, such as prompt=question; `group=document` names the column that defines [groups of rows]"
-        "(file-formats.md#rows-that-belong-together), by default `group`, else the prompt",
+        "columns with other names, such as prompt=question; `ignore=source` ignores a column; `group=document` names the column that "
+        "defines [groups of rows](file-formats.md#rows-that-belong-together), by default `group`, else the prompt",
         split=True,
-        parse=lambda value: [f"{name}={of}" for name, of in value.items()] if isinstance(value, Mapping) else value,
+        parse=_list_columns,
         check=_require_columns,
     )
     validation: str = option(

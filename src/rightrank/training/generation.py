@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from rightrank.data.forms import Example
+from rightrank.data.forms import Example, select_template_inputs
 from rightrank.schema.errors import DataError, is_out_of_memory
 from rightrank.schema.trials import SplitName
 from rightrank.training.device import enable_kv_cache
@@ -70,7 +70,8 @@ def _build_prompt(runtime: Runtime, example: Example) -> Prompt:
         return Prompt(example.example_id, prompt, str(completion), add_special_tokens=True)
     messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    text, end = Chat(runtime.loaded.tokenizer).split_around_answer(messages[: last + 1])
+    chat = Chat(runtime.loaded.tokenizer, select_template_inputs(example.content))
+    text, end = chat.split_around_answer(messages[: last + 1])
     return Prompt(example.example_id, text, messages[last]["content"], add_special_tokens=False, end=end)
 
 

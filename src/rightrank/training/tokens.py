@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from jinja2 import TemplateError
 
 from rightrank.bases.base_models import LoadedModel
-from rightrank.data.forms import DataForm, Example
+from rightrank.data.forms import DataForm, Example, select_template_inputs
 from rightrank.data.groups import number_groups
 from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits
 from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
@@ -73,17 +73,23 @@ REWRITES_TURNS = "rewrites earlier turns, so the assistant's tokens can't be loc
 
 
 class Chat:
-    """Conversations in the chat template of a tokenizer."""
+    """Conversations in the chat template of a tokenizer, with its other inputs, such as tools."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, inputs: Mapping[str, Any] | None = None) -> None:
+        self._tokenizer, self._inputs = tokenizer, dict(inputs or {})
 
-    def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = False, **mode: bool) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = False, **mode: Any) -> str:
         """Render a conversation as text, followed by the template's prompt for an answer if `prompt` is set."""
         text: str = self._tokenizer.apply_chat_template(
-            [*messages], tokenize=False, add_generation_prompt=prompt, **mode
+            [*messages], tokenize=False, add_generation_prompt=prompt, **self._inputs, **mode
         )
         return text
+
+    def find_unused_inputs(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
+        """Return the names of the inputs whose entries do not change the text that the template renders."""
+        text = self.render(messages)
+        emptied = {name: Chat(self._tokenizer, {**self._inputs, name: []}) for name in self._inputs}
+        return [name for name, chat in emptied.items() if chat.render(messages) == text]
 
     def find_span(self, messages: Sequence[Mapping[str, str]], text: str, index: int) -> tuple[int, int]:
         """Find the answer at `index` in the `text` of a conversation: without its header, and with the end of its turn."""
@@ -212,35 +218,40 @@ class _Encoder:
 
     def _make_texts(self, example: Example) -> list[_Text]:
         """Return the texts of an example's sequences."""
-        content, location = example.content, example.origin
+        content = example.content
         if self.form == "messages":
-            return [self._make_conversation_text(content["messages"], 0, location)]
+            return [self._make_conversation_text(content["messages"], 0, example)]
         if self.form == "preference":
-            return [
-                self._make_answer_text(content["prompt"], content[name], location) for name in ("chosen", "rejected")
-            ]
+            return [self._make_answer_text(content[name], example) for name in ("chosen", "rejected")]
         if self.form == "prompt_completion" and (content["completion"] != "" or isinstance(content["prompt"], list)):
-            return [self._make_answer_text(content["prompt"], content["completion"], location)]
+            return [self._make_answer_text(content["completion"], example)]
         return [_Text(content.get("text", ""), adds_eos=not self.is_classification)]
 
-    def _make_answer_text(self, prompt: Any, answer: Any, location: str) -> _Text:
+    def _make_answer_text(self, answer: Any, example: Example) -> _Text:
         """Join prompt and answer in one text, with labels on the answer and on the end-of-sequence token after it."""
+        prompt = example.content["prompt"]
         if isinstance(prompt, list) and isinstance(answer, list):
-            return self._make_conversation_text([*prompt, *answer], len(prompt), location)
+            return self._make_conversation_text([*prompt, *answer], len(prompt), example)
         if isinstance(prompt, list) or isinstance(answer, list):
             raise DataError(
-                f"{location}: `prompt` and `completion` have different types; give two strings or two lists of messages"
+                f"{example.origin}: `prompt` and `completion` have different types; give two strings or two lists of messages"
             )
         return _Text(prompt + answer, [(len(prompt), len(prompt + answer))], adds_eos=True)
 
-    def _make_conversation_text(self, messages: Sequence[Mapping[str, str]], first: int, location: str) -> _Text:
+    def _make_conversation_text(self, messages: Sequence[Mapping[str, str]], first: int, example: Example) -> _Text:
         """Render a conversation with labels on every assistant turn from message `first` on, without headers and with the ends of turns."""
+        location, inputs = example.origin, select_template_inputs(example.content)
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"{location}: the row has messages, but the tokenizer has no chat template; give `prompt` and `completion` as strings"
             )
+        chat = Chat(self._tokenizer, inputs) if inputs else self._chat
         try:
-            return self._label_conversation(messages, first)
+            for name in chat.find_unused_inputs(messages) if inputs else ():
+                raise DataError(
+                    f"{location}: the chat template does not use the column `{name}`; leave it out, or ignore it: --set columns=ignore={name}"
+                )
+            return _label_conversation(chat, messages, first)
         except TemplateError as error:
             raise DataError(
                 f"{location}: the chat template rejects the conversation ({error}); leave the row out, or give `prompt` and `completion`"
@@ -249,20 +260,6 @@ class _Encoder:
             raise DataError(
                 f"{location}: the chat template {error}; give `prompt` and `completion`, with one row per turn"
             ) from None
-
-    def _label_conversation(self, messages: Sequence[Mapping[str, str]], first: int) -> _Text:
-        text = self._chat.render(messages)
-        spans: list[tuple[int, int]] = []
-        answer = ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < first:
-                continue
-            spans.append(self._chat.find_span(messages, text, index))
-            answer = message["content"]
-        turn = text[spans[-2][1] if spans[1:] else 0 : spans[-1][1]] if spans else ""
-        if "".join(answer.split()) not in "".join(turn.split()):
-            raise _UnlocatedAnswerError("omits some text of the last answer, such as its reasoning")
-        return _Text(text, spans, adds_special_tokens=False)
 
     def _tokenise(self, texts: Iterable[_Text]) -> Iterator[EncodedSequence]:
         for (special, has_spans), group in groupby(
@@ -297,6 +294,21 @@ class _Encoder:
         if end is None or not ids or ids[-1] == end:
             return list(ids)
         return [*ids, end]
+
+
+def _label_conversation(chat: Chat, messages: Sequence[Mapping[str, str]], first: int) -> _Text:
+    text = chat.render(messages)
+    spans: list[tuple[int, int]] = []
+    answer = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index < first:
+            continue
+        spans.append(chat.find_span(messages, text, index))
+        answer = message["content"]
+    turn = text[spans[-2][1] if spans[1:] else 0 : spans[-1][1]] if spans else ""
+    if "".join(answer.split()) not in "".join(turn.split()):
+        raise _UnlocatedAnswerError("omits some text of the last answer, such as its reasoning")
+    return _Text(text, spans, adds_special_tokens=False)
 
 
 def _align_label_starts(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
