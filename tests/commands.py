@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 import pytest
@@ -99,19 +99,3 @@ def wait_for_trial(out: Path, started: ChildProcess) -> None:
         return any('"trial_started"' in line and '"rank":0' not in line for line in lines)
 
     wait_until(has_started, "a trial has started")
-
-
-PLUG_INS = {"expect": "atlas", "plan": "plan"}
-
-
-def mark_for_every_plug_in(test: Any) -> Any:
-    """Mark a test of all plug-ins together; it is skipped if one was deleted."""
-    for name in {*PLUG_INS.values(), "cluster"}:
-        test = pytest.mark.plug_in(name)(test)
-    return test
-
-
-def mark_for_plug_in(command: str, *values: object) -> Any:
-    """Mark the values of a test's parameters; they are skipped if the command's plug-in was deleted."""
-    name = PLUG_INS.get(command.split()[0])
-    return pytest.param(command, *values, marks=[] if name is None else pytest.mark.plug_in(name))

@@ -81,7 +81,7 @@ def no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def done_once() -> Iterator[None]:
-    """Cache work that many small selections repeat and discard, for each plug-in's tests; PEFT writes no card."""
+    """Cache work that many small selections repeat and discard, for the tests of each folder; PEFT writes no card."""
     from peft import PeftModel
 
     with pytest.MonkeyPatch.context() as patch:

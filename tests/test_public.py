@@ -12,7 +12,6 @@ from types import ModuleType
 import pytest
 
 import rightrank
-from rightrank.runs import plugins
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """\
@@ -52,14 +51,10 @@ select_rank(model="model", data="data.jsonl", out="run", margin="1%")
 """
 
 
-PLUGIN_FUNCTIONS = {"atlas": "expect", "planning": "plan"}  # plug-in → the function that it adds to the package
-
-
-def test_there_are_at_most_twenty_one_public_names_beside_those_of_plug_ins_and_all_are_there() -> None:
+def test_there_are_at_most_23_public_names_and_all_are_there() -> None:
     imported_on_use = [name for names in rightrank._MODULES.values() for name in names]
     assert sorted([*imported_on_use, "__version__"]) == rightrank.__all__
-    assert len(rightrank.__all__) <= 21
-    assert plugins.collect_mapping(lambda plugin: plugin.functions).keys() <= set(PLUGIN_FUNCTIONS.values())
+    assert len(rightrank.__all__) <= 23
     assert rightrank.__all__ == sorted(rightrank.__all__)
     for name in rightrank.__all__:
         assert not isinstance(getattr(rightrank, name), ModuleType)
@@ -92,7 +87,6 @@ def test_every_public_name_has_a_page_and_every_name_of_a_page_exists() -> None:
     pages = [file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.md")]
     described = {name for page in pages for name in re.findall(r"(?m)^::: (rightrank[\w.]*)$", page)}
     assert {f"rightrank.{name}" for name in rightrank.__all__ if name != "__version__"} <= described
-    assert {f"rightrank.{name}.{function}" for name, function in PLUGIN_FUNCTIONS.items()} <= described
     for name in described:
         module, _, last = name.rpartition(".")
         assert hasattr(importlib.import_module(module), last), name

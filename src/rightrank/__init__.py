@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rightrank.api.folders import export, write_report
     from rightrank.api.runs import decide, to_pandas
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
+    from rightrank.atlas import expect
+    from rightrank.planning import plan
     from rightrank.runs.values import Selected
     from rightrank.schema.decision import Decision
     from rightrank.schema.plan_settings import PlanSettings
@@ -35,6 +37,8 @@ _MODULES = {
     "trainers.smallest": ("SmallestAdapter",),
     "trainers.squeeze": ("Squeeze",),
     "trainers.calls": ("TrialResult", "TrialTask"),
+    "atlas": ("expect",),
+    "planning": ("plan",),
     "runs.values": ("Selected",),
     "schema.decision": ("Decision",),
     "schema.plan_settings": ("PlanSettings",),
@@ -56,8 +60,10 @@ __all__ = [
     "average",
     "compare",
     "decide",
+    "expect",
     "export",
     "inspect",
+    "plan",
     "preflight",
     "resize",
     "select_rank",
@@ -68,15 +74,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names and functions of plug-ins on first use, so that `import rightrank` alone costs nothing."""
+    """Import public names on first use, so that `import rightrank` alone costs nothing."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"rightrank.{module}"), name)
     if name == "plots":
         return import_module("rightrank.plots")
-    if not name.startswith("_"):
-        from rightrank.runs import plugins
-
-        if (function := plugins.collect_mapping(lambda plugin: plugin.functions).get(name)) is not None:
-            return function
     raise AttributeError(f"module 'rightrank' has no attribute {name!r}")

@@ -151,7 +151,6 @@ class Suite:
 
     def is_planned(self) -> None:
         """Check that the plan has the parameters and bytes of the adapter, and traces a step."""
-        # `test_conformance` marks this check with `plug_in("plan")`, so that it is skipped without the plug-in.
         from rightrank.planning.estimate import Estimator
         from rightrank.planning.planner import build_step_settings, plan_selection
 

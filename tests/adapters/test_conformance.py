@@ -21,7 +21,7 @@ def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     "check",
-    [pytest.param(name, marks=pytest.mark.plug_in("plan")) if name == "is_planned" else name for name in CHECKS],
+    CHECKS,
 )
 def test_a_kind_keeps(check: str, suite: Suite) -> None:
     getattr(suite, check)()

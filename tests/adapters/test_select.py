@@ -67,7 +67,6 @@ def test_dora_is_selected_and_exported(run: Run, folder: Path, tmp_path: Path) -
     assert "servers load plain LoRA; this adapter has use_dora: merge it instead" in err
 
 
-@pytest.mark.plug_in("plan")
 def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_path: Path) -> None:
     more = ("--set", "target_modules=q_proj", "--set", EXPERTS, "--json")
     status, out, err = select(run, folder, "mixtral", tmp_path / "run", *more)
@@ -151,7 +150,6 @@ def test_adapters_on_experts_are_resized_by_held_out_data(
     assert {module.rank for module in open_adapter(tmp_path / "small").modules} == {1}
 
 
-@pytest.mark.plug_in("plan")
 def test_a_plan_of_dora_with_dropout_is_traced(run: Run, folder: Path) -> None:
     status, out, err = run(
         "plan", str(folder / "llama"), "--ranks", "4", "--target-modules", "q_proj", "--seq-len", "32", "--dtype",

@@ -65,7 +65,6 @@ for command in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.plug_in("plan")
 def test_a_package_that_is_not_installed_is_one_line(files: Path) -> None:
     (files / "adapter").mkdir()
     (files / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
@@ -91,7 +90,6 @@ def test_a_package_that_is_not_installed_is_one_line(files: Path) -> None:
     assert not (files / "run").exists()
 
 
-@pytest.mark.plug_in("plan")
 def test_a_plan_names_missing_files(files: Path) -> None:
     for arguments, message in (
         (["plan", "./modle"], "no such folder (did you mean 'model'?);"),
@@ -142,7 +140,7 @@ print(sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
 
 
 def test_help_loads_neither_settings_nor_numbers() -> None:
-    """List all commands, including those of plug-ins."""
+    """List all commands."""
     script = LIGHT.replace('{"torch", "transformers"}', '{"torch", "transformers", "numpy", "pydantic", "rich"}')
     process = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
     assert "decide" in process.stdout

@@ -17,7 +17,7 @@ from rightrank import Selected, demo, select_rank
 from rightrank.api import selecting
 from rightrank.schema.trials import SCHEMA_VERSION
 from tests.adapters.adapters import make_adapter, make_base
-from tests.commands import COMMANDS, mark_for_plug_in, run
+from tests.commands import COMMANDS, run
 from tests.report.runs import write_journal
 from tests.tiny import build_small_settings, write_completions, write_jsonl
 
@@ -150,7 +150,7 @@ def parse_only_object(text: str) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize("command", list(map(mark_for_plug_in, FINE)))
+@pytest.mark.parametrize("command", FINE)
 def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run([*command.split(), "--json"], capsys)
     assert status == 0, err
@@ -159,7 +159,7 @@ def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("command", "expected"),
-    [mark_for_plug_in(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED],
+    [(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED],
 )
 def test_a_failure_is_one_line_on_stderr(
     folder: Path, command: str, expected: int, capsys: pytest.CaptureFixture[str]

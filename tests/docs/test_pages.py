@@ -16,7 +16,7 @@ from rightrank.schema.decision import Basis, Decision, Verdict
 from rightrank.schema.events import AnyJournalRecord
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
-from tests.commands import COMMANDS, mark_for_every_plug_in
+from tests.commands import COMMANDS
 from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, get_page_name, iterate_shown_commands, list_shell_commands
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -59,20 +59,18 @@ def _list_anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@mark_for_every_plug_in
 @pytest.mark.parametrize("page", [page for page in PAGES if list(iterate_shown_commands(page))], ids=get_page_name)
 def test_shown_commands_parse(page: Path) -> None:
     """Check that each names an existing command, options and values; nothing runs."""
     for arguments in iterate_shown_commands(page):
         name, *options = arguments
-        if name.startswith("-") or name == "chat-test":  # the plug-in that a page builds
+        if name.startswith("-"):
             continue
         assert name in COMMANDS, arguments
         with click.Context(cli) as parent, suppress(click.MissingParameter):  # a command that is only named
             COMMANDS[name].make_context(name, options, parent=parent)
 
 
-@mark_for_every_plug_in
 @pytest.mark.parametrize("page", [*FRONT, *GUIDES], ids=get_page_name)
 def test_options_and_settings_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8").partition("<!-- made by")[0]
@@ -175,7 +173,6 @@ def list_texts() -> list[tuple[str, str]]:
     return texts
 
 
-@mark_for_every_plug_in
 @pytest.mark.parametrize(("source", "text"), list_texts(), ids=lambda value: value[:60] if "\n" not in value else "")
 def test_every_path_exists(source: str, text: str) -> None:
     source_folder = (ROOT / source).parent

@@ -84,7 +84,7 @@ def test_changes_fit_when_followed(config_folder: Path, capsys: pytest.CaptureFi
 def test_a_plan_that_takes_seconds_says_what_it_traces(
     config_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rightrank.planning.SILENT_SECONDS", 0)
+    monkeypatch.setattr("rightrank.cli.plan.SILENT_SECONDS", 0)
     new = ("--seq-len", "24")  # no other test has traced it
     status, out, err = run_command(capsys, str(config_folder), "--ranks", "2,4", *QUICK, *new, "--json")
     assert status == 0

@@ -28,7 +28,7 @@ from rightrank.report.terminal_curve import CURVE_ROWS, draw_terminal_curve
 from rightrank.runs.process import JsonLog, ProgressFile
 from rightrank.runs.terminal_view import LiveView, View, make_view
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
-from tests.commands import COMMANDS, mark_for_every_plug_in
+from tests.commands import COMMANDS
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, make_run, write_answered_run, write_journal
 
@@ -169,7 +169,6 @@ def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
     assert lines[-1].strip().startswith(("Example: rightrank", "Example: eval"))
 
 
-@mark_for_every_plug_in
 def test_the_commands_have_few_options() -> None:
     parameters = [parameter for command in COMMANDS.values() for parameter in command.params]
     assert sum(isinstance(parameter, click.Option) for parameter in parameters) <= 110

@@ -112,7 +112,7 @@ def test_a_column_that_talks_to_the_terminal_is_shown_as_text(
         ["inspect", "x" * 300],
         ["status", "x" * 300],
         ["report", "x" * 300],
-        pytest.param(["plan", "x" * 300], marks=pytest.mark.plug_in("plan")),
+        ["plan", "x" * 300],
         ["select", "x" * 300, "y" * 300, "--out", "z" * 300],
         ["decide", "a\udcff.csv"],
         ["inspect", "a\udcff\x1b[2J"],

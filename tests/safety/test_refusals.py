@@ -235,7 +235,6 @@ def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
     require_refused(lambda: load_data(path, build_small_settings()), "are not supported; give", DataError)
 
 
-@pytest.mark.plug_in("plan")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -266,7 +265,6 @@ def test_model_configurations_without_end(
     require_refused(lambda: rightrank.plan(str(tmp_path), settings=settings), message, ModelError)
 
 
-@pytest.mark.plug_in("plan")
 def test_a_head_of_labels_without_end() -> None:
     require_refused(lambda: PlanSettings(num_labels=10**12), "num_labels", SettingsError)
 
@@ -346,7 +344,6 @@ def write_foreign_model(model_folder: Path, target: Path, mark: Path) -> Path:
     return target
 
 
-@pytest.mark.plug_in("plan")
 def test_code_of_a_model_s_own_is_not_run_unasked(tmp_path: Path, model_folder: Path) -> None:
     mark = tmp_path / "mark"
     model = write_foreign_model(model_folder, tmp_path / "model", mark)
@@ -355,7 +352,6 @@ def test_code_of_a_model_s_own_is_not_run_unasked(tmp_path: Path, model_folder: 
     assert not mark.exists()
 
 
-@pytest.mark.plug_in("plan")
 @pytest.mark.parametrize(
     "key", ["attn_implementation", "_attn_implementation", "experts_implementation", "text_config"]
 )

@@ -226,7 +226,6 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
     assert not [name for name, text in {**written, "printed": printed}.items() if SECRET in text]
 
 
-@pytest.mark.plug_in("cluster")
 def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
     assert SelectSettings().executor == "local"
 

@@ -83,7 +83,6 @@ def test_a_setting_survives_the_command_line(name: str, data: st.DataObject) -> 
     assert again == chosen
 
 
-@pytest.mark.plug_in("cluster")  # the generated files include its settings
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
 def test_generated_files_are_up_to_date(path: Any) -> None:
     assert path.read_text(encoding="utf-8") == GENERATED[path](), "run `make generated`"

@@ -11,7 +11,6 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +229,6 @@ def train_plainly(runtime: Runtime, arm: Arm, base: Path, adapter: Path, wider: 
 
 def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters: Path) -> None:
     """Check the numbers of parameters and bytes in the selection's plan, and those of `plan` for PEFT's `all-linear`."""
-    if find_spec("rightrank.planning") is None:
-        return
     from rightrank.planning.estimate import Estimator
     from rightrank.planning.planner import build_step_settings
     from rightrank.planning.skeleton import read_config

@@ -168,7 +168,6 @@ def test_olora_on_a_conv1d_is_refused(completion_file: Path, tmp_path: Path) -> 
         )
 
 
-@pytest.mark.plug_in("plan")
 def test_the_plan_counts_what_is_kept_beside_the_adapters(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:

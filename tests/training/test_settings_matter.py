@@ -130,7 +130,6 @@ def test_a_bias_changes_a_model_that_has_them(tmp_path: Path) -> None:
     assert losses("gpt2", tmp_path, peft_options={"lora_bias": True}) != losses("gpt2", tmp_path / "plain")
 
 
-@pytest.mark.plug_in("cluster")  # whose settings are among them
 def test_every_setting_is_here() -> None:
     named = [*ADAPTER, *TRAINING, *OTHER_MODELS, *PLANS_TRAININGS, *JUDGES, *CHANGES_NO_LOSS]
     assert sorted(named) == sorted(SelectSettings.model_fields)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -153,7 +152,7 @@ def test_options_adapt_what_peft_adapts(option: str, model: Any) -> None:
             find_our_modules(model, **options)
         return
     assert find_our_modules(model, **options) == theirs
-    if "layers_pattern" not in options and model.config.model_type in PLANNED and find_spec("rightrank.planning"):
+    if "layers_pattern" not in options and model.config.model_type in PLANNED:
         assert find_planned_modules(model, **options) == theirs
 
 

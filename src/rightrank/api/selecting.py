@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from rightrank.runs import plugins
+from rightrank.cluster import open_pool
 from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.values import Selected
 from rightrank.schema.configs import read_configs
@@ -81,10 +81,10 @@ def select_rank(
         from rightrank.runs.run import select
         from rightrank.runs.views import Report
 
-        plugin_hooks = plugins.collect_items(lambda plugin: plugin.hooks())
-        hooks = [*views, stop, PreflightHook(), trackers, Report(), *plugin_hooks, *callbacks]
+        hooks = [*views, stop, PreflightHook(), trackers, Report(), *callbacks]
+        open_workers = None if request.settings.executor == "local" else open_pool
         try:
-            return select(partial(prepare_run, request), folder, hooks)
+            return select(partial(prepare_run, request, open_workers=open_workers), folder, hooks)
         except InterruptedRun as interruption:
             if not stop.requested:
                 raise
@@ -190,5 +190,4 @@ def select_rank_with(
     folder = RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = _open_views(settings.get("progress", False), stack)
-        plugin_hooks = plugins.collect_items(lambda plugin: plugin.hooks())
-        return select(request.prepare, folder, [*views, Report(), *plugin_hooks, *callbacks])
+        return select(request.prepare, folder, [*views, Report(), *callbacks])

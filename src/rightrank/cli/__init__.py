@@ -16,12 +16,11 @@ from functools import partial
 
 import click
 
-from rightrank.cli import adapter_commands, run_commands, select
-from rightrank.runs import plugins
+from rightrank.cli import adapter_commands, expect, plan, run_commands, select
 from rightrank.schema.errors import RightrankError, format_one_line, is_out_of_memory
 from rightrank.version import __version__
 
-# The order in `--help`: the main job, its run folder, finished results, adapters. Commands of other plug-ins follow.
+# The order in `--help`: the main job, its run folder, finished results, adapters.
 ORDER = (
     *("demo", "select", "resume", "expect", "plan", "status", "report", "export", "decide", "compare"),
     *("inspect", "resize", "average", "repair"),
@@ -33,19 +32,10 @@ TRAINING_PACKAGES = frozenset(
 
 
 class Commands(click.Group):
-    """The commands of the core and of plug-ins in the order of `ORDER`. A plug-in can't replace a command of the core."""
+    """The commands in the order of `ORDER`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        names = {*self.commands, *_load_plugin_commands()}
-        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return super().get_command(ctx, cmd_name) or _load_plugin_commands().get(cmd_name)
-
-
-def _load_plugin_commands() -> dict[str, click.Command]:
-    """Load the commands of plug-ins on demand, since plug-ins import this package."""
-    return {command.name or "": command for command in plugins.collect_items(lambda plugin: plugin.commands)}
+        return sorted(self.commands, key=ORDER.index)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,8 +47,9 @@ def cli() -> None:
     """
 
 
-for command in (*select.COMMANDS, *run_commands.COMMANDS, *adapter_commands.COMMANDS):
-    cli.add_command(command)
+for module in (select, expect, plan, run_commands, adapter_commands):
+    for command in module.COMMANDS:
+        cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

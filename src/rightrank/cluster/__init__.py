@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightrank.runs.plugins import Plugin
 from rightrank.schema.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ MAX_TASK_TRIALS = 16  # The worker measures how many of them to train in one pas
 
 
 @contextmanager
-def _open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) -> Iterator[WorkerPool]:
+def open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) -> Iterator[WorkerPool]:
     """Open an executor whose workers are processes or Ray actors. Workers start on demand and end with the context."""
     from rightrank.cluster.pool import WorkerPool
     from rightrank.cluster.worker import WorkerSetup, collect_versions
@@ -93,6 +92,3 @@ def _build_backend(
             "executor 'processes' needs a number of workers on a CPU; give one, for example --workers 2"
         )
     return ProcessBackend(setup, setup.folder / "workers", devices), workers
-
-
-PLUGIN = Plugin(name="cluster", executors={"processes": _open_pool, "ray": _open_pool})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rightrank.bases.base_models import LoadedModel, is_supported, read_device_memory
 from rightrank.planning.estimate import Estimator, SharedPassError, UntraceableError, estimate_context_bytes
 from rightrank.report.format import format_bytes
-from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.command import build_arguments
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings
@@ -24,6 +24,21 @@ from rightrank.training.tokens import EncodedData
 # The relative error of a predicted peak. The largest measured error is 0.06% on a CPU (76 cases against torch's profiler)
 # and 1.4% on CUDA (three published peaks). It was not measured with weights in 4 or 8 bits.
 ON_CPU, ON_CUDA, QUANTISED = 0.01, 0.05, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The memory that each rank of a selection needs, and the ranks that fit."""
+
+    peak_bytes: Mapping[int, int]  # by rank: peak memory of tensors
+    needed_bytes: Mapping[int, int]  # by rank: peak memory including that of the process and the allocator
+    memory_bytes: int | None  # available memory; None: unknown, and all ranks are tried
+    ranks: tuple[int, ...]  # the ranks that fit, or all
+    max_adapters_per_pass: (
+        int | None
+    )  # adapters of the highest rank that fit; None: unknown, or the settings ask for one
+    # Returns the peak memory of tensors, in bytes, of training these ranks in one pass; None: not planned.
+    predict_peak_bytes: Callable[[Sequence[int]], int | None]
 
 
 def plan_config(

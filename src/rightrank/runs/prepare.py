@@ -6,7 +6,7 @@ Preparing the same request again, here or in another process, gives an equal run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -24,8 +24,8 @@ from rightrank.bases.base_models import (
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.records import Records, get_effective_start
+from rightrank.planning.planner import MemoryPlan, plan_loaded
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.plugins import MemoryPlan, collect_mapping, find_first
 from rightrank.runs.selection import Executor, PreparedSelection, SelectionRequest
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, Listener, RunKind, RunStarted, TestEvaluated
@@ -45,6 +45,7 @@ from rightrank.training.tokens import EncodedData, encode_splits
 from rightrank.training.trial import TrialFolders
 
 Notice: TypeAlias = Callable[[str], None]
+OpenWorkers: TypeAlias = Callable[["LoadedSelection", RunFolder, Listener], AbstractContextManager[Executor]]
 
 METRIC_DATA_FORMS = (  # kind of metric, the form of data that it needs, and the columns of that form
     ("classes", "classification", "`text` and `label`"),
@@ -62,6 +63,7 @@ class LoadedSelection(PreparedSelection):
     runtime: Runtime
     planned: MemoryPlan | None  # None: the memory of this architecture can't be planned
     top_origin: str  # why the highest rank was chosen, in words
+    open_workers: OpenWorkers | None = None  # None: this process trains
 
     @property
     def base_identity(self) -> bytes:
@@ -69,13 +71,11 @@ class LoadedSelection(PreparedSelection):
 
     @contextmanager
     def open_executor(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[Executor]:
-        """Open the executor of this process, or the one that the settings name."""
-        if self.settings.executor == "local":
+        """Open the executor of this process, or that of the workers."""
+        if self.open_workers is None:
             yield LocalExecutor(self.runtime, folder, listener, self.planned)
             return
-        with collect_mapping(lambda plugin: plugin.executors)[self.settings.executor](
-            self, folder, listener
-        ) as executor:
+        with self.open_workers(self, folder, listener) as executor:
             yield executor
 
     def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
@@ -172,7 +172,7 @@ def prepare_selection(
     held_out = request.settings.compute_max_eval_examples(len(sources.splits.examples["train"]))
     requested = request.settings.model_copy(update={"max_eval_examples": held_out})
     classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
-    planned = find_first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, requested, notice))
+    planned = plan_loaded(sources.loaded, sources.encoded, classes, requested, notice)
     settings = (
         requested if planned is None else requested.model_copy(update={"ranks": planned.ranks})
     )  # the ranks that fit
@@ -225,13 +225,19 @@ def prepare_run(
     folder: RunFolder,
     journal: Sequence[JournalRecord],
     extended: PreparedSelection | None = None,
+    *,
+    open_workers: OpenWorkers | None = None,
 ) -> LoadedSelection:
-    """Prepare a run that may have begun in `folder`; see `rightrank.runs.selection.Prepare`."""
+    """Prepare a run that may have begun in `folder`; see `rightrank.runs.selection.Prepare`.
+
+    Args:
+        open_workers: opens the executor of other processes; None trains in this one.
+    """
     notes: list[str] = []
     loaded = extended.runtime.loaded if isinstance(extended, LoadedSelection) else None
     request = request if extended is None else replace(request, settings=extended.settings)
     prepared = prepare_selection(_restore_settings(request, journal), folder.cache, notes.append, loaded)
-    return replace(prepared, notes=tuple(notes))
+    return replace(prepared, notes=tuple(notes), open_workers=open_workers)
 
 
 def _restore_settings(request: SelectionRequest, journal: Sequence[JournalRecord]) -> SelectionRequest:

@@ -12,7 +12,6 @@ from rightrank.bases.model_sources import normalize_model_name, require_model
 from rightrank.data.rows import require_data_source
 from rightrank.decision.records import Records
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.plugins import collect_mapping
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import JournalRecord, Listener, RunStarted, TestEvaluated
 from rightrank.schema.setting_table import require_no_secret
@@ -91,8 +90,6 @@ def validate_request(request: SelectionRequest) -> None:
         raise SettingsError(
             f"init_lora_weights 'orthogonal': PEFT supports only even ranks, got rank {odd}; give even ranks"
         )
-    if settings.executor != "local" and settings.executor not in collect_mapping(lambda plugin: plugin.executors):
-        raise SettingsError(f"executor {settings.executor!r} needs the plug-in 'cluster', which is not installed")
     for label, value in (("model", request.model), ("data", request.data)):
         if settings.executor != "local" and not isinstance(value, str | Path):
             raise SettingsError(

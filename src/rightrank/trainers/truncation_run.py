@@ -31,7 +31,6 @@ from rightrank.bases.base_models import compute_base_identity, read_identity
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import choose_adapter, estimate_training_ranks
 from rightrank.decision.records import Records, read_records
-from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import AdapterProposal, Hook
 from rightrank.runs.selection import Executor, PreparedSelection
@@ -471,7 +470,7 @@ def _load_hooks() -> list[Hook]:
     """Return the hooks that report the result, or none in other processes than the first."""
     from rightrank.runs.views import Report  # not needed before the training has ended, as `select` in `finish_run`
 
-    return [] if get_process_index() else [Report(), *plugins.collect_items(lambda plugin: plugin.hooks())]
+    return [] if get_process_index() else [Report()]
 
 
 def resume_measurement(out: Path, hooks: Sequence[Hook] = ()) -> Selected:

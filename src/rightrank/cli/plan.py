@@ -1,0 +1,133 @@
+"""The command `plan`, and its table."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rightrank.adapters.rank_math import LARGE_RANK, format_rank_change, format_rate_warning
+from rightrank.cli.options import (
+    SettingsCommand,
+    add_setting_options,
+    announce,
+    format_json,
+    gather_settings,
+    pause_collector,
+)
+from rightrank.report.format import format_bytes
+from rightrank.schema.command import build_arguments
+from rightrank.schema.plan_settings import PlanSettings
+
+if TYPE_CHECKING:
+    from rightrank.schema.results import Plan, RankPlan
+
+SILENT_SECONDS = 2.0  # after which `plan` reports what it traces
+
+
+@click.command(
+    "plan",
+    cls=SettingsCommand,
+    short_help="Predict memory, and which ranks fit.",
+    epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB",
+)
+@click.argument("model")
+@add_setting_options(PlanSettings)
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/how-to/plan.md."
+)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as_json: bool, **options: Any) -> int:
+    """Predict the memory of every rank and which ranks fit, from MODEL's config.json alone.
+
+    MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. To plan a selection on your data and estimate its
+    cost, run `rightrank select MODEL DATA --dry-run`. The exit status is 1 if there is a memory budget and no rank fits.
+    """
+    from rightrank.planning import plan
+
+    values = gather_settings(config_file, assignments, options)
+    announce("tracing a training step of the model without weights")
+    start_time = time.monotonic()
+
+    def report_progress(text: str) -> None:
+        if time.monotonic() - start_time > SILENT_SECONDS:
+            click.echo(f"{text} …", err=True)
+
+    with pause_collector():
+        result = plan(model, settings=PlanSettings(**values), on_progress=report_progress)
+    click.echo(format_json(result) if as_json else _format_plan(result))
+    return 1 if result.memory_bytes is not None and result.max_rank is None else 0
+
+
+def _format_plan(plan: Plan) -> str:
+    """Format the complete plan as plain lines."""
+    from rightrank.report.answer import format_table
+
+    heading = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
+    heading += ["fits"] * (plan.memory_bytes is not None)
+    largest = plan.ranks[-1]
+    components = (
+        f"{name.replace('_', ' ')} {format_bytes(count)}" for name, count in largest.components.items() if count
+    )
+    lines = [
+        f"{plan.architecture}: {plan.base_parameters:,} parameters, {format_bytes(plan.base_bytes)} of weights; "
+        f"{plan.targets} adapted matrices",
+        "",
+        *format_table([heading, *map(_format_row, plan.ranks)]),
+        "",
+        f"rank {largest.rank}, at its peak ({largest.peak_at}):",
+        "  " + ", ".join(components),
+        "",
+        *_format_answer(plan),
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _format_row(row: RankPlan) -> list[str]:
+    cells = [
+        str(row.rank),
+        f"{row.trainable_parameters:,}",
+        format_bytes(row.adapter_bytes),
+        format_bytes(row.peak_bytes),
+        format_bytes(row.peak_reserved_bytes),
+        format_bytes(row.needed_bytes),
+        f"{row.flops_per_step / 1e12:.3g}",
+    ]
+    return cells if row.fits is None else [*cells, "yes" if row.fits else "no"]
+
+
+def _format_answer(plan: Plan) -> Iterator[str]:
+    last = plan.ranks[-1].rank
+    yield (
+        f"peak: {plan.source}, ±{plan.error_share:.0%}; with headroom also includes an assumed "
+        f"{format_bytes(plan.context_bytes)} for the process"
+    )
+    if plan.memory_bytes is not None:
+        yield _format_fit(plan, plan.memory_bytes)
+    if len(plan.ranks) > 1:
+        yield f"learning rate, {format_rank_change(plan.ranks[0].rank, last)}"
+    if last >= LARGE_RANK:
+        yield format_rate_warning(last, 2 * last)
+
+
+def _format_fit(plan: Plan, memory: int) -> str:
+    if plan.max_rank is None:
+        rows = PlanSettings.model_fields
+        changes = shlex.join(
+            word for name, value in plan.changes.items() for word in build_arguments(name, rows[name], value)
+        )
+        advice = f"it fits with {changes}" if changes else "no change of the step's settings makes it fit"
+        return f"no requested rank fits in {format_bytes(memory)}; rank {plan.ranks[0].rank}: {advice}"
+    possible = ""
+    if plan.largest_possible_rank != plan.max_rank:
+        possible = f" (largest of all ranks: {plan.largest_possible_rank})"
+    return f"largest requested rank that fits in {format_bytes(memory)}: {plan.max_rank}{possible}"
+
+
+COMMANDS = [_plan]
