@@ -162,11 +162,11 @@ def test_an_out_that_exists_is_left_alone(capsys: pytest.CaptureFixture[str], ad
 
 
 def test_a_base_changing_initialisation(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
-    edit_config(adapter, init_lora_weights="pissa_niter_4")
-    assert "pissa" in run_refused(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
+    edit_config(adapter, init_lora_weights="OLoRA")
+    assert "OLoRA" in run_refused(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
     status, out, _ = run(capsys, "inspect", adapter, "--json")
     assert status == 0
-    assert "pissa" in json.loads(out)["summary"]["notes"][0]
+    assert "OLoRA" in json.loads(out)["summary"]["notes"][0]
 
 
 def test_checkpoints_that_do_not_belong_together(

@@ -167,7 +167,7 @@ def test_a_bad_reward_is_one_clear_line(
     model_folder: Path, tmp_path: Path, reward: Any, error: type[Exception], reason: str
 ) -> None:
     with pytest.raises(error, match=reason) as raised:
-        call_function(make_grpo(model_folder, [reward]), make_task(tmp_path / "a"))
+        call_function(make_grpo(model_folder, [reward]), make_task(tmp_path / "a"), "reward")
     assert "\n" not in str(raised.value)
 
 

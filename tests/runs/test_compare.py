@@ -159,6 +159,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
         (lambda folder: (folder / CONFIG).write_text("[]"), "one JSON object"),
         (lambda folder: edit_config(folder, r=3), "PEFT cannot attach it"),
         (lambda folder: edit_config(folder, r="x"), "PEFT cannot attach it"),
+        (lambda folder: edit_config(folder, init_lora_weights="OLoRA"), "'OLoRA', which changes the base model"),
         (lambda folder: edit_config(folder, peft_type="NONE"), "PEFT cannot attach it"),
     ],
 )
@@ -230,7 +231,8 @@ def test_progress_is_reported(trained: Path, model_folder: Path, completion_file
     for subject in subjects:
         items = [event.examples for event in events if event.what == subject]
         assert items == sorted(items)
-        assert items[-1] == events[0].total_examples
+        assert items[-1] == events[-1].total_examples
+    assert events[0].total_examples == 2 * events[-1].total_examples
 
 
 def test_losses_per_token_of_two_tokenizers_are_not_compared(

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import rightrank.runs.selection
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
@@ -179,10 +181,11 @@ def make_trainer(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        (make_trainer(None), "train returned NoneType None; return a mapping such as {'loss': 1.23}"),
+        (make_trainer(None), "train returned NoneType None; return a number, a mapping such as {'loss': 1.23}"),
         (make_trainer([1.0]), "train returned list"),
         (make_trainer({}), "train returned no 'loss' (it returned nothing)"),
         (make_trainer({"eval_loss": 1.0}), "train returned no 'loss' (it returned 'eval_loss')"),
+        (make_trainer(math.nan), "train gave metrics.loss = nan: Input should be a finite number"),
         (make_trainer({"loss": math.nan}), "train gave metrics.loss = nan: Input should be a finite number"),
         (
             lambda _: TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, math.inf]),
@@ -208,7 +211,10 @@ def test_invalid_results_are_refused_in_one_line(tmp_path: Path, train: Any, rea
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        (make_trainer(0.5), "train returned float 0.5; return a mapping such as {'loss': 1.23}, or a TrialResult"),
+        (
+            make_trainer("0.5"),
+            "train returned str '0.5'; return a number, a mapping such as {'loss': 1.23}, or a TrialResult",
+        ),
         (lambda task: TrialResult(metrics={"loss": "low"}), "train gave metrics.loss = 'low': Input"),  # type: ignore[dict-item]
         (lambda task: TrialResult(metrics={"loss": 1.0}, scores=[1.0]), "the fields: metrics, example_scores,"),  # type: ignore[call-arg]
         (
@@ -261,13 +267,24 @@ def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
         "goal": "adapter",
         "strategy": "bracket",
     }
-    with pytest.raises(AllTrialsFailedError, match=r"evaluate returned float 1.0; .* finished trials are kept"):
-        select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: 1.0, **arguments)  # type: ignore[arg-type, return-value]
+    with pytest.raises(AllTrialsFailedError, match=r"evaluate returned str .*; .* finished trials are kept"):
+        select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: "1.0", **arguments)  # type: ignore[arg-type, return-value]
     assert set(trained) == {4}
     trained.clear()
     right = TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, 1.0])
     select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: right, **arguments)
     assert trained == []
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("convert", [float, np.float32, torch.tensor])
+def test_a_function_may_return_the_metric_as_a_plain_number(tmp_path: Path, convert: Any) -> None:
+    decisions = [
+        select_rank_with(train, tmp_path / str(number), ranks=RANKS, learning_rates=(1e-3,)).decision
+        for number, train in enumerate((compute_loss, lambda task: convert(compute_loss(task)["loss"])))
+    ]
+    assert decisions[1].rank == decisions[0].rank
+    assert [row.value for row in decisions[1].ranks] == pytest.approx([row.value for row in decisions[0].ranks])
 
 
 class WinShareFunction:
@@ -521,7 +538,7 @@ def test_the_base_is_measured_by_default(tmp_path: Path) -> None:
     [
         (RANKS, None, "add 0 to the ranks"),
         ((0, *RANKS), "raises", "train raised ZeroDivisionError: division by zero"),
-        ((0, *RANKS), "returns nothing", "train returned NoneType None; return a mapping such as"),
+        ((0, *RANKS), "returns nothing", "train returned NoneType None; return a number, a mapping such as"),
     ],
 )
 def test_an_answer_without_the_base_says_so(

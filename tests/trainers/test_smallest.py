@@ -468,8 +468,8 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
     mlp.forward = fused
     result = measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     note = (
-        "3 of 21 modules are truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
-        "so second moments cannot be measured"
+        "3 of 21 modules (model.layers.0.mlp.gate_proj, …) are truncated by singular values: the model computes their layers without "
+        "calling PEFT's modules (fused kernels), or does not use them"
     )
     assert note in result.answer.notes
     assert result.answer.rank == 1

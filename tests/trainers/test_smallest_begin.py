@@ -15,7 +15,14 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from rightrank import SmallestAdapter, Squeeze
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
@@ -41,7 +48,7 @@ def refuse(trainer: Trainer, words: str, error: type[InputError] = DataError) ->
         ({"use_dora": True}, {}, ModelError, "only LoRA of linear layers"),
         ({"r": 1}, {}, ModelError, "rank 1"),
         ({"init_lora_weights": "pissa"}, {}, ModelError, "pissa.*changes the base"),
-        ({"init_lora_weights": "olora"}, {}, ModelError, "olora.*changes the base"),
+        ({"init_lora_weights": "OLoRA"}, {}, ModelError, "OLoRA.*changes the base"),
         ({}, {"ranks": [64]}, SettingsError, "rank 64 cannot be reached"),
         ({}, {"ranks": [0, 2]}, SettingsError, "rank 0 is not allowed"),
         ({}, {"ranks": 32}, SettingsError, "rank 32 cannot be reached"),
@@ -116,6 +123,42 @@ def test_an_adapter_active_beside_the_trained_one_is_refused(model_folder: Path,
         parameter.requires_grad_("default" in name)
     trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, model=model)
     refuse(trainer, "the adapters default, frozen are active at the same time", ModelError)
+
+
+@pytest.mark.parametrize("change", ["merged", "four values", "rounded", "other prefix", "nothing"])
+def test_a_base_that_was_changed_in_memory_is_refused(
+    change: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """Merge another adapter, and change four values of one matrix. A base that was rounded when it was loaded is the same."""
+    base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    if change == "merged":
+        base = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        base = base.merge_and_unload()
+    elif change == "rounded":
+        base = base.bfloat16().float()
+    elif change == "four values":
+        with torch.no_grad():
+            base.get_submodule("model.layers.1.mlp.up_proj").weight[3, 4:8] += 1e-3
+    elif change == "other prefix":
+        base.model.save_pretrained(tmp_path / "base")
+        base.config.name_or_path = base.model.config.name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, model=model, max_steps=1)
+    if change in ("merged", "four values"):
+        weight = r"q_proj\.weight" if change == "merged" else r"layers\.1\.mlp\.up_proj\.weight"
+        refuse(
+            trainer, rf"has other weights \(.*{weight}\) than {model_folder}, which its adapter would name", ModelError
+        )
+        return
+    trainer.train()
+    assert trainer.callback_handler.callbacks[0].result is not None  # type: ignore[attr-defined]
+
+
+def test_a_collator_that_returns_rows_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Use the collator of GRPO, which returns the rows."""
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter)
+    trainer.data_collator = list
+    refuse(trainer, "collator returns a list and no batch of tensors, as for GRPO, .*evaluate=evaluate")
 
 
 @pytest.mark.parametrize("scaling", ["set_scale", "scale_layer", "config"])

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from rightrank.adapters.adapter_folders import BASE_FILE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
-from rightrank.adapters.adapter_reader import BASE_CHANGING_INITS, AdapterFolder, open_adapter
+from rightrank.adapters.adapter_reader import AdapterFolder, find_base_changing_init, open_adapter
 from rightrank.adapters.kinds.linear import collect_combined_factors
 from rightrank.adapters.loading import require_loadable
 from rightrank.data.files import create_output, replace_folder, write_text
@@ -111,7 +111,7 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
         config
     )  # PEFT modifies the configuration that it saves
     saved_config.base_model_name_or_path = base_name
-    if not str(saved_config.init_lora_weights).startswith(BASE_CHANGING_INITS):
+    if find_base_changing_init(vars(saved_config)) is None:
         # Loading replaces the first values, and other names of PEFT do not take every rank.
         saved_config.init_lora_weights, saved_config.eva_config = True, None
     if factors := collect_combined_factors(peft_model, adapter):

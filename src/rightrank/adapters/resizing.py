@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE
-from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule
+from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, require_kept_base
 from rightrank.adapters.adapter_writer import write_same_format
 from rightrank.adapters.rank_math import (
     build_exact_pattern,
@@ -27,18 +27,14 @@ def require_plain_update(adapter: AdapterFolder) -> None:
     """Raise if the adapter's ΔW is not s·B·A alone, or is always zero.
 
     Raises:
-        ModelError: The initialization changes the base model on loading, or `lora_alpha` is 0.
+        ModelError: The initialization may change the base model on loading, or `lora_alpha` is 0.
     """
     if not adapter.config["lora_alpha"]:
         raise ModelError(
             f"{adapter.path}: lora_alpha is 0, so the adapter has no effect; verl's merger writes 0 if it does not know the value: "
             f"set it in {CONFIG_FILE}"
         )
-    if (init := adapter.base_changing_init) is not None:
-        raise ModelError(
-            f"{adapter.path}: init_lora_weights is {init!r}, which changes the base model on loading by an amount that depends on "
-            "the rank; convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
+    require_kept_base(adapter.path, adapter.config)
 
 
 def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:

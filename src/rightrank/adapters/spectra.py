@@ -158,7 +158,7 @@ def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := adapter.base_changing_init) is not None:
         notes.append(
-            f"initialized by {init}, which changes the base model on loading: the figures are those of s·B·A, not of the full update"
+            f"initialized by {init}, which may change the base model on loading: the figures are those of s·B·A, not of the full update"
         )
     return notes
 

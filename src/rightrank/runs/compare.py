@@ -141,7 +141,9 @@ def _evaluate_sides(
             read_header(
                 Path(side_name) / WEIGHTS_FILE
             )  # raises a clear error for a damaged file, before PEFT fails on it
-        report_evaluation_progress(runtime, f"{'AB'[index]} ({Path(side_name).name}) on {data.name}", on_event)
+        report_evaluation_progress(
+            runtime, f"{'AB'[index]} ({Path(side_name).name}) on {data.name}", on_event, 2 - index
+        )
         adapter = Path(side_name) if is_adapter else None
         compared_sides.append(
             ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter), token_difference)

@@ -251,14 +251,15 @@ def measure_truncation_curve(
     with attach_adapter(runtime, adapter.path) as peft_model:
         gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
     folds = _gather_folds(adapter, runtime) if cross_fit else []
-    report_evaluation_progress(runtime, "the base", on_event)
+    report_evaluation_progress(runtime, "the base", on_event, len(ranks) + 1)
     trials = [build_trial_record("base", 0, runtime.evaluate("validation"), settings.metric)]
     written: dict[int, Resized] = {}
     top_name = f"r{max(ranks)}"
-    for rank in sorted(ranks, reverse=True):
+    for index, rank in enumerate(sorted(ranks, reverse=True)):
         folder = working_folder / f"r{rank}"
         written[rank] = resize_adapter(adapter, folder, cap_ranks(adapter, rank, gathered.moments), gathered.moments)
-        report_evaluation_progress(runtime, f"rank {rank}", on_event)
+        num_evaluations = (len(ranks) - index) * (2 if folds else 1)
+        report_evaluation_progress(runtime, f"rank {rank}", on_event, num_evaluations)
         if folds:
             scores = _evaluate_folds(adapter, runtime, folds, rank, working_folder)
         else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pydantic import Field, ValidationError
 
@@ -46,7 +47,7 @@ class TrialTask(Record):
 
 
 class TrialResult(Record):
-    """The result of a custom trainer, which may return a mapping of metrics instead. A NaN in it means that the training diverged."""
+    """The result of a custom trainer, which may return a number or a mapping of metrics instead. A NaN in it means that the training diverged."""
 
     metrics: dict[str, float]  # held-out; includes the deciding metric
     example_scores: list[float] | None = None  # the metric of each held-out example; the same examples in every trial
@@ -62,13 +63,13 @@ class TrialResult(Record):
     peak_bytes: BoundedInt = 0
 
 
-TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
-EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | TrialResult]
+TrainFunction: TypeAlias = Callable[[TrialTask], float | Mapping[str, float] | TrialResult]
+EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], float | Mapping[str, float] | TrialResult]
 RESULT_RECORDS = ("TrialResult", "EvalPoint")
 
 
-def call_function(function: TrainFunction, task: TrialTask) -> object:
-    """Call the function and return its result; a mapping is converted to a `TrialResult`.
+def call_function(function: TrainFunction, task: TrialTask, metric: str) -> object:
+    """Call the function and return its result; a mapping, or a number that is the metric, is converted to a `TrialResult`.
 
     Raises:
         NotFiniteError: the function reports or returns NaN or infinity.
@@ -76,7 +77,10 @@ def call_function(function: TrainFunction, task: TrialTask) -> object:
         RunError: the function raises another error.
     """
     try:
-        returned = function(task)
+        returned: Any = function(task)
+        is_number = isinstance(returned, Real) and not isinstance(returned, bool)
+        if is_number or getattr(returned, "ndim", None) == 0:  # also a tensor or an array without dimensions
+            return TrialResult(metrics={metric: float(returned)})
         return TrialResult(metrics=dict(returned)) if isinstance(returned, Mapping) else returned
     except (NotFiniteError, ReportError):
         raise
@@ -106,7 +110,7 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
     """
     if not isinstance(returned, TrialResult):
         raise ReportError(
-            f"returned {type(returned).__name__} {quote_value(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
+            f"returned {type(returned).__name__} {quote_value(returned)}; return a number, a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
         )
     if metric not in returned.metrics:
         names = ", ".join(map(repr, returned.metrics)) or "nothing"

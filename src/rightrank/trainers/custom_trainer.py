@@ -289,7 +289,7 @@ class _FunctionExecutor:
             if arm.truncate_from is not None:
                 _write_truncated_adapter(self._folder, arm.truncate_from, trial)
             folder.mkdir(parents=True, exist_ok=True)
-            returned = call_function(request.functions[_choose_function(arm)], task)
+            returned = call_function(request.functions[_choose_function(arm)], task, request.metric)
         except RightrankError as error:
             returned = error
         return trial, returned, time.perf_counter() - start

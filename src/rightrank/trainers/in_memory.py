@@ -23,9 +23,10 @@ from rightrank.adapters.adapter_writer import save_adapter
 from rightrank.adapters.kinds import find_kind
 from rightrank.adapters.kinds.linear import Linear
 from rightrank.adapters.resizing import list_candidate_ranks, require_plain_update
+from rightrank.bases.named_base import require_named_base
 from rightrank.schema.errors import ModelError
 from rightrank.trainers.batch_scores import BETA, Batch, TrainerLossFunction, compute_batch_loss, count_positions
-from rightrank.trainers.distributed import is_partitioned, sync_errors
+from rightrank.trainers.distributed import get_process_index, get_world_size, is_partitioned, is_sharded, sync_errors
 from rightrank.training.loss import BatchLoss
 from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
 from rightrank.training.multi_lora import find_lora_modules
@@ -55,14 +56,18 @@ class InMemoryAdapter:
         return compute_batch_loss(self.model, batch, self.beta)
 
 
+def find_base_name(model: Any, name: str) -> str:
+    """Return the folder or the hub name of the base model, as the adapter's configuration or the model states it."""
+    return model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or ""
+
+
 def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
     """Save an adapter of a model in memory, and check that the saved one is the same.
 
     Raises:
         ModelError: PEFT saves an adapter with another scale, or one that can't be truncated.
     """
-    base = model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path
-    save_adapter(model, folder, base or "", name)
+    save_adapter(model, folder, find_base_name(model, name), name)
     adapter, layers = open_adapter(folder), find_lora_modules(model)
     require_plain_update(adapter)
     for module in adapter.modules:
@@ -75,18 +80,20 @@ def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
     return adapter
 
 
-def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> str:
-    """Return the name of the adapter in training, after every check of the final measurement that needs no examples.
+def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> tuple[str, list[str]]:
+    """Return the name of the adapter in training and notes, after every check of the final measurement that needs no examples.
 
     Raises:
-        ModelError: The adapter can't be truncated.
+        ModelError: The adapter can't be truncated, or the base model is not the one that the adapter would name.
         SettingsError: A rank is not a possible truncation.
     """
-    name = find_trained_adapter(model)
+    name, notes = find_trained_adapter(model), list[str]()
     if not is_partitioned(model):  # a fresh process measures a partitioned model
         with sync_errors(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
             list_candidate_ranks(save_trained_adapter(model, name, Path(folder) / "begin"), ranks)
-    return name
+            compared = (0, 1) if is_sharded(model) else (get_process_index(), get_world_size())
+            notes = require_named_base(model.get_base_model(), find_base_name(model, name), *compared)
+    return name, notes
 
 
 def find_trained_adapter(model: Any) -> str:

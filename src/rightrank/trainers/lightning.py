@@ -40,7 +40,7 @@ class SmallestAdapter(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         build_settings(self._margin, None, self._metric)
         model = _find_peft_model(pl_module)
-        name = validate_trained_adapter(model)
+        name, _ = validate_trained_adapter(model)
         with preserve_state(model, name, self._held_out):
             self._held_out = list(copy_batches(self._held_out))
             if not self._held_out:

@@ -144,7 +144,9 @@ class SmallestAdapter(TrainerCallback):
         if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
             raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number of 2 or more")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
-        name = validate_trained_adapter(model, self.ranks)
+        name, notes = validate_trained_adapter(model, self.ranks)
+        for note in notes:
+            self._add_note(note)
         self._loader = kwargs["train_dataloader"]
         with preserve_state(model, name):
             reader = self._make_reader()
@@ -390,13 +392,14 @@ def keep_smallest(
         RunError: the disk is full.
     """
     settings = build_settings(margin, None, metric)
-    name, margin = validate_trained_adapter(model), settings.margin
+    (name, base_notes), margin = validate_trained_adapter(model), settings.margin
     with preserve_state(model, name, held_out, train):  # A loader draws its order from the random state.
         batches = list(copy_batches(held_out)), sample_batches(train)
         in_memory_adapter = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
     if not in_memory_adapter.held_out:
         raise DataError("there are no held-out batches; give a few hundred examples that were not used for training")
     stated_settings, notes = collect_stated_settings(in_memory_adapter, None)
+    notes += base_notes
     result = find_smallest_adapter(
         in_memory_adapter,
         Path(out),

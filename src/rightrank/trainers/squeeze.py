@@ -243,7 +243,7 @@ def require_cuttable(model: Any, rank: int | None) -> str:
             "with several processes (DDP, FSDP, DeepSpeed) or a compiled model the adapter's shapes cannot change: train in one process "
             "without compilation, or use SmallestAdapter"
         )
-    name = validate_trained_adapter(model)
+    name, _ = validate_trained_adapter(model)
     top = model.peft_config[name].r
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < top):
         raise SettingsError(f"rank {rank!r}: give a whole number from 1 to {top - 1}, below the adapter's rank {top}")

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, Subset
 from rightrank.data.sampling import sample_indices
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import DataError, get_first_line
-from rightrank.trainers.batch_scores import Batch, count_positions
+from rightrank.trainers.batch_scores import CUSTOM_EVALUATION_HINT, Batch, count_positions
 from rightrank.trainers.preserved_state import copy_data_source
 from rightrank.training.moments import MOMENT_TOKENS
 
@@ -89,6 +89,11 @@ class RowReader:
                     f"SmallestAdapter: the trainer's collator does not accept the held-out rows ({get_first_line(error)}); give "
                     "trainer.eval_dataset, which the trainer has tokenized"
                 ) from None
+            if not isinstance(batch, Mapping):
+                raise DataError(
+                    f"SmallestAdapter: the trainer's collator returns a {type(batch).__name__} and no batch of tensors, as for GRPO, which "
+                    f"generates its answers; {CUSTOM_EVALUATION_HINT}"
+                )
             yield batch
 
 

@@ -96,14 +96,18 @@ def _require_named_base(adapter: AdapterFolder, name: str) -> None:
 
 
 def report_evaluation_progress(
-    runtime: Runtime, description: str, report: Callable[[EvaluationProgress], None]
+    runtime: Runtime, description: str, report: Callable[[EvaluationProgress], None], num_evaluations: int = 1
 ) -> None:
-    """Report the progress of the runtime's evaluations under `description` from now on."""
+    """Report the progress of the runtime's evaluations under `description` from now on.
+
+    Args:
+        num_evaluations: The number of evaluations that are left, with this one. The reported total covers all of them.
+    """
     start_time = time.perf_counter()
 
     def on_evaluated(num_evaluated: int, num_total: int) -> None:
-        seconds = time.perf_counter() - start_time
-        report(EvaluationProgress(what=description, examples=num_evaluated, total_examples=num_total, seconds=seconds))
+        total, seconds = num_total * num_evaluations, time.perf_counter() - start_time
+        report(EvaluationProgress(what=description, examples=num_evaluated, total_examples=total, seconds=seconds))
 
     runtime.on_evaluated = on_evaluated
 

@@ -59,7 +59,7 @@ def accumulate_moments(
         sums[name] = moment_sums if name not in sums else tuple(map(torch.add, moment_sums, sums[name]))
 
     counts = np.zeros(3, dtype=int)
-    with observe_rank_space(peft_model, names, accumulate, adapter):
+    with observe_rank_space(peft_model, names, accumulate, adapter) as called_names:
         for pass_counts in passes:
             counts += pass_counts
     examples, tokens, labels = counts.tolist()
@@ -79,29 +79,38 @@ def accumulate_moments(
         )
         for name, (inputs, gradients, rows) in sums.items()
     }
-    missing = len(names) - len(sums)
-    notice = (
-        f"{missing} of {len(names)} modules are truncated by singular values: the model computes their layers without calling PEFT's modules "
-        "(fused kernels), so second moments cannot be measured"
+    notices = tuple(
+        f"{len(missing)} of {len(names)} modules ({missing[0]}{', …' * (len(missing) > 1)}) are truncated by singular values: {reason}"
+        for missing, reason in (
+            ([name for name in names if name in called_names and name not in sums], "the loss does not depend on them"),
+            (
+                [name for name in names if name not in called_names],
+                "the model computes their layers without calling PEFT's modules (fused kernels), or does not use them",
+            ),
+        )
+        if missing
     )
-    return GatheredMoments(moments, examples, tokens, (notice,) if missing else ())
+    return GatheredMoments(moments, examples, tokens, notices)
 
 
 @contextmanager
 def observe_rank_space(
     peft_model: Any, names: Sequence[str], callback: GradientCallback, adapter: str = ADAPTER
-) -> Iterator[None]:
+) -> Iterator[set[str]]:
     """Call `callback(name, h [n, r], δ [n, r])` for the named modules in every backward pass within the block.
 
-    Parameters get no gradients within the block.
+    Yield the names of the modules that forward passes have called. Parameters get no gradients within the block.
     """
-    modules = find_lora_modules(peft_model)
+    modules, called_names = find_lora_modules(peft_model), set[str]()
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    handles = [modules[name].register_forward_hook(partial(_observe_module, name, callback, adapter)) for name in names]
+    handles = [
+        modules[name].register_forward_hook(partial(_observe_module, name, callback, adapter, called_names))
+        for name in names
+    ]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        yield called_names
     finally:
         for handle in handles:
             handle.remove()
@@ -113,12 +122,14 @@ def _observe_module(
     name: str,
     callback: GradientCallback,
     adapter: str,
+    called_names: set[str],
     module: Any,
     inputs: tuple[torch.Tensor, ...],
     output: torch.Tensor,
 ) -> torch.Tensor:
     if not torch.is_grad_enabled():
         return output
+    called_names.add(name)
     if not output.requires_grad:  # no module below the first adapted one requires a gradient
         output.requires_grad_()
     a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()

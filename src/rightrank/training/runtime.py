@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE
+from rightrank.adapters.adapter_reader import require_kept_base
 from rightrank.adapters.adapter_writer import ensure_peft_format
 from rightrank.adapters.kinds.base import Factors, Routing, set_training_mode
 from rightrank.bases.base_models import LoadedModel
@@ -333,12 +334,12 @@ def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
         folder: the adapter folder; None yields the base alone.
 
     Raises:
-        ModelError: PEFT cannot attach this adapter to this base, or the adapter's task is not that of the data.
+        ModelError: PEFT cannot attach this adapter to this base or would change the base, or the adapter's task is not that of the data.
     """
     if folder is None:
         yield runtime.model
         return
-    _require_task(runtime, folder)
+    _require_attachable(runtime, folder)
     try:
         with suppress_peft_warnings(), ensure_peft_format(folder) as adapter_folder:
             peft_model: Any = PeftModel.from_pretrained(runtime.model, str(adapter_folder))
@@ -354,10 +355,12 @@ def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
         unwrap_base(peft_model)
 
 
-def _require_task(runtime: Runtime, folder: Path) -> None:
-    """Raise if an adapter of a language model meets classification data, or the reverse; PEFT's own errors would not explain this."""
+def _require_attachable(runtime: Runtime, folder: Path) -> None:
+    """Raise for what PEFT's own errors would not explain: an adapter of another task than the data, or one that changes the base."""
     file = folder / CONFIG_FILE
-    task = read_json_object(file).get("task_type") if file.is_file() else None
+    config = read_json_object(file) if file.is_file() else {}
+    require_kept_base(folder, config)
+    task = config.get("task_type")
     if task == "CAUSAL_LM" and runtime.data.is_classification:
         raise ModelError(
             f"{folder}: this is an adapter of a language model (task_type {task}), but data with `text` and `label` need a "
