@@ -178,7 +178,8 @@ SILENT = Listener()
 
 def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
     """Plan a tiny model for CUDA, as a table and within a selection, without a device."""
-    from rightrank import plan as plan_command
+    from rightrank.cli.plan import _format_plan
+    from rightrank.planning import plan
     from rightrank.planning.planner import plan_selection
     from rightrank.planning.skeleton import read_config
 
@@ -186,8 +187,8 @@ def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
     plans = []
     for name, settings in PLANS.items():
         plan_settings: Any = {"ranks": (2, 4), "batch_size": 4, "seq_len": 32, "device": "cuda"} | settings
-        planned = plan_command.plan(request.model, **plan_settings)
-        assert f"{planned.targets} adapted matrices" in plan_command._format_plan(planned)
+        planned = plan(request.model, **plan_settings)
+        assert f"{planned.targets} adapted matrices" in _format_plan(planned)
         plans.append({"plan": name, "peak_bytes": [row.peak_bytes for row in planned.ranks], "fits": planned.max_rank})
     config = read_config(request.model, False)
     large_settings = request.settings.model_copy(update={"memory_bytes": 2**30, "adapters_per_pass": 8})
