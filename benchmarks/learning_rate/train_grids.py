@@ -179,7 +179,9 @@ def compute_losses(task: Task, bank: Bank, indices: Sequence[int]) -> tuple[torc
     labels = torch.tensor([label for _, _, targets in sequences for label in targets])
     hidden = task.hidden[numbers, :length]
     out = task.base.apply_block(hidden, mask, rows, valid, bank.update)
-    logits = bank.classify(out) if task.classes else F.linear(out, task.head)
+    # Where a caller trains in bfloat16, an evaluation still computes the logits in float32.
+    with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
+        logits = bank.classify(out.float()) if task.classes else F.linear(out.float(), task.head)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(bank.size), reduction="none").view(bank.size, -1)
     owners = torch.arange(len(sequences))[:, None].expand_as(valid)[valid]
     sums = torch.zeros(bank.size, len(sequences)).index_add(1, owners, losses)
@@ -191,12 +193,12 @@ def compute_losses(task: Task, bank: Bank, indices: Sequence[int]) -> tuple[torc
     return sums, (wrong == 0).float()
 
 
-def encode_rows(base: Base, rows: Sequence[Mapping[str, str]]) -> tuple[list[Example], int, torch.Tensor]:
+def encode_rows(base: Base, rows: Sequence[Mapping[str, str]], max_tokens: int = MAX_TOKENS, max_labels: int = MAX_LABELS) -> tuple[list[Example], int, torch.Tensor]:  # fmt: skip
     """Return the examples, the number of classes, and the head over the `VOCABULARY` most frequent tokens of the task."""
     tokenizer = base.tokenizer
     if "label" in rows[0]:
         names = sorted({row["label"] for row in rows})
-        ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=MAX_TOKENS).input_ids
+        ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_tokens).input_ids
         examples = [Example([(tokens, [0], [names.index(row["label"])])], row.get("group", str(number))) for number, (tokens, row) in enumerate(zip(ids, rows, strict=True))]  # fmt: skip
         return examples, len(names), torch.empty(0)
     prompts = tokenizer([row["prompt"] for row in rows]).input_ids
@@ -205,9 +207,9 @@ def encode_rows(base: Base, rows: Sequence[Mapping[str, str]]) -> tuple[list[Exa
         sequences = []
         for key in ("completion", "chosen", "rejected"):
             if key in row:
-                labels = [*tokenizer(row[key], add_special_tokens=False).input_ids, tokenizer.eos_token_id][:MAX_LABELS]
+                labels = [*tokenizer(row[key], add_special_tokens=False).input_ids, tokenizer.eos_token_id][:max_labels]
                 first = prompt[:1] if prompt[0] == tokenizer.bos_token_id and base.name == GEMMA else []
-                prompt_tokens = [*first, *prompt[len(first) :][-(MAX_TOKENS - len(labels) - len(first)) :]]
+                prompt_tokens = [*first, *prompt[len(first) :][-(max_tokens - len(labels) - len(first)) :]]
                 positions = list(range(len(prompt_tokens) - 1, len(prompt_tokens) + len(labels) - 1))
                 sequences.append((prompt_tokens + labels[:-1], positions, labels))
         examples.append(Example(sequences, row.get("group", str(number))))
@@ -226,39 +228,45 @@ def encode_rows(base: Base, rows: Sequence[Mapping[str, str]]) -> tuple[list[Exa
     return examples, 0, base.weights["head"][vocabulary].contiguous()
 
 
-def split_examples(examples: Sequence[Example]) -> dict[str, list[int]]:
+def split_examples(examples: Sequence[Example], counts: Sequence[int] = (TEST_ROWS, VALIDATION_ROWS, TRAIN_ROWS)) -> dict[str, list[int]]:  # fmt: skip
     """Fill the test split, then the validation split, then the training split with whole groups in the order of the rows."""
     by_group: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         by_group.setdefault(example.group, []).append(index)
     splits: dict[str, list[int]] = {"test": [], "validation": [], "train": []}
-    sizes = iter((TEST_ROWS, VALIDATION_ROWS, TRAIN_ROWS))
+    sizes = iter(counts)
     names = iter(splits)
     name, size = next(names), next(sizes)
     for indices in (rows[:MAX_GROUP_ROWS] for rows in by_group.values()):
         if len(splits[name]) >= size and name != "train":
             name, size = next(names), next(sizes)
         splits[name] += indices
-    return {name: indices[:size] for (name, indices), size in zip(splits.items(), (TEST_ROWS, VALIDATION_ROWS, TRAIN_ROWS), strict=True)}  # fmt: skip
+    return {name: indices[:size] for (name, indices), size in zip(splits.items(), counts, strict=True)}  # fmt: skip
 
 
 @torch.no_grad()
 def load_task(name: str, base_name: str, bases: Path, data: Path, work: Path) -> Task:
     """Encode the rows of a grid and compute the hidden states before the last block, once."""
     base = load_base(bases, base_name)
-    with (data / f"{name}.jsonl").open(encoding="utf-8") as file:
+    return prepare_task(base, data / f"{name}.jsonl", work / f"{name}_hidden.safetensors")
+
+
+@torch.no_grad()
+def prepare_task(base: Base, data: Path, cache: Path, counts: Sequence[int] = (TEST_ROWS, VALIDATION_ROWS, TRAIN_ROWS),
+                 max_tokens: int = MAX_TOKENS, max_labels: int = MAX_LABELS) -> Task:  # fmt: skip
+    """Encode rows, split them into so many test, validation and training rows, and compute the hidden states before the first adapted block."""
+    with data.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    examples, classes, head = encode_rows(base, rows)
-    splits = split_examples(examples)
+    examples, classes, head = encode_rows(base, rows, max_tokens, max_labels)
+    splits = split_examples(examples, counts)
     order = [index for indices in splits.values() for index in indices]
     examples = [examples[index] for index in order]
     bounds = np.cumsum([0, *map(len, splits.values())])
     splits = {split: list(range(start, end)) for split, start, end in zip(splits, bounds[:-1], bounds[1:], strict=True)}
     task = Task(base, examples, splits, "chosen" in rows[0], classes, head)
-    cache = work / f"{name}_hidden.safetensors"
     sequences = [ids for example in examples for ids, _, _ in example.sequences]
     if not cache.exists():
-        hidden = torch.zeros(len(sequences), MAX_TOKENS, base.shapes["q"][1])
+        hidden = torch.zeros(len(sequences), max_tokens, base.shapes["q"][1])
         by_length = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
         for start in range(0, len(by_length), 64):
             numbers = by_length[start : start + 64]
