@@ -32,7 +32,18 @@ MAX_ROWS = 30_000
 MIN_LABEL_ROWS = 100
 MIN_WORDS, MAX_WORDS = 9, 60
 FORTUNE_FOLDERS = {"de": "de", "es": "es"}  # other languages are in one folder
-ITALIAN_FORTUNES = "definizioni formiche italia itatrek jackfr leggi lercio luttazzi paolotedeschi paradoxum".split()
+ITALIAN_FORTUNES = [
+    "definizioni",
+    "formiche",
+    "italia",
+    "itatrek",
+    "jackfr",
+    "leggi",
+    "lercio",
+    "luttazzi",
+    "paolotedeschi",
+    "paradoxum",
+]
 
 Row = dict[str, str]
 

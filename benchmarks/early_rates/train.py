@@ -266,7 +266,7 @@ def run_grid(grid: Grid, task: Task, work: Path, out: Path) -> None:
         point = points[training.step]
         adapters = training.read_adapters()
         is_finite &= all(bool(torch.isfinite(value).all()) for adapter in adapters for value in adapter.values())
-        results.add("current", point, cells, adapters, has_test=point == 1 or is_design and point >= 0.25)
+        results.add("current", point, cells, adapters, has_test=point == 1 or (is_design and point >= 0.25))
         results.add("mean", point, cells, training.read_means(), has_test=is_design and point >= 0.25)
         if point in EARLY:
             for window in WINDOWS:

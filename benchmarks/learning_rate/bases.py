@@ -123,7 +123,7 @@ class Base:
     def project(self, name: str, x: torch.Tensor, update: Update) -> torch.Tensor:
         """Apply an adapted matrix to [b, t, in] or [n, in], which the adapters share, or to [adapters, n, in] or [adapters, b, t, in]."""
         base = F.linear(x, self.weights[name], self.weights.get(f"{name}.bias"))
-        is_shared = x.dim() < 4 and name.rpartition(".")[2] in ("q", "k", "v") or x.dim() == 2
+        is_shared = (x.dim() < 4 and name.rpartition(".")[2] in ("q", "k", "v")) or x.dim() == 2
         delta = update(name, x.flatten(0, -2) if is_shared else x.flatten(1, -2))
         return base + delta.view(delta.shape[0], *x.shape[0 if is_shared else 1 : -1], delta.shape[-1])
 
@@ -263,7 +263,9 @@ def load_base(bases: Path, name: str, blocks: int = 1) -> Base:
         is_gemma = hasattr(block, "pre_feedforward_layernorm")
         offset = 1.0 if is_gemma else 0.0  # Gemma multiplies by 1 + weight
         take(f"{prefix}input_norm", block.input_layernorm, offset)
-        take(f"{prefix}mlp_norm", block.pre_feedforward_layernorm if is_gemma else block.post_attention_layernorm, offset)
+        take(
+            f"{prefix}mlp_norm", block.pre_feedforward_layernorm if is_gemma else block.post_attention_layernorm, offset
+        )
         if is_gemma:
             take(f"{prefix}attention_norm", block.post_attention_layernorm, offset)
             take(f"{prefix}output_norm", block.post_feedforward_layernorm, offset)
@@ -273,7 +275,11 @@ def load_base(bases: Path, name: str, blocks: int = 1) -> Base:
             take("final_norm", model.norm, offset)
             weights["head"] = model.embed_tokens.weight.data.float()
     prefixes = ("", BELOW)[:blocks]
-    shapes = {prefix + key: (weights[prefix + key].shape[0], weights[prefix + key].shape[1]) for prefix in prefixes for key in names}
+    shapes = {
+        prefix + key: (weights[prefix + key].shape[0], weights[prefix + key].shape[1])
+        for prefix in prefixes
+        for key in names
+    }
     return Base(name, model, tokenizer, weights, shapes, is_encoder)
 
 
