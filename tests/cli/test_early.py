@@ -175,7 +175,7 @@ def test_the_adapter_of_a_run_folder_is_named_without_torch(run_folder: Path) ->
         assert modules == "[]"
 
 
-@pytest.mark.parametrize("command", [["status"], ["decide"], ["export", "--to", "vllm"], ["repair"]])
+@pytest.mark.parametrize("command", [["status"], ["decide"], ["export", "--to", "vllm"]])
 def test_a_command_on_a_run_folder_imports_no_torch(run_folder: Path, command: list[str]) -> None:
     arguments = [sys.executable, "-c", LIGHT, command[0], str(run_folder), *command[1:]]
     process = subprocess.run(arguments, capture_output=True, text=True)

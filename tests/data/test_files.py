@@ -143,12 +143,12 @@ def test_all_final_files_are_written_atomically() -> None:
     """Require that files are written to `temporary`, to standard output, or through data/files.py."""
     writing = re.compile(r"([\w.]+|\([^()]*\))\.(?:(?:write_text|write_bytes)\(|open\(\"(?:w|a|ab|wb|r\+b)\")")
     allowed = {
-        ("train/prefix.py", "path"),  # a memory-mapped file, which every run creates again
+        ("training/prefix.py", "path"),  # a memory-mapped file, which every run creates again
         ("runs/journal.py", "self.path"),  # appending a line and truncating a torn one
-        ("train/device.py", "_CLEAR_REFS_FILE"),  # a file of the kernel
+        ("training/device.py", "_CLEAR_REFS_FILE"),  # a file of the kernel
         ("cluster/processes.py", "log"),  # a worker's stderr, streamed
-        ("adapters/conversion_faults.py", "(copy / CONFIG_FILE)"),  # a copy in a temporary folder
-        ("models/mlx.py", '(copy / "config.json")'),  # the same
+        ("runs/conversion_faults.py", "(copy / CONFIG_FILE)"),  # a copy in a temporary folder
+        ("bases/mlx.py", '(copy / "config.json")'),  # the same
     }
     writes: set[tuple[str, str]] = set()
     for source in SOURCE.rglob("*.py"):

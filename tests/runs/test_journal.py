@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.data import files
-from rightrank.runs.journal import Journal, RepairResult, parse_line, seal
+from rightrank.runs.journal import Journal, parse_line, seal
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.trials import SCHEMA_VERSION, Arm, TrialFailed, TrialStarted
@@ -72,18 +72,14 @@ def test_a_journal_cut_at_any_byte_keeps_complete_records(tmp_path: Path, monkey
         journal = Journal(tmp_path / f"{length}.jsonl")
         journal.path.write_bytes(content[:length])
         notices: list[str] = []
-        kept_records = journal.read(notices.append)
         complete = sum(end <= length for end in ends)  # a record without its line end is complete
-        assert kept_records == make_records()[:complete], length
-        aside = journal.path.with_name(f"{length}.jsonl.torn-1")
-        remaining = journal.path.read_bytes()
-        if aside.exists():
-            assert remaining + aside.read_bytes() == content[:length]
-            assert len(notices) == 1
-            assert "the last line was incomplete" in notices[0]
-        else:
-            assert remaining == content[: ends[complete - 1] + 1 if complete else 0]
-            assert notices == []
+        assert journal.read_complete_lines() == make_records()[:complete], length
+        assert journal.path.read_bytes() == content[:length]
+        assert journal.read(notices.append) == make_records()[:complete], length
+        assert journal.path.read_bytes() == content[: ends[complete - 1] + 1 if complete else 0]
+        assert ["the last line was damaged" in notice for notice in notices] == [True] * (
+            length > (ends[complete - 1] + 1 if complete else 0)
+        )
         journal.append(make_records()[-1])
         assert len(journal.read()) == complete + 1
 
@@ -102,14 +98,30 @@ def test_each_flipped_bit_of_a_line_is_detected(tmp_path: Path) -> None:
                 assert not any(result == record for result in parsed), (position, bit)
 
 
-def test_a_damaged_start_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
-    journal = write_journal(tmp_path / "journal.jsonl")
-    damaged = bytearray(journal.path.read_bytes())
-    damaged[10] ^= 1
-    journal.path.write_bytes(bytes(damaged))
-    with pytest.raises(RunFolderError, match=r"the first line, the run's start, is damaged.*the other 2 records"):
-        journal.repair()
-    assert journal.path.read_bytes() == bytes(damaged)
+@pytest.mark.parametrize("damage", [b"x\n", b"\x00" * 512, b"\x00\n", b'{"type":"tri'])
+def test_a_damaged_line_is_dropped_at_the_end_and_named_elsewhere(damage: bytes, tmp_path: Path) -> None:
+    lines = [seal_record(record) for record in make_records()]
+    journal, notices = Journal(tmp_path / "journal.jsonl"), list[str]()
+    journal.path.write_bytes(b"".join(lines) + damage)
+    assert journal.read(notices.append) == make_records()
+    assert notices == [f"{journal.path}: the last line was damaged ({len(damage)} bytes) and was dropped"]
+    assert journal.path.read_bytes() == b"".join(lines)
+    for number in range(3):
+        content = b"".join([*lines[:number], damage.removesuffix(b"\n") + b"\n", *lines[number:]])
+        journal.path.write_bytes(content)
+        advice = "delete this line" if number else "restore the file"
+        with pytest.raises(RunFolderError, match=rf"journal\.jsonl:{number + 1}: damaged: .*; {advice}"):
+            journal.read()
+        assert journal.path.read_bytes() == content
+
+
+def test_a_file_of_another_program_is_refused_and_not_touched(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    for content in (b"nothing of ours\n", b'{"a": 1}', b"\n"):
+        journal.path.write_bytes(content)
+        with pytest.raises(RunFolderError, match=r"journal\.jsonl:1: damaged: .*give another --out"):
+            journal.read()
+        assert journal.path.read_bytes() == content
 
 
 @pytest.mark.parametrize("schema", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
@@ -159,60 +171,6 @@ def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     assert journal.read() == []
     assert not journal.path.exists()
-
-
-def test_each_torn_end_is_saved_to_its_own_file(tmp_path: Path) -> None:
-    journal = write_journal(tmp_path / "journal.jsonl")
-    notices: list[str] = []
-    for half in (b'{"type":"tri', b'{"t', b"\x00\x00"):
-        with journal.path.open("ab") as file:
-            file.write(half)
-        assert journal.read(notices.append) == make_records()
-    asides = [tmp_path / f"journal.jsonl.torn-{number}" for number in (1, 2, 3)]
-    assert [aside.read_bytes() for aside in asides] == [b'{"type":"tri', b'{"t', b"\x00\x00"]
-    assert notices[1] == f"{journal.path}: the last line was incomplete (3 bytes) and was moved to {asides[1].name}"
-    assert journal.path.read_bytes() == b"".join(seal_record(record) for record in make_records())
-
-
-def test_a_reader_gets_complete_records_and_changes_nothing(tmp_path: Path) -> None:
-    journal = write_journal(tmp_path / "journal.jsonl")
-    for unfinished_line in (b'{"type":"tri', WHOLE):  # a writer has not finished a line
-        content = journal.path.read_bytes() + unfinished_line
-        journal.path.write_bytes(content)
-        assert journal.read_complete_lines() == make_records()
-        assert journal.path.read_bytes() == content
-        assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
-        journal.path.write_bytes(content[: -len(unfinished_line)])
-    journal.path.write_bytes(b"nothing of ours\n" + journal.path.read_bytes())
-    with pytest.raises(
-        RunFolderError,
-        match=r"journal\.jsonl:1: damaged: the length and the checksum at its end are missing; 3 of 4 records are undamaged",
-    ):
-        journal.read_complete_lines()
-
-
-def test_the_first_of_several_damaged_lines_is_reported_and_all_are_moved(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.jsonl")
-    lines = [seal_record(record) for record in make_records()]
-    damaged = [lines[1].replace(b"0000", b"0100", 1), b"x\n", lines[2][:-9]]
-    journal.path.write_bytes(lines[0] + damaged[0] + lines[1] + damaged[1] + lines[2] + damaged[2])
-    with pytest.raises(RunFolderError, match=r":2: damaged: its checksum does not match and 1 more; 3 of 5 records"):
-        journal.read_complete_lines()
-    aside = tmp_path / "journal.jsonl.torn-1"
-    assert journal.repair() == RepairResult(num_intact=3, num_damaged=3, damaged_file=aside)
-    assert aside.read_bytes() == b"".join(damaged) + b"\n"
-    assert journal.path.read_bytes() == b"".join(lines)
-    assert journal.repair() == RepairResult(num_intact=3, num_damaged=0, damaged_file=None)
-
-
-def test_a_last_record_that_lacks_its_line_end_is_kept_by_a_repair_too(tmp_path: Path) -> None:
-    journal = write_journal(tmp_path / "journal.jsonl")
-    content = journal.path.read_bytes()
-    first, later_lines = content.split(b"\n", 1)
-    journal.path.write_bytes(first + b"\nx\n" + later_lines[:-1])
-    repaired = journal.repair()
-    assert (repaired.num_intact, repaired.num_damaged) == (3, 1)
-    assert journal.path.read_bytes() == content
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EDQUOT])

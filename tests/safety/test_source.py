@@ -171,7 +171,7 @@ def test_a_setting_that_holds_a_secret_is_refused(name: str, form: str) -> None:
     assert SECRET not in str(caught.value)
 
 
-READ_ONE = ["decide", "inspect", "status", "report", "repair", "plan", "export"]
+READ_ONE = ["decide", "inspect", "status", "report", "plan", "export"]
 
 
 @pytest.mark.parametrize("form", ["an address", "an address as a path", "a query", "a token of the hub"])

@@ -1,4 +1,4 @@
-"""Functions on a run folder: its status, its report, the files for other programs, and the repair of its journal."""
+"""Functions on a run folder: its status, its report, and the files for other programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rightrank.data.files import UnreadableError, read_json_object, report_disk_
 from rightrank.decision.records import Records, decide_if_possible
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
-from rightrank.runs.journal import RepairResult
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, get_first_line
 from rightrank.schema.events import EvaluationProgress, JournalRecord
@@ -204,7 +203,7 @@ def _find_exported_trial(folder: RunFolder, journal: Sequence[JournalRecord], re
     trial = records.by_id.get(trial_id)
     if trial is None:
         raise RunFolderError(
-            f"{folder.path}: the journal lacks the trial {trial_id} of the adapter; run `rightrank repair`"
+            f"{folder.path}: the journal lacks the trial {trial_id} of the adapter; run the same `rightrank select` again"
         )
     return trial
 
@@ -220,17 +219,6 @@ def _find_best_trial(records: Records, rank: int, includes_truncations: bool) ->
         raise ResultsError(f"the run has {description} rank {rank}; give one of {ranks}, or leave rank out")
     sign = -1 if records.started.higher_is_better else 1
     return min(candidates, key=lambda trial: (sign * trial.value, trial.seed))
-
-
-def repair(run: str | Path) -> RepairResult:
-    """Keep the intact records of a damaged journal and move the damaged lines to another file.
-
-    Raises:
-        RunFolderError: there is no run, a process is using it, or the start of the run is damaged.
-    """
-    folder = RunFolder.open_existing(run)
-    with folder.lock(), report_disk_errors(folder.path):
-        return folder.journal.repair()
 
 
 def status(run: str | Path) -> RunStatus:

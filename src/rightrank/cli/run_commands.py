@@ -108,30 +108,6 @@ def _export(
     return 0 if exported.check is None else EXIT_STATUS[exported.check["verdict"]]
 
 
-@click.command(
-    "repair", short_help="Keep the intact records of a damaged journal.", epilog="Example: rightrank repair run"
-)
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def _repair(run: Path, as_json: bool) -> None:
-    """Keep the intact records of RUN's damaged journal, and move the damaged lines to another file.
-
-    `rightrank select` with the same arguments then trains only the missing trials.
-    """
-    from rightrank.api import folders as api
-
-    repaired = api.repair(run)
-    if as_json:
-        damaged_file = None if repaired.damaged_file is None else str(repaired.damaged_file)
-        click.echo(format_json({"kept": repaired.num_intact, "set_aside": repaired.num_damaged, "file": damaged_file}))
-    elif repaired.damaged_file is None:
-        click.echo(f"{run}: all {repaired.num_intact} records are intact; nothing was changed")
-    else:
-        click.echo(
-            f"{run}: {repaired.num_intact} records kept; damaged lines moved to {repaired.damaged_file}: {repaired.num_damaged}"
-        )
-
-
 def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
     pairs = {}
     for value in split_commas(context, parameter, text) or []:
@@ -225,4 +201,4 @@ def _format_command(results: Path, arguments: Mapping[str, Any]) -> str:
     return shlex.join(["rightrank", "decide", str(results), *options])
 
 
-COMMANDS = (_status, _report, _export, _repair, _decide)
+COMMANDS = (_status, _report, _export, _decide)
