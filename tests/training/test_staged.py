@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.loop import run_trial
+from rightrank.training.optimizer import load_checkpoint, save_checkpoint
 from rightrank.training.runtime import attach_adapter
 from rightrank.training.trial import TrialFolders
 from tests.helpers import make_runtime
@@ -56,6 +58,29 @@ def test_looks_score_the_first_examples_and_the_end_scores_all(
     look = run(runtime, "look", ARM.model_copy(update={"stop_at": 4}), tmp_path)
     assert look.example_tokens == full_training.example_tokens[:5]
     assert look.value == pytest.approx(full_training.points[1].value, rel=1e-6)
+
+
+def test_a_stopped_training_also_scores_the_mean_of_its_factors(runtime: object, tmp_path: Path) -> None:
+    stopped = {
+        step: run(runtime, f"to{step}", ARM.model_copy(update={"stop_at": step}), tmp_path) for step in range(2, 7)
+    }
+    checkpoints = {step: load_checkpoint(tmp_path / f"to{step}.safetensors") for step in stopped}
+    tensors = {step: checkpoint[0] for step, checkpoint in checkpoints.items() if checkpoint is not None}
+    state = checkpoints[6][1] if checkpoints[6] is not None else {}
+    means = {
+        name: torch.stack([tensors[step][name] for step in stopped]).mean(0)
+        for name in tensors[6]
+        if name.startswith("parameter.")
+    }
+    arm = ARM.model_copy(update={"stop_at": 6})
+    save_checkpoint(tmp_path / "mean.safetensors", tensors[6] | means, state | {"trial_id": "mean"})
+    by_hand = run(runtime, "mean", arm, tmp_path)
+    assert stopped[6].mean_losses == pytest.approx(by_hand.example_losses, rel=1e-5)
+    assert stopped[6].mean_losses != pytest.approx(stopped[6].example_losses, rel=1e-3)
+    # A training that was killed at step 4 ends with the same mean.
+    killed = checkpoints[4][1] if checkpoints[4] is not None else {}
+    save_checkpoint(tmp_path / "resumed.safetensors", tensors[4], killed | {"trial_id": "resumed"})
+    assert run(runtime, "resumed", arm, tmp_path).mean_losses == stopped[6].mean_losses
 
 
 def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:

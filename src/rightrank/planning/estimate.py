@@ -162,6 +162,8 @@ class Estimator:
             for tensor in inventory.stored
             for _ in range(settings.adapters_per_pass if tensor.requires_grad else 1)
         ]
+        if settings.is_packed:  # the learning-rate search keeps the sum of the factors over the steps
+            residents += [("adapter", tensor.nbytes) for tensor in trained]
         if settings.device == "cuda":
             residents.append(("workspace", CUBLAS_BYTES))
         optimizer = estimate_optimizer_memory(trained, settings.optim, settings.device)

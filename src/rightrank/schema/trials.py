@@ -69,6 +69,11 @@ class ArmFields(Record):
         return self.stop_at is None and self.truncate_from is None
 
     @property
+    def is_searched(self) -> bool:
+        """Return whether this is the beginning of a training, which the learning-rate search compares."""
+        return self.stop_at is not None and self.continue_from is None
+
+    @property
     def end(self) -> int:
         """Return the step at which the training ends."""
         return self.steps if self.stop_at is None else self.stop_at
@@ -140,6 +145,8 @@ class TrialFinished(ArmFields):
     # summed over the example's label tokens, nats
     example_losses: list[float] = Field(default_factory=list)
     example_tokens: list[BoundedInt] = Field(default_factory=list)  # label tokens of the example
+    # the learning-rate search: the same losses with the mean of the factors since the warm-up
+    mean_losses: list[float] = Field(default_factory=list)
     example_correct: list[BoundedInt] | None = None  # classification: 1 if the prediction is correct
     example_scores: list[float] | None = None  # custom trainers and tables: the metric of each example
     example_weights: list[float] | None = None  # of example_scores; None: equal weights

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +24,7 @@ from rightrank.training.evaluation import Progress
 from rightrank.training.runtime import Runtime
 
 BEST_PREFIX = "best."  # prefix of the best parameters among a checkpoint's tensors
+SUM_PREFIX = "sum."  # prefix of the sums of the parameters over the steps since the warm-up
 Schedule: TypeAlias = Callable[[int], float]  # step (from 0) → factor of the learning rate
 # The same patterns as in transformers' Trainer.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -52,12 +54,17 @@ class ArmOptimizer:
     _learning_rate: float  # multiplied by the schedule's factor
     _plan: Sequence[Sequence[int]]  # example indices of each step
     _schedule: Schedule
+    is_averaged: bool = False  # whether to keep the mean of the parameters since the warm-up
 
     def __post_init__(self) -> None:
         self._parameters = list(self.named_parameters.values())
         self._optimizer = _make_optimizer(self._parameters, self._learning_rate, self._runtime)
         self.progress = Progress()
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
+        self._warmup_steps = count_warmup_steps(self._runtime.settings, len(self._plan))
+        self._sums = {
+            name: torch.zeros_like(value) for name, value in self.named_parameters.items() if self.is_averaged
+        }
         # These belong to the current step.
         self.loss_sum = 0.0
         self.labels = 0  # sum of the examples' loss weights, which divides the losses
@@ -85,6 +92,9 @@ class ArmOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
         self.progress.train_losses.append(self.loss_sum / self.labels)
         self.progress.step += 1
+        if self.progress.step > self._warmup_steps:
+            for name, total in self._sums.items():
+                total.add_(self.named_parameters[name].detach())
         self.progress.train_tokens += self._tokens
 
     def collect_tensors(self) -> dict[str, torch.Tensor]:
@@ -93,11 +103,30 @@ class ArmOptimizer:
         for index, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors |= {f"{SUM_PREFIX}{name}": value for name, value in self._sums.items()}
         return tensors | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
 
     def copy_parameters(self) -> dict[str, torch.Tensor]:
         """Return a copy of the parameters on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self.named_parameters.items()}
+
+    @contextmanager
+    def use_mean(self) -> Iterator[None]:
+        """Put the mean of the parameters since the warm-up in their place within the block.
+
+        The mean is taken of A and of B, as averages of weights are (Hägele et al. 2024, arXiv 2405.18392).
+        """
+        current, count = self.copy_parameters(), self.progress.step - self._warmup_steps
+        self.set_parameters({name: total / count for name, total in self._sums.items()})
+        try:
+            yield
+        finally:
+            self.set_parameters(current)
+
+    @property
+    def has_mean(self) -> bool:
+        """Return whether the mean differs from the current parameters, which takes two steps after the warm-up."""
+        return self.is_averaged and self.progress.step > self._warmup_steps + 1
 
     @torch.no_grad()
     def set_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -110,6 +139,8 @@ class ArmOptimizer:
         self.best = {
             name: tensors[f"{BEST_PREFIX}{name}"] for name in self.named_parameters if f"{BEST_PREFIX}{name}" in tensors
         }
+        for name, total in self._sums.items():
+            total.copy_(tensors[f"{SUM_PREFIX}{name}"])
         for index, parameter in enumerate(self._parameters):
             prefix = f"optimizer.{index}."
             saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -120,10 +151,14 @@ class ArmOptimizer:
         self.progress = Progress.model_validate(state)
 
 
+def count_warmup_steps(settings: SelectSettings, steps: int) -> int:
+    return math.ceil(settings.warmup_ratio * steps)
+
+
 def make_schedule(settings: SelectSettings, steps: int) -> Schedule:
     """Return transformers' learning-rate schedule over `steps` as a pure function."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    warmup = math.ceil(settings.warmup_ratio * steps)
+    warmup = count_warmup_steps(settings, steps)
     name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
     factor: Schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
     return factor

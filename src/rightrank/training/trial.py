@@ -75,7 +75,7 @@ class ArmTraining:
         named = multi_lora.add(self.adapter, arm, config)
         schedule = make_schedule(runtime.settings, arm.steps)
         self._last_step = arm.end
-        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
+        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule, is_averaged=arm.is_searched)
         points = runtime.settings.num_evaluations
         self._evaluate_at = {max(1, round(arm.steps * number / points)) for number in range(1, points + 1)}
         self._saved = time.perf_counter()
@@ -214,7 +214,7 @@ class ArmTraining:
         Raises:
             MetricError: the deciding metric gave no score; the adapter is still on the base.
         """
-        arm, metric_results = self.trial.arm, MetricResults()
+        arm, metric_results, mean_losses = self.trial.arm, MetricResults(), list[float]()
         scores = self._evaluate() if self._scores is None else self._scores  # None: the trial resumed at its last step
         best_evaluation = self._restore_best() if arm.is_direct and self.optimizer.best else None
         if arm.stop_at is None:
@@ -223,6 +223,7 @@ class ArmTraining:
             metric_results.require_values([self._settings.metric_name])
             save_adapter(self._multi_lora.peft_model, self.folders.adapter, self._runtime.loaded.name, self.adapter)
         else:
+            mean_losses = self._evaluate_mean()
             self.save()  # another trial may resume from here
         self._multi_lora.remove(self.adapter)
         record = build_finished_trial(self.trial, self._settings.metric_name, scores, metric_results, self.progress)
@@ -235,6 +236,7 @@ class ArmTraining:
                 "adapters_per_pass": len(self.pass_ranks),
                 "pass_ranks": self.pass_ranks,
                 "truncation": self._truncation,
+                "mean_losses": mean_losses,
             }
             | (
                 {}
@@ -257,6 +259,13 @@ class ArmTraining:
         scores = evaluate_adapters(self._runtime, self._multi_lora, [self.adapter], self.uses_eval_subset)[0]
         self.progress.eval_seconds += time.perf_counter() - start_time
         return scores
+
+    def _evaluate_mean(self) -> list[float]:
+        """Return the losses of the mean of the factors since the warm-up by example; none where no mean is kept."""
+        if not self.optimizer.has_mean:
+            return []
+        with self.optimizer.use_mean():
+            return self._evaluate().losses
 
     @property
     def is_checkpoint_due(self) -> bool:
