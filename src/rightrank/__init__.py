@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rightrank.schema.trials import EvalPoint
     from rightrank.trainers.calls import TrialResult, TrialTask
     from rightrank.trainers.smallest import SmallestAdapter
-    from rightrank.trainers.squeeze import Squeeze
 
 _MODULES = {
     "api.adapters": ("average", "compare", "inspect", "resize"),
@@ -35,7 +34,6 @@ _MODULES = {
     "api.runs": ("decide", "to_pandas"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
     "trainers.smallest": ("SmallestAdapter",),
-    "trainers.squeeze": ("Squeeze",),
     "trainers.calls": ("TrialResult", "TrialTask"),
     "atlas": ("expect",),
     "planning": ("plan",),
@@ -53,7 +51,6 @@ __all__ = [
     "SelectSettings",
     "Selected",
     "SmallestAdapter",
-    "Squeeze",
     "TrialResult",
     "TrialTask",
     "__version__",

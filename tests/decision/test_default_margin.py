@@ -37,7 +37,7 @@ def test_every_command_has_the_margin_of_the_kind_of_loss(form: str, margin: flo
     assert expected_margin == (0.01 * reference if margin is None else margin)
     assert decided.margin == pytest.approx(expected_margin, rel=0.01)
     assert space.get_margin(reference) == expected_margin  # select
-    assert DescendingStrategy(space).space.criterion == space.criterion  # SmallestAdapter and Squeeze
+    assert DescendingStrategy(space).space.criterion == space.criterion  # SmallestAdapter
     assert (space.criterion.loss, space.criterion.margin) == (loss, None)
     file_answer = find_smallest_adapter([top], build_criterion(records))  # resize, and what select hands over
     assert file_answer.margin == compute_default_margin(infer_metric_kind("loss", False, loss), top.value, [top.value])

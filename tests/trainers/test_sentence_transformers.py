@@ -11,8 +11,8 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
-from rightrank import SmallestAdapter, Squeeze
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank import SmallestAdapter
+from rightrank.schema.errors import DataError, SettingsError
 from tests.tiny import generate_sentences, make_tokenizer
 
 pytest.importorskip("sentence_transformers")
@@ -105,7 +105,6 @@ def test_the_own_loss_of_the_trainer_is_measured(kind: str, bert: Path, tmp_path
     [
         (partial(SmallestAdapter, measure=False), 100, SettingsError, "evaluate=evaluate"),
         (partial(SmallestAdapter, metric="accuracy"), 100, SettingsError, "evaluate=evaluate"),
-        (partial(Squeeze, rank=2), 100, ModelError, "no PEFT adapter"),
         (
             SmallestAdapter,
             30,

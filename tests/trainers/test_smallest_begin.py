@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rightrank import SmallestAdapter, Squeeze
+from rightrank import SmallestAdapter
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
 from rightrank.trainers.trainer_rows import find_group_key, number_groups
 from rightrank.trainers.truncation_run import resume_measurement
@@ -104,14 +104,16 @@ def test_the_callback_of_another_trainer_is_refused(model_folder: Path, rows: Ro
     """Refuse rows in place of the trainer, the callback of another trainer, and two callbacks."""
     trainer = make_trainer(model_folder, rows, tmp_path)
     with pytest.raises(
-        SettingsError, match=r"first argument is a RowList, .* trainer.add_callback\(Squeeze\(trainer\)\)"
+        SettingsError, match=r"first argument is a RowList, .* trainer.add_callback\(SmallestAdapter\(trainer\)\)"
     ):
-        Squeeze(trainer.eval_dataset)  # type: ignore[arg-type]
+        SmallestAdapter(trainer.eval_dataset)  # type: ignore[arg-type]
     refuse(
         make_trainer(model_folder, rows, tmp_path, lambda _: SmallestAdapter(trainer)), "another trainer", SettingsError
     )
     refuse(
-        make_trainer(model_folder, rows, tmp_path, SmallestAdapter, Squeeze), "two of these callbacks", SettingsError
+        make_trainer(model_folder, rows, tmp_path, SmallestAdapter, SmallestAdapter),
+        "two of these callbacks",
+        SettingsError,
     )
 
 
@@ -281,7 +283,7 @@ def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
 ) -> None:
     """Cover a data set's transform, a collator such as transformers', and a script. The batches are the same as without the callbacks."""
     batches = []
-    for number, callbacks in enumerate(([], [SmallestAdapter], [partial(Squeeze, rank=15)])):
+    for number, callbacks in enumerate(([], [SmallestAdapter])):
         collator, train = make_collator(kind, model_folder), (LazyRows if kind == "rows" else RowList)(rows[:140])
         monkeypatch.setattr(sys.modules[__name__], "GENERATOR", None)
         trainer = make_trainer(model_folder, rows, tmp_path / str(number), *callbacks, train=train)
@@ -296,7 +298,7 @@ def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
 def test_what_cannot_be_copied_is_not_read_before_the_end(
     model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Use an open file, which cannot be copied. A note lists unchecked rows, and a cut between two steps is refused."""
+    """Use an open file, which cannot be copied. A note lists unchecked rows."""
     train = LazyRows(rows[:140])
     train.file = (tmp_path / "rows").open("w")  # type: ignore[attr-defined]
     collator = make_collator("collator", model_folder)
@@ -311,10 +313,6 @@ def test_what_cannot_be_copied_is_not_read_before_the_end(
     assert "no example was scored before the first step" in caplog.text
     callback: Any = trainer.callback_handler.callbacks[0]
     assert "truncated by singular values" not in " ".join(callback.result.notes)
-    trainer.remove_callback(callback)
-    trainer.add_callback(Squeeze(trainer, rank=4))
-    trainer.state.global_step = 0
-    refuse(trainer, "give the trainer a collator that copy.deepcopy copies")
     trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, held_out=train)
     refuse(trainer, "eval_dataset, LazyRows cannot be copied")
     train.file.close()  # type: ignore[attr-defined]

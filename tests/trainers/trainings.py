@@ -58,7 +58,7 @@ def make_trainer(
     held_out: Any = None,
     **changes: Any,
 ) -> Trainer:
-    """Return a trainer of an adapter of rank 16. Callbacks are classes, or functions of the trainer such as `partial(Squeeze, rank=4)`."""
+    """Return a trainer of an adapter of rank 16. Callbacks are classes, or functions of the trainer such as `partial(SmallestAdapter, margin=1.0)`."""
     settings: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "seed": 0}
     settings |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -8,9 +8,9 @@ from typing import Any
 import lightning
 import torch
 
-from rightrank.trainers.lightning import SmallestAdapter, Squeeze
+from rightrank.trainers.lightning import SmallestAdapter
 
-__all__ = ["SmallestAdapter", "Squeeze", "fit_model"]
+__all__ = ["SmallestAdapter", "fit_model"]
 
 
 class Module(lightning.LightningModule):

@@ -1,24 +1,22 @@
-"""Run `SmallestAdapter` and `Squeeze` in Lightning: `lightning.Trainer(callbacks=[SmallestAdapter(held_out)])`, with a module that contains PEFT's model."""
+"""Run `SmallestAdapter` in Lightning: `lightning.Trainer(callbacks=[SmallestAdapter(held_out)])`, with a module that contains PEFT's model."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.errors import DataError, ModelError
 from rightrank.trainers.batch_scores import Batch, compute_batch_loss
 from rightrank.trainers.distributed import log_failure
 from rightrank.trainers.in_memory import validate_trained_adapter
 from rightrank.trainers.preserved_state import preserve_state
 from rightrank.trainers.smallest import keep_smallest
-from rightrank.trainers.squeeze import RankCut, compute_cut_step, format_cut, require_cuttable, squeeze
 from rightrank.trainers.trainer_rows import copy_batches
 from rightrank.trainers.truncation_run import TruncationResult, build_settings
 
@@ -56,40 +54,6 @@ class SmallestAdapter(Callback):
         with log_failure("the search for a smaller adapter failed"):
             model, margin = _find_peft_model(pl_module), self._margin
             self.result = keep_smallest(model, *batches, out=out, margin=margin, metric=self._metric, seconds=seconds)
-
-
-class Squeeze(Callback):
-    """Cut the adapter at a fraction of `fit`, which continues at the lower rank: see `rightrank.Squeeze`.
-
-    `max_steps` or `max_epochs` must state the length of the training. At the beginning it raises `SettingsError` if they do not, and `ModelError`
-    for several processes and for adapters that cannot be truncated.
-    """
-
-    def __init__(
-        self, held_out: Iterable[Batch] = (), *, rank: int | None = None, at: float = 0.5, margin: float | None = None
-    ) -> None:
-        self._held_out, self._rank, self._at, self._margin = held_out, rank, at, margin
-        self._step = 0
-        self.cut: RankCut | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps, self.cut = trainer.estimated_stepping_batches, None
-        self._step = compute_cut_step(self._at, int(steps) if steps != float("inf") else 0)
-        model = _find_peft_model(pl_module)
-        with preserve_state(model, require_cuttable(model, self._rank), self._held_out):
-            has_batches = bool(list(islice(copy_batches(self._held_out), 1)))
-        if len(trainer.optimizers) != 1 or (self._rank is None and not has_batches):
-            raise SettingsError(
-                "Squeeze needs one optimizer, and a rank or held-out batches to measure truncations on; give them"
-            )
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.cut is not None or trainer.global_step != self._step:
-            return
-        batches: Any = trainer.train_dataloader or ()
-        optimizer, model = trainer.optimizers[0], _find_peft_model(pl_module)
-        self.cut = squeeze(model, optimizer, batches, self._held_out, rank=self._rank, margin=self._margin)
-        log.warning("rightrank: %s", format_cut(self.cut, self._step))
 
 
 def _find_peft_model(module: LightningModule) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Subset
@@ -96,7 +96,6 @@ class SmallestAdapter(TrainerCallback):
         SettingsError: an invalid value, a loss without a value per example, or another trainer.
     """
 
-    _writes_run: ClassVar[bool] = True
     trainer: Trainer
     _: KW_ONLY
     eval_dataset: Any = None
@@ -107,7 +106,6 @@ class SmallestAdapter(TrainerCallback):
     group: str | None = None
     measure: bool = True
     result: TruncationResult | None = field(default=None, init=False)
-    reads_between_steps: ClassVar[bool] = False  # whether a subclass also reads rows between two steps
     _loader: Any = field(default=None, init=False)
     _trainer_loss: TrainerLoss | None = field(default=None, init=False)  # of rerankers and embedding models
     _held_out: Subset[Any] = field(default_factory=lambda: Subset(cast(Any, ()), ()), init=False)
@@ -118,10 +116,9 @@ class SmallestAdapter(TrainerCallback):
 
     def __post_init__(self) -> None:
         if not isinstance(self.trainer, Trainer):
-            name = type(self).__name__
             raise SettingsError(
-                f"{name}: the first argument is a {type(self.trainer).__name__}, not a Trainer of transformers; write "
-                f"trainer.add_callback({name}(trainer)), and give other held-out rows as eval_dataset="
+                f"SmallestAdapter: the first argument is a {type(self.trainer).__name__}, not a Trainer of transformers; write "
+                "trainer.add_callback(SmallestAdapter(trainer)), and give other held-out rows as eval_dataset="
             )
 
     def on_train_begin(
@@ -136,9 +133,9 @@ class SmallestAdapter(TrainerCallback):
         self._trainer_loss = TrainerLoss(self.trainer) if is_sentence_transformers(self.trainer) else None
         if self._trainer_loss is not None:
             model = find_adapted_model(model)
-            if self.metric == "accuracy" or not self.measure or self.reads_between_steps:
+            if self.metric == "accuracy" or not self.measure:
                 raise SettingsError(
-                    f"{type(self).__name__}: rerankers and embedding models are measured by their trainer's loss at the end of the training; "
+                    "SmallestAdapter: rerankers and embedding models are measured by their trainer's loss at the end of the training; "
                     f"leave metric and measure out, or {CUSTOM_EVALUATION_HINT}"
                 )
         if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
@@ -150,10 +147,6 @@ class SmallestAdapter(TrainerCallback):
         self._loader = kwargs["train_dataloader"]
         with preserve_state(model, name):
             reader = self._make_reader()
-            if reader.collate is None and self.reads_between_steps:
-                raise DataError(
-                    f"{type(self).__name__}: {reader.collate_unused_reason}; give the trainer a collator that copy.deepcopy copies"
-                )
             self._held_out = self._select_held_out_rows(reader)
             self._require_example_losses(model, args, reader)
         self._is_training = True
@@ -162,8 +155,7 @@ class SmallestAdapter(TrainerCallback):
             folder = Path(args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # Raise here if the folder cannot be written.
-            if self._writes_run:
-                require_result_folder(folder / "rightrank")
+            require_result_folder(folder / "rightrank")
 
     def _require_own_trainer(self, args: TrainingArguments) -> None:
         """Raise if the events come from another trainer, or if it has two of these callbacks, and move this one to the front.
@@ -173,7 +165,7 @@ class SmallestAdapter(TrainerCallback):
         callbacks = self.trainer.callback_handler.callbacks
         if self not in callbacks or args is not self.trainer.args:
             raise SettingsError(
-                f"{type(self).__name__}: it was created for another trainer than the one that trains; create one for each trainer"
+                "SmallestAdapter: it was created for another trainer than the one that trains; create one for each trainer"
             )
         callbacks.remove(self)
         if any(isinstance(callback, SmallestAdapter) for callback in callbacks):
@@ -308,8 +300,7 @@ class SmallestAdapter(TrainerCallback):
         )
         with preserve_state(model, name):  # Reading rows may draw random numbers.
             reader = self._make_reader()
-            if not self._is_training:  # After the last step the originals may be read.
-                reader = reader.with_originals(loader)
+            reader = reader.with_originals(loader)  # After the last step the originals may be read.
             # Evaluation mode does not recompute activations, so single rows keep it below the memory of a training with gradient checkpointing.
             train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MAX_MOMENT_BATCHES * size))
             train, tokens, moment_tokens = read_moment_batches(
