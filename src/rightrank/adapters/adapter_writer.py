@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from rightrank.adapters.adapter_folders import BASE_FILE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
 from rightrank.adapters.adapter_reader import AdapterFolder, find_base_changing_init, open_adapter
-from rightrank.adapters.kinds.linear import collect_combined_factors
 from rightrank.adapters.loading import require_loadable
 from rightrank.data.files import create_output, replace_folder, write_text
 
@@ -114,9 +113,6 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
     if find_base_changing_init(vars(saved_config)) is None:
         # Loading replaces the first values, and other names of PEFT do not take every rank.
         saved_config.init_lora_weights, saved_config.eva_config = True, None
-    if factors := collect_combined_factors(peft_model, adapter):
-        state_dict = {**peft_model.state_dict(), **factors}
-        saved_config.r, saved_config.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     with replace_folder(folder) as temporary, warnings.catch_warnings():
         # PEFT takes the biases of lora_bias for factors of a wrong shape.
         warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias")

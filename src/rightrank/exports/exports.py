@@ -306,14 +306,11 @@ def _build_llamafactory_files(recipe: Recipe) -> TargetFiles:
     values |= _translate_settings(recipe, {"use_dora": "use_dora"})
     values |= {"quantization_bit": recipe.settings.weight_bits} if recipe.settings.weight_bits else {}
     values |= _translate_settings(recipe, {"trust_remote_code": "trust_remote_code"})
-    is_pissa = recipe.init_lora_weights == "pissa"
-    values |= {"pissa_init": True, "pissa_iter": -1, "pissa_convert": True} if is_pissa else {}
     supported_names = [
         *LAYER_SELECTORS,
         "modules_to_save",
         "use_dora",
         *BASE_LOADING_SETTINGS,
-        *["init_lora_weights"] * is_pissa,
     ]
     notes = _describe_missing_features(recipe, "LLaMA-Factory", supported_names)
     notes += _describe_fractional_alpha(recipe, "LLaMA-Factory")
@@ -339,12 +336,11 @@ def _build_unsloth_files(recipe: Recipe) -> TargetFiles:
     layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
     module_suffixes = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth only matches these.
     dtype = "None" if recipe.settings.dtype == "float32" else f"torch.{recipe.settings.dtype}"
-    is_init_supported = recipe.init_lora_weights in (True, "gaussian")  # Unsloth rejects other names.
     supported_names = (
         "layers_to_transform",
         "modules_to_save",
         *BASE_LOADING_SETTINGS,
-        *["init_lora_weights"] * is_init_supported,
+        "init_lora_weights",
     )
     code = f"""import torch
 from unsloth import FastLanguageModel
@@ -365,7 +361,7 @@ model = FastLanguageModel.get_peft_model(
     target_modules={sorted(module_suffixes)!r},
     layers_to_transform={layers!r},
     modules_to_save={list(recipe.modules_to_save) or None!r},
-    init_lora_weights={recipe.init_lora_weights if is_init_supported else True!r},
+    init_lora_weights={recipe.init_lora_weights!r},
     use_rslora={recipe.use_rslora},
     random_state={recipe.seed},
 )

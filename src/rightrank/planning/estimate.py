@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from peft.utils import get_peft_model_state_dict
 
-from rightrank.adapters.kinds.linear import collect_combined_factors
 from rightrank.planning.peak import Peak, estimate_optimizer_memory, simulate_peak
 from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, build_skeleton
 from rightrank.planning.trace import StepTrace, trace_step
@@ -209,8 +208,7 @@ class Estimator:
 
 def _build_inventory(skeleton: Skeleton) -> _Inventory:
     with warnings.catch_warnings(action="ignore"):  # PEFT warns that it saves an embedding with the adapter.
-        state = {**skeleton.model.state_dict(), **collect_combined_factors(skeleton.model, skeleton.arms[0])}
-        saved: dict[str, torch.Tensor] = get_peft_model_state_dict(skeleton.model, state)
+        saved: dict[str, torch.Tensor] = get_peft_model_state_dict(skeleton.model)
     return _Inventory((*skeleton.model.parameters(), *skeleton.model.buffers()), saved)
 
 

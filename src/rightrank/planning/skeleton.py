@@ -25,14 +25,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 
-from rightrank.adapters.kinds.linear import store_initial_factors
 from rightrank.bases.base_models import DTYPES, build_meta_model, load_model_config
 from rightrank.bases.model_sources import require_model
 from rightrank.schema.errors import ModelError, get_first_line
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS
 from rightrank.training.targets import (
     ALL_LINEAR,
     TargetModule,
@@ -131,11 +128,6 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
                 adapted.add_adapter(name, copy.deepcopy(config), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise ModelError(f"PEFT cannot adapt the model ({get_first_line(error)})") from None
-    # These methods initialise the adapter from the base model's weights, so the initial factors are stored too.
-    if settings.is_packed and settings.init_lora_weights in BASE_DEPENDENT_INITIALIZATIONS:
-        for module in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
-            for name in module.lora_A:
-                store_initial_factors(module.lora_A[name], module.lora_B[name])
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter

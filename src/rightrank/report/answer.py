@@ -120,7 +120,6 @@ def _format_adapter_notes(answers: Answers) -> list[str]:
     return [
         f"It was {answers.provenance}." if answers.provenance else "",
         answers.missing_gain,
-        f"It loads as rank {handed_over.load_rank}." if handed_over.load_rank else "",
         f"Rank {answer.rank} is the largest rank that was trained, so a larger one may be better. --extend also trains rank "
         f"{2 * answer.rank}, at about the cost of this answer."
         if answer.is_top_rank_required

@@ -222,13 +222,11 @@ def _build_usage(handed_over: ExportedAdapter, records: Records) -> dict[str, st
     trained = trial and trials.get(trial.truncate_from or trial.trial_id)
     if trial is None or trained is None or records.started.is_custom_trainer or model is None:
         return None
-    alpha, use_rslora = convert_scaling(records.settings.scaling, trial.lora_alpha, trial.rank)
-    rank = handed_over.load_rank or trial.rank
-    alpha *= (rank / trial.rank) ** (0.5 if use_rslora else 1)  # at the same scale
+    alpha, _ = convert_scaling(records.settings.scaling, trial.lora_alpha, trial.rank)
     loading = format_loading_code("adapter", model, records.started.data.classes is not None)
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({format_base_arguments(model)})"
     return {
-        "r": str(handed_over.load_rank or handed_over.rank_text),
+        "r": handed_over.rank_text,
         "alpha": f"{alpha:g}",
         "learning_rate": f"{trained.learning_rate:g}",
         "code": "\n".join(["from transformers import AutoTokenizer", *loading, tokenizer]),

@@ -183,7 +183,7 @@ def prepare_selection(
     started = _build_start_record(request, sources, settings, steps)
     targets = runtime.targets
     tied = targets.tied_weights_note(sources.loaded.model, settings.modules_to_save)
-    notes = [line for line in (tied, targets.initial_values_note) if line]
+    notes = [tied] if tied else []
     for line in notes:
         notice(line)
     started = started.model_copy(update={"notes": notes})

@@ -54,7 +54,7 @@ def validate_request(request: SelectionRequest) -> None:
     """Refuse a request with which a selection can't work. It needs no torch.
 
     Raises:
-        SettingsError: an unknown strategy, one that can't work within its budget, odd ranks for `orthogonal`, or workers
+        SettingsError: an unknown strategy, one that can't work within its budget, or workers
             that can't read a model or data in memory.
         DataError: a data file that is missing or of a type that is not supported.
         ModelError: a model folder that is missing or holds no model, a name that the hub does not have, or another model than
@@ -84,11 +84,6 @@ def validate_request(request: SelectionRequest) -> None:
     ):
         raise ModelError(
             f"base_model_name_or_path: got {stated_base!r}, but the model is {name!r}; give that model, or leave base_model_name_or_path out"
-        )
-    odd = next((rank for rank in settings.ranks if rank % 2), None)
-    if odd is not None and settings.init_lora_weights == "orthogonal":
-        raise SettingsError(
-            f"init_lora_weights 'orthogonal': PEFT supports only even ranks, got rank {odd}; give even ranks"
         )
     for label, value in (("model", request.model), ("data", request.data)):
         if settings.executor != "local" and not isinstance(value, str | Path):

@@ -265,8 +265,3 @@ class ExportedAdapter(Record):
     def rank_text(self) -> str:
         """Return the rank as text, with the range of the modules where they differ."""
         return f"{self.rank} ({self.module_rank_range})" if self.module_rank_range else f"{self.rank}"
-
-    @property
-    def load_rank(self) -> int | None:
-        """Return the rank at which PEFT loads the adapter if its initial factors are stored beside the trained ones, else None."""
-        return self.max_module_rank if self.method == "trained" and self.max_module_rank > self.rank else None

@@ -114,7 +114,6 @@ PEFT_REFUSED_FIELDS = (
     *("bias", "rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "layer_replication"),
     *("trainable_token_indices", "arrow_config", "alora_invocation_tokens", "megatron_config"),
 )
-BASE_DEPENDENT_INITIALIZATIONS = ("pissa", "olora")  # initializations that decompose the base model's weights
 _TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, alpha = 2r, r
 
 
@@ -182,11 +181,10 @@ class PeftFields(Settings):
     target_parameters: tuple[str, ...] = setting(
         (), ADAPTER, "names of bare parameters as PEFT matches them, such as `mlp.experts.down_proj`", split=True
     )
-    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = setting(
+    init_lora_weights: Literal["default", "gaussian"] = setting(
         "default",
         ADAPTER,
-        "`default` (PEFT's: uniform A, zero B), `gaussian`, `orthogonal`, `pissa` or `olora` "
-        "([initialization](../how-to/adapter-kinds.md#initialization))",
+        "`default` (PEFT's: uniform A, zero B) or `gaussian` ([initialization](../how-to/adapter-kinds.md#initialization))",
     )
     peft_options: dict[str, Any] = setting(
         {}, ADAPTER, "other fields of PEFT's `LoraConfig`, such as `lora_bias`; each can also be given by its own name"
@@ -512,11 +510,6 @@ class SelectSettings(PeftFields, _TrainerFields):
             raise ValueError(
                 "test_fraction + validation_fraction leave less than a tenth of the examples for training: "
                 f"got {self.test_fraction:g} + {self.validation_fraction:g}, give less than 0.9 together"
-            )
-        if self.weight_bits and self.init_lora_weights in BASE_DEPENDENT_INITIALIZATIONS:
-            raise ValueError(
-                f"init_lora_weights {self.init_lora_weights} needs unquantized weights, got a base model in "
-                f"{self.weight_bits} bits; leave load_in_{self.weight_bits}bit out, or give init_lora_weights default"
             )
         if self.workers and self.executor == "local":
             raise ValueError("workers was given and the executor is 'local': give executor processes or ray")

@@ -76,7 +76,7 @@ def train_trials(
                 listener.send_notice(notice)
     if training_trials:
         with (
-            MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
+            MultiLora(runtime.model, runtime.settings) as multi_lora,
             runtime.use_gradient_checkpointing(),
         ):
             yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(

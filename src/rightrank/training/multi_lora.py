@@ -5,7 +5,7 @@ pass. Arms can be added and removed at any time.
 
 Rank r takes the first r rows of the random draw of each module's A, so arms of one seed differ only in their additional rows. The
 distributions are PEFT's: A is uniform in ±1/√in_features (`default`) or normal with standard deviation 1/r (`gaussian`),
-and B is zero. `orthogonal`, `pissa` and `olora` apply to linear layers only (`adapters.kinds.linear`).
+and B is zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.adapters.kinds import find_kind
-from rightrank.adapters.kinds.base import CurrentRouting, Factors, InitialDraw, Routing
+from rightrank.adapters.kinds.base import CurrentRouting, InitialDraw, Routing
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
@@ -102,10 +102,9 @@ class ArmBatch:
 class MultiLora:
     """The adapters on a base. Use it as a context manager: leaving the block removes every adapter and restores the base."""
 
-    def __init__(self, model: Any, settings: SelectSettings, first_factors: dict[str, Factors] | None = None) -> None:
+    def __init__(self, model: Any, settings: SelectSettings) -> None:
         self._model = model
         self._settings = settings
-        self._first_factors: dict[str, Factors] = {} if first_factors is None else first_factors
         self.peft_model: Any = None  # None without an adapter
         self._names: list[str] = []
         self.routing: Routing | None = None
@@ -125,13 +124,10 @@ class MultiLora:
             else:
                 self.peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        # A truncation replaces the initial values.
-        init_method = self._settings.init_lora_weights if arm.truncate_from is None else "default"
         with torch.no_grad():
             for name, module in find_lora_modules(self.peft_model).items():
                 if adapter in module.lora_A or adapter in module.lora_embedding_A:
-                    max_rank = max(self._settings.ranks, default=1)
-                    draw = InitialDraw(arm.seed, name, init_method, max_rank, self._first_factors)
+                    draw = InitialDraw(arm.seed, name, self._settings.init_lora_weights)
                     find_kind(module).initialize(module, adapter, draw)
         self._activate_adapters()
         parameters: dict[str, torch.nn.Parameter] = {}

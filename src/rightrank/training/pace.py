@@ -91,7 +91,7 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
     fill_seconds, num_filled = _time_task(runtime, lambda: runtime.fill_caches("train", train_indices))
     runtime.fill_caches("validation", eval_indices)
     with (
-        MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
+        MultiLora(runtime.model, runtime.settings) as multi_lora,
         runtime.use_gradient_checkpointing(),
     ):
         parameters = multi_lora.add(SCRATCH, arm, runtime.make_config(arm))
@@ -193,7 +193,7 @@ def _find_fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_
 def _measure_seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
     """Return the time of the fastest of a few passes, forward and backward, over temporary adapters of these arms, per arm."""
     with (
-        MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora,
+        MultiLora(runtime.model, runtime.settings) as multi_lora,
         runtime.use_gradient_checkpointing(),
     ):
         for number, arm in enumerate(arms):
@@ -209,7 +209,7 @@ def _compute_probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.
     """Compute example losses of two arms with random adapters on two batches: in one shared pass, and in one pass each."""
     names = [f"scratch_{number}" for number in range(len(arms))]
     generator = torch.Generator().manual_seed(0)
-    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora:
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for name, arm in zip(names, arms, strict=True):
             for parameter in multi_lora.add(name, arm, runtime.make_config(arm)).values():
                 drawn = torch.randn(parameter.shape, generator=generator) * 0.02

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.adapters.adapter_reader import require_kept_base
 from rightrank.adapters.adapter_writer import ensure_peft_format
-from rightrank.adapters.kinds.base import Factors, Routing, set_training_mode
+from rightrank.adapters.kinds.base import Routing, set_training_mode
 from rightrank.bases.base_models import LoadedModel
 from rightrank.data.files import read_json_object
 from rightrank.schema.errors import InterruptedRun, ModelError, get_first_line, is_out_of_memory
@@ -83,7 +83,6 @@ class Runtime:
         self.objective: Objective = self._likelihood
         # Receives the number of evaluated examples and the number of all examples.
         self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: None
-        self.first_factors: dict[str, Factors] = {}  # for `MultiLora`
         self._reference: Reference | None = None
         if isinstance(self._likelihood, Likelihood) and data.summary.form == "preference":
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)

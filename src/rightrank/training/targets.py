@@ -21,7 +21,7 @@ from rightrank.adapters.kinds.linear import Linear
 from rightrank.adapters.rank_math import convert_scaling
 from rightrank.bases.base_models import find_device
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
-from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS, PeftFields, SelectSettings
+from rightrank.schema.settings import PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
 
 ALL_LINEAR = "all-linear"
@@ -53,7 +53,6 @@ class Targets:
     modules: tuple[TargetModule, ...]
     parameters: tuple[str, ...] = ()  # parameters outside of modules, such as those of fused experts
     left_out: tuple[str, ...] = ()  # parameters that PEFT's `all-linear` would adapt too
-    init: str = "default"  # of the adapters
 
     @property
     def unshared_reason(self) -> str | None:
@@ -88,13 +87,6 @@ class Targets:
         kinds = (module.kind for module in self.modules)
         return next((f"{kind.label}: {kind.untruncatable_reason}" for kind in kinds if kind.untruncatable_reason), None)
 
-    @property
-    def initial_values_note(self) -> str:
-        """Return a note if the adapters take their initial values from the base's weights; otherwise an empty string."""
-        if self.init not in BASE_DEPENDENT_INITIALIZATIONS:
-            return ""
-        return f"init_lora_weights {self.init}: an adapter that is trained at rank r loads on the base as a plain LoRA of rank 2r"
-
 
 def find_targets(model: Any, settings: SelectSettings, is_classification: bool) -> Targets:
     """Find the modules that PEFT adapts under these settings.
@@ -124,14 +116,13 @@ def find_targets(model: Any, settings: SelectSettings, is_classification: bool) 
     modules = tuple(find_adapted_matrices(skeleton))
     for module in modules:
         _require_trainable(module, skeleton)
-        _require_initial_values(module, skeleton, settings.init_lora_weights)
         require_ranks(module, settings.ranks)
     skipped_parameters = tuple(
         name
         for name in added_parameters
         if not any(parameter.endswith(name) for parameter in settings.target_parameters)
     )
-    return Targets(tuple(sorted(names)), modules, tuple(parameters), skipped_parameters, settings.init_lora_weights)
+    return Targets(tuple(sorted(names)), modules, tuple(parameters), skipped_parameters)
 
 
 def require_targets(model: Any, settings: PeftFields, is_classification: bool) -> None:
@@ -272,29 +263,6 @@ def _require_trainable(module: TargetModule, skeleton: Any) -> None:
             )
 
 
-def _require_initial_values(module: TargetModule, skeleton: Any, init_method: str) -> None:
-    """Raise if PEFT does not support these initial values for the module, or if they need weights that are stored in few bits."""
-    if init_method in ("default", "gaussian"):
-        return
-    problem = (
-        ""
-        if isinstance(module.kind, Linear)
-        else f"is {module.kind.label}, and PEFT supports this initialization for linear layers only"
-    )
-    layer = None if problem else skeleton.get_submodule(module.name).get_base_layer()
-    if init_method == "olora" and type(layer).__name__ == "Conv1D":
-        problem = "is a Conv1D, whose matrix PEFT's OLoRA would transpose"
-    if (
-        init_method in BASE_DEPENDENT_INITIALIZATIONS
-        and getattr(skeleton.config, "quantization_config", None) is not None
-    ):
-        problem = "is quantised, and this initialization needs full-precision weights"
-    if problem:
-        raise ModelError(
-            f"init_lora_weights {init_method}: {module.name} {problem}; leave it out with exclude_modules, or give init_lora_weights default"
-        )
-
-
 def require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
     """Raise if a rank is above the smaller side of the matrix.
 
@@ -338,9 +306,7 @@ def make_lora_config(
         use_rslora=use_rslora,
         target_modules=list(names),
         target_parameters=list(parameters) or None,
-        init_lora_weights="gaussian"
-        if settings.init_lora_weights == "gaussian"
-        else True,  # PEFT initialises these kinds; `adapters.kinds.linear` handles other names
+        init_lora_weights="gaussian" if settings.init_lora_weights == "gaussian" else True,
         **build_common_fields(settings, is_classification),
     )
 

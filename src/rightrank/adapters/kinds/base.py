@@ -129,9 +129,6 @@ class InitialDraw:
     seed: int
     module: str
     init: str  # the value of `init_lora_weights`
-    max_rank: int = 1  # the largest rank of the run
-    # Factors of the base weights by module, which are computed once in a run.
-    base_factors: dict[str, Factors] = field(default_factory=dict)
 
     def draw_rows(self, rank: int, width: int, *index: int) -> torch.Tensor:
         """Draw [rank, width] in float32, uniform in ±1/√width or normal with standard deviation 1/rank.
@@ -143,19 +140,6 @@ class InitialDraw:
             return torch.from_numpy(generator.standard_normal((rank, width)) / rank).float()
         bound = 1 / math.sqrt(width)
         return torch.from_numpy(generator.uniform(-bound, bound, (rank, width))).float()
-
-    def draw_orthogonal(self, rank: int, columns: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw A [rank, columns] and B [rows, rank] in float64 with B·A = 0, as PEFT does for an even rank.
-
-        All ranks mix the first rows of one draw, each by a rotation of its own size.
-        """
-        square = self._make_generator(0).standard_normal((rank, rank))
-        rotation = torch.linalg.qr(torch.from_numpy(square))[0]
-        a, b = (
-            self._make_generator(index).standard_normal((rank // 2, width))
-            for index, width in ((1, columns), (2, rows))
-        )
-        return rotation[0::2].T @ torch.from_numpy(a) / 10, torch.from_numpy(b).T @ rotation[1::2] / 10
 
     def draw_normal(self, rank: int, width: int) -> torch.Tensor:
         """Draw [rank, width] in float64 from a standard normal; a lower rank gets the first rows."""

@@ -14,9 +14,6 @@ their examples are packed into one row::
 
 With rank 2 and 5 tokens for both arms, x has 10 rows and there is one group: x [2, 5, 16], A [2, 2, 16], B [2, 8, 2].
 
-PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024) start from factors B₀ and A₀ of W₀, and PEFT subtracts s·B₀·A₀ from the base weight. Here
-adapters of several ranks share the base weight, which does not change: ΔW = s·(B·A − B₀·A₀), a LoRA of rank 2r, whose second half is frozen.
-
 Adapter tensors are float32 and are cast to the dtype of the activations for the products. Punica's SGMV kernel (Chen et
 al. 2023) groups rows by adapter in the same way, for inference.
 """
@@ -24,7 +21,7 @@ al. 2023) groups rows by adapter in the same way, for inference.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,13 +30,10 @@ import torch.nn.functional as F
 from rightrank.adapters.kinds.base import (
     AdapterKind,
     CurrentRouting,
-    Factors,
-    InitialDraw,
     Routing,
     RowSpan,
     StoredPair,
 )
-from rightrank.schema.settings import BASE_DEPENDENT_INITIALIZATIONS
 
 
 class Linear(AdapterKind):
@@ -59,29 +53,6 @@ class Linear(AdapterKind):
         a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
         return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
 
-    def initialize(self, module: Any, adapter: str, draw: InitialDraw) -> None:
-        if draw.init not in ("orthogonal", *BASE_DEPENDENT_INITIALIZATIONS):
-            super().initialize(module, adapter, draw)
-            return
-        a, b = module.lora_A[adapter], module.lora_B[adapter]
-        if draw.init == "orthogonal":
-            first_a, first_b = draw.draw_orthogonal(a.out_features, a.in_features, b.out_features)
-            a.weight.copy_(first_a)
-            b.weight.copy_(first_b)
-            return
-        rank, base_factors = a.out_features, draw.base_factors.get(draw.module)
-        if base_factors is None or len(base_factors[1]) < rank:
-            weight = module.get_base_layer().weight.detach().float()
-            base_factors = _decompose_weight(
-                weight.T if module.fan_in_fan_out else weight, draw.init, max(rank, draw.max_rank)
-            )
-            draw.base_factors[draw.module] = base_factors
-        # PEFT's PiSSA divides the factors by the root of the scale, so that s·B₀·A₀ is the component of the weight.
-        root = module.scaling[adapter] ** 0.5 if draw.init == "pissa" else 1.0
-        b.weight.copy_(base_factors[0][:, :rank] / root)
-        a.weight.copy_(base_factors[1][:rank] / root)
-        store_initial_factors(a, b)
-
     def forward(self, module: Any, routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base, current = module.base_layer, routing()
         if current is None:
@@ -90,14 +61,6 @@ class Linear(AdapterKind):
         groups, names = _group_spans(module, current, x.shape[:-1].numel(), module.lora_A)
         a, b = ([factors[name] for name in names] for factors in (module.lora_A, module.lora_B))
         tensors = [layer.weight for layer in (*a, *b)]
-        if a and hasattr(a[0], INITIAL_BUFFER):
-            groups += [replace(group, dropout=0.0) for group in groups]
-            tensors = [
-                tensor
-                for factors in (a, b)
-                for name in ("weight", INITIAL_BUFFER)
-                for tensor in (getattr(layer, name) for layer in factors)
-            ]
         apply: Any = _LoraLinear.apply  # untyped in torch
         # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
         frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
@@ -111,35 +74,6 @@ class Linear(AdapterKind):
 
     def can_store(self, pair: StoredPair) -> bool:
         return not pair.is_embedding and len(pair.a) == 2
-
-
-def _decompose_weight(weight: torch.Tensor, init: str, rank: int) -> Factors:
-    """Return `(B [rows, rank], A [rank, columns])` of a weight on the CPU, as PEFT's `pissa` and `olora` compute them at scale 1."""
-    if init == "olora":
-        q, r = torch.linalg.qr(weight)
-        return q[:, :rank].to("cpu", copy=True), r[:rank].to("cpu", copy=True)
-    u, values, v = torch.linalg.svd(weight, full_matrices=False)
-    roots = values[:rank].sqrt()
-    return (u[:, :rank] * roots).cpu(), (roots[:, None] * v[:rank]).cpu()
-
-
-INITIAL_BUFFER = "rightrank_start"  # the name of a buffer in PEFT's layers that hold A and B
-
-
-def store_initial_factors(a: Any, b: Any) -> None:
-    """Store A₀ and −B₀ as buffers beside A and B, so that they move between devices with the adapter."""
-    a.register_buffer(INITIAL_BUFFER, a.weight.detach().clone(), persistent=False)
-    b.register_buffer(INITIAL_BUFFER, -b.weight.detach(), persistent=False)
-
-
-def collect_combined_factors(model: Any, adapter: str) -> dict[str, torch.Tensor]:
-    """Return the factors [A; A₀] and [B, −B₀] by their names in `model`, for an adapter with stored initial factors; else none."""
-    layers = {name: layer for name, layer in model.named_modules() if name.endswith(f".{adapter}")}
-    return {
-        f"{name}.weight": torch.cat([layer.weight, getattr(layer, INITIAL_BUFFER)], dim=1 if ".lora_B." in name else 0)
-        for name, layer in layers.items()
-        if hasattr(layer, INITIAL_BUFFER)
-    }
 
 
 @dataclass(frozen=True, slots=True)
