@@ -115,14 +115,15 @@ def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     assert "did you mean 'model'?" in last
 
 
-def test_a_pipe_gets_a_line_before_torch_is_imported(files: Path) -> None:
+@pytest.mark.parametrize("option", [("--out", "run"), ("--dry-run",)])
+def test_a_pipe_gets_a_line_before_torch_is_imported(files: Path, option: tuple[str, ...]) -> None:
     """Use a damaged model, so that the run ends early; the first write comes before any heavy import."""
     watching = CODE.replace(
         "try:",
         "written = []\nwrite = sys.stderr.write\n"
         "sys.stderr.write = lambda text: (written.append('torch' in sys.modules), write(text))[1]\ntry:",
     ).replace('print(ended.code, "torch" in sys.modules)', "print(ended.code, written[0])")
-    arguments = json.dumps(["select", "model", "train.jsonl", "--out", "run"])
+    arguments = json.dumps(["select", "model", "train.jsonl", *option])
     process = subprocess.run([sys.executable, "-c", watching, arguments], capture_output=True, text=True, cwd=files)
     assert process.stdout.split() == ["2", "False"], process.stderr
     assert process.stderr.splitlines()[0].endswith("loading model and data …")

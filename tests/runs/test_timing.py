@@ -14,7 +14,7 @@ from rightrank.report.progress import Progress
 from rightrank.report.terminal import format_preflight, format_time_estimate
 from rightrank.runs import preflight as planned
 from rightrank.runs.values import Selected
-from rightrank.schema.events import DurationEstimated, Event, SelectionPlanned
+from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
 from rightrank.training.pace import TIMED_STEPS, Pace, measure_pace
 from rightrank.training.runtime import Runtime
@@ -90,7 +90,9 @@ def test_short_trainings_are_not_measured(model_folder: Path, completion_file: P
 
 
 def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> None:
-    result = preflight(str(model_folder), completion_file, settings=build_small_settings())
+    notices: list[Notice] = []
+    result = preflight(str(model_folder), completion_file, settings=build_small_settings(), on_event=notices.append)
+    assert [notice.text.split()[0] for notice in notices] == ["reading", "loading", "checking", "measuring"]
     assert result.cost.seconds is not None
     assert result.cost.seconds_at_most is not None
     assert 0 < result.cost.seconds <= result.cost.seconds_at_most
@@ -108,6 +110,12 @@ def test_cached_blocks_have_their_own_pace(model_folder: Path, completion_file: 
     assert result.cache_seconds > 0
     again = measure_pace(runtime, ARM)
     assert again.cache_seconds == 0  # kept for the trainings
+    few = 2 * settings.eval_batch_size
+    assert len({index for batch in result.batches for index in batch}) <= few < len(runtime.data.splits["train"])
+    prefix = runtime.fast_paths.prefix
+    assert prefix is not None
+    uncomputed = list(prefix.batches["train"].iterate_missing(range(len(runtime.data.splits["train"]))))
+    assert sum(map(len, uncomputed)) >= len(runtime.data.splits["train"]) - few
 
 
 def test_a_pace_gives_the_time_of_a_selection() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.values import Selected
 from rightrank.schema.configs import read_configs
 from rightrank.schema.errors import InterruptedRun
+from rightrank.schema.events import Notice
 from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
 from rightrank.schema.setting_table import get_explicit_values
@@ -84,7 +85,8 @@ def select_rank(
         hooks = [*views, stop, PreflightHook(), trackers, Report(), *callbacks]
         open_workers = None if request.settings.executor == "local" else open_pool
         try:
-            return select(partial(prepare_run, request, open_workers=open_workers), folder, hooks)
+            prepare = partial(prepare_run, request, open_workers=open_workers, announce=Hooks(hooks).send_notice)
+            return select(prepare, folder, hooks)
         except InterruptedRun as interruption:
             if not stop.requested:
                 raise
@@ -108,12 +110,14 @@ def preflight(
     settings: SelectSettings | None = None,
     peft_config: LoraConfig | None = None,
     args: TrainingArguments | None = None,
+    on_event: Callable[[Notice], None] = lambda _: None,
     **keywords: Unpack[SelectKeywords],
 ) -> Preflight:
     """Report what `select_rank` with the same arguments will do, cost and be able to show. Train and write nothing.
 
     Args:
         model: as in `select_rank`, like all other arguments.
+        on_event: receives what is being done, before each step that takes long.
 
     Raises:
         InputError: model, data or settings can't be used.
@@ -127,9 +131,13 @@ def preflight(
     from rightrank.runs.preflight import run_preflight
     from rightrank.runs.prepare import prepare_selection
 
+    def announce(text: str) -> None:
+        on_event(Notice(text=text))
+
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-        estimate = run_preflight(prepare_selection(request, Path(folder) / "cache", notes.append))
+        prepared = prepare_selection(request, Path(folder) / "cache", notes.append, announce=announce)
+        estimate = run_preflight(prepared, announce)
     return estimate.model_copy(update={"notes": [*notes, *estimate.notes]})
 
 

@@ -62,7 +62,7 @@ def _select(
     if dry_run:
         if model is None or data is None:
             raise SettingsError("--dry-run: give MODEL and DATA")
-        _dry_run(model, data, gather_settings(config_file, assignments, options), as_json)
+        _dry_run(model, data, gather_settings(config_file, assignments, options), quiet, as_json)
         return
     if (model is None) != (data is None) or (model is None and out is None):
         raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
@@ -108,12 +108,19 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
         click.echo(format_json(selected.answers.build_document() | extra_fields))
 
 
-def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> None:
+def _dry_run(model: str, data: Path, values: dict[str, Any], quiet: bool, as_json: bool) -> None:
     from rightrank.api.selecting import preflight
     from rightrank.report.terminal import format_preflight
+    from rightrank.runs.selection import SelectionRequest, validate_request
+    from rightrank.runs.terminal_view import make_view
     from rightrank.schema.settings import SelectSettings
 
-    preflight_result = preflight(model, data, settings=SelectSettings(**values))
+    settings = SelectSettings(**values)
+    validate_request(SelectionRequest(model, None, data, settings))  # before the first line
+    if not quiet:
+        announce("dry run: loading model and data", always=True)
+    with make_view(quiet) as view:
+        preflight_result = preflight(model, data, settings=settings, on_event=view.on_event)
     click.echo(format_json(preflight_result) if as_json else format_preflight(preflight_result))
 
 

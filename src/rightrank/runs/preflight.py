@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import fmean
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
@@ -19,11 +19,13 @@ from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.training.pace import RUN_EVALUATIONS, Pace, measure_pace
 
+MEASURING = "measuring a few steps at the highest rank"
 WITH_MARGIN = ("token_loss", "pair_loss", "accuracy")  # kinds of metrics whose default margin is a number
 
 
-def run_preflight(prepared: LoadedSelection) -> Preflight:
+def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) -> Preflight:
     """Report what a prepared selection will do and cost, measured by a few real steps at its highest rank."""
+    announce(MEASURING)
     return _build_preflight(prepared, _measure_top_pace(prepared))
 
 
@@ -182,7 +184,10 @@ class PreflightHook(Hook):
         assert isinstance(prepared, LoadedSelection)
         # A finished trial has a measured time.
         has_result = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
-        pace = _measure_top_pace(prepared) if prepared.steps >= MIN_MEASURED_STEPS and not has_result else None
+        pace = None
+        if prepared.steps >= MIN_MEASURED_STEPS and not has_result:
+            tell(Notice(text=MEASURING))
+            pace = _measure_top_pace(prepared)
         preflight = _build_preflight(prepared, pace)
         if preflight.cost.seconds is not None:
             tell(DurationEstimated(expected_seconds=preflight.cost.seconds))

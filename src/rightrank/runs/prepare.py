@@ -155,7 +155,11 @@ class _Sources:
 
 
 def prepare_selection(
-    request: SelectionRequest, cache: Path, notice: Notice = lambda _: None, loaded: LoadedModel | None = None
+    request: SelectionRequest,
+    cache: Path,
+    notice: Notice = lambda _: None,
+    loaded: LoadedModel | None = None,
+    announce: Notice = lambda _: None,
 ) -> LoadedSelection:
     """Load the base, encode the data, and plan the memory.
 
@@ -163,12 +167,13 @@ def prepare_selection(
         cache: the folder for files on disk that all arms share.
         notice: receives each line for a person.
         loaded: the base, if it was loaded for a request that differs only in ranks and learning rates.
+        announce: receives what is being done, before each step that takes long.
 
     Raises:
         InputError: model, data or settings can't be used.
     """
     request = _resolve_auto_dtype(request)
-    sources = _load_sources(request, loaded, cache.parent)
+    sources = _load_sources(request, loaded, cache.parent, announce)
     held_out = request.settings.compute_max_eval_examples(len(sources.splits.examples["train"]))
     requested = request.settings.model_copy(update={"max_eval_examples": held_out})
     classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
@@ -179,6 +184,7 @@ def prepare_selection(
     examples = len(sources.encoded.splits["train"])
     steps = settings.count_training_steps(examples)
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
+    announce("checking the base model on a few examples")
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
     started = _build_start_record(request, sources, settings, steps)
     targets = runtime.targets
@@ -227,16 +233,18 @@ def prepare_run(
     extended: PreparedSelection | None = None,
     *,
     open_workers: OpenWorkers | None = None,
+    announce: Notice = lambda _: None,
 ) -> LoadedSelection:
     """Prepare a run that may have begun in `folder`; see `rightrank.runs.selection.Prepare`.
 
     Args:
         open_workers: opens the executor of other processes; None trains in this one.
+        announce: receives what is being done, before each step that takes long.
     """
     notes: list[str] = []
     loaded = extended.runtime.loaded if isinstance(extended, LoadedSelection) else None
     request = request if extended is None else replace(request, settings=extended.settings)
-    prepared = prepare_selection(_restore_settings(request, journal), folder.cache, notes.append, loaded)
+    prepared = prepare_selection(_restore_settings(request, journal), folder.cache, notes.append, loaded, announce)
     return replace(prepared, notes=tuple(notes), open_workers=open_workers)
 
 
@@ -269,12 +277,13 @@ def _resolve_auto_dtype(request: SelectionRequest) -> SelectionRequest:
     return replace(request, settings=settings.model_copy(update={"dtype": dtype}))
 
 
-def _load_sources(request: SelectionRequest, loaded: LoadedModel | None, folder: Path) -> _Sources:
+def _load_sources(request: SelectionRequest, loaded: LoadedModel | None, folder: Path, announce: Notice) -> _Sources:
     settings = request.settings
     require_metric_functions(settings)
     if isinstance(request.model, str) and request.tokenizer is not None:
         raise SettingsError("tokenizer: a model that is given by name has its own tokenizer; leave tokenizer out")
     original_count = (request.original_settings or {}).get("max_eval_examples")
+    announce(f"reading {request.data_name}")
     data = Path(request.data) if isinstance(request.data, str) else request.data
     splits = load_data(data, settings, folder, original_count if isinstance(original_count, int) else None)
     if splits.summary.classes is not None and hasattr(request.model, "config"):
@@ -282,6 +291,8 @@ def _load_sources(request: SelectionRequest, loaded: LoadedModel | None, folder:
         splits = replace(splits, summary=splits.summary.model_copy(update={"classes": labels}))
     _require_metrics_fit(settings, splits.form)
     targets = _find_targets(request.model, splits, settings) if isinstance(request.model, str) else None
+    if loaded is None:
+        announce(f"loading {request.model_name}")
     if loaded is None and isinstance(request.model, str):
         loaded = load_base(request.model, settings, splits.summary.classes)
     elif loaded is None:

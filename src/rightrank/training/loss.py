@@ -383,11 +383,11 @@ class Reference:
             split: np.full((len(split_batches.examples), 2), np.nan) for split, split_batches in batches.items()
         }
 
-    def compute_missing(self, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
-        """Compute what is missing for the pairs at `indices`; yield the number of pairs in each batch."""
+    def compute_missing(self, split: SplitName, indices: Iterable[int]) -> Iterator[list[int]]:
+        """Compute the missing batches of the pairs at `indices`; yield the indices of each."""
         for group in self.batches[split].iterate_missing(indices):
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
-            yield len(group)
+            yield group
 
     def get_log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
         """Return the log-probabilities [2b] of the chosen and the rejected answer of each pair, in float64 on the CPU."""

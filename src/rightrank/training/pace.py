@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
 
+from rightrank.data.splits import HELD_OUT
 from rightrank.schema.errors import MultiLoraError
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from rightrank.schema.trials import Arm
@@ -84,8 +86,10 @@ def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
 
 def _time_training(runtime: Runtime, arm: Arm) -> Pace:
     full_plan = runtime.plan_batches(arm.seed)
-    plan = full_plan[: WARM_UP_STEPS + TIMED_STEPS]
-    batches = batch_by_length(runtime.data.splits["validation"], runtime.settings.eval_batch_size)
+    plan = _plan_timed_steps(runtime, full_plan)
+    batches = runtime.get_cache_batches("validation") or batch_by_length(
+        runtime.data.splits["validation"], runtime.settings.eval_batch_size
+    )
     eval_indices = list(batches[len(batches) // 2])
     train_indices = [index for indices in plan for index in indices]
     fill_seconds, num_filled = _time_task(runtime, lambda: runtime.fill_caches("train", train_indices))
@@ -107,9 +111,6 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
         eval_seconds = _time_task(runtime, evaluate)[0]
     timed_steps = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
     num_held_out = len(runtime.data.splits["validation"])
-    examples = (
-        len({index for indices in full_plan for index in indices}) + num_held_out + len(runtime.data.splits["test"])
-    )
     return Pace(
         arm.rank,
         plan[timed_steps],
@@ -119,10 +120,30 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
         / _count_positions(runtime, plan[timed_steps]),
         evaluation_seconds=eval_seconds * num_held_out / len(eval_indices),
         subset_fraction=min(1.0, EVAL_SUBSET_SIZE / num_held_out),
-        cache_seconds=fill_seconds * examples / num_filled if num_filled else 0.0,
+        cache_seconds=fill_seconds * _count_cached_tokens(runtime, full_plan) / num_filled if num_filled else 0.0,
         matrix_elements=sum(module.in_features * module.out_features for module in runtime.targets.modules),
         parameters_per_rank=sum(module.in_features + module.out_features for module in runtime.targets.modules),
     )
+
+
+def _plan_timed_steps(runtime: Runtime, full_plan: Sequence[list[int]]) -> list[list[int]]:
+    """Return the examples of each measured step.
+
+    If results of the base alone are cached, all steps have the same examples of medium length, so that few of them are computed.
+    """
+    plan, batches = full_plan[: WARM_UP_STEPS + TIMED_STEPS], runtime.get_cache_batches("train")
+    if not batches:
+        return list(plan)
+    from_middle = sorted(range(len(batches)), key=lambda number: abs(number - len(batches) // 2))
+    examples = list(islice(chain.from_iterable(batches[number] for number in from_middle), len(plan[0])))
+    return [examples] * len(plan)
+
+
+def _count_cached_tokens(runtime: Runtime, plan: Sequence[list[int]]) -> int:
+    """Count the tokens for which a selection computes results of the base alone."""
+    train, held_out = runtime.data.splits["train"], (runtime.data.splits[split] for split in HELD_OUT)
+    trained = sorted({index for indices in plan for index in indices})
+    return int(train.lengths[trained].sum()) + sum(int(examples.lengths.sum()) for examples in held_out)
 
 
 def _count_positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:

@@ -78,11 +78,11 @@ class FrozenPrefix:
             self._stores[split] = _StoredStates(split_batches.examples, begins, int(lengths.sum()))
         self._returns_tuple = False
 
-    def compute_missing(self, model: Any, split: SplitName, indices: Iterable[int]) -> Iterator[int]:
-        """Compute the missing batches of the examples at `indices`; yield the number of examples in each."""
+    def compute_missing(self, model: Any, split: SplitName, indices: Iterable[int]) -> Iterator[list[int]]:
+        """Compute the missing batches of the examples at `indices`; yield the indices of each."""
         for group in self.batches[split].iterate_missing(indices):
             self._compute(model, self._stores[split], split, group)
-            yield len(group)
+            yield group
 
     @contextmanager
     def serve_states(self, model: Any, split: SplitName, batch: Batch) -> Iterator[None]:

@@ -100,8 +100,8 @@ class Runtime:
         expected = self._find_expected_examples("train")
         num_done = 0
         with self.fast_paths.use_attention():
-            for count in self._fill_in_batches("train", expected):
-                num_done += count
+            for group in self._fill_in_batches("train", expected):
+                num_done += len(group)
                 seconds = time.perf_counter() - start_time
                 description = "frozen layers, once for all trials"
                 on_progress(
@@ -116,13 +116,19 @@ class Runtime:
         """Compute the results of the base alone for these examples, in the batches in which they are computed on demand.
 
         Returns:
-            The number of examples in the batches that were missing.
+            The number of tokens in the batches that were missing.
         """
+        lengths = self.data.splits[split].lengths
         with self.fast_paths.use_attention():
-            return sum(self._fill_in_batches(split, set(indices)))
+            return sum(int(lengths[group].sum()) for group in self._fill_in_batches(split, set(indices)))
 
-    def _fill_in_batches(self, split: SplitName, expected: set[int]) -> Iterator[int]:
-        """Yield the number of examples after each batch. Reference log-probabilities are computed from the prefix."""
+    def get_cache_batches(self, split: SplitName) -> list[list[int]]:
+        """Return the batches in which results of the base alone are computed, by length; none if nothing is cached."""
+        cache = self._reference or self.fast_paths.prefix
+        return [] if cache is None else cache.batches[split].batches
+
+    def _fill_in_batches(self, split: SplitName, expected: set[int]) -> Iterator[list[int]]:
+        """Yield the indices of each batch once it is computed. Reference log-probabilities are computed from the prefix."""
         if self._reference is not None:
             yield from self._reference.compute_missing(split, expected)
         elif self.fast_paths.prefix is not None:
