@@ -14,7 +14,7 @@ import torch
 from rightrank.api.runs import DecisionResult, decide
 from rightrank.data.groups import number_groups
 from rightrank.data.sampling import sample_indices
-from rightrank.data.splits import SPLITS, DataSplits, load_data
+from rightrank.data.splits import SPLITS, DataSplits, load_data, load_held_out
 from rightrank.report.terminal import describe_data_issues
 from rightrank.schema.errors import DataError, ResultsError
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
@@ -143,6 +143,19 @@ def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_count
             write_jsonl(tmp_path / "d.jsonl", make_rows), build_small_settings(max_eval_examples=1000)
         ).summary
         assert alone.near_duplicates_across_splits == 0
+
+
+def test_rows_that_an_adapter_was_trained_on_are_recognized_whatever_their_space_and_case(tmp_path: Path) -> None:
+    trained = load_data(TEXT_ROWS[:90], build_small_settings()).examples["train"]
+    rows = [{"text": f"  {row['text'].upper()}\t\n"} for row in TEXT_ROWS]
+    splits, _ = load_held_out(write_jsonl(tmp_path / "d.jsonl", rows), build_small_settings())
+    unseen = {
+        " ".join(example.content["text"].split())
+        for example in splits.exclude_training_examples(trained, tmp_path).examples["test"]
+    }
+    seen = {example.content["text"].upper() for example in trained}
+    assert unseen
+    assert not seen & unseen
 
 
 def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path) -> None:

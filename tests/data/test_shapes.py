@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.data.forms import MEDIA_COLUMNS, build_example
+from rightrank.data.forms import COMPLETION_COLUMNS, MEDIA_COLUMNS, build_example
 from rightrank.data.rows import Row
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.report.terminal import describe_data_issues
@@ -217,21 +218,63 @@ def test_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
     assert load_data(tmp_path / "semi.csv", build_small_settings()).fingerprint == load_rows(tmp_path, rows).fingerprint
 
 
+@given(
+    columns=st.sampled_from(
+        [*COMPLETION_COLUMNS, ("prompt", "completion"), ("instruction", "output"), ("conversations",)]
+    ),
+    change_case=st.sampled_from([str.title, str.upper]),
+)
+def test_columns_may_be_written_in_another_case(columns: tuple[str, ...], change_case: Callable[[str], str]) -> None:
+    cells = (
+        [[{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]] if len(columns) == 1 else [text, "yes"]
+        for text in TEXTS
+    )
+    rows = [dict(zip(columns, row, strict=True)) for row in cells]
+    renamed = [{change_case(column): value for column, value in row.items()} for row in rows]
+    splits = load_data(renamed, build_small_settings())
+    assert splits.fingerprint == load_data(rows, build_small_settings()).fingerprint
+    assert not splits.summary.unused_columns
+    ambiguous = [{**row, **dict.fromkeys((columns[0].title(), columns[0].upper()), "x")} for row in renamed]
+    with pytest.raises(DataError, match=r"fit no form.* --columns"):
+        load_data(
+            [{name: value for name, value in row.items() if name not in columns} for row in ambiguous],
+            build_small_settings(),
+        )
+
+
 @pytest.mark.parametrize(
     ("row", "option"),
-    [({"Ask": "a", "Reply": "b", "n": 1}, "prompt=Ask,completion=Reply"), ({"body": "a", "id": 3}, "text=body")],
+    [
+        ({"Ask": "a", "Reply": "b", "n": 1}, "prompt=Ask,completion=Reply"),
+        ({"body": "a", "id": 3}, "text=body"),
+        ({"talk": CHAT_ROWS[0]["messages"]}, "messages=talk"),
+    ],
 )
-def test_unknown_columns_are_answered_with_the_option_that_names_them(
-    tmp_path: Path, row: dict[str, Any], option: str
-) -> None:
-    with pytest.raises(DataError, match=r"or name your columns, such as --columns text=review,label=stars$"):
-        load_rows(tmp_path, [row])
-    assert (
-        load_rows(
-            tmp_path, [row | {next(iter(row)): text} for text in TEXTS], columns=tuple(option.split(","))
-        ).summary.rows
-        == 100
-    )
+def test_unknown_columns_are_answered_with_the_option_that_names_them(row: dict[str, Any], option: str) -> None:
+    with pytest.raises(DataError, match=rf"or name your columns, such as --columns {option}$"):
+        load_data([row], build_small_settings())
+    column = next(iter(row))
+    rows = [
+        row | {column: text if isinstance(row[column], str) else CHAT_ROWS[n]["messages"]}
+        for n, text in enumerate(TEXTS)
+    ]
+    assert load_data(rows, build_small_settings(columns=option)).summary.rows == 100
+
+
+@pytest.mark.parametrize("form", ["completion", "question", "messages", "preference"])
+def test_empty_prompts_are_counted(form: str) -> None:
+    def make_row(prompt: str, answer: str) -> dict[str, Any]:
+        return {
+            "completion": {"prompt": prompt, "completion": answer},
+            "question": {"question": prompt, "answer": answer},
+            "messages": {"messages": make_messages(prompt, answer)},
+            "preference": {"prompt": prompt, "chosen": answer, "rejected": "no"},
+        }[form]
+
+    rows = [make_row("" if n == 3 else " \n" if n in (40, 60) else text, text) for n, text in enumerate(TEXTS)]
+    summary = load_data(rows, build_small_settings()).summary
+    assert summary.empty_prompts == 3
+    assert "3 with an empty prompt" in describe_data_issues(summary)
 
 
 def test_rows_that_are_all_equal_are_counted(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # The first form whose 
     ("classification", ("text", "label")),
     ("text", ("text",)),
 )
+FORM_COLUMNS = {column for _, columns in FORMS for column in columns} | {"group"}
 COMPLETION_COLUMNS = (  # other names of prompt and completion, in order of preference
     ("prompt", "response"),
     ("question", "answer"),
@@ -95,33 +97,51 @@ def detect_form(rows: RowsBySplit, name: str, column_settings: Sequence[str]) ->
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
     _require_text_columns(first)
-    form_columns = {column for _, columns in FORMS for column in columns} | {"group"}
-    shape = _detect_shape(first, renaming, form_columns)
-    first_converted = first if shape is None else shape(first)
-    form, columns = _match_form(first, first_converted)
+    form, columns, shape = _match_form(first, renaming)
     used = {*columns, *(shape.columns if shape is not None else ()), group, "group"}
     checked: RowsBySplit = {
         split: map(partial(_convert_row, shape, columns, used), in_split) for split, in_split in restored.items()
     }
     unused_columns = tuple(column for column in first.fields if column not in used)
-    return Layout(form, columns, shape, () if _is_chat(first_converted, columns) else unused_columns), checked
+    is_chat = _is_chat(first if shape is None else shape(first), columns)
+    return Layout(form, columns, shape, () if is_chat else unused_columns), checked
 
 
 def _drop_columns(ignored: Collection[str], row: Row) -> Row:
     return Row({name: value for name, value in row.fields.items() if name not in ignored}, row.origin)
 
 
-def _match_form(first: Row, first_converted: Row) -> tuple[DataForm, tuple[str, ...]]:
-    """Return the first form whose columns all exist, with these columns."""
-    for form, columns in FORMS:
-        if all(column in first_converted.fields for column in columns):
-            return form, columns
+def _match_form(first: Row, renaming: Sequence[str]) -> tuple[DataForm, tuple[str, ...], Shape | None]:
+    """Return the first form whose columns all exist, with these columns and the shape of the rows.
+
+    Columns in another case are accepted if the columns as they are written fit no form.
+    """
+    for shape in (_detect_shape(first, renaming), _detect_shape_in_lower_case(first, renaming)):
+        fields = first.fields if shape is None else shape(first).fields
+        for form, columns in FORMS:
+            if all(column in fields for column in columns):
+                return form, columns, shape
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     column_names = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
         f"{first.origin}: the columns ({column_names}) fit no form; give {allowed}, or name your columns, such as "
-        "--columns text=review,label=stars"
+        f"--columns {_suggest_columns(first)}"
     )
+
+
+def _suggest_columns(row: Row) -> str:
+    """Return the value of `--columns` with which the columns of a row may fit a form."""
+    conversations = [
+        name
+        for name, value in row.fields.items()
+        if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value)
+    ]
+    texts = [name for name, value in row.fields.items() if isinstance(value, str)]
+    if conversations:
+        return f"messages={conversations[0]}"
+    if len(texts) > 1:
+        return f"prompt={texts[0]},completion={texts[1]}"
+    return f"text={texts[0]}" if texts else "text=review,label=stars"
 
 
 def _convert_row(shape: Shape | None, columns: Sequence[str], used: Collection[str], row: Row) -> Row:
@@ -153,7 +173,14 @@ def _is_empty(value: Any) -> bool:
 
 
 def _require_text_columns(row: Row) -> None:
-    media = next((column for column in MEDIA_COLUMNS if not _is_empty(row.fields.get(column))), None)
+    media = next(
+        (
+            column
+            for column, value in row.fields.items()
+            if str(column).lower() in MEDIA_COLUMNS and not _is_empty(value)
+        ),
+        None,
+    )
     if media is not None:
         raise DataError(
             f"{row.origin}: the column `{media}`: only text is read here; add SmallestAdapter(trainer) to the trainer that reads it, or score "
@@ -161,19 +188,18 @@ def _require_text_columns(row: Row) -> None:
         )
 
 
-def _detect_shape(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape | None:
+def _detect_shape(first: Row, columns: Sequence[str]) -> Shape | None:
     """Return how to convert rows like `first`, or None if they already have the columns of a form.
 
     Args:
         columns: `NAME=COLUMN` for each column that has another name in the file.
-        form_columns: the column names of all forms.
 
     Raises:
         DataError: `columns` names a column that no form has or that the row lacks.
     """
     if not columns:
         return _match_shape(first.fields)
-    renaming = _parse_renaming(first, columns, form_columns)
+    renaming = _parse_renaming(first, columns)
     further_shape = _match_shape(renaming.convert(first))
     if further_shape is None:
         return renaming
@@ -185,17 +211,38 @@ def _detect_shape(first: Row, columns: Sequence[str], form_columns: Collection[s
     )
 
 
-def _parse_renaming(first: Row, columns: Sequence[str], form_columns: Collection[str]) -> Shape:
+def _detect_shape_in_lower_case(first: Row, columns: Sequence[str]) -> Shape | None:
+    """Return how to convert rows like `first` if their columns were written in lower case."""
+    counts = Counter(str(column).lower() for column in first.fields)
+    cased = {name: column for column in first.fields if counts[name := str(column).lower()] == 1}
+
+    def lower_names(row: Row) -> Row:
+        return Row({**row.fields, **{name: row.fields.get(column) for name, column in cased.items()}}, row.origin)
+
+    shape = _detect_shape(lower_names(first), columns)
+    names = {name: column for name, column in cased.items() if name in FORM_COLUMNS and name != column}
+    if shape is None:
+        return _build_renaming_shape(names) if names else None
+    names |= {name: cased.get(column, column) for name, column in shape.renamed.items()}
+    return Shape(
+        _format_renaming(names) if names else shape.name,
+        lambda row: shape.convert(lower_names(row)),
+        (*names.values(), *(cased.get(column, column) for column in shape.columns)),
+        names,
+    )
+
+
+def _parse_renaming(first: Row, columns: Sequence[str]) -> Shape:
     names = dict(entry.split("=", 1) for entry in columns)
     for name, column in names.items():
-        if name not in form_columns:
+        if name not in FORM_COLUMNS:
             suggestion = (
                 f" (did you mean {column}={name}?)"
-                if column in form_columns
-                else suggest_name(name, list(form_columns))
+                if column in FORM_COLUMNS
+                else suggest_name(name, sorted(FORM_COLUMNS))
             )
             raise DataError(
-                f"--columns: {name!r} is not a column of any form{suggestion or '; allowed: ' + ', '.join(sorted(form_columns))}"
+                f"--columns: {name!r} is not a column of any form{suggestion or '; allowed: ' + ', '.join(sorted(FORM_COLUMNS))}"
             )
         if column not in first.fields:
             available = ", ".join(f"`{name_in_file}`" for name_in_file in first.fields)
@@ -207,11 +254,15 @@ def _parse_renaming(first: Row, columns: Sequence[str], form_columns: Collection
 
 def _build_renaming_shape(names: Mapping[str, str]) -> Shape:
     return Shape(
-        ", ".join(f"{column} → {name}" for name, column in names.items()),
+        _format_renaming(names),
         lambda row: {**row.fields, **{name: row.fields.get(column) for name, column in names.items()}},
         tuple(names.values()),
         names,
     )
+
+
+def _format_renaming(names: Mapping[str, str]) -> str:
+    return ", ".join(f"{column} → {name}" for name, column in names.items())
 
 
 def _match_shape(fields: Mapping[str, Any]) -> Shape | None:
@@ -340,6 +391,14 @@ def _drop_missing_values(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _drop_missing_values(inner) for name, inner in value.items() if inner is not None}
     return [_drop_missing_values(inner) for inner in value] if isinstance(value, list) else value
+
+
+def has_empty_prompt(content: Mapping[str, Any]) -> bool:
+    """Return whether the prompt of an example, or a turn of its user, has no text."""
+    prompt = content.get("prompt", content.get("messages"))
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    return any(turn["role"] == "user" and not turn["content"].strip() for turn in prompt or ())
 
 
 def to_json_value(value: Any) -> Any:

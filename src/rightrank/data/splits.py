@@ -25,7 +25,15 @@ from rightrank.data.example_store import (
     hash_normalized_text,
 )
 from rightrank.data.files import is_encodable
-from rightrank.data.forms import TEMPLATE_COLUMNS, DataForm, Example, Layout, build_example, detect_form
+from rightrank.data.forms import (
+    TEMPLATE_COLUMNS,
+    DataForm,
+    Example,
+    Layout,
+    build_example,
+    detect_form,
+    has_empty_prompt,
+)
 from rightrank.data.groups import Grouping, detect_prompt_groups, number_groups
 from rightrank.data.rows import RowsBySplit, read_held_out_rows, read_rows
 from rightrank.schema.errors import DataError
@@ -54,13 +62,13 @@ class DataSplits:
         return self.summary.form
 
     def exclude_training_examples(self, trained: Iterable[Example], source: Path) -> DataSplits:
-        """Return the splits of `load_held_out` without examples that adapters were trained on.
+        """Return the splits of `load_held_out` without examples that adapters were trained on, whatever their white space and case.
 
         Raises:
             DataError: Fewer than two examples are left.
         """
-        example_ids, held_out = {example.example_id for example in trained}, self.examples["validation"]
-        unseen = [example for example in held_out if example.example_id not in example_ids]
+        trained_hashes, held_out = set(map(hash_normalized_text, trained)), self.examples["validation"]
+        unseen = [example for example in held_out if hash_normalized_text(example) not in trained_hashes]
         if len(unseen) < 2:
             raise DataError(
                 f"{source}: {len(held_out) - len(unseen)} of {len(held_out)} distinct rows are among the training examples of the "
@@ -138,6 +146,7 @@ def load_data(
         shape=None if shape is None else shape.name,
         renamed={} if shape is None else dict(shape.renamed),
         unused_columns=list(layout.unused_columns),
+        empty_prompts=reader.empty_prompts,
         equal_pairs=reader.equal_pairs,
         grouped_by=reader.grouping.grouped_by if any(grouped.values()) else None,
         groups_across_splits=int(find_members(groups, train_examples.numbers("group")).sum())
@@ -178,6 +187,7 @@ class _ExampleReader:
         self.labels: Counter[str] = Counter()  # classification: counts of the training examples' labels
         self.unreadable = 0
         self.equal_pairs = 0
+        self.empty_prompts = 0
         self.grouping = Grouping(settings.group, by_prompt)
         self._form, self._columns, self._settings = layout.form, layout.columns, settings
 
@@ -193,6 +203,7 @@ class _ExampleReader:
                 if self._form == "preference" and example.content["chosen"] == example.content["rejected"]:
                     self.equal_pairs += 1  # Such a pair has no preference to learn.
                     continue
+                self.empty_prompts += has_empty_prompt(example.content)
                 example = replace(example, group=self.grouping.compute_group(row, example))
                 assigned_split = _assign_split(split, example, rows, self._settings)
                 if assigned_split != "train":

@@ -36,7 +36,7 @@ class SplitSummary(Record):
     examples: BoundedInt
     tokens: BoundedInt
     label_tokens: BoundedInt
-    truncated: BoundedInt  # examples truncated to the length limit
+    truncated: BoundedInt  # examples that were cut to the length limit
     dropped: BoundedInt  # examples without a label token
     equal: BoundedInt = 0  # preference pairs whose answers are the same within the length limit
 
@@ -61,6 +61,7 @@ class DataSummary(Record):
     # Columns of the form that have another name in the file → that name.
     renamed: dict[str, str] = Field(default_factory=dict)
     unused_columns: list[str] = Field(default_factory=list)  # of the first row
+    empty_prompts: BoundedInt = 0  # examples whose prompt has no text
     equal_pairs: BoundedInt = 0  # rows skipped because `chosen` and `rejected` are the same
 
     # The column that defines groups of held-out rows, or `prompt`; None: rows are treated as independent.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, cast
 
 import numpy as np
@@ -154,10 +154,26 @@ def copy_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def hash_inputs(row: Mapping[str, Any], columns: frozenset[str]) -> int:
-    """Return a hash of all bytes of a row's inputs. Rows with equal hashes are the same example."""
+    """Return a hash of all bytes of a row's inputs without padding. Rows with equal hashes are the same example."""
     names = [name for name in sorted(row) if not columns or name in columns]
     inputs = [name for name in names if not NON_INPUT_COLUMNS.search(name)] or names
-    return hash(tuple((name, _to_hashable(row[name])) for name in inputs))
+    return hash(tuple((name, _to_hashable(_remove_padding(row, name))) for name in inputs))
+
+
+def _remove_padding(row: Mapping[str, Any], name: str) -> Any:
+    """Return the tokens in a column that its attention mask marks, or, without a mask, those before the repeated last token without a loss."""
+    value = row[name]
+    prefix, is_tokens, _ = name.rpartition("input_ids")
+    ids = _to_list(value) if is_tokens else None
+    if not ids or not all(isinstance(token, int) for token in ids):
+        return value
+    mask, labels = _to_list(row.get(f"{prefix}attention_mask")), _to_list(row.get(f"{prefix}labels"))
+    if mask is not None and len(mask) == len(ids):
+        return [token for token, is_marked in zip(ids, mask, strict=True) if is_marked]
+    if labels is None or len(labels) != len(ids):
+        return ids
+    padding = takewhile(lambda pair: pair == (ids[-1], IGNORED), zip(reversed(ids), reversed(labels), strict=True))
+    return ids[: len(ids) - len(list(padding))]
 
 
 def _to_hashable(value: Any) -> Hashable:

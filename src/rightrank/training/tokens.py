@@ -336,7 +336,7 @@ EXAMPLE_METRICS: dict[
 
 @dataclass(frozen=True, slots=True)
 class EncodedData:
-    """The encoded splits, and a summary of truncated and dropped examples."""
+    """The encoded splits, and a summary of the examples that were cut or dropped."""
 
     splits: Mapping[SplitName, TokenStore]
     texts: Mapping[SplitName, Sequence[Example]]  # the held-out examples, for generation
@@ -417,14 +417,14 @@ def _encode_split(
     """Yield the examples within the limit, except those without a label there."""
     for example, sequences in encoder(examples):
         counts.truncated += any(len(ids) > limit for ids, _ in sequences)
-        truncated = [(ids[:limit], labels[:limit]) for ids, labels in sequences]
-        first_ids, *second_ids = [ids for ids, _ in truncated]
-        if not all(ids if encoder.is_classification else _count_labels(labels) for ids, labels in truncated):
+        cut = [(ids[:limit], labels[:limit]) for ids, labels in sequences]
+        first_ids, *second_ids = [ids for ids, _ in cut]
+        if not all(ids if encoder.is_classification else _count_labels(labels) for ids, labels in cut):
             counts.dropped += 1
         elif second_ids == [first_ids]:
             counts.equal += 1
         else:
-            ids, labels = (list(chain.from_iterable(columns)) for columns in zip(*truncated, strict=True))
+            ids, labels = (list(chain.from_iterable(columns)) for columns in zip(*cut, strict=True))
             encoded = EncodedExample(example.example_id, ids, labels, len(first_ids) if second_ids else 0)
             counts.label_tokens += 1 if encoder.is_classification else _count_example_labels(encoded)
             yield encoded
