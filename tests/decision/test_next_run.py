@@ -110,15 +110,8 @@ def test_a_command_that_adds_a_learning_rate_has_those_that_the_search_added() -
         ({"action": "rank", "ranks": [4]}, None),
         ({"action": "rates", "ranks": [8], "learning_rates": [0.0123]}, "--learning-rates 0.001,0.003,0.0123"),
         ({"action": "rates", "learning_rates": [1e-3]}, None),
-        ({"action": "examples", "examples": 50}, "--max-eval-examples 50"),
         ({"action": "examples", "examples": 51}, None),  # more than there are examples
         ({"action": "examples", "examples": 30}, None),  # no more than are used now
-        ({"action": "seeds", "seeds": 3, "examples": 31}, "--max-eval-examples 31 --seeds 0,1,2"),
-        ({"action": "rank", "ranks": [8], "examples": 31}, "--max-eval-examples 31 --ranks 1,4,8"),
-        (
-            {"action": "rates", "learning_rates": [0.1], "examples": 31},
-            "--max-eval-examples 31 --learning-rates 0.001,0.003,0.1",
-        ),
         ({"action": "steps", "ranks": [8], "seeds": 9, "learning_rates": [0.1]}, None),
         ({"action": "test", "ranks": [8]}, None),
         ({"action": "data", "learning_rates": [0.1]}, None),
@@ -126,6 +119,22 @@ def test_a_command_that_adds_a_learning_rate_has_those_that_the_search_added() -
 )
 def test_a_next_run_that_select_can_do_is_a_command(next_run_fields: dict[str, object], options: str | None) -> None:
     assert format_command(next_run_fields) == (None if options is None else f"rightrank select --out out {options}")
+
+
+@pytest.mark.parametrize(
+    ("next_run_fields", "options"),
+    [
+        ({"action": "examples", "examples": 50}, ["--max-eval-examples 50"]),
+        ({"action": "seeds", "seeds": 3, "examples": 31}, ["--max-eval-examples 31", "--seeds 0,1,2"]),
+    ],
+)
+def test_more_examples_are_another_run(next_run_fields: dict[str, object], options: list[str]) -> None:
+    started = make_run_start()
+    command = format_command(next_run_fields)
+    assert command is not None
+    assert command.startswith(f"rightrank select {started.model_name} {started.data_name} --out out-more-examples --")
+    assert "--learning-rates 0.001,0.003" in command
+    assert all(option in command for option in options)
 
 
 def test_the_command_is_quoted_and_repeats_a_given_margin() -> None:

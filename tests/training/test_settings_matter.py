@@ -73,7 +73,7 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
     "device": "another device",
 }
 PLANS_TRAININGS = {  # they choose which trainings there are, and change none of a given arm
-    "goal", "strategy", "ranks", "learning_rates", "seeds", "budget_trainings", "budget_hours", "extend",
+    "goal", "strategy", "ranks", "learning_rates", "seeds", "budget_trainings", "budget_hours",
     "max_steps", "num_train_epochs",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained

@@ -81,7 +81,6 @@ def load_data(
     source: Path | Any,
     settings: SelectSettings,
     folder: Path | None = None,
-    initial_examples: int | None = None,
     classes: Sequence[str] | None = None,
 ) -> DataSplits:
     """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it.
@@ -89,8 +88,6 @@ def load_data(
     The texts of training examples are streamed to an unnamed temporary file in `folder`.
 
     Args:
-        initial_examples: the number of held-out examples that a run started with, if it now evaluates more. The run's fingerprint and
-            its test split stay the same.
         classes: the labels of an existing classifier. The data need not contain all of them.
 
     Raises:
@@ -107,11 +104,6 @@ def load_data(
     examples: dict[SplitName, Sequence[Example]] = {"train": train_examples}
     limit = settings.compute_max_eval_examples(len(train_examples))
     examples |= {split: sample.select_examples()[:limit] for split, sample in reader.held_out.items()}
-    initial_splits = {
-        split: split_examples[:initial_examples] if split in HELD_OUT else split_examples
-        for split, split_examples in examples.items()
-    }
-    examples["test"] = initial_splits["test"]
     are_splits_given = None not in rows
     held_out = sum(len(sample.ids) for sample in reader.held_out.values())
     count = len(train_examples) + held_out + reader.unreadable + reader.equal_pairs
@@ -154,7 +146,7 @@ def load_data(
         else 0,
     )
     return DataSplits(
-        summary, examples, compute_fingerprint(train_examples, {split: initial_splits[split] for split in HELD_OUT})
+        summary, examples, compute_fingerprint(train_examples, {split: examples[split] for split in HELD_OUT})
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from rightrank.decision.comparison import (
     MAX_SEEDS,
@@ -25,7 +26,7 @@ from rightrank.decision.verdicts import (
     find_unexplained_rank,
     format_rank_names,
 )
-from rightrank.schema.command import build_arguments
+from rightrank.schema.command import build_arguments, build_reproduce_command
 from rightrank.schema.decision import NextRun, Verdict
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import MAX_SEED, SelectSettings
@@ -295,13 +296,20 @@ def build_next_commands(
     """
     if started.is_custom_trainer:
         return [None] * len(runs)
-    margin_options = [] if margin is None else ["--margin", f"{margin:g}"]
     commands: list[str | None] = []
     for next_run in runs:
-        options = _build_options(started, next_run, tried_rates)
+        changes = _collect_changes(started, next_run, tried_rates)
+        if changes and margin is not None:
+            changes["margin"] = margin
+        if "max_eval_examples" in changes:  # these belong to the identity of a run, so this is another one
+            settings = started.select_settings.model_copy(update=changes)
+            commands.append(
+                build_reproduce_command(started.model_name, started.data_name, settings, f"{run}-more-examples")
+            )
+            continue
         budget = build_budget_options(started.select_settings, next_run.trials)
-        command = shlex.join(["rightrank", "select", "--out", run, *options, *margin_options, *budget])
-        commands.append(command if options else None)
+        command = shlex.join(["rightrank", "select", "--out", run, *_build_options(changes), *budget])
+        commands.append(command if changes else None)
     return commands
 
 
@@ -311,38 +319,32 @@ def build_budget_options(settings: SelectSettings, trainings: float) -> list[str
         "budget_trainings": settings.budget_trainings and settings.budget_trainings + trainings,
         "budget_hours": settings.budget_hours and float(f"{2 * settings.budget_hours:.3g}"),
     }
-    return [
-        argument
-        for name, budget in budgets.items()
-        if budget
-        for argument in build_arguments(name, SelectSettings.model_fields[name], budget)
-    ]
+    return [argument for name, budget in budgets.items() if budget for argument in _build_options({name: budget})]
 
 
-def _build_options(started: RunStarted, next_run: NextRun, tried_rates: Collection[float]) -> list[str]:
-    settings, options = started.select_settings, list[str]()
-    held_out = (
-        len(started.evaluation_examples) + started.data.not_evaluated
-    )  # the maximum number of examples that can be evaluated
-    is_grouped = started.data.groups > 0  # More rows are not necessarily more groups.
-    if (
-        next_run.examples is not None
-        and not is_grouped
-        and len(started.evaluation_examples) < next_run.examples <= held_out
-    ):
-        options += ["--max-eval-examples", str(next_run.examples)]
-    ranks, rates, seeds = settings.ranks, settings.learning_rates, settings.seeds
+def _build_options(settings: Mapping[str, Any]) -> list[str]:
+    rows = SelectSettings.model_fields
+    return [argument for name, value in settings.items() for argument in build_arguments(name, rows[name], value)]
+
+
+def _collect_changes(started: RunStarted, next_run: NextRun, tried_rates: Collection[float]) -> dict[str, Any]:
+    """Collect the settings that a next run changes; empty if settings of `select` can't express it."""
+    settings, added = started.select_settings, dict[str, Collection[float]]()
     if next_run.action == "seeds" and next_run.seeds is not None:
-        unused_seeds = (seed for seed in range(MAX_SEED) if seed not in seeds)
-        options += _format_added_values("--seeds", seeds, [*seeds, *islice(unused_seeds, next_run.seeds - len(seeds))])
+        unused_seeds = (seed for seed in range(MAX_SEED) if seed not in settings.seeds)
+        added["seeds"] = list(islice(unused_seeds, max(0, next_run.seeds - len(settings.seeds))))
     if next_run.action == "rank":
-        options += _format_added_values("--ranks", ranks, [*ranks, *next_run.ranks])
-    if next_run.action in ("rank", "rates") and not {*next_run.learning_rates} <= {*rates}:
-        options += _format_added_values("--learning-rates", rates, [*rates, *tried_rates, *next_run.learning_rates])
-    return options
-
-
-def _format_added_values(option: str, values: Sequence[float], extended_values: Sequence[float]) -> list[str]:
-    """Return the option with all values, or an empty list if no value was added."""
-    sorted_values = sorted(set(extended_values))
-    return [option, ",".join(map(str, sorted_values))] if set(extended_values) > set(values) else []
+        added["ranks"] = next_run.ranks
+    if next_run.action in ("rank", "rates") and not {*next_run.learning_rates} <= {*settings.learning_rates}:
+        added["learning_rates"] = [*tried_rates, *next_run.learning_rates]
+    changes: dict[str, Any] = {
+        name: tuple(sorted({*getattr(settings, name), *values}))
+        for name, values in added.items()
+        if not {*values} <= {*getattr(settings, name)}
+    }
+    examples = len(started.evaluation_examples)
+    held_out = examples + started.data.not_evaluated  # the maximum number of examples that can be evaluated
+    is_grouped = started.data.groups > 0  # More rows are not necessarily more groups.
+    if next_run.examples is not None and not is_grouped and examples < next_run.examples <= held_out:
+        changes["max_eval_examples"] = next_run.examples
+    return changes

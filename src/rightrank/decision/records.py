@@ -112,14 +112,7 @@ def get_effective_start(journal: Sequence[JournalRecord]) -> RunStarted:
     assert isinstance(started, RunStarted)
     continuations = [record for record in journal if isinstance(record, RunContinued)]
     changed_settings = {name: value for continuation in continuations for name, value in continuation.settings.items()}
-    update: dict[str, object] = {"settings": started.settings | changed_settings} if changed_settings else {}
-    for continuation in continuations:
-        if continuation.evaluation_examples is not None:
-            update |= {
-                "evaluation_examples": continuation.evaluation_examples,
-                "data": continuation.data or started.data,
-            }
-    return started.model_copy(update=update) if update else started
+    return started.model_copy(update={"settings": started.settings | changed_settings}) if changed_settings else started
 
 
 def decide_run(records: Records) -> Decision:

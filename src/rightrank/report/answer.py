@@ -120,8 +120,8 @@ def _format_adapter_notes(answers: Answers) -> list[str]:
     return [
         f"It was {answers.provenance}." if answers.provenance else "",
         answers.missing_gain,
-        f"Rank {answer.rank} is the largest rank that was trained, so a larger one may be better. --extend also trains rank "
-        f"{2 * answer.rank}, at about the cost of this answer."
+        f"Rank {answer.rank} is the largest rank that was trained, so a larger one may be better. Training rank "
+        f"{2 * answer.rank} too, with --ranks, takes about the cost of this answer."
         if answer.is_top_rank_required
         else "",
         "Its learning rate is the lowest or the highest that was tried (lr_edge), so another one may be better."

@@ -200,7 +200,8 @@ def _choose_next_command(finished: FinishedRun) -> list[tuple[str, str]]:
         if len(adapter.answer.candidates) == 1 and (larger_budget := build_budget_options(settings, budget)):
             reason, command = "a larger budget", [*select, *larger_budget]
         elif adapter.answer.is_top_rank_required:
-            reason, command = "a larger rank", [*select, "--extend", *build_budget_options(settings, budget)]
+            ranks = ",".join(map(str, (*settings.ranks, 2 * max(settings.ranks))))
+            reason, command = "a larger rank", [*select, "--ranks", ranks, *build_budget_options(settings, budget)]
         elif answers.goal == "adapter":
             longer_budget = build_budget_options(settings, LONGER_TRAININGS)
             reason, command = "twice the steps", [*select, "--goal", "best-adapter", *longer_budget]

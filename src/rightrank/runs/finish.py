@@ -1,7 +1,4 @@
-"""The export of the adapter into `adapter/`, from the first result on, with its values on the test split.
-
-Where a run continues with more validation examples, existing adapters are scored on all of them, and nothing is trained.
-"""
+"""The export of the adapter into `adapter/`, from the first result on, with its values on the test split."""
 
 from __future__ import annotations
 
@@ -228,21 +225,3 @@ def _describe_exported_adapter(records: Records, answer: AdapterAnswer, saved: P
         test_difference=test and test[0],
         test_difference_high=test and test[1],
     )
-
-
-def rescore_trials(run: Run) -> None:
-    """Score trials again that were scored on fewer examples, and journal each as the trial's new outcome.
-
-    A training that stopped early keeps its score: it has no adapter, and is compared only with others of its stage.
-    """
-    records, folder = run.records, run.folder
-    count = len(records.started.evaluation_examples)
-    stale = [trial for trial in records.list_finished() if trial.example_losses and len(trial.example_losses) < count]
-    stale = [trial for trial in stale if trial.rank == 0 or folder.get_trial_folder(trial.trial_id).is_dir()]
-    if not stale:
-        return
-    previous_count = len(stale[0].example_losses)
-    run.send_notice(f"scoring {len(stale)} adapters on {count:,} validation examples instead of {previous_count:,}")
-    records.adapters.clear()  # the deployment rank is decided again, on all examples
-    for trial in stale:
-        run.record(run.selection.score_trial(trial, folder.find_trial_adapter(trial)))

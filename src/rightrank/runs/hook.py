@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rightrank.schema.errors import RightrankError, RunError, describe_error, log_traceback
-from rightrank.schema.events import AnyJournalRecord, Event, JournalRecord, Listener, RunContinued, RunStarted
+from rightrank.schema.events import AnyJournalRecord, Event, Listener, RunContinued, RunStarted
 
 if TYPE_CHECKING:
     from rightrank.decision.records import Records
@@ -67,7 +67,7 @@ class Hook(Listener):
     the error at the end."""
 
     def on_start(self, start: SelectionStart) -> None:
-        """Handle the start; it is called first. An `InputError` refuses the selection. An extended selection calls it again."""
+        """Handle the start; it is called first. An `InputError` refuses the selection."""
 
     def on_adapter(self, proposal: AdapterProposal) -> AdapterAnswer | None:
         """Handle an adapter that is about to be exported, and optionally return another answer to use instead."""
@@ -139,13 +139,9 @@ class Run(Listener):
     def on_event(self, event: Event) -> None:
         """Journal the event if it is a record, and pass it to the hooks."""
         if isinstance(event, AnyJournalRecord):
-            self.record(event)
+            self.folder.journal.append(event)
+            self.records.add(event)
         self.hooks.on_event(event)
-
-    def record(self, record: JournalRecord) -> None:
-        """Append a record to the journal."""
-        self.folder.journal.append(record)
-        self.records.add(record)
 
     def should_stop(self) -> bool:
         return self.hooks.should_stop()

@@ -23,19 +23,19 @@ from rightrank.bases.base_models import (
 )
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.records import Records, get_effective_start
+from rightrank.decision.records import Records
 from rightrank.planning.planner import MemoryPlan, plan_loaded
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, PreparedSelection, SelectionRequest
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, Listener, RunKind, RunStarted, TestEvaluated
 from rightrank.schema.settings import SelectSettings, select_identity_settings
-from rightrank.schema.trials import SplitName, Trial, TrialFinished, TrialOutcome
+from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
 from rightrank.search.protocol import Strategy
 from rightrank.training.device import describe_environment
-from rightrank.training.evaluation import MetricResults, Scores
+from rightrank.training.evaluation import MetricResults
 from rightrank.training.loop import train_trials
 from rightrank.training.metrics import measure_metrics, require_metric_functions
 from rightrank.training.pace import choose_adapters_per_pass
@@ -81,17 +81,11 @@ class LoadedSelection(PreparedSelection):
     def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
         return None if self.planned is None else self.planned.predict_peak_bytes(ranks)
 
-    def score_trial(self, trial: TrialFinished, adapter: Path | None) -> TrialFinished:
-        scores, measured = self._evaluate_adapter("validation", adapter)
-        values = scores.metrics | measured.values
-        value = values.get(trial.value_metric or self.started.metric, scores.loss)
-        changes = {"value": value, "metrics": values, "failed_metrics": measured.failures}
-        return trial.model_copy(update=scores.to_record_fields(measured) | changes)
-
     def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
         if not self.runtime.data.splits["test"]:
             return None
-        scores, measured = self._evaluate_adapter("test", adapter)
+        with attach_adapter(self.runtime, adapter):
+            scores, measured = self.runtime.evaluate("test"), measure_metrics(self.runtime, "test")
         metric = self.started.metric
         measured.require_values([metric])
         values = scores.metrics | measured.values
@@ -103,10 +97,6 @@ class LoadedSelection(PreparedSelection):
             metrics=values,
             **scores.to_record_fields(MetricResults()),
         )
-
-    def _evaluate_adapter(self, split: SplitName, adapter: Path | None) -> tuple[Scores, MetricResults]:
-        with attach_adapter(self.runtime, adapter):
-            return self.runtime.evaluate(split), measure_metrics(self.runtime, split)
 
 
 @dataclass(slots=True)
@@ -155,25 +145,20 @@ class _Sources:
 
 
 def prepare_selection(
-    request: SelectionRequest,
-    cache: Path,
-    notice: Notice = lambda _: None,
-    loaded: LoadedModel | None = None,
-    announce: Notice = lambda _: None,
+    request: SelectionRequest, cache: Path, notice: Notice = lambda _: None, announce: Notice = lambda _: None
 ) -> LoadedSelection:
     """Load the base, encode the data, and plan the memory.
 
     Args:
         cache: the folder for files on disk that all arms share.
         notice: receives each line for a person.
-        loaded: the base, if it was loaded for a request that differs only in ranks and learning rates.
         announce: receives what is being done, before each step that takes long.
 
     Raises:
         InputError: model, data or settings can't be used.
     """
     request = _resolve_auto_dtype(request)
-    sources = _load_sources(request, loaded, cache.parent, announce)
+    sources = _load_sources(request, cache.parent, announce)
     held_out = request.settings.compute_max_eval_examples(len(sources.splits.examples["train"]))
     requested = request.settings.model_copy(update={"max_eval_examples": held_out})
     classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
@@ -230,7 +215,6 @@ def prepare_run(
     request: SelectionRequest,
     folder: RunFolder,
     journal: Sequence[JournalRecord],
-    extended: PreparedSelection | None = None,
     *,
     open_workers: OpenWorkers | None = None,
     announce: Notice = lambda _: None,
@@ -242,9 +226,7 @@ def prepare_run(
         announce: receives what is being done, before each step that takes long.
     """
     notes: list[str] = []
-    loaded = extended.runtime.loaded if isinstance(extended, LoadedSelection) else None
-    request = request if extended is None else replace(request, settings=extended.settings)
-    prepared = prepare_selection(_restore_settings(request, journal), folder.cache, notes.append, loaded, announce)
+    prepared = prepare_selection(_restore_settings(request, journal), folder.cache, notes.append, announce)
     return replace(prepared, notes=tuple(notes), open_workers=open_workers)
 
 
@@ -256,11 +238,6 @@ def _restore_settings(request: SelectionRequest, journal: Sequence[JournalRecord
     settings = request.settings
     if "dtype" not in request.settings.model_fields_set:
         settings = settings.model_copy(update={"dtype": first.select_settings.dtype})  # the type that `auto` selected
-    last = get_effective_start(journal).select_settings.max_eval_examples
-    if last is not None and last > (settings.max_eval_examples or 0):
-        settings = settings.model_copy(
-            update={"max_eval_examples": last}
-        )  # a continued run may add examples, but not remove them
     return replace(request, settings=settings, original_settings=first.settings)
 
 
@@ -277,25 +254,23 @@ def _resolve_auto_dtype(request: SelectionRequest) -> SelectionRequest:
     return replace(request, settings=settings.model_copy(update={"dtype": dtype}))
 
 
-def _load_sources(request: SelectionRequest, loaded: LoadedModel | None, folder: Path, announce: Notice) -> _Sources:
+def _load_sources(request: SelectionRequest, folder: Path, announce: Notice) -> _Sources:
     settings = request.settings
     require_metric_functions(settings)
     if isinstance(request.model, str) and request.tokenizer is not None:
         raise SettingsError("tokenizer: a model that is given by name has its own tokenizer; leave tokenizer out")
-    original_count = (request.original_settings or {}).get("max_eval_examples")
     announce(f"reading {request.data_name}")
     data = Path(request.data) if isinstance(request.data, str) else request.data
-    splits = load_data(data, settings, folder, original_count if isinstance(original_count, int) else None)
+    splits = load_data(data, settings, folder)
     if splits.summary.classes is not None and hasattr(request.model, "config"):
         labels = align_labels(request.model.config, splits.summary.classes)
         splits = replace(splits, summary=splits.summary.model_copy(update={"classes": labels}))
     _require_metrics_fit(settings, splits.form)
     targets = _find_targets(request.model, splits, settings) if isinstance(request.model, str) else None
-    if loaded is None:
-        announce(f"loading {request.model_name}")
-    if loaded is None and isinstance(request.model, str):
+    announce(f"loading {request.model_name}")
+    if isinstance(request.model, str):
         loaded = load_base(request.model, settings, splits.summary.classes)
-    elif loaded is None:
+    else:
         loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.summary.classes)
     return _Sources(splits, loaded, encode_splits(splits, loaded, settings, folder), targets)
 

@@ -8,30 +8,27 @@ The journal is the only state, so a run that was killed resumes where it stopped
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import yaml
 
 from rightrank.data.files import write_text
 from rightrank.decision.records import Records, add_base_note, decide_run, get_effective_start
 from rightrank.report.format import format_bytes
-from rightrank.runs.finish import export_provisional, finish_run, rescore_trials
+from rightrank.runs.finish import export_provisional, finish_run
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Hooks, Run, SelectionStart, wrap_hook_errors
-from rightrank.runs.selection import Executor, Prepare, PreparedSelection
+from rightrank.runs.selection import Executor, Prepare
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import (
     AllTrialsFailedError,
     DeviceMemoryError,
     InterruptedRun,
-    ModelError,
     ResultsError,
     RunFolderError,
-    SettingsError,
 )
 from rightrank.schema.events import JournalRecord, RunContinued, RunKind, RunStarted, RunStopped, SelectionPlanned
-from rightrank.schema.settings import CONTINUABLE_SETTINGS, SelectSettings, select_identity_settings
+from rightrank.schema.settings import CONTINUABLE_SETTINGS, select_identity_settings
 from rightrank.schema.trials import (
     OUTCOMES,
     Trial,
@@ -42,12 +39,11 @@ from rightrank.schema.trials import (
     compute_trial_id,
 )
 
-MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # if these fail and none finishes, the cause is not a single arm
 
 
 def select(prepare: Prepare, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
-    """Prepare, run trials and finish. Repeat with the rank that the result asks for, if `extend`, memory and budget allow.
+    """Prepare, run trials and finish.
 
     Steps that an interrupted run in `folder` has completed are skipped.
 
@@ -58,30 +54,21 @@ def select(prepare: Prepare, folder: RunFolder, hooks: Sequence[Hook]) -> Select
         InterruptedRun: a hook asked to stop; the journal holds the finished trials.
         HookError: a hook failed.
     """
-    run, spent = open_run(prepare, folder, Hooks(hooks)), None
-    for extensions in range(MAX_EXTENSIONS + 1):
-        start_run(run)
-        rescore_trials(run)
-        try:
-            with run.selection.open_executor(folder, run, run.records) as executor:
-                run_trials(run, executor)
-            first_reason = require_result(run)
-            is_rank_requested = run.selection.settings.goal == "training-rank"
-            decision = decide_training_rank(run, first_reason) if is_rank_requested else None
-        except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as error:
-            run.on_event(RunStopped(reason=str(error)))
-            raise
-        selected = finish_run(run, decision)
-        if selected.cost["trainings"] == spent or extensions == MAX_EXTENSIONS:
-            break  # the budget is spent
-        extension, spent = _extend_run(prepare, run, selected), selected.cost["trainings"]
-        if extension is None:
-            break
-        run = extension
-    return selected
+    run = open_run(prepare, folder, Hooks(hooks))
+    start_run(run)
+    try:
+        with run.selection.open_executor(folder, run, run.records) as executor:
+            run_trials(run, executor)
+        first_reason = require_result(run)
+        is_rank_requested = run.selection.settings.goal == "training-rank"
+        decision = decide_training_rank(run, first_reason) if is_rank_requested else None
+    except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as error:
+        run.on_event(RunStopped(reason=str(error)))
+        raise
+    return finish_run(run, decision)
 
 
-def open_run(prepare: Prepare, folder: RunFolder, hooks: Hooks, extended: PreparedSelection | None = None) -> Run:
+def open_run(prepare: Prepare, folder: RunFolder, hooks: Hooks) -> Run:
     """Begin or resume a run: read the journal and load data and base. Write nothing.
 
     A run of other settings whose function only raised errors or returned nothing usable is moved aside.
@@ -91,9 +78,9 @@ def open_run(prepare: Prepare, folder: RunFolder, hooks: Hooks, extended: Prepar
         RunFolderError: the folder was made with another model, other data or other settings.
     """
     journal = folder.journal.read(hooks.send_notice)
-    selection = prepare(folder, journal, extended)
+    selection = prepare(folder, journal)
     if _has_no_result(journal, selection.started):
-        journal, selection = [], prepare(folder, [], extended)
+        journal, selection = [], prepare(folder, [])
         hooks.send_notice(
             f"the run in {folder.path} had other settings and no result; it was moved to {folder.move_aside()}"
         )
@@ -133,43 +120,6 @@ def start_run(run: Run) -> None:
             outcomes=list(run.records.outcomes),
         )
     )
-
-
-def _extend_run(prepare: Prepare, run: Run, selected: Selected) -> Run | None:
-    """Open the run with a higher rank; None if the result asks for none, or memory does not suffice."""
-    settings, extended_settings = run.selection.settings, extend_settings(run.selection.settings, selected)
-    if extended_settings is None:
-        return None
-    try:
-        extended_run = open_run(prepare, run.folder, run.hooks, replace(run.selection, settings=extended_settings))
-    except (ModelError, SettingsError) as error:  # no matrix supports the rank, or it does not fit the memory
-        run.hooks.send_notice(f"not extended: {error}")
-        return None
-    if set(extended_run.selection.settings.ranks) == set(settings.ranks) and extended_settings.ranks != settings.ranks:
-        return None  # the next rank does not fit the memory
-    decision = selected.decision_or_none or (selected.answers.adapter and selected.answers.adapter.answer)
-    sentence = decision.sentence if decision else None
-    addition = f"rank {max(extended_settings.ranks)}"
-    return replace(
-        extended_run,
-        selection=replace(
-            extended_run.selection, notes=(*extended_run.selection.notes, f"extending: {sentence} Adding {addition}.")
-        ),
-    )
-
-
-def extend_settings(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
-    """Return the settings with the next higher rank; None if nothing is to be added."""
-    if not (settings.budget_hours is not None if settings.extend is None else settings.extend):
-        return None
-    adapter = selected.answers.adapter
-    if adapter is not None and adapter.answer.is_top_rank_required:
-        return settings.model_copy(update={"ranks": (*settings.ranks, 2 * max(settings.ranks))})
-    decision = selected.decision_or_none
-    next_run = next((run for run in decision.next_runs if run.action == "rank"), None) if decision else None
-    if decision is None or decision.verdict != "rising" or next_run is None or {*next_run.ranks} <= {*settings.ranks}:
-        return None
-    return settings.model_copy(update={"ranks": tuple(sorted({*settings.ranks, *next_run.ranks}))})
 
 
 def run_trials(run: Run, executor: Executor) -> None:
@@ -250,8 +200,6 @@ def _find_changed_settings(journal: Sequence[JournalRecord], started: RunStarted
     previous = get_effective_start(journal).settings
     names = [name for name in (*CONTINUABLE_SETTINGS, "goal") if name in started.settings and name in previous]
     changed = {name: started.settings[name] for name in names if started.settings[name] != previous[name]}
-    if "max_eval_examples" in changed:
-        return RunContinued(settings=changed, evaluation_examples=started.evaluation_examples, data=started.data)
     return RunContinued(settings=changed) if changed else None
 
 

@@ -123,10 +123,6 @@ class PreparedSelection:
         """Return the peak tensor memory, in bytes, of training these ranks in one pass; None without a memory plan."""
         return None
 
-    def score_trial(self, trial: TrialFinished, adapter: Path | None) -> TrialFinished:
-        """Return the trial with new scores of its adapter, or of the base, on the validation examples."""
-        return trial
-
     def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
         """Evaluate the trial's adapter, or the base, on the test split; None without one."""
         return None
@@ -167,6 +163,6 @@ class Executor(Protocol):
         ...
 
 
-# Prepares a selection for a folder that has this journal, and writes nothing. To extend a run, it gets the run's prepared selection
-# with the new settings, whose base is loaded. It raises `InputError` if model, data, settings or folder can't be used.
-Prepare: TypeAlias = Callable[[RunFolder, Sequence[JournalRecord], PreparedSelection | None], PreparedSelection]
+# Prepares a selection for a folder that has this journal, and writes nothing. It raises `InputError` if model, data, settings or folder
+# can't be used.
+Prepare: TypeAlias = Callable[[RunFolder, Sequence[JournalRecord]], PreparedSelection]

@@ -13,8 +13,10 @@ from rightrank.schema.setting_table import Setting
 from rightrank.schema.settings import SelectSettings
 
 
-def build_reproduce_command(model: str | None, data: str | None, settings: SelectSettings) -> str | None:
-    """Return the command that reproduces a run, or None if it used a custom trainer, or a model or data in memory."""
+def build_reproduce_command(
+    model: str | None, data: str | None, settings: SelectSettings, out: str = "run"
+) -> str | None:
+    """Return the command that repeats a run in the folder `out`, or None if it used a custom trainer, or a model or data in memory."""
     if model is None or data is None or "in memory" in (model + data):
         return None
     arguments: list[str] = []
@@ -22,7 +24,7 @@ def build_reproduce_command(model: str | None, data: str | None, settings: Selec
         value = getattr(settings, name)
         if value is not None and value != row.default:
             arguments += build_arguments(name, row, value)
-    return shlex.join(["rightrank", "select", model, data, "--out", "run", *arguments])
+    return shlex.join(["rightrank", "select", model, data, "--out", out, *arguments])
 
 
 def build_resume_command(run: str) -> str:

@@ -182,8 +182,6 @@ class RunContinued(Record):
     type: Literal["run_continued"] = "run_continued"
     schema_version: BoundedInt = SCHEMA_VERSION
     settings: dict[str, JsonValue]
-    evaluation_examples: list[str] | None = None  # with more validation examples: all of them, the earlier ones first
-    data: DataSummary | None = None  # with more validation examples
 
 
 class AdapterRecorded(Record):

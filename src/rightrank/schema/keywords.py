@@ -14,7 +14,6 @@ class SelectKeywords(TypedDict, total=False):
     ranks: Sequence[int] | int
     learning_rates: Sequence[float] | float
     seeds: Sequence[int] | int
-    extend: bool
     metric: str
     margin: float
     confidence: float

@@ -295,13 +295,6 @@ class SelectSettings(PeftFields, _TrainerFields):
         split=True,
         check=partial(_require_distinct, lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
     )
-    extend: bool | None = option(
-        None,
-        COMPARE,
-        "add a larger rank while the adapter keeps the largest one or results still improve, up to three times within memory and budget; "
-        "by default only with a time budget",
-        identity=False,
-    )
     metric: str = option(
         "loss",
         DECIDE,
@@ -422,7 +415,6 @@ class SelectSettings(PeftFields, _TrainerFields):
         DATA,
         "maximum number of examples in the validation and in the test split; by default 200 to 2,000: as many as one evaluation scores in "
         "about a tenth of a training, and 200 if the model generates answers. Evaluations during training score the first 200",
-        continuable=True,
         gt=1,
     )
     num_evaluations: int = setting(

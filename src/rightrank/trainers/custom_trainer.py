@@ -96,11 +96,9 @@ class CustomTrainerRequest:
         margin = self.settings.margin
         return None if self.trainer_settings.get("profile") != "rl" or margin is None else DROP_IN_MARGINS * margin
 
-    def prepare(
-        self, folder: RunFolder, journal: Sequence[JournalRecord], extended: PreparedSelection | None = None
-    ) -> PreparedSelection:
+    def prepare(self, folder: RunFolder, journal: Sequence[JournalRecord]) -> PreparedSelection:
         """Prepare the selection; see `rightrank.runs.selection.Prepare`."""
-        settings = self.settings if extended is None else extended.settings
+        settings = self.settings
         steps = settings.max_steps or 0
         space = replace(
             build_space(settings, steps),

@@ -305,9 +305,7 @@ class CallbackExecutor(Hook):
         self.listener: Listener
         self.records: Records
 
-    def prepare(
-        self, folder: RunFolder, journal: Sequence[JournalRecord], extended: PreparedSelection | None = None
-    ) -> PreparedSelection:
+    def prepare(self, folder: RunFolder, journal: Sequence[JournalRecord]) -> PreparedSelection:
         """Return the prepared search for the run in `folder`."""
         started, steps = read_records(journal, str(folder.path)).started, self._training.steps
         strategy = _build_strategy(started, steps)
