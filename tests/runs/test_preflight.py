@@ -11,9 +11,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank import preflight, select_rank
-from rightrank.decision.seeds import LOSS_NOISE, NOISE
 from rightrank.runs.journal import Journal
-from rightrank.runs.preflight import estimate_resolutions
+from rightrank.runs.preflight import estimate_resolution
 from rightrank.schema.events import RunStarted, SelectionPlanned
 from rightrank.schema.results import Preflight
 from rightrank.schema.settings import SelectSettings
@@ -69,6 +68,7 @@ def test_a_run_folder_is_not_made(
     assert status == 0
     assert not out.exists()
     assert ", 12 validation, " in text
+    assert "12 validation examples can tell a difference of about 0.038 from none" in text
     assert text.rstrip().endswith("nothing was written: this was a dry run")
 
 
@@ -162,8 +162,9 @@ def test_dry_run_and_selection_agree(model_folder: Path, completion_file: Path, 
     assert selected.cost["trainings"] > 0
 
 
-def test_the_choice_of_the_learning_rate_limits_what_examples_and_seeds_resolve() -> None:
-    by_kind = {kind: estimate_resolutions(kind, 10**9, None)[-1] for kind in ("token_loss", "accuracy")}
-    noise = LOSS_NOISE.seeds + LOSS_NOISE.learning_rates
-    assert by_kind["token_loss"].expected_half_width == pytest.approx(1.645 * 0.08 * noise**0.5, rel=1e-3)
-    assert by_kind["accuracy"].expected_half_width == pytest.approx(1.645 * 0.4 * NOISE.seeds**0.5, rel=1e-3)
+def test_examples_that_tell_the_margin_have_a_resolution_of_it() -> None:
+    resolution, needed = estimate_resolution("token_loss", 30, 0.005)
+    assert needed is not None
+    assert resolution == pytest.approx(1.645 * 0.08 / 30**0.5, rel=1e-3)
+    assert estimate_resolution("token_loss", needed, 0.005)[0] == pytest.approx(0.005, rel=1e-3)
+    assert estimate_resolution("value", 30, 0.005) == (None, None)

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
-from rightrank.decision.seeds import get_noise
-from rightrank.report.format import format_duration, format_quantity
+from rightrank.report.format import format_quantity
 from rightrank.report.terminal import describe_data_issues, format_preflight_lines, format_time_estimate
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.runs.prepare import LoadedSelection
 from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
 from rightrank.schema.metrics import MetricKind
-from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
-from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES
+from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.training.pace import RUN_EVALUATIONS, Pace, measure_pace
+from rightrank.training.pace import Pace, measure_pace
 
 MEASURING = "measuring a few steps at the highest rank"
 WITH_MARGIN = ("token_loss", "pair_loss", "accuracy")  # kinds of metrics whose default margin is a number
@@ -47,14 +45,13 @@ def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
 def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
     """Build the preflight. The expected time uses the mean pace of the ranks, the maximum that of the highest rank."""
     settings, data, planned, strategy = prepared.settings, prepared.started.data, prepared.planned, prepared.strategy
-    num_examples, space, trainings = data.splits["validation"].examples, strategy.space, strategy.estimate_cost()
-    expected = at_most = seconds_per_example = None
+    space, trainings = strategy.space, strategy.estimate_cost()
+    expected = at_most = None
     notes: list[str] = []
     if pace is not None:
         arms, points = strategy.estimate_arms(), settings.num_evaluations
         expected = pace.predict_seconds(fmean(settings.ranks), trainings.expected, arms, points)
         at_most = pace.predict_seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
-        seconds_per_example = (arms + RUN_EVALUATIONS) * pace.evaluation_seconds / num_examples
         steps, examples = (
             format_quantity(len(pace.batches), "step"),
             format_quantity(len(pace.evaluated), "validation example"),
@@ -63,9 +60,11 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
         notes.append(format_time_estimate(expected, at_most, basis, settings.budget_hours))
     has_margin = space.margin is not None or space.kind in WITH_MARGIN  # otherwise it is a fraction of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
+    margin = space.get_margin(0.0) if has_margin else None
+    resolution, examples_needed = estimate_resolution(space.kind, data.splits["validation"].examples, margin)
     preflight = Preflight(
         metric=settings.metric_name,
-        margin=space.get_margin(0.0) if has_margin else None,
+        margin=margin,
         goal=settings.goal,
         form=data.form,
         splits=dict(data.splits),
@@ -92,9 +91,9 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
             seconds=expected,
             seconds_at_most=at_most,
         ),
-        seeds=len(settings.seeds),
         not_evaluated=data.not_evaluated,
-        resolutions=estimate_resolutions(space.kind, num_examples, seconds_per_example),
+        resolution=resolution,
+        examples_needed=examples_needed,
     )
     notes += [*_format_resolution(preflight), *_format_adapter_notes(prepared)]
     return preflight.model_copy(update={"notes": notes})
@@ -102,50 +101,32 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
 
 # Standard deviation between examples of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
 EXAMPLE_STD: dict[MetricKind, float] = {"token_loss": 0.08, "pair_loss": 0.5, "loss": 0.5, "accuracy": 0.4}
-RESOLUTION_COUNTS = (200, 500, DEFAULT_MAX_EVAL_EXAMPLES)  # examples
 
 
-def estimate_resolutions(kind: MetricKind, num_examples: int, seconds_per_example: float | None) -> list[Resolution]:
-    """Estimate what a selection resolves on 200, 500, 2,000 and `num_examples` validation examples.
+def estimate_resolution(kind: MetricKind, examples: int, margin: float | None) -> tuple[float | None, int | None]:
+    """Estimate the smallest difference that this many examples can tell from 0, and the number of examples that can tell the margin.
 
-    Args:
-        seconds_per_example: of all evaluations of the selection; None if not measured.
+    The estimate is for two adapters of one training, as the standard deviation of earlier grids divided by √n, and one-sided at
+    95%. Both are None for a metric that no grid has.
     """
-    std = EXAMPLE_STD.get(kind)
-    if std is None:
-        return []
-    noise, half_width_factor = get_noise(kind), NORMAL.inv_cdf(CONFIDENCE) * std
-    return [
-        Resolution(
-            examples=examples,
-            expected_half_width=half_width_factor * math.sqrt(noise.compute_ratio(1, examples)),
-            expected_half_width_of_two_seeds=half_width_factor * math.sqrt(noise.compute_ratio(2, examples)),
-            seconds=None if seconds_per_example is None else max(0.0, (examples - num_examples) * seconds_per_example),
-        )
-        for examples in sorted({*RESOLUTION_COUNTS, num_examples})
-    ]
+    if kind not in EXAMPLE_STD:
+        return None, None
+    bound = NORMAL.inv_cdf(CONFIDENCE) * EXAMPLE_STD[kind]
+    return bound / math.sqrt(examples), None if margin is None else math.ceil((bound / margin) ** 2)
 
 
 def _format_resolution(preflight: Preflight) -> Iterator[str]:
-    """Yield the margin that the validation examples resolve, and whether more examples or another seed improve it."""
-    num_examples = preflight.splits["validation"].examples
-    by_count = {row.examples: row for row in preflight.resolutions}
-    if num_examples not in by_count:
+    """Yield a sentence on what the validation examples can tell."""
+    resolution, needed, margin = preflight.resolution, preflight.examples_needed, preflight.margin
+    examples = preflight.splits["validation"].examples
+    if resolution is None:
         return
-    other_counts = ", ".join(
-        f"{count:,}: ±{row.expected_half_width:.2g}" for count, row in by_count.items() if count != num_examples
-    )
-    current, largest = by_count[num_examples], by_count[max(by_count)]
-    suggestion, cost = "", preflight.cost
-    if largest.examples > num_examples:
-        minutes = "" if largest.seconds is None else f" (about {format_duration(largest.seconds)} more)"
-        seed = "" if cost.seconds is None else f" (about {format_duration(cost.seconds / preflight.seeds)} more)"
-        suggestion = f"; {largest.examples:,} examples{minutes} make it ±{largest.expected_half_width:.2g}, another seed{seed} ±{current.expected_half_width_of_two_seeds:.2g}"
-        if largest.examples > num_examples + preflight.not_evaluated:
-            suggestion += "; the data set has fewer: give more rows or a larger validation_fraction"
-    yield (
-        f"{num_examples:,} validation examples are expected to resolve differences of ±{current.expected_half_width:.2g} with one seed ({other_counts}){suggestion}"
-    )
+    advice = ""
+    if needed is not None and needed > examples:
+        available = examples + preflight.not_evaluated
+        ways = f"--max-eval-examples {needed}" if needed <= available else f"the data have {available:,}"
+        advice = f"; for the margin of {margin:g}, about {needed:,} are needed ({ways})"
+    yield f"{examples:,} validation examples can tell a difference of about {resolution:.2g} from none{advice}"
 
 
 def _format_adapter_notes(prepared: LoadedSelection) -> Iterator[str]:

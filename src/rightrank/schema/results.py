@@ -70,16 +70,6 @@ class PreflightCost(Record):
     seconds_at_most: float | None
 
 
-class Resolution(Record):
-    """The differences that this many validation examples are expected to resolve, estimated from grids of small models."""
-
-    examples: BoundedInt
-    expected_half_width: float  # of a difference between ranks, one seed, 95% on one side, in the metric's unit
-    expected_half_width_of_two_seeds: float
-    # Further ones, for the whole selection, against the examples that it scores; None: not measured.
-    seconds: float | None
-
-
 class Preflight(Record):
     """A preview of a selection before its first training."""
 
@@ -96,8 +86,9 @@ class Preflight(Record):
     ranks: list[PreflightRank]
     memory_bytes: BoundedInt | None
     cost: PreflightCost
-    seeds: BoundedInt
-    resolutions: list[Resolution] = Field(default_factory=list)  # empty: a metric that no grid has
+    # The smallest difference that the validation examples can tell from 0, about, and the number that can tell the margin.
+    resolution: float | None = None  # None: a metric that no grid has
+    examples_needed: BoundedInt | None = None
     notes: list[str] = Field(default_factory=list)
 
 
