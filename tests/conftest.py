@@ -44,8 +44,8 @@ LONG = (
 EVERY = 5
 SAMPLED = {
     "tests/training/test_targets.py": 16, "tests/training/test_architectures.py": 16, "tests/training/test_settings_matter.py": 8,
-    "tests/adapters/test_conformance.py": 8, "tests/adapters/test_round_trips.py": 8, "tests/exports/test_targets.py": 8,
-    "tests/exports/test_merge.py": 8, "tests/trainers/test_smallest.py": 8, "tests/docs/test_code.py": 8, "tests/benchmarks/": 8,
+    "tests/adapters/test_conformance.py": 8, "tests/adapters/test_round_trips.py": 8, "tests/trainers/test_smallest.py": 8,
+    "tests/exports/test_merge.py": 8, "tests/docs/test_code.py": 8, "tests/benchmarks/": 8,
     "tests/runs/test_reliability.py": 8,
     "tests/safety/test_build.py": 8, "tests/test_public.py": 0, "tests/cluster/": 0,
     "tests/docs/test_examples.py": 0,

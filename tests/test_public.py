@@ -35,7 +35,7 @@ values: list[float] = [evidence.value for evidence in select_rank_with(train_pla
 first = select_rank("model", "data.jsonl", "run", settings=SelectSettings(ranks=[1, 4])).adapter
 adapter: Path | None = None if first is None else first.path
 cost: float | None = select_rank("model", "data.jsonl", "run", ranks=(1, 4), margin=0.01, memory_bytes="24GiB").cost["trainings"]
-files: list[str] = export("run", "peft").files
+files: list[str] = export("run", "vllm").files
 reveal_type(select_rank)
 reveal_type(select_rank_with)
 reveal_type(export)

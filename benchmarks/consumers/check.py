@@ -10,119 +10,16 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shlex
 import sys
-from importlib.machinery import ModuleSpec
 from importlib.metadata import distribution, version
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-import yaml
 
 
 def read_words(script: Path) -> list[str]:
     return shlex.split(script.read_text(encoding="utf-8").splitlines()[1])[1:]  # after `exec`
-
-
-def check_peft(folder: Path) -> dict[str, Any]:
-    """Load base model and adapter, build the same adapter from our LoraConfig code, and compare the shapes."""
-    from peft import AutoPeftModelForCausalLM, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoPeftModelForCausalLM.from_pretrained(str(folder))
-    names: dict[str, Any] = {}
-    exec((folder / "lora_config.py").read_text(encoding="utf-8"), names)  # our own file
-    base = AutoModelForCausalLM.from_pretrained(model.peft_config["default"].base_model_name_or_path)
-    again = get_peft_model(base, names["lora_config"])
-    shapes = [
-        {name: tuple(value.shape) for name, value in peft_model.state_dict().items() if "lora_" in name}
-        for peft_model in (model, again)
-    ]
-    assert shapes[0], "no adapter"
-    assert shapes[0] == shapes[1], "the LoraConfig makes another adapter"
-    config = model.peft_config["default"]
-    return {"by": "AutoPeftModel.from_pretrained, get_peft_model", "rank": config.r, "alpha": config.lora_alpha}
-
-
-def check_trl(folder: Path) -> dict[str, Any]:
-    """Parse the arguments with TRL's own parser for `trl sft` or `trl dpo`, and apply its LoraConfig to the base model."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-    from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
-    from trl.scripts.utils import DatasetMixtureConfig
-
-    (file,) = folder.glob("trl_*.yaml")
-    kind = DPOConfig if file.stem == "trl_dpo" else SFTConfig
-    parser = TrlParser((ScriptArguments, kind, ModelConfig, DatasetMixtureConfig))
-    _, training, model, mixture = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
-    assert mixture.datasets[0].data_files, "the data set was not understood"
-    config = get_peft_config(model)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model.model_name_or_path), config)
-    modules = sum("lora_A" in name for name in adapted.state_dict())
-    values = {"rate": training.learning_rate, "steps": training.max_steps, "modules": modules}
-    return {"by": "TrlParser, get_peft_config, get_peft_model", "rank": config.r, "alpha": config.lora_alpha, **values}
-
-
-def check_axolotl(folder: Path) -> dict[str, Any]:
-    """Validate the config file with axolotl's pydantic schema."""
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    values = yaml.safe_load((folder / "axolotl.yaml").read_text(encoding="utf-8"))
-    config = AxolotlInputConfig(**values)
-    unknown = set(values) - set(AxolotlInputConfig.model_fields)
-    assert not unknown, f"fields that axolotl does not know: {unknown}"
-    return {"by": "AxolotlInputConfig", "rank": config.lora_r, "alpha": config.lora_alpha}
-
-
-def check_llamafactory(folder: Path) -> dict[str, Any]:
-    """Parse the files with LLaMA-Factory's argument classes and its reader of dataset_info.json."""
-    os.environ["DISABLE_VERSION_CHECK"] = (
-        "1"  # Its version pins are older than the installed transformers, but its classes load.
-    )
-    from llamafactory.hparams.data_args import DataArguments
-    from llamafactory.hparams.finetuning_args import FinetuningArguments
-    from llamafactory.hparams.generating_args import GeneratingArguments
-    from llamafactory.hparams.model_args import ModelArguments
-    from llamafactory.hparams.training_args import TrainingArguments
-    from transformers import HfArgumentParser
-
-    arguments = yaml.safe_load((folder / "llamafactory.yaml").read_text(encoding="utf-8")) | {"use_cpu": True}
-    kinds = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
-    _, data, training, tuning, _ = HfArgumentParser(kinds).parse_dict(arguments)
-    if find_spec("torchaudio") is None:  # only imported for audio, and not available for every torch version
-        sys.modules["torchaudio"] = ModuleType("torchaudio")
-        sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
-    from llamafactory.data.parser import get_dataset_list
-
-    datasets = get_dataset_list(data.dataset, str(folder))
-    assert datasets[0].prompt or datasets[0].messages, "the data set's columns were not understood"
-    reader = f"get_dataset_list{'' if find_spec('torchaudio').loader else ' (with an empty torchaudio)'}"
-    values = {"rate": training.learning_rate, "modules": len(tuning.lora_target)}
-    by = f"HfArgumentParser over its five argument classes, {reader}"
-    return {"by": by, "rank": tuning.lora_rank, "alpha": tuning.lora_alpha, **values}
-
-
-def check_unsloth(folder: Path) -> dict[str, Any]:
-    """Compare the names in our call with the signature in Unsloth's source, which imports only with a GPU."""
-    code = ast.parse((folder / "unsloth_lora.py").read_text(encoding="utf-8"))
-    calls = {
-        node.func.attr: {word.arg: ast.unparse(word.value) for word in node.keywords}
-        for node in ast.walk(code)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    }
-    sources = {name: _read_parameters("unsloth", "unsloth/models/llama.py", name) for name in calls}
-    for name, keywords in calls.items():
-        assert set(keywords) <= sources[name], f"{name} has no {set(keywords) - sources[name]}"
-    keywords = calls["get_peft_model"]
-    return {
-        "by": "source only: names in signatures",
-        "rank": int(keywords["r"]),
-        "alpha": float(keywords["lora_alpha"]),
-    }
 
 
 def check_sglang(folder: Path) -> dict[str, Any]:
@@ -169,16 +66,6 @@ def check_vllm(folder: Path) -> dict[str, Any]:
     return {"by": by, "rank": helper.r, "alpha": helper.lora_alpha, "scaling": helper.vllm_lora_scaling_factor}
 
 
-def _read_parameters(package: str, file: str, function: str) -> set[str]:
-    tree = ast.parse(_read_source(package, file))
-    return {
-        argument.arg
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == function
-        for argument in [*node.args.args, *node.args.kwonlyargs]
-    }
-
-
 def _read_fields(package: str, prefix: str) -> set[str]:
     """Return all annotated names of classes in the package's files."""
     files = [
@@ -192,20 +79,7 @@ def _read_fields(package: str, prefix: str) -> set[str]:
     }
 
 
-def _read_source(package: str, file: str) -> str:
-    path = next(path for path in distribution(package).files or [] if str(path) == file)
-    return path.read_text()
-
-
-CHECKS = {
-    "peft": check_peft,
-    "trl": check_trl,
-    "axolotl": check_axolotl,
-    "llamafactory": check_llamafactory,
-    "unsloth": check_unsloth,
-    "vllm": check_vllm,
-    "sglang": check_sglang,
-}
+CHECKS = {"vllm": check_vllm, "sglang": check_sglang}
 
 if __name__ == "__main__":
     consumer, folder = sys.argv[1], Path(sys.argv[2])

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from rightrank.cli import cli
-from rightrank.exports.exports import MERGED, TARGETS
+from rightrank.exports.servers import MERGED, SERVERS
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS
@@ -16,7 +16,7 @@ from tests.commands import COMMANDS
 
 def test_every_target_is_offered() -> None:
     (option,) = (option for option in COMMANDS["export"].params if option.name == "to")
-    assert set(re.findall(r"\w+", option.help)) == {*TARGETS, MERGED, "or"}
+    assert set(re.findall(r"\w+", option.help)) == {*SERVERS, MERGED, "or"}
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest_names() -> None:

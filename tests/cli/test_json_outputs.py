@@ -86,7 +86,8 @@ FINE = [
     "average of_model also_of_model mean --data data.jsonl --margin 9 --set seq_len=32",
     "compare of_model of_model --model model --data data.jsonl --set seq_len=32 --tries 2",
     f"select model data.jsonl --dry-run {SMALL}",
-    *[f"export done --to {target}" for target in ("peft", "trl", "vllm")],
+    "export done --to vllm",
+    "export adapter of_model --to sglang --base model --out served",
     f"select model data.jsonl --out run {SMALL}",
 ]
 FAILING = [
@@ -105,8 +106,8 @@ FAILING = [
     "report damaged",
     "resume empty",
     "export made_up --to moon",
-    "export made_up --to peft",
-    "export empty --to peft",
+    "export made_up --to vllm",
+    "export empty --to vllm",
     "export done",
     "inspect empty",
     "inspect",

@@ -354,8 +354,6 @@ def test_bad_input_is_one_line_and_nothing_is_lost(
         export(adapter, "merged", out, check=rows, kind="q3", settings=SETTINGS)
     with pytest.raises(DataError, match="give them with --check DATA"):
         export(adapter, "merged", out, settings=SETTINGS)
-    with pytest.raises(SettingsError, match="give --out FOLDER"):
-        export(adapter, "merged", check=rows, settings=SETTINGS)
     with monkeypatch.context() as patch:
         patch.setattr("rightrank.exports.merge.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
         with pytest.raises(RunError, match=r"the model needs .* but only 1 B are free; make room"):

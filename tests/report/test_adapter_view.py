@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 
 from rightrank import Selected
 from rightrank.api.folders import status, write_report
@@ -201,4 +202,12 @@ def test_modules_of_unequal_rank_are_stated_in_the_report_and_the_model_card() -
     assert f"# LoRA adapter of rank {rank_text}" in render_model_card(records, None)
     assert "adapters.svg" in render_model_card(records, None)
     assert "adapters.svg" not in render_model_card(records, None, images=[])
-    assert f"r {rank_text} · lora_alpha" in render_report(records, collect_answers(records, None, "adapter"))
+
+
+def test_the_card_names_a_base_of_the_hub_and_no_folder() -> None:
+    """The hub rejects a card whose base is a folder."""
+    records = make_answered_run()
+    for model, base in (("someone/a-model", "someone/a-model"), (str(Path.cwd()), None)):
+        records.started = records.started.model_copy(update={"settings": records.started.settings | {"model": model}})
+        card = ModelCard(render_model_card(records, None)).data.to_dict()  # by the hub's own reader
+        assert (card["library_name"], card.get("base_model")) == ("peft", base)

@@ -92,8 +92,7 @@ def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter()
     records = make_answered_run()
     elements = Elements(render_page(records))
     assert "models/small on data.jsonl: 30 train examples" in elements.text
-    answer = records.adapters[-1]
-    assert f"r {answer.handed_over.rank}" in elements.text
+    assert "To train again: r=64, lora_alpha=32, learning_rate=0.003, target_modules='all-linear'" in elements.text
     assert "model = AutoPeftModelForCausalLM.from_pretrained('adapter')" in elements.text
     assert "tokenizer = AutoTokenizer.from_pretrained('models/small')" in elements.text
     links = [attributes.get("href") for tag, attributes in elements.tags if tag == "a"]
@@ -104,10 +103,10 @@ def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter()
 
 def test_the_box_links_the_exports_and_has_their_command() -> None:
     records = make_answered_run()
-    elements = Elements(render_report(records, build_answers(records, None), run="my run", exports=["trl", "vllm"]))
-    assert "rightrank export 'my run' --to trl" in elements.text
+    elements = Elements(render_report(records, build_answers(records, None), run="my run", exports=["sglang", "vllm"]))
+    assert "rightrank export 'my run' --to vllm" in elements.text
     links = [attributes.get("href") for tag, attributes in elements.tags if tag == "a"]
-    assert {"exports/trl/", "exports/vllm/"} <= set(links)
+    assert {"exports/sglang/", "exports/vllm/"} <= set(links)
 
 
 def test_the_box_is_code_whatever_the_model_s_name_is() -> None:

@@ -177,11 +177,11 @@ def test_the_commands_have_few_options() -> None:
 def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:
     run = write_answered_run(tmp_path / "run")
     (run / "adapter").mkdir()
-    (run / "exports" / "trl").mkdir(parents=True)
+    (run / "exports" / "vllm").mkdir(parents=True)
     assert CliRunner().invoke(cli, ["report", str(run)]).exit_code == 0
     elements = Elements((run / "report.html").read_text(encoding="utf-8"))
     links = {attributes.get("href") or "" for tag, attributes in elements.tags if tag == "a"}
-    assert {"adapter/", "exports/trl/", "figures/learning_curves.csv", "figures/memory.svg"} <= links
+    assert {"adapter/", "exports/vllm/", "figures/learning_curves.csv", "figures/memory.svg"} <= links
     assert [link for link in links if not (run / link).exists()] == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig
 
-from rightrank import compare, export, resize, select_rank
+from rightrank import compare, resize, select_rank
 from rightrank.adapters.loading_code import format_loading_code
 from rightrank.bases.base_models import align_labels
 from rightrank.data.splits import load_data
@@ -85,19 +84,6 @@ def test_the_card_s_lines_load_the_classifier_in_a_fresh_python(selected: Select
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) == pytest.approx(_read_accuracy(selected), abs=1e-9)
     assert "0 art, 1 law, 2 news, 3 sport" in (folder / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.filterwarnings("ignore:unclosed file")  # one line is short
-def test_the_export_s_command_loads_it(selected: Selected, monkeypatch: pytest.MonkeyPatch) -> None:
-    exported = export(selected.run, "peft")
-    program, option, code = shlex.split(exported.command)
-    assert (program, option) == ("python", "-c")
-    monkeypatch.chdir(exported.folder)
-    exec(code, {})
-    stored = json.loads((exported.folder / "classifier.json").read_text(encoding="utf-8"))
-    assert stored["id2label"] == {"0": "art", "1": "law", "2": "news", "3": "sport"}
-    assert stored["label2id"] == {"art": 0, "law": 1, "news": 2, "sport": 3}
-    assert stored["num_labels"] == 4
 
 
 def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: Selected, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_commands_that_read_a_run_keep_its_journal(
     folder = tmp_path / "run"
     shutil.copytree(small_run / "run", folder)
     journal_before = (folder / "journal.jsonl").read_bytes()
-    for command in (["status"], ["report"], ["decide"], ["export", "--to", "trl"]):
+    for command in (["status"], ["report"], ["decide"], ["export", "--to", "vllm"]):
         status, out, err = run([command[0], str(folder), *command[1:], "--json"], capsys)
         assert status == 0, err
         assert json.loads(out)

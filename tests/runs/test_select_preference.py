@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from rightrank import Selected, compare, export, select_rank
+from rightrank import Selected, compare, select_rank
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import RunStarted
@@ -77,29 +76,6 @@ def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: P
     assert by_metric["loss"].difference == 0
     assert by_metric["loss"].margin == 0.02
     assert by_metric["reward_accuracy"].margin == 0.005
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # a warning of transformers when TRL builds its arguments
-def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path) -> None:
-    values = yaml.safe_load((export(selected.run, "axolotl").folder / "axolotl.yaml").read_text())
-    assert (values["rl"], values["rl_beta"]) == ("dpo", 0.5)
-    assert values["datasets"][0]["type"]["field_rejected"] == "rejected"
-    folder = export(selected.run, "llamafactory").folder
-    values = yaml.safe_load((folder / "llamafactory.yaml").read_text())
-    assert (values["stage"], values["pref_beta"], values["pref_loss"]) == ("dpo", 0.5, "sigmoid")
-    assert json.loads((folder / "dataset_info.json").read_text())["rightrank_data"]["ranking"] is True
-    exported = export(selected.run, "trl")
-    assert exported.command == "trl dpo --config trl_dpo.yaml"
-    values = yaml.safe_load((exported.folder / "trl_dpo.yaml").read_text())
-    assert (values["beta"], values["max_length"], values["datasets"][0]["data_files"]) == (0.5, 32, str(pair_file))
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    from trl.scripts.utils import DatasetMixtureConfig
-
-    parser = trl.TrlParser((trl.ScriptArguments, trl.DPOConfig, trl.ModelConfig, DatasetMixtureConfig))
-    file = exported.folder / "trl_dpo.yaml"
-    _, training, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
-    assert (training.beta, training.loss_type, training.max_steps) == (0.5, ["sigmoid"], 16)
-    assert trl.get_peft_config(model).r == selected.exported_adapter.trained_rank
 
 
 def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:

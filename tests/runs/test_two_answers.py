@@ -194,7 +194,7 @@ def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(
     summary_line = f"Adapter: rank {answer.handed_over.rank} · Training rank: not available yet"
     assert summary_line in Elements((run / "report.html").read_text(encoding="utf-8")).text
     assert summary_line in Elements(write_report(run).read_text(encoding="utf-8")).text
-    assert export(run, "peft").folder.is_dir()
+    assert export(run, "vllm").folder.is_dir()
 
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     earlier_ids = read_trial_ids(run)

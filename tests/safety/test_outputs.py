@@ -12,7 +12,7 @@ import pytest
 from rightrank.api.folders import export
 from rightrank.cli import main
 from rightrank.decision.records import build_answers
-from rightrank.exports.exports import LOOPBACK
+from rightrank.exports.servers import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, format_one_line
 from tests.commands import build_select_arguments, run

@@ -58,7 +58,7 @@ def test_an_earlier_result_is_moved_aside_and_own_files_stay(
         model_folder, rows, tmp_path, partial(SmallestAdapter, margin=1.0, max_examples=30), max_steps=2
     )
     assert first.result is not None
-    export(out, "peft")
+    export(out, "vllm")
     (out / "notes.txt").write_text("mine")
     elsewhere.mkdir()
     (elsewhere / "large").write_text("on another disk")

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -151,10 +150,8 @@ def require_commands_to_work(run: Path, rank: int, model_folder: Path) -> None:
     assert state.truncated_curve
     first = (run / "report.html").read_text(encoding="utf-8")
     assert write_report(run).read_text(encoding="utf-8") == first
-    assert export(run, "peft").files
-    trl = yaml.safe_load((export(run, "trl").folder / "trl_sft.yaml").read_text(encoding="utf-8"))
-    assert (trl["lora_r"], trl["lora_alpha"], trl["learning_rate"], trl["max_steps"]) == (16, 32, 0.01, 60)
-    assert trl["model_name_or_path"] == str(model_folder)
+    script = (export(run, "vllm").folder / "vllm.sh").read_text(encoding="utf-8")
+    assert f"serve {model_folder} " in script
     data = write_completions(run.parent / "compared.jsonl", 20, seed=9)
     sides = run / "adapter", "base"
     assert compare(*sides, model=str(model_folder), data=data, settings=SelectSettings(seq_len=32)).examples == 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ CARD_IMAGES = ADAPTERS_IMAGE, RANK_CURVE_IMAGE = (
 )  # beside an adapter: the figures of its card
 TRAINER_STATE = "trainer_state.json"  # written by transformers
 RESULTS_FOLDER = "rightrank"  # in a trainer's output: the measurement at its end
+# Initializations that leave the base's weights as they are. With any other, ΔW may not be s·B·A alone.
+BASE_KEEPING_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 
 def require_adapter_folder(path: Path) -> None:
@@ -63,6 +66,28 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         return read_json_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     except UnreadableError as error:
         raise ModelError(f"{folder / CONFIG_FILE}: not readable as JSON ({error}); save the adapter again") from None
+
+
+def find_base_changing_init(config: Mapping[str, Any]) -> str | None:
+    """Return the name of the initialization unless it is known to leave the base model as it is on loading.
+
+    PEFT compares some of the names without case.
+    """
+    init = str(config.get("init_lora_weights", True))
+    return None if init.lower() in BASE_KEEPING_INITS else init
+
+
+def require_kept_base(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise if PEFT may change the base model when it loads an adapter with this configuration.
+
+    Raises:
+        ModelError: The initialization is not known to leave the base model as it is.
+    """
+    if (init := find_base_changing_init(config)) is not None:
+        raise ModelError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base model on loading by an amount that depends on "
+            "the rank; convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def _require_weights(folder: Path) -> None:

@@ -20,6 +20,7 @@ from rightrank.adapters.adapter_folders import (
     MLX_FILE,
     PEFT_PREFIX,
     WEIGHTS_FILE,
+    find_base_changing_init,
     is_single_file,
     read_adapter_config,
     require_adapter_folder,
@@ -44,8 +45,6 @@ MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 # Options with which the adapter's update is not s·B·A.
 UNSUPPORTED_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
-# Initializations that leave the base's weights as they are. With any other, ΔW may not be s·B·A alone.
-BASE_KEEPING_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 
 def open_adapter(path: Path) -> AdapterFolder:
@@ -195,28 +194,6 @@ class AdapterFolder:
                 f"{self.weights_file}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
             )
         return values.where(values.abs() >= MIN_VALUE, 0.0) if stored.dtype == torch.float64 else values
-
-
-def find_base_changing_init(config: Mapping[str, Any]) -> str | None:
-    """Return the name of the initialization unless it is known to leave the base model as it is on loading.
-
-    PEFT compares some of the names without case.
-    """
-    init = str(config.get("init_lora_weights", True))
-    return None if init.lower() in BASE_KEEPING_INITS else init
-
-
-def require_kept_base(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise if PEFT may change the base model when it loads an adapter with this configuration.
-
-    Raises:
-        ModelError: The initialization is not known to leave the base model as it is.
-    """
-    if (init := find_base_changing_init(config)) is not None:
-        raise ModelError(
-            f"{path}: init_lora_weights is {init!r}, which changes the base model on loading by an amount that depends on "
-            "the rank; convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
 
 
 def _validate_config(file: Path, config: dict[str, Any]) -> None:

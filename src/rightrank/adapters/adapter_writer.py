@@ -16,8 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from rightrank.adapters.adapter_folders import BASE_FILE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
-from rightrank.adapters.adapter_reader import AdapterFolder, find_base_changing_init, open_adapter
+from rightrank.adapters.adapter_folders import (
+    BASE_FILE,
+    CLASSIFIER_FILE,
+    CONFIG_FILE,
+    MLX_FILE,
+    WEIGHTS_FILE,
+    find_base_changing_init,
+)
+from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.loading import require_loadable
 from rightrank.data.files import create_output, replace_folder, write_text
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from rightrank.adapters.adapter_folders import CONFIG_FILE
-from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, require_kept_base
+from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
+from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule
 from rightrank.adapters.adapter_writer import write_same_format
 from rightrank.adapters.rank_math import (
     build_exact_pattern,

@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
-from rightrank.bases.model_sources import list_hub_errors
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision.records import Records, decide_if_possible
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, get_first_line
-from rightrank.schema.events import EvaluationProgress, JournalRecord
+from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
+from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:
-    from rightrank.exports.exports import ExportResult
+    from rightrank.exports.servers import ExportResult
 
 
 def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
@@ -61,92 +60,100 @@ def read_run(run: str | Path, *, is_live: bool) -> tuple[RunFolder, Records, Dec
 
 
 def export(
-    run: str | Path,
+    source: str | Path | Sequence[str | Path],
     to: str,
     out: str | Path | None = None,
     *,
     rank: int | None = None,
+    base: str | None = None,
     check: str | Path | Sequence[str | Path] = (),
     kind: str | None = None,
-    base: str | None = None,
     settings: SelectSettings | None = None,
-    push_to_hub: str | None = None,
     on_event: Callable[[EvaluationProgress], None] = lambda _: None,
 ) -> ExportResult:
-    """Write the files that another program needs to train with or serve the run's adapter.
+    """Write the files with which a server serves adapters, or a model with an adapter merged into its weights.
 
     A merged model is loaded back and compared with the adapter on its base.
 
     Args:
-        run: a run folder whose selection has ended; for a merged model an adapter folder too.
-        to: peft, trl, axolotl, llamafactory, unsloth, vllm, sglang or merged.
-        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, which is replaced. If it holds
-            files of yours, it is moved to `earlier-N` in the run folder.
-        rank: the rank of the adapter to export, or for a trainer the rank of the training; the best one at this rank is used. None
-            for the adapter in `adapter/`, and the training that it comes from.
+        source: a run folder whose selection has ended, or an adapter folder; for a server also several of them.
+        to: vllm, sglang or merged.
+        out: the folder to write, which must not exist. None for `exports/<to>` in the current folder or, for a single run, in the run
+            folder, where it is replaced. If it holds files of yours, it is moved to `earlier-N` in the run folder.
+        rank: the rank of the run's adapter to export; the best one at this rank is used. None for the adapter in `adapter/`.
+        base: the base model; None for the one that the run or the adapter names.
         check: for a merged model: held-out rows to compare on; by default the run's test split.
         kind: for a merged model: the type of its values, f32, bf16 or f16; None for f32.
-        base: for a merged model from an adapter folder; None for the base that the adapter names.
         settings: for a merged model from an adapter folder, as in `compare`.
-        push_to_hub: for peft: `OWNER/NAME` on the Hugging Face hub. The folder is uploaded with its card, with the login of
-            `hf auth login`. If the repository does not exist, it is created as a private one.
         on_event: receives the progress of each evaluation.
 
     Raises:
-        SettingsError: an unknown target, or an argument that belongs to another target.
+        SettingsError: an unknown target, an argument that belongs to another target, or adapters of different base models.
         RunFolderError: there is no run, it has no decision or adapter, or `out` exists.
         ResultsError: a rank that the server does not serve, or that the run has not trained.
-        ModelError: a merged model that can't be made.
-        RunError: the hub can't be reached, or refuses the upload.
+        ModelError: an adapter that cannot be served, or a merged model that cannot be made.
     """
-    from rightrank.exports.exports import ADAPTER_TARGETS, MERGED, require_target, resolve_path, write_export
-    from rightrank.exports.recipe import build_recipe
+    from rightrank.exports.servers import (
+        MERGED,
+        find_base,
+        name_adapters,
+        read_served_adapters,
+        require_target,
+        resolve_path,
+        write_server_files,
+    )
 
     require_target(to)
-    if push_to_hub is not None and to != "peft":
-        raise SettingsError(f"push_to_hub uploads an adapter with its card; it works with peft, not with {to}")
+    paths = [Path(source)] if isinstance(source, str | Path) else list(map(Path, source))
     files = [Path(check)] if isinstance(check, str | Path) else list(map(Path, check))
-    is_adapter = (Path(run) / CONFIG_FILE).is_file()
-    if to != MERGED and (files or kind or base):
-        raise SettingsError(f"--to {to}: check, type and base work only with {MERGED}; leave them out")
-    if settings is not None and not is_adapter:
-        raise SettingsError(f"{run}: a run has its own settings; leave them out, or give an adapter folder")
-    if is_adapter and rank is not None:
-        raise SettingsError(f"{run}: an adapter folder has one rank; leave rank out, or give a run folder")
-    if is_adapter and to != MERGED:
-        raise RunFolderError(f"{run}: an adapter folder can only be exported to {MERGED}; for {to} give a run folder")
+    if to == MERGED and len(paths) != 1:
+        raise SettingsError(f"--to {MERGED} takes one adapter, and {len(paths)} were given")
+    if to != MERGED and (files or kind or settings):
+        raise SettingsError(f"--to {to}: check, type and settings work only with {MERGED}; leave them out")
     if out is not None:
         require_absent(Path(out))
-    if is_adapter:
-        base = base or read_json_object(Path(run) / CONFIG_FILE).get("base_model_name_or_path")
-        if out is None or base is None:
-            raise SettingsError(
-                f"{run}: this is an adapter folder; give --out FOLDER, and --base MODEL if the adapter names none"
-            )
-        target = Path(out)
-        source: tuple[Path, str, SelectSettings, str | None] = Path(run), base, settings or SelectSettings(), None
-    else:
-        folder, journal, records = open_run(run, is_live=False)
-        if rank is None:
-            trial, adapter = _find_exported_trial(folder, journal, records), folder.adapter
-        else:
-            trial = _find_best_trial(records, rank, to in (*ADAPTER_TARGETS, MERGED))
-            adapter = folder.require_trial_adapter(trial.trial_id)
-        recipe = build_recipe(records.started, trial, adapter, records.list_finished())
-        target = folder.path / "exports" / to if out is None else Path(out)
-        model, data = (resolve_path(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
-        source = recipe.adapter, model, recipe.settings, data
+    sources = [_open_export_source(path, rank) for path in paths]
+    (adapter, run, records), adapters = sources[0], [source_adapter for source_adapter, _, _ in sources]
+    if run is not None and settings is not None:
+        raise SettingsError(f"{run.path}: a run has its own settings; leave them out, or give an adapter folder")
+    replaced_run = run if out is None and len(sources) == 1 else None
+    target = Path(out) if out is not None else (replaced_run.path if replaced_run else Path()) / "exports" / to
+    if replaced_run is None:
+        require_absent(target)
+    if base is None and records is not None and len(sources) == 1 and records.started.model_name:
+        base = records.started.model_name
+    base = find_base(adapters, base)
 
     def write() -> ExportResult:
-        if to == MERGED:
-            from rightrank.exports.merge import MergeRequest, write_merged_model
+        if to != MERGED:
+            return write_server_files(
+                to, read_served_adapters(dict(zip(name_adapters(paths), adapters, strict=True))), base, target
+            )
+        from rightrank.exports.merge import MergeRequest, write_merged_model
 
-            return write_merged_model(MergeRequest(*source, kind or "f32", files, on_event), target)
-        return write_export(to, recipe, target)
+        data = None if records is None else records.started.data_name
+        merge_settings = settings or (SelectSettings() if records is None else records.started.select_settings)
+        request = MergeRequest(
+            adapter, base, merge_settings, data and resolve_path(data, adapter), kind or "f32", files, on_event
+        )
+        return write_merged_model(request, target)
 
     with report_disk_errors(target):
-        exported = write() if out is not None else _replace_export(folder, target, write)
-    return exported if push_to_hub is None else replace(exported, address=_upload_adapter(exported.folder, push_to_hub))
+        return write() if replaced_run is None else _replace_export(replaced_run, target, write)
+
+
+def _open_export_source(path: Path, rank: int | None) -> tuple[Path, RunFolder | None, Records | None]:
+    """Return the adapter of a run folder with the run and its records, or an adapter folder alone."""
+    if (path / CONFIG_FILE).is_file():
+        if rank is not None:
+            raise SettingsError(f"{path}: an adapter folder has one rank; leave rank out, or give a run folder")
+        return path, None, None
+    folder, _, records = open_run(path, is_live=False)
+    if rank is not None:
+        return folder.require_trial_adapter(_find_best_trial(records, rank).trial_id), folder, records
+    if not (folder.adapter / CONFIG_FILE).is_file():
+        raise RunFolderError(f"{path}: no adapter yet; run `rightrank select` again, then export")
+    return folder.adapter, folder, records
 
 
 def _replace_export(folder: RunFolder, target: Path, write: Callable[[], ExportResult]) -> ExportResult:
@@ -171,52 +178,13 @@ def _replace_export(folder: RunFolder, target: Path, write: Callable[[], ExportR
     return replace(exported, notes=[*exported.notes, note])
 
 
-def _upload_adapter(adapter: Path, repo_id: str) -> str:
-    """Upload a folder with an adapter and its card, and return the address."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
-
-    hub = HfApi()
-    try:
-        full_name = hub.create_repo(repo_id, private=True, exist_ok=True).repo_id
-        hub.upload_folder(repo_id=full_name, folder_path=adapter, commit_message="Upload the LoRA adapter")
-    except (HFValidationError, LocalTokenNotFoundError) as error:
-        raise SettingsError(
-            f"{repo_id}: {get_first_line(error)}; give OWNER/NAME, and log in with: hf auth login"
-        ) from None
-    except list_hub_errors() as error:
-        raise RunError(
-            f"{repo_id}: not uploaded ({get_first_line(error)}); the files are in {adapter}: try again"
-        ) from None
-    return f"{hub.endpoint}/{full_name}"
-
-
-def _find_exported_trial(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
-    """Return the trial whose adapter is in `adapter/`, or if none was exported, the trial that the decision names."""
-    decision = find_last_decision(journal)
-    if records.adapters:
-        trial_id = records.adapters[-1].answer.trial_id
-    elif decision is not None and decision.adapter_trial_id is not None:
-        trial_id = decision.adapter_trial_id
-    else:
-        raise RunFolderError(f"{folder.path}: no adapter yet; run `rightrank select` again, then export")
-    trial = records.by_id.get(trial_id)
-    if trial is None:
-        raise RunFolderError(
-            f"{folder.path}: the journal lacks the trial {trial_id} of the adapter; run the same `rightrank select` again"
-        )
-    return trial
-
-
-def _find_best_trial(records: Records, rank: int, includes_truncations: bool) -> TrialFinished:
-    """Return the full training at a rank with the best held-out value, optionally also among truncations."""
-    finished = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.stop_at is None]
-    trials = [trial for trial in finished if includes_truncations or trial.arm.is_direct]
+def _find_best_trial(records: Records, rank: int) -> TrialFinished:
+    """Return the trained or truncated adapter of a rank with the best held-out value."""
+    trials = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.stop_at is None]
     candidates = [trial for trial in trials if trial.rank == rank]
     if not candidates:
         ranks = ", ".join(map(str, sorted({trial.rank for trial in trials}))) or "none"
-        description = "no adapter of" if includes_truncations else "no training at"
-        raise ResultsError(f"the run has {description} rank {rank}; give one of {ranks}, or leave rank out")
+        raise ResultsError(f"the run has no adapter of rank {rank}; give one of {ranks}, or leave rank out")
     sign = -1 if records.started.higher_is_better else 1
     return min(candidates, key=lambda trial: (sign * trial.value, trial.seed))
 

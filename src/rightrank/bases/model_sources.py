@@ -97,14 +97,14 @@ def _require_on_hub(name: str, path: Path) -> None:
                 f"{name}: no such folder{_suggest_folder(path)}, and the hub is switched off (HF_HUB_OFFLINE)"
             )
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
-    except list_hub_errors() as error:
+    except _list_hub_errors() as error:
         raise ModelError(
             f"{name}: no such folder{_suggest_folder(path)}, and the hub has no such model or does not answer ({get_first_line(error)}); "
             "give a model folder, a GGUF file, or a hub name"
         ) from None
 
 
-def list_hub_errors() -> tuple[type[BaseException], ...]:
+def _list_hub_errors() -> tuple[type[BaseException], ...]:
     """Return the errors that a request to the hub can raise: the client's errors derive from an HTTP library that differs between versions."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

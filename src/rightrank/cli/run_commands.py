@@ -51,18 +51,16 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
 
 @click.command(
     "export",
-    short_help="Write an adapter, or settings for a trainer or server.",
-    epilog="Example: rightrank export run --to axolotl",
+    short_help="Write a server's files, or a merged model.",
+    epilog="Example: rightrank export run --to vllm",
 )
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, vllm, sglang, or merged.")
-@click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
+@click.argument("sources", nargs=-1, required=True, metavar="RUN_OR_ADAPTER...", type=click.Path(path_type=Path))
+@click.option("--to", required=True, help="vllm, sglang, or merged.")
 @click.option(
-    "--rank", type=int, help="Another rank of the run (default: that of the exported adapter, and its training)."
+    "--out", type=click.Path(path_type=Path), help="New folder (default: exports/TARGET, in the run's folder)."
 )
-@click.option(
-    "--push-to-hub", metavar="OWNER/NAME", help="peft: upload the adapter with its card; a new repository is private."
-)
+@click.option("--rank", type=int, help="Another rank of the run (default: that of its adapter).")
+@click.option("--base", help="The base model (default: the one that the run or the adapter names).")
 @click.option(
     "--check",
     multiple=True,
@@ -70,27 +68,26 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     help="merged: held-out rows (default: the run's test split).",
 )
 @click.option("--type", "kind", help="merged: f32 (default), bf16 or f16.")
-@click.option("--base", help="Base model, if RUN is an adapter folder (default: the one that it names).")
 @click.option(
     "--set",
     "assignments",
     multiple=True,
     metavar="NAME=VALUE",
-    help="A setting of select, if RUN is an adapter folder.",
+    help="merged: a setting of select, for an adapter folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def _export(
-    run: Path,
+    sources: tuple[Path, ...],
     to: str,
     out: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
     **arguments: Any,
 ) -> int:
-    """Write the files that another program needs to train with RUN's rank or to serve its adapter.
+    """Write the files with which a server serves adapters of runs or adapter folders, or merge one into its base model.
 
-    A merged model is loaded back and compared with the adapter on its base; RUN may then be an adapter folder. Exit
-    status: 0 not worse, 3 worse by more than the margin or broken, 4 the examples cannot tell.
+    A merged model is loaded back and compared with the adapter on its base. Exit status: 0 not worse, 3 worse by more
+    than the margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import folders as api
     from rightrank.cli.adapter_commands import EXIT_STATUS, open_progress_view
@@ -98,13 +95,13 @@ def _export(
 
     settings = SelectSettings(**gather_settings(None, assignments, {})) if assignments else None
     with open_progress_view() as view:
-        exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **arguments)
+        exported = api.export(sources, to, out, settings=settings, on_event=view.on_event, **arguments)
     if as_json:
         click.echo(format_json(asdict(exported) | {"folder": str(exported.folder)}))
     else:
         for note in exported.notes:
             click.echo(f"note: {note}", err=True)
-        click.echo(exported.address or f"cd {shlex.quote(str(exported.folder))} && {exported.command}")
+        click.echo(f"cd {shlex.quote(str(exported.folder))} && {exported.command}")
     return 0 if exported.check is None else EXIT_STATUS[exported.check["verdict"]]
 
 

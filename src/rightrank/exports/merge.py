@@ -16,7 +16,7 @@ from rightrank.adapters.adapter_writer import ensure_peft_format
 from rightrank.bases.base_models import load_base
 from rightrank.data.files import replace_folder, write_text
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.exports.exports import MERGED, ExportResult
+from rightrank.exports.servers import MERGED, ExportResult
 from rightrank.report.format import format_bytes
 from rightrank.runs.compare import compare_adapters, read_labels
 from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError, get_first_line

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
 
+from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.comparison import is_within
 from rightrank.decision.records import Answers, Records, count_trainings
 from rightrank.decision.sentences import format_number, format_probability
@@ -141,6 +142,34 @@ def _format_repetition(answers: Answers, handed_over: ExportedAdapter) -> str:
     if decided is not None and decided != trained:
         ways.append(f"train at rank {decided}")
     return f"To train again, {', or '.join(ways)}."
+
+
+def format_training_settings(answers: Answers) -> str:
+    """Format the training to repeat in the names of PEFT and transformers: that of the decided rank, else that of the adapter.
+
+    Returns:
+        An empty string if another trainer trained, which has its own settings.
+    """
+    started, decision, adapter = answers.started, answers.decision, answers.adapter
+    if started is None or not _is_built_in(started):
+        return ""
+    if decision is not None and decision.rank:
+        rank, rate = decision.rank, decision.learning_rate
+    elif adapter is not None:
+        rank, rate = adapter.answer.trained_rank, answers.adapter_rate
+    else:
+        return ""
+    settings = started.select_settings
+    alpha, use_rslora = convert_scaling(settings.scaling, settings.lora_alpha, rank)
+    modules = list(settings.target_modules)
+    values = {
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": use_rslora,
+        "learning_rate": rate,
+        "target_modules": modules[0] if modules == ["all-linear"] else modules,
+    }
+    return ", ".join(f"{name}={value!r}" for name, value in values.items() if value)
 
 
 def _is_built_in(started: RunStarted | None) -> bool:

@@ -1,4 +1,4 @@
-"""Format the final screen of a selection, in at most twelve lines: the answer in a sentence, the curve, the adapter and the next command.
+"""Format the final screen of a selection, in at most fourteen lines: the answer in a sentence, the curve, the adapter and the next command.
 
 `rightrank status RUN` and the report have everything else.
 """
@@ -18,14 +18,14 @@ from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.next_run import build_budget_options
 from rightrank.decision.records import Answers
 from rightrank.decision.sentences import format_probability
-from rightrank.report.answer import format_brief, format_labelled_rows
+from rightrank.report.answer import format_brief, format_labelled_rows, format_training_settings
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
 from rightrank.report.terminal_curve import draw_small_curve
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision
 from rightrank.schema.events import RunKind
 from rightrank.schema.settings import LONGER_TRAININGS
 
-MAX_LINES, MAX_CURVE_LINES = 12, 7
+MAX_LINES, MAX_CURVE_LINES = 14, 7
 MIN_WIDTH, LABEL_WIDTH = 40, 9  # characters
 # What the command of a next run adds, by its action.
 ADDITIONS = {
@@ -58,6 +58,7 @@ def format_final_screen(finished: FinishedRun, width: int) -> str:
     rows = [
         ("adapter", "the trainer saved none" if finished.adapter is None else str(finished.adapter)),
         ("load", _format_loading(finished)),
+        ("train", format_training_settings(finished.answers)),
         *_format_next_step(finished, width),
         ("details", f"{finished.report} and: {shlex.join(['rightrank', 'status', str(finished.run)])}"),
     ]
@@ -192,8 +193,9 @@ def _choose_next_command(finished: FinishedRun) -> list[tuple[str, str]]:
     started, adapter = answers.started, answers.adapter
     if started is None or adapter is None or started.kind is RunKind.CUSTOM_TRAINER:
         return []
-    target = "peft" if started.data.classes is not None else "vllm"
-    reason, command = "serve it", ["rightrank", "export", run, "--to", target]
+    is_classifier = started.data.classes is not None  # which servers of language models do not load
+    reason = "merge it" if is_classifier else "serve it"
+    command = ["rightrank", "export", run, "--to", "merged" if is_classifier else "vllm"]
     if started.kind is RunKind.SELECTION:
         settings, select = started.select_settings, ["rightrank", "select", "--out", run]
         budget = settings.budget_trainings or 1.0

@@ -23,7 +23,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.adapters.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
 from rightrank.adapters.loading_code import format_base_arguments, format_loading_code
-from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.adapter import build_provenance
 from rightrank.decision.records import Answers, Records
 from rightrank.report.answer import (
@@ -33,6 +32,7 @@ from rightrank.report.answer import (
     build_evidence_table,
     build_margin_steps,
     format_cost,
+    format_training_settings,
     format_trial_end,
     get_metric_unit,
 )
@@ -40,7 +40,7 @@ from rightrank.report.figure import INSTALL_HINT, Figure, is_matplotlib_installe
 from rightrank.report.figures import build_figures
 from rightrank.report.format import format_bytes, format_quantity, make_visible
 from rightrank.schema.command import build_reproduce_command
-from rightrank.schema.decision import Decision, ExportedAdapter
+from rightrank.schema.decision import Decision
 from rightrank.schema.events import RunKind, RunStarted, TestEvaluated
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 
@@ -78,8 +78,9 @@ def render_report(
             started=started,
             run_settings=records.settings,
             subject=_format_subject(started),
-            usage=_build_usage(adapter.handed_over, records) if adapter else None,
-            export_command=shlex.join(["rightrank", "export", run, "--to", "trl"]),
+            loading_code=_format_loading_code(records) if adapter else "",
+            training_settings=format_training_settings(answers),
+            export_command=shlex.join(["rightrank", "export", run, "--to", "vllm"]),
             exports=exports,
             settings=[(name, json.dumps(value, ensure_ascii=False)) for name, value in started.settings.items()],
             decision=decision,
@@ -211,26 +212,14 @@ def _format_subject(started: RunStarted) -> str:
     return f"{model} on {data}" + (f": {counts} examples" if counts else "")
 
 
-def _build_usage(handed_over: ExportedAdapter, records: Records) -> dict[str, str] | None:
-    """Return the adapter's settings in PEFT's names, with code that loads it from the folder next to the report.
-
-    Returns:
-        None for an adapter whose folder was not written by this package.
-    """
-    answer, trials, model = records.adapters[-1].answer, records.by_id, records.started.model_name
-    trial = trials.get(answer.trial_id)
-    trained = trial and trials.get(trial.truncate_from or trial.trial_id)
-    if trial is None or trained is None or records.started.is_custom_trainer or model is None:
-        return None
-    alpha, _ = convert_scaling(records.settings.scaling, trial.lora_alpha, trial.rank)
+def _format_loading_code(records: Records) -> str:
+    """Return code that loads the adapter from the folder next to the report; empty if this package did not write the folder."""
+    model = records.started.model_name
+    if records.started.is_custom_trainer or model is None:
+        return ""
     loading = format_loading_code("adapter", model, records.started.data.classes is not None)
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({format_base_arguments(model)})"
-    return {
-        "r": handed_over.rank_text,
-        "alpha": f"{alpha:g}",
-        "learning_rate": f"{trained.learning_rate:g}",
-        "code": "\n".join(["from transformers import AutoTokenizer", *loading, tokenizer]),
-    }
+    return "\n".join(["from transformers import AutoTokenizer", *loading, tokenizer])
 
 
 def _format_confidence(records: Records, decision: Decision) -> str:

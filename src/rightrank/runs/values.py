@@ -130,7 +130,7 @@ class Selected:
         return f"Selected(adapter={adapter}, training={training}, verdict={verdict!r}, run={str(self.run)!r})"
 
     def __str__(self) -> str:
-        """Return the final screen: the result in at most twelve lines. The fields hold the details."""
+        """Return the final screen: the result in at most fourteen lines. The fields hold the details."""
         from rightrank.report.final_screen import FinishedRun, format_final_screen
 
         finished = FinishedRun(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -30,18 +28,6 @@ def build_reproduce_command(
 def build_resume_command(run: str) -> str:
     """Return the command that continues a selection, or the measurement at the end of a training."""
     return shlex.join(["rightrank", "resume", run])
-
-
-def build_set_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Return the settings that differ from their defaults as `--set` arguments."""
-    rows = (
-        (name, replace(row, option=""), settings[name])
-        for name, row in SelectSettings.model_fields.items()
-        if name in settings
-    )
-    return [
-        argument for name, row, value in rows if value != row.default for argument in build_arguments(name, row, value)
-    ]
 
 
 def build_arguments(name: str, row: Setting, value: Any) -> list[str]:

@@ -581,22 +581,6 @@ class SelectSettings(PeftFields, _TrainerFields):
 TRAINER_FIELDS = tuple(_TrainerFields.model_fields)
 # Settings that determine the rows of each split.
 SPLIT_SETTINGS = ("columns", "validation", "test_fraction", "validation_fraction", "max_eval_examples")
-# Settings for evaluating an adapter and gathering its second moments.
-EVALUATION_SETTINGS = (
-    *(
-        "margin",
-        "metric",
-        *SPLIT_SETTINGS,
-        "seeds",
-        "max_steps",
-        "num_train_epochs",
-        "batch_size",
-        "seq_len",
-        "beta",
-        "dtype",
-    ),
-    *("gradient_accumulation_steps", "eval_batch_size", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
-)
 # Settings with which few rows are enough, and no rows are split off.
 NO_SPLIT_OVERRIDES = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
 # Settings that select and judge trials without changing one; a run folder may be continued with other values.

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 
-from rightrank.adapters.adapter_folders import CONFIG_FILE
-from rightrank.adapters.adapter_reader import require_kept_base
+from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
 from rightrank.adapters.adapter_writer import ensure_peft_format
 from rightrank.adapters.kinds.base import Routing, set_training_mode
 from rightrank.bases.base_models import LoadedModel

@@ -1,0 +1,300 @@
+"""Test the files for servers: adapters of runs and of folders, alone and together, as servers load them by their own rules.
+
+vLLM (`peft_helper.py`, `lora_model.py` and `base_linear.py` of vllm/lora, read at 0306474e): every module has the scale of `lora_alpha` and `r`
+of the configuration, whatever `rank_pattern` and `alpha_pattern` say; factors of any rank up to `--max-lora-rank` are copied into slots of zeros.
+SGLang (`mem_pool.py` of sglang/srt/lora, read at 00639c4d): the same scale, and an assertion that every A has `r` rows and every B `r` columns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rightrank import export, resize
+from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.rank_math import SERVER_RANKS
+from rightrank.adapters.resize import resize_adapter
+from rightrank.api.folders import status
+from rightrank.cli import cli
+from rightrank.decision.records import read_records
+from rightrank.exports.servers import SERVERS, ServedAdapter
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.errors import ModelError, ResultsError, RightrankError, RunError, RunFolderError, SettingsError
+from tests.adapters.adapters import (
+    compute_deltas,
+    edit_config,
+    load_strictly,
+    load_tensors,
+    make_adapter,
+    make_base,
+    write_mlx,
+)
+
+SLOT = 8  # of vLLM, for ranks from 2 to 8
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def run(small_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(small_run, tmp_path / "home")
+    return tmp_path / "home" / "run"
+
+
+def make_patterned_adapter(base: Path, folder: Path, kind: str) -> Path:
+    """Make an adapter that was truncated to ranks from 1 to 4."""
+    top = open_adapter(make_adapter(base, folder / "top", kind))
+    resize_adapter(top, folder / "adapter", {module.name: 1 + index % 4 for index, module in enumerate(top.modules)})
+    return folder / "adapter"
+
+
+def read_script(folder: Path, server: str = "vllm") -> dict[str, str]:
+    """Return the value of each option of a script, and the served folders by name."""
+    subprocess.run(["sh", "-n", str(folder / f"{server}.sh")], check=True)
+    words = shlex.split((folder / f"{server}.sh").read_text(), comments=True)
+    served = [
+        word.partition("=") for word in words[words.index({"vllm": "--lora-modules"}.get(server, "--lora-paths")) :]
+    ]
+    options = {word: words[index + 1] for index, word in enumerate(words[:-1]) if word.startswith("--")}
+    return options | {name: folder for name, equals, folder in served if equals} | {"base": words[3]}
+
+
+def load_as_vllm(folder: Path, max_rank: int) -> dict[str, torch.Tensor]:
+    """ΔW of each module by vLLM's rule."""
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_tensors(folder)
+    assert config["r"] <= max_rank, "LoRA rank is greater than max_lora_rank"
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    updates: dict[str, torch.Tensor] = {}
+    for key, a in tensors.items():
+        if "lora_A" in key:
+            b = tensors[key.replace("lora_A", "lora_B")]
+            slot_a, slot_b = torch.zeros(max_rank, a.shape[1]).double(), torch.zeros(b.shape[0], max_rank).double()
+            slot_a[: a.shape[0]], slot_b[:, : b.shape[1]] = a, b * scale
+            updates[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = slot_b @ slot_a
+    return updates
+
+
+def load_as_sglang(folder: Path) -> dict[str, torch.Tensor]:
+    """ΔW of each module by SGLang's rule."""
+    r = json.loads((folder / "adapter_config.json").read_text())["r"]
+    for key, tensor in load_tensors(folder).items():
+        assert tensor.shape["lora_A" not in key] == r, f"LoRA buffer does not match the shape of {key}"
+    return load_as_vllm(folder, r)
+
+
+def assert_equal(updates: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert updates.keys() == expected.keys()
+    for name, update in updates.items():
+        assert torch.allclose(update, expected[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "alpha_pattern", "rank_pattern"])
+def test_vllm_scales_a_resized_adapter_as_peft_does(base: Path, tmp_path: Path, kind: str) -> None:
+    adapter = make_patterned_adapter(base, tmp_path, kind)
+    assert_equal(load_as_vllm(adapter, SLOT), compute_deltas(load_strictly(base, adapter)))
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("kind", ["plain", "rslora", "bfloat16"])
+def test_an_adapter_with_patterns_is_written_with_one_rank_and_the_same_values(
+    base: Path, tmp_path: Path, kind: str, server: str
+) -> None:
+    adapter = make_patterned_adapter(base, tmp_path, kind)
+    with pytest.raises(AssertionError, match="does not match the shape"):
+        load_as_sglang(adapter)
+    exported = export(adapter, server, tmp_path / "exports")
+    script = read_script(exported.folder, server)
+    folder = Path(script["adapter"])
+    assert folder == (tmp_path / "exports" / "adapter").resolve()
+    assert script["--max-lora-rank"] == {"vllm": str(SLOT), "sglang": "4"}[server]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    expected = load_as_vllm(adapter, SLOT)
+    assert_equal(load_as_sglang(folder), expected)
+    assert_equal(load_as_vllm(folder, SLOT), expected)
+    assert_equal(compute_deltas(load_strictly(base, folder)), compute_deltas(load_strictly(base, adapter)))
+    assert any("differ in rank (1 to 4)" in note and "padded with zeros" in note for note in exported.notes)
+    adapter_tensors, exported_tensors = load_tensors(adapter), load_tensors(folder)  # no value has changed
+    for key, tensor in adapter_tensors.items():
+        rows, columns = tensor.shape
+        assert torch.equal(exported_tensors[key][:rows, :columns], tensor)
+
+
+@pytest.mark.parametrize("kind", ["alpha_pattern", "rank_pattern"])
+def test_scales_that_differ_are_folded_for_a_server(base: Path, tmp_path: Path, kind: str) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    export(adapter, "vllm", tmp_path / "exports")
+    assert_equal(load_as_vllm(tmp_path / "exports" / "adapter", 16), compute_deltas(load_strictly(base, adapter)))
+
+
+def test_an_adapter_of_one_rank_is_served_as_it_is(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export what `resize` wrote into the current folder, without torch, and refuse to overwrite it."""
+    adapter = make_adapter(base, tmp_path / "top")
+    resize(adapter, tmp_path / "small", rank=2)
+    code = (
+        "import sys; from rightrank import export; print(export('small', 'vllm').files)\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert process.stdout == "['vllm.sh']\n[]\n"
+    script = read_script(tmp_path / "exports" / "vllm")
+    assert (script["small"], script["base"], script["--max-lora-rank"]) == (str(tmp_path / "small"), str(base), "8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFolderError, match="exports/vllm: this path already exists; give a new folder"):
+        export("small", "vllm")
+
+
+def test_several_adapters_get_one_command_with_the_rank_that_all_need(base: Path, tmp_path: Path) -> None:
+    folders = [make_adapter(base, tmp_path / name / "adapter", rank=rank) for name, rank in (("a", 2), ("b c", 12))]
+    folders.append(make_patterned_adapter(base, tmp_path / "third", "plain").rename(tmp_path / "third" / "small"))
+    exported = export(folders, "vllm", tmp_path / "out")
+    script = read_script(exported.folder)
+    assert script["--max-lora-rank"] == "16"
+    assert script["a-adapter"] == str(folders[0])
+    assert script["b-c-adapter"] == str(folders[1])
+    assert script["small"] == str(tmp_path / "out" / "small")
+    assert exported.files == ["small", "vllm.sh"]
+    assert "--max-lora-rank 16 is for b-c-adapter (rank 12); without it, 8 would do" in exported.notes
+    sglang = read_script(export(folders[:2], "sglang", tmp_path / "sglang").folder, "sglang")
+    assert (sglang["--max-lora-rank"], sglang["b-c-adapter"]) == ("12", str(folders[1]))
+    edit_config(folders[1], base_model_name_or_path="org/other")
+    with pytest.raises(SettingsError, match="a server has one base model"):
+        export(folders, "vllm", tmp_path / "other")
+    assert read_script(export(folders, "vllm", tmp_path / "given", base="org/third").folder)["base"] == "org/third"
+    with pytest.raises(SettingsError, match="two adapters would be served as 'a-adapter'"):
+        export([folders[0], folders[0]], "vllm", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "note"),
+    [
+        ("dora", {}, "servers load plain LoRA; adapter has use_dora: merge it instead"),
+        ("modules_to_save", {}, "servers do not load modules_to_save (norm) of adapter: merge the adapter instead"),
+        ("plain", {"task_type": "SEQ_CLS"}, "the task of adapter is SEQ_CLS"),
+    ],
+)
+def test_what_a_server_does_not_load_is_a_note(
+    base: Path, tmp_path: Path, kind: str, changes: dict[str, Any], note: str
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    edit_config(adapter, **changes)
+    assert any(note in text for text in export(adapter, "vllm", tmp_path / "out").notes)
+
+
+def test_vllm_serves_the_next_rank_that_it_has() -> None:
+    for rank in range(1, 513):
+        adapter = ServedAdapter("a", Path("a"), {}, ((4, 4),), (1, rank))
+        arguments, _ = SERVERS["vllm"]([adapter], "it's a model; $(x)")
+        served = int(arguments[arguments.index("--max-lora-rank") + 1])
+        assert served in SERVER_RANKS
+        assert served >= rank
+        assert not [smaller for smaller in SERVER_RANKS if rank <= smaller < served]
+    with pytest.raises(ResultsError, match="vLLM supports ranks up to 512, and a has 513"):
+        SERVERS["vllm"]([ServedAdapter("a", Path("a"), {}, ((4, 4),), (513,))], "model")
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    pissa = shutil.copytree(adapter, tmp_path / "pissa")
+    edit_config(pissa, init_lora_weights="pissa")
+    nameless = shutil.copytree(adapter, tmp_path / "nameless")
+    edit_config(nameless, base_model_name_or_path=None)
+    mlx = write_mlx(tmp_path / "mlx", adapter, base)
+    refusals: list[tuple[Any, str, dict[str, Any], type[RightrankError], str]] = [
+        (pissa, "vllm", {}, ModelError, "init_lora_weights is 'pissa'"),
+        (mlx, "sglang", {"base": "model"}, ModelError, "servers load adapter folders of PEFT"),
+        (nameless, "vllm", {}, SettingsError, "names no base model; give --base MODEL"),
+        (adapter, "vlm", {}, SettingsError, "did you mean 'vllm'.*allowed: vllm, sglang, merged"),
+        (adapter, "vllm", {"rank": 4}, SettingsError, "an adapter folder has one rank"),
+        (adapter, "vllm", {"kind": "f32"}, SettingsError, "work only with merged"),
+        ([adapter, pissa], "merged", {}, SettingsError, "takes one adapter, and 2 were given"),
+        (tmp_path, "vllm", {}, RunFolderError, r"no journal\.jsonl there"),
+    ]
+    for source, target, options, error, message in refusals:
+        with pytest.raises(error, match=message):
+            export(source, target, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.trains
+def test_a_run_is_exported_into_its_folder_at_the_rank_that_is_asked_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base was given as a relative path, and the export runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    exported = export(run, "vllm")
+    assert exported.folder == run / "exports" / "vllm"
+    script = read_script(exported.folder)
+    assert (script["run"], script["base"]) == (str(run / "adapter"), str((run.parent / "model").resolve()))
+    records = read_records(RunFolder(run).journal.read(), "the run")
+    for rank in {trial.rank for trial in records.list_finished() if trial.rank}:
+        folder = Path(read_script(export(run, "vllm", tmp_path / f"{rank}", rank=rank).folder)["run"])
+        assert folder.parent in (run / "trials", tmp_path / f"{rank}")
+        assert open_adapter(folder).rank >= rank
+    with pytest.raises(ResultsError, match=r"the run has no adapter of rank 3; give one of 1, .*or leave rank out"):
+        export(run, "sglang", rank=3)
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(RunFolderError, match="no adapter yet"):
+        export(run, "vllm")
+
+
+@pytest.mark.trains
+def test_the_printed_line_can_be_pasted_and_stands_alone_on_stdout(run: Path) -> None:
+    moved = run.rename(run.parent / "my run; $(x)")
+    shown = CliRunner().invoke(cli, ["export", str(moved), "--to", "vllm"])
+    assert shlex.split(shown.stdout) == ["cd", str(moved / "exports" / "vllm"), "&&", "sh", "vllm.sh"]
+    assert "note: " in shown.stderr
+
+
+@pytest.mark.trains
+def test_an_export_with_own_files_is_moved_aside_and_one_that_fails_leaves_the_earlier_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = export(run, "vllm")
+    assert export(run, "vllm") == first
+    assert not (run / "earlier-1").exists()  # one with nothing of one's own is replaced
+    with monkeypatch.context() as patch:
+        patch.setattr("rightrank.exports.servers.replace_folder", _raise_disk_error)
+        with pytest.raises(RunError, match="make room"):
+            export(run, "vllm")
+    assert sorted(path.name for path in first.folder.iterdir()) == first.files
+    (first.folder / "outputs").mkdir()
+    again = export(run, "vllm")
+    assert again.files == first.files
+    assert "contained files that this one does not write (outputs)" in again.notes[-1]
+    assert (run / "earlier-1" / "vllm" / "outputs").is_dir()
+    assert status(run).state == "done"
+
+
+def _raise_disk_error(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("path_name", ["file", "folder", "link", "run", ""])
+def test_existing_paths_are_not_overwritten(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path_name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("folder").mkdir()
+    Path("link").symlink_to("nowhere")
+    names_before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(RunFolderError, match="this path already exists; give a new folder"):
+        export(run, "vllm", run if path_name == "run" else Path(path_name))
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == names_before
+    assert Path("file").read_text() == "mine"
