@@ -218,8 +218,8 @@ def iterate_checks(source: Source, sizes: Sequence[int] | None = None) -> Iterat
             evidence = Evidence(source.table(chosen))
             reference = evidence.reference
             for contender in evidence.contenders.values():
-                if contender is reference or not contender.cells.keys() & reference.cells.keys():
-                    continue
+                if contender is reference or len(contender.cells.keys() & reference.cells.keys()) < size:
+                    continue  # an outlier is left out
                 observation = build_observation(evidence, contender)
                 for held_out in set(source.seeds) - set(chosen):
                     shown = _compute_difference(source, contender, reference, held_out)

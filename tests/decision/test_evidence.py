@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from rightrank.decision import table
-from rightrank.decision.evidence import Evidence, compute_covariance_to_best, measure_noise
+from rightrank.decision.evidence import measure_noise
 from rightrank.decision.rule import decide_table
-from rightrank.decision.seeds import estimate_selection_bias
 from rightrank.decision.table import (
     Cell,
     Contender,
@@ -272,14 +271,3 @@ def test_trainings_without_example_scores_are_compared_by_their_values() -> None
     scored = make_trial("4", 4, 2.0, example_scores=[1.0, 3.0])
     table = build_table([scored, make_trial("16", 16, 1.9)], "eval_loss", False)
     assert [(cell.value, cell.examples) for cell in table.cells.values()] == [(2.0, 0), (1.9, 0)]
-
-
-def test_selection_bias_without_a_prior_is_that_of_the_measured_differences() -> None:
-    """The paired differences of two learning rates are 0.01 and -0.02; their mean has the variance 0.00045 / 2."""
-    values = {(1e-3, 0): 2.0, (1e-3, 1): 2.02, (2e-3, 0): 2.01, (2e-3, 1): 2.0}
-    trials = [make_trial(f"{key}", 4, value, learning_rate=key[0], seed=key[1]) for key, value in values.items()]
-    other_rank = make_trial("16", 16, 1.9, learning_rate=1e-3, seed=5)
-    evidence = Evidence(build_table([*trials, other_rank], "eval_loss", False))
-    assert evidence.build_prior(4) is None
-    expected = estimate_selection_bias(np.array([2.01, 2.005]), compute_covariance_to_best([0.000225, 0.0]))
-    assert evidence.contenders[4].selection_bias == pytest.approx(expected)

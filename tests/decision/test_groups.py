@@ -116,7 +116,7 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
         grouped_evidence.estimate_difference(grouped_evidence.contenders[worse]).standard_error
         > 2 * ungrouped_evidence.estimate_difference(ungrouped_evidence.contenders[worse]).standard_error
     )
-    assert grouped_evidence.reference_bias > ungrouped_evidence.reference_bias
+    assert grouped_evidence.selection_bias > ungrouped_evidence.selection_bias
     assert abs(grouped_evidence.compute_probability(worse, 0.0) - 0.5) < abs(
         ungrouped_evidence.compute_probability(worse, 0.0) - 0.5
     )  # type: ignore[operator]
@@ -170,15 +170,3 @@ def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> 
     assert cells[4, 0.0, 0].groups.tolist() == [1, 1, 0, 0]  # type: ignore[union-attr]
     assert cells[16, 0.0, 0].groups is None
     assert [cell.steps for cell in cells.values()] == [7, 7]
-
-
-def test_selection_bias_of_a_learning_rate_follows_the_groups() -> None:
-    draw, cells = np.random.default_rng(8), {}
-    for rank, rate in ((4, 1e-3), (4, 2e-3), (16, 1e-3)):
-        sums, groups = draw_grouped_differences(draw, [10] * 80, 0.9)
-        cells[rank, rate, 0] = Cell(f"{rank} {rate}", 2.0, 2 + 0.1 * sums, np.ones(len(sums)), groups=groups)
-    grouped = ScoreTable("loss", False, cells)
-    alone = replace(grouped, cells={key: replace(cell, groups=None) for key, cell in cells.items()})
-    grouped_contenders, ungrouped_contenders = (Evidence(table).contenders for table in (grouped, alone))
-    assert grouped_contenders[4].selection_bias > 1.5 * ungrouped_contenders[4].selection_bias > 0
-    assert grouped_contenders[16].selection_bias == ungrouped_contenders[16].selection_bias == 0

@@ -28,7 +28,6 @@ from rightrank.decision.comparison import (
     Estimate,
     compute_t_quantile,
     estimate_mean,
-    sum_by_group,
 )
 from rightrank.decision.seeds import (
     BARE_WITHIN_DEGREES,
@@ -48,17 +47,14 @@ from rightrank.decision.seeds import (
     split_seed_variance,
 )
 from rightrank.decision.table import (
-    Cell,
     Contender,
     Pair,
     ScoreTable,
     adjust_to_common_seeds,
-    compute_adjusted_means,
     compute_differences,
     estimate_pairs,
-    get_losses_by_seed,
+    find_outliers,
     pair_cells,
-    pair_shared_seeds,
     select_contender,
 )
 from rightrank.schema.decision import Basis
@@ -91,20 +87,21 @@ class Evidence:
     """The statistical evidence in a table, in the oriented unit: lower is better, nats for a perplexity."""
 
     def __init__(self, table: ScoreTable) -> None:
-        self.table = table
+        outliers = find_outliers(table)
+        self.table = table = table.exclude_cells(outliers)
         self.noise = get_noise(table.kind)
-        self._uncorrected = adjust_to_common_seeds([select_contender(table, rank) for rank in table.list_ranks()])
-        self.contenders = {
-            rank: replace(bare, selection_bias=self._estimate_selection_bias(bare))
-            for rank, bare in self._uncorrected.items()
-        }
+        self.contenders = adjust_to_common_seeds([select_contender(table, rank) for rank in table.list_ranks()])
+        # Of the compared learning rates. The others change nothing.
+        self.outliers = [
+            outlier for outlier in outliers if self.contenders[outlier.rank].learning_rate == outlier.learning_rate
+        ]
         self.base = select_contender(table, 0) if table.get_cells_by_rate(0) else None
         self.reference = min(self.contenders.values(), key=lambda contender: (contender.adjusted_loss, contender.rank))
 
     @cached_property
     def basis(self) -> Basis:
-        seeds = max(len(contender.cells) for contender in self._uncorrected.values())
-        cells = [cell for contender in self._uncorrected.values() for cell in contender.cells.values()]
+        seeds = max(len(contender.cells) for contender in self.contenders.values())
+        cells = [cell for contender in self.contenders.values() for cell in contender.cells.values()]
         if all(cell.examples for cell in cells):
             return "examples and seeds" if seeds > 1 else "examples"
         if seeds > 1:
@@ -123,7 +120,7 @@ class Evidence:
     @cached_property
     def scatter(self) -> float:
         """Return the variance of a training about the fitted curve if there is only one number a rank, else 0."""
-        return _estimate_curve_scatter(list(self._uncorrected.values())) ** 2 if self.basis == "values" else 0.0
+        return _estimate_curve_scatter(list(self.contenders.values())) ** 2 if self.basis == "values" else 0.0
 
     def estimate_noise(self, rank: int) -> _SeedNoise:
         """Estimate the seed noise of the rank's mean, pooled over the ranks that are at least as good.
@@ -137,14 +134,14 @@ class Evidence:
     @cached_property
     def _ordered(self) -> list[Contender]:
         """Return the contenders, the best first."""
-        return sorted(self._uncorrected.values(), key=lambda contender: (contender.adjusted_loss, contender.rank))
+        return sorted(self.contenders.values(), key=lambda contender: (contender.adjusted_loss, contender.rank))
 
     def _list_better_ranks(self, rank: int, has_noise: Callable[[Contender], bool]) -> list[Contender]:
         """List the contenders that are at least as good as this rank, the best first.
 
         If none of them has seed noise, the list continues up to the first one that has.
         """
-        position = self._ordered.index(self._uncorrected[rank]) + 1
+        position = self._ordered.index(self.contenders[rank]) + 1
         up_to_first = next(
             (number for number, contender in enumerate(self._ordered, 1) if has_noise(contender)), position
         )
@@ -161,17 +158,10 @@ class Evidence:
         """Return whether any two ranks were compared on two seeds."""
         return any(pair.degrees > 0 for pair in self._pairs.values())
 
-    def build_prior(self, rank: int, *, includes_own: bool = False) -> Prior | None:
-        """Return the expected seed noise of the rank's differences for a bound, or None if no two ranks share two seeds.
-
-        The noise of the rank's own difference from the best is included only with `includes_own`, for another difference of the rank.
-        """
+    def build_prior(self, rank: int) -> Prior | None:
+        """Return the expected seed noise of the rank's difference for a bound, or None if no two ranks share two seeds."""
         prior_degrees = WITHIN_DEGREES if self.has_examples else BARE_WITHIN_DEGREES
-        return (
-            self._build_noise_prior(rank, BOUND_DEGREES, prior_degrees, includes_own=includes_own)
-            if self.has_seed_noise
-            else None
-        )
+        return self._build_noise_prior(rank, BOUND_DEGREES, prior_degrees) if self.has_seed_noise else None
 
     def _build_noise_prior(
         self,
@@ -179,23 +169,20 @@ class Evidence:
         degrees: float,
         rank_degrees: float,
         *,
-        includes_own: bool = False,
         examples: float | None = None,
     ) -> Prior:
         pairs = self._pairs
         measured = self._list_better_ranks(rank, lambda rival: rival.rank in pairs and pairs[rival.rank].degrees > 0)
-        other_pairs = [
-            pairs[rival.rank] for rival in measured if rival.rank in pairs and (includes_own or rival.rank != rank)
-        ]
+        other_pairs = [pairs[rival.rank] for rival in measured if rival.rank in pairs and rival.rank != rank]
         count = examples or next(iter(self._ordered[0].cells.values())).num_groups
         start = Prior(NOISE.compute_seed_ratio(count), degrees) if self.has_examples else Prior(0.0, 0.0)
         return pool_prior(other_pairs, start, rank_degrees)
 
     @cached_property
-    def reference_bias(self) -> float:
+    def selection_bias(self) -> float:
         """Estimate how much too good the reference looks as the best of all ranks, so that differences from it look too large.
 
-        The test of "enough" is conservative by this amount. It is subtracted before a rank is called not enough. Measured means have a
+        The test of "enough" is conservative by this amount. It is subtracted from lower bounds. Measured means have a
         larger spread than the true ones, so the bias at them is too small: ranks within `MAX_EQUAL_ERRORS` standard errors of the best are
         taken to be as good as it (the recentering of Hansen 2005, "A Test for Superior Predictive Ability", JBES 23), and the others are
         excluded. The reference's own noise is at most that of its quietest difference, so a noisy rank counts as one no noisier than the
@@ -243,7 +230,7 @@ class Evidence:
         """Estimate how much worse the contender is than the reference, paired over examples and over shared seeds."""
         opponent = reference or self.reference
         pairs = pair_cells(contender, opponent)
-        paired = estimate_pairs(pairs, shift=contender.selection_bias - opponent.selection_bias)
+        paired = estimate_pairs(pairs)
         stated_variances = [self._get_stated_variance(contender), self._get_stated_variance(opponent)]
         if all(variance is not None for variance in stated_variances):
             return paired.replace_seed_variance(
@@ -262,7 +249,7 @@ class Evidence:
     def predict_difference(self, contender: Contender, seeds: int) -> Estimate:
         """Predict the difference that `seeds` seeds will show, at the seed noise of earlier grids. Only plans use it."""
         pairs = pair_cells(contender, self.reference)
-        paired = estimate_pairs(pairs, shift=contender.selection_bias - self.reference.selection_bias)
+        paired = estimate_pairs(pairs)
         variance = NOISE.compute_seed_ratio(paired.examples) * _measure_pair_noise(pairs).example_variance / seeds
         return replace(paired, seeds=seeds).replace_seed_variance(variance, BOUND_DEGREES + seeds - 1)
 
@@ -373,24 +360,6 @@ class Evidence:
         cell = next(iter(contender.cells.values()))
         return None if cell.deviation is None else cell.deviation**2 / cell.deviation_seeds
 
-    def _estimate_selection_bias(self, contender: Contender) -> float:
-        """Estimate how optimistic the best of the rank's learning rates looks."""
-        rank, best = contender.rank, contender.learning_rate
-        by_seed = self.table.get_cells_by_rate(rank)
-        if len(by_seed) < 2:
-            return 0.0
-        columns = {lr: list(cells.values()) for lr, cells in by_seed.items()}
-        means = np.array(compute_adjusted_means([get_losses_by_seed(cells) for cells in by_seed.values()]))
-        if self.lacks_uncertainty:
-            seeds = np.diag([self.scatter] * len(columns))
-        else:
-            prior = self.build_prior(rank, includes_own=True)
-            pairs = {lr: pair_shared_seeds(by_seed[lr], contender.cells) for lr in columns if lr != best}
-            seeds = compute_covariance_to_best(
-                [_estimate_seed_variance(pairs[lr], prior)[0] if pairs.get(lr) else 0.0 for lr in columns]
-            )
-        return estimate_selection_bias(means, seeds + _compute_example_covariance(list(columns.values())))
-
 
 def measure_noise(contenders: list[Contender]) -> _SeedNoise:
     """Measure the seed noise of the ranks with two seeds or more, pooled over these ranks.
@@ -448,18 +417,4 @@ def compute_covariance_to_best(differences: list[float]) -> Floats:
     variances = np.array(differences)
     covariance: Floats = np.minimum.outer(variances, variances) / 2
     np.fill_diagonal(covariance, variances)
-    return covariance
-
-
-def _compute_example_covariance(columns: list[list[Cell]]) -> Floats:
-    """Return the [columns, columns] covariance of the columns' means over examples without the shared level; 0 without examples."""
-    if not all(cell.examples for column in columns for cell in column):
-        return np.zeros((len(columns), len(columns)))
-    groups = columns[0][0].groups
-    weights = sum_by_group(columns[0][0].weights, groups)
-    sums = sum_by_group(np.stack([np.mean([cell.sums for cell in column], axis=0) for column in columns]), groups)
-    influence = (sums - np.outer(sums.sum(axis=1) / weights.sum(), weights)) / weights.mean()
-    influence = influence - influence.mean(axis=0)
-    examples = influence.shape[1]
-    covariance: Floats = influence @ influence.T / (examples * (examples - 1))
     return covariance

@@ -128,7 +128,8 @@ def _compare_rank(contender: Contender, evidence: Evidence, margin: float) -> Ra
     mean = evidence.estimate_value(contender)
     if contender.rank == evidence.reference.rank:
         return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, None, True, True)
-    difference, gap = evidence.estimate_difference(contender), evidence.reference_bias
+    difference = evidence.estimate_difference(contender)
+    gap = min(evidence.selection_bias, difference.standard_error)  # no more than the rank's own noise can explain
     bounds = Bounds(
         difference.mean, difference.compute_bound(1 - CONFIDENCE) - gap, difference.compute_bound(CONFIDENCE)
     )

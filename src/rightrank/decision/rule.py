@@ -109,9 +109,7 @@ def decide_table(
         grade=determine_grade(comparison, verdict),
         **_build_probability_fields(comparison, unit),
         next_runs=runs,
-        selection_bias=unit.convert_difference(
-            max(compared.contender.selection_bias for compared in comparison.by_rank.values())
-        ),
+        selection_bias=unit.convert_difference(evidence.selection_bias),
         checkpoint=checkpoint_comparison,
         other_metrics=other_answers,
     )
@@ -202,5 +200,4 @@ def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit:
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
-        selection_bias=unit.convert_difference(contender.selection_bias),
     )

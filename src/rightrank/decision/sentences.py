@@ -9,7 +9,7 @@ from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison
 from rightrank.decision.seeds import compute_needed_seeds
-from rightrank.decision.table import MetricUnit
+from rightrank.decision.table import MetricUnit, Outlier
 from rightrank.decision.verdicts import (
     determine_grade,
     find_indistinguishable_ranks,
@@ -39,8 +39,20 @@ def format_amount(value: str, evidence: Evidence) -> str:
 
 def format_sentence(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
     """Format the answer in a sentence or two. `margin` is in the metric's unit."""
-    answer = _format_answer(comparison, margin, verdict, unit)
-    return answer if verdict == "no_gain" else " ".join(filter(None, (answer, _format_base_probability(comparison))))
+    sentences = [_format_answer(comparison, margin, verdict, unit)]
+    sentences += [_format_base_probability(comparison)] * (verdict != "no_gain")
+    return " ".join(filter(None, [*sentences, *map(_format_outlier, comparison.evidence.outliers)]))
+
+
+def _format_outlier(outlier: Outlier) -> str:
+    """Name a training that is left out, with its value and those of the other seeds."""
+    rate = f" at learning rate {outlier.learning_rate:g}" if outlier.learning_rate else ""
+    lowest, highest = (f"{pick(outlier.other_values):.4g}" for pick in (min, max))
+    others = lowest if lowest == highest else f"{lowest} to {highest}"
+    return (
+        f"Seed {outlier.seed} of rank {outlier.rank}{rate} ended at {outlier.value:.4g}, far from its other seeds ({others}), and is left "
+        "out."
+    )
 
 
 def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:

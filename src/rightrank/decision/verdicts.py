@@ -203,11 +203,12 @@ def collect_flags(
         and all(comparison.by_rank[rank].low > 0 for rank in comparison.ranks if rank < top),
         "lr_edge": any(evidence.is_at_edge(rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
+        "outlier": bool(evidence.outliers),
         "larger_rank_worse": find_unexplained_rank(comparison) is not None,
         "unequal_length": len(evidence.list_lengths()) > 1,
         "collapsed": evidence.table.collapsed > 0,
         "one_seed": comparison.is_indication,
-        "selection_bias": max(evidence.contenders[rank].selection_bias for rank in answer) > comparison.margin / 2,
+        "selection_bias": evidence.selection_bias > comparison.margin / 2,
         "metric_conflict": any(answer.conflict for answer in other_answers)
         or any(_has_metric_conflict(evidence, comparison.chosen, name) for name in sorted(unjudged_metrics)),
         # The chosen rank's gap exceeds the margin if it grows by the same amount again.

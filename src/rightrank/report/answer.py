@@ -33,11 +33,12 @@ FLAGS = {
     "rising": "the largest rank that was tried is better than all others by more than the margin",
     "lr_edge": "the best learning rate is the smallest or the largest that was tried",
     "unstable": "some trainings ended without a result",
+    "outlier": "a training ended far from the other seeds of its rank and learning rate, and is left out",
     "larger_rank_worse": "a larger rank is clearly worse than the best one, so its training may have failed",
     "collapsed": "some trainings fell far below their own best value, so their learning rate is too high",
     "one_seed": "the answer depends on a rank with only one seed, so it is an indication",
     "unequal_length": "the compared trainings have different lengths",
-    "selection_bias": "the best of several learning rates is optimistic by more than half the margin",
+    "selection_bias": "the best of several ranks looks better than it is, by more than half the margin",
     "metric_conflict": "for some rank, another metric of the same trainings contradicts the answer",
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
     "checkpoint_matters": "the best and the last checkpoint of each training lead to different ranks",
@@ -299,8 +300,8 @@ def build_margin_steps(decision: Decision) -> list[tuple[float, int]]:
 def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     """Return `(label, sentence)` rows that explain how certain the answer is: checkpoint, basis, optimism and flags."""
     optimism = (
-        f"The best of several learning rates appears up to {decision.selection_bias:.2g} {get_metric_unit(decision.metric)} better than "
-        "it is; the comparison corrects for this bias."
+        f"The best of several ranks looks up to {decision.selection_bias:.2g} {get_metric_unit(decision.metric)} better than it is; "
+        "the lower bounds are lower by this."
     )
     compared = ""
     if (note := decision.checkpoint) is not None:

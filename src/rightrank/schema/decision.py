@@ -39,7 +39,6 @@ class RankEvidence(Record):
     learning_rate: float | None = None
     seeds: BoundedInt = 1
     trial_ids: list[str] = Field(default_factory=list)
-    selection_bias: float = 0.0  # how much too good the best learning rate looks; subtracted from the difference
 
 
 class StaircaseStep(Record):
@@ -134,7 +133,9 @@ class Decision(Record):
     probably_worse_ranks: list[BoundedInt] = Field(default_factory=list)  # all other ranks
     # The first run is the cheapest that is expected to settle the answer.
     next_runs: list[NextRun] = Field(default_factory=list)
-    selection_bias: float = 0.0  # the largest of the compared ranks, in the metric's unit
+    # How much too good the reference looks as the best of several ranks, in the metric's unit. Lower bounds are lower by this, but by
+    # at most a standard error of the rank's difference.
+    selection_bias: float = 0.0
     checkpoint: CheckpointNote | None = None  # if the table has evaluations during training
     other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the deciding one
     adapter_sentence: str | None = (
