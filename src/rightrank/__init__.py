@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.api.adapters import average, compare, inspect, resize
+    from rightrank.api.adapters import compare, inspect, resize
     from rightrank.api.folders import export, write_report
     from rightrank.api.runs import decide, to_pandas
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rightrank.trainers.smallest import SmallestAdapter
 
 _MODULES = {
-    "api.adapters": ("average", "compare", "inspect", "resize"),
+    "api.adapters": ("compare", "inspect", "resize"),
     "api.folders": ("export", "write_report"),
     "api.runs": ("decide", "to_pandas"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
@@ -54,7 +54,6 @@ __all__ = [
     "TrialResult",
     "TrialTask",
     "__version__",
-    "average",
     "compare",
     "decide",
     "expect",

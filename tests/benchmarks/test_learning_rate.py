@@ -248,7 +248,7 @@ def test_the_stored_averages_are_those_of_the_grids() -> None:
     stored = {row["grid"]: row for row in json.loads(averages.RESULTS.read_text(encoding="utf-8"))["rows"]}
     assert averages.compare_grid("words") == stored["words"]
     means = json.loads(averages.RESULTS.read_text(encoding="utf-8"))["mean"]
-    page = (Path(__file__).parents[2] / "docs" / "how-to" / "average.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "science.md").read_text(encoding="utf-8")
     for name in ("average, 64", "average, 4", "twice the steps, 64", "twice the steps, 4"):
         assert f"{-means[name]['mean']:.3f}" in page
     assert len(stored) == 8

@@ -34,7 +34,7 @@ def resize_adapter(
     moments: Mapping[str, Moments] | None = None,
     rule: str = "",
 ) -> Resized:
-    """Write `adapter` to `out` at the chosen rank of each module, without those of rank 0, and measure the error of the written tensors.
+    """Write `adapter` to `out` at the chosen rank of each module and measure the error of the written tensors.
 
     Modules with moments are truncated by K-FAC, the others by singular values. The error is that of s·B·A, also for DoRA.
 
@@ -85,11 +85,6 @@ def _measure_errors(
 ) -> Iterator[tuple[AdapterModule, int, float, float]]:
     """Yield `(module, new rank, ‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` of each matrix of a pair, after rounding to the dtype of the file."""
     first = pair[0]
-    if not rank:
-        for module, (b, a) in zip(pair, adapter.load_pair_factors(first), strict=True):
-            norm = float(np.linalg.norm(module.scaling * compute_singular_values(b, a)))
-            yield module, 0, norm, norm
-        return
     written = first.kind.unpack_factors(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
     for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.load_pair_factors(first), strict=True):
         old_factors, new_factors = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())

@@ -54,7 +54,7 @@ def write_resized_adapter(
     """Write the adapter as `resize_adapter` does, without measuring the error, which takes most of the time for a large adapter."""
     tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
     config = build_resized_config(adapter, ranks)
-    for pair in (pair for pair in adapter.pairs if find_pair_rank(pair, ranks)):
+    for pair in adapter.pairs:
         ratio = pair[0].scaling / compute_config_scaling(config)
         tensors |= resize_pair(adapter, pair, find_pair_rank(pair, ranks), ratio, moments or {})
     write_same_format(adapter, out, config, tensors)
@@ -85,34 +85,20 @@ def build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> di
     If the modules differ, `r` is the uniform rank with as many parameters, provided that a server that reserves slots for it has room for the
     largest module; else it is the largest rank.
     """
-    pairs = [pair for pair in adapter.pairs if find_pair_rank(pair, ranks)]
-    by_address = {pair[0].address: find_pair_rank(pair, ranks) for pair in pairs}
-    largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in pairs]
+    by_address = {pair[0].address: find_pair_rank(pair, ranks) for pair in adapter.pairs}
+    largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
     r = compute_equivalent_rank(by_address.values(), sizes)
     r = r if find_server_rank(r) >= largest else largest
     alpha = adapter.config["lora_alpha"] * (1 if adapter.foreign is None else r / adapter.config["r"])
-    return (
-        dict(adapter.config)
-        | (_target_pairs(pairs) if len(pairs) < len(adapter.pairs) else {})
-        | {
-            "r": r,
-            "lora_alpha": alpha,
-            "rank_pattern": build_exact_pattern(by_address, r, by_address),
-            "alpha_pattern": build_exact_pattern(
-                compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora), alpha, by_address
-            ),
-            "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
-            "eva_config": None,
-        }
-    )
-
-
-def _target_pairs(pairs: Sequence[Sequence[AdapterModule]]) -> dict[str, Any]:
-    """Return the fields of a configuration that adapts exactly these modules."""
-    experts = sorted(pair[0].address for pair in pairs if pair[0].kind.name == "expert")
-    names = sorted(pair[0].address for pair in pairs if pair[0].kind.name != "expert")
-    fields = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
-    return fields | ({"target_parameters": experts} if experts else {})
+    alphas = compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora)
+    return dict(adapter.config) | {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": build_exact_pattern(by_address, r, by_address),
+        "alpha_pattern": build_exact_pattern(alphas, alpha, by_address),
+        "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
+        "eva_config": None,
+    }
 
 
 def compute_config_scaling(config: Mapping[str, Any]) -> float:

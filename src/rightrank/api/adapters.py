@@ -9,57 +9,35 @@ from rightrank.adapters.adapter_folders import CONFIG_FILE, find_adapter, requir
 from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
-from rightrank.schema.results import AdapterComparison, Averaged, Inspection, Resized
+from rightrank.schema.results import AdapterComparison, Inspection, Resized
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
 
 
 def inspect(
-    adapter: str | Path | None = None,
-    *,
-    base: str | Path | None = None,
-    finetuned: str | Path | None = None,
-    data: str | Path | None = None,
-    settings: SelectSettings | None = None,
-    on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
+    adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
 ) -> Inspection:
     """Compute the singular spectra of an adapter, or of the changes of full fine-tuning.
 
     Args:
         adapter: a folder of PEFT or mlx-lm, or a file of sd-scripts or ComfyUI.
-        base: with `finetuned`: the base model's folder. With `data`: the base model; None for the one that the adapter names.
+        base: with `finetuned`: the base model's folder.
         finetuned: instead of `adapter`: a checkpoint folder to compare with `base`.
-        data: held-out rows, on which the adapter is measured without each kind of module and each block of layers.
-        settings: with data: settings for loading models and reading rows; see `SelectSettings`.
-        on_event: receives the progress of each evaluation, and each line for a person.
 
     Raises:
-        InputError: not a readable adapter or checkpoint, two that don't belong together, or unusable data.
+        ModelError: not a readable adapter or checkpoint, or two that don't belong together.
     """
-    if adapter is not None and finetuned is None and (base is None or data is not None):
+    if adapter is not None and base is None and finetuned is None:
         require_adapter_folder(Path(adapter))
 
         from rightrank.adapters.spectra import inspect_adapter
 
-        inspection = inspect_adapter(Path(adapter))
-        if data is None:
-            return inspection
-        from rightrank.adapters.adapter_reader import open_adapter
-        from rightrank.adapters.parts import group_modules
-        from rightrank.runs.ablation import measure_parts  # imports transformers
-
-        opened, name = open_adapter(Path(adapter)), None if base is None else str(base)
-        parts = group_modules(opened.modules)
-        values, note = measure_parts(opened, parts, Path(data), name, settings or SelectSettings(), on_event)
-        summary = inspection.summary.model_copy(update={"notes": [*inspection.summary.notes, note]})
-        return inspection.model_copy(update={"parts": values, "summary": summary})
-    if adapter is None and base is not None and finetuned is not None and data is None:
+        return inspect_adapter(Path(adapter))
+    if adapter is None and base is not None and finetuned is not None:
         from rightrank.adapters.spectra import inspect_checkpoints
 
         return inspect_checkpoints(Path(base), Path(finetuned))
-    raise SettingsError(
-        "give an adapter folder (and --data with --base), or two checkpoints as base and finetuned (--base A --finetuned B)"
-    )
+    raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
 
 
 def resize(
@@ -74,7 +52,6 @@ def resize(
     ranks: Sequence[int] | None = None,
     base: str | None = None,
     uniform: bool = False,
-    without: Sequence[str] = (),
     settings: SelectSettings | None = None,
     on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> Resized:
@@ -83,14 +60,13 @@ def resize(
     Args:
         adapter: a folder of PEFT or mlx-lm, a file of sd-scripts or ComfyUI, or a trainer's output folder with checkpoints.
         out: the folder or file to write, which must not exist.
-        rank: one rank for all modules; a rank above the current one pads. Give exactly one of `rank`, `energy`, `data` and `without`.
+        rank: one rank for all modules; a rank above the current one pads. Give exactly one of `rank`, `energy` and `data`.
         energy: use for each module the fewest singular values that hold this fraction of its energy.
         data: held-out rows; use the smallest rank whose loss on them is not worse by the margin.
         margin: with data: the accepted loss of quality; None for the metric's default.
         train: with data: the training data of the adapter. These rows are not scored.
         ranks: with data: the ranks to measure; None for the powers of two.
         base: with data: the base model; None for the one that the adapter names.
-        without: remove the modules whose names end in one of these patterns, and measure the loss on `data` if it is given.
         uniform: with energy: one rank for all modules, the largest needed.
         settings: with data: settings for loading models and reading rows; see `SelectSettings`.
         on_event: receives the progress of each evaluation, and each line for a person.
@@ -104,9 +80,9 @@ def resize(
     require_adapter_folder(folder)
     if choice:
         on_event(Notice(text=choice))
-    if names not in ([], ["--data"]) if without else len(names) != 1:
+    if len(names) != 1:
         raise SettingsError(
-            f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data, or --without, alone or with --data"
+            f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
         )
 
     from rightrank.adapters.adapter_reader import open_adapter
@@ -117,18 +93,7 @@ def resize(
     require_absent(Path(out))
     opened = open_adapter(folder)
     require_plain_update(opened)
-    if without:
-        from rightrank.adapters.parts import select_modules
-        from rightrank.runs.ablation import measure_parts
-
-        removed, label = select_modules(opened, without), ", ".join(without)
-        new_ranks = {module.name: module.rank for module in opened.modules} | {module.name: 0 for module in removed}
-        resized = resize_adapter(opened, Path(out), new_ranks, rule=f"without {label}")
-        if data is not None:
-            read = settings or SelectSettings()
-            (value,), note = measure_parts(opened, {label: removed}, Path(data), base, read, on_event)
-            resized = resized.model_copy(update={"removed": value, "notes": [note]})
-    elif data is not None:
+    if data is not None:
         from rightrank.runs.resize_by_data import ResizeRequest, resize_by_data  # imports torch and transformers
 
         read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
@@ -144,44 +109,6 @@ def resize(
         chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
         resized = resize_adapter(opened, Path(out), chosen_ranks, rule=chosen_by)
     return resized.model_copy(update={"notes": [choice, *resized.notes]}) if choice else resized
-
-
-def average(
-    adapters: Sequence[str | Path],
-    out: str | Path,
-    *,
-    data: str | Path,
-    margin: float | None = None,
-    base: str | None = None,
-    settings: SelectSettings | None = None,
-    on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
-) -> Averaged:
-    """Write the mean of several adapters' updates to `out`, at the smallest rank within the margin of the best candidate.
-
-    The candidates are the adapters and the ranks of their mean. One half of the rows chooses; the differences are measured on the other.
-
-    Args:
-        adapters: two or more LoRA folders of PEFT or mlx-lm that adapt the same modules of one base. Ranks and scales may differ.
-        out: the folder to write, which must not exist.
-        data: held-out rows.
-        margin: the accepted loss of quality; None for the metric's default.
-        base: the base model; None for the one that the first adapter names.
-        settings: settings for loading models and reading rows; see `SelectSettings`.
-        on_event: receives the progress of each evaluation, and each line for a person.
-
-    Raises:
-        InputError: an adapter, the data or `out` can't be used; nothing was written.
-    """
-    folders = [find_adapter(Path(adapter))[0] for adapter in adapters]
-    for folder in folders:
-        require_adapter_folder(folder)
-
-    from rightrank.data.files import require_absent
-    from rightrank.runs.average import AverageRequest, average_adapters
-
-    require_absent(Path(out))
-    read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
-    return average_adapters(AverageRequest(folders, Path(data), base, read, on_event), Path(out))
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""`inspect`, `resize`, `average` and `compare` (a gate for CI): commands on adapters."""
+"""`inspect`, `resize` and `compare` (a gate for CI): commands on adapters."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rightrank.runs.terminal_view import View
-    from rightrank.schema.results import Inspection, ModuleSpectrum, PartValue, Resized
+    from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
 EXIT_STATUS = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
@@ -38,15 +36,11 @@ EXIT_STATUS = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--base",
-    help="The base model: the folder to compare with --finetuned; with --data, another than the adapter names.",
+    type=click.Path(path_type=Path),
+    help="The base model's folder, to compare with --finetuned.",
 )
 @click.option(
     "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
-)
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="Held-out rows: also the loss without each kind of module and block.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def _inspect(as_json: bool, **sources: Any) -> None:
@@ -56,8 +50,7 @@ def _inspect(as_json: bool, **sources: Any) -> None:
     """
     from rightrank.api import adapters as api
 
-    with open_progress_view(quiet=sources["data"] is None) as view:
-        inspection = api.inspect(**sources, on_event=view.on_event)
+    inspection = api.inspect(**sources)
     click.echo(format_json(inspection) if as_json else _format_inspection(inspection))
 
 
@@ -85,12 +78,6 @@ def _inspect(as_json: bool, **sources: Any) -> None:
 )
 @click.option("--ranks", callback=split_commas, help="With --data: ranks to measure (default: powers of two).")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
-@click.option(
-    "--without",
-    callback=split_commas,
-    metavar="NAMES",
-    help="Remove these modules, such as q_proj,k_proj; with --data, measure the loss.",
-)
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -108,7 +95,6 @@ def _resize(
 
     data_options = {"--margin": margin, "--ranks": ranks, "--set": assignments}
     data_options |= {f"--{name}": rule[name] for name in ("train", "base")}
-    rule["without"] = rule["without"] or ()
     orphan = next((option for option, value in data_options.items() if value), None)
     if orphan is not None and rule["data"] is None:
         raise SettingsError(f"{orphan} works only with --data FILE, which was not given; give both, or leave it out")
@@ -124,41 +110,11 @@ def _resize(
     click.echo(format_json(resized) if as_json else _format_resize_result(resized))
 
 
-@click.command(
-    "average",
-    short_help="Average adapters, at the smallest rank that is enough.",
-    epilog="Example: rightrank average seed0 seed1 mean --data held_out.jsonl --margin 0.005",
-)
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Held-out rows.")
-@click.option("--margin", type=float, help="The accepted loss of quality (default 0.005 nats per token).")
-@click.option("--base", help="The base model (default: the one that the first adapter names).")
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _average(
-    adapters: tuple[Path, ...],
-    out: Path,
-    data: Path,
-    margin: float | None,
-    base: str | None,
-    assignments: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Write the mean of the updates of two or more ADAPTERS to OUT."""
-    from rightrank.api import adapters as api
-
-    settings = SelectSettings(**gather_settings(None, assignments, {"margin": margin}))
-    with open_progress_view() as view:
-        averaged = api.average(adapters, out, data=data, base=base, settings=settings, on_event=view.on_event)
-    click.echo(format_json(averaged) if as_json else averaged.sentence)
-
-
-def open_progress_view(quiet: bool = False) -> AbstractContextManager[View]:
+def open_progress_view() -> AbstractContextManager[View]:
     """Open the view of the progress of evaluations on stderr."""
     from rightrank.runs.terminal_view import make_view
 
-    return make_view(quiet)
+    return make_view(quiet=False)
 
 
 @click.command(
@@ -236,20 +192,7 @@ def _format_inspection(inspection: Inspection) -> str:
         ("changed, not a matrix", ", ".join(summary.not_matrices)),
         *(("note", note) for note in summary.notes),
     ]
-    return "\n".join([*lines, *_format_parts(inspection.parts), *format_labelled_rows(facts, 23), "", summary.sentence])
-
-
-def _format_parts(parts: Sequence[PartValue]) -> list[str]:
-    """Format the held-out results without each part; no lines without parts."""
-    from rightrank.report.answer import format_table
-
-    rows = [
-        [part.part, str(part.modules), f"{part.parameters:,}", f"{part.value_without:.4f}", f"{part.worse_by:+.4f}",
-         f"{part.worse_by_low:+.4f} to {part.worse_by_high:+.4f}"]
-        for part in parts
-    ]  # fmt: skip
-    heading = ["without", "modules", "parameters", "held-out", "worse by", "95% bounds"]
-    return ["", *format_table([heading, *rows], left_columns=(0,)), ""] if parts else []
+    return "\n".join([*lines, *format_labelled_rows(facts, 23), "", summary.sentence])
 
 
 def _format_module_row(module: ModuleSpectrum) -> list[str]:
@@ -283,7 +226,6 @@ def _format_resize_result(resized: Resized) -> str:
         f"error of ΔW {resized.relative_delta_error:.3g} of its norm; worst {worst.relative_delta_error:.3g} "
         f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
     ]
-    lines += _format_parts([] if resized.removed is None else [resized.removed])
     if resized.answer is not None:
         lines += [*format_table(build_candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
@@ -296,4 +238,4 @@ def _format_number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
-COMMANDS = (_inspect, _resize, _average, _compare)
+COMMANDS = (_inspect, _resize, _compare)

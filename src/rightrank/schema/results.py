@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, DifferenceDistribution
+from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import SplitSummary
 from rightrank.schema.trials import BoundedInt, Record
 
@@ -130,24 +130,11 @@ class InspectionSummary(Record):
     sentence: str
 
 
-class PartValue(Record):
-    """The held-out result of an adapter without one of its parts."""
-
-    part: str  # a kind of module, a block of layers, or a tower of a vision-language model
-    modules: int
-    parameters: int
-    value_without: float  # metric's unit
-    worse_by: float  # than the complete adapter, on the same examples
-    worse_by_low: float  # 95% bounds, one-sided
-    worse_by_high: float
-
-
 class Inspection(Record):
     """The object of `inspect --json`."""
 
     modules: list[ModuleSpectrum]
     summary: InspectionSummary
-    parts: list[PartValue] = Field(default_factory=list)  # with data
 
 
 class ModuleResize(Record):
@@ -182,7 +169,6 @@ class Resized(Record):
     scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
     no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
-    removed: PartValue | None = None  # with `without` and data
     notes: list[str] = Field(default_factory=list)
 
 
@@ -220,17 +206,3 @@ class AdapterComparison(_ComparisonResult):
     comparisons: list[MetricComparison]
     cause: str | None = None  # of `broken`: what B is in place of A
     tries: BoundedInt = 1  # candidates that were compared on these data; the bounds are corrected for them
-
-
-class Averaged(Record):
-    """The object of `average --json`."""
-
-    out: str
-    rank: BoundedInt  # of the written adapter; its parameters may be distributed over the modules
-    trial_id: str  # the written candidate
-    reference_id: str  # the best candidate
-    member_id: str  # the best member
-    candidates: list[AdapterCandidate]  # members and ranks of the average, on the rows that choose
-    against_best: MetricComparison  # of the written adapter with the best candidate, on the other rows
-    against_member: MetricComparison  # of the written adapter with the best member, on the other rows
-    sentence: str

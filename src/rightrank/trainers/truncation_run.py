@@ -25,7 +25,6 @@ from transformers import TrainingArguments
 
 from rightrank.adapters.adapter_folders import BASE_FILE
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
-from rightrank.adapters.parts import VISION_TOWER, compute_part_values, group_modules
 from rightrank.adapters.resizing import cap_ranks, list_candidate_ranks, write_resized_adapter
 from rightrank.bases.base_models import compute_base_identity, read_identity
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
@@ -55,9 +54,8 @@ from rightrank.trainers.distributed import gather_parameters, get_process_index,
 from rightrank.trainers.in_memory import InMemoryAdapter, copy_factors, gather_adapter_moments, save_trained_adapter
 from rightrank.trainers.preserved_state import preserve_state
 from rightrank.training.device import describe_environment, read_peak_bytes
-from rightrank.training.evaluation import MetricResults, Progress, Scores, build_finished_trial, build_trial_record
+from rightrank.training.evaluation import MetricResults, Progress, build_finished_trial
 from rightrank.training.moments import GatheredMoments
-from rightrank.training.multi_lora import find_lora_modules
 from rightrank.training.targets import suppress_peft_warnings
 
 if TYPE_CHECKING:
@@ -300,7 +298,6 @@ class CallbackExecutor(Hook):
             in_memory_adapter.model, in_memory_adapter.held_out, in_memory_adapter.beta, in_memory_adapter.trainer_loss
         )
         self.moments = GatheredMoments({}, 0, 0)  # filled by `open_executor`
-        self._tower_note: str | None = None  # on the vision tower of a vision-language model
         self.folder: RunFolder
         self.listener: Listener
         self.records: Records
@@ -349,42 +346,13 @@ class CallbackExecutor(Hook):
             raise NotFiniteError(f"rank {arm.rank}: a held-out loss is NaN or infinite; the training may have diverged")
         if len(scores.losses) < 2:
             raise DataError("fewer than two held-out examples have a label; give more examples")
-        if arm.truncate_from is None:
-            self._tower_note = self._measure_tower(open_adapter(target), scores)
         outcome = build_finished_trial(trial, self._in_memory_adapter.metric, scores, MetricResults(), progress)
         return outcome.model_copy(update={"eval_seconds": time.monotonic() - start_time, **changes})
-
-    def _measure_tower(self, adapter: AdapterFolder, scores: Scores) -> str | None:
-        """Return what the modules in a vision tower are worth, because servers load them only on request. Return None if there are none."""
-        modules = group_modules(adapter.modules).get(VISION_TOWER)
-        if modules is None:
-            return None
-        layers, name = find_lora_modules(self._in_memory_adapter.model), self._in_memory_adapter.name
-        scalings = [layers[module.name].scaling for module in modules]
-        originals = [scaling[name] for scaling in scalings]
-        try:
-            for scaling in scalings:
-                scaling[name] = 0.0
-            without = self._held_out.score()
-        finally:
-            for scaling, original in zip(scalings, originals, strict=True):
-                scaling[name] = original
-        metric = self._in_memory_adapter.metric
-        trials = [
-            build_trial_record(str(number), number, each, metric) for number, each in enumerate((scores, without))
-        ]
-        (value,) = compute_part_values({VISION_TOWER: modules}, trials, metric, metric == "accuracy")
-        share = value.parameters / sum(module.parameters for module in adapter.modules)
-        return (
-            f"Without its modules in the vision tower ({share:.0%} of its parameters), the trained adapter is worse by {value.worse_by:+.2g} "
-            f"(95% bounds {value.worse_by_low:+.2g} to {value.worse_by_high:+.2g}); rightrank resize --without removes them."
-        )
 
     def on_adapter(self, proposal: AdapterProposal) -> AdapterAnswer:
         """Add the cost and an estimate of the rank to train at to the notes of the answer."""
         training, answer, records = self._training, proposal.answer, proposal.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
-        notes += [] if self._tower_note is None else [self._tower_note]
         if self._in_memory_adapter.trainer_loss is None:  # `select` trains no rerankers and embedding models
             notes.append(format_training_rank_estimate(answer, records.started))
         notes.append(self._format_cost(len(records.by_id[answer.trained_id].example_losses)))
