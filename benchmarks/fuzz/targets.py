@@ -13,10 +13,10 @@ from typing import Any
 
 from benchmarks.fuzz import seeds
 from benchmarks.tiny import make_tokenizer
-from rightrank.adapters.spectra import open_checkpoint
 from rightrank.api.adapters import inspect
 from rightrank.api.folders import status
 from rightrank.api.runs import decide
+from rightrank.bases.safetensors_files import find_shards, read_header
 from rightrank.cli.options import gather_settings
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
@@ -125,9 +125,8 @@ def read_weights(data: bytes, folder: Path) -> None:
     index, header, body = _split_sections(data, 3)
     (folder / "model.safetensors.index.json").write_bytes(index)
     (folder / "model-1.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
-    weights = open_checkpoint(folder)
-    for name in list(weights.files)[:3]:
-        weights.load_tensor(name)
+    for shard in find_shards(folder):
+        read_header(shard)
 
 
 def read_model(data: bytes, folder: Path) -> None:

@@ -169,32 +169,5 @@ def test_a_base_changing_initialisation(capsys: pytest.CaptureFixture[str], adap
     assert "OLoRA" in json.loads(out)["summary"]["notes"][0]
 
 
-def test_checkpoints_that_do_not_belong_together(
-    capsys: pytest.CaptureFixture[str], base: Path, adapter: Path, tmp_path: Path
-) -> None:
-    gpt2 = make_base(tmp_path / "gpt2", "conv1d")
-    capsys.readouterr()  # transformers' progress bars
-    assert "one architecture" in run_refused(capsys, "inspect", "--base", base, "--finetuned", gpt2)
-    assert "equal" in run_refused(capsys, "inspect", "--base", base, "--finetuned", base)
-    assert "two checkpoints" in run_refused(capsys, "inspect", "--base", base)
-    assert "two checkpoints" in run_refused(capsys, "inspect")
-    assert "two checkpoints" in run_refused(capsys, "inspect", adapter, "--finetuned", base)
-    assert "no such folder" in run_refused(capsys, "inspect", "--base", base, "--finetuned", tmp_path / "none")
-    assert "compare two" in run_refused(capsys, "inspect", base)
-    from safetensors.torch import load_file
-
-    wider = Path(shutil.copytree(base, tmp_path / "wider"))
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(33)
-    save_file(tensors, wider / "model.safetensors")
-    assert "[33]" in run_refused(capsys, "inspect", "--base", base, "--finetuned", wider)
-
-
-def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    broken = Path(shutil.copytree(base, tmp_path / "broken"))
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
-    save_file(tensors, broken / "model.safetensors")
-    assert "NaN" in run_refused(capsys, "inspect", "--base", base, "--finetuned", broken)
+def test_a_full_model_is_no_adapter(capsys: pytest.CaptureFixture[str], base: Path) -> None:
+    assert "it is a full model" in run_refused(capsys, "inspect", base)

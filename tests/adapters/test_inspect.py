@@ -1,9 +1,8 @@
-"""`inspect` of adapters and checkpoints with known updates, and the mathematics of spectra against dense decompositions and known laws."""
+"""`inspect` of adapters with known updates, and the mathematics of spectra against dense decompositions and known laws."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from rightrank.adapters import spectra
 from rightrank.api.adapters import inspect
@@ -63,48 +61,6 @@ def test_modules_to_save_are_listed(base: Path, tmp_path: Path) -> None:
     names = inspect(adapter).summary.modules_to_save
     assert "model.norm.weight" in names
     assert all(name.endswith("norm.weight") for name in names)
-
-
-def write_fine_tuned(base: Path, folder: Path, rank: int) -> Path:
-    """Save the base model plus noise and an update of a given rank in every q_proj, and one changed norm."""
-    shutil.copytree(base, folder)
-    tensors = load_file(base / "model.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    for name, value in tensors.items():
-        if "q_proj" in name:
-            u, v = (torch.linalg.qr(torch.randn(32, rank, generator=generator)).Q for _ in range(2))
-            value += 2 * u @ v.T + 0.01 * torch.randn(value.shape, generator=generator)
-    tensors["model.norm.weight"] += 0.1
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-@pytest.mark.trains
-def test_a_full_fine_tune_shows_the_rank_that_was_planted(base: Path, tmp_path: Path) -> None:
-    inspection = inspect(base=base, finetuned=write_fine_tuned(base, tmp_path / "tuned", 3))
-    assert [module.noise_rank for module in inspection.modules] == [3, 3, 3]
-    assert all(module.energy_rank["0.95"] == 3 for module in inspection.modules)
-    assert inspection.summary.not_matrices == ["model.norm.weight"]
-    assert inspection.summary.unchanged > 0
-
-
-@pytest.mark.trains
-def test_a_sketch_agrees_with_the_exact_values(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rightrank.adapters import spectra
-
-    tuned = write_fine_tuned(base, tmp_path / "tuned", 3)
-    exact = spectra.inspect_checkpoints(base, tuned).modules
-    monkeypatch.setattr(spectra, "EXACT_SIDE", 16)
-    sketched = spectra.inspect_checkpoints(base, tuned, sketch_rank=6).modules
-    for exact_module, sketched_module in zip(exact, sketched, strict=True):
-        assert "partial_spectrum" in sketched_module.flags
-        assert sketched_module.singular_values[:3] == pytest.approx(exact_module.singular_values[:3], rel=1e-3)
-        assert sketched_module.frobenius_norm == pytest.approx(exact_module.frobenius_norm, rel=1e-5)
-        assert (sketched_module.noise_rank, sketched_module.energy_rank["0.9"], sketched_module.effective_rank) == (
-            3,
-            3,
-            None,
-        )
 
 
 @pytest.mark.trains
@@ -176,27 +132,17 @@ def test_energy_stable_and_effective_rank_of_known_spectra() -> None:
     nothing = np.zeros(4)
     assert (spectra.compute_stable_rank(nothing), spectra.compute_effective_rank(nothing)) == (0, 0)
     assert spectra.compute_energy_rank(nothing, 0.9) == 0
-    assert spectra.compute_energy_rank(np.array([3.0]), 0.99, total=18.0) is None  # half of the energy is not in view
 
 
 def test_the_hard_threshold_is_gavish_and_donohos() -> None:
-    """Their paper's constants for square matrices: 2.858 times the median; λ* = 4/√3 times σ·√rows where σ is known."""
+    """Their paper's constant for square matrices: 2.858 times the median."""
     beside_the_median = [np.concatenate([[factor], np.ones(98)]) for factor in (2.853, 2.863)]
-    assert [spectra.compute_hard_threshold_rank(s, 99, 99) for s in beside_the_median] == [0, 1]
-    bound = 4 / np.sqrt(3) * np.sqrt(1000)  # of the kept value, where the energy of the rest gives σ = 1
-    for value, count in ((0.99 * bound, 0), (1.01 * bound, 1)):
-        values = np.array([value])
-        energy = 999 * 999 + value**2 if count else 1000 * 1000
-        assert spectra.compute_leading_noise_rank(values, energy, 1000, 1000) == count
+    assert [spectra.compute_hard_threshold_rank(s) for s in beside_the_median] == [0, 1]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
-@pytest.mark.parametrize("shape", [(60, 60), (40, 120), (150, 30)])
-def test_a_planted_rank_is_found_in_noise(rank: int, shape: tuple[int, int]) -> None:
+def test_a_planted_rank_is_found_in_noise(rank: int) -> None:
     generator = np.random.default_rng(rank)
-    u = np.linalg.qr(generator.standard_normal((shape[0], 8)))[0][:, :rank]
-    v = np.linalg.qr(generator.standard_normal((shape[1], 8)))[0][:, :rank]
-    noisy = 5 * np.sqrt(max(shape)) * u @ v.T + generator.standard_normal(shape)
-    s = np.linalg.svd(noisy, compute_uv=False)
-    assert spectra.compute_hard_threshold_rank(s, *shape) == rank
-    assert spectra.compute_leading_noise_rank(s[:12], float(np.sum(s**2)), *shape) == rank
+    u, v = (np.linalg.qr(generator.standard_normal((60, 8)))[0][:, :rank] for _ in range(2))
+    noisy = 5 * np.sqrt(60) * u @ v.T + generator.standard_normal((60, 60))
+    assert spectra.compute_hard_threshold_rank(np.linalg.svd(noisy, compute_uv=False)) == rank

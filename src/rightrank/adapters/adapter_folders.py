@@ -46,7 +46,7 @@ def require_adapter_folder(path: Path) -> None:
         return
     hint = "give a folder that PEFT's save_pretrained wrote"
     if (path / "config.json").exists():
-        hint = "it is a full model: compare two with --base A --finetuned B"
+        hint = "it is a full model; mergekit-extract-lora makes an adapter of two"
     raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {suggest_adapter_folder(path) or hint}")
 
 

@@ -132,5 +132,5 @@ def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: boo
     ranks: dict[str, int] = {}
     for module in adapter.modules:
         s = compute_singular_values(*adapter.load_factors(module))
-        ranks[module.name] = max(1, compute_energy_rank(s, fraction) or module.rank)
+        ranks[module.name] = max(1, compute_energy_rank(s, fraction))
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks

@@ -1,4 +1,4 @@
-"""Inspect, resize and compare adapters and checkpoints."""
+"""Inspect, resize and compare adapters."""
 
 from __future__ import annotations
 
@@ -14,30 +14,20 @@ from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
 
 
-def inspect(
-    adapter: str | Path | None = None, *, base: str | Path | None = None, finetuned: str | Path | None = None
-) -> Inspection:
-    """Compute the singular spectra of an adapter, or of the changes of full fine-tuning.
+def inspect(adapter: str | Path) -> Inspection:
+    """Compute the singular spectra of an adapter.
 
     Args:
         adapter: a folder of PEFT or mlx-lm, or a file of sd-scripts or ComfyUI.
-        base: with `finetuned`: the base model's folder.
-        finetuned: instead of `adapter`: a checkpoint folder to compare with `base`.
 
     Raises:
-        ModelError: not a readable adapter or checkpoint, or two that don't belong together.
+        ModelError: not a readable adapter.
     """
-    if adapter is not None and base is None and finetuned is None:
-        require_adapter_folder(Path(adapter))
+    require_adapter_folder(Path(adapter))
 
-        from rightrank.adapters.spectra import inspect_adapter
+    from rightrank.adapters.spectra import inspect_adapter
 
-        return inspect_adapter(Path(adapter))
-    if adapter is None and base is not None and finetuned is not None:
-        from rightrank.adapters.spectra import inspect_checkpoints
-
-        return inspect_checkpoints(Path(base), Path(finetuned))
-    raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
+    return inspect_adapter(Path(adapter))
 
 
 def resize(

@@ -33,24 +33,13 @@ EXIT_STATUS = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
     short_help="Show the singular spectrum of an adapter's modules.",
     epilog="Example: rightrank inspect run/adapter",
 )
-@click.argument("adapter", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--base",
-    type=click.Path(path_type=Path),
-    help="The base model's folder, to compare with --finetuned.",
-)
-@click.option(
-    "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
-)
+@click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _inspect(as_json: bool, **sources: Any) -> None:
-    """Show the singular spectrum of every module of a LoRA ADAPTER.
-
-    With --base A --finetuned B: of every matrix that full fine-tuning changed.
-    """
+def _inspect(adapter: Path, as_json: bool) -> None:
+    """Show the singular spectrum of every module of a LoRA ADAPTER."""
     from rightrank.api import adapters as api
 
-    inspection = api.inspect(**sources)
+    inspection = api.inspect(adapter)
     click.echo(format_json(inspection) if as_json else _format_inspection(inspection))
 
 
@@ -171,7 +160,7 @@ def _format_inspection(inspection: Inspection) -> str:
     from rightrank.report.answer import format_labelled_rows, format_table
 
     summary, modules = inspection.summary, inspection.modules
-    by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
+    by_use = sorted(modules, key=lambda module: module.effective_rank / module.rank)
     half = MAX_ROWS // 2
     shown = {module.name for module in (modules if len(modules) <= MAX_ROWS else by_use[:half] + by_use[-half:])}
     heading = ["module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂", "flags"]
@@ -179,17 +168,13 @@ def _format_inspection(inspection: Inspection) -> str:
     lines = format_table([heading, *rows], left_columns=(0, 10))
     if len(shown) < len(modules):
         lines.append(f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --json has all")
-    energy = ", ".join(
-        f"{float(fraction):.0%}: {_format_number(rank)}" for fraction, rank in summary.energy_rank.items()
-    )
+    energy = ", ".join(f"{float(fraction):.0%}: {rank}" for fraction, rank in summary.energy_rank.items())
     names = {"untrained (B = 0)": summary.untrained, "dead": summary.dead, "modules_to_save": summary.modules_to_save}
     facts = [
         ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
         ("base", summary.base_model or ""),
         ("rank by energy", f"{energy} (largest of all modules)"),
         *((name, ", ".join(module_names)) for name, module_names in names.items()),
-        ("unchanged tensors", str(summary.unchanged or "")),
-        ("changed, not a matrix", ", ".join(summary.not_matrices)),
         *(("note", note) for note in summary.notes),
     ]
     return "\n".join([*lines, *format_labelled_rows(facts, 23), "", summary.sentence])
@@ -200,8 +185,8 @@ def _format_module_row(module: ModuleSpectrum) -> list[str]:
         module.name,
         f"{module.shape[0]}×{module.shape[1]}",
         str(module.rank),
-        *(_format_number(module.energy_rank[fraction]) for fraction in ("0.9", "0.95", "0.99")),
-        _format_number(module.effective_rank),
+        *(str(module.energy_rank[fraction]) for fraction in ("0.9", "0.95", "0.99")),
+        f"{module.effective_rank:.1f}",
         f"{module.stable_rank:.1f}",
         str(module.noise_rank),
         f"{module.spectral_norm:.3g}",
@@ -230,12 +215,6 @@ def _format_resize_result(resized: Resized) -> str:
         lines += [*format_table(build_candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
     return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
-
-
-def _format_number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
 COMMANDS = (_inspect, _resize, _compare)

@@ -96,36 +96,33 @@ class ModuleSpectrum(Record):
     """The spectrum of one module's update ΔW."""
 
     name: str
-    kind: str  # linear, embedding, convolution, expert or matrix
+    kind: str  # linear, embedding, convolution or expert
     shape: tuple[int, int]  # of ΔW: out × in
-    rank: int  # of the factors; for a matrix, its shorter side
-    scaling: float  # s in s·B·A; 1 for a matrix
-    singular_values: list[float]  # of s·B·A, descending; for a large matrix, the leading ones
+    rank: int  # of the factors
+    scaling: float  # s in s·B·A
+    singular_values: list[float]  # of s·B·A, descending
     frobenius_norm: float
     spectral_norm: float
     stable_rank: float
-    effective_rank: float | None  # None: too little of the spectrum is known
-    energy_rank: dict[str, int | None]  # by fraction; None: beyond the known singular values
+    effective_rank: float
+    energy_rank: dict[str, int]  # by fraction
     noise_rank: int  # above the optimal hard threshold
-    # untrained, no_token, dead, dora, lora_bias, noise_unclear, partial_spectrum
+    # untrained, no_token, dead, dora, lora_bias, noise_unclear
     flags: list[str] = Field(default_factory=list)
 
 
 class InspectionSummary(Record):
-    """A summary of the complete adapter or checkpoint."""
+    """A summary of the complete adapter."""
 
-    kind: Literal["adapter", "checkpoints"]
     modules: int
     parameters: int  # of the factors
     ranks: list[int]  # the different ranks
     scaling_rule: str
     base_model: str | None
-    energy_rank: dict[str, int | None]  # the maximum over modules, as one common rank requires
+    energy_rank: dict[str, int]  # the maximum over modules, as one common rank requires
     untrained: list[str]  # B = 0: never trained
     dead: list[str]  # updates under a thousandth of the median module's
     modules_to_save: list[str] = Field(default_factory=list)  # fully trained modules
-    unchanged: int = 0  # checkpoints: matrices without a difference
-    not_matrices: list[str] = Field(default_factory=list)  # checkpoints: changed norms and biases, which have no rank
     notes: list[str] = Field(default_factory=list)
     sentence: str
 
