@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from benchmarks.early_rates.rules import (
     list_keys,
     read_table,
     tune_baseline,
+    tune_by_whole_trainings,
 )
 
 KINDS = ("current", "mean", "mean 5%", "mean 10%", "mean 25%", "current or mean", "annealed", "short", "mean product")
@@ -28,49 +31,66 @@ RATE_SETS = {"4 rates": RATES, "3 rates": RATES[1:], "5 rates": (*RATES, BEYOND)
 
 
 def measure_candidates(tables: list[GridTable]) -> Mapping[str, list[float]]:
-    """Return by candidate the test loss of what it hands over minus that of rank 16, tuned, with its best evaluation."""
+    """Return by candidate the test loss of what it hands over minus that of rank 16, tuned, which hands over in the same way."""
     losses: dict[str, list[float]] = {}
     for table in tables:
-        reference = table.test[tune_baseline(table, hand_over_best)]
-        losses.setdefault("the rule of before", []).append(table.test[choose_as_before(table)] - reference)
-        best_rate = min((table.test.get(hand_over_last(table, TOP, rate), math.inf), rate) for rate in RATES)[1]
-        losses.setdefault("hindsight, last", []).append(table.test[hand_over_last(table, TOP, best_rate)] - reference)
-        for fraction, kind, choice, rates in product((0.25, 0.125), KINDS, CHOICES, RATE_SETS):
-            keys = list_keys(table, kind, TOP, fraction, RATE_SETS[rates])
-            if not any(key in table.losses for key in keys.values()):
-                continue
-            rate = CHOICES[choice](table, keys)
-            for name, hand_over in HANDOVERS.items():
-                loss = table.test.get(hand_over(table, TOP, rate), table.base_test)
-                losses.setdefault(f"{kind} at {fraction:g}; {choice}; {rates}; {name}", []).append(loss - reference)
+        last = table.test[tune_baseline(table, hand_over_last)]
+        losses.setdefault("the rule of before", []).append(table.test[choose_as_before(table)] - last)
+        for name, hand_over in HANDOVERS.items():
+            reference = table.test[tune_baseline(table, hand_over)]
+            hindsight = min(table.test.get(hand_over(table, TOP, rate), math.inf) for rate in RATES)
+            losses.setdefault(f"hindsight; {name}", []).append(hindsight - reference)
+            losses.setdefault(f"16 tuned; {name}, minus last", []).append(reference - last)
+            whole = table.test[tune_by_whole_trainings(table, TOP, hand_over)]
+            losses.setdefault(f"64 tuned; {name}", []).append(whole - reference)
+            for fraction, kind, choice, rates in product((0.25, 0.125), KINDS, CHOICES, RATE_SETS):
+                keys = list_keys(table, kind, TOP, fraction, RATE_SETS[rates])
+                if any(key in table.losses for key in keys.values()):
+                    rate = CHOICES[choice](table, keys)
+                    loss = table.test.get(hand_over(table, TOP, rate), table.base_test)
+                    losses.setdefault(f"{kind} at {fraction:g}; {choice}; {rates}; {name}", []).append(loss - reference)
     return {name: values for name, values in losses.items() if len(values) == len(tables)}
 
 
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "grids"
-    tables = [read_table(folder / f"{grid.name}.npz") for grid in DESIGN if (folder / f"{grid.name}.npz").exists()]
+    paths = [folder / f"{grid.name}.npz" for grid in DESIGN]
+    tables = [
+        replace(read_table(path), examples=int(sys.argv[2]) if len(sys.argv) > 2 else 200)
+        for path in paths
+        if path.exists()
+    ]
     print("grids:", ", ".join(table.grid.name for table in tables))
     losses = measure_candidates(tables)
-    names, matrix = list(losses), np.array(list(losses.values()))
-    order = np.argsort(matrix.mean(1))
-    print("mean     worst    repeated  other    candidate")
     repeated = np.array([table.grid.is_repeated for table in tables])
-    shown = [*order[:40], names.index("the rule of before"), names.index("hindsight, last")]
-    shown += [names.index(f"{kind} at 0.25; best; 4 rates; {name}") for kind in KINDS for name in ("last", "best")]
-    for index in shown:
-        row = matrix[index]
-        print(f"{row.mean():+.4f}  {row.max():+.4f}  {row[repeated].mean():+.4f}  {row[~repeated].mean():+.4f}  {names[index]}")  # fmt: skip
-    left_out = []
-    for number in range(len(tables)):
-        others = np.delete(matrix, number, 1).mean(1)
-        left_out.append((matrix[int(others.argmin()), number], names[int(others.argmin())]))
-    print(f"leave one grid out: {np.mean([loss for loss, _ in left_out]):+.4f}")
-    for table, (loss, name) in zip(tables, left_out, strict=True):
-        print(f"  {table.grid.name}: {loss:+.4f} by {name}")
-    for number, table in enumerate(tables):
-        by_kind = {kind: CHOICES["best"](table, list_keys(table, kind, TOP, 0.25)) for kind in KINDS if (kind, TOP, RATES[1], 0.25) in table.losses or kind == "current or mean"}  # fmt: skip
-        ends = {f"{rate:g}": round(table.test.get(hand_over_last(table, TOP, rate), math.inf), 3) for rate in RATES}
-        print(table.grid.name, f"reference {table.test[tune_baseline(table, hand_over_best)]:.3f}", ends, {kind: f"{rate:g}" for kind, rate in by_kind.items()}, [f"{matrix[names.index(name), number]:+.3f}" for name in ("the rule of before", "mean at 0.25; best; 4 rates; best")])  # fmt: skip
+    print("mean     worst    repeated  other    candidate")
+    for name, values in losses.items():
+        if " at " not in name:
+            print_row(name, np.array(values), repeated)
+    for name in HANDOVERS:
+        candidates = {key: np.array(values) for key, values in losses.items() if key.endswith(f"; {name}") and " at " in key}  # fmt: skip
+        names, matrix = list(candidates), np.array(list(candidates.values()))
+        print(f"-- {name}")
+        shown: set[bytes] = set()
+        for index in np.argsort(matrix.mean(1)):
+            if matrix[index].tobytes() not in shown and len(shown) < 8:
+                print_row(names[index], matrix[index], repeated)
+                shown.add(matrix[index].tobytes())
+        for kind in ("current", "mean"):
+            print_row(*next((key, values) for key, values in candidates.items() if key.startswith(f"{kind} at 0.25; best; 4")), repeated)  # fmt: skip
+        left_out = []
+        for number in range(len(tables)):
+            best = int(np.delete(matrix, number, 1).mean(1).argmin())
+            left_out.append(matrix[best, number])
+        print(f"{np.mean(left_out):+.4f}  {np.max(left_out):+.4f}  leave one grid out")
+    for table in tables:
+        ends = {f"{rate:g}": [round(table.test.get(hand_over(table, TOP, rate), math.inf), 3) for hand_over in (hand_over_last, hand_over_best, HANDOVERS["best or best mean"])] for rate in RATES}  # fmt: skip
+        chosen = {kind: f"{CHOICES['best'](table, list_keys(table, kind, TOP, 0.25)):g}" for kind in KINDS if kind == "current or mean" or (kind, TOP, RATES[1], 0.25) in table.losses}  # fmt: skip
+        print(table.grid.name, ends, chosen)
+
+
+def print_row(name: str, values: np.ndarray[Any, Any], repeated: np.ndarray[Any, Any]) -> None:
+    print(f"{values.mean():+.4f}  {values.max():+.4f}  {values[repeated].mean():+.4f}  {values[~repeated].mean():+.4f}  {name}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from benchmarks.early_rates.grids import ALL, BASELINE, RATES, TOP, Grid
+from rightrank.schema.settings import EVAL_SUBSET_SIZE
 
 DIVERGED = 65535
 ENDS = (0.25, 0.5, 0.75, 1.0)
@@ -30,14 +31,17 @@ class GridTable:
     base_test: float
     test_losses: Mapping[Key, Floats]
     test_weights: Floats
+    examples: int = EVAL_SUBSET_SIZE  # validation examples that an evaluation during a training scores
 
     def measure(self, key: Key) -> float:
         """Return the mean validation loss per label; infinite where the training diverged or is missing."""
-        return float(self.losses[key].sum() / self.weights.sum()) if key in self.losses else math.inf
+        if key not in self.losses:
+            return math.inf
+        return float(self.losses[key][: self.examples].sum() / self.weights[: self.examples].sum())
 
     def measure_error(self, key: Key, other: Key) -> float:
         """Return the standard error of the paired difference of two adapters."""
-        difference = (self.losses[key] - self.losses[other]) / self.weights.mean()
+        difference = (self.losses[key] - self.losses[other])[: self.examples] / self.weights[: self.examples].mean()
         return float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
