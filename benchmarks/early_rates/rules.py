@@ -31,6 +31,7 @@ class GridTable:
     base_test: float
     test_losses: Mapping[Key, Floats]
     test_weights: Floats
+    classes: bool  # whether the task is a classification
     examples: int = EVAL_SUBSET_SIZE  # validation examples that an evaluation during a training scores
 
     def measure(self, key: Key) -> float:
@@ -58,9 +59,10 @@ def read_table(path: Path) -> GridTable:
             losses[key] = thousandths / 1000
         if on_test is not None and not (on_test == DIVERGED).any():
             test_losses[key] = on_test / 1000
+    classes = any(record["kind"] == "head" for record in records)
     test = {key: float(values.sum() / test_weights.sum()) for key, values in test_losses.items()}
     base_test = test[("base", 0, 0.0, 0.0)]
-    return GridTable(ALL[path.stem], losses, weights, test, base_test, test_losses, test_weights)
+    return GridTable(ALL[path.stem], losses, weights, test, base_test, test_losses, test_weights, classes)
 
 
 # A rule for the learning rate receives the values to rank, by learning rate, and returns the rates' order of preference.
@@ -176,3 +178,12 @@ def choose_as_before(table: GridTable) -> Key:
 
 def tune_baseline(table: GridTable, hand_over: HandOver) -> Key:
     return tune_by_whole_trainings(table, BASELINE, hand_over)
+
+
+# The locked rule: the mean of the factors over the last quarter of the steps taken ranks the rates at a quarter of the training, and the best
+# evaluation of the current factors or of their mean since the warm-up is handed over.
+RULE_KIND, RULE_HANDOVER = "mean 25%", HANDOVERS["best or best mean"]
+
+
+def choose_by_rule(table: GridTable, fraction: float = 0.25) -> float:
+    return choose_best(table, list_keys(table, RULE_KIND, TOP, fraction))
