@@ -121,7 +121,6 @@ def judge(tables: Sequence[GridTable]) -> dict[str, Any]:
             "adapter minus 16 tuned that hands over its last evaluation": table.test[adapter] - tuned_last,
             "b: regret of the rate at rank 64": measure_regret(table, rate, RULE_HANDOVER),
             "b, the last evaluations": measure_regret(table, rate, hand_over_last),
-            - min(table.test.get(hand_over_last(table, TOP, other), math.inf) for other in RATES),  # fmt: skip
             "the rule minus the rule of before, rank 64": table.test[whole] - before,
             "d: the same at an eighth minus 16 tuned": table.test[early] - tuned,
             "16 tuned: best minus last evaluation": tuned - tuned_last,
