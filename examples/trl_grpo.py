@@ -1,9 +1,9 @@
-"""Select a rank with TRL's `GRPOTrainer` and the profile `rl`, by the reward of one greedy answer to each held-out prompt.
+"""Select a rank with TRL's `GRPOTrainer`, by the reward of one greedy answer to each held-out prompt.
 
 python examples/trl_grpo.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
 
-`GRPOTrain` trains a task with its rank, learning rate and seed. It reports the held-out scores during the training, stops a run that has
-collapsed, restores the checkpoint with the best validation scores, and evaluates it on the test rows. Copy it and pass your reward functions.
+`GRPOTrain` trains a task with its rank, learning rate and seed. It reports the held-out scores during the training, restores the checkpoint
+with the best validation scores, and evaluates it on the test rows. Copy it and pass your reward functions.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
-from rightrank.decision.table import detect_collapse, find_best_point
+from rightrank.decision.table import find_best_point
 from rightrank.schema.errors import ReportError
 from rightrank.training.metrics import score_token_f1
 
-MIN_EVALUATIONS_TO_STOP = 3  # the best evaluation, and two far below it
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
 Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows
 
@@ -172,26 +171,11 @@ def _generate_greedily(
     return [[{"role": "assistant", "content": text}] for text in answers] if chat else answers, ids
 
 
-def should_stop_early(points: Sequence[EvalPoint], drop: float) -> bool:
-    """Return whether a training has collapsed so far that further steps are not worth their cost.
-
-    Its last two evaluations must both be far below the best one, and below the middle between the first and the best. Runs can recover
-    from smaller falls: a published run went from .83 to .51 and .47 and back to .82 (benchmarks/README.md, archive).
-    """
-    ordered = sorted(points, key=lambda point: point.step)
-    if len(ordered) < MIN_EVALUATIONS_TO_STOP:
-        return False
-    middle = (ordered[0].value + find_best_point(ordered, higher_is_better=True).value) / 2
-    below = [point.value < middle for point in ordered[-2:]]
-    prefixes = (ordered, ordered[:-1])
-    return all(below) and all(detect_collapse(points, drop) is not None for points in prefixes)
-
-
 @dataclass(eq=False)
 class _EvaluationCallback(TrainerCallback):
     """Evaluate the validation examples before the first step and at evenly spaced steps, and report the results to the task.
 
-    The callback keeps the adapter of the best evaluation, and ends a training that has collapsed for two evaluations (`should_stop_early`).
+    The callback keeps the adapter of the best evaluation.
     """
 
     task: TrialTask
@@ -206,12 +190,8 @@ class _EvaluationCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step, steps = state.global_step, state.max_steps
         due = {max(1, round(steps * number / self.num_evaluations)) for number in range(1, self.num_evaluations + 1)}
-        if step not in due:
-            return
-        self._evaluate(model, step)
-        drop = self.task.collapse_drop
-        if drop is not None and should_stop_early(self.points, drop):
-            control.should_training_stop = True
+        if step in due:
+            self._evaluate(model, step)
 
     def _evaluate(self, model: Any, step: int) -> None:
         scores = self.score(model)
@@ -241,6 +221,8 @@ if __name__ == "__main__":
         test=rows[count : 2 * count],
         reward_funcs=reward_completions,
     )
-    search_settings = {"ranks": (1, 4, 16), "learning_rates": (1e-5, 3e-5, 1e-4), "max_steps": arguments.steps}
-    selected = select_rank_with(train, arguments.out, profile="rl", **search_settings)
+    search_settings = {"ranks": (1, 4, 16), "learning_rates": (1e-5, 3e-5, 1e-4), "seeds": (0, 1, 2)}
+    selected = select_rank_with(
+        train, arguments.out, strategy="upward", margin=0.02, max_steps=arguments.steps, **search_settings
+    )
     print(selected.decision.sentence)

@@ -193,15 +193,13 @@ def test_a_diverged_training_is_a_missing_cell() -> None:
     assert decision.rank == 16
 
 
-def test_trainings_of_unequal_length_and_collapsed_ones_are_flagged() -> None:
+def test_trainings_of_unequal_length_are_flagged() -> None:
     table = build_value_table(SATURATED)
     for steps, unequal in ({"short": 100, "long": 200}, True), ({"short": 200, "long": 200}, False):
         cells = {
             key: replace(cell, steps=steps["short" if key[0] < 64 else "long"]) for key, cell in table.cells.items()
         }
         assert ("unequal_length" in decide_table(replace(table, cells=cells), 0.005).flags) is unequal
-    assert "collapsed" in decide_table(replace(table, collapsed=1), 0.005).flags
-    assert "collapsed" not in decide_table(table, 0.005).flags
 
 
 def test_order_still_changing_is_flagged() -> None:

@@ -10,8 +10,6 @@ import pytest
 
 from rightrank.api.runs import decide
 from rightrank.decision.adapter import Provenance
-from rightrank.decision.comparison import CONFIDENCE
-from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.records import (
     Records,
     build_answers,
@@ -35,14 +33,12 @@ from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunContinued, TestEvaluated
 from rightrank.schema.trials import (
     EvalPoint,
-    TrialCollapsed,
     TrialDiverged,
     TrialEvaluated,
     TrialFailed,
     TrialFinished,
     TrialStarted,
 )
-from tests.report import runs
 from tests.report.runs import ITEMS, TOKENS, make_answered_run, make_run
 
 
@@ -323,7 +319,6 @@ def test_the_confidence_is_that_of_the_run_unless_another_is_asked() -> None:
     assert find_refused_confidence({"confidence": 0.9}, 0.2) == "0.2"
     assert find_refused_confidence({"confidence": 0.3}, 0.2) == "0.2"
     assert find_refused_confidence({"confidence": 1}) == "1"
-    assert find_refused_confidence({"profile": "rl", "confidence": 0.3}) == "0.3"
 
 
 def get_checkpoint(decision: Decision) -> str:
@@ -462,28 +457,6 @@ def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> 
     assert [other_metric.metric for other_metric in by_loss] == ["reward_margin"]
 
 
-def test_undecided_rewards_give_the_smallest_rank_that_is_not_worse() -> None:
-    records = make_run((16, 64), (3e-3,), (0, 1), with_base=False)
-    rewards, *other_runs = (
-        change_settings(records, margin=0.009, **settings) for settings in ({"profile": "rl"}, {"profile": "x"}, {})
-    )
-    assert (decide_run(rewards).verdict, decide_run(rewards).rank) == ("saturated", 64)  # all other ranks are worse
-    assert "it is the best of the ranks tried, and the next lower rank (16) is " in decide_run(rewards).sentence
-    for other_records in other_runs:
-        assert (decide_run(other_records).verdict, decide_run(other_records).rank) == ("flat", 16)
-
-
-def test_rewards_need_a_high_confidence_unless_another_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "ITEMS", 200)
-    records = make_run((16, 64), (3e-3,), with_base=False)
-    rewards, plain = (
-        decide_run(change_settings(records, margin=0.009, **settings)) for settings in ({"profile": "rl"}, {})
-    )
-    assert (rewards.requested_confidence, plain.requested_confidence) == (CONFIDENCE, DEFAULT_CONFIDENCE)
-    confident_decision = decide_run(change_settings(records, margin=0.009, profile="rl", confidence=0.7))
-    assert (confident_decision.verdict, confident_decision.rank) == (plain.verdict, plain.rank)
-
-
 def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> None:
     run = make_run((1, 4), (1e-3,))
     started = run.started.model_copy(
@@ -513,13 +486,9 @@ def test_learning_rates_of_stopped_trainings_count_as_tried_in_a_run() -> None:
     assert build_run_table(records).tried_rates[1] == {1e-3, 0.1}
 
 
-def test_collapses_and_the_kept_step_are_in_the_table() -> None:
-    rank_1, rank_4 = make_run((1, 4), (1e-3,)).list_finished()[1:]
-    collapsed = TrialCollapsed(
-        trial_id="x", **rank_4.arm.model_dump(), step=7, reason="x", value=9.0, best_step=3, best_value=1.0
-    )
-    table = build_table([change_trial(rank_1, checkpoint_step=20), collapsed], "loss", False)
-    assert (table.collapsed, table.missing) == (1, {4: 1})
+def test_the_kept_step_is_in_the_table() -> None:
+    rank_1 = make_run((1,), (1e-3,)).list_finished()[1]
+    table = build_table([change_trial(rank_1, checkpoint_step=20)], "loss", False)
     assert table.cells[1, 1e-3, 0].checkpoint_step == 20
 
 

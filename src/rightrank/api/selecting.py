@@ -156,7 +156,7 @@ def select_rank_with(
     *,
     ranks: Sequence[int] | int = (0, 1, 4, 16, 64),
     learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3, 1e-2),
-    seeds: Sequence[int] | int | None = None,
+    seeds: Sequence[int] | int = (0,),
     metric: str | None = None,
     margin: float | None = None,
     evaluate: EvaluateFunction | None = None,
@@ -172,15 +172,15 @@ def select_rank_with(
             resolves far smaller differences. `task.report(step, value, example_scores)` reports values during the training. All
             randomness must come from `task.seed`, so that trainings differ only in their rank.
         out: the run folder. A second call with the same arguments resumes; failed trials run again.
-        seeds: None for seed 0, or the seeds of the profile.
+        seeds: the seeds of the trainings.
         metric: the name of the deciding metric, after `max:` or `min:` if its direction is not known from the name
-            (`accuracy`, `reward`, `loss`, … are known); None for "loss", or the metric of the profile.
-        margin: the loss of quality that you accept; None for the metric's default, or that of the profile.
+            (`accuracy`, `reward`, `loss`, … are known); None for "loss".
+        margin: the loss of quality that you accept; None for the metric's default.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it, the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest one within the margin is
             exported (the deployment rank).
         callbacks: hooks that watch the selection or take part in it, such as `rightrank.runs.trackers.Trackers`.
-        settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, workers, progress.
+        settings: see `TrainerSettings`: goal, strategy, lora_alpha, max_steps, workers, progress.
 
     Raises:
         InputError: an argument that is not allowed, a metric without a known direction, or a folder made with other settings.

@@ -10,7 +10,7 @@ from rightrank.decision.comparison import compute_bounds, is_within
 from rightrank.decision.table import Cell, MetricUnit, build_table, estimate_pairs
 from rightrank.schema.decision import LearningRateAnswer, LearningRateCandidate
 from rightrank.schema.metrics import compute_default_margin
-from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFinished, TrialOutcome
+from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialOutcome
 
 EDGE_FACTOR = 3  # the factor beyond the best learning rate if no other rate suggests one
 
@@ -108,8 +108,8 @@ def _format_failure(outcome: TrialOutcome) -> str:
     """Describe how a training ended without a result; empty for one with a result."""
     if isinstance(outcome, TrialFinished):
         return ""
-    if isinstance(outcome, TrialDiverged | TrialCollapsed):
-        return f"{'diverged' if isinstance(outcome, TrialDiverged) else 'collapsed'} at step {outcome.step}"
+    if isinstance(outcome, TrialDiverged):
+        return f"diverged at step {outcome.step}"
     return "ran out of memory" if outcome.error == "out_of_memory" else "failed"
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rightrank.decision.adapter import Criterion, build_provenance, compare_adapters, describe_missing_gain
-from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.decision.next_run import plan_rate_run
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table
-from rightrank.decision.table import ScoreTable, build_table, exclude_collapsed_rates
+from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
@@ -160,8 +159,7 @@ def decide_by_metric(
         margin,
         checkpoint=checkpoint or settings.checkpoint,
         other_tables=other_tables,
-        smallest_if_undecided=started.is_rl,
-        confidence=requested_confidence or (CONFIDENCE if started.is_rl else DEFAULT_CONFIDENCE),
+        confidence=requested_confidence or DEFAULT_CONFIDENCE,
     )
 
 
@@ -213,7 +211,7 @@ def get_metric_direction(started: RunStarted, metric: str) -> bool | None:
 
 def list_comparable_outcomes(records: Records) -> list[TrialOutcome]:
     """List the outcomes that may be compared: complete trainings."""
-    return exclude_collapsed_rates(exclude_longer_trainings([o for o in records.outcomes if o.is_direct]))
+    return exclude_longer_trainings([o for o in records.outcomes if o.is_direct])
 
 
 Outcome = TypeVar("Outcome", bound=TrialOutcome)

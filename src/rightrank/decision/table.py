@@ -31,7 +31,6 @@ from rightrank.schema.trials import (
     Floats,
     Groups,
     MetricName,
-    TrialCollapsed,
     TrialFailed,
     TrialFinished,
     TrialOutcome,
@@ -40,8 +39,6 @@ from rightrank.schema.trials import (
 LARGE_DIFFERENCE_MARGINS = (
     10.0  # differences of single examples above this are reported, even if the mean is within the margin
 )
-DROP_IN_MARGINS = 2.5  # a fall by more than this is a collapse: five points at a margin of two
-SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several evaluations is optimistic by about two
 MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 # On 267 stored grids with 10,910 trainings, 69 are outliers. Three of them are on grids of real models and texts.
 FAR_DEVIATIONS, FAR_SHARE = 20.0, 0.1
@@ -109,7 +106,6 @@ class ScoreTable:
     missing: Mapping[int, int] = field(default_factory=dict)
     kind: MetricKind = "token_loss"
     tried_rates: Mapping[int, Collection[float]] = field(default_factory=dict)
-    collapsed: int = 0  # trials whose held-out value fell far below its own best; they are missing too
     _by_rank: Mapping[int, Mapping[float, Mapping[int, Cell]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -263,12 +259,11 @@ def build_table(
     if points_metric not in (None, metric):
         cells = {key: replace(cell, points=()) for key, cell in cells.items()}
     missing = Counter(o.rank for o in outcomes if not isinstance(o, TrialFinished) or metric not in o.metrics)
-    collapsed = sum(isinstance(outcome, TrialCollapsed) for outcome in outcomes)
     tried_rates: dict[int, set[float]] = {}
     for outcome in chain(outcomes, partial_outcomes):
         if outcome.rank > 0 and outcome.truncate_from is None and not isinstance(outcome, TrialFailed):
             tried_rates.setdefault(outcome.rank, set()).add(outcome.learning_rate)
-    return ScoreTable(metric, higher_is_better, cells, missing, kind, tried_rates, collapsed)
+    return ScoreTable(metric, higher_is_better, cells, missing, kind, tried_rates)
 
 
 def _collect_example_scores(
@@ -568,51 +563,3 @@ def find_best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> Eval
     """Find the evaluation with the best value; the earliest of equal ones."""
     sign = -1.0 if higher_is_better else 1.0
     return min(points, key=lambda point: (sign * point.value, point.step))
-
-
-def detect_collapse(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> dict[str, Any] | None:
-    """Return the fields of `TrialCollapsed` if the evaluations of a training end with a collapse, else None.
-
-    The last value is worse than the best one by more than `drop` and, if both evaluations have scores of the same examples, by
-    more than `SURE_DEVIATIONS` standard errors of their paired difference.
-    """
-    if len(points) < 2:
-        return None
-    ordered = sorted(points, key=lambda point: point.step)
-    best, last = find_best_point(ordered, higher_is_better), ordered[-1]
-    fall = (best.value - last.value) * (1.0 if higher_is_better else -1.0)
-    best_scores, last_scores = best.example_scores or [], last.example_scores or []
-    noise = 0.0  # the standard error of the mean paired difference
-    if len(best_scores) == len(last_scores) >= 2:
-        noise = float(np.std(np.subtract(best_scores, last_scores), ddof=1) / np.sqrt(len(best_scores)))
-    if fall <= max(drop, SURE_DEVIATIONS * noise):
-        return None
-    reason = (
-        f"the held-out value fell from {best.value:.4g} at step {best.step} to {last.value:.4g} at step {last.step}"
-    )
-    fields = {"step": last.step, "value": last.value, "best_step": best.step, "best_value": best.value}
-    return {**fields, "reason": reason}
-
-
-def find_collapsed_rates(outcomes: Collection[TrialOutcome]) -> set[tuple[int, float]]:
-    """Find each (rank, learning rate) at which a training collapsed while another learning rate of the rank has only results.
-
-    A learning rate at which some seeds collapse is not recommended, however well the others did.
-    """
-    if not any(isinstance(outcome, TrialCollapsed) for outcome in outcomes):
-        return set()
-    outcomes = [outcome for outcome in outcomes if outcome.rank > 0 and outcome.is_direct]
-    collapsed = {(trial.rank, trial.learning_rate) for trial in outcomes if isinstance(trial, TrialCollapsed)}
-    stable = {(trial.rank, trial.learning_rate) for trial in outcomes if isinstance(trial, TrialFinished)} - collapsed
-    return {cell for cell in collapsed if any(rank == cell[0] for rank, _ in stable)}
-
-
-def exclude_collapsed_rates(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
-    """Return the outcomes without results at `find_collapsed_rates`. Collapsed trials stay, since they are missing values."""
-    if not (cells := find_collapsed_rates(outcomes)):
-        return list(outcomes)
-    return [
-        trial
-        for trial in outcomes
-        if not (isinstance(trial, TrialFinished) and trial.is_direct and (trial.rank, trial.learning_rate) in cells)
-    ]

@@ -206,7 +206,6 @@ def collect_flags(
         "outlier": bool(evidence.outliers),
         "larger_rank_worse": find_unexplained_rank(comparison) is not None,
         "unequal_length": len(evidence.list_lengths()) > 1,
-        "collapsed": evidence.table.collapsed > 0,
         "one_seed": comparison.is_indication,
         "selection_bias": evidence.selection_bias > comparison.margin / 2,
         "metric_conflict": any(answer.conflict for answer in other_answers)

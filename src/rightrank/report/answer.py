@@ -21,7 +21,7 @@ from rightrank.schema.decision import (
     RankEvidence,
 )
 from rightrank.schema.events import RunKind, RunStarted
-from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, compute_added_seconds
+from rightrank.schema.trials import TrialDiverged, TrialFailed, compute_added_seconds
 
 # From benchmarks/learning_rate/table_new.json; `tests/benchmarks/test_learning_rate.py` compares the numbers.
 LONGER_ADVICE = (
@@ -35,7 +35,6 @@ FLAGS = {
     "unstable": "some trainings ended without a result",
     "outlier": "a training ended far from the other seeds of its rank and learning rate, and is left out",
     "larger_rank_worse": "a larger rank is clearly worse than the best one, so its training may have failed",
-    "collapsed": "some trainings fell far below their own best value, so their learning rate is too high",
     "one_seed": "the answer depends on a rank with only one seed, so it is an indication",
     "unequal_length": "the compared trainings have different lengths",
     "selection_bias": "the best of several ranks looks better than it is, by more than half the margin",
@@ -346,10 +345,8 @@ def format_table(rows: Sequence[Sequence[str]], left_columns: Collection[int] = 
     ]
 
 
-def format_trial_end(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:
+def format_trial_end(outcome: TrialDiverged | TrialFailed) -> str:
     """Describe why a trial ended without a result."""
-    if isinstance(outcome, TrialCollapsed):
-        return f"collapsed: {outcome.reason}"
     return (
         f"diverged at step {outcome.step}: {outcome.reason}" if isinstance(outcome, TrialDiverged) else outcome.reason
     )

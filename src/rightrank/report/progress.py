@@ -14,7 +14,6 @@ from rightrank.report.format import format_bytes, format_duration, format_metric
 from rightrank.schema.events import DurationEstimated, EvaluationProgress, Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import (
     ArmFields,
-    TrialCollapsed,
     TrialDiverged,
     TrialEvaluated,
     TrialFailed,
@@ -68,7 +67,7 @@ class Progress:
                 self._running[event.trial_id].step = event
             case TrialEvaluated() if event.trial_id in self._running:
                 self._running[event.trial_id].evaluation = event
-            case TrialFinished() | TrialCollapsed() | TrialDiverged() | TrialFailed():
+            case TrialFinished() | TrialDiverged() | TrialFailed():
                 return self._format_outcome(event)
         return None
 

@@ -18,7 +18,6 @@ from rightrank.schema.trials import (
     BoundedInt,
     Record,
     RedactedText,
-    TrialCollapsed,
     TrialDiverged,
     TrialEvaluated,
     TrialFailed,
@@ -106,11 +105,6 @@ class RunStarted(Record):
     def is_custom_trainer(self) -> bool:
         """Return whether another trainer provides the model and the data."""
         return self.kind is not RunKind.SELECTION
-
-    @property
-    def is_rl(self) -> bool:
-        """Return whether the run uses the profile for reinforcement learning."""
-        return self.settings.get("profile") == "rl"
 
     @property
     def select_settings(self) -> SelectSettings:
@@ -208,7 +202,6 @@ AnyJournalRecord: TypeAlias = (
     | TrialStarted
     | TrialEvaluated
     | TrialFinished
-    | TrialCollapsed
     | TrialDiverged
     | TrialFailed
     | TestEvaluated

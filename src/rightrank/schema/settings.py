@@ -602,11 +602,3 @@ def select_identity_settings(values: Mapping[str, Any], stored: Mapping[str, Any
     return {
         name: value for name, value in {**values, **identity_values}.items() if name not in rows or rows[name].identity
     }
-
-
-# Defaults of `select_rank_with`. For reinforcement learning, the margin is two points of a reward between 0 and 1, and
-# three seeds measure the noise early.
-PROFILES: Mapping[str | None, Mapping[str, Any]] = {
-    None: {"strategy": "grid", "metric": "loss", "seeds": (0,), "margin": None},
-    "rl": {"strategy": "upward", "metric": "reward", "seeds": (0, 1, 2), "margin": 0.02},
-}

@@ -215,21 +215,6 @@ class TrialDiverged(ArmFields):
     reason: RedactedText
 
 
-class TrialCollapsed(ArmFields):
-    """A trial whose held-out value fell far below its own best. It is no evidence, and its adapter is not handed over."""
-
-    type: Literal["trial_collapsed"] = "trial_collapsed"
-    schema_version: BoundedInt = SCHEMA_VERSION
-    trial_id: str
-    step: BoundedInt  # of the last evaluation
-    value: float  # at that step
-    best_step: BoundedInt
-    best_value: float
-    reason: RedactedText
-    points: list[EvalPoint] = Field(default_factory=list)
-    train_seconds: float = 0.0
-
-
 class TrialEvaluated(Record):
     """A held-out value that a running trial reported. If the trial is run again, its earlier evaluations are dropped."""
 
@@ -255,8 +240,8 @@ class TrialFailed(ArmFields):
     reason: RedactedText
 
 
-TrialOutcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
-OUTCOMES = (TrialFinished, TrialCollapsed, TrialDiverged, TrialFailed)
+TrialOutcome: TypeAlias = TrialFinished | TrialDiverged | TrialFailed
+OUTCOMES = (TrialFinished, TrialDiverged, TrialFailed)
 
 
 def count_added_steps(arm: ArmFields, finished: Mapping[str, TrialFinished]) -> int:

@@ -22,7 +22,6 @@ from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, compute
 from rightrank.decision.table import (
     compute_adjusted_means,
     estimate_trial_difference,
-    find_collapsed_rates,
     pair_shared_seeds,
     select_best_learning_rate,
 )
@@ -207,15 +206,8 @@ class Trials:
         return math.inf if outcome is None else orient_value(outcome, self.space)
 
     def find_best_learning_rate(self, rank: int) -> float | None:
-        """Return the learning rate with the best mean, compared on shared seeds as the decision does; None without a result.
-
-        Learning rates at which some seed collapsed are left out.
-        """
-        collapsing = {lr for r, lr in find_collapsed_rates(self.outcomes.values()) if r == rank}
-        trials = {
-            lr: self.get_trials_by_seed(rank, lr)
-            for lr in sorted(self._index_trainings().get(rank, {}).keys() - collapsing)
-        }
+        """Return the learning rate with the best mean, compared on shared seeds as the decision does; None without a result."""
+        trials = {lr: self.get_trials_by_seed(rank, lr) for lr in sorted(self._index_trainings().get(rank, {}))}
         if not trials:
             return None
 

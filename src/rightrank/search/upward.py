@@ -22,9 +22,8 @@ NEIGHBOUR_COUNT = 1  # learning rates to try on either side of the previous rank
 class Upward(Strategy):
     """Trains all learning rates at the smallest rank, measures the seed noise there, and then trains higher ranks until one gains too little.
 
-    In reinforcement learning the values of the first fifth of a run say little about its end, and the fastest runs collapse.
-    So every training is complete: no learning rate is dropped or selected for its early values. A learning rate at which a seed
-    collapses counts only if every learning rate of its rank has such a seed.
+    In reinforcement learning the values of the first fifth of a run say little about its end. So every training is complete: no learning
+    rate is dropped or selected for its early values.
     """
 
     name = "upward"

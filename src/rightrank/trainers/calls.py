@@ -23,7 +23,6 @@ class TrialTask(Record):
     seed: BoundedInt
     steps: BoundedInt  # 0: the trainer chooses the number of steps
     folder: Path  # exists; an adapter that is saved here is exported if the trial is chosen
-    collapse_drop: float | None = None  # a larger fall of the held-out value is a collapse; None: collapses are ignored
 
     # Receives each report; None: reports are ignored.
     report_callback: Callable[[EvalPoint], None] | None = Field(default=None, exclude=True, repr=False)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict
 
 from rightrank.decision.records import Records
-from rightrank.decision.table import DROP_IN_MARGINS, detect_collapse
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, PreparedSelection
 from rightrank.schema.errors import (
@@ -29,12 +28,11 @@ from rightrank.schema.errors import (
 )
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunKind, RunStarted
 from rightrank.schema.metrics import format_unknown_direction, infer_direction, infer_metric_kind
-from rightrank.schema.settings import PROFILES, Goal, SelectSettings, select_identity_settings
+from rightrank.schema.settings import Goal, SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
     Arm,
     EvalPoint,
     Trial,
-    TrialCollapsed,
     TrialDiverged,
     TrialEvaluated,
     TrialFailed,
@@ -61,12 +59,8 @@ class TrainerSettings(TypedDict, total=False):
 
     goal: Goal
     """"adapter" stops at the deployment rank and needs `evaluate`; "training-rank" continues to the training rank."""
-    profile: Literal["rl"] | None
-    """"rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, and a margin of 0.02 if none is given. A
-    training whose held-out value falls far below its own best has collapsed and has no result. If no difference between ranks
-    can be shown, the smallest rank is chosen."""
     strategy: str | None
-    """None for "grid", or the strategy of the profile."""
+    """None for "grid"."""
     lora_alpha: float
     """Passed to `train` in the task, and recorded for the adapters; 32 by default."""
     max_steps: int
@@ -89,12 +83,6 @@ class CustomTrainerRequest:
     functions: Mapping[str, TrainFunction]
     evaluates_base: bool
     trainer_settings: TrainerSettings
-
-    @property
-    def collapse_drop(self) -> float | None:
-        """Return the fall of the held-out value that counts as a collapse; None except for reinforcement learning."""
-        margin = self.settings.margin
-        return None if self.trainer_settings.get("profile") != "rl" or margin is None else DROP_IN_MARGINS * margin
 
     def prepare(self, folder: RunFolder, journal: Sequence[JournalRecord]) -> PreparedSelection:
         """Prepare the selection; see `rightrank.runs.selection.Prepare`."""
@@ -124,8 +112,6 @@ class CustomTrainerRequest:
         identity |= {"metric": self.metric, "higher_is_better": self.higher_is_better}
         values = {"model": None, "data": None, **identity}
         values |= settings.model_dump(mode="json", include=settings.model_fields_set - {"goal", "max_steps"})
-        if self.trainer_settings.get("profile") is not None:
-            values["profile"] = self.trainer_settings["profile"]
         original_settings = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
         system = f"{platform.system()} {platform.machine()}"
         return RunStarted.build(
@@ -147,7 +133,7 @@ def build_custom_request(
     values_to_compare: Mapping[str, object],
     trainer_settings: TrainerSettings,
 ) -> CustomTrainerRequest:
-    """Validate the arguments and build the request; the profile replaces values that are None.
+    """Validate the arguments and build the request.
 
     Args:
         values_to_compare: ranks, learning_rates, seeds and margin.
@@ -160,17 +146,15 @@ def build_custom_request(
         raise SettingsError(
             f"{unknown} is not a setting{suggest_name(unknown, allowed)}; allowed: {', '.join(allowed)}"
         )
-    if trainer_settings.get("profile") not in PROFILES:
-        raise SettingsError(f"unknown profile {trainer_settings.get('profile')!r}; allowed: 'rl'")
-    profile, ranks, evaluates_base = PROFILES[trainer_settings.get("profile")], values_to_compare["ranks"], False
+    ranks, evaluates_base = values_to_compare["ranks"], False
     if isinstance(ranks, Sequence) and len(ranks) > 1 and 0 in ranks:
         values_to_compare, evaluates_base = {**values_to_compare, "ranks": [rank for rank in ranks if rank]}, True
     sign, colon, name = (metric or "").partition(":")
     stated_direction = sign == "max" if colon and sign in ("max", "min") else None
     metric = metric if stated_direction is None else name
-    values = {**values_to_compare, "strategy": trainer_settings.get("strategy") or None}
-    values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
-    values |= {
+    values = {
+        **values_to_compare,
+        "strategy": trainer_settings.get("strategy") or "grid",
         "goal": trainer_settings.get("goal", "training-rank"),
         "lora_alpha": trainer_settings.get("lora_alpha", 32.0),
     }
@@ -182,7 +166,7 @@ def build_custom_request(
         raise SettingsError(
             f"metric {metric!r}: {type(train).__name__} scores examples by {trainer_metric!r}; leave metric out, or give another train function"
         )
-    metric = metric or (trainer_metric if isinstance(trainer_metric, str) else profile["metric"])
+    metric = metric or (trainer_metric if isinstance(trainer_metric, str) else "loss")
     directions = (
         stated_direction,
         trainer_direction if isinstance(trainer_direction, bool) else None,
@@ -280,8 +264,7 @@ class _FunctionExecutor:
             on_evaluation(TrialEvaluated(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value"})))
 
         fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
-        drop = request.collapse_drop
-        task = TrialTask(trial_id=trial.trial_id, folder=folder, collapse_drop=drop, report_callback=receive, **fields)
+        task = TrialTask(trial_id=trial.trial_id, folder=folder, report_callback=receive, **fields)
         start = time.perf_counter()
         try:
             if arm.truncate_from is not None:
@@ -293,7 +276,7 @@ class _FunctionExecutor:
         return trial, returned, time.perf_counter() - start
 
     def _build_outcome(self, trial: Trial, returned: object, seconds: float) -> TrialOutcome:
-        """Build the outcome of a call. With a profile that detects collapses, a fall of the held-out value is a collapse."""
+        """Build the outcome of a call."""
         arm, request, records = trial.arm, self._request, self._records
         evaluations, finished, name = (
             records.evaluations.get(trial.trial_id, []),
@@ -322,17 +305,7 @@ class _FunctionExecutor:
         # Returned points replace reported ones.
         by_step = {point.step: point for point in (*evaluations, *result.points)}
         result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
-        outcome = build_outcome(trial, result, request.metric, seconds)
-        if (drop := request.collapse_drop) is not None and arm.rank > 0:
-            ends = [(0, base) for base in finished if base.rank == 0] + [(arm.steps, outcome)]
-            end_points = [
-                EvalPoint(step=step, value=end.value, example_scores=end.example_scores) for step, end in ends
-            ]
-            for points in (result.points, end_points):
-                if (collapse := detect_collapse(points, drop, request.higher_is_better)) is not None:
-                    fields = {"points": result.points, "train_seconds": outcome.train_seconds}
-                    return TrialCollapsed(**trial.fields, **collapse, **fields)
-        return outcome
+        return build_outcome(trial, result, request.metric, seconds)
 
 
 def _choose_function(arm: Arm) -> Literal["train", "evaluate"]:
