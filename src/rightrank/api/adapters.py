@@ -116,7 +116,7 @@ def compare(
 
     Args:
         a: an adapter folder that PEFT loads, a model folder of transformers or MLX, a GGUF file, or "base".
-        b: the same; a full model that was made from adapter `a` is `broken` if it computes another function, with the `cause`.
+        b: the same; a full model that was made from adapter `a` is `broken` if it equals the base model.
         model: the base model of the adapters.
         data: a file or a folder, or several. Of a folder with splits, the test split is read.
         base_b: how `b` is loaded: "4bit" or "8bit" (its matrices are quantised on loading), or the base of `b` if it is another one.

@@ -4,7 +4,8 @@ Both sides are evaluated on the same examples, all of those in the data, and com
 bound of its mean difference is below the margin, and *worse* if the lower bound is above the margin. Otherwise the
 examples cannot tell. If B is the best of several candidates that were tried on these data, the bounds are corrected for their number.
 Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
-GGUF file, or a folder of MLX. A full model that was converted from A is *broken* if it computes another function, and the cause is named.
+GGUF file, or a folder of MLX. A full model that was made from adapter A is *broken* if it
+equals the base model, because the converter dropped the adapter.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rightrank.adapters.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
 from rightrank.bases.base_models import has_default_names, load_base
@@ -31,9 +34,8 @@ from rightrank.decision.comparison import (
     estimate_file_difference,
 )
 from rightrank.decision.table import build_table, compute_distribution, compute_paired_difference, format_distribution
-from rightrank.runs.conversion_faults import ComparedSide, describe_token_difference, diagnose_conversion
 from rightrank.runs.journal import Journal
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, RunStarted
 from rightrank.schema.metrics import LossKind, compute_default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
@@ -47,6 +49,20 @@ from rightrank.training.tokens import encode_splits
 
 BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # the settings for values of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
+DROPPED = "it equals the base model: the adapter was dropped"
+# B equals the base model if its losses are so many times closer to the base model's than to A's. Rounding moves B away from both, and a
+# distance from A below this fraction of the adapter's effect is rounding.
+CLOSENESS_RATIO, IGNORED_CHANGE = 3.0, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _ComparedSide:
+    """One side of a comparison on all examples of a data set: its source and its scores."""
+
+    source: str
+    runtime: Runtime
+    adapter: Path | None  # on the base of `runtime`; None: the base model or a full model
+    scores: TrialFinished
 
 
 def compare_adapters(
@@ -89,7 +105,7 @@ def compare_adapters(
             )
             counts = {"trained_on": trained_on, "left_out": left_out}
             comparisons += [comparison.model_copy(update=counts) for comparison in results]
-            cause = cause or diagnose_conversion((first, second), evaluate_adapter)
+            cause = cause or (DROPPED if _is_adapter_dropped(first, second) else None)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _format_sentence(*sides, worst, len(comparisons), cause, tries)
@@ -105,7 +121,7 @@ def _evaluate_sides(
     on_event: Callable[[EvaluationProgress], None],
     base_b: str | None,
     run_splits: DataSplits | None,
-) -> tuple[ComparedSide, ComparedSide, int]:
+) -> tuple[_ComparedSide, _ComparedSide, int]:
     """Evaluate both sides, and count the rows that an adapter was trained on, which are left out."""
     trained_on = 0
     if run_splits is None:
@@ -116,7 +132,7 @@ def _evaluate_sides(
         trained_on = len(all_splits.examples["validation"]) - len(splits.examples["validation"])
     else:
         splits, settings = run_splits, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
-    compared_sides: list[ComparedSide] = []
+    compared_sides: list[_ComparedSide] = []
     base: Runtime | None = None
     for index, side_name in enumerate(sides):
         is_adapter = (Path(side_name) / CONFIG_FILE).is_file()
@@ -126,12 +142,12 @@ def _evaluate_sides(
             side_settings = settings.model_copy(update={BITS[base_b]: True})
         elif index and base_b is not None and uses_base:
             source = base_b
-        token_difference = None
         if not uses_base or base is None or (index and base_b is not None):
-            first = (
-                compared_sides[0].runtime if compared_sides and compared_sides[0].adapter is not None else None
-            )  # B is made of A
-            runtime, token_difference = _build_runtime(source, splits, side_settings, cache / str(index), first)
+            with ensure_torch_format(source) as location:
+                loaded = load_base(location, side_settings, splits.summary.classes)
+                loaded = loaded if location == source else replace(loaded, name=source)
+            data_of_side = encode_splits(splits, loaded, side_settings)
+            runtime = Runtime(loaded, data_of_side, side_settings, 1, cache / str(index))
             base = runtime if uses_base and base is None else base
         else:
             runtime = base
@@ -145,9 +161,7 @@ def _evaluate_sides(
             runtime, f"{'AB'[index]} ({Path(side_name).name}) on {data.name}", on_event, 2 - index
         )
         adapter = Path(side_name) if is_adapter else None
-        compared_sides.append(
-            ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter), token_difference)
-        )
+        compared_sides.append(_ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter)))
     return compared_sides[0], compared_sides[1], trained_on
 
 
@@ -187,37 +201,31 @@ def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> Non
     """Raise if the two sides have different examples, or losses over different tokens.
 
     Raises:
-        ModelError: The models have different tokenizers.
+        ModelError: The models have different tokenizers or chat templates.
     """
     if a.example_tokens == b.example_tokens or (metric != "loss" and len(a.example_losses) == len(b.example_losses)):
         return
     counts = [sum(trial.example_tokens or []) for trial in (a, b)]
     raise ModelError(
-        f"A and B have different tokenizers: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.example_losses)} and "
+        f"A and B have different tokenizers or chat templates: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.example_losses)} and "
         f"{len(b.example_losses)} examples. Losses per token can't be compared then; compare the generated answers, for example with "
         "--set metric=exact_match or f1"
     )
 
 
-def _build_runtime(
-    model: str, splits: DataSplits, settings: SelectSettings, cache: Path, first: Runtime | None
-) -> tuple[Runtime, str | None]:
-    """Build the runtime of a model, and describe how its own tokens differ from those of A.
-
-    A model that was converted from the adapter of `first` is evaluated on that adapter's tokens if it has the same vocabulary. Its own
-    tokenizer and template may give other tokens; the second value then says so.
-    """
-    with ensure_torch_format(model) as location:
-        loaded = load_base(location, settings, splits.summary.classes)
-        loaded = loaded if location == model else replace(loaded, name=model)
-    vocabulary = loaded.tokenizer.get_vocab().items()  # of tokens
-    if first is None or not first.loaded.tokenizer.get_vocab().items() <= vocabulary:
-        return Runtime(loaded, encode_splits(splits, loaded, settings), settings, 1, cache), None
-    try:
-        token_difference = describe_token_difference(first, loaded.tokenizer, encode_splits(splits, loaded, settings))
-    except DataError as error:
-        token_difference = f"its tokenizer or chat template was changed: {error}"
-    return Runtime(loaded, first.data, settings, 1, cache), token_difference
+def _is_adapter_dropped(a: _ComparedSide, b: _ComparedSide) -> bool:
+    """Return whether B, a full model that was made from the adapter A, has the losses of the base model."""
+    if a.adapter is None or b.adapter is not None or b.source == BASE_SIDE:
+        return False
+    base_losses = np.array(a.runtime.evaluate("validation").losses)
+    adapter_losses, losses = np.array(a.scores.example_losses), np.array(b.scores.example_losses)
+    if losses.shape != base_losses.shape:
+        return False
+    effect, deviation, distance = (
+        float(np.abs(difference).mean())
+        for difference in (base_losses - adapter_losses, losses - adapter_losses, losses - base_losses)
+    )
+    return deviation > IGNORED_CHANGE * effect and distance * CLOSENESS_RATIO <= deviation
 
 
 def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
@@ -244,7 +252,7 @@ def compare_trials(
         confidence: The confidence of each bound.
 
     Raises:
-        ModelError: The models have different tokenizers.
+        ModelError: The models have different tokenizers or chat templates.
         SettingsError: The metric was not measured, or gives no score per example.
     """
     _require_same_tokens(a, b, metric)
