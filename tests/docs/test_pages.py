@@ -37,6 +37,7 @@ OF_OTHERS = {  # options of other programs that pages name
         "--callbacks",
         "--val_dataset",
         "--hf-path",
+        "--dequantize",
         "--mlx-path",
     ),
 }

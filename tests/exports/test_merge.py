@@ -11,12 +11,10 @@ import gguf
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rightrank import compare, export
 from rightrank.bases.base_models import load_base
-from rightrank.bases.mlx import ensure_torch_format
 from rightrank.cli import main
 from rightrank.exports.merge import TEST_SPLIT
 from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError
@@ -26,9 +24,6 @@ from tests.adapters.adapters import edit_config, make_adapter
 from tests.tiny import build_tiny_llama_config, generate_sentences, make_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.trains
-
-
-GROUP = 64  # values of a row with a scale and a bias in common
 
 
 def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str) -> Path:
@@ -74,39 +69,13 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str) -> Path:
     return file
 
 
-def write_mlx(model: Path, folder: Path, bits: int) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Quantize the matrices of a model folder. Return the new folder, and the resulting values by name."""
-    shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization"] = {"group_size": GROUP, "bits": bits, "mode": "affine"}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors, values = load_file(folder / "model.safetensors"), {}
-    for key, matrix in list(tensors.items()):
-        if matrix.dim() == 1:
-            continue
-        groups = matrix.float().reshape(len(matrix), -1, GROUP)
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        scale = (high - low) / (2**bits - 1)
-        packed = ((groups - low) / scale).round().long()
-        words = packed.reshape(len(matrix), -1, 32 // bits) << torch.arange(0, 32, bits)  # the lowest bits first
-        name = key.removesuffix(".weight")
-        tensors |= {
-            key: words.sum(-1).to(torch.uint32),
-            f"{name}.scales": scale.squeeze(-1),
-            f"{name}.biases": low.squeeze(-1),
-        }
-        values[key] = (packed * scale + low).reshape(matrix.shape)
-    save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
-    return folder, values
-
-
 SETTINGS = SelectSettings(seq_len=32, device="cpu", margin=0.05)
 ROWS = 40
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a random Llama whose rows are as long as a quantization group of MLX, with a tokenizer and its template."""
+    """Save a random Llama with a tokenizer and its template."""
 
     folder = tmp_path_factory.mktemp("whole") / "base"
     tokenizer = make_tokenizer()
@@ -181,41 +150,15 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(
         assert float(off) < {"q4_0": 0.15, "q8_0": 0.02}.get(kind, 0.01), name
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_an_mlx_folder_is_read_as_mlx_computes(
-    bits: int, base: Path, adapter: Path, rows: Path, tmp_path: Path
-) -> None:
-    merged = save_model(merge_by_hand(base, adapter), base, tmp_path / "whole")
-    folder, values = write_mlx(merged, tmp_path / "mlx", bits)
-    answer = compare_merged(adapter, folder, base, rows)
-    assert answer.cause is None
-    assert abs(answer.difference) < {4: 0.2, 8: 0.02}[bits]
-    with ensure_torch_format(str(folder)) as torch_folder:
-        read = load_file(Path(torch_folder) / "model.safetensors")
-    assert read.keys() == load_file(merged / "model.safetensors").keys()
-    assert all(torch.equal(read[name], value) for name, value in values.items())
-
-
-def test_what_mlx_packs_in_other_ways_is_refused(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
-    folder, _ = write_mlx(base, tmp_path / "mlx", 4)
-    for change, message in (({"mode": "mxfp4"}, "mode 'mxfp4'"), ({"bits": 6}, "6 bits"), ({"lm_head": {}}, "lm_head")):
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"} | change
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with pytest.raises(ModelError, match=f"MLX quantized it with .*{message}"):
-            compare_merged(adapter, folder, base, rows)
-
-
 def drop_adapter(base: Path, adapter: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base)
 
 
-@pytest.mark.parametrize("form", ["merged", "mlx"])
-def test_a_dropped_adapter_is_broken(form: str, base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
-    merged = save_model(drop_adapter(base, adapter), base, tmp_path / "whole")
-    if form == "mlx":  # what another converter did to it in 8 bits
-        merged, _ = write_mlx(merged, tmp_path / "mlx", 8)
-    comparison = compare_merged(adapter, merged, base, rows)
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_a_dropped_adapter_is_broken(kind: str, base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    file = write_gguf(drop_adapter(base, adapter), tokenizer, tmp_path / "model.gguf", kind)
+    comparison = compare_merged(adapter, file, base, rows)
     assert (comparison.verdict, comparison.cause) == ("broken", "it equals the base model: the adapter was dropped")
     assert "BROKEN" in comparison.sentence
 

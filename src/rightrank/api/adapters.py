@@ -115,7 +115,7 @@ def compare(
     """Test whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
 
     Args:
-        a: an adapter folder that PEFT loads, a model folder of transformers or MLX, a GGUF file, or "base".
+        a: an adapter folder that PEFT loads, a model folder of transformers, a GGUF file, or "base".
         b: the same; a full model that was made from adapter `a` is `broken` if it equals the base model.
         model: the base model of the adapters.
         data: a file or a folder, or several. Of a folder with splits, the test split is read.

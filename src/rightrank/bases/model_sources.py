@@ -129,22 +129,15 @@ def _reject_unsupported_config(file: Path) -> None:
         config = read_json_object(file)
     except UnreadableError as error:
         raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
-    if is_mlx_quantized(file.parent):
-        raise ModelError(f"{file.parent}: MLX quantized this model, and PyTorch can't read it; give the original model")
+    if "quantization" in config and "quant_method" not in (config.get("quantization_config") or {}):
+        raise ModelError(
+            f"{file.parent}: MLX quantized this model, and PyTorch can't read it; give the original model, or convert it back: mlx_lm.convert --dequantize"
+        )
     for name, value in _iterate_implementations(config):
         if "/" in value:
             raise ModelError(
                 f"{file}: {name} is {value!r}, code from the hub; remove the line to use transformers' own"
             )
-
-
-def is_mlx_quantized(folder: Path) -> bool:
-    """Return whether a model folder holds weights that MLX quantized."""
-    try:
-        config = read_json_object(folder / "config.json")
-    except UnreadableError:
-        return False
-    return "quantization" in config and "quant_method" not in (config.get("quantization_config") or {})
 
 
 def _iterate_implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -140,7 +140,7 @@ def _compare(
 ) -> int:
     """Test whether B is no worse than A.
 
-    A and B are adapter folders, model folders (MLX too), GGUF files, or `base`. Exit status: 0 not worse, 3 worse by more than the
+    A and B are adapter folders, model folders, GGUF files, or `base`. Exit status: 0 not worse, 3 worse by more than the
     margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import adapters as api

@@ -4,8 +4,7 @@ Both sides are evaluated on the same examples, all of those in the data, and com
 bound of its mean difference is below the margin, and *worse* if the lower bound is above the margin. Otherwise the
 examples cannot tell. If B is the best of several candidates that were tried on these data, the bounds are corrected for their number.
 Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
-GGUF file, or a folder of MLX. A full model that was made from adapter A is *broken* if it
-equals the base model, because the converter dropped the adapter.
+GGUF file. A full model that was made from adapter A is *broken* if it equals the base model, because the converter dropped the adapter.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import numpy as np
 
 from rightrank.adapters.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
 from rightrank.bases.base_models import has_default_names, load_base
-from rightrank.bases.mlx import ensure_torch_format
 from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.bases.safetensors_files import read_header
 from rightrank.data.files import UnreadableError, read_json_object
@@ -143,9 +141,7 @@ def _evaluate_sides(
         elif index and base_b is not None and uses_base:
             source = base_b
         if not uses_base or base is None or (index and base_b is not None):
-            with ensure_torch_format(source) as location:
-                loaded = load_base(location, side_settings, splits.summary.classes)
-                loaded = loaded if location == source else replace(loaded, name=source)
+            loaded = load_base(source, side_settings, splits.summary.classes)
             data_of_side = encode_splits(splits, loaded, side_settings)
             runtime = Runtime(loaded, data_of_side, side_settings, 1, cache / str(index))
             base = runtime if uses_base and base is None else base
