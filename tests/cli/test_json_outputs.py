@@ -77,7 +77,7 @@ FINE = [
     "inspect adapter",
     "resize adapter small --rank 2",
     "resize adapter small --energy 0.9",
-    "compare of_model of_model --model model --data data.jsonl --set seq_len=32 --tries 2",
+    "compare of_model of_model --model model --data data.jsonl --set seq_len=32",
     f"select model data.jsonl --dry-run {SMALL}",
     "export done --to vllm",
     "export adapter of_model --to sglang --base model --out served",

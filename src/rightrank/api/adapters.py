@@ -109,7 +109,6 @@ def compare(
     data: str | Path | Sequence[str | Path],
     settings: SelectSettings | None = None,
     base_b: str | None = None,
-    tries: int = 1,
     on_event: Callable[[EvaluationProgress], None] = lambda _: None,
 ) -> AdapterComparison:
     """Test whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
@@ -120,7 +119,6 @@ def compare(
         model: the base model of the adapters.
         data: a file or a folder, or several. Of a folder with splits, the test split is read.
         base_b: how `b` is loaded: "4bit" or "8bit" (its matrices are quantised on loading), or the base of `b` if it is another one.
-        tries: the number of candidates that were compared on these data, if `b` is the best of them; the bounds are corrected for it.
         settings: `margin`, `metric`, `metrics`, `seq_len` and how models are loaded; None for the defaults.
         on_event: receives the progress of each evaluation.
 
@@ -135,7 +133,7 @@ def compare(
 
     files = [data] if isinstance(data, str | Path) else list(data)
     paths = [Path(file) for file in files]
-    return compare_adapters((str(a), str(b)), model, paths, settings or SelectSettings(), on_event, base_b, tries=tries)
+    return compare_adapters((str(a), str(b)), model, paths, settings or SelectSettings(), on_event, base_b)
 
 
 def _require_comparable(name: str) -> None:

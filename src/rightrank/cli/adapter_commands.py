@@ -123,7 +123,6 @@ def open_progress_view() -> AbstractContextManager[View]:
     type=click.Path(path_type=Path),
     help="Held-out rows; all are read. May be repeated.",
 )
-@click.option("--tries", type=int, default=1, help="Candidates compared on these data; corrects the bounds.")
 @add_setting_options(SelectSettings, "margin")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
@@ -133,7 +132,6 @@ def _compare(
     model: str,
     base_b: str | None,
     data: tuple[Path, ...],
-    tries: int,
     assignments: tuple[str, ...],
     as_json: bool,
     **options: Any,
@@ -149,7 +147,7 @@ def _compare(
     announce("loading model and data")
     with open_progress_view() as view:
         comparison = api.compare(
-            a, b, model=model, data=list(data), settings=settings, base_b=base_b, tries=tries, on_event=view.on_event
+            a, b, model=model, data=list(data), settings=settings, base_b=base_b, on_event=view.on_event
         )
     click.echo(format_json(comparison) if as_json else comparison.sentence)
     return EXIT_STATUS[comparison.verdict]

@@ -47,7 +47,7 @@ from numpy.typing import ArrayLike
 from rightrank.schema.metrics import LOSS_KINDS, MetricKind, has_percentages
 from rightrank.schema.trials import Floats, Groups
 
-CONFIDENCE = 0.95  # the confidence of each bound, unless several candidates are tried (`correct_confidence`)
+CONFIDENCE = 0.95  # the confidence of each bound
 TWO_SIDED = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2  # the quantiles of a two-sided interval
 POWER = 0.8  # the probability with which a planned run settles a comparison
 INDEPENDENCE_NOTE = (
@@ -88,15 +88,6 @@ class Bounds:
         if is_within(self.high, margin):
             return True
         return None if is_within(self.low, margin) else False
-
-
-def correct_confidence(tries: int) -> float:
-    """Return the confidence of each bound with which all of `tries` comparisons hold together with `CONFIDENCE`.
-
-    This is Bonferroni's correction. Candidates that are compared on the same examples are dependent in an unknown way, and it holds for
-    every dependence.
-    """
-    return 1 - (1 - CONFIDENCE) / tries
 
 
 def compute_bounds(estimate: Estimate, confidence: float = CONFIDENCE) -> Bounds:

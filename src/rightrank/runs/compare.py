@@ -2,7 +2,7 @@
 
 Both sides are evaluated on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
 bound of its mean difference is below the margin, and *worse* if the lower bound is above the margin. Otherwise the
-examples cannot tell. If B is the best of several candidates that were tried on these data, the bounds are corrected for their number.
+examples cannot tell.
 Each side is an adapter folder that PEFT loads, the base model itself, or a full model: a folder (such as a merged one), a
 GGUF file. A full model that was made from adapter A is *broken* if it equals the base model, because the converter dropped the adapter.
 """
@@ -25,10 +25,8 @@ from rightrank.bases.safetensors_files import read_header
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.comparison import (
-    CONFIDENCE,
     compute_file_bounds,
     compute_required_examples,
-    correct_confidence,
     estimate_file_difference,
 )
 from rightrank.decision.table import build_table, compute_distribution, compute_paired_difference, format_distribution
@@ -71,7 +69,6 @@ def compare_adapters(
     on_event: Callable[[EvaluationProgress], None] = lambda _: None,
     base_b: str | None = None,
     run_splits: DataSplits | None = None,
-    tries: int = 1,
 ) -> AdapterComparison:
     """Evaluate A and B on every data set and compare them by every metric; see `rightrank.compare`.
 
@@ -81,12 +78,7 @@ def compare_adapters(
     Raises:
         InputError: A side, the model, the data or a metric can't be used.
     """
-    if tries < 1:
-        raise SettingsError(
-            f"--tries {tries} is not allowed: give the number of candidates that were compared on these data, from 1"
-        )
     require_metric_functions(settings)
-    confidence = correct_confidence(tries)
     comparisons: list[MetricComparison] = []
     cause: str | None = None
     for path in data:
@@ -95,7 +87,7 @@ def compare_adapters(
                 sides, model, path, settings, Path(name), on_event, base_b, run_splits
             )
             results = (
-                compare_trials(first.scores, second.scores, spec.name, str(path), settings, confidence)
+                compare_trials(first.scores, second.scores, spec.name, str(path), settings)
                 for spec in settings.metric_specs
             )
             left_out = max(
@@ -106,8 +98,8 @@ def compare_adapters(
             cause = cause or (DROPPED if _is_adapter_dropped(first, second) else None)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
-    sentence = _format_sentence(*sides, worst, len(comparisons), cause, tries)
-    return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, tries=tries, **fields)
+    sentence = _format_sentence(*sides, worst, len(comparisons), cause)
+    return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **fields)
 
 
 def _evaluate_sides(
@@ -239,13 +231,11 @@ def compare_trials(
     metric: str,
     data: str,
     settings: SelectSettings,
-    confidence: float = CONFIDENCE,
 ) -> MetricComparison:
     """Compare the scores of B with those of A on the same examples by one metric.
 
     Args:
         data: The name of the examples.
-        confidence: The confidence of each bound.
 
     Raises:
         ModelError: The models have different tokenizers or chat templates.
@@ -266,7 +256,7 @@ def compare_trials(
         raise SettingsError(f"metric {metric!r} gives no score per example, so two adapters can't be compared in pairs")
     paired = compute_paired_difference(cells[1], cells[0])
     difference = paired.sums, paired.weights, paired.score_range, paired.groups
-    bounds = compute_file_bounds(*difference, confidence)
+    bounds = compute_file_bounds(*difference)
     margin = settings.margin
     if margin is None:
         margin = compute_default_margin(tables[0].kind, cells[0].value, [cells[0].value])
@@ -284,22 +274,21 @@ def compare_trials(
         margin=margin,
         examples=cells[0].examples,
         groups=cells[0].num_groups if cells[0].groups is not None else None,
-        examples_needed=compute_required_examples(estimate_file_difference(*difference, confidence), margin, confidence)
+        examples_needed=compute_required_examples(estimate_file_difference(*difference), margin)
         if verdict == "cannot_tell"
         else None,
     )
 
 
-def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | None, tries: int) -> str:
+def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | None) -> str:
     if Path(a).name != Path(b).name:
         a, b = Path(a).name, Path(b).name
     names = f"B ({b}) against A ({a})"
     left_out = f" ({worst.left_out} more have no label within the maximum length)" if worst.left_out else ""
     left_out += f" ({worst.trained_on:,} more are training examples of A or B)" if worst.trained_on else ""
     grouped = ", taken as independent" if worst.groups is None else f" in {worst.groups} groups"
-    corrected = "" if tries == 1 else f", corrected for {tries} tries,"
     figures = (
-        f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds{corrected} {worst.difference_low:+.3g} to "
+        f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
         f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {worst.margin:g}"
     )
     worst_text = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."

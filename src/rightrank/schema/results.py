@@ -202,4 +202,3 @@ class AdapterComparison(_ComparisonResult):
     sentence: str
     comparisons: list[MetricComparison]
     cause: str | None = None  # of `broken`
-    tries: BoundedInt = 1  # candidates that were compared on these data; the bounds are corrected for them
