@@ -212,11 +212,11 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
     def unreachable(*_: object) -> None:
         raise OSError(f"401 for {FORMS['a query']}")
 
-    monkeypatch.setitem(trackers._WRITERS, "mlflow", unreachable)
+    monkeypatch.setattr(trackers, "_write_mlflow", unreachable)
     monkeypatch.setattr("rightrank.runs.trackers.find_spec", lambda _: True)
     out = tmp_path / "run"
     ranks = {"ranks": (1, 4, 16), "learning_rates": (1e-3,)}
-    select_rank_with(train, out, **ranks, metric="loss", callbacks=[trackers.Trackers(["mlflow"], out)])
+    select_rank_with(train, out, **ranks, metric="loss", callbacks=[trackers.Trackers(["mlflow"])])
     printed = "".join(capfd.readouterr())
     written = {
         path.name: path.read_text(encoding="utf-8", errors="replace") for path in out.rglob("*") if path.is_file()

@@ -72,7 +72,7 @@ def select_rank(
 
     request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
     validate_request(request)
-    trackers, folder = Trackers(request.settings.report_to, Path(out)), RunFolder(Path(out))
+    trackers, folder = Trackers(request.settings.report_to), RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = _open_views(progress, stack)
         stop = stack.enter_context(SignalHandler(Hooks([*views, *callbacks]).send_notice))

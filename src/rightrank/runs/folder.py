@@ -21,7 +21,7 @@ EARLIER_FOLDER = re.compile(r"earlier-\d+")  # runs that were moved aside
 # All files that a run, its views and its exports write into the folder. The journal is moved last.
 RUN_FILES = (
     "config.yaml", "decision.json", "report.html", "figures", "adapter", "cache", "trials", "checkpoints", "answers", "exports",
-    "workers", "tensorboard", "tracked.json", "journal.jsonl",
+    "workers", "journal.jsonl",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The trackers of a selection. Each logs every trial and the decision once as a run, even if the selection is resumed.
+"""The trackers of a selection: each training is written as a run when it ends, and the decision as the last run of the group.
 
 Each tracker keeps its own environment variables: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, `WANDB_PROJECT`,
 `WANDB_DIR`, `WANDB_MODE`, `WANDB_ENTITY`, `TRACKIO_DIR`, `TRACKIO_PROJECT`. Their own clients write, not accelerate's
@@ -14,21 +14,19 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from rightrank.data.files import write_text
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, SettingsError, format_one_line, suggest_name
-from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted, SelectionPlanned
+from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
 TrackedValue: TypeAlias = str | int | float | bool | None
 
-TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")  # each is also the name of its package
-LOGGED_FILE = "tracked.json"
+TRACKERS = ("trackio", "wandb", "mlflow")  # each is also the name of its package
 MAX_BATCH, MAX_TEXT = 100, 6000  # limits of MLflow: parameters per request, characters per parameter
 
 
@@ -54,7 +52,7 @@ def resolve_trackers(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class Trackers(Hook):
-    """Logs every ended trial and the decision to every tracker that does not have it yet.
+    """Writes every trial to every tracker when it ends, and the decision at the end.
 
     Raises:
         SettingsError, MissingExtraError: as `resolve_trackers`.
@@ -62,92 +60,75 @@ class Trackers(Hook):
 
     is_required = False
 
-    def __init__(self, names: Sequence[str], folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, names: Sequence[str]) -> None:
         self._names = list(resolve_trackers(names))
-        self._logged: dict[str, list[str]] = {}
         self._start: SelectionStart
 
     def on_start(self, start: SelectionStart) -> None:
         self._start = start
-        self._logged = self._read_logged_keys()
 
     def on_event(self, event: Event) -> None:
-        if not self._names:
+        if not self._names or not isinstance(event, (*OUTCOMES, DecisionRecorded)):
             return
-        started = self._start.selection.started
-        group = f"{self._folder.resolve().name}-{started.fingerprint[:6]}"
-        if isinstance(event, SelectionPlanned):  # trials that an interrupted run did not log
-            for outcome in event.outcomes:
-                self._log(_convert_trial(started, outcome, group, self._start.selection.steps))
-        elif isinstance(event, OUTCOMES):
-            self._log(_convert_trial(started, event, group, self._start.selection.steps))
-        elif isinstance(event, DecisionRecorded):
-            self._log(_convert_decision(started, event.decision, group))
-
-    def _log(self, run: _TrackedRun) -> None:
+        selection = self._start.selection
+        group = f"{self._start.folder.path.resolve().name}-{selection.started.fingerprint[:6]}"
+        if isinstance(event, DecisionRecorded):
+            run = _convert_decision(selection.started, event.decision, group)
+        else:
+            run = _convert_trial(selection.started, event, group, selection.steps)
         for name in list(self._names):
-            logged = self._logged.setdefault(name, [])
-            if run.key in logged:
-                continue
             try:
                 with redirect_stdout(sys.stderr):  # stdout is reserved for the result
-                    _WRITERS[name](run, self._folder)
+                    _write_mlflow(run) if name == "mlflow" else _write_run(name, run)
             except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
                 reason = format_one_line(str(error))[:200]
-                text = (
-                    f"{name}: logging stopped ({type(error).__name__}: {reason}); run again to log the missing trials"
-                )
-                self._start.emit(Notice(text=text))
+                self._start.emit(Notice(text=f"{name}: logging stopped ({type(error).__name__}: {reason})"))
                 self._names.remove(name)
-                continue
-            logged.append(run.key)
-            write_text(self._folder / LOGGED_FILE, json.dumps(self._logged) + "\n")
-
-    def _read_logged_keys(self) -> dict[str, list[str]]:
-        """Read the keys of the runs that each tracker has; empty if unknown."""
-        try:
-            logged = json.loads((self._folder / LOGGED_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return logged if isinstance(logged, dict) and all(isinstance(keys, list) for keys in logged.values()) else {}
 
 
 @dataclass(frozen=True, slots=True)
 class _TrackedRun:
     """A trial or the decision as a run of a tracker: its configuration, its numbers by step, and its summary."""
 
-    key: str  # the trial's identity
-    name: str  # readable, and valid as a folder name
+    name: str
     group: str
     config: Mapping[str, TrackedValue]
     steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step → name → number
     summary: Mapping[str, TrackedValue] = field(default_factory=dict)
-    failed: bool = False
 
 
-def _write_tensorboard(run: _TrackedRun, folder: Path) -> None:
-    """Write event files to `tensorboard/` of the run folder; configuration and summary are texts."""
-    from torch.utils.tensorboard import SummaryWriter
+def _write_run(tracker: str, run: _TrackedRun) -> None:
+    """Write a run in a group with the interface that wandb and trackio share.
 
-    with SummaryWriter(str(folder / "tensorboard" / run.name)) as writer:
-        for step, values in run.steps.items():
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-        for name, texts in (("config", run.config), ("summary", run.summary)):
-            writer.add_text(name, f"```json\n{json.dumps(dict(texts), indent=1)}\n```")
+    Without a mode or a key, wandb would ask and wait, so it is offline then; `wandb sync` uploads the runs later.
+    """
+    library: Any = import_module(tracker)
+    options: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}  # no dashboard is opened
+    if tracker == "wandb":
+        is_configured = "WANDB_MODE" in os.environ or library.login(prompt=False)
+        settings = {"silent": True, "console": "off", "x_disable_stats": True}
+        options = {"mode": None if is_configured else "offline", "reinit": "finish_previous", "settings": settings}
+    opened = library.init(
+        project=os.environ.get(f"{tracker.upper()}_PROJECT", "rightrank"),
+        group=run.group,
+        name=f"{run.group}/{run.name}",
+        config=dict(run.config) | {f"summary/{name}": value for name, value in run.summary.items()},
+        **options,
+    )
+    for step, values in run.steps.items():
+        opened.log(dict(values), step=step)
+    opened.finish()
 
 
-def _write_mlflow(run: _TrackedRun, _folder: Path) -> None:
-    """Write a run with tags for group, trial and summary. An active run of this process stays unchanged."""
+def _write_mlflow(run: _TrackedRun) -> None:
+    """Write a run with tags for group and summary. An active run of this process stays unchanged."""
     import mlflow
     from mlflow.entities import Metric, Param, RunTag
 
     client, experiment = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "rightrank")
     existing = client.get_experiment_by_name(experiment)
     experiment_id = client.create_experiment(experiment) if existing is None else existing.experiment_id
-    tags = {"rightrank.group": run.group, "rightrank.trial_id": run.key}
-    key = client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id
+    key = client.create_run(experiment_id, run_name=run.name, tags={"rightrank.group": run.group}).info.run_id
     now = int(time.time() * 1000)
     metrics = [
         Metric(name, float(value), now, step) for step, values in run.steps.items() for name, value in values.items()
@@ -157,48 +138,7 @@ def _write_mlflow(run: _TrackedRun, _folder: Path) -> None:
         batch = slice(start, start + MAX_BATCH)
         client.log_batch(key, metrics=metrics[batch], params=params[batch])
     client.log_batch(key, tags=[RunTag(name, str(value)[:MAX_TEXT]) for name, value in run.summary.items()])
-    client.set_terminated(key, "FAILED" if run.failed else "FINISHED")
-
-
-def _write_wandb(run: _TrackedRun, _folder: Path) -> None:
-    """Write a run in a group. Without a mode or a key it is offline, since wandb would ask and wait; `wandb sync` uploads it later."""
-    import wandb
-
-    is_configured = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
-    with wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "rightrank"),
-        group=run.group,
-        id=f"{run.group}-{run.key}",
-        name=run.name,
-        config=dict(run.config),
-        mode=None if is_configured else "offline",
-        reinit="finish_previous",
-        resume="allow",
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-    ) as opened:
-        for step, values in run.steps.items():
-            opened.log(dict(values), step=step)
-        opened.summary.update(dict(run.summary))
-        if run.failed:
-            opened.finish(exit_code=1)
-
-
-def _write_trackio(run: _TrackedRun, _folder: Path) -> None:
-    """Write a run in a group of the local store; no dashboard is opened."""
-    import trackio
-
-    opened = trackio.init(
-        project=os.environ.get("TRACKIO_PROJECT", "rightrank"),
-        name=f"{run.group}/{run.name}",
-        group=run.group,
-        config=dict(run.config) | {f"summary/{name}": value for name, value in run.summary.items()},
-        embed=False,
-        auto_log_gpu=False,
-        auto_log_cpu=False,
-    )
-    for step, values in run.steps.items():
-        opened.log(dict(values), step=step)
-    opened.finish()
+    client.set_terminated(key)
 
 
 def _convert_trial(started: RunStarted, outcome: TrialOutcome, group: str, steps: int) -> _TrackedRun:
@@ -222,10 +162,10 @@ def _convert_trial(started: RunStarted, outcome: TrialOutcome, group: str, steps
     name = f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}"
     if not isinstance(outcome, TrialFinished):
         summary = {"outcome": outcome.type, "reason": outcome.reason}
-        return _TrackedRun(outcome.trial_id, name, group, config, summary=summary, failed=True)
+        return _TrackedRun(name, group, config, summary=summary)
     name = name if is_direct else f"stage-{outcome.trial_id}"
     numbers = _collect_steps(started, outcome, "eval" if is_direct else "stage")
-    return _TrackedRun(outcome.trial_id, name, group, config, numbers, {"outcome": outcome.type})
+    return _TrackedRun(name, group, config, numbers, {"outcome": outcome.type})
 
 
 def _convert_decision(started: RunStarted, decision: Decision, group: str) -> _TrackedRun:
@@ -236,7 +176,7 @@ def _convert_decision(started: RunStarted, decision: Decision, group: str) -> _T
         if name not in ("staircase", "next_runs", "other_metrics")
     }
     config = {f"settings/{name}": _convert_value(value) for name, value in started.settings.items()}
-    return _TrackedRun("decision", "decision", group, config, summary=summary)
+    return _TrackedRun("decision", group, config, summary=summary)
 
 
 def _convert_value(value: object) -> TrackedValue:
@@ -257,11 +197,3 @@ def _collect_steps(started: RunStarted, trial: TrialFinished, prefix: str) -> di
     for name in ("train_seconds", "eval_seconds", "trainable_parameters", "peak_bytes"):
         last[name] = getattr(trial, name)
     return dict(sorted(numbers.items()))
-
-
-_WRITERS = {
-    "tensorboard": _write_tensorboard,
-    "mlflow": _write_mlflow,
-    "wandb": _write_wandb,
-    "trackio": _write_trackio,
-}

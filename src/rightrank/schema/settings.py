@@ -489,8 +489,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     report_to: tuple[str, ...] = option(
         (),
         MACHINE,
-        "trackers, such as trackio, wandb, mlflow, tensorboard; every trial is reported to them "
-        "([trackers](../how-to/tracking.md))",
+        "trackers: trackio, wandb, mlflow; every trial is reported to them ([trackers](../how-to/tracking.md))",
         identity=False,
         split=True,
     )
