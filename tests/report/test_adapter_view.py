@@ -115,7 +115,7 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
     state = status(run)
     assert state.next_commands == ([command] if is_flagged else [])
     shown = CliRunner().invoke(cli, ["status", str(run)]).output
-    assert (f"next:   {state.next_runs[0]}\n        {command}\n" in shown) if is_flagged else ("next:" not in shown)
+    assert (f"next:    {state.next_runs[0]}\n         {command}\n" in shown) if is_flagged else ("next:" not in shown)
     selected = Selected(run, None, None, run, answers, next_commands=state.next_commands)
     assert (command in str(selected)) == is_flagged
     page = Elements(render_report(records, answers)).text
@@ -163,8 +163,8 @@ def test_status_has_both_answers(tmp_path: Path) -> None:
     assert [rank for rank, _ in run_status.curve] == [64]
     assert status(write_answered_run(tmp_path / "adapter", "adapter")).state == "done"
     shown = CliRunner().invoke(cli, ["status", str(tmp_path / "adapter")])
-    assert "done, 1 training\n" in shown.output
-    assert "answer: Adapter: rank 8\n" in shown.output
+    assert ": done\nRank 8 is enough: " in shown.output
+    assert "it took 1 training." in shown.output
     assert "● trained, ○ truncated" in shown.output
 
 

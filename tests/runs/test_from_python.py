@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rightrank import SelectSettings, preflight, select_rank
-from rightrank.report.final_screen import MAX_LINES
+from rightrank.report.screen import MAX_LINES
 from rightrank.report.terminal import format_plan
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InputError, InterruptedRun, ModelError, RunFolderError, SettingsError

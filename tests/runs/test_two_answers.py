@@ -15,7 +15,7 @@ from rightrank.api.adapters import resize
 from rightrank.api.folders import export, status, write_report
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
-from rightrank.report.final_screen import MAX_LINES
+from rightrank.report.screen import MAX_LINES
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import AdapterRecorded

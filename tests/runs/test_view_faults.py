@@ -31,7 +31,7 @@ VIEWS = [
     "rightrank.runs.finish.collect_answers",
     "rightrank.runs.finish.compare_run_adapters",
     "rightrank.runs.finish.build_next_commands",
-    "rightrank.report.final_screen.format_labelled_rows",
+    "rightrank.report.screen.format_labelled_rows",
 ]
 FAULTS = [StopIteration(), KeyError("x"), ZeroDivisionError("division by zero"), AttributeError("no such field")]
 

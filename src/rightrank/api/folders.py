@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
-from rightrank.decision.records import Records, decide_if_possible
+from rightrank.decision.next_run import build_next_commands
+from rightrank.decision.records import Records, compare_run_adapters, decide_if_possible, list_tried_rates
+from rightrank.report.screen import RunScreen, collect_curves, format_screen
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.schema.decision import Decision
@@ -195,13 +197,42 @@ def status(run: str | Path) -> RunStatus:
     Raises:
         RunFolderError: there is no run.
     """
+    return _read_status(run)[0]
+
+
+def format_status(run: str | Path, width: int) -> str:
+    """Format the screen of a run with its state and all details, for a terminal of `width` characters.
+
+    Raises:
+        RunFolderError: there is no run.
+    """
+    run_status, shown = _read_status(run)
+    return format_screen(shown, width, run_status)
+
+
+def _read_status(run: str | Path) -> tuple[RunStatus, RunScreen]:
+    from rightrank.runs.values import collect_answers
+
     folder, journal, records = open_run(run, is_live=True)
     try:
         progress = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
         progress = {}  # no process is running, or it has just ended
-    from rightrank.runs.values import estimate_training_rank
-
-    goal = records.settings.goal
-    estimate = None if goal == "training-rank" else estimate_training_rank(records)
-    return build_run_status(str(run), journal, records, goal, folder.is_in_use(), progress, estimate)
+    goal, decided = records.settings.goal, find_last_decision(journal)
+    decision = decide_if_possible(records) if decided is None else decided.decision
+    answers = collect_answers(records, decision if goal == "training-rank" else None, goal)
+    tried_rates = list_tried_rates(records)
+    commands = build_next_commands(records.started, answers.next_runs, str(run), tried_rates=tried_rates)
+    adapter = folder.adapter if folder.adapter.is_dir() else None
+    shown = RunScreen(answers, compare_run_adapters(records), commands, folder.path, adapter, folder.report)
+    run_status = build_run_status(
+        str(run),
+        journal,
+        records,
+        answers,
+        commands,
+        is_locked=folder.is_in_use(),
+        progress=progress,
+        curves=collect_curves(answers, shown.candidates),
+    )
+    return run_status, shown

@@ -25,11 +25,10 @@ EXAMPLE_ADVICE = "With your own table of the same columns: rightrank decide runs
 def _status(run: Path, as_json: bool) -> None:
     """Report the state of RUN, while it runs or after its end. Nothing in the folder is written."""
     from rightrank.api import folders as api
-    from rightrank.report.status import format_status
 
     with pause_collector():
-        status = api.status(run)
-    click.echo(format_json(status) if as_json else format_status(status, shutil.get_terminal_size().columns))
+        text = format_json(api.status(run)) if as_json else api.format_status(run, shutil.get_terminal_size().columns)
+    click.echo(text)
 
 
 @click.command(

@@ -7,19 +7,10 @@ from datetime import UTC, datetime
 
 from pydantic import Field
 
-from rightrank.decision.next_run import build_next_commands
-from rightrank.decision.records import (
-    Records,
-    build_answers,
-    count_trainings,
-    decide_if_possible,
-    list_tried_rates,
-)
-from rightrank.report.answer import build_answer_view, format_cost, format_labelled_rows
-from rightrank.report.format import format_metric_label, format_quantity
-from rightrank.report.terminal_curve import draw_terminal_curve
+from rightrank.decision.records import Answers, Records, count_trainings
+from rightrank.report.answer import build_answer_view, format_cost
+from rightrank.report.terminal_curve import Points
 from rightrank.schema.command import build_resume_command
-from rightrank.schema.decision import TrainingRankEstimate
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunKind
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
@@ -66,29 +57,27 @@ def build_run_status(
     run: str,
     journal: Sequence[JournalRecord],
     records: Records,
-    goal: Goal,
+    answers: Answers,
+    commands: Sequence[str | None] = (),
+    *,
     is_locked: bool,
     progress: Mapping[str, object],
-    estimate: TrainingRankEstimate | None = None,
+    curves: tuple[Points, Points] = ((), ()),
 ) -> RunStatus:
     """Build the status of a run.
 
     Args:
-        goal: the goal of the last `select`.
+        answers: the answers so far.
+        commands: the commands of the next runs, in the same order.
         is_locked: whether a process holds the run folder.
         progress: the content of the progress file; empty if there is none.
-        estimate: of the training rank, if that is not the goal.
+        curves: the values of each rank, trained and truncated.
     """
-    recorded_decision, at = find_last_decision(journal), progress.get("at")
+    at, decision, goal = progress.get("at"), answers.decision, answers.goal
     is_fresh = isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
-    decision = decide_if_possible(records) if recorded_decision is None else recorded_decision.decision
-    adapter = records.adapters[-1].answer if records.adapters else None
-    if goal != "training-rank":
-        decision = None
-    answers = build_answers(records, decision, goal, estimate)
-    commands = build_next_commands(records.started, answers.next_runs, run, tried_rates=list_tried_rates(records))
+    adapter = answers.adapter.answer if answers.adapter else None
     view = build_answer_view(answers, commands)
-    is_done = recorded_decision is not None or (goal != "training-rank" and adapter is not None)
+    is_done = find_last_decision(journal) is not None or (goal != "training-rank" and adapter is not None)
     state = "running" if is_locked else "done" if is_done else "stopped"
     started = records.started
     can_resume = state != "done" and (started.kind is RunKind.CALLBACK or not started.is_custom_trainer)
@@ -114,13 +103,11 @@ def build_run_status(
         else view.estimate or None,
         verdict=decision.verdict if decision is not None else None,
         next_runs=[sentence for sentence, _ in view.next_runs],
-        next_commands=commands,
-        metric=records.started.metric,
-        higher_is_better=records.started.higher_is_better,
-        curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0]
-        if decision
-        else _find_best_by_rank(records, True),
-        truncated_curve=_find_best_by_rank(records, False),
+        next_commands=[command for _, command in view.next_runs],
+        metric=started.metric,
+        higher_is_better=started.higher_is_better,
+        curve=list(curves[0]),
+        truncated_curve=list(curves[1]),
     )
 
 
@@ -132,44 +119,6 @@ def _format_active_trial(journal: Sequence[JournalRecord], records: Records) -> 
         return None
     evaluations, label = records.evaluations.get(unfinished[-1].trial_id), unfinished[-1].arm.format_label()
     return f"{label}, step {evaluations[-1].step}: held-out {evaluations[-1].value:.4g}" if evaluations else label
-
-
-def format_status(status: RunStatus, width: int) -> str:
-    """Format the status as text."""
-    so_far = "" if status.state == "done" or "not known yet" in status.answer else " so far"
-    verdict = f" ({status.verdict})" if status.rank is not None else ""
-    rows: list[tuple[str, str | None]] = [
-        ("cost", status.cost),
-        ("answer", f"{status.answer}{so_far if status.answer != NO_ANSWER else ''}{verdict}"),
-        ("", status.sentence if status.verdict is not None else None),
-        ("", status.adapter_sentence),
-        *(("", note) for note in status.adapter_notes),
-        ("", status.learning_rate_sentence),
-        ("", status.sentence if status.verdict is None else None),
-        *(
-            row
-            for sentence, command in zip(status.next_runs, status.next_commands, strict=True)
-            for row in (("next", sentence), ("", command))
-        ),
-        ("now", status.progress or status.running),
-    ]
-    if status.state == "stopped":
-        rows.append(("resume", status.resume))
-    first = f"{status.run}: {status.state}, {format_quantity(status.trainings, 'training')}{so_far}"
-    label = format_metric_label(status.metric, status.higher_is_better)
-    curve = draw_terminal_curve(status.curve, width, status.truncated_curve, label=label)
-    lines = format_labelled_rows(rows, 8)
-    return "\n".join([first, *lines, *([curve] if curve else [])])
-
-
-def _find_best_by_rank(records: Records, is_trained: bool) -> list[tuple[int, float]]:
-    """Return the best value of each rank, over complete trainings or over truncations."""
-    best: dict[int, float] = {}
-    better = max if records.started.higher_is_better else min
-    for trial in records.list_finished():
-        if trial.rank > 0 and trial.stop_at is None and (trial.truncate_from is None) == is_trained:
-            best[trial.rank] = better(trial.value, best.get(trial.rank, trial.value))
-    return sorted(best.items())
 
 
 def find_last_decision(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:

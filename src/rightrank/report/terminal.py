@@ -44,9 +44,7 @@ def format_decision(decision: Decision, table_notes: list[str], width: int, comm
         *view.build_next_rows(),
     ]
     evidence = map(make_visible, format_table(build_evidence_table(decision)))
-    return "\n".join(
-        [*table_line, "", *([curve] if curve else []), *evidence, "", *map(make_visible, format_labelled_rows(rows, 9))]
-    )
+    return "\n".join([*table_line, "", *curve, *evidence, "", *map(make_visible, format_labelled_rows(rows, 9))])
 
 
 def format_preflight(preflight: Preflight) -> str:

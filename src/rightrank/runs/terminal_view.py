@@ -90,7 +90,8 @@ class LiveView(View):
 
     def _format_curve(self) -> str:
         trained, truncated = self._progress.get_curves()
-        return draw_terminal_curve(trained, self._console.width, truncated, label=self._progress.format_curve_label())
+        label = self._progress.format_curve_label()
+        return "\n".join(draw_terminal_curve(trained, self._console.width, truncated, label=label))
 
 
 def make_view(quiet: bool, console: Console | None = None) -> View:

@@ -131,9 +131,9 @@ class Selected:
 
     def __str__(self) -> str:
         """Return the final screen: the result in at most fourteen lines. The fields hold the details."""
-        from rightrank.report.final_screen import FinishedRun, format_final_screen
+        from rightrank.report.screen import RunScreen, format_screen
 
-        finished = FinishedRun(
+        shown = RunScreen(
             self.answers,
             self.adapters,
             self.next_commands,
@@ -141,7 +141,7 @@ class Selected:
             None if self.adapter is None else self.adapter.path,
             self.report,
         )
-        return format_final_screen(finished, shutil.get_terminal_size((80, 24)).columns)
+        return format_screen(shown, shutil.get_terminal_size((80, 24)).columns)
 
     def to_pandas(self, *, examples: bool = False) -> DataFrame:
         """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""

@@ -18,7 +18,7 @@ from rightrank.decision.adapter import build_trained_answer
 from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import Answers, Records, build_criterion, compare_run_adapters, decide_if_possible
 from rightrank.decision.rule import decide_table
-from rightrank.report.final_screen import MAX_LINES, FinishedRun, describe_result, format_final_screen
+from rightrank.report.screen import MAX_LINES, RunScreen, describe_result, format_screen
 from rightrank.runs.values import SelectedRank, collect_answers
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import RunKind
@@ -117,13 +117,13 @@ CASES: list[Case] = [
 ]
 
 
-def finish(case: Case, run: Path) -> FinishedRun:
+def finish(case: Case, run: Path) -> RunScreen:
     records, goal = case()
     decision: Decision | None = decide_if_possible(records) if goal == "training-rank" else None
     answers = collect_answers(records, decision, goal)
     commands = build_next_commands(records.started, answers.next_runs, str(run))
     adapter = run / "adapter" if records.adapters else None
-    return FinishedRun(answers, compare_run_adapters(records), commands, run, adapter, run / "report.html")
+    return RunScreen(answers, compare_run_adapters(records), commands, run, adapter, run / "report.html")
 
 
 def list_screen_commands(screen: str) -> list[list[str]]:
@@ -134,7 +134,7 @@ def list_screen_commands(screen: str) -> list[list[str]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_the_screen_has_at_most_fourteen_lines(case: Case, width: int) -> None:
     """Count the lines of the terminal, in which a long line takes several."""
-    screen = format_final_screen(finish(case, Path("data-model")), width)
+    screen = format_screen(finish(case, Path("data-model")), width)
     assert sum(-(-cell_len(line) // width) for line in screen.splitlines()) <= MAX_LINES
 
 
@@ -143,7 +143,7 @@ def test_the_screen_has_at_most_fourteen_lines(case: Case, width: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_commands_and_paths_stay_whole_in_any_terminal(case: Case, width: int, run: str) -> None:
     finished = finish(case, Path(run))
-    screen = format_final_screen(finished, width)
+    screen = format_screen(finished, width)
     assert len(screen.splitlines()) <= MAX_LINES
     commands = list_screen_commands(screen)
     assert ["status", run] in commands
@@ -179,13 +179,13 @@ def test_commands_and_paths_stay_whole_in_any_terminal(case: Case, width: int, r
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
 def test_the_screen_has_the_answer_and_the_next_step(case: Case, texts: list[str]) -> None:
-    screen = format_final_screen(finish(case, Path("data-model")), 200)
+    screen = format_screen(finish(case, Path("data-model")), 200)
     assert [text for text in texts if text not in screen] == []
 
 
 @pytest.mark.parametrize("case", [make_adapter_run, make_best_adapter_run, make_training_rank_run])
 def test_each_goal_shows_its_curve_and_its_adapter_in_eighty_columns(case: Case) -> None:
-    lines = format_final_screen(finish(case, Path("data-model")), 80).splitlines()
+    lines = format_screen(finish(case, Path("data-model")), 80).splitlines()
     assert sum("┤" in line for line in lines) == 2
     assert any(line.startswith("held-out loss, nats (lower is better); ● trained, ○ truncated") for line in lines)
     assert "load:    peft.AutoPeftModelForCausalLM.from_pretrained('data-model/adapter')" in lines
@@ -209,7 +209,7 @@ def test_the_next_command_of_a_run_with_a_budget_raises_it() -> None:
     assert command.endswith("--set budget_trainings=3 --time 1h")
     records, goal = make_adapter_run()
     set_settings(records, budget_hours=2.0)
-    screen = format_final_screen(finish(lambda: (records, goal), Path("data-model")), 200)
+    screen = format_screen(finish(lambda: (records, goal), Path("data-model")), 200)
     assert "rightrank select --out data-model --goal best-adapter --time 4h\n" in screen
 
 
@@ -225,4 +225,4 @@ def test_a_result_prints_its_screen(monkeypatch: pytest.MonkeyPatch) -> None:
         finished.next_commands,
         list(finished.candidates),
     )
-    assert str(selected) == format_final_screen(finished, 80)
+    assert str(selected) == format_screen(finished, 80)

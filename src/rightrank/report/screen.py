@@ -1,7 +1,4 @@
-"""Format the final screen of a selection, in at most fourteen lines: the answer in a sentence, the curve, the adapter and the next command.
-
-`rightrank status RUN` and the report have everything else.
-"""
+"""Format the screen of a run: the answer in a sentence, the curve, the adapter and the next command; for `rightrank status`, all details too."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ from rightrank.decision.records import Answers
 from rightrank.decision.sentences import format_probability
 from rightrank.report.answer import format_brief, format_labelled_rows, format_training_settings
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
-from rightrank.report.terminal_curve import draw_small_curve
+from rightrank.report.status import RunStatus
+from rightrank.report.terminal_curve import CURVE_LINES, Points, draw_terminal_curve
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision
 from rightrank.schema.events import RunKind
 from rightrank.schema.settings import LONGER_TRAININGS
@@ -37,55 +35,83 @@ ADDITIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedRun:
-    """The facts of a finished selection that its final screen shows."""
+class RunScreen:
+    """The facts of a run that its screen shows."""
 
     answers: Answers
     candidates: Sequence[AdapterCandidate]  # every adapter of the run
     next_commands: Sequence[str | None]  # of the next runs, in the same order
     run: Path
-    adapter: Path | None  # None: a custom trainer saved no files
+    adapter: Path | None  # None: a custom trainer saved no files, or there is no adapter yet
     report: Path
 
 
-def format_final_screen(finished: FinishedRun, width: int) -> str:
-    """Format the screen for a terminal of `width` characters.
+def format_screen(shown: RunScreen, width: int, status: RunStatus | None = None) -> str:
+    """Format the screen of a run for a terminal of `width` characters: the result, the curve, the adapter and the next command.
 
-    The curve takes the lines that the texts leave free. Commands and paths are not wrapped, so that they can be pasted.
+    The final screen of a selection has at most `MAX_LINES` lines; the curve takes those that the texts leave free. With a status, the
+    state comes first and all details come last. Commands and paths are not wrapped, so that they can be pasted.
     """
     width = max(width, MIN_WIDTH)
-    headline = wrap(make_visible(describe_result(finished.answers)), width)
+    headline = wrap(
+        make_visible(describe_result(shown.answers, is_done=status is None or status.state == "done")), width
+    )
+    missing_adapter = "the trainer saved none" if status is None else None
     rows = [
-        ("adapter", "the trainer saved none" if finished.adapter is None else str(finished.adapter)),
-        ("load", _format_loading(finished)),
-        ("train", format_training_settings(finished.answers)),
-        *_format_next_step(finished, width),
-        ("details", f"{finished.report} and: {shlex.join(['rightrank', 'status', str(finished.run)])}"),
+        ("adapter", missing_adapter if shown.adapter is None else str(shown.adapter)),
+        ("load", _format_loading(shown)),
+        ("train", format_training_settings(shown.answers)),
     ]
+    if status is None:
+        status_command = shlex.join(["rightrank", "status", str(shown.run)])
+        rows += [*_format_next_step(shown, width), ("details", f"{shown.report} and: {status_command}")]
+    else:
+        headline.insert(0, make_visible(f"{status.run}: {status.state}"))
+        rows += _list_details(status)
     lines = list(map(make_visible, format_labelled_rows(rows, LABEL_WIDTH)))
     free_lines = MAX_LINES - sum(-(-cell_len(line) // width) for line in (*headline, *lines))
-    return "\n".join([*headline, *_draw_curve(finished, width, min(free_lines, MAX_CURVE_LINES)), *lines])
+    num_lines = min(free_lines, MAX_CURVE_LINES) if status is None else CURVE_LINES
+    trained, truncated = collect_curves(shown.answers, shown.candidates)
+    started = shown.answers.started
+    label = format_metric_label(started.metric, started.higher_is_better) if started else ""
+    curve = draw_terminal_curve(trained, width, truncated, label=label, num_lines=num_lines)
+    return "\n".join([*headline, *curve, *lines])
 
 
-def _draw_curve(finished: FinishedRun, width: int, num_lines: int) -> list[str]:
-    decision, started = finished.answers.decision, finished.answers.started
-    if started is None:
-        return []
+def _list_details(status: RunStatus) -> list[tuple[str, str | None]]:
+    """Return rows with all answers and notes, the next runs with their commands, and what is running."""
+    texts = [status.adapter_sentence, *status.adapter_notes, status.learning_rate_sentence, status.sentence]
+    named = (f"verdict {status.verdict.replace('_', ' ')}." if status.verdict else None, *texts)
+    next_runs = zip(status.next_runs, status.next_commands, strict=True)
+    return [
+        *(("notes" if number == 0 else "", text) for number, text in enumerate(filter(None, named))),
+        *(row for sentence, command in next_runs for row in (("next", sentence), ("", command))),
+        ("cost", status.cost),
+        ("now", status.progress or status.running),
+        ("resume", status.resume if status.state == "stopped" else None),
+    ]
+
+
+def collect_curves(answers: Answers, candidates: Sequence[AdapterCandidate]) -> tuple[Points, Points]:
+    """Return the value of each rank, trained and truncated: the best one, or the mean over seeds where a decision has it."""
     by_method: dict[str, dict[int, float]] = {"trained": {}, "truncated": {}}
-    better = max if started.higher_is_better else min
-    for candidate in finished.candidates:
+    better = max if answers.started is not None and answers.started.higher_is_better else min
+    for candidate in candidates:
         values = by_method[candidate.method]
         values[candidate.rank] = better(candidate.value, values.get(candidate.rank, candidate.value))
-    if decision is not None:  # its values are means over seeds
-        by_method["trained"] = {evidence.rank: evidence.value for evidence in decision.ranks if evidence.rank > 0}
-    trained, truncated = (sorted(values.items()) for values in by_method.values())
-    label = format_metric_label(started.metric, started.higher_is_better)
-    return draw_small_curve(trained, width, num_lines, truncated, label=label)
+    if answers.decision is not None:
+        by_method["trained"] = {
+            evidence.rank: evidence.value for evidence in answers.decision.ranks if evidence.rank > 0
+        }
+    return sorted(by_method["trained"].items()), sorted(by_method["truncated"].items())
 
 
-def describe_result(answers: Answers) -> str:
+def describe_result(answers: Answers, is_done: bool = True) -> str:
     """Describe the result in a sentence: the rank, the learning rate, the certainty and the cost."""
-    cost = f"it took {format_quantity(round(answers.trainings, 1), 'training')}"
+    trainings = format_quantity(round(answers.trainings, 1), "training")
+    cost = f"it took {trainings}" if is_done else f"{trainings} so far"
+    if not is_done and answers.decision is None and answers.adapter is None:
+        return f"No answer yet; {cost}."
     if answers.decision is None:
         return f"{_describe_adapter(answers)}; {cost}."
     saved = ""
@@ -164,9 +190,9 @@ def _format_amount(number: str, metric: str) -> str:
     return f"{number} nats" if metric == "loss" else number
 
 
-def _format_loading(finished: FinishedRun) -> str:
+def _format_loading(shown: RunScreen) -> str:
     """Return one line of Python that loads the adapter, or the file that has more of them; empty for a custom trainer's files."""
-    started, folder = finished.answers.started, finished.adapter
+    started, folder = shown.answers.started, shown.adapter
     if started is None or folder is None or started.kind is not RunKind.SELECTION:
         return ""
     if started.model_name is None:
@@ -175,21 +201,21 @@ def _format_loading(finished: FinishedRun) -> str:
     return f"peft.{code[-1].removeprefix('model = ')}" if len(code) == 2 else f"the code in {folder / 'README.md'}"
 
 
-def _format_next_step(finished: FinishedRun, width: int) -> list[tuple[str, str]]:
+def _format_next_step(shown: RunScreen, width: int) -> list[tuple[str, str]]:
     """Return rows with the most useful next command or, without one, with the sentence on the next run."""
-    runs = finished.answers.next_runs
-    for next_run, command in zip(runs, finished.next_commands, strict=False):
+    runs = shown.answers.next_runs
+    for next_run, command in zip(runs, shown.next_commands, strict=False):
         if command is not None:
             return [(f"next ({ADDITIONS[next_run.action]})", command)]
     if runs:
         lines = wrap(make_visible(runs[0].sentence), width - LABEL_WIDTH)
         return [("next" * (number == 0), line) for number, line in enumerate(lines)]
-    return _choose_next_command(finished)
+    return _choose_next_command(shown)
 
 
-def _choose_next_command(finished: FinishedRun) -> list[tuple[str, str]]:
+def _choose_next_command(shown: RunScreen) -> list[tuple[str, str]]:
     """Return a row with the next command after an answer that asks for no further run."""
-    answers, run = finished.answers, str(finished.run)
+    answers, run = shown.answers, str(shown.run)
     started, adapter = answers.started, answers.adapter
     if started is None or adapter is None or started.kind is RunKind.CUSTOM_TRAINER:
         return []
