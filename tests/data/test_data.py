@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rightrank.api.runs import DecisionResult, decide
 from rightrank.data.groups import number_groups
+from rightrank.data.rows import read_rows
 from rightrank.data.sampling import sample_indices
 from rightrank.data.splits import SPLITS, DataSplits, load_data, load_held_out
 from rightrank.report.terminal import describe_data_issues
@@ -186,14 +192,38 @@ def test_other_file_types_give_the_same_examples(tmp_path: Path, suffix: str) ->
 
 
 def test_saved_and_in_memory_datasets(tmp_path: Path) -> None:
-    import datasets
-
     dataset = datasets.Dataset.from_list(TEXT_ROWS)
     dataset.save_to_disk(str(tmp_path / "saved"))
     reference = load_data(write_jsonl(tmp_path / "r.jsonl", TEXT_ROWS), build_small_settings()).fingerprint
     assert load_data(tmp_path / "saved", build_small_settings()).fingerprint == reference
     assert load_data(dataset, build_small_settings()).fingerprint == reference
     assert load_data(TEXT_ROWS, build_small_settings()).fingerprint == reference
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_damaged_saved_dataset_is_refused_or_read(
+    data: st.DataObject, saved_dataset: Path, tmp_path_factory: Any
+) -> None:
+    """Change or cut off bytes of one of its files. Nothing else than a `DataError` is raised."""
+    folder = tmp_path_factory.mktemp("damaged") / "saved"
+    shutil.copytree(saved_dataset, folder)
+    file = data.draw(st.sampled_from(sorted(path for path in folder.rglob("*") if path.is_file())))
+    content = bytearray(file.read_bytes())
+    for position, value in data.draw(st.dictionaries(st.integers(0, len(content) - 1), st.integers(0, 255))).items():
+        content[position] = value
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with contextlib.suppress(DataError):
+        assert sum(len(list(rows)) for rows in read_rows(folder).values()) <= len(TEXT_ROWS)
+
+
+@pytest.fixture(scope="module")
+def saved_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    rows = [{"messages": [{"role": "user", "content": row["text"]}]} for row in TEXT_ROWS]
+    splits = {"train": datasets.Dataset.from_list(rows[:100]), "test": datasets.Dataset.from_list(rows[100:])}
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
+    return folder
 
 
 def test_all_broken_lines_are_named_at_once(tmp_path: Path) -> None:

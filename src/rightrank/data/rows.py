@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +32,7 @@ SPLIT_NAMES: dict[str, SplitName] = {
 }
 MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; a longer line is a mistake
 MAX_SHOWN_LINES = 20
+ROWS_PER_CONVERSION = 1000
 _CSV_FIELD_LIMIT = 2**24  # characters
 
 
@@ -233,68 +234,85 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
     import pyarrow.parquet
 
+    with _report_arrow_faults(f"{path}: not a readable Parquet file", "write it again"):
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = chain.from_iterable(map(_iterate_batch, batches))
+        for number, fields in enumerate(rows, start=1):
+            yield Row(fields, f"{path}: row {number}")
+
+
+@contextmanager
+def _report_arrow_faults(fault: str, remedy: str) -> Iterator[None]:
+    """Report what pyarrow raises for damaged files, and for dates and texts that Python cannot represent, as a `DataError`."""
+    import pyarrow
+
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for fields in batch.to_pylist():
-                number += 1
-                yield Row(fields, f"{path}: row {number}")
+        yield
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        # ValueError and OverflowError are raised for dates and texts that Python cannot represent.
-        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+        raise DataError(f"{fault} ({error}); {remedy}") from None
+
+
+def _iterate_batch(batch: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a record batch, of which few are Python objects at a time."""
+    for start in range(0, batch.num_rows, ROWS_PER_CONVERSION):
+        yield from batch.slice(start, ROWS_PER_CONVERSION).to_pylist()
 
 
 def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
+_SAVED_FAULT = "not a folder that datasets.save_to_disk wrote"
+
+
 def _read_saved_dataset(folder: Path) -> RowsBySplit:
-    """Read the Arrow tables without decoding them, so that no file or address named in a row is opened."""
-    import datasets
-
-    with _report_damaged_dataset(folder):
-        _require_files_in_folder(folder)
-        loaded = datasets.load_from_disk(str(folder))
-    if isinstance(loaded, datasets.DatasetDict):
-        return _read_memory({name: _iterate_arrow_rows(split, folder) for name, split in loaded.items()})
-    return _read_memory(_iterate_arrow_rows(loaded, folder))
-
-
-def _iterate_arrow_rows(dataset: Any, folder: Path) -> Iterator[dict[str, Any]]:
-    with _report_damaged_dataset(folder):
-        for table in dataset.with_format("arrow").iter(batch_size=1000):
-            yield from table.to_pylist()
-
-
-@contextmanager
-def _report_damaged_dataset(folder: Path) -> Iterator[None]:
-    """Report errors that `datasets` raises for damaged files as a `DataError`."""
-    import pyarrow
-
-    try:
-        yield
-    except DataError:
-        raise
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{folder}: not a folder that datasets.save_to_disk wrote ({error}); save the dataset again"
-        ) from None
-
-
-def _require_files_in_folder(folder: Path) -> None:
-    """Raise if a saved dataset names splits or tables outside its folder."""
+    """Read the Arrow files without decoding, so that no file or address named in a row is opened."""
     splits = folder / "dataset_dict.json"
-    names = read_json_object(splits)["splits"] if splits.exists() else []
-    states = [folder / name / "state.json" for name in names] if names else [folder / "state.json"]
-    for name in [*names, *(file["filename"] for state in states for file in read_json_object(state)["_data_files"])]:
+    if not splits.exists():
+        return _read_memory(_read_arrow_files(folder, _list_arrow_files(folder, folder)))
+    names = _read_names(splits, "splits", folder)
+    files_by_split = {name: _list_arrow_files(folder / name, folder) for name in names}
+    return _read_memory({name: _read_arrow_files(folder, files) for name, files in files_by_split.items()})
+
+
+def _list_arrow_files(split: Path, folder: Path) -> list[Path]:
+    return [split / name for name in _read_names(split / "state.json", "_data_files", folder)]
+
+
+def _read_names(file: Path, key: str, folder: Path) -> list[str]:
+    """Read the names of files or folders that a JSON file of a saved dataset lists.
+
+    Raises:
+        DataError: the list is damaged, or it names something outside the folder.
+    """
+    try:
+        entries = read_json_object(file).get(key)
+    except UnreadableError as error:
+        raise DataError(f"{folder}: {_SAVED_FAULT} ({error}); save the dataset again") from None
+    listed = entries if isinstance(entries, list) else []
+    stated = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in listed]
+    names = [name for name in stated if isinstance(name, str)]
+    if not names or len(names) < len(stated):
+        raise DataError(f"{folder}: {_SAVED_FAULT} ({file.name} lists no {key}); save the dataset again")
+    for name in names:
         if Path(name).name != name or name == "..":
             raise DataError(
                 f"{folder}: the dataset names {name!r}, which is outside its folder; save the dataset again"
             )
+    return names
+
+
+def _read_arrow_files(folder: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
+    with _report_arrow_faults(f"{folder}: {_SAVED_FAULT}", "save the dataset again"):
+        for file in files:
+            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+                for batch in batches:
+                    batch.validate(full=True)  # damaged offsets would crash the process
+                    yield from _iterate_batch(batch)
 
 
 def parse_split_name(stem: str) -> SplitName | None:
