@@ -198,14 +198,13 @@ def make_chat_row(form: str, number: int) -> dict[str, Any]:
     }[form]
 
 
-@pytest.mark.parametrize("form", ["messages", "completion", "preference", "conversations"])
 @pytest.mark.parametrize(
-    ("template", "inputs", "cell"),
+    ("form", "template", "inputs", "cell"),
     [
-        (WITH_TOOLS, {"tools": [TOOL]}, [TOOL]),
-        (WITH_TOOLS, {"tools": [TOOL]}, json.dumps([TOOL])),
-        (WITH_TOOLS, {"tools": [TOOL]}, [TOOL | {"strict": None}]),  # as Arrow reads mappings with different keys
-        (WITH_DOCUMENTS, {"documents": [{"title": "t", "text": "x"}]}, [{"title": "t", "text": "x"}]),
+        ("messages", WITH_TOOLS, {"tools": [TOOL]}, [TOOL]),
+        ("completion", WITH_TOOLS, {"tools": [TOOL]}, json.dumps([TOOL])),
+        ("preference", WITH_TOOLS, {"tools": [TOOL]}, [TOOL | {"strict": None}]),  # as Arrow reads different keys
+        ("conversations", WITH_DOCUMENTS, {"documents": [{"title": "t", "text": "x"}]}, [{"title": "t", "text": "x"}]),
     ],
 )
 def test_the_chat_template_receives_tools_and_documents(

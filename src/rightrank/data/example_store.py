@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import pyarrow
 
 from rightrank.data.forms import Example, to_json_value
 from rightrank.data.token_store import Store
+
+_ESCAPED_SPACE = re.compile(r"\\(?:[nrtf]|u00(?:0b|1[c-f]))")  # white space as JSON writes it
 
 
 class ExampleStore(Store[Example]):
@@ -93,8 +96,5 @@ def _serialize_content(example: Example) -> str:
 
 def hash_normalized_text(example: Example) -> int:
     """Return a hash that is equal for examples that differ only in white space and case."""
-    content = _serialize_content(example)
-    for escaped in ("\\n", "\\r", "\\t", "\\f"):
-        content = content.replace(escaped, " ")
-    text = "".join(content.casefold().split())
+    text = "".join(_ESCAPED_SPACE.sub(" ", _serialize_content(example)).casefold().split())
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
