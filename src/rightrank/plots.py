@@ -24,12 +24,12 @@ from rightrank.report.figure import Figure, require_matplotlib
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, SettingsError
-from rightrank.schema.results import Inspection, Plan
+from rightrank.schema.results import Inspection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["adapters", "learning_curves", "learning_rates", "memory", "rank_curve", "spectrum"]
+__all__ = ["adapters", "learning_curves", "learning_rates", "rank_curve", "spectrum"]
 
 Run: TypeAlias = str | Path | Selected
 
@@ -61,17 +61,6 @@ def learning_rates(run: Run, ax: Axes | None = None) -> Axes:
 def learning_curves(run: Run, ax: Axes | None = None) -> Axes:
     """Plot held-out values and the training loss by step, each rank at its best learning rate."""
     return _plot(figures.build_learning_figure(*_read_run(run)), ax)
-
-
-def memory(run: Run | Plan, ax: Axes | None = None) -> Axes:
-    """Plot the peak memory of a training by rank.
-
-    Args:
-        run: a run, whose memory was measured, or what `plan` returns.
-    """
-    if isinstance(run, Plan):
-        return _plot(figures.build_plan_figure(run), ax)
-    return _plot(figures.build_memory_figure(_read_run(run)[0]), ax)
 
 
 def spectrum(run: Run | Inspection, ax: Axes | None = None) -> Axes:

@@ -27,7 +27,6 @@ from rightrank.decision.records import (
     read_records,
 )
 from rightrank.decision.table import build_table
-from rightrank.report.figures import build_time_figure
 from rightrank.report.status import build_run_status, find_last_decision
 from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
@@ -551,17 +550,6 @@ def test_trials_are_a_table() -> None:
     assert list(table[table.status == "diverged"].reason) == ["training loss is nan"] * 2
     assert build_trials_frame(Records.from_journal(records.started, []), examples=False).empty
     assert build_trials_frame(Records.from_journal(records.started, []), examples=True).empty
-
-
-def test_the_time_of_a_rank_is_that_of_its_usual_trainings() -> None:
-    records = make_run(seeds=(0, 1))
-    expected = build_time_figure(records)
-    usual = next(trial for trial in records.list_finished() if trial.rank == 64)
-    records.outcomes.append(change_trial(usual, trial_id="longer", steps=2 * usual.steps, train_seconds=1e6))
-    figure = build_time_figure(records)
-    assert figure is not None
-    assert expected is not None
-    assert figure.rows == expected.rows
 
 
 @pytest.mark.parametrize("examples", [False, True])

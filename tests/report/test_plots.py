@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -26,13 +27,13 @@ from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.records import Records, compare_run_adapters, decide_run
 from rightrank.decision.table import build_table, estimate_pairs
 from rightrank.report.answer import build_margin_steps
-from rightrank.report.figure import COLOURS, Figure, write_figures
+from rightrank.report.figure import DARK, Figure, encode_image, write_figures
 from rightrank.report.figures import MAX_MARGINS, build_figures, build_rank_figure
 from rightrank.report.html import render_report
 from rightrank.runs.values import collect_answers
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
-from rightrank.schema.results import Inspection, ModuleSpectrum, Plan, RankPlan
+from rightrank.schema.results import Inspection, ModuleSpectrum
 from rightrank.schema.trials import TrialFinished
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, make_run, write_answered_run, write_journal, write_records
@@ -201,30 +202,6 @@ def test_learning_curves_have_every_stage_of_a_training_and_its_training_loss() 
     assert [points[step][0] for step in (3, 5)] == [4.0, 3.9]
 
 
-def test_memory_is_drawn_from_zero_and_beside_what_it_can_be_compared_with() -> None:
-    """The plan is drawn next to the measurement on CUDA, but not on a CPU, where the measurement covers the entire process."""
-    records = make_run()
-    records.outcomes = [
-        outcome.model_copy(update={"predicted_peak_bytes": 2**31}) if outcome.rank == 4 else outcome
-        for outcome in records.outcomes
-    ]
-    parent = records.list_finished()[-1]
-    update = {"trial_id": "truncated", "rank": 2, "steps": 0, "truncate_from": parent.trial_id}
-    records.outcomes.append(parent.model_copy(update=update))
-    ax = draw_run("memory", records)
-    assert ax.get_title() == "Peak memory of a training, entire process"
-    assert {label: [*points] for label, points in read_series(ax).items()} == {"measured": [1, 4, 16, 64]}
-    assert ax.get_ylim()[0] == 0
-    environment = records.started.environment | {"device": "cuda"}
-    records.started = records.started.model_copy(update={"environment": environment})
-    assert find_series(draw_run("memory", records), "planned") == {4: (2048.0,) * 3}
-
-
-def make_plan() -> Plan:
-    ranks = [RankPlan.model_construct(rank=r, peak_bytes=r * 2**20, needed_bytes=r * 2**21) for r in (4, 16)]
-    return Plan.model_construct(ranks=ranks, memory_bytes=2**25)
-
-
 def make_inspection() -> Inspection:
     modules = [
         ModuleSpectrum.model_construct(singular_values=values) for values in ([4.0, 1.0], [2.0, 0.5, 0.1], [0.0])
@@ -232,13 +209,7 @@ def make_inspection() -> Inspection:
     return Inspection.model_construct(modules=modules)
 
 
-def test_records_of_plan_and_inspect_can_be_plotted() -> None:
-    series = read_series(plots.memory(make_plan()))
-    assert {label: [value for value, _, _ in points.values()] for label, points in series.items()} == {
-        "peak of the tensors": [4, 16],
-        "needed, with process and headroom": [8, 32],
-        "available": [32, 32],
-    }
+def test_a_record_of_inspect_can_be_plotted() -> None:
     ax = plots.spectrum(make_inspection())
     assert ax.get_title() == "Singular values of the adapter, 2 modules"
     assert {x: value for x, (value, _, _) in find_series(ax, "median").items()} == {1: 3.0, 2: 0.75, 3: 0.1}
@@ -306,9 +277,11 @@ def test_no_two_ticks_of_an_axis_have_one_text(low: float, span: float) -> None:
     figure = Figure("ticks", "t", "x", "y", (), [], lambda ax: ax.plot((1, 4), y))
     texts = TICKS.findall(figure.svg)
     assert len(set(texts)) == len(texts) > 2
-    ranks = [2**power for power in range(14)]
-    ax = draw_run("memory", make_run(ranks, (1e-3,)))
-    labels = [text.get_text() for text in ax.get_xticklabels()]
+
+
+def test_not_every_rank_of_many_has_a_label() -> None:
+    decision = decide_run(make_run([2**power for power in range(14)], (1e-3,)))
+    labels = [text.get_text() for text in draw(build_rank_figure(decision)).get_xticklabels()]
     assert len(set(labels)) == len(labels) <= 12
     assert labels[0] == "1"
 
@@ -321,18 +294,19 @@ def test_names_from_outside_cannot_break_a_drawing() -> None:
     assert "a$b$ <script>␇ & 'c' 字" in shown
 
 
-def test_drawings_of_one_page_share_no_id_and_follow_the_colour_scheme() -> None:
+def test_the_page_has_each_drawing_for_a_light_and_for_a_dark_system() -> None:
     records = make_answered_run(direct=(4, 16))
-    figures = build_figures(records, decide_run(records))
-    page = render_report(records, collect_answers(records, None, "adapter"), figures)
-    ids = re.findall(r'\bid="([^"]*)"', page)
-    assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:url\(|href=")#([^)"]*)', page)) <= set(ids)
+    decision = decide_run(records)
+    figures = build_figures(records, decision)
+    page = render_report(records, collect_answers(records, decision, "training-rank"), figures)
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert page.count("<img ") == page.count("<source ") == len(figures)
     for figure in figures:
-        assert not re.search("#[0-9a-f]{6}", figure.inline_svg)
-        for name in re.findall(r"var\(--(\w+)\)", figure.inline_svg):
-            assert name in COLOURS
-            assert len(re.findall(rf"--{name}: #", page)) == 2  # in light and in dark
+        light, dark = (b64decode(image.partition(",")[2]).decode() for image in figure.images)
+        assert light == figure.svg != dark
+        assert [encode_image(drawing) in page for drawing in (light, dark)] == [True, True]
+        assert ET.fromstring(dark).tag.endswith("svg")
+    assert DARK["paper"] in style
 
 
 def test_every_figure_is_written_the_same_in_every_format(tmp_path: Path) -> None:
@@ -340,7 +314,7 @@ def test_every_figure_is_written_the_same_in_every_format(tmp_path: Path) -> Non
     write_report(run, ["pdf", "png"])
     first = {path.name: path.read_bytes() for path in (run / "figures").iterdir()}
     assert len(first) == 4 * len({path.stem for path in (run / "figures").iterdir()})
-    begins = {".svg": b"<svg", ".pdf": b"%PDF-", ".png": b"\x89PNG"}
+    begins = {".svg": b"<?xml", ".pdf": b"%PDF-", ".png": b"\x89PNG"}
     assert all(content.startswith(begins.get(Path(name).suffix, b"")) for name, content in first.items())
     write_report(run, ["pdf", "png"])
     assert {path.name: path.read_bytes() for path in (run / "figures").iterdir()} == first
@@ -362,8 +336,8 @@ def test_without_matplotlib_the_report_has_its_tables_and_one_line(
     hint = "figures need matplotlib; install it with: pip install 'rightrank[plots]'"
     elements = Elements(write_report(run).read_text(encoding="utf-8"))
     assert hint.capitalize() in elements.text
-    assert "svg" not in {tag for tag, _ in elements.tags}
-    assert elements.text.count("Numbers and files") == len(list((run / "figures").iterdir())) > 3
+    assert "img" not in {tag for tag, _ in elements.tags}
+    assert elements.text.count("Numbers and files") == len(list((run / "figures").iterdir())) > 2
     assert {path.suffix for path in (run / "figures").iterdir()} == {".csv"}
     links = [attributes.get("href") or "" for tag, attributes in elements.tags if tag == "a"]
     assert [link for link in links if link.startswith("figures") and not (run / link).exists()] == []
@@ -372,7 +346,7 @@ def test_without_matplotlib_the_report_has_its_tables_and_one_line(
     assert (str(shown.exception), shown.exception.exit_status) == (hint, 2)
     with pytest.raises(MissingExtraError, match=re.escape(hint)):
         plots.rank_curve(run)
-    assert "<svg" not in rightrank.decide(run)._repr_html_()
+    assert "<img" not in rightrank.decide(run)._repr_html_()
 
 
 def test_matplotlib_is_imported_for_figures_alone(tmp_path: Path) -> None:

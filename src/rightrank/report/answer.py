@@ -11,6 +11,7 @@ from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.comparison import is_within
 from rightrank.decision.records import Answers, Records, count_trainings
 from rightrank.decision.sentences import format_number, format_probability
+from rightrank.report.figure import encode_image
 from rightrank.report.format import format_duration, format_quantity, make_visible
 from rightrank.schema.decision import (
     AdapterAnswer,
@@ -210,12 +211,15 @@ def render_notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:
             f"<p>Verdict: {_escape_html(view.verdict)}.{_escape_html(next_run)}</p>",
         ),
     ]
-    style = 'role="img" style="display: block; width: 100%; height: auto"'
     return "".join(
-        f"<div><p><strong>{_escape_html(headline)}</strong>. {_escape_html(sentence)}</p><div style='max-width: 40em'>{drawing.replace('<svg', f'<svg {style}', 1)}</div>{footer}</div>"
+        f"<div><p><strong>{_escape_html(headline)}</strong>. {_escape_html(sentence)}</p>{_format_image(drawing)}{footer}</div>"
         for headline, sentence, drawing, footer in sections
         if headline
     )
+
+
+def _format_image(svg: str) -> str:
+    return f"<img alt='' style='max-width: 40em; width: 100%' src='{encode_image(svg)}'>" if svg else ""
 
 
 def _escape_html(value: str) -> str:

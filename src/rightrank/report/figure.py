@@ -6,9 +6,9 @@ Matplotlib is imported when a figure is drawn. Without it, a figure still has it
 from __future__ import annotations
 
 import csv
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,18 +32,23 @@ INSTALL_HINT = "figures need matplotlib; install it with: pip install 'rightrank
 WIDTH, HEIGHT, LEGEND_ROW_HEIGHT = 5.0, 3.4, 0.21  # inches
 TITLE_WIDTH, LABEL_WIDTH, LEGEND_WIDTH = 50, 38, 58  # characters
 PNG_DPI = 200
-# The colours of a file. In the page, each one is the variable of the style sheet with this name, which follows the colour scheme.
-COLOURS = {
+# The colours of a drawing on a light page, which files have, and on a dark one: those of the style sheet.
+LIGHT = {
     "paper": "#ffffff", "ink": "#1d2b34", "faint": "#5b6b74", "line": "#d6dde1", "s0": "#1c5d7f", "s1": "#c2571a", "s2": "#21756b",
     "s3": "#8e3b8a", "s4": "#7a6a00", "s5": "#b3344f", "s6": "#2f6fb0", "s7": "#5c7f1e", "s8": "#6a4c93", "s9": "#444444",
 }  # fmt: skip
+DARK = {
+    "paper": "#12181b", "ink": "#e7eef1", "faint": "#a4b4bc", "line": "#37444a", "s0": "#6cb8e0", "s1": "#f0935a", "s2": "#5fc4b6",
+    "s3": "#d58ad1", "s4": "#d1be4a", "s5": "#f08aa0", "s6": "#77b4f0", "s7": "#a6cc5f", "s8": "#b79be0", "s9": "#c0c0c0",
+}  # fmt: skip
 STYLE = {
-    "svg.fonttype": "none", "font.size": 11, "figure.facecolor": COLOURS["paper"], "savefig.facecolor": "auto", "axes.facecolor": "none",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
-    "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.formatter.useoffset": False,
-    "legend.frameon": False, "legend.fontsize": 10, "grid.color": COLOURS["line"], "text.color": COLOURS["ink"],
-    "axes.titlecolor": COLOURS["ink"], "axes.labelcolor": COLOURS["ink"], "axes.edgecolor": COLOURS["faint"],
-    "xtick.color": COLOURS["faint"], "ytick.color": COLOURS["faint"],
+    "svg.fonttype": "none", "font.size": 11, "savefig.facecolor": "auto", "axes.facecolor": "none", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.titlelocation": "left",
+    "axes.titlesize": 12, "axes.titleweight": "bold", "axes.formatter.useoffset": False, "legend.frameon": False, "legend.fontsize": 10,
+}  # fmt: skip
+COLOURED = {
+    "paper": ("figure.facecolor",), "line": ("grid.color",), "ink": ("text.color", "axes.titlecolor", "axes.labelcolor"),
+    "faint": ("axes.edgecolor", "xtick.color", "ytick.color"),
 }  # fmt: skip
 
 
@@ -73,43 +78,39 @@ class Figure:
 
     @cached_property
     def svg(self) -> str:
-        """Return the drawing as SVG, the same text for the same figure; empty if matplotlib is not installed."""
+        """Return the drawing as an SVG file, the same text for the same figure; empty if matplotlib is not installed."""
+        return self._draw_svg(LIGHT)
+
+    @property
+    def images(self) -> tuple[str, str]:
+        """Return the addresses of the drawing in the page, on a light and on a dark page."""
+        return encode_image(self.svg), encode_image(self._draw_svg(DARK))
+
+    def _draw_svg(self, colours: Mapping[str, str]) -> str:
         if not is_matplotlib_installed():
             return ""
         drawing = StringIO()
-        with self._open_canvas() as canvas:
+        with self._open_canvas(colours) as canvas:
             canvas.savefig(drawing, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        text = drawing.getvalue()
-        text = text[text.index("<svg") :].replace("<svg", '<svg font-family="system-ui, sans-serif"', 1)
-        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-        # A page may hold several drawings, and an id must be unique in it. Nothing refers to the ids of groups.
-        text = re.sub(r'<g id="[^"]*"', "<g", text)
-        return re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{self.name}-", text)
-
-    @property
-    def inline_svg(self) -> str:
-        """Return the drawing for the page, in the page's colours. Its size is set by the style sheet."""
-        names = {colour: name for name, colour in COLOURS.items()}
-        text = re.sub("#[0-9a-f]{6}", lambda match: f"var(--{names.get(match[0], 'faint')})", self.svg)
-        text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-        return re.sub(r' (?:width|height)="[\d.]+pt"', "", text).replace("<svg", '<svg aria-hidden="true"', 1)
+        return drawing.getvalue()
 
     def save(self, path: Path) -> None:
         """Write the drawing as PDF or PNG, in the format that the file's ending names."""
-        with replace_file(path) as temporary, self._open_canvas() as canvas:
+        with replace_file(path) as temporary, self._open_canvas(LIGHT) as canvas:
             metadata = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
             canvas.savefig(temporary, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)
 
     @contextmanager
-    def _open_canvas(self) -> Iterator[Canvas]:
+    def _open_canvas(self, colours: Mapping[str, str]) -> Iterator[Canvas]:
         """Draw the figure in the style of the report, with its legend below the axes."""
         from matplotlib import rc_context, rcParamsDefault
         from matplotlib.figure import Figure as Canvas
         from matplotlib.rcsetup import cycler
 
-        cycle = cycler(color=[COLOURS[f"s{number}"] for number in range(10)])
+        cycle = cycler(color=[colours[f"s{number}"] for number in range(10)])
+        coloured = {name: colours[colour] for colour, names in COLOURED.items() for name in names}
         defaults = {name: value for name, value in rcParamsDefault.items() if not name.startswith("backend")}
-        style: Any = {**defaults, **STYLE, "axes.prop_cycle": cycle, "svg.hashsalt": self.name}
+        style: Any = {**defaults, **STYLE, **coloured, "axes.prop_cycle": cycle, "svg.hashsalt": self.name}
         with rc_context(style), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # The font that measures a text may lack some of its letters.
             canvas = Canvas(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -121,6 +122,11 @@ class Figure:
                 canvas.legend(handles, labels, loc="outside lower left", ncols=columns)
                 canvas.set_figheight(HEIGHT + LEGEND_ROW_HEIGHT * -(-len(labels) // columns))
             yield canvas
+
+
+def encode_image(svg: str) -> str:
+    """Return the address of an SVG drawing that is part of a page."""
+    return f"data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}"
 
 
 def is_matplotlib_installed() -> bool:

@@ -1,4 +1,4 @@
-"""Figures of a run, computed from its records: ranks, adapters, learning rates, learning curves, memory, time and spectrum."""
+"""Figures of a run, computed from its records: ranks, adapters, learning rates, learning curves and spectrum. None has a single point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rightrank.decision.records import (
     Records,
     build_criterion,
     compare_run_adapters,
-    exclude_longer_trainings,
     get_metric_direction,
 )
 from rightrank.report.answer import ENOUGH, format_interval_label
@@ -23,9 +22,8 @@ from rightrank.schema.trials import TrialFinished
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from rightrank.schema.results import Inspection, Plan
+    from rightrank.schema.results import Inspection
 
-MIB = 2**20
 # Adapters that are worse than the reference by more margins are off the scale, so that the margin stays readable.
 MAX_MARGINS = 6.0
 # Fraction of the steps whose values may be off the scale. Otherwise the end of the curve would look flat.
@@ -44,8 +42,6 @@ def build_figures(records: Records, decision: Decision | None) -> list[Figure]:
         build_adapter_figure(records),
         build_learning_rate_figure(records),
         build_learning_figure(records, decision),
-        build_memory_figure(records),
-        build_time_figure(records),
     ]
     return [figure for figure in figures if figure is not None]
 
@@ -139,66 +135,6 @@ def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
     axis.set_ticks([], minor=True)
 
 
-def build_memory_figure(records: Records) -> Figure | None:
-    """Plot peak memory by rank, measured and planned for the same trainings.
-
-    On a CPU the measured peak covers the entire process and the planned one only tensors. They are not comparable there, so the
-    plan is listed among the numbers but not drawn.
-    """
-    trials_by_rank = _group_by_rank([t for t in records.list_finished() if t.rank > 0 and t.steps > 0 and t.peak_bytes])
-    highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trials_by_rank.items()}
-    peaks = {rank: trial.peak_bytes / MIB for rank, trial in highest.items()}
-    planned = {rank: trial.predicted_peak_bytes / MIB for rank, trial in highest.items() if trial.predicted_peak_bytes}
-    is_cpu = records.started.environment.get("device") == "cpu"
-    columns = {"measured": peaks, "planned, tensors only" if is_cpu else "planned": planned}
-    title = "Peak memory of a training" + (", entire process" if is_cpu else "")
-    return _build_cost_figure("memory", title, "peak memory, MiB", columns, ["measured"] if is_cpu else [*columns])
-
-
-def build_plan_figure(plan: Plan) -> Figure | None:
-    """Plot the planned memory by rank: the peak of the tensors, what the device must hold, and what it has."""
-    columns = {
-        "peak of the tensors": {rank.rank: rank.peak_bytes / MIB for rank in plan.ranks},
-        "needed, with process and headroom": {rank.rank: rank.needed_bytes / MIB for rank in plan.ranks},
-    }
-    if plan.memory_bytes is not None:
-        columns["available"] = dict.fromkeys(columns["peak of the tensors"], plan.memory_bytes / MIB)
-    return _build_cost_figure("memory", "Planned memory of a training", "memory, MiB", columns, [*columns])
-
-
-def build_time_figure(records: Records) -> Figure | None:
-    """Plot the mean seconds of training and of evaluation by rank."""
-    direct = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct]
-    groups = _group_by_rank(exclude_longer_trainings(direct))
-    columns = {
-        "training": {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()},
-        "evaluation": {rank: fmean(trial.eval_seconds for trial in trials) for rank, trials in groups.items()},
-    }
-    if not any(value for column in columns.values() for value in column.values()):  # A table may have no times.
-        return None
-    return _build_cost_figure("time", "Time of a training", "seconds", columns, [*columns])
-
-
-def _build_cost_figure(
-    name: str, title: str, label: str, columns: Mapping[str, Mapping[int, float]], drawn: Sequence[str]
-) -> Figure | None:
-    """Plot a cost of training by rank, from zero. The first column has a value for every rank; None if it is empty."""
-    ranks, *_ = columns.values()
-    if not ranks:
-        return None
-
-    def draw(ax: Axes) -> None:
-        for number, column in enumerate(drawn):
-            if columns[column]:
-                values = columns[column]
-                ax.plot([*values], [*values.values()], ("o-", "s--", ":")[number], color=f"C{number}", label=column)
-        set_log_ticks(ax, "x", ranks)
-        ax.set_ylim(0, 1.08 * max(value for column in drawn for value in columns[column].values()))
-
-    rows = [(rank, *(column.get(rank) for column in columns.values())) for rank in ranks]
-    return Figure(name, title, RANK, label, ("rank", *columns), rows, draw)
-
-
 def _select_best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
     """Return the trials of each rank at its best learning rate, as the decision names them if there is one."""
     by_id = records.by_id
@@ -230,7 +166,8 @@ def build_learning_figure(records: Records, decision: Decision | None) -> Figure
             [{p.step: p.train_value for p in t.points if p.train_value is not None} for t in trials]
         )
     held_out = {rank: values for rank, values in held_out.items() if values}
-    if not held_out:
+    longest = max((len(values) + (base is not None and min(values) > 0) for values in held_out.values()), default=0)
+    if longest < 2:
         return None
     # A line needs two values.
     drawn_training = {r: values for r, values in training.items() if len(values) > 1 and metric == "loss"}
@@ -284,7 +221,7 @@ def build_learning_rate_figure(records: Records) -> Figure | None:
     whisker spans the paired 95% bounds of the difference from the chosen learning rate.
 
     Returns:
-        None if only one learning rate was tried.
+        None if only one learning rate was tried, or has a value.
     """
     started = records.started
     finished = [trial for trial in records.list_finished() if trial.arm.is_direct and trial.learning_rate > 0]
@@ -301,6 +238,8 @@ def build_learning_rate_figure(records: Records) -> Figure | None:
         for c in rates
         if c.value is not None
     ]
+    if len(points) < 2:
+        return None
     final_points = [(c.learning_rate, c.final_value) for c in rates if c.final_value is not None and is_same_metric]
     failed = ", ".join(f"{c.learning_rate:g}" for c in rates if c.value is None)
 
@@ -336,7 +275,7 @@ def _get_ends(value: float, compared: AdapterCandidate | LearningRateCandidate, 
 
 
 def build_adapter_figure(records: Records) -> Figure | None:
-    """Plot held-out values by rank of trained and truncated adapters; return None before the first answer.
+    """Plot held-out values by rank of trained and truncated adapters; return None with fewer than two adapters, or before the first answer.
 
     A whisker spans the 95% bounds of the paired difference, starting from the reference's value. An adapter is good enough if its
     whisker ends inside the band.
@@ -344,6 +283,8 @@ def build_adapter_figure(records: Records) -> Figure | None:
     if not records.adapters:
         return None
     answer, started, adapters = records.adapters[-1].answer, records.started, compare_run_adapters(records)
+    if len(adapters) < 2:
+        return None
     sign = -1 if started.higher_is_better else 1
     reference = next(adapter.value - sign * adapter.difference for adapter in adapters)
     edge = reference + sign * answer.margin
@@ -380,7 +321,7 @@ def build_adapter_figure(records: Records) -> Figure | None:
 def build_spectrum_figure(inspection: Inspection) -> Figure | None:
     """Plot the median of the singular values over the modules, in descending order, with the smallest and the largest."""
     spectra = [module.singular_values for module in inspection.modules if any(v > 0 for v in module.singular_values)]
-    if not spectra:
+    if max(map(len, spectra), default=0) < 2:
         return None
     columns = [[s[k] for s in spectra if k < len(s) and s[k] > 0] for k in range(max(map(len, spectra)))]
     rows = [(k, median(v), min(v), max(v), len(v)) for k, v in enumerate(columns, 1) if v]

@@ -1,6 +1,6 @@
 """Render `report.html`: one file that opens from disk without a network and shows all values from data as text.
 
-Figures are inline SVG in the colours of the page, which follow the system's colour scheme.
+Figures are SVG images, one for each colour scheme of the system.
 The Content-Security-Policy allows only this file's own script, by its hash. The model card of an adapter and the page of
 its truncations use the same templates.
 """
