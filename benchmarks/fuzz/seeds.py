@@ -46,8 +46,7 @@ def make_result_files() -> list[tuple[str, bytes]]:
     ]
     stated_deviations = [{"r": rank, "accuracy": 70 + rank / 4, "std": 0.5, "n_seeds": 3} for rank in (2, 8, 32)]
     nested = [
-        {"config": {"lora": {"r": rank}}, "summary": json.dumps({"eval/loss": 2 + 1 / rank}), "_step": rank}
-        for rank in (2, 4)
+        {"config": {"lora": {"r": rank}}, "summary": {"eval/loss": 2 + 1 / rank}, "_step": rank} for rank in (2, 4)
     ]
     ppl = [{"rank": rank, "ppl": 9 + 1 / rank, "step": step} for rank in (1, 2, 4, 8) for step in (10, 20, 30)]
     return [

@@ -544,7 +544,7 @@ def test_trials_are_a_table() -> None:
     table = build_trials_frame(records, examples=False)
     assert list(table.trial_id) == [outcome.trial_id for outcome in records.outcomes]
     assert set(table.status) == {"finished", "diverged"}
-    assert list(table[table.stage == "base"]["rank"]) == [0]
+    assert set(table.stage) == {"whole"}
     finished = [outcome for outcome in records.outcomes if isinstance(outcome, TrialFinished)]
     assert list(table[table.status == "finished"].loss) == [outcome.metrics["loss"] for outcome in finished]
     assert list(table[table.status == "diverged"].reason) == ["training loss is nan"] * 2
@@ -563,7 +563,7 @@ def test_an_exported_run_decides_without_its_longer_training(examples: bool) -> 
     records.outcomes.append(longer)
     table: Any = build_trials_frame(records, examples=examples)
     assert set(table[table.stage == "longer"].trial_id) == {"longer"}
-    decision = decide(table, metric="loss", margin=expected.margin).decision
+    decision = decide(table, metric="loss", margin=expected.margin, where={"stage": "whole"}).decision
     assert [evidence.value for evidence in decision.ranks] == pytest.approx([e.value for e in expected.ranks])
     assert "unequal_length" not in decision.flags
 
@@ -582,27 +582,13 @@ def test_an_exported_run_decides_without_its_truncated_and_stopped_trainings(tmp
         path = tmp_path / "run.csv"
         table.to_csv(path, index="index" in kind)
         table = path
-    read = decide(table, metric="loss", margin=run_decision.margin)
+    with pytest.raises(ResultsError, match="differ in stage"):
+        decide(table, metric="loss")
+    read = decide(table, metric="loss", margin=run_decision.margin, where={"stage": "whole"})
     assert [evidence.rank for evidence in read.decision.ranks] == [0, 1, 4, 16, 64]
     assert {evidence.rank: evidence.value for evidence in read.decision.ranks} == {
         evidence.rank: pytest.approx(evidence.value) for evidence in run_decision.ranks
     }
-    rows = 6 * (ITEMS if "examples" in kind else 1)
-    assert f"{rows} rows of truncated or stopped trainings omitted" in read.input_notes
-
-
-def test_an_exported_run_with_one_rank_is_told_what_to_do() -> None:
-    table = build_trials_frame(make_answered_run(), examples=False)
-    with pytest.raises(
-        ResultsError, match=r"column stage says that 1 rank was trained to the end.*--goal training-rank"
-    ):
-        decide(table, metric="loss")
-
-
-def test_a_column_named_stage_of_another_table_is_no_stage_of_a_run() -> None:
-    rows = [{"rank": rank, "stage": "sft", "eval_loss": 2 + 1 / rank} for rank in (1, 4, 16)]
-    assert [evidence.rank for evidence in decide(rows).decision.ranks] == [1, 4, 16]
-    assert "not used: stage" in decide(rows).input_notes
 
 
 def test_the_table_of_examples_decides_as_the_run() -> None:

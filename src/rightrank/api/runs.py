@@ -21,13 +21,14 @@ from rightrank.decision.records import (
     list_tried_rates,
     read_records,
 )
-from rightrank.decision.table import build_other_tables, build_table
+from rightrank.decision.table import build_table
 from rightrank.report.answer import build_answer_view, format_labelled_rows, render_notebook_html
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.metrics import Checkpoint
+from rightrank.schema.trials import TrialOutcome
 
 if TYPE_CHECKING:  # functions import their own dependencies, so that `status` is quick
     from pandas import DataFrame
@@ -81,7 +82,7 @@ class DecisionResult:
     input_notes: list[str]
     adapter_sentence: str | None = None  # on the deployment rank, if a run folder has one
     next_commands: Sequence[str | None] = ()  # of a run folder: for each next run, the command that continues the run
-    records: Records | None = None  # the trainings of a table; None for a run folder
+    trainings: Sequence[TrialOutcome] | None = None  # of a table; None for a run folder
 
     def write_report(self, path: str | Path, source: str = "a table of results", command: str = "") -> Path:
         """Write the report of a table: the result, the curve, the evidence by rank and all trainings, in one HTML file.
@@ -95,12 +96,12 @@ class DecisionResult:
         """
         from rightrank.report.html import render_table_report
 
-        if self.records is None:
+        if self.trainings is None:
             raise ResultsError(
                 "a report is written of a table of trainings; that of a run folder is written by: rightrank report RUN"
             )
         with report_disk_errors(Path(path)):
-            write_text(Path(path), render_table_report(self.records, self.decision, source, command))
+            write_text(Path(path), render_table_report(self.trainings, self.decision, source, command))
         return Path(path)
 
     @property
@@ -132,57 +133,59 @@ def decide(
     margin: float | None = None,
     confidence: float | None = None,
     columns: Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+    where: Mapping[str, object] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> DecisionResult:
     """Decide on finished trainings of any origin.
 
     Args:
-        results: a CSV or JSONL file, a run folder, another tool's results (see docs/how-to/decide.md), a study of Optuna, or
-            mappings in memory with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
+        results: a file of results, a run folder, another tool's results (see docs/how-to/decide.md), a study of Optuna, a data
+            frame, or mappings with `rank`, a held-out metric and, if there are any, `lr`, `seed`, `std`, `item`.
         metric: the column of the held-out number, or the metric's name if the column is `value`.
         higher_is_better: None for the direction of a metric with a known name; other metrics need it.
         margin: the loss of quality that you accept, in the metric's unit; None for the metric's default.
         confidence: name the smallest rank that is enough with this probability, if per-example scores give one; None for
             that of a run folder, else 0.6.
         columns: canonical name → column, for columns with other names; `group` says which examples belong together.
+        ignore: columns that are not read, because a difference in them does not matter.
+        where: column → value; only the rows with these values are read.
         checkpoint: the evaluation of each training to compare, if there are several: `last` or `best`; None
             for that of a run folder, else the last.
 
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.tables.table_rows import build_rows, read_result_rows
-    from rightrank.tables.tables import build_table_records
+    from rightrank.tables.trainings import read_result_table
 
     options: dict[str, Any] = {} if confidence is None else {"confidence": confidence}
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
-            if columns:
+            if columns or where or list(ignore):
                 raise ResultsError(
-                    "--columns: a run folder has its own columns and groups in its journal; leave it out"
+                    "--columns, --ignore, --where: a run folder has its own columns and groups in its journal; leave them out"
                 )
             return _decide_run_folder(
                 folder, metric, margin, options | {"higher": higher_is_better, "checkpoint": checkpoint}
             )
-        source, rows = str(results), read_result_rows(Path(results))
-    else:
-        table_source: Any = results
-        if hasattr(table_source, "trials_dataframe"):  # a study of Optuna
-            if higher_is_better is None and len(table_source.directions) == 1:
-                higher_is_better = table_source.directions[0].name == "MAXIMIZE"
-            table_source = table_source.trials_dataframe()
-        source, rows = "results", build_rows(table_source)
-    records = build_table_records(rows, source, metric, higher_is_better, margin, columns or {})
-    started, outcomes = records.started, records.outcomes
-    decision = rule.decide_table(
-        build_table(outcomes, started.metric, started.higher_is_better),
-        margin,
-        checkpoint=checkpoint or "last",
-        other_tables=build_other_tables(outcomes, started.metric),
-        **options,
+    table_source: Any = results
+    if hasattr(table_source, "trials_dataframe"):  # a study of Optuna
+        if higher_is_better is None and len(table_source.directions) == 1:
+            higher_is_better = table_source.directions[0].name == "MAXIMIZE"
+        table_source = table_source.trials_dataframe()
+    table = read_result_table(
+        table_source,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        margin=margin,
+        columns=columns,
+        ignore=ignore,
+        where=where,
     )
-    return DecisionResult(decision, list(started.environment.values()), records=records)
+    scores = build_table(table.outcomes, table.metric, table.higher_is_better)
+    decision = rule.decide_table(scores, margin, checkpoint=checkpoint or "last", **options)
+    return DecisionResult(decision, table.notes, trainings=table.outcomes)
 
 
 def _decide_run_folder(

@@ -114,6 +114,16 @@ def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str
     return pairs
 
 
+def _parse_conditions(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    conditions: dict[str, str] = {}
+    for text in texts:
+        column, equals, value = text.partition("=")
+        if not equals or column in conditions:
+            raise click.BadParameter(f"{text!r}: give COLUMN=VALUE, such as model=gemma, and each column once")
+        conditions[column] = value
+    return conditions
+
+
 @click.command(
     "decide",
     short_help="Decide on finished trainings of any origin.",
@@ -142,6 +152,14 @@ def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str
     callback=_parse_mapping,
     metavar="NAME=COLUMN",
     help="Columns with other names, such as rank=lora_r,value=eval_loss; group=document names the groups of examples.",
+)
+@click.option("--ignore", multiple=True, metavar="COLUMN", help="A column in which a difference does not matter.")
+@click.option(
+    "--where",
+    multiple=True,
+    callback=_parse_conditions,
+    metavar="COLUMN=VALUE",
+    help="Read only the rows with this value, such as model=gemma.",
 )
 @click.option(
     "--checkpoint",
@@ -192,8 +210,9 @@ def _format_command(results: Path, arguments: Mapping[str, Any]) -> str:
         if name == "higher_is_better" and value is not None:
             options.append("--higher-is-better" if value else "--lower-is-better")
         elif value:
-            text = ",".join(f"{key}={column}" for key, column in value.items()) if name == "columns" else str(value)
-            options += [f"--{name}", text]
+            pairs = [f"{key}={text}" for key, text in value.items()] if isinstance(value, Mapping) else []
+            texts = {"columns": [",".join(pairs)], "where": pairs, "ignore": value}.get(name, [str(value)])
+            options += [word for text in texts for word in (f"--{name}", text)]
     return shlex.join(["rightrank", "decide", str(results), *options])
 
 

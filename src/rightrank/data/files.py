@@ -242,14 +242,17 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         raise UnreadableError(error.strerror or str(error)) from None
 
 
-def parse_json(text: str) -> Any:
+_DECODER = json.JSONDecoder()
+
+
+def parse_json(text: str, decoder: json.JSONDecoder = _DECODER) -> Any:
     """Parse a JSON value.
 
     Raises:
         UnreadableError: not JSON, nested too deeply, or an integer with thousands of digits.
     """
     try:
-        return json.loads(text)
+        return decoder.decode(text)
     except json.JSONDecodeError as error:
         raise UnreadableError(f"{error.msg} at column {error.colno}", error.lineno) from None
     except RecursionError:

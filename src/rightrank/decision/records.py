@@ -393,15 +393,14 @@ _TRIAL_FIELDS = (
 def build_trials_frame(records: Records, examples: bool) -> DataFrame:
     """Return a table with a row for each trial and its metrics, or with a row for each held-out example of each finished trial.
 
-    The column `stage` tells complete trainings (`whole`) from longer, stopped and truncated ones, which are not compared with them.
+    The column `stage` tells complete trainings and the base model (`whole`) from longer, stopped and truncated trainings, which are
+    not compared with them.
     """
     from pandas import DataFrame, concat
 
     usual_ids = {outcome.trial_id for outcome in exclude_longer_trainings(records.outcomes)}
     stages = {
-        outcome.trial_id: "base"
-        if outcome.rank == 0
-        else outcome.arm.format_stage() or ("whole" if outcome.trial_id in usual_ids else "longer")
+        outcome.trial_id: outcome.arm.format_stage() or ("whole" if outcome.trial_id in usual_ids else "longer")
         for outcome in records.outcomes
     }
     if not examples:

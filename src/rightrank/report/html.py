@@ -13,7 +13,6 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePath
@@ -41,7 +40,7 @@ from rightrank.report.figures import build_figures
 from rightrank.report.format import format_bytes, format_quantity, make_visible
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision
-from rightrank.schema.events import RunKind, RunStarted, TestEvaluated
+from rightrank.schema.events import DataSummary, RunKind, RunStarted, TestEvaluated
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
@@ -109,17 +108,26 @@ def render_report(
     )
 
 
-def render_table_report(records: Records, decision: Decision, source: str, command: str) -> str:
+def render_table_report(trainings: Sequence[TrialOutcome], decision: Decision, source: str, command: str) -> str:
     """Render the decision on a table of results as the page of a run without an adapter.
 
     Args:
-        records: the trainings of the table.
+        trainings: the trainings of the table.
         source: the table's name, as shown on the page.
         command: the command that decides on the table; empty for none.
     """
-    started = records.started
-    settings = {"trainer": source, "version": "", **started.model_dump(include={"metric", "higher_is_better"})}
-    records = replace(records, started=started.model_copy(update={"settings": {**settings, "margin": decision.margin}}))
+    started = RunStarted.build(
+        RunKind.TABLE,
+        {"trainer": source, "version": "", "margin": decision.margin}
+        | decision.model_dump(include={"metric", "higher_is_better"}),
+        environment={},
+        data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
+        evaluation_examples=[],
+        metric=decision.metric,
+        higher_is_better=decision.higher_is_better,
+        started_at="",
+    )
+    records = Records(started, list(trainings))
     return render_report(records, Answers(decision), build_figures(records, decision), command=command)
 
 

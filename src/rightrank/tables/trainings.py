@@ -1,0 +1,335 @@
+"""Read the trainings in a table of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rightrank.schema.errors import ResultsError, quote_value
+from rightrank.schema.metrics import format_unknown_direction, has_percentages, infer_metric_kind
+from rightrank.schema.trials import Arm, EvalPoint, Floats, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.tables.columns import Codes, Table, format_names, is_blank
+from rightrank.tables.conditions import require_same_conditions
+from rightrank.tables.numbers import Evaluations, encode_texts, number_evaluations, read_rows
+from rightrank.tables.roles import Roles, identify_roles, infer_column_direction
+from rightrank.tables.sources import read_table
+
+SUCCESSES = ("finished", "complete", "completed", "success", "succeeded", "done")
+FAILURES = ("failed", "fail", "crashed", "killed", "error", "diverged", "collapsed")  # no result, if there is no value
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTable:
+    """The trainings in a table of results, and notes on how it was read."""
+
+    outcomes: list[TrialOutcome]
+    metric: str
+    higher_is_better: bool
+    notes: list[str]
+
+
+def read_result_table(
+    source: Any,
+    *,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
+    margin: float | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+    where: Mapping[str, object] | None = None,
+) -> ResultTable:
+    """Read the trainings in a table of results.
+
+    Whatever differs between the trainings and is neither rank, learning rate, seed, step, example nor metric must be declared:
+    a column whose texts differ is refused unless it is ignored or restricted to one value; numbers that differ are named in a note.
+
+    Args:
+        source: a file, a folder, a data frame or mappings, as for `read_table`.
+        columns: role → column, for columns with other names.
+        ignore: columns that are not read.
+        where: column → value; only the rows with these values are read.
+
+    Raises:
+        ResultsError: the table cannot be read, or its trainings cannot be compared; the message names file and row.
+    """
+    mapping = columns or {}
+    table = read_table(source).keep_rows_where(where or {}).ignore(ignore)
+    roles = identify_roles(table, metric, mapping)
+    table, notes = _drop_rows_without_rank(table, roles)
+    _require_successes(table, roles)
+    evaluations = number_evaluations(table, roles)
+    notes += require_same_conditions(table, roles, evaluations)
+    outcomes, omissions = _build_outcomes(table, roles, evaluations, mapping.get("group"))
+    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
+    _require_comparable(finished, table.name)
+    higher, reason = _resolve_direction(roles.metric, higher_is_better, table.name)
+    kind = infer_metric_kind(roles.metric, higher)
+    if kind == "perplexity" and (lowest := min(outcome.value for outcome in finished)) <= 0:
+        raise ResultsError(f"{table.name}: a perplexity of {lowest:g} is not possible; perplexities are above 0")
+    if kind == "accuracy":
+        _require_one_unit(finished, roles.metric, table.name)
+    if margin is None and kind == "other":
+        notes.append(
+            f"margin: 1% of the best value, because the name {roles.metric!r} states no unit (--metric NAME or --margin changes it)"
+        )
+    found = [
+        f"{role} from column {name}"
+        for role, name in sorted(roles.columns.items())
+        if role not in (name, "value", "alpha")
+    ]
+    found.append(f"value from column {roles.columns['value']}: {'higher' if higher else 'lower'} is better ({reason})")
+    return ResultTable(outcomes, roles.metric, higher, [*found, *notes, *omissions])
+
+
+def _drop_rows_without_rank(table: Table, roles: Roles) -> tuple[Table, list[str]]:
+    """Return the rows with a rank, and a note on those with neither rank nor value.
+
+    Raises:
+        ResultsError: a row has a value but no rank.
+    """
+    rank, value = (table.columns[roles.columns[role]] for role in ("rank", "value"))
+    is_blank_rank = np.array([is_blank(cell) for cell in rank.cells])[rank.codes]
+    if not is_blank_rank.any():
+        return table, []
+    has_value = ~np.array([is_blank(cell) for cell in value.cells])[value.codes]
+    incomplete = np.flatnonzero(is_blank_rank & has_value)
+    if len(incomplete):
+        raise ResultsError(
+            f"{table.describe_row(incomplete[0])}: there is a value but no rank; write 0 for the base model, or leave the row out with --where"
+        )
+    count = int(is_blank_rank.sum())
+    return table.select(~is_blank_rank), [_count(count, "row", "with neither rank nor value omitted")]
+
+
+def _count(number: int, noun: str, description: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)} {description}"
+
+
+def _require_successes(table: Table, roles: Roles) -> None:
+    """Raise if the state of a row is not a known success, unless it is a known failure and there is no value."""
+    if (name := roles.columns.get("status")) is None:
+        return
+    status, value = table.columns[name], table.columns[roles.columns["value"]]
+    states = ["" if cell is None else str(cell).strip().lower() for cell in status.cells]
+    is_success, is_failure = (
+        np.array([state in words for state in states])[status.codes] for words in (SUCCESSES, FAILURES)
+    )
+    is_number = np.array(
+        [number is None or np.isfinite(number) for number in table.parse_numbers(roles.columns["value"])]
+    )
+    refused = np.flatnonzero(~is_success & ~(is_failure & ~is_number[value.codes]))
+    if len(refused):
+        success = next(
+            (cell for cell, state in zip(status.cells, states, strict=True) if state in SUCCESSES), "finished"
+        )
+        raise ResultsError(
+            f"{table.describe_row(refused[0])}: {name} {quote_value(table.get_cell(name, refused[0]), 40)} is not a known success "
+            f"({', '.join(SUCCESSES)}); leave such rows out with --where {name}={success}, or count them with --ignore {name}"
+        )
+
+
+def _build_outcomes(
+    table: Table, roles: Roles, evaluations: Evaluations, stated_group: str | None
+) -> tuple[list[TrialOutcome], list[str]]:
+    """Build the outcome of each training, in the order of rank, learning rate and seed.
+
+    Returns:
+        The outcomes, and notes on the rows that were omitted.
+    """
+    rows, num_repeated = _find_distinct_rows(table, roles, evaluations)
+    trainings, steps, examples = evaluations.trainings[rows], evaluations.steps[rows], evaluations.examples[rows]
+    values = evaluations.values[rows]
+    has_value = ~np.isnan(values)
+    # A row without a value counts only at a step at which some training has a value: logs have rows with only the training loss.
+    is_evaluation = np.isin(steps, steps[has_value])
+    last_steps = np.full(len(evaluations.keys), -1)
+    np.maximum.at(last_steps, trainings[is_evaluation], steps[is_evaluation])
+    is_last = steps == last_steps[trainings]
+    final = np.flatnonzero(is_last & has_value)
+    finished, counts = np.unique(trainings[final], return_counts=True)
+    scored = np.unique(examples[final])
+    for training, count in zip(finished, counts, strict=True):
+        if count < len(scored):
+            missing = np.setdiff1d(scored, examples[final][trainings[final] == training])[0]
+            raise ResultsError(
+                f"{table.name}: {evaluations.describe_training(training)} has scores of {count:,} of the {len(scored):,} examples of other trainings "
+                f"({evaluations.example_names[missing]} is missing); score every training on the same examples, at its last step"
+            )
+    shape = (len(finished), len(scored))
+    scores = values[final].reshape(shape)
+    weights = _read_weights(table, roles, evaluations, rows[final].reshape(shape))
+    groups = _number_groups(table, roles, evaluations, rows[final].reshape(shape), stated_group)
+    first_rows = rows[final].reshape(shape)[:, 0]
+    details = {role: read_rows(table, roles, role)[first_rows] for role in ("std", "std_seeds", "train_value")}
+    bounds = np.searchsorted(trainings, np.arange(len(evaluations.keys) + 1))
+    outcomes: list[TrialOutcome] = []
+    for training, (rank, rate, seed) in enumerate(evaluations.keys):
+        length = int(evaluations.step_numbers[last_steps[training]])
+        arm = Arm(rank=rank, learning_rate=rate, lora_alpha=1, seed=seed, steps=length)  # the alphas follow one rule
+        fields = {"trial_id": arm.format_label(), **arm.model_dump()}
+        index = int(np.searchsorted(finished, training))
+        if index == len(finished) or finished[index] != training:
+            outcomes.append(TrialFailed(**fields, error="error", reason="the table has no result for this training"))
+            continue
+        own = slice(bounds[training], bounds[training + 1])
+        points = zip(evaluations.step_numbers[steps[own]].tolist(), values[own].tolist(), strict=True)
+        value = float(np.average(scores[index], weights=weights))
+        stated = {role: float(numbers[index]) for role, numbers in details.items() if not np.isnan(numbers[index])}
+        by_example = {} if "example" not in roles.columns else {
+            "example_scores": scores[index].tolist(),
+            "example_weights": None if weights is None else weights.tolist(),
+            "example_groups": groups,
+        }  # fmt: skip
+        outcomes.append(
+            TrialFinished(
+                **fields,
+                **by_example,
+                value=value,
+                metrics={roles.metric: value},
+                train_value=stated.get("train_value"),
+                points=[EvalPoint(step=int(step), value=value) for step, value in points if value == value]
+                if length and not by_example
+                else [],
+                seed_deviation=stated.get("std"),
+                averaged_seeds=int(stated.get("std_seeds", 1)) if "std" in stated else 1,
+            )
+        )
+    is_unscored = is_last & ~has_value & np.isin(trainings, finished)
+    unscored = [evaluations.example_names[example] for example in np.setdiff1d(examples[is_unscored], scored)]
+    num_failed = len(evaluations.keys) - len(finished)
+    omissions = (
+        (num_repeated, "repeated row", "omitted"),
+        (len(unscored), "example", f"without a score omitted ({format_names(unscored)})"),
+        (num_failed, "training", "without a result"),
+    )
+    return outcomes, [_count(*omission) for omission in omissions if omission[0]]
+
+
+def _find_distinct_rows(table: Table, roles: Roles, evaluations: Evaluations) -> tuple[Codes, int]:
+    """Return one row for each training, step and example, in this order, and the number of repeated rows.
+
+    Raises:
+        ResultsError: two rows of one training, step and example have different values.
+    """
+    places = (evaluations.trainings * len(evaluations.step_numbers) + evaluations.steps) * len(
+        evaluations.example_names
+    )
+    places += evaluations.examples
+    order = np.lexsort((evaluations.values, places))  # NaN comes last
+    places, values = places[order], evaluations.values[order]
+    is_repeated = np.append(False, (places[1:] == places[:-1]) & ~np.isnan(values[1:]))
+    conflicts = np.flatnonzero(is_repeated[1:] & (values[1:] != values[:-1]))
+    if len(conflicts):
+        first, second = sorted(order[conflicts[0] : conflicts[0] + 2])
+        raise ResultsError(_format_conflict(table, roles, evaluations, int(first), int(second)))
+    is_first = np.append(True, places[1:] != places[:-1])
+    return order[is_first], int(is_repeated.sum())
+
+
+def _format_conflict(table: Table, roles: Roles, evaluations: Evaluations, first: int, second: int) -> str:
+    place = evaluations.describe_training(evaluations.trainings[second])
+    if "example" in roles.columns:
+        place += f", example {evaluations.example_names[evaluations.examples[second]]}"
+    if "step" in roles.columns:
+        place += f", step {evaluations.step_numbers[evaluations.steps[second]]:g}"
+    unused = table.columns.keys() - roles.columns.values()
+    differing = sorted(name for name in unused if table.get_cell(name, first) != table.get_cell(name, second))
+    advice = (
+        f"they also differ in {format_names(differing)}; keep the rows of one training for each rank, learning rate and seed"
+        if differing
+        else "add the column that distinguishes them (seed, lr, step or item), or remove one"
+    )
+    return f"{table.describe_row(second)}: {place} occurs twice with different values (also in {table.describe_row(first)}); {advice}"
+
+
+def _require_equal_rows(
+    table: Table, evaluations: Evaluations, rows: Codes, numbers: Floats | Codes, name: str
+) -> None:
+    """Raise if the numbers of the examples [trainings, examples] are not the same in every training."""
+    different = np.argwhere(numbers != numbers[0])
+    if len(different):
+        training, example = different[0]
+        row = rows[training, example]
+        raise ResultsError(
+            f"{table.describe_row(row)}: example {evaluations.example_names[evaluations.examples[row]]} has another {name} than in "
+            f"{table.describe_row(rows[0, example])}; give each example the same {name} in every training"
+        )
+
+
+def _read_weights(table: Table, roles: Roles, evaluations: Evaluations, rows: Codes) -> Floats | None:
+    """Return the weight of each example; None if all weigh the same."""
+    if (name := roles.columns.get("weight")) is None:
+        return None
+    weights = read_rows(table, roles, "weight")[rows]
+    missing = np.argwhere(~(weights > 0))
+    if len(missing):
+        raise ResultsError(
+            f"{table.describe_row(rows[tuple(missing[0])])}: {name} is not above 0; give the weight of every scored example"
+        )
+    _require_equal_rows(table, evaluations, rows, weights, name)
+    return weights[0] if len(weights) else None
+
+
+def _number_groups(
+    table: Table, roles: Roles, evaluations: Evaluations, rows: Codes, stated_group: str | None
+) -> list[int] | None:
+    """Return the number of each example's group; None if each example stands for itself."""
+    if (name := roles.columns.get("group")) is None:
+        return None
+    groups = encode_texts(table, roles, "group")[1][rows] if "example" in roles.columns else np.zeros((0, 0))
+    if groups.size:
+        _require_equal_rows(table, evaluations, rows, groups, name)
+        if 1 < len(np.unique(groups[0])) < groups.shape[1]:
+            return [int(group) for group in groups[0]]
+    if stated_group is not None:
+        raise ResultsError(
+            f"{table.name}: column {name} does not divide the examples into groups; name a column in which several examples share each value, "
+            "or leave `group` out: examples are then treated as independent"
+        )
+    return None
+
+
+def _require_comparable(finished: Sequence[TrialFinished], table_name: str) -> None:
+    trainings = [trial for trial in finished if trial.rank > 0]
+    ranks = {trial.rank for trial in trainings}
+    if not ranks:
+        raise ResultsError(f"{table_name}: no row has both a rank and a held-out value; give one row for each training")
+    if len(ranks) < 2:
+        raise ResultsError(
+            f"{table_name}: the trainings have only rank {ranks.pop()}; give two or more ranks to compare"
+        )
+    first = trainings[0]
+    if all((trial.value, trial.example_scores) == (first.value, first.example_scores) for trial in trainings):
+        raise ResultsError(
+            f"{table_name}: every training has the value {trainings[0].value:g}, so there is nothing to compare; give the held-out metric"
+        )
+    if len({trial.learning_rate > 0 for trial in trainings}) > 1:
+        label = next(trial.trial_id for trial in trainings if trial.learning_rate == 0)
+        raise ResultsError(
+            f"{table_name}: {label} has no learning rate, but other trainings have one; add it, or leave the column out with --ignore"
+        )
+
+
+def _resolve_direction(metric: str, stated_direction: bool | None, table_name: str) -> tuple[bool, str]:
+    """Return `(higher is better, reason)`."""
+    if stated_direction is not None:
+        return stated_direction, "as stated"
+    direction = infer_column_direction(metric)
+    if direction is None:
+        raise ResultsError(
+            f"{table_name}: {format_unknown_direction(metric)}; give --higher-is-better or --lower-is-better, or --metric NAME"
+        )
+    return direction, f"from its name, {metric}"
+
+
+def _require_one_unit(finished: Sequence[TrialFinished], metric: str, table_name: str) -> None:
+    """Raise if some accuracies are fractions and others are percentages."""
+    values = sorted(trial.value for trial in finished if trial.value)
+    if values and (values[0] < 0 or values[-1] > 100 or (has_percentages(values) and values[0] <= 1)):
+        raise ResultsError(
+            f"{table_name}: {metric} is {values[0]:g} in one training and {values[-1]:g} in another; write all as fractions from 0 to 1, or all "
+            "as percentages above 1"
+        )

@@ -1,0 +1,519 @@
+"""Test the reader of result tables through `decide`: what is read, what must be declared, and what is refused with file and row."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rightrank import decide
+from rightrank.cli import cli
+from rightrank.schema.errors import ResultsError
+from rightrank.tables.trainings import FAILURES, SUCCESSES
+
+GOOD = "rank,eval_loss\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
+LOSSES = {4: 2.05, 16: 2.001, 64: 2.0}
+ROWS: list[dict[str, Any]] = [{"rank": rank, "eval_loss": loss} for rank, loss in LOSSES.items()]
+EXAMPLE_ROWS: list[dict[str, Any]] = [
+    {"rank": rank, "item": f"q{example}", "eval_loss": 2 + example / 80 + 1 / rank}
+    for rank in (4, 16)
+    for example in range(80)
+]
+
+
+def write_table(folder: Path, text: str, name: str = "runs.csv") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def decide_values(table: Any, **options: Any) -> dict[int, float]:
+    return {evidence.rank: evidence.value for evidence in decide(table, **options).decision.ranks}
+
+
+def add_column(name: str, cells: Sequence[Any], rows: Sequence[dict[str, Any]] = ROWS) -> list[dict[str, Any]]:
+    return [row | {name: cell} for row, cell in zip(rows, cells, strict=True)]
+
+
+# what is read
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "lora_rank,Eval Loss\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n",
+        "Name,State,peft_config.default.r,eval/loss,Created\na,finished,1,2.3,1 May\nb,finished,4,2.05,2 May\nc,finished,16,2.001,3 May\nd,finished,64,2.0,4 May\n",
+        "run_id,params.lora_rank,metrics.eval_loss,artifact_uri\na,1,2.3,a\nb,4,2.05,b\nc,16,2.001,c\nd,64,2.0,d\n",
+        ",number,user_attrs_r,val_loss,state,duration\n0,0,1,2.3,COMPLETE,1 s\n1,1,4,2.05,COMPLETE,2 s\n2,2,16,2.001,COMPLETE,3 s\n3,3,64,2.0,COMPLETE,4 s\n",
+    ],
+    ids=["plain", "words", "wandb", "mlflow", "optuna"],
+)
+def test_the_columns_of_trackers_are_recognized(tmp_path: Path, text: str) -> None:
+    decided = decide(write_table(tmp_path, text), margin=0.005)
+    assert (decided.decision.rank, decided.decision.higher_is_better) == (16, False)
+
+
+def test_a_wandb_export_in_json_is_flattened(tmp_path: Path) -> None:
+    runs = [
+        {"name": f"run-{rank}", "config": {"lora": {"r": rank}, "learning_rate": 1e-4}, "summary": {"eval/loss": loss}}
+        for rank, loss in LOSSES.items()
+    ]
+    decided = decide(write_table(tmp_path, json.dumps(runs), "wandb.json"), margin=0.005).decision
+    assert (decided.rank, decided.learning_rate) == (16, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["csv", "semicolons", "tsv", "json", "jsonl", "parquet", "frame", "index", "folder"])
+def test_every_source_gives_the_same_answer(tmp_path: Path, kind: str) -> None:
+    rows = [
+        {"rank": rank, "lr": rate, "seed": seed, "eval_loss": 2 + 1 / rank + seed / 1000 + rate}
+        for rank in (2, 8, 32)
+        for rate in (1e-4, 0.0003)
+        for seed in (0, 1)
+    ]
+    frame, source = pandas.DataFrame(rows), tmp_path / f"runs.{kind}"
+    if kind == "semicolons":
+        source = tmp_path / "runs.csv"
+        frame.to_csv(source, sep=";", decimal=",", index=False)
+    elif kind in ("csv", "tsv"):
+        frame.to_csv(source, sep="\t" if kind == "tsv" else ",", index=False)
+    elif kind in ("json", "jsonl"):
+        frame.to_json(source, orient="records", lines=kind == "jsonl")
+    elif kind == "parquet":
+        frame.to_parquet(source)
+    elif kind == "folder":
+        source.mkdir()
+        for rank, rows_of_rank in frame.groupby("rank"):
+            rows_of_rank.to_csv(source / f"{rank}.csv", index=False)
+    else:
+        source = frame.set_index("rank") if kind == "index" else frame  # type: ignore[assignment]
+    assert decide(source).decision == decide(rows).decision
+
+
+@st.composite
+def draw_tables(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Draw a table of several ranks and seeds with scores of examples, several evaluations, or one value for each training."""
+    kind = draw(st.sampled_from(["examples", "steps", "values"]))
+    losses = st.floats(1, 3, allow_nan=False).map(lambda loss: round(loss, 4))
+    places: dict[str, list[dict[str, Any]]] = {
+        "examples": [{"item": f"e{n}", "tokens": 1 + n, "group": n // 2} for n in range(6)],
+        "steps": [{"step": 10}, {"step": 20}],
+    }
+    rows = [
+        {"rank": rank, "lr": 1e-3, "seed": seed, "eval_loss": draw(losses), "speed": draw(losses), **place}
+        for rank in draw(st.lists(st.integers(0, 64), min_size=3, max_size=4, unique=True))
+        for seed in range(draw(st.integers(1, 2)) if kind == "values" else 1)
+        for place in places.get(kind, [{}])
+    ]
+    return [*rows, rows[0]]
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw_tables(), st.randoms(use_true_random=False))
+def test_the_order_of_rows_and_columns_changes_nothing(tmp_path: Path, rows: list[dict[str, Any]], random: Any) -> None:
+    names = list(rows[0])
+    shuffled_rows = random.sample(rows, len(rows))
+    shuffled_names = random.sample(names, len(names))
+    path = tmp_path / "runs.csv"
+    pandas.DataFrame(shuffled_rows)[shuffled_names].to_csv(path, index=False)
+
+    def read(source: Any) -> Any:
+        try:
+            decided = decide(source)
+        except ResultsError:  # every training has the same value, or there is only one rank
+            return None
+        return decided.decision, decided.input_notes
+
+    assert read(path) == read(rows)
+
+
+def test_columns_and_metrics_are_named_by_hand(tmp_path: Path) -> None:
+    path = write_table(tmp_path, GOOD.replace("rank,eval_loss", "groesse,guete"))
+    mapping = {"rank": "groesse", "value": "guete"}
+    assert decide(path, columns=mapping, margin=0.005, higher_is_better=False).decision.rank == 16
+    with pytest.raises(ResultsError, match="is recognized as the rank; name it with --columns rank=COLUMN"):
+        decide(path, columns={"value": "guete"})
+    with pytest.raises(ResultsError, match="has no column 'x'"):
+        decide(path, columns={"rank": "x"})
+    rows = [{"rank": rank, "eval/accuracy": 0.9 + rank / 1000, "eval/loss": 1.0} for rank in LOSSES]
+    by_accuracy = decide(rows, metric="accuracy").decision
+    assert (by_accuracy.metric, by_accuracy.higher_is_better, by_accuracy.reference_rank) == ("accuracy", True, 64)
+
+
+def test_the_learning_rate_is_the_one_that_was_set() -> None:
+    rows = [row | {"params.learning_rate": 0.005, "metrics.learning_rate": 0.0035} for row in ROWS]
+    assert decide(rows).decision.learning_rate == 0.005
+
+
+def test_examples_are_weighted_by_their_tokens() -> None:
+    rows = [row | {"tokens": 1 + int(row["item"][1:]) % 3} for row in EXAMPLE_ROWS]
+    weights = [1 + number % 3 for number in range(80)]
+    losses = [2 + number / 80 + 1 / 4 for number in range(80)]
+    expected = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+    assert decide_values(rows)[4] == pytest.approx(expected)
+
+
+def test_the_last_evaluation_counts_unless_the_best_one_is_requested() -> None:
+    rows = [
+        {"rank": rank, "step": step, "eval_loss": 2 + 1 / rank + abs(step - 75) / 1000}
+        for rank in LOSSES
+        for step in (25, 50, 75, 100)
+    ]
+    log = [{"rank": 4, "step": 90, "eval_loss": None}]  # a row of a log with only the training loss
+    assert decide_values([*rows, *log])[4] == pytest.approx(2.275)
+    best = decide(rows, checkpoint="best").decision
+    assert best.ranks[0].value == pytest.approx(2.25)
+    assert "unequal_length" not in best.flags
+
+
+@pytest.mark.parametrize("missing", [math.nan, math.inf, "NaN", "n/a", None])
+def test_a_training_that_ends_without_a_number_has_no_result(missing: object) -> None:
+    losses = {4: (2.2, 2.05), 16: (2.1, 2.001), 64: (1.9, missing)}
+    rows = [
+        {"rank": rank, "step": step, "eval_loss": loss}
+        for rank, curve in losses.items()
+        for step, loss in zip((100, 200), curve, strict=True)
+    ]
+    for checkpoint in ("last", "best"):
+        decided = decide(rows, checkpoint=checkpoint)
+        assert [evidence.rank for evidence in decided.decision.ranks] == [4, 16]
+        assert "1 training without a result" in decided.input_notes
+        assert "unstable" in decided.decision.flags
+
+
+@pytest.mark.parametrize("with_examples", [False, True])
+def test_trainings_of_unequal_length_are_flagged(with_examples: bool) -> None:
+    rows = EXAMPLE_ROWS if with_examples else ROWS
+    equal = [row | {"step": 1000} for row in rows]
+    unequal = [row | {"step": 200 if row["rank"] == 16 else 1000} for row in rows]
+    assert "unequal_length" not in decide(equal).decision.flags
+    assert "unequal_length" in decide(unequal).decision.flags
+
+
+def test_a_stated_deviation_has_a_number_of_seeds(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n")
+    assert (decide(path).decision.margin, decide(path).decision.basis) == (0.5, "std")
+
+
+def test_a_study_of_optuna_states_the_direction() -> None:
+    frame = pandas.DataFrame({"params_rank": [1, 4, 16], "value": [0.5, 0.7, 0.6], "state": ["COMPLETE"] * 3})
+    study: Any = SimpleNamespace(directions=(SimpleNamespace(name="MAXIMIZE"),), trials_dataframe=lambda: frame)
+    decided = decide(study, margin=0.01).decision
+    assert (decided.reference_rank, decided.higher_is_better) == (4, True)
+
+
+@pytest.mark.filterwarnings("ignore")  # warnings of MLflow
+def test_the_runs_of_mlflow_are_a_data_frame(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(address)
+    experiment = client.create_experiment("lora")
+    for rank, loss in LOSSES.items():
+        run = client.create_run(experiment).info.run_id
+        client.log_param(run, "lora_r", rank)
+        client.log_metric(run, "eval_loss", loss)
+        client.set_terminated(run)
+    previous_uri = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(address)
+    try:
+        assert decide_values(mlflow.search_runs([experiment])) == LOSSES
+    finally:
+        mlflow.set_tracking_uri(previous_uri)
+
+
+def test_text_is_read_without_pandas_and_torch(tmp_path: Path) -> None:
+    path = write_table(tmp_path, GOOD)
+    program = (
+        "import sys; from rightrank import decide; decide(sys.argv[1]); print({'torch', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# what must be declared
+
+NAMES = st.text(alphabet=st.characters(codec="ascii", categories=["L", "N", "P"]), min_size=1, max_size=20)
+UNUSED_NAMES = NAMES.map(lambda name: f"{name}_of_the_training".strip()).filter(lambda name: not name.startswith("-"))
+
+
+@given(UNUSED_NAMES, st.sampled_from(["ab", [True, False], [None, "4bit"], [["q_proj"], ["q_proj", "v_proj"]]]))
+@settings(max_examples=50)
+def test_a_difference_that_is_not_a_number_must_be_declared(name: str, cells: Sequence[Any]) -> None:
+    rows = add_column(name, [cells[0], cells[1], cells[1]])
+    with pytest.raises(ResultsError) as caught:
+        decide(rows)
+    assert "the trainings differ in" in str(caught.value)
+    assert f"--ignore {name}" in str(caught.value)
+    assert decide(rows, ignore=[name]).decision == decide(ROWS).decision
+
+
+def test_the_command_has_both_declarations(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "rank,model,eval_loss\n4,gemma,2.05\n8,gemma,2.04\n32,llama,1.5\n64,llama,1.49\n")
+    refused = CliRunner().invoke(cli, ["decide", str(path)])
+    assert "differ in model ('gemma', 'llama'), so they cannot be compared" in str(refused.exception)
+    some = CliRunner().invoke(cli, ["decide", str(path), "--where", "model=llama", "--json"])
+    every = CliRunner().invoke(cli, ["decide", str(path), "--ignore", "model", "--report", str(tmp_path / "page.html")])
+    assert [row["rank"] for row in json.loads(some.stdout)["ranks"]] == [32, 64]
+    assert every.exit_code == 0
+    assert f"rightrank decide {path} --ignore model" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    for arguments in (["--where", "model"], ["--where", "model=x"], ["--ignore", "x"], ["--where", "x=1"]):
+        assert CliRunner().invoke(cli, ["decide", str(path), *arguments]).exit_code != 0
+
+
+def test_numbers_that_differ_are_named() -> None:
+    rows = add_column("batch_size", [8, 8, 16], add_column("max_length", [512] * 3))
+    assert "different between the trainings, and not taken into account: batch_size" in decide(rows).input_notes
+    assert [evidence.rank for evidence in decide(rows, where={"batch_size": 8.0}).decision.ranks] == [4, 16]
+
+
+def test_what_belongs_to_examples_and_labels_may_differ() -> None:
+    rows = [row | {"subject": "ab"[int(row["item"][1:]) % 2], "run": f"run-{row['rank']}"} for row in EXAMPLE_ROWS]
+    assert decide(rows).decision == decide(EXAMPLE_ROWS).decision
+    with pytest.raises(ResultsError, match="differ in subject"):
+        decide([*rows[:-1], rows[-1] | {"subject": "a"}])
+    with pytest.raises(ResultsError, match="differ in template"):  # one value for each step of one training
+        decide([row | {"step": step, "template": f"t{row['rank']}"} for row in ROWS for step in (row["rank"],)])
+
+
+@pytest.mark.parametrize(
+    ("alphas", "message"),
+    [([16, 16, 16], ""), ([8, 32, 128], "lora_alpha is 2 times the rank"), ([8, 16, 32], None), ([8, None, 8], None)],
+)
+def test_alpha_is_equal_or_proportional_to_the_rank(alphas: list[Any], message: str | None) -> None:
+    rows = add_column("lora_alpha", alphas)
+    if message is None:
+        with pytest.raises(ResultsError, match="neither equal nor proportional to the rank"):
+            decide(rows)
+        assert decide(rows, ignore=["lora_alpha"])
+    else:
+        assert [note for note in decide(rows).input_notes if "alpha" in note] == [message] * bool(message)
+
+
+STATES = st.sampled_from(["TIMEOUT", "CANCELLED", "preempted", "NODE_FAIL", "running", "PRUNED", "", *FAILURES]) | NAMES
+
+
+@given(STATES.filter(lambda state: state.lower() not in SUCCESSES))
+@settings(max_examples=50)
+def test_a_state_that_is_not_a_known_success_is_refused(state: str) -> None:
+    states = ["finished", "COMPLETE", state]
+    with pytest.raises(ResultsError, match=r"row 3: state .* is not a known success"):
+        decide(add_column("state", states))
+    assert decide(add_column("state", states), ignore=["state"]).decision == decide(ROWS).decision
+    without_value = [*add_column("state", ["Succeeded"] * 3), {"rank": 128, "eval_loss": math.nan, "state": state}]
+    if state.lower() in FAILURES:
+        assert "1 training without a result" in decide(without_value).input_notes
+    else:
+        with pytest.raises(ResultsError, match="is not a known success"):
+            decide(without_value)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("name", ["rank", "eval_loss", "note"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "frame", "nested"])
+def test_two_columns_with_one_name_are_refused(tmp_path: Path, kind: str, name: str) -> None:
+    header = ["rank", "eval_loss", "note", name]
+    cells: list[list[float]] = [[4, 2.0, 1, 5], [16, 1.9, 1, 6], [64, 1.8, 1, 7]]
+    objects = ["{" + ", ".join(f'"{n}": {cell}' for n, cell in zip(header, row, strict=True)) + "}" for row in cells]
+    source: Any = tmp_path / f"runs.{kind}"
+    if kind == "csv":
+        source.write_text("\n".join([",".join(header), *(",".join(map(str, row)) for row in cells)]))
+    elif kind in ("json", "jsonl"):
+        source.write_text("\n".join(objects) if kind == "jsonl" else f"[{', '.join(objects)}]")
+    elif kind == "frame":
+        source = pandas.DataFrame(cells, columns=header)
+    else:
+        source = [{"rank": 4, "eval_loss": 2.0, "a.b": 1, "a": {"b": 2}}]
+        name = "a.b"
+    with pytest.raises(ResultsError, match=f"two columns are named '{name}'"):
+        decide(source)
+
+
+@pytest.mark.parametrize("other", ["Rank", "lora_r", "config.rank"])
+def test_two_columns_that_may_be_the_rank_are_refused(other: str) -> None:
+    rows = add_column(other, [1, 2, 3])
+    with pytest.raises(ResultsError, match="may mean the same; name the one to use with --columns rank=COLUMN"):
+        decide(rows)
+    assert decide_values(rows, columns={"rank": "rank"}) == LOSSES
+    assert decide_values(add_column(other, list(LOSSES))) == LOSSES
+
+
+@given(st.sampled_from([None, "", "  ", "n/a", "None", "null", "-", "NaN", math.nan]))
+def test_an_example_without_a_name_is_refused(name: Any) -> None:
+    rows = [*EXAMPLE_ROWS[:-1], EXAMPLE_ROWS[-1] | {"item": name}]
+    with pytest.raises(ResultsError, match=r"row 160: the example .* is no name"):
+        decide(rows)
+
+
+def test_an_example_that_only_some_trainings_have_is_refused() -> None:
+    with pytest.raises(ResultsError, match=r"rank 16, seed 0 has scores of 79 of the 80 examples .*\(q79 is missing\)"):
+        decide(EXAMPLE_ROWS[:-1])
+    without_score = [
+        row | {"eval_loss": None, "tokens": 0} if row["item"] == "q7" else row | {"tokens": 5} for row in EXAMPLE_ROWS
+    ]
+    assert "1 example without a score omitted (q7)" in decide(without_score).input_notes
+
+
+@pytest.mark.parametrize("loss", ["metrics.loss", "loss"])
+@pytest.mark.parametrize("other_column", ["train_loss", "train/loss", "train_runtime", "grad_norm"])
+def test_a_loss_beside_the_columns_of_a_training_log_is_refused(loss: str, other_column: str) -> None:
+    rows = [{"rank": rank, loss: 1.0 / rank, other_column: 2.0 / rank} for rank in LOSSES]
+    with pytest.raises(ResultsError, match=f"{loss} may be the training loss.*--metric {loss}"):
+        decide(rows)
+    assert decide(rows, metric=loss, margin=0.01).decision.reference_rank == 64
+    assert decide([row | {"eval_loss": 1 + row["rank"]} for row in rows]).decision.metric == "eval_loss"
+
+
+@pytest.mark.parametrize("name", ["value", "brier_gap", "toxicity_score", "accuracy_drop"])
+def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
+    rows = [{"rank": rank, name: loss} for rank, loss in LOSSES.items()]
+    with pytest.raises(ResultsError, match="give --higher-is-better or --lower-is-better"):
+        decide(rows, metric=name)
+    decided = decide(rows, metric=name, higher_is_better=False)
+    assert decided.decision.reference_rank == 64
+    assert any("1% of the best value" in note for note in decided.input_notes)
+    assert decide(rows, metric=name, higher_is_better=True, margin=0.01).decision.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("rank,eval_loss\n", "no rows; give a header and one row"),
+        ("size,eval_loss\n1,2\n2,3\n", "none of the columns (eval_loss, size) is recognized as the rank"),
+        ("rank,other\n1,2\n2,3\n", "is recognized as the held-out value"),
+        ("rank,train_loss\n1,2\n2,3\n", "a training loss does not measure held-out data"),
+        ("rank,eval_loss\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
+        ("rank,eval_loss\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
+        ("rank,eval_loss\n,2\n2,3\n", "runs.csv:2: there is a value but no rank"),
+        ("rank,eval_loss\n0,3\n4,2\n", "the trainings have only rank 4"),
+        ('rank,eval_loss\n1,"2,1"\n2,"2,0"\n', "runs.csv:2: eval_loss '2,1' is not allowed: give a number"),
+        ("rank;lr;eval_loss\n1;0.01;2,001\n2;0.01;2,002\n", "write it with a decimal point"),
+        ('rank;step;eval_loss\n1;1,000;2,001\n2;1,000;2,002\n', "step '1.000' is not allowed: give a whole number"),
+        ("rank,eval_loss\n1,2\n2,-1e61\n", "runs.csv:3: eval_loss '-1e61' is not allowed: give a number from -1e+60"),
+        ("rank,eval_loss\n1,2\n2,1_000\n", "runs.csv:3: eval_loss '1_000' is not allowed"),
+        ("rank,eval_loss\n1,2\n2,OOM\n", "or leave the cell empty where a training has no result"),
+        ("rank,eval_loss\n1,True\n2,False\n", "write 1 and 0 where a right answer counts"),
+        ("rank,eval_loss\n1,85%\n2,86%\n", "write it without the percent sign"),
+        ("rank,std,eval_loss\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std '-0.1' is not allowed"),
+        ("rank,lr,eval_loss\n1,-1,2\n2,1e-3,3\n", "runs.csv:2: learning rate '-1' is not allowed"),
+        ("rank,lr,eval_loss\n1,0,2\n2,1e-3,3\n", "has no learning rate, but other trainings have one"),
+        ("rank,lr,eval_loss\n1,,2\n2,1e-3,3\n", "has no learning rate, but other trainings have one"),
+        ("rank,seed,eval_loss\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),
+        ("rank,item,tokens,eval_loss\n1,a,,2\n2,a,3,3\n", "runs.csv:2: tokens is not above 0"),
+        ("rank,item,tokens,eval_loss\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "runs.csv:4: example a has another tokens"),
+        ("rank,item,group,eval_loss\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "runs.csv:4: example a has another group"),
+        ("rank,eval_loss\n1,2\n2,2\n4,2\n", "every training has the value 2"),
+        ("rank,warmup,eval_loss\n1,5,2\n2,5,3\n2,6,4\n", "runs.csv:4: rank 2, seed 0 occurs twice with different values (also in runs.csv:3"),
+        ("rank,perplexity\n1,-3\n2,3\n", "perplexity of -3 is not possible"),
+        ("rank,accuracy\n1,0.81\n4,86\n", "accuracy is 0.81 in one training and 86 in another; write all as fractions"),
+        ("rank,eval_loss\n1,2,3\n2,3\n", "runs.csv:2: 3 cells, but the header has 2 columns"),
+        ("rank,eval_loss\n1\n2,3\n", "runs.csv:2: 1 cells, but the header has 2 columns"),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_refused_with_file_and_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path, text)
+    with pytest.raises(ResultsError) as caught:
+        decide("runs.csv")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "no such file"),
+        (".", None, "contains no results in a known format"),
+        ("latin.csv", "rank,größe\n1,2\n".encode("latin-1"), "not UTF-8"),
+        ("study.db", b"SQLite format 3\x00", r"files of type '\.db' are not supported; give a file ending in"),
+        ("runs.parquet", b"PAR1", "not a table that pandas can read"),
+        ("runs.json", b"[1, 2]", "runs.json: entry 1: got a int"),
+        ("runs.jsonl", b'{"rank": 1', r"runs.jsonl:1: not a row in JSON"),
+    ],
+)
+def test_a_path_without_a_table_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ResultsError, match=message):
+        decide(tmp_path / name)
+
+
+# transformers' Trainer
+
+TRAINER_LOSSES = {1: 2.3, 4: 2.001, 16: 2.0}
+CONFIG = {
+    "peft_type": "LORA", "base_model_name_or_path": "llama", "lora_alpha": 16, "lora_dropout": 0.0, "use_dora": False,
+    "use_rslora": False, "rank_pattern": {}, "bias": "none", "task_type": "CAUSAL_LM", "revision": None,
+}  # fmt: skip
+
+
+def write_trainings(root: Path, name: str = "run-{rank}", configs: dict[int, dict[str, Any]] | None = None) -> None:
+    """Write a folder with two checkpoints for each rank, each with the log and the adapter's configuration."""
+    for rank, loss in TRAINER_LOSSES.items():
+        for step in (50, 100):
+            folder = root / name.format(rank=rank) / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            modules = ["q_proj", "v_proj"] if rank > 1 else ["v_proj", "q_proj"]  # PEFT writes a set
+            config = CONFIG | {"r": rank, "target_modules": modules} | (configs or {}).get(rank, {})
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+            history = [{"step": at, "eval_loss": loss + (100 - at) / 100, "epoch": 1} for at in (50, 100) if at <= step]
+            history.append({"step": step, "loss": 1.0, "learning_rate": 1e-4})
+            state = {"global_step": step, "log_history": history, "max_steps": 100}
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_the_outputs_of_trainer_are_read_with_their_adapters(tmp_path: Path) -> None:
+    write_trainings(tmp_path, "r{rank}-seed1")
+    decided = decide(tmp_path, margin=0.005)
+    assert {evidence.rank: evidence.value for evidence in decided.decision.ranks} == TRAINER_LOSSES
+    assert (decided.decision.rank, decided.decision.learning_rate) == (4, 1e-4)
+    assert decided.trainings is not None
+    assert {training.seed for training in decided.trainings} == {1}
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"base_model_name_or_path": "gemma"}, {"lora_alpha": 256}, {"lora_dropout": 0.1}, {"use_dora": True},
+        {"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"target_modules": ["q_proj"]}, {"bias": "all"},
+        {"init_lora_weights": "gaussian"}, {"peft_type": "ADALORA"}, {"revision": "main"},
+    ],
+    ids=lambda difference: next(iter(difference)),
+)  # fmt: skip
+def test_adapters_are_compared_by_their_whole_configuration(tmp_path: Path, difference: dict[str, Any]) -> None:
+    write_trainings(tmp_path, configs={16: difference})
+    (name,) = difference
+    with pytest.raises(ResultsError, match=f"the trainings differ in {name}.*--ignore {name}"):
+        decide(tmp_path)
+    assert decide_values(tmp_path, ignore=[name]) == TRAINER_LOSSES
+
+
+def test_outputs_of_trainer_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    write_trainings(tmp_path / "seeds", "r{rank}-seed0-seed1")
+    with pytest.raises(ResultsError, match="states the seeds 0, 1"):
+        decide(tmp_path / "seeds")
+    write_trainings(tmp_path / "none")
+    for path in (tmp_path / "none").rglob("adapter_config.json"):
+        path.unlink()
+    with pytest.raises(ResultsError, match=r"there is no adapter_config\.json in its folder"):
+        decide(tmp_path / "none")
+    folder = tmp_path / "empty" / "run"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"log_history": []}')
+    (folder / "adapter_config.json").write_text('{"r": 4}')
+    with pytest.raises(ResultsError, match="contain no evaluation"):
+        decide(tmp_path / "empty")
