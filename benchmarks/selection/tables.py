@@ -344,7 +344,6 @@ def build_space(
         metric=curve.metric,
         kind="loss" if curve.metric == "loss" else infer_metric_kind(curve.metric, curve.higher_is_better),
         can_truncate=bool(curve.truncated),
-        max_added_learning_rates=0,
         trusts_values=not curve.truncated_items,
         higher_is_better=curve.higher_is_better,
         budget_steps=None if budget is None else budget * REPLAY_STEPS,

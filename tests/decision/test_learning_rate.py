@@ -82,16 +82,19 @@ def test_a_learning_rate_that_was_better_early_is_not_said_to_be_worse() -> None
     ]  # fmt: skip
 
 
-def test_a_preference_for_the_lower_of_two_close_learning_rates_is_explained() -> None:
+def test_learning_rates_are_compared_with_the_mean_of_the_factors() -> None:
     _, outcomes = make_search()
-    close = describe_learning_rate(make_trial(1e-3, -0.4, 100), outcomes[:-2], CRITERION)
-    assert close is not None
-    assert "0.003 was better by less than one standard error, and the lower one is then preferred" in close.sentence
-    halves = [make_trial(1e-3, -0.1, 50), make_trial(3e-3, 0.3, 50)]
-    later = describe_learning_rate(make_trial(1e-3, -0.4, 100), [*outcomes[:-2], *halves], CRITERION)
-    assert later is not None
-    assert "At step 50, loss was 2.3 with 0.003 and 1.9 with 0.001." in later.sentence
-    assert "standard error" not in later.sentence
+    quarters = [
+        outcome.model_copy(update={"mean_losses": [loss - 0.2 for loss in outcome.example_losses]})
+        if isinstance(outcome, TrialFinished)
+        else outcome
+        for outcome in outcomes[:3]
+    ]
+    answer = describe_learning_rate(make_trial(3e-3, -0.4, 100), quarters, CRITERION)
+    assert answer is not None
+    assert "with the mean of its last factors, was worse with the others" in answer.sentence
+    values = [(candidate.value, candidate.current_value) for candidate in answer.candidates]
+    assert all(mean is not None and current is not None and mean < current for mean, current in values)
 
 
 def test_differences_and_bounds_of_a_perplexity_are_in_its_unit() -> None:

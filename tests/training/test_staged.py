@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.loop import run_trial
@@ -17,6 +18,7 @@ from rightrank.training.runtime import attach_adapter
 from rightrank.training.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings
+from tests.watch import Watch
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
@@ -62,24 +64,29 @@ def test_looks_score_the_first_examples_and_the_end_scores_all(
 
 def test_a_stopped_training_also_scores_the_mean_of_its_factors(runtime: object, tmp_path: Path) -> None:
     stopped = {
-        step: run(runtime, f"to{step}", ARM.model_copy(update={"stop_at": step}), tmp_path) for step in range(2, 7)
+        step: run(runtime, f"to{step}", ARM.model_copy(update={"stop_at": step}), tmp_path) for step in (4, 5, 6)
     }
     checkpoints = {step: load_checkpoint(tmp_path / f"to{step}.safetensors") for step in stopped}
     tensors = {step: checkpoint[0] for step, checkpoint in checkpoints.items() if checkpoint is not None}
     state = checkpoints[6][1] if checkpoints[6] is not None else {}
     means = {
-        name: torch.stack([tensors[step][name] for step in stopped]).mean(0)
+        name: torch.stack([tensors[step][name] for step in (5, 6)]).mean(0)  # a quarter of six steps
         for name in tensors[6]
         if name.startswith("parameter.")
     }
-    arm = ARM.model_copy(update={"stop_at": 6})
+    arm, seen = ARM.model_copy(update={"stop_at": 6}), list[object]()
     save_checkpoint(tmp_path / "mean.safetensors", tensors[6] | means, state | {"trial_id": "mean"})
     by_hand = run(runtime, "mean", arm, tmp_path)
     assert stopped[6].mean_losses == pytest.approx(by_hand.example_losses, rel=1e-5)
     assert stopped[6].mean_losses != pytest.approx(stopped[6].example_losses, rel=1e-3)
-    # A training that was killed at step 4 ends with the same mean.
-    killed = checkpoints[4][1] if checkpoints[4] is not None else {}
-    save_checkpoint(tmp_path / "resumed.safetensors", tensors[4], killed | {"trial_id": "resumed"})
+    with pytest.raises(InterruptedRun):  # a training that was stopped in between ends with the same mean
+        run_trial(
+            runtime,  # type: ignore[arg-type]
+            Trial(trial_id="resumed", arm=arm),
+            None,
+            TrialFolders(tmp_path / "resumed.safetensors", tmp_path / "resumed"),
+            Watch(lambda event: seen.append(event), should_stop=lambda: len(seen) >= 5),
+        )
     assert run(runtime, "resumed", arm, tmp_path).mean_losses == stopped[6].mean_losses
 
 

@@ -413,8 +413,9 @@ def _collect_notes(
     best = find_best_point(points, criterion.higher_is_better) if points else None
     checkpoint_step = top.trial.checkpoint_step
     if checkpoint_step is not None:
+        mean = ", the mean of the factors since the warm-up" if top.trial.checkpoint_is_mean else ""
         notes.append(
-            f"The best checkpoint of rank {top.trial.rank} is used: step {checkpoint_step} of {top.trial.steps}."
+            f"The best checkpoint of rank {top.trial.rank} is used: step {checkpoint_step} of {top.trial.steps}{mean}."
         )
     elif best is not None and not is_within(abs(points[-1].value - best.value), reference_comparison.margin):
         notes.append(
@@ -451,10 +452,12 @@ class Provenance:
     steps: int  # of the training; 0: a custom trainer decides
     checkpoint_step: int | None  # of the best checkpoint; None: the last
     truncation: str | None  # the method; None: it was not truncated
+    checkpoint_is_mean: bool = False  # whether the checkpoint is the mean of the factors since the warm-up
 
     def format_sentence(self) -> str:
         """Format a sentence such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
         checkpoint = "" if self.checkpoint_step is None else f" step {self.checkpoint_step} of"
+        checkpoint = f" the mean of the factors at{checkpoint}" if self.checkpoint_is_mean else checkpoint
         steps = f",{checkpoint} {self.steps} steps" if self.steps else ""
         rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: unknown
         details = f"{rate}{steps}".removeprefix(", ")
@@ -478,4 +481,5 @@ def build_provenance(trial: TrialFinished, finished: Sequence[TrialFinished]) ->
         steps=parent.steps,
         checkpoint_step=parent.checkpoint_step,
         truncation=TRUNCATION_METHODS[trial.truncation or "svd"] if is_truncated else None,
+        checkpoint_is_mean=parent.checkpoint_is_mean,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_bounds, is_within
@@ -44,7 +44,10 @@ def describe_learning_rate(
     metric = "loss" if is_loss else criterion.metric
     higher_is_better = criterion.higher_is_better and not is_loss
     compared = [outcome for outcome in at_step.values() if isinstance(outcome, TrialFinished)]
-    table = build_table(compared, metric, higher_is_better, loss=criterion.loss)
+    has_means = is_loss and all(outcome.mean_losses for outcome in compared)
+    searched = [outcome.use_mean_losses() for outcome in compared] if has_means else compared
+    table = build_table(searched, metric, higher_is_better, loss=criterion.loss)
+    current_values = {outcome.learning_rate: outcome.metrics.get(metric) for outcome in compared if has_means}
     cells = {rate: cell for (_, rate, _), cell in table.cells.items()}
     if chosen.learning_rate not in cells:
         return None
@@ -65,6 +68,7 @@ def describe_learning_rate(
         candidate = LearningRateCandidate(
             learning_rate=rate,
             value=cell and cell.value,
+            current_value=current_values.get(rate),
             final_value=final_values.get(rate),
             failure=failures.get(rate) or (None if cell else "failed"),
         )
@@ -81,8 +85,7 @@ def describe_learning_rate(
         candidates=candidates,
         sentence="",
     )
-    halves = {outcome.learning_rate: outcome for outcome in trainings if step < outcome.end < chosen.steps}
-    return answer.model_copy(update={"sentence": _format_sentence(answer, halves)})
+    return answer.model_copy(update={"sentence": _format_sentence(answer)})
 
 
 def _compare(
@@ -113,45 +116,30 @@ def _format_failure(outcome: TrialOutcome) -> str:
     return "ran out of memory" if outcome.error == "out_of_memory" else "failed"
 
 
-def _format_sentence(answer: LearningRateAnswer, halves: Mapping[float, TrialOutcome]) -> str:
+def _format_sentence(answer: LearningRateAnswer) -> str:
     when = f"at step {answer.step} of {answer.steps}" if answer.step < answer.steps else "at the end"
     others = [candidate for candidate in answer.candidates if candidate.learning_rate != answer.learning_rate]
     measured = [candidate for candidate in others if candidate.difference is not None]
     sentences = [f"The learning rate is {answer.learning_rate:g}."]
+    is_mean = any(candidate.current_value is not None for candidate in answer.candidates)
+    subject = f"{answer.metric} of rank {answer.rank}" + (", with the mean of its last factors," if is_mean else "")
     if measured:
         is_best = all(candidate.difference > 0 for candidate in measured if candidate.difference is not None)
         verb = "was worse with the others" if is_best else "differed with the others (below 0 is better)"
         results = ", ".join(map(_format_result, measured))
-        sentences.append(f"{when.capitalize()}, {answer.metric} of rank {answer.rank} {verb}: {results}.")
+        sentences.append(f"{when.capitalize()}, {subject} {verb}: {results}.")
     sentences += [
         f"{candidate.learning_rate:g} {candidate.failure}." for candidate in others if candidate.failure is not None
     ]
-    sentences += [
-        reason
-        for candidate in measured
-        if candidate.difference is not None and candidate.difference < 0 and candidate.failure is None
-        if (reason := _format_preference(candidate.learning_rate, answer, halves))
-    ]
+    tried_rates = [candidate.learning_rate for candidate in answer.candidates]
+    for edge, name in ((tried_rates[0], "lowest"), (tried_rates[-1], "highest")):
+        if answer.learning_rate == edge:
+            sentences.append(f"It is the {name} one that was tried: --learning-rates tries others.")
     equal_rates = [f"{candidate.learning_rate:g}" for candidate in measured if candidate.is_within_margin]
     if equal_rates:
         verb = "was" if len(equal_rates) == 1 else "were"
         sentences.append(f"{' and '.join(equal_rates)} {verb} within the margin of {answer.margin:.2g}.")
     return " ".join([*sentences, "This is one seed, and another seed may favor another learning rate."])
-
-
-def _format_preference(rate: float, answer: LearningRateAnswer, halves: Mapping[float, TrialOutcome]) -> str:
-    """Say why a learning rate that was better at the step of the comparison was not chosen; empty if no rule of the search says it."""
-    later, chosen_later = halves.get(rate), halves.get(answer.learning_rate)
-    if isinstance(later, TrialFinished) and isinstance(chosen_later, TrialFinished):
-        values = f"{later.value:.4g} with {rate:g} and {chosen_later.value:.4g} with {answer.learning_rate:g}"
-        return f"At step {later.end}, {later.value_metric or answer.metric} was {values}."
-    next_lower = max((c.learning_rate for c in answer.candidates if c.learning_rate < rate), default=None)
-    if next_lower == answer.learning_rate and answer.step < answer.steps:
-        return (
-            f"{rate:g} was better by less than one standard error, and the lower one is then preferred, because early losses favor learning "
-            "rates that are too high at the end."
-        )
-    return ""
 
 
 def _format_result(candidate: LearningRateCandidate) -> str:

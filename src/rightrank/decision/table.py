@@ -388,7 +388,7 @@ def _select_cell_checkpoint(cell: Cell, checkpoint: Checkpoint, higher_is_better
     if checkpoint == "last":
         return replace(cell, value=cell.points[-1].value, checkpoint_step=None, train_value=None, other_metrics={})
     best, sign = find_best_point(cell.points, higher_is_better), -1.0 if higher_is_better else 1.0
-    if sign * best.value >= sign * cell.value:
+    if best.step == cell.points[-1].step or sign * best.value >= sign * cell.value:
         return cell
     earlier = tuple(point for point in cell.points if point.step <= best.step)
     return replace(cell, value=best.value, points=earlier, train_value=None, deviation=None, other_metrics={})

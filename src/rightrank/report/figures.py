@@ -241,11 +241,15 @@ def build_learning_rate_figure(records: Records) -> Figure | None:
     if len(points) < 2:
         return None
     final_points = [(c.learning_rate, c.final_value) for c in rates if c.final_value is not None and is_same_metric]
+    current_points = [(c.learning_rate, c.current_value) for c in rates if c.current_value is not None]
     failed = ", ".join(f"{c.learning_rate:g}" for c in rates if c.value is None)
 
     def draw(ax: Axes) -> None:
         has_whiskers = any(low < high for _, _, low, high in points)
         label = f"after {answer.step} of {answer.steps} steps" if answer.step < answer.steps else "at the end"
+        if current_points:
+            ax.plot(*zip(*current_points, strict=True), "o:", color="0.6", label=f"{label}, current factors")
+            label += ", mean of the factors"
         draw_points(ax, points, label + "; whiskers: paired 95% bounds" * has_whiskers, "C0")
         if answer.step < answer.steps and final_points:
             ax.plot(*zip(*final_points, strict=True), "s--", color="C1", label="at the end")
@@ -257,9 +261,16 @@ def build_learning_rate_figure(records: Records) -> Figure | None:
         title=f"Learning rates at rank {answer.rank}" + (f" (no result: {failed})" if failed else ""),
         x_label="learning rate",
         y_label=format_metric_label(answer.metric, started.higher_is_better and is_same_metric),
-        columns=("learning rate", "value", "difference", "lower bound", "upper bound", "value at the end"),
+        columns=(
+            *("learning rate", "value", "with the current factors", "difference", "lower bound", "upper bound"),
+            "value at the end",
+        ),
         rows=[
-            (c.learning_rate, c.value, c.difference, c.difference_low, c.difference_high, c.final_value) for c in rates
+            (
+                *(c.learning_rate, c.value, c.current_value, c.difference, c.difference_low, c.difference_high),
+                c.final_value,
+            )
+            for c in rates
         ],
         draw=draw,
     )

@@ -209,7 +209,9 @@ class LearningRateCandidate(Record):
     """A learning rate compared with the chosen one, at the same step and on the same validation examples."""
 
     learning_rate: float
-    value: float | None  # at that step, in the metric's unit and direction; None: it diverged or failed
+    # at that step, in the metric's unit and direction, with the mean of the factors if it was measured; None: it diverged or failed
+    value: float | None
+    current_value: float | None = None  # the same with the current factors, if `value` is that of a mean
     difference: float | None = None  # how much worse than the chosen learning rate
     difference_low: float | None = None  # its 95% bounds, one-sided, over examples; None without example scores
     difference_high: float | None = None

@@ -280,7 +280,7 @@ class SelectSettings(PeftFields, _TrainerFields):
     learning_rates: tuple[float, ...] = option(
         (3e-4, 1e-3, 3e-3, 1e-2),
         COMPARE,
-        "learning rates to train to a quarter; the best one is finished, and up to two are added if it is the lowest or the highest",
+        "learning rates to train to a quarter; the best one is finished",
         continuable=True,
         foreign_names=("lr", "learning_rate"),
         split=True,
@@ -318,9 +318,9 @@ class SelectSettings(PeftFields, _TrainerFields):
         lt=1,
     )
     checkpoint: Checkpoint = option(
-        "last",
+        "best",
         DECIDE,
-        "`last` or `best`: the checkpoint of each training that counts and is kept; `best` by the validation split",
+        "`best` or `last`: the checkpoint of each training that counts and is kept; `best` is the best evaluation of the factors or of their mean since the warm-up",
         foreign_names=("load_best_model_at_end",),
     )
     metrics: tuple[str, ...] = option(

@@ -122,6 +122,7 @@ class EvalPoint(Record):
 
     step: BoundedInt
     value: float
+    mean_value: float | None = None  # the value of the mean of the factors since the warm-up
     train_value: float | None = None  # mean training loss since the previous point, over the same batches for every arm
     example_scores: list[float] | None = (
         None  # scores of the evaluation subset: the same examples at every step of every trial
@@ -145,7 +146,7 @@ class TrialFinished(ArmFields):
     # summed over the example's label tokens, nats
     example_losses: list[float] = Field(default_factory=list)
     example_tokens: list[BoundedInt] = Field(default_factory=list)  # label tokens of the example
-    # the learning-rate search: the same losses with the mean of the factors since the warm-up
+    # the learning-rate search: the same losses with the mean of the factors over the last quarter of the steps
     mean_losses: list[float] = Field(default_factory=list)
     example_correct: list[BoundedInt] | None = None  # classification: 1 if the prediction is correct
     example_scores: list[float] | None = None  # custom trainers and tables: the metric of each example
@@ -156,6 +157,7 @@ class TrialFinished(ArmFields):
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
     truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
     checkpoint_step: BoundedInt | None = None  # the step of the best checkpoint, if that was kept; None: the last one
+    checkpoint_is_mean: bool = False  # whether that is the mean of the factors since the warm-up
     value_metric: str | None = (
         None  # the metric of `value`, if it is not the deciding one: early stopping generates no answers
     )
@@ -186,6 +188,14 @@ class TrialFinished(ArmFields):
         ):
             raise ValueError("the numbers of example scores and example weights differ")
         return self
+
+    def use_mean_losses(self) -> TrialFinished:
+        """Return the record with the losses of the mean of the factors in place of those of the current ones, if it has them."""
+        if not self.mean_losses:
+            return self
+        loss = sum(self.mean_losses) / sum(self.example_tokens)
+        changes = {"example_losses": self.mean_losses, "metrics": self.metrics | {"loss": loss}, "mean_losses": []}
+        return self.model_copy(update=changes)
 
     @property
     def seconds(self) -> float:

@@ -17,7 +17,6 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import (
-    HALF,
     QUARTER,
     Requests,
     Space,
@@ -38,7 +37,7 @@ DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves
 # Of the truncation that the walk starts at. By its mean alone the walk starts lower, for .2 trainings more on long real grids
 # (benchmarks/README.md, archive).
 START_PROBABILITY = 0.999
-STAGES = 4  # of one training at most: a quarter, half, and the end, from either of the first two
+STAGES = 2  # of one training at most: a quarter, and the end
 NEIGHBOURS = (
     3  # learning rates at most that a lower rank tries: the best one of the nearest rank, and those on either side
 )
@@ -98,12 +97,10 @@ class Bracket(Strategy):
         per_rank = 1.0 + (min(num_rates, NEIGHBOURS) - 1) * QUARTER * is_staged  # expected at a lower rank
         tried_rates = min(num_rates, NEIGHBOURS)
         more_seeds = len(space.seeds) - 1
-        num_cells = (
-            tried_rates * (num_ranks - 1) + more_seeds * (num_rates + space.max_added_learning_rates) * num_ranks
-        )
+        num_cells = tried_rates * (num_ranks - 1) + more_seeds * num_rates * num_ranks
         at_most = search_at_most + num_cells * (1.0 + QUARTER * is_staged)
         expected = search + per_rank * min(2.0, num_ranks - 1.0) + 3.0 * per_rank * more_seeds
-        least = search + (1.0 + HALF if is_staged else 1.0)
+        least = search + 1.0
         return CostEstimate(
             min(expected, at_most), at_most, search, least, 1 + STAGES * math.ceil(at_most) + _count_truncations(space)
         )

@@ -28,10 +28,10 @@ from rightrank.decision.table import (
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
-from rightrank.schema.settings import LONGER_TRAININGS, Goal, SelectSettings
+from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 
-QUARTER, HALF = 0.25, 0.5  # fractions of a training
+QUARTER = 0.25  # of a training
 
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # yielded by a script: arms that may run at the same time
 
@@ -52,7 +52,6 @@ class Space:
     points_are_losses: bool = False  # whether evaluations during training measure the loss instead of the metric
     evaluates_base: bool = True  # False: there is no trial of rank 0 and no comparison with the base
     goal: Goal = "training-rank"
-    max_added_learning_rates: int = 2  # beyond the lowest or the highest one, if that one is the best; 0 for tables
     can_stop_early: bool = True  # whether trainings can stop early and resume; False for custom trainers
     can_truncate: bool = True  # whether adapters can be truncated and evaluated
     trusts_values: bool = False  # whether values without scores by example suffice to accept a truncation (tables)
@@ -79,12 +78,6 @@ class Space:
             seed=self.seeds[0] if seed is None else seed,
             steps=self.steps,
         )
-
-    @property
-    def reserved_steps(self) -> int:
-        """Return the steps of the budget that the learning-rate search leaves for what follows it."""
-        followed_by = {"best-adapter": LONGER_TRAININGS, "training-rank": 1.0 + HALF if self.can_stop_early else 1.0}
-        return math.ceil(followed_by.get(self.goal, 0.0) * self.steps)
 
     def get_margin(self, reference_loss: float) -> float:
         """Return the margin, which depends on the loss of the reference if the settings do not give one."""

@@ -1,33 +1,19 @@
 """The learning-rate search at one rank: train every learning rate to a quarter of the training, and finish the best one.
 
-On stored grids this rule has less regret than a search that climbs over earlier evaluations, and it is simpler
-(`python -m benchmarks.learning_rate.table stored`). Three details:
+Early losses favour learning rates that are too low, because a high one pays off only after it is annealed (Wu et al. 2018, arXiv 1803.02021).
+So the learning rates are ranked by the loss of the mean of the factors over the last quarter of the steps taken, which does what annealing
+does (Hägele et al. 2024, arXiv 2405.18392). Where examples repeat, the best evaluation of the finished training, the mean of its factors
+included, is handed over (`checkpoint`). The rule was locked before it was judged (benchmarks/early_rates/README.md).
 
-- If the next lower learning rate is within one standard error of the best one, it is preferred, because losses that are measured early
-  favour learning rates that are too high at the end.
-- If the best learning rate is the lowest or the highest one, the next one beyond it is trained to a quarter too.
-- If the loss rises between a quarter and half, as it does when few examples are memorized, the next lower learning rate is trained to half
-  as well, and the better one is finished.
-
-If trainings cannot stop early, as those of custom trainers, every learning rate is trained in full.
+If trainings cannot stop early, as those of custom trainers, every learning rate is trained in full and the last loss decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from rightrank.decision.learning_rate import extrapolate_rate
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import (
-    HALF,
-    QUARTER,
-    Requests,
-    Space,
-    Trials,
-    estimate_difference,
-    make_base_arm,
-    orient_value,
-)
+from rightrank.search.history import QUARTER, Requests, Space, Trials, orient_value
 
 LearningRateSearch = Generator[Sequence[Arm], None, float | None]
 
@@ -42,7 +28,7 @@ def find_learning_rate(
     """Find the best learning rate at `rank`, and train it in full.
 
     Args:
-        learning_rates: The learning rates to compare, ascending; None for all of the space and, if an edge is best, those beyond it.
+        learning_rates: The learning rates to compare; None for all of the space.
         seed: The seed of the trainings; None for the first one.
 
     Returns:
@@ -50,24 +36,17 @@ def find_learning_rate(
     """
     space = trials.space
     rates = list(learning_rates or space.learning_rates)
-    reserved_steps = 0 if learning_rates else space.reserved_steps
     if can_stop_early(space) and len(rates) > 1:
-        yield [make_stopped_arm(space, rank, rate, QUARTER, seed) for rate in rates]
-        for _ in range(0 if learning_rates else space.max_added_learning_rates):
-            added_rate = _find_rate_beyond_edge(trials, rank, rates, seed)
-            if added_rate is None or not trials.can_afford(space.steps + reserved_steps):
-                break
-            rates = sorted([*rates, added_rate])
-            yield [make_stopped_arm(space, rank, added_rate, QUARTER, seed)]
         quarter_arms = [make_stopped_arm(space, rank, rate, QUARTER, seed) for rate in rates]
+        yield quarter_arms
         ordered_rates = order_learning_rates(trials, quarter_arms)
         while ordered_rates:
-            finished_rate = yield from _finish_training(trials, rank, ordered_rates[0], rates, seed, reserved_steps)
-            if finished_rate is not None:
-                return finished_rate
-            ordered_rates = [
-                rate for rate in ordered_rates if rate < ordered_rates[0]
-            ]  # it diverged, so not a higher one
+            arm = _complete_arm(trials, rank, ordered_rates[0], space.seeds[0] if seed is None else seed)
+            yield [arm]
+            if trials.get_finished(arm) is not None:
+                return arm.learning_rate
+            # it diverged, so not a higher one
+            ordered_rates = [rate for rate in ordered_rates if rate < ordered_rates[0]]
         if any(trials.get_finished(arm) is not None or trials.has_diverged(arm) for arm in quarter_arms):
             return None
     yield [space.make_arm(rank, rate, seed) for rate in rates]
@@ -76,97 +55,10 @@ def find_learning_rate(
 
 
 def order_learning_rates(trials: Trials, stopped_arms: Sequence[Arm]) -> list[float]:
-    """Return the learning rates of trainings that stopped at the same step, the one to finish first, without those that have no result.
-
-    They are ordered by loss. If the next lower learning rate is within one standard error of the best one, it comes first.
-    """
+    """Order the learning rates of trainings that stopped at the same step by loss, without those that have no result."""
     outcomes = [outcome for arm in stopped_arms if (outcome := trials.get_finished(arm)) is not None]
-    ordered = sorted(outcomes, key=lambda outcome: (get_stopped_loss(outcome, trials.space), outcome.learning_rate))
-    if not ordered:
-        return []
-    best = ordered[0]
-    lower = max(
-        (outcome for outcome in ordered if outcome.learning_rate < best.learning_rate),
-        key=lambda outcome: outcome.learning_rate,
-        default=None,
-    )
-    if lower is not None:
-        difference = estimate_difference([(lower, best)], trials.space, "loss")
-        if difference is not None and difference.mean <= difference.standard_error:
-            ordered.remove(lower)
-            ordered.insert(0, lower)
-    return [outcome.learning_rate for outcome in ordered]
-
-
-def _find_rate_beyond_edge(trials: Trials, rank: int, rates: Sequence[float], seed: int | None) -> float | None:
-    """Return the next learning rate beyond the lowest or highest one if that one is the best and has learned something."""
-    space = trials.space
-    ordered = order_learning_rates(trials, [make_stopped_arm(space, rank, rate, QUARTER, seed) for rate in rates])
-    if not ordered or ordered[0] not in (rates[0], rates[-1]):
-        return None
-    is_highest = ordered[0] == rates[-1]
-    from_edge = rates[::-1] if is_highest else rates
-    # The step between the second and the third continues grids that alternate, such as .001, .003, .01.
-    inner, outer = from_edge[1:3][::-1] if len(rates) > 2 else from_edge[::-1]
-    factor = outer / inner
-    if is_highest and not _has_learned(trials, make_stopped_arm(space, rank, ordered[0], QUARTER, seed)):
-        return None
-    return extrapolate_rate(ordered[0], ordered[0] / factor)
-
-
-def _has_learned(trials: Trials, stopped_arm: Arm) -> bool:
-    """Return whether the loss is lower than that of the base. Learning rates that are too high level off above it."""
-    base = trials.get_finished(make_base_arm(trials.space.lora_alpha))
-    outcome = trials.get_finished(stopped_arm)
-    if base is None or outcome is None:
-        return outcome is not None
-    return get_stopped_loss(outcome, trials.space) < get_stopped_loss(base, trials.space)
-
-
-def _finish_training(
-    trials: Trials, rank: int, rate: float, rates: Sequence[float], seed: int | None, reserved_steps: int
-) -> LearningRateSearch:
-    """Resume the training of `rate` from its quarter to its end, or that of the next lower learning rate if the loss rises.
-
-    The next lower one costs a quarter more, which is trained only if the budget then suffices for the end and for `reserved_steps`.
-
-    Returns:
-        The learning rate of the finished training; None if it diverged or failed.
-    """
-    space = trials.space
-    if (space.seeds[0] if seed is None else seed) in trials.get_trials_by_seed(rank, rate):
-        return rate
-    at_quarter = make_stopped_arm(space, rank, rate, QUARTER, seed)
-    stopped, at_half = at_quarter, _resume_arm(trials, at_quarter, HALF)
-    yield [at_half]
-    if trials.has_diverged(at_half):
-        return None
-    quarter_loss, half_loss = _get_loss(trials, at_quarter), _get_loss(trials, at_half)
-    if quarter_loss is not None and half_loss is not None:  # a table may lack the evaluation at half
-        stopped = at_half
-        if half_loss > quarter_loss and trials.can_afford(space.steps - at_quarter.end + reserved_steps):
-            lower_at_half = yield from _train_lower_rate(trials, rank, rate, rates, seed)
-            lower_loss = None if lower_at_half is None else _get_loss(trials, lower_at_half)
-            if lower_at_half is not None and lower_loss is not None and lower_loss < half_loss:
-                stopped = lower_at_half
-    end = _resume_arm(trials, stopped)
-    yield [end]
-    return None if trials.get_finished(end) is None else end.learning_rate
-
-
-def _train_lower_rate(
-    trials: Trials, rank: int, rate: float, rates: Sequence[float], seed: int | None
-) -> Generator[Sequence[Arm], None, Arm | None]:
-    """Train the next lower learning rate from its quarter to half, and return the arm; None if there is none with a result."""
-    lower_rate = max((candidate for candidate in rates if candidate < rate), default=None)
-    if lower_rate is None:
-        return None
-    at_quarter = make_stopped_arm(trials.space, rank, lower_rate, QUARTER, seed)
-    if trials.get_finished(at_quarter) is None:
-        return None
-    at_half = _resume_arm(trials, at_quarter, HALF)
-    yield [at_half]
-    return at_half
+    outcomes.sort(key=lambda outcome: (get_stopped_loss(outcome, trials.space), outcome.learning_rate))
+    return [outcome.learning_rate for outcome in outcomes]
 
 
 def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
@@ -213,7 +105,7 @@ def estimate_search_cost(space: Space) -> tuple[float, float]:
     count = float(len(space.learning_rates))
     if not can_stop_early(space):
         return count, count
-    return 1.0 + QUARTER * (count - 1.0), count + space.max_added_learning_rates
+    return 1.0 + QUARTER * (count - 1.0), count
 
 
 def can_stop_early(space: Space) -> bool:
@@ -229,29 +121,15 @@ def make_stopped_arm(space: Space, rank: int, learning_rate: float, fraction: fl
 
 
 def get_stopped_loss(outcome: TrialFinished, space: Space) -> float:
-    """Return the held-out loss, whatever the metric; the value with lower as better if a table has no loss."""
-    return outcome.metrics.get("loss", orient_value(outcome, space))
-
-
-def _get_loss(trials: Trials, arm: Arm) -> float | None:
-    outcome = trials.get_finished(arm)
-    return None if outcome is None else get_stopped_loss(outcome, trials.space)
-
-
-def _resume_arm(trials: Trials, stopped_arm: Arm, fraction: float | None = None) -> Arm:
-    """Return the arm that resumes a stopped one and runs to `fraction` of the training, or to its end."""
-    outcome = trials.get_finished(stopped_arm)
-    assert outcome is not None
-    stop_at = None if fraction is None else max(stopped_arm.end + 1, round(fraction * trials.space.steps))
-    return stopped_arm.model_copy(update={"stop_at": stop_at, "continue_from": outcome.trial_id})
+    """Return the held-out loss of the mean of the factors, whatever the metric; the value with lower as better if a table has no loss."""
+    return outcome.use_mean_losses().metrics.get("loss", orient_value(outcome, space))
 
 
 def _complete_arm(trials: Trials, rank: int, learning_rate: float, seed: int) -> Arm:
     """Return the arm of a full training, which resumes from its quarter if there is one."""
-    at_quarter = make_stopped_arm(trials.space, rank, learning_rate, QUARTER, seed)
-    if trials.get_finished(at_quarter) is None:
-        return trials.space.make_arm(rank, learning_rate, seed)
-    return _resume_arm(trials, at_quarter)
+    full_arm = trials.space.make_arm(rank, learning_rate, seed)
+    at_quarter = trials.get_finished(make_stopped_arm(trials.space, rank, learning_rate, QUARTER, seed))
+    return full_arm if at_quarter is None else full_arm.model_copy(update={"continue_from": at_quarter.trial_id})
 
 
 def _list_neighbours(space: Space, learning_rate: float) -> list[float]:

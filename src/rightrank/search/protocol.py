@@ -37,7 +37,7 @@ class Strategy(ABC):
     - It is a pure function of the history and keeps no state. The same outcomes, in any order, give the same arms: a run
       resumes from its journal alone, and a table of finished runs replays as real training does.
     - Every arm lies in the space: a rank, a learning rate and a seed of the space, or the truncation of a finished trial.
-      The base arm comes first. Beyond the edges of the learning rates, `max_added_learning_rates` may be added.
+      The base arm comes first.
     - `ask` returns only arms without an outcome, and no arm twice.
     - `ask` eventually returns an empty sequence, whichever trials fail or diverge. A failed trial is a missing cell and
       no evidence against its rank.

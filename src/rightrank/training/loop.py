@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,7 @@ from rightrank.training.device import catch_memory_errors, free_memory, read_pea
 from rightrank.training.evaluation import Progress, build_finished_trial
 from rightrank.training.metrics import measure_metrics
 from rightrank.training.multi_lora import MultiLora
-from rightrank.training.optimizer import take_step
+from rightrank.training.optimizer import MeanName, take_step
 from rightrank.training.runtime import Runtime
 from rightrank.training.trial import (
     ArmTraining,
@@ -211,12 +212,27 @@ class _TrainingLoop:
             seconds = (time.perf_counter() - start_time) / len(trainings)
             for training, scores in zip(trainings, all_scores, strict=True):
                 training.record_scores(scores, seconds)
+            names = list(dict.fromkeys(name for training in trainings for name in training.list_due_means()))
+            for name in names:
+                self._evaluate_means([training for training in trainings if name in training.list_due_means()], name)
         elif len(trainings) > 1:
             half = len(trainings) // 2
             self._evaluate(trainings[:half])
             self._evaluate(trainings[half:])
         else:
             trainings[0].failure = self._build_memory_failure(trainings[0].trial, *reasons)
+
+    def _evaluate_means(self, trainings: Sequence[ArmTraining], name: MeanName) -> None:
+        """Evaluate a mean of the factors on the first examples, in one pass that fits as the one before did."""
+        adapters = [training.adapter for training in trainings]
+        start_time = time.perf_counter()
+        with ExitStack() as stack:
+            for training in trainings:
+                stack.enter_context(training.optimizer.use_mean(name))
+            all_scores = evaluate_adapters(self._runtime, self._multi_lora, adapters, True)
+            seconds = (time.perf_counter() - start_time) / len(trainings)
+            for training, scores in zip(trainings, all_scores, strict=True):
+                training.record_mean_scores(name, scores, seconds)
 
     def _build_memory_failure(self, trial: Trial, reason: str) -> TrialFailed:
         device = self._runtime.loaded.device

@@ -7,9 +7,9 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +24,12 @@ from rightrank.training.evaluation import Progress
 from rightrank.training.runtime import Runtime
 
 BEST_PREFIX = "best."  # prefix of the best parameters among a checkpoint's tensors
-SUM_PREFIX = "sum."  # prefix of the sums of the parameters over the steps since the warm-up
+SUM_PREFIX = "sum."  # prefix of the sums of the parameters over steps
 Schedule: TypeAlias = Callable[[int], float]  # step (from 0) → factor of the learning rate
 # The same patterns as in transformers' Trainer.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+# `warmup`: since the warm-up, which may be handed over; `quarter`: over the last quarter of the steps, which ranks learning rates
+MeanName: TypeAlias = Literal["warmup", "quarter"]
 RunPass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
 
 
@@ -45,6 +47,24 @@ def take_step(optimizers: Sequence[ArmOptimizer], run_pass: RunPass) -> None:
         optimizer.apply_gradients()
 
 
+class RunningMean:
+    """The mean of parameters over the steps after `start`, kept as a sum."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], start: int) -> None:
+        self.start = start
+        self.sums = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()}
+
+    def add(self, parameters: Mapping[str, torch.Tensor], step: int) -> None:
+        """Add the parameters after `step`, if the mean has begun."""
+        if step > self.start:
+            for name, total in self.sums.items():
+                total.add_(parameters[name].detach())
+
+    def compute(self, step: int) -> dict[str, torch.Tensor]:
+        """Compute the mean after `step`."""
+        return {name: total / (step - self.start) for name, total in self.sums.items()}
+
+
 @dataclass(eq=False)
 class ArmOptimizer:
     """The optimizer of one adapter, with everything that a checkpoint of its training contains."""
@@ -54,17 +74,15 @@ class ArmOptimizer:
     _learning_rate: float  # multiplied by the schedule's factor
     _plan: Sequence[Sequence[int]]  # example indices of each step
     _schedule: Schedule
-    is_averaged: bool = False  # whether to keep the mean of the parameters since the warm-up
+    # The means of the parameters to keep, with the step after which each begins.
+    mean_starts: Mapping[MeanName, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._parameters = list(self.named_parameters.values())
         self._optimizer = _make_optimizer(self._parameters, self._learning_rate, self._runtime)
         self.progress = Progress()
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
-        self._warmup_steps = count_warmup_steps(self._runtime.settings, len(self._plan))
-        self._sums = {
-            name: torch.zeros_like(value) for name, value in self.named_parameters.items() if self.is_averaged
-        }
+        self.means = {name: RunningMean(self.named_parameters, start) for name, start in self.mean_starts.items()}
         # These belong to the current step.
         self.loss_sum = 0.0
         self.labels = 0  # sum of the examples' loss weights, which divides the losses
@@ -92,9 +110,8 @@ class ArmOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
         self.progress.train_losses.append(self.loss_sum / self.labels)
         self.progress.step += 1
-        if self.progress.step > self._warmup_steps:
-            for name, total in self._sums.items():
-                total.add_(self.named_parameters[name].detach())
+        for mean in self.means.values():
+            mean.add(self.named_parameters, self.progress.step)
         self.progress.train_tokens += self._tokens
 
     def collect_tensors(self) -> dict[str, torch.Tensor]:
@@ -103,7 +120,8 @@ class ArmOptimizer:
         for index, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        tensors |= {f"{SUM_PREFIX}{name}": value for name, value in self._sums.items()}
+        for kind, mean in self.means.items():
+            tensors |= {f"{SUM_PREFIX}{kind}.{name}": total for name, total in mean.sums.items()}
         return tensors | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
 
     def copy_parameters(self) -> dict[str, torch.Tensor]:
@@ -111,22 +129,17 @@ class ArmOptimizer:
         return {name: value.detach().cpu().clone() for name, value in self.named_parameters.items()}
 
     @contextmanager
-    def use_mean(self) -> Iterator[None]:
-        """Put the mean of the parameters since the warm-up in their place within the block.
+    def use_mean(self, name: MeanName) -> Iterator[None]:
+        """Put a mean of the parameters in their place within the block.
 
         The mean is taken of A and of B, as averages of weights are (Hägele et al. 2024, arXiv 2405.18392).
         """
-        current, count = self.copy_parameters(), self.progress.step - self._warmup_steps
-        self.set_parameters({name: total / count for name, total in self._sums.items()})
+        current = self.copy_parameters()
+        self.set_parameters(self.means[name].compute(self.progress.step))
         try:
             yield
         finally:
             self.set_parameters(current)
-
-    @property
-    def has_mean(self) -> bool:
-        """Return whether the mean differs from the current parameters, which takes two steps after the warm-up."""
-        return self.is_averaged and self.progress.step > self._warmup_steps + 1
 
     @torch.no_grad()
     def set_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -139,8 +152,9 @@ class ArmOptimizer:
         self.best = {
             name: tensors[f"{BEST_PREFIX}{name}"] for name in self.named_parameters if f"{BEST_PREFIX}{name}" in tensors
         }
-        for name, total in self._sums.items():
-            total.copy_(tensors[f"{SUM_PREFIX}{name}"])
+        for kind, mean in self.means.items():
+            for name, total in mean.sums.items():
+                total.copy_(tensors[f"{SUM_PREFIX}{kind}.{name}"])
         for index, parameter in enumerate(self._parameters):
             prefix = f"optimizer.{index}."
             saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

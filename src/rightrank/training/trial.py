@@ -18,7 +18,6 @@ from peft import LoraConfig, set_peft_model_state_dict
 
 from rightrank.adapters.adapter_writer import save_adapter
 from rightrank.adapters.truncation import load_moments, truncate_tensors
-from rightrank.decision.table import find_best_point
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
@@ -26,11 +25,19 @@ from rightrank.training.batches import Batch
 from rightrank.training.evaluation import MetricResults, Progress, Scores, build_finished_trial
 from rightrank.training.metrics import measure_metrics
 from rightrank.training.multi_lora import ArmBatch, MultiLora
-from rightrank.training.optimizer import ArmOptimizer, load_checkpoint, make_schedule, save_checkpoint
+from rightrank.training.optimizer import (
+    ArmOptimizer,
+    MeanName,
+    count_warmup_steps,
+    load_checkpoint,
+    make_schedule,
+    save_checkpoint,
+)
 from rightrank.training.runtime import Runtime
 
 MAX_CHECKPOINT_FRACTION = 0.015  # the largest fraction of the time for writing checkpoints
 DIVERGENCE_FACTOR = 2.0  # a training with a loss above this multiple of the base's has diverged
+QUARTER = 0.25  # of the steps taken, over which a mean of the factors ranks learning rates
 DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is compared with the base's
 
 
@@ -75,13 +82,14 @@ class ArmTraining:
         named = multi_lora.add(self.adapter, arm, config)
         schedule = make_schedule(runtime.settings, arm.steps)
         self._last_step = arm.end
-        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule, is_averaged=arm.is_searched)
+        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule, self._choose_mean_starts())
         points = runtime.settings.num_evaluations
         self._evaluate_at = {max(1, round(arm.steps * number / points)) for number in range(1, points + 1)}
         self._saved = time.perf_counter()
         self._save_seconds = 0.0  # duration of writing the last checkpoint
         self.pass_ranks = [arm.rank]  # ranks of the adapters in the fullest pass so far, its own rank first
         self._scores: Scores | None = None  # scores of the last evaluation
+        self._quarter_scores: Scores | None = None  # those of the mean over the last quarter of the steps
         self._measured: tuple[int, MetricResults] | None = None  # a step, and the metrics after it
         self.failure: TrialDiverged | TrialFailed | None = None
         checkpoint = self._load_checkpoint()
@@ -89,6 +97,27 @@ class ArmTraining:
             self.optimizer.restore(*checkpoint)
         elif truncated:
             set_peft_model_state_dict(multi_lora.peft_model, truncated, adapter_name=self.adapter)
+
+    def _choose_mean_starts(self) -> dict[MeanName, int]:
+        """Return the means of the factors that this training needs, with the step after which each begins."""
+        arm, starts = self.trial.arm, dict[MeanName, int]()
+        if self._settings.checkpoint == "best":
+            starts["warmup"] = count_warmup_steps(self._settings, arm.steps)
+        if arm.is_searched:
+            starts["quarter"] = arm.end - max(1, round(QUARTER * arm.end))
+        return starts
+
+    def list_due_means(self) -> list[MeanName]:
+        """Return the means to evaluate beside the current factors, at the step of an evaluation."""
+        step, due = self.progress.step, list[MeanName]()
+        # The first mean after the warm-up is the current factors. A metric that needs generated answers is not measured twice.
+        mean = self.optimizer.means.get("warmup")
+        is_measured = self._scores is not None and self._settings.points_metric in self._scores.metrics
+        if mean is not None and step in self._evaluate_at and step > mean.start + 1 and is_measured:
+            due.append("warmup")
+        if self.is_done and "quarter" in self.optimizer.means:
+            due.append("quarter")
+        return due if self.failure is None else []
 
     def _load_truncation(self, config: LoraConfig) -> dict[str, torch.Tensor]:
         """Return the tensors of a truncation and put its ranks into `config`; return none if the arm does not start from a truncation."""
@@ -170,12 +199,30 @@ class ArmTraining:
             recent = progress.train_losses[progress.points[-1].step if progress.points else 0 :]
             value, train_value = self._compute_point_value(subset_scores), sum(recent) / len(recent)
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
-            if self._settings.checkpoint == "best" and self._find_best_point().step == progress.step:
+            if self._settings.checkpoint == "best" and self._find_best() == (progress.points[-1], False):
                 self.optimizer.best = self.optimizer.copy_parameters()
 
-    def _find_best_point(self) -> EvalPoint:
-        """Return the evaluation with the best value, the earliest of equal ones."""
-        return find_best_point(self.progress.points, self._settings.is_higher_better(self._settings.points_metric))
+    def record_mean_scores(self, name: MeanName, scores: Scores, seconds: float) -> None:
+        """Store the scores of a mean of the factors, which is in their place now, at the step of the last evaluation."""
+        progress = self.progress
+        progress.eval_seconds += seconds
+        if name == "quarter":
+            self._quarter_scores = scores
+            return
+        mean_value = scores.metrics[self._settings.points_metric]
+        progress.points[-1] = progress.points[-1].model_copy(update={"mean_value": mean_value})
+        if self._find_best() == (progress.points[-1], True):
+            self.optimizer.best = self.optimizer.copy_parameters()
+
+    def _find_best(self) -> tuple[EvalPoint, bool]:
+        """Return the best evaluation, the earliest of equal ones, and whether it is that of the mean of the factors."""
+        sign = -1.0 if self._settings.is_higher_better(self._settings.points_metric) else 1.0
+        values = [(sign * point.value, point, False) for point in self.progress.points]
+        values += [
+            (sign * point.mean_value, point, True) for point in self.progress.points if point.mean_value is not None
+        ]
+        _, best, is_mean = min(values, key=lambda item: (item[0], item[1].step))
+        return best, is_mean
 
     def _compare_with_base(self, loss: float, description: str) -> None:
         base = self._base_loss
@@ -216,14 +263,14 @@ class ArmTraining:
         """
         arm, metric_results, mean_losses = self.trial.arm, MetricResults(), list[float]()
         scores = self._evaluate() if self._scores is None else self._scores  # None: the trial resumed at its last step
-        best_evaluation = self._restore_best() if arm.is_direct and self.optimizer.best else None
+        best_fields = self._restore_best() if arm.is_direct and self.optimizer.best else {}
         if arm.stop_at is None:
-            scores = scores if best_evaluation is None else self._evaluate()
+            scores = self._evaluate() if best_fields else scores
             metric_results = self._measure_metrics()
             metric_results.require_values([self._settings.metric_name])
             save_adapter(self._multi_lora.peft_model, self.folders.adapter, self._runtime.loaded.name, self.adapter)
         else:
-            mean_losses = self._evaluate_mean()
+            mean_losses = self._measure_mean_losses()
             self.save()  # another trial may resume from here
         self._multi_lora.remove(self.adapter)
         record = build_finished_trial(self.trial, self._settings.metric_name, scores, metric_results, self.progress)
@@ -238,21 +285,17 @@ class ArmTraining:
                 "truncation": self._truncation,
                 "mean_losses": mean_losses,
             }
-            | (
-                {}
-                if best_evaluation is None
-                else {"checkpoint_step": best_evaluation.step, "train_value": best_evaluation.train_value}
-            )
+            | best_fields
         )
 
-    def _restore_best(self) -> EvalPoint | None:
-        """Restore the parameters of the best evaluation; return None if the last evaluation is the best."""
-        best = self._find_best_point()
-        if best.step == self.progress.step:
-            return None
+    def _restore_best(self) -> dict[str, Any]:
+        """Restore the parameters of the best evaluation and return the fields that name it; none if they are the last ones."""
+        best, is_mean = self._find_best()
+        if best.step == self.progress.step and not is_mean:
+            return {}
         self.optimizer.set_parameters(self.optimizer.best)
         self._measured = None
-        return best
+        return {"checkpoint_step": best.step, "checkpoint_is_mean": is_mean, "train_value": best.train_value}
 
     def _evaluate(self) -> Scores:
         start_time = time.perf_counter()
@@ -260,12 +303,14 @@ class ArmTraining:
         self.progress.eval_seconds += time.perf_counter() - start_time
         return scores
 
-    def _evaluate_mean(self) -> list[float]:
-        """Return the losses of the mean of the factors since the warm-up by example; none where no mean is kept."""
-        if not self.optimizer.has_mean:
+    def _measure_mean_losses(self) -> list[float]:
+        """Return the losses of the mean over the last quarter of the steps by example; none where it is not kept."""
+        if "quarter" not in self.optimizer.means:
             return []
-        with self.optimizer.use_mean():
-            return self._evaluate().losses
+        if self._quarter_scores is None:  # the trial resumed at its last step
+            with self.optimizer.use_mean("quarter"):
+                return self._evaluate().losses
+        return self._quarter_scores.losses
 
     @property
     def is_checkpoint_due(self) -> bool:
