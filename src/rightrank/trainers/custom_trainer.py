@@ -158,7 +158,8 @@ def build_custom_request(
         "goal": trainer_settings.get("goal", "training-rank"),
         "lora_alpha": trainer_settings.get("lora_alpha", 32.0),
     }
-    settings = SelectSettings(**values, max_steps=trainer_settings.get("max_steps") or None)
+    # The trainer's adapter is that of its last step.
+    settings = SelectSettings(**values, checkpoint="last", max_steps=trainer_settings.get("max_steps") or None)
     make_strategy(settings.strategy, build_space(settings, 1))  # an unknown name is refused first
     trainer_metric, trainer_direction = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
     # The trainer's per-example scores are values of its own metric.
