@@ -199,16 +199,15 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
 @pytest.mark.parametrize(
     ("rates", "best", "is_flagged", "suggested"),
     [
-        ((1e-4, 3e-4, 1e-3), 1e-1, True, 3e-2),
-        ((3e-4, 1e-3, 3e-3), 1e-6, True, 9e-6),
-        ((1e-4, 3e-4, 1e-3), 3e-3, False, 0),
+        ((1e-4, 3e-4, 1e-3), 1e-1, True, 3e-3),
+        ((3e-4, 1e-3, 3e-3), 1e-6, True, 9e-5),
         ((1e-4, 3e-4, 1e-3), 3e-4, False, 0),
     ],
 )
 def test_a_search_that_ends_at_its_highest_or_lowest_learning_rate_is_flagged(
     rates: tuple[float, ...], best: float, is_flagged: bool, suggested: float
 ) -> None:
-    """Compare with all learning rates of the run, after the search has added two beyond its edge."""
+    """Compare with all learning rates of the run."""
     trials = run_all(STRATEGIES["bracket"](make_space(learning_rates=rates)), FlatWorld(best_learning_rate=best))
     complete_trials = [outcome for outcome in trials if outcome.is_direct]
     table = build_table(complete_trials, "loss", False, partial_outcomes=trials)
