@@ -231,7 +231,7 @@ def run_and_kill(arguments: list[str], owner: Any, name: str, entry: int) -> Non
 
 
 KILLS: list[tuple[Any, str, int]] = [
-    (Journal, "append", 2), (optimizer, "take_step", 5), (optimizer, "save_checkpoint", 2), (Runtime, "evaluate_adapters", 2),
+    (Journal, "append", 2), (optimizer, "take_step", 5), (optimizer, "save_checkpoint", 1), (Runtime, "evaluate_adapters", 2),
     (adapter_writer, "save_adapter", 1), (finish, "export_adapter", 1), (html, "render_report", 1),
 ]  # fmt: skip
 
