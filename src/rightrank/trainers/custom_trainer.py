@@ -262,7 +262,9 @@ class _FunctionExecutor:
         arm, request, folder = trial.arm, self._request, self._folder.get_trial_folder(trial.trial_id)
 
         def receive(point: EvalPoint) -> None:
-            on_evaluation(TrialEvaluated(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value", "mean_value"})))
+            on_evaluation(
+                TrialEvaluated(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value", "mean_value"}))
+            )
 
         fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
         task = TrialTask(trial_id=trial.trial_id, folder=folder, report_callback=receive, **fields)
