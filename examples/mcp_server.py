@@ -21,13 +21,16 @@ from mcp.server.mcpserver.exceptions import ToolError
 server = MCPServer("rightrank")
 
 
-def run_command(*arguments: str) -> dict[str, Any]:
+def run_command(name: str, *arguments: str, **options: str) -> dict[str, Any]:
     """Run a command of rightrank and return its JSON object.
+
+    Options are written as --name=value and arguments after --, so that a value that starts with - is not read as an option.
 
     Raises:
         ToolError: the command ended with an error; the message is its last line.
     """
-    command = [sys.executable, "-m", "rightrank", *arguments, "--json"]
+    named = [f"--{option.replace('_', '-')}={value}" for option, value in options.items()]
+    command = [sys.executable, "-m", "rightrank", name, *named, "--json", "--", *arguments]
     completed = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if not completed.stdout:
         raise ToolError(completed.stderr.strip().rpartition("\n")[2])
@@ -38,13 +41,13 @@ def run_command(*arguments: str) -> dict[str, Any]:
 @server.tool()
 def expect(task: str, rows: int) -> dict[str, Any]:
     """Tell what public sweeps found about LoRA ranks for a task (chat, language, …) with this many rows. Takes a second."""
-    return run_command("expect", "--task", task, "--rows", str(rows))
+    return run_command("expect", task=task, rows=str(rows))
 
 
 @server.tool()
 def plan(model: str, ranks: list[int], seq_len: int = 512) -> dict[str, Any]:
     """Predict the peak memory of training each rank, from the config.json of a model folder."""
-    return run_command("plan", model, "--ranks", ",".join(map(str, ranks)), "--seq-len", str(seq_len))
+    return run_command("plan", model, ranks=",".join(map(str, ranks)), seq_len=str(seq_len))
 
 
 @server.tool()
@@ -62,7 +65,7 @@ def status(run: str) -> dict[str, Any]:
 @server.tool()
 def select(model: str, data: str, out: str, goal: str = "adapter", hours: float = 1.0) -> dict[str, Any]:
     """Find the learning rate and the smallest adapter by training, within some hours. The same call resumes."""
-    return run_command("select", model, data, "--out", out, "--goal", goal, "--time", f"{hours:g}h", "--quiet")
+    return run_command("select", model, data, out=out, goal=goal, time=f"{hours:g}h")
 
 
 if __name__ == "__main__":

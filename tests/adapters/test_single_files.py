@@ -113,7 +113,7 @@ def test_ranks_by_energy_differ_in_a_file(tmp_path: Path) -> None:
     ("key", "sentence"),
     [
         ("lora_unet_x.hada_w1_a", "only LoRA is read"),
-        ("base_model.model.x.lora_A.weight", "its alphas are not in its tensors"),
+        ("base_model.model.x.lora_A.weight", "layouts that can be read are folders of PEFT"),
         ("lora_unet_x.lora_down.weight", "has no lora_B"),
         ("x.weight", "no LoRA factors"),
     ],

@@ -46,3 +46,9 @@ def test_an_error_is_the_line_of_the_command(server: Any, tmp_path: Path) -> Non
     result = call_tool(server, "status", run=str(tmp_path))
     assert result.is_error
     assert "no journal.jsonl there" in result.content[0].text
+
+
+@pytest.mark.parametrize("value", ["--example", "--help", "-h"])
+def test_a_value_that_starts_with_a_hyphen_is_no_option(server: Any, value: str) -> None:
+    results = [call_tool(server, "decide", results=value), call_tool(server, "expect", task=value, rows=5000)]
+    assert all(result.is_error and value in result.content[0].text for result in results)

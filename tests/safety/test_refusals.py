@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import rightrank
+from rightrank.adapters.adapter_writer import ensure_peft_format
 from rightrank.api.adapters import inspect
 from rightrank.api.folders import status
 from rightrank.api.runs import decide
@@ -396,3 +397,17 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "more.csv").mkdir()
     assert load_data(tmp_path, build_small_settings()).form == "text"
     require_refused(lambda: read_config(tmp_path), "a folder", SettingsError)
+
+
+def test_weights_that_are_cut_off_or_a_pipe_are_refused(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter")
+    weights = folder / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    for size in (0, 4, len(content) // 2, len(content) - 1):
+        weights.write_bytes(content[:size])
+        require_refused(lambda: inspect(folder), "not a readable safetensors file", ModelError)
+        # The same check is before every load by PEFT.
+        require_refused(lambda: ensure_peft_format(folder).__enter__(), "not a readable safetensors file", ModelError)
+    weights.unlink()
+    os.mkfifo(weights)
+    require_refused(lambda: inspect(folder), "not a regular file", ModelError)

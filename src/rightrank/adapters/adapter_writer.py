@@ -26,6 +26,7 @@ from rightrank.adapters.adapter_folders import (
 )
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.loading import require_loadable
+from rightrank.bases.safetensors_files import read_header
 from rightrank.data.files import create_output, replace_folder, write_text
 
 TOKENIZER_FILES = (
@@ -87,8 +88,14 @@ def _write_classifier_labels(folder: Path, config: Any) -> None:
 
 @contextmanager
 def ensure_peft_format(folder: Path) -> Iterator[Path]:
-    """Yield the folder itself, or a temporary copy in PEFT's format if mlx-lm wrote it."""
+    """Yield the folder itself, or a temporary copy in PEFT's format if mlx-lm wrote it.
+
+    Raises:
+        ModelError: The weights are not a readable safetensors file.
+    """
     if not (folder / MLX_FILE).is_file() or (folder / WEIGHTS_FILE).exists():
+        if (folder / WEIGHTS_FILE).exists():
+            read_header(folder / WEIGHTS_FILE)
         yield folder
         return
     adapter = open_adapter(folder)

@@ -105,8 +105,9 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
     stored_shapes, metadata = read_header(path)
     if DIFFUSERS_METADATA in metadata or any(key.startswith(PEFT_PREFIX) for key in stored_shapes):
         raise ModelError(
-            f"{path}: its alphas are not in its tensors; give the folder that PEFT's save_pretrained wrote, "
-            "or a file with the keys of sd-scripts or ComfyUI"
+            f"{path}: its alphas are not in its tensors, as in the files of diffusers (pytorch_lora_weights.safetensors); the layouts that "
+            "can be read are folders of PEFT (adapter_config.json) and mlx-lm, and single files of sd-scripts (lora_unet_….lora_down.weight) "
+            "and ComfyUI (diffusion_model.….lora_A.weight)"
         )
     shapes: dict[str, tuple[int, ...]] = {}
     keys: dict[str, str] = {}

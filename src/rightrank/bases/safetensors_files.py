@@ -18,6 +18,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
     Raises:
         ModelError: The file is not a readable safetensors file.
     """
+    if detect_path_kind(path) != "file":  # a pipe would be waited for
+        raise ModelError(f"{path}: not a regular file; copy or save it again")
     try:
         with safe_open(path, framework="np") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
