@@ -58,7 +58,13 @@ def test_untrained_and_dead_modules_and_useless_patterns_are_reported(base: Path
 @pytest.mark.trains
 def test_modules_to_save_are_listed(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", "modules_to_save")
-    names = inspect(adapter).summary.modules_to_save
+    summary = inspect(adapter).summary
+    names, content = summary.modules_to_save, summary.content
+    tensors = load_tensors(adapter)
+    full = sum(value.nbytes for key, value in tensors.items() if "lora" not in key)
+    assert content.full_bytes == full > 0
+    assert content.factor_bytes + full == sum(value.nbytes for value in tensors.values())
+    assert content.types == ["F32"]
     assert "model.norm.weight" in names
     assert all(name.endswith("norm.weight") for name in names)
 

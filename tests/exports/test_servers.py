@@ -152,6 +152,10 @@ def test_an_adapter_of_one_rank_is_served_as_it_is(base: Path, tmp_path: Path, m
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert process.stdout == "['vllm.sh']\n[]\n"
     script = read_script(tmp_path / "exports" / "vllm")
+    assert (
+        "rank 2 takes the same slot as 8 on vLLM"
+        in CliRunner().invoke(cli, ["inspect", str(tmp_path / "small")]).output
+    )
     assert (script["small"], script["base"], script["--max-lora-rank"]) == (str(tmp_path / "small"), str(base), "8")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunFolderError, match="exports/vllm: this path already exists; give a new folder"):

@@ -27,6 +27,12 @@ def find_server_rank(rank: int) -> int:
     return next((served for served in SERVER_RANKS if served >= rank), rank)
 
 
+def format_slot(rank: int) -> str:
+    """Return a sentence if an adapter of `rank` takes the slot of a higher rank on vLLM, or an empty string."""
+    served = find_server_rank(rank)
+    return f"rank {rank} takes the same slot as {served} on vLLM" if served > rank else ""
+
+
 def matches_pattern(key: str, name: str) -> bool:
     """Return whether PEFT applies a key of `rank_pattern` or `alpha_pattern` to the module `name`.
 

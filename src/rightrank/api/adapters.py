@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.adapters.adapter_folders import CONFIG_FILE, find_adapter, require_adapter_folder, suggest_adapter_folder
+from rightrank.adapters.adapter_folders import (
+    CONFIG_FILE,
+    MLX_FILE,
+    WEIGHTS_FILE,
+    find_adapter,
+    require_adapter_folder,
+    suggest_adapter_folder,
+)
 from rightrank.bases.model_sources import BASE_SIDE
+from rightrank.bases.safetensors_files import read_sizes
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
-from rightrank.schema.results import AdapterComparison, Inspection, Resized
+from rightrank.schema.results import AdapterComparison, AdapterContent, Inspection, Resized
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
 
@@ -27,7 +35,9 @@ def inspect(adapter: str | Path) -> Inspection:
 
     from rightrank.adapters.spectra import inspect_adapter
 
-    return inspect_adapter(Path(adapter))
+    inspection = inspect_adapter(Path(adapter))
+    summary = inspection.summary.model_copy(update={"content": _read_content(Path(adapter))})
+    return inspection.model_copy(update={"summary": summary})
 
 
 def resize(
@@ -98,7 +108,19 @@ def resize(
         )
         chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
         resized = resize_adapter(opened, Path(out), chosen_ranks, rule=chosen_by)
-    return resized.model_copy(update={"notes": [choice, *resized.notes]}) if choice else resized
+    notes = [choice, *resized.notes] if choice else resized.notes
+    return resized.model_copy(update={"notes": notes, "content": _read_content(Path(out))})
+
+
+def _read_content(adapter: Path) -> AdapterContent:
+    """Read what the bytes of an adapter's file are."""
+    files = [adapter, adapter / WEIGHTS_FILE, adapter / MLX_FILE]
+    sizes = read_sizes(next(file for file in files if file.is_file()))
+    factors = sum(size for key, (size, _) in sizes.items() if "lora" in key)
+    total = sum(size for size, _ in sizes.values())
+    return AdapterContent(
+        factor_bytes=factors, full_bytes=total - factors, types=sorted({kind for _, kind in sizes.values()})
+    )
 
 
 def compare(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,6 +29,25 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
             return shapes, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or save it again") from None
+
+
+def read_sizes(path: Path) -> dict[str, tuple[int, str]]:
+    """Read the bytes and the type of each tensor of a file from its header.
+
+    Raises:
+        ModelError: The file is not a readable safetensors file.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in list(file.keys())}
+            return {key: (_count_bytes(value), str(value.get_dtype())) for key, value in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or save it again") from None
+
+
+def _count_bytes(tensor: Any) -> int:
+    bits = int(re.findall(r"\d+", tensor.get_dtype())[0]) if tensor.get_dtype() != "BOOL" else 8
+    return math.prod(tensor.get_shape()) * bits // 8
 
 
 def find_shards(path: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
     from rightrank.runs.terminal_view import View
-    from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
+    from rightrank.schema.results import AdapterContent, Inspection, ModuleSpectrum, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
 EXIT_STATUS = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
@@ -155,6 +155,7 @@ def _compare(
 
 def _format_inspection(inspection: Inspection) -> str:
     """Format the modules, or those that use the most and the least of their rank, and the summary."""
+    from rightrank.adapters.rank_math import format_slot
     from rightrank.report.answer import format_labelled_rows, format_table
 
     summary, modules = inspection.summary, inspection.modules
@@ -171,6 +172,8 @@ def _format_inspection(inspection: Inspection) -> str:
     facts = [
         ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
         ("base", summary.base_model or ""),
+        ("slot", format_slot(max(summary.ranks))),
+        ("file", _format_content(summary.content)),
         ("rank by energy", f"{energy} (largest of all modules)"),
         *((name, ", ".join(module_names)) for name, module_names in names.items()),
         *(("note", note) for note in summary.notes),
@@ -212,7 +215,17 @@ def _format_resize_result(resized: Resized) -> str:
     if resized.answer is not None:
         lines += [*format_table(build_candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
-    return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
+    lines += [f"note: {note}" for note in resized.notes]
+    return "\n".join([*lines, f"file: {_format_content(resized.content)}"])
+
+
+def _format_content(content: AdapterContent | None) -> str:
+    from rightrank.report.format import format_bytes
+
+    if content is None:
+        return ""
+    full = f", full matrices {format_bytes(content.full_bytes)}" if content.full_bytes else ""
+    return f"LoRA factors {format_bytes(content.factor_bytes)}{full} ({', '.join(content.types)})"
 
 
 COMMANDS = (_inspect, _resize, _compare)

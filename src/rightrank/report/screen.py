@@ -11,6 +11,7 @@ from textwrap import wrap
 from rich.cells import cell_len
 
 from rightrank.adapters.loading_code import format_loading_code
+from rightrank.adapters.rank_math import format_slot
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.next_run import build_budget_options
 from rightrank.decision.records import Answers
@@ -61,6 +62,7 @@ def format_screen(shown: RunScreen, width: int, status: RunStatus | None = None)
         ("adapter", missing_adapter if shown.adapter is None else str(shown.adapter)),
         ("load", _format_loading(shown)),
         ("train", format_training_settings(shown.answers)),
+        ("slot", _format_slot(shown.answers)),
     ]
     if status is None:
         status_command = shlex.join(["rightrank", "status", str(shown.run)])
@@ -76,6 +78,13 @@ def format_screen(shown: RunScreen, width: int, status: RunStatus | None = None)
     label = format_metric_label(started.metric, started.higher_is_better) if started else ""
     curve = draw_terminal_curve(trained, width, truncated, label=label, num_lines=num_lines)
     return "\n".join([*headline, *curve, *lines])
+
+
+def _format_slot(answers: Answers) -> str:
+    """Return a sentence if a server gives the adapter the slot of a higher rank; servers load no classifiers."""
+    if answers.adapter is None or answers.started is None or answers.started.data.classes is not None:
+        return ""
+    return format_slot(answers.adapter.handed_over.max_module_rank)
 
 
 def _list_details(status: RunStatus) -> list[tuple[str, str | None]]:

@@ -111,6 +111,14 @@ class ModuleSpectrum(Record):
     flags: list[str] = Field(default_factory=list)
 
 
+class AdapterContent(Record):
+    """What the bytes of an adapter's file are."""
+
+    factor_bytes: BoundedInt  # LoRA factors, with magnitudes and biases of theirs
+    full_bytes: BoundedInt  # fully trained modules, such as embeddings and heads
+    types: list[str]  # of the values, as safetensors names them
+
+
 class InspectionSummary(Record):
     """A summary of the complete adapter."""
 
@@ -124,6 +132,7 @@ class InspectionSummary(Record):
     dead: list[str]  # updates under a thousandth of the median module's
     modules_to_save: list[str] = Field(default_factory=list)  # fully trained modules
     notes: list[str] = Field(default_factory=list)
+    content: AdapterContent | None = None  # of the file
     sentence: str
 
 
@@ -161,6 +170,7 @@ class Resized(Record):
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    content: AdapterContent | None = None  # of the written file
     chosen_by: str
     held_out: list[HeldOutValue] = Field(default_factory=list)
     scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
