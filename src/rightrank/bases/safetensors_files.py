@@ -47,7 +47,7 @@ def read_sizes(path: Path) -> dict[str, tuple[int, str]]:
 
 def _count_bytes(tensor: Any) -> int:
     bits = int(re.findall(r"\d+", tensor.get_dtype())[0]) if tensor.get_dtype() != "BOOL" else 8
-    return math.prod(tensor.get_shape()) * bits // 8
+    return int(math.prod(tensor.get_shape())) * bits // 8
 
 
 def find_shards(path: Path) -> list[Path]:
