@@ -314,9 +314,9 @@ def judge_answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> di
                 decision = decide_table(source.table(chosen))
                 if decision.rank is not None:
                     unseen_evidence = Evidence(source.table(unseen_seeds))
-                    loss = unseen_evidence.contenders[decision.rank].adjusted_loss
+                    loss = unseen_evidence.contenders[decision.rank].loss
                     named += 1
-                    worse += loss - unseen_evidence.reference.adjusted_loss > decision.margin
+                    worse += loss - unseen_evidence.reference.loss > decision.margin
         if choices:
             results[str(size)] = {"choices": choices, "named": named, "worse": worse}
     return results

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import read_json
+from rightrank.decision.comparison import compute_bounds
+from rightrank.decision.table import estimate_pairs, pair_cells
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import infer_metric_kind
@@ -235,11 +237,16 @@ def _find_smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
     """Return the smallest rank that no higher one is shown to beat by more than the margin."""
     chosen: int | None = None
     for rank in sorted(trials.list_ranks()):
-        if chosen is None or (
-            strategy.has_gain(trials, rank, [chosen]) and trials.compute_excess(rank, chosen).high < 0
-        ):
+        if chosen is None or (strategy.has_gain(trials, rank, [chosen]) and _is_surely_better(trials, rank, chosen)):
             chosen = rank
     return chosen
+
+
+def _is_surely_better(trials: Trials, rank: int, other_rank: int) -> bool:
+    """Return whether the bound over examples shows the rank to be better; True without examples."""
+    assert trials.evidence is not None
+    pairs = pair_cells(*(trials.evidence.contenders[compared] for compared in (rank, other_rank)))
+    return not pairs[0][0].examples or compute_bounds(estimate_pairs(pairs)).high < 0
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def test_printed_bounds_hold_after_a_search_at_every_noise_of_seeds() -> None:
 def test_ranks_that_cannot_be_told_from_the_best_are_taken_to_be_as_good() -> None:
     """Check that the selection bias is at least the bias at the observed means, and zero if the best rank is clear."""
     three = Evidence(build_value_table({4: 2.1, 16: 2.05, 64: 2.0}, std=0.05))
-    means = np.array([three.contenders[rank].adjusted_loss for rank in sorted(three.contenders)])
+    means = np.array([three.contenders[rank].loss for rank in sorted(three.contenders)])
     covariance = compute_covariance_to_best([0.0, 2 * 0.05**2, 2 * 0.05**2])
     assert three.selection_bias > 1.3 * estimate_selection_bias(means[::-1], covariance)
     assert three.selection_bias == pytest.approx(estimate_selection_bias(np.zeros(3), covariance))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rightrank.decision import table
 from rightrank.decision.evidence import measure_noise
@@ -12,7 +14,7 @@ from rightrank.decision.table import (
     Cell,
     Contender,
     ScoreTable,
-    adjust_to_common_seeds,
+    align_contenders,
     build_table,
     pair_cells,
     select_best_learning_rate,
@@ -148,10 +150,8 @@ def test_a_learning_rate_with_fewer_seeds_needs_clear_evidence(lower: float, noi
 
 
 def test_a_rank_without_a_seed_is_adjusted_for_its_effect() -> None:
-    adjusted_contenders = adjust_to_common_seeds([make_contender(1, s0=1, s1=2), make_contender(4, s1=2.5)])
-    assert [contender.loss for contender in adjusted_contenders.values()] == [1.5, 2.5]
-    assert adjusted_contenders[1].adjusted_loss == pytest.approx(1.5, abs=1e-3)
-    assert adjusted_contenders[4].adjusted_loss == pytest.approx(2.0, abs=1e-3)
+    aligned = align_contenders([make_contender(1, s0=1, s1=2), make_contender(4, s1=2.5)])
+    assert [contender.loss for contender in aligned.values()] == pytest.approx([1.5, 2.0], abs=1e-3)
 
 
 def test_results_without_a_value_are_counted_by_rank() -> None:
@@ -271,3 +271,30 @@ def test_trainings_without_example_scores_are_compared_by_their_values() -> None
     scored = make_trial("4", 4, 2.0, example_scores=[1.0, 3.0])
     table = build_table([scored, make_trial("16", 16, 1.9)], "eval_loss", False)
     assert [(cell.value, cell.examples) for cell in table.cells.values()] == [(2.0, 0), (1.9, 0)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from((1, 40)), st.booleans())
+def test_values_differences_and_bounds_are_of_the_same_seeds(number: int, examples: int, has_base: bool) -> None:
+    """Draw tables in which ranks and learning rates lack some seeds."""
+    generator = np.random.default_rng(number)
+    level = 2 + 0.05 * generator.standard_normal(4)
+    trials = [
+        make_trial(f"{rank}-{rate}-{seed}", rank, float(scores.mean()), learning_rate=rate, seed=seed,
+                   example_scores=scores.tolist() if examples > 1 else None)
+        for rank in ([0] if has_base else []) + [2, 4, 8]
+        for rate in ((1e-3, 3e-3) if rank else (0.0,))
+        for seed in (generator.permutation(4)[: generator.integers(1, 5)].tolist() if rank else (0,))
+        for scores in [level[seed] + (0.3 if rank == 0 else 0.1 / rank) + 0.02 * generator.standard_normal(examples)]
+    ]  # fmt: skip
+    decision = decide_table(build_table(trials, "eval_loss", False), 0.01)
+    values = {evidence.rank: evidence.value for evidence in decision.ranks}
+    reference = values[decision.reference_rank]
+    assert reference == min(value for rank, value in values.items() if rank > 0)
+    for evidence in decision.ranks:
+        assert evidence.low <= evidence.value + 1e-9
+        assert evidence.value <= evidence.high + 1e-9
+        assert evidence.difference == pytest.approx(evidence.value - reference, abs=1e-9)
+        if evidence.difference_low is not None:
+            assert evidence.difference_high is not None
+            assert evidence.difference_low - 1e-9 <= evidence.difference <= evidence.difference_high + 1e-9

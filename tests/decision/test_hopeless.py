@@ -51,7 +51,8 @@ def test_a_hopeless_rank_changes_no_bound_and_no_answer(seed: int) -> None:
         # With few seeds and one number per training, the noise has heavy tails, and any rank may be the best.
         if ours.basis != "seeds":
             assert evidence.probability == pytest.approx(expected.probability, abs=TOLERANCE)
-        assert evidence.model_dump(exclude={"probability"}) == expected.model_dump(exclude={"probability"})
+        exclude = {"probability", "trial_ids"}
+        assert evidence.model_dump(exclude=exclude) == pytest.approx(expected.model_dump(exclude=exclude))
 
 
 def test_values_of_other_orders_of_magnitude_do_not_widen_a_bound() -> None:

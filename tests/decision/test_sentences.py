@@ -58,8 +58,9 @@ def test_the_note_says_how_seed_noise_was_measured() -> None:
         get_basis_note(set())
         == f"{start}The noise over seeds is measured on each rank's paired difference over 3 seeds and {moderated}"
     )
-    assert get_basis_note({(4, 2)}).endswith(f" over 2 to 3 seeds and {moderated}")
-    assert get_basis_note({(4, 2), (64, 1)}).endswith(f" over 2 seeds and {moderated}")
+    adjusted = f"{moderated} Ranks with other seeds are adjusted to the seeds of all ranks."
+    assert get_basis_note({(4, 2)}).endswith(f" over 2 to 3 seeds and {adjusted}")
+    assert get_basis_note({(4, 2), (64, 1)}).endswith(f" over 2 seeds and {adjusted}")
     alone = {(4, 2), (16, 0), (16, 1), (64, 0), (64, 1)}
     assert (
         get_basis_note(alone)

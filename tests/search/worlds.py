@@ -137,8 +137,6 @@ def _smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
     """Return the smallest rank that no higher rank is shown to beat by more than the margin."""
     chosen: int | None = None
     for rank in sorted(trials.list_ranks()):
-        if chosen is None or (
-            strategy.has_gain(trials, rank, [chosen]) and trials.compute_excess(rank, chosen).high < 0
-        ):
+        if chosen is None or strategy.has_gain(trials, rank, [chosen]):
             chosen = rank
     return chosen

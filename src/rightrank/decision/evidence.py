@@ -8,7 +8,8 @@ The data decide which variation an interval covers (`Evidence.basis`):
     std                 one number a rank with a stated standard deviation
     values              one number a rank and no deviation: scatter about the curve
 
-Ranks and learning rates are compared on the seeds that they share. A single seed gives an indication: its intervals exclude
+Ranks and learning rates are compared on the seeds that they share: the value of a rank is the one that it would have with the seeds of
+all ranks, so values, differences and bounds agree. A single seed gives an indication: its intervals exclude
 the noise over seeds.
 """
 
@@ -28,6 +29,8 @@ from rightrank.decision.comparison import (
     Estimate,
     compute_t_quantile,
     estimate_mean,
+    is_within,
+    walk_down,
 )
 from rightrank.decision.seeds import (
     BARE_WITHIN_DEGREES,
@@ -36,6 +39,7 @@ from rightrank.decision.seeds import (
     NOISE_DEGREES,
     WITHIN_DEGREES,
     JointMeans,
+    NoiseComponents,
     PairNoise,
     Prior,
     compute_mean_noise,
@@ -48,9 +52,10 @@ from rightrank.decision.seeds import (
 )
 from rightrank.decision.table import (
     Contender,
+    MetricUnit,
     Pair,
     ScoreTable,
-    adjust_to_common_seeds,
+    align_contenders,
     compute_differences,
     estimate_pairs,
     find_outliers,
@@ -58,6 +63,7 @@ from rightrank.decision.table import (
     select_contender,
 )
 from rightrank.schema.decision import Basis
+from rightrank.schema.metrics import compute_default_margin
 from rightrank.schema.trials import Floats
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
@@ -86,17 +92,42 @@ class _SeedNoise:
 class Evidence:
     """The statistical evidence in a table, in the oriented unit: lower is better, nats for a perplexity."""
 
-    def __init__(self, table: ScoreTable) -> None:
+    def __init__(self, table: ScoreTable, noise: NoiseComponents | None = None) -> None:
+        """Collect the evidence of a table. `noise` is that of earlier grids; None for that of the table's metric."""
         outliers = find_outliers(table)
         self.table = table = table.exclude_cells(outliers)
-        self.noise = get_noise(table.kind)
-        self.contenders = adjust_to_common_seeds([select_contender(table, rank) for rank in table.list_ranks()])
+        self.noise = noise or get_noise(table.kind)
+        self.contenders = align_contenders([select_contender(table, rank) for rank in table.list_ranks()])
         # Of the compared learning rates. The others change nothing.
         self.outliers = [
             outlier for outlier in outliers if self.contenders[outlier.rank].learning_rate == outlier.learning_rate
         ]
         self.base = select_contender(table, 0) if table.get_cells_by_rate(0) else None
-        self.reference = min(self.contenders.values(), key=lambda contender: (contender.adjusted_loss, contender.rank))
+        self.reference = min(self.contenders.values(), key=lambda contender: (contender.loss, contender.rank))
+
+    @cached_property
+    def unit(self) -> MetricUnit:
+        """Return the conversion to the metric's unit."""
+        unit = MetricUnit(self.table.kind, self.table.higher_is_better, 0.0)
+        return replace(unit, reference=unit.convert_value(self.reference.loss))
+
+    def resolve_margin(self, margin: float | None) -> float:
+        """Return the margin in the metric's unit: the given one, or the default of the metric."""
+        if margin is not None:
+            return margin
+        return compute_default_margin(self.table.kind, self.unit.reference, self.table.list_values())
+
+    def convert_margin(self, margin: float | None) -> float:
+        """Return the margin in the oriented unit."""
+        return self.unit.convert_margin(self.resolve_margin(margin))
+
+    def is_within(self, rank: int, margin: float) -> bool:
+        """Return whether the value of the rank is within the margin (oriented unit) of the reference; False without a result."""
+        return rank in self.contenders and is_within(self.contenders[rank].loss - self.reference.loss, margin)
+
+    def pick_by_values(self, margin: float) -> int:
+        """Walk down from the reference by values alone, and return the last rank within the margin before the first that is not."""
+        return walk_down(self.contenders, self.reference.rank, lambda rank: self.is_within(rank, margin))
 
     @cached_property
     def basis(self) -> Basis:
@@ -134,7 +165,7 @@ class Evidence:
     @cached_property
     def _ordered(self) -> list[Contender]:
         """Return the contenders, the best first."""
-        return sorted(self.contenders.values(), key=lambda contender: (contender.adjusted_loss, contender.rank))
+        return sorted(self.contenders.values(), key=lambda contender: (contender.loss, contender.rank))
 
     def _list_better_ranks(self, rank: int, has_noise: Callable[[Contender], bool]) -> list[Contender]:
         """List the contenders that are at least as good as this rank, the best first.
@@ -189,12 +220,12 @@ class Evidence:
         better ranks. benchmarks/decide/printed.py measures what this leaves of the error.
         """
         error, rivals, degrees = math.inf, [0.0], [MAX_DEGREES]
-        for contender in sorted(self.contenders.values(), key=lambda rival: (rival.adjusted_loss, rival.rank)):
+        for contender in sorted(self.contenders.values(), key=lambda rival: (rival.loss, rival.rank)):
             if not compute_differences(pair_cells(contender, self.reference)).any():
                 continue  # the reference itself, or a rank with the same scores
             difference = self.estimate_difference(contender)
             error = min(error, difference.standard_error)
-            if contender.adjusted_loss - self.reference.adjusted_loss <= MAX_EQUAL_ERRORS * error:
+            if contender.loss - self.reference.loss <= MAX_EQUAL_ERRORS * error:
                 rivals.append(error**2)
                 degrees.append(difference.degrees)
         return estimate_selection_bias(
@@ -217,7 +248,7 @@ class Evidence:
         """Estimate the contender's own mean."""
         cells = list(contender.cells.values())
         sums, span = np.stack([cell.sums for cell in cells]), max(cell.score_range for cell in cells)
-        mean = estimate_mean(sums, cells[0].weights, span, cells[0].groups)
+        mean = replace(estimate_mean(sums, cells[0].weights, span, cells[0].groups), mean=contender.loss)
         if contender.rank == 0:
             return mean
         stated_variance = self._get_stated_variance(contender)
@@ -230,7 +261,7 @@ class Evidence:
         """Estimate how much worse the contender is than the reference, paired over examples and over shared seeds."""
         opponent = reference or self.reference
         pairs = pair_cells(contender, opponent)
-        paired = estimate_pairs(pairs)
+        paired = replace(estimate_pairs(pairs), mean=contender.loss - opponent.loss)
         stated_variances = [self._get_stated_variance(contender), self._get_stated_variance(opponent)]
         if all(variance is not None for variance in stated_variances):
             return paired.replace_seed_variance(
@@ -249,7 +280,7 @@ class Evidence:
     def predict_difference(self, contender: Contender, seeds: int) -> Estimate:
         """Predict the difference that `seeds` seeds will show, at the seed noise of earlier grids. Only plans use it."""
         pairs = pair_cells(contender, self.reference)
-        paired = estimate_pairs(pairs)
+        paired = replace(estimate_pairs(pairs), mean=contender.loss - self.reference.loss)
         variance = NOISE.compute_seed_ratio(paired.examples) * _measure_pair_noise(pairs).example_variance / seeds
         return replace(paired, seeds=seeds).replace_seed_variance(variance, BOUND_DEGREES + seeds - 1)
 
@@ -318,16 +349,14 @@ class Evidence:
     @cached_property
     def joint(self) -> JointMeans:
         """Return the joint distribution of the true means of ranks and base model."""
-        ranks, losses = zip(
-            *((contender.rank, contender.adjusted_loss) for contender in self._all_contenders), strict=True
-        )
+        ranks, losses = zip(*((contender.rank, contender.loss) for contender in self._all_contenders), strict=True)
         return sample_joint_means(ranks, losses, *self._pairwise_posteriors)
 
     @property
     def _all_contenders(self) -> list[Contender]:
         """Return the ranks and the base model, the best first."""
         everyone = [*self.contenders.values(), *([self.base] if self.base else [])]
-        return sorted(everyone, key=lambda contender: (contender.adjusted_loss, contender.rank))
+        return sorted(everyone, key=lambda contender: (contender.loss, contender.rank))
 
     @cached_property
     def _pairwise_posteriors(self) -> tuple[Floats, float]:

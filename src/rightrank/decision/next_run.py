@@ -23,7 +23,7 @@ from rightrank.decision.learning_rate import EDGE_FACTOR, extrapolate_rate
 from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import ScoreTable
 from rightrank.decision.verdicts import (
-    find_unexplained_rank,
+    find_failed_rank,
     format_rank_names,
 )
 from rightrank.schema.command import build_arguments, build_reproduce_command
@@ -42,8 +42,8 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
     if verdict == "no_gain":
         runs.append(_plan_after_no_gain(comparison.evidence))
     elif verdict == "undecided":
-        if (unexplained := find_unexplained_rank(comparison)) is not None:
-            runs.append(_plan_repetition(comparison, unexplained))
+        if (failed := find_failed_rank(comparison)) is not None:
+            runs.append(_plan_repetition(comparison, failed))
         if comparison.is_open:
             runs.extend(_plan_runs_for_confidence(comparison))
     elif comparison.chosen == comparison.ranks[-1] and (
@@ -67,13 +67,11 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
 def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
     """Plan to repeat the training that probably failed: at a lower learning rate if none was tried, else with another seed."""
     evidence, start = comparison.evidence, f"Train rank {rank} again"
-    if comparison.evidence.has_lower_rate(rank):
-        return _build_seed_run(
-            evidence,
-            [rank],
-            len(evidence.contenders[rank].cells) + 1,
-            f"{start} with another seed ({{cost}}): it may have failed.",
-        )
+    outliers = sum(outlier.rank == rank for outlier in evidence.outliers)
+    if outliers or comparison.evidence.has_lower_rate(rank):
+        seeds = len(evidence.contenders[rank].cells) + outliers + 1
+        sentence = f"{start} with another seed ({_format_cost(1)}): it may have failed."
+        return NextRun(action="seeds", ranks=[rank], seeds=seeds, trials=1, sentence=sentence)
     rate = evidence.contenders[rank].learning_rate
     lower = [extrapolate_rate(rate, EDGE_FACTOR * rate, _collect_tried_rates(evidence.table))] if rate > 0 else []
     at = f"at learning rate {lower[0]:.2g} (now {rate:.2g})" if lower else "at a lower learning rate"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, is_within, list_lower_ranks, walk_down
+from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, is_within, list_lower_ranks
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.table import Contender, MetricUnit
 from rightrank.schema.decision import StaircaseStep
@@ -116,8 +116,7 @@ def compare_ranks(evidence: Evidence, margin: float, confidence: float = DEFAULT
     contenders = ([evidence.base] if evidence.base else []) + list(evidence.contenders.values())
     by_rank = {contender.rank: _compare_rank(contender, evidence, margin) for contender in contenders}
     if evidence.lacks_uncertainty:
-        chosen = walk_down(by_rank, evidence.reference.rank, lambda rank: by_rank[rank].is_enough)
-        return Comparison(evidence, by_rank, margin, chosen, None)
+        return Comparison(evidence, by_rank, margin, evidence.pick_by_values(margin), None)
     likely = {rank: evidence.compute_probability(rank, margin) or 0.0 for rank in sorted(evidence.contenders)}
     sufficient_ranks = [rank for rank in likely if likely[rank] >= confidence]
     chosen = min(sufficient_ranks, default=max(likely, key=lambda rank: (likely[rank], -rank)))

@@ -39,7 +39,7 @@ from rightrank.decision.verdicts import (
 )
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import Checkpoint, compute_default_margin
+from rightrank.schema.metrics import Checkpoint
 
 
 def decide_table(
@@ -168,13 +168,10 @@ def _prepare_comparison(table: ScoreTable, margin: float | None) -> tuple[Eviden
             f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train more ranks"
         )
     evidence = Evidence(table)
-    unit = MetricUnit(table.kind, table.higher_is_better, 0.0)
-    unit = replace(unit, reference=unit.convert_value(evidence.reference.loss))
-    if margin is None:
-        margin = compute_default_margin(table.kind, unit.reference, table.list_values())
+    margin = evidence.resolve_margin(margin)
     if not (margin > 0 and math.isfinite(margin)):
         raise ResultsError(f"margin {margin:g} is not allowed: give a number above 0 in the metric's unit")
-    return evidence, unit, margin
+    return evidence, evidence.unit, margin
 
 
 def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit: MetricUnit) -> RankEvidence:

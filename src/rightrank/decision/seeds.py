@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, compute_t_tail, sum_by_group
+from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, sum_by_group
 from rightrank.schema.metrics import LOSS_KINDS, MetricKind
 from rightrank.schema.trials import Floats, Groups
 
@@ -104,17 +104,9 @@ NOISE_DEGREES = 8.0  # of that expectation for a probability; the grids alone wo
 BOUND_DEGREES = (
     0.1  # for a bound, which the present seeds should decide: with half a degree, two noisy seeds are wrong in 12%
 )
-MIN_EXAMPLES = 64  # for a probability: the grids have 133 or more
 WITHIN_DEGREES = 8.0  # how similar the ratios of one run's ranks are: the degrees of their scaled F distribution
 BARE_WITHIN_DEGREES = 3.0  # the same for variances that are not relative to a variance between examples
 SHARED_REFERENCE = 0.5  # weight of a pair in the pooled ratio: all pairs share the reference's noise
-
-
-def compute_probability_within(difference: float, variance: float, degrees: float, margin: float) -> float:
-    """Compute the probability that the true difference is at most `margin`, given a measured one and a flat prior."""
-    deviations = (margin - difference) / math.sqrt(variance)
-    tail_probability, _ = compute_t_tail(degrees, abs(deviations))
-    return 1 - tail_probability if deviations > 0 else tail_probability
 
 
 def get_noise(kind: MetricKind) -> NoiseComponents:

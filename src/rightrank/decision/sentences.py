@@ -12,6 +12,7 @@ from rightrank.decision.seeds import compute_needed_seeds
 from rightrank.decision.table import MetricUnit, Outlier
 from rightrank.decision.verdicts import (
     determine_grade,
+    find_doubtful_rank,
     find_indistinguishable_ranks,
     find_unexplained_rank,
     format_rank_names,
@@ -179,17 +180,16 @@ def _format_no_difference(comparison: Comparison, margin_text: str, unit: Metric
 
 
 def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
-    reference = comparison.reference.rank
+    remark = ""
+    if not comparison.is_open:
+        remark = f" Without it, rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
     if (unexplained := find_unexplained_rank(comparison)) is not None:
-        remark = (
-            ""
-            if comparison.is_open
-            else f" Without it, rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
-        )
         return (
-            f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {reference}, although a larger rank should be about as good: "
-            f"its training may have failed.{remark}"
+            f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {comparison.reference.rank}, "
+            f"although a larger rank should be about as good: its training may have failed.{remark}"
         )
+    if (doubtful := find_doubtful_rank(comparison)) is not None:
+        return f"Undecided: the two seeds of rank {doubtful} are far apart, and one training may have failed.{remark}"
     return format_cannot_tell(comparison, margin_text, unit)
 
 
@@ -279,4 +279,8 @@ def _format_noise_note(evidence: Evidence) -> str:
         if evidence.has_examples
         else "the noise of the other ranks"
     )
-    return f" The noise over seeds is measured on each rank's paired difference over {counts} seeds and moderated by {moderator}."
+    has_fewer = any(
+        contender.cells.keys() != evidence.reference.cells.keys() for contender in evidence.contenders.values()
+    )
+    shared = " Ranks with other seeds are adjusted to the seeds of all ranks." if has_fewer else ""
+    return f" The noise over seeds is measured on each rank's paired difference over {counts} seeds and moderated by {moderator}.{shared}"

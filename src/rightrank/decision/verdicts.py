@@ -4,8 +4,9 @@ The verdict is the first row that applies, from the most sobering to the plaines
 
     ===========  =====================================================================================
     no_gain      the base model itself is within the margin of the best adapter
-    undecided    no rank has the requested probability, or a rank above the reference is clearly worse than
-                 it without a reason (`find_unexplained_rank`)
+    undecided    no rank has the requested probability; a rank above the reference is clearly worse than it
+                 without a reason (`find_unexplained_rank`); or the answer rests on a rank of which one of
+                 two seeds is far from the other (`find_doubtful_rank`)
     overfitting  the largest rank is worse than the margin allows on held-out data and better in training
     flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
     rising       the largest rank is chosen, and every smaller one is shown to be worse than the margin allows
@@ -46,7 +47,7 @@ def determine_verdict(comparison: Comparison) -> Verdict:
     """Return the first row of the table above that applies."""
     if comparison.is_base_enough:
         return "no_gain"
-    if comparison.is_open or find_unexplained_rank(comparison) is not None:
+    if comparison.is_open or find_failed_rank(comparison) is not None:
         return "undecided"
     if is_overfitting(comparison):
         return "overfitting"
@@ -102,6 +103,22 @@ def _find_better_above(comparison: Comparison) -> int | None:
     lows = {rank: comparison.by_rank[rank].low for rank in comparison.ranks if rank > comparison.reference.rank}
     better = [rank for rank in lows if not is_within(-lows[rank], comparison.margin)]
     return min(better, key=lambda rank: lows[rank], default=None)
+
+
+def find_failed_rank(comparison: Comparison) -> int | None:
+    """Find a rank of which a training may have failed so that the answer depends on it, or return None."""
+    unexplained = find_unexplained_rank(comparison)
+    return find_doubtful_rank(comparison) if unexplained is None else unexplained
+
+
+def find_doubtful_rank(comparison: Comparison) -> int | None:
+    """Find the chosen rank or the reference if only one of its two seeds counts, since they are far from each other, or return None.
+
+    Which of the two is the usual one is not known.
+    """
+    answer = {comparison.chosen, comparison.reference.rank}
+    doubtful = (outlier.rank for outlier in comparison.evidence.outliers if len(outlier.other_values) == 1)
+    return next((rank for rank in doubtful if rank in answer), None)
 
 
 def find_unexplained_rank(comparison: Comparison) -> int | None:
@@ -285,17 +302,10 @@ def compare_checkpoints(
         return None
     other_checkpoint: Checkpoint = "best" if checkpoint == "last" else "last"
     picks = {
-        checkpoint: _pick_rank(evidence, margin),
-        other_checkpoint: _pick_rank(Evidence(select_checkpoint(table, other_checkpoint)), margin),
+        checkpoint: evidence.pick_by_values(margin),
+        other_checkpoint: Evidence(select_checkpoint(table, other_checkpoint)).pick_by_values(margin),
     }
     return CheckpointNote(checkpoint=checkpoint, last=picks["last"], best=picks["best"])
-
-
-def _pick_rank(evidence: Evidence, margin: float) -> int:
-    """Apply the rule to values without uncertainty."""
-    losses = {rank: contender.adjusted_loss for rank, contender in evidence.contenders.items()}
-    reference = min(losses, key=lambda rank: (losses[rank], rank))
-    return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 
 
 def _average_curve(contender: Contender) -> dict[int, float]:

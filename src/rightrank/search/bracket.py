@@ -13,6 +13,8 @@ from itertools import product
 
 from rightrank.decision.adapter import ReferenceComparison, build_adapter_files, choose_adapter
 from rightrank.decision.comparison import is_within, walk_down
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.seeds import NOISE
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS
 from rightrank.schema.trials import Arm, TrialFinished
@@ -21,7 +23,6 @@ from rightrank.search.history import (
     Requests,
     Space,
     Trials,
-    is_likely_within,
     make_truncation_arm,
 )
 from rightrank.search.learning_rates import (
@@ -112,7 +113,7 @@ def find_second_rank(space: Space) -> int:
 
 
 def _find_smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
-    """Return the result of the walk down over the plain truncations of the top rank; None if none has a result.
+    """Return the result of the walk down over the truncations of the top rank; None if none has a result.
 
     A training at a rank usually ends worse than the truncation to it, so a truncation must be within the margin with high probability.
     """
@@ -120,21 +121,19 @@ def _find_smallest_likely_truncation(trials: Trials, learning_rate: float) -> in
     parent = trials.get_training(space.top, learning_rate)
     if parent is None:
         return None
-    truncations = {
-        arm.rank: outcome
-        for arm in trials.outcomes
-        if arm.truncate_from == parent.trial_id and arm.rank in space.ranks
-        if (outcome := trials.get_finished(arm)) is not None
-    }
+    arms = [make_truncation_arm(parent, rank) for rank in space.ranks[:-1]]
+    truncations = [outcome for arm in arms if (outcome := trials.get_finished(arm)) is not None]
     if not truncations:
         return None
-    margin = space.get_margin(trials.compute_best_loss(space.top))
-    likely_ranks = {
-        rank
-        for rank, outcome in truncations.items()
-        if is_likely_within((outcome, parent), space, margin, START_PROBABILITY)
-    }
-    return walk_down(truncations, space.top, likely_ranks.__contains__)
+    evidence = Evidence(trials.build_table([parent, *truncations]), NOISE)
+    margin = evidence.convert_margin(space.margin)
+    if evidence.lacks_uncertainty:
+        return evidence.pick_by_values(margin)
+    return walk_down(
+        evidence.contenders,
+        space.top,
+        lambda rank: (evidence.compute_probability(rank, margin) or 0.0) >= START_PROBABILITY,
+    )
 
 
 def _predict_rank(trials: Trials, second: int) -> int:
@@ -142,10 +141,11 @@ def _predict_rank(trials: Trials, second: int) -> int:
     space = trials.space
     drop = trials.compute_best_loss(second) - trials.compute_best_loss(space.top)
     coefficient = max(drop, 0.0) / (second**-DECAY - space.top**-DECAY)
-    margin = space.get_margin(trials.compute_best_loss(space.top))
     if not math.isfinite(coefficient):  # the second rank gave no result
         return space.get_higher_rank(second) or space.top
-    return next(rank for rank in space.ranks if is_within(coefficient * (rank**-DECAY - space.top**-DECAY), margin))
+    return next(
+        rank for rank in space.ranks if is_within(coefficient * (rank**-DECAY - space.top**-DECAY), trials.margin)
+    )
 
 
 class Grid(Strategy):

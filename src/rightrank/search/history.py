@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeAlias
 
-import numpy as np
-
 from rightrank.decision.adapter import Criterion
-from rightrank.decision.comparison import (
-    Bounds,
-    Estimate,
-    compute_bounds,
-    is_within,
-    walk_down,
-)
-from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, compute_probability_within
-from rightrank.decision.table import (
-    compute_adjusted_means,
-    estimate_trial_difference,
-    pair_shared_seeds,
-    select_best_learning_rate,
-)
+from rightrank.decision.comparison import Estimate
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.table import ScoreTable, build_table, estimate_trial_difference
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
@@ -151,8 +138,8 @@ class Trials:
     adapter: AdapterAnswer | None = None  # the deployment rank, once the script has found it
     # Notes of the script for the user. Later outcomes only append notes; each is printed once.
     notes: list[str] = field(default_factory=list)
-    _trainings: dict[int, dict[float, dict[int, TrialFinished]]] = field(default_factory=dict)  # rank → rate → seed
-    _indexed: int = 0  # number of outcomes in `_trainings`; outcomes are only appended
+    _evidence: Evidence | None = None  # of the first `_compared` outcomes; outcomes are only appended
+    _compared: int = 0
 
     spent_steps: int = 0  # of all requested arms
     spent_seconds: float = 0.0  # of those with an outcome
@@ -176,22 +163,40 @@ class Trials:
         outcome = self.get_finished(arm)
         return None if outcome is None else orient_value(outcome, self.space)
 
+    @property
+    def evidence(self) -> Evidence | None:
+        """Return the decision's evidence in the full trainings; None without a result."""
+        if self._compared < len(self.outcomes):
+            trainings = [
+                outcome
+                for arm, outcome in self.outcomes.items()
+                if arm.is_direct and arm.rank > 0 and arm.steps == self.space.steps
+            ]
+            table = self.build_table(trainings)
+            self._evidence, self._compared = Evidence(table) if table.cells else None, len(self.outcomes)
+        return self._evidence
+
+    def build_table(self, outcomes: Sequence[TrialOutcome]) -> ScoreTable:
+        """Build the table of outcomes by the metric that decides."""
+        space = self.space
+        return build_table(outcomes, space.metric, space.higher_is_better, loss=space.criterion.loss)
+
     def get_training(self, rank: int, learning_rate: float) -> TrialFinished | None:
         """Return the full training with the first seed; None without a result."""
         return self.get_trials_by_seed(rank, learning_rate).get(self.space.seeds[0])
 
-    def _index_trainings(self) -> dict[int, dict[float, dict[int, TrialFinished]]]:
-        """Return the full trainings by rank, learning rate and seed."""
-        for arm, outcome in islice(self.outcomes.items(), self._indexed, None):
-            is_training = arm.is_direct and arm.rank > 0 and arm.steps == self.space.steps
-            if is_training and isinstance(outcome, TrialFinished):
-                self._trainings.setdefault(arm.rank, {}).setdefault(arm.learning_rate, {})[arm.seed] = outcome
-        self._indexed = len(self.outcomes)
-        return self._trainings
+    def get_trials_by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
+        """Return the full trainings of the rank at the learning rate."""
+        return {
+            arm.seed: outcome
+            for arm, outcome in self.outcomes.items()
+            if (arm.rank, arm.learning_rate, arm.steps) == (rank, learning_rate, self.space.steps)
+            if arm.is_direct and isinstance(outcome, TrialFinished)
+        }
 
     def list_ranks(self) -> list[int]:
         """Return the ranks with a full training, descending."""
-        return sorted(self._index_trainings(), reverse=True)
+        return [] if self.evidence is None else sorted(self.evidence.contenders, reverse=True)
 
     def get_training_loss(self, rank: int, learning_rate: float) -> float:
         """Return the loss of the full training with the first seed; infinite without a result."""
@@ -199,66 +204,32 @@ class Trials:
         return math.inf if outcome is None else orient_value(outcome, self.space)
 
     def find_best_learning_rate(self, rank: int) -> float | None:
-        """Return the learning rate with the best mean, compared on shared seeds as the decision does; None without a result."""
-        trials = {lr: self.get_trials_by_seed(rank, lr) for lr in sorted(self._index_trainings().get(rank, {}))}
-        if not trials:
-            return None
-
-        def is_surely_lower(rate: float, other_rate: float) -> bool:
-            return _compute_excess(pair_shared_seeds(trials[rate], trials[other_rate]), self.space).high < 0
-
-        losses = {
-            lr: {seed: orient_value(t, self.space) for seed, t in by_seed.items()} for lr, by_seed in trials.items()
-        }
-        return select_best_learning_rate(losses, is_surely_lower)
-
-    def get_trials_by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
-        """Return the full trainings of the rank at the learning rate."""
-        return dict(self._index_trainings().get(rank, {}).get(learning_rate, {}))
+        """Return the learning rate at which the decision compares the rank; None without a result."""
+        contender = None if self.evidence is None else self.evidence.contenders.get(rank)
+        return None if contender is None else contender.learning_rate
 
     def compute_best_loss(self, rank: int) -> float:
-        """Return the mean loss of the rank at its best learning rate; infinite without a result."""
-        learning_rate = self.find_best_learning_rate(rank)
-        if learning_rate is None:
-            return math.inf
-        return float(
-            np.mean(
-                [orient_value(trial, self.space) for trial in self.get_trials_by_seed(rank, learning_rate).values()]
-            )
-        )
+        """Return the loss with which the decision compares the rank; infinite without a result."""
+        contender = None if self.evidence is None else self.evidence.contenders.get(rank)
+        return math.inf if contender is None else contender.loss
 
     def find_reference(self) -> int | None:
-        """Return the rank with the best mean, compared on shared seeds."""
-        rates = {rank: lr for rank in self.list_ranks() if (lr := self.find_best_learning_rate(rank)) is not None}
-        losses = [
-            {seed: orient_value(trial, self.space) for seed, trial in self.get_trials_by_seed(rank, lr).items()}
-            for rank, lr in rates.items()
-        ]
-        by_rank = dict(zip(rates, compute_adjusted_means(losses) if losses else [], strict=True))
-        return min(by_rank, key=lambda rank: (by_rank[rank], rank), default=None)
+        """Return the best rank; None without a result."""
+        return None if self.evidence is None else self.evidence.reference.rank
 
-    def compute_excess(self, rank: int, reference: int) -> Bounds:
-        """Return how much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
-        rates = [(compared_rank, self.find_best_learning_rate(compared_rank)) for compared_rank in (rank, reference)]
-        rank_trials, reference_trials = (
-            {} if lr is None else self.get_trials_by_seed(compared_rank, lr) for compared_rank, lr in rates
-        )
-        pairs = pair_shared_seeds(rank_trials, reference_trials)
-        return _compute_excess(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
+    @property
+    def margin(self) -> float:
+        """Return the margin in the unit of the losses. There must be a result."""
+        assert self.evidence is not None
+        return self.evidence.convert_margin(self.space.margin)
 
     def is_within_margin(self, rank: int) -> bool:
-        """Return whether the mean of the rank is within the margin of the reference's mean. The search uses means only."""
-        reference = self.find_reference()
-        if reference is None or rank not in self.list_ranks() or rank == reference:
-            return rank == reference
-        return is_within(
-            self.compute_excess(rank, reference).mean, self.space.get_margin(self.compute_best_loss(reference))
-        )
+        """Return whether the rank is within the margin of the best by the values. The search uses no bounds."""
+        return self.evidence is not None and self.evidence.is_within(rank, self.margin)
 
     def find_smallest_rank(self) -> int | None:
-        """Return the result of the walk down from the reference over the trained ranks."""
-        reference = self.find_reference()
-        return None if reference is None else walk_down(self.list_ranks(), reference, self.is_within_margin)
+        """Return the rank that the decision picks by the values; None without a result."""
+        return None if self.evidence is None else self.evidence.pick_by_values(self.margin)
 
 
 def orient_value(outcome: TrialFinished, space: Space) -> float:
@@ -268,35 +239,6 @@ def orient_value(outcome: TrialFinished, space: Space) -> float:
     """
     is_negated = space.higher_is_better and outcome.value_metric is None
     return -outcome.value if is_negated else outcome.value
-
-
-def _compute_excess(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
-    """Return the mean difference of paired outcomes with its bounds over examples and pairs.
-
-    Without scores by example, the bounds are the mean.
-    """
-    pairs = list(pairs)
-    mean, difference = _compute_mean_difference(pairs, space), estimate_difference(pairs, space, space.metric)
-    return Bounds(mean, mean, mean) if difference is None else compute_bounds(replace(difference, mean=mean))
-
-
-def is_likely_within(
-    pair: tuple[TrialFinished, TrialFinished], space: Space, margin: float, probability: float
-) -> bool:
-    """Return whether the difference is within `margin` with this probability, over seeds and examples.
-
-    Without enough examples there is no probability; then return whether the difference itself is within the margin.
-    """
-    mean, difference = _compute_mean_difference([pair], space), estimate_difference([pair], space, space.metric)
-    if difference is None or difference.examples < MIN_EXAMPLES or not difference.examples_variance:
-        return is_within(mean, margin)
-    examples = len((pair[0].get_weighted_scores(space.metric) or [()])[0])
-    variance = NOISE.compute_ratio(1, examples) * difference.examples_variance * examples
-    return compute_probability_within(mean, variance, NOISE_DEGREES, margin) >= probability
-
-
-def _compute_mean_difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> float:
-    return float(np.mean([orient_value(trial, space) - orient_value(reference, space) for trial, reference in pairs]))
 
 
 def estimate_difference(

@@ -91,7 +91,7 @@ class Upward(Strategy):
     def has_gain(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
         """Return whether the mean of the rank is better than the best of the lower ranks by more than the margin."""
         best = min((trials.compute_best_loss(lower_rank) for lower_rank in lower), default=math.inf)
-        return best - trials.compute_best_loss(rank) > self.space.get_margin(best)
+        return best - trials.compute_best_loss(rank) > trials.margin
 
 
 def _format_noise_note(space: Space, rank: int, num_measured: int, deviation: float, margin: float, needed: int) -> str:
