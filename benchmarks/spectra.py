@@ -52,10 +52,10 @@ def write_adapter(folder: Path) -> None:
 
 def measure_cpu(action: Callable[[], Any]) -> float:
     """Return the user time of this process and of its children while `action` runs."""
-    before = os.times()
+    begin = os.times()
     action()
-    after = os.times()
-    return after.user - before.user + after.children_user - before.children_user
+    end = os.times()
+    return end.user - begin.user + end.children_user - begin.children_user
 
 
 def main() -> None:

@@ -41,8 +41,8 @@ def measure_candidates(tables: list[GridTable]) -> Mapping[str, list[float]]:
             hindsight = min(table.test.get(hand_over(table, TOP, rate), math.inf) for rate in RATES)
             losses.setdefault(f"hindsight; {name}", []).append(hindsight - reference)
             losses.setdefault(f"16 tuned; {name}, minus last", []).append(reference - last)
-            whole = table.test[tune_by_whole_trainings(table, TOP, hand_over)]
-            losses.setdefault(f"64 tuned; {name}", []).append(whole - reference)
+            tuned = table.test[tune_by_whole_trainings(table, TOP, hand_over)]
+            losses.setdefault(f"64 tuned; {name}", []).append(tuned - reference)
             for fraction, kind, choice, rates in product((0.25, 0.125), KINDS, CHOICES, RATE_SETS):
                 keys = list_keys(table, kind, TOP, fraction, RATE_SETS[rates])
                 if any(key in table.losses for key in keys.values()):

@@ -22,21 +22,23 @@ RANKS = (64, 16, 4)
 RESULTS = HERE / "averages.json"
 
 
-def find_losses(table: SeedTable, kind: str, rank: int, rate: float | None = None, other: int | None = None) -> Any:
+def find_losses(
+    table: SeedTable, kind: str, rank: int, rate: float | None = None, second_seed: int | None = None
+) -> Any:
     """Return the test losses of an adapter at a rank, and its learning rate: the one given, or the best of the untruncated adapters."""
     if rate is None:
-        keys = [key for key in table.adapters if (key.kind, key.other, key.fraction) == (kind, other, 1)]
+        keys = [key for key in table.adapters if (key.kind, key.other, key.fraction) == (kind, second_seed, 1)]
         rate = min(keys, key=lambda key: table.adapters[key].validation_mean).rate
     is_truncated = kind == "average" or rank < TOP  # An average has rank 128.
     name = f"{kind} truncated".removeprefix("trained ") if is_truncated else kind
-    return table.adapters[Key(name, rank, rate, other=other)].test, rate
+    return table.adapters[Key(name, rank, rate, other=second_seed)].test, rate
 
 
 def compare_pair(earlier: SeedTable, later: SeedTable) -> dict[str, Floats]:
     """Return, for each test example, the difference from the mean of both seeds by adapter and rank."""
     differences = {}
     for rank in RANKS:
-        average, rate = find_losses(later, "average", rank, other=earlier.seed)
+        average, rate = find_losses(later, "average", rank, second_seed=earlier.seed)
         seeds = np.mean([find_losses(table, "trained", rank, rate)[0] for table in (earlier, later)], 0)
         differences[f"average, {rank}"] = average - seeds
         differences[f"twice the steps, {rank}"] = find_losses(later, "long", rank)[0] - seeds

@@ -405,7 +405,7 @@ def test_answers_show_a_plot_in_a_notebook_and_convert_to_pandas(tmp_path: Path)
     selected = select_rank_with(score_pair, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward")
     for html in (selected._repr_html_(), decide(selected.run)._repr_html_()):
         assert f"Verdict: {selected.decision.verdict}" in html
-        assert "<svg" in html
+        assert "data:image/svg+xml" in html
         assert "<script" not in html
     frame = selected.decision.to_pandas()
     assert list(frame.index) == list(RANKS)
