@@ -27,7 +27,20 @@ ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
 # Their output does not depend on the model or the data.
 SHOWN = ("rightrank expect", "rightrank decide --example", "rightrank export")
 SCREEN_ROWS = re.compile(r"^(adapter|load|next|details)\b", re.MULTILINE)  # of the final screen
-FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--max-eval-examples", "8", "--device", "cpu"]
+FAST = [
+    "--max-steps",
+    "4",
+    "--checkpoint",
+    "last",
+    "--batch-size",
+    "4",
+    "--seq-len",
+    "32",
+    "--max-eval-examples",
+    "8",
+    "--device",
+    "cpu",
+]
 SMALL = {"--ranks": "1,4", "--learning-rates": "1e-2"}  # where a page does not say its own
 CODE = [
     page for page in PAGES if any(block.runs and block.language in (*SHELL, "python") for block in iterate_blocks(page))

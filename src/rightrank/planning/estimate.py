@@ -161,8 +161,6 @@ class Estimator:
             for tensor in inventory.stored
             for _ in range(settings.adapters_per_pass if tensor.requires_grad else 1)
         ]
-        if settings.is_packed:  # the learning-rate search keeps two sums of the factors over the steps
-            residents += [("adapter", 2 * tensor.nbytes) for tensor in trained]
         if settings.device == "cuda":
             residents.append(("workspace", CUBLAS_BYTES))
         optimizer = estimate_optimizer_memory(trained, settings.optim, settings.device)
