@@ -40,21 +40,17 @@ def test_decide_reads_the_groups_of_a_table() -> None:
     assert "group from column doc" in grouped.input_notes
     rows_with_group = [row | {"group": row["doc"]} for row in make_table(8)]
     assert decide_rows(rows_with_group).decision == grouped.decision
-    by_training = [
-        row | {"group": f"sweep {row['rank']}"} for row in make_table(8)
-    ]  # a W&B group of trainings, not of examples
-    assert decide_rows(by_training).decision == alone.decision
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (make_table(1), "all examples share one"),
-        (make_table(40), "no two examples share one"),
-        ([row | {"doc": row["rank"]} for row in make_table(8)], "example 00 has two"),
+        (make_table(1), "does not divide the examples into groups"),
+        (make_table(40), "does not divide the examples into groups"),
+        ([row | {"doc": row["rank"]} for row in make_table(8)], "example 00 has another doc"),
         (
             [{"rank": rank, "value": 1.0 + rank / 100, "doc": 1} for rank in (4, 16)],
-            "there is no column that identifies examples",
+            "does not divide the examples into groups",
         ),
         ([{key: value for key, value in row.items() if key != "doc"} for row in make_table(8)], "has no column 'doc'"),
     ],
