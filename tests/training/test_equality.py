@@ -58,7 +58,9 @@ def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[floa
 def test_losses_agree_with_a_plain_peft_loop(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(**changes), tmp_path / "cache")
+    runtime = make_runtime(
+        model_folder, completion_file, build_small_settings(checkpoint="last", **changes), tmp_path / "cache"
+    )
     assert (runtime.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
     _, ours, adapter = train_ours(runtime, ARM, tmp_path)
     plain, peft_model = train_plainly(runtime, ARM, model_folder)
@@ -75,7 +77,7 @@ def test_losses_agree_with_a_plain_peft_loop(
 
 
 def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path)
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(checkpoint="last"), tmp_path)
     batch = runtime.make_batch("validation", range(6))
     with torch.no_grad():
         theirs = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
@@ -85,7 +87,9 @@ def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp
 
 
 def test_same_seed_same_values(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(lora_dropout=0.1), tmp_path)
+    runtime = make_runtime(
+        model_folder, completion_file, build_small_settings(checkpoint="last", lora_dropout=0.1), tmp_path
+    )
     first, losses, _ = train_ours(runtime, ARM, tmp_path / "a")
     second, again, _ = train_ours(runtime, ARM, tmp_path / "b")
     assert losses == again
@@ -93,7 +97,7 @@ def test_same_seed_same_values(model_folder: Path, completion_file: Path, tmp_pa
 
 
 def test_the_base_is_as_before_after_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path)
+    runtime = make_runtime(model_folder, completion_file, build_small_settings(checkpoint="last"), tmp_path)
     original_state = copy.deepcopy(runtime.model.state_dict())
     train_ours(runtime, ARM, tmp_path)
     restored_state = runtime.model.state_dict()
@@ -111,7 +115,9 @@ def test_initial_a_is_nested(
     if peft_options:  # PEFT asks for a base with biases
         folder = make_base(tmp_path / "base", "conv1d")
         make_tokenizer().save_pretrained(folder)
-    runtime = make_runtime(folder, completion_file, build_small_settings(peft_options=peft_options), tmp_path)
+    runtime = make_runtime(
+        folder, completion_file, build_small_settings(checkpoint="last", peft_options=peft_options), tmp_path
+    )
     with attach_fresh_adapter(runtime, ARM.model_copy(update={"rank": 8})) as model:
         high = {name: value.detach().clone() for name, value in list_trainable_parameters(model).items()}
     with attach_fresh_adapter(runtime, ARM) as model:
@@ -166,7 +172,7 @@ def test_a_device_without_quantised_matrices_is_named(model_folder: Path, monkey
 
 def test_both_widths_at_once_are_refused() -> None:
     with pytest.raises(SettingsError, match="both given: give one of them"):
-        build_small_settings(load_in_4bit=True, load_in_8bit=True)
+        build_small_settings(checkpoint="last", load_in_4bit=True, load_in_8bit=True)
 
 
 def make_quantised_runtime(completion_file: Path, folder: Path, bits: int, **changes: Any) -> Runtime:
@@ -175,7 +181,7 @@ def make_quantised_runtime(completion_file: Path, folder: Path, bits: int, **cha
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(SIZES | sizes))).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    settings = build_small_settings(**{f"load_in_{bits}bit": True, "max_steps": 4, **changes})
+    settings = build_small_settings(checkpoint="last", **{f"load_in_{bits}bit": True, "max_steps": 4, **changes})
     return make_runtime(folder / "model", completion_file, settings, folder / "cache")
 
 
@@ -237,7 +243,7 @@ def test_what_is_trained_whole_keeps_its_bits(class_file: Path, tmp_path: Path, 
     BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     settings = build_small_settings(
-        **{f"load_in_{bits}bit": True, "modules_to_save": ("pooler.dense",), "max_steps": 4}
+        checkpoint="last", **{f"load_in_{bits}bit": True, "modules_to_save": ("pooler.dense",), "max_steps": 4}
     )
     runtime = make_runtime(tmp_path / "model", class_file, settings, tmp_path / "cache")
     assert type(runtime.model.classifier) is type(runtime.model.bert.pooler.dense) is torch.nn.Linear

@@ -50,7 +50,7 @@ def log_probabilities(model: Any, batch: Any) -> torch.Tensor:
 def test_a_training_is_a_plain_loop_over_the_formula(
     model_folder: Path, pair_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    settings = build_small_settings(beta=0.3, **changes)
+    settings = build_small_settings(checkpoint="last", beta=0.3, **changes)
     runtime = make_runtime(model_folder, pair_file, settings, tmp_path / "cache")
     assert (runtime.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
     assert runtime.fast_paths.sequence_packing
@@ -74,7 +74,7 @@ def test_a_training_is_a_plain_loop_over_the_formula(
 
 def test_a_resumed_training_has_the_same_bits(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
     """Compute the reference again in another process, in the same batches."""
-    settings = build_small_settings(layers_to_transform=(2,), seeds=(3,))
+    settings = build_small_settings(checkpoint="last", layers_to_transform=(2,), seeds=(3,))
     uninterrupted, _, _ = train_ours(
         make_runtime(model_folder, pair_file, settings, tmp_path / "a"), ARM, tmp_path / "whole"
     )
@@ -163,7 +163,7 @@ def train_with_trl(runtime: Any, model_folder: Path, data: Path, folder: Path) -
 )
 def test_each_step_has_the_loss_of_trl(model_folder: Path, tmp_path: Path, form: str, changes: dict[str, Any]) -> None:
     data = write_rows(tmp_path / "pairs.jsonl", form)
-    runtime = make_runtime(model_folder, data, build_small_settings(**changes), tmp_path / "cache")
+    runtime = make_runtime(model_folder, data, build_small_settings(checkpoint="last", **changes), tmp_path / "cache")
     their_losses, their_held_out = train_with_trl(runtime, model_folder, data, tmp_path / "trl")
     for arms in ([TRL_ARM], [TRL_ARM, OTHER]):
         losses, finished = train_in_one_pass(runtime, tmp_path / f"ours-{len(arms)}", arms)
