@@ -210,13 +210,13 @@ def _get_typical_deviation(
     key: tuple[int, float], deviations: Mapping[tuple[int, float], float], other_losses: Floats
 ) -> float:
     """Return the standard deviation over seeds that is expected of a rank and learning rate; infinite if there is nothing to compare with."""
-    (rank, rate), others = key, {other: value for other, value in deviations.items() if other != key}
-    own = [float(other_losses.std(ddof=1))] if len(other_losses) > 1 else []
+    (rank, rate), others = key, {cell: value for cell, value in deviations.items() if cell != key}
+    rest_deviation = [float(other_losses.std(ddof=1))] if len(other_losses) > 1 else []
     groups = (
-        [*others.values(), *own],
+        [*others.values(), *rest_deviation],
         [value for (_, other_rate), value in others.items() if other_rate == rate],
         [value for (other_rank, _), value in others.items() if other_rank == rank],
-        own,
+        rest_deviation,
     )
     return max((float(np.median(group)) for group in groups if group), default=math.inf)
 

@@ -131,7 +131,7 @@ class Journal:
             record = parse_line(line.removesuffix(b"\n"))
             if isinstance(record, str):
                 is_last = end + len(line) == len(content)
-                if is_last and record.startswith(DAMAGED) and (records or _is_start_of_run(line)):
+                if is_last and record.startswith(DAMAGED) and (records or _begins_run(line)):
                     break
                 advice = "restore the file, or give another --out"
                 if records and record.startswith(DAMAGED):
@@ -142,6 +142,6 @@ class Journal:
         return records, end
 
 
-def _is_start_of_run(line: bytes) -> bool:
+def _begins_run(line: bytes) -> bool:
     """Return whether the line may be the first one of a process that was killed, rather than another program's."""
     return line.startswith(START[: len(line)])

@@ -154,7 +154,7 @@ def _require_one(table: Table, candidates: list[str], advice: str) -> str:
     candidates = sorted(candidates)
     columns = [table.columns[name] for name in candidates]
     texts = [[column.list_texts()[code] for code in column.codes] for column in columns] if len(columns) > 1 else []
-    if any(other != texts[0] for other in texts):
+    if any(cells != texts[0] for cells in texts):
         raise ResultsError(
             f"{table.name}: the columns {format_names(candidates)} may mean the same; name the one to use with {advice}, or leave one "
             "out with --ignore"

@@ -230,11 +230,11 @@ def _find_distinct_rows(table: Table, roles: Roles, evaluations: Evaluations) ->
 
 
 def _format_conflict(table: Table, roles: Roles, evaluations: Evaluations, first: int, second: int) -> str:
-    place = evaluations.describe_training(evaluations.trainings[second])
+    evaluation_name = evaluations.describe_training(evaluations.trainings[second])
     if "example" in roles.columns:
-        place += f", example {evaluations.example_names[evaluations.examples[second]]}"
+        evaluation_name += f", example {evaluations.example_names[evaluations.examples[second]]}"
     if "step" in roles.columns:
-        place += f", step {evaluations.step_numbers[evaluations.steps[second]]:g}"
+        evaluation_name += f", step {evaluations.step_numbers[evaluations.steps[second]]:g}"
     unused = table.columns.keys() - roles.columns.values()
     differing = sorted(name for name in unused if table.get_cell(name, first) != table.get_cell(name, second))
     advice = (
@@ -242,7 +242,7 @@ def _format_conflict(table: Table, roles: Roles, evaluations: Evaluations, first
         if differing
         else "add the column that distinguishes them (seed, lr, step or item), or remove one"
     )
-    return f"{table.describe_row(second)}: {place} occurs twice with different values (also in {table.describe_row(first)}); {advice}"
+    return f"{table.describe_row(second)}: {evaluation_name} occurs twice with different values (also in {table.describe_row(first)}); {advice}"
 
 
 def _require_equal_rows(
