@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.folders import read_run
-from rightrank.api.runs import DecisionResult
+from rightrank.api.runs import DecisionResult, decide
 from rightrank.decision.records import Records
 from rightrank.report import figures
 from rightrank.report.figure import Figure, require_matplotlib
@@ -40,8 +40,10 @@ def rank_curve(run: Run | DecisionResult | Decision, ax: Axes | None = None) -> 
     A run without a decision on the training rank is plotted as by `adapters`.
 
     Args:
-        run: a run, or what `decide` returns.
+        run: a run, a file of results, or what `decide` returns.
     """
+    if isinstance(run, str | Path) and Path(run).is_file():
+        run = decide(run)
     if isinstance(run, DecisionResult | Decision):
         return _plot(figures.build_rank_figure(run if isinstance(run, Decision) else run.decision), ax)
     decision = _read_run(run)[1]

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rightrank import decide
+from rightrank import decide, plots, to_pandas
 from rightrank.cli import cli
 from rightrank.schema.errors import ResultsError
 from rightrank.tables.trainings import FAILURES, SUCCESSES
@@ -230,6 +230,14 @@ def test_the_runs_of_mlflow_are_a_data_frame(tmp_path: Path) -> None:
         assert decide_values(mlflow.search_runs([experiment])) == LOSSES
     finally:
         mlflow.set_tracking_uri(previous_uri)
+
+
+def test_a_file_and_its_decision_are_plotted_and_become_a_data_frame(tmp_path: Path) -> None:
+    path = write_table(tmp_path, GOOD)
+    decided = decide(path)
+    for source in (path, str(path), decided, decided.decision):
+        assert list(to_pandas(source).index) == [1, 4, 16, 64]
+        assert plots.rank_curve(source).get_xlabel()
 
 
 def test_text_is_read_without_pandas_and_torch(tmp_path: Path) -> None:

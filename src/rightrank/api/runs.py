@@ -34,15 +34,20 @@ if TYPE_CHECKING:  # functions import their own dependencies, so that `status` i
     from pandas import DataFrame
 
 
-def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
+def to_pandas(run: str | Path | DecisionResult | Decision, *, examples: bool = False) -> DataFrame:
     """Return the trials of a run as a table, or with `examples` the scores of their held-out examples.
 
     Args:
+        run: a run folder. For a decision, or a file of results, which is decided on, the table has a row for each rank.
         examples: return one row for each held-out example of each finished trial instead of one for each trial.
 
     Raises:
         RunFolderError: there is no run.
     """
+    if isinstance(run, str | Path) and Path(run).is_file():
+        run = decide(run)
+    if isinstance(run, DecisionResult | Decision):
+        return (run if isinstance(run, Decision) else run.decision).to_pandas()
     _, _, records = open_run(run, is_live=True)
     return build_trials_frame(records, examples)
 

@@ -181,7 +181,8 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
     if (results is None) != example:
         raise SettingsError("give RESULTS, such as runs.csv, or --example alone to decide on an example")
     results = EXAMPLE_FILE if results is None else results
-    result = api.decide(results, **arguments)
+    with pause_collector():
+        result = api.decide(results, **arguments)
     if report is not None:
         result.write_report(report, results.name, _format_command(results, arguments))
     if as_json:
