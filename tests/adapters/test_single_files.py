@@ -1,13 +1,15 @@
-"""Test single files of sd-scripts and ComfyUI: the same update is read, truncated as well as possible, and written with their keys."""
+"""Test single files of sd-scripts and diffusers: the same update is read, truncated as well as possible, and written with their keys."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,9 +26,9 @@ SHAPES = {
         "lora_unet_down_blocks_0_resnets_0_conv1": (24, 12, 3, 3),
         "lora_te_text_model_encoder_layers_0_self_attn_q_proj": (32, 32),
     },
-    "comfy": {"diffusion_model.blocks.0.self_attn.q": (48, 40), "diffusion_model.blocks.10.ffn.0": (40, 30)},
+    "diffusers": {"transformer.blocks.0.attn.to_q": (48, 40), "transformer.blocks.10.ff.net.0.proj": (40, 30)},
 }
-SUFFIXES = {"kohya": ("lora_down", "lora_up"), "comfy": ("lora_A", "lora_B")}
+SUFFIXES = {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora_A", "lora_B")}
 
 
 def write_file(path: Path, style: str, rank: int = 8, has_alpha: bool = True) -> None:
@@ -47,7 +49,7 @@ def write_file(path: Path, style: str, rank: int = 8, has_alpha: bool = True) ->
 
 
 def compute_updates(path: Path, style: str) -> dict[str, np.ndarray]:
-    """Return each update as the loaders of sd-scripts and ComfyUI compute it: alpha / rank · up · down, in float64."""
+    """Return each update as the loaders of sd-scripts and diffusers compute it: alpha / rank · up · down, in float64."""
     tensors, (down, up) = {key: value.double() for key, value in load_file(path).items()}, SUFFIXES[style]
     return {
         name: (
@@ -60,7 +62,7 @@ def compute_updates(path: Path, style: str) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("style", "has_alpha"), [("kohya", True), ("comfy", True), ("comfy", False)])
+@pytest.mark.parametrize(("style", "has_alpha"), [("kohya", True), ("kohya", False), ("diffusers", False)])
 def test_files_are_inspected_and_truncated_with_their_keys(tmp_path: Path, style: str, has_alpha: bool) -> None:
     path, out = tmp_path / "style.safetensors", tmp_path / "small.safetensors"
     write_file(path, style, has_alpha=has_alpha)
@@ -86,6 +88,90 @@ def test_files_are_inspected_and_truncated_with_their_keys(tmp_path: Path, style
     assert metadata["ss_network_dim"] == "3"
     assert "sshs_model_hash" not in metadata
     assert {tensor.dtype for key, tensor in load_file(out).items() if "alpha" not in key} == {torch.float16}
+
+
+@pytest.fixture(scope="module")
+def pipeline_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Save one adapter of a U-Net as diffusers does: with its own keys and configuration, and with PEFT's keys and neither."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    unet = make_unet()
+    torch.manual_seed(0)
+    options = {"rank_pattern": {"to_out.0": 2}, "alpha_pattern": {"to_k": 3}, "use_rslora": True}
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_out.0"], **options))
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    layers, root = get_peft_model_state_dict(unet), tmp_path_factory.mktemp("pipeline")
+    save = diffusers.StableDiffusionPipeline.save_lora_weights
+    save(root / "own", convert_state_dict_to_diffusers(layers), **_collate_lora_metadata({"unet": unet}))
+    save(root / "peft", layers)
+    return {name: root / name / "pytorch_lora_weights.safetensors" for name in ("own", "peft")}
+
+
+def make_unet() -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(1)
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=8, cross_attention_dim=32, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+def load_by_diffusers(path: Path) -> dict[str, np.ndarray]:
+    """Return each update as diffusers loads it into the U-Net."""
+    unet = make_unet()
+    state, alphas, metadata = read_state(path)
+    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata)
+    return {
+        f"unet.{name}": module.get_delta_weight(next(iter(module.lora_A))).detach().double().numpy()
+        for name, module in unet.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def read_state(path: Path) -> tuple[Any, Any, Any]:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.lora_state_dict(path.parent, weight_name=path.name, return_lora_metadata=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.trains
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["own", "peft"])
+def test_files_of_diffusers_are_truncated_and_loaded_by_diffusers(
+    kind: str, pipeline_files: dict[str, Path], tmp_path: Path
+) -> None:
+    path, out = pipeline_files[kind], tmp_path / "small.safetensors"
+    updates = load_by_diffusers(path)
+    spectra = {module.name: module.singular_values for module in rightrank.inspect(path).modules}
+    assert spectra.keys() == updates.keys()
+    dense = {name: np.linalg.svd(update, compute_uv=False) for name, update in updates.items()}
+    assert all(np.allclose(values, dense[name][: len(values)], rtol=1e-4) for name, values in spectra.items())
+    rightrank.resize(path, out, rank=1)
+    assert set(load_file(out)) == set(load_file(path))
+    for name, smaller in load_by_diffusers(out).items():
+        dropped = np.linalg.norm(dense[name][1:])
+        assert np.linalg.norm(smaller - updates[name]) == pytest.approx(dropped, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "not readable as JSON"),
+        ('{"unet.lora_alpha": "x"}', "unet has the alpha 'x'"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": []}', "no LoRA factors|has no lora_B"),
+        ('{"unet.lora_alpha": 1, "unet.use_dora": true}', "unet uses DoRA"),
+    ],
+)
+def test_damaged_configurations_of_diffusers_are_one_line(tmp_path: Path, text: str, sentence: str) -> None:
+    save_file(
+        {"unet.x.lora.down.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors", {"lora_adapter_metadata": text}
+    )
+    with pytest.raises(InputError, match=sentence):
+        rightrank.inspect(tmp_path / "x.safetensors")
 
 
 def test_the_page_compares_the_errors_and_the_time_with_those_of_sd_scripts() -> None:
@@ -114,6 +200,7 @@ def test_ranks_by_energy_differ_in_a_file(tmp_path: Path) -> None:
     [
         ("lora_unet_x.hada_w1_a", "only LoRA is read"),
         ("base_model.model.x.lora_A.weight", "layouts that can be read are folders of PEFT"),
+        ("diffusion_model.x.lora_A.weight", "or it has ComfyUI's layout"),
         ("lora_unet_x.lora_down.weight", "has no lora_B"),
         ("x.weight", "no LoRA factors"),
     ],

@@ -14,6 +14,7 @@ from rightrank.schema.errors import ModelError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MLX_FILE = "adapters.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."  # the prefix of PEFT's keys
 MAX_CONFIG_BYTES = 16 * 2**20
 BASE_FILE = "base.json"  # beside an adapter: values that identify its base model
@@ -45,13 +46,15 @@ def require_adapter_folder(path: Path) -> None:
         _require_weights(path)
         return
     hint = "give a folder that PEFT's save_pretrained wrote"
-    if (path / "config.json").exists():
+    if (path / DIFFUSERS_FILE).exists():
+        hint = f"give {path / DIFFUSERS_FILE}, the file of diffusers in it"
+    elif (path / "config.json").exists():
         hint = "it is a full model; mergekit-extract-lora makes an adapter of two"
     raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {suggest_adapter_folder(path) or hint}")
 
 
 def is_single_file(path: Path) -> bool:
-    """Return whether a path is an adapter in a single file, as sd-scripts and ComfyUI write it, and not the weights of a folder."""
+    """Return whether a path is an adapter in a single file, as sd-scripts and diffusers write it, and not the weights of a folder."""
     is_named = path.suffix == ".safetensors" and path.name not in (WEIGHTS_FILE, MLX_FILE)
     return is_named and path.is_file()
 

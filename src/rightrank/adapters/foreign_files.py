@@ -1,12 +1,13 @@
-"""Read and write adapters that PEFT did not write: mlx-lm's folders, and the single files of kohya's sd-scripts and of ComfyUI.
+"""Read and write adapters that PEFT did not write: mlx-lm's folders, and the single files of kohya's sd-scripts and of diffusers.
 
 | written by | keys of a module | scale |
 |---|---|---|
 | mlx-lm | `model.layers.0.self_attn.q_proj.lora_a` [in, r] and `….lora_b` [r, out] | one rank and one scale in `lora_parameters` |
 | sd-scripts | `lora_unet_….lora_down.weight`, `….lora_up.weight` | `….alpha` divided by the rank; 1 without it |
-| ComfyUI | `diffusion_model.….lora_A.weight`, `….lora_B.weight` | as for sd-scripts |
+| diffusers | `unet.….lora.down.weight` and `….lora.up.weight`, or `transformer.….lora_A.weight` and `….lora_B.weight` | by the configurations in the header's metadata; 1 without them |
 
-Each is read as the same adapter in PEFT's format. The names of the modules do not change, so no converter between models is needed.
+Each is read as the same adapter in PEFT's format. The names of the modules do not change, so no converter between models is needed. A file
+of diffusers is written at scale 1, without the configurations, which would state another one.
 """
 
 from __future__ import annotations
@@ -24,17 +25,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rightrank.adapters.adapter_folders import CONFIG_FILE, MLX_FILE, PEFT_PREFIX
-from rightrank.adapters.rank_math import build_exact_pattern, compute_scaling
+from rightrank.adapters.adapter_folders import CONFIG_FILE, MLX_FILE, PEFT_PREFIX, find_base_changing_init
+from rightrank.adapters.rank_math import build_exact_pattern, compute_scaling, get_pattern_value
 from rightrank.bases.safetensors_files import read_header
-from rightrank.data.files import UnreadableError, create_output, read_json_object, replace_file, replace_folder
+from rightrank.data.files import (
+    UnreadableError,
+    create_output,
+    parse_json,
+    read_json_object,
+    replace_file,
+    replace_folder,
+)
 from rightrank.schema.errors import ModelError
 
 Shapes = Mapping[str, tuple[int, ...]]  # by key
-FACTOR_SUFFIXES = {".lora_down.weight": "A", ".lora_up.weight": "B", ".lora_A.weight": "A", ".lora_B.weight": "B"}
-UNSUPPORTED_KEY = re.compile(r"\.(hada_|lokr_|oft_|lora_mid|dora_scale)")  # other updates than s·B·A
-STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash")  # of the tensors before the change
+FACTOR_SUFFIXES = {".lora_down.weight": "A", ".lora_up.weight": "B"}
+DIFFUSERS_SUFFIXES = {".lora.down.weight": "A", ".lora.up.weight": "B", ".lora_A.weight": "A", ".lora_B.weight": "B"}
+DIFFUSERS_KEY = re.compile(r"(unet|prior|transformer|text_encoder)(_\d)?\.")  # of a component of a pipeline
+UNSUPPORTED_KEY = re.compile(
+    r"\.(hada_|lokr_|oft_|lora_mid|dora_scale|lora_magnitude_vector)"
+)  # other updates than s·B·A
 DIFFUSERS_METADATA = "lora_adapter_metadata"
+STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", DIFFUSERS_METADATA)  # of the tensors before the change
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +106,25 @@ class ForeignFile:
 
 
 def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
-    """Read the header and the alphas of a file of sd-scripts or ComfyUI.
+    """Read the header and the scales of a file of sd-scripts or diffusers.
 
     Returns:
         PEFT's configuration, the shapes by PEFT's keys, and the file.
 
     Raises:
-        ModelError: The file is not readable, belongs to PEFT or diffusers, or holds another kind of update than s·B·A.
+        ModelError: The file is not readable, belongs to PEFT or another program, or holds another kind of update than s·B·A.
     """
     stored_shapes, metadata = read_header(path)
-    if DIFFUSERS_METADATA in metadata or any(key.startswith(PEFT_PREFIX) for key in stored_shapes):
+    is_diffusers = any(DIFFUSERS_KEY.match(key) for key in stored_shapes)
+    suffixes = DIFFUSERS_SUFFIXES if is_diffusers else FACTOR_SUFFIXES
+    other_key = next((key for key in stored_shapes if key.endswith(".lora_A.weight")), None)
+    if other_key is not None and not is_diffusers:
         raise ModelError(
-            f"{path}: its alphas are not in its tensors, as in the files of diffusers (pytorch_lora_weights.safetensors); the layouts that "
-            "can be read are folders of PEFT (adapter_config.json) and mlx-lm, and single files of sd-scripts (lora_unet_….lora_down.weight) "
-            "and ComfyUI (diffusion_model.….lora_A.weight)"
+            f"{path}: {other_key}: its alphas are not in its tensors, or it has ComfyUI's layout; the layouts that can be read are folders of "
+            "PEFT (adapter_config.json) and mlx-lm, and single files of sd-scripts (lora_unet_….lora_down.weight) and of diffusers "
+            "(pytorch_lora_weights.safetensors, with unet.… or transformer.…)"
         )
+    stated = _read_diffusers_configs(path, metadata) if is_diffusers else {}
     shapes: dict[str, tuple[int, ...]] = {}
     keys: dict[str, str] = {}
     for key, shape in stored_shapes.items():
@@ -116,9 +132,9 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
             raise ModelError(
                 f"{path}: {key}: only LoRA is read, and not LoHa, LoKr, OFT, DoRA or a Tucker decomposition"
             )
-        suffix = next((suffix for suffix in FACTOR_SUFFIXES if key.endswith(suffix)), None)
+        suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
         if suffix is not None:
-            keys[f"{PEFT_PREFIX}{key.removesuffix(suffix)}.lora_{FACTOR_SUFFIXES[suffix]}.weight"] = key
+            keys[f"{PEFT_PREFIX}{key.removesuffix(suffix)}.lora_{suffixes[suffix]}.weight"] = key
         elif key.endswith(".alpha") and math.prod(shape) == 1:
             keys[f"{PEFT_PREFIX}{key}"] = key
         else:
@@ -135,11 +151,14 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
             ranks[module] = stored_shapes[key][0]
             has_alpha = f"{PEFT_PREFIX}{module}.alpha" in keys
             alphas[module] = float(file.load_tensor(f"{module}.alpha")) if has_alpha else ranks[module]
+            component, _, name = module.partition(".")
+            if component in stated:
+                alphas[module] = ranks[module] * _compute_stated_scaling(stated[component], name, ranks[module])
     rank = max(ranks.values(), default=1)
     scalings = Counter(
         compute_scaling(alphas[module], ranks[module], use_rslora=False) for module in ranks if ranks[module]
     )
-    alpha = rank * (scalings.most_common(1)[0][0] if scalings else 1)
+    alpha = rank * (scalings.most_common(1)[0][0] if scalings and not is_diffusers else 1)
     config = {
         "peft_type": "LORA",
         "r": rank,
@@ -148,7 +167,44 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
         "alpha_pattern": build_exact_pattern(alphas, alpha, ranks),
         "target_modules": sorted(ranks),
     }
-    return config, shapes, file
+    inits = (named.get("init_lora_weights", True) for named in stated.values())
+    changing = next((init for init in inits if find_base_changing_init({"init_lora_weights": init}) is not None), True)
+    return config | {"init_lora_weights": changing}, shapes, file
+
+
+def _read_diffusers_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the configurations of PEFT in a file's metadata by component; empty if there are none.
+
+    Raises:
+        ModelError: The metadata is not one JSON object, or a configuration has no valid rank or alpha, or is no plain LoRA.
+    """
+    if DIFFUSERS_METADATA not in metadata:
+        return {}
+    try:
+        values = parse_json(metadata[DIFFUSERS_METADATA])
+    except ValueError as error:
+        raise ModelError(
+            f"{path}: {DIFFUSERS_METADATA} is not readable as JSON ({error}); save the adapter again"
+        ) from None
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        component, _, name = key.partition(".")
+        configs.setdefault(component, {})[name] = value
+    for component, config in configs.items():
+        pattern = config.get("alpha_pattern") or {}
+        if not isinstance(pattern, dict):
+            raise ModelError(f"{path}: {component}.alpha_pattern must map module names to numbers")
+        for alpha in (config.get("lora_alpha"), *pattern.values()):
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+                raise ModelError(f"{path}: {component} has the alpha {alpha!r}; it must be a number")
+        if config.get("use_dora"):
+            raise ModelError(f"{path}: {component} uses DoRA; only plain LoRA is read from single files")
+    return configs
+
+
+def _compute_stated_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = get_pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    return compute_scaling(float(alpha), rank, bool(config.get("use_rslora")))
 
 
 def read_mlx_folder(folder: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:

@@ -26,7 +26,7 @@ def inspect(adapter: str | Path) -> Inspection:
     """Compute the singular spectra of an adapter.
 
     Args:
-        adapter: a folder of PEFT or mlx-lm, or a file of sd-scripts or ComfyUI.
+        adapter: a folder of PEFT or mlx-lm, or a file of sd-scripts or diffusers.
 
     Raises:
         ModelError: not a readable adapter.
@@ -58,7 +58,7 @@ def resize(
     """Write the adapter at another rank to `out`, and report the truncation error.
 
     Args:
-        adapter: a folder of PEFT or mlx-lm, a file of sd-scripts or ComfyUI, or a trainer's output folder with checkpoints.
+        adapter: a folder of PEFT or mlx-lm, a file of sd-scripts or diffusers, or a trainer's output folder with checkpoints.
         out: the folder or file to write, which must not exist.
         rank: one rank for all modules; a rank above the current one pads. Give exactly one of `rank`, `energy` and `data`.
         energy: use for each module the fewest singular values that hold this fraction of its energy.
