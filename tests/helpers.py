@@ -51,13 +51,6 @@ def list_trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
 
 
-def make_trainable(peft_model: Any) -> dict[str, torch.nn.Parameter]:
-    """Make the parameters of an attached adapter require gradients, and return them."""
-    for name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_("default" in name.split("."))
-    return list_trainable_parameters(peft_model)
-
-
 def train_ours(runtime: Any, arm: Arm, tmp_path: Path) -> tuple[TrialFinished, list[float], Path]:
     losses: list[float] = []
 

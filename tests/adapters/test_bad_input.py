@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rightrank import resize
 from rightrank.cli import main
 from tests.adapters.adapters import edit_config, load_tensors, make_adapter, make_base, write_tensors
 
@@ -117,21 +115,6 @@ def test_a_configuration_ends_in_an_adapter_or_in_one_line(
     assert (tmp_path / "out").exists() == (status == 0)
 
 
-def test_an_alpha_pattern_of_0_is_an_update_of_zero(adapter: Path, tmp_path: Path) -> None:
-    edit_config(adapter, alpha_pattern={"q_proj": 0})
-    resize(adapter, tmp_path / "out", rank=3)
-    tensors = load_tensors(tmp_path / "out")
-    assert {bool(value.any()) for key, value in tensors.items() if "q_proj.lora_B" in key} == {False}
-    assert {bool(value.any()) for key, value in tensors.items() if "v_proj.lora_B" in key} == {True}
-
-
-def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
-    tensors = load_tensors(adapter)
-    key = next(key for key in tensors if "lora_B" in key)
-    write_tensors(adapter, tensors | {key: tensors[key][:, :3].contiguous()})
-    assert "do not multiply" in run_refused(capsys, "inspect", adapter)
-
-
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -159,15 +142,3 @@ def test_an_out_that_exists_is_left_alone(capsys: pytest.CaptureFixture[str], ad
     (tmp_path / "out" / "mine").write_text("kept")
     assert "already exists" in run_refused(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
     assert (tmp_path / "out" / "mine").read_text() == "kept"
-
-
-def test_a_base_changing_initialisation(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
-    edit_config(adapter, init_lora_weights="OLoRA")
-    assert "OLoRA" in run_refused(capsys, "resize", adapter, tmp_path / "out", "--rank", 2)
-    status, out, _ = run(capsys, "inspect", adapter, "--json")
-    assert status == 0
-    assert "OLoRA" in json.loads(out)["summary"]["notes"][0]
-
-
-def test_a_full_model_is_no_adapter(capsys: pytest.CaptureFixture[str], base: Path) -> None:
-    assert "it is a full model" in run_refused(capsys, "inspect", base)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rightrank.bases.base_models import load_base, read_identity
+from rightrank.bases.base_models import load_base
 from rightrank.schema.errors import ModelError
 from rightrank.training.adapter_runtime import require_matching_base
-from tests.adapters.adapters import edit_config, load_strictly, make_adapter, make_base
+from tests.adapters.adapters import edit_config, make_adapter, make_base
 from tests.commands import run
 from tests.tiny import ON_CPU, make_tokenizer, write_completions
 
@@ -109,29 +109,3 @@ def test_the_configuration_tells_bases_of_equal_weights_apart(base: Path, tmp_pa
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     with pytest.raises(ModelError, match=r"its rms_norm_eps is .*, here it is 0\.5"):
         require_matching_base(adapter, load_base(str(copy), ON_CPU, None))
-
-
-def test_a_damaged_identity_is_one_line(base: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter")
-    for text in ("{", '{"name": 3}', '{"name": "x", "config": {}, "weights": {"w": [1]}}'):
-        (adapter / "base.json").write_text(text)
-        with pytest.raises(ModelError, match="does not identify a base model") as caught:
-            require_matching_base(adapter, load_base(str(base), ON_CPU, None))
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.trains
-def test_an_adapter_that_is_handed_over_keeps_what_its_base_is_known_by(
-    base: Path, other_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--ranks", "1,4", "--goal", "adapter", *SMALL, "--quiet"]
-    assert run(["select", str(base), str(data), "--out", str(tmp_path / "run"), *options], capsys)[0] == 0
-    handed_over = tmp_path / "run" / "adapter"
-    saved = {file.read_bytes() for file in (tmp_path / "run" / "trials").rglob("adapter_model.safetensors")}
-    assert (handed_over / "adapter_model.safetensors").read_bytes() in saved
-    assert run(["resize", str(handed_over), str(tmp_path / "small"), "--rank", "1"], capsys)[0] == 0
-    for folder in (handed_over, tmp_path / "small"):
-        assert read_identity(folder / "base.json").name == str(base.resolve())
-        load_strictly(base, folder)  # PEFT has no remark
-        with pytest.raises(ModelError, match="trained on a different base"):
-            require_matching_base(folder, load_base(str(other_base), ON_CPU, None))

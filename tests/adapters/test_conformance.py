@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from rightrank.adapters import kinds
-from rightrank.adapters.kinds.base import AdapterKind, StoredPair
+from rightrank.adapters.kinds.base import StoredPair
 from rightrank.adapters.kinds.linear import Linear
-from tests.adapters.kind_checks import CASES, CHECKS, Case, Suite
+from tests.adapters.kind_checks import CASES, CHECKS, Suite
 
 pytestmark = pytest.mark.trains
 
@@ -25,32 +23,6 @@ def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 )
 def test_a_kind_keeps(check: str, suite: Suite) -> None:
     getattr(suite, check)()
-
-
-class Biased(AdapterKind):
-    """PEFT's lora_bias: B has a bias, which the scale multiplies too."""
-
-    name = "linear"
-    label = "an adapter with a bias"
-    unshared_reason = "only PEFT's own forward pass adds the bias"
-
-    def can_adapt(self, module: Any) -> bool:
-        return any(module.lora_bias.values())
-
-    def can_store(self, pair: StoredPair) -> bool:
-        return bool(pair.config.get("lora_bias"))
-
-
-@pytest.mark.parametrize("check", ["equals_peft", "is_loaded", "is_counted", "is_truncated_in_a_run", "is_resumed"])
-def test_a_new_kind_takes_one_class_and_one_line(check: str, biased_suite: Suite) -> None:
-    getattr(biased_suite, check)()
-
-
-@pytest.fixture(scope="module")
-def biased_suite(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kinds, "KINDS", (Biased(), *kinds.KINDS))
-        yield Suite.of(Case("biased", "gpt2", {"peft_options": {"lora_bias": True}}), tmp_path_factory.mktemp("seam"))
 
 
 def test_the_first_kind_that_claims_a_pair_describes_it() -> None:

@@ -56,20 +56,6 @@ def test_untrained_and_dead_modules_and_useless_patterns_are_reported(base: Path
 
 
 @pytest.mark.trains
-def test_modules_to_save_are_listed(base: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter", "modules_to_save")
-    summary = inspect(adapter).summary
-    names, content = summary.modules_to_save, summary.content
-    tensors = load_tensors(adapter)
-    full = sum(value.nbytes for key, value in tensors.items() if "lora" not in key)
-    assert content.full_bytes == full > 0
-    assert content.factor_bytes + full == sum(value.nbytes for value in tensors.values())
-    assert content.types == ["F32"]
-    assert "model.norm.weight" in names
-    assert all(name.endswith("norm.weight") for name in names)
-
-
-@pytest.mark.trains
 def test_json_is_one_object_with_the_promised_keys(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,16 +71,6 @@ def test_json_is_one_object_with_the_promised_keys(
     assert all(promised <= module.keys() for module in answer["modules"])
     assert set(answer["modules"][0]["energy_rank"]) == {"0.9", "0.95", "0.99"}
     assert "held-out data decide" in answer["summary"]["sentence"]
-
-
-@pytest.mark.trains
-def test_the_table_for_a_person(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter")
-    with pytest.raises(SystemExit):
-        main(["inspect", str(adapter)])
-    out = capsys.readouterr().out
-    assert "0.self_attn.q_proj" in out
-    assert "held-out data decide" in out
 
 
 def factors(rows: int, columns: int, rank: int, seed: int) -> tuple[spectra.Floats, spectra.Floats]:

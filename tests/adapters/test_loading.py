@@ -57,13 +57,6 @@ def test_what_peft_refuses_is_refused(base: Path, tmp_path: Path, name: str) -> 
         require_loadable(open_adapter(adapter))
 
 
-def test_loading_draws_no_random_numbers(base: Path, tmp_path: Path) -> None:
-    adapter = open_adapter(make_adapter(base, tmp_path / "adapter", init_lora_weights="orthogonal"))
-    state = torch.get_rng_state()
-    require_loadable(adapter)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "init",
@@ -102,13 +95,3 @@ def test_an_adapter_that_peft_refuses_is_not_handed_over(base: Path, tmp_path: P
 def test_a_gguf_file_is_loaded_from_its_folder() -> None:
     path = find_model_file()
     assert find_model(str(path)) == ModelSource(str(path.parent), path.name)
-
-
-def test_a_folder_of_gguf_files_names_the_file_to_give(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(ModelError, match=r"no config\.json in the folder; give the file: .*model\.gguf"):
-        find_model(str(tmp_path))
-
-
-def test_a_name_with_one_slash_is_a_hub_name() -> None:
-    assert find_model("HuggingFaceTB/SmolLM2-135M") == ModelSource("HuggingFaceTB/SmolLM2-135M", None)

@@ -144,14 +144,3 @@ def test_adapters_on_experts_are_resized_by_held_out_data(
     assert status == 0, err
     assert json.loads(out)["rank"] == 1
     assert {module.rank for module in open_adapter(tmp_path / "small").modules} == {1}
-
-
-def test_a_plan_of_dora_with_dropout_is_traced(run: Run, folder: Path) -> None:
-    status, out, err = run(
-        "plan", str(folder / "llama"), "--ranks", "4", "--target-modules", "q_proj", "--seq-len", "32", "--dtype",
-        "float32", "--use-dora", "--set", "lora_dropout=0.1", "--set", "packed=true", "--set", "device=cpu", "--json",
-    )  # fmt: skip
-    assert status == 0, err
-    plan = json.loads(out)
-    assert plan["ranks"][0]["trainable_parameters"] == 2 * (4 * 64 + 32)
-    assert plan["source"] == "traced"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import rightrank
 from rightrank.schema.errors import InputError
 from tests.commands import run
 
-ROOT = Path(__file__).parents[2]
 BLOCK = "down_blocks_1_attentions_0_transformer_blocks_0_attn1"
 SHAPES = {
     "kohya": {
@@ -172,27 +170,6 @@ def test_damaged_configurations_of_diffusers_are_one_line(tmp_path: Path, text: 
     )
     with pytest.raises(InputError, match=sentence):
         rightrank.inspect(tmp_path / "x.safetensors")
-
-
-def test_the_page_compares_the_errors_and_the_time_with_those_of_sd_scripts() -> None:
-    page = (ROOT / "docs" / "how-to" / "resize.md").read_text(encoding="utf-8")
-    rows = json.loads((ROOT / "benchmarks" / "consumers" / "sd_scripts.json").read_text(encoding="utf-8"))["rows"]
-    for row in rows:
-        assert row["rightrank"]["error"] == pytest.approx(row["sd-scripts"]["error"], rel=1e-6)
-        assert f"{row['rightrank']['error']:.4f}" in page
-    ours, theirs = (max(row[program]["seconds"] for row in rows) for program in ("rightrank", "sd-scripts"))
-    assert f"in {ours:.2f} s of processor time instead of {theirs:.2f}" in page
-
-
-def test_ranks_by_energy_differ_in_a_file(tmp_path: Path) -> None:
-    path, out = tmp_path / "style.safetensors", tmp_path / "small.safetensors"
-    write_file(path, "kohya")
-    ranks = {module.name: module.rank for module in rightrank.resize(path, out, energy=0.6).modules}
-    assert len(set(ranks.values())) > 1
-    assert {name: len(load_file(out)[f"{name}.lora_down.weight"]) for name in ranks} == ranks
-    updates, smaller = compute_updates(path, "kohya"), compute_updates(out, "kohya")
-    for name, update in updates.items():
-        assert np.linalg.norm(smaller[name] - update) < np.sqrt(0.41) * np.linalg.norm(update)
 
 
 @pytest.mark.parametrize(

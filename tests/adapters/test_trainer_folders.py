@@ -87,16 +87,6 @@ def test_the_best_adapter_by_the_pointer_of_nemo(adapter: Path, tmp_path: Path) 
     assert find_adapter(output)[0] == output / "epoch_0_step_10" / "model"
 
 
-def test_a_halfwritten_state_names_nothing(adapter: Path, tmp_path: Path) -> None:
-    output = make_output_folder(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
-    (output / "checkpoint-100" / "trainer_state.json").write_text('{"best_model_checkpoint": "checkp')
-    assert find_adapter(output)[0] == output / "checkpoint-100"
-
-
-def test_an_adapter_is_itself(adapter: Path) -> None:
-    assert find_adapter(adapter) == (adapter, "")
-
-
 def test_resize_says_which_adapter_it_took(adapter: Path, tmp_path: Path) -> None:
     output = make_output_folder(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
     messages: list[str] = []
@@ -172,14 +162,6 @@ def test_what_is_not_read_of_mlx(
         open_adapter(write_mlx(tmp_path / "mlx", adapter, base, **changes))
 
 
-def test_an_adapter_whose_alpha_verl_did_not_know_is_refused(base: Path, tmp_path: Path) -> None:
-    folder = make_adapter(base, tmp_path / "lora_adapter", lora_alpha=0)
-    with pytest.raises(ModelError, match="lora_alpha is 0, so the adapter has no effect"):
-        resize(folder, tmp_path / "small", data=tmp_path / "rows.jsonl")
-    with pytest.raises(ModelError, match="lora_alpha is 0, so the adapter has no effect"):
-        resize(folder, tmp_path / "small", rank=2)
-
-
 def test_a_base_that_mlx_has_quantised_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llama", "quantization": {"group_size": 64, "bits": 4}})
@@ -188,10 +170,3 @@ def test_a_base_that_mlx_has_quantised_is_one_line(tmp_path: Path) -> None:
         ModelError, match="MLX quantized this model, and PyTorch can't read it; give the original model"
     ):
         find_model(str(tmp_path))
-
-
-def test_ranks_that_mlx_cannot_load_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    folder = write_mlx(tmp_path / "mlx", adapter, base)
-    with pytest.raises(ModelError, match="one rank for all modules: add --uniform"):
-        resize(folder, tmp_path / "small", energy=0.7)
-    assert not (tmp_path / "small").exists()

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import rightrank
 from rightrank.adapters.rank_math import format_rank_change, format_rate_warning
-from rightrank.atlas.counts import RANKS, classify_metric, load_atlas, parse_model_size
+from rightrank.atlas.counts import RANKS, load_atlas
 from rightrank.cli import cli
 from rightrank.schema.errors import SettingsError
 
@@ -64,12 +64,6 @@ def test_where_nothing_is_like_it_less_is_asked_and_a_note_says_so() -> None:
     assert any("the size of my-own-net is unknown" in note for note in unknown.notes)
 
 
-def test_what_a_count_rests_on_is_said() -> None:
-    answer = rightrank.expect(task="classification", margin=1e-9)
-    assert any("resolve this margin" in note for note in answer.notes)
-    assert any("chose the learning rate by rank" in note for note in answer.notes)
-
-
 @pytest.mark.parametrize(
     ("inputs", "complaint"),
     [
@@ -119,22 +113,6 @@ def test_a_file_that_is_no_rows_is_refused(content: bytes, tmp_path: Path) -> No
         rightrank.expect(data=data)
 
 
-def test_the_text_has_counts_and_addresses() -> None:
-    text = CliRunner().invoke(cli, ["expect", "--task", "vision"]).output
-    assert (
-        CliRunner().invoke(cli, ["expect", "--task", "chat"]).output
-        == CliRunner().invoke(cli, ["expect", "--task", "language"]).output
-    )
-    answer = rightrank.expect(task="vision")
-    assert f"{answer.sweeps} public sweeps are similar to yours (vision)" in text
-    assert f"{answer.ranks[0]['enough_in']} of {answer.ranks[0]['of']}" in text
-    assert next(iter(answer.sources)) in text
-    everything = rightrank.expect(ranks=(64,))
-    (top,) = everything.ranks
-    assert f"all {everything.sweeps} sweeps, in which rank 64 was enough in {top['enough_in']} of {top['of']}" in text
-    assert text.endswith("  rightrank select MODEL DATA\n")
-
-
 def test_the_answer_comes_at_once_and_without_torch() -> None:
     last = subprocess.run(
         [sys.executable, "-c", AT_ONCE, str(ROOT)], capture_output=True, text=True, check=True
@@ -142,13 +120,6 @@ def test_the_answer_comes_at_once_and_without_torch() -> None:
     heavy, seconds = last.split(" ")
     assert heavy == "[]"
     assert float(seconds) < 2
-
-
-def test_sizes_and_kinds_by_name() -> None:
-    assert [parse_model_size(name) for name in ("Qwen/Qwen2.5-1.5B", "SmolLM2-135M", "distilbert-base-uncased", "gpt2-xl", "x")] == [
-        1.5e9, 135e6, 67e6, 1.56e9, None,
-    ]  # fmt: skip
-    assert [classify_metric(name) for name in ("loss", "macro_f1", "bleu", None)] == ["loss", "accuracy", "other", None]
 
 
 def test_the_rate_when_the_rank_changes() -> None:

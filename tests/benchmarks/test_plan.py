@@ -7,28 +7,14 @@ from typing import Any
 
 import pytest
 from benchmarks.plan import hours
-from benchmarks.plan.architectures import SMALL_CONFIGS
-from benchmarks.plan.gpu import CASES, dry_run
 from benchmarks.plan.measure import measure
 
-from rightrank.planning.estimate import CPU_PROCESS_BYTES
 from rightrank.planning.planner import plan_config
 from rightrank.report.format import format_duration
 from rightrank.schema.plan_settings import PlanSettings
 from tests.planning import CONFIGS as PROFILED_CONFIGS
 
 pytestmark = pytest.mark.trains
-
-
-@pytest.mark.full
-@pytest.mark.filterwarnings("ignore")
-def test_every_case_is_traced() -> None:
-    """Trace one of the small architectures at a short length, with each case's own step."""
-    planned = dry_run({"llama": SMALL_CONFIGS["llama"]}, seq_len=32)
-    assert len(planned) == len(CASES)
-    for _, case, plan in planned:
-        assert plan.source == "traced", case
-        assert plan.ranks[0].peak_reserved_bytes >= plan.ranks[0].peak_bytes > 0
 
 
 def test_hours_follow_from_the_stored_operations() -> None:
@@ -70,16 +56,3 @@ def test_peaks_are_within_three_percent(name: str, options: dict[str, Any]) -> N
     row = plan.ranks[0]
     assert row.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
     assert abs(row.peak_bytes / measured.peak_bytes - 1) <= plan.error_share
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_cheapest_changes_fit_in_a_measured_step_too() -> None:
-    """Apply the suggested changes to a budget that nothing fits, and check that the measured step stays within it."""
-    values = {"device": "cpu", "dtype": "float32", "ranks": (8,), "batch_size": 16, "seq_len": 64}
-    settings = PlanSettings(**values | {"memory_bytes": CPU_PROCESS_BYTES + 12 * 2**20, "optim": "adamw_fused"})
-    plan = plan_config(PROFILED_CONFIGS["llama"](), "llama", settings)
-    assert plan.max_rank is None
-    assert measure(PROFILED_CONFIGS["llama"](), settings, 8).peak_bytes > 12 * 2**20
-    assert plan.changes
-    followed = PlanSettings(**settings.model_dump() | plan.changes)
-    assert measure(PROFILED_CONFIGS["llama"](), followed, 8).peak_bytes <= 12 * 2**20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,6 @@ from rightrank.data.forms import Example
 from rightrank.data.splits import load_data
 from rightrank.schema.errors import RunError
 from tests.tiny import build_small_settings
-
-SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 
 
 def write_half(path: Path) -> None:
@@ -137,24 +134,6 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / "adapter" / "weights").read_text() == "whole"
     assert list((tmp_path / "trials").iterdir()) == []
-
-
-def test_all_final_files_are_written_atomically() -> None:
-    """Require that files are written to `temporary`, to standard output, or through data/files.py."""
-    writing = re.compile(r"([\w.]+|\([^()]*\))\.(?:(?:write_text|write_bytes)\(|open\(\"(?:w|a|ab|wb|r\+b)\")")
-    allowed = {
-        ("training/prefix.py", "path"),  # a memory-mapped file, which every run creates again
-        ("runs/journal.py", "self.path"),  # appending a line and truncating a torn one
-        ("training/device.py", "_CLEAR_REFS_FILE"),  # a file of the kernel
-        ("cluster/processes.py", "log"),  # a worker's stderr, streamed
-    }
-    writes: set[tuple[str, str]] = set()
-    for source in SOURCE.rglob("*.py"):
-        for match in writing.finditer(source.read_text(encoding="utf-8")):
-            target = match[1]
-            if "temporary" not in target:
-                writes.add((str(source.relative_to(SOURCE)), target))
-    assert writes == allowed
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from rightrank.data.rows import Row
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.report.terminal import describe_data_issues
 from rightrank.schema.errors import DataError
-from rightrank.schema.settings import SelectSettings
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 
 TEXTS = generate_sentences(100)
@@ -86,13 +84,6 @@ def test_a_conversation_loses_no_column_in_silence(column: str, value: Any, posi
         assert splits.fingerprint == load_data(CHAT_ROWS, build_small_settings()).fingerprint
 
 
-def test_columns_of_other_rows_that_are_not_used_are_named() -> None:
-    rows = [{"instruction": text, "context": "c", "response": "r", "category": "q"} for text in TEXTS]
-    assert "columns not used: context, category" in describe_data_issues(
-        load_data(rows, build_small_settings()).summary
-    )
-
-
 @given(
     column=st.sampled_from(MEDIA_COLUMNS),
     position=st.integers(0, len(TEXTS) - 1),
@@ -107,11 +98,6 @@ def test_a_picture_in_any_row_is_refused(column: str, position: int, split: str 
     with pytest.raises(DataError, match=rf"row {position + 1}: the column `{column}`: only text is read here"):
         load_data(data, build_small_settings())
     assert load_data(data, build_small_settings(columns=f"ignore={column}")).summary.rows >= len(TEXTS)
-
-
-def test_columns_as_python_gives_them() -> None:
-    assert SelectSettings(columns={"prompt": "ask"}).columns == ("prompt=ask",)
-    assert SelectSettings(columns="prompt=ask").columns == ("prompt=ask",)
 
 
 @pytest.mark.parametrize("first", [True, 1.0])
@@ -257,12 +243,6 @@ def test_a_broken_row_is_named(tmp_path: Path, row: dict[str, Any], message: str
         load_pairs(tmp_path, [*PAIRS[:39], row, *PAIRS[39:]])
 
 
-def test_a_missing_column_is_answered_with_the_forms(tmp_path: Path) -> None:
-    expected = ":1: the columns (`prompt`, `chosen`) fit no form; give `prompt`, `chosen`, `rejected`"
-    with pytest.raises(DataError, match=re.escape(expected)):
-        load_pairs(tmp_path, [{"prompt": "a", "chosen": "b"}])
-
-
 def test_a_prompt_column_with_another_name_is_found(tmp_path: Path) -> None:
     rows = [{"question": row["prompt"], "chosen": "yes", "rejected": "no"} for row in PAIRS]
     data = load_pairs(tmp_path, rows)
@@ -272,13 +252,6 @@ def test_a_prompt_column_with_another_name_is_found(tmp_path: Path) -> None:
     renamed = [{"ask": row["prompt"], "good": "yes", "bad": "no"} for row in PAIRS]
     splits = load_pairs(tmp_path, renamed, columns=("prompt=ask", "chosen=good", "rejected=bad"))
     assert splits.fingerprint == load_pairs(tmp_path, PAIRS).fingerprint
-
-
-def test_answers_without_a_prompt_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"pairs\.jsonl:1: `chosen` and `rejected` have no common beginning to be the prompt"
-    ):
-        load_pairs(tmp_path, [{"chosen": "yes", "rejected": "no", "topic": row["prompt"]} for row in PAIRS])
 
 
 def test_content_of_text_parts_is_joined(tmp_path: Path) -> None:

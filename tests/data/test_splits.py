@@ -18,7 +18,7 @@ from rightrank.data.groups import number_groups
 from rightrank.data.sampling import sample_indices
 from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, load_data, load_held_out
 from rightrank.schema.errors import DataError
-from rightrank.schema.settings import EVAL_SUBSET_SIZE, SelectSettings, select_identity_settings
+from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 
 TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sorted(set(generate_sentences(120)))]
@@ -114,17 +114,6 @@ def make_document_rows(documents: int, **extra_columns: Any) -> list[dict[str, A
     return [
         {"text": text, "doc": f"d{number % documents}", **extra_columns} for number, text in enumerate(GROUPED_TEXTS)
     ]
-
-
-def test_groups_that_are_in_given_splits_too_are_counted() -> None:
-    rows = make_document_rows(40)
-    splits = load_data(
-        {"train": rows[:80], "validation": rows[80:100], "test": rows[100:]},
-        build_small_settings(columns=["group=doc"], **LARGE),
-    )
-    assert splits.summary.groups_across_splits == 40
-    single_file = load_data(rows, build_small_settings(columns=["group=doc"], **LARGE))
-    assert single_file.summary.groups_across_splits == 0
 
 
 @pytest.mark.parametrize(
@@ -247,34 +236,6 @@ def test_no_test_split(tmp_path: Path) -> None:
     assert len(splits.examples["train"]) + len(splits.examples["validation"]) == len(set(TEXTS))
 
 
-def test_every_row_is_counted(tmp_path: Path) -> None:
-    rows = [{"text": text} for text in TEXTS * 2] + [{"text": "\ud800"}]
-    splits = load_rows(tmp_path, rows, max_eval_examples=5)
-    num_examples = sum(len(examples) for examples in splits.examples.values())
-    assert splits.summary.rows == 201
-    assert (
-        splits.summary.rows
-        == num_examples + splits.summary.unreadable + splits.summary.repeated + splits.summary.not_evaluated
-    )
-    assert splits.summary.repeated > 0
-    assert splits.summary.not_evaluated > 0
-
-
-def test_another_spelling_of_the_validation_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "held.jsonl", [])
-    begun = SelectSettings(validation="held.jsonl").model_dump(mode="json")
-    again = SelectSettings(validation="./held.jsonl").model_dump(mode="json")
-    assert select_identity_settings(again, begun) == select_identity_settings(begun, {})
-
-
-def test_rows_that_are_all_equal_are_counted(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"[01] distinct examples for the \w+ split, .* from 60 rows; give more rows that differ"
-    ):
-        load_rows(tmp_path, [{"text": "a"}] * 60)
-
-
 def test_a_sample_has_every_row_at_most_once() -> None:
     assert sorted(sample_indices(50, 50)) == sorted(sample_indices(50, 80)) == list(range(50))
     assert sample_indices(50, 50) != list(range(50))
@@ -291,19 +252,6 @@ def test_a_sample_does_not_depend_on_global_generators() -> None:
     state = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
     assert sample_indices(1000, 20) == first
     assert (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()) == state
-
-
-@pytest.mark.parametrize("order", ["alternating", "sorted", "by numpy", "by torch"])
-def test_a_sample_has_rows_of_every_source(order: str) -> None:
-    """Sample from interleaved sources, consecutive sources, and rows that were shuffled with the seed of the sample."""
-    make_rows = list(range(2000)) if order == "alternating" else [*range(0, 2000, 2), *range(1, 2000, 2)]
-    if order == "by numpy":
-        make_rows = [make_rows[index] for index in np.random.default_rng(0).permutation(2000)]
-    elif order == "by torch":
-        make_rows = [make_rows[index] for index in torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
-    for count in (100, 500, 1000):
-        odd = sum(make_rows[index] % 2 for index in sample_indices(2000, count))
-        assert abs(odd - count / 2) < 2 * count**0.5  # four standard deviations
 
 
 @pytest.mark.parametrize("order", ["alternating", "sorted"])

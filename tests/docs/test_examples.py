@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -126,16 +124,6 @@ def test_preference_pairs_end_with_a_decision(
 
 
 @pytest.mark.trains
-def test_it_runs_as_a_script(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    script = EXAMPLES / ALL[0]
-    command = [sys.executable, str(script), *build_arguments(script.name, tmp_path, model_folder, completion_file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    completed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert completed.returncode == 0, completed.stderr[-2000:]
-    check_run(tmp_path / "run", completed.stdout)
-
-
-@pytest.mark.trains
 @pytest.mark.filterwarnings(OF_OTHERS)
 def test_the_notebook_runs(model_folder: Path, tmp_path: Path) -> None:
     """Run all cells in a folder with a model and data; no cell fails, and the answer and the plot are shown."""
@@ -183,13 +171,6 @@ def test_the_page_and_the_command_name_the_same_rank(
     status, out, err = run(["select", str(model_folder), str(train), *folder, *shared, *chosen], capsys)
     assert status == 0, err
     assert json.loads(out)["handed_over"]["rank"] == rank
-
-
-def test_the_page_is_one_page_and_uses_nothing_of_the_package() -> None:
-    text = METHOD.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 300
-    assert "import rightrank" not in text
-    assert "from rightrank" not in text
 
 
 NUMBERS = itertools.count()

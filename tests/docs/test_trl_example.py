@@ -12,10 +12,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from rightrank import TrialTask, select_rank_with
-from rightrank.schema.errors import AllTrialsFailedError, NotFiniteError, ReportError, RunError
+from rightrank import TrialTask
+from rightrank.schema.errors import NotFiniteError, ReportError, RunError
 from rightrank.trainers.calls import call_function
 from tests.tiny import generate_sentences
 
@@ -136,49 +136,3 @@ def test_a_bad_reward_is_one_clear_line(
     with pytest.raises(error, match=reason) as raised:
         call_function(make_grpo(model_folder, [reward]), make_task(tmp_path / "a"), "reward")
     assert "\n" not in str(raised.value)
-
-
-def test_a_bad_reward_ends_the_selection_before_the_first_step_and_the_metric_is_named_by_the_function(
-    model_folder: Path, tmp_path: Path
-) -> None:
-    train = make_grpo(model_folder, return_short)
-    options: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-2,), "max_steps": 2}
-    with pytest.raises(AllTrialsFailedError, match=r"train got 3 rewards .* finished trials are kept"):
-        select_rank_with(train, tmp_path / "run", **options)
-    lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
-    assert sum('"type":"trial_started"' in line for line in lines) == 1
-    selected = select_rank_with(make_grpo(model_folder), tmp_path / "other", **options).decision
-    assert (selected.metric, selected.higher_is_better) == ("reward", True)
-
-
-def test_a_reward_that_does_not_apply_counts_nothing(model_folder: Path, tmp_path: Path) -> None:
-    def sometimes(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
-        return [None if len(right) > 3 else 1.0 for right in answer]
-
-    train = make_grpo(model_folder, [sometimes])
-    result = train(make_task(tmp_path / "a", rank=0))
-    assert result.example_scores == [float(len(row["answer"]) <= 3) for row in PROMPTS[4:8]]
-
-
-def test_greedy_rewards_do_not_depend_on_the_batch(model_folder: Path) -> None:
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    model.train()
-    rewards = []
-    for size in (1, 6):
-        train = make_grpo(model_folder, [reward_letters, reward_letters], eval_batch_size=size)
-        train.args.reward_weights, train.args.max_completion_length = [1.0, 0.5], 8
-        rewards.append(train.compute_rewards(model, tokenizer, PROMPTS[:6]))
-    assert rewards[0] == pytest.approx(rewards[1])
-    assert model.training
-    messages = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS[:3]]
-    judged: list[Any] = []
-
-    def judge(completions: list[Any], **_: Any) -> list[float]:
-        judged.extend(completions)
-        return [1.0] * len(completions)
-
-    train = make_grpo(model_folder, judge, eval_batch_size=2)
-    train.args.reward_weights = [2.0]
-    assert train.compute_rewards(model, tokenizer, messages) == [2.0] * 3
-    assert [completion[0]["role"] for completion in judged] == ["assistant"] * 3

@@ -12,22 +12,18 @@ import math
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-from rightrank import export, resize
+from rightrank import export
 from rightrank.adapters.adapter_reader import open_adapter
-from rightrank.adapters.rank_math import SERVER_RANKS
 from rightrank.adapters.resize import resize_adapter
 from rightrank.api.folders import status
-from rightrank.cli import cli
 from rightrank.decision.records import read_records
-from rightrank.exports.servers import SERVERS, ServedAdapter
+from rightrank.exports.servers import SERVERS
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ModelError, ResultsError, RightrankError, RunError, RunFolderError, SettingsError
 from tests.adapters.adapters import (
@@ -134,34 +130,6 @@ def test_an_adapter_with_patterns_is_written_with_one_rank_and_the_same_values(
         assert torch.equal(exported_tensors[key][:rows, :columns], tensor)
 
 
-@pytest.mark.parametrize("kind", ["alpha_pattern", "rank_pattern"])
-def test_scales_that_differ_are_folded_for_a_server(base: Path, tmp_path: Path, kind: str) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter", kind)
-    export(adapter, "vllm", tmp_path / "exports")
-    assert_equal(load_as_vllm(tmp_path / "exports" / "adapter", 16), compute_deltas(load_strictly(base, adapter)))
-
-
-def test_an_adapter_of_one_rank_is_served_as_it_is(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Export what `resize` wrote into the current folder, without torch, and refuse to overwrite it."""
-    adapter = make_adapter(base, tmp_path / "top")
-    resize(adapter, tmp_path / "small", rank=2)
-    code = (
-        "import sys; from rightrank import export; print(export('small', 'vllm').files)\n"
-        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    )
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert process.stdout == "['vllm.sh']\n[]\n"
-    script = read_script(tmp_path / "exports" / "vllm")
-    assert (
-        "rank 2 takes the same slot as 8 on vLLM"
-        in CliRunner().invoke(cli, ["inspect", str(tmp_path / "small")]).output
-    )
-    assert (script["small"], script["base"], script["--max-lora-rank"]) == (str(tmp_path / "small"), str(base), "8")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunFolderError, match="exports/vllm: this path already exists; give a new folder"):
-        export("small", "vllm")
-
-
 def test_several_adapters_get_one_command_with_the_rank_that_all_need(base: Path, tmp_path: Path) -> None:
     folders = [make_adapter(base, tmp_path / name / "adapter", rank=rank) for name, rank in (("a", 2), ("b c", 12))]
     folders.append(make_patterned_adapter(base, tmp_path / "third", "plain").rename(tmp_path / "third" / "small"))
@@ -197,18 +165,6 @@ def test_what_a_server_does_not_load_is_a_note(
     adapter = make_adapter(base, tmp_path / "adapter", kind)
     edit_config(adapter, **changes)
     assert any(note in text for text in export(adapter, "vllm", tmp_path / "out").notes)
-
-
-def test_vllm_serves_the_next_rank_that_it_has() -> None:
-    for rank in range(1, 513):
-        adapter = ServedAdapter("a", Path("a"), {}, ((4, 4),), (1, rank))
-        arguments, _ = SERVERS["vllm"]([adapter], "it's a model; $(x)")
-        served = int(arguments[arguments.index("--max-lora-rank") + 1])
-        assert served in SERVER_RANKS
-        assert served >= rank
-        assert not [smaller for smaller in SERVER_RANKS if rank <= smaller < served]
-    with pytest.raises(ResultsError, match="vLLM supports ranks up to 512, and a has 513"):
-        SERVERS["vllm"]([ServedAdapter("a", Path("a"), {}, ((4, 4),), (513,))], "model")
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
@@ -254,14 +210,6 @@ def test_a_run_is_exported_into_its_folder_at_the_rank_that_is_asked_for(
     shutil.rmtree(run / "adapter")
     with pytest.raises(RunFolderError, match="no adapter yet"):
         export(run, "vllm")
-
-
-@pytest.mark.trains
-def test_the_printed_line_can_be_pasted_and_stands_alone_on_stdout(run: Path) -> None:
-    moved = run.rename(run.parent / "my run; $(x)")
-    shown = CliRunner().invoke(cli, ["export", str(moved), "--to", "vllm"])
-    assert shlex.split(shown.stdout) == ["cd", str(moved / "exports" / "vllm"), "&&", "sh", "vllm.sh"]
-    assert "note: " in shown.stderr
 
 
 @pytest.mark.trains

@@ -23,42 +23,6 @@ def test_requests_are_rounded_and_segments_are_by_size() -> None:
     assert served(11 * MIB + 512)[1] == 12 * MIB
 
 
-def test_a_freed_block_is_taken_again_and_split() -> None:
-    allocator = CachingAllocator()
-    allocator.allocate(1, 64 * MIB)
-    allocator.free(1)
-    allocator.allocate(2, 30 * MIB)
-    allocator.allocate(3, 34 * MIB)
-    assert (allocator.reserved, allocator.allocated) == (64 * MIB, 64 * MIB)
-    allocator.allocate(4, 30 * MIB)
-    assert allocator.reserved == 94 * MIB
-
-
-def test_a_remainder_up_to_one_mebibyte_is_not_split_off() -> None:
-    allocator = CachingAllocator()
-    allocator.allocate(1, 64 * MIB)
-    allocator.free(1)
-    allocator.allocate(2, 63 * MIB)
-    assert allocator.allocated == 64 * MIB
-
-
-def test_free_neighbours_merge() -> None:
-    allocator = CachingAllocator()
-    for name in (1, 2, 3):
-        allocator.allocate(name, 5 * MIB)  # all in one segment of 20 MiB
-    for name in (1, 3, 2):
-        allocator.free(name)
-    allocator.allocate(4, 9 * MIB)
-    assert allocator.reserved == 20 * MIB
-
-
-def test_small_and_large_requests_do_not_share_segments() -> None:
-    allocator = CachingAllocator()
-    allocator.allocate(1, 512)
-    allocator.allocate(2, 2 * MIB)
-    assert allocator.reserved == 22 * MIB
-
-
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60 * MIB)), max_size=80))
 def test_every_byte_is_accounted_for(requests: list[tuple[int, int]]) -> None:
     """Free repeated names. At any time reserved ≥ allocated ≥ requested, and everything is returned at the end."""

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from rightrank.cli import main
-from rightrank.schema.settings import SelectSettings
 from tests.planning import CONFIGS
 
 pytestmark = pytest.mark.trains
@@ -56,13 +55,6 @@ def test_json_holds_what_the_contract_names(config_folder: Path, capsys: pytest.
     assert answer["source"] == "traced"
 
 
-def test_text_names_peak_and_budget(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run_command(capsys, str(config_folder), "--ranks", "4", "--memory", "24GiB", *QUICK)
-    assert status == 0
-    assert "largest requested rank that fits in 24.00 GiB: 4" in out
-    assert "at its peak" in out
-
-
 def test_changes_fit_when_followed(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing fits: exit 1, and changes with which the smallest rank does."""
     step = {"batch_size": 32, "seq_len": 128, "target_modules": "q_proj,v_proj"}
@@ -79,17 +71,6 @@ def test_changes_fit_when_followed(config_folder: Path, capsys: pytest.CaptureFi
     assert "; rank 2: it fits with " in out
     advice = shlex.split(out.partition("it fits with ")[2].splitlines()[0])
     assert plan_json(capsys, str(config_folder), *memory, *assignments(step), *advice)["max_rank"] >= 2
-
-
-def test_a_plan_that_takes_seconds_says_what_it_traces(
-    config_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rightrank.cli.plan.SILENT_SECONDS", 0)
-    new = ("--seq-len", "24")  # no other test has traced it
-    status, out, err = run_command(capsys, str(config_folder), "--ranks", "2,4", *QUICK, *new, "--json")
-    assert status == 0
-    assert json.loads(out)["ranks"]
-    assert err.splitlines() == ["tracing a step of rank 2 …", "tracing a step of rank 4 …"]
 
 
 def assignments(values: dict[str, Any]) -> list[str]:
@@ -155,9 +136,3 @@ def test_bad_models_are_one_line(
     assert status == 2
     assert expected in error
     assert len(error.strip().splitlines()) == 1
-
-
-def test_sizes() -> None:
-    assert SelectSettings(memory_bytes="24GiB").memory_bytes == 24 * 2**30
-    assert SelectSettings(memory_bytes=" 1.5 GB ").memory_bytes == 1_500_000_000
-    assert SelectSettings(memory_bytes="80gib").memory_bytes == 80 * 2**30

@@ -10,10 +10,8 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.planning.estimate import Estimator
-from rightrank.planning.planner import build_step_settings, format_left_out_ranks, plan_selection
+from rightrank.planning.planner import build_step_settings, plan_selection
 from rightrank.runs.journal import Journal
-from rightrank.schema.errors import SettingsError
-from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from tests.adapters.adapters import make_base
 from tests.commands import build_select_arguments, run
@@ -79,15 +77,6 @@ def test_too_little_memory_is_refused_before_the_start(
     assert not any(isinstance(record, TrialFinished) for record in Journal(out / "journal.jsonl").read())
 
 
-def test_where_only_the_lowest_rank_fits_the_next_one_is_named() -> None:
-    config = one_block()
-    planned = plan_selection(config, build_small_settings(ranks=(1, 16), memory_bytes=2**40), 32, "cpu")
-    between = (planned.needed_bytes[1] + planned.needed_bytes[16]) // 2
-    settings = build_small_settings(ranks=(1, 16), memory_bytes=between, goal="adapter")
-    with pytest.raises(SettingsError, match=r"rank 16 needs .* are available; give more --memory, lower ranks"):
-        plan_selection(config, settings, 32, "cpu")
-
-
 def test_a_preference_pair_is_planned_as_two_sequences() -> None:
     config = one_block()
     pairs = plan_selection(config, build_small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)
@@ -114,22 +103,6 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
 
 
-def test_two_arms_of_a_rank_are_traced_once_for_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = plan_selection(one_block(), build_small_settings(ranks=(1, 8)), 32, "cpu")
-    traced: list[int] = []
-    estimate = Estimator.estimate
-
-    def counted(self: Estimator, rank: int) -> Any:
-        traced.append(rank)
-        return estimate(self, rank)
-
-    monkeypatch.setattr(Estimator, "estimate", counted)
-    first, second = planned.predict_peak_bytes([8, 1, 8]), planned.predict_peak_bytes([8, 8, 1])
-    assert first is not None
-    assert first == second > planned.peak_bytes[8]
-    assert sorted(traced) == [1, 8]
-
-
 def test_fewer_adapters_per_pass_where_memory_is_short(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,25 +122,6 @@ def test_fewer_adapters_per_pass_where_memory_is_short(
     assert command(model_folder, completion_file, out, *memory) == 0
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
     assert [trial.adapters_per_pass for trial in direct(trials)] == [1, 1]
-
-
-def test_ranks_that_do_not_fit_are_left_out() -> None:
-    """Keep two ranks with a budget between the needs of the second and the third rank."""
-    settings = build_small_settings(ranks=(1, 8, 32))
-    config = one_block()
-    free = plan_selection(config, settings, 32, "cpu")
-    assert free.ranks == (1, 8, 32)
-    assert format_left_out_ranks(free) is None
-    budget = (free.needed_bytes[8] + free.needed_bytes[32]) // 2
-    tight = plan_selection(config, settings.model_copy(update={"memory_bytes": budget}), 32, "cpu")
-    assert tight.ranks == (1, 8)
-    assert ": 32 (" in (format_left_out_ranks(tight) or "")
-
-
-def test_default_ranks_are_those_that_the_matrices_can_have() -> None:
-    """Use a model whose smallest adapted matrix has 16 rows."""
-    config, default = one_block(), SelectSettings(device="cpu", dtype="float32")
-    assert plan_selection(config, default, 32, "cpu").ranks == (1, 4, 16)
 
 
 def test_several_adapters_per_pass_and_classifications_have_a_prediction(

@@ -36,13 +36,6 @@ def test_two_ranks_give_the_ranks_between(name: str) -> None:
     assert kinds[0] == kinds[1]
 
 
-def test_components_add_up_to_the_peak() -> None:
-    highest = Estimator(CONFIGS["llama"](), make_settings(loss="chunked")).estimate(12)
-    assert sum(highest.components.values()) == highest.peak_bytes
-    assert min(highest.components.values()) >= 0
-    assert highest.peak_reserved_bytes >= highest.peak_bytes
-
-
 def test_a_step_that_cannot_be_traced_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from rightrank.planning.planner import plan_config
 
@@ -57,27 +50,6 @@ def test_a_step_that_cannot_be_traced_is_refused_in_one_line(monkeypatch: pytest
         plan_config(
             CONFIGS["llama"](), "llama", make_settings(memory_bytes=2**40, seq_len=23)
         )  # no other test traces it
-
-
-def test_arms_add_evenly() -> None:
-    """Check that the second, third and fourth arm of a pass add the same bytes, so two traces predict any number of arms."""
-    passes = {
-        arms: Estimator(
-            CONFIGS["llama"](), make_settings(loss="chunked", adapters_per_pass=arms, device="cpu")
-        ).estimate(4)
-        for arms in (2, 3, 4)
-    }
-    peaks = {arms: estimate.peak_bytes for arms, estimate in passes.items()}
-    assert peaks[4] - peaks[3] == pytest.approx(peaks[3] - peaks[2], rel=0.001)
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_classifications_are_traced(name: str) -> None:
-    settings = make_settings(num_labels=3, padding=True, packed=True)
-    estimator = Estimator(CONFIGS[name](), settings)
-    assert estimator.estimate(8).peak_bytes > 0
-    saved = str(estimator.get_inventory(8).saved)
-    assert "classifier" in saved or "score" in saved
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [

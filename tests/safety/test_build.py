@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from tests.report.runs import write_answered_run
-from tests.safety.audit import summarize
 
 pytestmark = pytest.mark.trains
 
@@ -59,7 +58,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
         assert not [member.name for member in archive if member.issym() or member.islnk() or ".." in member.name]
 
 
-@pytest.mark.full
+@pytest.mark.release
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="the build backend is not installed: pip install hatchling")
 def test_the_wheel_alone_answers_without_the_packages_of_a_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -99,32 +98,3 @@ def test_the_wheel_alone_answers_without_the_packages_of_a_training(
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].endswith("pip install 'rightrank[train]'")
     assert not (tmp_path / "new").exists()
-
-
-FOUND = {"name": "good", "version": "1", "vulns": []}
-FAULTY = {"name": "bad", "version": "2", "vulns": [{"id": "PYSEC-1"}, {"id": "PYSEC-2"}]}
-UNKNOWN = {"name": "odd", "skip_reason": "not found"}
-
-
-@pytest.mark.parametrize(
-    ("packages", "line", "status"),
-    [
-        ([FOUND, FOUND], "audit: 2 of 2 packages were looked up, none of them has an advisory", 0),
-        (
-            [FOUND, FAULTY],
-            "audit: 2 of 2 packages were looked up, 1 have advisories (bad 2: PYSEC-1, PYSEC-2)",
-            1,
-        ),
-        ([UNKNOWN, UNKNOWN], "audit: 0 of 2 packages were looked up; 2 were not, such as odd (not found)", 1),
-        (
-            [FOUND, UNKNOWN],
-            "audit: 1 of 2 packages were looked up, none of them has an advisory; 1 were not, such as odd (not found)",
-            1,
-        ),
-        ([FOUND, {"name": "rightrank", "skip_reason": "editable"}], "audit: 1 of 1 packages were looked up, none of them has an advisory", 0),
-    ],
-)  # fmt: skip
-def test_a_package_that_was_not_looked_up_is_not_called_good(
-    packages: list[dict[str, object]], line: str, status: int
-) -> None:
-    assert summarize({"dependencies": packages}) == (line, status)

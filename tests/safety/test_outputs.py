@@ -11,13 +11,8 @@ import pytest
 
 from rightrank.api.folders import export
 from rightrank.cli import main
-from rightrank.decision.records import build_answers
-from rightrank.exports.servers import LOOPBACK
-from rightrank.report.html import render_report
 from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, format_one_line
 from tests.commands import build_select_arguments, run
-from tests.report.runs import make_run
-from tests.tiny import write_jsonl
 
 SECRETS = {
     "HF_TOKEN": "hf_s3cretTokenOfAnyone",
@@ -64,21 +59,6 @@ def test_the_environment_in_the_journal_is_a_list_of_what_is_allowed(
     assert set(environment) <= ENVIRONMENT
 
 
-def test_a_server_s_script_listens_on_loopback(small_run: tuple[Path, dict[str, str]]) -> None:
-    out, _ = small_run
-    script = (export(out, "vllm").folder / "vllm.sh").read_text()
-    assert f"--host {LOOPBACK}" in script
-
-
-def test_foreign_code_is_shown_in_the_report() -> None:
-    records = make_run()
-    assert "The run executed code from the model's repository" not in render_report(
-        records, build_answers(records, None)
-    )
-    records.started.settings["trust_remote_code"] = True
-    assert "The run executed code from the model's repository" in render_report(records, build_answers(records, None))
-
-
 # one line
 
 
@@ -90,18 +70,6 @@ def test_a_message_is_one_visible_line_whatever_it_quotes() -> None:
     assert long.endswith("xx end")
     assert str(DataError("a\nb")) == "a b"
     assert str(RightrankError()) == ""
-
-
-def test_a_column_that_talks_to_the_terminal_is_shown_as_text(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"rank": rank, "eval_loss\x1b[2J\u202e": 2 + 1 / rank} for rank in (1, 2, 4)]
-    path = write_jsonl(tmp_path / "runs.jsonl", rows)
-    status, out, err = run(["decide", str(path), "--metric", "eval_loss\x1b[2J\u202e", "--lower-is-better"], capsys)
-    assert status == 0, err
-    assert "\x1b[2J" not in out
-    assert "\u202e" not in out
-    assert "␛[2J" in out
 
 
 @pytest.mark.parametrize(

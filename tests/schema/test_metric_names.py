@@ -15,7 +15,6 @@ from rightrank.schema.metrics import (
     BUILT_IN_METRICS,
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
-    MetricKind,
     MetricSpec,
     compute_default_margin,
     get_published_deviation,
@@ -267,12 +266,10 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("names", "higher"), [(LOWER, False), (HIGHER, True), (UNKNOWN, None)], ids=["lower", "higher", "unknown"]
-)
-def test_names_that_trackers_log(names: list[str], higher: bool | None) -> None:
-    assert {name: infer_direction(name) for name in names} == dict.fromkeys(names, higher)
-    assert {name: infer_direction(name.upper()) for name in names} == dict.fromkeys(names, higher)
+def test_names_that_trackers_log() -> None:
+    for names, higher in [(LOWER, False), (HIGHER, True), (UNKNOWN, None)]:
+        assert {name: infer_direction(name) for name in names} == dict.fromkeys(names, higher)
+        assert {name: infer_direction(name.upper()) for name in names} == dict.fromkeys(names, higher)
 
 
 # Three libraries state these directions: torchmetrics by `higher_is_better`, scikit-learn by the sign of its scorers,
@@ -311,28 +308,29 @@ LOGGED_BY_TRL = [
 ]
 
 
-@pytest.mark.parametrize("library", STATED)
-@pytest.mark.parametrize("prefix", ["", "eval_", "test/", "val_"])
-def test_inferred_directions_agree_with_libraries(library: str, prefix: str) -> None:
-    stated_directions = STATED[library]["names"]
-    read = {name: infer_direction(prefix + name) for name in stated_directions}
-    assert {name: higher for name, higher in read.items() if higher not in (None, stated_directions[name])} == {}
-    assert sum(higher is not None for higher in read.values()) >= 10
+def test_inferred_directions_agree_with_libraries() -> None:
+    for prefix in ["", "eval_", "test/", "val_"]:
+        for library in STATED:
+            stated_directions = STATED[library]["names"]
+            read = {name: infer_direction(prefix + name) for name in stated_directions}
+            assert {
+                name: higher for name, higher in read.items() if higher not in (None, stated_directions[name])
+            } == {}
+            assert sum(higher is not None for higher in read.values()) >= 10
 
 
-@pytest.mark.parametrize("name", LOGGED_BY_TRL)
-def test_names_without_a_direction_are_unknown(name: str) -> None:
-    assert infer_direction(name) is None
-    assert infer_direction(f"eval_{name}") is None
+def test_names_without_a_direction_are_unknown() -> None:
+    for name in LOGGED_BY_TRL:
+        assert infer_direction(name) is None
+        assert infer_direction(f"eval_{name}") is None
 
 
 def test_no_name_is_in_both_lists() -> None:
     assert not LOWER_IS_BETTER & HIGHER_IS_BETTER
 
 
-@pytest.mark.parametrize(
-    ("name", "higher", "kind"),
-    [
+def test_kind() -> None:
+    for name, higher, kind in [
         ("eval_loss", False, "token_loss"),
         ("nll", False, "token_loss"),
         ("nats", False, "token_loss"),
@@ -343,10 +341,8 @@ def test_no_name_is_in_both_lists() -> None:
         ("bleu", True, "other"),
         ("accuracy", False, "other"),
         ("loss", True, "other"),
-    ],
-)
-def test_kind(name: str, higher: bool, kind: MetricKind) -> None:
-    assert infer_metric_kind(name, higher) == kind
+    ]:
+        assert infer_metric_kind(name, higher) == kind
 
 
 def test_values_above_one_are_percentages() -> None:
@@ -355,9 +351,8 @@ def test_values_above_one_are_percentages() -> None:
     assert has_percentages([0.2, 1.6])
 
 
-@pytest.mark.parametrize(
-    ("kind", "reference", "values", "margin", "deviation"),
-    [
+def test_margin_and_published_noise() -> None:
+    for kind, reference, values, margin, deviation in [
         ("token_loss", 2.0, [2.0], 0.005, 0.0003),
         ("pair_loss", 0.5, [0.5], 0.02, 0.002),
         ("perplexity", 8.0, [8.0], 0.04, 0.0003),
@@ -365,32 +360,24 @@ def test_values_above_one_are_percentages() -> None:
         ("accuracy", 80.0, [80.0], 0.5, 0.7),
         ("loss", -2.0, [2.0], 0.02, 0.008),
         ("other", -50.0, [50.0], 0.5, 0.2),
-    ],
-)
-def test_margin_and_published_noise(
-    kind: MetricKind, reference: float, values: list[float], margin: float, deviation: float
-) -> None:
-    assert compute_default_margin(kind, reference, values) == pytest.approx(margin)
-    assert get_published_deviation(kind, reference, values) == pytest.approx(deviation)
+    ]:
+        assert compute_default_margin(kind, reference, values) == pytest.approx(margin)
+        assert get_published_deviation(kind, reference, values) == pytest.approx(deviation)
 
 
-@pytest.mark.parametrize(
-    ("text", "spec"),
-    [
+def test_a_metric_is_named_by_its_text() -> None:
+    for text, spec in [
         *((name, MetricSpec(name, kind)) for name, kind in BUILT_IN_METRICS.items()),
         ("f1=f1", MetricSpec("f1", "text")),
         ("my.scores:bleu", MetricSpec("bleu", "function", "my.scores:bleu")),
         ("bleu4=my.scores:bleu", MetricSpec("bleu4", "function", "my.scores:bleu")),
         ("a-b= /tmp/a b.py:_one ", MetricSpec("a-b", "function", "/tmp/a b.py:_one")),
-    ],
-)
-def test_a_metric_is_named_by_its_text(text: str, spec: MetricSpec) -> None:
-    assert parse_metrics(text) == (spec,)
+    ]:
+        assert parse_metrics(text) == (spec,)
 
 
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
+def test_an_invalid_metric_is_refused_in_one_line() -> None:
+    for text, line in [
         ("accuracies", "metric 'accuracies' is unknown (did you mean 'accuracy'?); the metrics are: loss, accuracy,"),
         ("zzz", "metric 'zzz' is unknown; the metrics are: loss, accuracy, macro_f1,"),
         ("mine=f1", "metric 'mine=f1' is unknown"),
@@ -400,11 +387,9 @@ def test_a_metric_is_named_by_its_text(text: str, spec: MetricSpec) -> None:
         ("module:", "metric 'module:' is unknown"),
         ("module:1x", "metric 'module:1x' is unknown"),
         (":f", "metric ':f' is unknown"),
-    ],
-)
-def test_an_invalid_metric_is_refused_in_one_line(text: str, line: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(line)):
-        parse_metrics(text)
+    ]:
+        with pytest.raises(ValueError, match=re.escape(line)):
+            parse_metrics(text)
 
 
 def test_metrics_keep_their_order_and_names() -> None:
@@ -421,8 +406,6 @@ def test_which_metrics_every_evaluation_measures() -> None:
     assert not parse_metrics("m:f")[0].is_eval_metric
 
 
-@pytest.mark.parametrize(
-    ("name", "higher"), [("", None), ("___", None), ("/loss/", False), ("eval_", None), ("x acc", None)]
-)
-def test_separators_around_a_name_are_left_out(name: str, higher: bool | None) -> None:
-    assert infer_direction(name) is higher
+def test_separators_around_a_name_are_left_out() -> None:
+    for name, higher in [("", None), ("___", None), ("/loss/", False), ("eval_", None), ("x acc", None)]:
+        assert infer_direction(name) is higher

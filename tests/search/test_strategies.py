@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
-from rightrank.search.bracket import order_outside_in
-from rightrank.search.history import Requests, Trials, build_space
-from rightrank.search.learning_rates import find_learning_rate, try_rank
+from rightrank.search.history import build_space
 from rightrank.search.protocol import Strategy
 from tests.search.worlds import STEPS, World, make_space, recommend, run_all, run_rounds
 
@@ -110,14 +107,6 @@ def test_learning_rates_are_not_compared_after_the_first_step_of_a_warm_up(steps
     assert finished == ({1e-3} if is_staged else {*space.learning_rates})
 
 
-def test_a_budget_that_ends_the_run_is_noted() -> None:
-    limited = STRATEGIES["bracket"](make_space(goal="best-adapter", budget_seconds=250.0))
-    trials = limited.replay_trials(run_all(limited, World(gain=0.02)))
-    assert [note.partition(" (")[0] for note in trials.notes] == ["The budget ends before r=64 lr=0.001 seed=0"]
-    unlimited = STRATEGIES["bracket"](make_space(goal="best-adapter"))
-    assert not any("budget" in note for note in unlimited.replay_trials(run_all(unlimited, World(gain=0.02))).notes)
-
-
 def test_truncations_are_evaluated_although_the_time_is_over() -> None:
     class Slow(World):
         """Simulate a training whose last half takes longer than the pace before predicts."""
@@ -151,20 +140,6 @@ def test_the_best_adapter_is_that_of_twice_the_steps_if_these_are_better(gain: f
     assert any(note.startswith("With 200 instead of 100 steps, rank 64 is ") for note in notes)
 
 
-def test_later_goals_reuse_the_trainings() -> None:
-    world = World(gain=0.02)
-    adapter = run_all(STRATEGIES["bracket"](make_space(goal="adapter")), world)
-    best = run_all(STRATEGIES["bracket"](make_space(goal="best-adapter")), world)
-    assert {outcome.arm for outcome in adapter} < {outcome.arm for outcome in best}
-    assert {(outcome.rank, outcome.steps) for outcome in best if outcome.arm.is_direct} == {
-        (0, 0),
-        (64, 100),
-        (64, 200),
-    }
-    every = run_all(STRATEGIES["bracket"](make_space()), world)
-    assert {outcome.arm for outcome in adapter} < {outcome.arm for outcome in every}
-
-
 @pytest.mark.parametrize("can_stop_early", [True, False])
 def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> None:
     """Simulate broken trainings with a flat loss: the highest learning rate is the better of two that are worse than the base."""
@@ -194,13 +169,6 @@ def test_learning_rates_that_diverge_are_left_out() -> None:
     outcomes = run_all(STRATEGIES["bracket"](make_space(goal="adapter")), world)
     assert find_stages(outcomes, 64, 3e-4) == {25, 100}
     assert find_stages(outcomes, 64, 1e-3) == find_stages(outcomes, 64, 3e-3) == {25}
-
-
-def test_the_next_best_learning_rate_is_finished_if_the_best_diverges_later() -> None:
-    world = World(diverges=lambda arm: arm.learning_rate == 1e-3 and arm.end > 25)
-    outcomes = run_all(STRATEGIES["bracket"](make_space(goal="adapter")), world)
-    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished) and outcome.arm.is_direct]
-    assert [outcome.learning_rate for outcome in finished if outcome.rank == 64] == [3e-4]
 
 
 def test_another_seed_can_correct_the_learning_rate() -> None:
@@ -267,10 +235,6 @@ def test_confirms_with_further_seeds() -> None:
         assert {outcome.seed for outcome in outcomes if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
 
 
-def test_outside_in() -> None:
-    assert order_outside_in([1, 2, 4, 8]) == [8, 1, 4, 2]
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -286,52 +250,6 @@ def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> 
         make_named_strategy(**values)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_the_least_budget_compares_two_ranks() -> None:
-    for name in ("grid", "bracket"):
-        strategy = make_named_strategy(strategy=name, goal="training-rank")
-        tight = make_named_strategy(
-            strategy=name, goal="training-rank", budget_trainings=strategy.estimate_cost().minimum
-        )
-        outcomes = run_all(tight, World(can_truncate=False))
-        assert len({outcome.rank for outcome in outcomes if outcome.is_direct and outcome.rank}) >= 2
-
-
-class ExampleWorld(World):
-    """A world of example losses whose differences between ranks vary widely around the value."""
-
-    def run(self, arm: Any) -> Any:
-        outcome = super().run(arm)
-        if not isinstance(outcome, TrialFinished) or arm.rank == 0:
-            return outcome
-        swing = [0.2 * (1 if (example * arm.rank + arm.rank) % 3 else -1) for example in range(60)]
-        mean = sum(swing) / len(swing)
-        losses = [outcome.value + noise - mean for noise in swing]
-        return outcome.model_copy(update={"example_losses": losses, "example_tokens": [1] * 60})
-
-
-def test_values_alone_guide_the_search() -> None:
-    strategy = STRATEGIES["bracket"](make_space(ranks=(1, 2, 4, 8, 16, 32, 64)))
-    bare, outcomes = run_all(strategy, World()), run_all(strategy, ExampleWorld())
-    assert {outcome.arm for outcome in outcomes} == {outcome.arm for outcome in bare}
-    assert recommend(strategy, outcomes).rank == recommend(strategy, bare).rank
-
-
-def test_the_example_in_the_protocol_keeps_the_rules() -> None:
-    source = textwrap.dedent((Strategy.__doc__ or "").partition("::\n")[2])
-    names: dict[str, Any] = {
-        "Strategy": Strategy, "Trials": Trials, "Requests": Requests,
-        "find_learning_rate": find_learning_rate, "try_rank": try_rank,
-    }  # fmt: skip
-    exec(source, names)
-    space = make_space(seeds=(0, 1))
-    strategy: Strategy = names["TopAndBottom"](space)
-    outcomes = run_all(strategy, World())
-    assert {outcome.rank for outcome in outcomes} == {0, space.ranks[0], space.top}
-    assert not strategy.ask(outcomes)
-    assert len(outcomes) <= strategy.estimate_cost().max_arms
-    assert sum(outcome.steps for outcome in outcomes if outcome.is_direct) <= strategy.estimate_cost().maximum * STEPS
 
 
 def test_the_first_question_is_answered_before_the_second() -> None:
@@ -352,8 +270,3 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     first = run_all(alone, world)
     assert [outcome.arm for outcome in first] == [outcome.arm for outcome in outcomes][: len(first)]
     assert alone.replay_trials(first).adapter == answer
-
-
-def test_the_cost_to_the_adapter_is_a_part_of_the_whole() -> None:
-    cost = STRATEGIES["bracket"](make_space()).estimate_cost()
-    assert 1.0 < cost.expected_until_adapter < 2.0 < cost.expected <= cost.maximum

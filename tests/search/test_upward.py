@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from rightrank.decision.seeds import compute_detectable_difference, compute_needed_seeds
 from rightrank.schema.trials import TrialOutcome
 from rightrank.search.history import Space
 from rightrank.search.upward import Upward
@@ -65,13 +62,6 @@ def test_the_noise_decides_how_many_seeds_are_trained() -> None:
     assert "; the 8 given seeds detect differences from about 0.0" in note
 
 
-def test_the_note_comes_before_any_other_rank() -> None:
-    strategy, world, outcomes = Upward(make_upward_space()), World(gain=0.0, noise=0.001), list[TrialOutcome]()
-    while not strategy.replay_trials(outcomes).notes:
-        outcomes += [world.run(arm) for arm in strategy.ask(outcomes)]
-    assert {outcome.rank for outcome in outcomes} == {0, 1}
-
-
 def test_a_rank_without_a_result_does_not_end_the_climb() -> None:
     outcomes = run_all(Upward(make_upward_space()), World(gain=0.0, breaks=lambda arm: arm.rank == 4))
     assert set(list_ranks(outcomes)) == {1, 4, 16}
@@ -84,16 +74,3 @@ def test_seeds_that_agree_exactly_measure_no_noise() -> None:
     assert note == (
         "Seed noise: not measured at rank 1 (2 seeds with the same result); give seeds=(0, 1, 2) or more to measure it."
     )
-
-
-def test_needed_seeds_show_the_difference() -> None:
-    assert compute_needed_seeds(0.02, 0.02) == 13
-    assert compute_needed_seeds(0.0, 0.02) == 1
-    for deviation in (0.01, 0.02, 0.04):
-        needed = compute_needed_seeds(deviation, 0.02)
-        assert (
-            compute_detectable_difference(deviation, needed)
-            <= 0.02
-            < compute_detectable_difference(deviation, needed - 1)
-        )
-    assert math.isclose(compute_detectable_difference(0.02, 8), 0.02 * 2.4865 * math.sqrt(2 / 8), rel_tol=1e-3)

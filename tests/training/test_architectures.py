@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import T5Config, T5ForConditionalGeneration
 
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Arm
 from rightrank.training.pace import find_multi_lora_obstacle
-from tests import commands
 from tests.tiny import GPT2_SIZES, generate_sentences, make_tokenizer, write_jsonl
 from tests.training.architecture_cases import ARCHITECTURES
 from tests.training.architecture_checks import check_configuration
 from tests.training.architecture_table import MARK, PAGE, RESULTS, format_tables, read_rows
-from tests.training.architectures import BERT, SIZES, STEPS, make_model, make_model_runtime, make_runtime, run
+from tests.training.architectures import SIZES, STEPS, make_model, make_model_runtime, make_runtime, run
 
 pytestmark = pytest.mark.trains
 
@@ -103,12 +101,6 @@ def test_an_encoder_that_only_a_batch_shows_is_refused(completion_file: Path, tm
         make_model_runtime(model, tokenizer, completion_file, tmp_path)
 
 
-def test_a_decoder_of_the_same_class_trains(completion_file: Path, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    model = made("BertLMHeadModel", "BertConfig", tokenizer, **BERT, is_decoder=True)
-    assert make_model_runtime(model, tokenizer, completion_file, tmp_path).evaluate("validation").loss > 0
-
-
 def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -> None:
     """Check that batches do not change the losses if the model and the tokenizer have different padding tokens."""
     tokenizer = make_tokenizer()
@@ -119,21 +111,6 @@ def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -
         with torch.no_grad():
             alone = runtime.compute_losses("validation", runtime.make_batch("validation", [index]), 1.0).example_losses
         assert float(alone[0]) == pytest.approx(batch_losses[index], rel=1e-4)
-
-
-def test_a_batch_of_texts_of_one_token_is_classified(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    rows = [{"text": chr(33 + number), "label": number % 2} for number in range(90)]
-    classifier = made("LlamaForSequenceClassification", "LlamaConfig", tokenizer, **SIZES)
-    data = write_jsonl(tmp_path / "d.jsonl", rows)
-    runtime = make_model_runtime(classifier, tokenizer, data, tmp_path / "cache", batch_size=2, eval_batch_size=2)
-    assert runtime.data.max_sequence_length == 1
-    batch = runtime.make_batch("train", [0, 1])
-    with torch.no_grad():
-        logits = classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-    assert runtime.compute_losses("train", batch, 1.0).example_losses.tolist() == pytest.approx(expected.tolist())
-    assert run(runtime, [Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)], tmp_path, 1)
 
 
 def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path, tmp_path: Path) -> None:
@@ -156,17 +133,3 @@ def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path,
     )
     with pytest.raises(ModelError, match=r"^StableLmForCausalLM: the base model fails.*RuntimeError: .*config\.json"):
         make_model_runtime(odd, tokenizer, completion_file, tmp_path)
-
-
-def test_an_encoder_decoder_is_refused_by_the_command(
-    completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer = make_tokenizer()
-    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
-    tokenizer.save_pretrained(tmp_path / "t5")
-    capsys.readouterr()
-    arguments = commands.build_select_arguments(tmp_path / "t5", completion_file, tmp_path / "run", "--quiet", "--json")
-    status, out, err = commands.run(arguments, capsys)
-    assert (status, out) == (2, "")
-    assert "an encoder-decoder model such as T5, which select can't train; give a causal model" in err

@@ -12,9 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rightrank.adapters.truncation import load_moments, save_moments
 from rightrank.training import prefix
-from rightrank.training.covariances import gather_moments, gather_unseen_moments
+from rightrank.training.covariances import gather_moments
 from rightrank.training.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings
@@ -75,13 +74,6 @@ def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) ->
     assert gathered.notices == ()
 
 
-def test_the_base_and_its_losses_are_as_before(runtime: Runtime) -> None:
-    peft_model = add_adapter(runtime)
-    original_losses = runtime.evaluate("validation").losses
-    gather_moments(runtime, peft_model, EXAMPLES)
-    assert runtime.evaluate("validation").losses == original_losses
-
-
 def test_frozen_layers_are_computed_in_groups_and_change_nothing(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,28 +101,6 @@ def test_frozen_layers_are_computed_in_groups_and_change_nothing(
         assert np.allclose(results[0][name].gradients, plain.gradients, rtol=1e-3, atol=1e-9)
 
 
-def test_recomputed_blocks_are_counted_once(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    results = []
-    for checkpointing in (False, True):
-        settings = build_small_settings(batch_size=4, gradient_checkpointing=checkpointing)
-        runtime = make_runtime(model_folder, completion_file, settings, tmp_path / str(checkpointing))
-        results.append(gather_moments(runtime, add_adapter(runtime), EXAMPLES).moments)
-    for name, plain in results[0].items():
-        assert np.allclose(results[1][name].inputs, plain.inputs, rtol=1e-3)
-        assert np.allclose(results[1][name].gradients, plain.gradients, rtol=1e-3, atol=1e-12)
-
-
-def test_tokens_are_read_until_there_are_enough(runtime: Runtime) -> None:
-    peft_model = add_adapter(runtime)
-    gathered = gather_moments(runtime, peft_model, EXAMPLES, 1)
-    assert (gathered.examples, runtime.settings.batch_size) == (4, 4)
-    training = (
-        runtime.steps * runtime.settings.examples_per_step * max(item.length for item in runtime.data.splits["train"])
-    )
-    longest = runtime.settings.batch_size * runtime.data.max_sequence_length
-    assert gather_unseen_moments(runtime, peft_model, 0, runtime.steps).tokens <= 0.1 * training + longest
-
-
 @pytest.mark.parametrize("cause", ["DoRA", "memory", "infinite gradient"])
 def test_moments_that_cannot_be_gathered_are_a_notice(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, cause: str
@@ -148,27 +118,3 @@ def test_moments_that_cannot_be_gathered_are_a_notice(
     assert gathered.moments == {}
     expected = {"DoRA": "plain SVD", "memory": "out of memory.*plain SVD", "infinite gradient": "not finite"}
     assert re.search(expected[cause], gathered.notices[0])
-
-
-def test_other_errors_are_not_hidden(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any, **__: Any) -> None:
-        raise RuntimeError("a shape is wrong")
-
-    peft_model = add_adapter(runtime)
-    monkeypatch.setattr(Runtime, "compute_losses", fails)
-    with pytest.raises(RuntimeError, match="a shape is wrong"):
-        gather_moments(runtime, peft_model, EXAMPLES)
-
-
-def test_a_file_holds_them(runtime: Runtime, tmp_path: Path) -> None:
-    gathered = gather_moments(runtime, add_adapter(runtime), EXAMPLES)
-    path = tmp_path / "moments.safetensors"
-    save_moments(path, gathered.moments)
-    loaded = load_moments(path)
-    assert set(loaded) == set(gathered.moments)
-    for name, moments in gathered.moments.items():
-        assert np.allclose(loaded[name].inputs, moments.inputs, rtol=1e-6)
-        assert np.allclose(loaded[name].gradients, moments.gradients, rtol=1e-6)
-    assert load_moments(tmp_path / "none.safetensors") == {}
-    save_moments(path, {})
-    assert load_moments(path) == {}

@@ -36,16 +36,6 @@ def encode_rows(loaded: Any, rows: list[dict[str, Any]], path: Path, **changes: 
     return encode_splits(load_data(write_jsonl(path / "d.jsonl", rows), settings), loaded, settings)
 
 
-def test_only_the_completion_is_labelled(loaded: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{text} -> ", "completion": f"{text[::-1]}"} for text in generate_sentences(80)]
-    data = encode_rows(loaded, rows, tmp_path)
-    completions = {row["completion"] for row in rows}
-    for item in data.splits["train"]:
-        # a token across the border counts as completion, so a space of the prompt may come along
-        assert labelled_text(loaded, item).removesuffix("<|im_end|>").lstrip() in completions
-        assert item.labels[-1] == loaded.tokenizer.eos_token_id
-
-
 def test_every_assistant_turn_and_nothing_else_is_labelled(loaded: Any, tmp_path: Path) -> None:
     rows = [
         {
@@ -160,22 +150,6 @@ def test_labels_lie_within_those_of_trl(name: str, loaded: Any) -> None:
         assert prefixes <= {"", "<｜Assistant｜>", "<|start|>assistant", "<think></think>", "<think>\n"}, prefixes
         compared += 1
     assert compared >= 8
-
-
-def test_conversational_completion_is_labelled_alone(loaded: Any, tmp_path: Path) -> None:
-    rows = [
-        {
-            "prompt": [
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": "old"},
-                {"role": "user", "content": "go"},
-            ],
-            "completion": [{"role": "assistant", "content": "new"}],
-        }
-        for text in generate_sentences(80)
-    ]
-    data = encode_rows(loaded, rows, tmp_path)
-    assert {labelled_text(loaded, item) for item in data.splits["train"]} == {"new<|im_end|>\n"}
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["a"]}}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from rightrank.bases import base_models as models
-from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
 from rightrank.schema.trials import Arm
 from rightrank.training.optimizer import ArmOptimizer
 from rightrank.training.pace import find_multi_lora_obstacle
@@ -30,7 +27,7 @@ from rightrank.training.targets import make_lora_config
 from tests.adapters.adapters import make_base
 from tests.adapters.kind_checks import copy_initial_values, train_plain_loop
 from tests.helpers import attach_fresh_adapter, list_trainable_parameters, make_runtime, train_ours
-from tests.tiny import ON_CPU, build_small_settings, make_tokenizer
+from tests.tiny import build_small_settings, make_tokenizer
 from tests.training.architectures import SIZES, make_model, make_model_runtime, run
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
@@ -86,26 +83,6 @@ def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp
     assert int(ours.example_tokens.sum()) == int((batch.labels[:, 1:] != -100).sum())
 
 
-def test_same_seed_same_values(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(
-        model_folder, completion_file, build_small_settings(checkpoint="last", lora_dropout=0.1), tmp_path
-    )
-    first, losses, _ = train_ours(runtime, ARM, tmp_path / "a")
-    second, again, _ = train_ours(runtime, ARM, tmp_path / "b")
-    assert losses == again
-    assert first.example_losses == second.example_losses
-
-
-def test_the_base_is_as_before_after_an_arm(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(checkpoint="last"), tmp_path)
-    original_state = copy.deepcopy(runtime.model.state_dict())
-    train_ours(runtime, ARM, tmp_path)
-    restored_state = runtime.model.state_dict()
-    assert restored_state.keys() == original_state.keys()
-    assert all(torch.equal(restored_state[name], original_state[name]) for name in original_state)
-    assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
-
-
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # PEFT's remark that it can't be merged
 @pytest.mark.parametrize("peft_options", [{}, {"lora_bias": True}], ids=str)
 def test_initial_a_is_nested(
@@ -154,25 +131,6 @@ def test_what_decays_is_what_decays_in_trainer(completion_file: Path, tmp_path: 
 
         assert decays(ours) == decays(theirs)
         assert set(decays(ours).values()) == {0.0, 0.5}
-
-
-def test_without_the_extra_it_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
-    with pytest.raises(
-        MissingExtraError, match=r"load_in_4bit needs the `bitsandbytes` package: pip install 'rightrank\[bnb\]'"
-    ):
-        models.load_base(str(model_folder), ON_CPU.model_copy(update={"load_in_4bit": True}), None)
-
-
-def test_a_device_without_quantised_matrices_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "find_device", lambda _: torch.device("mps"))
-    with pytest.raises(SettingsError, match="no 8-bit matrices on mps; give device cuda or cpu"):
-        models.load_base(str(model_folder), ON_CPU.model_copy(update={"device": "mps", "load_in_8bit": True}), None)
-
-
-def test_both_widths_at_once_are_refused() -> None:
-    with pytest.raises(SettingsError, match="both given: give one of them"):
-        build_small_settings(checkpoint="last", load_in_4bit=True, load_in_8bit=True)
 
 
 def make_quantised_runtime(completion_file: Path, folder: Path, bits: int, **changes: Any) -> Runtime:
@@ -224,13 +182,6 @@ def test_dora_over_four_bits_is_pefts(completion_file: Path, tmp_path: Path) -> 
     runtime = make_quantised_runtime(completion_file, tmp_path, 4, use_dora=True)
     (alone,) = run(runtime, QUANTISED_ARMS[:1], tmp_path / "alone", 1)
     assert alone.train_losses == pytest.approx(train_plain_loop(runtime, QUANTISED_ARMS[0]), rel=1e-4)
-
-
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
-def test_dora_over_eight_bits_on_a_cpu_is_refused(completion_file: Path, tmp_path: Path) -> None:
-    """Check the refusal of a case in which PEFT's own second pass fails."""
-    with pytest.raises(ModelError, match="use_dora with load_in_8bit: PEFT loses the scales"):
-        make_quantised_runtime(completion_file, tmp_path, 8, use_dora=True)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank.data.forms import Example
-from rightrank.schema.errors import DataError
 from rightrank.schema.trials import Arm
 from rightrank.training import generation
 from rightrank.training.generation import build_prompts, generate_answers
@@ -80,17 +78,6 @@ def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> 
     assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
 
 
-def test_checkpointing_does_not_keep_the_cache_away(runtime: Runtime) -> None:
-    plain = [answer.completion for answer in generate_answers(runtime, "validation")]
-    recomputed = runtime.settings.model_copy(update={"gradient_checkpointing": True})
-    plain_settings, runtime.settings = runtime.settings, recomputed
-    try:
-        with runtime.use_gradient_checkpointing():
-            assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
-    finally:
-        runtime.settings = plain_settings
-
-
 def test_out_of_memory_halves_the_batch_of_prompts(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = generate_answers(runtime, "validation")
     sizes: list[int] = []
@@ -152,17 +139,3 @@ def test_a_prompt_is_what_precedes_the_answer_in_training(name: str, header: str
     prompt, suffix = Chat(tokenizer).split_around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])
     assert prompt.endswith(header)
     assert suffix == end
-
-
-def test_a_prompt_has_the_tools_of_its_row(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + runtime.loaded.tokenizer.chat_template
-    monkeypatch.setattr(runtime.loaded.tokenizer, "chat_template", template)
-    example = Example("1", {"messages": PLAIN, "tools": [{"name": "add"}]}, "row 1")
-    assert generation._build_prompt(runtime, example).text.startswith('[{"name": "add"}]<|im_start|>')
-
-
-def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in generate_sentences(120)])
-    runtime = make_runtime(model_folder, data, build_small_settings(), tmp_path / "cache")
-    with pytest.raises(DataError, match=r"has no prompt"):
-        build_prompts(runtime, "validation")

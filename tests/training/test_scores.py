@@ -6,10 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rightrank.decision.comparison import compute_bounds, compute_file_bounds, estimate_mean
+from rightrank.decision.comparison import compute_file_bounds
 from rightrank.training.metrics import score_exact_match, score_macro_f1, score_rouge_l, score_rouge_n, score_token_f1
 
 
@@ -33,15 +31,6 @@ def test_by_hand(score: object, expected: str, written: str, value: float) -> No
     assert score(expected, written) == pytest.approx(value)
 
 
-@given(st.text(alphabet="ab c.", max_size=12), st.text(alphabet="ab c.", max_size=12))
-def test_between_0_and_1_and_symmetric(first: str, second: str) -> None:
-    for score in (score_exact_match, score_token_f1, score_rouge_l):
-        value = score(first, second)
-        assert 0 <= value <= 1
-        assert value == score(second, first)
-        assert score_exact_match(first, first) == 1
-
-
 def test_rouge_is_that_of_rouge_score() -> None:
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
     for expected, written in TEXTS:
@@ -58,13 +47,6 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
         expected, predicted = (generator.choices("abcde"[:classes], k=40) for _ in range(2))
         assert score_macro_f1(expected, predicted)[0] == pytest.approx(f1_score(expected, predicted, average="macro"))
     assert score_macro_f1(["a", "a"], ["b", "b"])[0] == 0.0
-
-
-def test_runs_of_words() -> None:
-    assert score_rouge_n("the cat sat", "the cat ran", 2) == pytest.approx(0.5)
-    assert score_rouge_n("the the cat", "the", 1) == pytest.approx(0.5)
-    assert score_rouge_n("", "the", 1) == score_rouge_n("one", "one", 2) == 0.0
-    assert score_macro_f1(["a", "b", "b"], ["a", "b", "a"])[0] == pytest.approx(2 / 3)
 
 
 TEXTS = [
@@ -112,18 +94,3 @@ def test_the_bounds_of_macro_f1_are_those_of_a_paired_bootstrap_of_the_predictio
         drawn.append(score_macro_f1(expected[rows], theirs[rows])[0] - score_macro_f1(expected[rows], ours[rows])[0])
     low, high = bounds.mean - 1.645 * np.std(drawn), bounds.mean + 1.645 * np.std(drawn)
     assert (bounds.low, bounds.high) == pytest.approx((low, high), abs=0.15 * (high - bounds.mean))
-
-
-def test_one_other_prediction_has_the_bound_of_a_rare_difference() -> None:
-    """Check that one changed prediction, which moves the scores of nearly all examples a little, has the bound of one example of many."""
-    expected = list("abc") * 34
-    ours = [*expected[:-1], "a"]
-    difference = np.array(score_macro_f1(expected, expected)[1]) - np.array(score_macro_f1(expected, ours)[1])
-    assert np.count_nonzero(difference != np.median(difference)) > 30
-    for bounds in (
-        compute_bounds(estimate_mean(difference[None, :], np.ones(102), 1.0)),
-        compute_file_bounds(difference, np.ones(102), 1.0),
-    ):
-        assert bounds.mean == pytest.approx(1 - score_macro_f1(expected, ours)[0])
-        assert bounds.high >= bounds.mean + 3 / 102
-        assert bounds.low < 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from transformers import MistralConfig, MistralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rightrank.schema.trials import Arm
-from rightrank.training import batches as sequence_packing
 from rightrank.training.batches import FUSED_ATTENTION, plan_batches, use_float32_attention
 from rightrank.training.multi_lora import ArmBatch, MultiLora
 from rightrank.training.runtime import Runtime
@@ -72,37 +70,6 @@ def test_packed_sequences_have_the_losses_and_gradients_of_padded_ones(
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
     for gradient, reference in zip(gradients, expected, strict=True):
         assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
-
-
-def test_attention_of_all_examples_in_one_call_is_that_of_each_alone(
-    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check the variant for devices on which calls are expensive."""
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path / "cache")
-    with add_random_arms(runtime, ARMS[1:2]) as (multi_lora, named):
-        arm_batches = [ArmBatch("a0", runtime.make_batch("train", range(7)), 0.1, None)]
-        theirs, expected = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
-        monkeypatch.setattr(sequence_packing, "PER_EXAMPLE_DEVICES", ())
-        ours, gradients = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
-    assert not torch.equal(ours[0], theirs[0])  # another order of sums
-    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
-    for gradient, reference in zip(gradients, expected, strict=True):
-        assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
-
-
-def test_nothing_passes_from_example_to_example(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path / "cache")
-    first = runtime.make_batch("train", [0, 1, 2])
-    with torch.no_grad():
-        packed_losses = runtime.compute_losses("train", first, 1.0).example_losses
-        for neighbour in (3, 4):  # another example of another length, another position
-            changed = runtime.compute_losses(
-                "train", runtime.make_batch("train", [neighbour, 1, 2]), 1.0
-            ).example_losses
-            assert torch.equal(changed[1:], packed_losses[1:])
-            assert changed[0] != packed_losses[0]
-        moved = runtime.compute_losses("train", runtime.make_batch("train", [2, 0, 1]), 1.0).example_losses
-    assert torch.equal(moved, packed_losses[[2, 0, 1]])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -177,32 +144,9 @@ def test_every_example_is_seen_once_per_pass() -> None:
         assert sorted(indices) == list(range(500))
 
 
-def test_a_pass_that_fills_no_batch_goes_on_in_the_next() -> None:
-    plan = plan_batches(5, 4, 5, seed=0)
-    counts = Counter(index for batch in plan for index in batch)
-    assert set(map(len, plan)) == {4}
-    assert counts == dict.fromkeys(range(5), 4)
-
-
-def test_the_seed_fixes_the_order() -> None:
-    assert plan_batches(500, 8, 50, 3) == plan_batches(500, 8, 50, 3)
-    assert plan_batches(500, 8, 50, 3) != plan_batches(500, 8, 50, 4)
-
-
-def test_a_shorter_training_is_a_prefix_of_a_longer_one() -> None:
-    assert plan_batches(500, 8, 120, 5)[:40] == plan_batches(500, 8, 40, 5)
-
-
 def collect_lengths(seeds: int, steps: int) -> np.ndarray:
     """Return the lengths of the examples as [seeds, steps, 8]."""
     return np.array([LENGTHS[plan_batches(500, 8, steps, seed)] for seed in range(seeds)])
-
-
-def test_length_does_not_decide_when_an_example_is_seen() -> None:
-    """Check that over many seeds the mean length at each step is that of the data: there is no curriculum by length."""
-    by_step = collect_lengths(300, 32).mean(axis=2)
-    standard_error = by_step.std(axis=0) / np.sqrt(len(by_step))
-    assert np.all(np.abs(by_step.mean(axis=0) - LENGTHS.mean()) < SIGMAS * standard_error)
 
 
 def test_length_does_not_decide_the_other_examples_of_a_batch() -> None:

@@ -125,11 +125,6 @@ def test_a_setting_of_the_training_changes_it(name: str, default_losses: dict[st
     assert losses("llama", tmp_path, **{name: TRAINING[name]}) != default_losses["linear"]
 
 
-def test_a_bias_changes_a_model_that_has_them(tmp_path: Path) -> None:
-    (tmp_path / "plain").mkdir()
-    assert losses("gpt2", tmp_path, peft_options={"lora_bias": True}) != losses("gpt2", tmp_path / "plain")
-
-
 def test_every_setting_is_here() -> None:
     named = [*ADAPTER, *TRAINING, *OTHER_MODELS, *PLANS_TRAININGS, *JUDGES, *CHANGES_NO_LOSS]
     assert sorted(named) == sorted(SelectSettings.model_fields)

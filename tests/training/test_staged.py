@@ -90,13 +90,6 @@ def test_a_stopped_training_also_scores_the_mean_of_its_factors(runtime: object,
     assert run(runtime, "resumed", arm, tmp_path).mean_losses == stopped[6].mean_losses
 
 
-def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
-    full_training = run(runtime, "whole", ARM, tmp_path)
-    arm = ARM.model_copy(update={"continue_from": "gone"})
-    again = run(runtime, "again", arm, tmp_path, continue_from=tmp_path / "gone.safetensors")
-    assert again.value == full_training.value
-
-
 def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:
     full_training = run(runtime, "whole", ARM, tmp_path)
     cut = {
@@ -112,19 +105,6 @@ def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: P
     assert cut[4].value == pytest.approx(full_training.value, abs=1e-5)
     assert cut[1].value != pytest.approx(full_training.value, abs=1e-5)
     assert cut[1].trainable_parameters < cut[4].trainable_parameters
-
-
-def test_a_truncation_gathers_moments_once_and_uses_them(runtime: object, tmp_path: Path) -> None:
-    run(runtime, "whole", ARM, tmp_path)
-    arm = ARM.model_copy(update={"rank": 1, "steps": 0, "truncate_from": "whole"})
-    parents = {"truncate_from": tmp_path / "whole", "moments": tmp_path / "whole.moments.safetensors"}
-    first = run(runtime, "first", arm, tmp_path, **parents)
-    gathered = parents["moments"].read_bytes()
-    again = run(runtime, "again", arm, tmp_path, **parents)
-    plain = run(runtime, "plain", arm, tmp_path, truncate_from=tmp_path / "whole")
-    assert parents["moments"].read_bytes() == gathered
-    assert again.value == first.value
-    assert first.value != pytest.approx(plain.value, abs=1e-7)
 
 
 def test_a_low_rank_is_shared_out_over_the_modules(runtime: object, tmp_path: Path) -> None:

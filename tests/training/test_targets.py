@@ -18,7 +18,6 @@ from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.targets import (
-    find_target_parameters,
     find_targets,
     make_lora_config,
     require_targets,
@@ -185,16 +184,6 @@ def test_a_whole_name_of_another_layer_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_a_pattern_chooses_the_layers_of_all_linear() -> None:
-    layered = find_our_modules(
-        architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "layers"}
-    )
-    assert layered == find_our_modules(architecture("llama"), layers_to_transform=(1,))
-    with pytest.raises(ModelError, match="PEFT finds no module to adapt"):
-        find_our_modules(architecture("llama"), layers_to_transform=(1,), peft_options={"layers_pattern": "nowhere"})
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_mixture_says_what_all_linear_leaves_out() -> None:
     mixture = architecture("mixtral")
     left_out = find_targets(mixture, build_small_settings(), False).left_out
@@ -220,13 +209,6 @@ class Mixture(torch.nn.Module):
 
 def build_expert_settings(name: str, **changes: Any) -> SelectSettings:
     return build_small_settings(target_modules=["q_proj"], target_parameters=[name], **changes)
-
-
-def test_layers_choose_among_parameters_too() -> None:
-    assert find_target_parameters(Mixture(), build_expert_settings("fused.down_proj", layers_to_transform=[1])) == [
-        "layers.1.fused.down_proj"
-    ]
-    assert find_target_parameters(Mixture(), build_expert_settings("fused.down_proj")) == ["fused.down_proj"]
 
 
 def test_a_parameter_that_matches_nothing_is_one_line() -> None:
