@@ -6,25 +6,23 @@ import numpy as np
 import pytest
 
 from rightrank.decision.adapter import (
-    Criterion,
-    build_adapter_files,
     build_provenance,
     build_trained_answer,
-    choose_adapter,
     compare_adapters,
     estimate_training_ranks,
     find_smallest_truncation,
     prefer_direct_training,
+    score_trials,
 )
-from rightrank.decision.adapter import (
-    compute_test_difference as difference_on_test,
-)
+from rightrank.decision.adapter import compute_test_difference as difference_on_test
 from rightrank.decision.comparison import INDEPENDENCE_NOTE, compute_file_bounds
+from rightrank.decision.smallest import Criterion
 from rightrank.decision.table import format_distribution
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
+from rightrank.search.truncations import choose_adapter
 
 EXAMPLES, TOKENS = 400, 10
 LOSS = Criterion(metric="loss", higher_is_better=False, margin=0.005)
@@ -184,7 +182,7 @@ def test_adapters_are_complete_trainings_and_truncations_with_the_metric() -> No
     excluded_trials = [TOP.model_copy(update={"trial_id": name} | update) for name, update in changed.items()]
     diverged = TrialDiverged(trial_id="diverged", **TOP.arm.model_dump(), step=3, reason="NaN")
     truncated = make_trial("a", 32, 0.0, parent="top")
-    assert list(build_adapter_files([*excluded_trials, diverged, TOP, truncated], LOSS)) == ["top", "a"]
+    assert list(score_trials([*excluded_trials, diverged, TOP, truncated], LOSS)) == ["top", "a"]
 
 
 def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_values() -> None:
@@ -192,7 +190,7 @@ def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_va
     few_examples = few_examples.model_copy(
         update={"example_losses": few_examples.example_losses[:50], "example_tokens": few_examples.example_tokens[:50]}
     )
-    assert [file.cell.examples for file in build_adapter_files([TOP, few_examples], LOSS).values()] == [0, 0]
+    assert [file.cell.examples for file in score_trials([TOP, few_examples], LOSS).values()] == [0, 0]
     candidate = find_adapter(TOP, few_examples).candidates[1]
     assert candidate.difference == pytest.approx(0.002)
     assert (candidate.difference_high, candidate.is_within_margin) == (None, False)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rightrank.decision.adapter import choose_adapter
 from rightrank.decision.records import Records, build_criterion
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import ExportedAdapter
@@ -21,6 +20,7 @@ from rightrank.schema.events import (
 )
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished, TrialStarted, compute_trial_id
+from rightrank.search.truncations import choose_adapter
 
 STEPS, ITEMS, TOKENS = 40, 30, 20
 

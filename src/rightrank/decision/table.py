@@ -248,7 +248,7 @@ def build_table(
         kind = "other"  # Perplexities are above 0.
     scores, weights = map(_stack_rows, zip(*examples, strict=True)) if scored else np.ones((2, 0, 1))
     scale = weights if kind == "perplexity" else np.ones(1)  # The logarithm applies to the score without its weight.
-    sums = _orient_scores(scores / scale, kind, higher_is_better) * scale
+    sums = orient_scores(scores / scale, kind, higher_is_better) * scale
     losses = (sums.sum(axis=1) / weights.sum(axis=1)).tolist()
     cells: dict[tuple[int, float, int], Cell] = {}
     for trial, values, oriented, weight, loss in zip(scored, scores, sums, weights, losses, strict=True):
@@ -297,7 +297,7 @@ def _stack_rows(lists: Sequence[Sequence[float]]) -> Floats:
     return np.fromiter(chain.from_iterable(lists), dtype=np.float64).reshape(len(lists), -1)
 
 
-def _orient_scores(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
+def orient_scores(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
     """Orient scores so that lower is better; perplexities become logarithms."""
     values = np.asarray(scores)
     return np.log(values) if kind == "perplexity" else -values if higher else values
@@ -375,7 +375,7 @@ def select_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
         return table
     bare_cells = {
         key: replace(
-            cell, sums=_orient_scores([cell.value], table.kind, table.higher_is_better), weights=np.ones(1), groups=None
+            cell, sums=orient_scores([cell.value], table.kind, table.higher_is_better), weights=np.ones(1), groups=None
         )
         for key, cell in selected.items()
     }

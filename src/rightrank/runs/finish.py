@@ -15,7 +15,6 @@ from rightrank.adapters.adapter_folders import (
 from rightrank.data.files import UnreadableError, read_json_object, replace_folder
 from rightrank.decision.adapter import (
     build_trained_answer,
-    choose_adapter,
     compute_test_difference,
     prefer_direct_training,
 )
@@ -33,6 +32,7 @@ from rightrank.runs.values import Selected, SelectedRank, collect_answers
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
+from rightrank.search.truncations import choose_adapter
 
 CARD_FILES = ("README.md", *CARD_IMAGES)  # written to `adapter/` by the hook that writes the views
 

@@ -23,8 +23,9 @@ from rightrank.adapters.truncation import Moments
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.adapter import SEARCH_OPTION, Criterion, build_trained_answer, choose_adapter
+from rightrank.decision.adapter import build_trained_answer
 from rightrank.decision.comparison import compute_file_bounds
+from rightrank.decision.smallest import SEARCH_OPTION, Criterion
 from rightrank.decision.table import build_table, compute_paired_difference
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.command import build_reproduce_command
@@ -36,6 +37,7 @@ from rightrank.schema.results import HeldOutValue, Resized
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.schema.trials import TrialFinished
+from rightrank.search.truncations import choose_adapter
 from rightrank.training.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
 from rightrank.training.covariances import gather_moments, gather_unseen_moments
 from rightrank.training.evaluation import Scores, build_trial_record

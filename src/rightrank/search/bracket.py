@@ -1,6 +1,6 @@
 """The `bracket` strategy: finds the learning rate and the adapter at the top rank, and then whatever the goal needs in addition.
 
-For the deployment rank, the top adapter is truncated to every lower rank, which costs only evaluations; `decision.adapter` judges the
+For the deployment rank, the top adapter is truncated to every lower rank, which costs only evaluations; `adapters.smallest` judges the
 candidates. Neither additional steps after a truncation nor a cut during the training gives a smaller adapter within the margin
 (benchmarks/README.md, archive).
 """
@@ -11,10 +11,11 @@ import math
 from collections.abc import Generator, Sequence
 from itertools import product
 
-from rightrank.decision.adapter import ReferenceComparison, build_adapter_files, choose_adapter
+from rightrank.decision.adapter import score_trials
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.seeds import NOISE
+from rightrank.decision.smallest import ReferenceComparison
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS
 from rightrank.schema.trials import Arm, TrialFinished
@@ -33,6 +34,7 @@ from rightrank.search.learning_rates import (
     try_rank,
 )
 from rightrank.search.protocol import CostEstimate, Strategy
+from rightrank.search.truncations import choose_adapter
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 # Of the truncation that the walk starts at. By its mean alone the walk starts lower, for .2 trainings more on long real grids
@@ -192,9 +194,9 @@ def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
     long_training = trials.get_finished(long_arm)
     if long_training is None:
         return
-    files = build_adapter_files([parent, long_training], space.criterion)
-    reference_comparison = ReferenceComparison(files[parent.trial_id], files, space.criterion)
-    compared = reference_comparison.build_candidate(files[long_training.trial_id])
+    adapters = score_trials([parent, long_training], space.criterion)
+    reference_comparison = ReferenceComparison(adapters[parent.trial_id], adapters, space.criterion)
+    compared = reference_comparison.build_candidate(adapters[long_training.trial_id])
     low, high = compared.difference_low, compared.difference_high
     bounds = "" if low is None or high is None else f" (95% bounds {low:+.2g} and {high:+.2g})"
     result = (

@@ -28,7 +28,7 @@ from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.resizing import cap_ranks, list_candidate_ranks, write_resized_adapter
 from rightrank.bases.base_models import compute_base_identity, read_identity
 from rightrank.data.files import create_temporary_folder, read_json_object, report_disk_errors, write_text
-from rightrank.decision.adapter import choose_adapter, estimate_training_ranks
+from rightrank.decision.adapter import estimate_training_ranks
 from rightrank.decision.records import Records, read_records
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import AdapterProposal, Hook
@@ -49,6 +49,7 @@ from rightrank.schema.trials import (
 )
 from rightrank.search.history import Requests, Space, Trials, build_space, make_truncation_arm
 from rightrank.search.protocol import Strategy
+from rightrank.search.truncations import choose_adapter
 from rightrank.trainers.batch_scores import HeldOutBatches, has_class_labels, read_batch
 from rightrank.trainers.distributed import gather_parameters, get_process_index, is_partitioned, sync_errors
 from rightrank.trainers.in_memory import InMemoryAdapter, copy_factors, gather_adapter_moments, save_trained_adapter

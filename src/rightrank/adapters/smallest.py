@@ -1,0 +1,55 @@
+"""Find the smallest adapter within the margin of the adapter that it is truncated from.
+
+`select`, `resize --data`, the callbacks and the custom trainer differ only in how they truncate and evaluate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from rightrank.decision.smallest import Criterion, ReferenceComparison, ScoredAdapter, build_truncation_answer
+from rightrank.schema.decision import AdapterAnswer
+
+Adapter = TypeVar("Adapter")
+
+
+@dataclass(frozen=True, slots=True)
+class SmallestAdapterAnswer(Generic[Adapter]):
+    """The smallest adapter within the margin, with every adapter that was evaluated on the way."""
+
+    adapter: Adapter
+    answer: AdapterAnswer
+    scored: list[ScoredAdapter]  # the largest adapter first, then its truncations by descending rank
+
+
+def find_smallest(
+    adapter: Adapter,
+    ranks: Iterable[int],
+    truncate: Callable[[int], Adapter | None],
+    evaluate: Callable[[Adapter], ScoredAdapter],
+    criterion: Criterion,
+) -> SmallestAdapterAnswer[Adapter]:
+    """Truncate an adapter downward until a rank is not shown to be within the margin of the adapter itself.
+
+    Args:
+        ranks: the candidates; those that are not below the adapter's own rank are left out.
+        truncate: returns the adapter at a rank, or None if there is none, which is no evidence against the rank.
+        evaluate: scores an adapter on the same held-out examples as all others.
+        criterion: the metric and the margin.
+    """
+    top = evaluate(adapter)
+    chosen, chosen_adapter, scored = top, adapter, {top.name: top}
+    for rank in sorted({rank for rank in ranks if rank < top.rank}, reverse=True):
+        truncated = truncate(rank)
+        if truncated is None:
+            continue
+        candidate = evaluate(truncated)
+        scored[candidate.name] = candidate
+        if not ReferenceComparison(top, scored, criterion).build_candidate(candidate).is_within_margin:
+            break
+        chosen, chosen_adapter = candidate, truncated
+    comparison, truncations = ReferenceComparison(top, scored, criterion), list(scored.values())[1:]
+    answer = build_truncation_answer(chosen, truncations, comparison)
+    return SmallestAdapterAnswer(chosen_adapter, answer, [top, *truncations])
