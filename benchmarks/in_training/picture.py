@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rightrank.report.figure import Figure
-from rightrank.report.figures import RANK, draw_band, draw_points, draw_ring, set_log_ticks
+from rightrank.report.figure import RANK, Figure, draw_band, draw_points, draw_ring, set_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,8 +15,8 @@ from rightrank.decision.adapter import (
     score_trials,
 )
 from rightrank.decision.adapter import compute_test_difference as difference_on_test
+from rightrank.decision.adapter_comparison import Criterion
 from rightrank.decision.comparison import INDEPENDENCE_NOTE, compute_file_bounds
-from rightrank.decision.smallest import Criterion
 from rightrank.decision.table import format_distribution
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated

@@ -12,7 +12,6 @@ from rightrank.runs.resize_by_data import find_smallest_adapter
 from rightrank.schema.metrics import compute_default_margin, infer_metric_kind
 from rightrank.schema.settings import SelectSettings
 from rightrank.search.history import build_space
-from rightrank.trainers.truncation_run import DescendingStrategy
 from tests.report.runs import make_answered_run
 
 FORMS = {"text": 0.005, "preference": 0.02, "classification": None}  # None: 1% of the reference
@@ -37,7 +36,6 @@ def test_every_command_has_the_margin_of_the_kind_of_loss(form: str, margin: flo
     assert expected_margin == (0.01 * reference if margin is None else margin)
     assert decided.margin == pytest.approx(expected_margin, rel=0.01)
     assert space.get_margin(reference) == expected_margin  # select
-    assert DescendingStrategy(space).space.criterion == space.criterion  # SmallestAdapter
     assert (space.criterion.loss, space.criterion.margin) == (loss, None)
     file_answer = find_smallest_adapter([top], build_criterion(records))  # resize, and what select hands over
     assert file_answer.margin == compute_default_margin(infer_metric_kind("loss", False, loss), top.value, [top.value])

@@ -15,7 +15,7 @@ from rightrank.api.folders import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import build_provenance
 from rightrank.decision.records import Records, compare_run_adapters, decide_if_possible, decide_run
-from rightrank.report.answer import build_candidate_table
+from rightrank.report.adapter_page import build_candidate_table
 from rightrank.report.figure import write_figures
 from rightrank.report.figures import build_figures
 from rightrank.report.html import render_model_card, render_report

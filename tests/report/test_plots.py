@@ -26,9 +26,10 @@ from rightrank.cli import cli
 from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.records import Records, compare_run_adapters, decide_run
 from rightrank.decision.table import build_table, estimate_pairs
+from rightrank.report.adapter_page import MAX_MARGINS
 from rightrank.report.answer import build_margin_steps
 from rightrank.report.figure import DARK, Figure, encode_image, write_figures
-from rightrank.report.figures import MAX_MARGINS, build_figures, build_rank_figure
+from rightrank.report.figures import build_figures, build_rank_figure
 from rightrank.report.html import render_report
 from rightrank.runs.values import collect_answers
 from rightrank.schema.decision import Decision

@@ -92,12 +92,6 @@ def make_custom_run() -> tuple[Records, Goal]:
     return records, "training-rank"
 
 
-def make_callback_run() -> tuple[Records, Goal]:
-    records = make_answered_run()
-    records.started = records.started.model_copy(update={"kind": RunKind.CALLBACK})
-    return records, "adapter"
-
-
 def set_settings(records: Records, **changes: object) -> Records:
     records.started = records.started.model_copy(update={"settings": records.started.settings | changes})
     return records
@@ -113,7 +107,6 @@ CASES: list[Case] = [
     make_undecided_run,
     make_run_out_of_budget,
     make_custom_run,
-    make_callback_run,
 ]
 
 
@@ -174,7 +167,6 @@ def test_commands_and_paths_stay_whole_in_any_terminal(case: Case, width: int, r
         (make_run_out_of_budget, ["Rank 64: learning rate 0.003, no smaller adapter was compared",
                                   "next (a larger budget): rightrank select --out data-model --set budget_trainings=3"]),
         (make_custom_run, ["adapter: the trainer saved none", "next:    "]),
-        (make_callback_run, ["Rank 8 is enough", "next (serve it): "]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip

@@ -70,7 +70,7 @@ def test_status_on_the_command_line(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert shown.output.startswith(f"{run}: stopped\nTrain at rank ")
     assert "8 trainings so far." in shown.output
-    assert f"resume:  rightrank resume {run}" in shown.output
+    assert f"resume:  rightrank select --out {run}" in shown.output
     answer = json.loads(CliRunner().invoke(cli, ["status", str(run), "--json"]).stdout)
     assert answer["trials_ended"] == 9
 

@@ -137,7 +137,7 @@ def test_a_top_is_too_small_if_its_largest_truncation_is_worse(rank: int, differ
     assert build_adapter_answer(rank, difference).is_top_rank_required is keeps
 
 
-def test_resume_continues_a_selection_with_its_model_data_and_settings(
+def test_select_without_a_model_continues_with_that_of_the_run(
     small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "small"
@@ -149,5 +149,5 @@ def test_resume_continues_a_selection_with_its_model_data_and_settings(
     journal.write_bytes(b"".join(lines[: first + 1]))
     assert collect_values(run).keys() < values.keys()
     with pytest.raises(SystemExit, match=r"^0$"):
-        main(["resume", "run"])
+        main(["select", "--out", "run"])
     assert collect_values(run) == values

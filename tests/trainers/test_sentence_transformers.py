@@ -91,19 +91,18 @@ def test_the_own_loss_of_the_trainer_is_measured(kind: str, bert: Path, tmp_path
         return
     assert result.num_examples == 50
     assert "Bounds are over 13 groups of 50 examples." in result.answer.notes
-    assert result.trained_trial.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=0.02)
+    assert result.trained_scores.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=0.02)
     model = CrossEncoder(str(bert), num_labels=1, device="cpu")
     model[0].model = PeftModel.from_pretrained(model[0].model, adapter)
     trainer.model, trainer.loss.model = model, model
     trainer.model_wrapped = model
     mean = sum(trainer.evaluate(trainer.eval_dataset.select([n]))["eval_loss"] for n in range(50)) / 50
-    assert mean == pytest.approx(result.trained_trial.value + result.answer.difference, abs=1e-4)
+    assert mean == pytest.approx(result.trained_scores.loss + result.answer.difference, abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("callback", "rows", "error", "words"),
     [
-        (partial(SmallestAdapter, measure=False), 100, SettingsError, "evaluate=evaluate"),
         (partial(SmallestAdapter, metric="accuracy"), 100, SettingsError, "evaluate=evaluate"),
         (
             SmallestAdapter,

@@ -9,7 +9,6 @@ import logging
 import random
 import re
 import shlex
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,17 +29,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from rightrank import SelectSettings, SmallestAdapter, compare, export, write_report
+from rightrank import SelectSettings, SmallestAdapter, compare
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resizing import list_candidate_ranks
-from rightrank.api.folders import status
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.runs.resize_by_data import measure_truncation_curve
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.trainers.batch_scores import HeldOutBatches, compute_batch_loss
-from rightrank.trainers.in_memory import InMemoryAdapter, find_trained_adapter
-from rightrank.trainers.truncation_run import measure_truncations, resume_measurement
+from rightrank.trainers.in_memory import find_trained_adapter
 from rightrank.training.covariances import gather_unseen_moments
 from rightrank.training.evaluation import Scores
 from rightrank.training.runtime import attach_adapter
@@ -54,6 +51,8 @@ from tests.trainers.trainings import (
     make_batches,
     make_peft_model,
     make_trainer,
+    measure,
+    read_answer,
     run_training,
 )
 
@@ -113,48 +112,25 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert tracker.logged["rightrank/rank"] == answer.rank
     assert tracker.logged["rightrank/difference_high"] == answer.difference_high
     folder = tmp_path / "out" / "rightrank"
-    document = json.loads((folder / "decision.json").read_text(encoding="utf-8"))
-    assert document["handed_over"]["rank"] == answer.rank < 16
-    assert document["adapter_sentence"] == answer.sentence
+    document = read_answer(tmp_path / "out")
+    assert (document["metric"], document["rank"]) == ("loss", answer.rank)
+    assert document["sentence"] == answer.sentence
+    assert answer.rank < 16
     assert answer.sentence in caplog.text
     assert trainer.state.log_history[-1]["rightrank/rank"] == answer.rank
-    card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert f"trained at rank 16 (learning rate 0.01, 60 steps), truncated to rank {answer.rank} by K-FAC" in card
     assert "Measured on the last (step 60) weights with 60 held-out examples" in caplog.text
-    assert "of the training's time; peak memory" in caplog.text
-    command = next(note for note in answer.notes if note.startswith("An estimate")).partition("and run: ")[2]
-    words = shlex.split(command)
-    assert words[:4] == ["rightrank", "select", str(model_folder), "DATA"]  # the name of the rows' file is not known
-    options = dict(zip(words[4::2], words[5::2], strict=True))
-    assert options["--learning-rates"] == "0.01"
-    assert options["--max-steps"] == "60"
-    assert "--ranks" in options
+    assert "of the training's time." in caplog.text
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert answer.sentence in page
     assert "data:image/svg+xml" in page
-    names = ["adapter", "config.yaml", "decision.json", "figures", "journal.jsonl", "report.html", "trials"]
-    assert [path.name for path in sorted(folder.iterdir()) if path.name != ".lock"] == names
-    require_commands_to_work(folder, answer.rank, model_folder)
+    data = write_completions(tmp_path / "compared.jsonl", 20, seed=9)
+    sides = folder / "adapter", "base"
+    assert compare(*sides, model=str(model_folder), data=data, settings=SelectSettings(seq_len=32)).examples == 20
     model.save_pretrained(tmp_path / "trained")
     trained_losses = compute_peft_losses(model_folder, tmp_path / "trained", rows[140:])
     truncated_losses = compute_peft_losses(model_folder, folder / "adapter", rows[140:])
     tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows[140:])
     assert (sum(truncated_losses) - sum(trained_losses)) / tokens == pytest.approx(answer.difference, abs=1e-4)
-
-
-def require_commands_to_work(run: Path, rank: int, model_folder: Path) -> None:
-    """Require that status, report, export and compare read the folder like that of a selection."""
-    state = status(run)
-    assert (state.state, state.goal, state.adapter_sentence is not None) == ("done", "adapter", True)
-    assert state.resume is None
-    assert state.truncated_curve
-    first = (run / "report.html").read_text(encoding="utf-8")
-    assert write_report(run).read_text(encoding="utf-8") == first
-    script = (export(run, "vllm").folder / "vllm.sh").read_text(encoding="utf-8")
-    assert f"serve {model_folder} " in script
-    data = write_completions(run.parent / "compared.jsonl", 20, seed=9)
-    sides = run / "adapter", "base"
-    assert compare(*sides, model=str(model_folder), data=data, settings=SelectSettings(seq_len=32)).examples == 20
 
 
 def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
@@ -180,8 +156,8 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
         ]
 
     held_out = batches("validation", range(len(runtime.data.splits["validation"])))
-    live = InMemoryAdapter(model, held_out, batches("train", read), margin=0.1, moment_tokens=10**9)
-    answer = measure_truncations(live, tmp_path / "live").answer
+    train = batches("train", read)
+    answer = measure(model, held_out, train, tmp_path / "live", margin=0.1, moment_tokens=10**9).answer
     assert (answer.rank, answer.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)
     assert answer.difference_high == pytest.approx(curve.answer.difference_high, abs=1e-4)
     by_rank = {candidate.rank: candidate for candidate in curve.answer.candidates}
@@ -204,7 +180,7 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     configs, active = copy.deepcopy(model.peft_config), copy.deepcopy(model.active_adapter)
     layers = [copy.copy(vars(module)) for module in model.modules()]
-    measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    measure(model, batches[20:], batches[:20], tmp_path)
     assert all(torch.equal(value, initial_values[name]) for name, value in model.named_parameters())
     assert {name for name, value in model.named_parameters() if value.grad is not None} == set(gradients)
     assert all(
@@ -275,10 +251,10 @@ class BrokenTracker(TrainerCallback):
     ("function", "line"),
     [
         (
-            "rightrank.trainers.truncation_run.finish_run",
-            "the search .* failed: {error}; to measure again: rightrank resume .*",
+            "rightrank.trainers.measurement.measure_truncations",
+            "the search .* failed: {error}; to measure the saved adapter: rightrank resize .*/trained .*/resized --data .*",
         ),
-        ("rightrank.trainers.truncation_run.begin_run", "the search .* failed: {error}"),
+        ("rightrank.trainers.measurement._save_adapter", "the search .* failed: {error}"),
         ("rightrank.trainers.smallest.read_moment_batches", "the search .* failed: {error}"),
         ("", "a tracker did not accept the values: {error}"),
     ],
@@ -298,8 +274,7 @@ def test_what_fails_at_the_end_is_one_line(
         raise OSError(28, "No space left on device")
 
     if function.endswith("read_moment_batches"):
-        run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, measure=False), max_steps=1)
-        assert (tmp_path / "rightrank" / "cache" / "measure.json").is_file()
+        (tmp_path / "rightrank" / "trained").mkdir(parents=True)
     if function:
         monkeypatch.setattr(function, full)
     trainer = make_trainer(model_folder, rows, tmp_path, lambda _: BrokenTracker(), SmallestAdapter, max_steps=1)
@@ -312,59 +287,38 @@ def test_what_fails_at_the_end_is_one_line(
     assert function or (tmp_path / "rightrank" / "adapter").is_dir()
 
 
-def test_a_measurement_that_was_cut_off_is_made_again(
+def test_a_measurement_that_was_cut_off_is_made_by_the_command_that_was_logged(
     model_folder: Path,
     rows: Rows,
+    completion_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Run the command that is printed first. `test_doors` runs it in a fresh process."""
-    callback, folder = partial(SmallestAdapter, margin=0.1), tmp_path / "cut" / "rightrank"
+    callback, folder = partial(SmallestAdapter, margin=0.1, ranks=[2, 8]), tmp_path / "cut" / "rightrank"
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
-        patch.setattr("rightrank.trainers.truncation_run.finish_run", raise_interrupt)
+        patch.setattr("rightrank.trainers.measurement.measure_truncations", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_training(model_folder, rows, tmp_path / "cut", callback)
-    line = next(line for line in list_messages(caplog) if "to measure again: " in line)
-    command = shlex.split(line.split("to measure again: ")[1])
-    assert command == ["rightrank", "resume", str(folder)]
-    assert status(folder).resume == shlex.join(command)
-    weights = next((folder / "trials").iterdir()) / "adapter_model.safetensors"
-    original_bytes = weights.read_bytes()
-    weights.write_bytes(original_bytes[: len(original_bytes) // 2])
+    assert [path.name for path in folder.iterdir()] == ["trained"]
+    line = next(line for line in list_messages(caplog) if "if this is interrupted: " in line)
+    _, *command = shlex.split(line.split("if this is interrupted: ")[1])
+    lines = completion_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    files = {"TRAINING.jsonl": lines[:140], "HELD_OUT.jsonl": lines[140:]}
+    for name, chosen in files.items():
+        (tmp_path / name).write_text("".join(chosen), encoding="utf-8")
+    arguments = [str(tmp_path / word) if word in files else word for word in command]
     capsys.readouterr()  # what the training said
-    exit_status, _, error = run(command[1:], capsys)
-    assert (exit_status, error.count("rightrank: ")) == (2, 1)
-    weights.write_bytes(original_bytes)
-    exit_status, printed, _ = run([*command[1:], "--json"], capsys)
+    exit_status, printed, _ = run([*arguments, "--json", "--set", "seq_len=32"], capsys)
     assert exit_status == 0
-    answer = json.loads(printed)["adapter_answer"]
-    expected = run_training(model_folder, rows, tmp_path / "whole", callback).result.answer
-    assert answer["rank"] == expected.rank
-    assert answer["difference_high"] == pytest.approx(expected.difference_high, abs=1e-5)
-    assert not (folder / "cache").exists()
-    assert run(["resume", str(folder)], capsys)[0] == 2  # it is finished
-
-
-def test_another_base_is_refused_in_a_fresh_process(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    base, out = tmp_path / "base", tmp_path / "out" / "rightrank"
-    shutil.copytree(model_folder, base)
-    waiting = partial(SmallestAdapter, max_examples=30, measure=False)
-    run_training(base, rows, tmp_path / "out", waiting, model=make_peft_model(base), max_steps=1)
-    for change in ("weights", "vocabulary"):
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-        if change == "weights":
-            torch.nn.init.normal_(model.get_input_embeddings().weight)
-        else:
-            model.resize_token_embeddings(model.config.vocab_size + 8)
-        model.save_pretrained(base)
-        with pytest.raises(
-            ModelError, match=r"not the base model of the training \(.* has other values|cannot be loaded"
-        ):
-            resume_measurement(out)
-    shutil.copytree(model_folder, base, dirs_exist_ok=True)
-    assert resume_measurement(out).adapter is not None  # the base that was trained on
+    answer = json.loads(printed)["answer"]
+    assert (answer["margin"], answer["trained_rank"]) == (0.1, 16)
+    assert {candidate["rank"] for candidate in answer["candidates"]} <= {2, 8, 16}
+    assert open_adapter(folder / "resized").modules
+    assert run_training(model_folder, rows, tmp_path / "cut", callback).result is not None
+    assert (folder / "adapter").is_dir()
+    assert not (folder / "trained").exists()
 
 
 def test_rows_of_the_training_set_are_counted_and_left_out(
@@ -377,7 +331,7 @@ def test_rows_of_the_training_set_are_counted_and_left_out(
     assert "10 of 35 held-out rows are also in the training set; they are left out" in caplog.text
     assert "25 held-out examples are too few" in caplog.text
     assert result.num_examples == 25
-    assert "10 of 35" in (tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8")
+    assert "10 of 35" in (tmp_path / "rightrank" / "answer.json").read_text(encoding="utf-8")
 
 
 def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
@@ -387,10 +341,10 @@ def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     # At this rate the last step is not the best one.
     changes |= {"load_best_model_at_end": True, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
     callback = run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, margin=0.1), **changes)
-    document = json.loads((tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8"))
-    assert any("Measured on the best (step " in note for note in document["adapter_answer"]["notes"])
+    document = json.loads((tmp_path / "rightrank" / "answer.json").read_text(encoding="utf-8"))
+    assert any("Measured on the best (step " in note for note in document["notes"])
     value = score_batches(callback.trainer.model.eval(), make_batches(rows[140:])).loss
-    assert callback.result.trained_trial.value == pytest.approx(value, rel=1e-4)
+    assert callback.result.trained_scores.loss == pytest.approx(value, rel=1e-4)
 
 
 def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -420,7 +374,7 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     resumed = find_callback(trainer).result
     value = score_batches(whole.trainer.model.eval(), make_batches(rows[140:])).loss
-    assert resumed.trained_trial.value == pytest.approx(value, rel=1e-4)
+    assert resumed.trained_scores.loss == pytest.approx(value, rel=1e-4)
     values = [[candidate.value for candidate in result.answer.candidates] for result in (whole.result, resumed)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)  # the same examples and the same second moments
 
@@ -428,14 +382,14 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
 def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     model = make_peft_model(model_folder)
     batches = make_batches(rows[:40])
-    alone = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "alone")
+    alone = measure(model, batches, [], tmp_path / "alone")
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
     assert find_trained_adapter(model) == "default"
-    with_second_adapter = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "beside")
+    with_second_adapter = measure(model, batches, [], tmp_path / "beside")
     assert with_second_adapter.answer.candidates == alone.answer.candidates
     model.set_adapter("other")
     assert find_trained_adapter(model) == "other"
-    with_other_active = measure_truncations(InMemoryAdapter(model, batches, margin=1.0), tmp_path / "active")
+    with_other_active = measure(model, batches, [], tmp_path / "active")
     assert with_other_active.answer.candidates == alone.answer.candidates
     assert model.active_adapter == "other"
     model.base_model.set_adapter(["default", "other"])
@@ -463,7 +417,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 
     batches = make_batches(rows[:40])
     mlp.forward = fused
-    result = measure_truncations(InMemoryAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    result = measure(model, batches[20:], batches[:20], tmp_path)
     note = (
         "3 of 21 modules (model.layers.0.mlp.gate_proj, …) are truncated by singular values: the model computes their layers without "
         "calling PEFT's modules (fused kernels), or does not use them"
@@ -522,14 +476,13 @@ def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_p
     callback = SmallestAdapter(trainer, margin=0.05)
     trainer.add_callback(callback)
     trainer.train()
-    card = (tmp_path / "out" / "rightrank" / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "AutoPeftModelForSequenceClassification.from_pretrained('this/folder', **head)" in card
+    assert (tmp_path / "out" / "rightrank" / "adapter" / "classifier.json").is_file()
     assert callback.result is not None
     assert callback.metric == (None if metric == "loss" else "accuracy")
-    assert callback.result.trained_trial.value == callback.result.trained_trial.metrics[metric]
+    assert callback.result.answer.candidates[0].value == callback.result.trained_scores.metrics[metric]
     if metric == "accuracy":
         return
-    assert callback.result.trained_trial.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+    assert callback.result.trained_scores.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
     model.save_pretrained(tmp_path / "trained")
     folder = tmp_path / "out" / "rightrank" / "adapter"
     values = [
@@ -558,7 +511,7 @@ def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder:
     trainer.add_callback(callback)
     trainer.train()
     assert callback.result is not None
-    assert callback.result.trained_trial.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-3)
+    assert callback.result.trained_scores.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-3)
     assert callback.result.answer.rank < 16
     live, adapter_path = trainer.model, tmp_path / "out" / "rightrank" / "adapter"
     batches = [trainer.data_collator([row]) for row in held_out]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,7 +26,6 @@ from transformers import (
 from rightrank import SmallestAdapter
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
 from rightrank.trainers.trainer_rows import find_group_key, number_groups
-from rightrank.trainers.truncation_run import resume_measurement
 from tests.trainers.trainings import OneTimeRows, RowList, Rows, make_peft_model, make_trainer, run_training
 
 pytestmark = pytest.mark.trains
@@ -178,144 +176,70 @@ def test_a_scale_that_peft_does_not_save_is_refused(
 
 
 class RandomRows(RowList):
-    """Rows that lose a random token, drawn from every kind of generator."""
+    """Rows that lose random tokens, drawn from every kind of generator, one of which is created at first use."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
-        self.own, self.transforms = np.random.default_rng(0), [torch.Generator().manual_seed(0), random.Random(0)]
+        self.own, self.torch_generator, self.python = (
+            np.random.default_rng(0),
+            torch.Generator().manual_seed(0),
+            random.Random(0),
+        )
+        self.lazy: Any = None
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        draws = [torch.rand(1).item(), np.random.rand(), random.random(), self.own.random()]
-        draws += [torch.rand(1, generator=self.transforms[0]).item(), self.transforms[1].random()]
+        self.lazy = self.lazy or np.random.default_rng(3)
+        draws = [torch.rand(1).item(), np.random.rand(), random.random(), self.own.random(), self.lazy.random()]
+        draws += [torch.rand(1, generator=self.torch_generator).item(), self.python.random()]
         row = self.rows[index]
         length = len(row["labels"]) - round(sum(draws)) % 4
         return {name: values[:length] for name, values in row.items()}
 
 
-def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Train on data sets that draw random numbers, and compare bit by bit."""
-    weights = []
-    for number, callbacks in enumerate(([], [SmallestAdapter])):
-        trainer = make_trainer(
-            model_folder,
-            rows,
-            tmp_path / str(number),
-            *callbacks,
-            train=RandomRows(rows[:140]),
-            held_out=RandomRows(rows[140:]),
-            eval_strategy="steps",
-            eval_steps=2,
-        )
-        trainer.train()
-        weights.append(dict(trainer.model.named_parameters()))  # type: ignore[union-attr]
-    assert (tmp_path / "1" / "rightrank" / "adapter").is_dir()
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+class RandomCollator:
+    """A collator that masks labels with a generator that it creates at first use, as those of transformers do."""
 
-
-class LazyGenerator:
-    """An object that creates its generator at first use, as collators and data sets do."""
-
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder), padding=True)
         self.generator: Any = None
 
-    def draw(self) -> int:
-        if self.generator is None:
-            self.generator = np.random.default_rng(3)
-        return int(self.generator.integers(4))
-
-
-class LazyRows(RowList):
-    """Rows that lose tokens in a transform that creates its generator at first use."""
-
-    def __init__(self, rows: Rows) -> None:
-        super().__init__(rows)
-        self.transforms = [partial(LazyGenerator.draw, LazyGenerator())]
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        length = len(self.rows[index]["labels"]) - self.transforms[0]()
-        return {name: values[:length] for name, values in self.rows[index].items()}
-
-
-class Collator:
-    """A collator that records the rows and batches of the training. A copy has its own records."""
-
-    def __init__(self, collate: Any, lazy: LazyGenerator | None = None) -> None:
-        self.collate, self.lazy = collate, lazy
-        self.rows: list[Any] = []
-        self.batches: list[Any] = []
-
     def __call__(self, rows: list[Any]) -> Any:
-        self.rows += rows
-        if self.lazy is not None:
-            rows = [{name: values[self.lazy.draw() :] for name, values in row.items()} for row in rows]
-            rows = [{name: values[-min(map(len, row.values())) :] for name, values in row.items()} for row in rows]
-        self.batches.append(self.collate(rows))
-        return self.batches[-1]
+        self.generator = self.generator or torch.Generator().manual_seed(5)
+        batch = self.collate(rows)
+        batch["labels"][torch.rand(batch["labels"].shape, generator=self.generator) < 0.2] = -100
+        return batch
 
 
-GENERATOR: Any = None  # as of a training script
+@pytest.mark.filterwarnings("ignore")  # Lightning's
+@pytest.mark.parametrize("program", ["transformers", "lightning"])
+def test_reading_rows_changes_no_random_state(program: str, model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Train on data sets and a collator that draw random numbers, and compare bit by bit."""
+    weights = []
+    for is_measured in (False, True):
+        collator, out = RandomCollator(model_folder), tmp_path / str(is_measured)
+        train, held_out = RandomRows(rows[:140]), RandomRows(rows[140:])
+        if program == "transformers":
+            callbacks = [SmallestAdapter] * is_measured
+            changes = {"eval_strategy": "steps", "eval_steps": 2}
+            trainer = make_trainer(model_folder, rows, out, *callbacks, train=train, held_out=held_out, **changes)
+            trainer.data_collator = collator
+            trainer.train()
+            model: Any = trainer.model
+        else:
+            pytest.importorskip("lightning")
+            from tests.trainers import with_lightning
 
-
-def collate_by_script(rows: list[Any]) -> list[Any]:
-    """Hide the end of rows with a generator that is stored in a global variable at first use."""
-    global GENERATOR
-    if GENERATOR is None:
-        GENERATOR = np.random.default_rng(4)
-    ends = [14 - GENERATOR.integers(4) for _ in rows]
-    return [{name: values[:end] for name, values in row.items()} for row, end in zip(rows, ends, strict=True)]
-
-
-def make_collator(kind: str, folder: Path) -> Collator:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if kind == "transformers":
-        tokenizer.mask_token = "<unk>"
-        masked = transformers.DataCollatorForLanguageModeling(tokenizer, seed=5, mlm_probability=0.4)
-        return Collator(lambda rows: masked([{"input_ids": row["input_ids"]} for row in rows]))
-    if kind == "script":
-        collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
-        return Collator(lambda rows: collate(collate_by_script(rows)))
-    return Collator(DataCollatorForSeq2Seq(tokenizer, padding=True), LazyGenerator() if kind == "collator" else None)
-
-
-@pytest.mark.parametrize("kind", ["rows", "collator", "transformers", "script"])
-def test_a_generator_that_is_created_at_first_use_is_left_to_the_training(
-    kind: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Cover a data set's transform, a collator such as transformers', and a script. The batches are the same as without the callbacks."""
-    batches = []
-    for number, callbacks in enumerate(([], [SmallestAdapter])):
-        collator, train = make_collator(kind, model_folder), (LazyRows if kind == "rows" else RowList)(rows[:140])
-        monkeypatch.setattr(sys.modules[__name__], "GENERATOR", None)
-        trainer = make_trainer(model_folder, rows, tmp_path / str(number), *callbacks, train=train)
-        trainer.data_collator = collator
-        trainer.train()
-        batches.append([batch["labels"] for batch in collator.batches])
-    assert len(batches[0]) >= 4  # the trainer reads ahead
-    for observed in batches[1:]:
-        assert all(torch.equal(*labels) for labels in zip(batches[0], observed, strict=True))
-
-
-def test_what_cannot_be_copied_is_not_read_before_the_end(
-    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Use an open file, which cannot be copied. A note lists unchecked rows."""
-    train = LazyRows(rows[:140])
-    train.file = (tmp_path / "rows").open("w")  # type: ignore[attr-defined]
-    collator = make_collator("collator", model_folder)
-    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, train=train)
-    trainer.data_collator = collator
-    assert collator.lazy is not None
-    collator.lazy.file = train.file  # type: ignore[attr-defined]
-    trainer.train()
-    assert len(collator.rows[:32]) == 32
-    assert "the training set is not read before the training ends: LazyRows cannot be copied (" in caplog.text
-    assert "held-out rows were not looked for in it" in caplog.text
-    assert "no example was scored before the first step" in caplog.text
-    callback: Any = trainer.callback_handler.callbacks[0]
-    assert "truncated by singular values" not in " ".join(callback.result.notes)
-    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, held_out=train)
-    refuse(trainer, "eval_dataset, LazyRows cannot be copied")
-    train.file.close()  # type: ignore[attr-defined]
+            model, order = make_peft_model(model_folder), torch.Generator().manual_seed(1)
+            loader = torch.utils.data.DataLoader(train, 8, shuffle=True, collate_fn=collator, generator=order)
+            held_out_loader = torch.utils.data.DataLoader(held_out, 8, collate_fn=collator)
+            callback = with_lightning.SmallestAdapter(held_out_loader) if is_measured else None
+            torch.manual_seed(7)
+            np.random.seed(7)
+            random.seed(7)
+            with_lightning.fit_model(model, callback, loader, out)
+        weights.append(dict(model.named_parameters()))
+        assert (out / "rightrank" / "adapter").is_dir() == is_measured
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):
@@ -357,7 +281,7 @@ def test_a_stream_loses_no_row(
     assert "a stream and is not read; held-out rows were not looked for in it" in caplog.text
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     result = trainer.callback_handler.callbacks[0].result
-    assert "truncated by singular values" in result.notes[0]
+    assert any("truncated by singular values" in note for note in result.answer.notes)
     assert any("were not looked for" in note for note in result.answer.notes)
 
 
@@ -457,7 +381,7 @@ def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, cap
     pixels = torch.stack([row["pixel_values"] for row in rows[80:]])
     labels = torch.tensor([row["labels"] for row in rows[80:]])
     with torch.no_grad():
-        assert callback.result.trained_trial.value == pytest.approx(
+        assert callback.result.answer.candidates[0].value == pytest.approx(
             float((model.eval()(pixels).logits.argmax(-1) == labels).float().mean())
         )
     callback.eval_dataset, arguments.max_steps = rows[70:120], 1
@@ -480,7 +404,7 @@ def test_the_scored_rows_are_a_random_sample(
     np.random.seed(1)
     train = [{name: values[1:] for name, values in row.items()} for row in rows]
     callback = run_training(model_folder, rows, tmp_path, SmallestAdapter, train=train, held_out=mixed, max_steps=2)
-    tokens = callback.result.trained_trial.example_tokens
+    tokens = callback.result.trained_scores.tokens
     assert len(tokens) == 20
     assert 4 <= sum(count > 35 for count in tokens) <= 16  # beyond this in 1 of 400 random samples
 
@@ -496,16 +420,14 @@ def test_the_sample_is_the_same_whatever_the_global_generators_have(
         random.seed(seed)
         callback = partial(SmallestAdapter, max_examples=20)
         result = run_training(model_folder, rows, tmp_path / str(seed), callback, seed=seed, max_steps=1).result
-        tokens.append(result.trained_trial.example_tokens)
+        tokens.append(result.trained_scores.tokens)
     assert tokens[0] == tokens[1]
 
 
 def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, margin=1.0, measure=False))
-    resume_measurement(tmp_path / "rightrank")
-    for folder in [tmp_path / "rightrank" / "adapter", *(tmp_path / "rightrank" / "trials").iterdir()]:
-        loaded = AutoTokenizer.from_pretrained(folder)
-        assert loaded("a b") == AutoTokenizer.from_pretrained(model_folder)("a b")
+    run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, margin=1.0))
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "rightrank" / "adapter")
+    assert loaded("a b") == AutoTokenizer.from_pretrained(model_folder)("a b")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from transformers import (
 
 from rightrank import SmallestAdapter
 from rightrank.trainers.batch_scores import HeldOutBatches
-from rightrank.trainers.truncation_run import resume_measurement
 
 pytestmark = pytest.mark.trains
 STRATEGIES = ("ddp", "fsdp2")
@@ -131,22 +130,20 @@ def run_zero3(number: int, port: int, model: Path, rows: list[Any], out: Path) -
 
 
 @pytest.mark.filterwarnings("ignore")  # DeepSpeed's
-def test_zero3_is_kept_for_a_fresh_process(
+def test_the_adapter_of_zero3_is_saved_for_resize(
     model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gather the empty parameters. The saved adapter is the trained one, and a fresh process measures it."""
+    """Gather the empty parameters. The saved adapter is the trained one."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     multiprocessing.spawn(
         run_zero3, args=(find_free_port(), model_folder, read_rows(model_folder, completion_file), tmp_path), nprocs=2
     )
-    (trained,) = (tmp_path / "rightrank" / "trials").iterdir()
-    saved_parameters = load_file(trained / "adapter_model.safetensors")
+    saved_parameters = load_file(tmp_path / "rightrank" / "trained" / "adapter_model.safetensors")
     trained_parameters = torch.load(tmp_path / "after.pt", weights_only=True)
     assert saved_parameters.keys() == trained_parameters.keys()
     assert all(torch.equal(value, trained_parameters[name]) for name, value in saved_parameters.items())
     assert any(value.abs().max() > 0 for name, value in saved_parameters.items() if "lora_B" in name)
-    assert resume_measurement(tmp_path / "rightrank").adapter is not None
 
 
 def find_free_port() -> int:
@@ -186,21 +183,18 @@ def test_two_processes_give_one_answer(strategy: str, trained: Path, model_folde
     assert answers[0] == answers[1]
     assert notes[0][:-1] == notes[1][:-1]
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
-    values = {}
-    trained_id = f"trials/{answers[0]['trained_id']}"
-    for name in (trained_id, "adapter"):
+    values = []
+    trained_parameters = torch.load(out / "after.pt", weights_only=True)
+    for is_trained in (True, False):
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-        loaded: Any = PeftModel.from_pretrained(base, out / "rightrank" / name).eval()
-        values[name] = HeldOutBatches(loaded, batches).score().loss
-        if name == trained_id:
-            trained_parameters = torch.load(out / "after.pt", weights_only=True)
-            assert trained_parameters.keys() == {
-                parameter for parameter, _ in loaded.named_parameters() if "lora_" in parameter
-            }
-            assert all(
-                torch.equal(value, trained_parameters[parameter])
-                for parameter, value in loaded.named_parameters()
-                if parameter in trained_parameters
-            )
-    assert values["adapter"] - values[trained_id] == pytest.approx(answers[0]["difference"], abs=1e-4)
+        if is_trained:
+            model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+            factors = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+            assert trained_parameters.keys() == factors.keys()
+            model.load_state_dict(trained_parameters, strict=False)
+        else:
+            model = PeftModel.from_pretrained(base, out / "rightrank" / "adapter")
+        values.append(HeldOutBatches(model.eval(), batches).score().loss)
+    assert values[0] == pytest.approx(answers[0]["candidates"][0]["value"], abs=1e-4)
+    assert values[1] - values[0] == pytest.approx(answers[0]["difference"], abs=1e-4)
     assert answers[0]["rank"] < 16

@@ -103,7 +103,7 @@ def test_the_end_of_a_training_with_images(tmp_path: Path) -> None:
     assert answer.rank < 8
 
     adapter = tmp_path / "out" / "rightrank" / "adapter"
-    value = callback.result.trained_trial.value
+    value = callback.result.trained_scores.loss
     assert compute_loss(folder, adapter, trainer) == pytest.approx(value + answer.difference, abs=1e-4)
 
     rows = [{"prompt": "<image> : ", "completion": "the cat", "images": [f"{n}.png"]} for n in range(30)]

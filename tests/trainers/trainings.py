@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+
+from rightrank.trainers.in_memory import InMemoryAdapter
+from rightrank.trainers.measurement import SmallestAdapterResult, TrainingSummary, find_smallest_adapter
 
 Rows = list[dict[str, list[int]]]
 
@@ -90,3 +94,21 @@ def make_batches(rows: Rows) -> list[dict[str, torch.Tensor]]:
 def list_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the warnings of the package."""
     return [r.getMessage() for r in caplog.records if r.name == "rightrank" and r.levelname == "WARNING"]
+
+
+def measure(
+    model: Any, held_out: list[Any], train: list[Any], out: Path, margin: float = 1.0, **changes: Any
+) -> SmallestAdapterResult:
+    """Measure the truncations of a model's adapter."""
+    return find_smallest_adapter(
+        InMemoryAdapter(model, held_out, train, **changes), out, TrainingSummary(), margin=margin
+    )
+
+
+def read_answer(out: Path) -> dict[str, Any]:
+    """Return the answer that a training in `out` has written beside the adapter."""
+    folder = out / "rightrank"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "answer.json", "report.html"]
+    answer: dict[str, Any] = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    return answer

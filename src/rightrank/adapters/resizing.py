@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
-from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule
+from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, open_adapter
 from rightrank.adapters.adapter_writer import write_same_format
 from rightrank.adapters.rank_math import (
     build_exact_pattern,
@@ -59,6 +59,22 @@ def write_resized_adapter(
         tensors |= resize_pair(adapter, pair, find_pair_rank(pair, ranks), ratio, moments or {})
     write_same_format(adapter, out, config, tensors)
     return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class RankedAdapter:
+    """An adapter folder at a rank: that of a uniform adapter with as many parameters."""
+
+    rank: int
+    folder: AdapterFolder
+
+
+def write_truncation(
+    adapter: AdapterFolder, out: Path, rank: int, moments: Mapping[str, Moments] | None = None
+) -> RankedAdapter:
+    """Truncate an adapter to `rank` as a selection does, and write it."""
+    write_resized_adapter(adapter, out, cap_ranks(adapter, rank, moments), moments)
+    return RankedAdapter(rank, open_adapter(out))
 
 
 def write_uniform_adapter(adapter: AdapterFolder, out: Path) -> None:

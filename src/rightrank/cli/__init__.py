@@ -22,7 +22,7 @@ from rightrank.version import __version__
 
 # The order in `--help`: the main job, its run folder, finished results, adapters.
 ORDER = (
-    *("demo", "select", "resume", "expect", "plan", "status", "report", "export", "decide", "compare"),
+    *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare"),
     *("inspect", "resize"),
 )
 # Packages of `rightrank[train]`; commands that need none of them work without them.

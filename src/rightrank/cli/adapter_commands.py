@@ -198,7 +198,8 @@ def _format_module_row(module: ModuleSpectrum) -> list[str]:
 def _format_resize_result(resized: Resized) -> str:
     """Format the written rank and the truncation error."""
     from rightrank.adapters.rank_math import format_rank
-    from rightrank.report.answer import build_candidate_table, format_table
+    from rightrank.report.adapter_page import build_candidate_table
+    from rightrank.report.answer import format_table
 
     lowest, highest = (limit(module.rank for module in resized.modules) for limit in (min, max))
     rank = f"ranks by module, from {lowest} to {highest}"

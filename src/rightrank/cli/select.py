@@ -152,28 +152,6 @@ def _demo(out: Path, as_json: bool) -> None:
         click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
-@click.command(
-    "resume", short_help="Continue a run that did not reach its end.", epilog="Example: rightrank resume run"
-)
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@click.pass_context
-def _resume(context: click.Context, run: Path, as_json: bool) -> None:
-    """Continue RUN: a selection, or the measurement at the end of a training that its callback could not finish.
-
-    A selection continues with the model, the data and the settings that it began with.
-    """
-    from rightrank.api.runs import open_run
-    from rightrank.schema.events import RunKind
-
-    if open_run(run, is_live=True)[2].started.kind is not RunKind.CALLBACK:
-        context.invoke(_select, out=run, as_json=as_json)
-        return
-    from rightrank.trainers.truncation_run import resume_measurement
-
-    _print_selected(_run_with_progress(lambda hooks: resume_measurement(run, hooks), run), as_json)
-
-
 def _run_with_progress(
     run: Callable[[list[Hook]], Selected], out: Path, quiet: bool = False, log_json: bool = False
 ) -> Selected:
@@ -196,4 +174,4 @@ def _run_with_progress(
             raise kind(f"{interruption}; run the same command again to resume {out}: {command}") from None
 
 
-COMMANDS = (_select, _resume, _demo)
+COMMANDS = (_select, _demo)

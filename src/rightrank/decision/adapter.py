@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rightrank.decision.comparison import compute_file_bounds, compute_score_range, is_within
-from rightrank.decision.smallest import (
+from rightrank.decision.adapter_comparison import (
     ANSWER_FIELDS,
     MAX_DIRECT_RANK,
     Criterion,
@@ -17,6 +16,7 @@ from rightrank.decision.smallest import (
     build_answer,
     format_claim,
 )
+from rightrank.decision.comparison import compute_file_bounds, compute_score_range, is_within
 from rightrank.decision.table import MetricUnit, build_table, compute_paired_difference, find_best_point, number_groups
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.events import TestEvaluated

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from rightrank.decision.adapter_comparison import Criterion
 from rightrank.decision.comparison import compute_bounds, is_within
-from rightrank.decision.smallest import Criterion
 from rightrank.decision.table import Cell, MetricUnit, build_table, estimate_pairs
 from rightrank.schema.decision import LearningRateAnswer, LearningRateCandidate
 from rightrank.schema.metrics import compute_default_margin

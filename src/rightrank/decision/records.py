@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rightrank.decision.adapter import build_provenance, compare_adapters, describe_missing_gain
+from rightrank.decision.adapter_comparison import Criterion
 from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.decision.next_run import plan_rate_run
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table
-from rightrank.decision.smallest import Criterion
 from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError

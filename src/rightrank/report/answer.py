@@ -11,11 +11,10 @@ from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.comparison import is_within
 from rightrank.decision.records import Answers, Records, count_trainings
 from rightrank.decision.sentences import format_number, format_probability
+from rightrank.report.adapter_page import ENOUGH
 from rightrank.report.figure import encode_image
 from rightrank.report.format import format_duration, format_quantity, make_visible
 from rightrank.schema.decision import (
-    AdapterAnswer,
-    AdapterCandidate,
     Decision,
     ExportedAdapter,
     MetricAnswer,
@@ -43,7 +42,6 @@ FLAGS = {
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
     "checkpoint_matters": "the best and the last checkpoint of each training lead to different ranks",
 }
-ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,25 +222,6 @@ def _format_image(svg: str) -> str:
 
 def _escape_html(value: str) -> str:
     return escape(make_visible(value))
-
-
-def build_candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
-    """Return the candidate adapters as rows of text, heading first."""
-    heading = ["rank", "method", metric, "worse by", "95% bound", "enough"]
-    return [heading, *(_build_candidate_row(candidate, answer) for candidate in answer.candidates)]
-
-
-def _build_candidate_row(candidate: AdapterCandidate, answer: AdapterAnswer) -> list[str]:
-    is_reference = candidate.trial_id == answer.reference_id
-    bound = "–" if candidate.difference_high is None else f"{candidate.difference_high:+.4f}"
-    return [
-        str(candidate.rank),
-        candidate.method,
-        f"{candidate.value:.4f}",
-        "reference" if is_reference else f"{candidate.difference:+.4f}",
-        "" if is_reference else bound,
-        ENOUGH[candidate.is_within_margin],
-    ]
 
 
 def build_evidence_table(decision: Decision) -> list[list[str]]:

@@ -32,6 +32,9 @@ INSTALL_HINT = "figures need matplotlib; install it with: pip install 'rightrank
 WIDTH, HEIGHT, LEGEND_ROW_HEIGHT = 5.0, 3.4, 0.21  # inches
 TITLE_WIDTH, LABEL_WIDTH, LEGEND_WIDTH = 50, 38, 58  # characters
 PNG_DPI = 200
+MAX_TICKS = 10  # of a logarithmic axis
+RANK = "LoRA rank"  # the label of an axis
+Interval: TypeAlias = tuple[float, float, float, float]  # x, the value, and both ends of its whisker
 # The colours of a drawing on a light page, which files have, and on a dark one: those of the style sheet.
 LIGHT = {
     "paper": "#ffffff", "ink": "#1d2b34", "faint": "#5b6b74", "line": "#d6dde1", "s0": "#1c5d7f", "s1": "#c2571a", "s2": "#21756b",
@@ -171,3 +174,49 @@ def write_figures(folder: Path, figures: Sequence[Figure], formats: Collection[s
         for suffix in formats:
             if suffix != "svg":
                 figure.save(folder / f"{figure.name}.{suffix}")
+
+
+def compute_limits(values: Collection[float], base: float | None = None) -> tuple[float, float]:
+    """Return the limits of the y axis.
+
+    They include all of `values`, and also the base model unless that would compress the values into less than a third of the axis.
+    """
+    low, high = min(values), max(values)
+    value_range = (high - low) or abs(high) or 1.0
+    if base is not None and max(high, base) - min(low, base) <= 3 * value_range:
+        low, high = min(low, base), max(high, base)
+    padding = 0.08 * ((high - low) or value_range)
+    return low - padding, high + padding
+
+
+def draw_points(ax: Axes, points: Sequence[Interval], label: str, colour: str, line: str = "-") -> None:
+    """Draw points with whiskers and a line through them. A whisker includes its point."""
+    x, y, low, high = zip(*points, strict=True)
+    lengths = [[max(0.0, p[1] - min(p[2:])) for p in points], [max(0.0, max(p[2:]) - p[1]) for p in points]]
+    options: dict[str, Any] = {"markersize": 5, "capsize": 4, "elinewidth": 1, "label": escape_label(label)}
+    ax.errorbar(x, y, lengths if low != high else None, fmt=f"o{line}", color=colour, **options)
+
+
+def draw_band(ax: Axes, first: float, second: float, label: str) -> None:
+    ax.axhspan(min(first, second), max(first, second), facecolor="C2", alpha=0.25, linewidth=0, label=label)
+
+
+def draw_ring(ax: Axes, x: float, y: float, label: str) -> None:
+    """Draw a ring below the points."""
+    style: Any = {"markerfacecolor": "none", "markersize": 13, "markeredgewidth": 2, "zorder": 1.5}
+    ax.plot([x], [y], "o", color="C5", label=escape_label(label), **style)
+
+
+def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
+    """Make an axis logarithmic, with a tick at each value. A value whose label would touch the previous one has no tick."""
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value / ticks[-1] >= 0.999 * (max(values) / min(values)) ** (1 / MAX_TICKS):
+            ticks.append(value)
+    set_scale, axis = (ax.set_xscale, ax.xaxis) if dimension == "x" else (ax.set_yscale, ax.yaxis)
+    if len(ticks) == 1:  # matplotlib widens a range without an extent with a warning
+        set_limits = ax.set_xlim if dimension == "x" else ax.set_ylim
+        set_limits(ticks[0] / 2, ticks[0] * 2)
+    set_scale("log")
+    axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.decision.records import (
@@ -13,10 +13,11 @@ from rightrank.decision.records import (
     compare_run_adapters,
     get_metric_direction,
 )
-from rightrank.report.answer import ENOUGH, format_interval_label
-from rightrank.report.figure import Figure, escape_label
+from rightrank.report.adapter_page import get_whisker_ends, plot_adapters
+from rightrank.report.answer import format_interval_label
+from rightrank.report.figure import RANK, Figure, compute_limits, draw_band, draw_points, draw_ring, set_log_ticks
 from rightrank.report.format import format_metric_label
-from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateCandidate
+from rightrank.schema.decision import Decision
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:
@@ -24,15 +25,9 @@ if TYPE_CHECKING:
 
     from rightrank.schema.results import Inspection
 
-# Adapters that are worse than the reference by more margins are off the scale, so that the margin stays readable.
-MAX_MARGINS = 6.0
 # Fraction of the steps whose values may be off the scale. Otherwise the end of the curve would look flat.
 FIRST_SHOWN = 0.1
-MAX_TICKS = 10  # of a logarithmic axis
 MAX_LABELLED_CURVES = 12
-METHODS = {"trained": "trained at that rank", "truncated": "truncated from the highest rank"}
-RANK = "LoRA rank"
-Interval: TypeAlias = tuple[float, float, float, float]  # x, the value, and both ends of its whisker
 
 
 def build_figures(records: Records, decision: Decision | None) -> list[Figure]:
@@ -59,7 +54,7 @@ def build_rank_figure(decision: Decision) -> Figure:
     reference = next(evidence.value for evidence in trained if evidence.rank == decision.reference_rank)
     ends = [e.value if e.difference_high is None else reference + sign * e.difference_high for e in trained]
     edge = reference + sign * decision.margin
-    limits = _compute_limits([*(e.value for e in trained), *ends, reference, edge], base)
+    limits = compute_limits([*(e.value for e in trained), *ends, reference, edge], base)
 
     def draw(ax: Axes) -> None:
         draw_band(ax, reference, edge, "within the margin of the best")
@@ -87,52 +82,6 @@ def build_rank_figure(decision: Decision) -> Figure:
         rows=[(e.rank, e.value, e.low, e.high, e.difference_high) for e in decision.ranks],
         draw=draw,
     )
-
-
-def _compute_limits(values: Collection[float], base: float | None = None) -> tuple[float, float]:
-    """Return the limits of the y axis.
-
-    They include all of `values`, and also the base model unless that would compress the values into less than a third of the axis.
-    """
-    low, high = min(values), max(values)
-    value_range = (high - low) or abs(high) or 1.0
-    if base is not None and max(high, base) - min(low, base) <= 3 * value_range:
-        low, high = min(low, base), max(high, base)
-    padding = 0.08 * ((high - low) or value_range)
-    return low - padding, high + padding
-
-
-def draw_points(ax: Axes, points: Sequence[Interval], label: str, colour: str, line: str = "-") -> None:
-    """Draw points with whiskers and a line through them. A whisker includes its point."""
-    x, y, low, high = zip(*points, strict=True)
-    lengths = [[max(0.0, p[1] - min(p[2:])) for p in points], [max(0.0, max(p[2:]) - p[1]) for p in points]]
-    options: dict[str, Any] = {"markersize": 5, "capsize": 4, "elinewidth": 1, "label": escape_label(label)}
-    ax.errorbar(x, y, lengths if low != high else None, fmt=f"o{line}", color=colour, **options)
-
-
-def draw_band(ax: Axes, first: float, second: float, label: str) -> None:
-    ax.axhspan(min(first, second), max(first, second), facecolor="C2", alpha=0.25, linewidth=0, label=label)
-
-
-def draw_ring(ax: Axes, x: float, y: float, label: str) -> None:
-    """Draw a ring below the points."""
-    style: Any = {"markerfacecolor": "none", "markersize": 13, "markeredgewidth": 2, "zorder": 1.5}
-    ax.plot([x], [y], "o", color="C5", label=escape_label(label), **style)
-
-
-def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
-    """Make an axis logarithmic, with a tick at each value. A value whose label would touch the previous one has no tick."""
-    ticks: list[float] = []
-    for value in sorted(set(values)):
-        if not ticks or value / ticks[-1] >= 0.999 * (max(values) / min(values)) ** (1 / MAX_TICKS):
-            ticks.append(value)
-    set_scale, axis = (ax.set_xscale, ax.xaxis) if dimension == "x" else (ax.set_yscale, ax.yaxis)
-    if len(ticks) == 1:  # matplotlib widens a range without an extent with a warning
-        set_limits = ax.set_xlim if dimension == "x" else ax.set_ylim
-        set_limits(ticks[0] / 2, ticks[0] * 2)
-    set_scale("log")
-    axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    axis.set_ticks([], minor=True)
 
 
 def _select_best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
@@ -182,7 +131,7 @@ def build_learning_figure(records: Records, decision: Decision | None) -> Figure
             ax.plot([*losses], [*losses.values()], "--", color=f"C{number % 10}", linewidth=1)
         begin = FIRST_SHOWN * max(step for values in held_out.values() for step in values)
         curves = [*held_out.values(), *drawn_training.values()]
-        ax.set_ylim(*_compute_limits([value for c in curves for step, value in c.items() if step >= begin]))
+        ax.set_ylim(*compute_limits([value for c in curves for step, value in c.items() if step >= begin]))
 
     return Figure(
         name="learning_curves",
@@ -234,7 +183,7 @@ def build_learning_rate_figure(records: Records) -> Figure | None:
     rates = answer.candidates
     is_same_metric = answer.metric == started.metric
     points = [
-        (c.learning_rate, c.value, *_get_ends(c.value, c, sign if is_same_metric else 1))
+        (c.learning_rate, c.value, *get_whisker_ends(c.value, c, sign if is_same_metric else 1))
         for c in rates
         if c.value is not None
     ]
@@ -276,57 +225,13 @@ def build_learning_rate_figure(records: Records) -> Figure | None:
     )
 
 
-def _get_ends(value: float, compared: AdapterCandidate | LearningRateCandidate, sign: int) -> tuple[float, float]:
-    """Return the ends of a whisker: the value that the paired difference is from, plus the bounds of the difference."""
-    difference, low, high = compared.difference, compared.difference_low, compared.difference_high
-    if difference is None or low is None or high is None:
-        return value, value
-    ends = value + sign * (low - difference), value + sign * (high - difference)
-    return min(ends), max(ends)
-
-
 def build_adapter_figure(records: Records) -> Figure | None:
-    """Plot held-out values by rank of trained and truncated adapters; return None with fewer than two adapters, or before the first answer.
-
-    A whisker spans the 95% bounds of the paired difference, starting from the reference's value. An adapter is good enough if its
-    whisker ends inside the band.
-    """
-    if not records.adapters:
-        return None
-    answer, started, adapters = records.adapters[-1].answer, records.started, compare_run_adapters(records)
+    """Plot the adapters of a run by rank; return None with fewer than two adapters, or before the first answer."""
+    adapters = compare_run_adapters(records) if records.adapters else []
     if len(adapters) < 2:
         return None
-    sign = -1 if started.higher_is_better else 1
-    reference = next(adapter.value - sign * adapter.difference for adapter in adapters)
-    edge = reference + sign * answer.margin
-    points = {a.trial_id: (a.rank, a.value, *_get_ends(a.value, a, sign)) for a in adapters}
-    visible = [adapter for adapter in adapters if adapter.difference <= MAX_MARGINS * answer.margin]
-    off_scale_ranks = sorted({adapter.rank for adapter in adapters} - {adapter.rank for adapter in visible})
-    off_scale_text = f" (off the scale: rank {', '.join(map(str, off_scale_ranks))})" if off_scale_ranks else ""
-    chosen = next(adapter for adapter in adapters if adapter.trial_id == answer.trial_id)
-
-    def draw(ax: Axes) -> None:
-        draw_band(ax, reference, edge, "within the margin; whiskers: paired 95% bounds")
-        draw_ring(ax, chosen.rank, chosen.value, f"exported: rank {chosen.rank}, {chosen.method}")
-        for number, (method, label) in enumerate(METHODS.items()):
-            series = sorted(points[adapter.trial_id] for adapter in adapters if adapter.method == method)
-            if series:
-                draw_points(ax, series, label, f"C{number}", "-" if method == "trained" else "--")
-        set_log_ticks(ax, "x", [adapter.rank for adapter in adapters])
-        ax.set_ylim(*_compute_limits([reference, edge, *(v for a in visible for v in points[a.trial_id][1:])]))
-
-    return Figure(
-        name="adapters",
-        title=f"Trained and truncated adapters by rank{off_scale_text}",
-        x_label=RANK,
-        y_label=format_metric_label(started.metric, started.higher_is_better),
-        columns=("rank", "method", "value", "difference", "lower bound", "upper bound", "holds"),
-        rows=[
-            (a.rank, a.method, a.value, a.difference, a.difference_low, a.difference_high, ENOUGH[a.is_within_margin])
-            for a in adapters
-        ],
-        draw=draw,
-    )
+    started = records.started
+    return plot_adapters(records.adapters[-1].answer, adapters, started.metric, started.higher_is_better)
 
 
 def build_spectrum_figure(inspection: Inspection) -> Figure | None:

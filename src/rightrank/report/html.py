@@ -13,20 +13,16 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Sequence
-from functools import cache
-from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.adapters.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
 from rightrank.adapters.loading_code import format_base_arguments, format_loading_code
 from rightrank.decision.adapter import build_provenance
 from rightrank.decision.records import Answers, Records
+from rightrank.report.adapter_page import build_candidate_table
 from rightrank.report.answer import (
     build_answer_view,
-    build_candidate_table,
     build_certainty_rows,
     build_evidence_table,
     build_margin_steps,
@@ -37,7 +33,8 @@ from rightrank.report.answer import (
 )
 from rightrank.report.figure import INSTALL_HINT, Figure, is_matplotlib_installed
 from rightrank.report.figures import build_figures
-from rightrank.report.format import format_bytes, format_quantity, make_visible
+from rightrank.report.format import format_bytes, format_quantity
+from rightrank.report.pages import load_templates, read_asset
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import DataSummary, RunKind, RunStarted, TestEvaluated
@@ -46,7 +43,6 @@ from rightrank.schema.trials import TrialFinished, TrialOutcome
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
 MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000
 SECTION_FIGURES = ("adapters", "rank_curve")
-MAX_NUMBER_ROWS = 200  # in the report; the figure's CSV file has all rows
 
 
 def render_report(
@@ -69,7 +65,7 @@ def render_report(
     """
     adapter, decision, started = answers.adapter, answers.decision, records.started
     plots = {figure.name: figure for figure in figures}
-    script = _read_asset("page.js")
+    script = read_asset("page.js")
     return (
         load_templates()
         .get_template("report.html")
@@ -129,34 +125,6 @@ def render_table_report(trainings: Sequence[TrialOutcome], decision: Decision, s
     )
     records = Records(started, list(trainings))
     return render_report(records, Answers(decision), build_figures(records, decision), command=command)
-
-
-@cache
-def load_templates(autoescape: bool = True) -> Environment:
-    """Load the template environment. With `autoescape`, values are escaped and control characters made visible."""
-    environment = Environment(
-        loader=PackageLoader("rightrank.report", "templates"),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: make_visible(value) if autoescape and type(value) is str else value,
-    )
-    environment.globals |= {"max_numbers": MAX_NUMBER_ROWS, "style": _read_asset("report.css")}
-    environment.filters["cell"] = _format_cell
-    return environment
-
-
-def _format_cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-@cache
-def _read_asset(name: str) -> str:
-    """Read a file from the templates folder."""
-    return files("rightrank.report").joinpath("templates", name).read_text(encoding="utf-8").strip("\n")
 
 
 def _build_trial_row(outcome: TrialOutcome) -> dict[str, Any]:

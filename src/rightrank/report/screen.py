@@ -231,15 +231,14 @@ def _choose_next_command(shown: RunScreen) -> list[tuple[str, str]]:
     is_classifier = started.data.classes is not None  # which servers of language models do not load
     reason = "merge it" if is_classifier else "serve it"
     command = ["rightrank", "export", run, "--to", "merged" if is_classifier else "vllm"]
-    if started.kind is RunKind.SELECTION:
-        settings, select = started.select_settings, ["rightrank", "select", "--out", run]
-        budget = settings.budget_trainings or 1.0
-        if len(adapter.answer.candidates) == 1 and (larger_budget := build_budget_options(settings, budget)):
-            reason, command = "a larger budget", [*select, *larger_budget]
-        elif adapter.answer.is_top_rank_required:
-            ranks = ",".join(map(str, (*settings.ranks, 2 * max(settings.ranks))))
-            reason, command = "a larger rank", [*select, "--ranks", ranks, *build_budget_options(settings, budget)]
-        elif answers.goal == "adapter":
-            longer_budget = build_budget_options(settings, LONGER_TRAININGS)
-            reason, command = "twice the steps", [*select, "--goal", "best-adapter", *longer_budget]
+    settings, select = started.select_settings, ["rightrank", "select", "--out", run]
+    budget = settings.budget_trainings or 1.0
+    if len(adapter.answer.candidates) == 1 and (larger_budget := build_budget_options(settings, budget)):
+        reason, command = "a larger budget", [*select, *larger_budget]
+    elif adapter.answer.is_top_rank_required:
+        ranks = ",".join(map(str, (*settings.ranks, 2 * max(settings.ranks))))
+        reason, command = "a larger rank", [*select, "--ranks", ranks, *build_budget_options(settings, budget)]
+    elif answers.goal == "adapter":
+        longer_budget = build_budget_options(settings, LONGER_TRAININGS)
+        reason, command = "twice the steps", [*select, "--goal", "best-adapter", *longer_budget]
     return [(f"next ({reason})", shlex.join(command))]

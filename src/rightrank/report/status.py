@@ -11,7 +11,7 @@ from rightrank.decision.records import Answers, Records, count_trainings
 from rightrank.report.answer import build_answer_view, format_cost
 from rightrank.report.terminal_curve import Points
 from rightrank.schema.command import build_resume_command
-from rightrank.schema.events import DecisionRecorded, JournalRecord, RunKind
+from rightrank.schema.events import DecisionRecorded, JournalRecord
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
 
@@ -80,7 +80,7 @@ def build_run_status(
     is_done = find_last_decision(journal) is not None or (goal != "training-rank" and adapter is not None)
     state = "running" if is_locked else "done" if is_done else "stopped"
     started = records.started
-    can_resume = state != "done" and (started.kind is RunKind.CALLBACK or not started.is_custom_trainer)
+    can_resume = state != "done" and not started.is_custom_trainer
     return RunStatus(
         run=run,
         state=state,

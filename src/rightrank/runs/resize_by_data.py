@@ -24,8 +24,8 @@ from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import build_trained_answer
+from rightrank.decision.adapter_comparison import SEARCH_OPTION, Criterion
 from rightrank.decision.comparison import compute_file_bounds
-from rightrank.decision.smallest import SEARCH_OPTION, Criterion
 from rightrank.decision.table import build_table, compute_paired_difference
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.command import build_reproduce_command

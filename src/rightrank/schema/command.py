@@ -26,8 +26,8 @@ def build_reproduce_command(
 
 
 def build_resume_command(run: str) -> str:
-    """Return the command that continues a selection, or the measurement at the end of a training."""
-    return shlex.join(["rightrank", "resume", run])
+    """Return the command that continues a selection with the settings that it began with."""
+    return shlex.join(["rightrank", "select", "--out", run])
 
 
 def build_arguments(name: str, row: Setting, value: Any) -> list[str]:

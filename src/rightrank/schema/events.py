@@ -80,7 +80,6 @@ class RunKind(StrEnum):
 
     SELECTION = "selection"  # the built-in trainer
     CUSTOM_TRAINER = "custom_trainer"  # a function that trains
-    CALLBACK = "callback"  # a training of another trainer, whose end a callback recorded
     TABLE = "table"  # a table of results; nothing else is known about the trainings
 
 

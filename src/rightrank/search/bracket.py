@@ -1,6 +1,6 @@
 """The `bracket` strategy: finds the learning rate and the adapter at the top rank, and then whatever the goal needs in addition.
 
-For the deployment rank, the top adapter is truncated to every lower rank, which costs only evaluations; `adapters.smallest` judges the
+For the deployment rank, the top adapter is truncated to every lower rank, which costs only evaluations; `adapters.find_smallest` judges the
 candidates. Neither additional steps after a truncation nor a cut during the training gives a smaller adapter within the margin
 (benchmarks/README.md, archive).
 """
@@ -12,10 +12,10 @@ from collections.abc import Generator, Sequence
 from itertools import product
 
 from rightrank.decision.adapter import score_trials
+from rightrank.decision.adapter_comparison import ReferenceComparison
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.seeds import NOISE
-from rightrank.decision.smallest import ReferenceComparison
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS
 from rightrank.schema.trials import Arm, TrialFinished

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeAlias
 
+from rightrank.decision.adapter_comparison import Criterion
 from rightrank.decision.comparison import Estimate
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.smallest import Criterion
 from rightrank.decision.table import ScoreTable, build_table, estimate_trial_difference
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rightrank.adapters.smallest import find_smallest
+from rightrank.adapters.find_smallest import find_smallest
 from rightrank.decision.adapter import describe_checkpoint, score_trials
-from rightrank.decision.smallest import Criterion, ReferenceComparison, build_truncation_answer
+from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, build_truncation_answer
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 

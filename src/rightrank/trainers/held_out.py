@@ -12,7 +12,6 @@ from torch.utils.data import Subset
 from rightrank.data.sampling import sample_indices
 from rightrank.schema.errors import DataError
 from rightrank.trainers.distributed import gather_objects, get_process_index, get_world_size, sync_errors
-from rightrank.trainers.preserved_state import copy_data_source
 from rightrank.trainers.trainer_rows import (
     MIN_EXAMPLES,
     RowReader,
@@ -29,12 +28,9 @@ MAX_COMPARED_ROWS, MAX_COMPARISON_SECONDS = 100_000, 2.0  # limits of the search
 
 
 def select_held_out_rows(
-    rows: Any, reader: RowReader, max_examples: int, group: str | None, *, is_separate: bool
+    rows: Any, reader: RowReader, max_examples: int, group: str | None
 ) -> tuple[Subset[Any], list[str]]:
     """Return a random sample of the held-out rows that are not in the training set, and notes. Rows are read when they are used.
-
-    Args:
-        is_separate: whether the rows are not the trainer's own `eval_dataset`.
 
     Raises:
         DataError: no rows, rows without a length or access by index, rows that are not mappings, rows that `group` does not divide into groups,
@@ -49,14 +45,6 @@ def select_held_out_rows(
             "SmallestAdapter has no held-out rows that it can sample, because sampling needs a length and access by index (a stream has neither): "
             "give the trainer such an eval_dataset, or give SmallestAdapter a list of a few hundred rows as eval_dataset="
         )
-    try:
-        rows = copy_data_source(rows)
-    except DataError as error:
-        if not is_separate:
-            raise DataError(
-                f"SmallestAdapter: the trainer's eval_dataset, {error}, and reading it may affect the training; give SmallestAdapter "
-                "separate held-out rows, such as a list, as eval_dataset="
-            ) from None
     sample = Subset(rows, sample_indices(len(rows), max_examples))
     input_hashes, group_keys = [], []
     list(require_mappings(iterate_rows(reader.rows, 1)))
@@ -88,8 +76,8 @@ def _find_shared_inputs(input_hashes: Sequence[int], reader: RowReader) -> tuple
 
     Each process compares its share of the rows, and all of them return the same set. A note states how many rows were compared.
     """
-    if reader.rows_unread_reason:
-        return set(), [f"{reader.rows_unread_reason}; held-out rows were not looked for in it"]
+    if not len(reader.rows):
+        return set(), ["the training set is a stream and is not read; held-out rows were not looked for in it"]
     index_by_hash = {input_hash: index for index, input_hash in reversed(list(enumerate(input_hashes)))}
     sampled_indices = sample_indices(len(reader.rows), MAX_COMPARED_ROWS)[get_process_index() :: get_world_size()]
     deadline, num_compared, leaked_indices = time.monotonic() + MAX_COMPARISON_SECONDS, 0, set()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -20,40 +21,97 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.adapter_writer import save_adapter
-from rightrank.adapters.kinds import find_kind
+from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
+from rightrank.adapters.kinds import find_kind, find_lora_modules
 from rightrank.adapters.kinds.linear import Linear
-from rightrank.adapters.resizing import list_candidate_ranks, require_plain_update
+from rightrank.adapters.resizing import RankedAdapter, list_candidate_ranks, require_plain_update, write_truncation
 from rightrank.bases.named_base import require_named_base
-from rightrank.schema.errors import ModelError
-from rightrank.trainers.batch_scores import BETA, Batch, TrainerLossFunction, compute_batch_loss, count_positions
+from rightrank.decision.adapter_comparison import Criterion, ScoredAdapter
+from rightrank.schema.errors import DataError, ModelError, NotFiniteError
+from rightrank.trainers.batch_scores import (
+    BETA,
+    Batch,
+    HeldOutBatches,
+    TrainerLossFunction,
+    compute_batch_loss,
+    count_positions,
+)
 from rightrank.trainers.distributed import get_process_index, get_world_size, is_partitioned, is_sharded, sync_errors
+from rightrank.trainers.preserved_state import preserve_state
+from rightrank.training.evaluation import Scores
 from rightrank.training.loss import BatchLoss
 from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
-from rightrank.training.multi_lora import find_lora_modules
 
 
 @dataclass(frozen=True, slots=True)
 class InMemoryAdapter:
-    """An adapter of a model in memory, with the batches and settings to measure its truncations."""
+    """An adapter of a model in memory, with the batches to measure its truncations on."""
 
     model: Any  # a PEFT model with a LoRA adapter of linear layers
     held_out: Sequence[Batch]  # batches of examples that the training did not see
     # Batches of training examples for second moments; without them, adapters are truncated by singular values.
     train: Sequence[Batch] = ()
-    # The accepted loss of quality, in nats per token (or accuracy); None: the metric's default.
-    margin: float | None = None
-    ranks: Sequence[int] | None = None  # candidates; None: the powers of two below the adapter's rank
     name: str = "default"  # the adapter's name in PEFT
-    metric: str = "loss"  # or `accuracy` of a classifier
     beta: float = BETA  # of the loss of preference pairs
     moment_tokens: int = MOMENT_TOKENS  # the maximum number of tokens of `train` that are read
-    write_tokenizer: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
     trainer_loss: TrainerLossFunction | None = None  # replaces the losses of `batch_scores`
 
     def compute_loss(self, batch: Batch) -> BatchLoss:
         if self.trainer_loss is not None:
             return self.trainer_loss(batch)
         return compute_batch_loss(self.model, batch, self.beta)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredTruncations:
+    """The smallest adapter within the margin, the scores of the trained one, and notes on how truncations were computed."""
+
+    smallest: SmallestAdapterAnswer[RankedAdapter]
+    trained_scores: Scores
+    notes: tuple[str, ...]
+
+
+def measure_truncations(
+    in_memory_adapter: InMemoryAdapter, trained: AdapterFolder, ranks: Sequence[int], criterion: Criterion, folder: Path
+) -> MeasuredTruncations:
+    """Truncate an adapter in memory downward, and score each truncation on the held-out batches. The model is restored afterwards.
+
+    Args:
+        trained: the saved adapter, which is truncated to files in `folder`.
+
+    Raises:
+        DataError: fewer than two held-out examples have a label.
+        NotFiniteError: a held-out loss is NaN or infinite.
+    """
+    model, name = in_memory_adapter.model, in_memory_adapter.name
+    held_out = HeldOutBatches(model, in_memory_adapter.held_out, in_memory_adapter.beta, in_memory_adapter.trainer_loss)
+    scores_by_rank: dict[int, Scores] = {}
+    with preserve_state(model, name):
+        # The model still holds the trained factors here. Later each truncation replaces them.
+        gathered = gather_adapter_moments(in_memory_adapter)
+
+        def truncate(rank: int) -> RankedAdapter:
+            with sync_errors():
+                return write_truncation(trained, folder / f"rank-{rank}", rank, gathered.moments)
+
+        def evaluate(adapter: RankedAdapter) -> ScoredAdapter:
+            is_trained = adapter.folder is trained
+            if not is_trained:
+                copy_factors(model, name, adapter.folder)
+            scores = scores_by_rank[adapter.rank] = held_out.score()
+            if not np.isfinite(scores.losses).all():
+                raise NotFiniteError(
+                    f"rank {adapter.rank}: a held-out loss is NaN or infinite; the training may have diverged"
+                )
+            if len(scores.losses) < 2:
+                raise DataError("fewer than two held-out examples have a label; give more examples")
+            return scores.build_scored_adapter(
+                adapter.folder.path.name, adapter.rank, criterion, method="trained" if is_trained else "truncated"
+            )
+
+        top = RankedAdapter(trained.rank, trained)
+        smallest = find_smallest(top, ranks, truncate, evaluate, criterion)
+    return MeasuredTruncations(smallest, scores_by_rank[trained.rank], gathered.notices)
 
 
 def find_base_name(model: Any, name: str) -> str:

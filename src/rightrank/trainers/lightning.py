@@ -15,10 +15,9 @@ from rightrank.schema.errors import DataError, ModelError
 from rightrank.trainers.batch_scores import Batch, compute_batch_loss
 from rightrank.trainers.distributed import log_failure
 from rightrank.trainers.in_memory import validate_trained_adapter
+from rightrank.trainers.measurement import SmallestAdapterResult, build_settings
 from rightrank.trainers.preserved_state import preserve_state
 from rightrank.trainers.smallest import keep_smallest
-from rightrank.trainers.trainer_rows import copy_batches
-from rightrank.trainers.truncation_run import TruncationResult, build_settings
 
 log = logging.getLogger("rightrank")
 
@@ -33,14 +32,14 @@ class SmallestAdapter(Callback):
     def __init__(self, held_out: Iterable[Batch], *, margin: float | None = None, metric: str = "loss") -> None:
         self._held_out, self._margin, self._metric = held_out, margin, metric
         self._start_time = time.monotonic()
-        self.result: TruncationResult | None = None
+        self.result: SmallestAdapterResult | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         build_settings(self._margin, None, self._metric)
         model = _find_peft_model(pl_module)
         name, _ = validate_trained_adapter(model)
         with preserve_state(model, name, self._held_out):
-            self._held_out = list(copy_batches(self._held_out))
+            self._held_out = list(self._held_out)
             if not self._held_out:
                 raise DataError(
                     "SmallestAdapter has no held-out batches; give a loader with examples that are not used for training"

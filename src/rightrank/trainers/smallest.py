@@ -9,8 +9,8 @@ and the training's own result is unaffected.
 
 from __future__ import annotations
 
-import copy
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -24,9 +24,8 @@ from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rightrank.data.sampling import sample_indices
-from rightrank.schema.command import build_resume_command
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.errors import DataError, SettingsError
 from rightrank.trainers.batch_scores import (
     BETA,
     CUSTOM_EVALUATION_HINT,
@@ -40,27 +39,25 @@ from rightrank.trainers.batch_scores import (
 from rightrank.trainers.distributed import get_process_index, is_partitioned, log_failure
 from rightrank.trainers.held_out import select_held_out_rows
 from rightrank.trainers.in_memory import InMemoryAdapter, find_trained_adapter, validate_trained_adapter
+from rightrank.trainers.measurement import (
+    TRAINED_FOLDER,
+    SmallestAdapterResult,
+    TrainingSummary,
+    build_resize_command,
+    build_settings,
+    find_smallest_adapter,
+    require_result_folder,
+)
 from rightrank.trainers.preserved_state import preserve_state
 from rightrank.trainers.sentence_transformers import TrainerLoss, find_adapted_model, is_sentence_transformers
 from rightrank.trainers.trainer_rows import (
     MAX_MOMENT_BATCHES,
     MIN_EXAMPLES,
     RowReader,
-    copy_batches,
     iterate_rows,
     number_groups,
     read_moment_batches,
     sample_batches,
-)
-from rightrank.trainers.truncation_run import (
-    RESUME_FILE,
-    TrainingSummary,
-    TruncationResult,
-    build_settings,
-    collect_stated_settings,
-    find_smallest_adapter,
-    measure_peak_bytes,
-    require_result_folder,
 )
 
 log = logging.getLogger("rightrank")
@@ -85,7 +82,6 @@ class SmallestAdapter(TrainerCallback):
             from 100 to 1000.
         group: The column of the held-out rows that identifies rows which belong together, such as the rows of a document. Bounds are then computed
             over groups. None: rows with the same prompt (the tokens without labels) form a group.
-        measure: False: at the end, save what a fresh process needs and log the command that runs the measurement.
 
     Attributes:
         result: The result after `train()`; None before, and if the measurement failed.
@@ -104,8 +100,7 @@ class SmallestAdapter(TrainerCallback):
     metric: str | None = None
     max_examples: int | None = None
     group: str | None = None
-    measure: bool = True
-    result: TruncationResult | None = field(default=None, init=False)
+    result: SmallestAdapterResult | None = field(default=None, init=False)
     _loader: Any = field(default=None, init=False)
     _trainer_loss: TrainerLoss | None = field(default=None, init=False)  # of rerankers and embedding models
     _held_out: Subset[Any] = field(default_factory=lambda: Subset(cast(Any, ()), ()), init=False)
@@ -133,10 +128,10 @@ class SmallestAdapter(TrainerCallback):
         self._trainer_loss = TrainerLoss(self.trainer) if is_sentence_transformers(self.trainer) else None
         if self._trainer_loss is not None:
             model = find_adapted_model(model)
-            if self.metric == "accuracy" or not self.measure:
+            if self.metric == "accuracy":
                 raise SettingsError(
-                    "SmallestAdapter: rerankers and embedding models are measured by their trainer's loss at the end of the training; "
-                    f"leave metric and measure out, or {CUSTOM_EVALUATION_HINT}"
+                    "SmallestAdapter: rerankers and embedding models are measured by their trainer's loss; leave metric out, or "
+                    f"{CUSTOM_EVALUATION_HINT}"
                 )
         if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
             raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number of 2 or more")
@@ -145,7 +140,7 @@ class SmallestAdapter(TrainerCallback):
         for note in notes:
             self._add_note(note)
         self._loader = kwargs["train_dataloader"]
-        with preserve_state(model, name):
+        with preserve_state(model, name, self._loader, self._get_held_out_rows(), self.trainer.data_collator):
             reader = self._make_reader()
             self._held_out = self._select_held_out_rows(reader)
             self._require_example_losses(model, args, reader)
@@ -180,13 +175,13 @@ class SmallestAdapter(TrainerCallback):
         has_queries = self._trainer_loss is not None and len(reader.rows)
         return replace(reader, query=next(iter(reader.rows[0]))) if has_queries else reader
 
+    def _get_held_out_rows(self) -> Any:
+        return getattr(self.trainer, "eval_dataset", None) if self.eval_dataset is None else self.eval_dataset
+
     def _select_held_out_rows(self, reader: RowReader) -> Subset[Any]:
         """Return a random sample of the held-out rows that are not in the training set."""
-        own_rows = getattr(self.trainer, "eval_dataset", None)
-        rows = own_rows if self.eval_dataset is None else self.eval_dataset
-        sample, notes = select_held_out_rows(
-            rows, reader, self.max_examples or MAX_SAMPLE_SIZE, self.group, is_separate=rows is not own_rows
-        )
+        rows, count = self._get_held_out_rows(), self.max_examples or MAX_SAMPLE_SIZE
+        sample, notes = select_held_out_rows(rows, reader, count, self.group)
         for note in notes:
             self._add_note(note)
         return sample
@@ -204,9 +199,6 @@ class SmallestAdapter(TrainerCallback):
         """
         if not len(self._held_out):
             return  # Nothing is measured.
-        if reader.collate is None:
-            self._add_note(f"{reader.collate_unused_reason}; no example was scored before the first step")
-            return
         if self._trainer_loss is not None:
             self._set_example_unit(args, reader, self._trainer_loss)
             return
@@ -259,48 +251,49 @@ class SmallestAdapter(TrainerCallback):
         if not self._is_training:
             return  # `on_train_begin` failed, or this is a trial of a hyperparameter search.
         self._is_training = False
-        out, in_memory_adapter = Path(args.output_dir or ".") / "rightrank", None
+        out, metric = Path(args.output_dir or ".") / "rightrank", self.metric or "loss"
+
+        if state.is_world_process_zero:
+            shutil.rmtree(out / TRAINED_FOLDER, ignore_errors=True)  # of an earlier training
 
         def advise() -> str:
-            # Before the run has begun, the folder may contain files of an earlier training.
-            has_begun = in_memory_adapter is not None and (out / "cache" / RESUME_FILE).is_file()
-            return f"; to measure again: {build_resume_command(str(out))}" if has_begun else ""
+            if self._trainer_loss is not None or not (out / TRAINED_FOLDER).is_dir():
+                return ""
+            return f"; to measure the saved adapter: {build_resize_command(out, self.margin, self.ranks, metric)}"
 
         with log_failure("the search for a smaller adapter failed", advise):
-            in_memory_adapter = self._build_in_memory_adapter(kwargs["model"], args, state)
-            summary = self._summarize_training(in_memory_adapter, args, state)
-            self.result = find_smallest_adapter(in_memory_adapter, out, summary, self.measure)
+            self.result = find_smallest_adapter(
+                self._build_in_memory_adapter(kwargs["model"], args, state),
+                out,
+                self._summarize_training(args, state),
+                margin=self.margin,
+                ranks=self.ranks,
+                metric=metric,
+                write_tokenizer=getattr(self.trainer.processing_class, "save_pretrained", None),
+            )
         if self.result is not None and state.is_world_process_zero:
             with log_failure("a tracker did not accept the values"):
                 self._log_to_trackers(self.result.answer)
 
-    def _summarize_training(
-        self, in_memory_adapter: InMemoryAdapter, args: TrainingArguments, state: TrainerState
-    ) -> TrainingSummary:
+    def _summarize_training(self, args: TrainingArguments, state: TrainerState) -> TrainingSummary:
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        stated_args = copy.copy(args)
-        stated_args.max_steps = state.max_steps  # `args` may state epochs instead
-        settings, notes = collect_stated_settings(in_memory_adapter, stated_args)
         return TrainingSummary(
-            settings,
             steps=state.global_step,
             seconds=time.monotonic() - self._start_time,
-            peak_bytes=measure_peak_bytes(),
             checkpoint_step=state.best_global_step if is_best else None,
-            notes=[*self._notes, *notes],
+            notes=self._notes,
         )
 
     def _build_in_memory_adapter(self, model: Any, args: TrainingArguments, state: TrainerState) -> InMemoryAdapter:
         model = model if self._trainer_loss is None else find_adapted_model(model)
-        loader, name, size = self._loader, find_trained_adapter(model), _get_batch_size(args)
+        name, size = find_trained_adapter(model), _get_batch_size(args)
         is_batched = self._trainer_loss is not None and not self._trainer_loss.is_pointwise
         # The step count includes steps before a resume, so this covers the complete training.
         num_trained_rows = (
             state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
-        with preserve_state(model, name):  # Reading rows may draw random numbers.
+        with preserve_state(model, name, self._loader):  # Reading rows may draw random numbers.
             reader = self._make_reader()
-            reader = reader.with_originals(loader)  # After the last step the originals may be read.
             # Evaluation mode does not recompute activations, so single rows keep it below the memory of a training with gradient checkpointing.
             train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MAX_MOMENT_BATCHES * size))
             train, tokens, moment_tokens = read_moment_batches(
@@ -328,20 +321,7 @@ class SmallestAdapter(TrainerCallback):
                     for index, batch in enumerate(held_out)
                 ]
         beta = _read_dpo_beta(self.trainer, (held_out or train or [{}])[0])
-        save_processor = getattr(self.trainer.processing_class, "save_pretrained", None)
-        return InMemoryAdapter(
-            model,
-            held_out,
-            train,
-            self.margin,
-            self.ranks,
-            name,
-            self.metric or "loss",
-            beta,
-            moment_tokens,
-            save_processor,
-            self._trainer_loss,
-        )
+        return InMemoryAdapter(model, held_out, train, name, beta, moment_tokens, self._trainer_loss)
 
     def _log_to_trackers(self, answer: AdapterAnswer) -> None:
         """Log the rank to the trainer's history and trackers. TRL's override of `log` is bypassed, because it adds other metrics."""
@@ -362,7 +342,7 @@ def keep_smallest(
     margin: float | None = None,
     metric: str = "loss",
     seconds: float | None = None,
-) -> TruncationResult:
+) -> SmallestAdapterResult:
     """Write the smallest adapter within the margin to `out`, after a custom training loop or one with accelerate.
 
     Args:
@@ -370,8 +350,7 @@ def keep_smallest(
         held_out: Batches that were not used for training: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` with a
             number for each row identifies rows that belong together.
         train: Training batches for second moments. A random sample of a list is read, or the first batches of a loader.
-        out: The run folder. It may be new or contain the result of an earlier training, which is moved to the subfolder `earlier-N` together with
-            its exports. Other files stay in place.
+        out: The folder of the result. The result of an earlier training is replaced; other files stay in place.
         margin: The loss of quality that you accept, in nats per token or in accuracy; None for the metric's default.
         metric: `loss`, or `accuracy` for classifiers.
         seconds: The duration of the training. The cost is then stated as a percentage of it.
@@ -379,28 +358,17 @@ def keep_smallest(
     Raises:
         DataError: no held-out batches.
         ModelError: an adapter that cannot be truncated, or parameters that ZeRO-3 has partitioned.
-        RunFolderError: `out` contains another kind of run or other files, is in use, or cannot be written. Existing files stay in place.
-        RunError: the disk is full.
+        RunFolderError: `out` holds another run or files of another program.
+        OSError: `out` cannot be written.
     """
     settings = build_settings(margin, None, metric)
-    (name, base_notes), margin = validate_trained_adapter(model), settings.margin
+    name, notes = validate_trained_adapter(model)
     with preserve_state(model, name, held_out, train):  # A loader draws its order from the random state.
-        batches = list(copy_batches(held_out)), sample_batches(train)
-        in_memory_adapter = InMemoryAdapter(model, *batches, margin, name=name, metric=metric)
+        in_memory_adapter = InMemoryAdapter(model, list(held_out), sample_batches(train), name)
     if not in_memory_adapter.held_out:
         raise DataError("there are no held-out batches; give a few hundred examples that were not used for training")
-    stated_settings, notes = collect_stated_settings(in_memory_adapter, None)
-    notes += base_notes
-    result = find_smallest_adapter(
-        in_memory_adapter,
-        Path(out),
-        TrainingSummary(stated_settings, seconds=seconds, peak_bytes=measure_peak_bytes(), notes=notes),
-    )
-    if result is None:
-        raise ModelError(
-            "ZeRO-3 partitions each parameter, so truncations cannot be loaded into the model; measure in a fresh process"
-        )
-    return result
+    training = TrainingSummary(seconds=seconds, notes=notes)
+    return find_smallest_adapter(in_memory_adapter, Path(out), training, margin=settings.margin, metric=metric)
 
 
 def _read_dpo_beta(trainer: Trainer, batch: Batch) -> float:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from rightrank.data.sampling import sample_indices
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import DataError, get_first_line
 from rightrank.trainers.batch_scores import CUSTOM_EVALUATION_HINT, Batch, count_positions
-from rightrank.trainers.preserved_state import copy_data_source
 from rightrank.training.moments import MOMENT_TOKENS
 
 MIN_EXAMPLES = 30
@@ -33,36 +32,17 @@ def is_indexable(rows: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """Copies of a trainer's training set and collator. Reading through them does not affect the training."""
+    """A trainer's training set and collator. `preserve_state` keeps their random generators."""
 
-    rows: Any  # of the training set; empty if they cannot be read
-    rows_unread_reason: str  # why the rows are not read; empty if they are
-    collate: Callable[[list[Any]], Batch] | None
-    collate_unused_reason: str  # why the collator is not used; empty if it is
+    rows: Any  # of the training set; empty if it is a stream
+    collate: Callable[[list[Any]], Batch]
     columns: frozenset[str]  # columns that reach the collator in training; empty if unknown
     query: str | None = None  # the column whose value identifies a group by default, if it is not the prompt
 
     @classmethod
     def from_loader(cls, loader: Any) -> RowReader:
-        """Copy the data set and collator of a loader, or record why they cannot be copied."""
-        rows, collate, reasons = (), None, ["", ""]
-        if not is_indexable(loader.dataset):
-            reasons[0] = "the training set is a stream and is not read"
-        else:
-            try:
-                rows = copy_data_source(loader.dataset)
-            except DataError as error:
-                reasons[0] = f"the training set is not read before the training ends: {error}"
-        try:
-            collate = copy_data_source(loader.collate_fn)
-        except DataError as error:
-            reasons[1] = f"the collator is not used before the training ends: {error}"
-        return cls(rows, reasons[0], collate, reasons[1], _read_column_names(rows))
-
-    def with_originals(self, loader: Any) -> RowReader:
-        """Return a reader that uses the originals of what could not be copied. Call this only after the last step."""
-        rows = loader.dataset if self.rows_unread_reason and is_indexable(loader.dataset) else self.rows
-        return RowReader(rows, "", self.collate or loader.collate_fn, "", _read_column_names(rows), self.query)
+        rows = loader.dataset if is_indexable(loader.dataset) else ()
+        return cls(rows, loader.collate_fn, _read_column_names(rows))
 
     def find_group_key(self, row: Mapping[str, Any], column: str | None) -> Hashable:
         """Return the value that rows of one group share: that in `column`, in the column of queries, or the prompt."""
@@ -74,7 +54,6 @@ class RowReader:
         Raises:
             DataError: the collator does not accept the rows.
         """
-        assert self.collate is not None
         remaining_rows = iterate_rows(rows)
         while chunk := list(islice(remaining_rows, size)):
             for row in chunk:
@@ -142,15 +121,7 @@ def sample_batches(batches: Iterable[Batch]) -> list[Batch]:
     """Return a random sample of `MAX_MOMENT_BATCHES` batches of a list, or the first batches of a loader."""
     if isinstance(batches, list | tuple):
         return [batches[index] for index in sample_indices(len(batches), MAX_MOMENT_BATCHES)]
-    return list(islice(copy_batches(batches), MAX_MOMENT_BATCHES))
-
-
-def copy_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Return a copy of a loader, or the original if it cannot be copied, such as a generator."""
-    try:
-        return cast(Iterable[Batch], copy_data_source(batches))
-    except DataError:
-        return batches
+    return list(islice(batches, MAX_MOMENT_BATCHES))
 
 
 def hash_inputs(row: Mapping[str, Any], columns: frozenset[str]) -> int:

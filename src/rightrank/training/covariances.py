@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rightrank.adapters.kinds import find_kind
+from rightrank.adapters.kinds import find_kind, find_lora_modules
 from rightrank.adapters.kinds.linear import Linear
 from rightrank.adapters.truncation import save_moments
 from rightrank.data.files import replace_file
@@ -15,7 +15,7 @@ from rightrank.data.sampling import sample_indices
 from rightrank.schema.trials import Arm
 from rightrank.training.device import catch_memory_errors
 from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
-from rightrank.training.multi_lora import find_lora_modules
+from rightrank.training.multi_lora import ADAPTER
 from rightrank.training.runtime import Runtime, attach_adapter
 
 MAX_TOKEN_FRACTION = 0.1  # largest fraction of a training's tokens to read
@@ -62,7 +62,7 @@ def gather_moments(
             yield len(indices), read, sum(map(runtime.data.get_loss_weight, encoded))
 
     with catch_memory_errors() as reasons, runtime.use_gradient_checkpointing(), runtime.disable_dropout():
-        gathered = accumulate_moments(peft_model, linear_names, run_passes())
+        gathered = accumulate_moments(peft_model, linear_names, run_passes(), ADAPTER)
     if reasons:
         return GatheredMoments({}, 0, 0, (f"no moments for truncation: {reasons[0]}; the plain SVD is used",))
     return replace(gathered, notices=(*notices, *gathered.notices))

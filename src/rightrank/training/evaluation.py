@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from rightrank.decision.adapter_comparison import Criterion, ScoredAdapter
+from rightrank.schema.decision import AdapterMethod
 from rightrank.schema.errors import MetricError
 from rightrank.schema.trials import Arm, EvalPoint, Trial, TrialFinished
 
@@ -52,6 +54,17 @@ class Scores:
             "example_metrics": by_example | metric_results.example_scores,
             "example_groups": self.groups,
         }
+
+    def build_scored_adapter(
+        self, name: str, rank: int, criterion: Criterion, *, method: AdapterMethod = "truncated"
+    ) -> ScoredAdapter:
+        """Return the record of an adapter with these scores."""
+        metric = criterion.metric
+        scores = self.losses if metric == "loss" else self.example_metrics[metric]
+        weights = self.tokens if metric == "loss" else [1] * len(scores)
+        return ScoredAdapter.from_scores(
+            name, rank, self.metrics[metric], (scores, weights), criterion, method=method, groups=self.groups
+        )
 
     def merge(self, extra_scores: Scores) -> Scores:
         """Merge the scores of two disjoint sets of examples. Examples without a score have zeros."""

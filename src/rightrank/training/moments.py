@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rightrank.adapters.kinds import find_lora_modules
 from rightrank.adapters.truncation import Moments
-from rightrank.training.multi_lora import ADAPTER, find_lora_modules
 
 MOMENT_TOKENS = 4096  # see benchmarks/README.md, archive
 ZERO_GRADIENT_TOLERANCE = 1e-6  # relative to a batch's largest gradient; a smaller gradient counts as none
@@ -37,7 +37,7 @@ class GatheredMoments:
 
 
 def accumulate_moments(
-    peft_model: Any, names: Sequence[str], passes: Iterable[tuple[int, int, int]], adapter: str = ADAPTER
+    peft_model: Any, names: Sequence[str], passes: Iterable[tuple[int, int, int]], adapter: str
 ) -> GatheredMoments:
     """Run the passes and return the moments of the named modules.
 
@@ -95,7 +95,7 @@ def accumulate_moments(
 
 @contextmanager
 def observe_rank_space(
-    peft_model: Any, names: Sequence[str], callback: GradientCallback, adapter: str = ADAPTER
+    peft_model: Any, names: Sequence[str], callback: GradientCallback, adapter: str
 ) -> Iterator[set[str]]:
     """Call `callback(name, h [n, r], δ [n, r])` for the named modules in every backward pass within the block.
 

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.adapters.kinds import find_kind
+from rightrank.adapters.kinds import find_kind, find_lora_modules
 from rightrank.adapters.kinds.base import CurrentRouting, InitialDraw, Routing
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.settings import SelectSettings
@@ -81,12 +81,6 @@ def unwrap_base(peft_model: Any) -> Any:
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base
-
-
-def find_lora_modules(peft_model: Any) -> dict[str, Any]:
-    """Return the adapted modules by their names in the base model."""
-    base = peft_model.base_model.model
-    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
 @dataclass(frozen=True, slots=True)

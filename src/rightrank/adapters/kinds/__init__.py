@@ -191,6 +191,14 @@ KINDS: tuple[AdapterKind, ...] = (_Experts(), _Dora(), _Embedding(), _Convolutio
 """All kinds. The first one that claims a module or a pair describes it; the last one claims any module."""
 
 
+def find_lora_modules(peft_model: Any) -> dict[str, Any]:
+    """Return the adapted modules by their names in the base model."""
+    from peft.tuners.lora import LoraLayer  # what reads files needs no PEFT
+
+    base = peft_model.base_model.model
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+
+
 def find_kind(module: Any) -> AdapterKind:
     return next(kind for kind in KINDS if kind.can_adapt(module))
 

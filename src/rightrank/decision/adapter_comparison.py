@@ -2,7 +2,7 @@
 
 Two adapters are compared on the same examples, so the claim does not depend on seeds: the only noise is which examples were drawn. Ranks are
 tested in a fixed sequence from the top downward, each by the 95% upper bound of its paired difference from the top. The first failure ends
-the search (`adapters.smallest`), so no correction for multiplicity is needed.
+the search (`adapters.find_smallest`), so no correction for multiplicity is needed.
 """
 
 from __future__ import annotations
