@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from rightrank.decision.adapter import build_trained_answer
 from rightrank.decision.records import Records, build_criterion, decide_run
 from rightrank.runs.compare import compare_trials
-from rightrank.runs.resize_by_data import find_smallest_adapter
 from rightrank.schema.metrics import compute_default_margin, infer_metric_kind
 from rightrank.schema.settings import SelectSettings
 from rightrank.search.history import build_space
@@ -37,7 +37,7 @@ def test_every_command_has_the_margin_of_the_kind_of_loss(form: str, margin: flo
     assert decided.margin == pytest.approx(expected_margin, rel=0.01)
     assert space.get_margin(reference) == expected_margin  # select
     assert (space.criterion.loss, space.criterion.margin) == (loss, None)
-    file_answer = find_smallest_adapter([top], build_criterion(records))  # resize, and what select hands over
+    file_answer = build_trained_answer(top, build_criterion(records))  # resize, and what select hands over
     assert file_answer.margin == compute_default_margin(infer_metric_kind("loss", False, loss), top.value, [top.value])
     extra_fields: dict[str, Any] = {
         "preference": {"example_metrics": {"reward_accuracy": [1.0] * len(top.example_losses)}}

@@ -33,7 +33,7 @@ from rightrank import SelectSettings, SmallestAdapter, compare
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resizing import list_candidate_ranks
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
-from rightrank.runs.resize_by_data import measure_truncation_curve
+from rightrank.runs.resize_by_data import measure_truncations
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.trainers.batch_scores import HeldOutBatches, compute_batch_loss
@@ -141,7 +141,8 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, build_small_settings(margin=0.1), tmp_path / "cache")
-    curve = measure_truncation_curve(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
+    measured = measure_truncations(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
+    folder_answer = measured.smallest.answer
     steps = runtime.settings.count_training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
@@ -158,9 +159,9 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     held_out = batches("validation", range(len(runtime.data.splits["validation"])))
     train = batches("train", read)
     answer = measure(model, held_out, train, tmp_path / "live", margin=0.1, moment_tokens=10**9).answer
-    assert (answer.rank, answer.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)
-    assert answer.difference_high == pytest.approx(curve.answer.difference_high, abs=1e-4)
-    by_rank = {candidate.rank: candidate for candidate in curve.answer.candidates}
+    assert (answer.rank, answer.trained_rank) == (folder_answer.rank, folder_answer.trained_rank)
+    assert answer.difference_high == pytest.approx(folder_answer.difference_high, abs=1e-4)
+    by_rank = {candidate.rank: candidate for candidate in folder_answer.candidates}
     for candidate in answer.candidates:
         assert candidate.value == pytest.approx(by_rank[candidate.rank].value, abs=1e-4)
         assert candidate.difference == pytest.approx(by_rank[candidate.rank].difference, abs=1e-4)

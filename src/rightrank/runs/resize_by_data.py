@@ -10,37 +10,40 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from peft import LoraConfig
 
 from rightrank.adapters.adapter_folders import BASE_FILE
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.adapter_writer import write_same_format
+from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
 from rightrank.adapters.resize import resize_adapter
-from rightrank.adapters.resizing import cap_ranks, list_candidate_ranks, require_plain_update, write_resized_adapter
+from rightrank.adapters.resizing import (
+    RankedAdapter,
+    cap_ranks,
+    list_candidate_ranks,
+    require_plain_update,
+    write_resized_adapter,
+    write_truncation,
+)
 from rightrank.adapters.truncation import Moments
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.adapter import build_trained_answer
-from rightrank.decision.adapter_comparison import SEARCH_OPTION, Criterion
-from rightrank.decision.comparison import compute_file_bounds
-from rightrank.decision.table import build_table, compute_paired_difference
+from rightrank.decision.adapter_comparison import SEARCH_OPTION, Criterion, ReferenceComparison, ScoredAdapter
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.configs import convert_configs
-from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.decision import AdapterMethod
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import HeldOutValue, Resized
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
-from rightrank.schema.trials import TrialFinished
-from rightrank.search.truncations import choose_adapter
 from rightrank.training.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
 from rightrank.training.covariances import gather_moments, gather_unseen_moments
-from rightrank.training.evaluation import Scores, build_trial_record
+from rightrank.training.evaluation import Scores
 from rightrank.training.moments import GatheredMoments
 from rightrank.training.runtime import Runtime, attach_adapter
 
@@ -126,13 +129,13 @@ def _load_training_splits(
 
 
 @dataclass(frozen=True, slots=True)
-class TruncationCurve:
-    """Held-out results by rank, with the base model as rank 0, and the decision that they give."""
+class MeasuredTruncations:
+    """The smallest adapter within the margin, the scores of the base model, and the moments of the truncations."""
 
-    trials: list[TrialFinished]
-    written: dict[int, Resized]
+    smallest: SmallestAdapterAnswer[RankedAdapter]
+    base: ScoredAdapter  # at rank 0
     gathered: GatheredMoments
-    answer: AdapterAnswer
+    criterion: Criterion
 
 
 MANY_EXAMPLES = 2000  # above this number, the message proposes to score fewer examples
@@ -169,67 +172,72 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
         use = RuntimeInputs(request.data, request.settings, Path(name) / "cache", splits=evaluation_data.splits)
         runtime = make_adapter_runtime(adapter, request.base, use)
         cross_fit = evaluation_data.scores_training_examples
-        curve = measure_truncation_curve(
+        measured = measure_truncations(
             adapter, runtime, ranks, Path(name), cross_fit=cross_fit, on_event=request.on_event
         )
-        chosen = open_adapter(Path(name) / curve.answer.trial_id)
+        moments, rank = measured.gathered.moments, measured.smallest.answer.rank
+        resized = resize_adapter(adapter, Path(name) / "chosen", cap_ranks(adapter, rank, moments), moments)
+        chosen = open_adapter(Path(name) / "chosen")
         tensors = {key: chosen.load_tensor(key) for key in chosen.keys}
         write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.to_json()})
-        resized = _build_result(curve, chosen, runtime, request)
-    updates = {"out": str(out), "notes": [*resized.notes, evaluation_data.note], "scored_examples": count}
-    return resized.model_copy(update=updates)
+        command = _build_search_command(chosen, runtime, request, ranks)
+        updates = _describe_result(measured, chosen, resized, command)
+        notes = [*updates.pop("notes"), evaluation_data.note]
+    return resized.model_copy(update=updates | {"out": str(out), "notes": notes, "scored_examples": count})
 
 
-def _build_result(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, request: ResizeRequest) -> Resized:
-    """Build the result for the chosen candidate."""
-    answer, written = curve.answer, curve.written[curve.answer.rank]
-    notes = [*written.notes, *curve.gathered.notices]
-    if curve.gathered.moments:
-        notes.append(f"truncated by K-FAC over {curve.gathered.tokens} tokens of the training split")
-    if chosen.config["rank_pattern"]:
-        notes.append(
-            f"rank {chosen.rank_text}: the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
-            "of lora_alpha and r (alpha_pattern)"
-        )
-    gain = _describe_missing_gain(curve.trials, answer, runtime)
-    ranks = tuple(sorted({candidate.rank for candidate in answer.candidates}))
+def _build_search_command(
+    chosen: AdapterFolder, runtime: Runtime, request: ResizeRequest, ranks: Sequence[int]
+) -> tuple[str | None, list[str]]:
+    """Return the command that searches the training rank with the adapter's settings, and the settings that it leaves out."""
     config = LoraConfig(
         **{name: value for name, value in chosen.config.items() if name in vars(LoraConfig()) and value is not None}
     )
     config.rank_pattern, config.alpha_pattern = {}, {}
     stated_values, unstated_names = convert_configs(config, **get_explicit_values(request.settings) | {"ranks": ranks})
-    search = build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings.from_stored(stated_values))
+    settings = SelectSettings.from_stored(stated_values)
+    return build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", settings), unstated_names
+
+
+def _describe_result(
+    measured: MeasuredTruncations, chosen: AdapterFolder, resized: Resized, command: tuple[str | None, list[str]]
+) -> dict[str, Any]:
+    """Return the fields of the result that the measurement determines."""
+    answer, gathered, (search, unstated_names) = measured.smallest.answer, measured.gathered, command
+    notes = [*resized.notes, *gathered.notices]
+    if gathered.moments:
+        notes.append(f"truncated by K-FAC over {gathered.tokens} tokens of the training split")
+    if chosen.config["rank_pattern"]:
+        notes.append(
+            f"rank {chosen.rank_text}: the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
+            "of lora_alpha and r (alpha_pattern)"
+        )
     notes += [f"the select command leaves out {', '.join(unstated_names)}"] if unstated_names else []
-    replaced_notes = {"notes": [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]}
-    return written.model_copy(
-        update={
-            "rank": answer.rank,
-            "bytes_after": chosen.weights_file.stat().st_size,
-            "chosen_by": f"data, margin {answer.margin:g}",
-            "held_out": [HeldOutValue(rank=trial.rank, value=trial.value) for trial in curve.trials],
-            "answer": answer.model_copy(update=gain | replaced_notes),
-            "no_gain": bool(gain),
-            "notes": notes,
-        }
-    )
-
-
-def _describe_missing_gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runtime) -> dict[str, str]:
-    """Return the sentence to report if the reference is not better than the base model by more than the margin; else an empty dict."""
-    metric = runtime.settings.metric_name
-    reference = next(trial for trial in trials if trial.trial_id == answer.reference_id)
-    cells = build_table([trials[0], reference], metric, runtime.settings.is_higher_better(metric)).cells.values()
-    base, best = sorted(cells, key=lambda cell: cell.trial_id != trials[0].trial_id)
-    worse = compute_paired_difference(base, best)
-    if not compute_file_bounds(worse.sums, worse.weights, worse.score_range, worse.groups).is_enough(answer.margin):
-        return {}
+    missing_gain = _describe_missing_gain(measured)
+    answer_notes = [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]
+    scored = [measured.base, *measured.smallest.scored]
     return {
-        "sentence": f"No gain: the base model alone has {base.value:.4f} and the adapter {best.value:.4f}, within the margin of "
-        f"{answer.margin:g}, so every rank is within it. {answer.sentence}"
+        "rank": answer.rank,
+        "bytes_after": chosen.weights_file.stat().st_size,
+        "chosen_by": f"data, margin {answer.margin:g}",
+        "held_out": [HeldOutValue(rank=each.rank, value=each.cell.value) for each in scored],
+        "answer": answer.model_copy(update={"sentence": missing_gain + answer.sentence, "notes": answer_notes}),
+        "no_gain": bool(missing_gain),
+        "notes": notes,
     }
 
 
-def measure_truncation_curve(
+def _describe_missing_gain(measured: MeasuredTruncations) -> str:
+    """Return a sentence if the adapter is not better than the base model by more than the margin; else an empty text."""
+    top, margin = measured.smallest.scored[0], measured.smallest.answer.margin
+    comparison = ReferenceComparison(top, {top.name: top}, measured.criterion)
+    if not comparison.compute_bounds(measured.base.cell).is_enough(margin):
+        return ""
+    base, best = measured.base.cell.value, top.cell.value
+    return f"No gain: the base model alone has {base:.4f} and the adapter {best:.4f}, within the margin of {margin:g}, so every rank is within it. "
+
+
+def measure_truncations(
     adapter: AdapterFolder,
     runtime: Runtime,
     ranks: Sequence[int],
@@ -237,49 +245,47 @@ def measure_truncation_curve(
     *,
     cross_fit: bool = False,
     on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
-) -> TruncationCurve:
-    """Measure the held-out loss of every truncation to `ranks`; `working_folder` keeps them as r1, r2, …
+) -> MeasuredTruncations:
+    """Measure the base model, the adapter and its truncations downward until one is not within the margin.
 
     Args:
+        ranks: the adapter's rank and lower ones; `working_folder` keeps the truncations as r1, r2, …
         cross_fit: Score each half of the examples with the moments of the other half. This is needed if moments and scores come from the same
             examples.
 
     Raises:
         ModelError: The adapter does not fit the base model.
     """
-    settings = runtime.settings
+    settings, metric = runtime.settings, runtime.settings.metric_name
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
     steps = settings.count_training_steps(len(runtime.data.splits["train"]))
     with attach_adapter(runtime, adapter.path) as peft_model:
         gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
     folds = _gather_folds(adapter, runtime) if cross_fit else []
-    report_evaluation_progress(runtime, "the base", on_event, len(ranks) + 1)
-    trials = [build_trial_record("base", 0, runtime.evaluate("validation"), settings.metric)]
-    written: dict[int, Resized] = {}
-    top_name = f"r{max(ranks)}"
-    for index, rank in enumerate(sorted(ranks, reverse=True)):
-        folder = working_folder / f"r{rank}"
-        written[rank] = resize_adapter(adapter, folder, cap_ranks(adapter, rank, gathered.moments), gathered.moments)
-        num_evaluations = (len(ranks) - index) * (2 if folds else 1)
+    criterion = Criterion(metric, settings.is_higher_better(metric), settings.margin, runtime.data.summary.loss_kind)
+    ascending, top_rank = sorted(ranks), max(ranks)
+
+    def truncate(rank: int) -> RankedAdapter:
+        return write_truncation(adapter, working_folder / f"r{rank}", rank, gathered.moments)
+
+    def evaluate(candidate: RankedAdapter) -> ScoredAdapter:
+        rank, folder = candidate.rank, candidate.folder.path
+        num_evaluations = (ascending.index(rank) + 1) * (2 if folds else 1)
         report_evaluation_progress(runtime, f"rank {rank}", on_event, num_evaluations)
         if folds:
             scores = _evaluate_folds(adapter, runtime, folds, rank, working_folder)
         else:
             with attach_adapter(runtime, folder):
                 scores = runtime.evaluate("validation")
-        parent = None if folder.name == top_name else top_name
-        trials.append(build_trial_record(folder.name, rank, scores, settings.metric, truncate_from=parent))
-        on_event(Notice(text=f"rank {rank}: held-out {trials[-1].value:.4f}"))
-    higher = settings.is_higher_better(settings.metric_name)
-    criterion = Criterion(settings.metric_name, higher, settings.margin, runtime.data.summary.loss_kind)
-    return TruncationCurve(trials, written, gathered, find_smallest_adapter(trials, criterion))
+        method: AdapterMethod = "trained" if rank == top_rank else "truncated"
+        scored = scores.build_scored_adapter(folder.name, rank, criterion, method=method)
+        on_event(Notice(text=f"rank {rank}: held-out {scored.cell.value:.4f}"))
+        return scored
 
-
-def find_smallest_adapter(trials: Sequence[TrialFinished], criterion: Criterion) -> AdapterAnswer:
-    """Return the smallest adapter that is not worse than the largest one by the margin."""
-    return choose_adapter(trials, criterion) or build_trained_answer(
-        max(trials, key=lambda trial: trial.rank), criterion
-    )
+    report_evaluation_progress(runtime, "the base", on_event, len(ranks) + 1)
+    base = runtime.evaluate("validation").build_scored_adapter("base", 0, criterion)
+    smallest = find_smallest(truncate(top_rank), ranks, truncate, evaluate, criterion)
+    return MeasuredTruncations(smallest, base, gathered, criterion)
 
 
 _Fold: TypeAlias = tuple[list[int], Mapping[str, Moments]]  # half of the scored examples, moments over the other half
