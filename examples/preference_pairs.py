@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from common import parse_options, read_rows
 
-from rightrank import SelectSettings, select_rank
+from rightrank import SelectSettings, decide, select_rank
 
 arguments = parse_options()
 selected = select_rank(
@@ -23,5 +23,4 @@ selected = select_rank(
 )
 assert selected.decision is not None
 print(selected.decision)
-for metric_answer in selected.decision.other_metrics:
-    print(f"by {metric_answer.metric}: {metric_answer.sentence}")
+print(f"by reward_accuracy: {decide(selected.run, metric='reward_accuracy').decision.sentence}")

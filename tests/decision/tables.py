@@ -20,16 +20,14 @@ def make_trial(
     seed: int = 0,
     steps: int = 0,
     points: Iterable[tuple[int, float]] = (),
-    other_metrics: Mapping[str, float] | None = None,
     **fields: Any,
 ) -> TrialOutcome:
     """Make the outcome of a training in a table; without a value it failed."""
     arm = {"rank": rank, "learning_rate": learning_rate, "lora_alpha": 1, "seed": seed, "steps": steps}
     if value is None:
         return TrialFailed(trial_id=trial_id, **arm, error="error", reason="no result")
-    metrics = {metric: value, **(other_metrics or {})}
     evaluations = [EvalPoint(step=step, value=point) for step, point in points]
-    return TrialFinished(trial_id=trial_id, **arm, value=value, metrics=metrics, points=evaluations, **fields)
+    return TrialFinished(trial_id=trial_id, **arm, value=value, metrics={metric: value}, points=evaluations, **fields)
 
 
 def build_value_table(

@@ -74,7 +74,7 @@ def test_a_run_with_the_best_checkpoint_has_only_values_at_its_last(higher: bool
     cells_at_best = {
         key: replace(
             cell, value=sign * BEST[key[0]], sums=np.full(20, BEST[key[0]]), weights=np.ones(20), checkpoint_step=100,
-            train_value=1.0, other_metrics={"accuracy": 0.9},
+            train_value=1.0,
         )
         for key, cell in table.cells.items()
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_run_with_the_best_checkpoint_has_only_values_at_its_last(higher: bool
     assert select_checkpoint(table, "best") is table
     for (rank, _, _), cell in select_checkpoint(table, "last").cells.items():
         assert (cell.value, cell.loss, cell.examples) == (sign * LAST[rank], LAST[rank], 0)
-        assert (cell.checkpoint_step, cell.train_value, cell.other_metrics) == (None, None, {})
+        assert (cell.checkpoint_step, cell.train_value) == (None, None)
         assert cell.points == table.cells[rank, 0.0, 0].points
     assert decide_table(table, 0.005, checkpoint="last").rank == 4
 
@@ -130,11 +130,11 @@ def test_a_training_at_its_best_evaluation_has_the_values_of_that_step(higher: b
     table = ScoreTable("other metric", higher, {(4, 1e-3, 0): cell}, {}, "other")
     (best,) = select_checkpoint(table, "best").cells.values()
     assert (best.value, best.steps, best.points) == (sign * 1.0, 40, points[:2])
-    assert (best.train_value, best.deviation, best.other_metrics) == (None, None, {})
+    assert (best.train_value, best.deviation) == (None, None)
     assert (best.sums.tolist(), best.weights.tolist()) == ([1.0], [1.0])
     best_cell = replace(cell, value=sign * 1.0, checkpoint_step=20)
     (last,) = select_checkpoint(replace(table, cells={(4, 1e-3, 0): best_cell}), "last").cells.values()
-    assert (last.value, last.checkpoint_step, last.train_value, last.other_metrics) == (sign * 2.0, None, None, {})
+    assert (last.value, last.checkpoint_step, last.train_value) == (sign * 2.0, None, None)
     best_table = replace(table, cells={(4, 1e-3, 0): replace(cell, value=sign * 1.0)})
     assert select_checkpoint(best_table, "best") is best_table
 

@@ -99,39 +99,6 @@ def test_weights_follow_the_pair() -> None:
     assert table.estimate_pairs(pairs).mean == pytest.approx(4 / 5)
 
 
-@pytest.mark.parametrize(
-    ("metric", "chosen", "best", "conflict"),
-    [
-        # accuracy: twice the noise of a difference, 2·√2·.007 = .0198, is above the margin of .005
-        ("accuracy", 0.70, 0.7190, False),
-        ("accuracy", 0.70, 0.7205, True),
-        ("accuracy", 70.0, 71.9, False),
-        ("accuracy", 70.0, 72.1, True),
-        ("accuracy", 0.80, 0.70, False),  # the chosen rank is the better one
-        # a loss: the margin of .005 is above 2·√2·.0003
-        ("eval_loss", 2.0049, 2.0, False),
-        ("eval_loss", 2.0052, 2.0, True),
-        ("eval_loss", 1.9, 2.0, False),
-        # a perplexity: half a percent, by its logarithm
-        ("ppl", 8.03, 8.0, False),
-        ("ppl", 8.05, 8.0, True),
-        ("ppl", 8.05, -8.0, False),
-        # any other: 2·√2·.4% is above 1% of the best
-        ("bleu", 49.5, 50.0, False),
-        ("bleu", 49.3, 50.0, True),
-        ("colour", 1.0, 100.0, False),  # no metric
-    ],
-)
-def test_another_metric_conflicts_beyond_its_own_margin_and_noise(
-    metric: str, chosen: float, best: float, conflict: bool
-) -> None:
-    def make_cell(loss: float, value: float) -> Cell:
-        return Cell("t", loss, np.array([loss]), np.ones(1), other_metrics={metric: value})
-
-    table = ScoreTable("loss", False, {(4, 0.0, 0): make_cell(2.001, chosen), (64, 0.0, 0): make_cell(2.0, best)})
-    assert ("metric_conflict" in decide_table(table, 0.005).flags) is conflict
-
-
 @pytest.mark.parametrize(("lower", "noise", "is_chosen"), [(0.02, 0.05, True), (0.02, 0.3, False), (0.0, 0.0, False)])
 def test_a_learning_rate_with_fewer_seeds_needs_clear_evidence(lower: float, noise: float, is_chosen: bool) -> None:
     """Compare the learning rates on the seed that both have: a lucky seed of one of them is no reason."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -18,7 +16,6 @@ from rightrank.decision.records import (
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable, build_table
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import LossKind, infer_metric_kind
 from rightrank.schema.trials import TrialFailed
 from tests.decision.tables import build_value_table
 from tests.report.runs import ITEMS, make_run
@@ -61,28 +58,14 @@ def test_the_metric_that_decides_comes_first() -> None:
     assert list_metrics(make_measured_run(metric="f1")) == ["f1", "loss", "exact_match", "colour"]
 
 
-def test_each_other_metric_is_judged_too() -> None:
-    decision = decide_run(change_settings(make_measured_run(), margin=0.05))
-    assert (decision.metric, decision.rank) == ("loss", 4)
-    exact, colour = decision.other_metrics
-    assert (exact.metric, exact.higher_is_better, exact.margin) == ("exact_match", True, 0.005)
-    assert {evidence.rank: evidence.value for evidence in exact.ranks}[16] == pytest.approx((ITEMS - 1) / ITEMS)
-    assert (colour.metric, colour.higher_is_better, colour.reference_rank) == ("colour", True, 16)
-    assert {evidence.rank: evidence.value for evidence in colour.ranks}[4] == 5.0
-    assert exact.conflict
-    assert "metric_conflict" in decision.flags
-
-
-def test_another_metric_may_decide_and_the_loss_is_reported() -> None:
+def test_another_metric_may_decide_in_place_of_the_loss() -> None:
     records = make_measured_run()
     decision = decide_by_metric(records, list_comparable_outcomes(records), "exact_match", 0.1)
     assert (decision.metric, decision.higher_is_better, decision.margin) == ("exact_match", True, 0.1)
     assert (decision.reference_rank, decision.basis) == (16, "examples")
-    assert [other_metric.metric for other_metric in decision.other_metrics] == ["loss", "colour"]
     lower_outcomes = [outcome for outcome in records.outcomes if outcome.rank < 16]
     fewer = decide_by_metric(records, lower_outcomes, "exact_match", 0.1)
     assert [evidence.rank for evidence in fewer.ranks] == [0, 1, 4]
-    assert [evidence.rank for evidence in fewer.other_metrics[1].ranks] == [0, 1, 4]
 
 
 def test_the_direction_of_a_metric_can_be_given() -> None:
@@ -102,7 +85,6 @@ def test_the_direction_of_a_metric_can_be_given() -> None:
 
 def test_a_metric_without_a_known_direction_is_not_used() -> None:
     silent = change_settings(make_measured_run(), metrics=[], margin=0.05)
-    assert [other_metric.metric for other_metric in decide_run(silent).other_metrics] == ["exact_match"]
     with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
         decide_by_metric(silent, list_comparable_outcomes(silent), "colour")
     assert decide_by_metric(silent, list_comparable_outcomes(silent), "colour", 1.0, higher=False).reference_rank == 1
@@ -116,14 +98,12 @@ def test_evaluations_along_a_training_belong_to_one_metric() -> None:
     assert build_run_table(by_answers).cells[4, 1e-3, 0].points == ()
     table = build_run_table(by_answers, metric="exact_match")
     assert len(table.cells[4, 1e-3, 0].points) == 3
-    assert table.cells[4, 1e-3, 0].other_metrics == {"loss": pytest.approx(3.05, abs=0.2), "colour": 5.0}
 
 
 def test_other_numbers_of_a_custom_trainer_have_no_examples() -> None:
     custom_records = make_measured_run(form="custom", metric="colour", higher_is_better=False)
     decision = decide_run(custom_records)
     assert (decision.metric, decision.higher_is_better, decision.reference_rank) == ("colour", False, 1)
-    assert decision.other_metrics == []
     two_ranks = [outcome for outcome in custom_records.outcomes if outcome.rank in (4, 16)]
     assert decide_by_metric(custom_records, two_ranks, "colour").reference_rank == 4
 
@@ -160,49 +140,6 @@ def make_cell(loss: float) -> Cell:
 def build_loss_table(losses: dict[int, float], metric: str = "loss", std: float | None = 1e-4) -> ScoreTable:
     """Build a table of values with a stated deviation, so that differences can be shown."""
     return build_value_table(losses, metric, std=std)
-
-
-@pytest.mark.parametrize(
-    ("deciding_losses", "other_losses", "has_conflict"),
-    [
-        # two ranks are enough to compare, and rank 1 counts
-        ({1: 2.0, 4: 2.0001}, {1: 9.0, 4: 2.0}, True),
-        ({1: 2.1, 4: 2.0}, {1: 9.0, 4: 2.0}, False),
-        # the base is not a rank on which metrics can differ
-        ({0: 2.0001, 4: 2.0, 8: 2.0}, {0: 9.0, 4: 2.0, 8: 2.0}, False),
-        # ranks that only one metric has are ignored
-        ({4: 2.0, 8: 2.0, 16: 2.0}, {1: 9.0, 8: 2.0, 16: 2.0}, False),
-    ],
-)
-def test_metrics_conflict_on_ranks_that_both_judge(
-    deciding_losses: dict[int, float], other_losses: dict[int, float], has_conflict: bool
-) -> None:
-    decision = decide_table(
-        build_loss_table(deciding_losses), 0.005, other_tables=[build_loss_table(other_losses, "nll")]
-    )
-    assert [other_metric.conflict for other_metric in decision.other_metrics] == [has_conflict]
-    assert ("metric_conflict" in decision.flags) is has_conflict
-
-
-def test_a_metric_with_one_rank_is_left_out() -> None:
-    decision = decide_table(
-        build_loss_table({1: 2.1, 4: 2.0}),
-        0.005,
-        other_tables=[build_loss_table({4: 2.0}, "nll"), build_loss_table({0: 3.0, 4: 2.0}, "nll")],
-    )
-    assert decision.other_metrics == []
-
-
-@pytest.mark.parametrize(("loss", "margin"), [("token_loss", 0.005), ("pair_loss", 0.02), ("loss", 0.02)])
-def test_another_loss_is_of_the_same_kind(loss: LossKind, margin: float) -> None:
-    """Give nats per token their own margin, and any other loss 1% of the best value."""
-    tables = [
-        replace(build_loss_table({1: 2.1, 4: 2.0}, name), kind=infer_metric_kind(name, False, loss))
-        for name in ("loss", "nll")
-    ]
-    decision = decide_table(tables[0], other_tables=tables[1:])
-    assert decision.margin == pytest.approx(margin)
-    assert decision.other_metrics[0].margin == pytest.approx(margin)
 
 
 def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:

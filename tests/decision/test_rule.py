@@ -216,14 +216,6 @@ def test_order_still_changing_is_flagged() -> None:
     assert "may_be_capacity_limited" not in decide_table(ScoreTable("loss", False, steady), 0.005).flags
 
 
-def test_another_metric_that_wants_another_rank_is_flagged() -> None:
-    def make_cell(loss: float, accuracy: float) -> Cell:
-        return Cell("t", loss, *_one(loss), other_metrics={"accuracy": accuracy})
-
-    table = ScoreTable("loss", False, {(4, 0.0, 0): make_cell(2.001, 0.70), (64, 0.0, 0): make_cell(2.0, 0.80)})
-    assert "metric_conflict" in decide_table(table, 0.005).flags
-
-
 def test_one_rank_or_a_margin_of_zero_is_refused() -> None:
     with pytest.raises(ResultsError, match="two or more"):
         decide_table(build_value_table({4: 2.0}))

@@ -194,7 +194,6 @@ def test_accuracy_is_read_from_the_correct_examples() -> None:
     table = build_run_table(Records.from_journal(started, outcomes))
     assert (table.metric, table.higher_is_better, table.kind) == ("accuracy", True, "accuracy")
     assert {rank: table.cells[rank, 1e-3, 0].loss for rank in (1, 4)} == {1: -0.5, 4: -1.0}
-    assert table.cells[4, 1e-3, 0].other_metrics == {"loss": 1}
 
 
 def test_a_cell_holds_what_its_trial_measured() -> None:
@@ -205,7 +204,7 @@ def test_a_cell_holds_what_its_trial_measured() -> None:
     assert cell.value == trial.value
     assert cell.loss == pytest.approx(trial.value)
     assert (cell.examples, float(cell.weights[0])) == (ITEMS, TOKENS)
-    assert (cell.steps, cell.train_value, cell.other_metrics) == (trial.steps, trial.train_value, {})
+    assert (cell.steps, cell.train_value) == (trial.steps, trial.train_value)
     assert cell.points == tuple(trial.points)
     assert build_run_table(records).missing == {4: 1}
 
@@ -259,7 +258,6 @@ def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
     cell = table.cells[1, 1e-3, 0]
     assert (table.metric, table.higher_is_better, table.missing) == ("score", True, {4: 1})
     assert (cell.value, cell.loss, cell.examples) == (3.0, -3.0, 2)
-    assert cell.other_metrics == {"loss": 1.0}
     assert cell.steps == rank_1.steps
     assert cell.points == tuple(rank_1.points)
     assert cell.train_value == rank_1.train_value
@@ -430,25 +428,6 @@ def test_an_answer_that_was_not_requested_is_none_in_the_document() -> None:
     of_the_adapter = ("adapter_sentence", "adapter_provenance", "handed_over", "adapter_answer")
     assert {name: second[name] for name in of_the_adapter} == dict.fromkeys(of_the_adapter)
     assert second["cost"] == {"trainings": 8.0, "trainings_to_adapter": None}
-
-
-def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> None:
-    run = make_run((1, 4), (1e-3,))
-    outcomes = [
-        change_trial(trial, metrics=trial.metrics | {"reward_margin": 0.5 + trial.rank})
-        for trial in run.list_finished()
-    ]
-    records = Records.from_journal(run.started, outcomes)
-    assert decide_run(records).other_metrics == []
-    (reward_margin,) = decide_run(change_settings(records, metrics=["reward_margin"])).other_metrics
-    assert (reward_margin.metric, reward_margin.higher_is_better) == ("reward_margin", True)
-    assert decide_run(change_settings(records, metrics="reward_margin")).other_metrics == []  # a string is not a list
-    deciding = Records.from_journal(
-        run.started.model_copy(update={"metric": "reward_margin", "higher_is_better": True}), outcomes
-    )
-    assert [other_metric.metric for other_metric in decide_run(deciding).other_metrics] == ["loss"]
-    by_loss = decide_by_metric(deciding, list_comparable_outcomes(deciding), "loss", 0.02).other_metrics
-    assert [other_metric.metric for other_metric in by_loss] == ["reward_margin"]
 
 
 def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> None:

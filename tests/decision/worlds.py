@@ -55,7 +55,6 @@ class World:
     points: bool = False
     parting: float = 0.0  # how much lower ranks fall behind during the training
     trained: float | None = None  # decrease of the training value per doubling of the rank
-    other_metric: str | None = None  # an additional metric that prefers the top rank
     token_loss: bool = True
     seed: int = 0
 
@@ -106,7 +105,6 @@ def _make_result(world: World, rank: int, learning_rate: float, seed: int, score
         train_value=None if world.trained is None else 1.9 - world.trained * octave,
         steps=100 if world.points else 0,
         points=points,
-        other_metrics={world.other_metric: 0.5 + 0.1 * octave} if world.other_metric else {},
     )
 
 
@@ -160,9 +158,6 @@ def build_worlds() -> dict[str, World]:
         "parting": World("slow", points=True, parting=0.2, num_examples=40, seeds=(0, 1), margin=0.06, noise=0.001),
         "parting, higher is better": World("slow", "accuracy", points=True, parting=-0.1, margin=0.03),
         "one seed with points": World("saturating", points=True, num_examples=40),
-        "conflict": World("step", other_metric="eval_accuracy", num_examples=60),
-        "conflict of perplexity": World("step", other_metric="perplexity", num_examples=60),
-        "no conflict in what is no metric": World("step", other_metric="colour", num_examples=60),
         "overfitting by examples": World("u_shaped", num_examples=100, seeds=(0, 1, 2), trained=0.1),
         "flat by examples": World("flat", num_examples=200, seeds=(0, 1, 2), margin=0.01),
         "rising by examples": World("rising", num_examples=100, seeds=(0, 1, 2)),

@@ -16,7 +16,7 @@ from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
-from rightrank.schema.metrics import DIAGNOSTIC_METRICS, Checkpoint, format_unknown_direction
+from rightrank.schema.metrics import Checkpoint, format_unknown_direction
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import (
     OUTCOMES,
@@ -134,32 +134,17 @@ def decide_by_metric(
     confidence: float | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Decision:
-    """Decide by one of the run's metrics, and add the answers by the others.
-
-    Uses the run's checkpoint unless one is given.
+    """Decide by one of the run's metrics, at the run's checkpoint unless one is given.
 
     Raises:
         ResultsError: fewer than two ranks have the metric, or its direction is not known.
     """
-    started, settings = records.started, records.settings
-    requested_metrics = [started.metric, *settings.metrics]
-    measured_metrics = list_metrics(records) if started.data.form != "custom" else ()
-    other_metrics = [
-        name
-        for name in measured_metrics
-        if name != metric and (name in requested_metrics or name not in DIAGNOSTIC_METRICS)
-    ]
-    other_tables = [
-        build_run_table(records, outcomes, name)
-        for name in other_metrics
-        if get_metric_direction(started, name) is not None
-    ]
+    settings = records.settings
     requested_confidence = settings.confidence if confidence is None else confidence
     return decide_table(
         build_run_table(records, outcomes, metric, higher),
         margin,
         checkpoint=checkpoint or settings.checkpoint,
-        other_tables=other_tables,
         confidence=requested_confidence or DEFAULT_CONFIDENCE,
     )
 

@@ -13,7 +13,6 @@ would; the decision has the flag `underpowered`, and `non_inferior` is None.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from rightrank.decision.ranks import (
     build_staircase,
     compare_ranks,
 )
-from rightrank.decision.sentences import format_basis_note, format_conflict, format_probability_note, format_sentence
+from rightrank.decision.sentences import format_basis_note, format_probability_note, format_sentence
 from rightrank.decision.table import MetricUnit, ScoreTable, select_checkpoint
 from rightrank.decision.verdicts import (
     collect_flags,
@@ -37,7 +36,7 @@ from rightrank.decision.verdicts import (
     find_indistinguishable_ranks,
     find_shown_rank,
 )
-from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
+from rightrank.schema.decision import Decision, RankEvidence
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import Checkpoint
 
@@ -46,7 +45,6 @@ def decide_table(
     table: ScoreTable,
     margin: float | None = None,
     *,
-    other_tables: Sequence[ScoreTable] = (),
     smallest_if_undecided: bool = False,
     confidence: float = DEFAULT_CONFIDENCE,
     checkpoint: Checkpoint = "last",
@@ -55,7 +53,6 @@ def decide_table(
 
     Args:
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
-        other_tables: the same trials by other metrics, each compared at its default margin.
         smallest_if_undecided: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
         confidence: choose the smallest rank that is enough with this probability.
         checkpoint: the evaluation of each training that is compared, if the table has evaluations during training.
@@ -71,11 +68,7 @@ def decide_table(
     comparison = compare_ranks(evidence, unit.convert_margin(margin), confidence)
     chosen = comparison.chosen
     verdict = determine_verdict(comparison)
-    comparable = [other_table for other_table in other_tables if len(other_table.list_ranks()) > 1]
-    other_answers = [
-        _decide_other_metric(comparison.by_rank, other_table, confidence, checkpoint) for other_table in comparable
-    ]
-    flags = collect_flags(comparison, verdict, other_answers, checkpoint_comparison)
+    flags = collect_flags(comparison, verdict, checkpoint_comparison)
     runs = plan_next_runs(comparison, verdict, flags)
     indistinguishable = (
         find_indistinguishable_ranks(comparison) if comparison.is_open else [chosen]
@@ -111,7 +104,6 @@ def decide_table(
         next_runs=runs,
         selection_bias=unit.convert_difference(evidence.selection_bias),
         checkpoint=checkpoint_comparison,
-        other_metrics=other_answers,
     )
 
 
@@ -132,33 +124,6 @@ def _build_probability_fields(comparison: Comparison, unit: MetricUnit) -> dict[
         "difference_uncertainty": unit.convert_difference(evidence.compute_half_width(confidence)),
         "probably_worse_ranks": [rank for rank in comparison.ranks if rank not in indistinguishable],
     }
-
-
-def _decide_other_metric(
-    by_rank: Mapping[int, RankComparison], other_table: ScoreTable, confidence: float, checkpoint: Checkpoint
-) -> MetricAnswer:
-    """Return the answer by another metric, and whether the two conflict."""
-    answer = decide_table(other_table, confidence=confidence, checkpoint=checkpoint)
-    main_verdicts = {rank: compared.non_inferior for rank, compared in by_rank.items()}
-    other_evidence = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
-    conflicting_ranks = [
-        rank
-        for rank in main_verdicts
-        if rank in other_evidence and {main_verdicts[rank], other_evidence[rank].non_inferior} == {True, False}
-    ]
-    return MetricAnswer(
-        metric=other_table.metric,
-        higher_is_better=other_table.higher_is_better,
-        margin=answer.margin,
-        rank=answer.rank,
-        verdict=answer.verdict,
-        reference_rank=answer.reference_rank,
-        conflict=bool(conflicting_ranks),
-        sentence=format_conflict(other_table.metric, conflicting_ranks, other_evidence, answer.margin)
-        if conflicting_ranks
-        else answer.sentence,
-        ranks=answer.ranks,
-    )
 
 
 def _prepare_comparison(table: ScoreTable, margin: float | None) -> tuple[Evidence, MetricUnit, float]:

@@ -1,9 +1,8 @@
-"""Format the sentences of a decision: the answer, a conflict between metrics, and what the intervals cover."""
+"""Format the sentences of a decision: the answer, and what the intervals cover."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Evidence
@@ -17,7 +16,7 @@ from rightrank.decision.verdicts import (
     find_unexplained_rank,
     format_rank_names,
 )
-from rightrank.schema.decision import RankEvidence, Verdict
+from rightrank.schema.decision import Verdict
 from rightrank.schema.metrics import LOSS_KINDS
 
 
@@ -223,19 +222,6 @@ def _format_base_probability(comparison: Comparison) -> str:
     if likely is None or comparison.confidence is None or likely <= 1 - comparison.confidence:
         return ""
     return f"The base model itself is {format_probability(likely)} likely to be within the margin."
-
-
-def format_conflict(
-    metric: str, conflicting_ranks: Sequence[int], other_evidence: Mapping[int, RankEvidence], margin: float
-) -> str:
-    """Format how another metric disagrees, for the largest rank on which the two conflict."""
-    rank = max(conflicting_ranks)
-    if other_evidence[rank].non_inferior:
-        return f"{metric} disagrees: rank {rank} is enough by this metric, within its margin of {margin:.4g}."
-    difference = format_number(abs(other_evidence[rank].difference or 0.0))
-    return (
-        f"{metric} disagrees: rank {rank} is {difference} worse by this metric, more than its margin of {margin:.4g}."
-    )
 
 
 def format_basis_note(evidence: Evidence) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,7 +25,7 @@ from rightrank.decision.comparison import (
     estimate_mean,
 )
 from rightrank.schema.decision import DifferenceDistribution
-from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, infer_direction, infer_metric_kind
+from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, infer_metric_kind
 from rightrank.schema.trials import (
     EvalPoint,
     Floats,
@@ -60,9 +60,6 @@ class Cell:
     steps: int | None = None
     checkpoint_step: int | None = None  # the step of the value, if it is not that of the last evaluation
     points: tuple[EvalPoint, ...] = ()  # during training, in the metric's own direction
-    other_metrics: Mapping[str, float] = field(
-        default_factory=dict
-    )  # other metrics of the trial, in their own direction
     groups: Groups | None = None  # [examples] the group of each example; None: no groups
     train_seconds: float = 0.0  # 0: unknown
     eval_seconds: float = 0.0  # of one evaluation
@@ -345,22 +342,7 @@ def _build_cell(
         eval_seconds=trial.eval_seconds / max(1, len(trial.points)),
         checkpoint_step=trial.checkpoint_step,
         points=tuple(trial.points),
-        other_metrics={name: value for name, value in trial.metrics.items() if name != metric},
     )
-
-
-def build_other_tables(outcomes: Iterable[TrialOutcome], metric: MetricName) -> list[ScoreTable]:
-    """Build the tables by each metric but `metric` whose direction is known, with one number for each training."""
-    single_value: dict[str, Any] = {
-        "example_scores": None,
-        "example_weights": None,
-        "points": [],
-        "seed_deviation": None,
-    }
-    bare = [o.model_copy(update=single_value) if isinstance(o, TrialFinished) else o for o in outcomes]
-    names = dict.fromkeys(name for o in bare if isinstance(o, TrialFinished) for name in o.metrics if name != metric)
-    directions = {name: infer_direction(name) for name in names}
-    return [build_table(bare, name, higher) for name, higher in directions.items() if higher is not None]
 
 
 def select_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
@@ -386,12 +368,12 @@ def _select_cell_checkpoint(cell: Cell, checkpoint: Checkpoint, higher_is_better
     if not cell.points or (cell.checkpoint_step is None) == (checkpoint == "last"):
         return cell
     if checkpoint == "last":
-        return replace(cell, value=cell.points[-1].value, checkpoint_step=None, train_value=None, other_metrics={})
+        return replace(cell, value=cell.points[-1].value, checkpoint_step=None, train_value=None)
     best, sign = find_best_point(cell.points, higher_is_better), -1.0 if higher_is_better else 1.0
     if best.step == cell.points[-1].step or sign * best.value >= sign * cell.value:
         return cell
     earlier = tuple(point for point in cell.points if point.step <= best.step)
-    return replace(cell, value=best.value, points=earlier, train_value=None, deviation=None, other_metrics={})
+    return replace(cell, value=best.value, points=earlier, train_value=None, deviation=None)
 
 
 @dataclass(frozen=True, slots=True)

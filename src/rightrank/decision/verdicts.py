@@ -21,7 +21,6 @@ nothing is undecided for lack of evidence: ranks are compared by their values.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,14 +29,8 @@ from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import Contender, ScoreTable, select_checkpoint
-from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdict
-from rightrank.schema.metrics import (
-    Checkpoint,
-    compute_default_margin,
-    get_published_deviation,
-    infer_direction,
-    infer_metric_kind,
-)
+from rightrank.schema.decision import CheckpointNote, Grade, Verdict
+from rightrank.schema.metrics import Checkpoint
 
 FALL_IN_MARGINS = 20.0  # below the best: no published curve has a single fall above 16 (benchmarks/decide)
 RISE = 1 / 8  # the share of a rank's difference that its neighbor has if results get worse rank by rank
@@ -194,25 +187,12 @@ def _compute_train_value(contender: Contender) -> float | None:
 def collect_flags(
     comparison: Comparison,
     verdict: Verdict,
-    other_answers: Sequence[MetricAnswer] = (),
     checkpoints: CheckpointNote | None = None,
 ) -> list[str]:
-    """Return the flags in a fixed order. Each has an entry in docs/reference/decision.md.
-
-    Args:
-        other_answers: the answers by other metrics, whose values need no comparison here.
-    """
+    """Return the flags in a fixed order. Each has an entry in docs/reference/decision.md."""
     evidence, top = comparison.evidence, comparison.ranks[-1]
     answer = {comparison.chosen, comparison.reference.rank}
     growth = _compute_late_growth(comparison) or 0.0
-    metric_names = [
-        set(cell.other_metrics) for contender in evidence.contenders.values() for cell in contender.cells.values()
-    ]
-    unjudged_metrics = set.intersection(*metric_names) - {
-        answer.metric
-        for answer in other_answers
-        if any(row.non_inferior is not None for row in answer.ranks if row.rank != answer.reference_rank)
-    }
     flags = {
         "underpowered": is_underpowered(comparison, verdict),
         "rising": verdict == "undecided"
@@ -225,8 +205,6 @@ def collect_flags(
         "unequal_length": len(evidence.list_lengths()) > 1,
         "one_seed": comparison.is_indication,
         "selection_bias": evidence.selection_bias > comparison.margin / 2,
-        "metric_conflict": any(answer.conflict for answer in other_answers)
-        or any(_has_metric_conflict(evidence, comparison.chosen, name) for name in sorted(unjudged_metrics)),
         # The chosen rank's gap exceeds the margin if it grows by the same amount again.
         "may_be_capacity_limited": growth > 0
         and not is_within(comparison.by_rank[comparison.chosen].difference.mean + growth, comparison.margin),
@@ -244,27 +222,6 @@ def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
         below is None or compared[below].non_inferior is False
     )
     return comparison.evidence.basis == "values" or not is_settled
-
-
-def _has_metric_conflict(evidence: Evidence, chosen: int, name: str) -> bool:
-    """Return whether the chosen rank is clearly worse than the best by another metric that has only values."""
-    higher = infer_direction(name)
-    if higher is None:
-        return False
-    kind = infer_metric_kind(name, higher)
-    sign = -1.0 if higher else 1.0
-    means = {
-        rank: float(np.mean([cell.other_metrics[name] for cell in contender.cells.values()]))
-        for rank, contender in evidence.contenders.items()
-    }
-    values = list(means.values())
-    best = min(sign * value for value in values)
-    if kind == "perplexity":
-        return (
-            math.log(means[chosen] / best) > compute_default_margin("token_loss", best, values) if best > 0 else False
-        )
-    noise = 2 * math.sqrt(2) * get_published_deviation(kind, best, values)
-    return sign * means[chosen] - best > max(compute_default_margin(kind, best, values), noise)
 
 
 MIN_POINTS = 3

@@ -17,7 +17,6 @@ from rightrank.report.format import format_duration, format_quantity, make_visib
 from rightrank.schema.decision import (
     Decision,
     ExportedAdapter,
-    MetricAnswer,
     RankEvidence,
 )
 from rightrank.schema.events import RunKind, RunStarted
@@ -38,7 +37,6 @@ FLAGS = {
     "one_seed": "the answer depends on a rank with only one seed, so it is an indication",
     "unequal_length": "the compared trainings have different lengths",
     "selection_bias": "the best of several ranks looks better than it is, by more than half the margin",
-    "metric_conflict": "for some rank, another metric of the same trainings contradicts the answer",
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
     "checkpoint_matters": "the best and the last checkpoint of each training lead to different ranks",
 }
@@ -58,7 +56,6 @@ class AnswerView:
     estimate: str  # an estimate of the training rank if it was not requested
     verdict: str  # with the flags in brackets
     safe_choice: str  # a rank that is enough, while the answer is undecided
-    metrics: tuple[str, ...]  # the results by other metrics
     next_runs: tuple[tuple[str, str | None], ...]  # each with a command that can be pasted, if there is one
 
     @property
@@ -95,7 +92,6 @@ def build_answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> 
         if decision is None
         else decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else ""),
         safe_choice="" if decision is None or decision.verdict != "undecided" else _format_safe_choice(decision),
-        metrics=() if decision is None else tuple(map(_format_metric_answer, decision.other_metrics)),
         next_runs=tuple((run.sentence, command) for run, command in zip_longest(answers.next_runs, commands)),
     )
 
@@ -183,13 +179,6 @@ def _format_test_result(handed_over: ExportedAdapter) -> str:
         return ""
     bound = "" if high is None else f" (95% upper bound {high:+.2g})"
     return f"On the test split, it differs from the reference by {handed_over.test_difference:+.2g}{bound}."
-
-
-def _format_metric_answer(metric_answer: MetricAnswer) -> str:
-    if metric_answer.conflict:
-        return metric_answer.sentence
-    answer = f"rank {metric_answer.rank}" if metric_answer.rank else metric_answer.verdict.replace("_", " ")
-    return f"{metric_answer.metric}: {answer}, at a margin of {format_brief(metric_answer.margin)}"
 
 
 def format_brief(value: float | None) -> str:

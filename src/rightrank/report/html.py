@@ -234,10 +234,7 @@ def _describe_limits(records: Records, decision: Decision | None) -> list[str]:
         limits.append(
             f"Trainings longer than {steps} steps. Low ranks tend to fall behind late in training, so a longer training may need a higher rank."
         )
-    other_metrics = [answer.metric for answer in decision.other_metrics] if decision else []
-    limits.append(
-        f"Metrics other than {', '.join([records.started.metric, *other_metrics])}; other data, prompts or models."
-    )
+    limits.append(f"Metrics other than {records.started.metric}; other data, prompts or models.")
     if "target_modules" in settings.model_fields_set:
         limits.append(
             f"Target modules other than {','.join(settings.target_modules)}; scalings other than "

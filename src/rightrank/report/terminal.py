@@ -40,7 +40,6 @@ def format_decision(decision: Decision, table_notes: list[str], width: int, comm
         ("", view.safe_choice),
         ("margins", f"{stairs} (requested: {decision.margin:g})"),
         *build_certainty_rows(decision),
-        *(("metric", metric) for metric in view.metrics),
         *view.build_next_rows(),
     ]
     evidence = map(make_visible, format_table(build_evidence_table(decision)))

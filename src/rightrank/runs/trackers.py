@@ -173,7 +173,7 @@ def _convert_decision(started: RunStarted, decision: Decision, group: str) -> _T
     summary: dict[str, TrackedValue] = {
         f"decision/{name}": _convert_value(value)
         for name, value in decision.model_dump(mode="json").items()
-        if name not in ("staircase", "next_runs", "other_metrics")
+        if name not in ("staircase", "next_runs")
     }
     config = {f"settings/{name}": _convert_value(value) for name, value in started.settings.items()}
     return _TrackedRun("decision", group, config, summary=summary)

@@ -62,20 +62,6 @@ class NextRun(Record):
     sentence: str
 
 
-class MetricAnswer(Record):
-    """The answer by another metric of the same trainings, with its own margin and best learning rates."""
-
-    metric: str
-    higher_is_better: bool
-    margin: float
-    rank: int | None  # None: no answer
-    verdict: Verdict
-    reference_rank: int
-    conflict: bool  # one metric shows that a rank is enough, the other that it is not
-    sentence: str  # for the user
-    ranks: list[RankEvidence]
-
-
 class Decision(Record):
     """The training rank and the evidence for it."""
 
@@ -137,7 +123,6 @@ class Decision(Record):
     # at most a standard error of the rank's difference.
     selection_bias: float = 0.0
     checkpoint: CheckpointNote | None = None  # if the table has evaluations during training
-    other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the deciding one
     adapter_sentence: str | None = (
         None  # the sentence on the deployment rank; None: no run, or no adapter was handed over
     )

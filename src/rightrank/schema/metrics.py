@@ -167,17 +167,6 @@ ACCURACY_MARGIN = 0.005  # half a point, as a fraction
 PERCENT_MARGIN = 0.5  # half a point, as a percentage
 RELATIVE_MARGIN = 0.01  # of the reference, for all other metrics
 
-# Metrics of preference pairs that measure how far an adapter moves from the base model. They never conflict with a decision unless
-# the user requests them.
-DIAGNOSTIC_METRICS = ("reward_margin", "chosen_log_ratio")
-
-# The standard deviation of one training over seeds, from published repeats of long trainings. It is in no interval: short
-# trainings differ by up to a hundred times as much (benchmarks/decide). Loss: repeats of SFT test loss (tinker-cookbook, sft_sweep.md). Accuracy: GSM8K 0.3 to 1.4 points, CoLA 1.2, RTE 0.7 (Hu et al. 2021 and PEFT's method comparison).
-# Other: BLEU 0.15%, METEOR 0.4%, CIDEr 0.8% of the value (Hu et al. 2021, table 3).
-LOSS_SEED_DEVIATION = 0.0003
-ACCURACY_SEED_DEVIATION = 0.007
-RELATIVE_SEED_DEVIATION = 0.004
-
 _PERPLEXITY = re.compile(r"perplexity|\bppl\b")
 _ACCURACY = re.compile(
     r"acc\b|accuracy|\bf1\b|\bem\b|exact match|pass 1|pass@|win ?rate|mmlu|gsm8k|humaneval|\bmath\b|correct|precision|recall|auc"
@@ -215,12 +204,3 @@ def compute_default_margin(kind: MetricKind, reference: float, values: list[floa
     if kind == "perplexity":
         return abs(reference) * TOKEN_LOSS_MARGIN
     return RELATIVE_MARGIN * (abs(reference) or max(map(abs, values)) or 1.0)
-
-
-def get_published_deviation(kind: MetricKind, reference: float, values: list[float]) -> float:
-    """Return the published standard deviation of one training over seeds, in the oriented unit (nats for a perplexity)."""
-    if kind in ("token_loss", "perplexity"):
-        return LOSS_SEED_DEVIATION
-    if kind == "accuracy":
-        return ACCURACY_SEED_DEVIATION * (100 if has_percentages(values) else 1)
-    return abs(reference) * RELATIVE_SEED_DEVIATION
