@@ -30,7 +30,6 @@ from rightrank.decision.sentences import format_basis_note, format_probability_n
 from rightrank.decision.table import MetricUnit, ScoreTable, select_checkpoint
 from rightrank.decision.verdicts import (
     collect_flags,
-    compare_checkpoints,
     determine_grade,
     determine_verdict,
     find_indistinguishable_ranks,
@@ -60,15 +59,14 @@ def decide_table(
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
     """
-    full_table, table = table, select_checkpoint(table, checkpoint)
+    table = select_checkpoint(table, checkpoint)
     evidence, unit, margin = _prepare_comparison(table, margin)
-    checkpoint_comparison = compare_checkpoints(full_table, evidence, checkpoint, unit.convert_margin(margin))
     if not 0.5 <= confidence < 1:
         raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")
     comparison = compare_ranks(evidence, unit.convert_margin(margin), confidence)
     chosen = comparison.chosen
     verdict = determine_verdict(comparison)
-    flags = collect_flags(comparison, verdict, checkpoint_comparison)
+    flags = collect_flags(comparison, verdict)
     runs = plan_next_runs(comparison, verdict, flags)
     indistinguishable = (
         find_indistinguishable_ranks(comparison) if comparison.is_open else [chosen]
@@ -103,7 +101,6 @@ def decide_table(
         **_build_probability_fields(comparison, unit),
         next_runs=runs,
         selection_bias=unit.convert_difference(evidence.selection_bias),
-        checkpoint=checkpoint_comparison,
     )
 
 

@@ -26,11 +26,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
-from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison
-from rightrank.decision.table import Contender, ScoreTable, select_checkpoint
-from rightrank.schema.decision import CheckpointNote, Grade, Verdict
-from rightrank.schema.metrics import Checkpoint
+from rightrank.decision.table import Contender
+from rightrank.schema.decision import Grade, Verdict
 
 FALL_IN_MARGINS = 20.0  # below the best: no published curve has a single fall above 16 (benchmarks/decide)
 RISE = 1 / 8  # the share of a rank's difference that its neighbor has if results get worse rank by rank
@@ -187,7 +185,6 @@ def _compute_train_value(contender: Contender) -> float | None:
 def collect_flags(
     comparison: Comparison,
     verdict: Verdict,
-    checkpoints: CheckpointNote | None = None,
 ) -> list[str]:
     """Return the flags in a fixed order. Each has an entry in docs/reference/decision.md."""
     evidence, top = comparison.evidence, comparison.ranks[-1]
@@ -208,7 +205,6 @@ def collect_flags(
         # The chosen rank's gap exceeds the margin if it grows by the same amount again.
         "may_be_capacity_limited": growth > 0
         and not is_within(comparison.by_rank[comparison.chosen].difference.mean + growth, comparison.margin),
-        "checkpoint_matters": checkpoints is not None and checkpoints.has_conflict,
     }
     return [flag for flag, is_raised in flags.items() if is_raised]
 
@@ -244,25 +240,6 @@ def _compute_late_growth(comparison: Comparison) -> float | None:
     sign = -1.0 if comparison.evidence.table.higher_is_better else 1.0
     gaps = [sign * (curves[0][step] - curves[1][step]) for step in steps]
     return gaps[-1] - gaps[len(gaps) // 2 - 1]
-
-
-def compare_checkpoints(
-    table: ScoreTable, evidence: Evidence, checkpoint: Checkpoint, margin: float
-) -> CheckpointNote | None:
-    """Return the ranks that the values give at the last and at the best evaluation; None without evaluations during training.
-
-    Args:
-        evidence: the evidence of the table at `checkpoint`.
-        margin: in the oriented unit.
-    """
-    if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
-        return None
-    other_checkpoint: Checkpoint = "best" if checkpoint == "last" else "last"
-    picks = {
-        checkpoint: evidence.pick_by_values(margin),
-        other_checkpoint: Evidence(select_checkpoint(table, other_checkpoint)).pick_by_values(margin),
-    }
-    return CheckpointNote(checkpoint=checkpoint, last=picks["last"], best=picks["best"])
 
 
 def _average_curve(contender: Contender) -> dict[int, float]:

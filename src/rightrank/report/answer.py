@@ -38,7 +38,6 @@ FLAGS = {
     "unequal_length": "the compared trainings have different lengths",
     "selection_bias": "the best of several ranks looks better than it is, by more than half the margin",
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
-    "checkpoint_matters": "the best and the last checkpoint of each training lead to different ranks",
 }
 
 
@@ -269,22 +268,12 @@ def build_margin_steps(decision: Decision) -> list[tuple[float, int]]:
 
 
 def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
-    """Return `(label, sentence)` rows that explain how certain the answer is: checkpoint, basis, optimism and flags."""
+    """Return `(label, sentence)` rows that explain how certain the answer is: basis, optimism and flags."""
     optimism = (
         f"The best of several ranks looks up to {decision.selection_bias:.2g} {get_metric_unit(decision.metric)} better than it is; "
         "the lower bounds are lower by this."
     )
-    compared = ""
-    if (note := decision.checkpoint) is not None:
-        picks = f"By values alone, the last evaluations select rank {note.last} and the best ones rank {note.best}."
-        picks = (
-            "By values alone, the last and the best evaluations select the same rank."
-            if note.last == note.best
-            else picks
-        )
-        compared = f"Each training is compared at its {note.checkpoint} evaluation. {picks}"
     rows = [
-        ("checkpoint", compared),
         ("basis", decision.basis_note or ""),
         ("likely", decision.probability_note if "one_seed" in decision.flags or _has_probabilities(decision) else ""),
         ("optimism", optimism if decision.selection_bias else ""),

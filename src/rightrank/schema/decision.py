@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.trials import BoundedInt, Record
 
 if TYPE_CHECKING:
@@ -122,7 +121,6 @@ class Decision(Record):
     # How much too good the reference looks as the best of several ranks, in the metric's unit. Lower bounds are lower by this, but by
     # at most a standard error of the rank's difference.
     selection_bias: float = 0.0
-    checkpoint: CheckpointNote | None = None  # if the table has evaluations during training
     adapter_sentence: str | None = (
         None  # the sentence on the deployment rank; None: no run, or no adapter was handed over
     )
@@ -151,18 +149,6 @@ class AdapterCandidate(Record):
     difference_high: float | None  # its 95% upper bound, the one that is tested
     is_within_margin: bool  # whether the upper bound is at most the margin
     distribution: DifferenceDistribution | None = None  # None: the reference itself, or no example scores
-
-
-class CheckpointNote(Record):
-    """The evaluation of each training that was compared, and the rank that each choice gives, judged by the values alone."""
-
-    checkpoint: Checkpoint
-    last: BoundedInt
-    best: BoundedInt
-
-    @property
-    def has_conflict(self) -> bool:
-        return self.last != self.best
 
 
 class AdapterAnswer(Record):
