@@ -140,62 +140,6 @@ def test_a_learning_rate_that_shares_no_seed_is_not_taken() -> None:
     assert table.get_cells_by_rate(64) == {}
 
 
-Points = list[tuple[int, float]]
-
-
-def build_table_with_points(chosen: list[Points], best: list[Points], higher: bool) -> ScoreTable:
-    """Build a table of ranks 4 and 16 by seed, each with its values during the training; the last value counts."""
-    sign = -1.0 if higher else 1.0
-    metric = "negated" if higher else "eval_loss"
-    results = [
-        make_trial(
-            trial_id=f"{rank}-{seed}",
-            metric=metric,
-            rank=rank,
-            seed=seed,
-            value=sign * points[-1][1],
-            points=[(step, sign * value) for step, value in points],
-        )
-        for rank, seeds in ((4, chosen), (16, best))
-        for seed, points in enumerate(seeds)
-    ]
-    return build_table(results, metric, higher)
-
-
-LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
-
-
-@pytest.mark.parametrize("higher", [False, True])
-@pytest.mark.parametrize(
-    ("gaps", "limited"),
-    [
-        ([0.003, 0.0, 0.001, 0.003], True),  # it grew by .003 over the second half, and is .003 behind
-        ([0.001, 0.0, 0.0, 0.002], False),  # twice .002 is within the margin of .005
-        ([0.0, 0.003, 0.004, 0.003], False),
-        ([0.0, 0.004, 0.004, 0.002], False),
-    ],
-)
-def test_a_gap_that_grows_late_may_show_limited_capacity(gaps: list[float], limited: bool, higher: bool) -> None:
-    chosen = [(step, value + gap) for (step, value), gap in zip(LEVEL, gaps, strict=True)]
-    decision = decide_table(build_table_with_points([chosen], [LEVEL], higher), 0.005)
-    assert (decision.rank, decision.reference_rank) == (4, 16)
-    assert ("may_be_capacity_limited" in decision.flags) is limited
-
-
-def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_seeds() -> None:
-    grows = [(10, 2.0), (20, 2.0), (25, 9.0), (40, 2.003)]
-    other_points = [(10, 2.0), (20, 2.0), (30, 9.0), (40, 2.0)]
-    assert (
-        "may_be_capacity_limited" in decide_table(build_table_with_points([grows], [other_points], False), 0.005).flags
-    )
-    two = decide_table(build_table_with_points([[(20, 2.0), (40, 2.003)]], [other_points], False), 0.005)
-    assert "may_be_capacity_limited" not in two.flags
-    slow = [[(10, 2.0), (20, 2.0), (40, 2.002)]] * 2
-    assert (
-        "may_be_capacity_limited" not in decide_table(build_table_with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
-    )
-
-
 @pytest.mark.parametrize(
     ("seeds", "best"),
     [

@@ -9,7 +9,6 @@ from rightrank.decision.comparison import walk_down
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.trials import EvalPoint
 from tests.decision.tables import build_example_table, build_value_table
 
 RISING = {1: 2.4, 2: 2.3, 4: 2.2, 8: 2.1}
@@ -200,20 +199,6 @@ def test_trainings_of_unequal_length_are_flagged() -> None:
             key: replace(cell, steps=steps["short" if key[0] < 64 else "long"]) for key, cell in table.cells.items()
         }
         assert ("unequal_length" in decide_table(replace(table, cells=cells), 0.005).flags) is unequal
-
-
-def test_order_still_changing_is_flagged() -> None:
-    def make_cell(rank: int, gaps: tuple[float, ...]) -> Cell:
-        points = tuple(EvalPoint(step=25 * (n + 1), value=2.0 + gap) for n, gap in enumerate(gaps))
-        return Cell(str(rank), 2.0 + gaps[-1], *_one(2.0 + gaps[-1]), points=points, steps=100)
-
-    parting = {(4, 0.0, 0): make_cell(4, (0.0, 0.001, 0.002, 0.004)), (64, 0.0, 0): make_cell(64, (0.0, 0.0, 0.0, 0.0))}
-    steady = {
-        (4, 0.0, 0): make_cell(4, (0.004, 0.002, 0.002, 0.002)),
-        (64, 0.0, 0): make_cell(64, (0.0, 0.0, 0.0, 0.0)),
-    }
-    assert "may_be_capacity_limited" in decide_table(ScoreTable("loss", False, parting), 0.005).flags
-    assert "may_be_capacity_limited" not in decide_table(ScoreTable("loss", False, steady), 0.005).flags
 
 
 def test_one_rank_or_a_margin_of_zero_is_refused() -> None:

@@ -39,7 +39,7 @@ def test_the_stored_decisions_hold_every_verdict_flag_and_action(stored: dict[st
     }  # fmt: skip
     assert {flag for decision in stored.values() for flag in decision["flags"]} == {
         "underpowered", "lr_edge", "unstable", "one_seed", "selection_bias",
-        "may_be_capacity_limited", "larger_rank_worse",
+        "larger_rank_worse",
     }  # fmt: skip
     assert {run["action"] for decision in stored.values() for run in decision["next_runs"]} == {
         "seeds", "examples", "rank", "rates", "test", "data",

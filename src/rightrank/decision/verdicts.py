@@ -189,7 +189,6 @@ def collect_flags(
     """Return the flags in a fixed order. Each has an entry in docs/reference/decision.md."""
     evidence, top = comparison.evidence, comparison.ranks[-1]
     answer = {comparison.chosen, comparison.reference.rank}
-    growth = _compute_late_growth(comparison) or 0.0
     flags = {
         "underpowered": is_underpowered(comparison, verdict),
         "rising": verdict == "undecided"
@@ -202,9 +201,6 @@ def collect_flags(
         "unequal_length": len(evidence.list_lengths()) > 1,
         "one_seed": comparison.is_indication,
         "selection_bias": evidence.selection_bias > comparison.margin / 2,
-        # The chosen rank's gap exceeds the margin if it grows by the same amount again.
-        "may_be_capacity_limited": growth > 0
-        and not is_within(comparison.by_rank[comparison.chosen].difference.mean + growth, comparison.margin),
     }
     return [flag for flag, is_raised in flags.items() if is_raised]
 
@@ -218,35 +214,6 @@ def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
         below is None or compared[below].non_inferior is False
     )
     return comparison.evidence.basis == "values" or not is_settled
-
-
-MIN_POINTS = 3
-
-
-def _compute_late_growth(comparison: Comparison) -> float | None:
-    """Return how much the chosen rank's gap to the reference grew over the second half of training, in the metric's unit.
-
-    Returns None for the reference, and if the two share fewer than `MIN_POINTS` evaluations.
-    """
-    if comparison.chosen >= comparison.reference.rank:
-        return None
-    curves = [
-        _average_curve(contender)
-        for contender in (comparison.evidence.contenders[comparison.chosen], comparison.reference)
-    ]
-    steps = sorted(curves[0].keys() & curves[1].keys())
-    if len(steps) < MIN_POINTS:
-        return None
-    sign = -1.0 if comparison.evidence.table.higher_is_better else 1.0
-    gaps = [sign * (curves[0][step] - curves[1][step]) for step in steps]
-    return gaps[-1] - gaps[len(gaps) // 2 - 1]
-
-
-def _average_curve(contender: Contender) -> dict[int, float]:
-    """Return step → mean over seeds, at the steps that all seeds have."""
-    by_seed = [{point.step: point.value for point in cell.points} for cell in contender.cells.values()]
-    shared = set.intersection(*(set(points) for points in by_seed))
-    return {step: sum(points[step] for points in by_seed) / len(by_seed) for step in shared}
 
 
 def format_rank_names(ranks: Sequence[int]) -> str:

@@ -37,7 +37,6 @@ FLAGS = {
     "one_seed": "the answer depends on a rank with only one seed, so it is an indication",
     "unequal_length": "the compared trainings have different lengths",
     "selection_bias": "the best of several ranks looks better than it is, by more than half the margin",
-    "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
 }
 
 
