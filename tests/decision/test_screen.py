@@ -32,7 +32,7 @@ def require_consistent_screen(decision: Decision) -> None:
     _require_consistent_bounds(decision, enough_column, by_rank)
     _require_consistent_sentence(decision, enough_column, by_rank)
     _require_consistent_safe_choice(decision, enough_column)
-    if decision.verdict not in ("no_gain", "undecided", "no_difference"):
+    if decision.verdict not in ("no_gain", "undecided"):
         enough_from = build_margin_steps(decision)
         assert [rank for needed, rank in enough_from if needed <= decision.margin * (1 + 1e-8)][-1] == decision.rank
 

@@ -139,11 +139,3 @@ def test_a_slightly_worse_rank_is_not_a_failure() -> None:
         decision = decide_table(table, 0.01)
         assert FLAG not in decision.flags
         assert decision.rank is not None
-
-
-def test_a_forced_answer_is_that_of_the_other_ranks() -> None:
-    for losses in (DIVERGED, {rank: loss for rank, loss in DIVERGED.items() if rank < 64}):
-        decision = decide_table(build_seed_table(losses), 0.02, smallest_if_undecided=True)
-        assert (decision.rank, decision.verdict) == (4, "saturated")
-        assert (FLAG in decision.flags) is (64 in losses)
-        assert decision.next_run.startswith("Train rank 64 again") is (64 in losses)

@@ -13,7 +13,6 @@ would; the decision has the flag `underpowered`, and `non_inferior` is None.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from rightrank.decision.comparison import CONFIDENCE, TWO_SIDED
@@ -32,7 +31,6 @@ from rightrank.decision.verdicts import (
     collect_flags,
     determine_grade,
     determine_verdict,
-    find_indistinguishable_ranks,
     find_shown_rank,
 )
 from rightrank.schema.decision import Decision, RankEvidence
@@ -44,7 +42,6 @@ def decide_table(
     table: ScoreTable,
     margin: float | None = None,
     *,
-    smallest_if_undecided: bool = False,
     confidence: float = DEFAULT_CONFIDENCE,
     checkpoint: Checkpoint = "last",
 ) -> Decision:
@@ -52,7 +49,6 @@ def decide_table(
 
     Args:
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
-        smallest_if_undecided: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
         confidence: choose the smallest rank that is enough with this probability.
         checkpoint: the evaluation of each training that is compared, if the table has evaluations during training.
 
@@ -68,12 +64,6 @@ def decide_table(
     verdict = determine_verdict(comparison)
     flags = collect_flags(comparison, verdict)
     runs = plan_next_runs(comparison, verdict, flags)
-    indistinguishable = (
-        find_indistinguishable_ranks(comparison) if comparison.is_open else [chosen]
-    )  # A larger rank that is worse does not change the rest of the answer.
-    if smallest_if_undecided and verdict == "undecided" and indistinguishable:
-        verdict, chosen = "no_difference" if len(indistinguishable) > 1 else "saturated", indistinguishable[0]
-        comparison = replace(comparison, chosen=chosen)
     rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, find_shown_rank(comparison)
     best_rank = next(
         (rank_candidate for rank_candidate in (rank, fallback) if rank_candidate is not None), comparison.reference.rank

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison
-from rightrank.decision.seeds import compute_needed_seeds
 from rightrank.decision.table import MetricUnit, Outlier
 from rightrank.decision.verdicts import (
     determine_grade,
     find_doubtful_rank,
-    find_indistinguishable_ranks,
     find_unexplained_rank,
     format_rank_names,
 )
@@ -74,8 +70,6 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
             )
         case "undecided":
             return _format_undecided(comparison, margin_text, unit)
-        case "no_difference":
-            return _format_no_difference(comparison, margin_text, unit)
         case "overfitting":
             return (
                 f"{conclusion}: above rank {reference} held-out results get worse while training results still "
@@ -150,32 +144,6 @@ def format_probability_note(evidence: Evidence) -> str:
         f"{start} and over examples like these. It is computed from the variation of seeds and examples here and on earlier grids. "
         f"{MEASURED_PROBABILITIES}"
     )
-
-
-def _format_no_difference(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
-    """Format the smallest rank, the evidence for another one, and the seeds that would show a difference of the margin."""
-    indistinguishable = find_indistinguishable_ranks(comparison)
-    smallest, reference = indistinguishable[0], comparison.reference
-    noise = comparison.evidence.estimate_noise(
-        max(indistinguishable, key=lambda rank: comparison.by_rank[rank].difference.mean)
-    )
-    deviation = math.sqrt(noise.common + noise.individual)
-    has_measured_noise = len(reference.cells) > 1 and deviation > 0
-    deviation_text = (
-        f" (seed standard deviation {format_number(unit.convert_difference(deviation))})" if has_measured_noise else ""
-    )
-    suffix = "" if smallest == comparison.ranks[0] else " of them"
-    start = f"No difference between {format_rank_names(indistinguishable)} can be shown at this noise{deviation_text}: take rank {smallest}, the smallest{suffix}"
-    seeds = compute_needed_seeds(math.sqrt(noise.individual), comparison.margin) if noise.individual > 0 else None
-    seeds_text = (
-        f"; a difference of {margin_text} would need about {seeds} seed{'s' * (seeds != 1)} per rank"
-        if has_measured_noise and seeds
-        else ""
-    )
-    if reference.rank == smallest:
-        return f"{start}. It also has the best mean{seeds_text}."
-    better = format_number(unit.convert_difference(comparison.by_rank[smallest].difference.mean))
-    return f"{start}. Rank {reference.rank} looks {better} better{seeds_text}."
 
 
 def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:

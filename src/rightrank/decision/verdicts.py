@@ -13,8 +13,6 @@ The verdict is the first row that applies, from the most sobering to the plaines
     saturated    otherwise
     ===========  =====================================================================================
 
-`no_difference` replaces `undecided` if the caller wants the smallest rank then (`find_indistinguishable_ranks`).
-
 "Shown" means by the 95% bounds or with the requested probability. If the values have no uncertainty (`Evidence.lacks_uncertainty`),
 nothing is undecided for lack of evidence: ranks are compared by their values.
 """
@@ -25,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
+from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import Contender
 from rightrank.schema.decision import Grade, Verdict
@@ -51,7 +49,7 @@ def determine_verdict(comparison: Comparison) -> Verdict:
 
 def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
     """Return how well the answer is known: shown by its 95% bounds, likely, or not; None if there is one number a rank."""
-    if verdict in ("undecided", "no_difference"):
+    if verdict == "undecided":
         return "cannot tell"
     if comparison.evidence.lacks_uncertainty:
         return None
@@ -63,17 +61,6 @@ def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
     else:
         is_shown = smallest is not None and smallest <= comparison.chosen and _find_better_above(comparison) is None
     return "shown" if is_shown and not comparison.is_indication else "likely"
-
-
-def find_indistinguishable_ranks(comparison: Comparison) -> list[int]:
-    """Return the ranks whose own difference from the best does not show them to be worse, ascending.
-
-    There are none if the base model may be as good. The bound is the plain one, which says "worse" a little too early after the
-    choice of the best. When uncertain, an answer with the smallest of these ranks is therefore too large.
-    """
-    if 0 in comparison.by_rank and comparison.by_rank[0].non_inferior is not False:
-        return []
-    return [rank for rank in comparison.ranks if comparison.by_rank[rank].difference.compute_bound(1 - CONFIDENCE) <= 0]
 
 
 def find_shown_rank(comparison: Comparison) -> int | None:

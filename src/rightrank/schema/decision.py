@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Basis: TypeAlias = Literal["examples and seeds", "examples", "seeds", "std", "values"]
 
 
-Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "no_difference", "undecided", "no_gain"]
+Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "undecided", "no_gain"]
 
 
 Grade: TypeAlias = Literal["shown", "likely", "cannot tell"]
