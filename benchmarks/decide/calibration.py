@@ -22,12 +22,13 @@ from benchmarks.decide.simulated import (
     World,
     draw_table,
     draw_true_losses,
+    find_shown_rank,
     with_quiet_seeds,
 )
 from benchmarks.machine import describe_machine
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import decide_table
+from rightrank.decision.ranks import compare_ranks
 
 HERE = Path(__file__).parent
 SHAPES = ("power", "flat", "u_shaped", "rising")
@@ -50,7 +51,9 @@ class WorldResult:
     covers: float  # share of two-sided 95% intervals of differences from the highest rank that cover
     bounds: float  # share of one-sided 95% bounds of the same differences that cover
     value_covers: float  # share of two-sided 95% intervals of a rank's mean that cover
-    fallback_false: float  # share of tables whose `fallback_rank`, which the bounds show to be enough, is worse by more than the margin
+    fallback_false: (
+        float  # share of tables in which a rank that the bounds show to be enough is worse by more than the margin
+    )
 
 
 def judge_world(world: World, tables: int, seed: int) -> WorldResult:
@@ -73,7 +76,7 @@ def judge_world(world: World, tables: int, seed: int) -> WorldResult:
                 true = losses[index] - losses[-1]
                 covers.append(difference.compute_bound(0.025) <= true <= difference.compute_bound(0.975))
                 bounds.append(true <= difference.compute_bound(CONFIDENCE))
-        fallback = decide_table(table, world.margin).fallback_rank
+        fallback = find_shown_rank(compare_ranks(evidence, world.margin))
         false.append(fallback is not None and bool(losses[RANKS.index(fallback)] - losses.min() >= world.margin))
     return WorldResult(
         world=world.shape,

@@ -24,12 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.decide.simulated import MARGIN, Floats, Shape
+from benchmarks.decide.simulated import MARGIN, Floats, Shape, find_shown_rank
 from benchmarks.machine import describe_machine
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison, compare_ranks
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.decision.verdicts import find_shown_rank
 
 OUT = Path(__file__).with_name("printed.json")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -61,7 +60,7 @@ class Shares:
     lower: float
     refuted: float  # share of ranks that are reported as worse than the margin
     refuted_wrongly: float
-    false_fallback: float  # share of tables whose `fallback_rank` is worse than the margin
+    false_fallback: float  # share of tables in which a rank that the bounds show to be enough is worse than the margin
 
 
 class UncorrectedEvidence(Evidence):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rightrank.decision.comparison import walk_down
+from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import Cell, ScoreTable
 
 Floats = NDArray[np.float64]
@@ -17,6 +18,14 @@ Tails = Literal["normal", "heavy"]
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 MARGIN = 0.005
+
+
+def find_shown_rank(comparison: Comparison) -> int | None:
+    """Find the smallest rank that the bounds show to be enough; None if none passed, or if a higher rank may be better."""
+    reference, by_rank = comparison.reference.rank, comparison.by_rank
+    smallest = walk_down(by_rank, reference, lambda rank: by_rank[rank].non_inferior is True)
+    is_doubtful = any(-by_rank[rank].low > comparison.margin for rank in comparison.ranks if rank > reference)
+    return None if smallest == reference or is_doubtful else smallest
 
 
 @dataclass(frozen=True)

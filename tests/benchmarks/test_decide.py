@@ -10,9 +10,10 @@ import pytest
 from benchmarks.compared import calibration as compare_calibration
 from benchmarks.decide import calibration, published
 from benchmarks.decide.printed import SHAPES, Design, judge_design
-from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, draw_true_losses
+from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, draw_true_losses, find_shown_rank
 
-from rightrank.decision.rule import decide_table
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.ranks import compare_ranks
 
 
 @pytest.mark.trains
@@ -50,10 +51,11 @@ def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int
         world = World(shape, seeds, 200, "heavy", seed_rank=2 * MARGIN)  # type: ignore[arg-type]
         for _ in range(tables):
             losses = draw_true_losses(world, generator)
-            decision = decide_table(draw_table(world, losses, generator), MARGIN)
+            comparison = compare_ranks(Evidence(draw_table(world, losses, generator)), MARGIN)
+            shown_rank = find_shown_rank(comparison)
             worse = {rank: bool(loss - losses.min() > MARGIN) for rank, loss in zip(RANKS, losses, strict=True)}
-            shown += decision.fallback_rank is not None and worse[decision.fallback_rank]
-            best += worse[decision.best_available_rank]
+            shown += shown_rank is not None and worse[shown_rank]
+            best += worse[comparison.chosen]
     assert shown <= 0.05 * 3 * tables
     assert best >= 0.05 * 3 * tables
 

@@ -38,7 +38,7 @@ def decide_losses(losses: dict[int, float], seeds: Sequence[int] = (0,), **optio
 @pytest.mark.parametrize("verdict", OTHERS)
 def test_one_seed_gives_an_indication(verdict: str) -> None:
     decision = decide_losses(OTHERS[verdict])
-    assert (decision.verdict, decision.confidence, decision.grade) == (verdict, None, "likely")
+    assert (decision.verdict, decision.confidence) == (verdict, None)
     assert "one_seed" in decision.flags
     assert "confidence" not in decision.sentence
     assert "an indication from one seed" in decision.sentence
@@ -225,17 +225,17 @@ def test_one_learning_rate_at_each_rank_has_no_edge() -> None:
 
 
 def test_means_alone_do_not_show_that_the_curve_rises() -> None:
-    """Grade a rise as likely: the mean of rank 1 is worse by .07, but its bounds reach from below 0 to .15."""
+    """Call a rise probable: the mean of rank 1 is worse by .07, but its bounds reach from below 0 to .15."""
     table = build_measured_table({1: [0.03, 0.11], 4: [0.2, 0.21], 16: [0.1, 0.11]}, {1: 0.3, 4: 0.02, 16: 0.02})
     decision = decide_table(table, 0.02)
     uncertain_rank = next(evidence for evidence in decision.ranks if evidence.rank == 1)
     assert uncertain_rank.non_inferior is None
     assert (uncertain_rank.difference or 0.0) > 0.02
-    assert (decision.verdict, decision.grade) == ("rising", "likely")
+    assert decision.verdict == "rising"
     assert "is probably better than every smaller one" in decision.sentence
     assert decision.next_runs[0].ranks == [128]  # a larger rank is still worth a training
     steady = decide_table(build_measured_table({1: [0.3, 0.31], 16: [0.1, 0.11]}, {1: 0.02, 16: 0.02}), 0.02)
-    assert (steady.verdict, steady.grade) == ("rising", "shown")
+    assert steady.sentence.startswith("Still rising: rank 64, the largest tried, is better")
 
 
 def test_trainings_of_unequal_length_are_flagged() -> None:
@@ -255,20 +255,3 @@ def test_trainings_of_unequal_length_are_flagged() -> None:
     assert (
         "unequal_length" not in decide_table(build_value_table({1: 3.0, 4: 2.25, 16: 2.06})).flags
     )  # no length is stated
-
-
-def test_the_best_rank_so_far_is_not_called_enough() -> None:
-    """Leave `fallback_rank` empty if no rank passed or a higher rank may be better, and give `best_so_far`."""
-    open_below = decide_table(build_example_table({1: 2.3, 4: 2.006, 64: 2.0}, num_examples=60, noise=0.03), 0.01)
-    lucky = decide_table(
-        build_example_table({1: 2.0, 4: 2.002, 16: 2.001}, num_examples=30, noise=0.1, seeds=(0, 1)), 0.005
-    )
-    rising = decide_table(build_example_table({1: 2.4, 4: 2.2, 16: 2.0}), 0.01)
-    for decision in (open_below, lucky, rising):
-        assert (decision.fallback_rank, decision.best_so_far) == (None, decision.reference_rank)
-    assert (rising.rank, rising.best_available_rank) == (16, 16)
-    passed = decide_table(build_example_table({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01)
-    assert (passed.rank, passed.fallback_rank, passed.best_so_far) == (16, 16, None)
-    decision_with_deviation = decide_table(build_value_table(SATURATED, std=0.0003), 0.005)
-    assert (decision_with_deviation.rank, decision_with_deviation.fallback_rank) == (16, 16)
-    assert decide_table(build_value_table(SATURATED), 0.005).fallback_rank is None  # one number per rank is no evidence

@@ -74,27 +74,22 @@ def test_the_sentence_gives_the_probability_and_a_larger_rank() -> None:
     assert decision.probability_note.startswith("The probability of a rank is that of being within the margin")
 
 
-def test_several_seeds_are_decided_like_one_and_have_a_grade() -> None:
+def test_several_seeds_are_decided_like_one_and_can_be_sure() -> None:
     table = build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03)
     decision = decide_table(table, 0.02)
-    assert (decision.rank, decision.recommended_rank, decision.grade, decision.requested_confidence) == (
-        4,
-        4,
-        "likely",
-        DEFAULT_CONFIDENCE,
-    )
+    assert (decision.rank, decision.recommended_rank, decision.requested_confidence) == (4, 4, DEFAULT_CONFIDENCE)
     assert decision.probability == get_probabilities(decision)[4]
     assert f"Rank 4 looks enough ({format_probability(decision.probability or 0)} likely" in decision.sentence
     decision_of_seeds = decide_table(build_example_table(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
-    assert (decision_of_seeds.rank, decision_of_seeds.grade, decision_of_seeds.confidence) == (4, "shown", 0.95)
+    assert (decision_of_seeds.rank, decision_of_seeds.confidence) == (4, 0.95)
     assert decision_of_seeds.sentence.startswith("Rank 4 is enough (")
-    assert decide_table(build_one_seed_table(noise=0.005), 0.02).grade == "likely"  # one seed is no evidence
-    assert decide_table(build_value_table(LOSSES), 0.02).grade is None
+    for table in (build_one_seed_table(noise=0.005), build_value_table(LOSSES)):  # these show no noise over seeds
+        assert decide_table(table, 0.02).sentence.startswith("Rank 4 looks enough")
 
 
 def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
     decision = decide_table(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), 0.002)
-    assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
+    assert (decision.rank, decision.verdict) == (None, "undecided")
     assert (decision.indistinguishable_ranks, decision.probably_worse_ranks, decision.recommended_rank) == (
         [4, 16, 64],
         [1],
@@ -107,7 +102,6 @@ def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
         "Take rank 64: it is 60% likely to be within 0.00",
     ):
         assert words in decision.sentence
-    assert decision.best_available_rank == 64
     assert 0 < (decision.resolvable_margin or 0) <= (decision.recommended_margin or 0)
     wider = decide_table(
         build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), decision.recommended_margin
@@ -227,7 +221,7 @@ def test_an_undecided_base_is_reported() -> None:
     surely = decide_table(
         build_example_table({0: 2.001, 4: 2.0, 64: 2.0}, num_examples=400, seeds=(0, 1), noise=0.01), 0.02
     )
-    assert (surely.verdict, surely.rank, surely.grade) == ("no_gain", None, "shown")
+    assert (surely.verdict, surely.rank) == ("no_gain", None)
 
 
 def test_no_rank_at_the_confidence_is_undecided() -> None:

@@ -58,7 +58,6 @@ def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_set
     decision = decide_table(replace(table, kind="accuracy"), 0.01, confidence=0.99)
     assert (decision.rank, decision.verdict) == (None, "undecided")
     assert "underpowered" in decision.flags
-    assert (decision.fallback_rank, decision.best_so_far) in ((16, None), (None, 64))
     run = decision.next_runs[0]
     assert run.action in ("examples", "seeds")
     assert (run.examples or 0) > 60 or (run.seeds or 0) > 3

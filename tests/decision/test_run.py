@@ -28,7 +28,7 @@ from rightrank.decision.records import (
 )
 from rightrank.decision.table import build_table
 from rightrank.report.status import build_run_status, find_last_decision
-from rightrank.schema.decision import Decision, TrainingRankEstimate
+from rightrank.schema.decision import TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunContinued, TestEvaluated
 from rightrank.schema.trials import (
@@ -317,21 +317,6 @@ def test_the_confidence_is_that_of_the_run_unless_another_is_asked() -> None:
     assert find_refused_confidence({"confidence": 0.9}, 0.2) == "0.2"
     assert find_refused_confidence({"confidence": 0.3}, 0.2) == "0.2"
     assert find_refused_confidence({"confidence": 1}) == "1"
-
-
-def get_checkpoint(decision: Decision) -> str:
-    assert decision.checkpoint is not None
-    return decision.checkpoint.checkpoint
-
-
-def test_the_checkpoint_is_that_of_the_run_unless_another_is_asked() -> None:
-    records = make_run()
-    last = change_settings(records, checkpoint="last")
-    assert get_checkpoint(decide_run(records)) == "best"
-    assert get_checkpoint(decide_run(last)) == "last"
-    assert get_checkpoint(decide_by_metric(last, list_comparable_outcomes(last), "loss", checkpoint="best")) == "best"
-    outcomes = list_comparable_outcomes(records)
-    assert get_checkpoint(decide_by_metric(records, outcomes, "loss", checkpoint="last")) == "last"
 
 
 def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from rightrank.decision.comparison import is_within
-from rightrank.decision.records import Answers
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable
-from rightrank.report.answer import build_answer_view, build_evidence_table, build_margin_steps
+from rightrank.report.answer import build_evidence_table, build_margin_steps
 from rightrank.schema.decision import Decision, RankEvidence
 from tests.decision.tables import build_example_table, build_value_table
 from tests.decision.worlds import World, build_world_table, build_worlds, draw_world
@@ -31,7 +30,6 @@ def require_consistent_screen(decision: Decision) -> None:
     by_rank = {evidence.rank: evidence for evidence in decision.ranks if evidence.rank > 0}
     _require_consistent_bounds(decision, enough_column, by_rank)
     _require_consistent_sentence(decision, enough_column, by_rank)
-    _require_consistent_safe_choice(decision, enough_column)
     if decision.verdict not in ("no_gain", "undecided"):
         enough_from = build_margin_steps(decision)
         assert [rank for needed, rank in enough_from if needed <= decision.margin * (1 + 1e-8)][-1] == decision.rank
@@ -68,17 +66,6 @@ def _require_consistent_sentence(
     if sentence.startswith("Still rising"):
         likely = {"inconclusive"} if "is probably better" in sentence else set()
         assert {word for rank, word in enough_column.items() if rank != decision.rank} <= {"no", "unlikely"} | likely
-
-
-def _require_consistent_safe_choice(decision: Decision, enough_column: Mapping[int, str]) -> None:
-    text = build_answer_view(Answers(decision)).safe_choice
-    if text.startswith("No rank is proven"):
-        assert "yes" not in enough_column.values()
-    elif text:
-        (safe_rank,) = map(int, re.findall(r"[Rr]ank (\d+) is the", text))
-        assert all(
-            enough_column[rank] == "yes" for rank in enough_column if safe_rank <= rank <= decision.reference_rank
-        )
 
 
 @pytest.mark.parametrize("shard", range(4))

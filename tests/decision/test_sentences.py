@@ -130,15 +130,11 @@ def test_the_ranks_that_are_probably_worse_are_named(losses: dict[int, float], e
     assert ("probably worse" in decision.sentence) is bool(expected)
 
 
-def test_no_gain_is_probable_unless_the_bounds_show_it() -> None:
+def test_no_gain_is_probable_unless_it_is_sure() -> None:
     losses = {0: 2.001, 4: 2.0, 64: 2.0}
     decision_of_two_seeds, decision_of_one_seed = (
         decide_losses(losses, 0.02, seeds=seeds, noise=0.02) for seeds in ((0, 1), (0,))
     )
-    assert [(decision.verdict, decision.grade) for decision in (decision_of_two_seeds, decision_of_one_seed)] == [
-        ("no_gain", "shown"),
-        ("no_gain", "likely"),
-    ]
     assert decision_of_two_seeds.sentence.startswith("No gain: the base model itself is within 0.02 nats")
     assert decision_of_one_seed.sentence.startswith("No gain: the base model itself is probably within 0.02 nats")
     for decision in (decision_of_two_seeds, decision_of_one_seed):

@@ -141,8 +141,7 @@ def test_the_notebook_runs(model_folder: Path, tmp_path: Path) -> None:
     pages = [data["text/html"] for data in shown if "text/html" in data]
     assert any("data:image/svg+xml" in page for page in pages)
     assert any("difference_high" in page for page in pages)  # the table
-    named = [decision[name] for name in ("rank", "fallback_rank", "best_so_far")]
-    assert str(next(rank for rank in named if rank is not None)) in shown[-1]["text/plain"]
+    assert str(decision["recommended_rank"]) in shown[-1]["text/plain"]
 
 
 METHOD = Path(__file__).parents[2] / "examples" / "the_method.py"

@@ -190,7 +190,7 @@ def test_every_verdict_has_a_short_sentence(name: str) -> None:
     decision = decide_table(build_world_table(world), world.margin)
     sentence = describe_result(Answers(decision, trainings=3.2))
     assert len(sentence) < 160
-    assert f"rank {decision.best_available_rank}" in sentence or decision.verdict == "no_gain"
+    assert f"rank {decision.recommended_rank}" in sentence or decision.verdict == "no_gain"
 
 
 def test_the_next_command_of_a_run_with_a_budget_raises_it() -> None:

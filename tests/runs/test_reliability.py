@@ -96,8 +96,8 @@ def require_correct(folder: Path, small_run: Path) -> None:
     assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4 and r.arm.is_direct]) == 1
     expected = json.loads((small_run / "run" / "decision.json").read_text())
     decision = json.loads((folder / "decision.json").read_text())
-    assert {name: decision[name] for name in ("rank", "fallback_rank", "best_so_far", "verdict")} == {
-        name: expected[name] for name in ("rank", "fallback_rank", "best_so_far", "verdict")
+    assert {name: decision[name] for name in ("rank", "recommended_rank", "verdict")} == {
+        name: expected[name] for name in ("rank", "recommended_rank", "verdict")
     }
     assert [row["value"] for row in decision["ranks"]] == pytest.approx(
         [row["value"] for row in expected["ranks"]], rel=1e-3

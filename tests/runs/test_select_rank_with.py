@@ -127,7 +127,7 @@ def test_the_saved_adapter_is_handed_over(tmp_path: Path) -> None:
         return compute_loss(task)
 
     selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
-    assert (selected.adapter.path / "weights.bin").read_text() == str(selected.decision.best_available_rank)
+    assert (selected.adapter.path / "weights.bin").read_text() == str(selected.decision.recommended_rank)
     assert "Made with rightrank" in (selected.adapter.path / "README.md").read_text()
 
 

@@ -121,7 +121,7 @@ class DecisionResult:
 
     def __str__(self) -> str:
         view = build_answer_view(Answers(self.decision), self.next_commands)
-        rows = [("decision", view.training_rank), ("", view.safe_choice), *view.build_next_rows()]
+        rows = [("decision", view.training_rank), *view.build_next_rows()]
         return "\n".join([*self.input_notes, *format_labelled_rows(rows, 10)])
 
     def _repr_html_(self) -> str:

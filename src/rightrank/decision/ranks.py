@@ -8,7 +8,7 @@ from itertools import accumulate
 from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, is_within, list_lower_ranks
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.table import Contender, MetricUnit
-from rightrank.schema.decision import StaircaseStep
+from rightrank.schema.decision import StaircaseStep, Verdict
 
 # With it, two seeds answer 80% of the cases of twenty grids: `benchmarks/decide/probability.py`.
 DEFAULT_CONFIDENCE = 0.6
@@ -80,6 +80,14 @@ class Comparison:
             return True
         answer = {self.chosen, self.next_lower_rank or self.chosen} - {self.reference.rank}
         return any(self.by_rank[rank].difference.seeds < 2 for rank in answer)
+
+    def is_sure(self, verdict: Verdict) -> bool:
+        """Return whether two seeds or more give the answer a probability of `CONFIDENCE`, or show that results still rise."""
+        if self.is_indication:
+            return False
+        if verdict == "rising":
+            return all(self.by_rank[rank].non_inferior is False for rank in self.ranks if rank < self.chosen)
+        return (self.compute_probability(0 if verdict == "no_gain" else self.chosen) or 0.0) >= CONFIDENCE
 
     @property
     def needs_extra_seeds(self) -> bool:

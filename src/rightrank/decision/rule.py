@@ -3,7 +3,7 @@
 The probability of a rank is that of being within the margin of every other rank at once, each at its best learning rate, by the joint
 distribution of their means (`Evidence.joint`). The answer is the smallest rank whose probability is at least `DEFAULT_CONFIDENCE`, or
 another confidence that the caller requests. The 95% bounds of each rank's paired difference from the reference, the rank with the
-best mean, are evidence beside it: whether they show the answer too is stated as a grade. One seed gives an indication: the decision
+best mean, are evidence beside it. One seed gives an indication: the decision
 has the flag `one_seed`, and its `confidence` is None, since bounds exclude the noise over seeds.
 
 A table with one number per rank proves nothing. There the rule compares the values themselves, as a careful reader of a published table
@@ -29,9 +29,7 @@ from rightrank.decision.sentences import format_basis_note, format_probability_n
 from rightrank.decision.table import MetricUnit, ScoreTable, select_checkpoint
 from rightrank.decision.verdicts import (
     collect_flags,
-    determine_grade,
     determine_verdict,
-    find_shown_rank,
 )
 from rightrank.schema.decision import Decision, RankEvidence
 from rightrank.schema.errors import ResultsError
@@ -64,14 +62,9 @@ def decide_table(
     verdict = determine_verdict(comparison)
     flags = collect_flags(comparison, verdict)
     runs = plan_next_runs(comparison, verdict, flags)
-    rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, find_shown_rank(comparison)
-    best_rank = next(
-        (rank_candidate for rank_candidate in (rank, fallback) if rank_candidate is not None), comparison.reference.rank
-    )
     return Decision(
-        rank=rank,
-        fallback_rank=fallback,
-        best_so_far=comparison.reference.rank if fallback is None else None,
+        rank=None if verdict in ("no_gain", "undecided") else chosen,
+        recommended_rank=chosen,
         verdict=verdict,
         flags=flags,
         sentence=format_sentence(comparison, margin, verdict, unit),
@@ -81,13 +74,12 @@ def decide_table(
         margin=margin,
         reference_rank=evidence.reference.rank,
         confidence=None if comparison.is_indication or evidence.basis == "values" else CONFIDENCE,
-        learning_rate=evidence.contenders[best_rank].learning_rate or None,
+        learning_rate=evidence.contenders[chosen].learning_rate or None,
         staircase=build_staircase(comparison, unit),
         ranks=[_build_rank_evidence(comparison, comparison.by_rank[rank], unit) for rank in sorted(comparison.by_rank)],
         basis=evidence.basis,
         basis_note=format_basis_note(evidence),
         probability_note=format_probability_note(evidence),
-        grade=determine_grade(comparison, verdict),
         **_build_probability_fields(comparison, unit),
         next_runs=runs,
         selection_bias=unit.convert_difference(evidence.selection_bias),
@@ -103,7 +95,6 @@ def _build_probability_fields(comparison: Comparison, unit: MetricUnit) -> dict[
     margins = {rank: unit.convert_difference(margin) for rank, margin in evidence.compute_margins(confidence).items()}
     return {
         "requested_confidence": confidence,
-        "recommended_rank": recommended,
         "probability": comparison.compute_probability(recommended),
         "recommended_margin": margins[recommended],
         "resolvable_margin": min(margins.values()),

@@ -7,7 +7,6 @@ from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import MetricUnit, Outlier
 from rightrank.decision.verdicts import (
-    determine_grade,
     find_doubtful_rank,
     find_unexplained_rank,
     format_rank_names,
@@ -54,14 +53,15 @@ def _format_outlier(outlier: Outlier) -> str:
 def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
     evidence, chosen, reference = comparison.evidence, comparison.chosen, comparison.reference.rank
     margin_text = format_amount(f"{margin:.4g}", evidence)
-    verb = "is" if determine_grade(comparison, verdict) == "shown" else "looks"
+    is_sure = comparison.is_sure(verdict)
+    verb = "is" if is_sure else "looks"
     caution = "; this is an indication from one seed, and more seeds may change it" if comparison.is_indication else ""
     if evidence.lacks_uncertainty:
         caution = "; one number per rank suggests this but does not show it"
     if len(steps := evidence.list_lengths()) > 1:
         caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, so the comparison is not fair"
     conclusion = f"Rank {chosen} {verb} enough{_format_probabilities(comparison)}"
-    qualifier = "probably " if comparison.confidence is not None and verb == "looks" else ""
+    qualifier = "probably " if comparison.confidence is not None and not is_sure else ""
     match verdict:
         case "no_gain":
             return (

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rightrank.decision.comparison import is_within, walk_down
+from rightrank.decision.comparison import is_within
 from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import Contender
-from rightrank.schema.decision import Grade, Verdict
+from rightrank.schema.decision import Verdict
 
 FALL_IN_MARGINS = 20.0  # below the best: no published curve has a single fall above 16 (benchmarks/decide)
 RISE = 1 / 8  # the share of a rank's difference that its neighbor has if results get worse rank by rank
@@ -45,42 +45,6 @@ def determine_verdict(comparison: Comparison) -> Verdict:
     if is_rising(comparison) and all(comparison.is_worse(rank) for rank in comparison.ranks[:-1]):
         return "rising"
     return "saturated"
-
-
-def determine_grade(comparison: Comparison, verdict: Verdict) -> Grade | None:
-    """Return how well the answer is known: shown by its 95% bounds, likely, or not; None if there is one number a rank."""
-    if verdict == "undecided":
-        return "cannot tell"
-    if comparison.evidence.lacks_uncertainty:
-        return None
-    smallest = comparison.reference.rank if find_shown_rank(comparison) is None else find_shown_rank(comparison)
-    if verdict == "no_gain":
-        is_shown = comparison.by_rank[0].non_inferior is True
-    elif verdict == "rising":
-        is_shown = all(comparison.by_rank[rank].non_inferior is False for rank in comparison.ranks[:-1])
-    else:
-        is_shown = smallest is not None and smallest <= comparison.chosen and _find_better_above(comparison) is None
-    return "shown" if is_shown and not comparison.is_indication else "likely"
-
-
-def find_shown_rank(comparison: Comparison) -> int | None:
-    """Find the smallest rank whose comparison with the reference passed.
-
-    Returns None if none passed, or if a higher rank may be better.
-    """
-    reference = comparison.reference.rank
-    smallest = walk_down(comparison.by_rank, reference, lambda rank: comparison.by_rank[rank].non_inferior is True)
-    return None if smallest == reference or _find_better_above(comparison) is not None else smallest
-
-
-def _find_better_above(comparison: Comparison) -> int | None:
-    """Find the rank above the reference that may be better than it by more than the margin, or return None.
-
-    It guards against a low rank that came out best by chance.
-    """
-    lows = {rank: comparison.by_rank[rank].low for rank in comparison.ranks if rank > comparison.reference.rank}
-    better = [rank for rank in lows if not is_within(-lows[rank], comparison.margin)]
-    return min(better, key=lambda rank: lows[rank], default=None)
 
 
 def find_failed_rank(comparison: Comparison) -> int | None:

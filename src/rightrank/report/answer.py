@@ -53,7 +53,6 @@ class AnswerView:
     training_rank: str  # the training rank in a sentence; until it is available, what is missing
     estimate: str  # an estimate of the training rank if it was not requested
     verdict: str  # with the flags in brackets
-    safe_choice: str  # a rank that is enough, while the answer is undecided
     next_runs: tuple[tuple[str, str | None], ...]  # each with a command that can be pasted, if there is one
 
     @property
@@ -89,17 +88,8 @@ def build_answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> 
         verdict=""
         if decision is None
         else decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else ""),
-        safe_choice="" if decision is None or decision.verdict != "undecided" else _format_safe_choice(decision),
         next_runs=tuple((run.sentence, command) for run, command in zip_longest(answers.next_runs, commands)),
     )
-
-
-def _format_safe_choice(decision: Decision) -> str:
-    if decision.requested_confidence is not None:
-        return ""  # The decision's sentence already names the rank to use.
-    if decision.fallback_rank is None:
-        return f"No rank is proven to be enough yet; rank {decision.best_so_far} has the best value so far."
-    return f"Until the answer is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}."
 
 
 def format_labelled_rows(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
@@ -249,11 +239,9 @@ def _format_enough(evidence: RankEvidence, decision: Decision) -> str:
     failed, or next to a higher one that may be better, is inconclusive, whatever its own bound says.
     """
     is_reading = decision.basis in ("std", "values")
-    has_no_rank = decision.rank is None and decision.fallback_rank is None
-    if evidence.rank == decision.reference_rank and (is_reading or has_no_rank):
+    if evidence.rank == decision.reference_rank and (is_reading or decision.rank is None):
         return "best so far"
-    answer = decision.rank if decision.rank is not None else decision.fallback_rank
-    if evidence.non_inferior and not is_reading and evidence.rank > 0 and (answer is None or evidence.rank < answer):
+    if evidence.non_inferior and not is_reading and 0 < evidence.rank < decision.recommended_rank:
         return ENOUGH[None]
     if not is_reading or evidence.non_inferior is False:
         return ENOUGH[evidence.non_inferior]

@@ -59,9 +59,9 @@ def build_rank_figure(decision: Decision) -> Figure:
     def draw(ax: Axes) -> None:
         draw_band(ax, reference, edge, "within the margin of the best")
         for e in trained:
-            if e.rank == decision.best_available_rank and e.non_inferior is not False:
-                fallback = "shown to be enough so far" if decision.fallback_rank is not None else "best so far"
-                draw_ring(ax, e.rank, e.value, f"{'chosen' if decision.rank is not None else fallback}: rank {e.rank}")
+            if e.rank == decision.recommended_rank:
+                label = "chosen" if decision.rank is not None else "to use until it is settled"
+                draw_ring(ax, e.rank, e.value, f"{label}: rank {e.rank}")
         bound = format_interval_label(decision, "bound")
         points = [(e.rank, e.value, e.value, end) for e, end in zip(trained, ends, strict=True)]
         draw_points(ax, points, f"best learning rate; whisker: paired {bound}", "C0")

@@ -175,9 +175,10 @@ def _format_claim(answers: Answers, answer: AdapterAnswer, with_margin: bool) ->
 def _describe_decision(decision: Decision) -> str:
     """Describe the training rank and how certain it is."""
     margin = _format_amount(f"{decision.margin:.4g}", decision.metric)
-    reference, rank = decision.reference_rank, decision.best_available_rank
+    reference, rank = decision.reference_rank, decision.recommended_rank
     if decision.verdict == "no_gain":
-        likely = "" if decision.grade == "shown" else "probably "
+        base = next((evidence.probability or 0.0 for evidence in decision.ranks if evidence.rank == 0), 0.0)
+        likely = "" if decision.confidence is not None and base >= CONFIDENCE else "probably "
         return f"No gain: the base model is {likely}within {margin} of the best adapter (rank {reference})"
     probability = next((evidence.probability for evidence in decision.ranks if evidence.rank == rank), None)
     likely = "" if probability is None else f"{format_probability(probability)} likely "

@@ -98,9 +98,7 @@ def build_run_status(
         adapter_sentence=None if adapter is None else adapter.sentence,
         adapter_notes=[] if adapter is None else [*view.adapter_notes, *adapter.notes],
         rank=decision.rank if decision is not None else None,
-        sentence=" ".join(filter(None, (view.training_rank, view.safe_choice)))
-        if decision is not None
-        else view.estimate or None,
+        sentence=view.training_rank if decision is not None else view.estimate or None,
         verdict=decision.verdict if decision is not None else None,
         next_runs=[sentence for sentence, _ in view.next_runs],
         next_commands=[command for _, command in view.next_runs],

@@ -37,7 +37,6 @@ def format_decision(decision: Decision, table_notes: list[str], width: int, comm
     rows = [
         ("verdict", decision.verdict.replace("_", " ")),
         ("answer", view.training_rank),
-        ("", view.safe_choice),
         ("margins", f"{stairs} (requested: {decision.margin:g})"),
         *build_certainty_rows(decision),
         *view.build_next_rows(),

@@ -86,7 +86,7 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
     shown = [trial.trial_id for trial in records.list_finished() if trial.rank == 0]
     shown += [answer.trial_id, answer.reference_id]
     if decision is not None:
-        ranks = (decision.best_available_rank, decision.reference_rank)
+        ranks = (decision.recommended_rank, decision.reference_rank)
         shown += [find_best_trial(records, decision, rank).trial_id for rank in ranks]
     _evaluate_test_split(run, shown)
     saved = export_adapter(run, answer)
@@ -116,7 +116,7 @@ def _select_training_rank(run: Run, decision: Decision | None) -> SelectedRank |
     """Return the training rank with the folder of its best adapter; None without a decision."""
     if decision is None:
         return None
-    path = run.folder.get_trial_folder(find_best_trial(run.records, decision, decision.best_available_rank).trial_id)
+    path = run.folder.get_trial_folder(find_best_trial(run.records, decision, decision.recommended_rank).trial_id)
     has_files = path.is_dir() and any(path.iterdir())
     return SelectedRank(decision.rank, decision.sentence, path if has_files else None)
 
@@ -198,7 +198,7 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
     if answer is not None:
         return prefer_direct_training(answer, plain, criterion) or answer
     if decision is not None:
-        ranks = (decision.best_available_rank, decision.reference_rank)
+        ranks = (decision.recommended_rank, decision.reference_rank)
         chosen, reference = (find_best_trial(records, decision, rank) for rank in ranks)
         return build_trained_answer(chosen, criterion, reference)
     direct = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct]

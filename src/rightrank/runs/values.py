@@ -71,7 +71,7 @@ class SelectedRank:
 
     rank: int | None  # None: undecided, or no rank is better than the base
     sentence: str
-    # The folder of an adapter of that rank, or else of `best_available_rank`; None: no adapter was saved.
+    # The folder of an adapter of that rank, or else of `recommended_rank`; None: no adapter was saved.
     path: Path | None
 
 

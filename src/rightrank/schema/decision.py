@@ -17,9 +17,6 @@ Basis: TypeAlias = Literal["examples and seeds", "examples", "seeds", "std", "va
 Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "undecided", "no_gain"]
 
 
-Grade: TypeAlias = Literal["shown", "likely", "cannot tell"]
-
-
 class RankEvidence(Record):
     """The evidence about one rank."""
 
@@ -70,19 +67,8 @@ class Decision(Record):
 
         return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
 
-    @property
-    def best_available_rank(self) -> int:
-        """Return the rank to use if one must be chosen now.
-
-        This is the answer; without one, the rank that is shown to be enough, else `recommended_rank`, else the best so far.
-        """
-        named = (self.rank, self.fallback_rank, self.recommended_rank, self.best_so_far)
-        return next((rank for rank in named if rank is not None), self.reference_rank)
-
     rank: BoundedInt | None  # None: the evidence names no rank
-    # The smallest rank whose comparison with the reference passed, if no higher rank may be better; None: no rank passed.
-    fallback_rank: BoundedInt | None
-    best_so_far: BoundedInt | None = None  # without a `fallback_rank`, the rank with the best mean, which is not proven
+    recommended_rank: BoundedInt  # the answer or, if there is none, the likeliest rank, to use until it is settled
     verdict: Verdict
     flags: list[str]
     sentence: str  # for the user
@@ -100,12 +86,8 @@ class Decision(Record):
     basis: Basis = "examples"  # the variation that the intervals cover
     basis_note: str = ""  # what the intervals cover, and what they exclude
     probability_note: str = ""  # what the ranks' probabilities mean, or why there are none
-    grade: Grade | None = None  # how well the answer is known; None for one number a rank
     # The fields of a decision by probabilities, if there are any. Differences and margins are in the metric's unit.
     requested_confidence: float | None = None  # the requested probability; None: values decided
-    recommended_rank: BoundedInt | None = (
-        None  # the answer, or the likeliest rank if no rank is as probable as requested
-    )
     probability: float | None = None  # of `recommended_rank` at the margin
     recommended_margin: float | None = (
         None  # the smallest margin at which `recommended_rank` has the requested probability
