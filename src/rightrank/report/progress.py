@@ -52,7 +52,7 @@ class Progress:
         self._peak_bytes = 0
 
     def record_event(self, event: Event) -> str | None:
-        """Record the event; return a line for the log if a trial ended."""
+        """Record the event; return a line for the log if a training ended. The final screen shows the truncations."""
         match event:
             case SelectionPlanned():
                 self._record_plan(event)
@@ -68,7 +68,8 @@ class Progress:
             case TrialEvaluated() if event.trial_id in self._running:
                 self._running[event.trial_id].evaluation = event
             case TrialFinished() | TrialDiverged() | TrialFailed():
-                return self._format_outcome(event)
+                line = self._format_outcome(event)
+                return line if event.arm.is_direct or not isinstance(event, TrialFinished) else None
         return None
 
     def _record_plan(self, planned: SelectionPlanned) -> None:

@@ -14,7 +14,7 @@ from rightrank.report.answer import (
     format_labelled_rows,
     format_table,
 )
-from rightrank.report.format import format_bytes, format_duration, format_metric_label, make_visible
+from rightrank.report.format import format_bytes, format_duration, format_metric_label, format_quantity, make_visible
 from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import DataSummary, RunStarted
@@ -53,31 +53,39 @@ def format_preflight(preflight: Preflight) -> str:
         f"data ({preflight.form}, {split_source}): {splits} examples",
         *(f"  {line}" for line in preflight.left_out),
     ]
-    return "\n".join(
-        [*data, *format_preflight_lines(preflight), *preflight.notes, "nothing was written: this was a dry run"]
-    )
-
-
-def format_preflight_lines(preflight: Preflight) -> list[str]:
-    """Format label tokens, memory and trainings, which a selection prints before it starts."""
     labels = ", ".join(f"{split.label_tokens:,} {name}" for name, split in preflight.splits.items())
     longest = f"longest example: {preflight.longest} tokens of at most {preflight.seq_len}"
-    return [f"label tokens: {labels}; {longest}", _format_memory(preflight), _format_cost(preflight.cost)]
+    work = [f"label tokens: {labels}; {longest}", format_memory(preflight), _format_strategy(preflight.cost)]
+    return "\n".join([*data, *work, *preflight.notes, "nothing was written: this was a dry run"])
 
 
-def _format_cost(cost: PreflightCost) -> str:
+def format_cost(preflight: Preflight, time_text: str) -> str:
+    """Format trainings, time and the largest memory in a line, which a selection prints before it starts."""
+    needed_bytes = [
+        row.needed_bytes for row in preflight.ranks if row.needed_bytes is not None and row.fits is not False
+    ]
+    memory = f"{format_bytes(max(needed_bytes))} of memory" if needed_bytes else ""
+    return f"cost: {'; '.join(filter(None, [_format_trainings(preflight.cost), time_text, memory]))}"
+
+
+def _format_trainings(cost: PreflightCost) -> str:
     """Describe the expected and the largest number of trainings."""
     if cost.trainings == cost.trainings_at_most:
-        return f"strategy {cost.strategy}: {cost.trainings:.3g} trainings of {cost.steps} steps"
+        return f"{format_quantity(round(cost.trainings, 2), 'training')} of {cost.steps} steps"
+    return f"about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most"
+
+
+def _format_strategy(cost: PreflightCost) -> str:
+    """Describe the strategy, with its number of trainings."""
     to_adapter = cost.trainings_to_adapter
     first = f"; the adapter after about {to_adapter:.3g}" if to_adapter < cost.trainings else ""
-    return (
-        f"strategy {cost.strategy}: about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most "
-        f"(a training that is stopped early counts as a fraction){first}"
+    counted = (
+        "" if cost.trainings == cost.trainings_at_most else " (a training that is stopped early counts as a fraction)"
     )
+    return f"strategy {cost.strategy}: {_format_trainings(cost)}{counted}{first}"
 
 
-def _format_memory(preflight: Preflight) -> str:
+def format_memory(preflight: Preflight) -> str:
     """List the ranks with their memory, and the budget."""
     planned_rows = [(row, row.needed_bytes) for row in preflight.ranks if row.needed_bytes is not None]
     if not planned_rows:
@@ -94,20 +102,17 @@ def _format_memory(preflight: Preflight) -> str:
     return f"ranks and memory: {rank_texts}; {budget}"
 
 
-def format_time_estimate(
-    expected_seconds: float, max_seconds: float, measurement: str, budget_hours: float | None
-) -> str:
+def format_time_estimate(expected_seconds: float, max_seconds: float, budget_hours: float | None) -> str:
     """Describe the expected and the largest time of the selection, limited by its time budget."""
-    basis = f"measured before the start: {measurement}; the measured training is discarded"
-    if budget_hours is not None and max_seconds > budget_hours * 3600:
-        budget_seconds = budget_hours * 3600
-        unlimited_text = (
-            ""
-            if expected_seconds <= budget_seconds
-            else f"; without the time budget about {format_duration(expected_seconds)}"
-        )
-        return f"time: about {format_duration(min(expected_seconds, budget_seconds))}, at most {format_duration(budget_seconds)}{unlimited_text} ({basis})"
-    return f"time: about {format_duration(expected_seconds)}, at most {format_duration(max_seconds)} ({basis})"
+    if budget_hours is None or max_seconds <= budget_hours * 3600:
+        return f"about {format_duration(expected_seconds)}, at most {format_duration(max_seconds)}"
+    budget_seconds = budget_hours * 3600
+    text = f"about {format_duration(min(expected_seconds, budget_seconds))}, at most {format_duration(budget_seconds)}"
+    return (
+        text
+        if expected_seconds <= budget_seconds
+        else f"{text}, without the time budget about {format_duration(expected_seconds)}"
+    )
 
 
 def format_plan(started: RunStarted, steps: int) -> str:

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.report.format import format_quantity
-from rightrank.report.terminal import describe_data_issues, format_preflight_lines, format_time_estimate
+from rightrank.report.terminal import describe_data_issues, format_cost, format_memory, format_time_estimate
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.runs.prepare import LoadedSelection
 from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
@@ -24,7 +24,20 @@ WITH_MARGIN = ("token_loss", "pair_loss", "accuracy")  # kinds of metrics whose 
 def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) -> Preflight:
     """Report what a prepared selection will do and cost, measured by a few real steps at its highest rank."""
     announce(MEASURING)
-    return _build_preflight(prepared, _measure_top_pace(prepared))
+    pace = _measure_top_pace(prepared)
+    preflight, time_text = _build_preflight(prepared, pace)
+    notes = [*_format_resolution(preflight), *_format_exceptions(prepared)]
+    if pace is not None:
+        steps = format_quantity(len(pace.batches), "step")
+        examples = format_quantity(len(pace.evaluated), "validation example")
+        basis = f"{steps} of rank {pace.rank} and {examples}"
+        notes.insert(0, f"time: {time_text} (measured before the start: {basis}; the measured training is discarded)")
+    if prepared.runtime.targets.untruncatable_reason is None:
+        top = max(prepared.settings.ranks)
+        notes.append(
+            f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks to find the adapter"
+        )
+    return preflight.model_copy(update={"notes": notes})
 
 
 def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
@@ -42,22 +55,17 @@ def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
     return measure_pace(prepared.runtime, arm)
 
 
-def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
-    """Build the preflight. The expected time uses the mean pace of the ranks, the maximum that of the highest rank."""
+def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Preflight, str]:
+    """Build the preflight, and describe its time. The expected time uses the mean pace of the ranks, the maximum that of the highest rank."""
     settings, data, planned, strategy = prepared.settings, prepared.started.data, prepared.planned, prepared.strategy
     space, trainings = strategy.space, strategy.estimate_cost()
     expected = at_most = None
-    notes: list[str] = []
+    time_text = ""
     if pace is not None:
         arms, points = strategy.estimate_arms(), settings.num_evaluations
         expected = pace.predict_seconds(fmean(settings.ranks), trainings.expected, arms, points)
         at_most = pace.predict_seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
-        steps, examples = (
-            format_quantity(len(pace.batches), "step"),
-            format_quantity(len(pace.evaluated), "validation example"),
-        )
-        basis = f"{steps} of rank {pace.rank} and {examples}"
-        notes.append(format_time_estimate(expected, at_most, basis, settings.budget_hours))
+        time_text = format_time_estimate(expected, at_most, settings.budget_hours)
     has_margin = space.margin is not None or space.kind in WITH_MARGIN  # otherwise it is a fraction of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
     margin = space.get_margin(0.0) if has_margin else None
@@ -95,8 +103,7 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> Preflight:
         resolution=resolution,
         examples_needed=examples_needed,
     )
-    notes += [*_format_resolution(preflight), *_format_adapter_notes(prepared)]
-    return preflight.model_copy(update={"notes": notes})
+    return preflight, time_text
 
 
 # Standard deviation between examples of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
@@ -129,8 +136,8 @@ def _format_resolution(preflight: Preflight) -> Iterator[str]:
     yield f"{examples:,} validation examples can tell a difference of about {resolution:.2g} from none{advice}"
 
 
-def _format_adapter_notes(prepared: LoadedSelection) -> Iterator[str]:
-    """Yield notes on the kind of the adapters and on the top rank."""
+def _format_exceptions(prepared: LoadedSelection) -> Iterator[str]:
+    """Yield what differs from an ordinary selection: adapters that cannot share a pass, parameters without adapters, no truncation."""
     targets = prepared.runtime.targets
     if targets.unshared_reason is not None:
         yield targets.unshared_reason
@@ -141,9 +148,6 @@ def _format_adapter_notes(prepared: LoadedSelection) -> Iterator[str]:
         )
     if targets.untruncatable_reason is not None:
         yield f"no adapter is truncated ({targets.untruncatable_reason}): the training rank is decided from trainings alone"
-        return
-    top = max(prepared.settings.ranks)
-    yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks to find the adapter"
 
 
 MIN_MEASURED_STEPS = 30  # in shorter trainings, the measured steps would be a noticeable fraction of the time
@@ -169,10 +173,12 @@ class PreflightHook(Hook):
         if prepared.steps >= MIN_MEASURED_STEPS and not has_result:
             tell(Notice(text=MEASURING))
             pace = _measure_top_pace(prepared)
-        preflight = _build_preflight(prepared, pace)
+        preflight, time_text = _build_preflight(prepared, pace)
         if preflight.cost.seconds is not None:
             tell(DurationEstimated(expected_seconds=preflight.cost.seconds))
-        lines = [*format_preflight_lines(preflight), *preflight.notes]
+        lines = [format_cost(preflight, time_text), *_format_resolution(preflight), *_format_exceptions(prepared)]
+        if any(row.fits is False for row in preflight.ranks):
+            lines.append(format_memory(preflight))
         if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_eval_metric]:
             lines.append(
                 f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "

@@ -58,7 +58,7 @@ class View(Hook):
 
     def print_line(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
     def _redraw(self) -> None:
         """Show the current progress."""
