@@ -14,7 +14,6 @@ import json
 import sys
 import time
 import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.engine import certified, compare
+from benchmarks.engine import compare
 from benchmarks.engine.common import make_runtime
 from benchmarks.gpu.plain import compute_example_losses, train_plain_loop
 from benchmarks.plan import gpu as plan_cases
@@ -181,13 +180,6 @@ def measure_packs(job: Job) -> Iterator[Row]:
         yield {"case": f"{count} arms", "seconds": seconds, "peak_bytes": peaks}
 
 
-def measure_certificate(job: Job) -> Iterator[Row]:
-    """Train an arm of a pass of three again alone."""
-    for dtype in ("float32", "bfloat16"):
-        arguments = Namespace(model=str(job.model), data=job.data, layers=job.tail, steps=job.steps, work=job.work)
-        yield {"case": dtype, **certified.measure(arguments, dtype)}
-
-
 def measure_selection(job: Job) -> Iterator[Row]:
     """Run a selection with both answers, and check that PEFT loads the adapter and gives the reported loss."""
     chosen: Row = {
@@ -257,7 +249,6 @@ PARTS: dict[str, Callable[[Job], Iterator[Row]]] = {  # the most important first
     "packs": measure_packs,
     "speed": measure_speed,
     "attention": measure_attention,
-    "certificate": measure_certificate,
     "selection": measure_selection,
     "memory": measure_memory,
     "demo": measure_demo,

@@ -26,10 +26,10 @@ def test_a_string_with_commas_is_a_list() -> None:
     assert settings.target_modules == ("q_proj", "v_proj")
 
 
-@pytest.mark.parametrize("values", [{"ranks": True}, {"seeds": "first"}, {"learning_rates": ""}, {"columns": "ask"}])
-def test_other_values_are_refused(values: dict[str, object]) -> None:
-    with pytest.raises(SettingsError, match=next(iter(values))):
-        SelectSettings(**values)
+def test_other_values_are_refused() -> None:
+    for values in [{"ranks": True}, {"seeds": "first"}, {"learning_rates": ""}, {"columns": "ask"}]:
+        with pytest.raises(SettingsError, match=next(iter(values))):
+            SelectSettings(**values)
 
 
 def test_short_names_of_types() -> None:
@@ -38,20 +38,18 @@ def test_short_names_of_types() -> None:
     assert PlanSettings(dtype="bf16").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), "bfloat16"), ((7, 5), "float32")])
-def test_auto_is_bfloat16_where_the_cuda_device_computes_in_it(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
-) -> None:
-    import torch
+def test_auto_is_bfloat16_where_the_cuda_device_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, dtype in [((8, 0), "bfloat16"), ((7, 5), "float32")]:
+        import torch
 
-    from rightrank.bases.base_models import resolve_dtype
+        from rightrank.bases.base_models import resolve_dtype
 
-    assert resolve_dtype("auto", "cpu") == "float32"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert resolve_dtype("auto", "cuda") == dtype
-    assert resolve_dtype("float16", "cuda") == "float16"
+        assert resolve_dtype("auto", "cpu") == "float32"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, pair=capability: pair)
+        assert resolve_dtype("auto", "cuda") == dtype
+        assert resolve_dtype("float16", "cuda") == "float16"
 
 
 def test_held_out_examples_follow_from_steps_and_data_alone() -> None:
@@ -103,43 +101,34 @@ def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name() -> None:
+    for values, message in [
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
         ({"target_modules": ".*_proj"}, "is a pattern"),
         ({"layer_replication": [(0, 1)]}, "layer_replication="),
         ({"inference_mode": True}, "inference_mode: got true"),
-    ],
-)
-def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        SelectSettings(**read_configs(peft.LoraConfig(**values)))
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            SelectSettings(**read_configs(peft.LoraConfig(**values)))
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_a_training_that_a_selection_cannot_run_is_refused_by_name(tmp_path: Path) -> None:
+    for values, message in [
         ({"packing": True}, "packing=True"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
         ({"optim": "paged_adamw_8bit"}, "does not support optim='paged_adamw_8bit'"),
         ({"warmup_steps": 50}, "warmup_steps 50 needs max_steps"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: got 'polynomial'"),
-    ],
-)
-def test_a_training_that_a_selection_cannot_run_is_refused_by_name(
-    values: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(SettingsError, match=message):
-        SelectSettings(**read_configs(None, make_sft_config(tmp_path, **values)))
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            SelectSettings(**read_configs(None, make_sft_config(tmp_path, **values)))
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize(
-    ("config_values", "settings"),
-    [
+def test_fields_of_lora_config_by_their_own_names() -> None:
+    for config_values, settings in [
         ({"use_rslora": "true"}, {"scaling": "alpha/sqrt(r)"}),
         ({"use_rslora": False}, {"scaling": "alpha/r"}),
         ({"r": "8,16"}, {"ranks": (8, 16)}),
@@ -151,16 +140,13 @@ def test_a_training_that_a_selection_cannot_run_is_refused_by_name(
         ({"lora_alpha": "64"}, {"lora_alpha": 64.0}),
         ({"scaling": "alpha=2r"}, {"scaling": "constant"}),
         ({"lora_bias": "true"}, {"peft_options": {"lora_bias": True}}),
-    ],
-)
-def test_fields_of_lora_config_by_their_own_names(config_values: dict[str, Any], settings: dict[str, Any]) -> None:
-    assert SelectSettings(**config_values) == SelectSettings(**settings)
+    ]:
+        assert SelectSettings(**config_values) == SelectSettings(**settings)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize(
-    ("config_values", "words"),
-    [
+def test_contradictory_or_unsupported_fields_are_refused() -> None:
+    for config_values, words in [
         ({"use_rslora": True, "scaling": "constant"}, "scaling: given twice, as 'constant' and by PEFT's name as"),
         ({"r": 8, "ranks": "4"}, "ranks: given twice"),
         ({"rank_pattern": '{"q": 4}'}, "rank_pattern: a selection does not support this field of PEFT's LoraConfig"),
@@ -168,17 +154,15 @@ def test_fields_of_lora_config_by_their_own_names(config_values: dict[str, Any],
         ({"lora_alpha": "large"}, "lora_alpha: got 'large'"),
         ({"peft_type": "LOHA"}, "peft_type: got 'LOHA'"),
         ({"init_lora_weights": "PiSSA"}, "init_lora_weights: got 'PiSSA'; input should be 'default' or 'gaussian'"),
-    ],
-)
-def test_contradictory_or_unsupported_fields_are_refused(config_values: dict[str, Any], words: str) -> None:
-    with pytest.raises(SettingsError, match=words):
-        SelectSettings(**config_values)
+    ]:
+        with pytest.raises(SettingsError, match=words):
+            SelectSettings(**config_values)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize("config_values", [{"max_steps": 10**15}, {"num_train_epochs": 1e15}])
-def test_too_many_steps_are_refused(config_values: dict[str, Any]) -> None:
-    with pytest.raises(
-        SettingsError, match=rf"{next(iter(config_values))}: [\d,]+ steps of 8 examples; give at most 1,000,000"
-    ):
-        SelectSettings(**config_values).count_training_steps(80)
+def test_too_many_steps_are_refused() -> None:
+    for config_values in [{"max_steps": 10**15}, {"num_train_epochs": 1e15}]:
+        with pytest.raises(
+            SettingsError, match=rf"{next(iter(config_values))}: [\d,]+ steps of 8 examples; give at most 1,000,000"
+        ):
+            SelectSettings(**config_values).count_training_steps(80)

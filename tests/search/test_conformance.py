@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -45,66 +46,58 @@ CASES = [(world, "usual") for world in WORLDS] + [("law", space) for space in SP
 CASES += [("noisy", "powers of two"), ("a table", "three seeds"), ("flat", "two ranks")]
 
 
-@pytest.fixture(params=CASES, ids=" in ".join)
-def case(request: pytest.FixtureRequest) -> tuple[World, Space]:
-    world, space = request.param
-    return WORLDS[world](), make_space(**SPACES[space])
+def iterate_cases() -> Iterator[tuple[World, Space]]:
+    for world, space in CASES:
+        yield WORLDS[world](), make_space(**SPACES[space])
 
 
-@pytest.fixture
-def world(case: tuple[World, Space]) -> World:
-    return case[0]
+def test_arms_lie_in_the_space_and_are_asked_for_once(name: str) -> None:
+    for world, space in iterate_cases():
+        outcomes = run_all(STRATEGIES[name](space), world)
+        arms = [outcome.arm for outcome in outcomes]
+        assert len(set(arms)) == len(arms)
+        finished = {outcome.trial_id for outcome in outcomes if isinstance(outcome, TrialFinished)}
+        for arm in arms:
+            assert arm.rank in (0, *space.ranks) or (arm.truncate_from and arm.rank in space.truncated_ranks)
+            assert arm.seed in (0, *space.seeds)
+            assert arm.steps <= space.steps * (2 if space.goal == "best-adapter" else 1)
+        assert {arm.learning_rate for arm in arms if arm.rank > 0} <= {*space.learning_rates}
+        for arm in arms:
+            for parent in (arm.continue_from, arm.truncate_from):
+                assert parent is None or parent in finished
 
 
-@pytest.fixture
-def space(case: tuple[World, Space]) -> Space:
-    return case[1]
+def test_cost_and_arms_stay_within_their_bounds(name: str) -> None:
+    for world, space in iterate_cases():
+        strategy = STRATEGIES[name](space)
+        outcomes = run_all(strategy, world)
+        cost = strategy.estimate_cost()
+        assert cost.expected <= cost.maximum
+        assert count_steps(outcomes) <= cost.maximum * space.steps
+        assert len(outcomes) <= cost.max_arms
 
 
-def test_arms_lie_in_the_space_and_are_asked_for_once(name: str, world: World, space: Space) -> None:
-    outcomes = run_all(STRATEGIES[name](space), world)
-    arms = [outcome.arm for outcome in outcomes]
-    assert len(set(arms)) == len(arms)
-    finished = {outcome.trial_id for outcome in outcomes if isinstance(outcome, TrialFinished)}
-    for arm in arms:
-        assert arm.rank in (0, *space.ranks) or (arm.truncate_from and arm.rank in space.truncated_ranks)
-        assert arm.seed in (0, *space.seeds)
-        assert arm.steps <= space.steps * (2 if space.goal == "best-adapter" else 1)
-    assert {arm.learning_rate for arm in arms if arm.rank > 0} <= {*space.learning_rates}
-    for arm in arms:
-        for parent in (arm.continue_from, arm.truncate_from):
-            assert parent is None or parent in finished
+def test_recommends_a_rank_that_it_trained(name: str) -> None:
+    for world, space in iterate_cases():
+        strategy = STRATEGIES[name](space)
+        outcomes = run_all(strategy, world)
+        answer = recommend(strategy, outcomes)
+        assert not strategy.ask(outcomes)
+        assert answer.rank in space.ranks
+        assert answer.rank in {outcome.rank for outcome in outcomes if outcome.is_direct}
 
 
-def test_cost_and_arms_stay_within_their_bounds(name: str, world: World, space: Space) -> None:
-    strategy = STRATEGIES[name](space)
-    outcomes = run_all(strategy, world)
-    cost = strategy.estimate_cost()
-    assert cost.expected <= cost.maximum
-    assert count_steps(outcomes) <= cost.maximum * space.steps
-    assert len(outcomes) <= cost.max_arms
-
-
-def test_recommends_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
-    strategy = STRATEGIES[name](space)
-    outcomes = run_all(strategy, world)
-    answer = recommend(strategy, outcomes)
-    assert not strategy.ask(outcomes)
-    assert answer.rank in space.ranks
-    assert answer.rank in {outcome.rank for outcome in outcomes if outcome.is_direct}
-
-
-@pytest.mark.parametrize("trainings", [2.0, 3.3, 4.0, 5.5])
-@pytest.mark.parametrize("kind", ["law", "a table", "noisy"])
-def test_stops_at_the_budget(name: str, kind: str, trainings: float) -> None:
-    world = WORLDS[kind]()
-    space = make_space(budget_steps=trainings * STEPS, seeds=(0, 1))
-    strategy = STRATEGIES[name](space)
-    outcomes = run_all(strategy, world)
-    assert count_steps(outcomes) <= trainings * STEPS
-    assert strategy.estimate_cost().maximum <= trainings
-    unlimited = run_all(STRATEGIES[name](make_space(seeds=(0, 1))), world)
-    assert [outcome.arm for outcome in outcomes] == [outcome.arm for outcome in unlimited][: len(outcomes)]
+def test_stops_at_the_budget(name: str) -> None:
+    for kind in ["law", "a table", "noisy"]:
+        for trainings in [2.0, 3.3, 4.0, 5.5]:
+            world = WORLDS[kind]()
+            space = make_space(budget_steps=trainings * STEPS, seeds=(0, 1))
+            strategy = STRATEGIES[name](space)
+            outcomes = run_all(strategy, world)
+            assert count_steps(outcomes) <= trainings * STEPS
+            assert strategy.estimate_cost().maximum <= trainings
+            unlimited = run_all(STRATEGIES[name](make_space(seeds=(0, 1))), world)
+            assert [outcome.arm for outcome in outcomes] == [outcome.arm for outcome in unlimited][: len(outcomes)]
 
 
 def test_stops_at_the_budget_in_seconds(name: str) -> None:
@@ -123,46 +116,47 @@ def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
     assert recommend(strategy, outcomes).rank in (space.top, None)
 
 
-def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Space) -> None:
-    expected = run_all(STRATEGIES[name](space), world)
-    generator = random.Random(1)
-    strategy = STRATEGIES[name](space)
-    for order in (lambda arms: arms[::-1], lambda arms: [generator.choice(arms)]):
-        outcomes = run_all(strategy, world, order)
-        assert {outcome.arm for outcome in outcomes} == {outcome.arm for outcome in expected}
-        generator.shuffle(outcomes)
-        assert recommend(strategy, outcomes) == recommend(strategy, expected)
-        assert not strategy.ask(outcomes)
+def test_the_order_of_arrival_does_not_matter(name: str) -> None:
+    for world, space in iterate_cases():
+        expected = run_all(STRATEGIES[name](space), world)
+        generator = random.Random(1)
+        strategy = STRATEGIES[name](space)
+        for order in (lambda arms: arms[::-1], lambda arms, generator=generator: [generator.choice(arms)]):
+            outcomes = run_all(strategy, world, order)
+            assert {outcome.arm for outcome in outcomes} == {outcome.arm for outcome in expected}
+            generator.shuffle(outcomes)
+            assert recommend(strategy, outcomes) == recommend(strategy, expected)
+            assert not strategy.ask(outcomes)
 
 
-@pytest.mark.parametrize("kind", ["law", "a table", "noisy"])
-def test_resumes_identically_from_every_prefix(name: str, kind: str) -> None:
-    world = WORLDS[kind]()
-    space = make_space(seeds=(0, 1))
-    all_outcomes = run_all(STRATEGIES[name](space), world)
-    for length in range(len(all_outcomes)):
-        outcomes = all_outcomes[:length]
-        for _ in run_rounds(STRATEGIES[name](space), world, outcomes, list):
-            pass
-        assert {outcome.arm for outcome in outcomes} == {outcome.arm for outcome in all_outcomes}
+def test_resumes_identically_from_every_prefix(name: str) -> None:
+    for kind in ["law", "a table", "noisy"]:
+        world = WORLDS[kind]()
+        space = make_space(seeds=(0, 1))
+        all_outcomes = run_all(STRATEGIES[name](space), world)
+        for length in range(len(all_outcomes)):
+            outcomes = all_outcomes[:length]
+            for _ in run_rounds(STRATEGIES[name](space), world, outcomes, list):
+                pass
+            assert {outcome.arm for outcome in outcomes} == {outcome.arm for outcome in all_outcomes}
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_failed_arm_is_not_fatal(name: str, seed: int) -> None:
+def test_a_failed_arm_is_not_fatal(name: str) -> None:
     """Let a third of all arms fail or diverge, by a hash of the arm."""
+    for seed in range(12):
 
-    def lost(arm: Arm, which: int) -> bool:
-        return arm.rank > 0 and random.Random(f"{arm}{seed}{which}").random() < 1 / 6
+        def lost(arm: Arm, which: int, seed: int = seed) -> bool:
+            return arm.rank > 0 and random.Random(f"{arm}{seed}{which}").random() < 1 / 6
 
-    space = make_space(seeds=(0, 1))
-    strategy = STRATEGIES[name](space)
-    world = World(breaks=lambda arm: lost(arm, 0), diverges=lambda arm: lost(arm, 1))
-    outcomes = run_all(strategy, world)
-    answer = recommend(strategy, outcomes)
-    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished) and outcome.is_direct]
-    trained = {outcome.rank for outcome in finished if outcome.rank > 0}
-    assert answer.rank is None or answer.rank in trained
-    assert count_steps(outcomes) <= strategy.estimate_cost().maximum * space.steps
+        space = make_space(seeds=(0, 1))
+        strategy = STRATEGIES[name](space)
+        world = World(breaks=lambda arm: lost(arm, 0), diverges=lambda arm: lost(arm, 1))
+        outcomes = run_all(strategy, world)
+        answer = recommend(strategy, outcomes)
+        finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished) and outcome.is_direct]
+        trained = {outcome.rank for outcome in finished if outcome.rank > 0}
+        assert answer.rank is None or answer.rank in trained
+        assert count_steps(outcomes) <= strategy.estimate_cost().maximum * space.steps
 
 
 def test_ends_without_an_answer_where_everything_fails(name: str) -> None:
@@ -186,13 +180,13 @@ def count_steps(outcomes: list[TrialOutcome]) -> int:
     return sum(count_added_steps(outcome, finished) for outcome in finished.values() if outcome.rank > 0)
 
 
-@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
-def test_without_the_base_it_requests_what_it_requests_when_the_base_fails(name: str, seeds: tuple[int, ...]) -> None:
-    world = World(breaks=lambda arm: arm.rank == 0)
-    without = STRATEGIES[name](make_space(seeds=seeds, evaluates_base=False))
-    failing = STRATEGIES[name](make_space(seeds=seeds))
-    arms = [outcome.arm for outcome in run_all(without, world)]
-    assert arms == [outcome.arm for outcome in run_all(failing, world)][1:]
-    assert 0 not in {arm.rank for arm in arms}
-    assert without.estimate_arms() == failing.estimate_arms() - 1
-    assert without.estimate_cost().max_arms == failing.estimate_cost().max_arms - 1
+def test_without_the_base_it_requests_what_it_requests_when_the_base_fails(name: str) -> None:
+    for seeds in [(0,), (0, 1)]:
+        world = World(breaks=lambda arm: arm.rank == 0)
+        without = STRATEGIES[name](make_space(seeds=seeds, evaluates_base=False))
+        failing = STRATEGIES[name](make_space(seeds=seeds))
+        arms = [outcome.arm for outcome in run_all(without, world)]
+        assert arms == [outcome.arm for outcome in run_all(failing, world)][1:]
+        assert 0 not in {arm.rank for arm in arms}
+        assert without.estimate_arms() == failing.estimate_arms() - 1
+        assert without.estimate_cost().max_arms == failing.estimate_cost().max_arms - 1

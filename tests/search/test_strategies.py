@@ -25,16 +25,16 @@ def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
     return next(rank for rank in ranks if losses[rank] <= min(losses.values()) + margin)
 
 
-@pytest.mark.parametrize("gain", [0.003, 0.02, 0.05, 0.1, 1.0])
-@pytest.mark.parametrize("name", ["grid", "bracket"])
-@pytest.mark.parametrize("ranks", [(1, 4, 16, 64), (1, 2, 4, 8, 16, 32, 64)])
-def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ...]) -> None:
-    space, world = make_space(ranks=ranks), World(gain=gain)
-    strategy = STRATEGIES[name](space)
-    answer = recommend(strategy, run_all(strategy, world))
-    expected = whole_grid_pick(world, ranks, 0.01)
-    assert answer.rank == expected
-    assert answer.learning_rate == world.best_learning_rate
+def test_finds_the_whole_grids_pick() -> None:
+    for ranks in [(1, 4, 16, 64), (1, 2, 4, 8, 16, 32, 64)]:
+        for name in ["grid", "bracket"]:
+            for gain in [0.003, 0.02, 0.05, 0.1, 1.0]:
+                space, world = make_space(ranks=ranks), World(gain=gain)
+                strategy = STRATEGIES[name](space)
+                answer = recommend(strategy, run_all(strategy, world))
+                expected = whole_grid_pick(world, ranks, 0.01)
+                assert answer.rank == expected
+                assert answer.learning_rate == world.best_learning_rate
 
 
 def test_costs_far_less_than_the_grid() -> None:
@@ -68,15 +68,15 @@ def test_only_the_best_learning_rate_at_a_quarter_is_finished() -> None:
     assert stages == {1e-4: {25}, 3e-4: {25}, 1e-3: {25, 100}, 3e-3: {25}}
 
 
-@pytest.mark.parametrize("goal", ["adapter", "best-adapter", "training-rank"])
-def test_the_search_leaves_the_budget_that_the_goal_needs(goal: str) -> None:
-    minimum_cost = STRATEGIES["bracket"](make_space(goal=goal)).estimate_cost().minimum
-    space = make_space(goal=goal, budget_steps=minimum_cost * STEPS)
-    outcomes = run_all(STRATEGIES["bracket"](space), World(best_learning_rate=1e-2))
-    ends = {(outcome.rank, outcome.steps) for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
-    assert (64, 100) in ends
-    assert goal != "best-adapter" or (64, 200) in ends
-    assert goal != "training-rank" or len({rank for rank, _ in ends}) > 1
+def test_the_search_leaves_the_budget_that_the_goal_needs() -> None:
+    for goal in ["adapter", "best-adapter", "training-rank"]:
+        minimum_cost = STRATEGIES["bracket"](make_space(goal=goal)).estimate_cost().minimum
+        space = make_space(goal=goal, budget_steps=minimum_cost * STEPS)
+        outcomes = run_all(STRATEGIES["bracket"](space), World(best_learning_rate=1e-2))
+        ends = {(outcome.rank, outcome.steps) for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
+        assert (64, 100) in ends
+        assert goal != "best-adapter" or (64, 200) in ends
+        assert goal != "training-rank" or len({rank for rank, _ in ends}) > 1
 
 
 def test_the_mean_of_the_factors_ranks_the_learning_rates() -> None:
@@ -95,16 +95,17 @@ def test_the_mean_of_the_factors_ranks_the_learning_rates() -> None:
     assert {outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank == 64} == {1e-3}
 
 
-@pytest.mark.parametrize(("steps", "is_staged"), [(1, False), (3, False), (5, False), (6, True), (8, True)])
-def test_learning_rates_are_not_compared_after_the_first_step_of_a_warm_up(steps: int, is_staged: bool) -> None:
-    class WarmsUp(World):
-        def loss(self, arm: Arm) -> float:
-            return 1.6 if arm.rank and arm.end <= 1 < arm.steps else super().loss(arm)
+def test_learning_rates_are_not_compared_after_the_first_step_of_a_warm_up() -> None:
+    for steps, is_staged in [(1, False), (3, False), (5, False), (6, True), (8, True)]:
 
-    space = make_space(goal="adapter", steps=steps)
-    outcomes = run_all(STRATEGIES["bracket"](space), WarmsUp(best_learning_rate=1e-3))
-    finished = {outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
-    assert finished == ({1e-3} if is_staged else {*space.learning_rates})
+        class WarmsUp(World):
+            def loss(self, arm: Arm) -> float:
+                return 1.6 if arm.rank and arm.end <= 1 < arm.steps else super().loss(arm)
+
+        space = make_space(goal="adapter", steps=steps)
+        outcomes = run_all(STRATEGIES["bracket"](space), WarmsUp(best_learning_rate=1e-3))
+        finished = {outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
+        assert finished == ({1e-3} if is_staged else {*space.learning_rates})
 
 
 def test_truncations_are_evaluated_although_the_time_is_over() -> None:
@@ -235,21 +236,18 @@ def test_confirms_with_further_seeds() -> None:
         assert {outcome.seed for outcome in outcomes if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
+def test_bad_settings_are_one_clear_line() -> None:
+    for values, words in [
         ({"strategy": "brackt"}, "did you mean 'bracket'"),
         ({"strategy": "x"}, "there are: bracket, grid"),
         ({"ranks": (8,), "goal": "training-rank"}, "8 only"),
         ({"budget_trainings": 1.5}, "give budget_trainings"),
         ({"budget_hours": -1}, "budget_hours"),
-    ],
-)
-def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        make_named_strategy(**values)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
+    ]:
+        with pytest.raises(SettingsError) as caught:
+            make_named_strategy(**values)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_first_question_is_answered_before_the_second() -> None:

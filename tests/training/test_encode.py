@@ -69,28 +69,30 @@ def mask_by_template(tokenizer: Any, messages: Any) -> tuple[list[int], list[int
     return ids, [token if mask else IGNORED for token, mask in zip(ids, tokens["assistant_masks"], strict=True)]
 
 
-@pytest.mark.parametrize("name", [*MARKED, *trl_templates()])
-def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None:
-    plain, marked = (MARKED | trl_templates())[name]
-    tokenizer = make_tokenizer()
-    tokenizer.bos_token, tokenizer.chat_template = "<unk>", marked
-    expected, refused = [], []
-    for messages in conversations():
-        try:
-            expected.append((messages, *mask_by_template(tokenizer, messages)))
-        except TemplateError:
-            refused.append(messages)
-    tokenizer.chat_template = plain
-    base = replace(loaded, tokenizer=tokenizer)
-    rows = [{"messages": messages} for messages, *_ in expected]
-    splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
-    settings = build_small_settings(seq_len=1000)
-    data = encode_splits(load_data(splits, settings), base, settings)
-    assert [(list(item.input_ids), list(item.labels)) for item in data.splits["train"]] == [row[1:] for row in expected]
-    if refused:
-        refusing = load_data(splits | {"train": [*rows, {"messages": refused[0]}]}, settings)
-        with pytest.raises(DataError, match="the chat template rejects the conversation"):
-            encode_splits(refusing, base, settings)
+def test_labels_are_those_of_assistant_only_loss(loaded: Any) -> None:
+    for name in [*MARKED, *trl_templates()]:
+        plain, marked = (MARKED | trl_templates())[name]
+        tokenizer = make_tokenizer()
+        tokenizer.bos_token, tokenizer.chat_template = "<unk>", marked
+        expected, refused = [], []
+        for messages in conversations():
+            try:
+                expected.append((messages, *mask_by_template(tokenizer, messages)))
+            except TemplateError:
+                refused.append(messages)
+        tokenizer.chat_template = plain
+        base = replace(loaded, tokenizer=tokenizer)
+        rows = [{"messages": messages} for messages, *_ in expected]
+        splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
+        settings = build_small_settings(seq_len=1000)
+        data = encode_splits(load_data(splits, settings), base, settings)
+        assert [(list(item.input_ids), list(item.labels)) for item in data.splits["train"]] == [
+            row[1:] for row in expected
+        ]
+        if refused:
+            refusing = load_data(splits | {"train": [*rows, {"messages": refused[0]}]}, settings)
+            with pytest.raises(DataError, match="the chat template rejects the conversation"):
+                encode_splits(refusing, base, settings)
 
 
 def collect_labelled_texts(tokenizer: Any, labels: list[int]) -> list[str]:
@@ -112,44 +114,44 @@ def encoded_conversations(loaded: Any, template: str, rows: list[list[dict[str, 
     return tokenizer, [collect_labelled_texts(tokenizer, item.labels) for item in items]
 
 
-@pytest.mark.parametrize("name", REWRITING)
-def test_labels_where_the_template_writes_earlier_turns_otherwise(name: str, loaded: Any) -> None:
-    template, *expected = REWRITING[name]
-    for messages, answers in zip((REASONED, PLAIN), expected, strict=True):
-        rows = [
-            [
-                {**message, "content": f"{n} {message['content']}"} if message["role"] == "user" else message
-                for message in messages
+def test_labels_where_the_template_writes_earlier_turns_otherwise(loaded: Any) -> None:
+    for name in REWRITING:
+        template, *expected = REWRITING[name]
+        for messages, answers in zip((REASONED, PLAIN), expected, strict=True):
+            rows = [
+                [
+                    {**message, "content": f"{n} {message['content']}"} if message["role"] == "user" else message
+                    for message in messages
+                ]
+                for n in range(4)
             ]
-            for n in range(4)
-        ]
-        if isinstance(answers, str):
-            with pytest.raises(
-                DataError, match=f"the chat template {answers}.*; give `prompt` and `completion`, with one row per"
-            ):
-                encoded_conversations(loaded, template, rows)
-        else:
-            assert encoded_conversations(loaded, template, rows)[1] == [answers] * 4
+            if isinstance(answers, str):
+                with pytest.raises(
+                    DataError, match=f"the chat template {answers}.*; give `prompt` and `completion`, with one row per"
+                ):
+                    encoded_conversations(loaded, template, rows)
+            else:
+                assert encoded_conversations(loaded, template, rows)[1] == [answers] * 4
 
 
-@pytest.mark.parametrize("name", trl_templates(OTHERWISE))
-def test_labels_lie_within_those_of_trl(name: str, loaded: Any) -> None:
+def test_labels_lie_within_those_of_trl(loaded: Any) -> None:
     """Compare with TRL, whose labels begin at the header or at a `<think>` of the prompt for an answer; both end at the same token."""
-    plain, marked = trl_templates(OTHERWISE)[name]
-    begins = (["user", "assistant"], ["system", "user"])
-    rows = [messages for messages in conversations() if [message["role"] for message in messages[:2]] in begins]
-    tokenizer, ours = encoded_conversations(loaded, plain, rows)
-    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows]
-    tokenizer.chat_template = marked
-    compared = 0
-    for messages, text, answers in zip(rows, texts, ours, strict=True):
-        if text != tokenizer.apply_chat_template(messages, tokenize=False):
-            continue  # in TRL's templates of some families earlier turns keep their reasoning
-        theirs = collect_labelled_texts(tokenizer, mask_by_template(tokenizer, messages)[1])
-        prefixes = {their.removesuffix(our) for our, their in zip(answers, theirs, strict=True)}
-        assert prefixes <= {"", "<｜Assistant｜>", "<|start|>assistant", "<think></think>", "<think>\n"}, prefixes
-        compared += 1
-    assert compared >= 8
+    for name in trl_templates(OTHERWISE):
+        plain, marked = trl_templates(OTHERWISE)[name]
+        begins = (["user", "assistant"], ["system", "user"])
+        rows = [messages for messages in conversations() if [message["role"] for message in messages[:2]] in begins]
+        tokenizer, ours = encoded_conversations(loaded, plain, rows)
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows]
+        tokenizer.chat_template = marked
+        compared = 0
+        for messages, text, answers in zip(rows, texts, ours, strict=True):
+            if text != tokenizer.apply_chat_template(messages, tokenize=False):
+                continue  # in TRL's templates of some families earlier turns keep their reasoning
+            theirs = collect_labelled_texts(tokenizer, mask_by_template(tokenizer, messages)[1])
+            prefixes = {their.removesuffix(our) for our, their in zip(answers, theirs, strict=True)}
+            assert prefixes <= {"", "<｜Assistant｜>", "<|start|>assistant", "<think></think>", "<think>\n"}, prefixes
+            compared += 1
+        assert compared >= 8
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["a"]}}}
@@ -172,33 +174,28 @@ def make_chat_row(form: str, number: int) -> dict[str, Any]:
     }[form]
 
 
-@pytest.mark.parametrize(
-    ("form", "template", "inputs", "cell"),
-    [
+def test_the_chat_template_receives_tools_and_documents(loaded: Any) -> None:
+    for form, template, inputs, cell in [
         ("messages", WITH_TOOLS, {"tools": [TOOL]}, [TOOL]),
         ("completion", WITH_TOOLS, {"tools": [TOOL]}, json.dumps([TOOL])),
         ("preference", WITH_TOOLS, {"tools": [TOOL]}, [TOOL | {"strict": None}]),  # as Arrow reads different keys
         ("conversations", WITH_DOCUMENTS, {"documents": [{"title": "t", "text": "x"}]}, [{"title": "t", "text": "x"}]),
-    ],
-)
-def test_the_chat_template_receives_tools_and_documents(
-    loaded: Any, form: str, template: str, inputs: dict[str, Any], cell: Any
-) -> None:
-    tokenizer, (column,) = make_tokenizer(), inputs
-    base, settings = replace(loaded, tokenizer=tokenizer), build_small_settings(seq_len=1000)
-    rows = [make_chat_row(form, number) | {column: cell} for number in range(60)]
-    tokenizer.chat_template = template
-    turn = {"role": "user", "content": ""}
-    beginning = tokenizer.apply_chat_template([turn], tokenize=False, **inputs).removesuffix("<|im_end|>\n")
-    data = encode_splits(load_data(rows, settings), base, settings)
-    for item in data.splits["train"]:
-        assert tokenizer.decode(item.input_ids).startswith(beginning)
-        assert re.sub(r"[ 0-9]|<\|im_end\|>\n", "", labelled_text(loaded, item)) in ("yes", "yesno")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    with pytest.raises(DataError, match=f"the chat template does not use the column `{column}`.*ignore={column}"):
-        encode_splits(load_data(rows, settings), base, settings)
-    ignoring = build_small_settings(seq_len=1000, columns={"ignore": [column]})
-    assert encode_splits(load_data(rows, ignoring), base, ignoring).splits["train"]
+    ]:
+        tokenizer, (column,) = make_tokenizer(), inputs
+        base, settings = replace(loaded, tokenizer=tokenizer), build_small_settings(seq_len=1000)
+        rows = [make_chat_row(form, number) | {column: cell} for number in range(60)]
+        tokenizer.chat_template = template
+        turn = {"role": "user", "content": ""}
+        beginning = tokenizer.apply_chat_template([turn], tokenize=False, **inputs).removesuffix("<|im_end|>\n")
+        data = encode_splits(load_data(rows, settings), base, settings)
+        for item in data.splits["train"]:
+            assert tokenizer.decode(item.input_ids).startswith(beginning)
+            assert re.sub(r"[ 0-9]|<\|im_end\|>\n", "", labelled_text(loaded, item)) in ("yes", "yesno")
+        tokenizer.chat_template = CHAT_TEMPLATE
+        with pytest.raises(DataError, match=f"the chat template does not use the column `{column}`.*ignore={column}"):
+            encode_splits(load_data(rows, settings), base, settings)
+        ignoring = build_small_settings(seq_len=1000, columns={"ignore": [column]})
+        assert encode_splits(load_data(rows, ignoring), base, ignoring).splits["train"]
 
 
 def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) -> None:
