@@ -90,11 +90,7 @@ def test_several_seeds_are_decided_like_one_and_can_be_sure() -> None:
 def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
     decision = decide_table(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), 0.002)
     assert (decision.rank, decision.verdict) == (None, "undecided")
-    assert (decision.indistinguishable_ranks, decision.probably_worse_ranks, decision.recommended_rank) == (
-        [4, 16, 64],
-        [1],
-        64,
-    )
+    assert (decision.indistinguishable_ranks, decision.recommended_rank) == ([4, 16, 64], 64)
     assert decision.sentence.startswith("Ranks 4, 16 and 64 cannot be distinguished (±0.0")
     for words in (
         "the margin is 0.002 nats",
@@ -102,32 +98,10 @@ def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
         "Take rank 64: it is 60% likely to be within 0.00",
     ):
         assert words in decision.sentence
-    assert 0 < (decision.resolvable_margin or 0) <= (decision.recommended_margin or 0)
-    wider = decide_table(
-        build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), decision.recommended_margin
-    )
-    assert wider.rank == 64
     more_examples, more_seeds = decision.next_runs
-    assert (more_examples.action, more_examples.examples, more_seeds.action, more_seeds.minutes) == (
-        "examples",
-        500,
-        "seeds",
-        None,
-    )
+    assert (more_examples.action, more_examples.examples, more_seeds.action) == ("examples", 500, "seeds")
     precise_table = build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=20_000, noise=0.03)
     assert decide_table(precise_table, 0.002).verdict != "undecided"
-
-
-def test_next_runs_are_priced_by_earlier_trainings_and_evaluations() -> None:
-    table = build_example_table({4: 2.002, 64: 2.0}, seeds=(0, 1), num_examples=100, noise=0.03)
-    table = replace(table, kind="accuracy")
-    for train, evaluation, first in ((600.0, 1.0, "examples"), (1.0, 600.0, "seeds")):
-        cells = {key: replace(cell, train_seconds=train, eval_seconds=evaluation) for key, cell in table.cells.items()}
-        runs = decide_table(replace(table, cells=cells), 0.002, confidence=0.75).next_runs
-        assert runs[0].action == first
-        assert runs[0].minutes is not None
-        assert runs[0].minutes < (runs[1].minutes or 0)
-        assert "about" in runs[1].sentence.rpartition("(")[2]
 
 
 def test_noisy_seeds_of_the_run_lower_the_probability() -> None:

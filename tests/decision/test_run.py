@@ -32,7 +32,6 @@ from rightrank.schema.decision import TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunContinued, TestEvaluated
 from rightrank.schema.trials import (
-    EvalPoint,
     TrialDiverged,
     TrialEvaluated,
     TrialFailed,
@@ -207,14 +206,6 @@ def test_a_cell_holds_what_its_trial_measured() -> None:
     assert (cell.steps, cell.train_value) == (trial.steps, trial.train_value)
     assert cell.points == tuple(trial.points)
     assert build_run_table(records).missing == {4: 1}
-
-
-def test_a_cell_has_the_seconds_of_its_training_and_of_one_evaluation() -> None:
-    trial = change_trial(make_run().list_finished()[1], train_seconds=12.0, eval_seconds=6.0)
-    points = [EvalPoint(step=step, value=2.0, train_value=None) for step in (10, 20, 30)]
-    for shown_points, seconds in (([], 6.0), (points[:1], 6.0), (points, 2.0)):
-        (cell,) = build_table([change_trial(trial, points=shown_points)], "loss", False).cells.values()
-        assert (cell.train_seconds, cell.eval_seconds) == (12.0, seconds)
 
 
 def test_a_cell_has_the_groups_of_its_examples() -> None:

@@ -141,12 +141,6 @@ def compute_required_examples(estimate: Estimate, margin: float, confidence: flo
     return None
 
 
-def compute_required_seeds(estimate: Estimate, margin: float) -> int | None:
-    """Compute the fewest seeds that are expected to settle the difference, or return None if `MAX_SEEDS` are not enough."""
-    sizes = range(estimate.seeds + 1, MAX_SEEDS + 1)
-    return next((size for size in sizes if is_conclusive(estimate.scale_to(estimate.examples, size), margin)), None)
-
-
 def is_conclusive(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> bool:
     """Return whether runs of this size settle the comparison with probability `POWER` if the true mean is the estimated one."""
     error = NORMAL.inv_cdf(POWER) * estimate.standard_error
@@ -242,10 +236,6 @@ class Estimate:
     def replace_seed_variance(self, variance: float, degrees: float) -> Estimate:
         """Return the same mean with another seed variance, such as a pooled or a published one."""
         return replace(self, seeds_variance=variance, seeds_degrees=degrees, has_separate_seeds=True)
-
-    def predict_extra_seed(self) -> Estimate:
-        """Return the predictive estimate of the difference that one additional seed shows: the seed variance times 1 + seeds."""
-        return replace(self, seeds_variance=self.seeds_variance * (1 + self.seeds))
 
     def scale_to(self, examples: int, seeds: int) -> Estimate:
         """Return the estimate that a run of another size is expected to give: the same mean with scaled variance components."""

@@ -277,13 +277,6 @@ class Evidence:
             variance, degrees = _estimate_seed_variance(pairs, self.build_prior(contender.rank))
         return paired.replace_seed_variance(max(variance, paired.interaction_variance), degrees)
 
-    def predict_difference(self, contender: Contender, seeds: int) -> Estimate:
-        """Predict the difference that `seeds` seeds will show, at the seed noise of earlier grids. Only plans use it."""
-        pairs = pair_cells(contender, self.reference)
-        paired = replace(estimate_pairs(pairs), mean=contender.loss - self.reference.loss)
-        variance = NOISE.compute_seed_ratio(paired.examples) * _measure_pair_noise(pairs).example_variance / seeds
-        return replace(paired, seeds=seeds).replace_seed_variance(variance, BOUND_DEGREES + seeds - 1)
-
     def compute_probability(self, rank: int, margin: float) -> float | None:
         """Compute the probability that the rank is within the margin of every other rank at once, over seeds and examples.
 

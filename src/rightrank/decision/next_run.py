@@ -1,23 +1,16 @@
-"""Plan the next run that is expected to settle the answer, by a power calculation on the measured variances.
+"""Plan the next run that is expected to settle or extend the answer; for a run folder, also as a command.
 
-A run is expected to settle a rank if it shows or refutes it in four of five cases, given the present difference. That
-difference is itself uncertain, so the result is a plan and no guarantee. For a run folder the plan is also a command.
+More seeds or examples are planned with the present differences, which are themselves uncertain: a plan is no guarantee.
 """
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from rightrank.decision.comparison import (
-    MAX_SEEDS,
-    compute_required_seeds,
-    is_conclusive,
-    is_within,
-)
+from rightrank.decision.comparison import MAX_SEEDS, is_within
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.learning_rate import EDGE_FACTOR, extrapolate_rate
 from rightrank.decision.ranks import Comparison
@@ -31,7 +24,6 @@ from rightrank.schema.decision import NextRun, Verdict
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import MAX_SEED, SelectSettings
 
-MIN_SEEDS = 2  # the fewest seeds that measure the noise over seeds
 CONFIRM_SEEDS = 3
 EXAMPLE_COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # numbers of held-out examples to suggest
 
@@ -55,12 +47,7 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
     if "unequal_length" in flags:
         runs.append(_plan_equal_lengths(comparison.evidence))
     if verdict not in ("no_gain", "undecided"):
-        if comparison.evidence.lacks_uncertainty and "underpowered" in flags:
-            runs.append(_plan_proof(comparison))
-        else:
-            runs.append(
-                _plan_extra_seeds(comparison) if comparison.needs_extra_seeds else _plan_confirmation(comparison)
-            )
+        runs.append(_plan_confirmation(comparison))
     return runs
 
 
@@ -81,99 +68,31 @@ def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
 
 
 def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
-    """Plan runs that would give a rank the requested probability by more examples, more seeds, or both, the cheaper first."""
+    """Plan more examples, and more seeds, that would give a rank the requested probability. Examples need no training and come first."""
     evidence, confidence, margin = comparison.evidence, comparison.confidence, comparison.margin
     assert confidence is not None
     (seeds, examples), ranks = evidence.size, evidence.find_indistinguishable_ranks(confidence)
-    cells = [cell for rank in ranks for cell in evidence.contenders[rank].cells.values()]
 
     def is_reached(more_seeds: int, more_examples: int) -> bool:
         return is_within(min(evidence.compute_margins(confidence, more_seeds, more_examples).values()), margin)
 
     sizes = [size for size in EXAMPLE_COUNTS if size > examples > 0]
-    counts = range(seeds + 1, MAX_SEEDS + 1)
     needed_examples = next((size for size in sizes if is_reached(seeds, size)), None)
-    needed_seeds = next((count for count in counts if is_reached(count, examples)), None)
+    needed_seeds = next((count for count in range(seeds + 1, MAX_SEEDS + 1) if is_reached(count, examples)), None)
     runs: list[NextRun] = []
     if needed_examples is not None:
-        minutes = _convert_to_minutes(needed_examples * sum(cell.eval_seconds for cell in cells) / examples)
-        remark = "" if needed_seeds is not None else "; more seeds alone would not be enough"
-        sentence = f"To test the margin, score about {needed_examples:,} held-out examples (now {examples:,}) at {format_rank_names(ranks)}{format_time(minutes)}{remark}."
-        runs.append(
-            NextRun(action="examples", ranks=ranks, examples=needed_examples, minutes=minutes, sentence=sentence)
-        )
-    if needed_seeds is not None or needed_examples is None:
-        plan: tuple[int, int | None] | None = (needed_seeds, None) if needed_seeds is not None else None
-        if plan is None:
-            fewest_seeds = next((count for count in counts if sizes and is_reached(count, sizes[-1])), None)
-            if fewest_seeds is not None:
-                plan = fewest_seeds, next(size for size in sizes if is_reached(fewest_seeds, size))
-        if plan is None:
-            sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {comparison.chosen}, or choose another margin."
-            return [NextRun(action="none", ranks=[comparison.chosen], sentence=sentence)]
-        count, size = plan
-        minutes = _convert_to_minutes(
-            _count_missing_trainings(evidence, ranks, count)
-            * sum(cell.train_seconds + cell.eval_seconds for cell in cells)
-            / len(cells)
-        )
-        scoring = "" if size is None else f" and score about {size:,} held-out examples (now {examples:,})"
-        sentence = f"Train {format_rank_names(ranks)} with {count} seeds (now {seeds}){scoring} to test it ({{cost}}{format_time(minutes, ', ')})."
-        runs.append(_build_seed_run(evidence, ranks, count, sentence, size).model_copy(update={"minutes": minutes}))
-    return sorted(runs, key=lambda run: math.inf if run.minutes is None else run.minutes)
-
-
-def _convert_to_minutes(seconds: float) -> float | None:
-    return round(seconds / 60, 1) if seconds > 0 else None
-
-
-def format_time(minutes: float | None, prefix: str = " (") -> str:
-    """Format minutes as ` (about 3 minutes)`; empty if they are unknown."""
-    if minutes is None:
-        return ""
-    duration = (
-        f"{60 * minutes:.0f} seconds"
-        if minutes < 1.5
-        else f"{minutes:,.0f} minutes"
-        if minutes < 90
-        else f"{minutes / 60:,.1f} hours"
-    )
-    return f"{prefix}about {duration}{')' * prefix.endswith('(')}"
-
-
-def _plan_extra_seeds(comparison: Comparison) -> NextRun:
-    """Plan the seeds that are expected to turn an indication into a decision, at the seed noise of earlier grids."""
-    evidence, reference = comparison.evidence, comparison.reference.rank
-    compared = {comparison.chosen, comparison.next_lower_rank or comparison.chosen} - {reference}
-    tested_ranks = [
-        rank for rank in sorted(compared) if rank == comparison.chosen or comparison.by_rank[rank].non_inferior is False
-    ]
-    sizes = range(MIN_SEEDS, MAX_SEEDS + 1)
-    needed = [
-        next(
-            (
-                n
-                for n in sizes
-                if is_conclusive(evidence.predict_difference(evidence.contenders[rank], n), comparison.margin)
-            ),
-            None,
-        )
-        for rank in tested_ranks
-    ]
-    sufficient = [seeds for seeds in needed if seeds is not None]
-    seeds = max(sufficient, default=MIN_SEEDS) if len(sufficient) == len(needed) else MIN_SEEDS
-    ranks = sorted(compared | {reference})
-    start = f"Train {format_rank_names(ranks)} with {seeds} seeds (now 1)"
-    if len(sufficient) == len(needed):
+        sentence = f"To test the margin, score about {needed_examples:,} held-out examples (now {examples:,}) at {format_rank_names(ranks)}."
+        runs.append(NextRun(action="examples", ranks=ranks, examples=needed_examples, sentence=sentence))
+    if needed_seeds is not None:
         sentence = (
-            f"{start} to turn the indication into a decision, if the seed noise is that of earlier grids ({{cost}})."
+            f"Train {format_rank_names(ranks)} with {needed_seeds} seeds (now {seeds}) to test the margin ({{cost}})."
         )
-    else:
-        sentence = (
-            f"{start} to measure the noise over seeds ({{cost}}); at that of earlier grids, {MAX_SEEDS} seeds "
-            "would not be enough for a decision at this margin."
-        )
-    return _build_seed_run(evidence, ranks, seeds, sentence)
+        runs.append(_build_seed_run(evidence, ranks, needed_seeds, sentence))
+    if not runs:
+        more = f"Neither {sizes[-1]:,} held-out examples nor" if sizes else "Not even"
+        sentence = f"{more} {MAX_SEEDS} seeds would settle it at this noise: take rank {comparison.chosen}, or choose another margin."
+        runs.append(NextRun(action="none", ranks=[comparison.chosen], sentence=sentence))
+    return runs
 
 
 def _plan_equal_lengths(evidence: Evidence) -> NextRun:
@@ -224,23 +143,12 @@ def _collect_tried_rates(table: ScoreTable) -> set[float]:
     return {rate for rank in table.list_ranks() for rate in table.list_tried_rates(rank)}
 
 
-def _plan_proof(comparison: Comparison) -> NextRun:
-    """Plan the seeds that are expected to show what the values suggest."""
-    reference = comparison.reference.rank
-    rank = comparison.chosen if comparison.chosen != reference else comparison.next_lower_rank or reference
-    difference = comparison.by_rank[rank].difference
-    needed = compute_required_seeds(difference, comparison.margin) if difference.variance > 0 else None
-    ranks = sorted({rank, reference})
-    if needed is None:
-        sentence = f"One number per rank can't show the answer: score {format_rank_names(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
-        return NextRun(action="examples", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
-    sentence = f"Train {format_rank_names(ranks)} with {needed} seeds each to show it ({{cost}})."
-    return _build_seed_run(comparison.evidence, ranks, needed, sentence)
-
-
 def _plan_confirmation(comparison: Comparison) -> NextRun:
     """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
     ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower_rank or comparison.chosen})
+    if comparison.evidence.basis == "values":
+        sentence = f"One number per rank can't show the answer: score {format_rank_names(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
+        return NextRun(action="examples", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     if _count_missing_trainings(comparison.evidence, ranks, CONFIRM_SEEDS) == 0:
         sentence = f"No more training is needed: evaluate {format_rank_names(ranks)} once on held-out data that was not used for any choice."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
@@ -261,19 +169,11 @@ def _count_missing_trainings(evidence: Evidence, ranks: list[int], seeds: int) -
     return sum(max(0, seeds - len(evidence.contenders[rank].cells)) for rank in ranks)
 
 
-def _build_seed_run(
-    evidence: Evidence, ranks: list[int], seeds: int, sentence: str, examples: int | None = None
-) -> NextRun:
+def _build_seed_run(evidence: Evidence, ranks: list[int], seeds: int, sentence: str) -> NextRun:
     """Return a run of the ranks with `seeds` seeds each. `sentence` has `{cost}` for the number of trainings."""
     trials = _count_missing_trainings(evidence, ranks, seeds)
-    return NextRun(
-        action="seeds",
-        ranks=ranks,
-        seeds=seeds,
-        examples=examples,
-        trials=trials,
-        sentence=sentence.format(cost=_format_cost(trials)),
-    )
+    sentence = sentence.format(cost=_format_cost(trials))
+    return NextRun(action="seeds", ranks=ranks, seeds=seeds, trials=trials, sentence=sentence)
 
 
 def _format_cost(trials: int) -> str:

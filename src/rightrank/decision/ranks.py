@@ -24,9 +24,6 @@ class RankComparison:
     difference: Estimate
     low: float  # one-sided 95% bounds of the difference; the lower one is corrected for the reference's selection bias
     high: float
-    predictive: (
-        Estimate | None
-    )  # the difference that one additional seed would show; None if the seed noise was not measured
     is_enough: bool  # whether the mean is within the margin
     non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
 
@@ -90,11 +87,6 @@ class Comparison:
         return (self.compute_probability(0 if verdict == "no_gain" else self.chosen) or 0.0) >= CONFIDENCE
 
     @property
-    def needs_extra_seeds(self) -> bool:
-        """Return whether only examples support the answer, so that additional seeds turn the indication into a decision."""
-        return self.is_indication and self.evidence.has_examples
-
-    @property
     def next_lower_rank(self) -> int | None:
         """Return the highest rank below the chosen one."""
         return max((rank for rank in self.ranks if rank < self.chosen), default=None)
@@ -134,20 +126,18 @@ def compare_ranks(evidence: Evidence, margin: float, confidence: float = DEFAULT
 def _compare_rank(contender: Contender, evidence: Evidence, margin: float) -> RankComparison:
     mean = evidence.estimate_value(contender)
     if contender.rank == evidence.reference.rank:
-        return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, None, True, True)
+        return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, True, True)
     difference = evidence.estimate_difference(contender)
     gap = min(evidence.selection_bias, difference.standard_error)  # no more than the rank's own noise can explain
     bounds = Bounds(
         difference.mean, difference.compute_bound(1 - CONFIDENCE) - gap, difference.compute_bound(CONFIDENCE)
     )
-    predictive = difference.predict_extra_seed() if evidence.has_seed_noise and contender.rank > 0 else None
     return RankComparison(
         contender,
         mean,
         difference,
         bounds.low,
         bounds.high,
-        predictive,
         is_within(bounds.mean, margin),
         None if evidence.basis == "values" else bounds.is_enough(margin),
     )

@@ -80,27 +80,21 @@ def decide_table(
         basis=evidence.basis,
         basis_note=format_basis_note(evidence),
         probability_note=format_probability_note(evidence),
-        **_build_probability_fields(comparison, unit),
+        **_build_probability_fields(comparison),
         next_runs=runs,
         selection_bias=unit.convert_difference(evidence.selection_bias),
     )
 
 
-def _build_probability_fields(comparison: Comparison, unit: MetricUnit) -> dict[str, Any]:
+def _build_probability_fields(comparison: Comparison) -> dict[str, Any]:
     """Return the fields of a decision by probabilities; empty if the values decided."""
     evidence, confidence, recommended = comparison.evidence, comparison.confidence, comparison.chosen
     if confidence is None:
         return {}
-    indistinguishable = evidence.find_indistinguishable_ranks(confidence)
-    margins = {rank: unit.convert_difference(margin) for rank, margin in evidence.compute_margins(confidence).items()}
     return {
         "requested_confidence": confidence,
         "probability": comparison.compute_probability(recommended),
-        "recommended_margin": margins[recommended],
-        "resolvable_margin": min(margins.values()),
-        "indistinguishable_ranks": indistinguishable,
-        "difference_uncertainty": unit.convert_difference(evidence.compute_half_width(confidence)),
-        "probably_worse_ranks": [rank for rank in comparison.ranks if rank not in indistinguishable],
+        "indistinguishable_ranks": evidence.find_indistinguishable_ranks(confidence),
     }
 
 
@@ -121,10 +115,6 @@ def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit:
     contender = compared.contender
     is_reference = contender.rank == comparison.reference.rank
     lacks_noise = comparison.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
-    predictive_bounds: dict[str, float] = {}
-    if compared.predictive is not None:
-        low, high = (unit.convert_difference(compared.predictive.compute_bound(level)) for level in TWO_SIDED)
-        predictive_bounds = {"predictive_low": low, "predictive_high": high}
     ends = sorted(unit.convert_value(compared.mean.compute_bound(level)) for level in TWO_SIDED)
     return RankEvidence(
         rank=contender.rank,
@@ -134,7 +124,6 @@ def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit:
         difference=unit.convert_difference(compared.difference.mean),
         difference_low=None if lacks_noise else unit.convert_difference(compared.low),
         difference_high=None if lacks_noise else unit.convert_difference(compared.high),
-        **predictive_bounds,
         non_inferior=compared.non_inferior,
         probability=comparison.compute_probability(contender.rank),
         learning_rate=contender.learning_rate or None,

@@ -61,8 +61,6 @@ class Cell:
     checkpoint_step: int | None = None  # the step of the value, if it is not that of the last evaluation
     points: tuple[EvalPoint, ...] = ()  # during training, in the metric's own direction
     groups: Groups | None = None  # [examples] the group of each example; None: no groups
-    train_seconds: float = 0.0  # 0: unknown
-    eval_seconds: float = 0.0  # of one evaluation
 
     @property
     def examples(self) -> int:
@@ -338,8 +336,6 @@ def _build_cell(
         deviation=deviation,
         deviation_seeds=trial.averaged_seeds,
         steps=trial.steps or None,
-        train_seconds=trial.train_seconds,
-        eval_seconds=trial.eval_seconds / max(1, len(trial.points)),
         checkpoint_step=trial.checkpoint_step,
         points=tuple(trial.points),
     )

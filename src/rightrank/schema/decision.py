@@ -27,8 +27,6 @@ class RankEvidence(Record):
     difference: float | None = None  # how much worse than the reference, in the metric's unit
     difference_low: float | None = None  # one-sided 95% lower bound
     difference_high: float | None = None  # one-sided 95% upper bound
-    predictive_low: float | None = None  # two-sided 95% interval of the difference that one additional seed would show
-    predictive_high: float | None = None  # None: the seed noise was not measured
     non_inferior: bool | None = None  # within the margin; None: inconclusive
     # that it is within the margin of the best, over seeds and examples; None: `format_probability_note`
     probability: float | None = None
@@ -54,7 +52,6 @@ class NextRun(Record):
     examples: BoundedInt | None = None  # held-out examples in total
     steps: BoundedInt | None = None
     trials: BoundedInt = 0  # new trainings
-    minutes: float | None = None  # estimated from the trainings and evaluations so far; None: unknown
     sentence: str
 
 
@@ -89,16 +86,10 @@ class Decision(Record):
     # The fields of a decision by probabilities, if there are any. Differences and margins are in the metric's unit.
     requested_confidence: float | None = None  # the requested probability; None: values decided
     probability: float | None = None  # of `recommended_rank` at the margin
-    recommended_margin: float | None = (
-        None  # the smallest margin at which `recommended_rank` has the requested probability
-    )
-    resolvable_margin: float | None = None  # the smallest margin at which any rank has the requested probability
     indistinguishable_ranks: list[BoundedInt] = Field(
         default_factory=list
     )  # ranks that are not shown to be worse than the best
-    difference_uncertainty: float | None = None  # half-width of the interval for their differences from the best
-    probably_worse_ranks: list[BoundedInt] = Field(default_factory=list)  # all other ranks
-    # The first run is the cheapest that is expected to settle the answer.
+    # The first run is expected to settle the answer.
     next_runs: list[NextRun] = Field(default_factory=list)
     # How much too good the reference looks as the best of several ranks, in the metric's unit. Lower bounds are lower by this, but by
     # at most a standard error of the rank's difference.
