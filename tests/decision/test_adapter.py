@@ -9,8 +9,6 @@ from rightrank.decision.adapter import (
     build_provenance,
     build_trained_answer,
     compare_adapters,
-    estimate_training_ranks,
-    find_smallest_truncation,
     prefer_direct_training,
     score_trials,
 )
@@ -111,26 +109,6 @@ def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
     assert format_distribution(spread.model_copy(update={"share_worse": 0.02})).startswith(
         "2% of the examples get worse "
     )
-
-
-@pytest.mark.parametrize(
-    ("shifts", "holding", "probable"),
-    [
-        ({32: 0.001, 16: 0.002, 8: 0.02, 4: 0.001}, 16, (16, 32)),  # No truncation below a failure is tested.
-        ({32: 0.001, 4: 0.002, 2: 0.02}, 4, (2, 8)),
-        ({32: 0.001, 8: 0.002, 1: 0.003}, 1, (1, 2)),
-        ({32: 0.02, 16: 0.001}, 64, (64, 64)),
-    ],
-)
-def test_probable_training_ranks(shifts: dict[int, float], holding: int, probable: tuple[int, int]) -> None:
-    answer = find_adapter(TOP, *(make_trial(str(rank), rank, shift, parent="top") for rank, shift in shifts.items()))
-    assert find_smallest_truncation(answer) == holding
-    assert estimate_training_ranks(answer) == probable
-    assert all(isinstance(rank, int) for rank in estimate_training_ranks(answer))
-    top, *truncated = answer.candidates
-    alone = answer.model_copy(update={"candidates": truncated})  # The difference of the top is 0 in both cases.
-    assert top.difference == 0
-    assert find_smallest_truncation(alone) == holding
 
 
 def test_the_first_failure_ends_the_sequence() -> None:

@@ -28,7 +28,6 @@ from rightrank.decision.records import (
 )
 from rightrank.decision.table import build_table
 from rightrank.report.status import build_run_status, find_last_decision
-from rightrank.schema.decision import TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunContinued, TestEvaluated
 from rightrank.schema.trials import (
@@ -389,14 +388,11 @@ def test_both_answers_are_one_document() -> None:
     )
     assert document["handed_over"] == adapter.handed_over.model_dump(mode="json")
     assert document["adapter_answer"] == adapter.answer.model_dump(mode="json")
-    assert document["training_rank_estimate"] is None
 
 
 def test_an_answer_that_was_not_requested_is_none_in_the_document() -> None:
-    estimate = TrainingRankEstimate(low=8, high=16, trainings=3.0, sentence="Between 8 and 16.")
-    first = build_answers(make_answered_run(), None, "adapter", estimate).build_document()
+    first = build_answers(make_answered_run(), None, "adapter").build_document()
     assert [first[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
-    assert first["training_rank_estimate"] == estimate.model_dump(mode="json")
     assert "flags" not in first
     assert (first["metric"], first["higher_is_better"], first["goal"]) == ("loss", False, "adapter")
     records = make_run()

@@ -14,14 +14,13 @@ from rightrank import Selected
 from rightrank.api.folders import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import build_provenance
-from rightrank.decision.records import Records, compare_run_adapters, decide_if_possible, decide_run
+from rightrank.decision.records import Records, build_answers, compare_run_adapters, decide_if_possible, decide_run
 from rightrank.report.adapter_page import build_candidate_table
 from rightrank.report.figure import write_figures
 from rightrank.report.figures import build_figures
 from rightrank.report.html import render_model_card, render_report
 from rightrank.report.status import format_cost
 from rightrank.runs.journal import Journal
-from rightrank.runs.values import collect_answers
 from rightrank.schema.events import RunContinued
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, write_answered_run, write_records
@@ -59,7 +58,7 @@ def test_a_truncation_costs_no_training() -> None:
 
 def test_between_the_answers_the_report_has_the_first() -> None:
     records = make_answered_run()
-    text = Elements(render_report(records, collect_answers(records, None, "training-rank"))).text
+    text = Elements(render_report(records, build_answers(records, None, "training-rank"))).text
     assert "Adapter: rank 8 · Training rank: not available yet" in text
     assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
     assert "Training rank: 1 training so far. A comparison needs two ranks with a result." in text
@@ -70,25 +69,18 @@ def test_between_the_answers_the_report_has_the_first() -> None:
 def test_both_answers_have_a_sentence_each() -> None:
     records = make_answered_run(direct=(4, 16))
     decision = decide_run(records)
-    text = Elements(render_report(records, collect_answers(records, decision, "training-rank"))).text
+    text = Elements(render_report(records, build_answers(records, decision, "training-rank"))).text
     assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
     assert f"Training rank: {decision.sentence}" in text
     assert f"Adapter: rank 8 · Training rank: {decision.rank}" in text
 
 
-def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() -> None:
+def test_with_goal_adapter_the_training_rank_is_one_line() -> None:
     records = make_answered_run()
-    answers = collect_answers(records, None, "adapter")
-    estimate = answers.estimate
-    assert estimate is not None
-    assert (estimate.low, estimate.high) == (8, 16)
-    assert estimate.trainings == 2.0  # two lower ranks, one seed
+    answers = build_answers(records, None, "adapter")
     assert [answers.build_document()[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
-    assert estimate.sentence.startswith("An estimate, not evidence: ")
     text = Elements(render_report(records, answers)).text
-    assert "Training rank: not requested (--goal adapter)." in text
-    assert estimate.sentence in text
-    assert collect_answers(records, None, "training-rank").estimate is None
+    assert "Training rank: not measured. To measure it: the same command with --goal training-rank." in text
 
 
 def add_learning_rates(records: Records, rates: tuple[float, ...]) -> Records:
@@ -108,7 +100,7 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
     tmp_path: Path, rates: tuple[float, ...], is_flagged: bool
 ) -> None:
     records = add_learning_rates(make_answered_run(), rates)
-    answers = collect_answers(records, None, "adapter")
+    answers = build_answers(records, None, "adapter")
     assert answers.build_document()["adapter_flags"] == (["lr_edge"] if is_flagged else [])
     run = write_records(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
     command = f"rightrank select --out {run} --learning-rates 0.0003,0.001,0.003,0.009"
@@ -131,9 +123,9 @@ def test_an_adapter_that_gains_nothing_is_flagged_in_every_view(tmp_path: Path, 
     scores = {"example_losses": chosen.example_losses if has_scores else [], "example_tokens": chosen.example_tokens}
     scores |= {} if has_scores else {"example_tokens": []}
     copied = base.model_copy(update={"value": chosen.value, "metrics": chosen.metrics, **scores})
-    assert collect_answers(records, None, "adapter").build_document()["adapter_flags"] == []
+    assert build_answers(records, None, "adapter").build_document()["adapter_flags"] == []
     records.outcomes[records.outcomes.index(base)] = copied
-    answers = collect_answers(records, None, "adapter")
+    answers = build_answers(records, None, "adapter")
     assert answers.build_document()["adapter_flags"] == ["no_gain"]
     run = write_records(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
     sentence = "No gain is shown: the base model differs from it by +0"
@@ -143,13 +135,13 @@ def test_an_adapter_that_gains_nothing_is_flagged_in_every_view(tmp_path: Path, 
 
 def test_the_learning_rate_that_the_decision_asks_for_is_asked_for_once() -> None:
     records = add_learning_rates(make_answered_run(direct=(4, 16)), (3e-4, 1e-3))
-    runs = collect_answers(records, decide_run(records), "training-rank").next_runs
+    runs = build_answers(records, decide_run(records), "training-rank").next_runs
     assert [run.learning_rates for run in runs if run.action == "rates"] == [[pytest.approx(9e-3)]]
 
 
 def test_the_report_of_the_folder_alone_knows_the_goal(tmp_path: Path) -> None:
     run = write_answered_run(tmp_path / "run", "adapter")
-    assert "not requested (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
+    assert "Training rank:</strong> not measured." in write_report(run).read_text(encoding="utf-8")
     assert (run / "figures" / "adapters.svg").exists()
     Journal(run / "journal.jsonl").append(RunContinued(settings={"goal": "training-rank"}))
     assert "not asked" not in write_report(run).read_text(encoding="utf-8")
@@ -181,7 +173,7 @@ def test_decide_adds_the_adapter_of_a_run(tmp_path: Path) -> None:
 def test_a_notebook_shows_both(tmp_path: Path) -> None:
     records = make_answered_run(direct=(4, 16))
     decision = decide_if_possible(records)
-    answers = collect_answers(records, decision, "training-rank")
+    answers = build_answers(records, decision, "training-rank")
     selected = Selected(tmp_path, None, None, tmp_path, answers, adapters=compare_run_adapters(records))
     write_figures(tmp_path / "figures", build_figures(records, decision))
     html = selected._repr_html_()

@@ -24,14 +24,13 @@ from rightrank import Selected, plots
 from rightrank.api.folders import write_report
 from rightrank.cli import cli
 from rightrank.decision.comparison import compute_bounds
-from rightrank.decision.records import Records, compare_run_adapters, decide_run
+from rightrank.decision.records import Records, build_answers, compare_run_adapters, decide_run
 from rightrank.decision.table import build_table, estimate_pairs
 from rightrank.report.adapter_page import MAX_MARGINS
 from rightrank.report.answer import build_margin_steps
 from rightrank.report.figure import DARK, Figure, encode_image, write_figures
 from rightrank.report.figures import build_figures, build_rank_figure
 from rightrank.report.html import render_report
-from rightrank.runs.values import collect_answers
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
 from rightrank.schema.results import Inspection, ModuleSpectrum
@@ -108,7 +107,7 @@ def test_the_report_has_the_smallest_rank_that_is_enough_at_every_margin() -> No
     decision = decide_run(make_run())
     steps = build_margin_steps(decision)
     assert len({rank for _, rank in steps}) > 1
-    page = Elements(render_report(make_run(), collect_answers(make_run(), decision, "training-rank"))).text
+    page = Elements(render_report(make_run(), build_answers(make_run(), decision, "training-rank"))).text
     table = page[page.index("smallest rank that is enough") :]
     for step in decision.staircase:
         assert [rank for needed, rank in steps if needed <= step.margin][-1] == step.rank
@@ -226,7 +225,7 @@ def test_a_plot_takes_a_folder_or_a_result_and_draws_on_the_given_axes(name: str
     top = next(trial for trial in records.list_finished() if trial.rank == 64)
     records.outcomes += [top.model_copy(update={"trial_id": "other", "learning_rate": 1e-3})]
     write_records(tmp_path / "two", [records.started, *records.outcomes, *records.adapters])
-    selected = Selected(tmp_path / "two", None, None, run, collect_answers(records, None, "adapter"))
+    selected = Selected(tmp_path / "two", None, None, run, build_answers(records, None, "adapter"))
     sources: Sequence[Any] = [make_inspection()] if name == "spectrum" else [str(tmp_path / "two"), selected]
     for source in sources:
         ax = Canvas().subplots()
@@ -299,7 +298,7 @@ def test_the_page_has_each_drawing_for_a_light_and_for_a_dark_system() -> None:
     records = make_answered_run(direct=(4, 16))
     decision = decide_run(records)
     figures = build_figures(records, decision)
-    page = render_report(records, collect_answers(records, decision, "training-rank"), figures)
+    page = render_report(records, build_answers(records, decision, "training-rank"), figures)
     style = page[page.index("<style>") : page.index("</style>")]
     assert page.count("<img ") == page.count("<source ") == len(figures)
     for figure in figures:

@@ -16,10 +16,17 @@ from rightrank import Selected
 from rightrank.cli import cli
 from rightrank.decision.adapter import build_trained_answer
 from rightrank.decision.next_run import build_next_commands
-from rightrank.decision.records import Answers, Records, build_criterion, compare_run_adapters, decide_if_possible
+from rightrank.decision.records import (
+    Answers,
+    Records,
+    build_answers,
+    build_criterion,
+    compare_run_adapters,
+    decide_if_possible,
+)
 from rightrank.decision.rule import decide_table
 from rightrank.report.screen import MAX_LINES, RunScreen, describe_result, format_screen
-from rightrank.runs.values import SelectedRank, collect_answers
+from rightrank.runs.values import SelectedRank
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import RunKind
 from rightrank.schema.settings import Goal
@@ -113,7 +120,7 @@ CASES: list[Case] = [
 def finish(case: Case, run: Path) -> RunScreen:
     records, goal = case()
     decision: Decision | None = decide_if_possible(records) if goal == "training-rank" else None
-    answers = collect_answers(records, decision, goal)
+    answers = build_answers(records, decision, goal)
     commands = build_next_commands(records.started, answers.next_runs, str(run))
     adapter = run / "adapter" if records.adapters else None
     return RunScreen(answers, compare_run_adapters(records), commands, run, adapter, run / "report.html")

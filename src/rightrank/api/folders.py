@@ -12,7 +12,13 @@ from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision.next_run import build_next_commands
-from rightrank.decision.records import Records, compare_run_adapters, decide_if_possible, list_tried_rates
+from rightrank.decision.records import (
+    Records,
+    build_answers,
+    compare_run_adapters,
+    decide_if_possible,
+    list_tried_rates,
+)
 from rightrank.report.screen import RunScreen, collect_curves, format_screen
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
@@ -37,12 +43,11 @@ def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
         SettingsError: another format.
         MissingExtraError: a format is given, and matplotlib is not installed.
     """
-    from rightrank.runs.values import collect_answers
     from rightrank.runs.views import write_report as write_views
 
     folder, records, decision = read_run(run, is_live=False)
     with report_disk_errors(folder.path):
-        write_views(folder, records, collect_answers(records, decision, records.settings.goal), figures)
+        write_views(folder, records, build_answers(records, decision, records.settings.goal), figures)
     return folder.report
 
 
@@ -211,7 +216,6 @@ def format_status(run: str | Path, width: int) -> str:
 
 
 def _read_status(run: str | Path) -> tuple[RunStatus, RunScreen]:
-    from rightrank.runs.values import collect_answers
 
     folder, journal, records = open_run(run, is_live=True)
     try:
@@ -220,7 +224,7 @@ def _read_status(run: str | Path) -> tuple[RunStatus, RunScreen]:
         progress = {}  # no process is running, or it has just ended
     goal, decided = records.settings.goal, find_last_decision(journal)
     decision = decide_if_possible(records) if decided is None else decided.decision
-    answers = collect_answers(records, decision if goal == "training-rank" else None, goal)
+    answers = build_answers(records, decision if goal == "training-rank" else None, goal)
     tried_rates = list_tried_rates(records)
     commands = build_next_commands(records.started, answers.next_runs, str(run), tried_rates=tried_rates)
     adapter = folder.adapter if folder.adapter.is_dir() else None

@@ -12,8 +12,6 @@ from rightrank.atlas import expect
 from rightrank.atlas.counts import ALL_SWEEPS, FAMILIES, TOP_RANK, Expectation
 from rightrank.cli.options import format_json, parse_integers, split_commas
 
-MAX_SOURCES = 5  # in the text; --json lists all
-
 
 @click.command(
     "expect",
@@ -34,7 +32,7 @@ MAX_SOURCES = 5  # in the text; --json lists all
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def _expect(ranks: list[str] | None, as_json: bool, **inputs: Any) -> None:
-    """Count in how many public sweeps each rank was enough, with links to the sweeps.
+    """Count in how many public sweeps each rank was enough. `--json` lists the sources.
 
     All arguments are optional, and DATA may stand alone. Needs no network, model or GPU. To measure what your own data
     need, run `rightrank select`.
@@ -45,7 +43,6 @@ def _expect(ranks: list[str] | None, as_json: bool, **inputs: Any) -> None:
 
 def _format_expectation(answer: Expectation) -> str:
     counts = [f"{rank['rank']:>6}   {rank['enough_in']:>4} of {rank['of']}" for rank in answer.ranks]
-    sources = [f"  {sweeps:>3}   {address}" for address, sweeps in list(answer.sources.items())[:MAX_SOURCES]]
     opening = f"{answer.sweeps} public sweeps are similar to yours ({answer.like})."
     if answer.like == ALL_SWEEPS:
         opening = (
@@ -56,9 +53,6 @@ def _format_expectation(answer: Expectation) -> str:
             f"{opening} How often each rank was enough, among the sweeps that can judge it:",
             f"{'rank':>6}   enough in",
             *counts,
-            "number of sweeps by source:",
-            *sources,
-            f"  {len(answer.sources)} sources in total; --json lists all",
             *(f"note: {note}" for note in answer.notes),
             f"next: train once at rank {TOP_RANK}, with a search of the learning rate, and keep the smallest adapter that is as good:",
             f"  {answer.next_command}",

@@ -9,7 +9,6 @@ import numpy as np
 
 from rightrank.decision.adapter_comparison import (
     ANSWER_FIELDS,
-    MAX_DIRECT_RANK,
     Criterion,
     ReferenceComparison,
     ScoredAdapter,
@@ -202,23 +201,6 @@ def _compare_with_reference(
 ) -> ReferenceComparison:
     """Return the comparison with the reference of an answer, at the answer's margin."""
     return ReferenceComparison(adapters[answer.reference_id], adapters, replace(criterion, margin=answer.margin))
-
-
-def estimate_training_ranks(answer: AdapterAnswer) -> tuple[int, int]:
-    """Return the lowest and the highest probable training rank, derived from the smallest truncation within the margin."""
-    holding = find_smallest_truncation(answer)
-    return holding if holding > MAX_DIRECT_RANK else max(1, holding // 2), min(answer.trained_rank, 2 * holding)
-
-
-def find_smallest_truncation(answer: AdapterAnswer) -> int:
-    """Find the rank of the smallest truncation whose mean is within the margin, from the top downward; else return the top rank."""
-    smallest_rank = answer.trained_rank
-    truncated = [candidate for candidate in answer.candidates if candidate.method == "truncated"]
-    for candidate in sorted(truncated, key=lambda candidate: -candidate.rank):
-        if not is_within(candidate.difference, answer.margin):
-            break
-        smallest_rank = candidate.rank
-    return smallest_rank
 
 
 @dataclass(frozen=True, slots=True)

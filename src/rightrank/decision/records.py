@@ -13,7 +13,7 @@ from rightrank.decision.next_run import plan_rate_run
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
-from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun, TrainingRankEstimate
+from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
 from rightrank.schema.metrics import Checkpoint, format_unknown_direction
@@ -285,7 +285,6 @@ class Answers:
     provenance: str | None = None  # how the adapter was made, as a sentence
     adapter_rate: float = 0.0  # the learning rate of the adapter's training; 0: unknown
     trainings: float = 0.0  # so far
-    estimate: TrainingRankEstimate | None = None  # of the training rank, if that was not requested
     started: RunStarted | None = None  # None: the results are not from a run
     # at a learning rate beyond the adapter's, if that is the lowest or the highest one tried
     adapter_run: NextRun | None = None
@@ -326,7 +325,6 @@ class Answers:
                 else [],
                 "learning_rate_sentence": self.learning_rate and self.learning_rate.sentence,
                 "adapter_answer": _dump_record(adapter and adapter.answer),
-                "training_rank_estimate": _dump_record(self.estimate),
             }
         )
 
@@ -335,7 +333,6 @@ def build_answers(
     records: Records,
     decision: Decision | None,
     goal: Goal = "training-rank",
-    estimate: TrainingRankEstimate | None = None,
 ) -> Answers:
     adapter = records.adapters[-1] if records.adapters else None
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
@@ -359,7 +356,6 @@ def build_answers(
         sentence,
         adapter_rate,
         count_trainings(records),
-        estimate,
         records.started,
         run,
         rate,

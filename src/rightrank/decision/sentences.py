@@ -129,10 +129,6 @@ def _format_probabilities(comparison: Comparison) -> str:
     return f" ({format_probability(probabilities[comparison.chosen])} likely{likeliest_text})"
 
 
-# From benchmarks/learning_rate/judged.json; `tests/benchmarks/test_learning_rate.py` compares the numbers.
-MEASURED_PROBABILITIES = "On eight locked grids, stated probabilities of 0.11, 0.29, 0.49, 0.69 and 0.94 came true in 26%, 55%, 67%, 83% and 95% of the cases."
-
-
 def format_probability_note(evidence: Evidence) -> str:
     """Explain what the probabilities mean, or why there are none."""
     if evidence.lacks_uncertainty:
@@ -140,10 +136,7 @@ def format_probability_note(evidence: Evidence) -> str:
     start = "The probability of a rank is that of being within the margin of the best, over seeds"
     if not evidence.has_examples:
         return f"{start}. It is computed from the variation of seeds here."
-    return (
-        f"{start} and over examples like these. It is computed from the variation of seeds and examples here and on earlier grids. "
-        f"{MEASURED_PROBABILITIES}"
-    )
+    return f"{start} and over examples like these. It is computed from the variation of seeds and examples here and on earlier grids."
 
 
 def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:

@@ -22,11 +22,6 @@ from rightrank.schema.decision import (
 from rightrank.schema.events import RunKind, RunStarted
 from rightrank.schema.trials import TrialDiverged, TrialFailed, compute_added_seconds
 
-# From benchmarks/learning_rate/table_new.json; `tests/benchmarks/test_learning_rate.py` compares the numbers.
-LONGER_ADVICE = (
-    "The next trainings are best spent on more steps: on eight locked grids, twice the steps lowered the loss by 0.024 nats, and a "
-    "second seed or rank by at most 0.002. --goal best-adapter continues this run with twice the steps and keeps the better adapter."
-)
 FLAGS = {
     "underpowered": "there are too few held-out examples to resolve the margin",
     "rising": "the largest rank that was tried is better than all others by more than the margin",
@@ -51,7 +46,6 @@ class AnswerView:
     adapter_notes: tuple[str, ...]
     learning_rate: str  # the choice of the adapter's learning rate; empty if only one was tried
     training_rank: str  # the training rank in a sentence; until it is available, what is missing
-    estimate: str  # an estimate of the training rank if it was not requested
     verdict: str  # with the flags in brackets
     next_runs: tuple[tuple[str, str | None], ...]  # each with a command that can be pasted, if there is one
 
@@ -73,7 +67,9 @@ def build_answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> 
     """
     decision, adapter, asks_for_rank = answers.decision, answers.adapter, answers.goal == "training-rank"
     rank = "not available yet" if decision is None else decision.rank or decision.verdict.replace("_", " ")
-    rank_text = f"not requested (--goal {answers.goal})."
+    rank_text = "not measured." + (
+        " To measure it: the same command with --goal training-rank." if _is_built_in(answers.started) else ""
+    )
     if decision is None and asks_for_rank:
         so_far = format_quantity(answers.trainings, "training")
         rank_text = f"{so_far} so far. A comparison needs two ranks with a result."
@@ -84,7 +80,6 @@ def build_answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> 
         adapter_notes=tuple(filter(None, _format_adapter_notes(answers))),
         learning_rate=answers.learning_rate.sentence if answers.learning_rate else "",
         training_rank=decision.sentence if decision is not None else rank_text,
-        estimate=answers.estimate.sentence if answers.estimate else "",
         verdict=""
         if decision is None
         else decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else ""),
@@ -113,7 +108,6 @@ def _format_adapter_notes(answers: Answers) -> list[str]:
         else "",
         _format_test_result(handed_over),
         _format_repetition(answers, handed_over),
-        LONGER_ADVICE if answers.goal == "adapter" and _is_built_in(answers.started) else "",
     ]
 
 

@@ -43,7 +43,7 @@ class RunStatus(Record):
         default_factory=list
     )  # how the adapter was made, what it was tested on, and what to do
     rank: int | None
-    sentence: str | None = None  # the answer about the training rank, or its estimate
+    sentence: str | None = None  # the answer about the training rank
     verdict: str | None
     next_runs: list[str] = Field(default_factory=list)  # suggested next runs, the most useful first
     next_commands: list[str | None] = Field(default_factory=list)  # the command for each of them, if it can be pasted
@@ -98,7 +98,7 @@ def build_run_status(
         adapter_sentence=None if adapter is None else adapter.sentence,
         adapter_notes=[] if adapter is None else [*view.adapter_notes, *adapter.notes],
         rank=decision.rank if decision is not None else None,
-        sentence=view.training_rank if decision is not None else view.estimate or None,
+        sentence=view.training_rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
         next_runs=[sentence for sentence, _ in view.next_runs],
         next_commands=[command for _, command in view.next_runs],

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rightrank.decision.records import Answers
 from rightrank.report.answer import (
+    FLAGS,
     build_answer_view,
-    build_certainty_rows,
     build_evidence_table,
     format_brief,
     format_labelled_rows,
@@ -30,19 +30,19 @@ def format_decision(decision: Decision, table_notes: list[str], width: int, comm
         commands: the commands of the decision's next runs, in the same order.
     """
     view = build_answer_view(Answers(decision), commands)
-    table_line = [make_visible(f"read:    {'; '.join(table_notes)}")] if table_notes else []
+    table_line = [make_visible(f"read:       {'; '.join(table_notes)}")] if table_notes else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
     curve = draw_terminal_curve(trained, width, label=format_metric_label(decision.metric, decision.higher_is_better))
     stairs = ", ".join(f"{step.rank} from {format_brief(step.margin)}" for step in decision.staircase)
     rows = [
-        ("verdict", decision.verdict.replace("_", " ")),
-        ("answer", view.training_rank),
+        (decision.verdict.replace("_", " "), view.training_rank),
         ("margins", f"{stairs} (requested: {decision.margin:g})"),
-        *build_certainty_rows(decision),
+        ("basis", decision.basis_note),
+        *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
         *view.build_next_rows(),
     ]
     evidence = map(make_visible, format_table(build_evidence_table(decision)))
-    return "\n".join([*table_line, "", *curve, *evidence, "", *map(make_visible, format_labelled_rows(rows, 9))])
+    return "\n".join([*table_line, "", *curve, *evidence, "", *map(make_visible, format_labelled_rows(rows, 12))])
 
 
 def format_preflight(preflight: Preflight) -> str:

@@ -21,6 +21,7 @@ from rightrank.decision.adapter import (
 from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import (
     Records,
+    build_answers,
     build_criterion,
     compare_run_adapters,
     count_trainings,
@@ -28,7 +29,7 @@ from rightrank.decision.records import (
     list_tried_rates,
 )
 from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
-from rightrank.runs.values import Selected, SelectedRank, collect_answers
+from rightrank.runs.values import Selected, SelectedRank
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
@@ -94,7 +95,7 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
         decision = decision.model_copy(update={"adapter_sentence": answer.sentence if saved else None})
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     with wrap_hook_errors("the result"):
-        final_answers = collect_answers(records, decision, run.selection.settings.goal)
+        final_answers = build_answers(records, decision, run.selection.settings.goal)
         selected = Selected(
             folder.path,
             SelectedRank(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,

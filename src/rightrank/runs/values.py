@@ -8,61 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightrank.decision.adapter import estimate_training_ranks, find_smallest_truncation
 from rightrank.decision.records import (
     Answers,
-    Records,
-    build_answers,
     build_trials_frame,
-    list_comparable_outcomes,
     read_records,
 )
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.decision import AdapterCandidate, Decision, ExportedAdapter, TrainingRankEstimate
+from rightrank.schema.decision import AdapterCandidate, Decision, ExportedAdapter
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.settings import Goal
-from rightrank.search import make_strategy
-from rightrank.search.history import build_space
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from rightrank.report.answer import AnswerView
-
-
-def estimate_training_rank(records: Records) -> TrainingRankEstimate | None:
-    """Estimate the training rank from the plain truncations of the top adapter; None without a deployment rank.
-
-    Above rank 4 a training loses more than a truncation to the same rank, at lower ranks it may lose less. So the smallest
-    truncation that loses at most the margin is near the lower end of the range of the training rank.
-    """
-    answer = records.adapters[-1].answer if records.adapters else None
-    if answer is None or records.started.is_custom_trainer:
-        return None
-    low, high = estimate_training_ranks(answer)
-    rank_range = f"{low}" if low == high else f"{low} to {high}"
-    ranks = records.settings.ranks
-    ranks_to_compare = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
-    steps = max((trial.steps for trial in list_comparable_outcomes(records)), default=1) or 1
-    unlimited = dict.fromkeys(("budget_trainings", "budget_hours"))
-    settings = records.settings.model_copy(update={**unlimited, "goal": "training-rank", "ranks": ranks_to_compare})
-    space = build_space(settings, steps, records.started.data.loss_kind)
-    cost = make_strategy(settings.strategy, space).estimate_cost()
-    trainings = round(cost.expected - cost.expected_until_adapter, 2)
-    noun = "training" if trainings == 1 else "trainings"
-    cost_text = f"about {trainings:.2g} more {noun}" if trainings else "no more trainings"
-    option = "" if ranks_to_compare == ranks else f" --ranks {','.join(map(str, ranks_to_compare))}"
-    sentence = (
-        f"An estimate, not evidence: the training rank is probably {rank_range}, because the smallest truncation that loses at "
-        f"most the margin has rank {find_smallest_truncation(answer)}. Measuring it takes {cost_text}: run the same command "
-        f"with --goal training-rank{option}."
-    )
-    return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
-
-
-def collect_answers(records: Records, decision: Decision | None, goal: Goal) -> Answers:
-    """Collect the deployment rank and the training rank; with another goal than "training-rank", an estimate replaces the training rank."""
-    return build_answers(records, decision, goal, None if goal == "training-rank" else estimate_training_rank(records))
 
 
 @dataclass(frozen=True, slots=True)

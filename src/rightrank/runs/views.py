@@ -10,13 +10,12 @@ from pathlib import Path
 
 from rightrank.adapters.adapter_folders import CARD_IMAGES
 from rightrank.data.files import replace_file, write_text
-from rightrank.decision.records import Answers, Records, decide_if_possible
+from rightrank.decision.records import Answers, Records, build_answers, decide_if_possible
 from rightrank.report.figure import Figure, write_figures
 from rightrank.report.figures import build_figures, build_spectrum_figure
 from rightrank.report.html import render_model_card, render_report
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, SelectionEnd, SelectionStart
-from rightrank.runs.values import collect_answers
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
 from rightrank.schema.events import AdapterRecorded, Event, RunStopped
@@ -54,7 +53,7 @@ class Report(Hook):
 
     def _write_views(self, records: Records, decision: Decision | None) -> None:
         """Write the report and, once a deployment rank or a training rank is known, decision.json."""
-        folder, answers = self._start.folder, collect_answers(records, decision, self._start.selection.settings.goal)
+        folder, answers = self._start.folder, build_answers(records, decision, self._start.selection.settings.goal)
         if decision is not None or records.adapters:
             write_text(
                 folder.decision,

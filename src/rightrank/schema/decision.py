@@ -177,15 +177,6 @@ class LearningRateAnswer(Record):
     sentence: str
 
 
-class TrainingRankEstimate(Record):
-    """The probable range of the training rank, estimated from the deployment rank. It is no evidence for that rank."""
-
-    low: BoundedInt
-    high: BoundedInt
-    trainings: float  # the expected number that the training rank still takes
-    sentence: str
-
-
 class ExportedAdapter(Record):
     """The adapter in `adapter/`. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
 
